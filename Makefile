@@ -1,0 +1,51 @@
+# make quickstart   set up, then teach a small model to use search and python      (SEED=1 for another seed)
+# make test         set up, then check and run the tests; what CI runs
+# make check        set up, then ruff and mypy
+# Set-up is a virtual environment in .venv with the versions of constraints.txt. PYTHON=… picks the interpreter.
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# The pinned versions were tested on 3.11, so it goes first.
+PYTHON ?= python3.11 python3.12 python3.13 python3
+
+# Nothing here downloads a model or a dataset; offline, a mistake that would is an error at once.
+export HF_HUB_OFFLINE ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+
+.PHONY: help quickstart test check
+
+help:
+	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
+
+quickstart: $(READY)
+	$(BIN)/python -m arpo_trl.quickstart $(if $(SEED),--seed $(SEED))
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(READY): pyproject.toml constraints.txt
+	@set -e; found=; no_venv=; \
+	for python in $(PYTHON); do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then found=$$python; break; fi; \
+	    no_venv=$${no_venv:-$$python}; \
+	done; \
+	if [ -z "$$found" ] && [ -n "$$no_venv" ]; then \
+	    echo "error: $$no_venv cannot make virtual environments: its venv or ensurepip module is missing." >&2; \
+	    echo "On Debian and Ubuntu: sudo apt-get install python3-venv (or python3.X-venv for its version)." >&2; \
+	    exit 1; \
+	elif [ -z "$$found" ]; then \
+	    echo "error: no Python >= 3.11 among: $(PYTHON)." >&2; \
+	    echo "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	fi; \
+	set -x; \
+	[ -x $(BIN)/python ] || "$$found" -m venv $(VENV); \
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

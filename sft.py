@@ -1,0 +1,70 @@
+"""Cold start on tool-using trajectories: `accelerate launch sft.py --config configs/quickstart_sft.yaml`.
+
+TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only what the model is to write carries loss; prompts and tool
+results are masked, and turns are encoded by the protocol that RL parses.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from transformers import AutoTokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+
+from arpo_trl.cli import report_errors
+from arpo_trl.cold_start import encode_dataset
+from arpo_trl.rollout.protocol import TagProtocol
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ColdStartArguments:
+    """What to learn from."""
+
+    dataset: str = field(metadata={"help": "Hub id, or .jsonl or .parquet file, of trajectories."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    max_tool_result_tokens: int | None = field(
+        default=None, metadata={"help": "As in training: a longer tool result keeps its head and tail."}
+    )
+
+
+@report_errors
+def main() -> None:
+    parser = TrlParser((ColdStartArguments, SFTConfig, ModelConfig))
+    arguments, config, model_config = parser.parse_args_and_config()
+    tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
+    protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
+    loader = {".jsonl": "json", ".parquet": "parquet"}.get("." + arguments.dataset.rpartition(".")[2])
+    rows = (
+        load_dataset(loader, data_files=arguments.dataset, split="train")
+        if loader
+        else load_dataset(arguments.dataset, split=arguments.dataset_split)
+    )
+    dataset, too_long = encode_dataset(rows, protocol, config.max_length)
+    if too_long:
+        logger.warning(f"{too_long} of {len(rows)} trajectories are longer than {config.max_length} tokens: left out.")
+    config.dataset_kwargs = {"skip_prepare_dataset": True}  # ids and labels are final
+    config.model_init_kwargs = {
+        **(config.model_init_kwargs or {}),
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+    }
+    trainer = SFTTrainer(
+        model=model_config.model_name_or_path,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_config),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The `arpo-trl` command. Heavy imports wait until a sub-command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from arpo_trl.errors import ArpoError
+
+
+def report_errors(main: Callable[[], None]) -> Callable[[], None]:
+    """`main` with this package's errors as one line and exit status 2; others keep their traceback."""
+
+    @functools.wraps(main)
+    def wrapped() -> None:
+        try:
+            main()
+        except ArpoError as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="arpo-trl", description="Agentic Reinforced Policy Optimization with TRL.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    tree = commands.add_parser("tree", help="show the trees of a trajectory log", description="Shows logged trees.")
+    tree.add_argument(
+        "log", type=Path, help="a .jsonl file of <output_dir>/trajectories, or that folder (its last file)"
+    )
+    tree.add_argument("--index", type=int, default=None, help="only this tree of the file, counted from 0")
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure a model on a file of questions",
+        description="Answers every question with the tools, without branching, and prints the accuracy.",
+    )
+    evaluate.add_argument("--model", required=True, help="a folder or Hub id")
+    evaluate.add_argument("--data", required=True, help="a dataset as train.py takes it: file, folder or Hub id")
+    evaluate.add_argument("--split", default="train", help="its split (default: train)")
+    evaluate.add_argument("--tools", nargs="*", default=["search", "python"], help="built-in tools (default: both)")
+    evaluate.add_argument("--search-index", help="JSONL of passages, or saved index folder")
+    evaluate.add_argument("--search-recorded", help="JSON file of recorded searches")
+    evaluate.add_argument("--search-top-k", type=int, default=10, help="results per search (default: 10)")
+    evaluate.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6, the paper's)")
+    evaluate.add_argument("--top-p", type=float, default=0.95, help="default: 0.95, the paper's")
+    evaluate.add_argument("--samples", type=int, default=1, help="answers per question (default: 1)")
+    evaluate.add_argument("--max-completion-length", type=int, default=4096, help="tokens (default: 4096)")
+    evaluate.add_argument("--max-tool-calls", type=int, default=15, help="per answer (default: 15)")
+    evaluate.add_argument("--limit", type=int, default=None, help="only the first questions")
+    evaluate.add_argument("--seed", type=int, default=0)
+    evaluate.add_argument("--allow-unsafe", action="store_true", help="run python unsandboxed where it must be")
+    return parser
+
+
+@report_errors
+def _main(argv: Sequence[str] | None = None) -> None:
+    arguments = _parser().parse_args(argv)
+    {"tree": _tree, "eval": _eval}[arguments.command](arguments)
+
+
+def main() -> None:
+    """Entry point: exit status 0, 2 for a usage or configuration error."""
+    _main()
+
+
+def _tree(arguments: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from arpo_trl.errors import DataError
+    from arpo_trl.render import render_tree
+    from arpo_trl.trajectories import read_trees
+
+    path: Path = arguments.log
+    if path.is_dir():
+        files = sorted(path.glob("*.jsonl"))
+        if not files:
+            raise DataError(f"{path} holds no .jsonl file. Was trajectory_log_rate 0?")
+        path = files[-1]
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Give a file or the folder <output_dir>/trajectories.")
+    trees = list(read_trees(path))
+    if arguments.index is not None:
+        if not 0 <= arguments.index < len(trees):
+            raise DataError(f"--index is {arguments.index} but {path} holds {len(trees)} trees; they count from 0.")
+        trees = [trees[arguments.index]]
+    console = Console()
+    for tree in trees:
+        console.print(render_tree(tree))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from arpo_trl.data import load_arpo_dataset
+    from arpo_trl.evaluation.runner import evaluate
+    from arpo_trl.tools.box import ToolBox
+    from arpo_trl.tools.build import ToolArguments, build_tools
+
+    rows = load_arpo_dataset(arguments.data, arguments.split).to_list()[: arguments.limit]
+    tools = build_tools(
+        ToolArguments(
+            arguments.tools,
+            arguments.search_index,
+            arguments.search_recorded,
+            arguments.search_top_k,
+            allow_unsafe=arguments.allow_unsafe,
+        )
+    )
+    with ToolBox(tools) as toolbox:
+        result = evaluate(
+            AutoModelForCausalLM.from_pretrained(arguments.model),
+            AutoTokenizer.from_pretrained(arguments.model),
+            rows,
+            toolbox,
+            temperature=arguments.temperature,
+            top_p=arguments.top_p,
+            samples=arguments.samples,
+            max_completion_length=arguments.max_completion_length,
+            max_tool_calls=arguments.max_tool_calls,
+            seed=arguments.seed,
+        )
+    print(
+        json.dumps(
+            {
+                "accuracy": round(result.accuracy, 4),
+                "questions": len(rows),
+                "samples": len(result.samples),
+                "calls_per_sample": round(result.calls_per_sample, 3),
+                "seconds": round(result.rollout.times.total_s, 1),
+            },
+            indent=2,
+        )
+    )

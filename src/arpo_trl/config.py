@@ -1,0 +1,192 @@
+"""The settings of a run: TRL's `GRPOConfig`, and what ARPO adds to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from arpo_trl.rollout.sampler import RolloutSchedule
+
+
+@dataclass
+class ARPOConfig(GRPOConfig):
+    """Configuration of [`ARPOTrainer`].
+
+    Every field of `GRPOConfig` is kept. Defaults that differ: `num_generations` 16, `loss_type` "grpo",
+    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it.
+
+    Raises:
+        ConfigError: A setting, or two together, cannot work. Checked here, before anything is loaded.
+    """
+
+    # Parameters that control the tree
+    num_generations: int | None = field(
+        default=16,
+        metadata={"help": "M: leaves per prompt, the size of a group. An integer >= 2 that divides this rank's "
+                  "generation batch (per_device_train_batch_size x steps_per_generation)."},
+    )  # fmt: skip
+    initial_rollouts: int | None = field(
+        default=None,
+        metadata={"help": "N: paths started at the root, 1 <= N <= M; the other M - N leaves are branches. N = M is "
+                  "GRPO. None: M // 2."},
+    )  # fmt: skip
+    entropy_probe_tokens: int = field(
+        default=20,
+        metadata={"help": "k: model tokens at the start of a turn whose mean entropy (nats) is read. >= 1."},
+    )
+    branch_rule: str = field(
+        default=BranchRule.THRESHOLD.value,
+        metadata={"help": "What makes a tool result branch: 'threshold' (P > tau), 'probability' (a coin with "
+                  "probability P), 'random' (a coin with alpha, blind to entropy: the control), 'ranked' (the highest "
+                  "entropies once the first N paths are done), 'released' (the public code's rule, lag included).",
+                  "choices": [rule.value for rule in BranchRule]},
+    )  # fmt: skip
+    branch_probability: float = field(default=0.5, metadata={"help": "alpha: P = alpha + beta * dH, in [0, 1]."})
+    entropy_weight: float = field(
+        default=0.2,
+        metadata={"help": "beta: weight of dH = (H_turn - H_root) / ln V. Inert under 'threshold' when alpha = tau."},
+    )
+    branch_threshold: float = field(
+        default=0.5, metadata={"help": "tau: 'threshold' branches where P > tau, in [0, 1]."}
+    )
+    branches_per_fork: int = field(
+        default=1, metadata={"help": "Z: extra turns under a tool result that branches. >= 1."}
+    )
+    rollout_schedule: str = field(
+        default=RolloutSchedule.OVERLAP.value,
+        metadata={"help": "'overlap': take in whatever has finished. 'rounds': take in tool results together once "
+                  "nothing is left to decode, which repeats bit for bit whatever the tools' timing.",
+                  "choices": [schedule.value for schedule in RolloutSchedule]},
+    )  # fmt: skip
+
+    # Parameters that control the tools
+    max_tool_calling_iterations: int | None = field(
+        default=6,
+        metadata={"help": "Tool results per path; then the path is told so and writes one last turn. None: no limit "
+                  "but the length. >= 0."},
+    )  # fmt: skip
+    tool_timeout_s: float = field(
+        default=20.0, metadata={"help": "Seconds after which a tool call fails; the model reads so. > 0."}
+    )
+    tool_concurrency: int = field(default=32, metadata={"help": "Tool calls that run at the same time. >= 1."})
+    tool_cache: bool = field(
+        default=False,
+        metadata={"help": "Whether an identical call reuses an earlier successful result. For tools that always "
+                  "answer alike."},
+    )  # fmt: skip
+    max_tool_result_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a tool result that the model sees; a longer one keeps its head and tail. None: no "
+                  "limit. >= 16."},
+    )  # fmt: skip
+
+    # Parameters that control the credit
+    loss_type: str = field(
+        default="grpo",
+        metadata={"help": "TRL's loss types. 'grpo' (mean per sequence, then over the group) is the paper's."},
+    )
+    advantage_attribution: str = field(
+        default=AdvantageAttribution.SOFT.value,
+        metadata={"help": "What a token shared by d leaves is credited with: 'soft' (each leaf's own advantage), 'hard' "
+                  "(their mean).", "choices": [kind.value for kind in AdvantageAttribution]},
+    )  # fmt: skip
+    shared_prefix_weight: str = field(
+        default=SharedPrefixWeight.PER_LEAF.value,
+        metadata={"help": "How often a shared token is trained: 'per_leaf' (in each of its leaves), 'once' (in the "
+                  "first, with their mean advantage).", "choices": [kind.value for kind in SharedPrefixWeight]},
+    )  # fmt: skip
+
+    # Parameters that control the trajectory log
+    trajectory_log_rate: float = field(
+        default=0.05,
+        metadata={"help": "Share of the trees written to <output_dir>/trajectories as JSONL, in [0, 1]."},
+    )
+
+    def __post_init__(self) -> None:
+        self._check_ranges()
+        super().__post_init__()
+        self._check_group_fits_rank()
+        self._check_supported()
+
+    @property
+    def branch_policy(self) -> BranchPolicy:
+        return BranchPolicy(
+            BranchRule(self.branch_rule),
+            self.branch_probability,
+            self.entropy_weight,
+            self.branch_threshold,
+            self.branches_per_fork,
+        )
+
+    def _check_ranges(self) -> None:
+        m = self.num_generations
+        if m is None or m < 2:
+            raise ConfigError(f"num_generations is {m}; a group needs M ≥ 2 leaves to compare.")
+        if self.initial_rollouts is None:
+            self.initial_rollouts = m // 2
+        if not 1 <= self.initial_rollouts <= m:
+            raise ConfigError(
+                f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {m}; expected 1 ≤ N ≤ M. "
+                "N = M is plain GRPO."
+            )
+        for name, lowest in (
+            ("entropy_probe_tokens", 1),
+            ("branches_per_fork", 1),
+            ("tool_concurrency", 1),
+            ("max_tool_calling_iterations", 0),
+            ("max_tool_result_tokens", 16),
+            ("max_completion_length", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < lowest:
+                raise ConfigError(f"{name} is {value}; expected at least {lowest}.")
+        for name in ("branch_probability", "branch_threshold", "trajectory_log_rate"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ConfigError(f"{name} is {value}; expected a number in [0, 1].")
+        if self.tool_timeout_s <= 0:
+            raise ConfigError(f"tool_timeout_s is {self.tool_timeout_s}; expected more than 0 seconds.")
+        for name, kinds in (
+            ("branch_rule", BranchRule),
+            ("rollout_schedule", RolloutSchedule),
+            ("advantage_attribution", AdvantageAttribution),
+            ("shared_prefix_weight", SharedPrefixWeight),
+        ):
+            value = getattr(self, name)
+            if value not in {kind.value for kind in kinds}:
+                raise ConfigError(f"{name} is {value!r}; expected one of {[kind.value for kind in kinds]}.")
+
+    def _check_group_fits_rank(self) -> None:
+        """TRL checks the global batch only; a tree lives on one rank."""
+        assert self.num_generations is not None and self.steps_per_generation is not None
+        batch = self.per_device_train_batch_size * self.steps_per_generation
+        if batch % self.num_generations:
+            raise ConfigError(
+                f"num_generations ({self.num_generations}) does not divide this rank's generation batch ({batch} = "
+                f"per_device_train_batch_size {self.per_device_train_batch_size} × steps_per_generation "
+                f"{self.steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
+                f"{self.num_generations}."
+            )
+        generations = self.num_generations_eval or self.num_generations
+        if self.do_eval and self.eval_strategy != "no" and self.per_device_eval_batch_size % generations:
+            raise ConfigError(
+                f"num_generations_eval ({generations}) does not divide per_device_eval_batch_size "
+                f"({self.per_device_eval_batch_size}); a group cannot span ranks. Set one to a multiple of the other."
+            )
+
+    def _check_supported(self) -> None:
+        """Refuses what the tree sampler would otherwise silently ignore."""
+        for name in (
+            "generation_kwargs",
+            "cache_implementation",
+            "use_transformers_continuous_batching",
+            "vllm_structured_outputs_regex",
+        ):
+            if getattr(self, name):
+                raise ConfigError(f"{name} is set, but the tree sampler does not read it. Unset it.")
+        if self.use_vllm:
+            raise ConfigError("use_vllm is set, but this version samples with transformers only. Unset it.")

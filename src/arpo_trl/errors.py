@@ -1,0 +1,46 @@
+"""Errors of arpo-trl, one tree.
+
+    ArpoError
+    ├── ConfigError     a setting, or two together, cannot work
+    ├── DataError       a dataset, file, row or field is not what was asked for
+    ├── ToolSpecError   a tool cannot be offered to a model as it is
+    ├── SandboxError    model-written code cannot be isolated here
+    ├── RewardError     a reward function broke its contract
+    ├── EngineError     an engine broke its contract or lost its server
+    └── ToolError       raised *by* a tool: its message is shown to the model as the result of the call
+
+Every message names the subject, what it got, what it expected and the way out. A model's mistake is never raised: it
+becomes text the model sees. `ToolError` is the one error that a tool raises on purpose.
+"""
+
+
+class ArpoError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(ArpoError, ValueError):
+    """A setting, or two settings together, cannot work."""
+
+
+class DataError(ArpoError, ValueError):
+    """A dataset, file, row or field is not what was asked for."""
+
+
+class ToolSpecError(ArpoError, ValueError):
+    """A tool cannot be offered to a model: no types, no docstring, a name that is not a tag, a name taken twice."""
+
+
+class SandboxError(ArpoError, RuntimeError):
+    """Model-written code cannot be isolated on this machine."""
+
+
+class RewardError(ArpoError, ValueError):
+    """A reward function returned something other than one finite float, or None, per completion."""
+
+
+class EngineError(ArpoError, RuntimeError):
+    """An engine broke its contract, or the process behind it is gone."""
+
+
+class ToolError(ArpoError):
+    """Raised by a tool when a call fails for a reason that the model should read; the message is its result."""

@@ -1,0 +1,176 @@
+"""The numbers a user sees under `arpo/`, from one rollout's trees. docs/metrics.md has formula and healthy range of each.
+
+A `Tally` is a sum and a count per name, so that ranks merge by adding and a mean is right however uneven they were.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from arpo_trl.rollout.branching import mean
+from arpo_trl.rollout.sampler import Rollout
+from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree, StopReason
+
+
+@dataclass
+class Tally:
+    """Sums and counts by name; `spread` holds raw values where percentiles are wanted."""
+
+    sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    spread: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        entry = self.sums[name]
+        entry[0] += value
+        entry[1] += count
+
+    def plain(self) -> dict[str, dict[str, list[float]]]:
+        """What travels between ranks."""
+        return {"sums": dict(self.sums), "spread": dict(self.spread)}
+
+    def merge(self, other: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+        for name, (total, count) in other["sums"].items():
+            self.add(name, total, count)
+        for name, values in other["spread"].items():
+            self.spread[name].extend(values)
+
+    def values(self) -> dict[str, float]:
+        """Name → mean (or ratio), sorted by name; names nothing was counted for are left out."""
+        values = {name: total / count for name, (total, count) in self.sums.items() if count}
+        for name, seconds in self.spread.items():
+            if seconds:
+                values[f"{name}_p50"], values[f"{name}_p95"] = (float(p) for p in np.percentile(seconds, [50, 95]))
+        return {name: values[name] for name in sorted(values)}
+
+
+def tally_rollout(rollout: Rollout, tally: Tally) -> None:
+    """Counts one rollout into `tally`."""
+    for tree, topups, chain in zip(rollout.trees, rollout.topups, rollout.turns_in_sequence, strict=True):
+        tally.add("tree/topups", topups)
+        tally.add("tree/turns_in_sequence", chain)
+        _tally_shape(tree, tally)
+        _tally_entropies(tree, tally)
+        _tally_leaves(tree, tally)
+    _tally_tools(rollout.trees, tally)
+    times = rollout.times
+    tally.add("time/rollout_s", times.total_s)
+    tally.add("time/decode_s", times.forward_s)
+    tally.add("time/tool_wait_s", times.tool_wait_s)
+    tally.add("time/sync_s", times.sync_s)
+    tally.add("time/sampler_share", times.own_s, times.total_s)
+
+
+def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
+    leaf_tokens = sum(len(leaf.ids) for leaf in tree.leaves())
+    tally.add("tree/sharing_ratio", leaf_tokens, sum(len(node.ids) for node in tree.nodes[1:]))
+    tally.add("tree/branches", sum(max(0, len(node.children) - 1) for node in tree.observations()))
+    tally.add("tree/generated_tokens", sum(len(node.ids) for node in tree.turns()))
+    for node in tree.observations():
+        if node.decision is None or node.call is None:
+            continue
+        depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(node.index))
+        tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
+        tally.add("tree/fire_rate", float(node.decision.fires))
+        tally.add(f"tree/fire_rate_{_tool(node)}", float(node.decision.fires))
+        tally.add("entropy/delta", node.decision.delta)
+
+
+def _tally_entropies(tree: RolloutTree, tally: Tally) -> None:
+    for node in tree.turns():
+        assert node.parent is not None
+        above = tree.nodes[node.parent]
+        if above.kind is NodeKind.ROOT:
+            tally.add("entropy/root", mean(node.entropies))
+        elif above.call is not None:
+            tally.add(f"entropy/after_{_tool(above)}", mean(node.entropies))
+
+
+def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
+    executed = {node.index for node in tree.observations() if node.call is not None}
+    on_paths = 0
+    for leaf in tree.leaves():
+        calls = leaf.calls
+        on_paths += len(calls)
+        spoke = any(call.source != "refused" for call in calls) or "</answer>" in leaf.turns[-1]
+        tally.add("alarm/unparsed", float(not spoke))
+        tally.add("alarm/truncated", float(leaf.stop is StopReason.LENGTH))
+        tally.add("alarm/call_limit", float(leaf.stop is StopReason.CALL_LIMIT))
+        tally.add("tools/calls_per_leaf", len(calls))
+    tally.add("tools/calls_saved_by_sharing", on_paths - len(executed))
+
+
+def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
+    calls = [node.call for tree in trees for node in tree.observations() if node.call is not None]
+    made = [call for call in calls if call.source != "refused"]
+    tally.add("tools/calls_executed", sum(call.source == "executed" for call in made))
+    tally.add("tools/calls_distinct", len({(call.name, repr(sorted(call.arguments.items()))) for call in made}))
+    tally.add("tools/calls_saved_by_cache", sum(call.source in ("cached", "joined") for call in made))
+    tally.add("tools/refused", len(calls) - len(made))
+    for call in made:
+        tally.add(f"tools/{call.name}/failed", float(not call.ok))
+        tally.add(f"tools/{call.name}/timed_out", float(call.failure == "timeout"))
+        tally.add(f"tools/{call.name}/cache_hits", float(call.source == "cached"))
+        if call.source == "executed":
+            tally.spread[f"tools/{call.name}/seconds"].append(call.seconds)
+
+
+def _tool(observation: Node) -> str:
+    """The tool of an observation; malformed calls count together, their fault is no tool's name."""
+    assert observation.call is not None
+    return "refusal" if observation.call.source == "refused" else observation.call.name
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A share that means something is silently wrong: from `limit` on (or from it down), `advice` is logged."""
+
+    metric: str
+    limit: float
+    advice: str
+    below: bool = False
+
+    def rings(self, values: Mapping[str, float]) -> bool:
+        if (value := values.get(self.metric)) is None:
+            return False
+        return value <= self.limit if self.below else value >= self.limit
+
+
+ALARMS = (
+    Alarm(
+        "alarm/unparsed",
+        0.5,
+        "{share} of the rollouts hold neither a valid tool call nor an answer: the model does not speak the protocol. "
+        "Start from a cold-started model (sft.py), and look at what it writes: arpo-trl tree {log}",
+    ),
+    Alarm(
+        "alarm/truncated",
+        0.5,
+        "{share} of the rollouts were cut by the length limit and could not answer. Raise max_completion_length, or "
+        "start from a model that ends its turns (sft.py).",
+    ),
+    Alarm(
+        "alarm/zero_variance_groups",
+        0.9,
+        "{share} of the groups earned one reward everywhere, so they teach nothing. All wrong in format: see "
+        "arpo/format and the two shares alarm/unparsed and alarm/truncated. All right: the rows are too easy.",
+    ),
+    Alarm(
+        "tree/fire_rate",
+        0.9,
+        "{share} of the tool results fire the branch rule, so the budget decides where branches go, not the entropy. "
+        "Raise branch_threshold, or use branch_rule ranked.",
+    ),
+    Alarm(
+        "tree/fire_rate",
+        0.1,
+        "Only {share} of the tool results fire the branch rule; most of the branch budget is topped up at the root. "
+        "Lower branch_threshold, or use branch_rule ranked.",
+        below=True,
+    ),
+)
+"""Looked at after every rollout; each is said once, and again every `REPEAT_EVERY` rollouts it still rings."""
+REPEAT_EVERY = 50

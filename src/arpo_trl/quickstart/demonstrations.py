@@ -1,0 +1,158 @@
+"""Noisy demonstrations: what a scripted policy writes that knows the task and makes mistakes at known rates.
+
+A policy cold-started on them knows the format and starts reinforcement learning where it is worth most: often enough
+right to be rewarded, often enough wrong to have something to learn, and uncertain mostly right after a search.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from arpo_trl.quickstart.corpus import Quantity
+from arpo_trl.quickstart.tasks import Question, parse_question
+
+_QUANTITY = re.compile(r" (\d+(?:\.\d+)?)((?: °C| K| ft| m| thousand km²| million km²| million)?)\b")
+_POINTER = re.compile(r"see (.+?)\.")
+_ASKED_VERB = {"melting point": "melts", "height": "rises", "area": "covers"}
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseRates:
+    """How often the scripted policy makes each mistake, as probabilities per occasion.
+
+    Attributes:
+        wrong_snippet: Of an entity's two values takes the one not asked for; per entity.
+        skip_second_query: Does not follow a pointer and goes on with a number from another page; per alias.
+        forget_unit: Leaves a value in the unit it was found in; per value in another unit.
+        wrong_operation: Adds instead of subtracting, or the other way round.
+        answer_directly: Answers with a value just read, without python.
+    """
+
+    wrong_snippet: float = 0.3
+    skip_second_query: float = 0.4
+    forget_unit: float = 0.4
+    wrong_operation: float = 0.2
+    answer_directly: float = 0.08
+
+
+NO_NOISE = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def make_demonstrations(
+    tasks: Sequence[Mapping[str, Any]],
+    search: Callable[[str], str],
+    seed: int,
+    n: int,
+    noise: NoiseRates = NoiseRates(),
+) -> list[dict[str, Any]]:
+    """`n` rows {messages}, going through `tasks` in order as often as needed, with fresh mistakes each time.
+
+    Args:
+        tasks: Rows of `make_tasks`.
+        search: The tool as the policy will have it, so that its real results stand in the demonstrations.
+        seed: Same seed, same demonstrations.
+        n: Number of rows.
+        noise: How often each mistake is made; `NO_NOISE` solves every task.
+    """
+    rng = random.Random(seed)
+    return [{"messages": _demonstrate(tasks[i % len(tasks)]["prompt"], search, rng, noise)} for i in range(n)]
+
+
+class _Trajectory:
+    """The messages of one demonstration as it is being written."""
+
+    def __init__(self, prompt: Sequence[Mapping[str, str]], search: Callable[[str], str]):
+        self.messages: list[dict[str, str]] = [dict(message) for message in prompt]
+        self._search = search
+
+    def search(self, query: str) -> str:
+        result = self._search(query)
+        self._call("search", query, result)
+        return result
+
+    def python(self, code: str, output: str) -> None:
+        self._call("python", code, output)
+
+    def answer(self, value: str) -> None:
+        self.messages.append({"role": "assistant", "content": f"<answer>\\boxed{{{value}}}</answer>"})
+
+    def _call(self, tool: str, argument: str, result: str) -> None:
+        self.messages.append({"role": "assistant", "content": f"<{tool}>{argument}</{tool}>"})
+        self.messages.append({"role": "tool", "name": tool, "content": result})
+
+
+def _demonstrate(
+    prompt: Sequence[Mapping[str, str]], search: Callable[[str], str], rng: random.Random, noise: NoiseRates
+) -> list[dict[str, str]]:
+    question = parse_question(prompt[-1]["content"])
+    trajectory = _Trajectory(prompt, search)
+    found: list[Quantity | None] = []
+    spare: list[Quantity] = []
+    for name in (question.first, question.second):
+        chosen, others = _look_up(trajectory, question, name, rng, noise)
+        found.append(chosen)
+        spare += others
+        if chosen is not None and rng.random() < noise.answer_directly / 2:
+            trajectory.answer(chosen.digits)
+            return trajectory.messages
+    first, second = (quantity if quantity is not None else rng.choice(spare or [_NOTHING]) for quantity in found)
+    expression, value = _compute(question, first, second, rng, noise)
+    trajectory.python(f"print({expression})", value)
+    trajectory.answer(value)
+    return trajectory.messages
+
+
+_NOTHING = Quantity("0", "")
+
+
+def _look_up(
+    trajectory: _Trajectory, question: Question, name: str, rng: random.Random, noise: NoiseRates
+) -> tuple[Quantity | None, list[Quantity]]:
+    """The value taken for `name`, None where a pointer was not followed, and the values left on its pages."""
+    result = trajectory.search(f"{question.asked} {name}")
+    pages = _pages_about(name, result)
+    pointer = next((match.group(1) for page in pages if (match := _POINTER.search(page))), None)
+    if pointer is not None:
+        if rng.random() < noise.skip_second_query:
+            return None, _quantities(_pages(result))
+        name = pointer
+        pages = _pages_about(name, trajectory.search(f"{question.asked} {name}"))
+    verb = f" {_ASKED_VERB[question.asked]} "
+    asked = _quantities([page for page in pages if verb in page])
+    others = _quantities([page for page in pages if verb not in page])
+    if others and rng.random() < noise.wrong_snippet:
+        asked, others = others, asked
+    return asked[0], others
+
+
+def _pages_about(name: str, result: str) -> list[str]:
+    return [page for page in _pages(result) if page.startswith(f"{name} ")]
+
+
+def _pages(result: str) -> list[str]:
+    """The texts behind "Page 1: ", "Page 2: " …"""
+    return [line.partition(": ")[2] for line in result.split("\n")]
+
+
+def _quantities(pages: Sequence[str]) -> list[Quantity]:
+    return [Quantity(*match.groups()) for page in pages if (match := _QUANTITY.search(page))]
+
+
+def _compute(
+    question: Question, first: Quantity, second: Quantity, rng: random.Random, noise: NoiseRates
+) -> tuple[str, str]:
+    """The python expression and what printing it gives."""
+    operation = question.operation
+    if rng.random() < noise.wrong_operation:
+        operation = "plus" if operation == "minus" else "minus"
+    expressions, values = [], []
+    for quantity in (first, second):
+        forgets = quantity.needs_conversion and rng.random() < noise.forget_unit
+        expressions.append(quantity.digits if forgets else quantity.expression)
+        values.append(quantity.number if forgets else quantity.converted)
+    sign, factor = ("+", 1) if operation == "plus" else ("-", -1)
+    return f"round({expressions[0]}{sign}{expressions[1]})", str(round(values[0] + factor * values[1]))

@@ -1,0 +1,81 @@
+"""Questions that need two or more searches and python: "height of Denali plus that of Hood in m?"
+
+Each names two entities of one topic, now and then one of them by an alias. Training and held-out questions share no
+unordered pair of entities, so a held-out answer cannot be remembered.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Topic
+
+_ALIAS_SHARE = 0.6
+_QUESTION = re.compile(r"(.+) of (.+) (plus|minus) that of (.+) in (.+)\?")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question's parts. `first` and `second` are names as asked, which may be aliases."""
+
+    asked: str
+    first: str
+    second: str
+    operation: str
+    unit: str
+
+    def __str__(self) -> str:
+        return f"{self.asked} of {self.first} {self.operation} that of {self.second} in {self.unit}?"
+
+
+def parse_question(text: str) -> Question:
+    """The parts of a question of this module; `ValueError` for any other text."""
+    match = _QUESTION.fullmatch(text)
+    if match is None:
+        raise ValueError(f"Not a quickstart question: {text!r}. Expected the form {_QUESTION.pattern!r}.")
+    asked, first, operation, second, unit = match.groups()
+    return Question(asked, first, second, operation, unit)
+
+
+def make_tasks(seed: int, n_train: int, n_heldout: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Training and held-out rows {prompt, answer, task, id}, the same for the same arguments.
+
+    Raises:
+        ConfigError: More questions asked for than there are pairs of entities.
+    """
+    rng = random.Random(seed)
+    pairs = [(topic, *pair) for topic in TOPICS for pair in itertools.combinations(topic.titles, 2)]
+    if n_train + n_heldout > len(pairs):
+        raise ConfigError(
+            f"n_train ({n_train}) + n_heldout ({n_heldout}) is more than the {len(pairs)} pairs of entities that the "
+            "corpus has. Ask for fewer questions."
+        )
+    rng.shuffle(pairs)
+    rows = [_make_row(rng, *pair) for pair in pairs[: n_train + n_heldout]]
+    heldout, train = rows[:n_heldout], rows[n_heldout:]
+    for split, split_rows in (("train", train), ("heldout", heldout)):
+        for number, row in enumerate(split_rows):
+            row["id"] = f"{split}-{number}"
+    return train, heldout
+
+
+def _make_row(rng: random.Random, topic: Topic, first: str, second: str) -> dict[str, Any]:
+    operation = rng.choice(("plus", "minus"))
+    values = topic.asked_quantities
+    # The larger value comes first, so that a difference is never negative.
+    if values[first].converted < values[second].converted:
+        first, second = second, first
+    sign = 1 if operation == "plus" else -1
+    answer = round(values[first].converted + sign * values[second].converted)
+    question = Question(topic.asked, _name(rng, first), _name(rng, second), operation, topic.unit)
+    return {"prompt": [{"role": "user", "content": str(question)}], "answer": [str(answer)], "task": "math"}
+
+
+def _name(rng: random.Random, title: str) -> str:
+    aliases = [alias for alias, target in ALIASES.items() if target == title]
+    return rng.choice(aliases) if aliases and rng.random() < _ALIAS_SHARE else title

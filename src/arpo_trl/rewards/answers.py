@@ -1,0 +1,138 @@
+"""What a model's final answer is, and how right it is.
+
+`extract_answer` finds it, `math_equal` and `token_f1` compare it, `task_accuracy` picks the comparison by the task.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+from arpo_trl.errors import RewardError
+from arpo_trl.rewards.math_worker import math_worker
+
+MATH, QA = "math", "qa"
+TASKS = (MATH, QA)
+
+MAX_MATH_CHARS = 512
+"""A longer expression equals nothing but itself. The longest mathematical gold of the published rows has 83."""
+
+_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips escaped braces
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+# Scripts written without spaces: kana, and the ideographs of Chinese, Japanese and Korean. Hangul has spaces.
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
+_ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def extract_answer(text: str) -> str | None:
+    r"""The content of the last `\boxed{…}` inside the last `<answer>…</answer>`, stripped; None when there is none.
+
+    Braces are balanced, escaped ones (`\{`) are text, and a box that never closes is no box. `\boxed{}` gives "".
+    Linear in the length of the text.
+    """
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, block = before.rpartition("<answer>")
+    if not (closed and opened):
+        return None
+    starts: list[int | None] = []  # of each open brace: where its content starts if it is a box
+    last: tuple[int, int] | None = None
+    for match in _BRACES.finditer(block):
+        token = match.group()
+        if token == "}":
+            start = starts.pop() if starts else None
+            if start is not None and (last is None or start > last[0]):
+                last = (start, match.start())
+        elif token == "{":
+            starts.append(None)
+        elif token.endswith("{") and token.startswith(r"\boxed"):
+            starts.append(match.end())
+    return None if last is None else block[slice(*last)].strip()
+
+
+@lru_cache(maxsize=16384)  # siblings of a group mostly give the same few answers
+def math_equal(prediction: str, gold: str) -> bool:
+    """Whether two expressions, LaTeX or plain, are mathematically equal by math-verify: 1/2 is 0.5, −6 is not 6.
+
+    Works in any thread and returns for any input: the comparison runs in a process with limits (see `math_worker`),
+    and what exceeds them, or `MAX_MATH_CHARS`, is not equal. Not symmetric: an assignment `x=5` may answer a gold `5`.
+    """
+    prediction, gold = prediction.strip(), gold.strip()
+    if not prediction or not gold:
+        return False
+    if prediction == gold:
+        return True
+    if max(len(prediction), len(gold)) > MAX_MATH_CHARS:
+        return False
+    return math_worker().equal(prediction, gold)
+
+
+def normalized_tokens(text: str) -> list[str]:
+    """Words of `text` as SQuAD compares them: lower case, without punctuation, without articles, split at spaces.
+
+    Beyond SQuAD, whose rules are for English in ASCII: compatibility forms are unified (NFKC), all of Unicode's
+    punctuation goes, and every Chinese or Japanese character is a token. A text of nothing but articles or punctuation
+    ("A", "The The", "!!!") keeps them, since it would equal every other such text.
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    bare = "".join(
+        char for char in text if char not in string.punctuation and not unicodedata.category(char).startswith("P")
+    )
+    for candidate in (_ARTICLES.sub(" ", bare), bare, text):
+        if tokens := _UNSPACED.sub(r" \g<0> ", candidate).split():
+            return tokens
+    return []
+
+
+def paper_tokens(text: str) -> list[str]:
+    """Words of `text` as the paper's released reward compares them: SQuAD's rules as they are, for every task.
+
+    ASCII punctuation is deleted, signs and fraction bars included, so "-6" is "6" and "1/2" is "12".
+    """
+    return _ARTICLES.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split()
+
+
+def token_f1(prediction: str, golds: Sequence[str]) -> float:
+    """The best F1, 0 to 1, of the prediction's words against any gold's; words by `normalized_tokens`."""
+    return _best_f1(prediction, golds, normalized_tokens)
+
+
+def paper_f1(prediction: str, golds: Sequence[str]) -> float:
+    """Token F1, 0 to 1, as the paper's released reward takes it; words by `paper_tokens`. For parity only."""
+    return _best_f1(prediction, golds, paper_tokens)
+
+
+def exact_match(prediction: str, golds: Sequence[str]) -> bool:
+    """Whether the prediction has the same words in the same order as any gold; words by `normalized_tokens`."""
+    words = normalized_tokens(prediction)
+    return bool(words) and any(words == normalized_tokens(gold) for gold in golds)
+
+
+def task_accuracy(prediction: str, golds: Sequence[str], task: str) -> float:
+    """How right a prediction is, 0 to 1: mathematical equality for "math", token F1 for "qa", the best over all golds.
+
+    Raises:
+        RewardError: `task` is neither.
+    """
+    if task == MATH:
+        return float(any(math_equal(prediction, gold) for gold in golds))
+    if task == QA:
+        return token_f1(prediction, golds)
+    raise RewardError(
+        f"The task is {task!r}; expected one of {TASKS}, which decide how an answer is compared. Fix the dataset's "
+        "`task` column."
+    )
+
+
+def _best_f1(prediction: str, golds: Sequence[str], tokens: Callable[[str], list[str]]) -> float:
+    words = Counter(tokens(prediction))
+    return max((_f1(words, Counter(tokens(gold))) for gold in golds), default=0.0)
+
+
+def _f1(prediction: Counter[str], gold: Counter[str]) -> float:
+    """2·|common| / (|prediction| + |gold|), which is the harmonic mean of precision and recall."""
+    common = (prediction & gold).total()
+    return 2 * common / (prediction.total() + gold.total()) if common else 0.0

@@ -1,0 +1,260 @@
+r"""The paper's reward (Eq 8): format first, then the answer, then the use of several tools.
+
+    −1                      the format is bad
+     0                      the format is good, the answer wrong
+    accuracy               … and the answer right, wholly or in part
+    accuracy + bonus       … and every bonus tool was executed with success on that path
+
+Everything is read from data that the trainer recorded: the text of the model's own turns, and which calls ran with
+success. The text of a tool result is never looked at, so a page full of `</result><answer>\boxed{…}</answer>` can
+change nothing. (The released code searches the whole text for `</search>` and `</python>`, results included.)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal, get_args
+
+from arpo_trl.errors import ConfigError, RewardError
+from arpo_trl.rewards.answers import TASKS, extract_answer, paper_f1, task_accuracy
+from arpo_trl.rollout.tree import StopReason
+
+Accuracy = Literal["task", "paper_f1"]
+
+
+class FormatFault(StrEnum):
+    """What is wrong with a path's format: the first of these, in this order, that holds."""
+
+    TRUNCATED = "truncated"
+    """It ran out of tokens before it ended its last turn."""
+    CALL_LIMIT = "call_limit"
+    """It called a tool again after it had been told that no calls were left."""
+    WROTE_RESULT = "wrote_result"
+    """The model wrote a `<result>` tag itself: it made up a tool's result."""
+    NO_ANSWER = "no_answer"
+    """No `<answer>`."""
+    SEVERAL_ANSWERS = "several_answers"
+    """More than one `<answer>`."""
+    UNBALANCED_TAGS = "unbalanced_tags"
+    """A tag is opened and not closed, or closed and not open."""
+    NESTED_TAGS = "nested_tags"
+    """A tag within another. Only a tool call within `<think>` is allowed."""
+    EARLY_ANSWER = "early_answer"
+    """The answer is not in the last turn: a tool was called after it."""
+    TEXT_AFTER_ANSWER = "text_after_answer"
+    """Something other than white space follows `</answer>`."""
+    NO_BOXED = "no_boxed"
+    r"""No `\boxed{…}` with balanced braces in the answer."""
+    EMPTY_ANSWER = "empty_answer"
+    r"""Nothing in the last `\boxed{}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class HierarchicalScore:
+    """The reward of one path and its parts.
+
+    `accuracy` is in [0, 1], and None where a bad format left the answer uncompared; `fault` is None where the format
+    is good.
+    """
+
+    reward: float
+    accuracy: float | None
+    fault: FormatFault | None
+
+
+def format_fault(turns: Sequence[str], stop_reason: str, tool_names: Sequence[str]) -> FormatFault | None:
+    """The first fault in the format of what a model wrote, or None.
+
+    Args:
+        turns: The model's own text, turn by turn, without tool results and without the final EOS.
+        stop_reason: A `StopReason`.
+        tool_names: The tools whose tags must be in order, next to `think` and `answer`.
+
+    Raises:
+        RewardError: `stop_reason` is unknown.
+    """
+    match stop_reason:
+        case StopReason.LENGTH:
+            return FormatFault.TRUNCATED
+        case StopReason.CALL_LIMIT:
+            return FormatFault.CALL_LIMIT
+        case StopReason.EOS:
+            pass
+        case _:
+            known = [str(reason) for reason in StopReason]
+            raise RewardError(
+                f"stop_reason is {stop_reason!r}; expected one of {known}. It must come from the trainer's rollout."
+            )
+    text = "\n".join(turns)  # a separator, lest the end of one turn and the start of the next make up a tag
+    if "<result>" in text or "</result>" in text:
+        return FormatFault.WROTE_RESULT
+    if (answers := text.count("<answer>")) != 1:
+        return FormatFault.SEVERAL_ANSWERS if answers else FormatFault.NO_ANSWER
+    if (fault := _tag_fault(text, tool_names)) is not None:
+        return fault
+    if "<answer>" not in turns[-1]:
+        return FormatFault.EARLY_ANSWER
+    if turns[-1].rpartition("</answer>")[2].strip():
+        return FormatFault.TEXT_AFTER_ANSWER
+    answer = extract_answer(turns[-1])
+    if answer is None:
+        return FormatFault.NO_BOXED
+    return None if answer else FormatFault.EMPTY_ANSWER
+
+
+def _tag_fault(text: str, tool_names: Sequence[str]) -> FormatFault | None:
+    names = "|".join(map(re.escape, ["think", "answer", *tool_names]))
+    tags = [match.groups() for match in re.finditer(rf"<(/?)({names})>", text)]
+    depth: Counter[str] = Counter()
+    for closing, tag in tags:
+        depth[tag] += -1 if closing else 1
+        if depth[tag] < 0:
+            return FormatFault.UNBALANCED_TAGS
+    if any(depth.values()):
+        return FormatFault.UNBALANCED_TAGS
+
+    inside: list[str] = []
+    for closing, tag in tags:
+        if closing:
+            if inside.pop() != tag:  # crossed: <think><search></think></search>
+                return FormatFault.NESTED_TAGS
+        elif inside and not (inside == ["think"] and tag in tool_names):
+            return FormatFault.NESTED_TAGS
+        else:
+            inside.append(tag)
+    return None
+
+
+class HierarchicalReward:
+    """A TRL reward function: the paper's Eq 8, one value in [−1, 1 + bonus] per completion.
+
+    Reads the columns that `ARPOTrainer` adds (`turns`, `tool_calls`, `stop_reason`) and the dataset's `answer` and
+    `task`. Logs the share of every `FormatFault` under `arpo/format/`, and each completion's as the column `format`.
+
+    Args:
+        accuracy: "task" compares by the row's task, mathematical equality or token F1. "paper_f1" takes the released
+            reward's token F1 for every task, mathematics too, for parity.
+        multi_tool_bonus: Added to a right answer, wholly or in part, of a path that executed every bonus tool.
+        bonus_tools: Names of these tools, at least one; their tags are part of the format.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    __name__ = "hierarchical"  # under which TRL logs it
+
+    def __init__(
+        self,
+        accuracy: Accuracy = "task",
+        multi_tool_bonus: float = 0.1,
+        bonus_tools: Sequence[str] = ("search", "python"),
+    ):
+        if accuracy not in get_args(Accuracy):
+            raise ConfigError(f"accuracy is {accuracy!r}; expected one of {get_args(Accuracy)}.")
+        if not (math.isfinite(multi_tool_bonus) and multi_tool_bonus >= 0):
+            raise ConfigError(f"multi_tool_bonus is {multi_tool_bonus}; expected a number ≥ 0, where 0 is no bonus.")
+        if isinstance(bonus_tools, str) or not bonus_tools:
+            raise ConfigError(
+                f"bonus_tools is {bonus_tools!r}; expected a list of tool names. To give no bonus set "
+                "multi_tool_bonus to 0."
+            )
+        self.accuracy = accuracy
+        self.multi_tool_bonus = multi_tool_bonus
+        self.bonus_tools = tuple(bonus_tools)
+
+    def score(
+        self,
+        *,
+        turns: Sequence[str],
+        tool_calls: Sequence[Mapping[str, Any]],
+        stop_reason: str,
+        answer: str | Sequence[str],
+        task: str,
+    ) -> HierarchicalScore:
+        """The reward of one path and its parts; the arguments are one row of the columns of `__call__`.
+
+        Raises:
+            RewardError: `task` or `stop_reason` is unknown, or there is no gold answer.
+        """
+        golds = [answer] if isinstance(answer, str) else list(answer or ())
+        if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
+            raise RewardError(f"answer is {answer!r}; expected the accepted answers, non-empty text or a list of it.")
+        if task not in TASKS:
+            raise RewardError(f"task is {task!r}; expected one of {TASKS}. Fix the dataset's `task` column.")
+
+        fault = format_fault(turns, stop_reason, self.bonus_tools)
+        if fault is not None:
+            return HierarchicalScore(reward=-1.0, accuracy=None, fault=fault)
+        prediction = extract_answer(turns[-1]) or ""
+        if self.accuracy == "paper_f1":
+            accuracy = paper_f1(prediction, golds)
+        else:
+            accuracy = task_accuracy(prediction, golds, task)
+        executed = {call["name"] for call in tool_calls if call["ok"]}
+        bonus = self.multi_tool_bonus if accuracy > 0 and executed.issuperset(self.bonus_tools) else 0.0
+        return HierarchicalScore(reward=accuracy + bonus, accuracy=accuracy, fault=None)
+
+    def __call__(
+        self,
+        completions: Sequence[Any],
+        answer: Sequence[str | Sequence[str]] | None = None,
+        task: Sequence[str] | None = None,
+        turns: Sequence[Sequence[str]] | None = None,
+        tool_calls: Sequence[Sequence[Mapping[str, Any]]] | None = None,
+        stop_reason: Sequence[str] | None = None,
+        log_metric: Callable[[str, float], None] | None = None,
+        log_extra: Callable[[str, list[Any]], None] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """The reward of each completion.
+
+        Args:
+            completions: Only counted; the text is read from `turns`.
+            answer: The accepted answers of each row, a list or one string.
+            task: "math" or "qa".
+            turns: What the model wrote, turn by turn, without tool results and without the final EOS.
+            tool_calls: The calls along the path in order, dicts with at least `name` and `ok`.
+            stop_reason: Why the path ended, a `StopReason`.
+            log_metric: TRL's logger of scalars.
+            log_extra: TRL's logger of columns.
+
+        Raises:
+            RewardError: a column is missing, or a row of it is not as described.
+        """
+        given: dict[str, Sequence[Any] | None] = {
+            "answer": answer,
+            "task": task,
+            "turns": turns,
+            "tool_calls": tool_calls,
+            "stop_reason": stop_reason,
+        }
+        for name, column in given.items():
+            if column is None or len(column) != len(completions):
+                got = "missing" if column is None else f"{len(column)} long"
+                source = "the dataset (see load_arpo_dataset)" if name in ("answer", "task") else "ARPOTrainer"
+                raise RewardError(
+                    f"The hierarchical reward's column {name!r} is {got}; expected one value for each of the "
+                    f"{len(completions)} completions. It comes from {source}."
+                )
+        scores = []
+        for row in range(len(completions)):
+            try:
+                scores.append(
+                    self.score(**{name: column[row] for name, column in given.items() if column is not None})
+                )
+            except RewardError as error:
+                raise RewardError(f"Hierarchical reward, row {row}: {error}") from error
+
+        outcomes = [score.fault or "ok" for score in scores]
+        if log_metric is not None and scores:
+            counts = Counter(outcomes)
+            for outcome in ("ok", *FormatFault):  # all of them, or the mean over batches would skip the zeros
+                log_metric(f"arpo/format/{outcome}", counts[outcome] / len(scores))
+        if log_extra is not None:
+            log_extra("format", [str(outcome) for outcome in outcomes])
+        return [score.reward for score in scores]

@@ -1,0 +1,154 @@
+"""Mathematical equality decided in a process of its own, so that no answer a model writes can hang or kill training.
+
+math-verify bounds its time with `signal.alarm`, which exists in the main thread only and cannot interrupt a power of
+big integers running in C: `9**9**9**9` outlives any limit set in Python. Here a worker process, this file run as a
+script, compares under limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no
+reward) and memory. The next question starts a new worker.
+
+    parent, any thread   ["1/2", "0.5"]\\n ──▶   worker
+                                      1\\n ◀──
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+
+CPU_LIMIT_S = 2.0
+"""Processor seconds one comparison may take. An ordinary one takes 10 ms; the slowest published gold took 1 s."""
+MEMORY_LIMIT_BYTES = 2 << 30
+"""Address space of the worker. sympy needs a tenth of it."""
+
+
+class MathWorker:
+    """A process that answers "are these two expressions equal?", started at the first question.
+
+    Thread-safe: questions queue up. A worker belongs to the process that made it; see `math_worker`.
+    """
+
+    def __init__(self, cpu_limit_s: float = CPU_LIMIT_S):
+        self.cpu_limit_s = cpu_limit_s
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+        self._owner_pid = os.getpid()
+        atexit.register(self.close)
+
+    def equal(self, prediction: str, gold: str) -> bool:
+        """Whether math-verify finds `prediction` equal to `gold`; False when that takes too much time or memory.
+
+        Raises:
+            RewardError: the worker cannot start at all.
+        """
+        with self._lock:
+            process = self._running()
+            try:
+                reply = _ask(process, json.dumps([prediction, gold]))
+            except BaseException:  # an interrupt here would leave a reply in the pipe for the next question
+                self._stop()
+                raise
+            if not reply:
+                self._stop()
+            return reply == "1"
+
+    def close(self) -> None:
+        """End the worker. The next question starts another."""
+        if os.getpid() == self._owner_pid:
+            with self._lock:
+                self._stop()
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is not None and self._process.poll() is None:
+            return self._process
+        self._stop()
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", __file__, str(self.cpu_limit_s)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # what we can import, it can
+        )
+        assert process.stdout is not None
+        if process.stdout.readline() != "ready\n":
+            self._stop()
+            from arpo_trl.errors import RewardError  # here, so that the worker loads nothing of this package
+
+            raise RewardError(
+                f"The worker that compares mathematical answers did not start (exit code {process.returncode}); its "
+                "own message is on stderr. Check that math-verify and its dependencies import."
+            )
+        return process
+
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()  # closes the pipes and reaps it
+            self._process = None
+
+
+def _ask(process: subprocess.Popen[str], question: str) -> str:
+    """The worker's reply, or "" when it died over the question."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(question + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return ""
+    return process.stdout.readline().strip()
+
+
+@lru_cache
+def _worker_of(pid: int) -> MathWorker:
+    return MathWorker()
+
+
+def math_worker() -> MathWorker:
+    """This process's worker. A forked process gets its own: two askers on one pipe would mix up their replies."""
+    return _worker_of(os.getpid())
+
+
+def _serve(cpu_limit_s: float) -> None:
+    """Answer questions from stdin until it closes. Runs in the worker, in its main thread."""
+    import logging
+    import resource
+    import signal
+
+    from math_verify import parse, verify
+
+    def expression(text: str) -> list[object]:
+        # Dollars within would end the one expression that the text is.
+        return parse(f"${text.replace('$', ' ')}$", parsing_timeout=None)
+
+    logging.disable(logging.CRITICAL)
+    verify(
+        expression(r"\frac{1}{2}"), expression("0.5"), timeout_seconds=None
+    )  # tables built on first use, off the clock
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends when its stdin does
+    with contextlib.suppress(ValueError, OSError):  # not every system can limit its address space
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    replies.write("ready\n")
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)  # whatever the parser prints is no reply
+    os.dup2(nowhere, 2)
+
+    for line in sys.stdin:
+        prediction, gold = json.loads(line)
+        # SIGPROF has no handler here: when the timer fires the kernel ends the process, even inside C code.
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
+        try:
+            equal = verify(expression(gold), expression(prediction), timeout_seconds=None)
+        except (Exception, RecursionError, MemoryError):
+            equal = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        replies.write("1\n" if equal else "0\n")
+
+
+if __name__ == "__main__":
+    _serve(float(sys.argv[1]))

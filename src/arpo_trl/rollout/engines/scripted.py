@@ -1,0 +1,109 @@
+"""An engine that replays texts: to try tools, protocols and rewards without a model. A public fake, not a test helper.
+
+    engine = ScriptedEngine(tokenizer, settings, lambda request, context: "<search>iron</search>")
+
+The script sees each request and the text so far and returns what "the model" writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+
+
+@dataclass(frozen=True, slots=True)
+class ScriptedTurn:
+    """What is written, the entropies (nats) of its first tokens (the last one repeats), and how many polls it takes.
+
+    `ends=False` leaves out the EOS that closes a text without a stop string, as if the length had run out.
+    """
+
+    text: str
+    entropies: Sequence[float] = (0.0,)
+    polls: int = 1
+    ends: bool = True
+
+
+Script = Callable[[TurnRequest, str], ScriptedTurn | str]
+
+
+@dataclass(slots=True)
+class _Running:
+    request: TurnRequest
+    turn: ScriptedTurn
+    polls: int = field(default=0)
+
+
+class ScriptedEngine:
+    """Replays `script(request, context)`; `context` is the decoded text the turn continues. Logprobs are all −0.5."""
+
+    LOGPROB = -0.5
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        script: Script,
+        *,
+        vocab_size: int | None = None,
+    ):
+        self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.forward_s = 0.0
+        self.requests: list[TurnRequest] = []
+        """Every request so far, for tests to look at."""
+        self.sessions = 0
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._script = script
+        self._running: list[_Running] = []
+
+    @property
+    def pending(self) -> int:
+        return len(self._running)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        self.sessions += 1
+        yield
+        self._running.clear()
+
+    def submit(self, request: TurnRequest) -> None:
+        self.requests.append(request)
+        turn = self._script(request, self._tokenizer.decode(request.ids, skip_special_tokens=False))
+        self._running.append(_Running(request, turn if isinstance(turn, ScriptedTurn) else ScriptedTurn(turn)))
+
+    def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
+        events: list[Probe | Turn] = []
+        for running in list(self._running):
+            running.polls += 1
+            turn = self._finish(running)
+            if running.polls >= running.turn.polls:
+                events.append(turn)
+                self._running.remove(running)
+            elif running.polls == 1 and len(turn.ids) > running.request.probe_tokens > 0:
+                events.append(Probe(running.request.id, turn.entropies))
+        return events
+
+    def _finish(self, running: _Running) -> Turn:
+        request, script = running.request, running.turn
+        ids: list[int] = []
+        stop = TurnStop.LENGTH
+        for token in self._tokenizer.encode(script.text, add_special_tokens=False):
+            ids.append(token)
+            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+            if any(string in text for string in self._settings.stop_strings):
+                stop = TurnStop.STOP_STRING
+                break
+        if stop is TurnStop.LENGTH and script.ends:
+            ids.append(self._settings.eos_ids[0])
+            stop = TurnStop.EOS
+        if len(ids) > request.max_tokens:
+            ids, stop = ids[: request.max_tokens], TurnStop.LENGTH
+        probed = min(len(ids), request.probe_tokens)
+        padded = [*script.entropies[:probed], *[script.entropies[-1]] * max(0, probed - len(script.entropies))]
+        return Turn(request.id, ids, [self.LOGPROB] * len(ids), padded, stop)

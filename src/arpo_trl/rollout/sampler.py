@@ -1,0 +1,360 @@
+"""The event loop that grows one tree per prompt.
+
+Turns and tool calls are submitted; whatever finishes first grows its tree and leads to the next submission. Nobody waits
+for a slower sibling, tools run while others decode, and each turn asks only for the tokens its path has left.
+
+With `schedule="rounds"` tool results are taken in together, in the order of their calls, once nothing is left to decode.
+That costs some overlap and makes a run repeat bit for bit, whatever the tools' timing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolicy, BranchRule
+from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.protocol import BadCall, TagProtocol
+from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
+from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult
+
+IDLE_POLL_S = 0.05
+"""How long one wait for the tools, or for the engine, may last while only one of them has work."""
+BUSY_POLL_S = 0.002
+"""How long a wait for the engine may hold up looking at the tools."""
+
+
+class RolloutSchedule(StrEnum):
+    OVERLAP = "overlap"
+    """Take in whatever has finished."""
+    ROUNDS = "rounds"
+    """Take in tool results together once nothing is left to decode: repeats bit for bit."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerSettings:
+    """How a group is sampled. Lengths are in tokens; `max_length` is the model's context, prompt included."""
+
+    num_generations: int
+    initial_rollouts: int
+    max_completion_length: int
+    max_length: int
+    max_tool_calls: int
+    entropy_probe_tokens: int = 20
+    policy: BranchPolicy = field(default_factory=BranchPolicy)
+    schedule: RolloutSchedule = RolloutSchedule.OVERLAP
+
+    def without_branching(self, num_generations: int) -> SamplerSettings:
+        """The same for evaluation: every path starts at the root."""
+        return replace(self, num_generations=num_generations, initial_rollouts=num_generations)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRequest:
+    """One prompt to be rolled out. `id` numbers the prompt within the step, over all ranks."""
+
+    id: int
+    prompt_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutTimes:
+    """Seconds of one `sample` call: all of it, in model forwards, and waiting for tools with nothing to decode."""
+
+    total_s: float
+    forward_s: float
+    tool_wait_s: float
+    sync_s: float
+
+    @property
+    def own_s(self) -> float:
+        """The sampler's own: everything but forwards, waiting for tools and getting the weights in place."""
+        return self.total_s - self.forward_s - self.tool_wait_s - self.sync_s
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """The finished trees, in the order of their requests, and what was counted on the way, one number per tree."""
+
+    trees: list[RolloutTree]
+    times: RolloutTimes
+    topups: list[int]
+    """Leaves that were started at the root because no branch could supply them any more."""
+    turns_in_sequence: list[int]
+    """The longest chain of turns that had to follow one another; what started late counts after what it waited for."""
+
+
+@dataclass(slots=True)
+class _Group:
+    """Everything about one prompt that lives and dies with it."""
+
+    id: int
+    tree: RolloutTree
+    budget: BranchBudget
+    starts: int = 0
+    topups: int = 0
+    longest_chain: int = 0
+    live: dict[Address, int] = field(default_factory=dict)
+    """For each live path the number of tool results it may still branch at."""
+    candidates: list[tuple[_Path, Sequence[float]]] = field(default_factory=list)
+    """Paths that wait for the decision on the observation they continue, with its probe entropies."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """A live path: what its current turn continues, and what it may still do."""
+
+    group: _Group
+    address: Address
+    parent: int
+    """The root or the observation that the current turn hangs under; the turn itself once that is written."""
+    ids: list[int]
+    """Prompt and path up to and with `parent`."""
+    depth: int = 0
+    """Turns above `parent` and with it, inherited ones included."""
+    waited: int = 0
+    """Turns in sequence that this path had to wait for besides its own."""
+    results: int = 0
+    """Tool results received, refusals of malformed calls included."""
+    may_call: bool = True
+    decides: bool = False
+    """The probe of the current turn decides whether the observation above it branches."""
+    root_entropies: Sequence[float] = ()
+    last_entropies: Sequence[float] = ()
+
+
+class TreeSampler:
+    """Rolls prompts out into trees with one engine, one protocol and one set of tools."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        toolbox: ToolBox,
+        protocol: TagProtocol,
+        settings: SamplerSettings,
+        eos_ids: Sequence[int],
+    ):
+        self.engine = engine
+        self.toolbox = toolbox
+        self.protocol = protocol
+        self.settings = settings
+        self.eos_ids = tuple(eos_ids)
+
+    def sample(
+        self,
+        requests: Sequence[GroupRequest],
+        *,
+        seed: tuple[int | str, ...],
+        settings: SamplerSettings | None = None,
+    ) -> Rollout:
+        """One finished tree of exactly `num_generations` leaves per request.
+
+        Args:
+            seed: With the request's id and a turn's place in its tree, seeds every draw: same seed, same tree.
+            settings: Others than the sampler's own, for this call.
+
+        Raises:
+            ConfigError: A prompt leaves no room for a completion.
+            EngineError: The engine broke its contract.
+        """
+        return _Run(self, settings or self.settings, seed)(requests)
+
+
+class _Run:
+    """One call of `sample`: all state that must not outlive it."""
+
+    def __init__(self, sampler: TreeSampler, settings: SamplerSettings, seed: tuple[int | str, ...]):
+        self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
+        self.eos_ids = sampler.eos_ids
+        self.settings = settings
+        self.seed = seed
+        self.ranked = settings.policy.rule is BranchRule.RANKED
+        self.writing: dict[int, _Path] = {}
+        self.calling: dict[int, tuple[_Path, ToolCall]] = {}
+        self.requests = 0
+        self.tool_wait_s = 0.0
+
+    def __call__(self, requests: Sequence[GroupRequest]) -> Rollout:
+        start, forward_before = time.perf_counter(), self.engine.forward_s
+        with self.engine.session():
+            sync_s = time.perf_counter() - start
+            groups = [self._start(request) for request in requests]
+            while self.writing or self.calling:
+                for group in self._advance():
+                    self._branch(group)
+            closing = time.perf_counter()
+        end = time.perf_counter()
+        for group in groups:
+            group.tree.check(self.settings.num_generations)
+        forward_s = self.engine.forward_s - forward_before
+        return Rollout(
+            [group.tree for group in groups],
+            RolloutTimes(end - start, forward_s, self.tool_wait_s, sync_s + end - closing),
+            [group.topups for group in groups],
+            [group.longest_chain for group in groups],
+        )
+
+    # Events ----------------------------------------------------------------------------------------------------------
+
+    def _advance(self) -> list[_Group]:
+        """The groups in which something happened, after waiting if nothing had."""
+        touched: dict[int, _Group] = {}
+        if self.writing:
+            for event in self.engine.poll(BUSY_POLL_S if self.calling else IDLE_POLL_S):
+                path = self.writing[event.id]
+                touched[path.group.id] = path.group
+                if isinstance(event, Probe):
+                    self.writing[event.id] = self._probed(path, event.entropies)
+                else:
+                    del self.writing[event.id]
+                    self._wrote(path, event)
+        for ticket, result in self._tool_results():
+            path, call = self.calling.pop(ticket)
+            touched[path.group.id] = path.group
+            self._observe(
+                path,
+                result.text,
+                ExecutedCall(call.name, call.arguments, result.text, result.failure, result.seconds, result.source),
+            )
+        return list(touched.values())
+
+    def _tool_results(self) -> list[tuple[int, ToolResult]]:
+        rounds = self.settings.schedule is RolloutSchedule.ROUNDS
+        if not self.calling or (rounds and self.writing):
+            return []
+        if self.writing:
+            return self.toolbox.poll(0.0)
+        start = time.perf_counter()
+        results = self.toolbox.poll(IDLE_POLL_S)
+        while rounds and len(results) < len(self.calling):
+            results += self.toolbox.poll(IDLE_POLL_S)
+        self.tool_wait_s += time.perf_counter() - start
+        return sorted(results, key=lambda result: result[0])
+
+    def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:
+        """The path after the first tokens of its current turn are known."""
+        if path.depth == 0 and not path.root_entropies:
+            path = replace(path, root_entropies=entropies)
+        if path.decides:
+            path.group.candidates.append((path, entropies))
+            path = replace(path, decides=False)
+        return self._alive(path)
+
+    def _wrote(self, path: _Path, turn: Turn) -> None:
+        path = self._probed(path, turn.entropies)  # changes nothing where a Probe came before
+        text = self.protocol.decode_turn(turn.ids, self.eos_ids)
+        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
+        path = replace(
+            path, parent=node.index, ids=path.ids + turn.ids, depth=path.depth + 1, last_entropies=turn.entropies
+        )
+        path.group.longest_chain = max(path.group.longest_chain, path.waited + path.depth)
+        call = None if turn.stop is TurnStop.LENGTH else self.protocol.parse_turn(text)
+        if turn.stop is TurnStop.LENGTH:
+            self._end(path, StopReason.LENGTH)
+        elif call is None:
+            self._end(path, StopReason.EOS)
+        elif not path.may_call:
+            self._end(path, StopReason.CALL_LIMIT)
+        elif path.results >= self.settings.max_tool_calls:
+            self._observe(replace(path, may_call=False), self.protocol.limit_notice(), None)
+        elif isinstance(call, BadCall):
+            self._observe(path, call.text, ExecutedCall(call.fault, {}, call.text, "bad_call", 0.0, "refused"))
+        else:
+            self.calling[self.toolbox.submit(call)] = (self._alive(path), call)
+
+    def _observe(self, path: _Path, text: str, call: ExecutedCall | None) -> None:
+        """Shows the path a tool result, or the limit's notice (`call` None), and lets it write on."""
+        ids = self.protocol.encode_observation(text)
+        if self._room(path.group, len(path.ids) + len(ids)) < 1:
+            self._end(path, StopReason.LENGTH)
+            return
+        node = path.group.tree.add_observation(path.parent, ids, call, text)
+        path = replace(path, parent=node.index, ids=path.ids + ids)
+        if call is not None:
+            path = replace(path, results=path.results + 1, decides=True)
+            if self.settings.policy.rule is BranchRule.RELEASED:  # decided from the turn before: the lag
+                path = self._probed(path, path.last_entropies)
+        self._write(path)
+
+    # Paths -----------------------------------------------------------------------------------------------------------
+
+    def _start(self, request: GroupRequest) -> _Group:
+        settings = self.settings
+        budget = BranchBudget(settings.num_generations - settings.initial_rollouts, settings.policy.branches_per_fork)
+        group = _Group(request.id, RolloutTree(request.prompt_ids), budget)
+        if self._room(group, len(request.prompt_ids)) < 1:
+            raise ConfigError(
+                f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length}: no "
+                "room for a completion. Shorten or drop the prompt."
+            )
+        self._start_at_root(group, settings.initial_rollouts, waited=0)
+        return group
+
+    def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
+        for _ in range(count):
+            path = _Path(group, (group.starts,), 0, group.tree.root.ids, waited=waited)
+            group.starts += 1
+            self._write(path)
+
+    def _write(self, path: _Path) -> None:
+        """Submits the path's next turn."""
+        key = (path.group.id, *path.address, path.depth)
+        request = TurnRequest(
+            self.requests,
+            path.ids,
+            self._room(path.group, len(path.ids)),
+            self.settings.entropy_probe_tokens,
+            self._draw("turn", key),
+            key,
+        )
+        self.requests += 1
+        self.writing[request.id] = self._alive(path)
+        self.engine.submit(request)
+
+    def _alive(self, path: _Path) -> _Path:
+        """The path itself, its group told how many tool results it may still branch at."""
+        to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
+        path.group.live[path.address] = to_come + path.decides
+        return path
+
+    def _end(self, path: _Path, reason: StopReason) -> None:
+        path.group.tree.end(path.parent, path.address, reason)
+        del path.group.live[path.address]
+
+    def _room(self, group: _Group, length: int) -> int:
+        """Tokens left for a path whose ids, prompt included, are `length` long."""
+        settings = self.settings
+        return min(len(group.tree.root.ids) + settings.max_completion_length, settings.max_length) - length
+
+    # Branching -------------------------------------------------------------------------------------------------------
+
+    def _branch(self, group: _Group) -> None:
+        """Decides what has been probed since the last look, branches, and tops up what can no longer be spent."""
+        if self.ranked and (group.live or not group.budget.remaining):
+            return
+        candidates = sorted(group.candidates, key=lambda candidate: (candidate[0].address, candidate[0].depth))
+        group.candidates = []
+        decide = group.budget.rank if self.ranked else group.budget.serve
+        decisions = decide([self._decide(path, entropies) for path, entropies in candidates])
+        for (path, _), decision in zip(candidates, decisions, strict=True):
+            group.tree.nodes[path.parent].decision = decision
+            waited = group.longest_chain - path.depth if self.ranked else path.waited
+            for j in range(decision.granted):
+                self._write(replace(path, address=(*path.address, path.depth, j), decides=False, waited=waited))
+        topups = group.budget.top_up(() if self.ranked else group.live.values())
+        group.topups += topups
+        self._start_at_root(group, topups, waited=group.longest_chain)
+
+    def _decide(self, path: _Path, entropies: Sequence[float]) -> BranchDecision:
+        coin = random.Random(self._draw("branch", (path.group.id, *path.address, path.depth))).random()
+        return self.settings.policy.decide(entropies, path.root_entropies, self.engine.vocab_size, coin)
+
+    def _draw(self, what: str, key: tuple[int, ...]) -> int:
+        """A seed that is this rollout's, and this place's in it, alone."""
+        digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big")

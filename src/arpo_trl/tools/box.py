@@ -1,0 +1,431 @@
+"""Runs the model's tool calls: many at once, each with a deadline, and every failure as text for the model.
+
+    submit(call) ─▶ joined to an identical call in flight? cached? else queued ─▶ place free ─▶ thread or event loop
+    poll()       ◀─ (ticket, ToolResult) ◀───────────── text, or what went wrong as text ◀── done, or deadline
+
+A scheduling thread owns places and deadlines and never runs a tool. A sync tool runs in a daemon thread of its own, an
+async tool on an event loop that all async tools share. A call that misses its deadline is abandoned: its place is free
+at once, whatever its thread still does. (An async tool that blocks that loop makes the async calls after it miss
+theirs.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import json
+import queue
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from arpo_trl.errors import ConfigError, ToolError, ToolSpecError
+
+RESERVED_TAGS = frozenset({"think", "answer", "result"})
+UNKNOWN_TOOL = "(unknown)"  # the key of `ToolBox.take_stats` for calls to tools that do not exist
+
+_TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_MIN_MAX_CHARS = 100
+_MAX_ERROR_CHARS = 300
+_MAX_CACHED = 100_000
+_STOP_TIMEOUT_S = 1.0
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list, tuple),
+    "object": (dict,),
+}
+
+Source = Literal["executed", "joined", "cached", "refused"]
+
+
+class ToolFailure(StrEnum):
+    """Why a call did not return a result."""
+
+    ERROR = "error"  # the tool raised
+    TIMEOUT = "timeout"  # the deadline came first
+    NOT_TEXT = "not_text"  # it returned something that has no text
+    BAD_CALL = "bad_call"  # there is no such tool, or the arguments are not its own
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """What the model asked for."""
+
+    name: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolResult:
+    """What came of a call."""
+
+    text: str
+    """What the model sees: never empty, at most `max_chars` long, always encodable as UTF-8."""
+    failure: ToolFailure | None
+    """None: it ran and returned."""
+    seconds: float
+    """Wall-clock seconds of the execution that produced the text; 0.0 when it came from the cache or was refused."""
+    source: Source
+    """`executed`, `joined` (shared an execution in flight), `cached`, or `refused` (a bad call; nothing ran)."""
+
+    @property
+    def ok(self) -> bool:
+        return self.failure is None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStats:
+    """Counts of one tool over the results between two `ToolBox.take_stats`."""
+
+    calls: int = 0
+    executed: int = 0
+    joined: int = 0
+    cached: int = 0
+    failures: dict[str, int] = field(default_factory=dict)
+    """Calls that failed, by `ToolFailure`; the joined ones are counted, so the sum may exceed `executed`."""
+    seconds: tuple[float, ...] = ()
+    """Wall-clock seconds of each executed call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """What there is to know of a tool in order to offer it and to check a call."""
+
+    name: str
+    parameters: tuple[str, ...]
+    schema: dict[str, Any]
+    """JSON schema of the function, as chat templates take it."""
+    is_async: bool
+    single_text_parameter: str | None
+    """The one required parameter when that is a str: what stands between the tool's tags."""
+
+
+def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
+    """The specification of a typed, documented function.
+
+    Raises `ToolSpecError` for a name that cannot be a tag, for `*args` or `**kwargs`, and for a missing docstring,
+    type or description of a parameter.
+    """
+    name = getattr(tool, "__name__", None)
+    if name is None:
+        raise ToolSpecError(f"a tool is a named function, got {tool!r}. Wrap it in a `def` that has the tool's name.")
+    if not _TAG.fullmatch(name):
+        raise ToolSpecError(
+            f"tool {name!r}: its name is its tag, so it has to match {_TAG.pattern}. Rename the function."
+        )
+    if name in RESERVED_TAGS:
+        raise ToolSpecError(f"tool {name!r}: <{name}> has a meaning of its own in a rollout. Rename the function.")
+    signature = inspect.signature(tool)
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ToolSpecError(f"tool {name!r}: a model cannot be offered {str(parameter)!r}. Name each parameter.")
+    try:
+        schema = get_json_schema(tool)
+    except Exception as error:  # its own parsing errors, and whatever unusual annotations raise in it
+        raise ToolSpecError(
+            f"tool {name!r} cannot be described to a model: {error} "
+            "It needs a docstring with an `Args:` section that describes each parameter, and a type for each."
+        ) from error
+    properties = schema["function"]["parameters"]["properties"]
+    required = [p.name for p in signature.parameters.values() if p.default is p.empty]
+    single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
+    return ToolSpec(name, tuple(signature.parameters), schema, inspect.iscoroutinefunction(tool), single)
+
+
+@dataclass(slots=True)
+class _Flight:
+    """One execution and the tickets that wait for it."""
+
+    key: tuple[str, str]
+    call: ToolCall
+    tickets: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """What a tool raised, as a value: some exceptions change the course of the thread or loop they travel through."""
+
+    error: BaseException
+
+
+class ToolBox:
+    """The tools of a run, and the calls to them that are under way.
+
+    Args:
+        tools: Typed, documented functions, sync or async; a function's name is its tag.
+        timeout_s: Seconds from a call's start to its deadline; waiting for a place does not count.
+        concurrency: Places, that is calls that run at once.
+        cache: Give the text of an earlier successful call with the same name and arguments again.
+        max_chars: Longest text a model is shown; of a longer one head and tail are kept and the cut is marked.
+
+    Close it, or use it as a context manager; threads of calls that hang never keep the interpreter from exiting.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Callable[..., Any]],
+        *,
+        timeout_s: float = 20.0,
+        concurrency: int = 32,
+        cache: bool = False,
+        max_chars: int = 100_000,
+    ) -> None:
+        for setting, value, least in (("concurrency", concurrency, 1), ("max_chars", max_chars, _MIN_MAX_CHARS)):
+            if value < least:
+                raise ConfigError(f"{setting} of a ToolBox is {value}, expected at least {least}")
+        if not timeout_s > 0:
+            raise ConfigError(f"timeout_s of a ToolBox is {timeout_s}, expected more than 0")
+        self.specs: dict[str, ToolSpec] = {}
+        self._tools: dict[str, Callable[..., Any]] = {}
+        for tool in tools:
+            spec = tool_spec(tool)
+            if spec.name in self.specs:
+                raise ToolSpecError(f"two tools are named {spec.name!r}; a tag has to name one. Rename one of them.")
+            self.specs[spec.name] = spec
+            self._tools[spec.name] = tool
+        self._timeout_s = timeout_s
+        self._max_chars = max_chars
+        self._lock = threading.Lock()  # guards everything below
+        self._flights: dict[tuple[str, str], _Flight] = {}
+        self._cache: dict[tuple[str, str], str] | None = {} if cache else None
+        self._tickets = 0
+        self._pending = 0
+        self._results: list[tuple[str, ToolResult]] = []  # since the last take_stats, by tool
+        self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
+        self._scheduler = _LoopThread("arpo-tools-scheduler")
+        self._places = asyncio.Semaphore(concurrency)
+        self._async_tools = _LoopThread("arpo-tools-async")
+        self._closed = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tools' names, in the order given."""
+        return tuple(self.specs)
+
+    @property
+    def pending(self) -> int:
+        """Tickets that `poll` has not delivered yet."""
+        with self._lock:
+            return self._pending
+
+    def submit(self, call: ToolCall) -> int:
+        """The ticket under which `poll` delivers this call's result; never blocks, and never raises for a bad call."""
+        if self._closed:
+            raise RuntimeError("this ToolBox is closed")
+        refusal = self._refusal(call)
+        key = (call.name, json.dumps(call.arguments, sort_keys=True, default=repr))
+        with self._lock:
+            ticket = self._tickets
+            self._tickets += 1
+            self._pending += 1
+            if refusal is not None:
+                self._deliver(ticket, call.name, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, "refused"))
+            elif self._cache is not None and key in self._cache:
+                self._deliver(ticket, call.name, ToolResult(self._cache[key], None, 0.0, "cached"))
+            elif key in self._flights:
+                self._flights[key].tickets.append(ticket)
+            else:
+                self._flights[key] = flight = _Flight(key, call, [ticket])
+                self._scheduler.start(self._fly(flight))
+        return ticket
+
+    def poll(self, timeout_s: float = 0.0) -> list[tuple[int, ToolResult]]:
+        """The (ticket, result) pairs that are there, first done first; waits at most `timeout_s` for the first."""
+        delivered = []
+        with contextlib.suppress(queue.Empty):
+            delivered.append(self._done.get(timeout=timeout_s) if timeout_s > 0 else self._done.get_nowait())
+            while True:
+                delivered.append(self._done.get_nowait())
+        with self._lock:
+            self._pending -= len(delivered)
+        return delivered
+
+    def take_stats(self) -> dict[str, ToolStats]:
+        """Counts per tool over the results since the last call of this, which start again at zero.
+
+        Every tool is there; `UNKNOWN_TOOL` only when the model called one that does not exist.
+        """
+        with self._lock:
+            results, self._results = self._results, []
+        by_tool: dict[str, list[ToolResult]] = {name: [] for name in self.specs}
+        for name, result in results:
+            by_tool.setdefault(name if name in self.specs else UNKNOWN_TOOL, []).append(result)
+        return {name: _count(results_of_tool) for name, results_of_tool in by_tool.items()}
+
+    def close(self) -> None:
+        """Stop; results that were not polled are lost. May be called again."""
+        if not self._closed:
+            self._closed = True
+            self._scheduler.stop()
+            self._async_tools.stop()
+
+    def __enter__(self) -> ToolBox:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _refusal(self, call: ToolCall) -> str | None:
+        """Text for the model when the call cannot be made, else None."""
+        spec = self.specs.get(call.name)
+        if spec is None:
+            return self._presentable(f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.names)}.")
+        try:
+            inspect.signature(self._tools[call.name]).bind(**call.arguments)
+        except TypeError as error:
+            return self._presentable(f"Error: {call.name}: {error}.")
+        properties = spec.schema["function"]["parameters"]["properties"]
+        for name, value in call.arguments.items():
+            expected = properties[name].get("type")
+            types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
+            # bool is an int to Python, not to a schema
+            if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                if value is None and properties[name].get("nullable"):
+                    continue
+                return f"Error: {call.name}: {name} has to be of type {expected}, got {type(value).__name__}."
+        return None
+
+    async def _fly(self, flight: _Flight) -> None:
+        """Execute the flight once it has a place, and deliver to all its tickets. Runs on the scheduling thread."""
+        async with self._places:
+            start = time.perf_counter()
+            execution = self._execute(flight.call)
+            await asyncio.wait([execution], timeout=self._timeout_s)
+            seconds = time.perf_counter() - start
+            if execution.done():
+                text, failure = self._as_text(flight.call.name, execution.result())
+            else:
+                execution.cancel()
+                failure = ToolFailure.TIMEOUT
+                text = f"Error: the {flight.call.name} call took longer than {self._timeout_s:g} s."
+        with self._lock:
+            del self._flights[flight.key]
+            if self._cache is not None and failure is None:
+                if len(self._cache) >= _MAX_CACHED:
+                    del self._cache[next(iter(self._cache))]  # the oldest
+                self._cache[flight.key] = text
+            source: Source = "executed"
+            for ticket in flight.tickets:
+                self._deliver(ticket, flight.call.name, ToolResult(text, failure, seconds, source))
+                source = "joined"
+
+    def _execute(self, call: ToolCall) -> asyncio.Future[Any]:
+        """A future of the scheduling loop with what the tool returned, or `_Raised`."""
+        tool = self._tools[call.name]
+        if self.specs[call.name].is_async:
+            return asyncio.wrap_future(self._async_tools.start(_returned_async(tool, call.arguments)))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(value: Any) -> None:
+            if not future.done():
+                future.set_result(value)
+
+        def work() -> None:
+            value = _returned(tool, call.arguments)
+            with contextlib.suppress(RuntimeError):  # the box was closed meanwhile
+                loop.call_soon_threadsafe(settle, value)
+
+        # A thread per call costs some 50 µs, and one that hangs is nobody else's.
+        threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
+        return future
+
+    def _deliver(self, ticket: int, name: str, result: ToolResult) -> None:
+        self._results.append((name, result))
+        self._done.put((ticket, result))
+
+    def _as_text(self, name: str, value: Any) -> tuple[str, ToolFailure | None]:
+        if isinstance(value, _Raised):
+            return self._presentable(_describe(value.error)), ToolFailure.ERROR
+        if isinstance(value, str):
+            return self._presentable(value), None
+        if isinstance(value, (bool, int, float, dict, list)):
+            with contextlib.suppress(TypeError, ValueError, RecursionError):
+                return self._presentable(json.dumps(value, ensure_ascii=False)), None
+        message = f"Error: the {name} call returned {type(value).__name__}, which is not text."
+        return message, ToolFailure.NOT_TEXT
+
+    def _presentable(self, text: str) -> str:
+        """`text` as a model can be shown it: encodable, not empty, not too long."""
+        # Surrogate pairs become their character; lone ones, which no tokenizer encodes, U+FFFD, and so does NUL.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+        if not text.strip():
+            return "(no output)"
+        if len(text) <= self._max_chars:
+            return text
+        mark = f"\n[… {len(text) - self._max_chars} or more characters left out …]\n"
+        kept = self._max_chars - len(mark)
+        return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
+
+
+def _returned(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    try:
+        return tool(**arguments)
+    except BaseException as error:
+        return _Raised(error)
+
+
+async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    try:
+        return await tool(**arguments)
+    except BaseException as error:
+        return _Raised(error)
+
+
+def _describe(error: BaseException) -> str:
+    """The message of a `ToolError`; of anything else one short line that gives no path of this machine away."""
+    if isinstance(error, ToolError):
+        return str(error)
+    message = error.strerror if isinstance(error, OSError) else str(error)
+    first_line = (message or "").strip().partition("\n")[0][:_MAX_ERROR_CHARS]
+    return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
+
+
+def _count(results: list[ToolResult]) -> ToolStats:
+    sources = Counter(result.source for result in results)
+    return ToolStats(
+        calls=len(results),
+        executed=sources["executed"],
+        joined=sources["joined"],
+        cached=sources["cached"],
+        failures=dict(Counter(str(result.failure) for result in results if result.failure is not None)),
+        seconds=tuple(result.seconds for result in results if result.source == "executed"),
+    )
+
+
+class _LoopThread:
+    """An event loop in a daemon thread."""
+
+    def __init__(self, name: str) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def start(self, coroutine: Any) -> Any:
+        """The `concurrent.futures.Future` of `coroutine`, which the loop begins to run."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def stop(self) -> None:
+        """Cancel what runs and end the thread; one that a tool blocks is left behind."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(_STOP_TIMEOUT_S)
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S / 2))
+        self._loop.close()

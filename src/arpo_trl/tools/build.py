@@ -1,0 +1,70 @@
+"""The tools that a configuration file names, built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.tools.python import python_tool
+from arpo_trl.tools.search import LocalIndex, RecordedSearch, search_tool
+
+BUILT_IN = ("search", "python")
+
+
+@dataclass
+class ToolArguments:
+    """Which of the built-in tools the policy has, and what they stand on."""
+
+    tools: list[str] = field(
+        default_factory=lambda: list(BUILT_IN), metadata={"help": f"Built-in tools to offer, of {list(BUILT_IN)}."}
+    )
+    search_index: str | None = field(
+        default=None,
+        metadata={"help": "Local BM25 search: a JSONL file of passages, or a folder saved by LocalIndex.save."},
+    )
+    search_recorded: str | None = field(
+        default=None, metadata={"help": "Recorded search: a JSON file {query: result text}."}
+    )
+    search_top_k: int = field(default=10, metadata={"help": "Results per search. The paper's setting is 10."})
+    search_max_chars: int = field(
+        default=1000, metadata={"help": "Characters per search result. The paper's setting is 1,000."}
+    )
+    python_timeout_s: float = field(default=5.0, metadata={"help": "Wall seconds a python call may run."})
+    allow_unsafe: bool = field(
+        default=False,
+        metadata={"help": "Run model-written python without a sandbox where none can be had. Dangerous."},
+    )
+
+
+def build_tools(arguments: ToolArguments) -> list[Callable[..., Any]]:
+    """The tools as functions, in the order they were named.
+
+    Raises:
+        ConfigError: An unknown tool, or a search without exactly one thing to search in.
+        SandboxError: python was asked for and cannot be isolated.
+    """
+    unknown = [name for name in arguments.tools if name not in BUILT_IN]
+    if unknown:
+        raise ConfigError(f"tools names {unknown}; expected some of {list(BUILT_IN)}.")
+    makers = {"search": _build_search, "python": _build_python}
+    return [makers[name](arguments) for name in arguments.tools]
+
+
+def _build_search(arguments: ToolArguments) -> Callable[..., Any]:
+    if (arguments.search_index is None) == (arguments.search_recorded is None):
+        raise ConfigError(
+            f"The search tool has search_index={arguments.search_index!r} and search_recorded="
+            f"{arguments.search_recorded!r}; expected exactly one of them. Set one, or take search out of tools."
+        )
+    source = (
+        RecordedSearch(arguments.search_recorded)
+        if arguments.search_recorded is not None
+        else LocalIndex.load(str(arguments.search_index))
+    )
+    return search_tool(source, top_k=arguments.search_top_k, max_chars=arguments.search_max_chars)
+
+
+def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
+    return python_tool(timeout_s=arguments.python_timeout_s, allow_unsafe=arguments.allow_unsafe)

@@ -1,0 +1,326 @@
+"""A warm Python interpreter that runs one piece of code after another, isolated from this machine and from each other.
+
+What the two tiers stop (each line has its test):
+
+    | model-written code tries to                          | isolated | unsafe |
+    |------------------------------------------------------|----------|--------|
+    | run past its deadline                                | yes      | yes    |
+    | flood the output (stopped while it is read)          | yes      | yes    |
+    | take too much memory                                 | yes      | yes    |
+    | write a huge file; open very many                    | yes      | yes    |
+    | see the environment of the trainer                   | yes      | yes    |
+    | leave files or variables for the next call           | yes      | yes    |
+    | read files outside Python's and the system's folders | yes      | no     |
+    | write, chmod or touch files outside its own folder   | yes      | no     |
+    | reach the network, this machine's own included       | yes      | no     |
+    | start processes                                      | yes      | no     |
+    | signal or trace the worker that runs later calls     | yes      | no     |
+    | change limits or priority of other processes         | yes      | no     |
+
+Isolated: sandlock (Landlock and seccomp; Linux 6.12 or newer) around the worker, and a further Landlock domain around
+each call. Unsafe: a child process with resource limits, nothing more. Neither tier stops code from seeing *whether* a
+path exists and how large it is, from filling its folder with many small files until its deadline, or from using every
+core until then; attacks on the kernel itself need a virtual machine.
+
+Starting an interpreter, and importing sympy, costs more than most calls. So a worker does it once and forks for each
+call; `python_worker` says how calls are kept apart. A worker runs one call at a time: take one per thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import resource
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.errors import SandboxError
+from arpo_trl.tools import python_worker
+from arpo_trl.tools.python_worker import REPLY, REQUEST
+
+_START_TIMEOUT_S = 60.0
+_GRACE_S = 5.0  # beyond a call's deadline, before the worker itself is given up
+_READ_BYTES = 1 << 16
+_ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # a set printed twice is printed in the same order
+    "OMP_NUM_THREADS": "1",  # a fork keeps only the thread that forked
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+# Landlock and sandlock's own list leave these open, and each reaches processes or files outside the sandbox that
+# belong to the same user. `prlimit64` is also how a process raises its own limits.
+# fmt: off
+_DENIED_SYSCALLS = [
+    "prlimit64", "setpriority", "ioprio_set",
+    "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr",
+    "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat",
+    "utimensat", "setxattr", "lsetxattr", "fsetxattr",
+    "memfd_create", "memfd_secret",  # files in memory, which no limit counts
+]
+_DENIED_SYSCALLS_X86 = ["setrlimit", "chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one call may use."""
+
+    timeout_s: float = 5.0
+    memory_mb: int = 512  # address space on top of the warm interpreter's own
+    output_bytes: int = 100_000
+    file_mb: int = 16  # each file
+    open_files: int = 64
+
+
+class Ending(StrEnum):
+    """How a call ended."""
+
+    FINISHED = "finished"
+    RAISED = "raised"  # the traceback is the end of the output
+    DIED = "died"  # the process went without a traceback: a crash in C code, or a limit
+    TIMEOUT = "timeout"
+    FLOOD = "flood"  # stopped at `output_bytes`
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One executed call: what it printed, at most `output_bytes` of it, and how it ended."""
+
+    output: str
+    ending: Ending
+
+
+class WorkerLost(Exception):
+    """The worker is gone or no longer answers; the call has no result and the worker is closed."""
+
+
+class Worker:
+    """A warm interpreter in a process of its own; `run` gives each call a fresh fork of it.
+
+    `preload` imports numpy and sympy before the first call. Raises `SandboxError` when the process cannot be started
+    with the isolation asked for. Not thread-safe.
+    """
+
+    def __init__(self, limits: Limits, *, isolated: bool, preload: bool) -> None:
+        self._limits = limits
+        self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
+        self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait
+        try:
+            self._process = _start(self._folder, isolated, preload)
+            self._stdin, self._stdout, self._control = (
+                stream.fileno() for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
+            )
+            os.set_blocking(self._stdout, False)
+            self._await_ready(isolated)
+            self._set_limits()
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_ready(self, isolated: bool) -> None:
+        said = b""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while len(said) < REPLY.size or said[:1] != b"R":
+            wait_ms = max(0.0, deadline - time.monotonic()) * 1000
+            chunk = os.read(self._control, _READ_BYTES) if _poll(wait_ms, self._control) else b""
+            said += chunk
+            if not chunk:
+                raise SandboxError(
+                    f"the {'isolated' if isolated else 'plain'} Python worker did not start: "
+                    f"{said.decode(errors='replace').strip()[-500:] or 'it said nothing'}"
+                )
+
+    def _set_limits(self) -> None:
+        """Set, from outside, what the worker's forks inherit and cannot raise."""
+        pid, limits = self._process.pid, self._limits
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        memory = pages * os.sysconf("SC_PAGE_SIZE") + (limits.memory_mb << 20)
+        for kind, value in (
+            (resource.RLIMIT_AS, memory),
+            (resource.RLIMIT_FSIZE, limits.file_mb << 20),
+            (resource.RLIMIT_NOFILE, limits.open_files),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            resource.prlimit(pid, kind, (value, value))
+
+    @property
+    def pid(self) -> int:
+        """Process id of the worker."""
+        return int(self._process.pid)
+
+    @property
+    def folder(self) -> Path:
+        """The working directory of every call, emptied after each."""
+        return self._folder
+
+    def run(self, code: str) -> Run:
+        """What `code` printed and how it ended.
+
+        Raises `WorkerLost` when the worker broke, whether by this call's doing or before it.
+        """
+        deadline = time.monotonic() + self._limits.timeout_s + _GRACE_S
+        try:
+            (self._folder / python_worker.CODE_FILE).write_bytes(code.encode("utf-8", "replace"))
+            os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
+            output, kind, status = self._read(deadline)
+            self._clean_up()
+        except OSError as error:
+            self.close()
+            raise WorkerLost(str(error)) from error
+        except BaseException:  # for example KeyboardInterrupt: the reply would be taken for the next call's
+            self.close()
+            raise
+        text = output.decode("utf-8", "replace")
+        if len(output) > self._limits.output_bytes:
+            return Run(output[: self._limits.output_bytes].decode("utf-8", "ignore"), Ending.FLOOD)
+        if kind == b"T":
+            return Run(text, Ending.TIMEOUT)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_worker.SUCCEEDED:
+            return Run(text, Ending.FINISHED)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_worker.RAISED:
+            return Run(text, Ending.RAISED)
+        return Run(text, Ending.DIED)
+
+    def _read(self, deadline: float) -> tuple[bytes, bytes, int]:
+        """(output up to just past the limit, kind, wait status) once the fork is gone."""
+        output = bytearray()
+        stopped = False
+        while True:
+            ready = _poll(max(0.0, deadline - time.monotonic()) * 1000, self._stdout, self._control)
+            if not ready:
+                raise OSError("the worker does not answer")
+            if self._stdout in ready and not stopped:
+                output += os.read(self._stdout, _READ_BYTES)
+                if len(output) > self._limits.output_bytes:
+                    stopped = True
+                    os.write(self._stdin, REQUEST.pack(-1.0))
+            if self._control in ready:
+                reply = os.read(self._control, REPLY.size)
+                if len(reply) < REPLY.size:
+                    raise OSError("the worker is gone")
+                kind, status = REPLY.unpack(reply)
+                break
+            if stopped:  # the pipe stays full and readable: wait for the reply alone
+                _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control)
+        # The fork is dead: what is still in the pipe is all there will be. It must not be left for the next call.
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._stdout, _READ_BYTES):
+                output += chunk
+        return bytes(output), kind, status
+
+    def _clean_up(self) -> None:
+        for entry in os.scandir(self._folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+    def close(self) -> None:
+        """End the worker and whatever it runs, and remove its folder. May be called again."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stdin.close()  # the worker ends its fork, then itself
+            with contextlib.suppress(OSError):
+                process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _poll(timeout_ms: float, *fds: int) -> set[int]:
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return {fd for fd, _ in poller.poll(timeout_ms)}
+
+
+def _start(folder: Path, isolated: bool, preload: bool) -> Any:
+    """The started worker process with three pipes."""
+    # The real executable: a virtual environment's own needs files that the sandbox does not show.
+    executable = os.path.realpath(sys.executable)
+    site_packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    script = os.path.realpath(python_worker.__file__)
+    command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", script]
+    command += ["isolated" if isolated else "unsafe", "preload" if preload else "bare", *site_packages]
+    if not isolated:
+        return subprocess.Popen(
+            command,
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            env=_ENVIRONMENT,
+            start_new_session=True,
+        )
+
+    try:
+        import sandlock
+        from sandlock.sandbox import StdioMode
+    except (ImportError, OSError) as error:
+        raise SandboxError(f"sandlock is not installed here ({error}), so Python code cannot be isolated") from error
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib"]
+    readable = [executable, script, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
+    sandbox = sandlock.Sandbox(
+        fs_readable=[path for path in readable if os.path.exists(path)],
+        fs_writable=[str(folder)],
+        cwd=str(folder),
+        clean_env=True,
+        env=_ENVIRONMENT,
+        max_processes=2,  # the worker and one fork
+        extra_deny_syscalls=_DENIED_SYSCALLS + (_DENIED_SYSCALLS_X86 if platform.machine() == "x86_64" else []),
+    )
+    try:
+        return sandbox.popen(command, stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.PIPED)
+    except (RuntimeError, sandlock.SandlockError) as error:
+        raise SandboxError(
+            f"sandlock cannot isolate Python code here ({error}): it needs Landlock ABI "
+            f"{sandlock.min_landlock_abi()}, this kernel has {sandlock.landlock_abi_version()}"
+        ) from error
+
+
+# Each attempt leaves its name in the output when it succeeds.
+_PROBE = """
+import os, socket, sys
+def read_files(): open("/etc/passwd").read()
+def write_files(): open({outside!r}, "w")
+def reach_the_network(): socket.create_connection(("127.0.0.1", {port}), timeout=1)
+def start_processes():
+    if os.fork() == 0: os._exit(0)
+def signal_processes(): os.kill(os.getppid(), 0)
+def see_the_environment(): os.environ[{variable!r}]
+def change_limits(): __import__("resource").prlimit({pid}, __import__("resource").RLIMIT_CORE)
+for attempt in (read_files, write_files, reach_the_network, start_processes, signal_processes,
+                see_the_environment, change_limits):
+    try: attempt()
+    except Exception: continue
+    print(attempt.__name__.replace("_", " "))
+print("probed")
+"""
+
+
+def check_isolation(worker: Worker) -> None:
+    """Return if code in `worker` fails to break out, having tried; else raise `SandboxError` with what it could do."""
+    variable = next(iter(os.environ.keys() - _ENVIRONMENT.keys()), "NO_SUCH_VARIABLE")
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as elsewhere:
+        outside = str(Path(elsewhere, "probe"))
+        port = server.getsockname()[1]
+        ran = worker.run(_PROBE.format(outside=outside, port=port, variable=variable, pid=os.getpid()))
+    *escapes, last = ran.output.splitlines() or [""]
+    if ran.ending is not Ending.FINISHED or last != "probed":
+        raise SandboxError(f"the sandbox does not run Python code here: {ran.ending}, {ran.output.strip()[-500:]!r}")
+    if escapes:
+        raise SandboxError(f"sandlock does not isolate Python code here: inside it, code can {', '.join(escapes)}")

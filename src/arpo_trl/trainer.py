@@ -1,0 +1,431 @@
+"""`ARPOTrainer`: TRL's `GRPOTrainer` with the tree sampler in place of generation and per-token credit."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedModel
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import get_callable_name, is_async_callable, pad
+
+from arpo_trl.advantages import (
+    AdvantageAttribution,
+    SharedPrefixWeight,
+    first_copies,
+    mean_over_leaves,
+    shares_nodes,
+)
+from arpo_trl.config import ARPOConfig
+from arpo_trl.data import validate_rows
+from arpo_trl.errors import ConfigError, RewardError
+from arpo_trl.metrics import ALARMS, REPEAT_EVERY, Tally, tally_rollout
+from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.engines.transformers import TransformersEngine
+from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.rollout.tree import Leaf
+from arpo_trl.tools.box import ToolBox
+from arpo_trl.trajectories import LoggedTree, TrajectoryLog
+
+logger = get_logger(__name__)
+
+UNLIMITED_CALLS = 1 << 30
+
+
+@dataclass(slots=True)
+class _LastRollout:
+    """What a rollout leaves for the rest of its step: gone when the next one starts."""
+
+    name: str
+    rollout: Rollout
+    leaves: list[Leaf]
+    first_group: int
+    token_nodes: list[list[int]]
+    rewards: torch.Tensor | None = None
+
+
+class ARPOTrainer(GRPOTrainer):
+    """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
+
+    Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory`. Rewards receive, besides TRL's
+    arguments and the dataset's columns, one value per completion of: `turns` (what the model wrote, turn by turn),
+    `tool_calls` (the calls along the path, as dicts) and `stop_reason`. With conversational prompts a completion is the
+    list of its messages, tool results included.
+
+    What it changes in `GRPOTrainer`, and nothing else:
+
+    - `_generate`: prompts are rolled out as trees. TRL's own hook for custom rollouts carries them, so its length and
+      truncation metrics stay; the decoded completions are replaced by ours.
+    - `_generate_and_score_completions`: the group advantages (B,) become per-token ones (B, T) where leaves share
+      nodes. Where none do, the batch is TRL's, bit for bit.
+    - `log`: adds the `arpo/` metrics gathered since the last one.
+
+    Raises:
+        ConfigError, DataError, ToolSpecError: Something cannot work; found before the first step.
+        RewardError: A reward function returned NaN or infinity.
+    """
+
+    _tag_names = ["trl", "arpo"]
+    _name = "ARPO"
+    _paper = {
+        "title": "Agentic Reinforced Policy Optimization",
+        "id": "2507.19849",
+        "citation": textwrap.dedent("""\
+            @article{dong2025arpo,
+                title  = {{Agentic Reinforced Policy Optimization}},
+                author = {Guanting Dong and others},
+                year   = 2025,
+                eprint = {arXiv:2507.19849},
+            }"""),
+    }
+
+    args: ARPOConfig
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        reward_funcs: Any,
+        args: ARPOConfig | None = None,
+        train_dataset: Dataset | None = None,
+        *,
+        tools: Sequence[Callable[..., Any]] = (),
+        engine: Engine | None = None,
+        **kwargs: Any,
+    ):
+        """As `GRPOTrainer`; `engine` replaces the one that `args` would choose (tests, scripted runs)."""
+        for name in ("rollout_func", "environment_factory"):
+            if kwargs.pop(name, None) is not None:
+                raise ConfigError(f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
+        if args is None:
+            args = ARPOConfig(f"{(model if isinstance(model, str) else model.config.model_type).split('/')[-1]}-ARPO")
+        if not isinstance(args, ARPOConfig):
+            raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
+        _check_writable(Path(args.output_dir))
+        for dataset in (train_dataset, kwargs.get("eval_dataset")):
+            if isinstance(dataset, Dataset):
+                validate_rows(dataset)
+        self.toolbox = ToolBox(
+            tools, timeout_s=args.tool_timeout_s, concurrency=args.tool_concurrency, cache=args.tool_cache
+        )
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        super().__init__(
+            model=model,
+            reward_funcs=[_finite(function) for function in functions],
+            args=args,
+            train_dataset=train_dataset,
+            **kwargs,
+        )
+        if self._is_vlm:
+            raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
+        self.protocol = TagProtocol(
+            self._tokenizer,
+            self.toolbox.specs,
+            max_result_tokens=args.max_tool_result_tokens,
+            chat_template_kwargs=self.chat_template_kwargs,
+        )
+        self.sampler = self._make_sampler(engine)
+        self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
+        self._check_prompts_fit(train_dataset)
+        self._trajectories = TrajectoryLog(
+            Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
+        )
+        self._last: _LastRollout | None = None
+        self._rung = Counter[str]()
+        self._rollouts_at = (-1, 0)
+        self._timed: dict[str, float] = defaultdict(float)
+
+    def _make_sampler(self, engine: Engine | None) -> TreeSampler:
+        args, eos_ids = self.args, tuple(self.eos_token_ids)
+        settings = SamplingSettings(
+            eos_ids,
+            self.protocol.stop_strings,
+            self.temperature,
+            self.top_p,
+            self.top_k,
+            self.min_p,
+            self.repetition_penalty,
+        )
+        context = self.model.config.get_text_config().max_position_embeddings
+        return TreeSampler(
+            engine or TransformersEngine(self._tokenizer, settings, self._model_for_generation),
+            self.toolbox,
+            self.protocol,
+            SamplerSettings(
+                num_generations=self.num_generations,
+                initial_rollouts=args.initial_rollouts or self.num_generations,
+                max_completion_length=self.max_completion_length or context,
+                max_length=context,
+                max_tool_calls=(
+                    UNLIMITED_CALLS if args.max_tool_calling_iterations is None else args.max_tool_calling_iterations
+                ),
+                entropy_probe_tokens=args.entropy_probe_tokens,
+                policy=args.branch_policy,
+                schedule=RolloutSchedule(args.rollout_schedule),
+            ),
+            eos_ids,
+        )
+
+    # Generation ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _model_for_generation(self) -> Iterator[PreTrainedModel]:
+        """The unwrapped model with its weights gathered: TRL's own way in, entered once per rollout."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    def _generate(self, prompts: list) -> tuple:
+        """TRL's `_generate` around our rollout, with completions as messages (or text) instead of one decoded string."""
+        ids, completion_ids, mask, completions, logprobs, extra, images, tool_images = super()._generate(prompts)
+        assert self._last is not None
+        completions = [
+            _as_messages(leaf) if isinstance(prompt, list) else "".join(node.text for node in leaf.nodes)
+            for prompt, leaf in zip(prompts, self._last.leaves, strict=True)
+        ]
+        return ids, completion_ids, mask, completions, logprobs, extra, images, tool_images
+
+    def _rollout(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
+        """TRL's `rollout_func`: rows come prompt-major, each prompt as often as its group has leaves."""
+        training = self.model.training
+        size = self.num_generations if training else self.num_generations_eval
+        name = self._rollout_name("step" if training else "eval")
+        groups = [prompts[i] for i in range(0, len(prompts), size)]
+        first_group = self.accelerator.process_index * len(groups)
+        requests = [
+            GroupRequest(first_group + i, self.protocol.encode_prompt(prompt)) for i, prompt in enumerate(groups)
+        ]
+        settings = self.sampler.settings
+        rollout = self.sampler.sample(
+            requests,
+            seed=(self.args.seed, name),
+            settings=settings if training else settings.without_branching(size),
+        )
+        leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
+        # A node's number is unique in its tree only; the trees of a batch are laid end to end.
+        offsets, offset = [], 0
+        for tree in rollout.trees:
+            offsets += [offset] * size
+            offset += len(tree.nodes)
+        token_nodes = [
+            [offset + node for node in leaf.token_nodes] for leaf, offset in zip(leaves, offsets, strict=True)
+        ]
+        self._last = _LastRollout(name, rollout, leaves, first_group, token_nodes)
+        return {
+            "prompt_ids": [request.prompt_ids for request in requests for _ in range(size)],
+            "completion_ids": [leaf.ids for leaf in leaves],
+            "logprobs": [leaf.logprobs for leaf in leaves],
+            "env_mask": [leaf.mask for leaf in leaves],
+            "turns": [leaf.turns for leaf in leaves],
+            "tool_calls": [[call.as_row() for call in leaf.calls] for leaf in leaves],
+            "stop_reason": [leaf.stop.value for leaf in leaves],
+        }
+
+    def _rollout_name(self, kind: str) -> str:
+        """Names a rollout, and so seeds it: by the optimizer step, which a resumed run knows, and a count within it."""
+        step = self.state.global_step
+        count = self._rollouts_at[1] + 1 if self._rollouts_at[0] == step else 0
+        self._rollouts_at = (step, count)
+        return f"{kind}-{step:06d}" + (f".{count}" if count else "")
+
+    # Credit ----------------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        start = time.perf_counter()
+        inputs = [dict(row) for row in inputs]  # TRL adds our columns to the rows it was given
+        batch = super()._generate_and_score_completions(inputs)
+        assert self._last is not None
+        advantages = batch["advantages"]
+        self._attribute(batch)
+        self._log_rollout(advantages)
+        self._timed["generate_and_score"] += time.perf_counter() - start
+        return batch
+
+    def _attribute(self, batch: dict[str, Any]) -> None:
+        """Turns `batch["advantages"]` (B,) into (B, T) where leaves share nodes and the settings make a difference."""
+        assert self._last is not None
+        once = self.args.shared_prefix_weight == SharedPrefixWeight.ONCE
+        hard = self.args.advantage_attribution == AdvantageAttribution.HARD
+        if not (once or hard):
+            return
+        token_nodes = pad(
+            [torch.tensor(nodes) for nodes in self._last.token_nodes],
+            padding_value=-1,
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        ).to(batch["completion_ids"].device)
+        if shares_nodes(token_nodes):
+            batch["advantages"] = mean_over_leaves(batch["advantages"], token_nodes)
+            if once:
+                batch["tool_mask"] = batch["tool_mask"] * first_copies(token_nodes)
+        if once:  # every rank, shared nodes or not: the token count is a sum over all of them
+            trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
+            batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        start = time.perf_counter()
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._timed["reward"] += time.perf_counter() - start
+        if self._last is not None:
+            local = slice(self.accelerator.process_index * len(prompts), None)
+            weighted = rewards * self.reward_weights.to(rewards.device)
+            total = weighted.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), math.nan)
+            self._last.rewards = total[local][: len(prompts)].cpu()
+        return rewards
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any):
+        start = time.perf_counter()
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            self._timed["logprobs"] += time.perf_counter() - start
+        return result
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        start, before = time.perf_counter(), self._timed["generate_and_score"]
+        loss = super().training_step(*args, **kwargs)
+        spent = time.perf_counter() - start - (self._timed["generate_and_score"] - before)
+        self._metrics["train"]["arpo/time/update_s"].append(spent)
+        return loss
+
+    # Logs ------------------------------------------------------------------------------------------------------------
+
+    def _log_rollout(self, advantages: torch.Tensor) -> None:
+        """Metrics over all ranks, alarms, and this rank's trees."""
+        last = self._last
+        assert last is not None and last.rewards is not None
+        mode = "train" if self.model.training else "eval"
+        tally = Tally()
+        tally_rollout(last.rollout, tally)
+        tally.add("time/reward_s", self._timed.pop("reward", 0.0))
+        tally.add("time/logprobs_s", self._timed.pop("logprobs", 0.0))
+        size = len(last.leaves) // max(1, len(last.rollout.trees))
+        for i in range(0, len(last.leaves), size):
+            group = last.rewards[i : i + size]
+            tally.add("alarm/zero_variance_groups", float(bool((group == group[0]).all())))
+        merged = Tally()
+        for plain in gather_object([tally.plain()]):
+            merged.merge(plain)
+        values = merged.values()
+        for name, value in values.items():
+            self._metrics[mode][f"arpo/{name}"].append(value)
+        path = self._trajectories.write(last.name, self.state.global_step, self._logged_trees(advantages))
+        if mode == "train":
+            self._ring(values, path)
+
+    def _logged_trees(self, advantages: torch.Tensor) -> list[LoggedTree]:
+        last = self._last
+        assert last is not None and last.rewards is not None
+        trees, start = [], 0
+        for i, tree in enumerate(last.rollout.trees):
+            rows = slice(start, start + len(tree.leaves()))
+            rewards = [None if math.isnan(reward) else reward for reward in last.rewards[rows].tolist()]
+            prompt = self._tokenizer.decode(tree.root.ids, skip_special_tokens=False)
+            trees.append(
+                LoggedTree(
+                    self.state.global_step, last.first_group + i, prompt, tree, rewards, advantages[rows].tolist()
+                )
+            )
+            start = rows.stop
+        return trees
+
+    def _ring(self, values: dict[str, float], path: Path | None) -> None:
+        for alarm in ALARMS:
+            if not alarm.rings(values):
+                continue
+            key = alarm.advice
+            if self._rung[key] % REPEAT_EVERY == 0:
+                log = path or self._trajectories.folder
+                share = f"{values[alarm.metric]:.0%}"
+                logger.warning(
+                    f"arpo/{alarm.metric}, step {self.state.global_step}: {alarm.advice.format(share=share, log=log)}"
+                )
+            self._rung[key] += 1
+
+    # Checks ----------------------------------------------------------------------------------------------------------
+
+    def _check_prompts_fit(self, dataset: Any) -> None:
+        """Refuses a prompt that leaves no room, before the first step; a streamed dataset is checked as it comes."""
+        if not isinstance(dataset, Dataset):
+            return
+        room = self.sampler.settings.max_length - 1
+        template = len(self.protocol.encode_prompt(dataset[0]["prompt"]))
+        for i, prompt in enumerate(dataset["prompt"]):
+            text = prompt if isinstance(prompt, str) else "".join(str(message["content"]) for message in prompt)
+            # A token covers at least one byte, so only texts this long need to be tokenised to know.
+            if len(text.encode()) + template > room and (length := len(self.protocol.encode_prompt(prompt))) > room:
+                raise ConfigError(
+                    f"train_dataset row {i}: its prompt has {length} tokens, but the model's context is "
+                    f"{room + 1}, which leaves no room for a completion. Shorten or drop the row."
+                )
+
+
+def _as_messages(leaf: Leaf) -> list[dict[str, str]]:
+    """A path as TRL's tool loop gives it to rewards: assistant and tool messages in turn."""
+    messages = []
+    for node in leaf.nodes:
+        if node.call is not None:
+            messages.append({"role": "tool", "name": node.call.name, "content": node.text})
+        else:
+            messages.append({"role": "assistant" if node.logprobs else "tool", "content": node.text})
+    return messages
+
+
+def _finite(function: Any) -> Any:
+    """The reward function, checked: TRL reads a NaN as "not applicable" and goes on without a word."""
+    if not callable(function) or isinstance(function, torch.nn.Module):
+        return function
+    name = get_callable_name(function)
+
+    def check(rewards: Any) -> Any:
+        for i, reward in enumerate(rewards):
+            if reward is not None and not math.isfinite(reward):
+                raise RewardError(
+                    f"The reward function {name!r} returned {reward} for completion {i}; expected a finite number, or "
+                    "None where it does not apply."
+                )
+        return rewards
+
+    if is_async_callable(function):
+
+        async def checked_async(*args: Any, **kwargs: Any) -> Any:
+            return check(await function(*args, **kwargs))
+
+        wrapper: Any = checked_async
+    else:
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            return check(function(*args, **kwargs))
+
+        wrapper = checked
+    wrapper.__name__ = name
+    return wrapper
+
+
+def _check_writable(folder: Path) -> None:
+    """Fails now rather than at the first checkpoint."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".arpo-trl-write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"output_dir {folder} cannot be written ({error}). Choose another folder.") from error

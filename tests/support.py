@@ -1,0 +1,105 @@
+"""Small things that several tests build on: a tokenizer, a tiny model, tools, and scripted rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from arpo_trl.quickstart.model import ModelSize, build_model, build_tokenizer
+from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
+from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+
+TEXTS = ["the melting point of iron is 1538 degrees", "print(1538 - 1000)", "what is the answer to a question"]
+ANSWER = "<answer>\\boxed{1}</answer>"
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tokenizer(TEXTS * 3)
+
+
+def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:
+    return build_model(
+        tokenizer(), seed, ModelSize(hidden=32, intermediate=48, layers=2, heads=2, key_value_heads=1, head_dim=16)
+    )
+
+
+def save_tiny_model(folder: Path) -> str:
+    tiny_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def search(query: str) -> str:
+    """Search for facts.
+
+    Args:
+        query: What to look for.
+    """
+    return f"facts about {query}"
+
+
+def python(code: str) -> str:
+    """Run Python code.
+
+    Args:
+        code: The code.
+    """
+    return f"ran {code}"
+
+
+class Scripted:
+    """A sampler on a scripted engine, with everything that went into it at hand."""
+
+    def __init__(
+        self,
+        script: Script,
+        *,
+        leaves: int = 4,
+        at_root: int = 2,
+        rule: BranchRule = BranchRule.THRESHOLD,
+        tools: Sequence[Callable[..., object]] = (search, python),
+        max_completion_length: int = 400,
+        max_length: int = 1000,
+        max_tool_calls: int = 3,
+        schedule: RolloutSchedule = RolloutSchedule.ROUNDS,
+        probe: int = 4,
+        branches_per_fork: int = 1,
+        vocab_size: int | None = None,
+        timeout_s: float = 20.0,
+        max_result_tokens: int | None = None,
+    ):
+        self.tokenizer = tokenizer()
+        self.toolbox = ToolBox(tools, timeout_s=timeout_s)
+        self.protocol = TagProtocol(self.tokenizer, self.toolbox.specs, max_result_tokens=max_result_tokens)
+        self.eos = int(self.tokenizer.eos_token_id)
+        settings = SamplingSettings((self.eos,), self.protocol.stop_strings)
+        self.engine = ScriptedEngine(self.tokenizer, settings, script, vocab_size=vocab_size)
+        self.sampler = TreeSampler(
+            self.engine,
+            self.toolbox,
+            self.protocol,
+            SamplerSettings(
+                leaves,
+                at_root,
+                max_completion_length,
+                max_length,
+                max_tool_calls,
+                probe,
+                BranchPolicy(rule, branches_per_fork=branches_per_fork),
+                schedule,
+            ),
+            (self.eos,),
+        )
+
+    def __call__(self, groups: int = 1, seed: int = 0) -> Rollout:
+        prompt = self.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
+        with self.toolbox:
+            return self.sampler.sample([GroupRequest(i, prompt) for i in range(groups)], seed=(seed,))

@@ -1,0 +1,202 @@
+"""Answers: found in the text, compared as mathematics or as words."""
+
+import os
+import threading
+
+import pytest
+
+from arpo_trl.errors import RewardError
+from arpo_trl.rewards import exact_match, extract_answer, math_equal, paper_f1, task_accuracy, token_f1
+from arpo_trl.rewards.answers import MAX_MATH_CHARS, normalized_tokens
+from arpo_trl.rewards.math_worker import MathWorker, math_worker
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"<answer>\boxed{42}</answer>", "42"),
+        (r"<answer>It is \[ \boxed{ 42 } \]</answer>", "42"),
+        (r"<answer>\boxed{\frac{1}{2}}</answer>", r"\frac{1}{2}"),
+        (r"<answer>\boxed{1} or \boxed{2}</answer>", "2"),  # the last box
+        (r"<answer>\boxed{1}</answer><answer>\boxed{2}</answer>", "2"),  # of the last answer
+        (r"<answer>\boxed{\boxed{5}}</answer>", "5"),
+        (r"<answer>\boxed{\{1, 2\}}</answer>", r"\{1, 2\}"),
+        (r"<answer>\boxed{\left\{ x \right.}</answer>", r"\left\{ x \right."),  # an escaped brace needs no partner
+        (r"<answer>\boxed{7} but \boxed{8</answer>", "7"),  # a box that never closes is none
+        ("<answer>\\boxed\n{3}</answer>", "3"),
+        (r"<answer>\boxed{}</answer>", ""),
+        (r"<answer>42</answer>", None),
+        (r"\boxed{42}", None),
+        (r"<answer>\boxed{42}", None),
+        (r"\boxed{42}</answer>", None),
+        (r"<answer>\fbox{42}</answer>", None),
+        (r"\boxed{1}<answer>none</answer>\boxed{2}", None),
+        ("", None),
+    ],
+)
+def test_the_answer_is_the_last_box_in_the_last_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def test_a_flood_of_unclosed_boxes_has_no_answer() -> None:
+    assert extract_answer("<answer>" + r"\boxed{" * 200_000 + "</answer>") is None
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("1/2", "0.5"),
+        ("0.5", r"\frac{1}{2}"),
+        (r"\dfrac{14}{3}", r"\frac{14}{3}"),
+        ("-6", "-6.0"),
+        ("1,000", "1000"),
+        ("25", "025"),
+        ("$18", "18"),
+        ("5", r"\$ 5"),
+        ("12,", "12"),
+        ("274i+1", "1+274i"),
+        ("x^2+2x+1", "(x+1)^2"),
+        (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
+        ("east", r"\text{east}"),
+        ("x=5", "5"),
+        ("①③", "①③"),  # nothing math-verify can read, yet the same text
+    ],
+)
+def test_equal_mathematics_is_equal(prediction: str, gold: str) -> None:
+    assert math_equal(prediction, gold)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold"),
+    [
+        ("-6", "6"),
+        ("12", "1/2"),
+        ("1/2", "12"),
+        ("0.33", "1/3"),
+        ("(2,1)", "(1,2)"),
+        ("west", "east"),
+        ("", "5"),
+        ("5", ""),
+    ],
+)
+def test_different_mathematics_is_not_equal(prediction: str, gold: str) -> None:
+    assert not math_equal(prediction, gold)
+
+
+def test_math_equal_works_outside_the_main_thread() -> None:
+    # Texts no other test asks for: an answer from the cache would prove nothing.
+    verdicts = []
+    thread = threading.Thread(target=lambda: verdicts.extend([math_equal("3/8", "0.375"), math_equal("-7", "7")]))
+    thread.start()
+    thread.join()
+    assert verdicts == [True, False]
+
+
+def test_many_threads_each_get_their_own_reply() -> None:
+    worker = math_worker()
+    verdicts: dict[int, bool] = {}
+
+    def ask(number: int) -> None:
+        verdicts[number] = worker.equal(f"{number}/16", str(number / 16 if number % 2 else number))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(1, 17)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert verdicts == {number: number % 2 == 1 for number in range(1, 17)}
+
+
+@pytest.mark.parametrize("tower", ["9**9**9**9", "(" * 300])
+def test_an_expression_too_large_to_compute_is_not_equal_and_the_next_is_compared(tower: str) -> None:
+    worker = MathWorker(cpu_limit_s=0.5)
+    assert not worker.equal(tower, "6")
+    assert worker.equal("1/2", "0.5")
+    worker.close()
+
+
+def test_an_expression_beyond_the_length_limit_equals_only_itself() -> None:
+    long = "+".join("1" * MAX_MATH_CHARS)
+    assert math_equal(long, long)
+    assert not math_equal(long, str(MAX_MATH_CHARS))
+
+
+@pytest.mark.parametrize("hostile", ["\x00\x1b[31m$$$", "\ud800", '"]\n["', r"\left(", "(" * 9, "{" * 9, "\\"])
+def test_broken_text_is_not_equal_and_raises_nothing(hostile: str) -> None:
+    assert not math_equal(hostile, "6")
+
+
+def test_text_is_parsed_not_executed(tmp_path: os.PathLike[str]) -> None:
+    victim = os.path.join(tmp_path, "made")
+    math_equal(f"__import__('os').mkdir('{victim}')", "6")
+    assert not os.path.exists(victim)
+
+
+def test_a_worker_that_died_while_idle_is_replaced() -> None:
+    worker = MathWorker()
+    assert worker.equal("2/4", "0.5")
+    process = worker._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert worker.equal("2/4", "0.5")
+    worker.close()
+
+
+def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RewardError, match=r"did not start \(exit code"):
+        MathWorker().equal("1", "2")
+
+
+def test_words_are_compared_without_case_punctuation_and_articles() -> None:
+    assert normalized_tokens("The U.S. Navy's  “Blue-Angels”!") == ["us", "navys", "blueangels"]
+
+
+def test_text_of_nothing_but_articles_or_punctuation_keeps_its_words() -> None:
+    assert normalized_tokens("A.") == ["a"]
+    assert normalized_tokens("The The") == ["the", "the"]
+    assert normalized_tokens("!!!") == ["!!!"]
+    assert normalized_tokens("  ") == []
+    assert token_f1("the", ["A"]) == 0.0
+
+
+def test_chinese_and_japanese_characters_are_single_words() -> None:
+    assert normalized_tokens("肖亮，CEO在2024年") == ["肖", "亮", "ceo", "在", "2024", "年"]
+    assert normalized_tokens("トヨタ") == ["ト", "ヨ", "タ"]
+    # 南京 against 南京大学: precision 2/2, recall 2/4, F1 = 2·2/(2+4)
+    assert token_f1("南京", ["南京大学"]) == pytest.approx(2 / 3)
+
+
+def test_token_f1_is_the_harmonic_mean_of_precision_and_recall() -> None:
+    # common: crystal, dynamics. precision 2/3, recall 2/2, F1 = 2·2/(3+2)
+    assert token_f1("Crystal Dynamics Inc.", ["Crystal Dynamics"]) == pytest.approx(0.8)
+    # a repeated word counts as often as both have it: common 1, F1 = 2·1/(3+1)
+    assert token_f1("yes yes yes", ["yes"]) == pytest.approx(0.5)
+    assert token_f1("", ["yes"]) == 0.0
+
+
+def test_the_best_of_all_golds_counts() -> None:
+    assert token_f1("Essex", ["Kent", "Essex county", "Essex"]) == 1.0
+    assert exact_match("the essex", ["Kent", "Essex"])
+    assert not exact_match("Essex county", ["Kent", "Essex"])
+    assert not exact_match("", [""])
+
+
+def test_paper_f1_strips_signs_and_fraction_bars() -> None:
+    # What makes it a parity setting only: these are wrong answers.
+    assert paper_f1("-6", ["6"]) == 1.0
+    assert paper_f1("1/2", ["12"]) == 1.0
+    assert paper_f1("0.5", ["1/2"]) == 0.0
+    # punctuation beyond ASCII stays, and Chinese is not split
+    assert paper_f1("“Essex”", ["Essex"]) == 0.0
+    assert paper_f1("南京", ["南京大学"]) == 0.0
+    assert paper_f1("the", ["A"]) == 0.0
+
+
+def test_accuracy_follows_the_task() -> None:
+    assert task_accuracy("-6", ["7", "-6.0"], "math") == 1.0
+    assert task_accuracy("-6", ["6"], "math") == 0.0
+    assert task_accuracy("Lowy", ["Frank Lowy"], "qa") == pytest.approx(2 / 3)  # 2·1/(1+2)
+    with pytest.raises(RewardError, match=r"task is 'code'; expected one of \('math', 'qa'\)"):
+        task_accuracy("1", ["1"], "code")

@@ -1,0 +1,541 @@
+"""The ToolBox runs calls at once, keeps deadlines, shares executions, and turns every failure into text."""
+
+import asyncio
+import json
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import arpo_trl
+from arpo_trl.errors import ConfigError, ToolError, ToolSpecError
+from arpo_trl.tools.box import UNKNOWN_TOOL, ToolBox, ToolCall, ToolResult, tool_spec
+
+
+def echo(text: str) -> str:
+    """Return the text.
+
+    Args:
+        text: What to return.
+    """
+    return text
+
+
+async def echo_later(text: str) -> str:
+    """Return the text, asynchronously.
+
+    Args:
+        text: What to return.
+    """
+    await asyncio.sleep(0)
+    return text
+
+
+def add(a: int, b: int = 1) -> int:
+    """Add two numbers.
+
+    Args:
+        a: The first.
+        b: The second.
+    """
+    return a + b
+
+
+class Gate:
+    """A tool that waits until the test lets it go on, and counts its executions."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.executions = 0
+        self.running = 0
+        self.most_running = 0
+        self._lock = threading.Lock()
+
+    def tool(self) -> Callable[[str], str]:
+        def wait(text: str) -> str:
+            """Wait, then return the text.
+
+            Args:
+                text: What to return.
+            """
+            with self._lock:
+                self.executions += 1
+                self.running += 1
+                self.most_running = max(self.most_running, self.running)
+            self.opened.wait(60)
+            with self._lock:
+                self.running -= 1
+            return text
+
+        return wait
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.opened.set()
+
+
+def returning(value: Any) -> Callable[[str], Any]:
+    """A tool that returns `value`, or raises it if it is an exception."""
+
+    def tool(text: str) -> Any:
+        """Return something.
+
+        Args:
+            text: Not used.
+        """
+        if isinstance(value, BaseException):
+            raise value
+        return value
+
+    return tool
+
+
+def collect(box: ToolBox, count: int) -> dict[int, ToolResult]:
+    """The next `count` results by ticket."""
+    results: dict[int, ToolResult] = {}
+    while len(results) < count:
+        arrived = box.poll(timeout_s=30)
+        assert arrived, f"{count - len(results)} results never came"
+        results.update(arrived)
+    return results
+
+
+def call_once(tool: Callable[..., Any], arguments: dict[str, Any] | None = None, **settings: Any) -> ToolResult:
+    with ToolBox([tool], **settings) as box:
+        ticket = box.submit(ToolCall(tool.__name__, {"text": "x"} if arguments is None else arguments))
+        return collect(box, 1)[ticket]
+
+
+# Specifications.
+
+
+def test_a_spec_tells_parameters_kind_and_the_single_text_parameter() -> None:
+    spec = tool_spec(echo)
+    assert (spec.name, spec.parameters, spec.is_async, spec.single_text_parameter) == (
+        "echo",
+        ("text",),
+        False,
+        "text",
+    )
+    assert spec.schema["function"]["parameters"]["properties"]["text"]["description"] == "What to return."
+    assert tool_spec(echo_later).is_async
+    assert tool_spec(add).single_text_parameter is None  # the one required parameter is an int
+
+
+def _untyped(text):  # type: ignore[no-untyped-def]
+    """Documented.
+
+    Args:
+        text: Described.
+    """
+
+
+def _undocumented(text: str) -> str:
+    return text
+
+
+def _undescribed(text: str) -> str:
+    """No word about its parameter."""
+    return text
+
+
+def _variadic(*texts: str) -> str:
+    """Any number.
+
+    Args:
+        texts: Described.
+    """
+    return ""
+
+
+def named(name: str) -> Callable[[str], str]:
+    def tool(text: str) -> str:
+        """Return the text.
+
+        Args:
+            text: What to return.
+        """
+        return text
+
+    tool.__name__ = name
+    return tool
+
+
+@pytest.mark.parametrize(
+    ("tool", "message"),
+    [
+        (_untyped, "a type for each"),
+        (_undocumented, "docstring"),
+        (_undescribed, "describes each parameter"),
+        (_variadic, "Name each parameter"),
+        (named("<lambda>"), "its name is its tag"),
+        (named("two words"), "its name is its tag"),
+        (named("1st"), "its name is its tag"),
+        (named("answer"), "<answer> has a meaning of its own"),
+    ],
+)
+def test_a_tool_that_cannot_be_offered_is_refused(tool: Callable[..., Any], message: str) -> None:
+    with pytest.raises(ToolSpecError, match=message):
+        tool_spec(tool)
+
+
+def test_an_object_without_a_name_is_refused() -> None:
+    class Callable_:
+        def __call__(self, text: str) -> str:
+            return text
+
+    with pytest.raises(ToolSpecError, match="a tool is a named function"):
+        tool_spec(Callable_())
+
+
+def test_two_tools_of_one_name_are_refused() -> None:
+    with pytest.raises(ToolSpecError, match="two tools are named 'echo'"):
+        ToolBox([echo, named("echo")])
+
+
+@pytest.mark.parametrize("settings", [{"timeout_s": 0.0}, {"concurrency": 0}, {"max_chars": 99}])
+def test_settings_that_cannot_work_are_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        ToolBox([echo], **settings)
+
+
+# Results.
+
+
+def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
+    with ToolBox([echo, echo_later]) as box:
+        assert box.names == ("echo", "echo_later")
+        tickets = {
+            box.submit(ToolCall(name, {"text": name + str(i)})): name + str(i) for i in range(5) for name in box.names
+        }
+        assert box.pending == 10
+        results = collect(box, 10)
+        assert box.pending == 0
+        assert box.poll() == []
+    assert {ticket: result.text for ticket, result in results.items()} == tickets
+    assert {(result.ok, result.source) for result in results.values()} == {(True, "executed")}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("as it is", "as it is"),
+        (True, "true"),
+        (3, "3"),
+        (0.5, "0.5"),
+        ({"é": [1, None]}, '{"é": [1, null]}'),
+        (["a"], '["a"]'),
+        ("", "(no output)"),
+        (" \n", "(no output)"),
+        ("nul \0 here", "nul \ufffd here"),
+        ("lone \ud800 surrogate", "lone \ufffd surrogate"),
+        ("pair \ud83d\ude00", "pair \U0001f600"),
+    ],
+)
+def test_a_value_becomes_encodable_text(value: Any, text: str) -> None:
+    result = call_once(returning(value))
+    assert (result.text, result.failure) == (text, None)
+    assert result.text.encode()
+
+
+@pytest.mark.parametrize("value", [b"bytes", None, object(), {"a": object()}, [b"x"], {1, 2}])
+def test_a_value_without_text_is_a_failure_that_says_so(value: Any) -> None:
+    result = call_once(returning(value))
+    assert result.failure == "not_text"
+    assert result.text == f"Error: the tool call returned {type(value).__name__}, which is not text."
+
+
+def test_a_value_that_contains_itself_is_not_text() -> None:
+    loop: list[Any] = []
+    loop.append(loop)
+    assert call_once(returning(loop)).failure == "not_text"
+
+
+@pytest.mark.parametrize("length", [101, 5_000, 1_000_000])
+def test_a_flood_keeps_head_and_tail_and_marks_the_cut(length: int) -> None:
+    text = "h" * (length // 2) + "t" * (length - length // 2)
+    result = call_once(returning(text), max_chars=100)
+    assert result.ok
+    assert len(result.text) == 100
+    assert result.text.startswith("hhhhh") and result.text.endswith("ttttt")
+    assert "characters left out" in result.text
+
+
+def test_a_text_of_just_the_longest_length_is_not_cut() -> None:
+    assert call_once(returning("x" * 100), max_chars=100).text == "x" * 100
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ToolError("nothing on that page\ntry another"), "nothing on that page\ntry another"),
+        (ValueError("bad value\nsecond line"), "Error: ValueError: bad value"),
+        (KeyError(), "Error: KeyError"),
+        (
+            FileNotFoundError(2, "No such file or directory", "/a/secret/path"),
+            "Error: FileNotFoundError: No such file or directory",
+        ),
+        (ValueError("x" * 1000), "Error: ValueError: " + "x" * 300),
+        (SystemExit(1), "Error: SystemExit: 1"),
+        (KeyboardInterrupt(), "Error: KeyboardInterrupt"),
+        (StopIteration("end"), "Error: StopIteration: end"),
+        (asyncio.CancelledError(), "Error: CancelledError"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_an_exception_is_one_line_without_paths(error: BaseException, text: str, kind: str) -> None:
+    async def fail(text: str) -> str:
+        """Fail.
+
+        Args:
+            text: Not used.
+        """
+        raise error
+
+    result = call_once(returning(error) if kind == "sync" else fail)
+    if kind == "async" and isinstance(error, StopIteration):  # Python itself makes it a RuntimeError in a coroutine
+        text = "Error: RuntimeError: coroutine raised StopIteration"
+    assert (result.text, result.failure, result.source) == (text, "error", "executed")
+
+
+def test_an_exception_without_a_readable_message_is_still_text() -> None:
+    class Unprintable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no")
+
+    assert call_once(returning(Unprintable())).text == "Error: Unprintable"
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (ToolCall("browse", {"text": "x"}), "Error: there is no tool 'browse'; the tools are: echo, add."),
+        (ToolCall("echo", {}), "Error: echo: missing a required argument: 'text'."),
+        (ToolCall("echo", {"text": "x", "more": 1}), "Error: echo: got an unexpected keyword argument 'more'."),
+        (ToolCall("echo", {"text": 5}), "Error: echo: text has to be of type string, got int."),
+        (ToolCall("add", {"a": True}), "Error: add: a has to be of type integer, got bool."),
+    ],
+)
+def test_a_bad_call_is_told_to_the_model_and_nothing_runs(call: ToolCall, text: str) -> None:
+    with ToolBox([echo, add]) as box:
+        ticket = box.submit(call)
+        result = collect(box, 1)[ticket]
+    assert result == ToolResult(text, "bad_call", 0.0, "refused")  # type: ignore[arg-type]
+
+
+# Deadlines and places.
+
+
+def test_a_hanging_sync_call_ends_at_its_deadline(gate: Gate) -> None:
+    result = call_once(gate.tool(), timeout_s=0.05)
+    assert (result.failure, result.text) == ("timeout", "Error: the wait call took longer than 0.05 s.")
+    assert result.seconds >= 0.05
+
+
+def test_a_hanging_async_call_is_cancelled_at_its_deadline() -> None:
+    ended = threading.Event()
+
+    async def hang(text: str) -> str:
+        """Hang.
+
+        Args:
+            text: Not used.
+        """
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            ended.set()
+        return ""
+
+    result = call_once(hang, timeout_s=0.05)
+    assert (result.failure, ended.wait(30)) == ("timeout", True)
+
+
+def test_an_async_tool_that_blocks_holds_up_no_sync_call() -> None:
+    released = threading.Event()
+
+    async def block(text: str) -> str:
+        """Block the event loop.
+
+        Args:
+            text: Not used.
+        """
+        released.wait(60)
+        return ""
+
+    with ToolBox([block, echo], timeout_s=0.2) as box:
+        blocked = box.submit(ToolCall("block", {"text": "x"}))
+        echoed = box.submit(ToolCall("echo", {"text": "x"}))
+        results = collect(box, 2)
+        released.set()
+    assert (results[blocked].failure, results[echoed].text) == ("timeout", "x")
+
+
+def test_hung_calls_give_their_places_back(gate: Gate) -> None:
+    with ToolBox([gate.tool(), echo], timeout_s=0.05, concurrency=2) as box:
+        hung = [box.submit(ToolCall("wait", {"text": str(i)})) for i in range(6)]
+        last = box.submit(ToolCall("echo", {"text": "still served"}))
+        results = collect(box, 7)
+    assert [results[ticket].failure for ticket in hung] == ["timeout"] * 6
+    assert results[last].text == "still served"
+
+
+def test_waiting_for_a_place_does_not_count_towards_the_deadline() -> None:
+    def nap(text: str) -> str:
+        """Sleep for a moment.
+
+        Args:
+            text: Returned.
+        """
+        time.sleep(0.2)
+        return text
+
+    # One place, eight calls of 0.2 s: the last one starts after 1.4 s, past the deadline of 1 s, were the wait counted.
+    with ToolBox([nap], timeout_s=1.0, concurrency=1) as box:
+        for i in range(8):
+            box.submit(ToolCall("nap", {"text": str(i)}))
+        results = collect(box, 8)
+    assert [results[ticket].failure for ticket in sorted(results)] == [None] * 8
+
+
+def test_no_more_calls_run_at_once_than_there_are_places(gate: Gate) -> None:
+    with ToolBox([gate.tool()], concurrency=3) as box:
+        for i in range(9):
+            box.submit(ToolCall("wait", {"text": str(i)}))
+        while gate.running < 3:
+            time.sleep(0.001)
+        gate.opened.set()
+        collect(box, 9)
+    assert (gate.executions, gate.most_running) == (9, 3)
+
+
+def test_polling_waits_at_most_as_long_as_told(gate: Gate) -> None:
+    with ToolBox([gate.tool()]) as box:
+        box.submit(ToolCall("wait", {"text": "x"}))
+        assert box.poll() == []
+        assert box.poll(timeout_s=0.01) == []
+        assert box.pending == 1
+
+
+# Sharing.
+
+
+def test_identical_calls_in_flight_share_one_execution(gate: Gate) -> None:
+    with ToolBox([gate.tool()]) as box:
+        first = box.submit(ToolCall("wait", {"text": "same"}))
+        second = box.submit(ToolCall("wait", {"text": "same"}))
+        other = box.submit(ToolCall("wait", {"text": "other"}))
+        gate.opened.set()
+        results = collect(box, 3)
+    assert gate.executions == 2
+    assert [results[ticket].source for ticket in (first, second, other)] == ["executed", "joined", "executed"]
+    assert results[first].seconds == results[second].seconds > 0
+
+
+def test_without_a_cache_a_later_identical_call_runs_again(gate: Gate) -> None:
+    gate.opened.set()
+    with ToolBox([gate.tool()]) as box:
+        for _ in range(2):
+            box.submit(ToolCall("wait", {"text": "same"}))
+            assert [result.source for result in collect(box, 1).values()] == ["executed"]
+    assert gate.executions == 2
+
+
+def test_a_cache_gives_successes_again_and_failures_not() -> None:
+    with ToolBox([echo, named("fail")], cache=True) as box:
+        box._tools["fail"] = returning(ToolError("no"))
+        for name, sources in (("echo", ["executed", "cached"]), ("fail", ["executed", "executed"])):
+            seen = []
+            for _ in range(2):
+                box.submit(ToolCall(name, {"text": "same"}))
+                seen += collect(box, 1).values()
+            assert [result.source for result in seen] == sources
+            assert seen[0].text == seen[1].text
+        assert box.take_stats()["echo"].cached == 1
+
+
+def test_arguments_are_compared_by_value_whatever_their_order() -> None:
+    with ToolBox([add], cache=True) as box:
+        for arguments in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}):
+            box.submit(ToolCall("add", arguments))
+            (result,) = collect(box, 1).values()
+            assert (result.text, result.source) == (
+                str(sum(arguments.values())),
+                "cached" if list(arguments) == ["b", "a"] else "executed",
+            )
+
+
+# Counts.
+
+
+def test_stats_count_each_tool_and_start_again(gate: Gate) -> None:
+    with ToolBox([gate.tool(), named("fail"), echo], timeout_s=30.0) as box:
+        box._tools["fail"] = returning(ToolError("no"))
+        calls = [("wait", "same"), ("wait", "same"), ("wait", "other"), ("fail", "x"), ("fail", "x"), ("no_such", "x")]
+        for name, text in calls[:3]:
+            box.submit(ToolCall(name, {"text": text}))
+        gate.opened.set()
+        collect(box, 3)
+        for name, text in calls[3:]:
+            box.submit(ToolCall(name, {"text": text}))
+            collect(box, 1)
+        box.submit(ToolCall("wait", {}))
+        collect(box, 1)
+        stats = box.take_stats()
+        again = box.take_stats()
+    # wait: same, its joined twin, other, and one refused call
+    wait = stats["wait"]
+    assert (wait.calls, wait.executed, wait.joined, wait.cached, wait.failures) == (4, 2, 1, 0, {"bad_call": 1})
+    assert len(wait.seconds) == 2 and min(wait.seconds) > 0
+    assert (stats["fail"].calls, stats["fail"].failures) == (2, {"error": 2})
+    assert stats[UNKNOWN_TOOL].failures == {"bad_call": 1}
+    assert stats["echo"].calls == 0
+    assert [name for name, of_tool in again.items() if of_tool.calls] == []
+    assert pickle.loads(pickle.dumps(stats)) == stats
+
+
+# The end.
+
+
+def test_a_closed_box_takes_no_calls() -> None:
+    box = ToolBox([echo])
+    box.close()
+    box.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        box.submit(ToolCall("echo", {"text": "x"}))
+
+
+def test_hung_tools_do_not_keep_the_interpreter_from_exiting(tmp_path: Path) -> None:
+    script = tmp_path / "hang.py"
+    script.write_text(
+        "import asyncio, json, threading, time\n"
+        "from arpo_trl.tools.box import ToolBox, ToolCall\n"
+        "def hang(text: str) -> str:\n"
+        '    """Hang.\n\n    Args:\n        text: Not used.\n    """\n'
+        "    threading.Event().wait()\n"
+        "async def block(text: str) -> str:\n"
+        '    """Hang.\n\n    Args:\n        text: Not used.\n    """\n'
+        "    threading.Event().wait()\n"
+        "box = ToolBox([hang, block], timeout_s=0.05)\n"
+        "for name in box.names: box.submit(ToolCall(name, {'text': ''}))\n"
+        "results = []\n"
+        "while len(results) < 2: results += box.poll(1.0)\n"
+        "box.submit(ToolCall('hang', {'text': 'again'}))\n"
+        "print(json.dumps([result.failure for _, result in results]))\n"
+        "raise KeyboardInterrupt\n"
+    )
+    source = Path(arpo_trl.__file__).parents[1]
+    ran = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(source)}
+    )
+    assert json.loads(ran.stdout) == ["timeout", "timeout"]
+    assert "KeyboardInterrupt" in ran.stderr

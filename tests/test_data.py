@@ -1,0 +1,270 @@
+"""Datasets: every layout becomes {prompt, answer, task, id}, and every bad row is named."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from arpo_trl.data import load_arpo_dataset, validate_rows
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.prompts import SYSTEM_PROMPTS
+
+REASONING = {"role": "system", "content": SYSTEM_PROMPTS["reasoning"]}
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def verl_row(gold: Any = "3", ability: str | None = "math", question: str = "How many?") -> dict[str, Any]:
+    system = "Put it in \x08oxed{} like \\[ \x08oxed{answer} \\]."
+    return {
+        "data_source": "mix",
+        "prompt": [{"content": system, "role": "system"}, {"content": question, "role": "user"}],
+        "ability": ability,
+        "reward_model": {"ground_truth": gold, "style": "rule"},
+        "extra_info": {"index": 7, "question": question, "split": "train"},
+        "metadata": None,
+    }
+
+
+def load_one(tmp_path: Path, row: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    dataset = load_arpo_dataset(write_jsonl(tmp_path / "rows.jsonl", [row]), **settings)
+    assert len(dataset) == 1
+    return dataset[0]
+
+
+def test_a_verl_row_is_converted_and_its_backspaces_repaired(tmp_path: Path) -> None:
+    question = "in the form \x0crac{m}{n}, by the de\x0bfinition"
+    assert load_one(tmp_path, verl_row(question=question)) == {
+        "prompt": [
+            {"role": "system", "content": r"Put it in \boxed{} like \[ \boxed{answer} \]."},
+            user(r"in the form \frac{m}{n}, by the definition"),
+        ],
+        "answer": ["3"],
+        "task": "math",
+        "id": "7",
+    }
+
+
+def test_parquet_json_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
+    rows = [verl_row(), verl_row("Essex", "qa", "Which county?\u2028In England.")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "bom.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n \n", encoding="utf-8-sig")
+    loaded = [load_arpo_dataset(str(file)).to_list() for file in sorted(tmp_path.iterdir())]
+    assert len(loaded) == 4
+    assert all(rows == loaded[0] for rows in loaded)
+    assert [row["task"] for row in loaded[0]] == ["math", "qa"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "answer"),
+    [
+        ({"problem": "1+1?", "answer": 2}, "1+1?", ["2"]),
+        ({"problem": "p", "question": "q", "answer": "025"}, "q", ["025"]),
+        ({"Question": "Who?", "Answer": " Ann "}, "Who?", ["Ann"]),
+        ({"question": "Who?", "final_answer": ["Ann", "Anna"]}, "Who?", ["Ann", "Anna"]),
+        ({"question": "Sum?", "answer": "6+6=12, so\n#### 1,234"}, "Sum?", ["1234"]),
+        ({"question": "Sum?", "answer": "#### -3 "}, "Sum?", ["-3"]),
+        ({"question": "What does #### 5 mean?", "answer": "a #### b"}, "What does #### 5 mean?", ["a #### b"]),
+        ({"question": "Half?", "answer": 0.5}, "Half?", ["0.5"]),
+        ({"prompt": "Half?", "answer": "1/2"}, "Half?", ["1/2"]),
+        ({"prompt": [user("Half?")], "answer": ["1/2"]}, "Half?", ["1/2"]),
+    ],
+)
+def test_field_variants_are_read(tmp_path: Path, fields: dict[str, Any], prompt: str, answer: list[str]) -> None:
+    row = load_one(tmp_path, fields, task="qa")
+    assert (row["prompt"], row["answer"]) == ([REASONING, user(prompt)], answer)
+
+
+def test_ids_and_levels_are_kept_as_text(tmp_path: Path) -> None:
+    rows = [
+        {"question": "a", "answer": "1", "task": "math", "idx": 0, "level": 3},
+        {"question": "b", "answer": "1", "task": "math", "id": "x"},
+        {"question": "c", "answer": "1", "task": "math"},
+    ]
+    dataset = load_arpo_dataset(write_jsonl(tmp_path / "rows.jsonl", rows))
+    assert dataset["id"][:] == ["0", "x", "2"]  # without one, the row's number
+    assert dataset["level"][:] == ["3", None, None]
+
+
+def test_the_system_prompt_is_kept_added_or_replaced(tmp_path: Path) -> None:
+    own = [{"role": "system", "content": "Be brief."}, user("Who?")]
+    row = {"prompt": own, "answer": "Ann", "task": "qa"}
+    bare = {"prompt": "Who?", "answer": "Ann", "task": "qa"}
+    assert load_one(tmp_path, row)["prompt"] == own
+    assert load_one(tmp_path, bare)["prompt"] == [REASONING, user("Who?")]
+    deepsearch = [{"role": "system", "content": SYSTEM_PROMPTS["deepsearch"]}, user("Who?")]
+    assert load_one(tmp_path, row, system_prompt="deepsearch")["prompt"] == deepsearch
+    assert load_one(tmp_path, bare, system_prompt="deepsearch")["prompt"] == deepsearch
+    literal = [{"role": "system", "content": "Think well."}, user("Who?")]
+    assert load_one(tmp_path, row, system_prompt="Think well.")["prompt"] == literal
+
+
+def test_a_misspelt_system_prompt_or_task_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"system_prompt is 'reasonning'; expected a name from \['reasoning', 'deepsea"
+    ):
+        load_arpo_dataset("rows.jsonl", system_prompt="reasonning")
+    with pytest.raises(ConfigError, match="task is 'maths'; expected one of"):
+        load_arpo_dataset("rows.jsonl", task="maths")  # type: ignore[arg-type]
+
+
+def test_a_row_s_own_task_comes_before_ability_and_ability_before_the_argument(tmp_path: Path) -> None:
+    assert load_one(tmp_path, {**verl_row(ability="qa"), "task": "math"}, task="qa")["task"] == "math"
+    assert load_one(tmp_path, verl_row(ability="qa"), task="math")["task"] == "qa"
+    assert load_one(tmp_path, verl_row(ability=None), task="qa")["task"] == "qa"
+
+
+def test_silent_rows_are_judged_together_by_their_answers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def tasks(golds: list[str]) -> list[str]:
+        rows = [{"question": "q", "answer": gold} for gold in golds]
+        rows.append({"question": "q", "answer": "stated", "task": "qa"})  # has no say
+        return load_arpo_dataset(write_jsonl(tmp_path / "rows.jsonl", rows))["task"][:-1]
+
+    # 3 of 4 are a number or LaTeX: math, all of them
+    assert tasks(["-1,000.5", r"\frac{1}{2}", "x^2", "Evelyn"]) == ["math"] * 4
+    assert "4 row(s) do not say their task; taken as math, since 75 %" in caplog.text
+    # 1 of 4: qa
+    assert tasks(["1999", "Essex", "Crystal Dynamics", "yes"]) == ["qa"] * 4
+    # 2 of 4 tell nothing
+    with pytest.raises(
+        DataError, match=r"4 row\(s\), the first of them row 0, .*50%.* Add a `task` column .* or pass task="
+    ):
+        tasks(["1999", "3", "Essex", "yes"])
+
+
+def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [verl_row(), verl_row(" "), verl_row()])
+    with caplog.at_level(logging.WARNING):
+        assert len(load_arpo_dataset(file)) == 2
+    assert "1 row(s) with a blank answer left out: 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "task": "qa"}, r"no answer: the row has the fields \['question', 'task'\]"),
+        ({"question": "q", "answer": None}, "no answer: 'answer' is null"),
+        ({"question": None, "answer": "a"}, "no prompt or question: 'question' is null"),
+        ({"answer": "a"}, r"no prompt or question: the row has the fields \['answer'\]"),
+        ({"question": "q", "answer": " "}, "'answer' is ' '; expected at least one answer"),
+        ({"question": "q", "answer": []}, "'answer' is an empty list"),
+        ({"question": "q", "answer": ["a", ""]}, r"'answer' is \['a', ''\]"),
+        ({"question": "q", "answer": ["a", None]}, "'answer' holds None"),
+        ({"question": "q", "answer": True}, "'answer' holds True"),
+        ({"question": "q", "answer": {"a": 1}}, "'answer' holds {'a': 1}"),
+        ({"question": " ", "answer": "a"}, "message 0 of 'prompt' has the content ' '"),
+        ({"prompt": [], "answer": "a"}, r"'prompt' is \[\]"),
+        ({"prompt": 5, "answer": "a"}, "'prompt' is 5"),
+        ({"prompt": ["hi"], "answer": "a"}, "message 0 of 'prompt' is 'hi'; expected a role"),
+        ({"prompt": [user("q"), {"role": "user"}], "answer": "a"}, "message 1 of 'prompt' has the content None"),
+        ({"question": "q", "answer": "a", "task": "code"}, "'task' is 'code'; expected one of"),
+        (verl_row(ability="code"), "'ability' is 'code'; expected one of"),
+        (verl_row(gold=None), "no reward_model.ground_truth: 'ground_truth' is null"),
+    ],
+)
+def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+    file = write_jsonl(tmp_path / "rows.jsonl", [verl_row(), row])
+    with pytest.raises(DataError, match=f"rows.jsonl, row 1: {message}"):
+        load_arpo_dataset(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"question": "q", "answer": "1"}\n\n{"question"\n', "a.jsonl, line 3: not valid JSON"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, row 0: got a list; expected an object"),
+        ("a.jsonl", b"", "a.jsonl .* holds no rows"),
+        ("a.json", b"{}", "a.json holds a dict; expected a list of objects"),
+        ("a.json", b"[", "a.json: not valid JSON"),
+        ("a.json", b"[" * 100_000, "a.json: not valid JSON"),
+        ("a.jsonl", b'{"question": "\xff"}', r"a.jsonl is not UTF-8 text \(byte 14\)"),
+        ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
+        ("a.csv", b"question,answer", r"a.csv is no dataset file; expected one of \('.jsonl'"),
+    ],
+)
+def test_an_unreadable_file_says_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_arpo_dataset(str(tmp_path / name))
+
+
+def test_a_folder_gives_the_files_of_its_split_in_order(tmp_path: Path) -> None:
+    for name, answer in [("train-1", "1"), ("train-0", "0"), ("train_more", "2"), ("training", "9"), ("test", "8")]:
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"question": "q", "answer": answer, "task": "math"}])
+    assert load_arpo_dataset(str(tmp_path))["answer"][:] == [["0"], ["1"], ["2"]]
+    assert load_arpo_dataset(str(tmp_path), "test")["answer"][:] == [["8"]]
+    with pytest.raises(DataError, match=r"no file of the split 'dev'; expected dev\*.*got test.jsonl, train-0.jsonl"):
+        load_arpo_dataset(str(tmp_path), "dev")
+
+
+@pytest.mark.parametrize("missing", ["missing.jsonl", "/no/where", "./folder", "a/b/c"])
+def test_a_missing_path_is_not_taken_for_a_hub_name(missing: str) -> None:
+    with pytest.raises(DataError, match=f"There is no file or folder {missing}"):
+        load_arpo_dataset(missing)
+
+
+def test_anything_else_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        assert (name, split) == ("someone/rows", "test")
+        return datasets.Dataset.from_list([verl_row()])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_arpo_dataset("someone/rows", "test")["answer"][:] == [["3"]]
+
+
+def test_an_unreachable_hub_dataset_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match=r"'someone/rows' is no local file or folder, .*ConnectionError: no network"):
+        load_arpo_dataset("someone/rows")
+
+
+def test_good_rows_are_valid(tmp_path: Path) -> None:
+    validate_rows(load_arpo_dataset(write_jsonl(tmp_path / "rows.jsonl", [verl_row()] * 3)))
+    validate_rows(datasets.Dataset.from_list([{"prompt": "plain text", "answer": "plain text"}]))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"prompt": ["a"]}, r"no column 'answer'; it has \['prompt'\]"),
+        ({"question": ["a"], "answer": ["1"]}, "no column 'prompt'"),
+        ({"prompt": [], "answer": []}, "The dataset is empty"),
+        ({"prompt": ["a", None], "answer": ["1", "1"]}, "row 1: 'prompt' is None"),
+        ({"prompt": ["a", "b"], "answer": ["1", None]}, "row 1: 'answer' holds None"),
+        ({"prompt": ["a", "b"], "answer": [["1"], []]}, "row 1: 'answer' is an empty list"),
+        ({"prompt": ["a", "b"], "answer": ["1", " "]}, "row 1: 'answer' is ' '"),
+        ({"prompt": ["a", "\n"], "answer": ["1", "1"]}, r"row 1: message 0 of 'prompt' has the content '\\n'"),
+        ({"prompt": [[user("a")], []], "answer": ["1", "1"]}, r"row 1: 'prompt' is \[\]"),
+    ],
+)
+def test_a_dataset_that_cannot_be_trained_on_says_which_row_and_field(rows: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        validate_rows(datasets.Dataset.from_dict(rows))
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEM_PROMPTS))
+def test_a_system_prompt_teaches_every_tag_and_no_control_character(name: str) -> None:
+    text = SYSTEM_PROMPTS[name]
+    for tag in ("think", "search", "python", "result", "answer"):
+        assert f"<{tag}>" in text and f"</{tag}>" in text
+    assert r"\boxed{" in text
+    assert all(char.isprintable() or char == "\n" for char in text)

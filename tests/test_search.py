@@ -1,0 +1,198 @@
+"""Search finds passages by BM25 in a fixed order, and recorded results exactly before nearly."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from arpo_trl.errors import DataError
+from arpo_trl.tools.box import tool_spec
+from arpo_trl.tools.search import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool, tokenize
+
+PASSAGES = [
+    {"title": "Iron", "text": "Iron is a metal with a density of 7.874 grams per cubic centimetre."},
+    {"title": "Gold", "text": "Gold is a metal with a density of 19.3 grams per cubic centimetre."},
+    {"title": "Curaçao", "text": "The island's capital is Willemstad."},
+    "A passage without a title, about rivers.",
+]
+
+
+@pytest.fixture
+def index() -> LocalIndex:
+    return LocalIndex(PASSAGES)
+
+
+def test_words_are_folded_and_common_ones_left_out() -> None:
+    assert tokenize("What is the density of Curaçao's VITAMIN C?") == ["density", "curacao", "vitamin", "c"]
+
+
+def test_the_passage_that_shares_the_rarest_words_comes_first(index: LocalIndex) -> None:
+    assert index.search("density of gold", 2) == [
+        "Gold: Gold is a metal with a density of 19.3 grams per cubic centimetre.",
+        "Iron: Iron is a metal with a density of 7.874 grams per cubic centimetre.",
+    ]
+
+
+def test_accents_and_case_do_not_matter(index: LocalIndex) -> None:
+    assert index.search("CURACAO capital", 1) == ["Curaçao: The island's capital is Willemstad."]
+
+
+def test_passages_that_share_no_word_are_left_out(index: LocalIndex) -> None:
+    assert len(index.search("rivers", 10)) == 1
+
+
+@pytest.mark.parametrize("query", ["", "   ", "???", "the of", "zzz", "\0", "数"])
+def test_a_query_that_matches_nothing_says_so(index: LocalIndex, query: str) -> None:
+    assert search_tool(index)(query) == NOTHING_FOUND
+
+
+def test_ties_keep_the_order_of_the_passages() -> None:
+    index = LocalIndex([f"river number{i}" for i in range(50)])
+    assert index.search("river", 5) == [f"river number{i}" for i in range(5)]
+
+
+def test_results_are_numbered_pages_each_on_a_line_and_cut() -> None:
+    search = search_tool(LocalIndex(["river one\nflows", "river " + "x" * 50]), top_k=2, max_chars=20)
+    assert search("river") == "Page 1: river one flows\nPage 2: river xxxxxxxxxxxx …"
+    #                                                           20 = 6 + 12 + 2
+
+
+def test_no_more_results_than_asked_for(index: LocalIndex) -> None:
+    assert search_tool(index, top_k=1)("metal density").count("Page ") == 1
+
+
+def test_the_tool_can_be_offered_to_a_model(index: LocalIndex) -> None:
+    spec = tool_spec(search_tool(index))
+    assert (spec.name, spec.single_text_parameter) == ("search", "query")
+
+
+def test_a_saved_index_answers_as_before(index: LocalIndex, tmp_path: Path) -> None:
+    index.save(tmp_path / "index")
+    loaded = LocalIndex.load(tmp_path / "index")
+    assert len(loaded) == len(index) == 4
+    for query in ("density of gold", "curacao", "rivers", "zzz", "metal"):
+        assert loaded.search(query, 3) == index.search(query, 3)
+
+
+def test_a_saved_index_can_be_saved_again(index: LocalIndex, tmp_path: Path) -> None:
+    index.save(tmp_path / "first")
+    LocalIndex.load(tmp_path / "first").save(tmp_path / "second")
+    assert LocalIndex.load(tmp_path / "second").search("rivers", 1) == ["A passage without a title, about rivers."]
+
+
+def test_an_index_is_silent(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    LocalIndex(PASSAGES).save(tmp_path / "index")
+    LocalIndex.load(tmp_path / "index").search("gold", 1)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_jsonl_file_holds_a_string_or_an_object_per_line(tmp_path: Path) -> None:
+    path = tmp_path / "passages.jsonl"
+    path.write_text("\n".join(map(json.dumps, PASSAGES)) + "\n\n")
+    assert LocalIndex.from_jsonl(path).search("gold density", 3) == LocalIndex(PASSAGES).search("gold density", 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('"fine"\n{"text": ', r"line 2: not JSON"),
+        ('"fine"\n\n{"body": "x"}', r"line 3: expected .* got keys \['body'\]"),
+        ("5", r"line 1: expected .* got int"),
+        ('{"text": "x", "title": 5}', r"line 1: expected"),
+        ("", "has no passages"),
+    ],
+)
+def test_a_broken_jsonl_file_is_named_with_its_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "passages.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        LocalIndex.from_jsonl(path)
+
+
+def test_an_index_needs_passages_with_words() -> None:
+    with pytest.raises(DataError, match="at least one passage"):
+        LocalIndex([])
+    with pytest.raises(DataError, match="has a word to search for"):
+        LocalIndex(["???", ""])
+
+
+def test_what_is_no_saved_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a saved search index"):
+        LocalIndex.load(tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        LocalIndex.from_jsonl(tmp_path / "missing.jsonl")
+
+
+# Recorded results.
+
+RECORDED = {
+    "capital of France": "Page 1: Paris is the capital.\nPage 2: France lies\nin Europe.",
+    "search query: Who wrote Hamlet?": "Page 1: Shakespeare wrote it.",
+    "capital of Atlantis": NOTHING_FOUND,
+    "plain": "text that is not in pages",
+}
+
+
+def recorded(tmp_path: Path, content: object = None) -> RecordedSearch:
+    path = tmp_path / "recorded.json"
+    path.write_text(json.dumps(RECORDED if content is None else content))
+    return RecordedSearch(path)
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("capital of France", "Page 1: Paris is the capital.\nPage 2: France lies in Europe."),
+        ("  CAPITAL  of france ", "Page 1: Paris is the capital.\nPage 2: France lies in Europe."),
+        ("who wrote hamlet?", "Page 1: Shakespeare wrote it."),
+        ("search query: who wrote hamlet?", "Page 1: Shakespeare wrote it."),
+        ("plain", "Page 1: text that is not in pages"),
+        ("capital of Atlantis", NOTHING_FOUND),  # it was asked, and nothing was found
+    ],
+)
+def test_a_recorded_query_gets_its_own_result(tmp_path: Path, query: str, text: str) -> None:
+    assert search_tool(recorded(tmp_path))(query) == text
+
+
+@pytest.mark.parametrize(
+    ("query", "text"),
+    [
+        ("Hamlet author", "Page 1: Shakespeare wrote it."),
+        ("Atlantis capital city", "Page 1: Paris is the capital.\nPage 2: France lies in Europe."),
+        ("who wrote", "Page 1: Shakespeare wrote it."),
+        ("who is it", NOTHING_FOUND),
+        ("???", NOTHING_FOUND),
+    ],
+)
+def test_another_query_gets_the_nearest_recorded_result(tmp_path: Path, query: str, text: str) -> None:
+    assert search_tool(recorded(tmp_path))(query) == text
+
+
+def test_recorded_pages_are_cut_to_the_number_asked_for(tmp_path: Path) -> None:
+    assert search_tool(recorded(tmp_path), top_k=1)("capital of France") == "Page 1: Paris is the capital."
+
+
+def test_recordings_that_found_nothing_are_a_recording(tmp_path: Path) -> None:
+    search = search_tool(recorded(tmp_path, {"a query": NOTHING_FOUND}))
+    assert (search("a query"), search("another query")) == (NOTHING_FOUND, NOTHING_FOUND)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "holds an empty object"),
+        (["a"], "holds list"),
+        ({"a query": ["x"]}, "query 'a query': the result is list, expected text"),
+    ],
+)
+def test_a_recording_of_another_shape_is_refused(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        recorded(tmp_path, content)
+
+
+def test_a_recording_that_is_not_json_or_not_there_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        RecordedSearch(tmp_path / "broken.json")
+    with pytest.raises(DataError, match="cannot be read"):
+        RecordedSearch(tmp_path / "missing.json")

@@ -1,0 +1,71 @@
+"""Train a tool-using policy: `accelerate launch train.py --config configs/quickstart.yaml`.
+
+Every key of the YAML file is a field of one of `TrainArguments`, `ToolArguments`, `arpo_trl.ARPOConfig` or TRL's
+`ModelConfig`; an unknown key is an error. Flags win over the file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.cli import report_errors
+from arpo_trl.data import load_arpo_dataset
+from arpo_trl.rewards import HierarchicalReward
+from arpo_trl.tools.build import ToolArguments, build_tools
+
+
+@dataclass
+class TrainArguments:
+    """What to train on and for."""
+
+    dataset: str = field(metadata={"help": "Hub id, folder, or .jsonl, .json or .parquet file of questions."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "The same for evaluation while training."})
+    eval_split: str = field(default="validation", metadata={"help": "Its split."})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "A name of arpo_trl.prompts.SYSTEM_PROMPTS or a text that replaces the rows' own."},
+    )
+    accuracy: str = field(
+        default="task",
+        metadata={"help": "How answers are compared: 'task' (math equality or token F1), 'paper_f1' for parity.",
+                  "choices": ["task", "paper_f1"]},
+    )  # fmt: skip
+
+
+@report_errors
+def main() -> None:
+    parser = TrlParser((TrainArguments, ToolArguments, ARPOConfig, ModelConfig))
+    arguments, tool_arguments, config, model_config = parser.parse_args_and_config()
+    config.model_init_kwargs = {
+        **(config.model_init_kwargs or {}),
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+    }
+
+    def load(name: str, split: str) -> Dataset:
+        return load_arpo_dataset(name, split, system_prompt=arguments.system_prompt)
+
+    trainer = ARPOTrainer(
+        model=model_config.model_name_or_path,
+        reward_funcs=HierarchicalReward(arguments.accuracy),
+        args=config,
+        train_dataset=load(arguments.dataset, arguments.dataset_split),
+        eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if arguments.eval_dataset else None,
+        tools=build_tools(tool_arguments),
+        quantization_config=get_quantization_config(model_config),
+        peft_config=get_peft_config(model_config),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_model(config.output_dir)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset)
+
+
+if __name__ == "__main__":
+    main()
