@@ -1,7 +1,7 @@
 """Cold start on tool-using trajectories: `accelerate launch sft.py --config configs/quickstart_sft.yaml`.
 
-TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only what the model is to write carries loss; prompts and tool
-results are masked, and turns are encoded by the protocol that RL parses.
+TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only what the model is to write carries loss; prompts and
+tool results are masked, and turns are encoded by the protocol that RL parses.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def test_once_keeps_the_first_copy_of_each_node():
 def test_once_gives_every_node_a_total_weight_of_one_whatever_its_leaves():
     kept = first_copies(NODES)
     for node, tokens in {1: 2, 2: 1, 3: 1, 4: 2, 5: 2}.items():
-        assert int((kept & (NODES == node)).sum()) == tokens
+        assert int((kept & (node == NODES)).sum()) == tokens
 
 
 def test_without_shared_nodes_attribution_changes_nothing():

@@ -260,6 +260,14 @@ def test_a_value_that_contains_itself_is_not_text() -> None:
     assert call_once(returning(loop)).failure == "not_text"
 
 
+def test_a_value_that_breaks_when_it_is_read_is_not_text() -> None:
+    class Broken(dict[str, str]):
+        def items(self) -> Any:
+            raise KeyError("broken")
+
+    assert call_once(returning(Broken(a="b"))).failure == "not_text"
+
+
 @pytest.mark.parametrize("length", [101, 5_000, 1_000_000])
 def test_a_flood_keeps_head_and_tail_and_marks_the_cut(length: int) -> None:
     text = "h" * (length // 2) + "t" * (length - length // 2)
@@ -399,7 +407,7 @@ def test_waiting_for_a_place_does_not_count_towards_the_deadline() -> None:
         time.sleep(0.2)
         return text
 
-    # One place, eight calls of 0.2 s: the last one starts after 1.4 s, past the deadline of 1 s, were the wait counted.
+    # One place, eight calls of 0.2 s: the last starts after 1.4 s, past the deadline of 1 s, were the wait counted.
     with ToolBox([nap], timeout_s=1.0, concurrency=1) as box:
         for i in range(8):
             box.submit(ToolCall("nap", {"text": str(i)}))
@@ -454,7 +462,7 @@ def test_a_cache_gives_successes_again_and_failures_not() -> None:
     with ToolBox([echo, named("fail")], cache=True) as box:
         box._tools["fail"] = returning(ToolError("no"))
         for name, sources in (("echo", ["executed", "cached"]), ("fail", ["executed", "executed"])):
-            seen = []
+            seen: list[ToolResult] = []
             for _ in range(2):
                 box.submit(ToolCall(name, {"text": "same"}))
                 seen += collect(box, 1).values()

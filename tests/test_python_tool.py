@@ -319,10 +319,10 @@ def test_the_worker_and_the_trainer_are_neither_signalled_nor_traced(isolated: W
         code = f"import ctypes, os\nctypes.CDLL(None).ptrace(16, {pid}, 0, 0)"
         assert run(isolated, code) == "-1\n"
         assert refused(isolated, f"import os\nopen(f'/proc/{{{pid}}}/mem', 'r+b')").startswith("PermissionError")
-    pid = isolated.pid
+    worker_pid = isolated.pid
     isolated.run("import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.killpg(0, signal.SIGTERM)")
     assert run(isolated, "print('served')") == "served\n"
-    assert isolated.pid == pid
+    assert isolated.pid == worker_pid
 
 
 def test_other_processes_keep_their_limits_and_priority(isolated: Worker) -> None:

@@ -2,7 +2,6 @@ import threading
 import time
 
 import pytest
-from support import ANSWER, Scripted
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.branching import BranchRule
@@ -10,6 +9,7 @@ from arpo_trl.rollout.engines.base import TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.sampler import RolloutSchedule
 from arpo_trl.rollout.tree import NodeKind, StopReason
+from support import ANSWER, Scripted
 
 
 def one_search(request: TurnRequest, context: str) -> ScriptedTurn:

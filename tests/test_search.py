@@ -1,6 +1,7 @@
 """Search finds passages by BM25 in a fixed order, and recorded results exactly before nearly."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from arpo_trl.errors import DataError
 from arpo_trl.tools.box import tool_spec
 from arpo_trl.tools.search import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool, tokenize
 
-PASSAGES = [
+PASSAGES: list[str | Mapping[str, str]] = [
     {"title": "Iron", "text": "Iron is a metal with a density of 7.874 grams per cubic centimetre."},
     {"title": "Gold", "text": "Gold is a metal with a density of 19.3 grams per cubic centimetre."},
     {"title": "Curaçao", "text": "The island's capital is Willemstad."},
@@ -52,9 +53,9 @@ def test_ties_keep_the_order_of_the_passages() -> None:
 
 
 def test_results_are_numbered_pages_each_on_a_line_and_cut() -> None:
-    search = search_tool(LocalIndex(["river one\nflows", "river " + "x" * 50]), top_k=2, max_chars=20)
-    assert search("river") == "Page 1: river one flows\nPage 2: river xxxxxxxxxxxx …"
-    #                                                           20 = 6 + 12 + 2
+    search = search_tool(LocalIndex(["river one\nflows on", "river " + "x" * 50]), top_k=2, max_chars=20)
+    # The shorter passage (in words) first. Cut to 20 = 6 ("river ") + 12 + 2 (" …").
+    assert search("river") == "Page 1: river xxxxxxxxxxxx …\nPage 2: river one flows on"
 
 
 def test_no_more_results_than_asked_for(index: LocalIndex) -> None:

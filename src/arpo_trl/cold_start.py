@@ -1,7 +1,7 @@
 """Trajectories → token ids and labels for supervised training, through the code that parses them in RL.
 
-What is learned is what is parsed: a turn, a tool result and their order are encoded by the same `TagProtocol`, and only
-what the model is to write carries loss.
+What is learned is what is parsed: a turn, a tool result and their order are encoded by the same `TagProtocol`, and
+only what the model is to write carries loss.
 
     # ids:     prompt | <search>…</search> | \\n<result>…</result>\\n | <answer>…</answer> EOS
     # labels:   −100  |        ids         |          −100            |         ids
@@ -34,8 +34,8 @@ class Segment:
 def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str, list[int]]:
     """`input_ids` and `labels` (−100 on the prompt and on tool results) of one demonstration.
 
-    A row has `messages` (system and user, then assistant and tool in turn), or `prompt` (messages or text) and `text`,
-    the whole trajectory with its `<result>…</result>`. Results that stand inside an assistant message count as results.
+    A row has `messages` (system and user, then assistant and tool in turn), or `prompt` (messages or text) and
+    `text`, the whole trajectory with its `<result>…</result>`. A result inside an assistant message counts as one.
 
     Raises:
         DataError: The row has neither form, or its trajectory does not end with a turn.

@@ -80,8 +80,8 @@ class ARPOConfig(GRPOConfig):
     )  # fmt: skip
     max_tool_result_tokens: int | None = field(
         default=None,
-        metadata={"help": "Tokens of a tool result that the model sees; a longer one keeps its head and tail. None: no "
-                  "limit. >= 16."},
+        metadata={"help": "Tokens of a tool result that the model sees; a longer one keeps its head and tail. None: "
+                  "no limit. >= 16."},
     )  # fmt: skip
 
     # Parameters that control the credit
@@ -91,8 +91,8 @@ class ARPOConfig(GRPOConfig):
     )
     advantage_attribution: str = field(
         default=AdvantageAttribution.SOFT.value,
-        metadata={"help": "What a token shared by d leaves is credited with: 'soft' (each leaf's own advantage), 'hard' "
-                  "(their mean).", "choices": [kind.value for kind in AdvantageAttribution]},
+        metadata={"help": "What a token shared by d leaves is credited with: 'soft' (each leaf's own advantage), "
+                  "'hard' (their mean).", "choices": [kind.value for kind in AdvantageAttribution]},
     )  # fmt: skip
     shared_prefix_weight: str = field(
         default=SharedPrefixWeight.PER_LEAF.value,

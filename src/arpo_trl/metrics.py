@@ -1,4 +1,4 @@
-"""The numbers a user sees under `arpo/`, from one rollout's trees. docs/metrics.md has formula and healthy range of each.
+"""The numbers a user sees under `arpo/`, from one rollout's trees; docs/metrics.md has formula and range of each.
 
 A `Tally` is a sum and a count per name, so that ranks merge by adding and a mean is right however uneven they were.
 """

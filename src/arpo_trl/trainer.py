@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
@@ -62,8 +62,8 @@ class ARPOTrainer(GRPOTrainer):
 
     Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory`. Rewards receive, besides TRL's
     arguments and the dataset's columns, one value per completion of: `turns` (what the model wrote, turn by turn),
-    `tool_calls` (the calls along the path, as dicts) and `stop_reason`. With conversational prompts a completion is the
-    list of its messages, tool results included.
+    `tool_calls` (the calls along the path, as dicts) and `stop_reason`. With conversational prompts a completion is
+    the list of its messages, tool results included.
 
     What it changes in `GRPOTrainer`, and nothing else:
 
@@ -78,9 +78,9 @@ class ARPOTrainer(GRPOTrainer):
         RewardError: A reward function returned NaN or infinity.
     """
 
-    _tag_names = ["trl", "arpo"]
+    _tag_names: ClassVar = ["trl", "arpo"]
     _name = "ARPO"
-    _paper = {
+    _paper: ClassVar = {
         "title": "Agentic Reinforced Policy Optimization",
         "id": "2507.19849",
         "citation": textwrap.dedent("""\
@@ -194,8 +194,8 @@ class ARPOTrainer(GRPOTrainer):
         ):
             yield model
 
-    def _generate(self, prompts: list) -> tuple:
-        """TRL's `_generate` around our rollout, with completions as messages (or text) instead of one decoded string."""
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        """TRL's `_generate` around our rollout, with completions as messages (or text), not as one decoded string."""
         ids, completion_ids, mask, completions, logprobs, extra, images, tool_images = super()._generate(prompts)
         assert self._last is not None
         completions = [
@@ -204,7 +204,7 @@ class ARPOTrainer(GRPOTrainer):
         ]
         return ids, completion_ids, mask, completions, logprobs, extra, images, tool_images
 
-    def _rollout(self, prompts: list, trainer: GRPOTrainer) -> dict[str, list]:
+    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
         """TRL's `rollout_func`: rows come prompt-major, each prompt as often as its group has leaves."""
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
@@ -241,7 +241,7 @@ class ARPOTrainer(GRPOTrainer):
         }
 
     def _rollout_name(self, kind: str) -> str:
-        """Names a rollout, and so seeds it: by the optimizer step, which a resumed run knows, and a count within it."""
+        """Names a rollout, and so seeds it: by the optimizer step, which a resumed run knows, and a count in it."""
         step = self.state.global_step
         count = self._rollouts_at[1] + 1 if self._rollouts_at[0] == step else 0
         self._rollouts_at = (step, count)
@@ -281,7 +281,9 @@ class ARPOTrainer(GRPOTrainer):
             trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
             batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
         start = time.perf_counter()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._timed["reward"] += time.perf_counter() - start
@@ -292,7 +294,7 @@ class ARPOTrainer(GRPOTrainer):
             self._last.rewards = total[local][: len(prompts)].cpu()
         return rewards
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any):
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         start = time.perf_counter()
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if not torch.is_grad_enabled():

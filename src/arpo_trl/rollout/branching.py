@@ -1,7 +1,7 @@
 """From the entropies after a tool result to extra turns: the rule, and the budget of one group.
 
-The first k tokens after an observation are probed while they are written. Their mean entropy `H_turn`, less that of the
-path's own first turn, `H_root`, normalised by the most an entropy over V tokens can be, is
+The first k tokens after an observation are probed while they are written. Their mean entropy `H_turn`, less that of
+the path's own first turn, `H_root`, normalised by the most an entropy over V tokens can be, is
 
     ΔH = (H_turn − H_root) / ln V                 (the paper divides by V, which makes β inert: docs/algorithm.md)
     P  = α + β·ΔH                                 (Eq 5)

@@ -4,8 +4,8 @@
     it then sees       <result> … </result>                            an observation
     and in the end     <answer>… \\boxed{1811} …</answer> and EOS       the last turn
 
-A result's wrapper and its content are encoded apart, and the content by an encoder that knows no special or added token:
-whatever a page contains, `<|im_end|>` and `</result><answer>` included, stays text.
+A result's wrapper and its content are encoded apart, and the content by an encoder that knows no special or added
+token: whatever a page contains, `<|im_end|>` and `</result><answer>` included, stays text.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class ContentEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
-                f"The tokenizer {type(tokenizer).__name__} has no fast backend, so control tokens in tool results could "
-                "not be kept apart from text. Use a fast tokenizer."
+                f"The tokenizer {type(tokenizer).__name__} has no fast backend, so control tokens in tool results "
+                "could not be kept apart from text. Use a fast tokenizer."
             )
         state = json.loads(backend.to_str())
         state["added_tokens"] = []
@@ -135,11 +135,9 @@ class TagProtocol:
 
     def parse_turn(self, text: str) -> ToolCall | BadCall | None:
         """The call that `text` ends in, a `BadCall`, or None when the turn asks for nothing."""
-        close = None
-        for close in self._tool_close.finditer(text):
-            pass
-        if close is None:
+        if not (closes := list(self._tool_close.finditer(text))):
             return self._missing_close(text)
+        close = closes[-1]
         name = close.group()[2:-1]
         before, opened, body = text[: close.start()].rpartition(f"<{name}>")
         if not opened:

@@ -1,10 +1,10 @@
 """The event loop that grows one tree per prompt.
 
-Turns and tool calls are submitted; whatever finishes first grows its tree and leads to the next submission. Nobody waits
-for a slower sibling, tools run while others decode, and each turn asks only for the tokens its path has left.
+Turns and tool calls are submitted; whatever finishes first grows its tree and leads to the next submission. Nobody
+waits for a slower sibling, tools run while others decode, and each turn asks only for the tokens its path has left.
 
-With `schedule="rounds"` tool results are taken in together, in the order of their calls, once nothing is left to decode.
-That costs some overlap and makes a run repeat bit for bit, whatever the tools' timing.
+With `schedule="rounds"` tool results are taken in together, in the order of their calls, once nothing is left to
+decode. That costs some overlap and makes a run repeat bit for bit, whatever the tools' timing.
 """
 
 from __future__ import annotations
@@ -289,8 +289,8 @@ class _Run:
         group = _Group(request.id, RolloutTree(request.prompt_ids), budget)
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
-                f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length}: no "
-                "room for a completion. Shorten or drop the prompt."
+                f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length}: "
+                "no room for a completion. Shorten or drop the prompt."
             )
         self._start_at_root(group, settings.initial_rollouts, waited=0)
         return group

@@ -58,6 +58,9 @@ class ToolFailure(StrEnum):
     BAD_CALL = "bad_call"  # there is no such tool, or the arguments are not its own
 
 
+_Outcome = tuple[str, ToolFailure | None]  # the model's text, and how the call failed if it did
+
+
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """What the model asked for."""
@@ -300,15 +303,14 @@ class ToolBox:
         """Execute the flight once it has a place, and deliver to all its tickets. Runs on the scheduling thread."""
         async with self._places:
             start = time.perf_counter()
-            execution = self._execute(flight.call)
-            await asyncio.wait([execution], timeout=self._timeout_s)
-            seconds = time.perf_counter() - start
-            if execution.done():
-                text, failure = self._as_text(flight.call.name, execution.result())
-            else:
-                execution.cancel()
-                failure = ToolFailure.TIMEOUT
+            try:
+                text, failure = await asyncio.wait_for(self._execute(flight.call), self._timeout_s)
+            except TimeoutError:
                 text = f"Error: the {flight.call.name} call took longer than {self._timeout_s:g} s."
+                failure = ToolFailure.TIMEOUT
+            except RuntimeError as error:  # no thread to be had: a lost ticket would be waited for in vain
+                text, failure = self._as_text(flight.call.name, _Raised(error))
+            seconds = time.perf_counter() - start
         with self._lock:
             del self._flights[flight.key]
             if self._cache is not None and failure is None:
@@ -320,22 +322,26 @@ class ToolBox:
                 self._deliver(ticket, flight.call.name, ToolResult(text, failure, seconds, source))
                 source = "joined"
 
-    def _execute(self, call: ToolCall) -> asyncio.Future[Any]:
-        """A future of the scheduling loop with what the tool returned, or `_Raised`."""
+    def _execute(self, call: ToolCall) -> asyncio.Future[_Outcome]:
+        """A future of the scheduling loop with the outcome, which is computed off that loop and never an exception."""
         tool = self._tools[call.name]
-        if self.specs[call.name].is_async:
-            return asyncio.wrap_future(self._async_tools.start(_returned_async(tool, call.arguments)))
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Any] = loop.create_future()
 
-        def settle(value: Any) -> None:
+        async def work_async() -> _Outcome:
+            return self._as_text(call.name, await _returned_async(tool, call.arguments))
+
+        if self.specs[call.name].is_async:
+            return asyncio.wrap_future(self._async_tools.start(work_async()))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[_Outcome] = loop.create_future()
+
+        def settle(outcome: _Outcome) -> None:
             if not future.done():
-                future.set_result(value)
+                future.set_result(outcome)
 
         def work() -> None:
-            value = _returned(tool, call.arguments)
+            outcome = self._as_text(call.name, _returned(tool, call.arguments))
             with contextlib.suppress(RuntimeError):  # the box was closed meanwhile
-                loop.call_soon_threadsafe(settle, value)
+                loop.call_soon_threadsafe(settle, outcome)
 
         # A thread per call costs some 50 µs, and one that hangs is nobody else's.
         threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
@@ -345,13 +351,13 @@ class ToolBox:
         self._results.append((name, result))
         self._done.put((ticket, result))
 
-    def _as_text(self, name: str, value: Any) -> tuple[str, ToolFailure | None]:
+    def _as_text(self, name: str, value: Any) -> _Outcome:
         if isinstance(value, _Raised):
             return self._presentable(_describe(value.error)), ToolFailure.ERROR
         if isinstance(value, str):
             return self._presentable(value), None
         if isinstance(value, (bool, int, float, dict, list)):
-            with contextlib.suppress(TypeError, ValueError, RecursionError):
+            with contextlib.suppress(Exception):  # not JSON, contains itself, or an odd subclass
                 return self._presentable(json.dumps(value, ensure_ascii=False)), None
         message = f"Error: the {name} call returned {type(value).__name__}, which is not text."
         return message, ToolFailure.NOT_TEXT
@@ -387,7 +393,9 @@ def _describe(error: BaseException) -> str:
     """The message of a `ToolError`; of anything else one short line that gives no path of this machine away."""
     if isinstance(error, ToolError):
         return str(error)
-    message = error.strerror if isinstance(error, OSError) else str(error)
+    message: str | None = None
+    with contextlib.suppress(Exception):  # a message that cannot be made into text is no message
+        message = error.strerror if isinstance(error, OSError) else str(error)
     first_line = (message or "").strip().partition("\n")[0][:_MAX_ERROR_CHARS]
     return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
 

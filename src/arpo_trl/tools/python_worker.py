@@ -63,8 +63,8 @@ def _syscall(*arguments: object) -> int:
 
 def serve(isolated: bool) -> None:
     """Answer requests until stdin ends, that is until the parent has closed it or is gone."""
-    # sandlock has this process die with the thread that started it. Threads that call tools come and go, and a fork can
-    # undo its own death signal: so this process outlives both thread and trainer, and ends its fork when stdin ends.
+    # sandlock has this process die with the thread that started it. Threads that call tools come and go, and a fork
+    # can undo its death signal: so this process outlives both thread and trainer, and ends its fork when stdin ends.
     _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
     ruleset = None
     if isolated:

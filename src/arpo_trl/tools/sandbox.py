@@ -114,6 +114,8 @@ class Worker:
     """
 
     def __init__(self, limits: Limits, *, isolated: bool, preload: bool) -> None:
+        if not sys.platform.startswith("linux"):
+            raise SandboxError(f"Python code runs in a sandbox on Linux only, this is {sys.platform}")
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
         self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait

@@ -23,6 +23,7 @@ from arpo_trl.errors import DataError
 NOTHING_FOUND = "No search results found."
 
 _WORD = re.compile(r"\w+")
+_POSSESSIVE = re.compile(r"['’]s\b")
 # bm25s's list has no question words, and without them "who is …" would match every recorded "who is …".
 # fmt: off
 _QUESTION_WORDS = frozenset({
@@ -50,7 +51,7 @@ def tokenize(text: str) -> list[str]:
 
     Words of one letter or digit stay, unlike in `bm25s.tokenize`: chemical symbols and single figures carry meaning.
     """
-    decomposed = unicodedata.normalize("NFKD", text.casefold())
+    decomposed = unicodedata.normalize("NFKD", _POSSESSIVE.sub("", text.casefold()))
     words = _WORD.findall("".join(character for character in decomposed if not unicodedata.combining(character)))
     return [word for word in words if word not in _STOPWORDS]
 

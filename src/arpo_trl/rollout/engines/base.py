@@ -42,8 +42,8 @@ class SamplingSettings:
 class TurnRequest:
     """One turn to be written after `ids` (prompt and path so far), of at most `max_tokens` tokens.
 
-    `probe_tokens` is k. `seed` alone determines the random numbers of the turn, whatever else is in the batch. `key` is
-    the turn's place, (group, *address, depth), for scripts and logs.
+    `probe_tokens` is k. `seed` alone determines the random numbers of the turn, whatever else is in the batch. `key`
+    is     the turn's place, (group, *address, depth), for scripts and logs.
     """
 
     id: int

@@ -1,11 +1,11 @@
 """Turns from a transformers model: continuous batching over one key/value buffer.
 
-Every live turn owns a row. A decode step feeds each row its newest token at the row's own position, so rows of different
-lengths need no padding tokens, new rows join between two steps, and finished ones are replaced by the last row. The
-widest tensor is one step's (rows, vocabulary); nothing of shape (rows, length, vocabulary) ever exists.
+Every live turn owns a row. A decode step feeds each row its newest token at the row's own position, so rows of
+different lengths need no padding tokens, new rows join between two steps, and finished ones are replaced by the last
+row. The widest tensor is one step's (rows, vocabulary); nothing of shape (rows, length, vocabulary) ever exists.
 
 Random numbers are drawn per turn from its own seed, ahead of time, and tokens come from the inverse of the cumulative
-distribution. What a turn samples therefore does not depend on its neighbours, up to the rounding of the model's forward.
+distribution. What a turn samples does not depend on its neighbours, up to the rounding of the model's forward.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class TransformersEngine:
         self._model_context = model_context
         self._warpers, self._penalty = _warpers(settings)
         self._stop_tail = 2 + max((len(stop.encode()) for stop in settings.stop_strings), default=0)
-        self._can_stop: torch.Tensor | None = None
+        self._can_stop = self._is_eos = torch.empty(0, dtype=torch.bool)
         self._waiting: deque[TurnRequest] = deque()
         self._model: PreTrainedModel | None = None
         self._rows: list[TurnRequest] = []
@@ -151,8 +151,10 @@ class TransformersEngine:
             self.vocab_size = config.vocab_size
             self._model = model
             self._device = next(model.parameters()).device
-            if self._can_stop is None:
+            if len(self._can_stop) != config.vocab_size:
                 self._can_stop = self._tokens_that_can_stop(config.vocab_size)
+                self._is_eos = torch.zeros(config.vocab_size, dtype=torch.bool, device=self._device)
+                self._is_eos[list(self.settings.eos_ids)] = True
             self._cache = _SlotCache(config.num_hidden_layers)
             self._state = _RowState(self._device)
             try:
@@ -266,17 +268,15 @@ class TransformersEngine:
         state = self._state
         count, limit, probe = state.written[:n], state.limit[:n], state.probe[:n]
         out_of_room = count == limit
-        ended = torch.isin(token, self._eos)
-        maybe = (out_of_room | ended | self._can_stop[token] | (count == probe)).nonzero().flatten().tolist()
+        ended, can_stop = self._is_eos[token], self._can_stop[token]
+        maybe = (out_of_room | ended | can_stop | (count == probe)).nonzero().flatten().tolist()
         events: list[Probe | Turn] = []
         finished: list[int] = []
         for row in maybe:
             request, written = self._rows[row], int(count[row])
             if ended[row]:
                 stop = TurnStop.EOS
-            elif self._can_stop[token[row]] and self._found_stop(
-                state.ids[row, max(0, written - self._stop_tail) : written]
-            ):
+            elif can_stop[row] and self._found_stop(state.ids[row, max(0, written - self._stop_tail) : written]):
                 stop = TurnStop.STOP_STRING
             elif out_of_room[row]:
                 stop = TurnStop.LENGTH
@@ -298,10 +298,6 @@ class TransformersEngine:
         return events
 
     # Stop strings ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _eos(self) -> torch.Tensor:
-        return torch.tensor(self.settings.eos_ids, device=self._device)
 
     def _found_stop(self, tail: torch.Tensor) -> bool:
         text = self._tokenizer.decode(tail.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -433,7 +429,7 @@ def _warpers(settings: SamplingSettings) -> tuple[LogitsProcessorList, Repetitio
 
 
 def _grown(tensor: torch.Tensor, rows: int, columns: int | None = None) -> torch.Tensor:
-    """`tensor` with at least that many rows (and columns), new places zero; the same object where it is large enough."""
+    """`tensor` with at least that many rows (and columns), new places zero; the same object where it is large."""
     shape = [max(tensor.size(0), rows)]
     if columns is not None:
         shape.append(max(tensor.size(1), columns))
