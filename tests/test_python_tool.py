@@ -1,6 +1,7 @@
 """The python tool shows what a notebook would, and the sandbox stops each thing that its docstring says it stops."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -414,7 +415,7 @@ children = Path(f"/proc/{{worker.pid}}/task/{{worker.pid}}/children")
 while not children.read_text():
     time.sleep(0.01)
 time.sleep(0.2)
-print(worker.pid, children.read_text(), flush=True)
+print(worker.pid, children.read_text(), worker.folder, flush=True)
 {then}
 """
 
@@ -433,9 +434,13 @@ def test_no_process_outlives_the_trainer(tier: str, end: str, request: pytest.Fi
     )
     assert trainer.stdout is not None
     with trainer:
-        pids = [int(pid) for pid in trainer.stdout.readline().split()]
+        *ids, folder = trainer.stdout.readline().split()
+        pids = [int(pid) for pid in ids]
         if end == "SIGKILL":
             trainer.kill()
         trainer.wait(timeout=30)
     assert len(pids) == 2
     await_death(*pids)
+    if end == "exit":
+        assert not Path(folder).exists()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -182,7 +182,10 @@ class ARPOTrainer(GRPOTrainer):
 
     @contextmanager
     def _model_for_generation(self) -> Iterator[PreTrainedModel]:
-        """The unwrapped model with its weights gathered: TRL's own way in, entered once per rollout."""
+        """The unwrapped model with its weights gathered: TRL's own way in, entered once per rollout.
+
+        Under the training forward's autocast, so that sampling and training speak of the same distribution.
+        """
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -191,6 +194,7 @@ class ARPOTrainer(GRPOTrainer):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            self.accelerator.autocast(),
         ):
             yield model
 

@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -118,6 +119,8 @@ class Worker:
             raise SandboxError(f"Python code runs in a sandbox on Linux only, this is {sys.platform}")
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
+        # At exit too, when a call may still be running; only a killed trainer leaves the folder behind.
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait
         try:
             self._process = _start(self._folder, isolated, preload)
@@ -239,7 +242,7 @@ class Worker:
             process.wait()
             process.stdout.close()
             process.stderr.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._remove_folder()
 
 
 def _poll(timeout_ms: float, *fds: int) -> set[int]:

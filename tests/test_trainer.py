@@ -1,0 +1,336 @@
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.rewards import HierarchicalReward
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+from arpo_trl.trajectories import read_trees
+from support import python, save_tiny_model, search, tokenizer
+
+ROWS = Dataset.from_list(
+    [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(8)]
+)
+STOPS = ("</search>", "</python>")
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def branching_script(request, context):
+    """Each path searches once; what follows is uncertain; half of the answers are right."""
+    if request.key[-1] == 0:
+        return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+    asked = context.rpartition("what is ")[2][0]
+    right = (len(request.key) + request.key[1]) % 2
+    return ScriptedTurn(f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
+
+
+def flat_script(request, context):
+    asked = context.rpartition("what is ")[2][0]
+    return f"it is <answer>\\boxed{{{asked if request.key[1] % 3 else 99}}}</answer>"
+
+
+def scripted(script=branching_script) -> ScriptedEngine:
+    return ScriptedEngine(tokenizer(), SamplingSettings((tokenizer().eos_token_id,), STOPS), script)
+
+
+def config(folder: Path, kind: type[GRPOConfig] = ARPOConfig, **settings) -> GRPOConfig:
+    return kind(
+        **{
+            "output_dir": str(folder),
+            "num_generations": 4,
+            "per_device_train_batch_size": 8,
+            "max_completion_length": 120,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "loss_type": "grpo",
+            **settings,
+        }
+    )
+
+
+def trainer(
+    model_path: str, folder: Path, *, engine=None, rewards=None, eval_dataset=None, peft_config=None, **settings
+):
+    settings = {"rollout_schedule": "rounds", "entropy_probe_tokens": 4, **settings}
+    return ARPOTrainer(
+        model=model_path,
+        reward_funcs=rewards or HierarchicalReward(),
+        args=config(folder, **settings),
+        train_dataset=ROWS,
+        eval_dataset=eval_dataset,
+        tools=[search, python],
+        engine=engine,
+        peft_config=peft_config,
+    )
+
+
+def batch_of(made: ARPOTrainer) -> dict:
+    """The scored batch of the first two prompts, four leaves each."""
+    made.model.train()
+    return made._generate_and_score_completions([ROWS[i // 4] for i in range(8)])
+
+
+@pytest.mark.parametrize("credit", [("soft", "per_leaf"), ("hard", "once")])
+def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path, credit):
+    attribution, weight = credit
+    ours = trainer(
+        model_path,
+        tmp_path / "ours",
+        engine=scripted(flat_script),
+        advantage_attribution=attribution,
+        shared_prefix_weight=weight,
+    )
+    ours.train()
+
+    def same_rollouts(prompts, grpo):
+        toolbox = ToolBox([search, python])
+        protocol = TagProtocol(tokenizer(), toolbox.specs)
+        eos = (tokenizer().eos_token_id,)
+        sampler = TreeSampler(scripted(flat_script), toolbox, protocol, SamplerSettings(4, 4, 120, 1024, 6, 4), eos)
+        groups = [GroupRequest(i, protocol.encode_prompt(prompts[4 * i])) for i in range(len(prompts) // 4)]
+        leaves = [leaf for tree in sampler.sample(groups, seed=(0,)).trees for leaf in tree.leaves()]
+        return {
+            "prompt_ids": [groups[i // 4].prompt_ids for i in range(len(prompts))],
+            "completion_ids": [leaf.ids for leaf in leaves],
+            "logprobs": [leaf.logprobs for leaf in leaves],
+            "env_mask": [leaf.mask for leaf in leaves],
+            "turns": [leaf.turns for leaf in leaves],
+            "tool_calls": [[] for _ in leaves],
+            "stop_reason": [leaf.stop.value for leaf in leaves],
+        }
+
+    theirs = GRPOTrainer(
+        model=model_path,
+        reward_funcs=HierarchicalReward(),
+        args=config(tmp_path / "theirs", GRPOConfig),
+        train_dataset=ROWS,
+    )
+    theirs.rollout_func = same_rollouts
+    theirs.train()
+    initial = trainer(model_path, tmp_path / "initial").model.state_dict()
+    for name, weights in theirs.model.state_dict().items():
+        assert torch.equal(weights, ours.model.state_dict()[name]), name
+    assert any(not torch.equal(weights, initial[name]) for name, weights in theirs.model.state_dict().items())
+
+
+def test_hard_credit_of_a_tree_is_what_one_works_out_by_hand(model_path, tmp_path):
+    made = trainer(model_path, tmp_path, engine=scripted(), advantage_attribution="hard")
+    batch = batch_of(made)
+    # Group 0 is asked "what is 0"; leaves in order: (0,) right?, (0,1,0), (1,), (1,1,0), with
+    # right = (len(key) + first) % 2, len(key) = 3 for (0,) and (1,), 5 for their branches: 1, 1, 0, 0.
+    # Rewards 1, 1, 0, 0 (one tool only, no bonus): mean 0.5, std √(4·0.25/3) = 0.57735
+    expected = 0.5 / (math.sqrt(1 / 3) + 1e-4)
+    leaves = made._last.rollout.trees[0].leaves()
+    assert [leaf.address for leaf in leaves] == [(0,), (0, 1, 0), (1,), (1, 1, 0)]
+    shared = len(leaves[0].nodes[0].ids) + len(leaves[0].nodes[1].ids)
+    advantages = batch["advantages"]
+    assert advantages.dim() == 2
+    # both leaves of path 0 have the same advantage, so their mean on the shared nodes is that again
+    assert advantages[0, : len(leaves[0].ids)].tolist() == pytest.approx([expected] * len(leaves[0].ids), rel=1e-4)
+    assert advantages[2, :shared].tolist() == pytest.approx([-expected] * shared, rel=1e-4)
+    assert advantages[0, len(leaves[0].ids) :].abs().sum() == 0
+
+
+def test_soft_credit_leaves_the_batch_as_trl_made_it(model_path, tmp_path):
+    assert batch_of(trainer(model_path, tmp_path, engine=scripted()))["advantages"].shape == (8,)
+
+
+def test_once_trains_each_node_in_one_row_and_counts_its_tokens_once(model_path, tmp_path):
+    per_leaf = batch_of(trainer(model_path, tmp_path / "a", engine=scripted()))
+    made = trainer(model_path, tmp_path / "b", engine=scripted(), shared_prefix_weight="once")
+    once = batch_of(made)
+    trees = made._last.rollout.trees
+    unique = sum(len(node.ids) for tree in trees for node in tree.turns())
+    assert int((once["tool_mask"] * once["completion_mask"]).sum()) == unique
+    assert int(once["num_items_in_batch"]) == unique
+    assert int(per_leaf["num_items_in_batch"]) > unique
+    assert torch.equal(once["completion_ids"], per_leaf["completion_ids"])
+
+
+def gradient(made: ARPOTrainer) -> torch.Tensor:
+    batch = batch_of(made)
+    made.current_gradient_accumulation_steps = 1
+    made.model.zero_grad()
+    made._compute_loss(made.model, batch).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in made.model.parameters() if parameter.grad is not None])
+
+
+def test_hard_and_soft_have_the_same_gradient_under_a_token_level_loss(model_path, tmp_path):
+    def mixed(request, context):
+        turn = branching_script(request, context)
+        if request.key[-1] and len(request.key) == 5:  # branches are wrong, so siblings differ
+            return ScriptedTurn("<answer>\\boxed{99}</answer>", entropies=[1.0])
+        return turn
+
+    soft = gradient(trainer(model_path, tmp_path / "a", engine=scripted(mixed), loss_type="bnpo"))
+    hard = gradient(
+        trainer(model_path, tmp_path / "b", engine=scripted(mixed), loss_type="bnpo", advantage_attribution="hard")
+    )
+    assert soft.abs().max() > 1e-3
+    torch.testing.assert_close(hard, soft, atol=1e-6, rtol=1e-4)
+
+
+def test_rewards_receive_turns_calls_and_messages_as_data(model_path, tmp_path):
+    seen = {}
+
+    def reward(completions, turns, tool_calls, stop_reason, answer, **columns):
+        seen.update(
+            completions=completions, turns=turns, tool_calls=tool_calls, stop_reason=stop_reason, answer=answer
+        )
+        return [0.0] * len(completions)
+
+    batch_of(trainer(model_path, tmp_path, engine=scripted(), rewards=reward))
+    assert seen["turns"][0] == ["<search>iron 0</search>", "<answer>\\boxed{0}</answer>"]
+    assert [(message["role"], message["content"]) for message in seen["completions"][0]] == [
+        ("assistant", "<search>iron 0</search>"),
+        ("tool", "facts about iron 0"),
+        ("assistant", "<answer>\\boxed{0}</answer>"),
+    ]
+    call = seen["tool_calls"][0][0]
+    assert (call["name"], call["arguments"], call["ok"], call["text"]) == (
+        "search",
+        {"query": "iron 0"},
+        True,
+        "facts about iron 0",
+    )
+    assert seen["stop_reason"] == ["eos"] * 8
+    assert seen["answer"] == [["0"]] * 4 + [["1"]] * 4
+
+
+def test_text_prompts_have_text_completions(model_path, tmp_path):
+    seen = []
+
+    def reward(completions, **columns):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    made = ARPOTrainer(
+        model=model_path,
+        reward_funcs=reward,
+        args=config(tmp_path),
+        train_dataset=Dataset.from_list([{"prompt": "what is 1", "answer": "1"}] * 4),
+        tools=[search],
+        engine=scripted(),
+    )
+    made.model.train()
+    made._generate_and_score_completions([{"prompt": "what is 1", "answer": "1"}] * 4)
+    assert seen[0] == "<search>iron 0</search>facts about iron 0<answer>\\boxed{1}</answer>"
+
+
+def test_evaluation_does_not_branch(model_path, tmp_path):
+    made = trainer(
+        model_path, tmp_path, engine=scripted(), eval_dataset=ROWS.select(range(2)), per_device_eval_batch_size=4
+    )
+    made.evaluate()
+    addresses = [leaf.address for tree in made._last.rollout.trees for leaf in tree.leaves()]
+    assert addresses == [(0,), (1,), (2,), (3,)]
+
+
+def test_a_run_with_the_real_engine_trains_logs_and_repeats_bit_for_bit(model_path, tmp_path):
+    def reward(completions, turns, **columns):  # something a random model gets differently often
+        return [float(sum(len(turn) for turn in path) % 7) for path in turns]
+
+    def train(folder):
+        made = trainer(
+            model_path, folder, rewards=reward, max_completion_length=24, trajectory_log_rate=1.0, max_steps=3
+        )
+        made.train()
+        return made
+
+    first, second = train(tmp_path / "a"), train(tmp_path / "b")
+    weights = second.model.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in first.model.state_dict().items())
+    timed = ("runtime", "per_second", "time", "arpo/time", "seconds")
+
+    def untimed(made):
+        return [
+            {key: value for key, value in row.items() if not any(word in key for word in timed)}
+            for row in made.state.log_history
+        ]
+
+    assert untimed(first) == untimed(second)
+    row = first.state.log_history[0]
+    for name in (
+        "arpo/tree/sharing_ratio",
+        "arpo/tree/topups",
+        "arpo/entropy/root",
+        "arpo/time/rollout_s",
+        "arpo/time/update_s",
+        "arpo/alarm/truncated",
+        "arpo/tools/calls_per_leaf",
+    ):
+        assert name in row
+    files = sorted((tmp_path / "a" / "trajectories").glob("*.jsonl"))
+    assert [file.name for file in files] == [f"step-{step:06d}-rank0.jsonl" for step in range(3)]
+    logged = list(read_trees(files[0]))
+    assert [tree.group for tree in logged] == [0, 1]
+    assert all(len(tree.tree.leaves()) == 4 == len(tree.rewards) for tree in logged)
+
+
+def test_what_was_sampled_is_what_is_trained(model_path, tmp_path):
+    """The sampling logprobs of the real engine are those of the training forward, mask and all."""
+
+    def reward(completions, **columns):
+        return [0.0] * len(completions)
+
+    made = trainer(model_path, tmp_path, rewards=reward, max_completion_length=24)
+    batch = batch_of(made)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
+    trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    assert trained.sum() > 50
+    torch.testing.assert_close(logps[trained], batch["sampling_per_token_logps"][trained], atol=1e-4, rtol=1e-4)
+
+
+def test_lora_trains_the_adapter_only(model_path, tmp_path):
+    peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    made = trainer(model_path, tmp_path, engine=scripted(), peft_config=peft_config)
+    before = {name: value.clone() for name, value in made.model.state_dict().items()}
+    made.train()
+    changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)
+
+
+def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):
+    def wrong(completions, **columns):
+        return [-1.0] * len(completions)
+
+    endless = scripted(lambda request, context: ScriptedTurn("word " * 200, ends=False))
+    made = trainer(model_path, tmp_path, engine=endless, rewards=wrong, max_completion_length=20)
+    made.train()
+    for name in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):
+        said = [record.message for record in caplog.records if f"arpo/{name}," in record.message]
+        assert len(said) == 1, name  # two steps, said once
+        assert "100%" in said[0]
+
+
+def test_several_rollouts_within_a_step_draw_differently(model_path, tmp_path):
+    made = trainer(model_path, tmp_path, engine=scripted())
+    batch_of(made)
+    first = [request.seed for request in made.sampler.engine.requests]
+    batch_of(made)
+    second = [request.seed for request in made.sampler.engine.requests[len(first) :]]
+    assert not set(first) & set(second)
