@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 from datasets import load_dataset
 from transformers import AutoTokenizer
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser, get_peft_config
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from arpo_trl.cli import report_errors
+from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.cold_start import encode_dataset
+from arpo_trl.progress import show_compactly
 from arpo_trl.rollout.protocol import TagProtocol
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,12 @@ class ColdStartArguments:
     )
 
 
+SETTINGS = (ColdStartArguments, SFTConfig, ModelConfig)
+
+
 @report_errors
 def main() -> None:
-    parser = TrlParser((ColdStartArguments, SFTConfig, ModelConfig))
-    arguments, config, model_config = parser.parse_args_and_config()
+    arguments, config, model_config = parse_settings(SETTINGS)
     tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
     loader = {".jsonl": "json", ".parquet": "parquet"}.get("." + arguments.dataset.rpartition(".")[2])
@@ -60,6 +63,7 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
     )
+    show_compactly(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
     if config.push_to_hub:

@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from datasets import Dataset
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.cli import report_errors
+from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.data import load_arpo_dataset
+from arpo_trl.progress import show_compactly
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.tools.build import ToolArguments, build_tools
 
@@ -37,10 +38,12 @@ class TrainArguments:
     )  # fmt: skip
 
 
+SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)
+
+
 @report_errors
 def main() -> None:
-    parser = TrlParser((TrainArguments, ToolArguments, ARPOConfig, ModelConfig))
-    arguments, tool_arguments, config, model_config = parser.parse_args_and_config()
+    arguments, tool_arguments, config, model_config = parse_settings(SETTINGS)
     config.model_init_kwargs = {
         **(config.model_init_kwargs or {}),
         "revision": model_config.model_revision,
@@ -61,8 +64,10 @@ def main() -> None:
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
     )
+    show_compactly(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model(config.output_dir)
+    trainer.save_state()
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset)
 

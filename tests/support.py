@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from arpo_trl.quickstart.model import ModelSize, build_model, build_tokenizer
+from arpo_trl.quickstart.model import build_tokenizer
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
@@ -26,9 +27,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:
-    return build_model(
-        tokenizer(), seed, ModelSize(hidden=32, intermediate=48, layers=2, heads=2, key_value_heads=1, head_dim=16)
+    """Some 25,000 parameters with random weights."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer()),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.05,
+        bos_token_id=None,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=tokenizer().pad_token_id,
     )
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(config)
 
 
 def save_tiny_model(folder: Path) -> str:

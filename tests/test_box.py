@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import pickle
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import pytest
 
 import arpo_trl
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError
-from arpo_trl.tools.box import UNKNOWN_TOOL, ToolBox, ToolCall, ToolResult, tool_spec
+from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult, tool_spec
 
 
 def echo(text: str) -> str:
@@ -468,7 +467,6 @@ def test_a_cache_gives_successes_again_and_failures_not() -> None:
                 seen += collect(box, 1).values()
             assert [result.source for result in seen] == sources
             assert seen[0].text == seen[1].text
-        assert box.take_stats()["echo"].cached == 1
 
 
 def test_arguments_are_compared_by_value_whatever_their_order() -> None:
@@ -480,35 +478,6 @@ def test_arguments_are_compared_by_value_whatever_their_order() -> None:
                 str(sum(arguments.values())),
                 "cached" if list(arguments) == ["b", "a"] else "executed",
             )
-
-
-# Counts.
-
-
-def test_stats_count_each_tool_and_start_again(gate: Gate) -> None:
-    with ToolBox([gate.tool(), named("fail"), echo], timeout_s=30.0) as box:
-        box._tools["fail"] = returning(ToolError("no"))
-        calls = [("wait", "same"), ("wait", "same"), ("wait", "other"), ("fail", "x"), ("fail", "x"), ("no_such", "x")]
-        for name, text in calls[:3]:
-            box.submit(ToolCall(name, {"text": text}))
-        gate.opened.set()
-        collect(box, 3)
-        for name, text in calls[3:]:
-            box.submit(ToolCall(name, {"text": text}))
-            collect(box, 1)
-        box.submit(ToolCall("wait", {}))
-        collect(box, 1)
-        stats = box.take_stats()
-        again = box.take_stats()
-    # wait: same, its joined twin, other, and one refused call
-    wait = stats["wait"]
-    assert (wait.calls, wait.executed, wait.joined, wait.cached, wait.failures) == (4, 2, 1, 0, {"bad_call": 1})
-    assert len(wait.seconds) == 2 and min(wait.seconds) > 0
-    assert (stats["fail"].calls, stats["fail"].failures) == (2, {"error": 2})
-    assert stats[UNKNOWN_TOOL].failures == {"bad_call": 1}
-    assert stats["echo"].calls == 0
-    assert [name for name, of_tool in again.items() if of_tool.calls] == []
-    assert pickle.loads(pickle.dumps(stats)) == stats
 
 
 # The end.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from arpo_trl.errors import ArpoError
+from arpo_trl.errors import ArpoError, ConfigError
 
 
 def report_errors(main: Callable[[], None]) -> Callable[[], None]:
@@ -24,6 +26,39 @@ def report_errors(main: Callable[[], None]) -> Callable[[], None]:
             raise SystemExit(2) from None
 
     return wrapped
+
+
+def parse_settings(kinds: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """One instance of each dataclass from the command line and the YAML file behind `--config`; flags win.
+
+    Raises:
+        ConfigError: The file cannot be read, a dataclass refuses its values, or a key or flag is nobody's field; names
+            the nearest one.
+    """
+    import yaml
+    from trl import TrlParser
+
+    parser = TrlParser(kinds)
+    try:
+        *settings, from_file, from_flags = parser.parse_args_and_config(
+            argv, return_remaining_strings=True, separate_remaining_strings=True
+        )
+    except ConfigError:
+        raise
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"The --config file cannot be read: {error}") from error
+    except ValueError as error:  # what TRL's own dataclasses refuse
+        raise ConfigError(str(error)) from error
+    fields = [name for kind in kinds for name in kind.__dataclass_fields__]  # type: ignore[attr-defined]
+    if unknown := [word for word in [*from_file, *from_flags] if word.startswith("--")]:
+        name = unknown[0][2:].partition("=")[0]
+        near = difflib.get_close_matches(name, fields, n=1)
+        raise ConfigError(
+            f"There is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ". Remove it.")
+        )
+    if from_flags:
+        raise ConfigError(f"{from_flags[0]!r} belongs to no setting. Write --name value.")
+    return tuple(settings)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,14 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @report_errors
-def _main(argv: Sequence[str] | None = None) -> None:
-    arguments = _parser().parse_args(argv)
-    {"tree": _tree, "eval": _eval}[arguments.command](arguments)
-
-
 def main() -> None:
     """Entry point: exit status 0, 2 for a usage or configuration error."""
-    _main()
+    arguments = _parser().parse_args()
+    {"tree": _tree, "eval": _eval}[arguments.command](arguments)
 
 
 def _tree(arguments: argparse.Namespace) -> None:

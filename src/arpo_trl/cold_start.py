@@ -84,7 +84,12 @@ def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None)
 def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[Segment]]:
     if row.get("messages"):
         messages: Sequence[Mapping[str, Any]] = row["messages"]
+        for position, message in enumerate(messages):
+            if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+                raise DataError(f"message {position} is {dict(message)}; expected a role and a content, both text.")
         start = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
+        if start == 0:
+            raise DataError("the first message is the assistant's; expected a system or user message before it.")
         segments: list[Segment] = []
         for message in messages[start:]:
             if message["role"] == "assistant":
@@ -98,7 +103,7 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
         return list(messages[:start]), segments
     if row.get("prompt") and row.get("text"):
         return row["prompt"], list(_turns_and_results(row["text"]))
-    raise DataError(f"has {sorted(row)}; expected `messages`, or `prompt` and `text`.")
+    raise DataError(f"it has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
 
 
 def _turns_and_results(text: str) -> Iterator[Segment]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
@@ -17,10 +18,12 @@ class ARPOConfig(GRPOConfig):
     """Configuration of [`ARPOTrainer`].
 
     Every field of `GRPOConfig` is kept. Defaults that differ: `num_generations` 16, `loss_type` "grpo",
-    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it.
+    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, and `per_device_train_batch_size` 16,
+    which is one group.
 
     Raises:
-        ConfigError: A setting, or two together, cannot work. Checked here, before anything is loaded.
+        ConfigError: A setting, or two together, cannot work, TRL's own objections included. Checked here, before
+            anything is loaded.
     """
 
     # Parameters that control the tree
@@ -62,6 +65,12 @@ class ARPOConfig(GRPOConfig):
                   "nothing is left to decode, which repeats bit for bit whatever the tools' timing.",
                   "choices": [schedule.value for schedule in RolloutSchedule]},
     )  # fmt: skip
+
+    # Parameters that control the batch
+    per_device_train_batch_size: int = field(
+        default=16,
+        metadata={"help": "Completions per device and forward pass. Times steps_per_generation a multiple of M."},
+    )
 
     # Parameters that control the tools
     max_tool_calling_iterations: int | None = field(
@@ -108,8 +117,14 @@ class ARPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        super().__post_init__()
-        self._check_group_fits_rank()
+        if self.generation_batch_size is None:  # else it takes the number of ranks to know the steps
+            self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        assert self.steps_per_generation is not None
+        self._check_groups_fit_rank(self.steps_per_generation)
         self._check_supported()
 
     @property
@@ -124,14 +139,14 @@ class ARPOConfig(GRPOConfig):
 
     def _check_ranges(self) -> None:
         m = self.num_generations
-        if m is None or m < 2:
-            raise ConfigError(f"num_generations is {m}; a group needs M ≥ 2 leaves to compare.")
+        if not isinstance(m, int) or m < 2:
+            raise ConfigError(f"num_generations (M) is {m}; a group needs an integer ≥ 2 of leaves to compare.")
         if self.initial_rollouts is None:
             self.initial_rollouts = m // 2
-        if not 1 <= self.initial_rollouts <= m:
+        if not isinstance(self.initial_rollouts, int) or not 1 <= self.initial_rollouts <= m:
             raise ConfigError(
-                f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {m}; expected 1 ≤ N ≤ M. "
-                "N = M is plain GRPO."
+                f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {m}; expected an integer "
+                "with 1 ≤ N ≤ M. N = M is plain GRPO."
             )
         for name, lowest in (
             ("entropy_probe_tokens", 1),
@@ -142,13 +157,15 @@ class ARPOConfig(GRPOConfig):
             ("max_completion_length", 1),
         ):
             value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise ConfigError(f"{name} is {value}; expected at least {lowest}.")
+            if value is not None and not (isinstance(value, int) and value >= lowest):
+                raise ConfigError(f"{name} is {value}; expected an integer of at least {lowest}.")
         for name in ("branch_probability", "branch_threshold", "trajectory_log_rate"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(f"{name} is {value}; expected a number in [0, 1].")
-        if self.tool_timeout_s <= 0:
+        if not math.isfinite(self.entropy_weight):
+            raise ConfigError(f"entropy_weight is {self.entropy_weight}; expected a finite number.")
+        if not self.tool_timeout_s > 0:
             raise ConfigError(f"tool_timeout_s is {self.tool_timeout_s}; expected more than 0 seconds.")
         for name, kinds in (
             ("branch_rule", BranchRule),
@@ -160,22 +177,23 @@ class ARPOConfig(GRPOConfig):
             if value not in {kind.value for kind in kinds}:
                 raise ConfigError(f"{name} is {value!r}; expected one of {[kind.value for kind in kinds]}.")
 
-    def _check_group_fits_rank(self) -> None:
+    def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
         """TRL checks the global batch only; a tree lives on one rank."""
-        assert self.num_generations is not None and self.steps_per_generation is not None
-        batch = self.per_device_train_batch_size * self.steps_per_generation
+        assert self.num_generations is not None
+        batch = self.per_device_train_batch_size * steps_per_generation
         if batch % self.num_generations:
             raise ConfigError(
                 f"num_generations ({self.num_generations}) does not divide this rank's generation batch ({batch} = "
                 f"per_device_train_batch_size {self.per_device_train_batch_size} × steps_per_generation "
-                f"{self.steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
+                f"{steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
                 f"{self.num_generations}."
             )
         generations = self.num_generations_eval or self.num_generations
-        if self.do_eval and self.eval_strategy != "no" and self.per_device_eval_batch_size % generations:
+        if self.eval_strategy in ("steps", "epoch") and self.per_device_eval_batch_size % generations:
             raise ConfigError(
-                f"num_generations_eval ({generations}) does not divide per_device_eval_batch_size "
-                f"({self.per_device_eval_batch_size}); a group cannot span ranks. Set one to a multiple of the other."
+                f"per_device_eval_batch_size ({self.per_device_eval_batch_size}) is no multiple of the leaves per "
+                f"evaluation prompt ({generations}); a group cannot span ranks. Set it to one, or lower "
+                "num_generations_eval."
             )
 
     def _check_supported(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +19,10 @@ from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree, StopReason
 
 @dataclass
 class Tally:
-    """Sums and counts by name; `spread` holds raw values where percentiles are wanted."""
+    """Sums and counts by name for means, `totals` over a rollout, raw values in `spread` for percentiles."""
 
     sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     spread: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
@@ -28,19 +30,21 @@ class Tally:
         entry[0] += value
         entry[1] += count
 
-    def plain(self) -> dict[str, dict[str, list[float]]]:
+    def plain(self) -> dict[str, dict[str, Any]]:
         """What travels between ranks."""
-        return {"sums": dict(self.sums), "spread": dict(self.spread)}
+        return {"sums": dict(self.sums), "totals": dict(self.totals), "spread": dict(self.spread)}
 
-    def merge(self, other: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    def merge(self, other: Mapping[str, Mapping[str, Any]]) -> None:
         for name, (total, count) in other["sums"].items():
             self.add(name, total, count)
+        for name, total in other["totals"].items():
+            self.totals[name] += total
         for name, values in other["spread"].items():
             self.spread[name].extend(values)
 
     def values(self) -> dict[str, float]:
-        """Name → mean (or ratio), sorted by name; names nothing was counted for are left out."""
-        values = {name: total / count for name, (total, count) in self.sums.items() if count}
+        """Name → mean, ratio or total, sorted by name; means of nothing are left out."""
+        values = {name: total / count for name, (total, count) in self.sums.items() if count} | self.totals
         for name, seconds in self.spread.items():
             if seconds:
                 values[f"{name}_p50"], values[f"{name}_p95"] = (float(p) for p in np.percentile(seconds, [50, 95]))
@@ -65,7 +69,10 @@ def tally_rollout(rollout: Rollout, tally: Tally) -> None:
 
 
 def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
-    leaf_tokens = sum(len(leaf.ids) for leaf in tree.leaves())
+    leaves = tree.leaves()
+    leaf_tokens = sum(len(leaf.ids) for leaf in leaves)
+    tally.totals["tree/groups"] += 1
+    tally.totals["tree/leaves"] += len(leaves)
     tally.add("tree/sharing_ratio", leaf_tokens, sum(len(node.ids) for node in tree.nodes[1:]))
     tally.add("tree/branches", sum(max(0, len(node.children) - 1) for node in tree.observations()))
     tally.add("tree/generated_tokens", sum(len(node.ids) for node in tree.turns()))
@@ -100,16 +107,17 @@ def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
         tally.add("alarm/truncated", float(leaf.stop is StopReason.LENGTH))
         tally.add("alarm/call_limit", float(leaf.stop is StopReason.CALL_LIMIT))
         tally.add("tools/calls_per_leaf", len(calls))
-    tally.add("tools/calls_saved_by_sharing", on_paths - len(executed))
+    tally.totals["tools/calls_saved_by_sharing"] += on_paths - len(executed)
 
 
 def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
     calls = [node.call for tree in trees for node in tree.observations() if node.call is not None]
     made = [call for call in calls if call.source != "refused"]
-    tally.add("tools/calls_executed", sum(call.source == "executed" for call in made))
-    tally.add("tools/calls_distinct", len({(call.name, repr(sorted(call.arguments.items()))) for call in made}))
-    tally.add("tools/calls_saved_by_cache", sum(call.source in ("cached", "joined") for call in made))
-    tally.add("tools/refused", len(calls) - len(made))
+    tally.totals["tools/calls_executed"] += sum(call.source == "executed" for call in made)
+    tally.totals["tools/calls_distinct"] += len({(call.name, repr(sorted(call.arguments.items()))) for call in made})
+    tally.totals["tools/calls_saved_by_cache"] += sum(call.source in ("cached", "joined") for call in made)
+    tally.totals["tools/calls_made"] += len(made)
+    tally.totals["tools/refused"] += len(calls) - len(made)
     for call in made:
         tally.add(f"tools/{call.name}/failed", float(not call.ok))
         tally.add(f"tools/{call.name}/timed_out", float(call.failure == "timeout"))

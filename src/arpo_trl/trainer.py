@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import textwrap
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
 from accelerate.logging import get_logger
@@ -75,7 +76,8 @@ class ARPOTrainer(GRPOTrainer):
 
     Raises:
         ConfigError, DataError, ToolSpecError: Something cannot work; found before the first step.
-        RewardError: A reward function returned NaN or infinity.
+        RewardError: While training, a reward function returned something else than one finite number, or None, per
+            completion.
     """
 
     _tag_names: ClassVar = ["trl", "arpo"]
@@ -114,7 +116,9 @@ class ARPOTrainer(GRPOTrainer):
         if not isinstance(args, ARPOConfig):
             raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
         _check_writable(Path(args.output_dir))
-        for dataset in (train_dataset, kwargs.get("eval_dataset")):
+        eval_dataset = kwargs.get("eval_dataset")
+        evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
+        for dataset in (train_dataset, *evaluated):
             if isinstance(dataset, Dataset):
                 validate_rows(dataset)
         self.toolbox = ToolBox(
@@ -123,7 +127,7 @@ class ARPOTrainer(GRPOTrainer):
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(
             model=model,
-            reward_funcs=[_finite(function) for function in functions],
+            reward_funcs=[_checked(function) for function in functions],
             args=args,
             train_dataset=train_dataset,
             **kwargs,
@@ -138,7 +142,8 @@ class ARPOTrainer(GRPOTrainer):
         )
         self.sampler = self._make_sampler(engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
-        self._check_prompts_fit(train_dataset)
+        for dataset in (train_dataset, *evaluated):
+            self._check_prompts_fit(dataset)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
@@ -379,7 +384,7 @@ class ARPOTrainer(GRPOTrainer):
             # A token covers at least one byte, so only texts this long need to be tokenised to know.
             if len(text.encode()) + template > room and (length := len(self.protocol.encode_prompt(prompt))) > room:
                 raise ConfigError(
-                    f"train_dataset row {i}: its prompt has {length} tokens, but the model's context is "
+                    f"Dataset row {i}: its prompt has {length} tokens, but the model's context is "
                     f"{room + 1}, which leaves no room for a completion. Shorten or drop the row."
                 )
 
@@ -395,31 +400,37 @@ def _as_messages(leaf: Leaf) -> list[dict[str, str]]:
     return messages
 
 
-def _finite(function: Any) -> Any:
+def _checked(function: Any) -> Any:
     """The reward function, checked: TRL reads a NaN as "not applicable" and goes on without a word."""
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
     name = get_callable_name(function)
 
-    def check(rewards: Any) -> Any:
+    def check(rewards: Any, completions: Sequence[Any]) -> Any:
+        if not isinstance(rewards, Sized) or len(rewards) != len(completions):
+            got = f"{len(rewards)} rewards" if isinstance(rewards, Sized) else repr(rewards)[:80]
+            raise RewardError(
+                f"The reward function {name!r} returned {got} for {len(completions)} completions; expected a list of "
+                "one number, or None, for each."
+            )
         for i, reward in enumerate(rewards):
-            if reward is not None and not math.isfinite(reward):
+            if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
                 raise RewardError(
-                    f"The reward function {name!r} returned {reward} for completion {i}; expected a finite number, or "
-                    "None where it does not apply."
+                    f"The reward function {name!r} returned {reward!r} for completion {i}; expected a finite number, "
+                    "or None where it does not apply."
                 )
         return rewards
 
     if is_async_callable(function):
 
-        async def checked_async(*args: Any, **kwargs: Any) -> Any:
-            return check(await function(*args, **kwargs))
+        async def checked_async(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
+            return check(await function(*args, completions=completions, **kwargs), completions)
 
         wrapper: Any = checked_async
     else:
 
-        def checked(*args: Any, **kwargs: Any) -> Any:
-            return check(function(*args, **kwargs))
+        def checked(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
+            return check(function(*args, completions=completions, **kwargs), completions)
 
         wrapper = checked
     wrapper.__name__ = name
@@ -430,8 +441,7 @@ def _check_writable(folder: Path) -> None:
     """Fails now rather than at the first checkpoint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".arpo-trl-write-test"
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # a name of its own: other ranks look at the same time
+            pass
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written ({error}). Choose another folder.") from error

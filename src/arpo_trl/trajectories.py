@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.errors import DataError
+from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.branching import BranchDecision
 from arpo_trl.rollout.tree import ExecutedCall, Node, NodeKind, RolloutTree, StopReason
 
@@ -61,7 +61,7 @@ def read_trees(path: str | Path) -> Iterator[LoggedTree]:
         for number, line in enumerate(lines, 1):
             try:
                 yield _tree_from(json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, EngineError) as error:
                 raise DataError(f"{path}, line {number}: not a logged tree ({error!r}).") from error
 
 

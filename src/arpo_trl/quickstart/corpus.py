@@ -4,7 +4,7 @@ Every entity has two passages of equal standing, the property that questions ask
 entity finds both, in either order, so a policy has to read them. Some values stand in another unit, and an alias finds
 only a pointer to the name to search for next:
 
-    Tin melts at 505 K.      Tin boils at 2602 °C.      Stannum is another name; see Tin.
+    Tin melts at 505 K.      Tin boils at 2602 °C.      Stannum is only another name; look under Tin.
 
 Values are rounded to the precision shown; sources differ in the last digit. Populations are of about 2023.
 """
@@ -47,7 +47,9 @@ _ELEMENTS = {
     "Iodine": (114, 184),
     "Barium": (727, 1845),
     "Cerium": (795, 3443),
+    "Terbium": (1356, 3123),
     "Erbium": (1529, 2868),
+    "Thulium": (1545, 1950),
     "Tantalum": (3017, 5458),
     "Tungsten": (3422, 5930),
     "Osmium": (3033, 5012),
@@ -158,6 +160,9 @@ _COUNTRIES = {
     "Tanzania": (945, 67),
     "Thailand": (513, 72),
     "Turkey": (784, 85),
+    "Tunisia": (164, 12),
+    "Uganda": (242, 49),
+    "Ukraine": (604, 38),
     "Vietnam": (331, 100),
     "Yemen": (528, 39),
     "Zambia": (753, 21),
@@ -305,7 +310,7 @@ def _make_topics() -> tuple[Topic, ...]:
             asked="height",
             unit="m",
             asked_sentence="{} rises to {}.",
-            other_sentence="{} was climbed in {}.",
+            other_sentence="{} was first climbed in {}.",
             asked_quantities={
                 name: _metres_or_feet(height, is_other_unit()) for name, (height, _) in _MOUNTAINS.items()
             },
@@ -316,7 +321,7 @@ def _make_topics() -> tuple[Topic, ...]:
             asked="area",
             unit="thousand km²",
             asked_sentence="{} covers {}.",
-            other_sentence="{} has {} people.",
+            other_sentence="{} counts {} people.",
             asked_quantities={name: _area(area) for name, (area, _) in _COUNTRIES.items()},
             other_quantities={name: Quantity(str(people), " million") for name, (_, people) in _COUNTRIES.items()},
         ),
@@ -328,7 +333,7 @@ TOPICS = _make_topics()
 
 def passages() -> list[str]:
     """All passages, in a fixed order that says nothing about which of an entity's two is asked for."""
-    texts = [f"{alias} is another name; see {title}." for alias, title in ALIASES.items()]
+    texts = [f"{alias} is only another name; look under {title}." for alias, title in ALIASES.items()]
     for topic in TOPICS:
         for title in topic.titles:
             texts.append(topic.asked_sentence.format(title, topic.asked_quantities[title]))

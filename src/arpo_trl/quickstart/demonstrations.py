@@ -16,7 +16,7 @@ from arpo_trl.quickstart.corpus import Quantity
 from arpo_trl.quickstart.tasks import Question, parse_question
 
 _QUANTITY = re.compile(r" (\d+(?:\.\d+)?)((?: °C| K| ft| m| thousand km²| million km²| million)?)\b")
-_POINTER = re.compile(r"see (.+?)\.")
+_POINTER = re.compile(r"look under (.+)\.")
 _ASKED_VERB = {"melting point": "melts", "height": "rises", "area": "covers"}
 
 
@@ -113,14 +113,14 @@ def _look_up(
     trajectory: _Trajectory, question: Question, name: str, rng: random.Random, noise: NoiseRates
 ) -> tuple[Quantity | None, list[Quantity]]:
     """The value taken for `name`, None where a pointer was not followed, and the values left on its pages."""
-    result = trajectory.search(f"{question.asked} {name}")
+    result = trajectory.search(f"{question.asked} of {name}")
     pages = _pages_about(name, result)
     pointer = next((match.group(1) for page in pages if (match := _POINTER.search(page))), None)
     if pointer is not None:
         if rng.random() < noise.skip_second_query:
             return None, _quantities(_pages(result))
         name = pointer
-        pages = _pages_about(name, trajectory.search(f"{question.asked} {name}"))
+        pages = _pages_about(name, trajectory.search(f"{question.asked} of {name}"))
     verb = f" {_ASKED_VERB[question.asked]} "
     asked = _quantities([page for page in pages if verb in page])
     others = _quantities([page for page in pages if verb not in page])

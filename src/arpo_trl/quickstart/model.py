@@ -1,13 +1,23 @@
-"""A tokenizer and a Qwen3-architecture model of about half a million parameters, built on the spot."""
+"""A tokenizer and a Qwen3-architecture model of about 0.6 million parameters, built on the spot.
+
+The model starts from random weights, except that three attention heads are set to copy: what a policy has to learn here
+is mostly to copy names and numbers to the right place, and a model that must first discover how attention copies at all
+("induction heads", Olsson et al. 2022) needs ten times the demonstrations. What to copy where is left to be learned.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from arpo_trl.quickstart.corpus import ALIASES, TOPICS, passages
+from arpo_trl.quickstart.tasks import make_tasks
 
 PAD_TOKEN = "<|endoftext|>"
 MESSAGE_START, MESSAGE_END = "<|im_start|>", "<|im_end|>"
@@ -19,14 +29,20 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML without the newline between messages, since every token of a prompt costs time."""
+"""ChatML without the newline between messages: every token of a prompt costs time."""
 
-# Words with the space before them, digits one by one (a policy copies numbers digit by digit), runs of punctuation, runs
-# of white space.
-_WORDS = r" ?[\p{L}°²]+|\p{N}| ?[^\s\p{L}\p{N}°²]+|\s+"
+MAX_LENGTH = 1024
+
+# Words with the space before them, digits one by one (numbers are copied digit by digit), runs of punctuation, white
+# space.
+_PIECES = r" ?[\p{L}°²]+|\p{N}| ?[^\s\p{L}\p{N}°²]+|\s+"
+
+_HIDDEN = 128
+_HEADS = 4
+_HEAD_DIM = 32
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int = 900) -> PreTrainedTokenizerFast:
+def build_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts` that can encode any text.
 
     Tool and protocol tags are special tokens of their own; EOS is `<|im_end|>` and the padding token another one.
@@ -34,15 +50,14 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 900) -> PreTrainedTo
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special_tokens = [PAD_TOKEN, MESSAGE_START, MESSAGE_END, *TAGS]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special_tokens,
+        special_tokens=[PAD_TOKEN, MESSAGE_START, MESSAGE_END, *TAGS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -54,40 +69,126 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 900) -> PreTrainedTo
         additional_special_tokens=[MESSAGE_START, *TAGS],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=MAX_LENGTH,
     )
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSize:
-    """The widths of a tiny model."""
+def quickstart_texts() -> list[str]:
+    """What `build_tokenizer` is to know: passages, questions and calls; names weigh most, so that most are one token."""
+    names = [*(title for topic in TOPICS for title in topic.titles), *ALIASES]
+    questions, _ = make_tasks(seed=0, n_train=400, n_heldout=0)
+    return [
+        *passages(),
+        *(f" {name}" for name in names for _ in range(6)),
+        *(row["prompt"][0]["content"] for row in questions),
+        *(["system user assistant tool print(round(1.2*3-(4-5))) print(round(6+7)) \\boxed{8}"] * 200),
+    ]
 
-    hidden: int = 128
-    intermediate: int = 256
-    layers: int = 3
-    heads: int = 4
-    key_value_heads: int = 2
-    head_dim: int = 32
 
-
-def build_model(tokenizer: PreTrainedTokenizerFast, seed: int, size: ModelSize = ModelSize()) -> Qwen3ForCausalLM:
-    """A randomly initialised model for `tokenizer`, the same for the same seed; the global generator is left alone."""
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+    """A model for `tokenizer` with fresh weights, the same for the same seed; the global generator is left alone."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        intermediate_size=size.intermediate,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        num_key_value_heads=size.key_value_heads,
-        head_dim=size.head_dim,
-        max_position_embeddings=1024,
+        hidden_size=_HIDDEN,
+        intermediate_size=2 * _HIDDEN,
+        num_hidden_layers=3,
+        num_attention_heads=_HEADS,
+        num_key_value_heads=_HEADS,
+        head_dim=_HEAD_DIM,
+        max_position_embeddings=MAX_LENGTH,
         rope_theta=1_000_000.0,
         tie_word_embeddings=True,
-        initializer_range=0.05,
+        initializer_range=0.02,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Qwen3ForCausalLM(config)
+        model = Qwen3ForCausalLM(config)
+        with torch.no_grad():
+            _wire_copying(model)
+    return model
+
+
+def save_cold_start_base(directory: str | Path, seed: int = 0) -> None:
+    """Writes the quickstart's tokenizer and its untrained model to `directory`, ready for `sft.py`."""
+    tokenizer = build_tokenizer(quickstart_texts())
+    tokenizer.save_pretrained(directory)
+    build_model(tokenizer, seed).save_pretrained(directory)
+
+
+# How the 128 channels of the residual stream are shared out at the start:
+#
+#     0 ……… 63 | 64 …… 83      | 84 …… 103     | 104 … 126 | 127
+#     token    | token before  | the one before| free      | constant
+#
+# Layer 0 fills the two middle parts, by heads that look one and two positions back. Layer 1 then finds where the last
+# one or two tokens occurred earlier, one position on, and adds the token found there to the prediction.
+_TOKEN_BEFORE, _TWO_BEFORE, _CODE_WIDTH = 64, 84, 20
+_CONSTANT = 127
+_EMBEDDING_STD = 0.05
+_WRITE = 0.06  # as large as an embedding's entries, since values enter a layer normalised to about 1
+_JITTER = 0.01  # keeps wired weights from being exactly equal or zero, which would tie their gradients
+_POSITION_SHARPNESS, _CONTENT_SHARPNESS = 6.0, 6.0
+_FAST_PAIRS = (1.0, 0.8, 0.6, 0.4)
+"""Weights of the fastest rotary pairs: they tell neighbouring positions apart."""
+_SLOW_PAIRS = range(6, 16)
+"""Rotary pairs that hardly turn within a trajectory: there, only content counts."""
+
+
+def _wire_copying(model: Qwen3ForCausalLM) -> None:
+    """Sets two heads of layer 0 and three of layer 1 so that, together, they copy."""
+    embedding = model.model.embed_tokens.weight
+    nn.init.normal_(embedding, std=_EMBEDDING_STD)
+    embedding[:, _TOKEN_BEFORE : _TWO_BEFORE + _CODE_WIDTH] = 0.0
+    embedding[:, _CONSTANT] = 2 * _EMBEDDING_STD
+
+    first, second = (model.model.layers[i].self_attn for i in (0, 1))
+    inverse_frequencies = model.model.rotary_emb.inv_freq.tolist()
+    for head, (offset, part) in enumerate(((1, _TOKEN_BEFORE), (2, _TWO_BEFORE))):
+        query, key, value, output = _head(first, head)
+        for pair, weight in enumerate(_FAST_PAIRS):
+            # A key turned ahead by `offset` positions fits best the query that comes `offset` later.
+            angle = offset * inverse_frequencies[pair]
+            query[pair, _CONSTANT] = weight
+            key[pair, _CONSTANT] = weight * math.cos(angle)
+            key[pair + _HEAD_DIM // 2, _CONSTANT] = weight * math.sin(angle)
+        for channel in range(_CODE_WIDTH):
+            value[channel, channel] = 1.0
+            output[part + channel, channel] = _WRITE
+    first.q_norm.weight.fill_(_POSITION_SHARPNESS)
+
+    content = [*_SLOW_PAIRS, *(pair + _HEAD_DIM // 2 for pair in _SLOW_PAIRS)]
+    half = _CODE_WIDTH // 2
+    # Channels to compare as (of the query, of the key): the current token with the one before the key; in the other
+    # heads also the token before with the one two before the key.
+    one_token = [(i, _TOKEN_BEFORE + i) for i in range(_CODE_WIDTH)]
+    two_tokens = one_token[:half] + [(_TOKEN_BEFORE + i, _TWO_BEFORE + i) for i in range(half)]
+    for head, (matches, copied) in enumerate(((one_token, 0), (two_tokens, _HEAD_DIM), (two_tokens, 0))):
+        query, key, value, output = _head(second, head)
+        for row, (of_query, of_key) in zip(content, matches, strict=True):
+            query[row, of_query] = 1.0
+            key[row, of_key] = 1.0
+        for channel in range(_HEAD_DIM):
+            value[channel, copied + channel] = 1.0
+            output[copied + channel, channel] = 2 * _WRITE
+    second.q_norm.weight.fill_(_CONTENT_SHARPNESS)
+
+    for attention in (first, second):
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj):
+            projection.weight.add_(_JITTER * torch.randn_like(projection.weight))
+
+
+def _head(attention: nn.Module, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of one head's query, key, value (head_dim, hidden) and output (hidden, head_dim) weights, set to zero."""
+    rows = slice(head * _HEAD_DIM, (head + 1) * _HEAD_DIM)
+    views = (
+        attention.q_proj.weight[rows],
+        attention.k_proj.weight[rows],
+        attention.v_proj.weight[rows],
+        attention.o_proj.weight[:, rows],
+    )
+    for view in views:
+        view.zero_()
+    return views

@@ -134,7 +134,8 @@ class HierarchicalReward:
     """A TRL reward function: the paper's Eq 8, one value in [−1, 1 + bonus] per completion.
 
     Reads the columns that `ARPOTrainer` adds (`turns`, `tool_calls`, `stop_reason`) and the dataset's `answer` and
-    `task`. Logs the share of every `FormatFault` under `arpo/format/`, and each completion's as the column `format`.
+    `task`. Logs the share of every `FormatFault` under `arpo/format/`, each completion's as the column `format`, and
+    the mean accuracy, a bad format counted as wrong, as `arpo/accuracy`.
 
     Args:
         accuracy: "task" compares by the row's task, mathematical equality or token F1. "paper_f1" takes the released
@@ -255,6 +256,7 @@ class HierarchicalReward:
             counts = Counter(outcomes)
             for outcome in ("ok", *FormatFault):  # all of them, or the mean over batches would skip the zeros
                 log_metric(f"arpo/format/{outcome}", counts[outcome] / len(scores))
+            log_metric("arpo/accuracy", sum(score.accuracy or 0.0 for score in scores) / len(scores))
         if log_extra is not None:
             log_extra("format", [str(outcome) for outcome in outcomes])
         return [score.reward for score in scores]

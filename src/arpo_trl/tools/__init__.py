@@ -1,6 +1,6 @@
 """Tools that a policy can call, and the box that runs the calls."""
 
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure, ToolResult, ToolSpec, ToolStats, tool_spec
+from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure, ToolResult, ToolSpec, tool_spec
 from arpo_trl.tools.python import python_tool
 from arpo_trl.tools.search import LocalIndex, RecordedSearch, search_tool
 
@@ -12,7 +12,6 @@ __all__ = [
     "ToolFailure",
     "ToolResult",
     "ToolSpec",
-    "ToolStats",
     "python_tool",
     "search_tool",
     "tool_spec",

@@ -19,9 +19,8 @@ import queue
 import re
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
@@ -30,7 +29,6 @@ from transformers.utils.chat_template_utils import get_json_schema
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError
 
 RESERVED_TAGS = frozenset({"think", "answer", "result"})
-UNKNOWN_TOOL = "(unknown)"  # the key of `ToolBox.take_stats` for calls to tools that do not exist
 
 _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MIN_MAX_CHARS = 100
@@ -85,20 +83,6 @@ class ToolResult:
     @property
     def ok(self) -> bool:
         return self.failure is None
-
-
-@dataclass(frozen=True, slots=True)
-class ToolStats:
-    """Counts of one tool over the results between two `ToolBox.take_stats`."""
-
-    calls: int = 0
-    executed: int = 0
-    joined: int = 0
-    cached: int = 0
-    failures: dict[str, int] = field(default_factory=dict)
-    """Calls that failed, by `ToolFailure`; the joined ones are counted, so the sum may exceed `executed`."""
-    seconds: tuple[float, ...] = ()
-    """Wall-clock seconds of each executed call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +188,6 @@ class ToolBox:
         self._cache: dict[tuple[str, str], str] | None = {} if cache else None
         self._tickets = 0
         self._pending = 0
-        self._results: list[tuple[str, ToolResult]] = []  # since the last take_stats, by tool
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = _LoopThread("arpo-tools-scheduler")
         self._places = asyncio.Semaphore(concurrency)
@@ -233,9 +216,9 @@ class ToolBox:
             self._tickets += 1
             self._pending += 1
             if refusal is not None:
-                self._deliver(ticket, call.name, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, "refused"))
+                self._done.put((ticket, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, "refused")))
             elif self._cache is not None and key in self._cache:
-                self._deliver(ticket, call.name, ToolResult(self._cache[key], None, 0.0, "cached"))
+                self._done.put((ticket, ToolResult(self._cache[key], None, 0.0, "cached")))
             elif key in self._flights:
                 self._flights[key].tickets.append(ticket)
             else:
@@ -253,18 +236,6 @@ class ToolBox:
         with self._lock:
             self._pending -= len(delivered)
         return delivered
-
-    def take_stats(self) -> dict[str, ToolStats]:
-        """Counts per tool over the results since the last call of this, which start again at zero.
-
-        Every tool is there; `UNKNOWN_TOOL` only when the model called one that does not exist.
-        """
-        with self._lock:
-            results, self._results = self._results, []
-        by_tool: dict[str, list[ToolResult]] = {name: [] for name in self.specs}
-        for name, result in results:
-            by_tool.setdefault(name if name in self.specs else UNKNOWN_TOOL, []).append(result)
-        return {name: _count(results_of_tool) for name, results_of_tool in by_tool.items()}
 
     def close(self) -> None:
         """Stop; results that were not polled are lost. May be called again."""
@@ -319,7 +290,7 @@ class ToolBox:
                 self._cache[flight.key] = text
             source: Source = "executed"
             for ticket in flight.tickets:
-                self._deliver(ticket, flight.call.name, ToolResult(text, failure, seconds, source))
+                self._done.put((ticket, ToolResult(text, failure, seconds, source)))
                 source = "joined"
 
     def _execute(self, call: ToolCall) -> asyncio.Future[_Outcome]:
@@ -346,10 +317,6 @@ class ToolBox:
         # A thread per call costs some 50 µs, and one that hangs is nobody else's.
         threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
         return future
-
-    def _deliver(self, ticket: int, name: str, result: ToolResult) -> None:
-        self._results.append((name, result))
-        self._done.put((ticket, result))
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
         if isinstance(value, _Raised):
@@ -398,18 +365,6 @@ def _describe(error: BaseException) -> str:
         message = error.strerror if isinstance(error, OSError) else str(error)
     first_line = (message or "").strip().partition("\n")[0][:_MAX_ERROR_CHARS]
     return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
-
-
-def _count(results: list[ToolResult]) -> ToolStats:
-    sources = Counter(result.source for result in results)
-    return ToolStats(
-        calls=len(results),
-        executed=sources["executed"],
-        joined=sources["joined"],
-        cached=sources["cached"],
-        failures=dict(Counter(str(result.failure) for result in results if result.failure is not None)),
-        seconds=tuple(result.seconds for result in results if result.source == "executed"),
-    )
 
 
 class _LoopThread:

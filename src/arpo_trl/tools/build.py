@@ -58,11 +58,13 @@ def _build_search(arguments: ToolArguments) -> Callable[..., Any]:
             f"The search tool has search_index={arguments.search_index!r} and search_recorded="
             f"{arguments.search_recorded!r}; expected exactly one of them. Set one, or take search out of tools."
         )
-    source = (
-        RecordedSearch(arguments.search_recorded)
-        if arguments.search_recorded is not None
-        else LocalIndex.load(str(arguments.search_index))
-    )
+    source: LocalIndex | RecordedSearch
+    if arguments.search_index is None:
+        source = RecordedSearch(str(arguments.search_recorded))
+    elif arguments.search_index.endswith(".jsonl"):
+        source = LocalIndex.from_jsonl(arguments.search_index)
+    else:
+        source = LocalIndex.load(arguments.search_index)
     return search_tool(source, top_k=arguments.search_top_k, max_chars=arguments.search_max_chars)
 
 

@@ -256,12 +256,10 @@ class TransformersEngine:
         ).float()
         if self._penalty is not None:
             logits = self._penalty(state.history(n), logits)
-        logprobs = torch.log_softmax(self._warpers(None, logits), dim=-1)
-        if self.settings.temperature == 0:
-            token = logprobs.argmax(dim=-1)
-        else:
-            token = sample(logprobs, state.uniform(n))
-        state.record(n, token, logprobs.gather(1, token.unsqueeze(1)).squeeze(1), entropy(logprobs, state.in_probe(n)))
+        probs = torch.softmax(self._warpers(None, logits), dim=-1)
+        token = probs.argmax(dim=-1) if self.settings.temperature == 0 else sample(probs, state.uniform(n))
+        logprob = probs.gather(1, token.unsqueeze(1)).squeeze(1).log()
+        state.record(n, token, logprob, entropy(probs, state.in_probe(n)))
         return self._events(n, token)
 
     def _events(self, n: int, token: torch.Tensor) -> list[Probe | Turn]:
@@ -297,7 +295,7 @@ class TransformersEngine:
         self._remove(finished)
         return events
 
-    # Stop strings ------------------------------------------------------------------------------------------------------
+    # Stop strings ----------------------------------------------------------------------------------------------------
 
     def _found_stop(self, tail: torch.Tensor) -> bool:
         text = self._tokenizer.decode(tail.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -396,21 +394,21 @@ class _RowState:
                 tensor[target] = tensor[source]
 
 
-def sample(logprobs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """(rows,) token ids, the inverse of each row's cumulative distribution at `uniform` in [0, 1).
 
     A token of probability zero is never drawn: its cumulative sum equals its predecessor's, and the search goes right.
     """
-    cumulative = logprobs.exp().cumsum(dim=-1)
+    cumulative = probs.cumsum(dim=-1)
     # The last sum may fall short of 1 by rounding; scaling by it keeps every draw inside.
     target = (uniform * cumulative[:, -1]).unsqueeze(1)
-    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=logprobs.size(1) - 1)
+    return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=probs.size(1) - 1)
 
 
-def entropy(logprobs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Entropies in nats of the rows that `rows` (bool) selects; −inf logprobs count as the 0·log 0 = 0 they are."""
-    selected = logprobs[rows]
-    return -(selected.exp() * selected.clamp(min=torch.finfo(selected.dtype).min)).sum(dim=-1)
+def entropy(probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Entropies in nats of the distributions that `rows` (bool) selects; 0·log 0 counts as 0."""
+    selected = probs[rows]
+    return -(selected * selected.clamp(min=torch.finfo(selected.dtype).tiny).log()).sum(dim=-1)
 
 
 def _warpers(settings: SamplingSettings) -> tuple[LogitsProcessorList, RepetitionPenaltyLogitsProcessor | None]:

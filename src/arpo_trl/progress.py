@@ -1,0 +1,43 @@
+"""One line of progress on the terminal, with the numbers to watch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import ProgressCallback, Trainer
+
+WATCHED = {
+    "loss": "loss",
+    "reward": "reward",
+    "arpo/accuracy": "accuracy",
+    "eval_arpo/accuracy": "held out",
+    "arpo/tools/calls_per_leaf": "calls",
+    "arpo/tree/sharing_ratio": "sharing",
+    "arpo/alarm/truncated": "cut",
+}
+"""Logged name → what it is called beside the bar."""
+
+
+class CompactProgress(ProgressCallback):
+    """transformers' bar with a few numbers beside it, instead of every logged one above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+        if state.is_world_process_zero and self.training_bar is not None:
+            for name, label in WATCHED.items():
+                value = (logs or {}).get(name)
+                if isinstance(value, float):
+                    self._shown[label] = f"{value:.3f}"
+            if "reward" in self._shown:
+                self._shown.pop("loss", None)  # a policy gradient's loss says nothing about progress
+            self.training_bar.set_postfix(self._shown)
+
+
+def show_compactly(trainer: Trainer) -> None:
+    """Puts the compact bar in the place of the trainer's own, if it has one; all numbers still reach `report_to`."""
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(CompactProgress())

@@ -1,0 +1,178 @@
+"""`python -m arpo_trl.quickstart`: build, cold-start and train a small tool-using model, then say how it went.
+
+Stage 1 is `sft.py`, stage 2 `train.py`, with the same configurations a user would start from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from arpo_trl.cli import report_errors
+from arpo_trl.errors import ConfigError
+from arpo_trl.evaluation.runner import Evaluation, evaluate
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import make_demonstrations
+from arpo_trl.quickstart.model import build_model, build_tokenizer
+from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
+from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.render import render_tree
+from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.search import LocalIndex, search_tool
+from arpo_trl.trajectories import LoggedTree, read_trees
+
+N_TRAIN, N_HELDOUT, N_WATCHED = 2000, 400, 96
+"""Questions to train on, to measure before and after, and of those to watch while training."""
+N_DEMONSTRATIONS = 9600
+TOP_K = 2
+MAX_COMPLETION_LENGTH = 240
+MAX_TOOL_CALLS = 5
+SFT_CONFIG, RL_CONFIG = Path("configs/quickstart_sft.yaml"), Path("configs/quickstart.yaml")
+ACCELERATE_CONFIG = Path("accelerate_configs/single.yaml")
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Writes what both stages read: the corpus, the questions, the demonstrations and an untrained model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = passages()
+    train, heldout = make_tasks(seed, N_TRAIN, N_HELDOUT)
+    search = search_tool(LocalIndex(corpus), top_k=TOP_K)
+    demonstrations = make_demonstrations(train, search, seed, N_DEMONSTRATIONS)
+    _write_lines(folder / "corpus.jsonl", corpus)
+    _write_lines(folder / "train.jsonl", train)
+    _write_lines(folder / "heldout.jsonl", heldout)
+    _write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
+    _write_lines(folder / "demonstrations.jsonl", demonstrations)
+    tokenizer = build_tokenizer(message["content"] for row in demonstrations for message in row["messages"])
+    tokenizer.save_pretrained(folder / "base")
+    build_model(tokenizer, seed).save_pretrained(folder / "base")
+
+
+def measure(model: Path, data: Path, seed: int, *, temperature: float) -> Evaluation:
+    """The model on the held-out questions, once each."""
+    arguments = ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=TOP_K)
+    rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text("utf-8").splitlines()]
+    with ToolBox(build_tools(arguments), cache=True) as toolbox:
+        return evaluate(
+            AutoModelForCausalLM.from_pretrained(model),
+            AutoTokenizer.from_pretrained(model),
+            rows,
+            toolbox,
+            temperature=temperature,
+            max_completion_length=MAX_COMPLETION_LENGTH,
+            max_tool_calls=MAX_TOOL_CALLS,
+            seed=seed,
+        )
+
+
+def launch(script: str, config: Path, *flags: str) -> float:
+    """Runs a training script as a user would, `accelerate launch`; returns its seconds.
+
+    Raises:
+        SystemExit: It failed; its own message stands above.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
+    start = time.perf_counter()
+    status = subprocess.run([*command, script, "--config", str(config), *flags], check=False).returncode
+    if status:
+        raise SystemExit(status)
+    return time.perf_counter() - start
+
+
+@report_errors
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m arpo_trl.quickstart", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
+    parser.add_argument("--config", type=Path, default=RL_CONFIG, help=f"of stage 2 (default: {RL_CONFIG})")
+    arguments = parser.parse_args()
+    for needed in (Path("train.py"), Path("sft.py"), SFT_CONFIG, arguments.config, ACCELERATE_CONFIG):
+        if not needed.exists():
+            raise ConfigError(f"{needed} is not here. Run the quickstart in a checkout of arpo-trl.")
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    output, seed = arguments.output, arguments.seed
+    data, sft, rl = output / "data", output / "sft", output / "rl"
+    shutil.rmtree(rl, ignore_errors=True)  # an earlier run's trees and curves are not this one's
+
+    console.rule("[bold]Stage 1: cold start on noisy demonstrations")
+    prepare(data, seed)
+    seconds_sft = launch(
+        "sft.py",
+        SFT_CONFIG,
+        *("--model_name_or_path", str(data / "base")),
+        *("--dataset", str(data / "demonstrations.jsonl")),
+        *("--output_dir", str(sft), "--seed", str(seed)),
+    )
+    before = measure(sft, data, seed, temperature=1.0)
+    greedy_before = measure(sft, data, seed, temperature=0.0)
+    places = entropy_places(before)
+    console.print(
+        f"Held-out accuracy {before.accuracy:.2f}. Entropy of a token, in nats: {places.after_search:.2f} after a "
+        f"search, {places.after_python:.2f} after python, {places.elsewhere:.2f} elsewhere."
+    )
+
+    console.rule("[bold]Stage 2: reinforcement learning")
+    seconds_rl = launch(
+        "train.py",
+        arguments.config,
+        *("--model_name_or_path", str(sft)),
+        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
+        *("--search_index", str(data / "corpus.jsonl")),
+        *("--output_dir", str(rl), "--seed", str(seed)),
+    )
+    after = measure(rl, data, seed, temperature=1.0)
+    greedy_after = measure(rl, data, seed, temperature=0.0)
+
+    history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
+    summary = {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "greedy_before": greedy_before.accuracy,
+        "greedy_after": greedy_after.accuracy,
+        **summarise(history),
+        **places.as_summary(),
+        "seconds_sft": seconds_sft,
+        "seconds_rl": seconds_rl,
+        "seed": seed,
+        "config": str(arguments.config),
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    draw(history, summary, places, entropy_places(after), output / "quickstart.png")
+    console.rule("[bold]One tree")
+    if (tree := _tree_to_show(rl / "trajectories")) is not None:
+        console.print(render_tree(tree))
+    console.rule("[bold]Result")
+    console.print(summary_table(summary))
+    console.print(f"Picture: {output / 'quickstart.png'}   Numbers: {output / 'summary.json'}   Model: {rl}")
+
+
+def _tree_to_show(folder: Path) -> LoggedTree | None:
+    """Of the trees logged last, one that branched and whose leaves fared differently, if there is one."""
+    trees = [tree for file in sorted(folder.glob("step-*.jsonl"))[-10:] for tree in read_trees(file)]
+
+    def telling(tree: LoggedTree) -> tuple[bool, bool]:
+        branched = any(node.decision and node.decision.granted for node in tree.tree.observations())
+        return branched, len(set(tree.rewards)) > 1
+
+    return max(trees, key=telling, default=None)
+
+
+def _write_lines(path: Path, rows: Iterable[str | Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What the quickstart shows at its end: numbers, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from arpo_trl.evaluation.runner import Evaluation
+from arpo_trl.rollout.branching import mean
+from arpo_trl.rollout.tree import NodeKind
+
+PROBE = 8
+"""Tokens after a tool result that count as "right after" it."""
+AVERAGED = 5
+"""Steps at either end of a run whose mean reward is its first and last."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntropyPlaces:
+    """Mean entropy of a token, in nats: the first `PROBE` of a turn after a tool's result, and all others."""
+
+    after_search: float
+    after_python: float
+    elsewhere: float
+
+    def as_summary(self) -> dict[str, float]:
+        return {
+            "entropy_after_search": self.after_search,
+            "entropy_after_python": self.after_python,
+            "entropy_elsewhere": self.elsewhere,
+        }
+
+
+def entropy_places(evaluation: Evaluation) -> EntropyPlaces:
+    """Where a model was uncertain in an evaluation that recorded every token's entropy."""
+    found: dict[str, list[float]] = {"search": [], "python": [], "elsewhere": []}
+    for tree in evaluation.rollout.trees:
+        for turn in tree.turns():
+            assert turn.parent is not None
+            above = tree.nodes[turn.parent]
+            after = above.call.name if above.kind is NodeKind.OBSERVATION and above.call else "elsewhere"
+            found.setdefault(after, []).extend(turn.entropies[:PROBE])
+            found["elsewhere"].extend(turn.entropies[PROBE:])
+    return EntropyPlaces(mean(found["search"]), mean(found["python"]), mean(found["elsewhere"]))
+
+
+def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Totals and means over the training steps of a trainer's log history."""
+    steps = [row for row in history if "reward" in row]
+    groups = [row["arpo/tree/groups"] for row in steps]
+
+    def column(name: str) -> list[float]:
+        return [row[f"arpo/{name}"] for row in steps]
+
+    def total_per_group(name: str) -> int:
+        return round(sum(value * count for value, count in zip(column(name), groups, strict=True)))
+
+    leaves = round(sum(column("tree/leaves")))
+    return {
+        "reward_first": mean([row["reward"] for row in steps[:AVERAGED]]),
+        "reward_last": mean([row["reward"] for row in steps[-AVERAGED:]]),
+        "tool_calls_made": round(sum(column("tools/calls_made"))),
+        "tool_calls_executed": round(sum(column("tools/calls_executed"))),
+        "tool_calls_distinct": round(sum(column("tools/calls_distinct"))),
+        "tool_calls_per_leaf": sum(column("tools/calls_made")) / leaves,
+        "leaves": leaves,
+        "branches": total_per_group("tree/branches"),
+        "topups": total_per_group("tree/topups"),
+        "generated_tokens": total_per_group("tree/generated_tokens"),
+        "turns_in_sequence": mean(column("tree/turns_in_sequence")),
+        "sharing_ratio": mean(column("tree/sharing_ratio")),
+        "sampler_share": mean(column("time/sampler_share")),
+        "steps": len(steps),
+    }
+
+
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """The numbers a reader looks for first."""
+    table = Table(show_header=True, header_style="bold")
+    for heading in ("", "before", "after"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row(
+        "held-out accuracy, sampled", f"{summary['accuracy_before']:.3f}", f"{summary['accuracy_after']:.3f}"
+    )
+    table.add_row("held-out accuracy, greedy", f"{summary['greedy_before']:.3f}", f"{summary['greedy_after']:.3f}")
+    table.add_row("reward, first and last steps", f"{summary['reward_first']:.3f}", f"{summary['reward_last']:.3f}")
+    table.add_section()
+    for label, value in (
+        ("leaves trained on", f"{summary['leaves']:,}"),
+        ("branches, top-ups", f"{summary['branches']:,}, {summary['topups']:,}"),
+        ("tool calls made, per leaf", f"{summary['tool_calls_made']:,}, {summary['tool_calls_per_leaf']:.2f}"),
+        ("leaf tokens per sampled token", f"{summary['sharing_ratio']:.2f}"),
+        ("seconds, cold start and RL", f"{summary['seconds_sft']:.0f} + {summary['seconds_rl']:.0f}"),
+    ):
+        table.add_row(label, "", value)
+    return table
+
+
+def draw(
+    history: Sequence[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    before: EntropyPlaces,
+    after: EntropyPlaces,
+    path: Path,
+) -> None:
+    """Writes the picture: reward and accuracy over steps, entropy around tool results, tool calls, tree shape."""
+    from matplotlib.figure import Figure
+
+    steps = [row for row in history if "reward" in row]
+    watched = [row for row in history if "eval_arpo/accuracy" in row]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    (curve, places), (calls, shape) = figure.subplots(2, 2)
+
+    x = [row["step"] for row in steps]
+    curve.plot(x, [row["reward"] for row in steps], color="tab:blue", label="reward (training)")
+    curve.plot(
+        [0, *(row["step"] for row in watched), x[-1]],
+        [summary["accuracy_before"], *(row["eval_arpo/accuracy"] for row in watched), summary["accuracy_after"]],
+        "o-",
+        color="tab:orange",
+        label="accuracy (held out)",
+    )
+    curve.set(title="Reward and held-out accuracy", xlabel="step")
+    curve.legend()
+
+    labels = ["after search", "after python", "elsewhere"]
+    for offset, (when, values) in zip((-0.2, 0.2), (("cold start", before), ("trained", after)), strict=True):
+        heights = list(values.as_summary().values())
+        bars = places.bar([i + offset for i in range(3)], heights, width=0.4, label=when)
+        places.bar_label(bars, fmt="%.2f", fontsize=8)
+    places.set_xticks(range(3), labels)
+    places.set(title=f"Entropy of the first {PROBE} tokens after a tool result", ylabel="nats per token")
+    places.legend()
+
+    leaves = [row["arpo/tree/leaves"] for row in steps]
+    for name, label in (("calls_made", "made"), ("calls_distinct", "distinct in the step")):
+        per_leaf = [row[f"arpo/tools/{name}"] / count for row, count in zip(steps, leaves, strict=True)]
+        calls.plot(x, per_leaf, label=label)
+    calls.plot(x, [row["arpo/tools/calls_per_leaf"] for row in steps], "--", color="grey", label="on a leaf's path")
+    calls.set(title="Tool calls per leaf", xlabel="step", ylim=(0, None))
+    calls.legend()
+
+    shape.plot(x, [row["arpo/tree/sharing_ratio"] for row in steps], label="leaf tokens per sampled token")
+    shape.plot(x, [row["arpo/tree/branches"] for row in steps], label="branches per group")
+    shape.plot(x, [row["arpo/tree/topups"] for row in steps], label="top-ups per group")
+    shape.set(title="Shape of the trees", xlabel="step", ylim=(0, None))
+    shape.legend()
+    figure.savefig(path, dpi=120)

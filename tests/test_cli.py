@@ -1,0 +1,148 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arpo_trl import cli
+from arpo_trl.errors import ConfigError
+from arpo_trl.trajectories import LoggedTree, TrajectoryLog
+from support import ANSWER, Scripted, save_tiny_model
+
+
+@pytest.fixture
+def log(tmp_path) -> Path:
+    """A log of two trees: groups 0 and 1."""
+    rollout = Scripted(lambda r, c: "<search>iron</search>" if r.key[-1] == 0 else ANSWER, leaves=2, at_root=2)(2)
+    trees = [LoggedTree(4, i, f"question {i}", tree, [1.0, 0.0], [0.7, -0.7]) for i, tree in enumerate(rollout.trees)]
+    path = TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write("step-000004", 4, trees)
+    assert path is not None
+    return path
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", *arguments])
+    status = 0
+    try:
+        cli.main()
+    except SystemExit as end:
+        status = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("tree", "--help"), ("eval", "--help")])
+def test_help_is_a_success(monkeypatch, capsys, arguments):
+    status, out, _ = run(monkeypatch, capsys, *arguments)
+    assert status == 0
+    assert out.startswith("usage: arpo-trl")
+
+
+@pytest.mark.parametrize("arguments", [(), ("plant",), ("tree",), ("tree", "log", "--index", "x"), ("eval",)])
+def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
+    status, out, err = run(monkeypatch, capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert "usage: arpo-trl" in err
+
+
+def test_help_waits_for_no_heavy_import():
+    code = (
+        "import sys\n"
+        "from arpo_trl.cli import main\n"
+        "sys.argv = ['arpo-trl', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as end: status = end.code\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported {sorted(heavy)}' if heavy or status else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "COMMAND" in done.stdout
+
+
+def test_tree_shows_every_tree_of_a_log(monkeypatch, capsys, log):
+    status, out, err = run(monkeypatch, capsys, "tree", str(log))
+    assert (status, err) == (0, "")
+    assert "step 4, group 0  question 0" in out and "step 4, group 1  question 1" in out
+    assert "<search>iron</search>" in out
+    assert "facts about iron" in out
+    assert "reward 1.00" in out
+
+
+def test_tree_shows_one_tree_by_index(monkeypatch, capsys, log):
+    _, out, _ = run(monkeypatch, capsys, "tree", str(log), "--index", "1")
+    assert "group 1" in out and "group 0" not in out
+
+
+def test_tree_of_a_folder_is_its_last_file(monkeypatch, capsys, log):
+    later = json.loads(log.read_text().splitlines()[0]) | {"step": 5, "prompt": "a later one"}
+    (log.parent / "step-000005-rank0.jsonl").write_text(json.dumps(later) + "\n")
+    _, out, _ = run(monkeypatch, capsys, "tree", str(log.parent))
+    assert "a later one" in out and "question" not in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Give a file or the folder"),
+        (("{folder}/empty",), "empty holds no .jsonl file. Was trajectory_log_rate 0?"),
+        (("{log}", "--index", "2"), "--index is 2 but"),
+        (("{log}", "--index", "-1"), "--index is -1 but"),
+        (("{folder}/broken.jsonl",), "broken.jsonl, line 1: not a logged tree"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.jsonl").write_text("{}\n")
+    arguments = [argument.format(folder=tmp_path, log=log) for argument in arguments]
+    status, out, err = run(monkeypatch, capsys, "tree", *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("DataError: ") and message in err
+    assert err.count("\n") == 1
+
+
+def test_eval_prints_the_accuracy_as_json(monkeypatch, capsys, tmp_path):
+    rows = [{"prompt": "what is 1 plus 1", "answer": "2", "task": "math"} for _ in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "searches.json").write_text(json.dumps({"iron": "1538 degrees"}))
+    status, out, _ = run(
+        monkeypatch,
+        capsys,
+        *("eval", "--model", save_tiny_model(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl")),
+        *("--tools", "search", "--search-recorded", str(tmp_path / "searches.json")),
+        *("--limit", "2", "--samples", "2", "--max-completion-length", "8"),
+    )
+    assert status == 0
+    result = json.loads(out)
+    # two questions of three, two samples each; an untrained model answers none in eight tokens
+    assert (result["questions"], result["samples"], result["accuracy"]) == (2, 4, 0.0)
+
+
+def test_eval_names_an_unknown_tool(monkeypatch, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "1 + 1", "answer": "2", "task": "math"}) + "\n")
+    status, _, err = run(
+        monkeypatch,
+        capsys,
+        *("eval", "--model", "unused", "--data", str(tmp_path / "rows.jsonl"), "--tools", "calculator"),
+    )
+    assert status == 2
+    assert "ConfigError: tools names ['calculator']; expected some of" in err
+
+
+def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):
+    @cli.report_errors
+    def ours() -> None:
+        raise ConfigError("a setting is wrong")
+
+    @cli.report_errors
+    def another() -> None:
+        raise KeyError("a bug")
+
+    with pytest.raises(SystemExit) as end:
+        ours()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "ConfigError: a setting is wrong\n"
+    with pytest.raises(KeyError, match="a bug"):
+        another()

@@ -1,0 +1,214 @@
+import importlib.util
+import sys
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import yaml
+
+from arpo_trl.cli import parse_settings
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def config(**settings) -> ARPOConfig:
+    return ARPOConfig("unused", use_cpu=True, **settings)
+
+
+@cache
+def script(name: str) -> ModuleType:
+    """`train.py` or `sft.py`, which are no part of the package."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+def parse(name: str, file: Path, *flags: str) -> tuple:
+    return parse_settings(script(name).SETTINGS, ["--config", str(file), "--use_cpu", "true", *flags])
+
+
+def written(folder: Path, **settings) -> Path:
+    file = folder / "run.yaml"
+    file.write_text(yaml.safe_dump({"dataset": "rows.jsonl", "output_dir": "unused", **settings}))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("num_generations", 16),
+        ("entropy_probe_tokens", 20),
+        ("branch_probability", 0.5),
+        ("entropy_weight", 0.2),
+        ("branch_threshold", 0.5),
+        ("branches_per_fork", 1),
+        ("branch_rule", "threshold"),
+        ("initial_rollouts", 8),  # M // 2
+        ("advantage_attribution", "soft"),
+        ("shared_prefix_weight", "per_leaf"),
+        ("loss_type", "grpo"),
+        ("beta", 0.0),
+    ],
+)
+def test_the_defaults_are_the_papers(name, default):
+    assert getattr(config(), name) == default
+
+
+def test_the_default_batch_is_one_group():
+    made = config()
+    assert made.generation_batch_size == made.num_generations == 16
+
+
+@pytest.mark.parametrize(("m", "n"), [(2, 1), (7, 3), (8, 4)])
+def test_n_is_half_of_m_unless_given(m, n):
+    assert config(num_generations=m, per_device_train_batch_size=m).initial_rollouts == n
+
+
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_n_may_be_anything_from_one_to_m(n):
+    assert config(num_generations=8, initial_rollouts=n).initial_rollouts == n
+
+
+def test_the_branch_policy_is_what_the_settings_say():
+    made = config(
+        branch_rule="random", branch_probability=0.1, entropy_weight=0.3, branch_threshold=0.7, branches_per_fork=2
+    )
+    assert made.branch_policy == BranchPolicy(BranchRule.RANDOM, 0.1, 0.3, 0.7, 2)
+
+
+def test_every_setting_of_ours_explains_itself():
+    own = [field for field in fields(ARPOConfig) if field.name in ARPOConfig.__annotations__]
+    assert len(own) > 15
+    assert [field.name for field in own if not field.metadata.get("help")] == []
+
+
+@pytest.mark.parametrize("symbol", ["M:", "N:", "k:", "alpha:", "beta:", "tau:", "Z:"])
+def test_the_papers_symbols_stand_in_the_help(symbol):
+    helps = [str(field.metadata.get("help")) for field in fields(ARPOConfig)]
+    assert sum(text.startswith(symbol) for text in helps) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 1}, r"num_generations \(M\) is 1; a group needs an integer ≥ 2"),
+        ({"num_generations": None}, r"num_generations \(M\) is None; a group needs an integer ≥ 2"),
+        ({"num_generations": 4.0}, r"num_generations \(M\) is 4.0; a group needs an integer ≥ 2"),
+        (
+            {"num_generations": 4, "initial_rollouts": 5},
+            r"initial_rollouts \(N\) is 5 but num_generations \(M\) is 4; expected an integer with 1 ≤ N ≤ M",
+        ),
+        ({"initial_rollouts": 0}, r"initial_rollouts \(N\) is 0 .* expected an integer with 1 ≤ N ≤ M"),
+        ({"initial_rollouts": 2.5}, r"initial_rollouts \(N\) is 2.5 .* expected an integer"),
+        ({"branches_per_fork": 0}, "branches_per_fork is 0; expected an integer of at least 1"),
+        ({"entropy_probe_tokens": 0}, "entropy_probe_tokens is 0; expected an integer of at least 1"),
+        ({"entropy_probe_tokens": 2.5}, "entropy_probe_tokens is 2.5; expected an integer of at least 1"),
+        ({"branch_probability": 1.1}, r"branch_probability is 1.1; expected a number in \[0, 1\]"),
+        ({"branch_probability": -0.1}, r"branch_probability is -0.1; expected a number in \[0, 1\]"),
+        ({"branch_threshold": 1.1}, r"branch_threshold is 1.1; expected a number in \[0, 1\]"),
+        ({"branch_threshold": float("nan")}, r"branch_threshold is nan; expected a number in \[0, 1\]"),
+        ({"trajectory_log_rate": 2}, r"trajectory_log_rate is 2; expected a number in \[0, 1\]"),
+        ({"entropy_weight": float("inf")}, "entropy_weight is inf; expected a finite number"),
+        ({"branch_rule": "treshold"}, "branch_rule is 'treshold'; expected one of .*'threshold'.*'ranked'"),
+        ({"rollout_schedule": "eager"}, r"rollout_schedule is 'eager'; expected one of \['overlap', 'rounds'\]"),
+        ({"advantage_attribution": "mean"}, r"advantage_attribution is 'mean'; expected one of \['soft', 'hard'\]"),
+        ({"shared_prefix_weight": "two"}, r"shared_prefix_weight is 'two'; expected one of \['per_leaf', 'once'\]"),
+        ({"max_tool_calling_iterations": -1}, "max_tool_calling_iterations is -1; expected an integer of at least 0"),
+        ({"max_tool_result_tokens": 15}, "max_tool_result_tokens is 15; expected an integer of at least 16"),
+        ({"max_completion_length": 0}, "max_completion_length is 0; expected an integer of at least 1"),
+        ({"tool_concurrency": 0}, "tool_concurrency is 0; expected an integer of at least 1"),
+        ({"tool_timeout_s": 0.0}, "tool_timeout_s is 0.0; expected more than 0 seconds"),
+        ({"tool_timeout_s": float("nan")}, "tool_timeout_s is nan; expected more than 0 seconds"),
+        ({"use_vllm": True}, "use_vllm is set, .* Unset it"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs is set, .* Unset it"),
+        ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own objection
+    ],
+)
+def test_a_bad_value_is_an_error_that_names_it_and_the_way_out(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch"),
+    [
+        ({"per_device_train_batch_size": 24}, 24),
+        ({"per_device_train_batch_size": 4, "gradient_accumulation_steps": 6}, 24),
+        ({"per_device_train_batch_size": 4, "steps_per_generation": 6}, 24),
+        ({"per_device_train_batch_size": 8}, 8),
+    ],
+)
+def test_groups_must_fill_the_ranks_generation_batch(settings, batch):
+    with pytest.raises(ConfigError, match=rf"num_generations \(16\) does not divide .* \({batch} = .* multiple of 16"):
+        config(**settings)
+
+
+def test_a_group_must_not_straddle_ranks_even_where_the_global_batch_holds_whole_groups(monkeypatch):
+    monkeypatch.setattr(ARPOConfig, "world_size", 2)
+    # 2 ranks × 8: one group of 16 over both
+    with pytest.raises(ConfigError, match="a tree cannot span ranks"):
+        config(per_device_train_batch_size=8, generation_batch_size=16)
+
+
+def test_an_evaluation_group_must_not_straddle_ranks():
+    settings = {"num_generations": 4, "eval_strategy": "steps", "eval_steps": 1}
+    with pytest.raises(ConfigError, match=r"per_device_eval_batch_size \(6\) is no multiple .* \(4\)"):
+        config(per_device_eval_batch_size=6, **settings)
+    with pytest.raises(ConfigError, match=r"per_device_eval_batch_size \(8\) is no multiple .* \(3\)"):
+        config(per_device_eval_batch_size=8, num_generations_eval=3, **settings)
+    assert config(per_device_eval_batch_size=6, num_generations_eval=3, **settings).num_generations_eval == 3
+
+
+def test_a_misspelt_yaml_key_is_an_error_that_names_the_nearest_setting(tmp_path):
+    file = written(tmp_path, branch_threshhold=0.6)
+    with pytest.raises(ConfigError, match="no setting 'branch_threshhold'; did you mean 'branch_threshold'"):
+        parse("train", file)
+
+
+def test_an_unknown_yaml_key_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no setting 'zzzzzz'. Remove it"):
+        parse("train", written(tmp_path, zzzzzz=1))
+
+
+def test_a_misspelt_flag_is_an_error_too(tmp_path):
+    with pytest.raises(ConfigError, match="no setting 'branch_rle'; did you mean 'branch_rule'"):
+        parse("train", written(tmp_path), "--branch_rle", "random")
+
+
+def test_a_bad_value_in_yaml_is_the_configs_own_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"initial_rollouts \(N\) is 99"):
+        parse("train", written(tmp_path, initial_rollouts=99))
+
+
+@pytest.mark.parametrize("text", ["- a list", "branch_rule: [unclosed"])
+def test_a_file_that_is_no_mapping_is_an_error_that_says_so(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="[Cc]onfig file"):
+        parse("train", file)
+
+
+def test_a_missing_config_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"cannot be read: .*nowhere\.yaml"):
+        parse("train", tmp_path / "nowhere.yaml")
+
+
+def test_flags_win_over_the_file(tmp_path):
+    file = written(tmp_path, branch_rule="random", branch_threshold=0.6)
+    _, _, made, _ = parse("train", file, "--branch_rule", "ranked")
+    assert (made.branch_rule, made.branch_threshold) == ("ranked", 0.6)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
+def test_every_shipped_config_parses(file):
+    parse("sft" if "sft" in file.stem else "train", file)

@@ -1,0 +1,268 @@
+import json
+import math
+
+import pytest
+
+from arpo_trl.metrics import ALARMS, Alarm, Tally, tally_rollout
+from arpo_trl.rollout.branching import BranchDecision
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.sampler import Rollout, RolloutTimes
+from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from support import ANSWER, Scripted
+
+TIMES = RolloutTimes(total_s=10.0, forward_s=6.0, tool_wait_s=2.0, sync_s=1.5)
+
+
+def call(name: str, query: str, *, failure=None, seconds=0.0, source="executed") -> ExecutedCall:
+    return ExecutedCall(name, {"query": query}, "text", failure, seconds, source)
+
+
+def decision(delta: float, *, fires: bool, granted: int = 0) -> BranchDecision:
+    return BranchDecision(1.0, delta, 0.5 + 0.2 * delta, fires, granted)
+
+
+def tree_by_hand() -> RolloutTree:
+    """Three leaves; tokens in brackets.
+
+    root ── turn 1 [4] ── search [10] ──┬─ turn 3 [6] ── python [5] ── turn 5 [3]   eos, answers
+                                        └─ turn 6 [7]                               length
+         ── turn 7 [2] ── refusal [8] ──── turn 9 [1]                               eos, says nothing
+    """
+    tree = RolloutTree([0] * 50)
+
+    def turn(parent: int, tokens: int, entropies: list[float], text: str = "words") -> int:
+        return tree.add_turn(parent, [1] * tokens, text, [-0.5] * tokens, entropies).index
+
+    def seen(parent: int, tokens: int, made: ExecutedCall, decided: BranchDecision) -> int:
+        node = tree.add_observation(parent, [2] * tokens, made, "text")
+        node.decision = decided
+        return node.index
+
+    first = turn(0, 4, [0.1, 0.3])  # mean 0.2
+    searched = seen(first, 10, call("search", "iron", seconds=2.0), decision(0.3, fires=True, granted=1))
+    second = turn(searched, 6, [1.0, 2.0])  # 1.5
+    computed = seen(second, 5, call("python", "1/0", failure="error", seconds=1.0), decision(-0.1, fires=False))
+    tree.end(turn(computed, 3, [0.5], ANSWER), (0,), StopReason.EOS)
+    tree.end(turn(searched, 7, [0.5]), (0, 1, 0), StopReason.LENGTH)
+    other = turn(0, 2, [0.4])
+    refused = seen(
+        other, 8, call("empty", "", failure="bad_call", source="refused"), decision(0.1, fires=True, granted=0)
+    )
+    tree.end(turn(refused, 1, [0.2]), (1,), StopReason.EOS)
+    tree.check(3)
+    return tree
+
+
+def tallied(*trees: RolloutTree, topups: int = 1, chain: int = 3) -> Tally:
+    tally = Tally()
+    tally_rollout(Rollout(list(trees), TIMES, [topups] * len(trees), [chain] * len(trees)), tally)
+    return tally
+
+
+EXPECTED = {
+    "tree/groups": 1,
+    "tree/leaves": 3,
+    # leaves 4+10+6+5+3 = 28, 4+10+7 = 21, 2+8+1 = 11: 60 tokens; nodes 4+10+6+5+3+7+2+8+1 = 46
+    "tree/sharing_ratio": 60 / 46,
+    "tree/branches": 1,
+    "tree/topups": 1,
+    "tree/turns_in_sequence": 3,
+    "tree/generated_tokens": 4 + 6 + 3 + 7 + 2 + 1,
+    # after the first result: search granted 1, refusal fired but granted 0; after the second: python
+    "tree/forks_depth_1": 1 / 2,
+    "tree/forks_depth_2": 0,
+    "tree/fire_rate": 2 / 3,
+    "tree/fire_rate_search": 1,
+    "tree/fire_rate_python": 0,
+    "tree/fire_rate_refusal": 1,
+    "entropy/delta": (0.3 - 0.1 + 0.1) / 3,
+    "entropy/root": (0.2 + 0.4) / 2,
+    "entropy/after_search": (1.5 + 0.5) / 2,
+    "entropy/after_python": 0.5,
+    "entropy/after_refusal": 0.2,
+    # leaf 3 holds a refusal and no answer; leaf 2 was cut but had searched
+    "alarm/unparsed": 1 / 3,
+    "alarm/truncated": 1 / 3,
+    "alarm/call_limit": 0,
+    # calls per leaf 2, 1, 1; on paths 4, in the tree 3
+    "tools/calls_per_leaf": 4 / 3,
+    "tools/calls_saved_by_sharing": 1,
+    "tools/calls_made": 2,
+    "tools/calls_executed": 2,
+    "tools/calls_distinct": 2,
+    "tools/calls_saved_by_cache": 0,
+    "tools/refused": 1,
+    "tools/search/failed": 0,
+    "tools/search/timed_out": 0,
+    "tools/search/cache_hits": 0,
+    "tools/search/seconds_p50": 2.0,
+    "tools/search/seconds_p95": 2.0,
+    "tools/python/failed": 1,
+    "tools/python/timed_out": 0,
+    "tools/python/cache_hits": 0,
+    "tools/python/seconds_p50": 1.0,
+    "tools/python/seconds_p95": 1.0,
+    "time/rollout_s": 10.0,
+    "time/decode_s": 6.0,
+    "time/tool_wait_s": 2.0,
+    "time/sync_s": 1.5,
+    "time/sampler_share": 0.5 / 10,
+}
+
+
+def test_every_metric_of_a_small_tree_is_what_one_counts_by_hand():
+    assert tallied(tree_by_hand()).values() == pytest.approx(EXPECTED)
+
+
+def test_values_come_sorted_by_name():
+    assert list(tallied(tree_by_hand()).values()) == sorted(EXPECTED)
+
+
+def test_joined_and_cached_calls_are_saved_not_executed():
+    tree = RolloutTree([0])
+    for i, made in enumerate(
+        [
+            call("search", "iron", seconds=4.0),
+            call("search", "iron", seconds=4.0, source="joined"),
+            call("search", "iron", source="cached"),
+            call("search", "gold", failure="timeout", seconds=2.0),
+        ]
+    ):
+        turn = tree.add_turn(0, [1], "words", [-0.5], [0.1])
+        seen = tree.add_observation(turn.index, [2], made, "text")
+        tree.end(tree.add_turn(seen.index, [1], ANSWER, [-0.5], [0.1]).index, (i,), StopReason.EOS)
+    values = tallied(tree).values()
+    assert values["tools/calls_executed"] == 2
+    assert values["tools/calls_saved_by_cache"] == 2
+    assert values["tools/calls_distinct"] == 2  # iron and gold
+    assert values["tools/search/failed"] == 1 / 4
+    assert values["tools/search/timed_out"] == 1 / 4
+    assert values["tools/search/cache_hits"] == 1 / 4
+    # of the executed ones only, 4 and 2: median 3, 95th percentile 2 + 0.95 · (4 − 2)
+    assert values["tools/search/seconds_p50"] == pytest.approx(3.0)
+    assert values["tools/search/seconds_p95"] == pytest.approx(3.9)
+
+
+def test_distinct_calls_are_counted_over_all_trees_of_a_rollout():
+    values = tallied(tree_by_hand(), tree_by_hand()).values()
+    assert values["tools/calls_executed"] == 4
+    assert values["tools/calls_distinct"] == 2
+
+
+def test_counts_of_a_rollout_add_up_and_what_is_per_group_stays():
+    one, two = tallied(tree_by_hand()).values(), tallied(tree_by_hand(), tree_by_hand()).values()
+    totals = {"tree/groups", "tree/leaves", "tools/refused"} | {
+        f"tools/calls_{name}" for name in ("made", "executed", "saved_by_cache", "saved_by_sharing")
+    }
+    for name in EXPECTED:
+        assert two[name] == pytest.approx(one[name] * (2 if name in totals else 1)), name
+
+
+def test_calls_on_paths_are_those_in_the_trees_and_those_saved_by_sharing():
+    values = tallied(tree_by_hand(), tree_by_hand()).values()
+    on_paths = values["tools/calls_per_leaf"] * values["tree/leaves"]
+    in_trees = values["tools/calls_executed"] + values["tools/calls_saved_by_cache"] + values["tools/refused"]
+    assert on_paths == pytest.approx(in_trees + values["tools/calls_saved_by_sharing"])
+
+
+def test_a_scripted_rollout_is_counted_as_it_was_sampled():
+    def one_search(request, context):
+        if request.key[-1] == 0:
+            return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+        return ScriptedTurn(ANSWER, entropies=[1.0 if request.key[1] == 0 else 0.05])
+
+    rollout = Scripted(one_search, leaves=5, at_root=2, vocab_size=10)()
+    tally = Tally()
+    tally_rollout(rollout, tally)
+    values = tally.values()
+    # Path 0 fires and branches once (Z = 1), path 1 does not; of the budget of 3 two are topped up, paths 2 and 3,
+    # whose results have no budget left and do not fire (0.05 < 0.1).
+    assert [leaf.address for leaf in rollout.trees[0].leaves()] == [(0,), (0, 1, 0), (1,), (2,), (3,)]
+    assert values["tree/branches"] == 1
+    assert values["tree/topups"] == 2
+    assert values["tree/branches"] + values["tree/topups"] == 5 - 2
+    assert values["tree/fire_rate"] == 1 / 4
+    assert values["tools/calls_executed"] == 4
+    assert values["tools/calls_saved_by_sharing"] == 1
+    assert values["alarm/unparsed"] == 0
+    assert values["entropy/after_search"] == pytest.approx((1.0 + 1.0 + 3 * 0.05) / 5)
+    assert values["entropy/delta"] == pytest.approx((0.9 - 3 * 0.05) / 4 / math.log(10))
+
+
+def test_paths_without_call_or_answer_are_unparsed_and_cut_ones_truncated():
+    tally = Tally()
+    babble = Scripted(lambda r, c: ScriptedTurn("word " * 50, ends=False), leaves=2, max_completion_length=10)
+    tally_rollout(babble(), tally)
+    values = tally.values()
+    assert (values["alarm/unparsed"], values["alarm/truncated"]) == (1, 1)
+    assert values["tree/sharing_ratio"] == 1
+    assert "tree/fire_rate" not in values  # no decision, no rate
+
+
+def test_a_path_that_calls_after_the_limit_is_counted():
+    tally = Tally()
+    tally_rollout(Scripted(lambda r, c: "<search>more</search>", leaves=2, max_tool_calls=1)(), tally)
+    assert tally.values()["alarm/call_limit"] == 1
+
+
+def test_merging_two_tallies_is_tallying_both():
+    def plain(request, context):
+        return ANSWER
+
+    rollouts = [Scripted(plain, leaves=2)(), Rollout([tree_by_hand()], TIMES, [1], [3])]
+    both, merged = Tally(), Tally()
+    for rollout in rollouts:
+        tally_rollout(rollout, both)
+        alone = Tally()
+        tally_rollout(rollout, alone)
+        merged.merge(json.loads(json.dumps(alone.plain())))  # as it travels between ranks
+    assert merged.values() == pytest.approx(both.values())
+    # one leaf of three, none of two
+    assert merged.values()["alarm/unparsed"] == 1 / 5
+
+
+def test_a_mean_over_uneven_ranks_weighs_every_observation_alike():
+    merged = Tally()
+    for values in ([1.0, 1.0, 1.0], [0.0]):
+        rank = Tally()
+        for value in values:
+            rank.add("share", value)
+        merged.merge(rank.plain())
+    assert merged.values() == {"share": 0.75}
+
+
+def test_a_ratio_without_a_denominator_is_left_out():
+    tally = Tally()
+    tally.add("ratio", 0.0, 0.0)
+    assert tally.values() == {}
+
+
+@pytest.mark.parametrize(("value", "rings"), [(0.49, False), (0.5, True), (1.0, True)])
+def test_an_alarm_rings_from_its_limit_on(value, rings):
+    assert Alarm("share", 0.5, "advice").rings({"share": value}) is rings
+
+
+@pytest.mark.parametrize(("value", "rings"), [(0.11, False), (0.1, True), (0.0, True)])
+def test_an_alarm_below_rings_from_its_limit_down(value, rings):
+    assert Alarm("share", 0.1, "advice", below=True).rings({"share": value}) is rings
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_an_alarm_is_silent_about_what_was_not_counted(below):
+    assert not Alarm("share", 0.5, "advice", below).rings({"other": 1.0})
+
+
+def test_the_fire_rate_rings_above_90_and_below_10_percent_only():
+    def ringing(rate: float) -> list[str]:
+        return [alarm.advice for alarm in ALARMS if alarm.rings({"tree/fire_rate": rate})]
+
+    assert ringing(0.5) == []
+    assert len(ringing(0.95)) == len(ringing(0.05)) == 1
+    assert ringing(0.95) != ringing(0.05)
+
+
+@pytest.mark.parametrize("alarm", ALARMS, ids=lambda alarm: f"{alarm.metric}{'_below' * alarm.below}")
+def test_every_alarm_reads_a_metric_that_exists_and_says_what_to_do(alarm):
+    assert alarm.metric in {*EXPECTED, "alarm/zero_variance_groups"}
+    said = alarm.advice.format(share="95%", log="runs/trajectories")
+    assert "95%" in said and "{" not in said

@@ -1,0 +1,60 @@
+import io
+
+import pytest
+from rich.console import Console
+
+from arpo_trl.render import MAX_CHARS, render_tree
+from arpo_trl.rollout.branching import BranchDecision
+from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.trajectories import LoggedTree
+
+
+def tree(text: str = "words", failure: str | None = None) -> RolloutTree:
+    """root ── turn ── observation ──┬─ turn (0,)
+    └─ turn (0, 1, 0)"""
+    made = RolloutTree([1])
+    first = made.add_turn(0, [1], "<search>iron</search>", [-0.5], [0.25, 0.75])
+    call = ExecutedCall("search", {"query": "iron"}, "1538 degrees", failure, 0.1, "executed")
+    seen = made.add_observation(first.index, [2], call, "1538 degrees")
+    seen.decision = BranchDecision(1.0, 0.125, 0.525, True, 1)
+    made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
+    made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
+    return made
+
+
+def shown(
+    made: RolloutTree, rewards: tuple[float | None, float | None] = (1.0, -1.0), prompt: str = "a prompt"
+) -> list[str]:
+    console = Console(file=io.StringIO(), width=400, color_system=None)
+    console.print(render_tree(LoggedTree(12, 3, prompt, made, list(rewards), [0.75, -0.75])))
+    return console.file.getvalue().splitlines()
+
+
+def test_a_tree_is_drawn_line_by_line():
+    assert shown(tree()) == [
+        "step 12, group 3  a prompt",
+        "└── <search>iron</search>  H 0.50",
+        "    └── 1538 degrees  ⑂ ΔH +0.125, 1 extra",
+        "        ├── words  H 1.50  ■ eos reward 1.00, A +0.75",
+        "        └── cut off  H 0.50  ■ length reward -1.00, A -0.75",
+    ]
+
+
+def test_no_reward_is_not_zero():
+    assert "reward none" in shown(tree(), (None, 0.0))[3]
+    assert "reward 0.00" in shown(tree(), (None, 0.0))[4]
+
+
+@pytest.mark.parametrize("text", ["[bold]not markup[/bold]", "[/]", "\\[x] ends with a backslash\\"])
+def test_brackets_in_text_are_no_markup(text):
+    lines = shown(tree(text), prompt=text)
+    assert text in lines[0]
+    assert text in lines[3]
+
+
+def test_long_texts_are_cut_and_lines_joined():
+    lines = shown(tree("word\n" * 200))
+    assert len(lines) == 5
+    written = lines[3].partition("── ")[2].partition("  H ")[0]
+    assert len(written) == MAX_CHARS
+    assert written.startswith("word word word ") and written.endswith("…")

@@ -1,0 +1,190 @@
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from arpo_trl.errors import DataError
+from arpo_trl.rollout.branching import BranchDecision
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.trajectories import LoggedTree, TrajectoryLog, read_trees
+from support import ANSWER, Scripted
+
+
+def branching(request, context):
+    """A bad call, then a search, then the answer; entropy rises after each result."""
+    texts = ["<search> </search>", f"<search>iron {request.key[1]}</search>", ANSWER]
+    depth = request.key[-1]
+    return ScriptedTurn(texts[depth], entropies=[0.1 + 0.25 * depth, 0.5])
+
+
+def logged(script=branching, **settings) -> LoggedTree:
+    tree = Scripted(script, leaves=4, at_root=2, **settings)().trees[0]
+    return LoggedTree(7, 3, "what is the answer", tree, [1.0, None, -1.0, 0.25], [0.5, 0.0, -1.5, 1.0])
+
+
+def small(text: str = "hello") -> LoggedTree:
+    """One leaf, made by hand: a turn, an observation, a turn."""
+    tree = RolloutTree([1, 2])
+    first = tree.add_turn(0, [3, 4], text, [-0.25, -1.5], [0.75])
+    call = ExecutedCall("search", {"query": text}, text, "timeout", 0.125, "executed")
+    seen = tree.add_observation(first.index, [5], call, text)
+    seen.decision = BranchDecision(1.5, 0.25, 0.55, True, 0)
+    last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
+    tree.end(last.index, (0,), StopReason.EOS)
+    return LoggedTree(0, 0, text, tree, [0.0], [0.0])
+
+
+def only(path: Path | None) -> LoggedTree:
+    assert path is not None
+    [tree] = read_trees(path)
+    return tree
+
+
+def log(folder: Path, rate: float = 1.0, seed: int = 0, rank: int = 0) -> TrajectoryLog:
+    return TrajectoryLog(folder, rate, seed, rank)
+
+
+def test_a_tree_read_back_is_the_tree_that_was_written(tmp_path):
+    before = logged()
+    after = only(log(tmp_path).write("step-000007", 7, [before]))
+    assert any(len(node.children) > 1 for node in before.tree.nodes[1:])  # it does branch
+    assert [dataclasses.asdict(node) for node in after.tree.nodes] == [
+        dataclasses.asdict(node) for node in before.tree.nodes
+    ]
+    assert after.tree.leaves() == before.tree.leaves()
+    assert (after.step, after.group, after.prompt) == (7, 3, "what is the answer")
+    assert after.rewards == [1.0, None, -1.0, 0.25]
+    assert after.advantages == [0.5, 0.0, -1.5, 1.0]
+    after.tree.check(4)
+
+
+def test_every_field_of_a_node_survives(tmp_path):
+    tree = only(log(tmp_path).write("step-000000", 0, [small()])).tree
+    assert tree.root.ids == [1, 2]
+    first, seen, last = tree.nodes[1:]
+    assert (first.ids, first.logprobs, first.entropies, first.stop) == ([3, 4], [-0.25, -1.5], [0.75], None)
+    assert seen.call == ExecutedCall("search", {"query": "hello"}, "hello", "timeout", 0.125, "executed")
+    assert seen.decision == BranchDecision(1.5, 0.25, 0.55, True, 0)
+    assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
+
+
+def test_the_limits_notice_which_is_no_call_survives(tmp_path):
+    def insists(request, context):
+        return ANSWER if "No tool calls are left" in context else "<search>more</search>"
+
+    before = logged(insists, max_tool_calls=0)
+    after = only(log(tmp_path).write("step-000000", 0, [before])).tree
+    assert [node.call for node in after.observations()] == [None] * 4
+    assert after.leaves() == before.tree.leaves()
+
+
+@pytest.mark.parametrize(
+    "text", ["line\nend", "carriage\rreturn", "\u2028 \u0085 \x1c", "«ünïcode» 😀", '"quoted" \\n']
+)
+def test_no_text_breaks_a_line(tmp_path, text):
+    path = log(tmp_path).write("step-000000", 0, [small(text), small()])
+    assert path is not None
+    assert path.read_bytes().count(b"\n") == 2
+    assert [tree.prompt for tree in read_trees(path)] == [text, "hello"]
+
+
+def test_the_log_is_plain_json_that_other_programs_can_read(tmp_path):
+    path = log(tmp_path).write("step-000000", 0, [small()])
+    assert path is not None
+    row = json.loads(path.read_text())
+    assert sorted(row) == ["group", "leaves", "nodes", "prompt", "step"]
+    assert row["leaves"] == [{"address": [0], "node": 3, "reward": 0.0, "advantage": 0.0}]
+    assert [node["kind"] for node in row["nodes"]] == ["root", "turn", "observation", "turn"]
+
+
+def test_a_file_is_named_after_its_rollout_and_rank(tmp_path):
+    path = log(tmp_path / "new" / "folder", rank=3).write("step-000012", 12, [small()])
+    assert path == tmp_path / "new" / "folder" / "step-000012-rank3.jsonl"
+    assert list(path.parent.iterdir()) == [path]  # nothing half written is left
+
+
+def test_writing_a_step_again_replaces_its_file(tmp_path):
+    first = log(tmp_path).write("step-000001", 1, [small("before"), small("before")])
+    again = log(tmp_path).write("step-000001", 1, [small("after")])
+    assert first == again
+    assert only(again).prompt == "after"
+
+
+def test_rate_zero_writes_nothing_not_even_the_folder(tmp_path):
+    assert log(tmp_path / "trajectories", rate=0.0).write("step-000000", 0, [small()] * 100) is None
+    assert not (tmp_path / "trajectories").exists()
+
+
+def test_rate_one_writes_every_tree(tmp_path):
+    path = log(tmp_path, rate=1.0).write("step-000000", 0, [small(str(i)) for i in range(100)])
+    assert path is not None
+    assert [tree.prompt for tree in read_trees(path)] == [str(i) for i in range(100)]
+
+
+def kept(folder: Path, name: str = "step-000000", **settings) -> list[str]:
+    path = log(folder, rate=0.3, **settings).write(name, 0, [small(str(i)) for i in range(400)])
+    assert path is not None
+    return [tree.prompt for tree in read_trees(path)]
+
+
+def test_in_between_the_share_is_the_rate(tmp_path):
+    # 400 draws at 0.3: 120 expected, standard deviation √(400·0.3·0.7) = 9.2, so 70 to 170 is beyond five of them
+    assert 70 < len(kept(tmp_path)) < 170
+
+
+def test_which_trees_are_kept_is_drawn_from_seed_rollout_and_rank(tmp_path):
+    chosen = kept(tmp_path)
+    assert kept(tmp_path) == chosen
+    assert kept(tmp_path, seed=1) != chosen
+    assert kept(tmp_path, rank=1) != chosen
+    assert kept(tmp_path, name="step-000001") != chosen
+
+
+def broken(**changes) -> str:
+    row = {
+        "step": 0,
+        "group": 0,
+        "prompt": "",
+        "nodes": [
+            {"index": 0, "parent": None, "kind": "root", "ids": [1], "text": ""},
+            {"index": 1, "parent": 0, "kind": "turn", "ids": [2], "text": "", "logprobs": [-0.5], "stop": "eos"},
+        ],
+        "leaves": [{"address": [0], "node": 1, "reward": 0.0, "advantage": 0.0}],
+    }
+    return json.dumps(row | changes)
+
+
+def test_the_row_that_the_broken_ones_are_made_from_is_sound(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text(broken() + "\n")
+    assert only(path).tree.nodes[1].ids == [2]
+
+
+ROOT = {"index": 0, "parent": None, "kind": "root", "ids": [1], "text": ""}
+TURN = {"index": 1, "parent": 0, "kind": "turn", "ids": [2], "text": "", "logprobs": [-0.5], "stop": "eos"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        broken()[:-20],
+        "null",
+        '"text"',
+        "[]",
+        "{}",
+        broken(nodes=[]),
+        broken(nodes=[ROOT, 1]),
+        broken(nodes=[ROOT, TURN | {"kind": "branch"}]),
+        broken(nodes=[ROOT, TURN | {"parent": 9}]),
+        broken(nodes=[ROOT, TURN | {"logprobs": []}]),
+        broken(nodes=[ROOT, {key: value for key, value in TURN.items() if key != "stop"}]),
+        broken(leaves=[{"address": [0], "node": 5, "reward": 0.0, "advantage": 0.0}]),
+    ],
+)
+def test_a_broken_line_names_file_and_line(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    path.write_text(f"{broken()}\n{broken()}\n{line}\n")
+    with pytest.raises(DataError, match=r"log\.jsonl, line 3: not a logged tree"):
+        list(read_trees(path))
