@@ -81,16 +81,29 @@ def test_what_is_learned_is_what_the_sampler_samples_token_for_token():
     assert [int(label != IGNORED) for label in row["labels"]] == [0] * len(tree.root.ids) + leaf.mask
 
 
-def test_a_capped_result_is_capped_as_in_sampling():
-    run = Scripted(lambda request, context: TURNS[request.key[-1]], leaves=1, at_root=1, max_result_tokens=16)
-    assert run.tokenizer.encode("facts about iron" * 9)[16:]
-    long = [*MESSAGES]
-    long[2] = {"role": "tool", "content": "facts about iron" * 9}
-    row = encode_trajectory({"messages": long}, protocol(max_result_tokens=16))
-    assert run.protocol.encode_observation("facts about iron" * 9) == protocol(16).encode_observation(
-        "facts about iron" * 9
+def test_a_long_result_is_capped_as_in_sampling():
+    long = "facts about iron " * 9
+
+    def search(query: str) -> str:
+        """Search.
+
+        Args:
+            query: What.
+        """
+        return long
+
+    run = Scripted(
+        lambda request, context: [TURNS[0], TURNS[2]][request.key[-1]],
+        leaves=1,
+        at_root=1,
+        tools=[search],
+        max_result_tokens=16,
     )
+    tree = run().trees[0]
+    messages = [*MESSAGES[:2], {"role": "tool", "content": long}, MESSAGES[-1]]
+    row = encode_trajectory({"messages": messages}, protocol(max_result_tokens=16))
     assert "[… cut …]" in runs(row)[2][1]
+    assert row["input_ids"] == tree.root.ids + tree.leaves()[0].ids
 
 
 def test_control_tokens_in_a_result_stay_text():

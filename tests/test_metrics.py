@@ -3,8 +3,16 @@ import math
 
 import pytest
 
-from arpo_trl.metrics import ALARMS, Alarm, Tally, tally_rollout
-from arpo_trl.rollout.branching import BranchDecision
+from arpo_trl.metrics import (
+    ALARMS,
+    FIRE_RATE_ALARMS,
+    FIRE_RATE_COUNT,
+    REPEAT_EVERY,
+    AlarmBell,
+    Tally,
+    tally_rollout,
+)
+from arpo_trl.rollout.branching import BranchDecision, BranchRule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.sampler import Rollout, RolloutTimes
 from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
@@ -237,32 +245,56 @@ def test_a_ratio_without_a_denominator_is_left_out():
     assert tally.values() == {}
 
 
-@pytest.mark.parametrize(("value", "rings"), [(0.49, False), (0.5, True), (1.0, True)])
-def test_an_alarm_rings_from_its_limit_on(value, rings):
-    assert Alarm("share", 0.5, "advice").rings({"share": value}) is rings
+def heard(share: float, count: float = 100, metric: str = "alarm/truncated") -> Tally:
+    tally = Tally()
+    tally.add(metric, share * count, count)
+    return tally
 
 
-@pytest.mark.parametrize(("value", "rings"), [(0.11, False), (0.1, True), (0.0, True)])
-def test_an_alarm_below_rings_from_its_limit_down(value, rings):
-    assert Alarm("share", 0.1, "advice", below=True).rings({"share": value}) is rings
+@pytest.mark.parametrize(("share", "rings"), [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
+def test_an_alarm_rings_from_its_limit_on(share, rings):
+    messages = AlarmBell(BranchRule.THRESHOLD).hear(heard(share))
+    assert len(messages) == rings
+    if rings:
+        assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were cut")
 
 
-@pytest.mark.parametrize("below", [False, True])
-def test_an_alarm_is_silent_about_what_was_not_counted(below):
-    assert not Alarm("share", 0.5, "advice", below).rings({"other": 1.0})
+def test_no_alarm_rings_about_what_was_not_counted():
+    assert AlarmBell(BranchRule.THRESHOLD).hear(Tally()) == []
+    assert AlarmBell(BranchRule.THRESHOLD).hear(heard(0.0, 0)) == []
 
 
-def test_the_fire_rate_rings_above_90_and_below_10_percent_only():
-    def ringing(rate: float) -> list[str]:
-        return [alarm.advice for alarm in ALARMS if alarm.rings({"tree/fire_rate": rate})]
-
-    assert ringing(0.5) == []
-    assert len(ringing(0.95)) == len(ringing(0.05)) == 1
-    assert ringing(0.95) != ringing(0.05)
+def test_an_alarm_that_keeps_ringing_is_said_once_and_again_after_a_while():
+    bell = AlarmBell(BranchRule.THRESHOLD)
+    said = [bool(bell.hear(heard(1.0))) for _ in range(2 * REPEAT_EVERY + 1)]
+    assert [i for i, now in enumerate(said) if now] == [0, REPEAT_EVERY, 2 * REPEAT_EVERY]
 
 
-@pytest.mark.parametrize("alarm", ALARMS, ids=lambda alarm: f"{alarm.metric}{'_below' * alarm.below}")
-def test_every_alarm_reads_a_metric_that_exists_and_says_what_to_do(alarm):
-    assert alarm.metric in {*EXPECTED, "alarm/zero_variance_groups"}
-    said = alarm.advice.format(share="95%", log="runs/trajectories")
-    assert "95%" in said and "{" not in said
+@pytest.mark.parametrize(("share", "said"), [(1.0, "fire the branch rule, so"), (0.0, "Only 0% of the tool results")])
+def test_a_fire_rate_that_leaves_entropy_no_say_is_said_once_a_run_after_enough_decisions(share, said):
+    bell = AlarmBell(BranchRule.THRESHOLD)
+    rollout = heard(share, FIRE_RATE_COUNT / 2, "tree/fire_rate")
+    messages = [bell.hear(rollout) for _ in range(4 * REPEAT_EVERY)]
+    assert [i for i, now in enumerate(messages) if now] == [1]
+    assert said in messages[1][0]
+
+
+def test_a_fire_rate_is_taken_over_all_decisions_since_the_last_look():
+    bell = AlarmBell(BranchRule.PROBABILITY)
+    half = FIRE_RATE_COUNT / 2
+    # (1.0 + 0.7) / 2 = 0.85 is below 90 %; then (1.0 + 0.9) / 2 = 0.95 is not
+    shares = [1.0, 0.7, 1.0, 0.9]
+    assert [len(bell.hear(heard(share, half, "tree/fire_rate"))) for share in shares] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("rule", [BranchRule.RANDOM, BranchRule.RANKED, BranchRule.RELEASED])
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
+    assert AlarmBell(rule).hear(heard(share, FIRE_RATE_COUNT, "tree/fire_rate")) == []
+
+
+@pytest.mark.parametrize("alarm", [*ALARMS, *FIRE_RATE_ALARMS], ids=lambda alarm: f"{alarm.metric} {alarm.limit}")
+def test_every_alarm_listens_to_a_mean_that_exists(alarm):
+    # zero_variance_groups is counted where the rewards are, in the trainer
+    assert alarm.metric in {*tallied(tree_by_hand()).sums, "alarm/zero_variance_groups"}
+    assert "{" not in alarm.advice.format(share="95%")

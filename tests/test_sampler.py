@@ -86,7 +86,7 @@ def test_at_equal_leaves_n_equal_to_m_never_branches():
     run = Scripted(one_search, leaves=4, at_root=4)
     rollout = run()
     assert addresses(rollout) == [(0,), (1,), (2,), (3,)]
-    assert all(node.decision.granted == 0 for node in rollout.trees[0].observations())
+    assert all(node.decision is None for node in rollout.trees[0].observations())  # nothing to decide
 
 
 def test_the_budget_goes_to_the_path_where_entropy_rose_most():

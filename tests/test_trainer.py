@@ -322,7 +322,7 @@ def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):
     made = trainer(model_path, tmp_path, engine=endless, rewards=wrong, max_completion_length=20)
     made.train()
     for name in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):
-        said = [record.message for record in caplog.records if f"arpo/{name}," in record.message]
+        said = [record.message for record in caplog.records if f"arpo/{name}:" in record.message]
         assert len(said) == 1, name  # two steps, said once
         assert "100%" in said[0]
 

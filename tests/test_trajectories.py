@@ -48,7 +48,7 @@ def log(folder: Path, rate: float = 1.0, seed: int = 0, rank: int = 0) -> Trajec
 
 def test_a_tree_read_back_is_the_tree_that_was_written(tmp_path):
     before = logged()
-    after = only(log(tmp_path).write("step-000007", 7, [before]))
+    after = only(log(tmp_path).write("step-000007", [before]))
     assert any(len(node.children) > 1 for node in before.tree.nodes[1:])  # it does branch
     assert [dataclasses.asdict(node) for node in after.tree.nodes] == [
         dataclasses.asdict(node) for node in before.tree.nodes
@@ -61,7 +61,7 @@ def test_a_tree_read_back_is_the_tree_that_was_written(tmp_path):
 
 
 def test_every_field_of_a_node_survives(tmp_path):
-    tree = only(log(tmp_path).write("step-000000", 0, [small()])).tree
+    tree = only(log(tmp_path).write("step-000000", [small()])).tree
     assert tree.root.ids == [1, 2]
     first, seen, last = tree.nodes[1:]
     assert (first.ids, first.logprobs, first.entropies, first.stop) == ([3, 4], [-0.25, -1.5], [0.75], None)
@@ -75,7 +75,7 @@ def test_the_limits_notice_which_is_no_call_survives(tmp_path):
         return ANSWER if "No tool calls are left" in context else "<search>more</search>"
 
     before = logged(insists, max_tool_calls=0)
-    after = only(log(tmp_path).write("step-000000", 0, [before])).tree
+    after = only(log(tmp_path).write("step-000000", [before])).tree
     assert [node.call for node in after.observations()] == [None] * 4
     assert after.leaves() == before.tree.leaves()
 
@@ -84,14 +84,14 @@ def test_the_limits_notice_which_is_no_call_survives(tmp_path):
     "text", ["line\nend", "carriage\rreturn", "\u2028 \u0085 \x1c", "«ünïcode» 😀", '"quoted" \\n']
 )
 def test_no_text_breaks_a_line(tmp_path, text):
-    path = log(tmp_path).write("step-000000", 0, [small(text), small()])
+    path = log(tmp_path).write("step-000000", [small(text), small()])
     assert path is not None
     assert path.read_bytes().count(b"\n") == 2
     assert [tree.prompt for tree in read_trees(path)] == [text, "hello"]
 
 
 def test_the_log_is_plain_json_that_other_programs_can_read(tmp_path):
-    path = log(tmp_path).write("step-000000", 0, [small()])
+    path = log(tmp_path).write("step-000000", [small()])
     assert path is not None
     row = json.loads(path.read_text())
     assert sorted(row) == ["group", "leaves", "nodes", "prompt", "step"]
@@ -100,31 +100,31 @@ def test_the_log_is_plain_json_that_other_programs_can_read(tmp_path):
 
 
 def test_a_file_is_named_after_its_rollout_and_rank(tmp_path):
-    path = log(tmp_path / "new" / "folder", rank=3).write("step-000012", 12, [small()])
+    path = log(tmp_path / "new" / "folder", rank=3).write("step-000012", [small()])
     assert path == tmp_path / "new" / "folder" / "step-000012-rank3.jsonl"
     assert list(path.parent.iterdir()) == [path]  # nothing half written is left
 
 
 def test_writing_a_step_again_replaces_its_file(tmp_path):
-    first = log(tmp_path).write("step-000001", 1, [small("before"), small("before")])
-    again = log(tmp_path).write("step-000001", 1, [small("after")])
+    first = log(tmp_path).write("step-000001", [small("before"), small("before")])
+    again = log(tmp_path).write("step-000001", [small("after")])
     assert first == again
     assert only(again).prompt == "after"
 
 
 def test_rate_zero_writes_nothing_not_even_the_folder(tmp_path):
-    assert log(tmp_path / "trajectories", rate=0.0).write("step-000000", 0, [small()] * 100) is None
+    assert log(tmp_path / "trajectories", rate=0.0).write("step-000000", [small()] * 100) is None
     assert not (tmp_path / "trajectories").exists()
 
 
 def test_rate_one_writes_every_tree(tmp_path):
-    path = log(tmp_path, rate=1.0).write("step-000000", 0, [small(str(i)) for i in range(100)])
+    path = log(tmp_path, rate=1.0).write("step-000000", [small(str(i)) for i in range(100)])
     assert path is not None
     assert [tree.prompt for tree in read_trees(path)] == [str(i) for i in range(100)]
 
 
 def kept(folder: Path, name: str = "step-000000", **settings) -> list[str]:
-    path = log(folder, rate=0.3, **settings).write(name, 0, [small(str(i)) for i in range(400)])
+    path = log(folder, rate=0.3, **settings).write(name, [small(str(i)) for i in range(400)])
     assert path is not None
     return [tree.prompt for tree in read_trees(path)]
 

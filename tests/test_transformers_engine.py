@@ -5,6 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.transformers import TransformersEngine, entropy, sample
 from arpo_trl.rollout.protocol import ContentEncoder
@@ -311,3 +312,62 @@ def test_a_session_that_fails_leaves_nothing_behind(model):
     assert made.pending == 0
     with made.session():
         assert made.poll(0.0) == []
+
+
+def continued(model, monkeypatch, retained_bytes):
+    """Two turns after one that stopped at a tag, and the tokens that each forward read."""
+    monkeypatch.setattr(transformers_engine, "RETAINED_BYTES", retained_bytes)
+    tok = tokenizer()
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    stop = tok.decode(run(model, requests([0]))[0][0].ids[6:7])
+    made = engine(model, stop=[stop])
+    try:
+        with made.session():
+            made.submit(requests([0])[0])
+            events = [event for _ in range(30) if made.pending for event in made.poll(0.0)]
+            first = next(event for event in events if isinstance(event, Turn))
+            assert first.stop is TurnStop.STOP_STRING
+            read.clear()
+            ids = PROMPTS[0] + first.ids + tok.encode(" a result of some length")
+            for i in (1, 2):  # the turn that goes on, and its branch
+                made.submit(TurnRequest(i, ids, 10, 5, seed=i, key=(0, i), after=0))
+            turns = {}
+            while made.pending:
+                turns |= {event.id: event for event in made.poll(0.0) if isinstance(event, Turn)}
+    finally:
+        hook.remove()
+    return turns, read, len(ids), len(first.ids)
+
+
+def test_what_a_turn_computed_is_not_computed_again_by_those_that_continue_it(model, monkeypatch):
+    kept, read, length, first = continued(model, monkeypatch, 1 << 30)
+    # one prefill for both, of the first turn's last token and the result less its last
+    assert read[0] == (1, length - len(PROMPTS[0]) - first)
+    assert set(read[1:]) <= {(2, 1), (1, 1)}
+    dropped, read, length, _ = continued(model, monkeypatch, 0)
+    assert read[0] == (1, length - 1)
+    assert {i: turn.ids for i, turn in kept.items()} == {i: turn.ids for i, turn in dropped.items()}
+    for i, turn in kept.items():
+        torch.testing.assert_close(
+            torch.tensor(turn.logprobs), torch.tensor(dropped[i].logprobs), atol=1e-4, rtol=1e-4
+        )
+
+
+def test_equal_prompts_are_read_once(model):
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        same = [TurnRequest(i, PROMPTS[3], 12, 5, seed=100 + i, key=(i,)) for i in range(4)]
+        turns, _ = run(model, same)
+    finally:
+        hook.remove()
+    assert read[0] == (1, len(PROMPTS[3]) - 1)
+    for i in range(4):
+        alone, _ = run(model, same[i : i + 1])
+        assert alone[i].ids == turns[i].ids
+    assert len({tuple(turn.ids) for turn in turns.values()}) == 4

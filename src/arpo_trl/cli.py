@@ -32,33 +32,47 @@ def parse_settings(kinds: Sequence[type], argv: Sequence[str] | None = None) -> 
     """One instance of each dataclass from the command line and the YAML file behind `--config`; flags win.
 
     Raises:
-        ConfigError: The file cannot be read, a dataclass refuses its values, or a key or flag is nobody's field; names
-            the nearest one.
+        ConfigError: The file cannot be read, a key or flag is nobody's field (the nearest one is named), or a
+            dataclass refuses its values.
     """
-    import yaml
     from trl import TrlParser
 
-    parser = TrlParser(kinds)
+    words = list(sys.argv[1:] if argv is None else argv)
+    fields = [name for kind in kinds for name in kind.__dataclass_fields__]  # type: ignore[attr-defined]
+    if "--config" in words[:-1]:
+        # Before the dataclasses see the rest of the file: they would complain of what a misspelt key left unset.
+        _check_names([key for key in _read_config(words[words.index("--config") + 1]) if key != "env"], fields)
     try:
-        *settings, from_file, from_flags = parser.parse_args_and_config(
-            argv, return_remaining_strings=True, separate_remaining_strings=True
-        )
+        *settings, left = TrlParser(kinds).parse_args_and_config(words, return_remaining_strings=True)
     except ConfigError:
         raise
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"The --config file cannot be read: {error}") from error
     except ValueError as error:  # what TRL's own dataclasses refuse
         raise ConfigError(str(error)) from error
-    fields = [name for kind in kinds for name in kind.__dataclass_fields__]  # type: ignore[attr-defined]
-    if unknown := [word for word in [*from_file, *from_flags] if word.startswith("--")]:
-        name = unknown[0][2:].partition("=")[0]
-        near = difflib.get_close_matches(name, fields, n=1)
-        raise ConfigError(
-            f"There is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ". Remove it.")
-        )
-    if from_flags:
-        raise ConfigError(f"{from_flags[0]!r} belongs to no setting. Write --name value.")
+    _check_names([word[2:].partition("=")[0] for word in left if word.startswith("--")], fields)
+    if left:
+        raise ConfigError(f"{left[0]!r} belongs to no setting. Write --name value.")
     return tuple(settings)
+
+
+def _read_config(path: str) -> dict[Any, Any]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"The --config file cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"The --config file {path} holds a {type(config).__name__}; expected lines of name: value.")
+    return config
+
+
+def _check_names(names: Sequence[Any], fields: Sequence[str]) -> None:
+    for name in names:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            raise ConfigError(
+                f"There is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ". Remove it.")
+            )
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from arpo_trl.rollout.branching import mean
+from arpo_trl.rollout.branching import BranchRule, mean
 from arpo_trl.rollout.sampler import Rollout
 from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree, StopReason
 
@@ -132,27 +132,30 @@ def _tool(observation: Node) -> str:
     return "refusal" if observation.call.source == "refused" else observation.call.name
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Alarm:
-    """A share that means something is silently wrong: from `limit` on (or from it down), `advice` is logged."""
+    """A share that means something is silently wrong, and what to do about it.
+
+    It is looked at whenever `count` things have been counted since the last look, and rings from `limit` on (`below`:
+    from it down): once a run, or with `again` every `REPEAT_EVERY` looks at which it still rings.
+    """
 
     metric: str
     limit: float
     advice: str
     below: bool = False
-
-    def rings(self, values: Mapping[str, float]) -> bool:
-        if (value := values.get(self.metric)) is None:
-            return False
-        return value <= self.limit if self.below else value >= self.limit
+    count: int = 1
+    again: bool = True
 
 
+REPEAT_EVERY = 50
+FIRE_RATE_COUNT = 200
 ALARMS = (
     Alarm(
         "alarm/unparsed",
         0.5,
         "{share} of the rollouts hold neither a valid tool call nor an answer: the model does not speak the protocol. "
-        "Start from a cold-started model (sft.py), and look at what it writes: arpo-trl tree {log}",
+        "Start from a cold-started model (sft.py), and look at what it writes (arpo-trl tree).",
     ),
     Alarm(
         "alarm/truncated",
@@ -166,11 +169,15 @@ ALARMS = (
         "{share} of the groups earned one reward everywhere, so they teach nothing. All wrong in format: see "
         "arpo/format and the two shares alarm/unparsed and alarm/truncated. All right: the rows are too easy.",
     ),
+)
+FIRE_RATE_ALARMS = (
     Alarm(
         "tree/fire_rate",
         0.9,
         "{share} of the tool results fire the branch rule, so the budget decides where branches go, not the entropy. "
         "Raise branch_threshold, or use branch_rule ranked.",
+        count=FIRE_RATE_COUNT,
+        again=False,
     ),
     Alarm(
         "tree/fire_rate",
@@ -178,7 +185,34 @@ ALARMS = (
         "Only {share} of the tool results fire the branch rule; most of the branch budget is topped up at the root. "
         "Lower branch_threshold, or use branch_rule ranked.",
         below=True,
+        count=FIRE_RATE_COUNT,
+        again=False,
     ),
 )
-"""Looked at after every rollout; each is said once, and again every `REPEAT_EVERY` rollouts it still rings."""
-REPEAT_EVERY = 50
+
+
+class AlarmBell:
+    """Listens to a run's tallies and says what rings; the fire rate only under the rules by which entropy decides."""
+
+    def __init__(self, rule: BranchRule):
+        entropy_decides = rule in (BranchRule.THRESHOLD, BranchRule.PROBABILITY)
+        self._alarms = ALARMS + (FIRE_RATE_ALARMS if entropy_decides else ())
+        self._heard = {alarm: [0.0, 0.0] for alarm in self._alarms}
+        self._rung = dict.fromkeys(self._alarms, 0)
+
+    def hear(self, tally: Tally) -> list[str]:
+        """The messages to log after this rollout."""
+        messages = []
+        for alarm in self._alarms:
+            heard = self._heard[alarm]
+            for i, new in enumerate(tally.sums.get(alarm.metric, (0.0, 0.0))):
+                heard[i] += new
+            if heard[1] < alarm.count:
+                continue
+            share = heard[0] / heard[1]
+            self._heard[alarm] = [0.0, 0.0]
+            if share <= alarm.limit if alarm.below else share >= alarm.limit:
+                if self._rung[alarm] == 0 or (alarm.again and self._rung[alarm] % REPEAT_EVERY == 0):
+                    messages.append(f"arpo/{alarm.metric}: {alarm.advice.format(share=f'{share:.0%}')}")
+                self._rung[alarm] += 1
+        return messages

@@ -6,8 +6,8 @@ import math
 import tempfile
 import textwrap
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ from arpo_trl.advantages import (
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError, RewardError
-from arpo_trl.metrics import ALARMS, REPEAT_EVERY, Tally, tally_rollout
+from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import TagProtocol
@@ -148,7 +148,7 @@ class ARPOTrainer(GRPOTrainer):
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
         self._last: _LastRollout | None = None
-        self._rung = Counter[str]()
+        self._bell = AlarmBell(args.branch_policy.rule)
         self._rollouts_at = (-1, 0)
         self._timed: dict[str, float] = defaultdict(float)
 
@@ -335,12 +335,12 @@ class ARPOTrainer(GRPOTrainer):
         merged = Tally()
         for plain in gather_object([tally.plain()]):
             merged.merge(plain)
-        values = merged.values()
-        for name, value in values.items():
+        for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
-        path = self._trajectories.write(last.name, self.state.global_step, self._logged_trees(advantages))
+        self._trajectories.write(last.name, self._logged_trees(advantages))
         if mode == "train":
-            self._ring(values, path)
+            for message in self._bell.hear(merged):
+                logger.warning(f"Step {self.state.global_step}: {message}")
 
     def _logged_trees(self, advantages: torch.Tensor) -> list[LoggedTree]:
         last = self._last
@@ -358,19 +358,6 @@ class ARPOTrainer(GRPOTrainer):
             start = rows.stop
         return trees
 
-    def _ring(self, values: dict[str, float], path: Path | None) -> None:
-        for alarm in ALARMS:
-            if not alarm.rings(values):
-                continue
-            key = alarm.advice
-            if self._rung[key] % REPEAT_EVERY == 0:
-                log = path or self._trajectories.folder
-                share = f"{values[alarm.metric]:.0%}"
-                logger.warning(
-                    f"arpo/{alarm.metric}, step {self.state.global_step}: {alarm.advice.format(share=share, log=log)}"
-                )
-            self._rung[key] += 1
-
     # Checks ----------------------------------------------------------------------------------------------------------
 
     def _check_prompts_fit(self, dataset: Any) -> None:
@@ -380,9 +367,10 @@ class ARPOTrainer(GRPOTrainer):
         room = self.sampler.settings.max_length - 1
         template = len(self.protocol.encode_prompt(dataset[0]["prompt"]))
         for i, prompt in enumerate(dataset["prompt"]):
-            text = prompt if isinstance(prompt, str) else "".join(str(message["content"]) for message in prompt)
+            parts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
             # A token covers at least one byte, so only texts this long need to be tokenised to know.
-            if len(text.encode()) + template > room and (length := len(self.protocol.encode_prompt(prompt))) > room:
+            longest = sum(len(part.encode()) + template for part in parts)
+            if longest > room and (length := len(self.protocol.encode_prompt(prompt))) > room:
                 raise ConfigError(
                     f"Dataset row {i}: its prompt has {length} tokens, but the model's context is "
                     f"{room + 1}, which leaves no room for a completion. Shorten or drop the row."
@@ -407,8 +395,8 @@ def _checked(function: Any) -> Any:
     name = get_callable_name(function)
 
     def check(rewards: Any, completions: Sequence[Any]) -> Any:
-        if not isinstance(rewards, Sized) or len(rewards) != len(completions):
-            got = f"{len(rewards)} rewards" if isinstance(rewards, Sized) else repr(rewards)[:80]
+        if not isinstance(rewards, Collection) or len(rewards) != len(completions):
+            got = f"{len(rewards)} rewards" if isinstance(rewards, Collection) else repr(rewards)[:80]
             raise RewardError(
                 f"The reward function {name!r} returned {got} for {len(completions)} completions; expected a list of "
                 "one number, or None, for each."

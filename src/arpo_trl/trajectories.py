@@ -37,7 +37,7 @@ class TrajectoryLog:
     def __init__(self, folder: Path, rate: float, seed: int, rank: int):
         self.folder, self.rate, self.seed, self.rank = folder, rate, seed, rank
 
-    def write(self, name: str, step: int, trees: Sequence[LoggedTree]) -> Path | None:
+    def write(self, name: str, trees: Sequence[LoggedTree]) -> Path | None:
         """The file written for this rollout, None when the draw kept no tree of it."""
         draw = random.Random(f"{self.seed} {name} {self.rank}")
         kept = [tree for tree in trees if draw.random() < self.rate]

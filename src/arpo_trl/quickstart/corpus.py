@@ -12,7 +12,7 @@ Values are rounded to the precision shown; sources differ in the last digit. Pop
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -218,7 +218,8 @@ class Quantity:
 
     Attributes:
         digits: As written, `505` or `2.38`.
-        unit: The words after it: ` °C`, ` K`, ` m`, ` ft`, ` thousand km²`, ` million km²`; empty for a year.
+        unit: What follows them, with the space before it: ` °C`, ` K`, ` m`, ` ft`, ` thousand km²`, ` million km²` or
+            ` million`; empty for a year.
     """
 
     digits: str
@@ -228,37 +229,48 @@ class Quantity:
         return self.digits + self.unit
 
     @property
+    def number(self) -> float:
+        """The value as it stands, whatever the unit."""
+        return float(self.digits) if "." in self.digits else int(self.digits)
+
+    @property
     def needs_conversion(self) -> bool:
-        """Whether the unit differs from the one that questions ask for."""
+        """Whether the unit is another than the one that questions ask for."""
         return self.unit in _CONVERSIONS
 
     @property
     def expression(self) -> str:
         """Python for this quantity in the unit that questions ask for: `(505-273)`, `12388*0.3048`, `2.38*1000`."""
-        return _CONVERSIONS.get(self.unit, "{}").format(self.digits)
+        return _CONVERSIONS[self.unit][0].format(self.digits) if self.needs_conversion else self.digits
 
     @property
     def converted(self) -> float:
-        """The value of `expression`, with its very rounding."""
-        if self.unit == " K":
-            return int(self.digits) - 273
-        factor = {" ft": 0.3048, " million km²": 1000}.get(self.unit)
-        return self.number if factor is None else self.number * factor
-
-    @property
-    def number(self) -> float:
-        """The value as it stands, whatever the unit."""
-        return float(self.digits) if "." in self.digits else int(self.digits)
+        """The value of `expression`, computed the same way."""
+        return _CONVERSIONS[self.unit][1](self.number) if self.needs_conversion else self.number
 
 
-_CONVERSIONS = {" K": "({}-273)", " ft": "{}*0.3048", " million km²": "{}*1000"}
+_CONVERSIONS: Mapping[str, tuple[str, Callable[[float], float]]] = MappingProxyType(
+    {
+        " K": ("({}-273)", lambda kelvin: kelvin - 273),  # as precise as the passages, which give whole degrees
+        " ft": ("{}*0.3048", lambda feet: feet * 0.3048),
+        " million km²": ("{}*1000", lambda millions: millions * 1000),
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One kind of entity: what questions ask about it and how its passages are worded."""
+    """One kind of entity: what questions ask about it and how its passages are worded.
 
-    name: str
+    Attributes:
+        asked: The property that questions ask for.
+        unit: The unit that they ask for.
+        asked_sentence: A passage with that property, to be filled with a title and a quantity.
+        other_sentence: The same with the property that is never asked for.
+        asked_quantities: Title → quantity of the one.
+        other_quantities: Title → quantity of the other.
+    """
+
     asked: str
     unit: str
     asked_sentence: str
@@ -293,7 +305,6 @@ def _make_topics() -> tuple[Topic, ...]:
 
     return (
         Topic(
-            name="element",
             asked="melting point",
             unit="°C",
             asked_sentence="{} melts at {}.",
@@ -306,7 +317,6 @@ def _make_topics() -> tuple[Topic, ...]:
             },
         ),
         Topic(
-            name="mountain",
             asked="height",
             unit="m",
             asked_sentence="{} rises to {}.",
@@ -317,7 +327,6 @@ def _make_topics() -> tuple[Topic, ...]:
             other_quantities={name: Quantity(str(year), "") for name, (_, year) in _MOUNTAINS.items()},
         ),
         Topic(
-            name="country",
             asked="area",
             unit="thousand km²",
             asked_sentence="{} covers {}.",

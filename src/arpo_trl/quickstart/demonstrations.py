@@ -12,12 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from arpo_trl.quickstart.corpus import Quantity
+from arpo_trl.quickstart.corpus import TOPICS, Quantity
 from arpo_trl.quickstart.tasks import Question, parse_question
 
-_QUANTITY = re.compile(r" (\d+(?:\.\d+)?)((?: °C| K| ft| m| thousand km²| million km²| million)?)\b")
+_QUANTITY = re.compile(r" (\d+(?:\.\d+)?)( (?:°C|K|ft|m|thousand km²|million km²|million)\b)?")
 _POINTER = re.compile(r"look under (.+)\.")
-_ASKED_VERB = {"melting point": "melts", "height": "rises", "area": "covers"}
+_ASKED_VERBS = {topic.asked: topic.asked_sentence.split()[1] for topic in TOPICS}
+_NOTHING = Quantity("0", "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +30,14 @@ class NoiseRates:
         skip_second_query: Does not follow a pointer and goes on with a number from another page; per alias.
         forget_unit: Leaves a value in the unit it was found in; per value in another unit.
         wrong_operation: Adds instead of subtracting, or the other way round.
-        answer_directly: Answers with a value just read, without python.
+        answer_directly: Answers with the value just read, without python; per entity.
     """
 
-    wrong_snippet: float = 0.3
-    skip_second_query: float = 0.4
-    forget_unit: float = 0.4
-    wrong_operation: float = 0.2
-    answer_directly: float = 0.08
+    wrong_snippet: float = 0.22
+    skip_second_query: float = 0.35
+    forget_unit: float = 0.35
+    wrong_operation: float = 0.15
+    answer_directly: float = 0.03
 
 
 NO_NOISE = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0)
@@ -96,7 +97,7 @@ def _demonstrate(
         chosen, others = _look_up(trajectory, question, name, rng, noise)
         found.append(chosen)
         spare += others
-        if chosen is not None and rng.random() < noise.answer_directly / 2:
+        if chosen is not None and rng.random() < noise.answer_directly:
             trajectory.answer(chosen.digits)
             return trajectory.messages
     first, second = (quantity if quantity is not None else rng.choice(spare or [_NOTHING]) for quantity in found)
@@ -104,9 +105,6 @@ def _demonstrate(
     trajectory.python(f"print({expression})", value)
     trajectory.answer(value)
     return trajectory.messages
-
-
-_NOTHING = Quantity("0", "")
 
 
 def _look_up(
@@ -118,10 +116,10 @@ def _look_up(
     pointer = next((match.group(1) for page in pages if (match := _POINTER.search(page))), None)
     if pointer is not None:
         if rng.random() < noise.skip_second_query:
-            return None, _quantities(_pages(result))
+            return None, []  # a pointer has no number
         name = pointer
         pages = _pages_about(name, trajectory.search(f"{question.asked} of {name}"))
-    verb = f" {_ASKED_VERB[question.asked]} "
+    verb = f" {_ASKED_VERBS[question.asked]} "
     asked = _quantities([page for page in pages if verb in page])
     others = _quantities([page for page in pages if verb not in page])
     if others and rng.random() < noise.wrong_snippet:
@@ -139,7 +137,7 @@ def _pages(result: str) -> list[str]:
 
 
 def _quantities(pages: Sequence[str]) -> list[Quantity]:
-    return [Quantity(*match.groups()) for page in pages if (match := _QUANTITY.search(page))]
+    return [Quantity(match[1], match[2] or "") for page in pages if (match := _QUANTITY.search(page))]
 
 
 def _compute(

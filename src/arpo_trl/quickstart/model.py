@@ -1,8 +1,8 @@
 """A tokenizer and a Qwen3-architecture model of about 0.6 million parameters, built on the spot.
 
-The model starts from random weights, except that three attention heads are set to copy: what a policy has to learn here
-is mostly to copy names and numbers to the right place, and a model that must first discover how attention copies at all
-("induction heads", Olsson et al. 2022) needs ten times the demonstrations. What to copy where is left to be learned.
+The weights are random, except that a few attention heads are set to copy. What a policy has to learn here is mostly to
+copy names and numbers to the right place, and a model that must first discover how attention copies at all ("induction
+heads", Olsson et al. 2022) needs several times the demonstrations. What to copy, and where to, is left to be learned.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, passages
 from arpo_trl.quickstart.tasks import make_tasks
@@ -74,14 +75,14 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
 
 
 def quickstart_texts() -> list[str]:
-    """What `build_tokenizer` is to know: passages, questions and calls; names weigh most, so that most are one token."""
+    """What the quickstart's tokenizer is trained on; names are repeated so that nearly all become one token."""
     names = [*(title for topic in TOPICS for title in topic.titles), *ALIASES]
     questions, _ = make_tasks(seed=0, n_train=400, n_heldout=0)
     return [
         *passages(),
         *(f" {name}" for name in names for _ in range(6)),
         *(row["prompt"][0]["content"] for row in questions),
-        *(["system user assistant tool print(round(1.2*3-(4-5))) print(round(6+7)) \\boxed{8}"] * 200),
+        *(["system\nuser\nassistant\ntool\nprint(round(1.2*3-(4-5)))\nprint(round(6+7))\n\\boxed{8}"] * 200),
     ]
 
 
@@ -128,7 +129,7 @@ def save_cold_start_base(directory: str | Path, seed: int = 0) -> None:
 _TOKEN_BEFORE, _TWO_BEFORE, _CODE_WIDTH = 64, 84, 20
 _CONSTANT = 127
 _EMBEDDING_STD = 0.05
-_WRITE = 0.06  # as large as an embedding's entries, since values enter a layer normalised to about 1
+_WRITE = 0.12  # twice an embedding's entries, to stand out from what other weights write
 _JITTER = 0.01  # keeps wired weights from being exactly equal or zero, which would tie their gradients
 _POSITION_SHARPNESS, _CONTENT_SHARPNESS = 6.0, 6.0
 _FAST_PAIRS = (1.0, 0.8, 0.6, 0.4)
@@ -172,7 +173,7 @@ def _wire_copying(model: Qwen3ForCausalLM) -> None:
             key[row, of_key] = 1.0
         for channel in range(_HEAD_DIM):
             value[channel, copied + channel] = 1.0
-            output[copied + channel, channel] = 2 * _WRITE
+            output[copied + channel, channel] = _WRITE
     second.q_norm.weight.fill_(_CONTENT_SHARPNESS)
 
     for attention in (first, second):
@@ -180,7 +181,7 @@ def _wire_copying(model: Qwen3ForCausalLM) -> None:
             projection.weight.add_(_JITTER * torch.randn_like(projection.weight))
 
 
-def _head(attention: nn.Module, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _head(attention: Qwen3Attention, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of one head's query, key, value (head_dim, hidden) and output (hidden, head_dim) weights, set to zero."""
     rows = slice(head * _HEAD_DIM, (head + 1) * _HEAD_DIM)
     views = (

@@ -96,6 +96,8 @@ class _Group:
     id: int
     tree: RolloutTree
     budget: BranchBudget
+    branches: bool
+    """Whether there was a budget to begin with; without one nothing is decided."""
     starts: int = 0
     topups: int = 0
     longest_chain: int = 0
@@ -126,6 +128,8 @@ class _Path:
     """The probe of the current turn decides whether the observation above it branches."""
     root_entropies: Sequence[float] = ()
     last_entropies: Sequence[float] = ()
+    last_request: int | None = None
+    """The request of the last turn above the current one."""
 
 
 class TreeSampler:
@@ -250,7 +254,12 @@ class _Run:
         text = self.protocol.decode_turn(turn.ids, self.eos_ids)
         node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
         path = replace(
-            path, parent=node.index, ids=path.ids + turn.ids, depth=path.depth + 1, last_entropies=turn.entropies
+            path,
+            parent=node.index,
+            ids=path.ids + turn.ids,
+            depth=path.depth + 1,
+            last_entropies=turn.entropies,
+            last_request=turn.id,
         )
         path.group.longest_chain = max(path.group.longest_chain, path.waited + path.depth)
         call = None if turn.stop is TurnStop.LENGTH else self.protocol.parse_turn(text)
@@ -276,7 +285,7 @@ class _Run:
         node = path.group.tree.add_observation(path.parent, ids, call, text)
         path = replace(path, parent=node.index, ids=path.ids + ids)
         if call is not None:
-            path = replace(path, results=path.results + 1, decides=True)
+            path = replace(path, results=path.results + 1, decides=path.group.branches)
             if self.settings.policy.rule is BranchRule.RELEASED:  # decided from the turn before: the lag
                 path = self._probed(path, path.last_entropies)
         self._write(path)
@@ -286,7 +295,7 @@ class _Run:
     def _start(self, request: GroupRequest) -> _Group:
         settings = self.settings
         budget = BranchBudget(settings.num_generations - settings.initial_rollouts, settings.policy.branches_per_fork)
-        group = _Group(request.id, RolloutTree(request.prompt_ids), budget)
+        group = _Group(request.id, RolloutTree(request.prompt_ids), budget, branches=budget.remaining > 0)
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
                 f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length}: "
@@ -311,6 +320,7 @@ class _Run:
             self.settings.entropy_probe_tokens,
             self._draw("turn", key),
             key,
+            path.last_request,
         )
         self.requests += 1
         self.writing[request.id] = self._alive(path)

@@ -43,7 +43,8 @@ class TurnRequest:
     """One turn to be written after `ids` (prompt and path so far), of at most `max_tokens` tokens.
 
     `probe_tokens` is k. `seed` alone determines the random numbers of the turn, whatever else is in the batch. `key`
-    is     the turn's place, (group, *address, depth), for scripts and logs.
+    is the turn's place, (group, *address, depth), for scripts and logs. `after` is the id of the earlier turn that
+    `ids` continues, None at the root: an engine that still has that turn's state need not read it again.
     """
 
     id: int
@@ -52,6 +53,7 @@ class TurnRequest:
     probe_tokens: int
     seed: int
     key: tuple[int, ...]
+    after: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,9 @@ Every live turn owns a row. A decode step feeds each row its newest token at the
 different lengths need no padding tokens, new rows join between two steps, and finished ones are replaced by the last
 row. The widest tensor is one step's (rows, vocabulary); nothing of shape (rows, length, vocabulary) ever exists.
 
+What a turn that called a tool has computed is kept for the turns that continue it, branches included, so only the tool
+result between them is read; turns with the same ids are read once.
+
 Random numbers are drawn per turn from its own seed, ahead of time, and tokens come from the inverse of the cumulative
 distribution. What a turn samples does not depend on its neighbours, up to the rounding of the model's forward.
 """
@@ -35,6 +38,8 @@ from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnReq
 
 PREFILL_TOKENS = 16_384
 """Most tokens, padding included, that one prefill forward takes; bounds its activations."""
+RETAINED_BYTES = 1 << 30
+"""Most memory for the keys and values of finished turns; beyond it the oldest go, and would be computed again."""
 ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a 4-D mask."""
 
@@ -43,22 +48,21 @@ class _Slots(CacheLayerMixin):
     """One layer's keys and values, (rows, heads, positions, dim), written at each row's own positions."""
 
     is_sliding = False
+    is_initialized: bool
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, batch: _SlotCache):
         super().__init__()
         self._batch = batch
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.keys, self.values = self._room(key_states, None), self._room(value_states, None)
-        self.is_initialized = True
+        self._make_room(key_states)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        elif self.keys.size(0) < self._batch.max_rows or self.keys.size(2) < self._batch.max_positions:
-            self.keys, self.values = self._room(key_states, self.keys), self._room(value_states, self.values)
+        self._make_room(key_states)
         rows, positions, length = self._batch.rows, self._batch.positions, self._batch.length
         index = torch.arange(rows.start, rows.stop, device=key_states.device).unsqueeze(1)
         # Advanced indices around a slice put the indexed axes first: (rows, queries, heads, dim).
@@ -66,16 +70,30 @@ class _Slots(CacheLayerMixin):
         self.values[index, :, positions] = value_states.transpose(1, 2)
         return self.keys[rows, :, :length], self.values[rows, :, :length]
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         self.keys[target, :, :length] = self.keys[source, :, :length]
         self.values[target, :, :length] = self.values[source, :, :length]
 
-    def _room(self, like: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+    def read(self, row: int, length: int) -> torch.Tensor:
+        """(2, heads, length, dim): the row's keys and values, copied."""
+        return torch.stack((self.keys[row, :, :length], self.values[row, :, :length]))
+
+    def write(self, row: int, state: torch.Tensor) -> None:
+        length = state.size(2)
+        if not self.is_initialized or self.keys.size(2) < length or self.keys.size(0) <= row:
+            self._make_room(state[:1])
+        self.keys[row, :, :length], self.values[row, :, :length] = state
+
+    def _make_room(self, like: torch.Tensor) -> None:
+        """Grows the buffers to what the batch has reserved; `like` is (any, heads, any, dim)."""
         shape = (self._batch.max_rows, like.size(1), self._batch.max_positions, like.size(3))
-        room = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        if old is not None:
-            room[: old.size(0), :, : old.size(2)] = old
-        return room
+        if self.is_initialized and self.keys.shape == shape:
+            return
+        old = (self.keys, self.values) if self.is_initialized else ()
+        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        for room, before in zip((self.keys, self.values), old, strict=False):
+            room[: before.size(0), :, : before.size(2)] = before
+        self.is_initialized = True
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._batch.length, 0
@@ -106,6 +124,33 @@ class _SlotCache(Cache):
             self.max_rows = 1 << (rows - 1).bit_length()
         if positions > self.max_positions:
             self.max_positions = -(-positions // 128) * 128
+
+
+class _Retained:
+    """Keys and values of finished turns, the newest that fit into `max_bytes`."""
+
+    def __init__(self, max_bytes: int):
+        self._max_bytes, self._bytes = max_bytes, 0
+        self._states: dict[int, list[torch.Tensor]] = {}
+
+    def keep(self, request: int, layers: list[torch.Tensor]) -> None:
+        """Keeps one (2, heads, length, dim) tensor per layer for the turn `request`, dropping the oldest turns."""
+        self._states[request] = layers
+        self._bytes += _bytes_of(layers)
+        while self._bytes > self._max_bytes:
+            self._bytes -= _bytes_of(self._states.pop(next(iter(self._states))))
+
+    def length(self, request: int) -> int:
+        """Positions that are kept of a turn and what it continued, 0 if nothing is."""
+        layers = self._states.get(request)
+        return layers[0].size(2) if layers else 0
+
+    def layers(self, request: int) -> list[torch.Tensor]:
+        return self._states.get(request, [])
+
+
+def _bytes_of(layers: list[torch.Tensor]) -> int:
+    return sum(layer.nbytes for layer in layers)
 
 
 class TransformersEngine:
@@ -157,13 +202,14 @@ class TransformersEngine:
                 self._is_eos[list(self.settings.eos_ids)] = True
             self._cache = _SlotCache(config.num_hidden_layers)
             self._state = _RowState(self._device)
+            self._retained = _Retained(RETAINED_BYTES)
             try:
                 yield
             finally:
                 self._model = None
                 self._waiting.clear()
                 self._rows.clear()
-                del self._cache, self._state
+                del self._cache, self._state, self._retained
 
     def submit(self, request: TurnRequest) -> None:
         if request.max_tokens < 1 or not request.ids:
@@ -187,30 +233,52 @@ class TransformersEngine:
 
         The last id becomes the first decode step's input, so prefill needs no logits at all.
         """
-        new = sorted(self._waiting, key=lambda request: len(request.ids))  # like lengths together: less padding
+        first_with: dict[tuple[int, ...], TurnRequest] = {}
+        copies: list[TurnRequest] = []
+        for request in self._waiting:
+            if first_with.setdefault(tuple(request.ids), request) is not request:
+                copies.append(request)
         self._waiting.clear()
-        first = len(self._rows)
+        unread = {request.id: len(request.ids) - 1 - self._known(request) for request in first_with.values()}
+        unique = sorted(first_with.values(), key=lambda request: unread[request.id])  # like with like: less padding
+        first, new = len(self._rows), [*unique, *copies]
         self._rows.extend(new)
-        self._cache.reserve(len(self._rows), max(len(request.ids) + request.max_tokens for request in new))
+        # Right padding reaches as far past a row's known ids as the longest row has ids to read.
+        reach = max(len(request.ids) for request in unique) + max(unread.values())
+        self._cache.reserve(len(self._rows), max(reach, *(len(request.ids) + request.max_tokens for request in new)))
         self._state.admit(first, new, keep_ids=self._penalty is not None)
         start = 0
-        while start < len(new):
+        while start < len(unique):
             stop = start + 1
-            while stop < len(new) and (stop + 1 - start) * len(new[stop].ids) <= PREFILL_TOKENS:
+            while stop < len(unique) and (stop + 1 - start) * unread[unique[stop].id] <= PREFILL_TOKENS:
                 stop += 1
-            self._prefill(first + start, new[start:stop])
+            self._prefill(first + start, unique[start:stop])
             start = stop
+        row_of = {tuple(request.ids): first + i for i, request in enumerate(unique)}
+        for row, request in enumerate(copies, first + len(unique)):
+            for layer in self._cache.layers:
+                layer.copy(row_of[tuple(request.ids)], row, len(request.ids) - 1)
+
+    def _known(self, request: TurnRequest) -> int:
+        """How many of the request's ids an earlier turn's retained state covers."""
+        return 0 if request.after is None else self._retained.length(request.after)
 
     def _prefill(self, first: int, requests: list[TurnRequest]) -> None:
-        length = max(len(request.ids) for request in requests) - 1
-        if length == 0:
+        known = [self._known(request) for request in requests]
+        for row, request in enumerate(requests, first):
+            if request.after is not None:
+                for layer, state in zip(self._cache.layers, self._retained.layers(request.after), strict=False):
+                    layer.write(row, state)
+        width = max(len(request.ids) - 1 - start for request, start in zip(requests, known, strict=True))
+        if width == 0:
             return
-        ids = torch.zeros(len(requests), length, dtype=torch.long)
-        for i, request in enumerate(requests):
+        ids = torch.zeros(len(requests), width, dtype=torch.long)
+        for i, (request, start) in enumerate(zip(requests, known, strict=True)):
             # Right padding writes keys past the row's end; decoding overwrites each of them before it can be seen.
-            ids[i, : len(request.ids) - 1] = torch.tensor(request.ids[:-1])
-        positions = torch.arange(length, device=self._device).expand(len(requests), length)
-        self._forward(ids.to(self._device), slice(first, first + len(requests)), positions, length)
+            ids[i, : len(request.ids) - 1 - start] = torch.tensor(request.ids[start:-1])
+        positions = torch.tensor(known).unsqueeze(1) + torch.arange(width)
+        rows = slice(first, first + len(requests))
+        self._forward(ids.to(self._device), rows, positions.to(self._device), max(known) + width)
 
     def _remove(self, finished: list[int]) -> None:
         """Frees rows, moving the last row into each gap so that the live ones stay contiguous."""
@@ -219,7 +287,7 @@ class TransformersEngine:
             if row != last:
                 length = self._state.length_of(last)
                 for layer in self._cache.layers:
-                    layer.move(last, row, length)
+                    layer.copy(last, row, length)
                 self._state.move(last, row)
                 self._rows[row] = self._rows[last]
             self._rows.pop()
@@ -264,7 +332,7 @@ class TransformersEngine:
 
     def _events(self, n: int, token: torch.Tensor) -> list[Probe | Turn]:
         state = self._state
-        count, limit, probe = state.written[:n], state.limit[:n], state.probe[:n]
+        count, limit, probe, position = state.written[:n], state.limit[:n], state.probe[:n], state.position[:n]
         out_of_room = count == limit
         ended, can_stop = self._is_eos[token], self._can_stop[token]
         maybe = (out_of_room | ended | can_stop | (count == probe)).nonzero().flatten().tolist()
@@ -292,6 +360,8 @@ class TransformersEngine:
                 )
             )
             finished.append(row)
+            if stop is TurnStop.STOP_STRING:  # the only turns that others continue
+                self._retained.keep(request.id, [layer.read(row, int(position[row])) for layer in self._cache.layers])
         self._remove(finished)
         return events
 

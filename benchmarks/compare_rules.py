@@ -1,0 +1,146 @@
+"""GRPO against ARPO's branch rules at equal leaves and steps, on the quickstart's task.
+
+    python benchmarks/compare_rules.py --seeds 0 1 2 --output runs/compare --jobs 2
+
+Each seed is cold-started once (by the quickstart's stage 1); each variant then trains from there with `train.py` and is
+measured on the held-out questions. Results are appended to <output>/results.jsonl as they come, so a run can be stopped
+and taken up again; `--table` only prints what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from threading import Lock
+from typing import Any
+
+from arpo_trl.quickstart.__main__ import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
+from arpo_trl.quickstart.report import summarise
+
+LEAVES = 8
+VARIANTS = {
+    "GRPO (N = M)": ("--initial_rollouts", str(LEAVES)),
+    "ARPO N = M/2": ("--initial_rollouts", str(LEAVES // 2)),
+    "ARPO N = M/4": ("--initial_rollouts", str(LEAVES // 4)),
+    "ranked N = M/4": ("--initial_rollouts", str(LEAVES // 4), "--branch_rule", "ranked"),
+    "random N = M/4": ("--initial_rollouts", str(LEAVES // 4), "--branch_rule", "random"),
+}
+COLUMNS = {
+    "accuracy_before": "before",
+    "accuracy_after": "accuracy",
+    "tool_calls_made": "calls made",
+    "tool_calls_distinct": "distinct",
+    "generated_tokens": "tokens",
+    "turns_in_sequence": "turns in sequence",
+    "sharing_ratio": "sharing",
+    "topups": "top-ups",
+    "seconds": "seconds",
+}
+
+
+def cold_start(folder: Path, seed: int) -> None:
+    if (folder / "sft" / "config.json").exists():
+        return
+    prepare(folder / "data", seed)
+    launch(
+        "sft.py",
+        SFT_CONFIG,
+        *("--model_name_or_path", str(folder / "data/base"), "--dataset", str(folder / "data/demonstrations.jsonl")),
+        *("--output_dir", str(folder / "sft"), "--seed", str(seed)),
+    )
+
+
+def train(folder: Path, seed: int, variant: str) -> dict[str, Any]:
+    output = folder / variant.replace(" ", "_").replace("/", "-")
+    seconds = launch(
+        "train.py",
+        RL_CONFIG,
+        *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "data/train.jsonl")),
+        *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),
+        *("--output_dir", str(output), "--seed", str(seed), "--trajectory_log_rate", "0", "--disable_tqdm", "true"),
+        *VARIANTS[variant],
+    )
+    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
+    return {
+        "variant": variant,
+        "seed": seed,
+        "accuracy_before": measure(folder / "sft", folder / "data", seed, temperature=1.0).accuracy,
+        "accuracy_after": measure(output, folder / "data", seed, temperature=1.0).accuracy,
+        **summarise(history),
+        "seconds": seconds,
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean ± standard deviation over seeds."""
+    by_variant: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_variant[row["variant"]].append(row)
+    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
+    for variant in VARIANTS:
+        if found := by_variant.get(variant):
+            cells = [_cell([row[name] for row in found]) for name in COLUMNS]
+            lines.append(f"| {variant} | {len(found)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    digits = 3 if max(values) < 2 else 2 if max(values) < 20 else 0
+    spread = f" ± {stdev(values):,.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):,.{digits}f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"))
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="runs at a time; seconds are comparable at equal jobs only"
+    )
+    parser.add_argument("--table", action="store_true", help="print the table of what is there and stop")
+    arguments = parser.parse_args()
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    results = arguments.output / "results.jsonl"
+
+    def done() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
+
+    if not arguments.table:
+        finished = {(row["variant"], row["seed"]) for row in done()}
+        folders = {seed: arguments.output / f"seed{seed}" for seed in arguments.seeds}
+        writing = Lock()
+
+        def run(seed: int, variant: str) -> None:
+            # A process of its own: measuring in threads of this one would share its two hands.
+            command = [sys.executable, __file__, "--output", str(arguments.output)]
+            status = subprocess.run(
+                [*command, "--one", str(seed), variant], capture_output=True, text=True, check=True
+            )
+            with writing, results.open("a", encoding="utf-8") as file:
+                file.write(status.stdout.splitlines()[-1] + "\n")
+            print(f"{time.strftime('%H:%M:%S')} seed {seed}, {variant}: done", flush=True)
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda seed: cold_start(folders[seed], seed), arguments.seeds))
+            jobs = [
+                (seed, variant) for seed in arguments.seeds for variant in VARIANTS if (variant, seed) not in finished
+            ]
+            list(pool.map(lambda job: run(*job), jobs))
+    print(table(done()))
+
+
+if __name__ == "__main__":
+    if "--one" in sys.argv:  # one run of `main`, in a process of its own
+        at = sys.argv.index("--one")
+        seed, variant = int(sys.argv[at + 1]), sys.argv[at + 2]
+        folder = Path(sys.argv[sys.argv.index("--output") + 1]) / f"seed{seed}"
+        print("\n" + json.dumps(train(folder, seed, variant)))
+    else:
+        main()

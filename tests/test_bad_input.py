@@ -1,0 +1,351 @@
+"""Every mistake a user can make with the trainer is an error that says so, before the first step where that can be.
+
+Settings alone are in test_config.py, datasets alone in test_data.py, tools alone in test_box.py; what the model gets
+wrong is in test_sampler.py.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.errors import ArpoError, ConfigError, DataError, RewardError, ToolSpecError
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from support import ANSWER, python, save_tiny_model, search, tokenizer
+
+ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}
+CONTEXT = 1024
+"""Of support's tiny model."""
+
+
+@pytest.fixture(scope="session")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make(model_path, tmp_path):
+    """`make(…)` is a trainer like any other but for what is given; nothing in it samples from the model."""
+
+    def made(*, args=None, settings=(), rows=(ROW,), **given) -> ARPOTrainer:
+        if args is None:
+            args = ARPOConfig(
+                **{
+                    "output_dir": str(tmp_path / "run"),
+                    "num_generations": 4,
+                    "per_device_train_batch_size": 4,
+                    "max_completion_length": 60,
+                    "max_steps": 1,
+                    "save_strategy": "no",
+                    "report_to": "none",
+                    "disable_tqdm": True,
+                    "use_cpu": True,
+                    "bf16": False,
+                    "gradient_checkpointing": False,
+                    **dict(settings),
+                }
+            )
+        eos = tokenizer().eos_token_id
+        given.setdefault("model", model_path)
+        given.setdefault("reward_funcs", lambda completions, **_: [0.0] * len(completions))
+        given.setdefault("tools", [search, python])
+        given.setdefault("train_dataset", Dataset.from_list(list(rows)))
+        engine = ScriptedEngine(tokenizer(), SamplingSettings((eos,)), lambda request, context: ANSWER)
+        return ARPOTrainer(args=args, engine=engine, **given)
+
+    return made
+
+
+def test_what_the_bad_ones_are_made_from_trains(make):
+    trainer = make()
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+# Arguments of the trainer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rollout_func", "environment_factory"])
+def test_other_ways_to_roll_out_are_refused(make, name):
+    with pytest.raises(ConfigError, match=f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools`"):
+        make(**{name: lambda *_: None})
+
+
+def test_args_of_grpo_are_refused(make, tmp_path):
+    args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True, bf16=False)
+    with pytest.raises(ConfigError, match="args is a GRPOConfig; expected an ARPOConfig"):
+        make(args=args)
+
+
+@pytest.mark.parametrize("settings", [{"use_vllm": True}, {"generation_kwargs": {"num_beams": 2}}])
+def test_settings_that_the_sampler_would_ignore_are_refused(make, settings):
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))} is set, .* Unset it"):
+        make(settings=settings)
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_the_model_is_loaded(make, tmp_path):
+    (tmp_path / "file").write_text("")  # no user, root included, can make a folder below a file
+    folder = tmp_path / "file" / "run"
+    with pytest.raises(ConfigError, match=r"output_dir .*run cannot be written .* Choose another folder"):
+        make(settings={"output_dir": str(folder)}, model="no such model")
+
+
+def test_looking_whether_a_folder_can_be_written_leaves_nothing_in_it(make, tmp_path):
+    make()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+# Tokenizer and model -------------------------------------------------------------------------------------------------
+
+
+def changed_tokenizer(model_path: str, **attributes):
+    made = AutoTokenizer.from_pretrained(model_path, padding_side="left")
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_messages_without_a_chat_template_are_an_error(make, model_path):
+    bare = changed_tokenizer(model_path, chat_template=None)
+    with pytest.raises(ConfigError, match=r"the tokenizer has no chat template. Set `tokenizer.chat_template`, or"):
+        make(processing_class=bare)
+
+
+def test_text_prompts_need_no_chat_template(make, model_path):
+    bare = changed_tokenizer(model_path, chat_template=None)
+    make(processing_class=bare, rows=[{"prompt": "what is the answer", "answer": "1"}])
+
+
+def test_a_tokenizer_without_eos_is_an_error(make, model_path):
+    with pytest.raises(ConfigError, match=r"has no EOS token, so no turn could end. Set `tokenizer.eos_token`"):
+        make(processing_class=changed_tokenizer(model_path, eos_token=None))
+
+
+# Tools ---------------------------------------------------------------------------------------------------------------
+
+
+def untyped(query):
+    """Search.
+
+    Args:
+        query: What.
+    """
+
+
+def undocumented(query: str) -> str:
+    return query
+
+
+def described_in_part(query: str, limit: int = 3) -> str:
+    """Search.
+
+    Args:
+        query: What.
+    """
+    return query
+
+
+def answer(text: str) -> str:
+    """Answer.
+
+    Args:
+        text: What.
+    """
+    return text
+
+
+def named(name: str):
+    def tool(query: str) -> str:
+        """Search.
+
+        Args:
+            query: What.
+        """
+        return query
+
+    tool.__name__ = name
+    return tool
+
+
+def two_texts(query: str, language: str) -> str:
+    """Search.
+
+    Args:
+        query: What.
+        language: In which.
+    """
+    return query + language
+
+
+def a_number(count: int) -> str:
+    """Count.
+
+    Args:
+        count: How far.
+    """
+    return str(count)
+
+
+@pytest.mark.parametrize(
+    ("tools", "message"),
+    [
+        ([untyped], "tool 'untyped' cannot be described .* a type for each"),
+        ([undocumented], "tool 'undocumented' cannot be described .* needs a docstring"),
+        ([described_in_part], "tool 'described_in_part' cannot be described .* describes each parameter"),
+        ([named("not-a-tag")], "tool 'not-a-tag': its name is its tag, .* Rename"),
+        ([lambda query: query], "tool '<lambda>': its name is its tag"),
+        ([answer], "tool 'answer': <answer> has a meaning of its own"),
+        (["search"], "a tool is a named function, got 'search'"),
+        ([search, search], "two tools are named 'search'.* Rename one"),
+        ([named("search"), search], "two tools are named 'search'"),
+    ],
+)
+def test_a_tool_that_cannot_be_offered_is_found_before_the_model_is_loaded(make, tools, message):
+    with pytest.raises(ToolSpecError, match=message):
+        make(tools=tools, model="no such model")
+
+
+@pytest.mark.parametrize("tool", [two_texts, a_number])
+def test_a_tool_needs_exactly_one_text_argument(make, tool):
+    with pytest.raises(ToolSpecError, match=rf"'{tool.__name__}' takes .* exactly one required `str` argument"):
+        make(tools=[tool])
+
+
+# Datasets ------------------------------------------------------------------------------------------------------------
+
+BAD_ROWS = [
+    ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename yours"),
+    ([{"prompt": "?", "label": "1"}], "no column 'answer'; it has"),
+    ([{"prompt": "?", "answer": "1"}, {"prompt": None, "answer": "1"}], "row 1: 'prompt' is None"),
+    ([{"prompt": "?", "answer": "1"}, {"prompt": "?", "answer": None}], "row 1: 'answer' holds None"),
+    ([{"prompt": "?", "answer": ["1", None]}], "row 0: 'answer' holds None"),
+    ([{"prompt": "?", "answer": "1"}, {"prompt": " ", "answer": "1"}], "row 1: .*'prompt'"),
+    ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "row 0: message 0 of 'prompt'"),
+]
+
+
+@pytest.mark.parametrize(("rows", "message"), BAD_ROWS)
+@pytest.mark.parametrize("where", ["train", "eval", "one of several eval"])
+def test_a_bad_dataset_is_found_before_the_model_is_loaded(make, rows, message, where):
+    bad = Dataset.from_list(rows)
+    given = {
+        "train": {"train_dataset": bad},
+        "eval": {"eval_dataset": bad},
+        "one of several eval": {"eval_dataset": {"good": Dataset.from_list([ROW]), "bad": bad}},
+    }[where]
+    with pytest.raises(DataError, match=message):
+        make(model="no such model", **given)
+
+
+def test_an_empty_dataset_is_an_error(make):
+    with pytest.raises(DataError, match="The dataset is empty"):
+        make(train_dataset=Dataset.from_dict({"prompt": [], "answer": []}))
+
+
+def prompt_of(tokens: int) -> str:
+    """A text prompt of exactly that many tokens."""
+    text = "1" * tokens  # digits are tokens of their own
+    assert len(tokenizer()(text)["input_ids"]) == tokens
+    return text
+
+
+@pytest.mark.parametrize("tokens", [CONTEXT, CONTEXT + 500])
+def test_a_prompt_that_leaves_no_room_is_named_before_the_first_step(make, tokens):
+    rows = [{"prompt": "?", "answer": "1"}, {"prompt": prompt_of(tokens), "answer": "1"}]
+    with pytest.raises(ConfigError, match=rf"row 1: its prompt has {tokens} tokens, .* {CONTEXT}, .* Shorten or drop"):
+        make(rows=rows)
+
+
+def test_a_prompt_that_leaves_room_for_one_token_is_allowed(make):
+    make(rows=[{"prompt": prompt_of(CONTEXT - 1), "answer": "1"}])
+
+
+def test_an_evaluation_prompt_that_leaves_no_room_is_named_too(make):
+    with pytest.raises(ConfigError, match=f"its prompt has {CONTEXT} tokens"):
+        make(
+            rows=[{"prompt": "?", "answer": "1"}],
+            eval_dataset=Dataset.from_list([{"prompt": prompt_of(CONTEXT), "answer": "1"}]),
+        )
+
+
+def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
+    # 300 messages of one character: few bytes of text, but four tokens of template and more around each
+    many = [{"role": "user", "content": "1"}] * 300
+    with pytest.raises(ConfigError, match=r"row 1: its prompt has .* tokens"):
+        make(rows=[ROW, {"prompt": many, "answer": ["1"]}])
+
+
+# Reward functions ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ([1.0] * 3, "returned 3 rewards for 4 completions; expected a list of one number, or None, for each"),
+        ([1.0] * 5, "returned 5 rewards for 4 completions"),
+        ([], "returned 0 rewards for 4 completions"),
+        (None, "returned None for 4 completions"),
+        (1.0, r"returned 1\.0 for 4 completions"),
+        ([0.0, math.nan, 0.0, 0.0], "returned nan for completion 1; expected a finite number"),
+        ([0.0, 0.0, math.inf, 0.0], "returned inf for completion 2"),
+        (["good"] * 4, "returned 'good' for completion 0"),
+        (torch.tensor([0.0, 0.0, 0.0, math.nan]), r"returned tensor\(nan\) for completion 3"),
+    ],
+)
+def test_a_reward_that_is_none_is_an_error_that_names_its_function(make, returned, message):
+    def scored(completions, **columns):
+        return returned
+
+    with pytest.raises(RewardError, match=f"The reward function 'scored' {message}"):
+        make(reward_funcs=scored).train()
+
+
+def test_an_async_reward_is_checked_like_any_other(make):
+    async def scored(completions, **columns):
+        return [1.0] * 3
+
+    with pytest.raises(RewardError, match="The reward function 'scored' returned 3 rewards for 4 completions"):
+        make(reward_funcs=[lambda completions, **_: [1.0] * 4, scored]).train()
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [[0, 1, 0, 1], [None, 1.0, 0.5, None], (0.0, 1.0, 0.0, 1.0), np.array([0.0, 1.0, 0.0, 1.0]), torch.arange(4.0)],
+    ids=["integers", "some None", "a tuple", "an array", "a tensor"],
+)
+def test_whatever_is_one_number_each_is_a_reward(make, returned):
+    trainer = make(reward_funcs=lambda completions, **_: returned)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+# Whatever it is ------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_before_the_first_step_leaves_the_model_as_it_was(make, model_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    before = {name: weights.clone() for name, weights in model.state_dict().items()}
+    with pytest.raises(ArpoError):
+        make(model=model, tools=[a_number])
+    assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
+
+
+def test_a_failing_step_keeps_what_was_logged(make, tmp_path: Path):
+    def fails_later(completions, trainer_state, **_):
+        return [math.nan if trainer_state.global_step == 1 else float(i % 2) for i in range(len(completions))]
+
+    trainer = make(
+        reward_funcs=fails_later,
+        settings={"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "trajectory_log_rate": 1.0},
+    )
+    with pytest.raises(RewardError, match="returned nan"):
+        trainer.train()
+    assert (tmp_path / "run" / "checkpoint-1").is_dir()
+    assert [path.name for path in (tmp_path / "run" / "trajectories").iterdir()] == ["step-000000-rank0.jsonl"]

@@ -1,0 +1,526 @@
+"""One test per fact of TRL or transformers that the trainer and the engines rely on.
+
+When an upgrade breaks one of these, the test's name says what to look at before anything else is debugged.
+"""
+
+import contextlib
+import inspect
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import create_causal_mask
+from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import (
+    RepeatSampler,
+    get_callable_name,
+    is_async_callable,
+    pad,
+    shuffle_sequence_dict,
+    split_tensor_dict,
+)
+
+from support import save_tiny_model, tokenizer
+
+M = 2
+PROMPTS = ["the melting point", "of iron is", "what is", "the answer"]
+ROWS = Dataset.from_list([{"prompt": prompt, "answer": [str(i)]} for i, prompt in enumerate(PROMPTS)])
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def rollout(prompts, trainer):
+    """Two tokens and EOS per row, the middle one from outside; the first token tells the row."""
+    eos = tokenizer().eos_token_id
+    return {
+        "prompt_ids": [tokenizer()(prompt)["input_ids"] for prompt in prompts],
+        "completion_ids": [[20 + i, 30, eos] for i in range(len(prompts))],
+        "logprobs": [[-0.5, 0.0, -0.25] for _ in prompts],
+        "env_mask": [[1, 0, 1] for _ in prompts],
+        "marks": [f"mark {i}" for i in range(len(prompts))],
+    }
+
+
+class Recorder:
+    """A reward function that keeps what it was called with; rewards 0, 1, 0, 1, …"""
+
+    __name__ = "recorder"
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, completions, **columns):
+        self.calls.append({"completions": completions, **columns})
+        return [float(i % 2) for i in range(len(completions))]
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def reward() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def trainer(model_path, tmp_path, reward) -> GRPOTrainer:
+    """4 rows per forward, generated for 2 steps at once: 8 rows, 4 prompts."""
+    made = GRPOTrainer(
+        model=model_path,
+        reward_funcs=reward,
+        args=GRPOConfig(
+            str(tmp_path),
+            num_generations=M,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            gradient_accumulation_steps=2,
+            loss_type="grpo",
+            beta=0.0,
+            gradient_checkpointing=False,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+        ),
+        train_dataset=ROWS,
+        eval_dataset=ROWS,
+    )
+    made.rollout_func = rollout  # after __init__, as our trainer does
+    made.current_gradient_accumulation_steps = 2  # which train() sets
+    made.model.train()
+    return made
+
+
+def batch(trainer: GRPOTrainer) -> dict:
+    return trainer._generate_and_score_completions([dict(ROWS[i // M]) for i in range(8)])
+
+
+# TRL: what we override -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("_generate", ["self", "prompts"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+    ],
+)
+def test_overridden_methods_take_what_we_pass_on(method, expected):
+    assert parameters(getattr(GRPOTrainer, method)) == expected
+
+
+def test_the_trainer_takes_the_arguments_that_ours_passes_on_or_refuses():
+    assert {
+        *("model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"),
+        *("quantization_config", "callbacks", "optimizers", "tools", "rollout_func", "environment_factory"),
+    } <= set(parameters(GRPOTrainer.__init__))
+
+
+def test_the_trainer_holds_the_attributes_that_ours_reads(trainer):
+    assert trainer.num_generations == trainer.num_generations_eval == M
+    assert trainer.eos_token_ids == [tokenizer().eos_token_id]
+    assert trainer._tokenizer.eos_token_id == tokenizer().eos_token_id
+    assert trainer._is_vlm is False
+    assert trainer.chat_template_kwargs == {}
+    assert trainer.pad_to_multiple_of is None
+    assert (trainer.temperature, trainer.top_p, trainer.top_k) == (1.0, 1.0, 0)
+    assert trainer.min_p is None and trainer.repetition_penalty == 1.0
+    assert trainer.max_completion_length == trainer.args.max_completion_length
+    assert isinstance(trainer.reward_weights, torch.Tensor)
+    assert trainer.model_wrapped is trainer.model
+
+
+# TRL: rollouts -------------------------------------------------------------------------------------------------------
+
+
+def test_generate_returns_an_8_tuple_around_the_rollout_function(trainer):
+    prompts = ["what is", "what is"]
+    ids, completion_ids, mask, completions, logprobs, extra, images, tool_images = trainer._generate(prompts)
+    given = rollout(prompts, trainer)
+    assert ids == given["prompt_ids"]
+    assert completion_ids == given["completion_ids"]
+    assert mask == given["env_mask"]
+    assert logprobs == given["logprobs"]
+    assert extra == {"marks": given["marks"]}  # env_mask is taken out
+    assert len(completions) == 2
+    assert images is None and tool_images == []
+
+
+def test_messages_reach_the_rollout_function_untemplated(trainer):
+    seen = []
+
+    def listens(prompts, trainer):
+        seen.extend(prompts)
+        return rollout(["what is"] * len(prompts), trainer)
+
+    trainer.rollout_func = listens
+    message = [{"role": "user", "content": "hello"}]
+    trainer._generate([message, message])
+    assert seen == [message, message]
+
+
+def test_length_metrics_count_the_models_tokens_only(trainer):
+    trainer._generate(["what is", "what is"])
+    assert trainer._metrics["train"]["completions/mean_length"] == [2.0]  # of three tokens, one is masked
+
+
+def test_extra_fields_reach_the_reward_functions_next_to_the_columns(trainer, reward):
+    batch(trainer)
+    call = reward.calls[0]
+    assert call["marks"] == [f"mark {i}" for i in range(8)]
+    assert call["answer"] == [[str(i // M)] for i in range(8)]
+    assert len(call["completions"]) == len(call["prompts"]) == 8
+    assert {"log_metric", "log_extra", "trainer_state", "completion_ids"} <= set(call)
+
+
+def test_extra_fields_are_written_into_the_rows_that_were_passed(trainer):
+    # which is why ours passes copies
+    rows = [dict(ROWS[0]), dict(ROWS[0])]
+    trainer._generate_and_score_completions(rows)
+    assert rows[1]["marks"] == "mark 1"
+
+
+def test_the_completions_that_generate_returns_are_the_ones_rewarded(trainer, reward, monkeypatch):
+    def replaced(self, prompts):
+        result = list(GRPOTrainer._generate(self, prompts))
+        result[3] = [f"ours {i}" for i in range(len(prompts))]
+        return tuple(result)
+
+    monkeypatch.setattr(trainer, "_generate", replaced.__get__(trainer))
+    batch(trainer)
+    assert reward.calls[0]["completions"] == [f"ours {i}" for i in range(8)]
+
+
+def test_the_batch_holds_group_advantages_and_masks(trainer):
+    made = batch(trainer)
+    # each group is rewarded 0 and 1: mean 0.5, std √(2·0.25/1) = 0.70711
+    expected = 0.5 / (math.sqrt(0.5) + 1e-4)
+    assert made["advantages"].tolist() == pytest.approx([-expected, expected] * 4, rel=1e-4)
+    assert made["completion_ids"].shape == made["completion_mask"].shape == made["tool_mask"].shape == (8, 3)
+    assert made["tool_mask"].tolist() == [[1, 0, 1]] * 8
+    # what token-level losses divide by: the trained tokens of the whole batch
+    assert made["num_items_in_batch"].ndim == 0
+    assert int(made["num_items_in_batch"]) == 16
+
+
+def test_completions_are_padded_on_the_right_in_the_order_given(trainer):
+    made = batch(trainer)
+    assert made["completion_ids"][:, 0].tolist() == [20 + i for i in range(8)]
+
+
+def test_training_or_evaluating_is_told_by_the_models_mode(trainer):
+    trainer.model.eval()
+    trainer._generate(["what is", "what is"])
+    assert "completions/mean_length" in trainer._metrics["eval"]
+    assert "completions/mean_length" not in trainer._metrics["train"]
+
+
+def test_a_nan_reward_is_taken_as_not_applicable_without_a_word(trainer, reward):
+    trainer.reward_funcs = [lambda completions, **_: [math.nan, 1.0] * (len(completions) // 2)]
+    assert batch(trainer)["advantages"].tolist() == [0.0] * 8
+
+
+def test_logged_metrics_are_means_and_evaluations_get_a_prefix(trainer):
+    trainer._metrics["train"]["arpo/x"] = [1.0, 3.0]
+    trainer.log({})
+    assert trainer.state.log_history[-1]["arpo/x"] == 2.0
+    trainer.model.eval()
+    trainer._metrics["eval"]["arpo/x"] = [4.0]
+    trainer.log({})
+    assert trainer.state.log_history[-1]["eval_arpo/x"] == 4.0
+
+
+# TRL: the way of the rows --------------------------------------------------------------------------------------------
+
+
+def test_rows_come_prompt_major():
+    sampler = RepeatSampler(range(4), mini_repeat_count=3, batch_size=2, repeat_count=1, shuffle=False)
+    assert list(sampler) == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_a_generation_batch_is_the_ranks_rows_of_all_its_steps_in_whole_groups(trainer):
+    rows = next(iter(trainer.get_train_dataloader()))
+    prompts = [row["prompt"] for row in rows]
+    assert len(prompts) == 8  # 4 per forward × 2 steps
+    assert all(prompts[i] == prompts[i + 1] for i in range(0, 8, M))
+    assert sorted(set(prompts)) == sorted(PROMPTS)
+
+
+def test_an_evaluation_batch_holds_whole_groups(trainer):
+    rows = next(iter(trainer.get_eval_dataloader()))
+    prompts = [row["prompt"] for row in rows]
+    assert len(prompts) == 4
+    assert all(prompts[i] == prompts[i + 1] for i in range(0, 4, M))
+
+
+def test_shuffling_and_splitting_carry_per_token_advantages_along():
+    ids = torch.arange(6).unsqueeze(1).repeat(1, 3)
+    made = {"completion_ids": ids, "advantages": ids * 10.0, "num_items_in_batch": torch.tensor(18)}
+    chunks = split_tensor_dict(shuffle_sequence_dict(made), 2)
+    assert [chunk["advantages"].shape for chunk in chunks] == [(3, 3), (3, 3)]
+    for chunk in chunks:
+        assert torch.equal(chunk["advantages"], chunk["completion_ids"] * 10.0)
+        assert int(chunk["num_items_in_batch"]) == 18
+    order = torch.cat([chunk["completion_ids"][:, 0] for chunk in chunks]).tolist()
+    assert sorted(order) == [0, 1, 2, 3, 4, 5]
+
+
+def test_pad_lays_tensors_side_by_side():
+    rows = [torch.tensor([1, 2]), torch.tensor([3])]
+    assert pad(rows, padding_value=-1, padding_side="right").tolist() == [[1, 2], [3, -1]]
+    assert pad(rows, padding_value=-1, padding_side="right", pad_to_multiple_of=3).shape == (2, 3)
+
+
+# TRL: the loss -------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_takes_advantages_per_sequence_and_per_token_alike(trainer):
+    made = batch(trainer)
+    per_token = made["advantages"].unsqueeze(1).expand(8, 3).clone()
+    whole = trainer._compute_loss(trainer.model, made)
+    assert torch.equal(trainer._compute_loss(trainer.model, made | {"advantages": per_token}), whole)
+
+
+def test_the_loss_weighs_each_token_by_its_own_advantage(trainer):
+    made = batch(trainer)
+    # At the sampling weights the ratio is 1, so "grpo" is minus the mean over rows of the mean over unmasked tokens,
+    # halved by the two accumulation steps: columns 0 and 2 count, column 1 is masked.
+    advantages = torch.tensor([[1.0, 100.0, 2.0]] * 8)
+    loss = trainer._compute_loss(trainer.model, made | {"advantages": advantages})
+    assert loss.item() == pytest.approx(-(1.0 + 2.0) / 2 / 2)
+
+
+def test_the_tool_mask_takes_tokens_out_of_the_loss(trainer):
+    made = batch(trainer)
+    advantages = torch.tensor([[1.0, 100.0, 2.0]] * 8)
+    mask = torch.tensor([[0, 0, 1]] * 8)
+    loss = trainer._compute_loss(trainer.model, made | {"advantages": advantages, "tool_mask": mask})
+    assert loss.item() == pytest.approx(-2.0 / 2)
+
+
+def test_logps_come_as_a_triple_of_the_completions_width(trainer):
+    ids = torch.tensor([[20, 21, 22, 23, 24]])
+    logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.ones_like(ids), 3, compute_entropy=True
+    )
+    logits = trainer.model(ids).logits.log_softmax(-1)
+    expected = logits[0, 1:4].gather(1, ids[0, 2:].unsqueeze(1)).squeeze(1)
+    assert torch.allclose(logps[0], expected, atol=1e-5)
+    assert torch.allclose(entropies[0], -(logits.exp() * logits).sum(-1)[0, 1:4], atol=1e-4)
+    assert aux_loss is None
+
+
+# TRL: the model for generation ---------------------------------------------------------------------------------------
+
+
+def test_unwrapping_takes_what_we_pass_and_yields_a_plain_model(trainer):
+    assert {"gather_deepspeed3_params", "gradient_checkpointing_kwargs"} <= set(
+        parameters(unwrap_model_for_generation)
+    )
+    with unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    ) as model:
+        assert isinstance(model, PreTrainedModel)
+
+
+def test_full_parameters_are_summoned_through_dist(trainer):
+    summoned = trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False)
+    assert isinstance(summoned, contextlib.AbstractContextManager)
+    with summoned:
+        pass
+
+
+def test_the_accelerators_autocast_is_the_training_forwards(trainer):
+    assert isinstance(trainer.accelerator, Accelerator)
+    with trainer.accelerator.autocast():
+        pass
+
+
+# TRL: helpers --------------------------------------------------------------------------------------------------------
+
+
+def test_callables_are_named_and_told_apart_as_trl_does():
+    async def later(**_):
+        return []
+
+    assert get_callable_name(Recorder()) == "recorder"
+    assert get_callable_name(later) == "later"
+    assert is_async_callable(later) and not is_async_callable(Recorder())
+
+
+@dataclass
+class Setting:
+    alpha: float = 0.5
+
+
+def test_the_parser_raises_on_unknown_keys(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("alpah: 0.7\n")
+    with pytest.raises(ValueError, match="Unknown arguments from config file"):
+        TrlParser(Setting).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_the_parser_tells_which_flags_are_left(tmp_path: Path):
+    (tmp_path / "run.yaml").write_text("alpha: 0.7\n")
+    parsed = TrlParser(Setting).parse_args_and_config(
+        ["--config", str(tmp_path / "run.yaml"), "--beta", "1"], return_remaining_strings=True
+    )
+    assert parsed == (Setting(0.7), ["--beta", "1"])
+
+
+# transformers: what the engine rests on ------------------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def qwen2() -> PreTrainedModel:
+    return Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
+
+
+def qwen3() -> PreTrainedModel:
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=4)).eval()
+
+
+def llama() -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+MODELS = [qwen2, qwen3, llama]
+
+
+class RecordingLayer(DynamicLayer):
+    """Grows like transformers' own, and keeps the shapes it was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes: list[tuple[torch.Size, torch.Size]] = []
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        self.shapes.append((key_states.shape, value_states.shape))
+        return super().update(key_states, value_states, *args, **kwargs)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_attention_updates_each_layer_of_the_cache_once_per_forward(make):
+    cache = Cache(layers=[RecordingLayer(), RecordingLayer()])
+    with torch.no_grad():
+        make()(input_ids=torch.ones(3, 5, dtype=torch.long), past_key_values=cache, use_cache=True)
+    # (rows, key/value heads, queries, head dimension), after the rotary embedding
+    assert [layer.shapes for layer in cache.layers] == [[((3, 2, 5, 4), (3, 2, 5, 4))]] * 2
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_attention_runs_over_what_the_cache_returns(make):
+    class Emptied(RecordingLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            super().update(key_states, value_states)
+            return torch.zeros_like(key_states), torch.zeros_like(value_states)
+
+    model, ids = make(), torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        plain = model(input_ids=ids, past_key_values=Cache(layers=[RecordingLayer(), RecordingLayer()])).logits
+        emptied = model(input_ids=ids, past_key_values=Cache(layers=[Emptied(), Emptied()])).logits
+    assert not torch.allclose(plain, emptied)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_a_4d_mask_is_returned_as_it_is(dtype):
+    mask = torch.zeros(2, 1, 3, 7, dtype=dtype)
+    config = Qwen3Config(**SIZES, head_dim=4)
+    config._attn_implementation = "sdpa"
+    made = create_causal_mask(config, torch.zeros(2, 3, 16), mask, past_key_values=None)
+    assert made is mask
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_4d_mask_decides_what_a_query_sees(make, attention):
+    model = make()
+    model.set_attn_implementation(attention)
+    assert model.config._attn_implementation == attention
+    # The last query does not see the middle key, so another token there changes nothing for it.
+    visible = torch.ones(3, 3, dtype=torch.bool).tril()
+    visible[2, 1] = False
+    mask = visible.expand(1, 1, 3, 3)
+    if attention == "eager":  # which adds the mask to the scores
+        mask = torch.zeros(1, 1, 3, 3).masked_fill(~mask, torch.finfo(torch.float32).min)
+    positions = torch.arange(3).unsqueeze(0)
+    with torch.no_grad():
+        one, other = (
+            model(input_ids=torch.tensor([[3, token, 5]]), attention_mask=mask, position_ids=positions).logits
+            for token in (4, 9)
+        )
+    assert torch.allclose(one[0, 2], other[0, 2], atol=1e-6)
+    assert not torch.allclose(one[0, 1], other[0, 1])
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_positions_are_taken_as_given(make):
+    model, ids = make(), torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        here, there, apart = (
+            model(input_ids=ids, position_ids=torch.tensor([positions])).logits
+            for positions in ([0, 1, 2], [7, 8, 9], [0, 1, 9])
+        )
+    # Rotary embeddings see distances only, so a shift changes nothing and a gap does.
+    assert torch.allclose(here, there, atol=1e-5)
+    assert not torch.allclose(here, apart, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_logits_can_be_kept_for_the_last_position_only(make):
+    with torch.no_grad():
+        logits = make()(input_ids=torch.ones(2, 5, dtype=torch.long), logits_to_keep=1).logits
+    assert logits.shape == (2, 1, 32)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_model_says_what_attention_its_layers_have(make):
+    config = make().config.get_text_config()
+    assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    assert (config.num_hidden_layers, config.vocab_size, config.max_position_embeddings) == (2, 32, 64)
+
+
+def test_warpers_need_no_ids_and_leave_impossible_tokens_at_minus_infinity():
+    warpers = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.5), TopKLogitsWarper(3), TopPLogitsWarper(0.9), MinPLogitsWarper(0.01)]
+    )
+    warped = warpers(None, torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
+    # of 8, 6, 4 the shares are 0.87, 0.12 and 0.02: the first two reach 0.9
+    assert warped.tolist() == [[8.0, 6.0, -math.inf, -math.inf]]
