@@ -54,12 +54,13 @@ def main() -> None:
     def load(name: str, split: str) -> Dataset:
         return load_arpo_dataset(name, split, system_prompt=arguments.system_prompt)
 
+    evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
     trainer = ARPOTrainer(
         model=model_config.model_name_or_path,
         reward_funcs=HierarchicalReward(arguments.accuracy),
         args=config,
         train_dataset=load(arguments.dataset, arguments.dataset_split),
-        eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if arguments.eval_dataset else None,
+        eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if evaluates else None,
         tools=build_tools(tool_arguments),
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),

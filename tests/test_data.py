@@ -81,7 +81,6 @@ def test_parquet_json_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
         ({"question": "What does #### 5 mean?", "answer": "a #### b"}, "What does #### 5 mean?", ["a #### b"]),
         ({"question": "Half?", "answer": 0.5}, "Half?", ["0.5"]),
         ({"prompt": "Half?", "answer": "1/2"}, "Half?", ["1/2"]),
-        ({"prompt": [user("Half?")], "answer": ["1/2"]}, "Half?", ["1/2"]),
     ],
 )
 def test_field_variants_are_read(tmp_path: Path, fields: dict[str, Any], prompt: str, answer: list[str]) -> None:
@@ -104,8 +103,10 @@ def test_the_system_prompt_is_kept_added_or_replaced(tmp_path: Path) -> None:
     own = [{"role": "system", "content": "Be brief."}, user("Who?")]
     row = {"prompt": own, "answer": "Ann", "task": "qa"}
     bare = {"prompt": "Who?", "answer": "Ann", "task": "qa"}
+    messages = {"prompt": [user("Who?")], "answer": "Ann", "task": "qa"}
     assert load_one(tmp_path, row)["prompt"] == own
     assert load_one(tmp_path, bare)["prompt"] == [REASONING, user("Who?")]
+    assert load_one(tmp_path, messages)["prompt"] == [user("Who?")]  # whoever wrote messages wrote all of them
     deepsearch = [{"role": "system", "content": SYSTEM_PROMPTS["deepsearch"]}, user("Who?")]
     assert load_one(tmp_path, row, system_prompt="deepsearch")["prompt"] == deepsearch
     assert load_one(tmp_path, bare, system_prompt="deepsearch")["prompt"] == deepsearch

@@ -176,6 +176,7 @@ def test_the_share_of_every_fault_is_logged_zeros_included() -> None:
     )
     expected: dict[str, list[Any]] = {f"arpo/format/{fault}": [0.0] for fault in FormatFault}
     expected |= {"arpo/format/ok": [pytest.approx(2 / 3)], "arpo/format/no_answer": [pytest.approx(1 / 3)]}
+    expected |= {"arpo/accuracy": [pytest.approx(1 / 3)]}
     assert metrics == expected
     assert extra == {"format": ["ok", "ok", "no_answer"]}
 

@@ -53,8 +53,9 @@ def load_arpo_dataset(
         path_or_hub_id: A `.jsonl`, `.json` or `.parquet` file, which is one split whatever `split` says; a folder of
             them, of which those are read whose name starts with the split's; or a dataset on the Hub.
         split: Which split of a folder or a Hub dataset.
-        system_prompt: None keeps each row's own system message and gives `SYSTEM_PROMPTS["reasoning"]` to a row
-            without one. A name from `SYSTEM_PROMPTS`, or a text, replaces it in every row.
+        system_prompt: None leaves prompts that are messages as they are, with or without a system message, and gives
+            `SYSTEM_PROMPTS["reasoning"]` to a bare question. A name from `SYSTEM_PROMPTS`, or a text, replaces the
+            system message in every row.
         task: The task of rows that do not say theirs. A row's own `task`, or else verl's `ability`, comes first. Where
             none of the three speaks, the rows that do not say are judged together by their answers, with a warning:
             math if at least 75 % are a number or LaTeX, qa if at most 25 % are.
@@ -225,7 +226,7 @@ def _convert_row(raw: Mapping[str, Any], number: int, system_text: str | None) -
         identity = extra.get("index", number)
     level = _first(raw, _LEVEL_FIELDS)
     return {
-        "prompt": _with_system(_checked_prompt(prompt), system_text),
+        "prompt": _with_system(_checked_prompt(prompt), system_text, is_question=isinstance(prompt, str)),
         "answer": _accepted_answers(gold),
         "task": stated,
         "id": str(identity),
@@ -259,13 +260,13 @@ def _checked_prompt(prompt: Any) -> list[Message]:
     return [{"role": message["role"], "content": _restore_escapes(message["content"])} for message in messages]
 
 
-def _with_system(messages: list[Message], system_text: str | None) -> list[Message]:
-    has_own = messages[0]["role"] == "system"
+def _with_system(messages: list[Message], system_text: str | None, *, is_question: bool) -> list[Message]:
+    """The messages with the asked-for system message; unasked, only a bare question gets one."""
     if system_text is None:
-        if has_own:
+        if not is_question:
             return messages
         system_text = SYSTEM_PROMPTS["reasoning"]
-    return [{"role": "system", "content": system_text}, *messages[has_own:]]
+    return [{"role": "system", "content": system_text}, *messages[messages[0]["role"] == "system" :]]
 
 
 def _system_text(system_prompt: str | None) -> str | None:

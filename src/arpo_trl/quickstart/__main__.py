@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -33,11 +35,11 @@ from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.tools.search import LocalIndex, search_tool
 from arpo_trl.trajectories import LoggedTree, read_trees
 
-N_TRAIN, N_HELDOUT, N_WATCHED = 2000, 400, 96
+N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
 """Questions to train on, to measure before and after, and of those to watch while training."""
-N_DEMONSTRATIONS = 9600
+N_DEMONSTRATIONS, SFT_BATCH = 8000, 16
 TOP_K = 2
-MAX_COMPLETION_LENGTH = 240
+MAX_COMPLETION_LENGTH = 224
 MAX_TOOL_CALLS = 5
 SFT_CONFIG, RL_CONFIG = Path("configs/quickstart_sft.yaml"), Path("configs/quickstart.yaml")
 ACCELERATE_CONFIG = Path("accelerate_configs/single.yaml")
@@ -49,7 +51,7 @@ def prepare(folder: Path, seed: int) -> None:
     corpus = passages()
     train, heldout = make_tasks(seed, N_TRAIN, N_HELDOUT)
     search = search_tool(LocalIndex(corpus), top_k=TOP_K)
-    demonstrations = make_demonstrations(train, search, seed, N_DEMONSTRATIONS)
+    demonstrations = like_lengths_together(make_demonstrations(train, search, seed, N_DEMONSTRATIONS), seed)
     _write_lines(folder / "corpus.jsonl", corpus)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "heldout.jsonl", heldout)
@@ -58,6 +60,20 @@ def prepare(folder: Path, seed: int) -> None:
     tokenizer = build_tokenizer(quickstart_texts())
     tokenizer.save_pretrained(folder / "base")
     build_model(tokenizer, seed).save_pretrained(folder / "base")
+
+
+def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """The rows so that each `SFT_BATCH` in a row are about as long as one another: a quarter less padding.
+
+    Batches stay in random order, unlike with transformers' `group_by_length`, under which this model learns much less.
+    """
+    size, window, rng = SFT_BATCH, 50 * SFT_BATCH, random.Random(seed)
+    batches = []
+    for start in range(0, len(rows), window):
+        near = sorted(rows[start : start + window], key=lambda row: sum(len(m["content"]) for m in row["messages"]))
+        batches += [near[i : i + size] for i in range(0, len(near), size)]
+    rng.shuffle(batches)
+    return [row for batch in batches for row in batch]
 
 
 def measure(model: Path, data: Path, seed: int, *, temperature: float) -> Evaluation:
@@ -84,8 +100,11 @@ def launch(script: str, config: Path, *flags: str) -> float:
         SystemExit: It failed; its own message stands above.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
+    # accelerate gives a process one thread unless told otherwise; beyond four this model gains nothing.
+    environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
     start = time.perf_counter()
-    status = subprocess.run([*command, script, "--config", str(config), *flags], check=False).returncode
+    command += [script, "--config", str(config), *flags]
+    status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
     return time.perf_counter() - start

@@ -93,8 +93,9 @@ def _close_all(idle: dict[bool, list[Worker]], lock: threading.Lock) -> None:
 
 
 def _as_text(ran: Run, limits: Limits) -> str:
+    output = ran.output.rstrip("\n")
     if ran.ending is Ending.FINISHED:
-        return ran.output
+        return output
     reason = {
         Ending.RAISED: "",
         Ending.DIED: "Error: the python process was killed or crashed (memory limit "
@@ -102,7 +103,6 @@ def _as_text(ran: Run, limits: Limits) -> str:
         Ending.TIMEOUT: f"Error: the code ran longer than {limits.timeout_s:g} s",
         Ending.FLOOD: f"Error: stopped, the code printed more than {limits.output_bytes} bytes",
     }[ran.ending]
-    output = ran.output.rstrip("\n")
     raise ToolError("\n".join(part for part in (output, reason) if part) or "Error: the code failed without a message")
 
 

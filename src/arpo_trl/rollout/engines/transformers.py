@@ -70,9 +70,10 @@ class _Slots(CacheLayerMixin):
         self.values[index, :, positions] = value_states.transpose(1, 2)
         return self.keys[rows, :, :length], self.values[rows, :, :length]
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        self.keys[target, :, :length] = self.keys[source, :, :length]
-        self.values[target, :, :length] = self.values[source, :, :length]
+    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
+        """Gives the rows `targets` the first `length` positions of the rows `sources`."""
+        for states in (self.keys, self.values):
+            states[targets, :, :length] = states[sources, :, :length]
 
     def read(self, row: int, length: int) -> torch.Tensor:
         """(2, heads, length, dim): the row's keys and values, copied."""
@@ -117,6 +118,10 @@ class _SlotCache(Cache):
     def aim(self, rows: slice, positions: torch.Tensor, length: int) -> None:
         """Points the next forward at `rows`, its queries at `positions` (rows, queries), all below `length`."""
         self.rows, self.positions, self.length = rows, positions, length
+
+    def copy(self, sources: list[int], targets: list[int], length: int) -> None:
+        for layer in self.layers:
+            layer.copy(sources, targets, length)
 
     def reserve(self, rows: int, positions: int) -> None:
         """Makes room, in powers of two for rows and in blocks of 128 positions so that growth stays rare."""
@@ -254,10 +259,11 @@ class TransformersEngine:
                 stop += 1
             self._prefill(first + start, unique[start:stop])
             start = stop
-        row_of = {tuple(request.ids): first + i for i, request in enumerate(unique)}
-        for row, request in enumerate(copies, first + len(unique)):
-            for layer in self._cache.layers:
-                layer.copy(row_of[tuple(request.ids)], row, len(request.ids) - 1)
+        if copies:
+            row_of = {tuple(request.ids): first + i for i, request in enumerate(unique)}
+            sources = [row_of[tuple(request.ids)] for request in copies]
+            targets = list(range(first + len(unique), len(self._rows)))
+            self._cache.copy(sources, targets, max(len(request.ids) for request in copies))
 
     def _known(self, request: TurnRequest) -> int:
         """How many of the request's ids an earlier turn's retained state covers."""
@@ -281,16 +287,17 @@ class TransformersEngine:
         self._forward(ids.to(self._device), rows, positions.to(self._device), max(known) + width)
 
     def _remove(self, finished: list[int]) -> None:
-        """Frees rows, moving the last row into each gap so that the live ones stay contiguous."""
-        for row in sorted(finished, reverse=True):
-            last = len(self._rows) - 1
-            if row != last:
-                length = self._state.length_of(last)
-                for layer in self._cache.layers:
-                    layer.copy(last, row, length)
-                self._state.move(last, row)
-                self._rows[row] = self._rows[last]
-            self._rows.pop()
+        """Frees rows, moving the last live ones into the gaps so that the live ones stay contiguous."""
+        live = len(self._rows) - len(finished)
+        gone = set(finished)
+        targets = [row for row in finished if row < live]
+        sources = [row for row in range(live, len(self._rows)) if row not in gone]
+        if targets:
+            self._cache.copy(sources, targets, self._state.longest(len(self._rows)))
+            self._state.copy(sources, targets)
+            for source, target in zip(sources, targets, strict=True):
+                self._rows[target] = self._rows[source]
+        del self._rows[live:]
 
     # Steps -----------------------------------------------------------------------------------------------------------
 
@@ -338,37 +345,35 @@ class TransformersEngine:
         maybe = (out_of_room | ended | can_stop | (count == probe)).nonzero().flatten().tolist()
         events: list[Probe | Turn] = []
         finished: list[int] = []
-        for row in maybe:
-            request, written = self._rows[row], int(count[row])
-            if ended[row]:
+        # One transfer for all rows that may have something to say, not one a row.
+        facts = torch.stack((count, position, ended, can_stop, out_of_room))[:, maybe].T.tolist()
+        ids, entropies = state.ids[maybe].tolist(), state.entropies[maybe].tolist()
+        logprobs = state.logprobs[maybe].tolist()
+        for i, (row, (written, length, eos, may_stop, full)) in enumerate(zip(maybe, facts, strict=True)):
+            request = self._rows[row]
+            if eos:
                 stop = TurnStop.EOS
-            elif can_stop[row] and self._found_stop(state.ids[row, max(0, written - self._stop_tail) : written]):
+            elif may_stop and self._found_stop(ids[i][max(0, written - self._stop_tail) : written]):
                 stop = TurnStop.STOP_STRING
-            elif out_of_room[row]:
+            elif full:
                 stop = TurnStop.LENGTH
             else:
                 if written == request.probe_tokens:
-                    events.append(Probe(request.id, state.entropies[row, :written].tolist()))
+                    events.append(Probe(request.id, entropies[i][:written]))
                 continue
-            events.append(
-                Turn(
-                    request.id,
-                    state.ids[row, :written].tolist(),
-                    state.logprobs[row, :written].tolist(),
-                    state.entropies[row, : min(written, request.probe_tokens)].tolist(),
-                    stop,
-                )
-            )
+            probed = min(written, request.probe_tokens)
+            events.append(Turn(request.id, ids[i][:written], logprobs[i][:written], entropies[i][:probed], stop))
             finished.append(row)
             if stop is TurnStop.STOP_STRING:  # the only turns that others continue
-                self._retained.keep(request.id, [layer.read(row, int(position[row])) for layer in self._cache.layers])
-        self._remove(finished)
+                self._retained.keep(request.id, [layer.read(row, length) for layer in self._cache.layers])
+        if finished:
+            self._remove(finished)
         return events
 
     # Stop strings ----------------------------------------------------------------------------------------------------
 
-    def _found_stop(self, tail: torch.Tensor) -> bool:
-        text = self._tokenizer.decode(tail.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    def _found_stop(self, tail: list[int]) -> bool:
+        text = self._tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return any(stop in text for stop in self.settings.stop_strings)
 
     def _tokens_that_can_stop(self, vocab_size: int) -> torch.Tensor:
@@ -441,9 +446,6 @@ class _RowState:
     def longest(self, n: int) -> int:
         return int(self.position[:n].max())
 
-    def length_of(self, row: int) -> int:
-        return int(self.position[row])
-
     def record(self, n: int, token: torch.Tensor, logprob: torch.Tensor, entropies: torch.Tensor) -> None:
         at = self.written[:n].unsqueeze(1)
         self.ids[:n].scatter_(1, at, token.unsqueeze(1))
@@ -456,12 +458,12 @@ class _RowState:
         if self.seen.size(0):
             self.seen[:n].scatter_(1, self.position[:n].unsqueeze(1), token.unsqueeze(1))
 
-    def move(self, source: int, target: int) -> None:
+    def copy(self, sources: list[int], targets: list[int]) -> None:
         for tensor in (self.next_id, self.position, self.written, self.limit, self.probe):
-            tensor[target] = tensor[source]
+            tensor[targets] = tensor[sources]
         for tensor in (self.ids, self.logprobs, self.entropies, self.uniforms, self.seen):
             if tensor.size(0):
-                tensor[target] = tensor[source]
+                tensor[targets] = tensor[sources]
 
 
 def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
