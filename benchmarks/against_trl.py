@@ -2,9 +2,9 @@
 
     python benchmarks/against_trl.py --model runs/quickstart/sft --data runs/quickstart/data
 
-Both trainers take turns, order alternated, on the same generation batches. TRL's tool loop parses JSON calls; so that it
-speaks the quickstart's tags, its parser and its tool-result encoder are replaced here by the protocol's, and the closing
-tags, single tokens here, end its turns as EOS does. Everything else is TRL's: generation, tool execution, update.
+Both trainers take turns, order alternated, on the same generation batches. TRL's tool loop parses JSON calls; so that
+it speaks the quickstart's tags, its parser and its tool-result encoder are replaced here by the protocol's, and the
+closing tags, single tokens here, end its turns as EOS does. All else is TRL's: generation, tool execution, update.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python benchmarks/compare_rules.py --seeds 0 1 2 --output runs/compare --jobs 2
 
-Each seed is cold-started once (by the quickstart's stage 1); each variant then trains from there with `train.py` and is
-measured on the held-out questions. Results are appended to <output>/results.jsonl as they come, so a run can be stopped
-and taken up again; `--table` only prints what is there.
+Each seed is cold-started once (by the quickstart's stage 1); each variant then trains from there with `train.py` and
+is measured on the held-out questions. Results are appended to <output>/results.jsonl as they come, so a run can be
+stopped and taken up again; `--table` only prints what is there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from threading import Lock
 from typing import Any
 
 from arpo_trl.quickstart.__main__ import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
@@ -27,10 +26,10 @@ from arpo_trl.quickstart.report import summarise
 LEAVES = 8
 VARIANTS = {
     "GRPO (N = M)": ("--initial_rollouts", str(LEAVES)),
-    "ARPO N = M/2": ("--initial_rollouts", str(LEAVES // 2)),
     "ARPO N = M/4": ("--initial_rollouts", str(LEAVES // 4)),
     "ranked N = M/4": ("--initial_rollouts", str(LEAVES // 4), "--branch_rule", "ranked"),
     "random N = M/4": ("--initial_rollouts", str(LEAVES // 4), "--branch_rule", "random"),
+    "ARPO N = M/2": ("--initial_rollouts", str(LEAVES // 2)),
 }
 COLUMNS = {
     "accuracy_before": "before",
@@ -105,42 +104,35 @@ def main() -> None:
         "--jobs", type=int, default=1, help="runs at a time; seconds are comparable at equal jobs only"
     )
     parser.add_argument("--table", action="store_true", help="print the table of what is there and stop")
+    parser.add_argument("--one", nargs=2, metavar=("SEED", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    results = arguments.output / "results.jsonl"
+    output: Path = arguments.output
+    results = output / "results.jsonl"
+    if arguments.one:  # a process of its own for each run, so that measuring shares no interpreter
+        seed, variant = int(arguments.one[0]), arguments.one[1]
+        (output / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+        row = train(output / f"seed{seed}", seed, variant)
+        with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        return
 
     def done() -> list[dict[str, Any]]:
         return [json.loads(line) for line in results.read_text("utf-8").splitlines()] if results.exists() else []
 
+    def run(job: tuple[str, int]) -> None:
+        variant, seed = job
+        command = [sys.executable, __file__, "--output", str(output), "--one", str(seed), variant]
+        status = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
+        print(f"{time.strftime('%H:%M:%S')} seed {seed}, {variant}: {'failed' if status else 'done'}", flush=True)
+
     if not arguments.table:
-        finished = {(row["variant"], row["seed"]) for row in done()}
-        folders = {seed: arguments.output / f"seed{seed}" for seed in arguments.seeds}
-        writing = Lock()
-
-        def run(seed: int, variant: str) -> None:
-            # A process of its own: measuring in threads of this one would share its two hands.
-            command = [sys.executable, __file__, "--output", str(arguments.output)]
-            status = subprocess.run(
-                [*command, "--one", str(seed), variant], capture_output=True, text=True, check=True
-            )
-            with writing, results.open("a", encoding="utf-8") as file:
-                file.write(status.stdout.splitlines()[-1] + "\n")
-            print(f"{time.strftime('%H:%M:%S')} seed {seed}, {variant}: done", flush=True)
-
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda seed: cold_start(folders[seed], seed), arguments.seeds))
-            jobs = [
-                (seed, variant) for seed in arguments.seeds for variant in VARIANTS if (variant, seed) not in finished
-            ]
-            list(pool.map(lambda job: run(*job), jobs))
+            list(pool.map(lambda seed: cold_start(output / f"seed{seed}", seed), arguments.seeds))
+            finished = {(row["variant"], row["seed"]) for row in done()}
+            jobs = [(variant, seed) for variant in VARIANTS for seed in arguments.seeds]
+            list(pool.map(run, [job for job in jobs if job not in finished]))
     print(table(done()))
 
 
 if __name__ == "__main__":
-    if "--one" in sys.argv:  # one run of `main`, in a process of its own
-        at = sys.argv.index("--one")
-        seed, variant = int(sys.argv[at + 1]), sys.argv[at + 2]
-        folder = Path(sys.argv[sys.argv.index("--output") + 1]) / f"seed{seed}"
-        print("\n" + json.dumps(train(folder, seed, variant)))
-    else:
-        main()
+    main()

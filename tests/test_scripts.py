@@ -1,0 +1,85 @@
+"""The scripts as a user starts them: cold start, training, and the paper's configuration on rows of its layout."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+
+from arpo_trl.quickstart.__main__ import measure, prepare
+from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
+from arpo_trl.trajectories import read_trees
+from support import save_tiny_model
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def launch(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
+    done = subprocess.run([*command, script, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
+    data, sft, rl = tmp_path / "data", tmp_path / "sft", tmp_path / "rl"
+    prepare(data, seed=0)
+    for name in ("demonstrations", "train", "heldout"):  # a few rows are enough here
+        lines = (data / f"{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
+        (data / f"{name}.jsonl").write_text("".join(lines[:64]), "utf-8")
+    launch(
+        "sft.py",
+        *("--config", "configs/quickstart_sft.yaml", "--max_steps", "2", "--model_name_or_path", str(data / "base")),
+        *("--dataset", str(data / "demonstrations.jsonl"), "--output_dir", str(sft)),
+    )
+    before = measure(sft, data, 0, temperature=1.0)
+    assert len(before.samples) == 64
+    launch(
+        "train.py",
+        *("--config", "configs/quickstart.yaml", "--model_name_or_path", str(sft), "--output_dir", str(rl)),
+        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")),
+        *("--search_index", str(data / "corpus.jsonl"), "--max_steps", "2", "--per_device_train_batch_size", "16"),
+        *("--eval_steps", "1", "--per_device_eval_batch_size", "64", "--trajectory_log_rate", "1"),
+    )
+    history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
+    summary = {
+        **dict.fromkeys(("accuracy_before", "accuracy_after", "greedy_before", "greedy_after"), 0.0),
+        **{"seconds_sft": 1.0, "seconds_rl": 1.0},
+        **summarise(history),
+    }
+    assert (summary["leaves"], summary["steps"]) == (32, 2)
+    assert summary["branches"] + summary["topups"] == 16  # M − N = 4 in each of the 4 groups
+    draw(history, summary, entropy_places(before), entropy_places(before), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert summary_table(summary).row_count == 8
+    trees = [tree for file in sorted((rl / "trajectories").glob("step-*.jsonl")) for tree in read_trees(file)]
+    assert len(trees) == 4
+
+
+def test_the_papers_configuration_trains_on_rows_of_its_layout_and_says_what_is_wrong(tmp_path):
+    rows = [
+        {
+            "prompt": [{"role": "system", "content": "Use \x08oxed{}."}, {"role": "user", "content": f"what is {i}"}],
+            "ability": "math" if i % 2 else "qa",
+            "reward_model": {"ground_truth": str(i), "style": "rule"},
+            "extra_info": {"question": f"what is {i}", "index": i},
+        }
+        for i in range(8)
+    ]
+    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "recorded.json").write_text(json.dumps({"iron": "Page 1: a metal"}), "utf-8")
+    done = launch(
+        "train.py",
+        *("--config", "configs/reasoning_10k.yaml", "--model_name_or_path", save_tiny_model(tmp_path / "model")),
+        *("--dataset", str(tmp_path / "rows.parquet"), "--search_recorded", str(tmp_path / "recorded.json")),
+        *("--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--max_completion_length", "48"),
+        *("--gradient_accumulation_steps", "1", "--steps_per_generation", "1", "--bf16", "false"),
+        *("--trajectory_log_rate", "1"),
+    )
+    for alarm in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):
+        assert f"arpo/{alarm}:" in done.stderr
+    assert len(list((tmp_path / "out" / "trajectories").glob("*.jsonl"))) == 2
+    assert "\x08" not in next(read_trees(tmp_path / "out/trajectories/step-000000-rank0.jsonl")).prompt
