@@ -179,8 +179,8 @@ def main() -> None:
 
 
 def _tree_to_show(folder: Path) -> LoggedTree | None:
-    """Of the trees logged last, one that branched and whose leaves fared differently, if there is one."""
-    trees = [tree for file in sorted(folder.glob("step-*.jsonl"))[-10:] for tree in read_trees(file)]
+    """The last logged tree that branched and whose leaves fared differently, or the next best."""
+    trees = [tree for file in sorted(folder.glob("step-*.jsonl"), reverse=True) for tree in read_trees(file)]
 
     def telling(tree: LoggedTree) -> tuple[bool, bool]:
         branched = any(node.decision and node.decision.granted for node in tree.tree.observations())
