@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -26,25 +27,27 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(TEXTS * 3)
 
 
-def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:
-    """Some 25,000 parameters with random weights."""
-    config = Qwen3Config(
+def small_model(config_class: Any, model_class: Any, seed: int = 0, **settings: Any) -> Any:
+    """A model of that class with some 25,000 random parameters."""
+    config = config_class(
         vocab_size=len(tokenizer()),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        head_dim=16,
         max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
         bos_token_id=None,
         eos_token_id=tokenizer().eos_token_id,
         pad_token_id=tokenizer().pad_token_id,
+        **settings,
     )
     torch.manual_seed(seed)
-    return Qwen3ForCausalLM(config)
+    return model_class(config)
+
+
+def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:
+    return small_model(Qwen3Config, Qwen3ForCausalLM, seed, head_dim=16, initializer_range=0.05)
 
 
 def save_tiny_model(folder: Path) -> str:

@@ -9,26 +9,9 @@ from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.transformers import TransformersEngine, entropy, sample
 from arpo_trl.rollout.protocol import ContentEncoder
-from support import tiny_model, tokenizer
+from support import small_model, tiny_model, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(10)]
-
-
-def small(config_class, model_class, **kwargs):
-    torch.manual_seed(0)
-    config = config_class(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=tokenizer().eos_token_id,
-        **kwargs,
-    )
-    return model_class(config)
 
 
 def louder(model):
@@ -81,8 +64,8 @@ def reference(model, prompt, ids):
     "make",
     [
         lambda: tiny_model(),
-        lambda: small(Qwen2Config, Qwen2ForCausalLM),
-        lambda: small(LlamaConfig, LlamaForCausalLM),
+        lambda: small_model(Qwen2Config, Qwen2ForCausalLM),
+        lambda: small_model(LlamaConfig, LlamaForCausalLM),
     ],
     ids=["qwen3", "qwen2", "llama"],
 )
@@ -280,7 +263,7 @@ def test_the_model_is_left_as_it_was(model):
 
 
 def test_attention_that_takes_no_mask_is_replaced_for_the_session():
-    made = small(LlamaConfig, LlamaForCausalLM)
+    made = small_model(LlamaConfig, LlamaForCausalLM)
     made.set_attn_implementation("eager")
     eager, _ = run(louder(made), requests())
     made.set_attn_implementation("sdpa")
@@ -289,7 +272,9 @@ def test_attention_that_takes_no_mask_is_replaced_for_the_session():
 
 
 def test_a_model_with_other_state_than_keys_and_values_is_refused():
-    sliding = small(Qwen2Config, Qwen2ForCausalLM, use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    sliding = small_model(
+        Qwen2Config, Qwen2ForCausalLM, use_sliding_window=True, sliding_window=8, max_window_layers=0
+    )
     with pytest.raises(ConfigError, match="sliding_attention"), engine(sliding).session():
         pass
 
