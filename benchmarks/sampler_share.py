@@ -1,0 +1,117 @@
+"""What a rollout spends outside model forwards and tools, and how that share falls with the model's size.
+
+    python benchmarks/sampler_share.py --model runs/quickstart/sft --data runs/quickstart/data
+
+The first row is the quickstart's cold-started model with its tools, 16 prompts × 8 leaves. The others are random
+models, which call no tools; so each of their turns is replayed from the first row's, token for token. The sampler and
+the tools do the same work in every row, only the forward differs. N = M, since branches would follow the entropies.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from arpo_trl.rollout.engines import transformers as engine_module
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.transformers import TransformersEngine
+from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.build import ToolArguments, build_tools
+
+SIZES = {"10 M": (384, 5), "50 M": (768, 6)}
+
+
+class Replay:
+    """Stands in for the engine's sampling: row by row the tokens of a recorded rollout, whatever the logits say."""
+
+    def __init__(self, recorded: Rollout, groups: int):
+        self.tokens: dict[tuple[int, ...], list[int]] = {}
+        for group, tree in zip(range(groups), recorded.trees, strict=True):
+            for leaf in tree.leaves():
+                turns = [node for node in leaf.nodes if node.logprobs]
+                for depth, node in enumerate(turns):
+                    self.tokens[(group, *leaf.address, depth)] = node.ids
+
+    def __call__(self, engine: TransformersEngine) -> Any:
+        def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+            del uniform
+            probs.cumsum(dim=-1)  # the work that drawing would have been
+            rows = zip(engine._rows, engine._state.written.tolist(), strict=False)
+            return torch.tensor([self.tokens[request.key][written] for request, written in rows])
+
+        return sample
+
+
+def roll(model: PreTrainedModel, tokenizer: Any, rows: list[Any], toolbox: ToolBox, replay: Replay | None) -> Rollout:
+    protocol = TagProtocol(tokenizer, toolbox.specs)
+    eos = (int(tokenizer.eos_token_id),)
+    settings = SamplingSettings(eos, protocol.stop_strings)
+    engine = TransformersEngine(tokenizer, settings, lambda: contextlib.nullcontext(model))
+    sampler = TreeSampler(
+        engine, toolbox, protocol, SamplerSettings(8, 8, 208, 1024, 5, 8, schedule=RolloutSchedule.ROUNDS), eos
+    )
+    original = engine_module.sample
+    if replay is not None:
+        engine_module.sample = replay(engine)
+    try:
+        requests = [GroupRequest(i, protocol.encode_prompt(row["prompt"])) for i, row in enumerate(rows)]
+        return sampler.sample(requests, seed=(0,))
+    finally:
+        engine_module.sample = original
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"))
+    parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in (arguments.data / "train.jsonl").read_text("utf-8").splitlines()[:16]]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tools = build_tools(ToolArguments(search_index=str(arguments.data / "corpus.jsonl"), search_top_k=2))
+    print("| model | rollout s | forward s | tool wait s | own s | own share | own ms per turn |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    with ToolBox(tools, cache=True) as toolbox:
+        small = AutoModelForCausalLM.from_pretrained(arguments.model)
+        recorded = roll(small, tokenizer, rows, toolbox, None)
+        models: dict[str, PreTrainedModel] = {"0.6 M": small}
+        for name, (hidden, layers) in SIZES.items():
+            config = Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=hidden,
+                intermediate_size=4 * hidden,
+                num_hidden_layers=layers,
+                num_attention_heads=hidden // 64,
+                num_key_value_heads=hidden // 64,
+                head_dim=64,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+            )
+            models[name] = Qwen3ForCausalLM(config)
+        for name, model in models.items():
+            replay = None if model is small else Replay(recorded, len(rows))
+            times, turns = [], 0
+            for _ in range(arguments.repeats):
+                rollout = roll(model, tokenizer, rows, toolbox, replay)
+                times.append(rollout.times)
+                turns = sum(1 for tree in rollout.trees for _ in tree.turns())
+            total, forward, wait, own = (
+                median(getattr(t, field) for t in times) for field in ("total_s", "forward_s", "tool_wait_s", "own_s")
+            )
+            print(
+                f"| {name} | {total:.2f} | {forward:.2f} | {wait:.2f} | {own:.2f} | {own / total:.1%} | "
+                f"{1000 * own / turns:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
