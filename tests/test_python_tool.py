@@ -92,21 +92,21 @@ def await_death(*pids: int) -> None:
 @pytest.mark.parametrize(
     ("code", "shown"),
     [
-        ("print(7.874 * 1000)", "7874.0\n"),
-        ("x = 20\nx + 1", "21\n"),
-        ("print('a')\n'b'", "a\n'b'\n"),
+        ("print(7.874 * 1000)", "7874.0"),
+        ("x = 20\nx + 1", "21"),
+        ("print('a')\n'b'", "a\n'b'"),
         ("x = 1", ""),
         ("None", ""),
         ("", ""),
-        ("import sys\nprint('to stderr', file=sys.stderr)", "to stderr\n"),
-        ("def f(n):\n    return 1 if n == 0 else n * f(n - 1)\nf(5)", "120\n"),
-        ("print('é 数'), '\\ud800'", "é 数\n(None, '\\ud800')\n"),
-        ("import sympy\nsympy.factor('x**2 - 1')", "(x - 1)*(x + 1)\n"),
-        ("import numpy\nint(numpy.arange(4).sum())", "6\n"),
-        ("import threading\nthreading.Thread(target=print, args=('from a thread',)).start()", "from a thread\n"),
-        ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(1)", "P(x=1)\n"),
-        ("print('before')\nraise SystemExit", "before\n"),
-        ("__name__", "'__main__'\n"),
+        ("import sys\nprint('to stderr', file=sys.stderr)", "to stderr"),
+        ("def f(n):\n    return 1 if n == 0 else n * f(n - 1)\nf(5)", "120"),
+        ("print('é 数'), '\\ud800'", "é 数\n(None, '\\ud800')"),
+        ("import sympy\nsympy.factor('x**2 - 1')", "(x - 1)*(x + 1)"),
+        ("import numpy\nint(numpy.arange(4).sum())", "6"),
+        ("import threading\nthreading.Thread(target=print, args=('from a thread',)).start()", "from a thread"),
+        ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(1)", "P(x=1)"),
+        ("print('before')\nraise SystemExit", "before"),
+        ("__name__", "'__main__'"),
     ],
 )
 def test_a_call_shows_output_and_last_value(tool: PythonTool, code: str, shown: str) -> None:
@@ -168,7 +168,7 @@ def test_calls_from_many_threads_get_their_own_output(tool: PythonTool) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert shown == {number: [f"{number * 1000 + i}\n" for i in range(10)] for number in range(8)}
+    assert shown == {number: [f"{number * 1000 + i}" for i in range(10)] for number in range(8)}
 
 
 # What both tiers stop.
@@ -374,7 +374,7 @@ def test_without_isolation_the_tool_is_refused_and_the_way_out_named() -> None:
 def test_allow_unsafe_runs_after_a_warning() -> None:
     with pytest.warns(UserWarning, match="runs as your user"):
         python = python_tool(allow_unsafe=True)
-    assert python("1 + 1") == "2\n"
+    assert python("1 + 1") == "2"
 
 
 def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,11 +387,11 @@ def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_worker_that_died_idle_is_replaced(tool: PythonTool) -> None:
-    assert tool("1") == "1\n"
+    assert tool("1") == "1"
     for workers in tool._idle.values():
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
-    assert tool("2") == "2\n"
+    assert tool("2") == "2"
 
 
 def test_a_closed_worker_leaves_no_process_and_no_folder() -> None:
