@@ -1,6 +1,6 @@
 """GRPO against ARPO's branch rules at equal leaves and steps, on the quickstart's task.
 
-    python benchmarks/compare_rules.py --seeds 0 1 2 --output runs/compare --jobs 2
+    OMP_NUM_THREADS=1 python benchmarks/compare_rules.py --seeds 0 1 2 --jobs 2
 
 Each seed is cold-started once (by the quickstart's stage 1); each variant then trains from there with `train.py` and
 is measured on the held-out questions. Results are appended to <output>/results.jsonl as they come, so a run can be
@@ -56,14 +56,14 @@ def cold_start(folder: Path, seed: int) -> None:
     )
 
 
-def train(folder: Path, seed: int, variant: str) -> dict[str, Any]:
+def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
     output = folder / variant.replace(" ", "_").replace("/", "-")
     seconds = launch(
         "train.py",
         RL_CONFIG,
         *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "data/train.jsonl")),
         *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),
-        *("--output_dir", str(output), "--seed", str(seed), "--trajectory_log_rate", "0", "--disable_tqdm", "true"),
+        *("--output_dir", str(output), "--seed", str(seed), "--max_steps", str(steps), "--trajectory_log_rate", "0"),
         *VARIANTS[variant],
     )
     history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
@@ -111,7 +111,7 @@ def main() -> None:
     if arguments.one:  # a process of its own for each run, so that measuring shares no interpreter
         seed, variant = int(arguments.one[0]), arguments.one[1]
         (output / f"seed{seed}").mkdir(parents=True, exist_ok=True)
-        row = train(output / f"seed{seed}", seed, variant)
+        row = train(output / f"seed{seed}", seed, variant, arguments.steps)
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         return
@@ -121,7 +121,8 @@ def main() -> None:
 
     def run(job: tuple[str, int]) -> None:
         variant, seed = job
-        command = [sys.executable, __file__, "--output", str(output), "--one", str(seed), variant]
+        command = [sys.executable, __file__, "--output", str(output), "--steps", str(arguments.steps)]
+        command += ["--one", str(seed), variant]
         status = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False).returncode
         print(f"{time.strftime('%H:%M:%S')} seed {seed}, {variant}: {'failed' if status else 'done'}", flush=True)
 
