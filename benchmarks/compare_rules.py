@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--jobs", type=int, default=1, help="runs at a time; seconds are comparable at equal jobs only"
     )
+    parser.add_argument("--steps", type=int, default=16, help="training steps of each run (default: 16)")
     parser.add_argument("--table", action="store_true", help="print the table of what is there and stop")
     parser.add_argument("--one", nargs=2, metavar=("SEED", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
