@@ -256,7 +256,7 @@ def test_the_model_is_tiny_and_the_same_for_the_same_seed(tokenizer: PreTrainedT
     model, same, other = (build_model(tokenizer, seed) for seed in (0, 0, 1))
     assert torch.equal(state, torch.get_rng_state())
     assert 0.3e6 < model.num_parameters() < 0.7e6
-    assert model.config.max_position_embeddings == 1024
+    assert model.config.max_position_embeddings == 4096
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), same.parameters(), strict=True))
     assert not torch.equal(model.model.embed_tokens.weight, other.model.embed_tokens.weight)

@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 """ChatML without the newline between messages: every token of a prompt costs time."""
 
-MAX_LENGTH = 1024
+MAX_LENGTH = 4096
 
 # Words with the space before them, digits one by one (numbers are copied digit by digit), runs of punctuation, white
 # space.
