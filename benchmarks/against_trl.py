@@ -10,6 +10,7 @@ closing tags, single tokens here, end its turns as EOS does. All else is TRL's: 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
 from collections import defaultdict
@@ -82,15 +83,13 @@ def slowed(tool: Callable[[str], str], latency_s: float) -> Callable[[str], str]
     """The tool with a fixed latency, so that both loops pay the same for a call."""
     if not latency_s:
         return tool
-    scope: dict[str, Any] = {"tool": tool, "time": time}
-    parameter = tool_spec(tool).parameters[0]
-    exec(  # a function whose parameter has the tool's own name: TRL and ToolBox both call by keyword
-        f"def {tool.__name__}({parameter}: str) -> str:\n    time.sleep({latency_s})\n    return tool({parameter})\n",
-        scope,
-    )
-    made: Callable[[str], str] = scope[tool.__name__]
-    made.__doc__ = tool.__doc__
-    return made
+
+    @functools.wraps(tool)  # which keeps its name, docstring and signature
+    def delayed(*args: Any, **kwargs: Any) -> str:
+        time.sleep(latency_s)
+        return tool(*args, **kwargs)
+
+    return delayed
 
 
 def step(trainer: GRPOTrainer, rows: list[dict[str, Any]]) -> dict[str, float]:

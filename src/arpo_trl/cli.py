@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import json
@@ -28,7 +29,7 @@ def report_errors(main: Callable[[], None]) -> Callable[[], None]:
     return wrapped
 
 
-def parse_settings(kinds: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
     """One instance of each dataclass from the command line and the YAML file behind `--config`; flags win.
 
     Raises:
@@ -38,7 +39,7 @@ def parse_settings(kinds: Sequence[type], argv: Sequence[str] | None = None) -> 
     from trl import TrlParser
 
     words = list(sys.argv[1:] if argv is None else argv)
-    fields = [name for kind in kinds for name in kind.__dataclass_fields__]  # type: ignore[attr-defined]
+    fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     if "--config" in words[:-1]:
         # Before the dataclasses see the rest of the file: they would complain of what a misspelt key left unset.
         _check_names([key for key in _read_config(words[words.index("--config") + 1]) if key != "env"], fields)

@@ -26,7 +26,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.runner import Evaluation, evaluate
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
-from arpo_trl.quickstart.model import build_model, build_tokenizer, quickstart_texts
+from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.render import render_tree
@@ -57,9 +57,7 @@ def prepare(folder: Path, seed: int) -> None:
     _write_lines(folder / "heldout.jsonl", heldout)
     _write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
     _write_lines(folder / "demonstrations.jsonl", demonstrations)
-    tokenizer = build_tokenizer(quickstart_texts())
-    tokenizer.save_pretrained(folder / "base")
-    build_model(tokenizer, seed=0).save_pretrained(folder / "base")  # one base for all seeds, as if it were downloaded
+    save_cold_start_base(folder / "base", seed=0)  # one base for all seeds, as if it were downloaded
 
 
 def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:

@@ -20,10 +20,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError, ToolSpecError
-from arpo_trl.tools.box import ToolCall, ToolSpec
+from arpo_trl.tools.box import RESERVED_TAGS, ToolCall, ToolSpec
 
-THINK, ANSWER, RESULT = "think", "answer", "result"
-PROTOCOL_TAGS = (THINK, ANSWER, RESULT)
+ANSWER, RESULT = "answer", "result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class TagProtocol:
         self._result_open = self._encode(f"\n<{RESULT}>\n")
         self._result_close = self._encode(f"\n</{RESULT}>\n")
         self._cut_mark = self._encode_content("\n[… cut …]\n")
-        known = "|".join(map(re.escape, [*tools, *PROTOCOL_TAGS]))
+        known = "|".join(map(re.escape, [*tools, *sorted(RESERVED_TAGS)]))
         self._known_tag = re.compile(rf"</?({known})>")
         self._tool_open = re.compile("|".join(f"<{re.escape(name)}>" for name in tools) or r"(?!)")
         self._tool_close = re.compile("|".join(f"</{re.escape(name)}>" for name in tools) or r"(?!)")
