@@ -39,17 +39,17 @@ class TagGRPOTrainer(GRPOTrainer):
     protocol: TagProtocol
 
     def _get_tool_suffix_ids(self, tool_messages: list[dict[str, Any]]) -> list[int]:
-        return [token for message in tool_messages for token in self.protocol.encode_observation(message["content"])]
+        return self.protocol.encode_observation([(message["name"], message["content"]) for message in tool_messages])
 
 
 def parse_with(protocol: TagProtocol) -> Callable[..., dict[str, Any]]:
     def parse_response(tokenizer: Any, ids: list[int], **_: Any) -> dict[str, Any]:
         text = protocol.decode_turn(ids, (tokenizer.eos_token_id,))
-        call = protocol.parse_turn(text)
         message: dict[str, Any] = {"role": "assistant", "content": text}
-        if isinstance(call, ToolCall):
+        calls = [call for call in protocol.parse_turn(text) if isinstance(call, ToolCall)]
+        if calls:
             message["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+                {"type": "function", "function": {"name": call.name, "arguments": call.arguments}} for call in calls
             ]
         return message
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl.quickstart.model import build_tokenizer
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocol import TagProtocol, ToolProtocol
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 
@@ -25,6 +27,15 @@ ANSWER = "<answer>\\boxed{1}</answer>"
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(TEXTS * 3)
+
+
+def with_template(name: str, eos: str | None = None) -> PreTrainedTokenizerFast:
+    """The tests' tokenizer with a chat template that TRL ships."""
+    made = copy.deepcopy(tokenizer())
+    made.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+    if eos is not None:
+        made.add_special_tokens({"eos_token": eos})
+    return made
 
 
 def small_model(config_class: Any, model_class: Any, seed: int = 0, **settings: Any) -> Any:
@@ -94,10 +105,12 @@ class Scripted:
         vocab_size: int | None = None,
         timeout_s: float = 20.0,
         max_result_tokens: int | None = None,
+        protocol: type[ToolProtocol] = TagProtocol,
+        template: str | None = None,
     ):
-        self.tokenizer = tokenizer()
+        self.tokenizer = tokenizer() if template is None else with_template(template)
         self.toolbox = ToolBox(tools, timeout_s=timeout_s)
-        self.protocol = TagProtocol(self.tokenizer, self.toolbox.specs, max_result_tokens=max_result_tokens)
+        self.protocol = protocol(self.tokenizer, self.toolbox.specs, max_result_tokens=max_result_tokens)
         self.eos = int(self.tokenizer.eos_token_id)
         settings = SamplingSettings((self.eos,), self.protocol.stop_strings)
         self.engine = ScriptedEngine(self.tokenizer, settings, script, vocab_size=vocab_size)

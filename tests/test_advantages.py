@@ -1,6 +1,6 @@
 import torch
 
-from arpo_trl.advantages import first_copies, mean_over_leaves, shares_nodes
+from arpo_trl.advantages import first_copies, mean_over_leaves
 
 # Three leaves; rows 0 and 1 share node 1 (two tokens) and node 2 (one), row 2 is alone.
 #   row 0:  1 1 2 3
@@ -29,8 +29,7 @@ def test_once_gives_every_node_a_total_weight_of_one_whatever_its_leaves():
 
 def test_without_shared_nodes_attribution_changes_nothing():
     alone = torch.tensor([[1, 1, 2], [3, 4, -1]])
-    assert not shares_nodes(alone)
-    assert shares_nodes(NODES)
+    assert first_copies(alone).tolist() == [[True, True, True], [True, True, False]]
     assert mean_over_leaves(ADVANTAGES[:2], alone).tolist() == [[1.0, 1.0, 1.0], [-0.5, -0.5, 0.0]]
 
 

@@ -118,7 +118,9 @@ def test_control_tokens_in_a_result_stay_text():
     )
     special = set(tokenizer().all_special_ids)
     prompt_and_first = len(protocol().encode_prompt(QUESTION)) + len(tokenizer().encode(TURNS[0]))
-    result = row["input_ids"][prompt_and_first : prompt_and_first + len(protocol().encode_observation(hostile))]
+    result = row["input_ids"][
+        prompt_and_first : prompt_and_first + len(protocol().encode_observation([("", hostile)]))
+    ]
     assert sum(token in special for token in result) == 2  # the wrapper's own tags
     assert hostile in decoded(result)
 

@@ -42,7 +42,7 @@ def tree_by_hand() -> RolloutTree:
         return tree.add_turn(parent, [1] * tokens, text, [-0.5] * tokens, entropies).index
 
     def seen(parent: int, tokens: int, made: ExecutedCall, decided: BranchDecision) -> int:
-        node = tree.add_observation(parent, [2] * tokens, made, "text")
+        node = tree.add_observation(parent, [2] * tokens, [made], "text")
         node.decision = decided
         return node.index
 
@@ -137,7 +137,7 @@ def test_joined_and_cached_calls_are_saved_not_executed():
         ]
     ):
         turn = tree.add_turn(0, [1], "words", [-0.5], [0.1])
-        seen = tree.add_observation(turn.index, [2], made, "text")
+        seen = tree.add_observation(turn.index, [2], [made], "text")
         tree.end(tree.add_turn(seen.index, [1], ANSWER, [-0.5], [0.1]).index, (i,), StopReason.EOS)
     values = tallied(tree).values()
     assert values["tools/calls_executed"] == 2

@@ -1,5 +1,6 @@
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -7,6 +8,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.branching import BranchRule
 from arpo_trl.rollout.engines.base import TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.protocol import ChatTemplateProtocol
 from arpo_trl.rollout.sampler import RolloutSchedule
 from arpo_trl.rollout.tree import NodeKind, StopReason
 from support import ANSWER, Scripted
@@ -386,3 +388,106 @@ def test_rows_of_several_groups_come_back_in_the_order_asked():
         ["1"] * 2,
         ["2"] * 2,
     ]
+
+
+# Several calls in a turn ---------------------------------------------------------------------------------------------
+
+
+def two_calls(request, context):
+    """A first turn that calls both tools at once, then an answer."""
+    if request.key[-1]:
+        return ANSWER
+    return "".join(
+        f'<tool_call>\n{{"name": "{name}", "arguments": {{"{argument}": "{request.key[1]}"}}}}\n</tool_call>\n'
+        for name, argument in (("search", "query"), ("python", "code"))
+    )
+
+
+def chatting(script, **settings) -> Scripted:
+    settings = {"max_completion_length": 900, "max_length": 2000, **settings}
+    return Scripted(script, protocol=ChatTemplateProtocol, template="qwen3", **settings)
+
+
+def test_several_calls_of_a_turn_are_shown_together_in_their_order():
+    order = []
+
+    def search(query: str) -> str:
+        """Search.
+
+        Args:
+            query: What.
+        """
+        time.sleep(0.05)  # the first call ends last
+        order.append("search")
+        return "found"
+
+    def python(code: str) -> str:
+        """Run.
+
+        Args:
+            code: What.
+        """
+        order.append("python")
+        return "ran"
+
+    run = chatting(two_calls, leaves=1, at_root=1, tools=[search, python], schedule=RolloutSchedule.OVERLAP)
+    leaf = run().trees[0].leaves()[0]
+    assert order == ["python", "search"]
+    assert [(call.name, call.text) for call in leaf.calls] == [("search", "found"), ("python", "ran")]
+    assert [node.kind for node in leaf.nodes] == ["turn", "observation", "turn"]
+    shown = run.tokenizer.decode(leaf.nodes[1].ids)
+    assert shown == (
+        "\n<|im_start|>user\n<tool_response>\nfound\n</tool_response>\n<tool_response>\nran\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert leaf.nodes[0].ids[-1] == run.eos  # the EOS that ended the turn is the model's own and is trained
+    assert leaf.mask == [1] * len(leaf.nodes[0].ids) + [0] * len(leaf.nodes[1].ids) + [1] * len(leaf.nodes[2].ids)
+
+
+def test_calls_beyond_the_limit_are_answered_and_not_made():
+    leaf = chatting(two_calls, leaves=1, at_root=1, max_tool_calls=1)().trees[0].leaves()[0]
+    assert [(call.name, call.source, call.failure) for call in leaf.calls] == [
+        ("search", "executed", None),
+        ("python", "refused", "call_limit"),
+    ]
+    assert "No tool calls are left" in leaf.calls[1].text
+
+
+def test_at_the_limit_each_of_several_calls_gets_the_notice():
+    def insists(request, context):
+        return two_calls(replace(request, key=(0, 0, 0)), context) if "No tool" not in context else ANSWER
+
+    run = chatting(insists, leaves=1, at_root=1, max_tool_calls=2)
+    leaf = run().trees[0].leaves()[0]
+    assert len(leaf.calls) == 2
+    assert run.tokenizer.decode(leaf.nodes[3].ids).count("No tool calls are left") == 2
+    assert leaf.stop is StopReason.EOS
+
+
+def test_a_turn_with_several_calls_branches_as_one_node():
+    def uncertain(request, context):
+        return ScriptedTurn(two_calls(request, context), entropies=[float(request.key[-1])])
+
+    rollout = chatting(uncertain, leaves=2, at_root=1)()
+    assert addresses(rollout) == [(0,), (0, 1, 0)]
+    assert [len(node.calls) for node in rollout.trees[0].observations()] == [2]
+
+
+def test_readable_and_unreadable_calls_of_a_turn_are_all_answered():
+    def mixed(request, context):
+        if request.key[-1]:
+            return ANSWER
+        calls = (
+            '{"name": "search", "arguments": {"query": "a"}}',
+            '{"name": 3, "arguments": {}}',
+            '{"name": "nobody"}',
+        )
+        return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+    leaf = chatting(mixed, leaves=1, at_root=1)().trees[0].leaves()[0]
+    assert [(call.name, call.source) for call in leaf.calls] == [
+        ("search", "executed"),
+        ("malformed", "refused"),
+        ("nobody", "refused"),
+    ]
+    assert leaf.stop is StopReason.EOS

@@ -29,7 +29,7 @@ def small(text: str = "hello") -> LoggedTree:
     tree = RolloutTree([1, 2])
     first = tree.add_turn(0, [3, 4], text, [-0.25, -1.5], [0.75])
     call = ExecutedCall("search", {"query": text}, text, "timeout", 0.125, "executed")
-    seen = tree.add_observation(first.index, [5], call, text)
+    seen = tree.add_observation(first.index, [5], [call], text)
     seen.decision = BranchDecision(1.5, 0.25, 0.55, True, 0)
     last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
     tree.end(last.index, (0,), StopReason.EOS)
@@ -65,7 +65,7 @@ def test_every_field_of_a_node_survives(tmp_path):
     assert tree.root.ids == [1, 2]
     first, seen, last = tree.nodes[1:]
     assert (first.ids, first.logprobs, first.entropies, first.stop) == ([3, 4], [-0.25, -1.5], [0.75], None)
-    assert seen.call == ExecutedCall("search", {"query": "hello"}, "hello", "timeout", 0.125, "executed")
+    assert seen.calls == [ExecutedCall("search", {"query": "hello"}, "hello", "timeout", 0.125, "executed")]
     assert seen.decision == BranchDecision(1.5, 0.25, 0.55, True, 0)
     assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
 
@@ -76,7 +76,7 @@ def test_the_limits_notice_which_is_no_call_survives(tmp_path):
 
     before = logged(insists, max_tool_calls=0)
     after = only(log(tmp_path).write("step-000000", [before])).tree
-    assert [node.call for node in after.observations()] == [None] * 4
+    assert [node.calls for node in after.observations()] == [[]] * 4
     assert after.leaves() == before.tree.leaves()
 
 

@@ -14,7 +14,7 @@ def small_tree() -> RolloutTree:
     """
     tree = RolloutTree([1, 2])
     turn = tree.add_turn(0, [10, 11], "<search>iron</search>", [-0.1, -0.2], [0.5, 0.25])
-    seen = tree.add_observation(turn.index, [20], CALL, "a metal")
+    seen = tree.add_observation(turn.index, [20], [CALL], "a metal")
     first = tree.add_turn(seen.index, [30], "yes", [-0.3], [0.1])
     second = tree.add_turn(seen.index, [40, 41], "no", [-0.4, -0.5], [0.2])
     tree.end(second.index, (0, 1, 0), StopReason.LENGTH)
@@ -58,7 +58,7 @@ def test_two_addresses_cannot_end_in_one_node():
 
 def test_a_turn_never_splits():
     tree = small_tree()
-    tree.add_observation(1, [21], CALL, "again")
+    tree.add_observation(1, [21], [CALL], "again")
     with pytest.raises(EngineError, match="a turn never splits"):
         tree.check(2)
 

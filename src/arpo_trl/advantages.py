@@ -59,8 +59,3 @@ def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:
     result = torch.zeros_like(token_nodes, dtype=torch.bool)
     result[real] = rows == first[node]
     return result
-
-
-def shares_nodes(token_nodes: torch.Tensor) -> bool:
-    """Whether any node stands in more than one row; if not, every attribution is plain GRPO."""
-    return not bool(torch.equal(first_copies(token_nodes), token_nodes >= 0))

@@ -50,7 +50,7 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
             new = protocol.encode_turn(segment.text, last=i == len(segments) - 1)
             labels += new
         else:
-            new = protocol.encode_observation(segment.text)
+            new = protocol.encode_observation([("", segment.text)])
             labels += [IGNORED] * len(new)
         ids = ids + new
     return {"input_ids": ids, "labels": labels}

@@ -10,6 +10,7 @@ from trl import GRPOConfig
 from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from arpo_trl.rollout.protocol import ProtocolKind
 from arpo_trl.rollout.sampler import RolloutSchedule
 
 
@@ -73,6 +74,12 @@ class ARPOConfig(GRPOConfig):
     )
 
     # Parameters that control the tools
+    tool_protocol: str = field(
+        default=ProtocolKind.TAGS.value,
+        metadata={"help": "How the model calls tools: 'tags' (<search>…</search>, the paper's, for any model) or "
+                  "'chat_template' (as the tokenizer's own template has calls and results).",
+                  "choices": [kind.value for kind in ProtocolKind]},
+    )  # fmt: skip
     max_tool_calling_iterations: int | None = field(
         default=6,
         metadata={"help": "Tool results per path; then the path is told so and writes one last turn. None: no limit "
@@ -170,6 +177,7 @@ class ARPOConfig(GRPOConfig):
         for name, kinds in (
             ("branch_rule", BranchRule),
             ("rollout_schedule", RolloutSchedule),
+            ("tool_protocol", ProtocolKind),
             ("advantage_attribution", AdvantageAttribution),
             ("shared_prefix_weight", SharedPrefixWeight),
         ):

@@ -14,7 +14,7 @@ import numpy as np
 
 from arpo_trl.rollout.branching import BranchRule, mean
 from arpo_trl.rollout.sampler import Rollout
-from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree, StopReason
+from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
 
 
 @dataclass
@@ -77,12 +77,12 @@ def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
     tally.add("tree/branches", sum(max(0, len(node.children) - 1) for node in tree.observations()))
     tally.add("tree/generated_tokens", sum(len(node.ids) for node in tree.turns()))
     for node in tree.observations():
-        if node.decision is None or node.call is None:
+        if node.decision is None or not node.calls:
             continue
         depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(node.index))
         tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
         tally.add("tree/fire_rate", float(node.decision.fires))
-        tally.add(f"tree/fire_rate_{_tool(node)}", float(node.decision.fires))
+        tally.add(f"tree/fire_rate_{node.tool}", float(node.decision.fires))
         tally.add("entropy/delta", node.decision.delta)
 
 
@@ -92,12 +92,12 @@ def _tally_entropies(tree: RolloutTree, tally: Tally) -> None:
         above = tree.nodes[node.parent]
         if above.kind is NodeKind.ROOT:
             tally.add("entropy/root", mean(node.entropies))
-        elif above.call is not None:
-            tally.add(f"entropy/after_{_tool(above)}", mean(node.entropies))
+        elif above.calls:
+            tally.add(f"entropy/after_{above.tool}", mean(node.entropies))
 
 
 def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
-    executed = {node.index for node in tree.observations() if node.call is not None}
+    in_tree = sum(len(node.calls) for node in tree.observations())
     on_paths = 0
     for leaf in tree.leaves():
         calls = leaf.calls
@@ -107,11 +107,11 @@ def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
         tally.add("alarm/truncated", float(leaf.stop is StopReason.LENGTH))
         tally.add("alarm/call_limit", float(leaf.stop is StopReason.CALL_LIMIT))
         tally.add("tools/calls_per_leaf", len(calls))
-    tally.totals["tools/calls_saved_by_sharing"] += on_paths - len(executed)
+    tally.totals["tools/calls_saved_by_sharing"] += on_paths - in_tree
 
 
 def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
-    calls = [node.call for tree in trees for node in tree.observations() if node.call is not None]
+    calls = [call for tree in trees for node in tree.observations() for call in node.calls]
     made = [call for call in calls if call.source != "refused"]
     tally.totals["tools/calls_executed"] += sum(call.source == "executed" for call in made)
     tally.totals["tools/calls_distinct"] += len({(call.name, repr(sorted(call.arguments.items()))) for call in made})
@@ -124,12 +124,6 @@ def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
         tally.add(f"tools/{call.name}/cache_hits", float(call.source == "cached"))
         if call.source == "executed":
             tally.spread[f"tools/{call.name}/seconds"].append(call.seconds)
-
-
-def _tool(observation: Node) -> str:
-    """The tool of an observation; malformed calls count together, their fault is no tool's name."""
-    assert observation.call is not None
-    return "refusal" if observation.call.source == "refused" else observation.call.name
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ def render_tree(logged: LoggedTree) -> Tree:
 def _label(node: Node, results: dict[int, tuple[float | None, float]]) -> Text:
     label = Text(overflow="fold")
     if node.kind is NodeKind.OBSERVATION:
-        label.append(_short(node.text), style="dim cyan" if node.call is None or node.call.ok else "dim red")
+        label.append(_short(node.text), style="dim cyan" if all(call.ok for call in node.calls) else "dim red")
         if node.decision is not None:
             sign = "⑂" if node.decision.granted else "·"
             label.append(

@@ -27,7 +27,6 @@ from arpo_trl.advantages import (
     SharedPrefixWeight,
     first_copies,
     mean_over_leaves,
-    shares_nodes,
 )
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
@@ -35,7 +34,7 @@ from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.tools.box import ToolBox
@@ -134,7 +133,7 @@ class ARPOTrainer(GRPOTrainer):
         )
         if self._is_vlm:
             raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
-        self.protocol = TagProtocol(
+        self.protocol = PROTOCOLS[ProtocolKind(args.tool_protocol)](
             self._tokenizer,
             self.toolbox.specs,
             max_result_tokens=args.max_tool_result_tokens,
@@ -282,10 +281,11 @@ class ARPOTrainer(GRPOTrainer):
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         ).to(batch["completion_ids"].device)
-        if shares_nodes(token_nodes):
+        first = first_copies(token_nodes)
+        if not torch.equal(first, token_nodes >= 0):  # some node stands in several rows; else this is plain GRPO
             batch["advantages"] = mean_over_leaves(batch["advantages"], token_nodes)
             if once:
-                batch["tool_mask"] = batch["tool_mask"] * first_copies(token_nodes)
+                batch["tool_mask"] = batch["tool_mask"] * first
         if once:  # every rank, shared nodes or not: the token count is a sum over all of them
             trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
             batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
@@ -381,8 +381,8 @@ def _as_messages(leaf: Leaf) -> list[dict[str, str]]:
     """A path as TRL's tool loop gives it to rewards: assistant and tool messages in turn."""
     messages = []
     for node in leaf.nodes:
-        if node.call is not None:
-            messages.append({"role": "tool", "name": node.call.name, "content": node.text})
+        if node.calls:
+            messages += [{"role": "tool", "name": call.name, "content": call.text} for call in node.calls]
         else:
             messages.append({"role": "assistant" if node.logprobs else "tool", "content": node.text})
     return messages

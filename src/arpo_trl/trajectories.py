@@ -93,8 +93,8 @@ def _tree_from(row: dict[str, Any]) -> LoggedTree:
             )
             grown.stop = StopReason(node["stop"]) if "stop" in node else None
         else:
-            call = ExecutedCall(**node["call"]) if "call" in node else None
-            grown = tree.add_observation(node["parent"], node["ids"], call, node["text"])
+            calls = [ExecutedCall(**call) for call in node.get("calls", [])]
+            grown = tree.add_observation(node["parent"], node["ids"], calls, node["text"])
             grown.decision = BranchDecision(**node["decision"]) if "decision" in node else None
     for leaf in row["leaves"]:
         stop = tree.nodes[leaf["node"]].stop

@@ -11,7 +11,6 @@ from rich.table import Table
 
 from arpo_trl.evaluation.runner import Evaluation
 from arpo_trl.rollout.branching import mean
-from arpo_trl.rollout.tree import NodeKind
 
 PROBE = 8
 """Tokens after a tool result that count as "right after" it."""
@@ -41,8 +40,7 @@ def entropy_places(evaluation: Evaluation) -> EntropyPlaces:
     for tree in evaluation.rollout.trees:
         for turn in tree.turns():
             assert turn.parent is not None
-            above = tree.nodes[turn.parent]
-            after = above.call.name if above.kind is NodeKind.OBSERVATION and above.call else "elsewhere"
+            after = tree.nodes[turn.parent].tool or "elsewhere"
             found.setdefault(after, []).extend(turn.entropies[:PROBE])
             found["elsewhere"].extend(turn.entropies[PROBE:])
     return EntropyPlaces(mean(found["search"]), mean(found["python"]), mean(found["elsewhere"]))

@@ -19,7 +19,7 @@ from enum import StrEnum
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.protocol import BadCall, TagProtocol
+from arpo_trl.rollout.protocol import BadCall, ToolProtocol
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult
 
@@ -132,6 +132,19 @@ class _Path:
     """The request of the last turn above the current one."""
 
 
+@dataclass(slots=True)
+class _Calling:
+    """The calls of a turn: its path goes on when the last one is answered."""
+
+    path: _Path
+    calls: Sequence[ToolCall | BadCall]
+    answered: dict[int, ExecutedCall] = field(default_factory=dict)
+
+    @property
+    def in_order(self) -> list[ExecutedCall]:
+        return [self.answered[i] for i in range(len(self.calls))]
+
+
 class TreeSampler:
     """Rolls prompts out into trees with one engine, one protocol and one set of tools."""
 
@@ -139,7 +152,7 @@ class TreeSampler:
         self,
         engine: Engine,
         toolbox: ToolBox,
-        protocol: TagProtocol,
+        protocol: ToolProtocol,
         settings: SamplerSettings,
         eos_ids: Sequence[int],
     ):
@@ -179,7 +192,7 @@ class _Run:
         self.seed = seed
         self.ranked = settings.policy.rule is BranchRule.RANKED
         self.writing: dict[int, _Path] = {}
-        self.calling: dict[int, tuple[_Path, ToolCall]] = {}
+        self.calling: dict[int, tuple[_Calling, int]] = {}
         self.requests = 0
         self.tool_wait_s = 0.0
 
@@ -218,13 +231,15 @@ class _Run:
                     del self.writing[event.id]
                     self._wrote(path, event)
         for ticket, result in self._tool_results():
-            path, call = self.calling.pop(ticket)
-            touched[path.group.id] = path.group
-            self._observe(
-                path,
-                result.text,
-                ExecutedCall(call.name, call.arguments, result.text, result.failure, result.seconds, result.source),
+            calling, i = self.calling.pop(ticket)
+            call = calling.calls[i]
+            assert isinstance(call, ToolCall)
+            calling.answered[i] = ExecutedCall(
+                call.name, call.arguments, result.text, result.failure, result.seconds, result.source
             )
+            touched[calling.path.group.id] = calling.path.group
+            if len(calling.answered) == len(calling.calls):
+                self._observe(calling.path, calling.in_order)
         return list(touched.values())
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
@@ -262,32 +277,51 @@ class _Run:
             last_request=turn.id,
         )
         path.group.longest_chain = max(path.group.longest_chain, path.waited + path.depth)
-        call = None if turn.stop is TurnStop.LENGTH else self.protocol.parse_turn(text)
+        calls = () if turn.stop is TurnStop.LENGTH else self.protocol.parse_turn(text)
         if turn.stop is TurnStop.LENGTH:
             self._end(path, StopReason.LENGTH)
-        elif call is None:
+        elif not calls:
             self._end(path, StopReason.EOS)
         elif not path.may_call:
             self._end(path, StopReason.CALL_LIMIT)
         elif path.results >= self.settings.max_tool_calls:
-            self._observe(replace(path, may_call=False), self.protocol.limit_notice(), None)
-        elif isinstance(call, BadCall):
-            self._observe(path, call.text, ExecutedCall(call.fault, {}, call.text, "bad_call", 0.0, "refused"))
+            notice = self.protocol.limit_notice()
+            results = [(_name(call), notice) for call in calls]
+            self._write_under(replace(path, may_call=False), self.protocol.encode_observation(results), (), notice)
         else:
-            self.calling[self.toolbox.submit(call)] = (self._alive(path), call)
+            self._call(path, calls)
 
-    def _observe(self, path: _Path, text: str, call: ExecutedCall | None) -> None:
-        """Shows the path a tool result, or the limit's notice (`call` None), and lets it write on."""
-        ids = self.protocol.encode_observation(text)
+    def _call(self, path: _Path, calls: Sequence[ToolCall | BadCall]) -> None:
+        """Sends off a turn's calls; those that are none, or one too many, are answered at once."""
+        calling = _Calling(path, calls)
+        for i, call in enumerate(calls):
+            if isinstance(call, BadCall):
+                calling.answered[i] = ExecutedCall(call.fault, {}, call.text, "bad_call", 0.0, "refused")
+            elif path.results + i >= self.settings.max_tool_calls:
+                notice = self.protocol.limit_notice()
+                calling.answered[i] = ExecutedCall(call.name, call.arguments, notice, "call_limit", 0.0, "refused")
+            else:
+                self.calling[self.toolbox.submit(call)] = (calling, i)
+        if len(calling.answered) == len(calls):
+            self._observe(path, calling.in_order)
+        else:
+            self._alive(path)
+
+    def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
+        """Shows the path what came of its calls and lets it write on."""
+        path = replace(path, results=path.results + len(calls), decides=path.group.branches)
+        ids = self.protocol.encode_observation([(call.name, call.text) for call in calls])
+        self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
+
+    def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
+        """Adds an observation and submits the turn under it, if the path has room for both."""
         if self._room(path.group, len(path.ids) + len(ids)) < 1:
             self._end(path, StopReason.LENGTH)
             return
-        node = path.group.tree.add_observation(path.parent, ids, call, text)
+        node = path.group.tree.add_observation(path.parent, ids, calls, text)
         path = replace(path, parent=node.index, ids=path.ids + ids)
-        if call is not None:
-            path = replace(path, results=path.results + 1, decides=path.group.branches)
-            if self.settings.policy.rule is BranchRule.RELEASED:  # decided from the turn before: the lag
-                path = self._probed(path, path.last_entropies)
+        if path.decides and self.settings.policy.rule is BranchRule.RELEASED:  # decided from the turn before: the lag
+            path = self._probed(path, path.last_entropies)
         self._write(path)
 
     # Paths -----------------------------------------------------------------------------------------------------------
@@ -368,3 +402,7 @@ class _Run:
         """A seed that is this rollout's, and this place's in it, alone."""
         digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
+
+
+def _name(call: ToolCall | BadCall) -> str:
+    return call.name if isinstance(call, ToolCall) else call.fault

@@ -2,7 +2,7 @@
 
     root ──┬─ turn ── observation ──┬─ turn ── …           root: the prompt
            │                        └─ turn (a branch)     turn: what the model wrote until it called, ended or ran out
-           └─ turn ── …                                    observation: the tokens of one tool result
+           └─ turn ── …                                    observation: the tokens of a turn's tool results
 
 Invariants, checked by `RolloutTree.check`:
 
@@ -86,7 +86,8 @@ class Node:
     """The tokens one event adds to its path. Fields after `text` are None or empty where the kind has no use for them.
 
     `logprobs` are natural-log probabilities under the distribution sampled from, one per id of a turn; `entropies` are
-    in nats and cover a turn's first probe tokens only. `stop` is set on the turn that ends a path.
+    in nats and cover a turn's first probe tokens only. `stop` is set on the turn that ends a path. `calls` are those
+    of the turn above an observation, one unless the model wrote several at once.
     """
 
     index: int
@@ -97,9 +98,15 @@ class Node:
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
     stop: StopReason | None = None
-    call: ExecutedCall | None = None
+    calls: list[ExecutedCall] = field(default_factory=list)
     decision: BranchDecision | None = None
     children: list[int] = field(default_factory=list)
+
+    @property
+    def tool(self) -> str | None:
+        """The tool whose result this is, `several` if they differ, `refusal` for calls that were not made, or None."""
+        tools = {"refusal" if call.source == "refused" else call.name for call in self.calls}
+        return None if not tools else tools.pop() if len(tools) == 1 else "several"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +148,7 @@ class Leaf:
     @property
     def calls(self) -> list[ExecutedCall]:
         """The tool calls along the path, in order."""
-        return [node.call for node in self.nodes if node.call is not None]
+        return [call for node in self.nodes for call in node.calls]
 
     @property
     def stop(self) -> StopReason:
@@ -172,9 +179,9 @@ class RolloutTree:
             )
         return self._add(parent, NodeKind.TURN, ids, text, logprobs=logprobs, entropies=list(entropies))
 
-    def add_observation(self, parent: int, ids: list[int], call: ExecutedCall | None, text: str) -> Node:
-        """The new observation under the turn `parent`; `call` is None for the notice that no calls are left."""
-        return self._add(parent, NodeKind.OBSERVATION, ids, text, call=call)
+    def add_observation(self, parent: int, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> Node:
+        """The new observation under the turn `parent`; `calls` is empty for the notice that no calls are left."""
+        return self._add(parent, NodeKind.OBSERVATION, ids, text, calls=list(calls))
 
     def _add(self, parent: int, kind: NodeKind, ids: list[int], text: str, **fields: Any) -> Node:
         node = Node(len(self.nodes), parent, kind, ids, text, **fields)

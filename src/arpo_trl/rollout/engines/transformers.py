@@ -184,6 +184,8 @@ class TransformersEngine:
         self._model_context = model_context
         self._warpers, self._penalty = _warpers(settings)
         self._stop_tail = 2 + max((len(stop.encode()) for stop in settings.stop_strings), default=0)
+        # Which turns others continue: those that called a tool, which without stop strings also end by EOS.
+        self._continued = TurnStop.STOP_STRING if settings.stop_strings else TurnStop.EOS
         self._can_stop = self._is_eos = torch.empty(0, dtype=torch.bool)
         self._waiting: deque[TurnRequest] = deque()
         self._model: PreTrainedModel | None = None
@@ -364,7 +366,7 @@ class TransformersEngine:
             probed = min(written, request.probe_tokens)
             events.append(Turn(request.id, ids[i][:written], logprobs[i][:written], entropies[i][:probed], stop))
             finished.append(row)
-            if stop is TurnStop.STOP_STRING:  # the only turns that others continue
+            if stop is self._continued:
                 self._retained.keep(request.id, [layer.read(row, length) for layer in self._cache.layers])
         if finished:
             self._remove(finished)
