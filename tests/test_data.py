@@ -263,9 +263,9 @@ def test_a_dataset_that_cannot_be_trained_on_says_which_row_and_field(rows: dict
 
 
 @pytest.mark.parametrize("name", sorted(SYSTEM_PROMPTS))
-def test_a_system_prompt_teaches_every_tag_and_no_control_character(name: str) -> None:
+def test_a_system_prompt_teaches_its_tags_and_no_control_character(name: str) -> None:
     text = SYSTEM_PROMPTS[name]
-    for tag in ("think", "search", "python", "result", "answer"):
+    for tag in ("answer",) if name == "tools" else ("think", "search", "python", "result", "answer"):
         assert f"<{tag}>" in text and f"</{tag}>" in text
     assert r"\boxed{" in text
     assert all(char.isprintable() or char == "\n" for char in text)

@@ -102,6 +102,7 @@ def test_the_bonus_and_its_tools_are_settings() -> None:
         ([ANSWER, ANSWER], "several_answers"),
         (["<result>42</result>" + ANSWER], "wrote_result"),
         ([ANSWER + "</result>"], "wrote_result"),
+        (["<tool_response>42</tool_response>" + ANSWER], "wrote_result"),
         ([r"<answer>\boxed{42}"], "unbalanced_tags"),
         (["<think>hm" + ANSWER], "unbalanced_tags"),
         (["hm</think>" + ANSWER], "unbalanced_tags"),

@@ -15,7 +15,7 @@ from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import read_trees
-from support import python, save_tiny_model, search, tokenizer
+from support import python, save_tiny_model, search, tiny_model, tokenizer, with_template
 
 ROWS = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(8)]
@@ -215,6 +215,44 @@ def test_rewards_receive_turns_calls_and_messages_as_data(model_path, tmp_path):
     )
     assert seen["stop_reason"] == ["eos"] * 8
     assert seen["answer"] == [["0"]] * 4 + [["1"]] * 4
+
+
+def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path):
+    tok = with_template("qwen3")
+    model = tiny_model()
+    model.config.max_position_embeddings = 4096  # the tools' schemas are long in this tokenizer
+    model.save_pretrained(tmp_path / "model")
+    tok.save_pretrained(tmp_path / "model")
+    seen = {}
+
+    def script(request, context):
+        if request.key[-1]:
+            return ScriptedTurn(f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
+        calls = '{"name": "search", "arguments": {"query": "iron"}}', '{"name": "python", "arguments": {"code": "1"}}'
+        return ScriptedTurn("\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls), entropies=[0.1])
+
+    def reward(completions, tool_calls, turns, **columns):
+        seen.update(completions=completions, tool_calls=tool_calls)
+        return [float(len(turn[-1])) for turn in turns]
+
+    made = trainer(
+        str(tmp_path / "model"),
+        tmp_path / "run",
+        engine=ScriptedEngine(tok, SamplingSettings((tok.eos_token_id,)), script),
+        rewards=reward,
+        tool_protocol="chat_template",
+        max_completion_length=800,
+        max_steps=1,
+    )
+    made.train()
+    assert [message["role"] for message in seen["completions"][0]] == ["assistant", "tool", "tool", "assistant"]
+    assert [message.get("name") for message in seen["completions"][0]] == [None, "search", "python", None]
+    assert [call["text"] for call in seen["tool_calls"][0]] == ["facts about iron", "ran 1"]
+    log = made.state.log_history[0]
+    assert log["arpo/tree/branches"] > 0
+    assert log["arpo/entropy/after_several"] == 1.0
+    assert log["arpo/tools/calls_per_leaf"] == 2
+    made.toolbox.close()
 
 
 def test_text_prompts_have_text_completions(model_path, tmp_path):

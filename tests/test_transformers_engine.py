@@ -22,10 +22,10 @@ def louder(model):
     return model
 
 
-def engine(model, *, stop=(), **settings):
+def engine(model, *, stop=(), eos=None, **settings):
     return TransformersEngine(
         tokenizer(),
-        SamplingSettings((tokenizer().eos_token_id,), tuple(stop), **settings),
+        SamplingSettings((tokenizer().eos_token_id if eos is None else eos,), tuple(stop), **settings),
         lambda: contextlib.nullcontext(model),
     )
 
@@ -299,22 +299,22 @@ def test_a_session_that_fails_leaves_nothing_behind(model):
         assert made.poll(0.0) == []
 
 
-def continued(model, monkeypatch, retained_bytes):
-    """Two turns after one that stopped at a tag, and the tokens that each forward read."""
+def continued(model, monkeypatch, retained_bytes, *, by_tag=True):
+    """Two turns after one that stopped at a tag (or by EOS, without tags), and the tokens that each forward read."""
     monkeypatch.setattr(transformers_engine, "RETAINED_BYTES", retained_bytes)
     tok = tokenizer()
     read = []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    stop = tok.decode(run(model, requests([0]))[0][0].ids[6:7])
-    made = engine(model, stop=[stop])
+    last = run(model, requests([0]))[0][0].ids[6]
+    made = engine(model, stop=[tok.decode([last])]) if by_tag else engine(model, eos=last)
     try:
         with made.session():
             made.submit(requests([0])[0])
             events = [event for _ in range(30) if made.pending for event in made.poll(0.0)]
             first = next(event for event in events if isinstance(event, Turn))
-            assert first.stop is TurnStop.STOP_STRING
+            assert first.stop is (TurnStop.STOP_STRING if by_tag else TurnStop.EOS)
             read.clear()
             ids = PROMPTS[0] + first.ids + tok.encode(" a result of some length")
             for i in (1, 2):  # the turn that goes on, and its branch
@@ -327,12 +327,13 @@ def continued(model, monkeypatch, retained_bytes):
     return turns, read, len(ids), len(first.ids)
 
 
-def test_what_a_turn_computed_is_not_computed_again_by_those_that_continue_it(model, monkeypatch):
-    kept, read, length, first = continued(model, monkeypatch, 1 << 30)
+@pytest.mark.parametrize("by_tag", [True, False])
+def test_what_a_turn_computed_is_not_computed_again_by_those_that_continue_it(model, monkeypatch, by_tag):
+    kept, read, length, first = continued(model, monkeypatch, 1 << 30, by_tag=by_tag)
     # one prefill for both, of the first turn's last token and the result less its last
     assert read[0] == (1, length - len(PROMPTS[0]) - first)
     assert set(read[1:]) <= {(2, 1), (1, 1)}
-    dropped, read, length, _ = continued(model, monkeypatch, 0)
+    dropped, read, length, _ = continued(model, monkeypatch, 0, by_tag=by_tag)
     assert read[0] == (1, length - 1)
     assert {i: turn.ids for i, turn in kept.items()} == {i: turn.ids for i, turn in dropped.items()}
     for i, turn in kept.items():

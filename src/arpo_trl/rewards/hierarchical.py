@@ -26,6 +26,8 @@ from arpo_trl.rollout.tree import StopReason
 
 Accuracy = Literal["task", "paper_f1"]
 
+_RESULT_TAG = re.compile(r"</?(result|tool_response)>")  # of the tag protocol, and of most chat templates
+
 
 class FormatFault(StrEnum):
     """What is wrong with a path's format: the first of these, in this order, that holds."""
@@ -35,7 +37,7 @@ class FormatFault(StrEnum):
     CALL_LIMIT = "call_limit"
     """It called a tool again after it had been told that no calls were left."""
     WROTE_RESULT = "wrote_result"
-    """The model wrote a `<result>` tag itself: it made up a tool's result."""
+    """The model wrote a `<result>` or `<tool_response>` tag itself: it made up a tool's result."""
     NO_ANSWER = "no_answer"
     """No `<answer>`."""
     SEVERAL_ANSWERS = "several_answers"
@@ -91,7 +93,7 @@ def format_fault(turns: Sequence[str], stop_reason: str, tool_names: Sequence[st
                 f"stop_reason is {stop_reason!r}; expected one of {known}. It must come from the trainer's rollout."
             )
     text = "\n".join(turns)  # a separator, lest the end of one turn and the start of the next make up a tag
-    if "<result>" in text or "</result>" in text:
+    if _RESULT_TAG.search(text):
         return FormatFault.WROTE_RESULT
     if (answers := text.count("<answer>")) != 1:
         return FormatFault.SEVERAL_ANSWERS if answers else FormatFault.NO_ANSWER
