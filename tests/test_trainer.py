@@ -97,6 +97,7 @@ def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path
         model_path,
         tmp_path / "ours",
         engine=scripted(flat_script),
+        shared_prefix_forward="off",
         advantage_attribution=attribution,
         shared_prefix_weight=weight,
     )

@@ -9,6 +9,7 @@ from trl import GRPOConfig
 
 from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight
 from arpo_trl.errors import ConfigError
+from arpo_trl.prefix_sharing import SharedPrefixForward
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.protocol import ProtocolKind
 from arpo_trl.rollout.sampler import RolloutSchedule
@@ -116,6 +117,14 @@ class ARPOConfig(GRPOConfig):
                   "first, with their mean advantage).", "choices": [kind.value for kind in SharedPrefixWeight]},
     )  # fmt: skip
 
+    # Parameters that control the forward pass of the update
+    shared_prefix_forward: str = field(
+        default=SharedPrefixForward.AUTO.value,
+        metadata={"help": "Whether tokens that rows of a micro-batch share are computed once: 'auto' (where that is "
+                  "exact for the model, said once where not), 'on' (an error where not), 'off' (TRL's padded batch).",
+                  "choices": [kind.value for kind in SharedPrefixForward]},
+    )  # fmt: skip
+
     # Parameters that control the trajectory log
     trajectory_log_rate: float = field(
         default=0.05,
@@ -180,6 +189,7 @@ class ARPOConfig(GRPOConfig):
             ("tool_protocol", ProtocolKind),
             ("advantage_attribution", AdvantageAttribution),
             ("shared_prefix_weight", SharedPrefixWeight),
+            ("shared_prefix_forward", SharedPrefixForward),
         ):
             value = getattr(self, name)
             if value not in {kind.value for kind in kinds}:

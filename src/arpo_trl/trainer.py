@@ -15,12 +15,12 @@ from typing import Any, ClassVar, SupportsFloat
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset
 from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import get_callable_name, is_async_callable, pad
+from trl.trainer.utils import get_callable_name, is_async_callable, pad, split_tensor_dict
 
 from arpo_trl.advantages import (
     AdvantageAttribution,
@@ -32,6 +32,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
+from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
@@ -71,6 +72,8 @@ class ARPOTrainer(GRPOTrainer):
       truncation metrics stay; the decoded completions are replaced by ours.
     - `_generate_and_score_completions`: the group advantages (B,) become per-token ones (B, T) where leaves share
       nodes. Where none do, the batch is TRL's, bit for bit.
+    - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
+      `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
 
     Raises:
@@ -94,6 +97,7 @@ class ARPOTrainer(GRPOTrainer):
     }
 
     args: ARPOConfig
+    _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
         self,
@@ -139,6 +143,7 @@ class ARPOTrainer(GRPOTrainer):
             max_result_tokens=args.max_tool_result_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
         )
+        self._shares_prefixes = self._prepare_prefix_sharing()
         self.sampler = self._make_sampler(engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         for dataset in (train_dataset, *evaluated):
@@ -264,6 +269,9 @@ class ARPOTrainer(GRPOTrainer):
         assert self._last is not None
         advantages = batch["advantages"]
         self._attribute(batch)
+        if self._shares_prefixes and self.model.training and self.args.steps_per_generation > 1:
+            size = self.num_generations
+            batch["tree"] = torch.arange(len(advantages), device=advantages.device) // size
         self._log_rollout(advantages)
         self._timed["generate_and_score"] += time.perf_counter() - start
         return batch
@@ -303,12 +311,83 @@ class ARPOTrainer(GRPOTrainer):
             self._last.rewards = total[local][: len(prompts)].cpu()
         return rewards
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    # Update ----------------------------------------------------------------------------------------------------------
+
+    def _prepare_prefix_sharing(self) -> bool:
+        """Makes the models take packs; False where they must not or cannot."""
+        wanted = SharedPrefixForward(self.args.shared_prefix_forward)
+        if wanted is SharedPrefixForward.OFF:
+            return False
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
+        bases = [model.get_base_model() if is_peft_model(model) else model for model in models]
+        reasons = [reason for base in bases if (reason := why_not_shared(base)) is not None]
+        if self.aux_loss_enabled:
+            reasons.append("its router's auxiliary loss counts every row's tokens")
+        if reasons:
+            told = f"Shared prefixes cannot be computed once for this model: {reasons[0]}."
+            if wanted is SharedPrefixForward.ON:
+                raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
+            logger.warning(f"{told} The update takes TRL's padded batches.")
+            return False
+        for base in bases:
+            share_prefixes(base)
+        return True
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         start = time.perf_counter()
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        packs: list[Pack] = []
+        if self._shares_prefixes:
+            # As many forward passes as TRL would take, so that ranks agree on their number whatever their rows share.
+            size = batch_size or len(input_ids)
+            chunks = zip(torch.split(input_ids, size), torch.split(attention_mask, size), strict=True)
+            packs = [pack_rows(ids, mask, logits_to_keep) for ids, mask in chunks]
+        if packs:
+            with self.accelerator.autocast():
+                values = [forward_pack(model, pack) for pack in packs]
+            logprobs = torch.cat([logprobs for logprobs, _ in values])
+            entropies = [entropies for _, entropies in values if entropies is not None]
+            result = logprobs, torch.cat(entropies) if compute_entropy else None, None
+            if torch.is_grad_enabled():
+                ratio = sum(pack.leaf_tokens for pack in packs) / sum(map(len, packs))
+                self._metrics["train"]["arpo/update/sharing_ratio"].append(ratio)
+        else:
+            result = super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
         if not torch.is_grad_enabled():
             self._timed["logprobs"] += time.perf_counter() - start
         return result
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """TRL's shuffled micro-batches, re-dealt so that each holds whole trees; the trees stay shuffled."""
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training or "tree" not in inputs:
+            return inputs
+        batches = self._buffered_inputs
+        assert batches is not None
+        first = batches[0]
+        rows = {
+            name: torch.cat([batch[name] for batch in batches]) if torch.is_tensor(value) and value.dim() else value
+            for name, value in first.items()
+        }
+        trees = rows.pop("tree").tolist()
+        place = {tree: i for i, tree in enumerate(dict.fromkeys(trees))}
+        order = torch.tensor(sorted(range(len(trees)), key=lambda row: place[trees[row]]))
+        dealt = {
+            name: value[order.to(value.device)] if torch.is_tensor(value) and value.dim() else value
+            for name, value in rows.items()
+        }
+        self._buffered_inputs = split_tensor_dict(dealt, len(batches))
+        return self._buffered_inputs[self._step % len(batches)]
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         start, before = time.perf_counter(), self._timed["generate_and_score"]

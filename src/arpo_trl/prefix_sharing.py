@@ -1,0 +1,301 @@
+"""Logprobs of rows that share prefixes, each shared token computed once.
+
+The rows of a micro-batch (prompt and completion) often start alike: leaves of one tree by construction, siblings of a
+well-trained policy by habit. Where two rows hold the same tokens up to some position, a causal model computes the same
+thing up to there. So the rows are laid out as a trie, one after another without what an earlier row already holds:
+
+    # rows:    p p a a t b b          pack:      p p a a t b b | t c | p d d d
+    #          p p a a t c            position:  0 1 2 3 4 5 6 | 4 5 | 1 2 3 4
+    #          p p d d d              runs:      row 0         | row 1 | row 2
+
+The last token before rows part is repeated (`t`, `p`), so that each position of the pack has one next token at most
+and the language-model head runs once per edge of the trie. A run attends to its own path: to those parts of earlier
+runs that its row shares, and to itself. Rows that are equal cost nothing; padding is gone.
+
+Logprobs and entropies are read back per row, so gradients of shared tokens add up by themselves: the result is that of
+the padded batch up to rounding. Sharing is found from the token ids alone, whatever tree they came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
+
+
+class SharedPrefixForward(StrEnum):
+    """Whether the update computes shared tokens once."""
+
+    AUTO = "auto"
+    """Where that is exact; where not, the padded batch, with one line in the log that says why."""
+    ON = "on"
+    """An error at start-up where that is not exact."""
+    OFF = "off"
+    """TRL's padded batch."""
+
+
+NO_LABEL = -100
+PREFIX = "shared_prefix+"
+"""Before the name of a model's own attention implementation: the one that also takes packs."""
+EXTENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What one row adds to the pack: `length` tokens, after the `slices` of the pack that its path goes through."""
+
+    length: int
+    slices: tuple[tuple[int, int], ...]
+
+    @property
+    def inherited(self) -> int:
+        return sum(stop - start for start, stop in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Rows laid out as a trie of N tokens, and the way back to them.
+
+    `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion needs it. `sources`
+    (B, T) holds for each completion token the pack index of the token before it; it means nothing where `real` (B, T)
+    is False. `leaf_tokens` is what the rows hold together, padding not counted.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    sources: torch.Tensor
+    real: torch.Tensor
+    runs: tuple[Run, ...]
+    leaf_tokens: int
+    _masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return self.ids.size(1)
+
+    def mask(self, run: int, like: torch.Tensor) -> torch.Tensor:
+        """(queries, keys) additive mask of a run: each query sees all that is inherited, and its own run up to itself.
+
+        Made once for all layers, in the queries' type: SDPA would convert, and keep, a boolean one in each of them.
+        """
+        key = (run, like.dtype)
+        if key not in self._masks:
+            n, inherited = self.runs[run].length, self.runs[run].inherited
+            hidden = torch.ones(n, inherited + n, dtype=torch.bool, device=like.device).triu(inherited + 1)
+            zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
+            self._masks[key] = zeros.masked_fill_(hidden, float("-inf"))
+        return self._masks[key]
+
+
+def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Pack:
+    """The rows as a pack.
+
+    Args:
+        input_ids: (B, P + T), prompts padded on the left and completions on the right.
+        attention_mask: (B, P + T), 1 on real tokens.
+        logits_to_keep: T, the completion columns, whose logprobs are wanted.
+
+    Raises:
+        ValueError: A row has no token, or padding between its tokens.
+    """
+    ids, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy().astype(bool)
+    width = ids.shape[1]
+    starts, lengths = mask.argmax(axis=1), mask.sum(axis=1)
+    stops = starts + lengths
+    columns = np.arange(width)
+    if not lengths.all() or not np.array_equal(mask, (columns >= starts[:, None]) & (columns < stops[:, None])):
+        raise ValueError("A row has no token, or padding between its tokens; expected padding at its ends only.")
+    rows = [row[start:stop] for row, start, stop in zip(ids, starts, stops, strict=True)]
+    # Big-endian bytes of non-negative numbers sort like the numbers.
+    order = sorted(range(len(rows)), key=[row.astype(">i8").tobytes() for row in rows].__getitem__)
+
+    index = np.zeros(ids.shape, dtype=np.int64)  # (B, P + T): each row's tokens in the pack, from column 0 on
+    added: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    runs: list[Run] = []
+    path: list[tuple[int, int]] = []  # slices of the pack that make up the row before
+    size = 0
+    for before, at in zip([None, *order], order, strict=False):
+        row = rows[at]
+        shared = 0 if before is None else _shared_positions(rows[before], row)
+        index[at, :shared] = index[before, :shared] if before is not None else 0
+        index[at, shared : len(row)] = np.arange(size, size + len(row) - shared)
+        path = _first(path, shared)
+        if new := len(row) - shared:
+            added.append(row[shared:])
+            positions.append(np.arange(shared, len(row)))
+            runs.append(Run(new, tuple(path)))
+            path.append((size, size + new))
+            size += new
+
+    labels = np.full(size, NO_LABEL, dtype=np.int64)
+    sources = np.zeros((len(rows), logits_to_keep), dtype=np.int64)
+    first_wanted = np.maximum(width - logits_to_keep - starts, 1)  # a row's first token has none before it
+    for at, row in enumerate(rows):
+        first = first_wanted[at]
+        labels[index[at, first - 1 : len(row) - 1]] = row[first:]
+        column = first + starts[at] - (width - logits_to_keep)
+        sources[at, column : column + len(row) - first] = index[at, first - 1 : len(row) - 1]
+    real = mask[:, width - logits_to_keep :] & (columns[width - logits_to_keep :] > starts[:, None])
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(input_ids.device)
+
+    return Pack(
+        tensor(np.concatenate(added).astype(np.int64))[None],
+        tensor(np.concatenate(positions))[None],
+        tensor(labels)[None],
+        tensor(sources),
+        tensor(real),
+        tuple(runs),
+        int(lengths.sum()),
+    )
+
+
+def _shared_positions(before: np.ndarray, row: np.ndarray) -> int:
+    """How many first positions of `row` the row sorted before it already holds, next token included."""
+    shorter = min(len(before), len(row))
+    differ = before[:shorter] != row[:shorter]
+    common = int(differ.argmax()) if differ.any() else shorter
+    # Where one row ends in the other its last token has no next one to disagree about.
+    return common if common == shorter else max(common - 1, 0)
+
+
+def _first(path: list[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
+    """The slices that hold the first `tokens` tokens of `path`."""
+    kept = []
+    for start, stop in path:
+        if tokens <= 0:
+            break
+        kept.append((start, min(stop, start + tokens)))
+        tokens -= stop - start
+    return kept
+
+
+class _GatherPaths(torch.autograd.Function):
+    """(1, heads, N, dim) keys or values → for each run those of its path, (1, heads, inherited + length, dim).
+
+    As indexing would do, with a backward pass that adds slice by slice instead of token by token.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, runs: tuple[Run, ...]) -> tuple[torch.Tensor, ...]:
+        ctx.runs, ctx.shape = runs, states.shape
+        own = torch.split(states, [run.length for run in runs], dim=2)
+        return tuple(
+            torch.cat([*(states[:, :, start:stop] for start, stop in run.slices), part], dim=2)
+            for run, part in zip(runs, own, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        size = 0
+        for run, grad in zip(ctx.runs, grads, strict=True):
+            at = 0
+            for start, stop in (*run.slices, (size, size + run.length)):
+                total[:, :, start:stop] += grad[:, :, at : at + stop - start]
+                at += stop - start
+            size += run.length
+        return total, None
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, *, scaling: float | None, dropout: float
+) -> torch.Tensor:
+    """(1, heads, N, dim) attention of every run over its own path; keys and values may have fewer heads."""
+    groups = query.size(1) // key.size(1)
+    outputs = []
+    queries = torch.split(query, [run.length for run in pack.runs], dim=2)
+    keys, values = _GatherPaths.apply(key, pack.runs), _GatherPaths.apply(value, pack.runs)
+    for i, (run, q, k, v) in enumerate(zip(pack.runs, queries, keys, values, strict=True)):
+        causal = not run.slices and run.length > 1
+        mask = pack.mask(i, q) if run.slices and run.length > 1 else None
+        k, v = repeat_kv(k, groups), repeat_kv(v, groups)
+        outputs.append(scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scaling))
+    return torch.cat(outputs, dim=2)
+
+
+def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
+    """An attention function of transformers that also takes packs, as the keyword `shared_prefix_pack`."""
+
+    def forward(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        shared_prefix_pack: Pack | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if shared_prefix_pack is None:
+            return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        attended = attend(query, key, value, shared_prefix_pack, scaling=scaling, dropout=dropout)
+        return attended.transpose(1, 2).contiguous(), None
+
+    return forward
+
+
+def why_not_shared(model: PreTrainedModel) -> str | None:
+    """Why packs would not be exact with this model, or None when they are."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        return f"it has layers of type {sorted(kinds)}; only full attention sees a path the same way in a pack"
+    if getattr(config, "use_sliding_window", False) or (
+        getattr(config, "sliding_window", None) is not None and not hasattr(config, "use_sliding_window")
+    ):
+        return "it attends through a sliding window"
+    if not getattr(model, "_supports_attention_backend", False):
+        return "its attention cannot be replaced (transformers' AttentionInterface)"
+    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+        return "it routes tokens to experts, whose load would be counted differently"
+    attention = model.config._attn_implementation.removeprefix(PREFIX)
+    if attention not in EXTENDS:
+        return f"its attention implementation is {attention!r}; set attn_implementation to one of {list(EXTENDS)}"
+    dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
+    if any(dropouts) or getattr(config, "attention_dropout", None):
+        return "it drops out at random, which shared tokens would do alike for all their rows; set dropout to 0"
+    return None
+
+
+def share_prefixes(model: PreTrainedModel) -> None:
+    """Makes `model` take packs, next to ordinary batches, which it computes as before."""
+    attention = model.config._attn_implementation
+    if attention.startswith(PREFIX):
+        return
+    name = PREFIX + attention
+    AttentionInterface.register(name, _extended(AttentionInterface()[attention]))
+    AttentionMaskInterface.register(name, AttentionMaskInterface()[attention])
+    model.set_attn_implementation(name)
+
+
+def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, T) logprobs of the completion tokens and, if the model's head gives them, entropies; 0 on padding.
+
+    `model` has TRL's fused language-model head, in whatever wrapping, and went through `share_prefixes`.
+    """
+    outputs = model(
+        input_ids=pack.ids,
+        attention_mask=torch.ones(1, 1, 1, 1, device=pack.ids.device),  # 4-D: no mask is made, and none is used
+        position_ids=pack.positions,
+        shift_labels=pack.labels,
+        fused_lm_head=True,
+        shared_prefix_pack=pack,
+    )
+
+    logprobs, entropies = (
+        None if values is None else values[0][pack.sources].masked_fill(~pack.real, 0.0)
+        for values in (outputs.log_probs, outputs.entropy)
+    )
+    assert logprobs is not None
+    return logprobs, entropies
