@@ -1,0 +1,179 @@
+"""The update with and without shared prefixes: forward and backward of TRL's fused logprobs, order alternated.
+
+    python benchmarks/update.py                      # the 50 M model on the shapes that docs/results.md shows
+    python benchmarks/update.py --grid               # every shape: hours on a CPU
+    python benchmarks/update.py --growth             # how time grows with M, and the exponent
+
+Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
+half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
+what a perfect implementation would gain. Peak memory is the growth of a process that runs one step and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import resource
+import subprocess
+import sys
+import time
+from statistics import median
+
+import torch
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from trl.trainer.utils import add_fused_lm_head
+
+from arpo_trl.prefix_sharing import forward_pack, pack_rows, share_prefixes
+
+MODELS = {"5 M": (192, 6), "50 M": (576, 10)}
+"""Hidden size and layers; the vocabulary is 8,000."""
+VOCABULARY = 8000
+COMPLETION = 500
+FORKS = ("none", "half", "deep")
+SHOWN = [("50 M", prompt, 16, forks) for prompt in (300, 1000) for forks in FORKS]
+
+Rows = tuple[torch.Tensor, torch.Tensor, int]
+Shape = tuple[str, int, int, str]
+
+
+def make_model(name: str) -> PreTrainedModel:
+    hidden, layers = MODELS[name]
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
+    model = Qwen3ForCausalLM(config)
+    add_fused_lm_head(model, 1.0, False, ("log_probs", "entropy"))
+    share_prefixes(model)
+    return model
+
+
+def make_rows(prompt: int, leaves: int, forks: str) -> Rows:
+    rng = random.Random(0)
+
+    def tokens(count: int) -> list[int]:
+        return [rng.randrange(1, VOCABULARY) for _ in range(count)]
+
+    half, quarter = COMPLETION // 2, COMPLETION // 4
+    start = tokens(prompt)
+    rows: list[list[int]] = []
+    while len(rows) < leaves:
+        if forks == "none":
+            rows.append(start + tokens(COMPLETION))
+        elif forks == "half":
+            shared = start + tokens(half)
+            rows += [shared + tokens(COMPLETION - half) for _ in range(2)]
+        else:
+            first = start + tokens(quarter)
+            for second in (first + tokens(quarter) for _ in range(2)):
+                rows += [second + tokens(COMPLETION - 2 * quarter) for _ in range(2)]
+    ids = torch.tensor(rows[:leaves])
+    return ids, torch.ones_like(ids), COMPLETION
+
+
+def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
+    """Seconds of one forward and backward."""
+    ids, mask, keep = rows
+    begin = time.perf_counter()
+    if shared:
+        logprobs, _ = forward_pack(model, pack_rows(ids, mask, keep))
+    else:
+        labels = ids.clone()
+        labels[:, :-keep] = -100
+        logprobs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
+    logprobs.sum().backward()
+    model.zero_grad(set_to_none=False)
+    return time.perf_counter() - begin
+
+
+def peak_mb(shape: Shape, shared: bool) -> float:
+    """MiB that one step adds to a process that has taken a tiny one."""
+    command = [sys.executable, __file__, "--memory", json.dumps([*shape, shared])]
+    return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
+
+
+def measure_memory(name: str, prompt: int, leaves: int, forks: str, shared: bool) -> None:
+    model = make_model(name)
+    step(model, make_rows(8, 2, "none"), shared)  # gradients exist, threads have started
+    rows = make_rows(prompt, leaves, forks)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    step(model, rows, shared)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def timed(shape: Shape, repeats: int) -> tuple[float, float, float, int, int]:
+    """Median seconds padded and shared, the median of their ratios, tokens padded and packed."""
+    name, prompt, leaves, forks = shape
+    model, rows = make_model(name), make_rows(prompt, leaves, forks)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for repeat in range(repeats):
+        for shared in (True, False) if repeat % 2 else (False, True):
+            seconds[shared].append(step(model, rows, shared))
+    ratios = [padded / shared for padded, shared in zip(seconds[False], seconds[True], strict=True)]
+    return median(seconds[False]), median(seconds[True]), median(ratios), rows[0].numel(), len(pack_rows(*rows))
+
+
+def show(shapes: list[Shape], repeats: int) -> None:
+    print("| model | prompt | M | forks | padded s | shared s | speed-up | token ratio | reached | memory |")
+    print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|")
+    for shape in shapes:
+        padded, shared, speedup, tokens, packed = timed(shape, repeats)
+        ratio = tokens / packed
+        memory = peak_mb(shape, True) / peak_mb(shape, False)
+        name, prompt, leaves, forks = shape
+        print(
+            f"| {name} | {prompt:,} | {leaves} | {forks} | {padded:.2f} | {shared:.2f} | {speedup:.2f} | "
+            f"{ratio:.2f} | {speedup / ratio:.2f} | {memory:.2f} |",
+            flush=True,
+        )
+
+
+def show_growth(repeats: int) -> None:
+    print("| forks | M | padded s | shared s | packed tokens |")
+    print("|---|---:|---:|---:|---:|")
+    for forks in FORKS:
+        points: list[tuple[int, float]] = []
+        for leaves in (4, 8, 16, 32, 64):
+            padded, shared, _, _, packed = timed(("5 M", 1000, leaves, forks), repeats)
+            points.append((leaves, shared))
+            print(f"| {forks} | {leaves} | {padded:.2f} | {shared:.2f} | {packed:,} |", flush=True)
+        print(f"\n{forks}: seconds grow as M^{exponent(points):.2f}\n", flush=True)
+
+
+def exponent(points: list[tuple[int, float]]) -> float:
+    """Slope of log seconds over log M, least squares."""
+    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--grid", action="store_true", help="every model, prompt, M and forks")
+    parser.add_argument("--growth", action="store_true", help="M from 4 to 64 with the 5 M model")
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.memory:
+        measure_memory(*json.loads(arguments.memory))
+    elif arguments.growth:
+        show_growth(arguments.repeats)
+    elif arguments.grid:
+        grid = [(m, p, n, f) for m in MODELS for p in (300, 1000, 4000) for n in (4, 8, 16, 64) for f in FORKS]
+        show(grid, arguments.repeats)
+    else:
+        show(SHOWN, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
