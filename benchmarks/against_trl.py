@@ -1,10 +1,13 @@
-"""Rollout and update against TRL's own GRPOTrainer and tool loop: same model, tools, prompts and leaves, one process.
+"""A training step against TRL's own GRPOTrainer and tool loop: same model, tools, prompts and leaves, one process.
 
     python benchmarks/against_trl.py --model runs/quickstart/sft --data runs/quickstart/data
 
 Both trainers take turns, order alternated, on the same generation batches. TRL's tool loop parses JSON calls; so that
 it speaks the quickstart's tags, its parser and its tool-result encoder are replaced here by the protocol's, and the
 closing tags, single tokens here, end its turns as EOS does. All else is TRL's: generation, tool execution, update.
+
+Latencies are long-tailed (Pareto, exponent 2.5, at most ten times the mean) and belong to a call's arguments, so that
+both loops pay the same for the same call.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -79,14 +83,16 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def slowed(tool: Callable[[str], str], latency_s: float) -> Callable[[str], str]:
-    """The tool with a fixed latency, so that both loops pay the same for a call."""
-    if not latency_s:
+def slowed(tool: Callable[[str], str], mean_s: float) -> Callable[[str], str]:
+    """The tool with a latency that its arguments determine."""
+    if not mean_s:
         return tool
+    shape = 2.5
 
     @functools.wraps(tool)  # which keeps its name, docstring and signature
     def delayed(*args: Any, **kwargs: Any) -> str:
-        time.sleep(latency_s)
+        drawn = random.Random(repr((args, sorted(kwargs.items())))).paretovariate(shape) * (shape - 1) / shape
+        time.sleep(mean_s * min(drawn, 10.0))
         return tool(*args, **kwargs)
 
     return delayed
@@ -103,7 +109,12 @@ def step(trainer: GRPOTrainer, rows: list[dict[str, Any]]) -> dict[str, float]:
     trainer._compute_loss(trainer.model, batch).backward()
     end = time.perf_counter()
     trained = int((batch["completion_mask"] * batch["tool_mask"]).sum())
-    return {"rollout_s": rollout - start, "update_s": end - rollout, "trained_tokens": trained}
+    return {
+        "rollout_s": rollout - start,
+        "update_s": end - rollout,
+        "step_s": end - start,
+        "trained_tokens": trained,
+    }
 
 
 def main() -> None:
@@ -111,7 +122,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"))
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--latency", type=float, nargs="+", default=[0.0, 0.1], help="seconds added to each tool call")
+    parser.add_argument(
+        "--latency", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="mean seconds added to each tool call"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/against_trl"))
     arguments = parser.parse_args()
     dataset = Dataset.from_list(
@@ -125,8 +138,8 @@ def main() -> None:
     grpo_trainer.is_chat_template_prefix_preserving = lambda processing_class: True
     grpo_trainer.add_response_schema = lambda processing_class: processing_class
     lines = [
-        "| tool latency | | rollout s | TRL / ours | update s | TRL / ours | sampled tokens |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| tool latency | | rollout s | TRL / ours | update s | TRL / ours | step s | TRL / ours | trained tokens |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for latency in arguments.latency:
         offered = [slowed(tool, latency) for tool in tools]
@@ -164,7 +177,7 @@ def main() -> None:
         base = measured["TRL GRPOTrainer"]
         for name, values in measured.items():
             cells = [f"{latency:g} s", name]
-            for key in ("rollout_s", "update_s"):
+            for key in ("rollout_s", "update_s", "step_s"):
                 ratios = [b / v for b, v in zip(base[key], values[key], strict=True)]
                 cells += [f"{median(values[key]):.2f}", f"{median(ratios):.2f}"]
             lines.append("| " + " | ".join([*cells, f"{median(values['trained_tokens']):,.0f}"]) + " |")
