@@ -174,7 +174,7 @@ ALARMS = (
         "tools/search/degraded",
         0.1,
         "{share} of the searches got a notice instead of results: the service fails, is asked too fast, or "
-        "search_max_calls is spent. See the warnings above; rewards from these rollouts teach the model not to search.",
+        "search_max_calls is spent. See the warnings above; such rollouts teach the model not to search.",
     ),
 )
 FIRE_RATE_ALARMS = (

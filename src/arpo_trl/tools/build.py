@@ -155,7 +155,8 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
         raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS]}.")
     if arguments.search_cache_mode not in {mode.value for mode in CacheMode}:
         raise ConfigError(
-            f"search_cache_mode is {arguments.search_cache_mode!r}; expected one of {[mode.value for mode in CacheMode]}."
+            f"search_cache_mode is {arguments.search_cache_mode!r}; expected one of "
+            f"{[mode.value for mode in CacheMode]}."
         )
     return WebSearch(
         make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),

@@ -353,3 +353,8 @@ def _shown(passage: Any, where: str) -> str:
 def normalised(query: str) -> str:
     """`query` as recordings and caches know it: without case, surplus white space or a leading `search query:`."""
     return _QUERY_PREFIX.sub("", " ".join(query.casefold().split()))
+
+
+def best_texts(texts: Sequence[str], query: str, k: int) -> list[int]:
+    """Positions of the at most `k` texts that fit `query` best by BM25, best first; empty where none shares a word."""
+    return _Ranking.of(texts).best(query, k) if any(map(tokenize, texts)) else []

@@ -218,7 +218,7 @@ class SearchCache:
         return bool(rows)
 
     def import_json(self, path: str | Path, provider: str, parameters: Mapping[str, Any]) -> int:
-        """Take in a file {query: result text}, such as the released code's `search_cache.json`; how many there were."""
+        """Take in a file {query: result text}, as the released code's `search_cache.json` is; how many there were."""
         recorded = read_recorded(path)
         for query, text in recorded.items():
             self.put(Key.of(provider, query, parameters), [Hit("", "", page) for page in pages_of(text)])

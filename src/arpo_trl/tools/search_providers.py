@@ -49,9 +49,10 @@ class Provider(ABC):
     max_query_chars: ClassVar[int] = 2000
     """A longer query is refused by the service, so it is cut."""
 
-    def parameters(self, results: int) -> dict[str, Any]:
+    @classmethod
+    def parameters(cls, results: int) -> dict[str, Any]:
         """What an answer depends on besides the query."""
-        return {"results": min(results, self.max_results)}
+        return {"results": min(results, cls.max_results)}
 
     @abstractmethod
     def request(self, query: str, results: int, key: str) -> httpx.Request:
@@ -136,10 +137,11 @@ class Exa(Provider):
     """Exa's neural search, with the beginning of each page's text."""
 
     name, default_url, key_variable = "exa", "https://api.exa.ai", "EXA_API_KEY"
-    text_chars = 1000
+    text_chars: ClassVar[int] = 1000
 
-    def parameters(self, results: int) -> dict[str, Any]:
-        return {**super().parameters(results), "text_chars": self.text_chars}
+    @classmethod
+    def parameters(cls, results: int) -> dict[str, Any]:
+        return {**super().parameters(results), "text_chars": cls.text_chars}
 
     def request(self, query: str, results: int, key: str) -> httpx.Request:
         body = {"query": query, "numResults": results, "contents": {"text": {"maxCharacters": self.text_chars}}}
@@ -186,14 +188,19 @@ PROVIDERS: dict[str, type[Provider]] = {
 }
 
 
+def provider_kind(name: str) -> type[Provider]:
+    """The class of the provider called `name`; `ConfigError` when there is none."""
+    if name not in PROVIDERS:
+        raise ConfigError(f"There is no search provider {name!r}; expected one of {sorted(PROVIDERS)}.")
+    return PROVIDERS[name]
+
+
 def make_provider(name: str, *, url: str | None = None, zone: str | None = None) -> Provider:
     """The provider called `name`; `url` takes the place of its own address, `zone` is Bright Data's.
 
     Raises `ConfigError` for an unknown name, a missing or malformed address, or a missing zone.
     """
-    kind = PROVIDERS.get(name)
-    if kind is None:
-        raise ConfigError(f"There is no search provider {name!r}; expected one of {sorted(PROVIDERS)}.")
+    kind = provider_kind(name)
     base_url = (url or kind.default_url).rstrip("/")
     if not base_url:
         raise ConfigError(f"search_provider {name} has no address of its own. Set search_url to your server's.")

@@ -242,10 +242,10 @@ def _check_key(provider: Provider) -> None:
     key = _key(provider)
     if provider.key_variable and not key:
         raise ConfigError(
-            f"search_provider {provider.name} needs a key in the environment variable {provider.key_variable}, which is "
-            "not set. Set it, or answer from the cache alone: search_cache_mode offline or replay."
+            f"search_provider {provider.name} needs a key in the environment variable {provider.key_variable}, which "
+            "is not set. Set it, or answer from the cache alone: search_cache_mode offline or replay."
         )
-    if not (key.isascii() and (key.isprintable())):
+    if not (key.isascii() and key.isprintable()):
         raise ConfigError(f"{provider.key_variable} holds characters that no key has. Set it to the key alone.")
 
 
