@@ -85,22 +85,23 @@ def fetch_json(request: httpx.Request, *, timeout_s: float, secret: str = "") ->
     try:
         return json.loads(text.replace(secret, "[key]") if secret else text)
     except (ValueError, RecursionError):
-        raise RequestFailed("answered with something that is not JSON") from None
+        raise RequestFailed("answered with something that is not JSON", status=200) from None
 
 
 async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:
     try:
         async with asyncio.timeout(timeout_s):
             response = await _client_of(os.getpid(), pooled).send(request, stream=True)
+            status = response.status_code
             try:
                 if response.headers.get("content-encoding", "").lower() not in _CODINGS:
-                    raise RequestFailed("the answer is compressed in a way that is not accepted")
+                    raise RequestFailed("answered in a compression that is not accepted", status=status)
                 body = bytearray()
                 async for chunk in response.aiter_bytes():
                     body += chunk
                     if len(body) > max_bytes:
-                        raise RequestFailed(f"the answer is longer than {max_bytes:,} bytes")
-                return Answer(response.status_code, response.headers, bytes(body))
+                        raise RequestFailed(f"answered with more than {max_bytes:,} bytes", status=status)
+                return Answer(status, response.headers, bytes(body))
             finally:
                 await response.aclose()
     except (TimeoutError, httpx.TimeoutException):
