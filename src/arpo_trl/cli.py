@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     index = commands.add_parser(
         "index",
         help="build a search index",
-        description="Builds a BM25 index over passages and saves it, for search_index. A minute per million passages.",
+        description="Builds a BM25 index over passages and saves it. Two minutes per million passages.",
     )
     index.add_argument("passages", help="a .jsonl file, a folder of them, or a dataset on the Hub")
     index.add_argument("folder", type=Path, help="where to save the index")

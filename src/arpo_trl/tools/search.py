@@ -154,7 +154,7 @@ class LocalIndex:
     def open(cls, source: str | Path) -> LocalIndex:
         """The index of a `.jsonl` file, of a folder of them, of one that `save` wrote, or of a dataset on the Hub.
 
-        Of a Hub dataset the split train is read. Building takes a minute per million passages; `save` the index then.
+        Of a Hub dataset the split train is read. Building takes two minutes per million passages: `save` large ones.
         """
         path = Path(source)
         if path.suffix == ".jsonl":
