@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gzip
 import logging
+import ssl
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.tools.box import tool_spec
@@ -155,10 +161,18 @@ def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopb
 
 
 @pytest.mark.parametrize(
-    "to", ["http://localhost/", "http://169.254.169.254/", "file:///etc/passwd", "http://[::1]:22/", "//10.0.0.1/x"]
+    "to",
+    [
+        "http://localhost/",
+        "http://169.254.169.254/",
+        "file:///etc/passwd",
+        "http://[::1]:22/",
+        "//10.0.0.1/x",
+        "http://[",
+    ],
 )
 def test_a_redirect_to_elsewhere_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
-    with pytest.raises(ToolError, match=r"public internet|web page|port 22"):
+    with pytest.raises(ToolError, match=r"public internet|web page|port 22|no address"):
         visit(f"{server.url}/out?to={to}")
 
 
@@ -166,6 +180,37 @@ def test_a_redirect_to_another_port_of_an_allowed_host_is_refused(visit: Any, se
     with Loopback(pages) as other, pytest.raises(ToolError, match=f"port {other.port} cannot be visited"):
         visit(f"{server.url}/out?to={other.url}/plain")
     assert other.asked == []
+
+
+def test_a_certificate_has_to_be_valid_for_the_name_that_was_visited(tmp_path: Path) -> None:
+    named: list[str | None] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(self_signed(tmp_path / "pem", "pages.test"))
+    context.sni_callback = lambda connection, name, _: named.append(name)
+    with Loopback(pages) as server:
+        server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+        visit = visit_tool(allowed_hosts=["pages.test"], resolve=lambda host, port: ["127.0.0.1"], timeout_s=5)
+        with pytest.raises(ToolError, match=r"the connection failed \(ConnectError\)"):  # signed by nobody known
+            visit(f"https://pages.test:{server.port}/plain")
+    assert named == ["pages.test"]
+    assert server.asked == []
+
+
+def self_signed(file: Path, name: str) -> Path:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    return file
 
 
 def test_redirects_end(visit: Any, server: Loopback) -> None:

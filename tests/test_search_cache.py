@@ -115,7 +115,7 @@ def test_the_released_codes_json_is_read_and_written(cache: SearchCache, tmp_pat
     cache.put(key("iron", "serper"), HITS)
     assert cache.export_json(tmp_path / "all.json") == 3
     assert json.loads((tmp_path / "all.json").read_text()) == {
-        "capital of france": "Page 1: Paris.\nPage 2: In Europe.",
+        "Capital of France": "Page 1: Paris.\nPage 2: In Europe.",
         "iron": "Page 1: Iron (https://a.test/): melts at 1538 °C\nPage 2: x y",
         "nowhere": "No search results found.",
     }

@@ -92,7 +92,7 @@ def test_replay_answers_with_the_nearest_recorded_query_and_asks_nobody(
 ) -> None:
     service.search().search("melting point of iron", 5)
     monkeypatch.delenv("TAVILY_API_KEY")  # who asks nobody needs no key
-    replay = service.search(CacheMode.REPLAY)
+    replay = service.search(CacheMode.REPLAY, fields=["text"])
     assert replay.search("iron melts at which point", 5) == ["facts about melting point of iron"]
     assert search_tool(replay)("something else") == "No search results found."
     assert len(service.server.asked) == 1
@@ -420,6 +420,15 @@ def test_a_process_that_searched_ends_by_itself(server: Loopback, tmp_path: Path
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "['facts about iron']\n", "")
+
+
+def test_a_cache_file_that_fails_costs_a_text(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    cache = SearchCache(service.path)
+    search = WebSearch(make_provider("tavily", url=service.server.url), cache)
+    cache.close()
+    with pytest.raises(ToolUnavailable, match="unavailable"):
+        search.search("iron", 5)
+    assert "Search is degraded: the cache file" in caplog.text
 
 
 def test_many_threads_search_at_once(service: Service) -> None:

@@ -28,6 +28,7 @@ START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 10.0  # the library ends a process that ignores the end of its input after 2 s, and kills it after 4
 _MAX_TOOLS_PAGES = 100
 _SHOWN_STDERR_CHARS = 500
+_MAX_STDERR_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class McpSession:
         self._task: asyncio.Task[None] | None = None
         self._stop = asyncio.Event()
         self._starting = asyncio.Lock()
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (a server's log is no part of ours)
+        self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (a server's log is no part of ours)
         atexit.register(self.close)
 
     def open(self, where: str) -> list[Any]:
@@ -192,6 +193,8 @@ class McpSession:
         return text
 
     async def _connected(self) -> Any:
+        if os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
+            os.truncate(self._stderr.fileno(), 0)
         async with self._starting:
             if self._client is None or self._task is None or self._task.done():
                 ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

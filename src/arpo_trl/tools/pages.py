@@ -107,7 +107,7 @@ def visit_tool(
     """A function `visit(url: str, goal: str = "") -> str` to offer to a model.
 
     Args:
-        timeout_s: Seconds a visit may take, redirects and summary included.
+        timeout_s: Seconds a visit may take, redirects and summary included (not the system's look-up of names).
         max_chars: Longest text shown.
         max_bytes: Longest page fetched.
         allowed_hosts: `host` or `host:port` that may be visited whatever its address and port: a wiki of yours.
@@ -220,12 +220,19 @@ def _read_page(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -
             raise ToolError(f"Error: the page cannot be had: {error}.") from None
         location = answer.headers.get("location")
         if answer.status in (301, 302, 303, 307, 308) and location:
-            url = urljoin(url, location)
+            url = _joined(url, location)
         elif answer.status != 200:
             raise ToolError(f"Error: the page cannot be had: the server answered {answer.status}.")
         else:
             return _text_of(answer, deadline)
     raise ToolError(f"Error: the page cannot be had: more than {MAX_REDIRECTS} redirects.")
+
+
+def _joined(url: str, location: str) -> str:
+    try:
+        return urljoin(url, location)
+    except ValueError:
+        raise ToolError("Error: the page cannot be had: it redirects to what is no address.") from None
 
 
 def _text_of(answer: Answer, deadline: float) -> str:

@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ ERROR_TTL_S = 30.0
 _BUSY_TIMEOUT_S = 30.0
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
-    provider TEXT, query TEXT, parameters TEXT, hits TEXT, error TEXT, expires REAL,
+    provider TEXT, query TEXT, parameters TEXT, asked TEXT, hits TEXT, error TEXT, expires REAL,
     PRIMARY KEY (provider, query, parameters)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT, until REAL) WITHOUT ROWID;
@@ -73,11 +73,13 @@ class Key:
     """As `normalised` makes it."""
     parameters: str
     """JSON."""
+    asked: str = field(compare=False)
+    """The query as it was asked."""
 
     @classmethod
     def of(cls, provider: str, query: str, parameters: Mapping[str, Any]) -> Key:
-        query = normalised(query).encode("utf-8", "replace").decode()  # lone surrogates fit no database
-        return cls(provider, query, json.dumps(parameters, sort_keys=True))
+        query = _clean(query)
+        return cls(provider, normalised(query), json.dumps(parameters, sort_keys=True), query)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +160,8 @@ class SearchCache:
     def put(self, key: Key, hits: Sequence[Hit]) -> None:
         """Write an answer; an empty one is believed for a while only."""
         self._run(
-            "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, NULL, ?)",
-            *(key.provider, key.query, key.parameters),
+            "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, NULL, ?)",
+            *(key.provider, key.query, key.parameters, key.asked),
             _clean(json.dumps([[hit.title, hit.url, hit.text] for hit in hits], ensure_ascii=False)),
             None if hits else time.time() + EMPTY_TTL_S,
         )
@@ -167,17 +169,17 @@ class SearchCache:
     def put_error(self, key: Key, error: str) -> None:
         """Write that asking failed, for a short while; never over an answer."""
         self._run(
-            "INSERT INTO results VALUES (?, ?, ?, NULL, ?, ?) ON CONFLICT DO UPDATE "
+            "INSERT INTO results VALUES (?, ?, ?, ?, NULL, ?, ?) ON CONFLICT DO UPDATE "
             "SET error=excluded.error, expires=excluded.expires WHERE hits IS NULL",
-            *(key.provider, key.query, key.parameters),
+            *(key.provider, key.query, key.parameters, key.asked),
             _clean(error),
             time.time() + ERROR_TTL_S,
         )
 
-    def nearest(self, provider: str) -> NearestQuery:
-        """The answers of one provider as they are now, whatever their parameters."""
+    def nearest(self, provider: str, fields: Sequence[str]) -> NearestQuery:
+        """The answers of one provider as they are now, whatever their parameters; `fields` as in `Hit.shown`."""
         rows = self._run("SELECT query, hits FROM results WHERE provider=? AND hits IS NOT NULL", provider)
-        return NearestQuery((query, [hit.shown() for hit in _hits(hits)]) for query, hits in rows)
+        return NearestQuery((query, [hit.shown(fields) for hit in _hits(hits)]) for query, hits in rows)
 
     @contextlib.contextmanager
     def lease(self, key: Key, seconds: float) -> Iterator[bool]:
@@ -227,7 +229,7 @@ class SearchCache:
     def export_json(self, path: str | Path, provider: str | None = None) -> int:
         """Write such a file with what one provider, or any, found; how many queries it has."""
         rows = self._run(
-            "SELECT query, hits FROM results WHERE hits IS NOT NULL AND (?1 IS NULL OR provider = ?1) "
+            "SELECT asked, hits FROM results WHERE hits IS NOT NULL AND (?1 IS NULL OR provider = ?1) "
             "ORDER BY query, provider, parameters",
             provider,
         )
@@ -252,4 +254,5 @@ def _hits(stored: str) -> list[Hit]:
 
 
 def _clean(text: str) -> str:
+    """`text` without lone surrogates, which fit no database."""
     return text.encode("utf-8", "replace").decode()

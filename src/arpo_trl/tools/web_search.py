@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sqlite3
 import threading
 import time
 from collections.abc import Sequence
@@ -109,7 +110,9 @@ class WebSearch:
         self._max_requests = max_requests
         self._run = run
         self._breaker = breaker or CircuitBreaker()
-        self._recorded: NearestQuery | None = cache.nearest(provider.name) if mode is CacheMode.REPLAY else None
+        self._recorded: NearestQuery | None = (
+            cache.nearest(provider.name, fields) if mode is CacheMode.REPLAY else None
+        )
         self._capped = False
 
     def search(self, query: str, top_k: int) -> list[str]:
@@ -121,6 +124,14 @@ class WebSearch:
         """
         if self._recorded is not None:
             return self._recorded.pages(query)[:top_k]
+        try:
+            hits = self._search(query, top_k)
+        except sqlite3.Error as error:  # a full disk, say; it is said each time, for it will not pass by itself
+            logger.warning("Search is degraded: the cache file %s: %s", self._cache.path, error)
+            raise ToolUnavailable(_UNAVAILABLE) from None
+        return [hit.shown(self._fields) for hit in hits[:top_k]]
+
+    def _search(self, query: str, top_k: int) -> list[Hit]:
         query = " ".join(query.encode("utf-8", "replace").decode().split())[: self._provider.max_query_chars]
         if not query:
             return []
@@ -133,15 +144,15 @@ class WebSearch:
                     raise ToolError(
                         "Error: this query is not among the recorded ones, and nothing else can be searched."
                     )
-                hits = entry.hits
+                return entry.hits
             case CacheMode.LIVE:
-                hits = self._ask(query, top_k, deadline)
+                return self._ask(query, top_k, deadline)
             case CacheMode.RECORD:
                 hits = self._ask(query, top_k, deadline)
                 self._cache.put(key, hits)
+                return hits
             case _:
-                hits = self._known_or_asked(key, query, top_k, deadline)
-        return [hit.shown(self._fields) for hit in hits[:top_k]]
+                return self._known_or_asked(key, query, top_k, deadline)
 
     def _known_or_asked(self, key: Key, query: str, top_k: int, deadline: float) -> list[Hit]:
         while True:
