@@ -61,7 +61,7 @@ def main() -> None:
         args=config,
         train_dataset=load(arguments.dataset, arguments.dataset_split),
         eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if evaluates else None,
-        tools=build_tools(tool_arguments),
+        tools=build_tools(tool_arguments, run=config.output_dir),
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import arpo_trl
-from arpo_trl.errors import ConfigError, ToolError, ToolSpecError
+from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
 from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult, tool_spec
 
 
@@ -275,6 +275,11 @@ def test_a_flood_keeps_head_and_tail_and_marks_the_cut(length: int) -> None:
     assert len(result.text) == 100
     assert result.text.startswith("hhhhh") and result.text.endswith("ttttt")
     assert "characters left out" in result.text
+
+
+def test_a_tool_whose_service_is_away_is_told_apart() -> None:
+    result = call_once(returning(ToolUnavailable("Error: away")))
+    assert (result.text, result.failure) == ("Error: away", "degraded")
 
 
 def test_a_text_of_just_the_longest_length_is_not_cut() -> None:

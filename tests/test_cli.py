@@ -7,6 +7,7 @@ import pytest
 
 from arpo_trl import cli
 from arpo_trl.errors import ConfigError
+from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 from support import ANSWER, Scripted, save_tiny_model
 
@@ -33,7 +34,9 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     return status, out, err
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("tree", "--help"), ("eval", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("tree", "--help"), ("eval", "--help"), ("cache", "import", "--help")]
+)
 def test_help_is_a_success(monkeypatch, capsys, arguments):
     status, out, _ = run(monkeypatch, capsys, *arguments)
     assert status == 0
@@ -146,3 +149,46 @@ def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):
     assert capsys.readouterr().err == "ConfigError: a setting is wrong\n"
     with pytest.raises(KeyError, match="a bug"):
         another()
+
+
+def test_index_builds_and_saves_an_index(monkeypatch, capsys, tmp_path):
+    (tmp_path / "passages.jsonl").write_text('"iron melts"\n{"title": "Tin", "text": "it melts too"}\n')
+    folder = tmp_path / "index"
+    status, out, _ = run(monkeypatch, capsys, "index", str(tmp_path / "passages.jsonl"), str(folder))
+    assert (status, out) == (0, f"2 passages indexed in {folder}\n")
+    (search,) = build_tools(ToolArguments(["search"], search_index=str(folder)))
+    assert search("tin") == "Page 1: Tin: it melts too"
+    status, _, err = run(monkeypatch, capsys, "index", str(tmp_path / "nothing.jsonl"), str(folder))
+    assert (status, err.count("\n")) == (2, 1)
+
+
+def test_a_released_cache_goes_in_answers_and_comes_out_again(monkeypatch, capsys, tmp_path):
+    released, cache, out_file = tmp_path / "search_cache.json", str(tmp_path / "c.sqlite"), tmp_path / "out.json"
+    released.write_text(json.dumps({"capital of france": "Page 1: Paris."}))
+    status, out, err = run(monkeypatch, capsys, "cache", "import", cache, str(released), "--provider", "brightdata")
+    assert (status, out, err) == (0, f"1 queries taken in from {released}\n", "")
+    (search,) = build_tools(
+        ToolArguments(
+            ["search"], search_provider="brightdata", search_zone="z", search_cache=cache, search_cache_mode="offline"
+        )
+    )
+    assert search("Capital of France") == "Page 1: Paris."
+    assert run(monkeypatch, capsys, "cache", "export", cache, str(out_file))[0] == 0
+    assert json.loads(out_file.read_text()) == {"capital of france": "Page 1: Paris."}
+    counted = json.loads(run(monkeypatch, capsys, "cache", "stats", cache)[1])
+    assert counted["results"] == {"brightdata": {"found": 1, "empty": 0, "failed": 0}}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("stats", "nowhere.sqlite"), "There is no search cache nowhere.sqlite"),
+        (("import", "c.sqlite", "nowhere.json", "--provider", "serper"), "nowhere.json cannot be read"),
+        (("import", "c.sqlite", "nowhere.json", "--provider", "google"), "no search provider 'google'"),
+    ],
+)
+def test_a_cache_command_that_cannot_work_is_one_line(monkeypatch, capsys, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(monkeypatch, capsys, "cache", *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err

@@ -102,11 +102,13 @@ EXPECTED = {
     "tools/refused": 1,
     "tools/search/failed": 0,
     "tools/search/timed_out": 0,
+    "tools/search/degraded": 0,
     "tools/search/cache_hits": 0,
     "tools/search/seconds_p50": 2.0,
     "tools/search/seconds_p95": 2.0,
     "tools/python/failed": 1,
     "tools/python/timed_out": 0,
+    "tools/python/degraded": 0,
     "tools/python/cache_hits": 0,
     "tools/python/seconds_p50": 1.0,
     "tools/python/seconds_p95": 1.0,
@@ -237,6 +239,19 @@ def test_a_mean_over_uneven_ranks_weighs_every_observation_alike():
             rank.add("share", value)
         merged.merge(rank.plain())
     assert merged.values() == {"share": 0.75}
+
+
+def test_searches_answered_with_a_notice_are_counted_and_rung_about():
+    tree = RolloutTree([0])
+    for i, failure in enumerate(["degraded", None, "error", None]):
+        turn = tree.add_turn(0, [1], "words", [-0.5], [0.1])
+        seen = tree.add_observation(turn.index, [2], call("search", f"iron {i}", failure=failure), "text")
+        tree.end(tree.add_turn(seen.index, [1], ANSWER, [-0.5], [0.1]).index, (i,), StopReason.EOS)
+    tally = tallied(tree)
+    assert tally.values()["tools/search/degraded"] == 1 / 4
+    assert tally.values()["tools/search/failed"] == 2 / 4
+    (message,) = AlarmBell(BranchRule.RANDOM).hear(tally)
+    assert message.startswith("arpo/tools/search/degraded: 25% of the searches got a notice instead of results")
 
 
 def test_a_ratio_without_a_denominator_is_left_out():

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,70 @@ def test_an_index_needs_passages_with_words() -> None:
         LocalIndex([])
     with pytest.raises(DataError, match="has a word to search for"):
         LocalIndex(["???", ""])
+
+
+def test_a_title_may_be_the_first_line_of_the_contents() -> None:
+    contents = ['"Iron"\nIt melts at 1538 °C.', "No title."]
+    index = LocalIndex([{"contents": text} for text in contents])
+    assert index.search("iron", 1) == ["Iron: It melts at 1538 °C."]
+    assert index.search("title", 1) == ["No title."]
+
+
+def test_chinese_and_japanese_are_searched_for_by_character() -> None:
+    index = LocalIndex(["铁的熔点是1538度", "金的密度", "水は100度で沸騰する"])
+    assert tokenize("铁的A4熔") == ["铁", "的", "a4", "熔"]
+    assert index.search("熔点", 3) == ["铁的熔点是1538度"]
+    assert index.search("沸騰", 1) == ["水は100度で沸騰する"]
+
+
+def test_an_index_is_opened_from_whatever_holds_it(tmp_path: Path, index: LocalIndex) -> None:
+    folder = tmp_path / "passages"
+    folder.mkdir()
+    for number, passage in enumerate(PASSAGES):
+        (folder / f"{number}.jsonl").write_text(json.dumps(passage))
+    index.save(tmp_path / "saved")
+    for source in (folder, tmp_path / "saved", str(tmp_path / "saved")):
+        opened = LocalIndex.open(source)
+        assert (len(opened), opened.search("metal density", 4)) == (4, index.search("metal density", 4))
+    assert len(LocalIndex.open(folder / "0.jsonl")) == 1
+
+
+def test_an_index_is_opened_from_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "arpo_trl.data.load_from_hub", lambda name, split: iter([{"id": "1", "contents": f"{name} {split}"}])
+    )
+    assert LocalIndex.open("somebody/wiki").search("wiki", 1) == ["somebody/wiki train"]
+
+
+def test_a_dataset_that_cannot_be_had_is_an_error() -> None:
+    with pytest.raises(DataError, match="'nobody/nothing' is no local file or folder"):
+        LocalIndex.open("nobody/nothing")
+
+
+def test_an_index_of_another_version_is_refused_with_the_way_out(tmp_path: Path, index: LocalIndex) -> None:
+    index.save(tmp_path)
+    (tmp_path / "search_index.json").write_text('{"format": 99}')
+    with pytest.raises(
+        DataError, match=r"another version: \{'format': 99\}, not 1\. Build it again: .*arpo-trl index"
+    ):
+        LocalIndex.open(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["passages.txt", "passage_ends.npy", "data.csc.index.npy", "vocab.index.json"])
+def test_an_incomplete_index_is_refused(tmp_path: Path, index: LocalIndex, file: str) -> None:
+    index.save(tmp_path)
+    for damage in (lambda: (tmp_path / file).write_bytes(b"x"), lambda: (tmp_path / file).unlink()):
+        damage()
+        with pytest.raises(DataError, match="is an incomplete search index"):
+            LocalIndex.load(tmp_path)
+
+
+def test_a_saved_index_is_searched_by_many_threads_at_once(tmp_path: Path) -> None:
+    LocalIndex([f"passage{i} " + "x" * i for i in range(200)]).save(tmp_path)
+    index = LocalIndex.load(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: index.search(f"passage{i % 200}", 1), range(2000)))
+    assert found == [[f"passage{i % 200} " + "x" * (i % 200)] for i in range(2000)]
 
 
 def test_what_is_no_saved_index_is_refused(tmp_path: Path) -> None:

@@ -106,6 +106,27 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=int, default=None, help="only the first questions")
     evaluate.add_argument("--seed", type=int, default=0)
     evaluate.add_argument("--allow-unsafe", action="store_true", help="run python unsandboxed where it must be")
+
+    index = commands.add_parser(
+        "index",
+        help="build a search index",
+        description="Builds a BM25 index over passages and saves it. Two minutes per million passages.",
+    )
+    index.add_argument("passages", help="a .jsonl file, a folder of them, or a dataset on the Hub")
+    index.add_argument("folder", type=Path, help="where to save the index")
+
+    cache = commands.add_parser("cache", help="look into a search cache", description="Looks into a search cache.")
+    actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
+    stats = actions.add_parser("stats", help="count what it holds")
+    export = actions.add_parser("export", help="write its results as JSON {query: result text}")
+    load = actions.add_parser("import", help="take in results from such a JSON file")
+    for action in (stats, export, load):
+        action.add_argument("cache", type=Path, help="the file that search_cache names")
+    export.add_argument("file", type=Path, help="the JSON file to write")
+    export.add_argument("--provider", help="only what this one found (default: all)")
+    load.add_argument("file", type=Path, help="the JSON file to read")
+    load.add_argument("--provider", required=True, help="the search_provider whose results they shall be")
+    load.add_argument("--top-k", type=int, default=10, help="the search_top_k they answer (default: 10)")
     return parser
 
 
@@ -113,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Entry point: exit status 0, 2 for a usage or configuration error."""
     arguments = _parser().parse_args()
-    {"tree": _tree, "eval": _eval}[arguments.command](arguments)
+    {"tree": _tree, "eval": _eval, "index": _index, "cache": _cache}[arguments.command](arguments)
 
 
 def _tree(arguments: argparse.Namespace) -> None:
@@ -184,3 +205,31 @@ def _eval(arguments: argparse.Namespace) -> None:
             indent=2,
         )
     )
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from arpo_trl.tools.search import LocalIndex
+
+    index = LocalIndex.open(arguments.passages)
+    index.save(arguments.folder)
+    print(f"{len(index):,} passages indexed in {arguments.folder}")
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    from arpo_trl.errors import DataError
+    from arpo_trl.tools.search_cache import SearchCache
+    from arpo_trl.tools.search_providers import provider_kind
+
+    if arguments.action != "import" and not arguments.cache.exists():
+        raise DataError(f"There is no search cache {arguments.cache}. Check the path.")
+    cache = SearchCache(arguments.cache)
+    match arguments.action:
+        case "stats":
+            print(json.dumps(cache.stats(), indent=2))
+        case "export":
+            count = cache.export_json(arguments.file, arguments.provider)
+            print(f"{count:,} queries written to {arguments.file}")
+        case "import":
+            parameters = provider_kind(arguments.provider).parameters(arguments.top_k)
+            count = cache.import_json(arguments.file, arguments.provider, parameters)
+            print(f"{count:,} queries taken in from {arguments.file}")

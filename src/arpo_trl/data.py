@@ -129,7 +129,7 @@ def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
     elif path.suffix in _SUFFIXES or path.is_absolute() or path_or_hub_id.startswith(".") or len(path.parts) > 2:
         raise DataError(f"There is no file or folder {path_or_hub_id}; expected a dataset there. Check the path.")
     else:
-        yield from _load_from_hub(path_or_hub_id, split)
+        yield from load_from_hub(path_or_hub_id, split)
         return
     for file in files:
         yield from _read_file(file)
@@ -192,7 +192,8 @@ def _parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON ({error}).") from error
 
 
-def _load_from_hub(hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
+def load_from_hub(hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a dataset on the Hub; `DataError` when it cannot be had."""
     try:
         dataset = datasets.load_dataset(hub_id, split=split)
     except Exception as error:  # the Hub client raises its own, requests' and the file system's errors

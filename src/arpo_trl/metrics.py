@@ -121,6 +121,7 @@ def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
     for call in made:
         tally.add(f"tools/{call.name}/failed", float(not call.ok))
         tally.add(f"tools/{call.name}/timed_out", float(call.failure == "timeout"))
+        tally.add(f"tools/{call.name}/degraded", float(call.failure == "degraded"))
         tally.add(f"tools/{call.name}/cache_hits", float(call.source == "cached"))
         if call.source == "executed":
             tally.spread[f"tools/{call.name}/seconds"].append(call.seconds)
@@ -162,6 +163,12 @@ ALARMS = (
         0.9,
         "{share} of the groups earned one reward everywhere, so they teach nothing. All wrong in format: see "
         "arpo/format and the two shares alarm/unparsed and alarm/truncated. All right: the rows are too easy.",
+    ),
+    Alarm(
+        "tools/search/degraded",
+        0.1,
+        "{share} of the searches got a notice instead of results: the service fails, is asked too fast, or "
+        "search_max_calls is spent. See the warnings above; such rollouts teach the model not to search.",
     ),
 )
 FIRE_RATE_ALARMS = (

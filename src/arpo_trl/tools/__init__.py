@@ -3,15 +3,22 @@
 from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure, ToolResult, ToolSpec, tool_spec
 from arpo_trl.tools.python import python_tool
 from arpo_trl.tools.search import LocalIndex, RecordedSearch, search_tool
+from arpo_trl.tools.search_cache import CacheMode, SearchCache
+from arpo_trl.tools.search_providers import make_provider
+from arpo_trl.tools.web_search import WebSearch
 
 __all__ = [
+    "CacheMode",
     "LocalIndex",
     "RecordedSearch",
+    "SearchCache",
     "ToolBox",
     "ToolCall",
     "ToolFailure",
     "ToolResult",
     "ToolSpec",
+    "WebSearch",
+    "make_provider",
     "python_tool",
     "search_tool",
     "tool_spec",

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from transformers.utils.chat_template_utils import get_json_schema
 
-from arpo_trl.errors import ConfigError, ToolError, ToolSpecError
+from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
 
 RESERVED_TAGS = frozenset({"think", "answer", "result"})
 
@@ -51,6 +51,7 @@ class ToolFailure(StrEnum):
     """Why a call did not return a result."""
 
     ERROR = "error"  # the tool raised
+    DEGRADED = "degraded"  # it raised `ToolUnavailable`: what it stands on is away, whatever the call
     TIMEOUT = "timeout"  # the deadline came first
     NOT_TEXT = "not_text"  # it returned something that has no text
     BAD_CALL = "bad_call"  # there is no such tool, or the arguments are not its own
@@ -101,6 +102,9 @@ class ToolSpec:
 def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     """The specification of a typed, documented function.
 
+    A function whose parameters are known at run time only (a tool of an MCP server) carries its own schema, as chat
+    templates take it, in the attribute `json_schema`.
+
     Raises `ToolSpecError` for a name that cannot be a tag, for `*args` or `**kwargs`, and for a missing docstring,
     type or description of a parameter.
     """
@@ -118,7 +122,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             raise ToolSpecError(f"tool {name!r}: a model cannot be offered {str(parameter)!r}. Name each parameter.")
     try:
-        schema = get_json_schema(tool)
+        schema = getattr(tool, "json_schema", None) or get_json_schema(tool)
     except Exception as error:  # its own parsing errors, and whatever unusual annotations raise in it
         raise ToolSpecError(
             f"tool {name!r} cannot be described to a model: {error} "
@@ -320,7 +324,8 @@ class ToolBox:
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
         if isinstance(value, _Raised):
-            return self._presentable(_describe(value.error)), ToolFailure.ERROR
+            failure = ToolFailure.DEGRADED if isinstance(value.error, ToolUnavailable) else ToolFailure.ERROR
+            return self._presentable(_describe(value.error)), failure
         if isinstance(value, str):
             return self._presentable(value), None
         if isinstance(value, (bool, int, float, dict, list)):

@@ -8,28 +8,35 @@ from typing import Any
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.python import python_tool
-from arpo_trl.tools.search import LocalIndex, RecordedSearch, search_tool
+from arpo_trl.tools.search import LocalIndex, RecordedSearch, Searchable, search_tool
+from arpo_trl.tools.search_cache import CacheMode, SearchCache
+from arpo_trl.tools.search_providers import FIELDS, PROVIDERS, make_provider
+from arpo_trl.tools.web_search import WebSearch
 
-BUILT_IN = ("search", "python")
+BUILT_IN = ("search", "python", "visit")
+LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
+"""Search providers that ask no service, and the setting each stands on."""
 
 
 @dataclass
 class ToolArguments:
-    """Which of the built-in tools the policy has, and what they stand on."""
+    """Which tools the policy has, and what they stand on."""
 
     tools: list[str] = field(
-        default_factory=lambda: list(BUILT_IN), metadata={"help": f"Built-in tools to offer, of {list(BUILT_IN)}."}
+        default_factory=lambda: ["search", "python"],
+        metadata={"help": f"Built-in tools to offer, of {list(BUILT_IN)}."},
     )
     search_index: str | None = field(
         default=None,
-        metadata={"help": "Local BM25 search: a JSONL file of passages, or a folder saved by LocalIndex.save."},
-    )
+        metadata={"help": "Local BM25 search: a JSONL file of passages, a folder of them, a Hub dataset, or a folder "
+                  "saved by LocalIndex.save."},
+    )  # fmt: skip
     search_recorded: str | None = field(
         default=None, metadata={"help": "Recorded search: a JSON file {query: result text}."}
     )
-    search_top_k: int = field(default=10, metadata={"help": "Results per search. The paper's setting is 10."})
+    search_top_k: int = field(default=10, metadata={"help": "Results per search. The paper's setting is 10. >= 1."})
     search_max_chars: int = field(
-        default=1000, metadata={"help": "Characters per search result. The paper's setting is 1,000."}
+        default=1000, metadata={"help": "Characters per search result. The paper's setting is 1,000. >= 10."}
     )
     python_timeout_s: float = field(default=5.0, metadata={"help": "Wall seconds a python call may run."})
     allow_unsafe: bool = field(
@@ -37,36 +44,150 @@ class ToolArguments:
         metadata={"help": "Run model-written python without a sandbox where none can be had. Dangerous."},
     )
 
+    # Parameters that control searching with a service; its key comes from the environment
+    search_provider: str | None = field(
+        default=None,
+        metadata={"help": f"What searches: {', '.join([*LOCAL_SOURCES, *PROVIDERS])}. None: local or recorded, "
+                  "whichever of search_index and search_recorded is set."},
+    )  # fmt: skip
+    search_url: str | None = field(
+        default=None,
+        metadata={"help": "The service's address, where it is not its usual one (a gateway, your server)."},
+    )
+    search_zone: str | None = field(default=None, metadata={"help": "Bright Data: the name of your SERP API zone."})
+    search_fields: list[str] = field(
+        default_factory=lambda: list(FIELDS),
+        metadata={"help": f"Parts of a result that are shown, of {list(FIELDS)}."},
+    )
+    search_cache: str = field(
+        default="search_cache.sqlite",
+        metadata={"help": "File that keeps a service's answers and counts requests, shared by all processes of a "
+                  "machine. On a local disk."},
+    )  # fmt: skip
+    search_cache_mode: str = field(
+        default=CacheMode.CACHE.value,
+        metadata={"help": "'cache': ask what the file lacks. 'live': always ask. 'record': always ask, and write. "
+                  "'replay': never ask, the nearest recorded query answers. 'offline': never ask, an unrecorded query "
+                  "fails.", "choices": [mode.value for mode in CacheMode]},
+    )  # fmt: skip
+    search_timeout_s: float = field(
+        default=15.0,
+        metadata={"help": "Seconds a search may take, retries included; less than tool_timeout_s. > 0."},
+    )
+    search_rate: float | None = field(
+        default=None, metadata={"help": "Requests per second to the service, all processes together. > 0."}
+    )
+    search_max_calls: int | None = field(
+        default=None,
+        metadata={"help": "Requests to the service per run (output_dir), all processes together; then searches are "
+                  "answered with a notice. >= 1."},
+    )  # fmt: skip
 
-def build_tools(arguments: ToolArguments) -> list[Callable[..., Any]]:
-    """The tools as functions, in the order they were named.
+    # Parameters that control reading pages
+    visit_timeout_s: float = field(default=15.0, metadata={"help": "Seconds a visit may take. > 0."})
+    visit_max_chars: int = field(default=4000, metadata={"help": "Characters of a page that are shown. >= 200."})
+    visit_allowed_hosts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "host or host:port that may be visited although it is not on the public internet."},
+    )
+    visit_summary_url: str | None = field(
+        default=None,
+        metadata={"help": "OpenAI-compatible server (…/v1) whose model sums pages up; its key, if it wants one, in "
+                  "VISIT_SUMMARY_API_KEY."},
+    )  # fmt: skip
+    visit_summary_model: str | None = field(default=None, metadata={"help": "That model's name."})
+
+    # Parameters that control the tools of MCP servers
+    mcp_servers: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "Servers whose tools are offered as well: command, args and env (names of variables), or "
+                  "url and token_env; and tools, to offer only some."},
+    )  # fmt: skip
+    mcp_timeout_s: float = field(default=15.0, metadata={"help": "Seconds a call of an MCP tool may take. > 0."})
+
+
+def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Callable[..., Any]]:
+    """The tools as functions, in the order they were named, then those of MCP servers.
+
+    Args:
+        run: Name under which `search_max_calls` counts; the same on all ranks.
 
     Raises:
-        ConfigError: An unknown tool, or a search without exactly one thing to search in.
+        ConfigError: An unknown tool, a setting that is missing or cannot work, a key that is not in the environment,
+            or an MCP server that does not start.
         SandboxError: python was asked for and cannot be isolated.
     """
     unknown = [name for name in arguments.tools if name not in BUILT_IN]
     if unknown:
         raise ConfigError(f"tools names {unknown}; expected some of {list(BUILT_IN)}.")
-    makers = {"search": _build_search, "python": _build_python}
-    return [makers[name](arguments) for name in arguments.tools]
+    makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
+    makers["visit"] = lambda: _build_visit(arguments)
+    tools = [makers[name]() for name in arguments.tools]
+    if arguments.mcp_servers:
+        from arpo_trl.tools.mcp import mcp_tools
+
+        tools += mcp_tools(arguments.mcp_servers, timeout_s=arguments.mcp_timeout_s)
+    return tools
 
 
-def _build_search(arguments: ToolArguments) -> Callable[..., Any]:
-    if (arguments.search_index is None) == (arguments.search_recorded is None):
-        raise ConfigError(
-            f"The search tool has search_index={arguments.search_index!r} and search_recorded="
-            f"{arguments.search_recorded!r}; expected exactly one of them. Set one, or take search out of tools."
-        )
-    source: LocalIndex | RecordedSearch
-    if arguments.search_index is None:
-        source = RecordedSearch(str(arguments.search_recorded))
-    elif arguments.search_index.endswith(".jsonl"):
-        source = LocalIndex.from_jsonl(arguments.search_index)
-    else:
-        source = LocalIndex.load(arguments.search_index)
+def _build_search(arguments: ToolArguments, run: str) -> Callable[..., Any]:
+    for name, least in (("search_top_k", 1), ("search_max_chars", 10)):
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"{name} is {getattr(arguments, name)}; expected at least {least}.")
+    source = _search_source(arguments, run)
     return search_tool(source, top_k=arguments.search_top_k, max_chars=arguments.search_max_chars)
+
+
+def _search_source(arguments: ToolArguments, run: str) -> Searchable:
+    given = [name for name, setting in LOCAL_SOURCES.items() if getattr(arguments, setting) is not None]
+    provider = arguments.search_provider or (given[0] if len(given) == 1 else None)
+    if provider is None or given not in ([], [provider]) or (provider in LOCAL_SOURCES and not given):
+        raise ConfigError(
+            f"The search tool has search_provider={arguments.search_provider!r}, search_index="
+            f"{arguments.search_index!r} and search_recorded={arguments.search_recorded!r}; expected exactly one of "
+            "them, or search_provider with the setting of its kind. Set one, or take search out of tools."
+        )
+    if provider == "local":
+        return LocalIndex.open(str(arguments.search_index))
+    if provider == "recorded":
+        return RecordedSearch(str(arguments.search_recorded))
+    if provider not in PROVIDERS:
+        raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS]}.")
+    if arguments.search_cache_mode not in {mode.value for mode in CacheMode}:
+        raise ConfigError(
+            f"search_cache_mode is {arguments.search_cache_mode!r}; expected one of "
+            f"{[mode.value for mode in CacheMode]}."
+        )
+    return WebSearch(
+        make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),
+        SearchCache(arguments.search_cache),
+        CacheMode(arguments.search_cache_mode),
+        fields=arguments.search_fields,
+        timeout_s=arguments.search_timeout_s,
+        per_second=arguments.search_rate,
+        max_requests=arguments.search_max_calls,
+        run=run,
+    )
 
 
 def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
     return python_tool(timeout_s=arguments.python_timeout_s, allow_unsafe=arguments.allow_unsafe)
+
+
+def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
+    from arpo_trl.tools.pages import Summariser, visit_tool
+
+    if (arguments.visit_summary_url is None) != (arguments.visit_summary_model is None):
+        raise ConfigError(
+            f"visit_summary_url is {arguments.visit_summary_url!r} and visit_summary_model is "
+            f"{arguments.visit_summary_model!r}; expected both or neither."
+        )
+    summariser = None
+    if arguments.visit_summary_url is not None:
+        summariser = Summariser(arguments.visit_summary_url, str(arguments.visit_summary_model))
+    return visit_tool(
+        timeout_s=arguments.visit_timeout_s,
+        max_chars=arguments.visit_max_chars,
+        allowed_hosts=arguments.visit_allowed_hosts,
+        summariser=summariser,
+    )

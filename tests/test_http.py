@@ -1,0 +1,87 @@
+"""What a server says about trying again is understood, and a request takes as long as it may."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import httpx
+import pytest
+
+from arpo_trl.tools.http import RequestFailed, _retry_after_s, fetch, fetch_json
+from loopback import Loopback, Reply
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (None, None),
+        ("", None),
+        ("soon", None),
+        ("2", 2.0),
+        ("0.5", 0.5),
+        ("-3", 0.0),
+        ("inf", 86400.0),
+        ("nan", 86400.0),
+    ],
+)
+def test_retry_after_in_seconds(value: str | None, seconds: float | None) -> None:
+    assert _retry_after_s(value) == seconds
+
+
+def test_retry_after_as_a_date() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
+    assert _retry_after_s(soon) == pytest.approx(60, abs=5)
+    assert _retry_after_s("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("status", "may_pass"),
+    [(None, True), (408, True), (429, True), (503, True), (200, False), (404, False), (401, False)],
+)
+def test_which_failures_may_pass(status: int | None, may_pass: bool) -> None:
+    assert RequestFailed("x", status=status).may_pass is may_pass
+
+
+def test_a_server_that_drips_its_headers_is_left_at_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 500:
+                    try:
+                        connection.sendall(bytes([byte]))
+                    except OSError:
+                        return
+                    time.sleep(0.02)
+
+        threading.Thread(target=drip, daemon=True).start()
+        start = time.monotonic()
+        with pytest.raises(RequestFailed, match=r"no complete answer within 0\.5 s"):
+            fetch(httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/"), timeout_s=0.5)
+        assert time.monotonic() - start < 5
+
+
+def test_what_is_no_http_is_a_failed_connection() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def babble() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH\r\n" * 10)
+
+        threading.Thread(target=babble, daemon=True).start()
+        with pytest.raises(RequestFailed, match=r"the connection failed \(RemoteProtocolError\)"):
+            fetch(httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/"), timeout_s=5)
+
+
+def test_redirects_are_not_followed() -> None:
+    with Loopback(lambda asked: Reply("", 302, {"Location": "/elsewhere"})) as server:
+        assert fetch(httpx.Request("GET", server.url), timeout_s=5).status == 302
+        with pytest.raises(RequestFailed, match="answered 302"):
+            fetch_json(httpx.Request("GET", server.url), timeout_s=5)
+    assert len(server.asked) == 2

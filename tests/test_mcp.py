@@ -1,0 +1,250 @@
+"""Tools of a real MCP server, a process or an address, are tools of the policy."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.tools import background
+from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure, ToolResult
+from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.mcp import McpServer, McpSession, mcp_tools
+from loopback import Loopback, Reply
+from support import tokenizer
+
+SERVER = str(Path(__file__).with_name("mcp_server.py"))
+COMMAND = {"command": sys.executable, "args": [SERVER]}
+
+
+def by_name(tools: list[Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    return {tool.__name__: tool for tool in tools}
+
+
+class HttpServer:
+    """The same server at an address, which survives restarts."""
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}/mcp"
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, SERVER, str(self.port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        for _ in range(600):
+            try:
+                socket.create_connection(("127.0.0.1", self.port)).close()
+            except OSError:
+                time.sleep(0.05)
+            else:
+                return
+        raise AssertionError("the server did not start")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[HttpServer]:
+    server = HttpServer()
+    yield server
+    server.kill()
+
+
+def results(box: ToolBox, *calls: tuple[str, dict[str, Any]]) -> list[ToolResult]:
+    tickets = [box.submit(ToolCall(name, arguments)) for name, arguments in calls]
+    done: dict[int, ToolResult] = {}
+    while len(done) < len(tickets):
+        done.update(box.poll(10))
+    return [done[ticket] for ticket in tickets]
+
+
+@pytest.fixture(scope="module", params=["stdio", "http"])
+def box(request: pytest.FixtureRequest, http: HttpServer) -> Iterator[ToolBox]:
+    server = COMMAND if request.param == "stdio" else {"url": http.url}
+    with ToolBox(mcp_tools([server], timeout_s=1.0)) as box:
+        yield box
+
+
+def test_calls_reach_the_server_and_come_back_as_text(box: ToolBox) -> None:
+    echoed, twice, failed, picture, refused, missing = results(
+        box,
+        ("echo", {"text": "hi"}),
+        ("echo", {"text": "hi", "times": 2}),
+        ("fail", {"text": "tea"}),
+        ("picture", {"text": "see"}),
+        ("echo", {"text": 5}),
+        ("echo", {}),
+    )
+    assert (echoed.text, echoed.failure) == ("hi", None)
+    assert twice.text == "hi hi"
+    assert (failed.text, failed.failure) == ("Error executing tool fail: no tea today", ToolFailure.ERROR)
+    assert picture.text == "see\n[image left out: only text can be shown]"
+    assert refused.failure is missing.failure is ToolFailure.BAD_CALL
+
+
+def test_a_slow_call_misses_its_deadline_and_holds_up_no_other(box: ToolBox) -> None:
+    slow, quick = results(box, ("slow", {"text": "x"}), ("echo", {"text": "y"}))
+    assert (slow.text, slow.failure) == ("Error: the slow call took longer than 1 s.", ToolFailure.ERROR)
+    assert quick.text == "y"
+    assert quick.seconds < 1
+    assert results(box, ("echo", {"text": "again"}))[0].text == "again"
+
+
+def test_a_tool_is_offered_with_the_servers_own_schema(box: ToolBox) -> None:
+    spec = box.specs["echo"]
+    assert spec.schema["function"]["description"].startswith("Say it again.")
+    assert spec.schema["function"]["parameters"]["properties"]["times"]["type"] == "integer"
+    assert spec.schema["function"]["parameters"]["required"] == ["text"]
+    assert (spec.parameters, spec.single_text_parameter, spec.is_async) == (("text", "times"), "text", True)
+    assert "get_secret" in box.names  # get-secret is no tag
+
+
+def test_a_tool_can_be_called_by_its_tag() -> None:
+    with ToolBox(mcp_tools([{**COMMAND, "tools": ["echo"]}])) as box:
+        call = TagProtocol(tokenizer(), box.specs).parse_turn("<echo>hello there</echo>")
+        assert isinstance(call, ToolCall)
+        assert results(box, (call.name, call.arguments))[0].text == "hello there"
+
+
+def test_a_crashed_server_is_started_again_for_the_next_call() -> None:
+    with ToolBox(mcp_tools([COMMAND])) as box:
+        before = results(box, ("process", {"text": ""}))[0].text
+        crashed = results(box, ("die", {"text": ""}))[0]
+        assert crashed.failure is ToolFailure.DEGRADED
+        assert crashed.text == "Error: the server of this tool went away during the call."
+        after = results(box, ("process", {"text": "again"}))[0]
+        assert after.ok
+        assert after.text != before
+
+
+def test_an_address_whose_server_comes_back_is_connected_to_again() -> None:
+    server = HttpServer()
+    with ToolBox(mcp_tools([{"url": server.url}], timeout_s=5.0)) as box:
+        assert results(box, ("echo", {"text": "a"}))[0].text == "a"
+        server.kill()
+        assert results(box, ("echo", {"text": "b"}))[0].failure is ToolFailure.DEGRADED
+        server.start()
+        assert [results(box, ("echo", {"text": text}))[0].text for text in ("c", "d")] == ["c", "d"]
+        server.kill()
+
+
+def test_only_named_variables_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIVEN", "yes")
+    monkeypatch.setenv("KEPT", "secret")
+    with ToolBox(mcp_tools([{**COMMAND, "env": ["GIVEN"]}])) as box:
+        given, kept = results(box, ("get_secret", {"name": "GIVEN"}), ("get_secret", {"name": "KEPT"}))
+    assert (given.text, kept.text) == ("yes", "not set")
+
+
+def test_only_named_tools_are_offered_and_two_servers_cannot_share_a_name() -> None:
+    assert list(by_name(mcp_tools([{**COMMAND, "tools": ["fail", "echo"]}]))) == ["fail", "echo"]
+    with pytest.raises(ToolSpecError, match="two tools are named 'echo'"):
+        ToolBox(mcp_tools([{**COMMAND, "tools": ["echo"]}, {**COMMAND, "tools": ["echo"]}]))
+
+
+def test_the_servers_log_is_no_part_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
+    mcp_tools([COMMAND])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_closed_session_leaves_no_process() -> None:
+    session = McpSession(McpServer.of(COMMAND, "here"), 5.0)
+    assert "process" in [tool.name for tool in session.open("here")]
+    server = psutil.Process(int(background.start(session._call("process", {"text": ""})).result(10)))
+    session.close()
+    session.close()
+    assert not server.is_running()
+
+
+@pytest.mark.parametrize("ending", ["", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
+def test_a_process_that_ends_takes_its_servers_along(ending: str) -> None:
+    code = (
+        "import asyncio\n"
+        "from arpo_trl.tools.mcp import mcp_tools\n"
+        f"tools = mcp_tools([{COMMAND!r}])\n"
+        "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)\n" + ending
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert not psutil.pid_exists(int(done.stdout))
+
+
+def test_a_killed_process_takes_its_servers_along() -> None:
+    code = (
+        "import asyncio, time\n"
+        "from arpo_trl.tools.mcp import mcp_tools\n"
+        f"tools = mcp_tools([{COMMAND!r}])\n"
+        "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)\n"
+        "time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        server = int(process.stdout.readline())
+        process.send_signal(signal.SIGKILL)
+    for _ in range(100):  # the end of its input tells the server
+        if not psutil.pid_exists(server):
+            break
+        time.sleep(0.1)
+    assert not psutil.pid_exists(server)
+
+
+def unused_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        ({"command": "no-such-command"}, r"mcp_servers\[0\]: command 'no-such-command' does not work .*PATH"),
+        ({"command": "true"}, "does not work as an MCP server: Connection closed"),
+        ({"command": sys.executable, "args": ["-c", "raise SystemExit('bad')"]}, "it said: bad"),
+        ({"url": f"http://127.0.0.1:{unused_port()}/mcp"}, "All connection attempts failed. Check that it runs;"),
+        ({**COMMAND, "tools": ["sing"]}, r"has no tools \['sing'\]; it has \['die', 'echo'"),
+        ({"command": "x", "url": "y"}, "either command or url"),
+        ({}, "either command or url"),
+        ({"cmd": "x"}, "a setting 'cmd'; expected some of"),
+        ({"command": ["x"]}, "command has to be a text"),
+        ({"command": "x", "args": "y"}, "args has to be a list of texts"),
+        ({"command": "x", "env": {"A": "b"}}, "env has to be a list of texts"),
+        ({"command": "x", "env": ["NOT_SET_ANYWHERE"]}, "environment variable NOT_SET_ANYWHERE, which is not set"),
+        ({"url": "http://x/mcp", "token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
+        ("uvx server", "is str; expected settings"),
+    ],
+)
+def test_a_server_that_cannot_work_is_an_error_at_start_up(server: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_tools(ToolArguments([], mcp_servers=[server]))
+
+
+def test_a_secret_that_the_server_repeats_stays_out_of_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "sk-PLANTED")
+    code = "import os; raise SystemExit('bad token ' + os.environ['TOKEN'])"
+    with pytest.raises(ConfigError, match=r"bad token \[TOKEN\]") as error:
+        mcp_tools([{"command": sys.executable, "args": ["-c", code], "env": ["TOKEN"]}])
+    assert "sk-PLANTED" not in str(error.value) + repr(error.value)
+
+
+def test_the_token_is_sent_to_the_address(http: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "sk-PLANTED")
+    with Loopback(lambda asked: Reply("", 401)) as server, pytest.raises(ConfigError) as error:
+        mcp_tools([{"url": f"{server.url}/mcp?key=hidden", "token_env": "TOKEN"}])
+    assert server.asked[0].headers["authorization"] == "Bearer sk-PLANTED"
+    assert "sk-PLANTED" not in str(error.value)
+    assert "hidden" not in str(error.value)

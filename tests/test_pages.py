@@ -1,0 +1,396 @@
+"""A model may visit the public web and nothing else, and reads the part of a page that it asked about."""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import ssl
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from arpo_trl.errors import ConfigError, ToolError
+from arpo_trl.tools.box import tool_spec
+from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.pages import MAX_REDIRECTS, AddressGuard, Summariser, excerpt, is_public, visit_tool
+from loopback import Asked, Loopback, Reply
+
+PARAGRAPHS = [f"Filler paragraph number {i}, about nothing that anybody would ever want to know." for i in range(60)]
+PARAGRAPHS[40] = "Iron melts at 1538 degrees Celsius, as measured in the laboratory."
+PAGE = (
+    "<html><head><title>Metals</title><script>var secret = 1;</script></head><body><nav>Home</nav><article>"
+    + "".join(f"<p>{paragraph}</p>" for paragraph in PARAGRAPHS)
+    + "</article></body></html>"
+)
+
+
+def html(body: str) -> Reply:
+    return Reply(body, headers={"Content-Type": "text/html; charset=utf-8"})
+
+
+def pages(asked: Asked) -> Reply:
+    match asked.path:
+        case "/metals":
+            return html(PAGE)
+        case "/plain":
+            return Reply("just text", headers={"Content-Type": "text/plain"})
+        case "/there":
+            return Reply("", 302, {"Location": "/plain"})
+        case "/loop":
+            return Reply("", 302, {"Location": "/loop"})
+        case "/out":
+            return Reply("", 302, {"Location": asked.params["to"]})
+        case "/empty":
+            return html("")
+        case "/image":
+            return Reply(b"\x89PNG", headers={"Content-Type": "image/png"})
+    return Reply("", 404)
+
+
+@pytest.fixture
+def server() -> Iterator[Loopback]:
+    with Loopback(pages) as server:
+        yield server
+
+
+@pytest.fixture
+def visit(server: Loopback) -> Any:
+    return visit_tool(allowed_hosts=[f"127.0.0.1:{server.port}"], timeout_s=10)
+
+
+# Addresses
+
+
+@pytest.mark.parametrize("address", ["8.8.8.8", "2001:4860:4860::8888", "::ffff:8.8.8.8", "2002:808:808::1"])
+def test_public_addresses(address: str) -> None:
+    assert is_public(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    """127.0.0.1 127.8.8.8 10.1.2.3 172.16.0.1 192.168.1.1 169.254.169.254 100.64.0.1 0.0.0.0 224.0.0.1 240.0.0.1
+    255.255.255.255 192.0.2.1 198.18.0.1 ::1 :: fe80::1 fe80::1%eth0 fc00::1 fd12::1 fec0::1 ff02::1 2001:db8::1
+    ::ffff:127.0.0.1 ::ffff:10.0.0.1 ::127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: 2002:a9fe:a9fe::
+    not-an-address""".split(),
+)
+def test_private_reserved_and_carrying_addresses(address: str) -> None:
+    assert not is_public(address)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1/",
+        "http://localhost/",
+        "http://LOCALHOST./",
+        "http://2130706433/",  # 127.0.0.1 as one number
+        "http://0x7f000001/",
+        "http://0177.0.0.1/",
+        "http://0x7f.1/",
+        "http://127.1/",
+        "http://①②⑦.0.0.1/",
+        "http://[::1]/",
+        "http://[::ffff:127.0.0.1]/",
+        "http://[::ffff:7f00:1]/",
+        "http://169.254.169.254/latest/meta-data/",
+        "http://0/",
+        "http://user@8.8.8.8/",
+        "http://8.8.8.8@127.0.0.1/",
+        "http://8.8.8.8:22/",
+        "https://8.8.8.8:80/",
+        "http://8.8.8.8:99999/",
+        "http://127.0.0.1#@8.8.8.8/",
+        "http://127.0.0.1\\@8.8.8.8/",
+        "file:///etc/passwd",
+        "ftp://8.8.8.8/",
+        "gopher://8.8.8.8/",
+        "javascript:alert(1)",
+        "//8.8.8.8/",
+        "8.8.8.8",
+        "http://",
+        "http:///etc/passwd",
+        "",
+        "\0",
+        "http://\ud800/",
+        "http://" + "a" * 300 + ".test/",
+    ],
+)
+def test_no_request_leaves_for_such_an_address(url: str) -> None:
+    with pytest.raises(ToolError, match=r"^Error: "):
+        visit_tool(timeout_s=5)(url)
+
+
+def test_a_name_with_one_private_address_among_public_ones_is_refused() -> None:
+    guard = AddressGuard((), lambda host, port: ["8.8.8.8", "10.0.0.1"])
+    with pytest.raises(ToolError, match=r"'two-faced\.test' is not on the public internet"):
+        guard.request("http://two-faced.test/")
+
+
+def test_a_public_name_is_connected_to_by_its_address_under_its_own_name() -> None:
+    asked = []
+
+    def resolve(host: str, port: int) -> list[str]:
+        asked.append((host, port))
+        return ["93.184.215.14"]
+
+    request = AddressGuard((), resolve).request("https://Example.COM/a?b=c#d")
+    assert str(request.url) == "https://93.184.215.14/a?b=c"
+    assert request.headers["host"] == "example.com"
+    assert request.extensions == {"sni_hostname": "example.com"}
+    assert asked == [("example.com", 443)]
+
+
+def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(server: Loopback) -> None:
+    answers = iter([["127.0.0.1"], ["203.0.113.1"]])  # a second look would get another address
+    visit = visit_tool(
+        allowed_hosts=[f"rebinding.test:{server.port}"], resolve=lambda host, port: next(answers), timeout_s=5
+    )
+    assert visit(f"http://rebinding.test:{server.port}/plain") == "just text"
+    assert server.asked[0].headers["host"] == f"rebinding.test:{server.port}"
+
+
+def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopback) -> None:
+    assert visit(f"{server.url}/there") == "just text"
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        "http://localhost/",
+        "http://169.254.169.254/",
+        "file:///etc/passwd",
+        "http://[::1]:22/",
+        "//10.0.0.1/x",
+        "http://[",
+    ],
+)
+def test_a_redirect_to_elsewhere_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
+    with pytest.raises(ToolError, match=r"public internet|web page|port 22|no address"):
+        visit(f"{server.url}/out?to={to}")
+
+
+def test_a_redirect_to_another_port_of_an_allowed_host_is_refused(visit: Any, server: Loopback) -> None:
+    with Loopback(pages) as other, pytest.raises(ToolError, match=f"port {other.port} cannot be visited"):
+        visit(f"{server.url}/out?to={other.url}/plain")
+    assert other.asked == []
+
+
+def test_a_certificate_has_to_be_valid_for_the_name_that_was_visited(tmp_path: Path) -> None:
+    named: list[str | None] = []
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(self_signed(tmp_path / "pem", "pages.test"))
+    context.sni_callback = lambda connection, name, _: named.append(name)
+    with Loopback(pages) as server:
+        server.server.socket = context.wrap_socket(server.server.socket, server_side=True)
+        visit = visit_tool(allowed_hosts=["pages.test"], resolve=lambda host, port: ["127.0.0.1"], timeout_s=5)
+        with pytest.raises(ToolError, match=r"the connection failed \(ConnectError\)"):  # signed by nobody known
+            visit(f"https://pages.test:{server.port}/plain")
+    assert named == ["pages.test"]
+    assert server.asked == []
+
+
+def self_signed(file: Path, name: str) -> Path:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    file.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    return file
+
+
+def test_redirects_end(visit: Any, server: Loopback) -> None:
+    with pytest.raises(ToolError, match="more than 5 redirects"):
+        visit(f"{server.url}/loop")
+    assert len(server.asked) == MAX_REDIRECTS + 1
+
+
+# Pages
+
+
+def test_the_windows_around_the_goal_are_shown(visit: Any, server: Loopback) -> None:
+    whole = visit_tool(allowed_hosts=[f"127.0.0.1:{server.port}"], max_chars=1000)
+    text = whole(f"{server.url}/metals", "melting point: at how many degrees does iron melt?")
+    assert "Iron melts at 1538 degrees" in text
+    assert len(text) <= 1000
+    assert "secret" not in text
+
+
+def test_the_goal_may_follow_the_address(visit: Any, server: Loopback) -> None:
+    url = f"{server.url}/metals"
+    assert visit(f"  {url} degrees of iron ") == visit(url, "degrees of iron")
+    assert tool_spec(visit).single_text_parameter == "url"
+
+
+def test_a_page_without_the_goal_is_shown_from_its_beginning(visit: Any, server: Loopback) -> None:
+    text = visit(f"{server.url}/metals", "zebra")
+    assert text.startswith("Metals\nFiller paragraph number 0")
+    assert text.endswith(" …")
+    assert len(text) == 4000
+
+
+def test_pdf_text_is_read(server: Loopback, visit: Any) -> None:
+    stream = b"BT /F1 24 Tf 72 700 Td (Iron melts at 1538 degrees) Tj ET"
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/Contents 4 0 R/Resources<</Font<</F1 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    body, offsets = b"%PDF-1.4\n", []
+    for number, content in enumerate(objects, start=1):
+        offsets.append(len(body))
+        body += b"%d 0 obj%s endobj\n" % (number, content)
+    table = b"".join(b"%010d 00000 n \n" % offset for offset in offsets)
+    body += b"xref\n0 6\n0000000000 65535 f \n%strailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (
+        table,
+        len(body),
+    )
+    server.answer = lambda asked: Reply(body, headers={"Content-Type": "application/octet-stream"})
+    assert visit(server.url) == "Iron melts at 1538 degrees"
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (Reply("", 404), "the server answered 404"),
+        (Reply("", 500), "the server answered 500"),
+        (html(""), "has no text"),
+        (html("<html><body></body></html>"), "has no text"),
+        (Reply(b"\x89PNG", headers={"Content-Type": "image/png"}), "of type 'image/png', not text"),
+        (Reply(b"%PDF-1.4 broken", headers={"Content-Type": "application/pdf"}), "has no text|cannot be read"),
+        (Reply(b"x" * 2_000_001, headers={"Content-Type": "text/plain"}), "more than 2,000,000 bytes"),
+        (Reply(gzip.compress(b"x" * 50_000_000), headers={"Content-Encoding": "gzip"}), "more than 2,000,000 bytes"),
+        (Reply(b"x", headers={"Content-Encoding": "br"}), "a compression that is not accepted"),
+        (Reply(b"x" * 100, headers={"Content-Encoding": "gzip"}), "the connection failed"),
+    ],
+)
+def test_what_cannot_be_read_says_why(server: Loopback, reply: Reply, message: str) -> None:
+    server.answer = lambda asked: reply
+    visit = visit_tool(allowed_hosts=["127.0.0.1"], max_bytes=2_000_000, timeout_s=20)
+    with pytest.raises(ToolError, match=message):
+        visit(server.url)
+
+
+def test_a_page_that_drips_is_left_at_the_deadline(server: Loopback) -> None:
+    def drip(file: Any) -> None:
+        for _ in range(200):
+            file.write(b"x")
+            file.flush()
+            time.sleep(0.05)
+
+    server.answer = lambda asked: Reply(stream=drip, headers={"Content-Type": "text/plain"})
+    start = time.monotonic()
+    with pytest.raises(ToolError, match=r"no complete answer within 0\.5 s"):
+        visit_tool(allowed_hosts=["127.0.0.1"], timeout_s=0.5)(server.url)
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "body", [b"\xff\xfe\x00<", b"<" * 200_000, b"<div>" * 100_000, bytes(range(256)) * 100, b"<p>&#x110000;&#0;</p>"]
+)
+def test_broken_html_costs_at_most_a_text(server: Loopback, visit: Any, body: bytes) -> None:
+    server.answer = lambda asked: Reply(body, headers={"Content-Type": "text/html"})
+    try:
+        assert len(visit(server.url)) <= 4000
+    except ToolError as error:
+        assert str(error).startswith("Error: the page")
+
+
+# Excerpts
+
+
+def test_a_short_text_is_shown_whole() -> None:
+    assert excerpt(" a b ", "anything", 10) == "a b"
+
+
+def test_windows_keep_their_order_and_gaps_are_marked() -> None:
+    text = "\n".join(["alpha " * 90, "filler " * 80, "beta " * 100, "filler " * 80])
+    shown = excerpt(text, "beta alpha", 1200)
+    assert shown.index("alpha") < shown.index("\n[…]\n") < shown.index("beta")
+    assert "filler" not in shown
+    assert len(shown) <= 1200
+
+
+def test_a_text_without_spaces_is_cut_into_windows() -> None:
+    text = "熔" * 3000 + "铁的熔点是一千五百度" + "点" * 3000
+    shown = excerpt(text, "铁", 800)
+    assert "铁的熔点" in shown
+    assert len(shown) <= 800
+
+
+# Summaries
+
+
+@pytest.fixture
+def model() -> Iterator[Loopback]:
+    answer = {"choices": [{"message": {"role": "assistant", "content": " Iron: 1538 °C. "}}]}
+    with Loopback(lambda asked: Reply(answer)) as model:
+        yield model
+
+
+def test_a_model_sums_the_page_up(server: Loopback, model: Loopback, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIT_SUMMARY_API_KEY", "sk-PLANTED")
+    (visit,) = build_tools(
+        ToolArguments(
+            ["visit"],
+            visit_allowed_hosts=["127.0.0.1"],
+            visit_summary_url=f"{model.url}/v1",
+            visit_summary_model="small",
+        )
+    )
+    assert visit(f"{server.url}/metals", "degrees of iron") == "Iron: 1538 °C."
+    (asked,) = model.asked
+    assert (asked.path, asked.headers["authorization"]) == ("/v1/chat/completions", "Bearer sk-PLANTED")
+    assert asked.json["model"] == "small"
+    assert "Iron melts at 1538 degrees" in asked.json["messages"][0]["content"]
+    assert "authorization" not in server.asked[0].headers  # the page's server gets no key
+    visit(f"{server.url}/metals")
+    assert len(model.asked) == 1  # without a goal there is nothing to sum up for
+
+
+@pytest.mark.parametrize(
+    "reply", [Reply("", 500), Reply("not json"), Reply({}), Reply({"choices": [{"message": {"content": None}}]})]
+)
+def test_when_the_model_fails_the_pages_own_text_is_shown(
+    server: Loopback, model: Loopback, reply: Reply, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    model.answer = lambda asked: reply
+    visit = visit_tool(allowed_hosts=["127.0.0.1"], summariser=Summariser(model.url, "small"))
+    assert "Iron melts at 1538 degrees" in visit(f"{server.url}/metals", "degrees of iron")
+    assert "the page's own text is shown instead" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"visit_timeout_s": 0}, "visit_timeout_s is 0"),
+        ({"visit_max_chars": 10}, "visit_max_chars is 10"),
+        ({"visit_summary_url": "http://x/v1"}, "expected both or neither"),
+    ],
+)
+def test_settings_that_cannot_work_say_so(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_tools(ToolArguments(["visit"], **settings))
+
+
+def test_a_missing_library_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"needs trafilatura: pip install 'arpo-trl\[tools\]'"):
+        visit_tool()

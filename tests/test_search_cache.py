@@ -1,0 +1,197 @@
+"""The cache file keeps answers and limits for any number of processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sqlite3
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arpo_trl.errors import DataError
+from arpo_trl.tools import search_cache
+from arpo_trl.tools.search_cache import Entry, Key, SearchCache
+from arpo_trl.tools.search_providers import Hit
+
+HITS = [Hit("Iron", "https://a.test/", "melts at 1538 °C"), Hit("", "", "x\ny")]
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> SearchCache:
+    return SearchCache(tmp_path / "cache.sqlite")
+
+
+def key(query: str = "q", provider: str = "serper", **parameters: Any) -> Key:
+    return Key.of(provider, query, parameters or {"results": 10})
+
+
+def test_what_was_put_is_found_again_by_another_process_or_object(cache: SearchCache) -> None:
+    cache.put(key(), HITS)
+    assert SearchCache(cache.path).get(key()) == Entry(HITS, None)
+
+
+def test_a_key_is_the_provider_the_normalised_query_and_the_parameters(cache: SearchCache) -> None:
+    cache.put(key("Melting  point "), HITS)
+    assert cache.get(key("search query: melting point")) == Entry(HITS, None)
+    assert cache.get(key("melting point", provider="brave")) is None
+    assert cache.get(key("melting point", results=5)) is None
+
+
+@pytest.mark.parametrize("text", ["", "\0", "\ud800", "'; DROP TABLE results; --", "数" * 10_000])
+def test_any_text_can_be_kept(cache: SearchCache, text: str) -> None:
+    cache.put(key(text), [Hit(text, text, text)])
+    entry = cache.get(key(text))
+    assert entry is not None
+    assert entry.hits[0].text == text.replace("\ud800", "?")
+
+
+def test_nothing_found_and_failures_are_believed_for_a_while_only(
+    cache: SearchCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.put(key("empty"), [])
+    cache.put_error(key("failed"), "answered 503")
+    assert cache.get(key("empty")) == Entry([], None)
+    assert cache.get(key("failed")) == Entry([], "answered 503")
+    now = time.time()
+    monkeypatch.setattr(search_cache.time, "time", lambda: now + search_cache.ERROR_TTL_S + 1)
+    assert cache.get(key("failed")) is None
+    assert cache.get(key("empty")) == Entry([], None)
+    monkeypatch.setattr(search_cache.time, "time", lambda: now + search_cache.EMPTY_TTL_S + 1)
+    assert cache.get(key("empty")) is None
+    # Without asking, an old answer is better than none; an old failure is not one.
+    assert cache.get(key("empty"), expired=True) == Entry([], None)
+    assert cache.get(key("failed"), expired=True) is None
+
+
+def test_a_failure_does_not_displace_an_answer_but_an_answer_a_failure(cache: SearchCache) -> None:
+    cache.put(key(), HITS)
+    cache.put_error(key(), "answered 503")
+    assert cache.get(key()) == Entry(HITS, None)
+    cache.put_error(key("other"), "answered 503")
+    cache.put(key("other"), HITS)
+    assert cache.get(key("other")) == Entry(HITS, None)
+
+
+def test_one_asks_at_a_time_and_who_vanishes_is_not_waited_for(cache: SearchCache) -> None:
+    other = SearchCache(cache.path)
+    with cache.lease(key(), 60) as mine:
+        with other.lease(key(), 60) as theirs, other.lease(key("another"), 60) as unrelated:
+            assert (mine, theirs, unrelated) == (True, False, True)
+        with other.lease(key(), 60) as theirs:
+            assert not theirs  # leaving without the lease gave nobody's back
+    with other.lease(key(), 60) as theirs:
+        assert theirs
+    with cache.lease(key(), -1) as mine, other.lease(key(), 60) as theirs:
+        assert (mine, theirs) == (True, True)  # the first had run out
+
+
+def test_requests_are_spaced_evenly_over_all_who_ask(cache: SearchCache) -> None:
+    start = time.time()
+    slots = [SearchCache(cache.path).reserve("serper", 10.0, start + 60) for _ in range(5)]
+    assert None not in slots
+    gaps = [slot - slots[0] for slot in slots if slot is not None and slots[0] is not None]
+    assert gaps == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4], abs=0.02)
+    assert cache.reserve("serper", 10.0, start + 0.1) is None  # the next place is after that
+    assert cache.reserve("brave", 10.0, start + 60) is not None  # each provider has its own
+
+
+def test_spending_is_counted_by_run_up_to_the_cap(cache: SearchCache) -> None:
+    assert [cache.spend("a", 2) for _ in range(3)] == [True, True, False]
+    assert cache.spend("b", 2)
+    assert cache.spend("a", None)
+    assert cache.stats()["requests"] == {"a": 3, "b": 1}
+
+
+def test_the_released_codes_json_is_read_and_written(cache: SearchCache, tmp_path: Path) -> None:
+    released = {"Capital of France": "Page 1: Paris.\nPage 2: In Europe.", "nowhere": "No search results found."}
+    (tmp_path / "search_cache.json").write_text(json.dumps(released))
+    assert cache.import_json(tmp_path / "search_cache.json", "brightdata", {"results": 10}) == 2
+    assert cache.get(key("capital of france", "brightdata")) == Entry(
+        [Hit("", "", "Paris."), Hit("", "", "In Europe.")], None
+    )
+    cache.put(key("iron", "serper"), HITS)
+    assert cache.export_json(tmp_path / "all.json") == 3
+    assert json.loads((tmp_path / "all.json").read_text()) == {
+        "Capital of France": "Page 1: Paris.\nPage 2: In Europe.",
+        "iron": "Page 1: Iron (https://a.test/): melts at 1538 °C\nPage 2: x y",
+        "nowhere": "No search results found.",
+    }
+    assert cache.export_json(tmp_path / "some.json", "serper") == 1
+
+
+def test_an_exported_cache_comes_back_the_same(cache: SearchCache, tmp_path: Path) -> None:
+    cache.put(key(), HITS)
+    cache.export_json(tmp_path / "first.json")
+    again = SearchCache(tmp_path / "again.sqlite")
+    again.import_json(tmp_path / "first.json", "serper", {"results": 10})
+    again.export_json(tmp_path / "second.json")
+    assert (tmp_path / "first.json").read_bytes() == (tmp_path / "second.json").read_bytes()
+
+
+def test_stats_count_by_provider(cache: SearchCache) -> None:
+    cache.put(key("a"), HITS)
+    cache.put(key("b"), [])
+    cache.put_error(key("c", "brave"), "answered 503")
+    assert cache.stats()["results"] == {
+        "brave": {"found": 0, "empty": 0, "failed": 1},
+        "serper": {"found": 1, "empty": 1, "failed": 0},
+    }
+
+
+def test_what_is_no_cache_or_one_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("these are my notes, and not a database " * 50)
+    with pytest.raises(DataError, match="cannot be used as a search cache"):
+        SearchCache(tmp_path / "notes.txt")
+    with pytest.raises(DataError, match="cannot be used as a search cache"):
+        SearchCache(tmp_path)
+    with sqlite3.connect(tmp_path / "new.sqlite") as connection:
+        connection.execute("PRAGMA user_version=9")
+    connection.close()
+    with pytest.raises(DataError, match="version 9, expected 1"):
+        SearchCache(tmp_path / "new.sqlite")
+
+
+def _hammer(path: str, worker: int, fetched: Any) -> None:
+    """Ask 60 queries, 40 of them everybody's, as `WebSearch` does in mode cache."""
+    cache = SearchCache(path)
+    for step in range(60):
+        query = f"shared {step}" if step < 40 else f"own {worker} {step}"
+        while cache.get(key(query)) is None:
+            with cache.lease(key(query), 30) as granted:
+                if granted and cache.get(key(query)) is None:
+                    fetched.append(query)  # the paid request
+                    time.sleep(0.002)
+                    cache.put(key(query), [Hit("", "", query * 20)])
+            time.sleep(0.001)
+        cache.spend("run", None)
+    cache.close()
+
+
+@pytest.mark.distributed
+def test_eight_processes_share_a_file_without_loss_or_double_requests(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    path = str(tmp_path / "cache.sqlite")
+    with context.Manager() as manager:
+        fetched = manager.list()
+        workers = [context.Process(target=_hammer, args=(path, number, fetched)) for number in range(8)]
+        for worker in workers:
+            worker.start()  # the file does not exist yet: they race to make it
+        for worker in workers:
+            worker.join(120)
+        assert [worker.exitcode for worker in workers] == [0] * 8
+        asked = list(fetched)
+    assert len(asked) == len(set(asked)) == 40 + 8 * 20  # every distinct query once
+    cache = SearchCache(path)
+    assert cache.stats() == {
+        "results": {"serper": {"found": 200, "empty": 0, "failed": 0}},
+        "requests": {"run": 8 * 60},
+    }
+    for query in asked:
+        assert cache.get(key(query)) == Entry([Hit("", "", query * 20)], None)
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert connection.execute("SELECT count(*) FROM leases").fetchone() == (0,)
+    connection.close()

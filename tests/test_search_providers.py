@@ -1,0 +1,219 @@
+"""Each provider asks in its service's way and reads its answers, over a real connection to a stand-in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.tools.search import search_tool
+from arpo_trl.tools.search_cache import SearchCache
+from arpo_trl.tools.search_providers import PROVIDERS, Hit, make_provider
+from arpo_trl.tools.web_search import WebSearch
+from loopback import Loopback, Reply
+
+KEY = "k-3f9a1c"
+QUERY = "melting point of iron & tin"
+
+# In the layouts that the services document, with fields that are not read left in.
+ANSWERS: dict[str, Any] = {
+    "retrieve": {
+        "result": [
+            [
+                {"document": {"id": "12", "contents": '"Iron"\nIron melts at 1538 °C.'}, "score": 9.1},
+                {"document": {"contents": "Tin melts at 232 °C."}, "score": 3.0},
+            ]
+        ]
+    },
+    "serper": {
+        "searchParameters": {"q": QUERY, "type": "search"},
+        "organic": [
+            {"title": "Iron", "link": "https://a.test/", "snippet": "Iron melts at 1538 °C.", "position": 1},
+            {"title": "No snippet", "link": "https://b.test/", "position": 2},
+        ],
+        "credits": 1,
+    },
+    "brave": {
+        "type": "search",
+        "web": {
+            "results": [
+                {
+                    "title": "Iron",
+                    "url": "https://a.test/",
+                    "description": "Iron melts at 1538 °C.",
+                    "extra_snippets": ["It is a metal."],
+                }
+            ]
+        },
+    },
+    "tavily": {
+        "query": QUERY,
+        "answer": None,
+        "results": [
+            {"title": "Iron", "url": "https://a.test/", "content": "Iron melts at 1538 °C.", "score": 0.9},
+        ],
+    },
+    "exa": {
+        "requestId": "1",
+        "results": [
+            {"title": "Iron", "url": "https://a.test/", "id": "https://a.test/", "text": "Iron melts at 1538 °C."}
+        ],
+    },
+    "brightdata": {
+        "general": {"search_engine": "bing"},
+        "organic": [
+            {"link": "https://a.test/", "title": "Iron", "description": "Iron melts at 1538 °C.", "rank": 1},
+        ],
+    },
+    "searxng": {
+        "query": QUERY,
+        "results": [
+            {"title": "Iron", "url": "https://a.test/", "content": "Iron melts at 1538 °C.", "engine": "bing"},
+            {"title": "Tin", "url": "https://b.test/", "content": None},
+        ],
+    },
+}
+FIRST = "Iron (https://a.test/): Iron melts at 1538 °C."
+TEXTS = {
+    "retrieve": ["Iron: Iron melts at 1538 °C.", "Tin melts at 232 °C."],
+    "serper": [FIRST, "No snippet (https://b.test/)"],
+    "brave": [FIRST + " … It is a metal."],
+    "tavily": [FIRST],
+    "exa": [FIRST],
+    "brightdata": [FIRST],
+    "searxng": [FIRST, "Tin (https://b.test/)"],
+}
+
+
+def search(name: str, server: Loopback, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> WebSearch:
+    if variable := PROVIDERS[name].key_variable:
+        monkeypatch.setenv(variable, KEY)
+    provider = make_provider(name, url=server.url, zone="my_zone")
+    return WebSearch(provider, SearchCache(folder / "cache.sqlite"), **settings)
+
+
+@pytest.mark.parametrize("name", sorted(PROVIDERS))
+def test_each_service_is_asked_and_read_in_its_own_way(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Loopback(lambda asked: Reply(ANSWERS[name])) as server:
+        assert search(name, server, tmp_path, monkeypatch).search(QUERY, 5) == TEXTS[name]
+    (asked,) = server.asked
+    sent: dict[str, tuple[str, str, dict[str, str], Any]] = {
+        "retrieve": ("POST", "/retrieve", {}, {"queries": [QUERY], "topk": 5, "return_scores": True}),
+        "serper": ("POST", "/search", {"x-api-key": KEY}, {"q": QUERY, "num": 5}),
+        "brave": ("GET", "/res/v1/web/search", {"x-subscription-token": KEY}, None),
+        "tavily": ("POST", "/search", {"authorization": f"Bearer {KEY}"}, {"query": QUERY, "max_results": 5}),
+        "exa": (
+            *("POST", "/search", {"x-api-key": KEY}),
+            {"query": QUERY, "numResults": 5, "contents": {"text": {"maxCharacters": 1000}}},
+        ),
+        "brightdata": ("POST", "/request", {"authorization": f"Bearer {KEY}"}, None),
+        "searxng": ("GET", "/search", {}, None),
+    }
+    method, path, headers, body = sent[name]
+    assert (asked.method, asked.path) == (method, path)
+    assert headers.items() <= asked.headers.items()
+    if body is not None:
+        assert asked.json == body
+    if name == "brave":
+        assert asked.params == {"q": QUERY, "count": "5", "text_decorations": "false"}
+    if name == "searxng":
+        assert asked.params == {"q": QUERY, "format": "json"}
+    if name == "brightdata":
+        assert (asked.json["zone"], asked.json["format"]) == ("my_zone", "raw")
+        page = urlsplit(asked.json["url"])
+        assert page.hostname == "www.bing.com"
+        assert parse_qs(page.query) == {"q": [QUERY], "count": ["5"], "brd_json": ["1"]}
+
+
+@pytest.mark.parametrize("name", sorted(PROVIDERS))
+def test_a_service_that_finds_nothing_gives_no_results(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = {"retrieve": {"result": [[]]}, "serper": {}, "brave": {}, "brightdata": {"organic": []}}
+    with Loopback(lambda asked: Reply(empty.get(name, {"results": []}))) as server:
+        assert search(name, server, tmp_path, monkeypatch).search(QUERY, 5) == []
+
+
+@pytest.mark.parametrize("answer", ["[]", "null", '{"results": 5}', '{"results": [5]}', '{"results": {"a": 1}}', "5"])
+def test_an_answer_of_another_layout_is_a_failed_search(
+    answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arpo_trl.errors import ToolUnavailable
+
+    with Loopback(lambda asked: Reply(answer)) as server, pytest.raises(ToolUnavailable, match="unavailable"):
+        search("tavily", server, tmp_path, monkeypatch).search(QUERY, 5)
+
+
+def test_a_service_is_not_asked_for_more_than_it_gives_nor_with_too_long_a_query(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Loopback(lambda asked: Reply(ANSWERS["brave"])) as server:
+        search("brave", server, tmp_path, monkeypatch).search("word " * 200, 100)
+    # 400 characters are 80 words of "word "; brave takes 50 of them.
+    assert server.asked[0].params["count"] == "20"
+    assert server.asked[0].params["q"] == " ".join(["word"] * 50)
+
+
+def test_the_retrieval_server_may_be_named_with_its_path() -> None:
+    provider = make_provider("retrieve", url="http://127.0.0.1:8000/retrieve")
+    assert str(provider.request("q", 3, "").url) == "http://127.0.0.1:8000/retrieve"
+
+
+def test_the_default_addresses_are_the_services_own() -> None:
+    hosts = {
+        name: make_provider(name, zone="z").request("q", 1, "k").url.host for name in PROVIDERS if name != "searxng"
+    }
+    assert hosts == {
+        "retrieve": "127.0.0.1",
+        "serper": "google.serper.dev",
+        "brave": "api.search.brave.com",
+        "tavily": "api.tavily.com",
+        "exa": "api.exa.ai",
+        "brightdata": "api.brightdata.com",
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        (["title", "url", "text"], "T (u): x"),
+        (["title", "text"], "T: x"),
+        (["text"], "x"),
+        (["url", "text"], "u: x"),
+        (["title"], "T"),
+    ],
+)
+def test_the_parts_of_a_hit_that_are_shown_can_be_chosen(fields: list[str], text: str) -> None:
+    assert Hit("T", "u", "x").shown(fields) == text
+
+
+def test_the_papers_format_is_ten_results_of_a_thousand_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"results": [{"title": "", "url": "", "content": f"{i} " + "x" * 2000} for i in range(15)]}
+    with Loopback(lambda asked: Reply(many)) as server:
+        tool = search_tool(search("tavily", server, tmp_path, monkeypatch), top_k=10, max_chars=1000)
+        lines = tool(QUERY).split("\n")
+    assert [len(line) for line in lines] == [len("Page 1: ") + 1000] * 9 + [len("Page 10: ") + 1000]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("google", {}, "no search provider 'google'; expected one of"),
+        ("searxng", {}, "Set search_url"),
+        ("brightdata", {}, "needs search_zone"),
+        ("serper", {"url": "ftp://x"}, "not the address of a server"),
+        ("serper", {"url": "https://"}, "not the address of a server"),
+        ("serper", {"url": "https://me:hunter2@x"}, "keys come from the environment only"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_the_way_out(name: str, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as error:
+        make_provider(name, **settings)
+    assert "hunter2" not in str(error.value)
