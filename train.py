@@ -15,7 +15,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.data import load_arpo_dataset
 from arpo_trl.progress import show_compactly
-from arpo_trl.rewards import HierarchicalReward
+from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.tools.build import ToolArguments, build_tools
 
 
@@ -33,9 +33,18 @@ class TrainArguments:
     )
     accuracy: str = field(
         default="task",
-        metadata={"help": "How answers are compared: 'task' (math equality or token F1), 'paper_f1' for parity.",
-                  "choices": ["task", "paper_f1"]},
+        metadata={"help": "How answers are compared: 'task' (math equality or token F1), 'judge' (a language model "
+                  "where that finds them not wholly right), 'paper_f1' for parity.",
+                  "choices": ["task", "judge", "paper_f1"]},
     )  # fmt: skip
+    judge_url: str | None = field(
+        default=None,
+        metadata={"help": "OpenAI-compatible server (…/v1) of the judge; its key, if it wants one, in JUDGE_API_KEY."},
+    )
+    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that server."})
+    judge_cache: str | None = field(
+        default=None, metadata={"help": "JSONL file that keeps the judge's verdicts. None: for this run only."}
+    )
 
 
 SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)
@@ -54,10 +63,13 @@ def main() -> None:
     def load(name: str, split: str) -> Dataset:
         return load_arpo_dataset(name, split, system_prompt=arguments.system_prompt)
 
+    judge = None
+    if arguments.judge_url is not None and arguments.judge_model is not None:
+        judge = LLMJudge(arguments.judge_url, arguments.judge_model, cache=arguments.judge_cache)
     evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
     trainer = ARPOTrainer(
         model=model_config.model_name_or_path,
-        reward_funcs=HierarchicalReward(arguments.accuracy),
+        reward_funcs=HierarchicalReward(arguments.accuracy, judge=judge),
         args=config,
         train_dataset=load(arguments.dataset, arguments.dataset_split),
         eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if evaluates else None,

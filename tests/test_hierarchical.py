@@ -29,9 +29,14 @@ def call(name: str, ok: bool = True, text: str = "result") -> dict[str, Any]:
 BOTH = [call("search"), call("python")]
 
 
+def score_one(reward: HierarchicalReward, **row: Any) -> HierarchicalScore:
+    [found] = reward.scores(**{name: [value] for name, value in row.items()})
+    return found
+
+
 def score(turns: list[str] = TURNS, **changes: Any) -> HierarchicalScore:
     row = {"tool_calls": BOTH, "stop_reason": "eos", "answer": ["42"], "task": "math"}
-    return HierarchicalReward().score(turns=turns, **(row | changes))
+    return score_one(HierarchicalReward(), turns=turns, **(row | changes))
 
 
 def test_trl_logs_it_as_hierarchical() -> None:
@@ -79,15 +84,15 @@ def test_a_question_of_fact_earns_its_token_f1() -> None:
 def test_paper_f1_takes_words_for_mathematics() -> None:
     turns = [r"<answer>\boxed{-42}</answer>"]
     row: dict[str, Any] = {"turns": turns, "tool_calls": [], "stop_reason": "eos", "answer": ["42"], "task": "math"}
-    assert HierarchicalReward().score(**row).reward == 0.0
-    assert HierarchicalReward(accuracy="paper_f1").score(**row).reward == 1.0
+    assert score_one(HierarchicalReward(), **row).reward == 0.0
+    assert score_one(HierarchicalReward(accuracy="paper_f1"), **row).reward == 1.0
 
 
 def test_the_bonus_and_its_tools_are_settings() -> None:
     reward = HierarchicalReward(multi_tool_bonus=0.5, bonus_tools=["lookup"])
     row: dict[str, Any] = {"stop_reason": "eos", "answer": ["42"], "task": "math"}
-    assert reward.score(turns=[ANSWER], tool_calls=[call("lookup")], **row).reward == 1.5
-    assert reward.score(turns=["<lookup>x", ANSWER], tool_calls=[], **row).fault is FormatFault.UNBALANCED_TAGS
+    assert score_one(reward, turns=[ANSWER], tool_calls=[call("lookup")], **row).reward == 1.5
+    assert score_one(reward, turns=["<lookup>x", ANSWER], tool_calls=[], **row).fault is FormatFault.UNBALANCED_TAGS
 
 
 @pytest.mark.parametrize(
@@ -204,7 +209,7 @@ def test_bad_columns_name_the_row_and_the_way_out(changes: dict[str, Any], messa
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"accuracy": "f1"}, r"accuracy is 'f1'; expected one of \('task', 'paper_f1'\)"),
+        ({"accuracy": "f1"}, r"accuracy is 'f1'; expected one of \('task', 'paper_f1', 'judge'\)"),
         ({"multi_tool_bonus": -0.1}, "multi_tool_bonus is -0.1"),
         ({"multi_tool_bonus": float("nan")}, "multi_tool_bonus is nan"),
         ({"bonus_tools": ()}, r"bonus_tools is \(\)"),
@@ -237,8 +242,13 @@ def test_broken_outputs_never_raise_and_never_earn_an_unearned_bonus() -> None:
             turns.append("".join(rng.choices([*string.printable, *PIECES], k=2000)))
         calls = rng.choices([call("search"), call("python", ok=False), call("x")], k=rng.randint(0, 3))
         stop_reason = rng.choices(["eos", "length", "call_limit"], weights=[8, 1, 1])[0]
-        result = reward.score(
-            turns=turns, tool_calls=calls, stop_reason=stop_reason, answer=["42"], task=rng.choice(["math", "qa"])
+        result = score_one(
+            reward,
+            turns=turns,
+            tool_calls=calls,
+            stop_reason=stop_reason,
+            answer=["42"],
+            task=rng.choice(["math", "qa"]),
         )
         seen.add(result.fault)
         if result.fault is None:

@@ -16,10 +16,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from arpo_trl.chat_model import ChatModel
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.tools.box import tool_spec
 from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.pages import MAX_REDIRECTS, AddressGuard, Summariser, excerpt, is_public, visit_tool
+from arpo_trl.tools.pages import MAX_REDIRECTS, SUMMARY_KEY_VARIABLE, AddressGuard, excerpt, is_public, visit_tool
 from loopback import Asked, Loopback, Reply
 
 PARAGRAPHS = [f"Filler paragraph number {i}, about nothing that anybody would ever want to know." for i in range(60)]
@@ -372,7 +373,7 @@ def test_when_the_model_fails_the_pages_own_text_is_shown(
 ) -> None:
     caplog.set_level(logging.WARNING)
     model.answer = lambda asked: reply
-    visit = visit_tool(allowed_hosts=["127.0.0.1"], summariser=Summariser(model.url, "small"))
+    visit = visit_tool(allowed_hosts=["127.0.0.1"], summariser=ChatModel(model.url, "small", SUMMARY_KEY_VARIABLE))
     assert "Iron melts at 1538 degrees" in visit(f"{server.url}/metals", "degrees of iron")
     assert "the page's own text is shown instead" in caplog.text
 

@@ -85,16 +85,13 @@ def evaluate(
     )
     requests = [GroupRequest(i, protocol.encode_prompt(row["prompt"])) for i, row in enumerate(rows)]
     rollout = sampler.sample(requests, seed=(seed, "evaluate"))
-    reward = HierarchicalReward()
-    scored = []
-    for row, tree in zip(rows, rollout.trees, strict=True):
-        for leaf in tree.leaves():
-            score = reward.score(
-                turns=leaf.turns,
-                tool_calls=[call.as_row() for call in leaf.calls],
-                stop_reason=leaf.stop.value,
-                answer=row["answer"],
-                task=row["task"],
-            )
-            scored.append(Sample(row, leaf, score))
+    answered = [(row, leaf) for row, tree in zip(rows, rollout.trees, strict=True) for leaf in tree.leaves()]
+    scores = HierarchicalReward().scores(
+        turns=[leaf.turns for _, leaf in answered],
+        tool_calls=[[call.as_row() for call in leaf.calls] for _, leaf in answered],
+        stop_reason=[leaf.stop.value for _, leaf in answered],
+        answer=[row["answer"] for row, _ in answered],
+        task=[row["task"] for row, _ in answered],
+    )
+    scored = [Sample(row, leaf, score) for (row, leaf), score in zip(answered, scores, strict=True)]
     return Evaluation(scored, rollout)

@@ -18,13 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any, Literal, get_args
 
 from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.rewards.answers import TASKS, extract_answer, paper_f1, task_accuracy
+from arpo_trl.rewards.judge import Judgement, LLMJudge
 from arpo_trl.rollout.tree import StopReason
 
-Accuracy = Literal["task", "paper_f1"]
+Accuracy = Literal["task", "paper_f1", "judge"]
 
 _RESULT_TAG = re.compile(r"</?(result|tool_response)>")  # of the tag protocol, and of most chat templates
 
@@ -61,12 +63,13 @@ class HierarchicalScore:
     """The reward of one path and its parts.
 
     `accuracy` is in [0, 1], and None where a bad format left the answer uncompared; `fault` is None where the format
-    is good.
+    is good. `judged` is False where the judge was asked and a rule had to decide, None where nobody was asked.
     """
 
     reward: float
     accuracy: float | None
     fault: FormatFault | None
+    judged: bool | None = None
 
 
 def format_fault(turns: Sequence[str], stop_reason: str, tool_names: Sequence[str]) -> FormatFault | None:
@@ -132,6 +135,17 @@ def _tag_fault(text: str, tool_names: Sequence[str]) -> FormatFault | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """What one path says: the fault of its format, or its answer and how right a rule finds that."""
+
+    fault: FormatFault | None
+    prediction: str
+    golds: tuple[str, ...]
+    accuracy: float | None
+    used_all_tools: bool
+
+
 class HierarchicalReward:
     """A TRL reward function: the paper's Eq 8, one value in [−1, 1 + bonus] per completion.
 
@@ -141,9 +155,11 @@ class HierarchicalReward:
 
     Args:
         accuracy: "task" compares by the row's task, mathematical equality or token F1. "paper_f1" takes the released
-            reward's token F1 for every task, mathematics too, for parity.
+            reward's token F1 for every task, mathematics too, for parity. "judge" asks `judge` about what the task's
+            comparison does not find wholly right, and falls back on it where the judge stays away.
         multi_tool_bonus: Added to a right answer, wholly or in part, of a path that executed every bonus tool.
         bonus_tools: Names of these tools, at least one; their tags are part of the format.
+        judge: For `accuracy="judge"`, and only then.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -156,6 +172,7 @@ class HierarchicalReward:
         accuracy: Accuracy = "task",
         multi_tool_bonus: float = 0.1,
         bonus_tools: Sequence[str] = ("search", "python"),
+        judge: LLMJudge | None = None,
     ):
         if accuracy not in get_args(Accuracy):
             raise ConfigError(f"accuracy is {accuracy!r}; expected one of {get_args(Accuracy)}.")
@@ -166,41 +183,72 @@ class HierarchicalReward:
                 f"bonus_tools is {bonus_tools!r}; expected a list of tool names. To give no bonus set "
                 "multi_tool_bonus to 0."
             )
+        if (judge is not None) != (accuracy == "judge"):
+            raise ConfigError(
+                f"accuracy is {accuracy!r} and there is {'no' if judge is None else 'a'} judge; expected one for "
+                '"judge" and for nothing else. Set accuracy, judge_url and judge_model together.'
+            )
+        self.judge = judge
         self.accuracy = accuracy
         self.multi_tool_bonus = multi_tool_bonus
         self.bonus_tools = tuple(bonus_tools)
 
-    def score(
+    def scores(
         self,
         *,
+        turns: Sequence[Sequence[str]],
+        tool_calls: Sequence[Sequence[Mapping[str, Any]]],
+        stop_reason: Sequence[str],
+        answer: Sequence[str | Sequence[str]],
+        task: Sequence[str],
+        prompts: Sequence[Any] = (),
+    ) -> list[HierarchicalScore]:
+        """The reward of each path and its parts; the arguments are the columns of `__call__`.
+
+        Raises:
+            RewardError: A row's `task` or `stop_reason` is unknown, or there is no gold answer; names the row.
+        """
+        paths: list[_Path] = []
+        for row, columns in enumerate(zip(turns, tool_calls, stop_reason, answer, task, strict=True)):
+            try:
+                paths.append(self._read(*columns))
+            except RewardError as error:
+                raise RewardError(f"Hierarchical reward, row {row}: {error}") from error
+        asked = [row for row, path in enumerate(paths) if self.judge is not None and path.accuracy not in (None, 1.0)]
+        judged: dict[int, bool | None] = {}
+        if self.judge is not None and asked:
+            judgements = [Judgement(_question(prompts[row]), paths[row].golds, paths[row].prediction) for row in asked]
+            judged = dict(zip(asked, self.judge.verdicts(judgements), strict=True))
+        return [self._score(path, row in judged, judged.get(row)) for row, path in enumerate(paths)]
+
+    def _read(
+        self,
         turns: Sequence[str],
         tool_calls: Sequence[Mapping[str, Any]],
         stop_reason: str,
         answer: str | Sequence[str],
         task: str,
-    ) -> HierarchicalScore:
-        """The reward of one path and its parts; the arguments are one row of the columns of `__call__`.
-
-        Raises:
-            RewardError: `task` or `stop_reason` is unknown, or there is no gold answer.
-        """
-        golds = [answer] if isinstance(answer, str) else list(answer or ())
+    ) -> _Path:
+        golds = (answer,) if isinstance(answer, str) else tuple(answer or ())
         if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
             raise RewardError(f"answer is {answer!r}; expected the accepted answers, non-empty text or a list of it.")
         if task not in TASKS:
             raise RewardError(f"task is {task!r}; expected one of {TASKS}. Fix the dataset's `task` column.")
 
+        used_all = {call["name"] for call in tool_calls if call["ok"]}.issuperset(self.bonus_tools)
         fault = format_fault(turns, stop_reason, self.bonus_tools)
         if fault is not None:
-            return HierarchicalScore(reward=-1.0, accuracy=None, fault=fault)
+            return _Path(fault, "", golds, None, used_all)
         prediction = extract_answer(turns[-1]) or ""
-        if self.accuracy == "paper_f1":
-            accuracy = paper_f1(prediction, golds)
-        else:
-            accuracy = task_accuracy(prediction, golds, task)
-        executed = {call["name"] for call in tool_calls if call["ok"]}
-        bonus = self.multi_tool_bonus if accuracy > 0 and executed.issuperset(self.bonus_tools) else 0.0
-        return HierarchicalScore(reward=accuracy + bonus, accuracy=accuracy, fault=None)
+        compare = paper_f1 if self.accuracy == "paper_f1" else partial(task_accuracy, task=task)
+        return _Path(None, prediction, golds, compare(prediction, golds), used_all)
+
+    def _score(self, path: _Path, was_asked: bool, verdict: bool | None) -> HierarchicalScore:
+        if path.accuracy is None:
+            return HierarchicalScore(reward=-1.0, accuracy=None, fault=path.fault)
+        accuracy = path.accuracy if verdict is None else float(verdict)
+        bonus = self.multi_tool_bonus if accuracy > 0 and path.used_all_tools else 0.0
+        return HierarchicalScore(accuracy + bonus, accuracy, None, verdict is not None if was_asked else None)
 
     def __call__(
         self,
@@ -210,6 +258,7 @@ class HierarchicalReward:
         turns: Sequence[Sequence[str]] | None = None,
         tool_calls: Sequence[Sequence[Mapping[str, Any]]] | None = None,
         stop_reason: Sequence[str] | None = None,
+        prompts: Sequence[Any] | None = None,
         log_metric: Callable[[str, float], None] | None = None,
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
@@ -223,6 +272,7 @@ class HierarchicalReward:
             turns: What the model wrote, turn by turn, without tool results and without the final EOS.
             tool_calls: The calls along the path in order, dicts with at least `name` and `ok`.
             stop_reason: Why the path ended, a `StopReason`.
+            prompts: The rows' prompts, messages or text, which a judge is shown.
             log_metric: TRL's logger of scalars.
             log_extra: TRL's logger of columns.
 
@@ -244,21 +294,26 @@ class HierarchicalReward:
                     f"The hierarchical reward's column {name!r} is {got}; expected one value for each of the "
                     f"{len(completions)} completions. It comes from {source}."
                 )
-        scores = []
-        for row in range(len(completions)):
-            try:
-                scores.append(
-                    self.score(**{name: column[row] for name, column in given.items() if column is not None})
-                )
-            except RewardError as error:
-                raise RewardError(f"Hierarchical reward, row {row}: {error}") from error
-
+        columns_given = {name: column for name, column in given.items() if column is not None}
+        scores = self.scores(prompts=prompts or (), **columns_given)
         outcomes = [score.fault or "ok" for score in scores]
         if log_metric is not None and scores:
             counts = Counter(outcomes)
             for outcome in ("ok", *FormatFault):  # all of them, or the mean over batches would skip the zeros
                 log_metric(f"arpo/format/{outcome}", counts[outcome] / len(scores))
             log_metric("arpo/accuracy", sum(score.accuracy or 0.0 for score in scores) / len(scores))
+            asked = [score.judged for score in scores if score.judged is not None]
+            if asked:
+                log_metric("arpo/judge/asked", len(asked) / len(scores))
+                log_metric("arpo/judge/away", 1 - sum(asked) / len(asked))
         if log_extra is not None:
             log_extra("format", [str(outcome) for outcome in outcomes])
         return [score.reward for score in scores]
+
+
+def _question(prompt: Any) -> str:
+    """The text of a prompt that a judge needs: the last user message, or all of a plain one."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message["content"] for message in prompt if message.get("role") == "user"]
+    return str(asked[-1] if asked else prompt[-1]["content"])

@@ -175,7 +175,8 @@ def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
 
 
 def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
-    from arpo_trl.tools.pages import Summariser, visit_tool
+    from arpo_trl.chat_model import ChatModel
+    from arpo_trl.tools.pages import SUMMARY_KEY_VARIABLE, visit_tool
 
     if (arguments.visit_summary_url is None) != (arguments.visit_summary_model is None):
         raise ConfigError(
@@ -184,7 +185,8 @@ def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
         )
     summariser = None
     if arguments.visit_summary_url is not None:
-        summariser = Summariser(arguments.visit_summary_url, str(arguments.visit_summary_model))
+        model = str(arguments.visit_summary_model)
+        summariser = ChatModel(arguments.visit_summary_url, model, SUMMARY_KEY_VARIABLE)
     return visit_tool(
         timeout_s=arguments.visit_timeout_s,
         max_chars=arguments.visit_max_chars,

@@ -8,19 +8,24 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
+import stamina
 
 from arpo_trl.tools import background
 
 MAX_BYTES = 8 << 20
 _CODINGS = ("", "identity", "gzip", "deflate")  # others expand a small chunk without bound
 _GRACE_S = 1.0
+_ATTEMPTS = 3
+
+T = TypeVar("T")
 
 
 class RequestFailed(Exception):
@@ -86,6 +91,28 @@ def fetch_json(request: httpx.Request, *, timeout_s: float, secret: str = "") ->
         return json.loads(text.replace(secret, "[key]") if secret else text)
     except (ValueError, RecursionError):
         raise RequestFailed("answered with something that is not JSON", status=200) from None
+
+
+def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
+    """What `ask` returns, tried up to three times while it fails in a way that may pass and `left_s` seconds are left.
+
+    Raises:
+        RequestFailed: it failed for good, or too often.
+    """
+
+    def pause(error: Exception) -> bool | float:
+        if not isinstance(error, RequestFailed) or not error.may_pass:
+            return False
+        if error.retry_after_s is None:
+            return left_s() > 1.0
+        return error.retry_after_s if error.retry_after_s < left_s() else False
+
+    for attempt in stamina.retry_context(
+        pause, attempts=_ATTEMPTS, timeout=None, wait_initial=0.25, wait_max=4.0, wait_jitter=0.25
+    ):
+        with attempt:
+            return ask()
+    raise AssertionError("unreachable")
 
 
 async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:

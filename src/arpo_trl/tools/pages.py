@@ -20,14 +20,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from urllib.parse import urljoin
 
 import httpx
 
+from arpo_trl.chat_model import ChatModel
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.tools import page_worker
-from arpo_trl.tools.http import Answer, RequestFailed, fetch, fetch_json
+from arpo_trl.tools.http import Answer, RequestFailed, fetch
 from arpo_trl.tools.search import best_texts
 
 logger = logging.getLogger(__name__)
@@ -60,48 +60,13 @@ Text:
 Resolve = Callable[[str, int], Sequence[str]]
 
 
-@dataclass(frozen=True)
-class Summariser:
-    """A chat model that sums pages up, at an OpenAI-compatible server (`url` ends in /v1 as a rule).
-
-    Its key, where it wants one, is in the environment variable VISIT_SUMMARY_API_KEY.
-    """
-
-    url: str
-    model: str
-    max_tokens: int = 1024
-
-    def summary(self, text: str, goal: str, timeout_s: float) -> str:
-        """What `text` says about `goal`; raises `RequestFailed` when the model does not answer."""
-        key = os.environ.get(SUMMARY_KEY_VARIABLE, "").strip()
-        request = httpx.Request(
-            "POST",
-            self.url.rstrip("/") + "/chat/completions",
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            json={
-                "model": self.model,
-                "messages": [{"role": "user", "content": _PROMPT.format(goal=goal, text=text)}],
-                "temperature": 0,
-                "max_tokens": self.max_tokens,
-            },
-        )
-        answer = fetch_json(request, timeout_s=timeout_s, secret=key)
-        try:
-            content = answer["choices"][0]["message"]["content"]
-        except (KeyError, IndexError, TypeError):
-            raise RequestFailed("answered in another layout than expected", status=200) from None
-        if not isinstance(content, str) or not content.strip():
-            raise RequestFailed("answered with nothing", status=200)
-        return content.strip()
-
-
 def visit_tool(
     *,
     timeout_s: float = 15.0,
     max_chars: int = 4000,
     max_bytes: int = 8 << 20,
     allowed_hosts: Collection[str] = (),
-    summariser: Summariser | None = None,
+    summariser: ChatModel | None = None,
     resolve: Resolve | None = None,
 ) -> Callable[..., str]:
     """A function `visit(url: str, goal: str = "") -> str` to offer to a model.
@@ -140,7 +105,8 @@ def visit_tool(
             raise ToolError("Error: the page has no text.")
         if summariser is not None and goal:
             try:
-                return summariser.summary(excerpt(text, goal, _SUMMARY_CHARS), goal, deadline - time.monotonic())
+                prompt = _PROMPT.format(goal=goal, text=excerpt(text, goal, _SUMMARY_CHARS))
+                return summariser.ask(prompt, deadline - time.monotonic())
             except RequestFailed as error:
                 logger.warning("The model that sums pages up %s; the page's own text is shown instead.", error)
         return excerpt(text, goal, max_chars)

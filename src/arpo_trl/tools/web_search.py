@@ -19,10 +19,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-import stamina
-
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
-from arpo_trl.tools.http import RequestFailed, fetch_json
+from arpo_trl.tools.http import RequestFailed, fetch_json, retried
 from arpo_trl.tools.search import NearestQuery
 from arpo_trl.tools.search_cache import CacheMode, Entry, Key, SearchCache
 from arpo_trl.tools.search_providers import FIELDS, Hit, Provider
@@ -30,7 +28,6 @@ from arpo_trl.tools.search_providers import FIELDS, Hit, Provider
 logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.05  # between looks at an answer that another process is asking for
-_ATTEMPTS = 3
 _UNAVAILABLE = "Error: search is unavailable at the moment. Go on without it, or try again later."
 
 
@@ -185,7 +182,10 @@ class WebSearch:
         if not self._breaker.lets_pass():
             raise ToolUnavailable(_UNAVAILABLE)
         try:
-            hits = self._with_retries(query, min(top_k, self._provider.max_results), deadline)
+            hits = retried(
+                lambda: self._request(query, min(top_k, self._provider.max_results), deadline),
+                lambda: deadline - time.time(),
+            )
         except RequestFailed as error:
             at_query = error.status in (400, 414, 422)  # this query's fault, not the service's
             if not at_query and self._breaker.failed():
@@ -197,22 +197,6 @@ class WebSearch:
             raise _Refused(str(error)) from None
         self._breaker.succeeded()
         return hits
-
-    def _with_retries(self, query: str, results: int, deadline: float) -> list[Hit]:
-        def pause(error: Exception) -> bool | float:
-            if not isinstance(error, RequestFailed) or not error.may_pass:
-                return False
-            left = deadline - time.time()
-            if error.retry_after_s is None:
-                return left > 1.0
-            return error.retry_after_s if error.retry_after_s < left else False
-
-        for attempt in stamina.retry_context(
-            pause, attempts=_ATTEMPTS, timeout=None, wait_initial=0.25, wait_max=4.0, wait_jitter=0.25
-        ):
-            with attempt:
-                return self._request(query, results, deadline)
-        raise AssertionError("unreachable")
 
     def _request(self, query: str, results: int, deadline: float) -> list[Hit]:
         """The hits of one request, made when the limits allow it."""
