@@ -10,7 +10,8 @@ from arpo_trl.tools.build import ToolArguments
 from arpo_trl.tools.search_cache import CacheMode
 from arpo_trl.tools.search_providers import PROVIDERS
 
-TOOLS = (Path(__file__).parents[1] / "docs" / "tools.md").read_text("utf-8")
+DOCS = Path(__file__).parents[1] / "docs"
+TOOLS = (DOCS / "tools.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", TOOLS, re.DOTALL))
