@@ -172,7 +172,8 @@ def _hammer(path: str, worker: int, fetched: Any) -> None:
 
 @pytest.mark.distributed
 def test_eight_processes_share_a_file_without_loss_or_double_requests(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["arpo_trl.tools.search_cache"])
     path = str(tmp_path / "cache.sqlite")
     with context.Manager() as manager:
         fetched = manager.list()
