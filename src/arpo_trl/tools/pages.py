@@ -27,7 +27,7 @@ import httpx
 
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.tools import page_worker
-from arpo_trl.tools.http import Answer, RequestFailed, fetch, fetch_json, without
+from arpo_trl.tools.http_client import Answer, RequestFailed, fetch, fetch_json, without
 from arpo_trl.tools.search import best_texts
 
 logger = logging.getLogger(__name__)

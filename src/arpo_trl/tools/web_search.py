@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import stamina
 
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
-from arpo_trl.tools.http import RequestFailed, fetch_json, without
+from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
 from arpo_trl.tools.search import NearestQuery
 from arpo_trl.tools.search_cache import CacheMode, Entry, Key, SearchCache
 from arpo_trl.tools.search_providers import FIELDS, Hit, Provider
