@@ -42,6 +42,8 @@ def pages(asked: Asked) -> Reply:
             return html(PAGE)
         case "/plain":
             return Reply("just text", headers={"Content-Type": "text/plain"})
+        case "/table":
+            return Reply("a,b", headers={"Content-Type": "text/csv"})
         case "/there":
             return Reply("", 302, {"Location": "/plain"})
         case "/loop":
@@ -237,6 +239,11 @@ def test_the_goal_may_follow_the_address(visit: Any, server: Loopback) -> None:
     assert tool_spec(visit).single_text_parameter == "url"
 
 
+@pytest.mark.parametrize(("path", "text"), [("/plain", "just text"), ("/table", "a,b")])
+def test_other_text_is_shown_as_it_is(visit: Any, server: Loopback, path: str, text: str) -> None:
+    assert visit(server.url + path) == text
+
+
 def test_a_page_without_the_goal_is_shown_from_its_beginning(visit: Any, server: Loopback) -> None:
     text = visit(f"{server.url}/metals", "zebra")
     assert text.startswith("Metals\nFiller paragraph number 0")
@@ -340,7 +347,7 @@ def test_a_text_without_spaces_is_cut_into_windows() -> None:
 
 @pytest.fixture
 def model() -> Iterator[Loopback]:
-    answer = {"choices": [{"message": {"role": "assistant", "content": " Iron: 1538 °C. "}}]}
+    answer = {"choices": [{"message": {"role": "assistant", "content": " Iron: 1538 °C, sk-PLANTED. "}}]}
     with Loopback(lambda asked: Reply(answer)) as model:
         yield model
 
@@ -355,7 +362,7 @@ def test_a_model_sums_the_page_up(server: Loopback, model: Loopback, monkeypatch
             visit_summary_model="small",
         )
     )
-    assert visit(f"{server.url}/metals", "degrees of iron") == "Iron: 1538 °C."
+    assert visit(f"{server.url}/metals", "degrees of iron") == "Iron: 1538 °C, [key]."
     (asked,) = model.asked
     assert (asked.path, asked.headers["authorization"]) == ("/v1/chat/completions", "Bearer sk-PLANTED")
     assert asked.json["model"] == "small"

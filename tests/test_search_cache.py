@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import sqlite3
@@ -11,10 +12,12 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.errors import DataError
+from arpo_trl.errors import DataError, ToolUnavailable
 from arpo_trl.tools import search_cache
 from arpo_trl.tools.search_cache import Entry, Key, SearchCache
-from arpo_trl.tools.search_providers import Hit
+from arpo_trl.tools.search_providers import Hit, make_provider
+from arpo_trl.tools.web_search import WebSearch
+from loopback import Asked, Loopback, Reply
 
 HITS = [Hit("Iron", "https://a.test/", "melts at 1538 °C"), Hit("", "", "x\ny")]
 
@@ -154,44 +157,66 @@ def test_what_is_no_cache_or_one_of_another_version_is_refused(tmp_path: Path) -
         SearchCache(tmp_path / "new.sqlite")
 
 
-def _hammer(path: str, worker: int, fetched: Any) -> None:
-    """Ask 60 queries, 40 of them everybody's, as `WebSearch` does in mode cache."""
-    cache = SearchCache(path)
+def _search_all(path: str, url: str, worker: int) -> None:
+    """40 queries that everybody asks and 20 that nobody else does."""
+    search = WebSearch(make_provider("searxng", url=url), SearchCache(path), timeout_s=60, run="run")
     for step in range(60):
         query = f"shared {step}" if step < 40 else f"own {worker} {step}"
-        while cache.get(key(query)) is None:
-            with cache.lease(key(query), 30) as granted:
-                if granted and cache.get(key(query)) is None:
-                    fetched.append(query)  # the paid request
-                    time.sleep(0.002)
-                    cache.put(key(query), [Hit("", "", query * 20)])
-            time.sleep(0.001)
-        cache.spend("run", None)
-    cache.close()
+        assert search.search(query, 5) == [query * 20]
 
 
 @pytest.mark.distributed
 def test_eight_processes_share_a_file_without_loss_or_double_requests(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["arpo_trl.tools.web_search"])
     path = str(tmp_path / "cache.sqlite")
-    with context.Manager() as manager:
-        fetched = manager.list()
-        workers = [context.Process(target=_hammer, args=(path, number, fetched)) for number in range(8)]
+    with Loopback(lambda asked: Reply({"results": [{"content": asked.params["q"] * 20}]})) as server:
+        workers = [context.Process(target=_search_all, args=(path, server.url, number)) for number in range(8)]
         for worker in workers:
             worker.start()  # the file does not exist yet: they race to make it
         for worker in workers:
             worker.join(120)
         assert [worker.exitcode for worker in workers] == [0] * 8
-        asked = list(fetched)
+    asked = [request.params["q"] for request in server.asked]
     assert len(asked) == len(set(asked)) == 40 + 8 * 20  # every distinct query once
     cache = SearchCache(path)
     assert cache.stats() == {
-        "results": {"serper": {"found": 200, "empty": 0, "failed": 0}},
-        "requests": {"run": 8 * 60},
+        "results": {"searxng": {"found": 200, "empty": 0, "failed": 0}},
+        "requests": {"run": 200},
     }
     for query in asked:
-        assert cache.get(key(query)) == Entry([Hit("", "", query * 20)], None)
+        entry = cache.get(key(query, "searxng", results=5))
+        assert entry == Entry([Hit("", "", query * 20)], None)
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert connection.execute("SELECT count(*) FROM leases").fetchone() == (0,)
     connection.close()
+
+
+def _spend_all(path: str, url: str, worker: int) -> None:
+    search = WebSearch(make_provider("searxng", url=url), SearchCache(path), max_requests=25, per_second=100.0)
+    for step in range(10):
+        with contextlib.suppress(ToolUnavailable):
+            search.search(f"own {worker} {step}", 5)
+
+
+@pytest.mark.distributed
+def test_processes_share_the_cap_and_the_rate(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["arpo_trl.tools.web_search"])
+    times: list[float] = []
+
+    def answer(asked: Asked) -> Reply:
+        times.append(time.monotonic())
+        return Reply({"results": []})
+
+    with Loopback(answer) as server:
+        path = str(tmp_path / "cache.sqlite")
+        workers = [context.Process(target=_spend_all, args=(path, server.url, number)) for number in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(120)
+        assert [worker.exitcode for worker in workers] == [0] * 4
+    assert len(times) == 25  # of 40 searches
+    assert times[-1] - times[0] >= 0.2  # 24 gaps of 0.01 s

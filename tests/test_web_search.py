@@ -329,6 +329,11 @@ def echoing(status: int) -> Any:
     return answer
 
 
+def echoing_escaped(asked: Asked) -> Reply:
+    escaped = "".join(f"\\u{ord(character):04x}" for character in KEY)
+    return Reply('{"results": [{"title": "' + escaped + '", "content": "' + escaped + '"}]}')
+
+
 def hang_up(asked: Asked) -> Reply:
     def stream(file: Any) -> None:
         file.write(KEY.encode() + b" and then nothing")
@@ -336,7 +341,9 @@ def hang_up(asked: Asked) -> Reply:
     return Reply(stream=stream, headers={"Content-Length": "5000"})
 
 
-@pytest.mark.parametrize("answer", [echoing(401), echoing(400), echoing(503), echoing(302), echoing(200), hang_up])
+@pytest.mark.parametrize(
+    "answer", [echoing(401), echoing(400), echoing(503), echoing(302), echoing(200), echoing_escaped, hang_up]
+)
 def test_no_key_gets_out_however_the_service_fails(
     answer: Any, service: Service, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

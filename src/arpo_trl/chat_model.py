@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.tools.http import RequestFailed, fetch_json
+from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class ChatModel:
                 "max_tokens": self.max_tokens,
             },
         )
-        answer = fetch_json(request, timeout_s=timeout_s, secret=key)
+        answer = fetch_json(request, timeout_s=timeout_s)
         try:
             content = answer["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
         if not isinstance(content, str) or not content.strip():
             raise RequestFailed("answered with nothing", status=200)
-        return content.strip()
+        return without(key, content.strip())

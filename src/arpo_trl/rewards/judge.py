@@ -24,7 +24,7 @@ from pathlib import Path
 
 from arpo_trl.chat_model import ChatModel
 from arpo_trl.errors import DataError
-from arpo_trl.tools.http import RequestFailed, retried
+from arpo_trl.tools.http_client import RequestFailed, retried
 from arpo_trl.tools.web_search import CircuitBreaker
 
 logger = logging.getLogger(__name__)

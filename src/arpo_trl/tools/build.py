@@ -124,7 +124,7 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
     makers["visit"] = lambda: _build_visit(arguments)
     tools = [makers[name]() for name in arguments.tools]
     if arguments.mcp_servers:
-        from arpo_trl.tools.mcp import mcp_tools
+        from arpo_trl.tools.mcp_servers import mcp_tools
 
         tools += mcp_tools(arguments.mcp_servers, timeout_s=arguments.mcp_timeout_s)
     return tools

@@ -27,7 +27,7 @@ import httpx
 from arpo_trl.chat_model import ChatModel
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.tools import page_worker
-from arpo_trl.tools.http import Answer, RequestFailed, fetch
+from arpo_trl.tools.http_client import Answer, RequestFailed, fetch
 from arpo_trl.tools.search import best_texts
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ _KINDS = {
     "application/xhtml+xml": "html",
     "application/pdf": "pdf",
     "text/plain": "text",
-    "text/markdown": "text",
     "application/json": "text",
+    "application/xml": "text",
 }
 _SUMMARY_CHARS = 20_000
 _PROMPT = """\
@@ -204,6 +204,8 @@ def _joined(url: str, location: str) -> str:
 def _text_of(answer: Answer, deadline: float) -> str:
     stated = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
     kind = "pdf" if answer.body.startswith(b"%PDF-") else _KINDS.get(stated or "text/html")
+    if kind is None and stated.startswith("text/"):
+        kind = "text"
     if kind is None:
         raise ToolError(f"Error: the page is of type {stated[:100]!r}, not text; only HTML, PDF and text can be read.")
     if kind == "text":

@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
-from arpo_trl.tools.http import RequestFailed, fetch_json, retried
+from arpo_trl.tools.http_client import RequestFailed, fetch_json, retried, without
 from arpo_trl.tools.search import NearestQuery
 from arpo_trl.tools.search_cache import CacheMode, Entry, Key, SearchCache
 from arpo_trl.tools.search_providers import FIELDS, Hit, Provider
@@ -216,11 +216,12 @@ class WebSearch:
             raise ToolUnavailable("Error: the search budget is spent. Go on with what is known.")
         key = _key(self._provider)
         request = self._provider.request(query, results, key)
-        answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), secret=key)
+        answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()))
         try:
-            return self._provider.read(answer)
+            hits = self._provider.read(answer)
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
+        return [Hit(without(key, hit.title), without(key, hit.url), without(key, hit.text)) for hit in hits]
 
     def _hint(self, error: RequestFailed) -> str:
         if error.status in (401, 403) and self._provider.key_variable:

@@ -19,8 +19,8 @@ from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.tools import background
 from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure, ToolResult
 from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.mcp import McpServer, McpSession, mcp_tools
-from loopback import Loopback, Reply
+from arpo_trl.tools.mcp_servers import McpServer, McpSession, mcp_tools
+from loopback import Asked, Loopback, Reply
 from support import tokenizer
 
 SERVER = str(Path(__file__).with_name("mcp_server.py"))
@@ -144,6 +144,55 @@ def test_an_address_whose_server_comes_back_is_connected_to_again() -> None:
         server.kill()
 
 
+class OlderServer:
+    """A server of the protocol's generation with sessions, which it forgets when it `restart`s."""
+
+    def __init__(self) -> None:
+        self.session = "first"
+
+    def restart(self) -> None:
+        self.session = "second"
+
+    def __call__(self, asked: Asked) -> Reply:
+        if asked.method != "POST":
+            return Reply("", 405)
+        question = asked.json
+        started = asked.headers.get("mcp-session-id") == self.session
+        result: dict[str, Any]
+        match question["method"]:
+            case "initialize":
+                version, name = question["params"]["protocolVersion"], {"name": "older", "version": "1"}
+                result = {"protocolVersion": version, "capabilities": {"tools": {}}, "serverInfo": name}
+            case _ if not started:
+                return Reply("", 404 if "mcp-session-id" in asked.headers else 400)
+            case "tools/list":
+                schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
+                result = {"tools": [{"name": "echo", "description": "Say it again.", "inputSchema": schema}]}
+            case "tools/call":
+                result = {"content": [{"type": "text", "text": question["params"]["arguments"]["text"]}]}
+            case _:
+                return Reply("", 202)
+        headers = {"Mcp-Session-Id": self.session, "Content-Type": "application/json"}
+        return Reply({"jsonrpc": "2.0", "id": question["id"], "result": result}, headers=headers)
+
+
+def test_an_older_server_that_forgot_the_session_is_given_a_new_one() -> None:
+    older = OlderServer()
+    with Loopback(older) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=5.0)) as box:
+        assert results(box, ("echo", {"text": "a"}))[0].text == "a"
+        older.restart()
+        assert results(box, ("echo", {"text": "b"}))[0].failure is ToolFailure.DEGRADED
+        assert results(box, ("echo", {"text": "c"}))[0].text == "c"
+
+
+def test_a_server_that_never_answers_is_given_up_and_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("arpo_trl.tools.mcp_servers.START_TIMEOUT_S", 1.0)
+    code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
+    with pytest.raises(ConfigError, match="no answer in time"):
+        mcp_tools([{"command": sys.executable, "args": ["-c", code]}])
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
 def test_only_named_variables_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GIVEN", "yes")
     monkeypatch.setenv("KEPT", "secret")
@@ -172,22 +221,22 @@ def test_a_closed_session_leaves_no_process() -> None:
     assert not server.is_running()
 
 
-@pytest.mark.parametrize("ending", ["", "import os, signal; os.kill(os.getpid(), signal.SIGINT)"])
-def test_a_process_that_ends_takes_its_servers_along(ending: str) -> None:
+def test_a_process_that_ends_takes_its_servers_along() -> None:
     code = (
         "import asyncio\n"
-        "from arpo_trl.tools.mcp import mcp_tools\n"
+        "from arpo_trl.tools.mcp_servers import mcp_tools\n"
         f"tools = mcp_tools([{COMMAND!r}])\n"
-        "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)\n" + ending
+        "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
     assert not psutil.pid_exists(int(done.stdout))
 
 
 def test_a_killed_process_takes_its_servers_along() -> None:
     code = (
         "import asyncio, time\n"
-        "from arpo_trl.tools.mcp import mcp_tools\n"
+        "from arpo_trl.tools.mcp_servers import mcp_tools\n"
         f"tools = mcp_tools([{COMMAND!r}])\n"
         "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)\n"
         "time.sleep(600)"

@@ -76,8 +76,8 @@ def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTE
         future.cancel()
 
 
-def fetch_json(request: httpx.Request, *, timeout_s: float, secret: str = "") -> Any:
-    """The JSON of a successful answer, in which `secret`, should the server repeat it, is blotted out.
+def fetch_json(request: httpx.Request, *, timeout_s: float) -> Any:
+    """The JSON of a successful answer.
 
     Raises:
         RequestFailed: no answer, another status than 200, or no JSON.
@@ -86,9 +86,8 @@ def fetch_json(request: httpx.Request, *, timeout_s: float, secret: str = "") ->
     if answer.status != 200:
         retry_after = _retry_after_s(answer.headers.get("retry-after"))
         raise RequestFailed(f"answered {answer.status}", status=answer.status, retry_after_s=retry_after)
-    text = answer.body.decode("utf-8", "replace")
     try:
-        return json.loads(text.replace(secret, "[key]") if secret else text)
+        return json.loads(answer.body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise RequestFailed("answered with something that is not JSON", status=200) from None
 
@@ -113,6 +112,11 @@ def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
         with attempt:
             return ask()
     raise AssertionError("unreachable")
+
+
+def without(secret: str, text: str) -> str:
+    """`text` with `secret` blotted out, should the server that was given it have repeated it."""
+    return text.replace(secret, "[key]") if secret else text
 
 
 async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:

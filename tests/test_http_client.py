@@ -11,7 +11,7 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from arpo_trl.tools.http import RequestFailed, _retry_after_s, fetch, fetch_json
+from arpo_trl.tools.http_client import RequestFailed, _retry_after_s, fetch, fetch_json
 from loopback import Loopback, Reply
 
 
@@ -75,7 +75,7 @@ def test_what_is_no_http_is_a_failed_connection() -> None:
                 connection.sendall(b"SSH-2.0-OpenSSH\r\n" * 10)
 
         threading.Thread(target=babble, daemon=True).start()
-        with pytest.raises(RequestFailed, match=r"the connection failed \(RemoteProtocolError\)"):
+        with pytest.raises(RequestFailed, match="the connection failed"):
             fetch(httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/"), timeout_s=5)
 
 
