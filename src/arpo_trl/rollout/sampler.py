@@ -210,6 +210,7 @@ class TreeSampler:
         *,
         seed: tuple[int | str, ...],
         groups_at_once: int,
+        settings: SamplerSettings | None = None,
     ) -> Iterator[Finished]:
         """Each request's outcome as soon as it is there; a new one starts whenever fewer than `groups_at_once` are on.
 
@@ -219,7 +220,7 @@ class TreeSampler:
         Raises:
             EngineError: The engine as a whole broke its contract or lost its server.
         """
-        return _Run(self, self.settings, seed).stream(requests, groups_at_once)
+        return _Run(self, settings or self.settings, seed).stream(requests, groups_at_once)
 
 
 class _Run:

@@ -38,8 +38,8 @@ KEY_VARIABLE = "COMPLETIONS_API_KEY"
 ATTEMPTS = 4
 """How often a turn is asked for before it counts as failed."""
 RETRY_S = 0.5
-MAX_BYTES = 64 << 20
-"""Of one streamed answer."""
+MAX_BYTES, MAX_LINE_BYTES = 64 << 20, 1 << 20
+"""Of one streamed answer, and of one event in it."""
 SEEDS = 1 << 31
 """Servers differ in how wide a seed may be."""
 
@@ -167,7 +167,9 @@ class CompletionsEngine:
                     reason = str(error) if isinstance(error, _BrokenOff) else f"failed ({type(error).__name__})"
                     self._events.put(TurnFailed(request.id, f"The server {reason}, {ATTEMPTS} times."))
                     return
-            except Exception as error:  # whatever a server's answer provokes: a turn without an event would be waited for
+            except (
+                Exception
+            ) as error:  # whatever a server's answer provokes: a turn without an event would be waited for
                 self._events.put(TurnFailed(request.id, f"The answer could not be read ({type(error).__name__})."))
                 return
             await asyncio.sleep(RETRY_S * 2**failures)
@@ -203,7 +205,9 @@ class CompletionsEngine:
         """Whether a stop string is complete now; what follows it is dropped. `before`: what was there a chunk ago."""
         stops = self._settings.stop_strings
         if not self.speaks_ids:
-            found = [at + len(stop) for stop in stops if (at := written.text.find(stop, max(0, before - len(stop)))) >= 0]
+            found = [
+                at + len(stop) for stop in stops if (at := written.text.find(stop, max(0, before - len(stop)))) >= 0
+            ]
             if found:
                 written.text, written.finish = written.text[: min(found)], "stop_string"
             return bool(found)
@@ -262,7 +266,9 @@ class CompletionsEngine:
             listed = self._request("GET", "/models")["data"]
             lengths = {str(entry["id"]): entry.get("max_model_len") for entry in listed}
         except (LookupError, TypeError, AttributeError) as error:
-            raise EngineError("The completions server lists no models under /models. Does base_url end in /v1?") from error
+            raise EngineError(
+                "The completions server lists no models under /models. Does base_url end in /v1?"
+            ) from error
         if model is None and len(lengths) == 1:
             (model,) = lengths
         if model not in lengths:
@@ -278,6 +284,8 @@ class CompletionsEngine:
         self.speaks_ids = True
         try:
             choice = _choice(self._request("POST", "/completions", self._body(ids, 1)))
+        except _Refused:
+            return False
         except RequestFailed as error:
             if error.may_pass:
                 raise EngineError(f"The completions server {error} to a first request. Look at its log.") from None
@@ -324,9 +332,9 @@ async def _events_of(response: httpx.Response) -> AsyncIterator[str]:
     received, rest = 0, b""
     async for chunk in response.aiter_bytes():
         received += len(chunk)
-        if received > MAX_BYTES:
-            raise _Refused(f"answered with more than {MAX_BYTES:,} bytes")
         *lines, rest = (rest + chunk).split(b"\n")
+        if received > MAX_BYTES or len(rest) > MAX_LINE_BYTES:
+            raise _Refused(f"answered with more than {MAX_BYTES:,} bytes, or {MAX_LINE_BYTES:,} in one event")
         for line in lines:
             if line.startswith(b"data:"):
                 yield line[5:].decode("utf-8", "replace").strip()

@@ -1,0 +1,120 @@
+"""The sampler of an evaluation: the engine that the settings ask for, with protocol and tools as in training."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.evaluation.settings import EngineKind, EvalSettings
+from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
+from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+
+
+def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
+    """A sampler without branching for the model that `settings` name.
+
+    Raises:
+        ConfigError: The model, its tokenizer or its chat template is not there or cannot be used, or a limit is set
+            for a tool that is not offered.
+        EngineError: A server does not answer.
+    """
+    if settings.model is None:
+        raise ConfigError("model is missing. Name a folder or a Hub id; with base_url, for its tokenizer.")
+    limits = settings.call_limits()
+    tokenizer = _loaded("tokenizer", settings.model, AutoTokenizer.from_pretrained)
+    if settings.tool_protocol not in {kind.value for kind in ProtocolKind}:
+        raise ConfigError(
+            f"tool_protocol is {settings.tool_protocol!r}; expected one of {[kind.value for kind in ProtocolKind]}."
+        )
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"The tokenizer of {settings.model} has no chat template, which turns questions into prompts. Save one with "
+            "it (`tokenizer.chat_template = …`), or use the instruct version of the model."
+        )
+    protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
+        tokenizer, toolbox.specs, max_result_tokens=settings.max_tool_result_tokens
+    )
+    eos_ids = (int(tokenizer.eos_token_id),)
+    sampling = SamplingSettings(eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p)
+    engine, length = _make_engine(settings, tokenizer, sampling)
+    context = settings.context if length is None else min(settings.context, length)
+    return TreeSampler(
+        engine,
+        toolbox,
+        protocol,
+        SamplerSettings(
+            num_generations=1,
+            initial_rollouts=1,
+            max_completion_length=settings.max_completion_length or context,
+            max_length=context,
+            max_tool_calls=settings.max_tool_calls,
+            max_calls_of=limits,
+        ),
+        eos_ids,
+    )
+
+
+def fingerprint(settings: EvalSettings) -> str | None:
+    """Differs where the weights in the local folders of model and adapter do; None for models on the Hub."""
+    digest = hashlib.blake2b(digest_size=8)
+    found = False
+    for name in (settings.model, settings.adapter):
+        folder = Path(name).expanduser() if name else None
+        if folder is None or not folder.is_dir():
+            continue
+        for file in sorted(folder.iterdir()):
+            if file.suffix in (".safetensors", ".bin", ".json", ".jinja") and file.is_file():
+                stat = file.stat()
+                digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                found = True
+    return digest.hexdigest() if found else None
+
+
+def _make_engine(
+    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> tuple[Engine, int | None]:
+    """The engine and its context in tokens, None where a server does not tell."""
+    if settings.base_url is not None:
+        from arpo_trl.rollout.engines.completions import CompletionsEngine
+
+        server = CompletionsEngine(settings.base_url, settings.served_model, tokenizer, sampling)
+        return server, server.max_length
+    return _transformers_engine(settings, tokenizer, sampling)
+
+
+def _transformers_engine(
+    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> tuple[Engine, int]:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from arpo_trl.rollout.engines.transformers import TransformersEngine
+
+    assert settings.model is not None
+    model = _loaded("model", settings.model, AutoModelForCausalLM.from_pretrained, dtype=settings.dtype)
+    if settings.adapter is not None:
+        from peft import PeftModel
+
+        model = _loaded(
+            "adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name)
+        ).merge_and_unload()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    context: int = model.config.get_text_config().max_position_embeddings
+    return TransformersEngine(tokenizer, sampling, lambda: contextlib.nullcontext(model)), context
+
+
+def _loaded(what: str, name: str, load: Any, **arguments: Any) -> Any:
+    try:
+        return load(name, **arguments)
+    except Exception as error:  # transformers, peft and the Hub client raise a dozen kinds
+        raise ConfigError(
+            f"The {what} of {name} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]} "
+            "Check the path, or the Hub id and the connection."
+        ) from error
