@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 from arpo_trl.errors import ArpoError, ConfigError
 
-
 T = TypeVar("T")
 
 
@@ -134,8 +133,8 @@ def _eval_parser() -> argparse.ArgumentParser:
         usage=EVAL_USAGE,
         description="Answers questions with the tools, as in training but without branching, and scores the answers.",
         epilog="Tools take the settings of train.py: --tools search python, --search-index FILE, --search-top-k 10, "
-        "--search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and others (docs/tools.md). "
-        "Every setting may stand in the YAML file of --config, with _ for -; flags win. "
+        "--search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and others "
+        "(docs/tools.md). Every setting may stand in the YAML file of --config, with _ for -; flags win. "
         "Exit status: 0 done, 1 some samples failed, 2 usage.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )

@@ -125,7 +125,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "hle", "HLE", "deepsearch", Scorer.JUDGE, 500, "cais/hle", text_only="image", take=500,
             system_prompt="deepsearch",
-            note="Gated: accept its terms on the Hub. The paper's 500 are not listed; the first text-only 500 are taken.",
+            note="Gated: accept its terms on the Hub. The paper's 500 are not listed; the first text-only ones are used.",
         ),
         Benchmark(
             "xbench", "xbench-DeepSearch", "deepsearch", Scorer.JUDGE, 100, "xbench/DeepSearch", "train",
@@ -187,7 +187,7 @@ def suite(name: str) -> list[Benchmark]:
 
 
 def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
-    """A benchmark as a YAML file describes it: name, file, question, answer, scorer; system_prompt and level if wanted.
+    """A benchmark as a YAML file describes it: name, file, question, answer, scorer; system_prompt or level if wanted.
 
     Raises:
         ConfigError: a key is missing, unknown, or not text.
@@ -354,7 +354,7 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
 
 
 def _unmasked(row: Mapping[str, Any]) -> dict[str, str]:
-    """Prompt and answer of an xbench row: base64 of the text's bytes xor the canary's, so that no crawler reads them."""
+    """Prompt and answer of an xbench row: base64 of the text's bytes xor the canary's, so that crawlers cannot read."""
     key = str(row["canary"]).encode()
     try:
         return {

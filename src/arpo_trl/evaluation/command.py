@@ -279,8 +279,8 @@ def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
         raise
     except Exception as error:
         raise ConfigError(
-            f"The tokenizer's chat template cannot make a prompt of the first question ({type(error).__name__}: {error}). "
-            "Set another template, or another system_prompt."
+            f"The tokenizer's chat template cannot make a prompt of the first question ({type(error).__name__}: "
+            f"{error}). Set another template, or another system_prompt."
         ) from error
 
 

@@ -38,7 +38,7 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
 
     Raises:
         DataError: A folder holds no finished run.
-        ConfigError: The runs have no question in common, or a benchmark of theirs has other questions or another score.
+        ConfigError: The runs have no benchmark or question in common, or score a benchmark differently.
     """
     results = [_results(folder) for folder in (a, b)]
     shared = [name for name in results[0]["benchmarks"] if name in results[1]["benchmarks"]]
@@ -102,14 +102,14 @@ def _results(folder: Path) -> dict[str, Any]:
         assert isinstance(results["benchmarks"], dict)
     except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
         raise DataError(
-            f"{folder} holds no results.json of a finished evaluation ({type(error).__name__}). Give the output folder "
-            "of `arpo-trl eval`."
+            f"{folder} holds no results.json of a finished evaluation ({type(error).__name__}). Give the output "
+            "folder of `arpo-trl eval`."
         ) from error
     return results
 
 
 def _scores(folder: Path, metrics: Mapping[str, str]) -> dict[str, dict[tuple[str, str], float]]:
-    """By benchmark and question (its place and text, so that other questions pair with nothing): mean over samples."""
+    """By benchmark and question (its place and text, lest others be taken for the same): the mean over its samples."""
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in read_records(folder / "samples.jsonl"):
         name = record["benchmark"]

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.evaluation.settings import EngineKind, EvalSettings
+from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
@@ -35,8 +35,8 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
         )
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"The tokenizer of {settings.model} has no chat template, which turns questions into prompts. Save one with "
-            "it (`tokenizer.chat_template = …`), or use the instruct version of the model."
+            f"The tokenizer of {settings.model} has no chat template, which turns questions into prompts. Save one "
+            "with it (`tokenizer.chat_template = …`), or use the instruct version of the model."
         )
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
         tokenizer, toolbox.specs, max_result_tokens=settings.max_tool_result_tokens

@@ -1,7 +1,7 @@
 """`report.md` and `report.html` of a run, for people.
 
-What models and tools wrote is hostile: it is escaped wherever it is shown, and the page's own policy allows no script and
-no request at all, so nothing in it can act.
+What models and tools wrote is hostile: it is escaped wherever it is shown, and the page's own policy allows no script
+and no request at all, so nothing in it can act.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Evaluation with the sampler that trained the model: same protocol, same tools, no branching.
 
     questions ─▶ stream of requests ─▶ TreeSampler ─▶ trees as they finish ─▶ scoring threads ─▶ samples.jsonl
-                                                                                            └─▶ running scores
+                                                                                           └─▶ running scores
 
-Every sample is a request of its own, seeded by the run, its benchmark, its question's place and its own number, so what
-it draws depends on nothing else and a run can stop anywhere and go on.
+Every sample is a request of its own, seeded by the run, its benchmark, its question's place and its own number, so
+what it draws depends on nothing else and a run can stop anywhere and go on.
 """
 
 from __future__ import annotations

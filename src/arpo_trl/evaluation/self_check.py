@@ -36,8 +36,8 @@ class Malformed:
 def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malformed]]:
     """The check of every scorer that a benchmark uses; each accepted answer is predicted, in an answer's usual form.
 
-    An item's gold score is the least over its accepted answers. Wrong answers are the first golds, each moved to another
-    question by a seeded cycle through all of them; those that happen to be right make up the wrong score.
+    An item's gold score is the least over its accepted answers. Wrong answers are the first golds, each moved to
+    another question by a seeded cycle through all of them; those that happen to be right make up the wrong score.
     """
     rows = questions.rows
     name = questions.benchmark.name

@@ -20,72 +20,109 @@ GROUPS = {"model": "model", "benchmarks": "benchmarks", "samples": "sampling", "
 """The field that each group of flags begins with, in the help text."""
 
 
-def _setting(default: Any, help: str) -> Any:
-    metadata = {"help": help}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
 class EvalSettings:
-    """What to evaluate, on what and how; the defaults are the paper's. Every field is a flag and a key of the YAML file.
+    """What to evaluate, on what and how, by default as the paper. Each field is a flag and a key of the YAML file.
 
     Raises:
         ConfigError: a value, or two together, cannot work.
     """
 
-    model: str | None = _setting(None, "folder or Hub id of the model; with --base_url of its tokenizer")
-    adapter: str | None = _setting(None, "folder or Hub id of a PEFT adapter to put on it")
-    engine: str = _setting(EngineKind.TRANSFORMERS.value, "what samples: transformers or vllm, in this process")
-    base_url: str | None = _setting(
-        None,
-        "instead: an OpenAI-compatible completions server (http://host:port/v1); its key in COMPLETIONS_API_KEY",
+    model: str | None = field(
+        default=None,
+        metadata={"help": "folder or Hub id of the model; with --base_url of its tokenizer"},
     )
-    served_model: str | None = _setting(None, "the model's name there, if it serves several")
-    dtype: str = _setting("auto", "precision of the weights: auto, bfloat16, float16, float32")
-
-    benchmarks: list[str] = _setting([], "names, with commas or spaces between (see --list-benchmarks)")
-    suite: str | None = _setting(None, "instead: all of reasoning, knowledge or deepsearch, or all")
-    data: str | None = _setting(
-        None,
-        "local questions instead of the Hub's: a folder with <benchmark>.jsonl, .json or .parquet, or one file; "
-        "without --benchmarks any dataset that train.py takes",
+    adapter: str | None = field(default=None, metadata={"help": "folder or Hub id of a PEFT adapter to put on it"})
+    engine: str = field(
+        default=EngineKind.TRANSFORMERS.value,
+        metadata={"help": "what samples: transformers or vllm, in this process"},
     )
-    split: str = _setting("train", "with --data alone: the split of a folder or a Hub dataset")
-    custom: list[dict[str, Any]] = _setting(
-        [], "YAML only: benchmarks of your own (name, file, question, answer, scorer)"
+    base_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "instead: an OpenAI-compatible completions server (http://host:port/v1); its key in "
+            "COMPLETIONS_API_KEY"
+        },
     )
-    skip_bad: bool = _setting(False, "leave broken rows out with a warning instead of stopping")
-    limit: int | None = _setting(None, "only the first questions of each benchmark")
+    served_model: str | None = field(default=None, metadata={"help": "the model's name there, if it serves several"})
+    dtype: str = field(default="auto", metadata={"help": "precision of the weights: auto, bfloat16, float16, float32"})
 
-    samples: int = _setting(1, "answers per question, n; gives pass@k for every k <= n and majority vote")
-    temperature: float = _setting(0.6, "0 is greedy")
-    top_p: float = _setting(0.95, "nucleus")
-    context: int = _setting(32_768, "most tokens of prompt and answer together; less if the model has less")
-    max_completion_length: int | None = _setting(None, "most tokens of an answer with its tool results")
-    tool_call_limits: list[str] = _setting(["python=5", "search=10"], "NAME=N: most calls of one tool")
-    max_tool_calls: int = _setting(20, "most tool results per answer, refused calls included")
-    max_tool_result_tokens: int | None = _setting(None, "longer results keep head and tail")
-    tool_protocol: str = _setting("tags", "how the model calls tools: tags or chat_template")
-    system_prompt: str | None = _setting(None, "name or text; default: what the benchmark asks for")
-    seed: int = _setting(0, "of sampling and of the bootstrap")
-
-    judge_url: str | None = _setting(None, "OpenAI-compatible server of the judge; its key in JUDGE_API_KEY. Without one answers are "
-        "scored by rule, and the score is named so",
-    )  # fmt: skip
-    judge_model: str | None = _setting(None, "the judge's name there (the paper's: Qwen/Qwen2.5-72B-Instruct)")
-    judge_cache: str | None = _setting(None, "JSONL file of its verdicts, shared by runs")
-
-    output: str | None = _setting(None, "folder for results (default: a new one in runs/eval)")
-    resume: bool = _setting(False, "go on with the run in --output, failed samples again")
-    concurrency: int = _setting(32, "answers under way at once")
-    tool_timeout_s: float = _setting(20.0, "seconds after which a tool call fails")
-    tool_concurrency: int = _setting(32, "tool calls that run at once")
-    self_check: bool = _setting(
-        False, "run no model: score each gold as if it were predicted, and list those that do not score 1"
+    benchmarks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "names, with commas or spaces between (see --list-benchmarks)"},
     )
-    list_benchmarks: bool = _setting(False, "show the benchmarks and leave")
+    suite: str | None = field(
+        default=None,
+        metadata={"help": "instead: all of reasoning, knowledge or deepsearch, or all"},
+    )
+    data: str | None = field(
+        default=None,
+        metadata={
+            "help": "local questions instead of the Hub's: a folder with <benchmark>.jsonl, .json or .parquet, or"
+            " one file; without --benchmarks any dataset that train.py takes"
+        },
+    )
+    split: str = field(default="train", metadata={"help": "with --data alone: the split of a folder or a Hub dataset"})
+    custom: list[dict[str, Any]] = field(
+        default_factory=list,
+        metadata={"help": "YAML only: benchmarks of your own (name, file, question, answer, scorer)"},
+    )
+    skip_bad: bool = field(
+        default=False,
+        metadata={"help": "leave broken rows out with a warning instead of stopping"},
+    )
+    limit: int | None = field(default=None, metadata={"help": "only the first questions of each benchmark"})
+
+    samples: int = field(
+        default=1,
+        metadata={"help": "answers per question, n; gives pass@k for every k <= n and majority vote"},
+    )
+    temperature: float = field(default=0.6, metadata={"help": "0 is greedy"})
+    top_p: float = field(default=0.95, metadata={"help": "nucleus"})
+    context: int = field(
+        default=32_768,
+        metadata={"help": "most tokens of prompt and answer together; less if the model has less"},
+    )
+    max_completion_length: int | None = field(
+        default=None,
+        metadata={"help": "most tokens of an answer with its tool results"},
+    )
+    tool_call_limits: list[str] = field(
+        default_factory=lambda: ["python=5", "search=10"],
+        metadata={"help": "NAME=N: most calls of one tool"},
+    )
+    max_tool_calls: int = field(default=20, metadata={"help": "most tool results per answer, refused calls included"})
+    max_tool_result_tokens: int | None = field(default=None, metadata={"help": "longer results keep head and tail"})
+    tool_protocol: str = field(default="tags", metadata={"help": "how the model calls tools: tags or chat_template"})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "name or text; default: what the benchmark asks for"},
+    )
+    seed: int = field(default=0, metadata={"help": "of sampling and of the bootstrap"})
+
+    judge_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "OpenAI-compatible server of the judge; its key in JUDGE_API_KEY. Without one answers are "
+            "scored by rule, and the score is named so"
+        },
+    )
+    judge_model: str | None = field(
+        default=None,
+        metadata={"help": "the judge's name there (the paper's: Qwen/Qwen2.5-72B-Instruct)"},
+    )
+    judge_cache: str | None = field(default=None, metadata={"help": "JSONL file of its verdicts, shared by runs"})
+
+    output: str | None = field(default=None, metadata={"help": "folder for results (default: a new one in runs/eval)"})
+    resume: bool = field(default=False, metadata={"help": "go on with the run in --output, failed samples again"})
+    concurrency: int = field(default=32, metadata={"help": "answers under way at once"})
+    tool_timeout_s: float = field(default=20.0, metadata={"help": "seconds after which a tool call fails"})
+    tool_concurrency: int = field(default=32, metadata={"help": "tool calls that run at once"})
+    self_check: bool = field(
+        default=False,
+        metadata={"help": "run no model: score each gold as if it were predicted, and list those that do not score 1"},
+    )
+    list_benchmarks: bool = field(default=False, metadata={"help": "show the benchmarks and leave"})
 
     def __post_init__(self) -> None:
         self.benchmarks = [name for part in self.benchmarks for name in part.split(",") if name]

@@ -111,7 +111,7 @@ def paper_f1(prediction: str, golds: Sequence[str]) -> float:
 
 
 def spaced_f1(prediction: str, golds: Sequence[str]) -> float:
-    """Token F1, 0 to 1, as the paper's evaluation takes it; words by `spaced_tokens`. For comparison with the paper."""
+    """Token F1, 0 to 1, as the paper's evaluation takes it; words by `spaced_tokens`. For comparison with it."""
     return _best_f1(prediction, golds, spaced_tokens)
 
 

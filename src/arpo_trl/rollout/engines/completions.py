@@ -3,9 +3,9 @@
     the sampler's thread    submit ─▶ ┐                              ┌ ─▶ poll
     background loop                   └ one stream per turn: Turn ───┘
 
-Token ids go in and come out where the server knows how; elsewhere text does, and is tokenised here. Answers are streamed
-and cut here: OpenAI's `stop` hides which of its strings was met, or whether the model ended by itself. There are no
-logprobs and no entropies, so this engine is for evaluation only.
+Token ids go in and come out where the server knows how; elsewhere text does, and is tokenised here. Answers are
+streamed and cut here: OpenAI's `stop` hides which of its strings was met, or whether the model ended by itself. There
+are no logprobs and no entropies, so this engine is for evaluation only.
 
 A lost connection is tried again until the server has been away for `away_s`; then the whole rollout fails. What the
 server refuses, or breaks off several times, fails that one turn.
@@ -156,8 +156,8 @@ class CompletionsEngine:
                 if time.monotonic() - self._heard_s > self._away_s:
                     self._events.put(
                         EngineError(
-                            f"The completions server cannot be reached and has answered nothing for {self._away_s:.0f} "
-                            "s. Start it again and resume."
+                            "The completions server cannot be reached and has answered nothing for "
+                            f"{self._away_s:.0f} s. Start it again and resume."
                         )
                     )
                     return
