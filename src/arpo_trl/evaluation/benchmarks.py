@@ -125,7 +125,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             "hle", "HLE", "deepsearch", Scorer.JUDGE, 500, "cais/hle", text_only="image", take=500,
             system_prompt="deepsearch",
-            note="Gated: accept its terms on the Hub. The paper's 500 are not listed; the first text-only ones are used.",
+            note="Gated: accept its terms on the Hub. The paper's 500 are not listed: the first text-only ones.",
         ),
         Benchmark(
             "xbench", "xbench-DeepSearch", "deepsearch", Scorer.JUDGE, 100, "xbench/DeepSearch", "train",
@@ -354,7 +354,7 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
 
 
 def _unmasked(row: Mapping[str, Any]) -> dict[str, str]:
-    """Prompt and answer of an xbench row: base64 of the text's bytes xor the canary's, so that crawlers cannot read."""
+    """Prompt and answer of an xbench row: base64 of the text's bytes xor the canary's, lest crawlers read them."""
     key = str(row["canary"]).encode()
     try:
         return {

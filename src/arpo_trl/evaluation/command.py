@@ -35,7 +35,7 @@ from arpo_trl.evaluation.comparison import compare, draw
 from arpo_trl.evaluation.engines import fingerprint, make_sampler
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
 from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark, write_whole
-from arpo_trl.evaluation.samples import Record, read_records
+from arpo_trl.evaluation.samples import Record, counted, read_records
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rewards.judge import LLMJudge
@@ -79,18 +79,14 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
         with RunFolder(output, identity, resume=settings.resume) as folder:
             ended_early = _run_all(evaluator, chosen, folder)
     results = write_results(output, described, chosen, settings)
-    for line in report.table(results):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\n{output / 'report.html'}   {output / 'results.json'}", markup=False, soft_wrap=True)
+    _print(console, *report.table(results), "", f"{output / 'report.html'}   {output / 'results.json'}")
     if ended_early is not None:
-        console.print(f"EngineError: {ended_early} Finished samples are kept.", markup=False, soft_wrap=True)
+        _print(console, f"EngineError: {ended_early} Finished samples are kept.")
     short = sum(b["failed"] + b["missing"] + b.get("unjudged", 0) for b in results["benchmarks"].values())
     if short:
-        console.print(
-            f"{short} sample(s) failed or are missing. To try them again: the same command with --output {output} "
-            "--resume",
-            markup=False,
-            soft_wrap=True,
+        _print(
+            console,
+            f"{short} sample(s) failed or are missing. To try again, add to the command: --output {output} --resume",
         )
     return SOME_FAILED if short else DONE
 
@@ -158,7 +154,7 @@ def write_results(
     names: dict[str, list[str]] = defaultdict(list)
     samples_file = output / "samples.jsonl"
     for record in read_records(samples_file):
-        records[record["benchmark"]].append(_counted(record))
+        records[record["benchmark"]].append(counted(record))
         names[record["benchmark"]] += [
             name for name in record.get("scores", ()) if name not in names[record["benchmark"]]
         ]
@@ -192,35 +188,24 @@ def write_results(
 def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     """Prints how run B differs from run A, and draws it; the exit status."""
     comparisons = compare(a, b)
-    table = Table(title=f"B {b} against A {a}", title_justify="left")
-    for heading in (
-        "benchmark",
-        "scored by",
-        "questions",
-        "A",
-        "B",
-        "B − A",
-        "95 % interval",
-        "p",
-        "only A",
-        "only B",
-        "McNemar p",
-    ):
-        table.add_column(heading, justify="left" if heading in ("benchmark", "scored by") else "right")
-    for one in comparisons:
-        difference, test = one.difference, one.mcnemar
-        table.add_row(
-            escape(one.benchmark), report.METRIC_NAMES[one.metric], str(one.questions), report.score(one.a),
-            report.score(one.b), f"{difference.mean:+.3f}", f"{difference.low:+.3f} – {difference.high:+.3f}",
-            f"{difference.p:.4f}", str(test.only_a), str(test.only_b), f"{test.p:.4f}",
-        )  # fmt: skip
     console = Console()
-    console.print(table)
+    headings = ("benchmark", "scored by", "questions", "A", "B", "B − A", "95 % interval", "p")
+    headings += ("only A right", "only B right", "McNemar p")
+    rows = [
+        (
+            report.cell(one.benchmark), report.METRIC_NAMES[one.metric], str(one.questions), report.score(one.a),
+            report.score(one.b), f"{one.difference.mean:+.3f}",
+            f"{one.difference.low:+.3f} – {one.difference.high:+.3f}", f"{one.difference.p:.4f}",
+            str(one.mcnemar.only_a), str(one.mcnemar.only_b), f"{one.mcnemar.p:.4f}",
+        )
+        for one in comparisons
+    ]  # fmt: skip
+    _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows, texts=2))
     if unpaired := sum(one.unpaired for one in comparisons):
-        console.print(f"{unpaired} question(s) are in one run only and left out.")
+        _print(console, f"{unpaired} question(s) are in one run only and left out.")
     picture = picture or b / f"against-{a.resolve().name}.png"
     draw(comparisons, (a.name or str(a), b.name or str(b)), picture)
-    console.print(str(picture), markup=False, soft_wrap=True)
+    _print(console, "", str(picture))
     return DONE
 
 
@@ -261,15 +246,6 @@ class _Running:
         self._progress.update(self._task, advance=1, score=shown)
 
 
-def _counted(record: Record) -> Record:
-    """The record without texts, which a summary does not need: thousands of trajectories are gigabytes."""
-    steps = [
-        {"role": step["role"], "calls": [{**call, "text": "", "arguments": {}} for call in step.get("calls", ())]}
-        for step in record.get("trajectory", ())
-    ]
-    return {**record, "trajectory": steps, "question": ""}
-
-
 def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
     """Finds out now, not at every question, that prompts cannot be made."""
     prompt = chosen[0].rows[0]["prompt"]
@@ -306,28 +282,24 @@ def _registry_table() -> Table:
 
 
 def _self_check(chosen: Sequence[Questions], settings: EvalSettings, console: Console) -> int:
-    table = Table()
-    for heading in ("benchmark", "scorer", "items", "gold as prediction", "wrong answer"):
-        table.add_column(heading, justify="left" if heading in ("benchmark", "scorer") else "right")
+    rows: list[tuple[str, ...]] = []
     malformed: list[self_check.Malformed] = []
     for questions in chosen:
         checks, found = self_check.check(questions, settings.seed)
         malformed += found
-        for one in checks:
-            table.add_row(
-                escape(one.benchmark),
-                report.METRIC_NAMES[one.scorer],
-                str(one.items),
-                f"{one.gold:.4f}",
-                f"{one.wrong:.4f}",
-            )
-    console.print(table)
+        rows += [
+            (report.cell(c.benchmark), report.METRIC_NAMES[c.scorer], str(c.items), f"{c.gold:.4f}", f"{c.wrong:.4f}")
+            for c in checks
+        ]
+    headings = ("benchmark", "scored by", "items", "gold as prediction", "wrong answer")
+    _print(console, *report.pipe_table(headings, rows, texts=2))
     for item in malformed:
-        console.print(
-            f"{item.benchmark}, question {item.number}: the gold {item.gold[:200]!r} does not score 1 by "
-            f"{', '.join(report.METRIC_NAMES[name] for name in item.scorers)}",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        names = ", ".join(report.METRIC_NAMES[name] for name in item.scorers)
+        _print(console, f"{item.benchmark}, question {item.number}: {item.gold[:200]!r} does not score 1 by {names}")
     return SOME_FAILED if malformed else DONE
+
+
+def _print(console: Console, *lines: str) -> None:
+    """Lines as they are: nothing in them is mark-up, and none is folded."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

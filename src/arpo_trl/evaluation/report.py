@@ -6,7 +6,7 @@ and no request at all, so nothing in it can act.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -71,35 +71,49 @@ def markdown(results: Mapping[str, Any]) -> str:
     if results["suites"]:
         lines += ["Suites: " + ", ".join(f"{name} {score(mean)}" for name, mean in results["suites"].items()), ""]
     for name, summary in results["benchmarks"].items():
-        lines += [f"## {_cell(summary['title'])}", "", *_details(name, summary), ""]
+        lines += [f"## {cell(summary['title'])}", "", *_details(name, summary), ""]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     lines += ["## Run", "", f"- versions: {versions}", f"- commit: {results['git_commit']}"]
     lines += [
-        f"- {name}: {_cell(str(value))}" for name, value in results["settings"].items() if value not in (None, [])
+        f"- {name}: {cell(str(value))}" for name, value in results["settings"].items() if value not in (None, [])
     ]
     return "\n".join(lines) + "\n"
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
     """One row per benchmark, in Markdown."""
-    lines = [
-        "| benchmark | scored by | score | 95 % interval | questions | samples | failed | calls per sample |",
-        "|---|---|---:|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for summary in results["benchmarks"].values():
         calls = sum(tool["per_sample"] for tool in summary.get("tools", {}).values())
-        cells = (
-            _cell(summary["title"]),
-            METRIC_NAMES.get(summary["metric"], "—"),
-            score(summary["score"]),
-            interval(summary["interval"]),
-            str(summary["questions"]),
-            str(summary["samples"]),
-            str(summary["failed"] + summary["missing"]),
-            f"{calls:.2f}",
+        rows.append(
+            (
+                cell(summary["title"]),
+                METRIC_NAMES.get(summary["metric"], "—"),
+                score(summary["score"]),
+                interval(summary["interval"]),
+                str(summary["questions"]),
+                str(summary["samples"]),
+                str(summary["failed"] + summary["missing"]),
+                f"{calls:.2f}",
+            )
         )
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+    headings = (
+        "benchmark",
+        "scored by",
+        "score",
+        "95 % interval",
+        "questions",
+        "samples",
+        "failed",
+        "calls per sample",
+    )
+    return pipe_table(headings, rows, texts=2)
+
+
+def pipe_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -> list[str]:
+    """Lines of a Markdown table, the first `texts` columns of which are text and the others numbers."""
+    marks = ["---" if i < texts else "---:" for i in range(len(headings))]
+    return ["| " + " | ".join(cells) + " |" for cells in (headings, marks, *rows)]
 
 
 def score(value: float | None) -> str:
@@ -121,18 +135,18 @@ def _details(name: str, summary: Mapping[str, Any]) -> list[str]:
         lines.append("- pass@k: " + ", ".join(f"{k}: {score(value)}" for k, value in summary["pass_at_k"].items()))
         lines.append(f"- majority vote: {score(summary['majority']['mean'])}")
     for level, value in summary.get("levels", {}).items():
-        lines.append(f"- level {_cell(level)}: {score(value['mean'])} on {value['questions']} questions")
+        lines.append(f"- level {cell(level)}: {score(value['mean'])} on {value['questions']} questions")
     for tool, use in summary.get("tools", {}).items():
         failures = ", ".join(f"{count} {kind}" for kind, count in use["failures"].items()) or "none failed"
-        lines.append(f"- {_cell(tool)}: {use['calls']} calls, {use['per_sample']:.2f} per sample, {failures}")
+        lines.append(f"- {cell(tool)}: {use['calls']} calls, {use['per_sample']:.2f} per sample, {failures}")
     for error, count in summary["failures"].items():
-        lines.append(f"- {count} failed: {_cell(error)}")
+        lines.append(f"- {count} failed: {cell(error)}")
     if summary.get("unjudged"):
         lines.append(f"- {summary['unjudged']} samples without a verdict of the judge are in no judge's score")
     return lines
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
     """Text of unknown origin in Markdown: one line, no mark-up of its own."""
     line = " ".join(text.split())
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>()#+!|~&$" else char for char in line[:300])

@@ -112,3 +112,12 @@ def trajectory(tree: RolloutTree) -> list[dict[str, Any]]:
                 {"role": "tool", "text": None if calls else node.text, "calls": calls, "tokens": len(node.ids)}
             )
     return steps
+
+
+def counted(record: Record) -> Record:
+    """The record without texts, which a summary does not need: thousands of trajectories are gigabytes."""
+    steps = [
+        {"role": step["role"], "calls": [{**call, "text": "", "arguments": {}} for call in step.get("calls", ())]}
+        for step in record.get("trajectory", ())
+    ]
+    return {**record, "trajectory": steps, "question": ""}

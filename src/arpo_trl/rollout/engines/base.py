@@ -2,7 +2,7 @@
 
 An engine takes requests for single turns and reports events: a `Probe` once the first k tokens of a turn are there,
 and the `Turn` when it ended, or `TurnFailed` where one request can fail by itself. It knows nothing of trees, tools or
-branching. Inside a session it may need no other rank, so a rank with no live path and a rank with two hundred both just
+branching. Inside a session it may need no other rank, so a rank with no live path and one with two hundred both just
 run.
 """
 

@@ -305,7 +305,7 @@ class CompletionsEngine:
                 raise
             key = os.environ.get(KEY_VARIABLE, "").strip()
             raise EngineError(
-                f"The completions server {without(key, self._url)} {error} when asked for its models. Start it, or "
+                f"The completions server {without(key, self._url)} did not list its models: {error}. Start it, or "
                 "correct base_url, which ends in /v1 as a rule."
             ) from None
 
