@@ -74,7 +74,7 @@ def test_an_unknown_suite_is_told_which_there_are():
         suite("maths")
 
 
-# The layouts of the published files -----------------------------------------------------------------------------------
+# The layouts of the published files ----------------------------------------------------------------------------------
 
 
 def test_aime_has_numbers_problems_and_solutions(tmp_path):
@@ -278,6 +278,7 @@ def test_a_benchmark_of_ones_own_must_be_whole():
 def test_fields_that_a_file_of_ones_own_lacks_are_named(tmp_path):
     file = write(tmp_path / "mine.jsonl", {"question": "Who?", "a": "I"})
     with pytest.raises(
-        DataError, match=r"row 0: no 'q': the row has the fields \['a', 'question'\]; expected the benchmark's question"
+        DataError,
+        match=r"row 0: no 'q': the row has the fields \['a', 'question'\]; expected the benchmark's question",
     ):
         load_questions(custom_benchmark({**CUSTOM, "file": file}))

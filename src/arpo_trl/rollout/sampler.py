@@ -268,8 +268,9 @@ class _Run:
                 while len(live) < groups_at_once and (request := next(waiting, None)) is not None:
                     try:
                         self._start(request)
-                    except ConfigError as error:
-                        yield Finished(request.id, None, str(error), 0.0)
+                    except Exception as error:
+                        self._forget(request.id)
+                        yield Finished(request.id, None, _described(error), 0.0)
                     else:
                         live.add(request.id)
                 if not live:
@@ -286,7 +287,7 @@ class _Run:
         if group.error is None:
             self._isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(group.id, None, f"{type(group.error).__name__}: {group.error}", seconds)
+            return Finished(group.id, None, _described(group.error), seconds)
         return Finished(group.id, group.tree, None, seconds)
 
     def _isolated(self, group: _Group, step: Callable[[], None]) -> None:
@@ -297,8 +298,12 @@ class _Run:
             if not self.isolates:
                 raise
             group.error = error
-            self.writing = {id: path for id, path in self.writing.items() if path.group is not group}
-            self.calling = {id: calling for id, calling in self.calling.items() if calling[0].path.group is not group}
+            self._forget(group.id)
+
+    def _forget(self, group: int) -> None:
+        """Drops what is under way for a group; what comes of it will be nobody's."""
+        self.writing = {id: path for id, path in self.writing.items() if path.group.id != group}
+        self.calling = {ticket: call for ticket, call in self.calling.items() if call[0].path.group.id != group}
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -502,6 +507,10 @@ class _Run:
         """A seed that is this rollout's, and this place's in it, alone."""
         digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _name(call: ToolCall | BadCall) -> str:
