@@ -245,7 +245,7 @@ def test_searches_answered_with_a_notice_are_counted_and_rung_about():
     tree = RolloutTree([0])
     for i, failure in enumerate(["degraded", None, "error", None]):
         turn = tree.add_turn(0, [1], "words", [-0.5], [0.1])
-        seen = tree.add_observation(turn.index, [2], call("search", f"iron {i}", failure=failure), "text")
+        seen = tree.add_observation(turn.index, [2], [call("search", f"iron {i}", failure=failure)], "text")
         tree.end(tree.add_turn(seen.index, [1], ANSWER, [-0.5], [0.1]).index, (i,), StopReason.EOS)
     tally = tallied(tree)
     assert tally.values()["tools/search/degraded"] == 1 / 4

@@ -252,7 +252,7 @@ def attend(
 def _attend_by_blocks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scaling: float | None
 ) -> torch.Tensor:
-    attention = _compiled_flex_attention() if query.is_cuda else flex_attention
+    attention: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
     attended = attention(query, key, value, block_mask=pack.blocks(), scale=scaling, enable_gqa=True)
     assert isinstance(attended, torch.Tensor)
     return attended
