@@ -117,7 +117,7 @@ def test_a_tool_is_offered_with_the_servers_own_schema(box: ToolBox) -> None:
 
 def test_a_tool_can_be_called_by_its_tag() -> None:
     with ToolBox(mcp_tools([{**COMMAND, "tools": ["echo"]}])) as box:
-        call = TagProtocol(tokenizer(), box.specs).parse_turn("<echo>hello there</echo>")
+        (call,) = TagProtocol(tokenizer(), box.specs).parse_turn("<echo>hello there</echo>")
         assert isinstance(call, ToolCall)
         assert results(box, (call.name, call.arguments))[0].text == "hello there"
 
