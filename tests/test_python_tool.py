@@ -20,7 +20,7 @@ from arpo_trl.tools.box import tool_spec
 from arpo_trl.tools.python import PythonTool, python_tool
 from arpo_trl.tools.sandbox import Ending, Limits, Worker, check_isolation
 
-LIMITS = Limits(timeout_s=1.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
+LIMITS = Limits(timeout_s=1.0, cpu_s=5.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
 
 
 def _can_isolate() -> bool:

@@ -8,9 +8,10 @@
     ├── RewardError     a reward function broke its contract
     ├── EngineError     an engine broke its contract or lost its server
     └── ToolError       raised *by* a tool: its message is shown to the model as the result of the call
+        └── ToolStopped a limit or a crash cut the call short
 
 Every message names the subject, what it got, what it expected and the way out. A model's mistake is never raised: it
-becomes text the model sees. `ToolError` is the one error that a tool raises on purpose.
+becomes text the model sees. `ToolError` is what a tool raises on purpose.
 """
 
 
@@ -44,3 +45,7 @@ class EngineError(ArpoError, RuntimeError):
 
 class ToolError(ArpoError):
     """Raised by a tool when a call fails for a reason that the model should read; the message is its result."""
+
+
+class ToolStopped(ToolError):
+    """A limit or a crash cut the call short, so that nothing of it can be built on; the message is its result."""

@@ -21,7 +21,7 @@ from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolic
 from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, TagProtocol
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult
+from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult
 
 IDLE_POLL_S = 0.05
 """How long one wait for the tools, or for the engine, may last while only one of them has work."""
@@ -274,7 +274,16 @@ class _Run:
         elif isinstance(call, BadCall):
             self._observe(path, call.text, ExecutedCall(call.fault, {}, call.text, "bad_call", 0.0, "refused"))
         else:
+            call = self._with_history(path, call)
             self.calling[self.toolbox.submit(call)] = (self._alive(path), call)
+
+    def _with_history(self, path: _Path, call: ToolCall) -> ToolCall:
+        """The call with what its path called the tool with before, if the tool asks for that."""
+        if (spec := self.toolbox.specs.get(call.name)) is None or not spec.wants_history:
+            return call
+        before = [node.call for node in path.group.tree.path(path.parent) if node.call is not None]
+        made = [past for past in before if past.name == call.name and past.source != "refused"]
+        return replace(call, history=tuple(PastCall(past.arguments, past.failure) for past in made))
 
     def _observe(self, path: _Path, text: str, call: ExecutedCall | None) -> None:
         """Shows the path a tool result, or the limit's notice (`call` None), and lets it write on."""

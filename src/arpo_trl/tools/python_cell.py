@@ -29,7 +29,7 @@ def run_cells(cells: list[str]) -> int:
     """
     random.seed(0)  # a run that is repeated sees the same numbers
     if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed(0)  # type: ignore[attr-defined]
+        sys.modules["numpy.random"].seed(0)
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     *earlier, last = cells

@@ -97,7 +97,11 @@ def enter(folder: str, readable: list[str]) -> None:
         raise OSError(f"there is no list of system calls for {platform.machine()}")
     user, group = os.getuid(), os.getgid()
     _checked("new namespaces", _libc.unshare(_NAMESPACES))
-    for name, text in (("setgroups", "deny"), ("uid_map", f"{_USER_ID} {user} 1"), ("gid_map", f"{_USER_ID} {group} 1")):
+    for name, text in (
+        ("setgroups", "deny"),
+        ("uid_map", f"{_USER_ID} {user} 1"),
+        ("gid_map", f"{_USER_ID} {group} 1"),
+    ):
         with open(f"/proc/self/{name}", "w") as file:
             file.write(text)
     inner = os.fork()
@@ -107,8 +111,7 @@ def enter(folder: str, readable: list[str]) -> None:
         _, status = os.waitpid(inner, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    name = b"sandbox"
-    _checked("host name", _libc.sethostname(name, ctypes.c_size_t(len(name))))
+    _checked("host name", _libc.sethostname(b"sandbox", ctypes.c_size_t(7)))
     _change_root(folder, readable)
 
 

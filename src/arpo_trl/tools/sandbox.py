@@ -21,7 +21,7 @@ What the tiers stop (each line has a test for each tier):
     | fill its folder with very many files                   | no       | yes        | no     |
     | see whether a path exists, and its size                | no       | yes        | no     |
 
-- sandlock: Landlock and seccomp around the worker, and a further Landlock domain around each call. Linux 6.12 or newer.
+- sandlock: Landlock and seccomp around the worker, and a Landlock domain more around each call. Linux 6.12 or newer.
 - namespaces: `python_namespaces`. Linux 5.12 or newer that lets this user make user namespaces; some distributions and
   most containers do not. (bubblewrap builds the same ones, and where it may, this may.)
 - unsafe: a child process with resource limits, nothing more.
@@ -198,7 +198,9 @@ class Worker:
     def run(self, code: str, earlier: Sequence[str] = ()) -> Run:
         """What `code` printed and how it ended, run after the cells `earlier`, whose own output is not shown.
 
-        All of them share one deadline. Raises `WorkerLost` when the worker broke, whether by this call's doing or before it.
+        All of them share one deadline.
+
+        Raises `WorkerLost` when the worker broke, whether by this call's doing or before it.
         """
         deadline = time.monotonic() + self._limits.timeout_s + _GRACE_S
         try:
@@ -293,7 +295,8 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     # The real executable: a virtual environment's own needs files that the sandbox does not show.
     executable = os.path.realpath(sys.executable)
     site_packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    scripts = [os.path.realpath(module.__file__) for module in (python_worker, python_cell, python_namespaces)]
+    modules = (python_worker, python_cell, python_namespaces)
+    scripts = [os.path.realpath(str(module.__file__)) for module in modules]
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib"]
     readable = [executable, *scripts, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
     readable = [path for path in readable if os.path.exists(path)]
