@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import io
 import linecache
 import os
 import random
@@ -54,7 +55,8 @@ def _flush() -> None:
 
 
 def _run(source: str, main: types.ModuleType, name: str) -> int:
-    linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
+    # Split as Python splits it, unlike `splitlines`, and ended by a newline, which the marks under a line count on.
+    linecache.cache[name] = (len(source), None, io.StringIO(f"{source}\n").readlines(), name)
     try:
         body = ast.parse(source, name).body
         last = [body.pop()] if body and isinstance(body[-1], ast.Expr) else []

@@ -179,12 +179,11 @@ class _Worker:
             os.dup2(null, 0)
             os.dup2(1, 2)
             folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+            os.setsid()  # a group of its own: a signal to its group reaches no other, in any namespace
             if self.namespaces is not None:
                 self.namespaces.lock()
             elif self._ruleset is not None:
                 _syscall(_LANDLOCK_RESTRICT_SELF, self._ruleset, 0)
-            else:
-                os.setsid()  # a group of its own, with what it starts
             if self._warm and not select.select([waiting], [], [], 0)[0]:
                 exec(_TOUCH, {})
             if not os.read(waiting, 1):  # the worker is gone

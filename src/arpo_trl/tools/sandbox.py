@@ -140,6 +140,7 @@ class Worker:
     def __init__(self, limits: Limits, *, tier: Tier, preload: bool) -> None:
         if not sys.platform.startswith("linux"):
             raise SandboxError(f"Python code runs in a sandbox on Linux only, this is {sys.platform}")
+        self.tier = tier
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
         # At exit too, when a call may still be running; only a killed trainer leaves the folder behind.
@@ -321,7 +322,7 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
         raise SandboxError(f"sandlock is not installed here ({error}), so Python code cannot be isolated") from error
     sandbox = sandlock.Sandbox(
         fs_readable=readable,
-        fs_writable=[str(folder)],
+        fs_writable=[str(folder), "/dev/null"],
         cwd=str(folder),
         clean_env=True,
         env=_ENVIRONMENT,
@@ -345,7 +346,10 @@ def write_files(): open({outside!r}, "w")
 def reach_the_network(): socket.create_connection(("127.0.0.1", {port}), timeout=1)
 def start_processes():
     if os.fork() == 0: os._exit(0)
-def signal_processes(): os.kill(os.getppid(), 0)
+def signal_processes():
+    pid = os.getppid() or {pid}  # 0: the parent is in a pid namespace above
+    if pid == os.getpid(): raise PermissionError
+    os.kill(pid, 0)
 def see_the_environment(): os.environ[{variable!r}]
 def change_limits(): __import__("resource").prlimit({pid}, __import__("resource").RLIMIT_CORE)
 for attempt in (read_files, write_files, reach_the_network, start_processes, signal_processes,
