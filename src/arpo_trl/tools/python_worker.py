@@ -1,7 +1,7 @@
 """Runs each piece of code in a fork of one warm interpreter; the script behind `arpo_trl.tools.sandbox.Worker`.
 
 Started as `python python_worker.py TIER preload|bare CPU_S FOLDER SITE_PACKAGES… -- READABLE…`, and imports nothing of
-arpo_trl, which it could not read from inside the sandbox, but two files next to it, by their paths.
+arpo_trl, which it could not read from inside the sandbox, but three files next to it, by their paths.
 
     stdin    requests, 8 bytes each: seconds to run the cells in the file `cells` for, or a negative number: stop what
              runs now, and be ready for the next
@@ -100,11 +100,12 @@ class _Call:
 
 
 class _Worker:
-    def __init__(self, tier: str, warm: bool, cpu_s: float, namespaces: ModuleType | None, cell: ModuleType):
+    def __init__(self, tier: str, warm: bool, cpu_s: float, namespaces: ModuleType | None):
         self._tier = tier
         self._warm = warm
         self._cpu_s = cpu_s
-        self._cell = cell
+        self._cell = _load("python_cell")
+        self._syscalls = _load("python_syscalls")
         self.namespaces = namespaces
         self._ruleset = None
         if tier == "sandlock":
@@ -184,6 +185,8 @@ class _Worker:
                 self.namespaces.lock()
             elif self._ruleset is not None:
                 _syscall(_LANDLOCK_RESTRICT_SELF, self._ruleset, 0)
+            if self._tier != "unsafe":
+                self._syscalls.deny()
             if self._warm and not select.select([waiting], [], [], 0)[0]:
                 exec(_TOUCH, {})
             if not os.read(waiting, 1):  # the worker is gone
@@ -213,7 +216,6 @@ def _load(name: str) -> ModuleType:
 def main() -> None:
     tier, preload, cpu_s, folder, *paths = sys.argv[1:]
     site_packages, readable = paths[: paths.index("--")], paths[paths.index("--") + 1 :]
-    cell = _load("python_cell")
     namespaces = None
     if tier == "namespaces":
         namespaces = _load("python_namespaces")
@@ -224,7 +226,7 @@ def main() -> None:
         with contextlib.suppress(Exception):  # without them the rest of Python still works
             exec(_WARM_UP, {})
             warm = True
-    _Worker(tier, warm, float(cpu_s), namespaces, cell).serve()
+    _Worker(tier, warm, float(cpu_s), namespaces).serve()
 
 
 if __name__ == "__main__":

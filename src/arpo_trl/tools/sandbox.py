@@ -21,9 +21,10 @@ What the tiers stop (each line has a test for each tier):
     | fill its folder with very many files                   | no       | yes        | no     |
     | see whether a path exists, and its size                | no       | yes        | no     |
 
-- sandlock: Landlock and seccomp around the worker, and a Landlock domain more around each call. Linux 6.12 or newer.
-- namespaces: `python_namespaces`. Linux 5.12 or newer that lets this user make user namespaces; some distributions and
-  most containers do not. (bubblewrap builds the same ones, and where it may, this may.)
+- sandlock: Landlock and seccomp around the worker, and more of both around each call. Linux 6.12 or newer.
+- namespaces: `python_namespaces` around the worker and each call, seccomp around the call. Linux 5.12 or newer where
+  this user may make user namespaces; some distributions and most containers do not let one. (bubblewrap makes the same
+  ones, and where it may, this may.)
 - unsafe: a child process with resource limits, nothing more.
 
 No tier stops code from using every core until its deadline. Attacks on the kernel itself need a virtual machine.
@@ -54,7 +55,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.errors import SandboxError
-from arpo_trl.tools import python_cell, python_namespaces, python_worker
+from arpo_trl.tools import python_cell, python_namespaces, python_syscalls, python_worker
 from arpo_trl.tools.python_worker import REPLY, REQUEST
 
 _START_TIMEOUT_S = 60.0
@@ -68,18 +69,13 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
 }
 
-# Landlock and sandlock's own list leave these open, and each reaches processes or files outside the sandbox that
-# belong to the same user. `prlimit64` is also how a process raises its own limits.
+# Landlock leaves these open to every file of this user. `python_syscalls` refuses more, in each call.
 # fmt: off
 _DENIED_SYSCALLS = [
-    "prlimit64", "setpriority", "ioprio_set",
-    "sched_setaffinity", "sched_setscheduler", "sched_setparam", "sched_setattr",
     "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat",
     "utimensat", "setxattr", "lsetxattr", "fsetxattr",
-    "memfd_create", "memfd_secret",  # files in memory, which no limit counts
-    "shmget", "msgget", "semget", "mq_open", "keyctl", "add_key", "request_key",  # what outlives a process
 ]
-_DENIED_SYSCALLS_X86 = ["setrlimit", "chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
+_DENIED_SYSCALLS_X86 = ["chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
 # fmt: on
 
 
@@ -296,7 +292,7 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     # The real executable: a virtual environment's own needs files that the sandbox does not show.
     executable = os.path.realpath(sys.executable)
     site_packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    modules = (python_worker, python_cell, python_namespaces)
+    modules = (python_worker, python_cell, python_syscalls, python_namespaces)
     scripts = [os.path.realpath(str(module.__file__)) for module in modules]
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib"]
     readable = [executable, *scripts, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
