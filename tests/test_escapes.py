@@ -385,6 +385,7 @@ ATTEMPTS = [
         won()
         """,
         won,
+        control=ROOT,  # or whoever owns it
     ),
     Attempt(
         "open numpy for writing",
@@ -394,6 +395,7 @@ ATTEMPTS = [
         won()
         """,
         won,
+        control=ROOT,  # or whoever owns it
     ),
     # /proc and other processes' memory.
     Attempt("read another's environment", "print(open('/proc/$target/environ').read())", leaked),

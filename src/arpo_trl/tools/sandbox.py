@@ -301,16 +301,19 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     command += [tier, "preload" if preload else "bare", str(limits.cpu_s), str(folder)]
     command += [*site_packages, "--", *readable]
     if tier is not Tier.SANDLOCK:
-        return subprocess.Popen(
-            command,
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env=_ENVIRONMENT,
-            start_new_session=True,
-        )
+        try:
+            return subprocess.Popen(
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env=_ENVIRONMENT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SandboxError(f"{executable} cannot be started: {error.strerror}") from error
     try:
         import sandlock
         from sandlock.sandbox import StdioMode
