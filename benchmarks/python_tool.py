@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/python_tool.py
 
-Prints a Markdown table. Each round makes one call of each kind by each way, the order turned round every other round, so
-that what else the machine does falls on all alike. "Calls per second" is what one caller gets who makes one call after
-the other; `--pause` leaves the worker time between calls, as a policy that writes in between does.
+Prints a Markdown table. Each round makes one call of each kind by each way, the order turned round every other round,
+so that what else the machine does falls on all alike. "Calls per second" is what one caller gets who makes one call
+after the other; `--pause` leaves the worker time between calls, as a policy that writes in between does.
 """
 
 from __future__ import annotations
