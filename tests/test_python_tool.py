@@ -1,6 +1,7 @@
 """The python tool shows what a notebook would, and the sandbox stops each thing that its docstring says it stops."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -330,6 +331,26 @@ def test_code_of_other_calls_is_not_in_memory(worker: Worker) -> None:
 def test_the_pipe_that_calls_share_is_blocking_again_at_the_next_call(worker: Worker) -> None:
     run(worker, "import os\nos.set_blocking(1, False)")
     assert run(worker, "import os\nprint(os.get_blocking(1))") == "True\n"
+
+
+def test_a_worker_keeps_step_through_calls_that_end_in_every_way(worker: Worker) -> None:
+    loud = "import os, threading\ndef loud():\n    while True: os.write(1, b'left over')\n"
+    ways = [
+        ("print({0})", Ending.FINISHED, "{0}\n"),
+        ("print({0})\n1 / 0", Ending.RAISED, "{0}\n"),
+        ("import os; os.write(1, b'{0}'); os._exit(9)", Ending.DIED, "{0}"),
+        ("import os; os.write(1, b'{0}'); os.close(3)", Ending.FINISHED, "{0}"),
+        ("import os; os.write(1, b'{0}'); os.closerange(0, 64)", Ending.FINISHED, "{0}"),
+        (f"{loud}for _ in range(3): threading.Thread(target=loud, daemon=True).start()", None, ""),
+        ("print({0})\nwhile True: print('x' * 1000)", Ending.FLOOD, "{0}\n"),
+        ("open(str({0}), 'w').write('x')\nimport os\nprint(os.listdir())", Ending.FINISHED, "['{0}']\n"),
+    ]
+    order = random.Random(0)
+    for number in range(150):
+        code, ending, begins = order.choice(ways)
+        ran = worker.run(code.replace("{0}", str(number)))
+        assert ending is None or ran.ending is ending, (number, code, ran)
+        assert ran.output.startswith(begins.replace("{0}", str(number))), (number, code, ran)
 
 
 # What only isolation stops.

@@ -6,7 +6,8 @@ arpo_trl, which it could not read from inside the sandbox, but three files next 
     stdin    requests, 8 bytes each: seconds to run the cells in the file `cells` for, or a negative number: stop what
              runs now, and be ready for the next
     stdout   what the code prints; this process never writes to it
-    stderr   replies of this process: "R" ready, then per request how the fork ended (`REPLY`)
+    stderr   replies of this process (`REPLY`): "R" ready, then per request how the call ended, and "E" when its fork
+             is gone, which takes about as long as a short call
 
 This process never holds a call's code or output, so its forks cannot find those of an earlier call in their memory.
 The fork for the next call is made ahead and waits. Before it reads the code it closes stdin and stderr and cuts itself
@@ -32,11 +33,12 @@ import time
 from types import ModuleType
 
 REQUEST = struct.Struct("!d")  # seconds; negative: stop
-REPLY = struct.Struct("!ci")  # b"R" ready, b"D" ended by itself, b"T" out of time, b"C" of CPU, b"S" stopped; status
+REPLY = struct.Struct("!ci")  # b"R", b"E"; b"D" ended by itself, b"T" out of time, b"C" of CPU, b"S" stopped; status
 
 CELLS_FILE = "cells"
 RAISED = 1  # as in python_cell
 CPU_LOOK_S = 0.1
+_RESULT_FD = 3  # on which a fork says how its last cell ended
 
 _PR_SET_PDEATHSIG = 1
 _LANDLOCK_CREATE_RULESET = 444  # the same numbers on every architecture
@@ -87,16 +89,38 @@ class _Call:
 
     def __init__(self, worker: _Worker):
         waiting, self._go = os.pipe()
+        self.result, says = os.pipe()
+        self._word = os.urandom(8)  # code that writes to every descriptor does not say it by accident
         self.pid = worker.namespaces.fork_call() if worker.namespaces else os.fork()
         if self.pid == 0:
             os.close(self._go)
-            worker.become_call(waiting)
+            worker.become_call(waiting, says, self._word)
         os.close(waiting)
+        os.close(says)
+        self.pidfd = os.pidfd_open(self.pid)
+        self._status: int | None = None
 
     def go(self) -> None:
         """Let it run. Raises BrokenPipeError when it is gone."""
         os.write(self._go, b"g")
-        os.close(self._go)
+
+    def result_in(self, said: bytes) -> int | None:
+        """The wait status of a fork that ended its last cell, if it says so."""
+        return said[-1] << 8 if said[:-1].endswith(self._word) else None
+
+    def reap(self) -> int:
+        """The wait status of a fork that has ended."""
+        if self._status is None:
+            _, self._status = os.waitpid(self.pid, 0)
+        return self._status
+
+    def end(self) -> None:
+        """Return when the fork is gone, by force if it is not."""
+        if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.reap()
+        for fd in (self._go, self.result, self.pidfd):
+            os.close(fd)
 
 
 class _Worker:
@@ -133,45 +157,49 @@ class _Worker:
             try:
                 call.go()
             except BrokenPipeError:  # killed while it waited, as by a machine short of memory
-                os.waitpid(call.pid, 0)
+                call.end()
                 call = _Call(self)
                 call.go()
-            os.write(2, REPLY.pack(*self._watch(call.pid, timeout_s)))
+            kind, status = self._watch(call, timeout_s)
+            if kind == b"D":
+                os.write(2, REPLY.pack(kind, status))
+                call.end()
+            else:  # it may be printing still
+                call.end()
+                os.write(2, REPLY.pack(kind, status))
+            if self._tier == "unsafe":
+                with contextlib.suppress(OSError):  # what the fork started, unless that left its group
+                    os.killpg(call.pid, signal.SIGKILL)
+            os.write(2, REPLY.pack(b"E", 0))
             call = _Call(self)
 
-    def _watch(self, pid: int, timeout_s: float) -> tuple[bytes, int]:
-        """(how it ended, wait status) of the fork, which is gone when this returns."""
-        pidfd = os.pidfd_open(pid)
+    def _watch(self, call: _Call, timeout_s: float) -> tuple[bytes, int]:
+        """(how the call ended, wait status): by its word, by its death, or because it has to be ended."""
         poller = select.poll()
-        poller.register(0, select.POLLIN)
-        poller.register(pidfd, select.POLLIN)
-        cpu_clock = ~pid << 3 | 2  # of the whole process; see clock_getcpuclockid(3)
+        for fd in (0, call.pidfd, call.result):
+            poller.register(fd, select.POLLIN)
+        cpu_clock = ~call.pid << 3 | 2  # of the whole process; see clock_getcpuclockid(3)
         deadline = time.monotonic() + timeout_s
         while True:
             left_s = deadline - time.monotonic()
             ready = {fd for fd, _ in poller.poll(max(0.0, min(left_s, CPU_LOOK_S)) * 1000)}
-            if pidfd in ready:
-                kind = b"D"
+            if call.result in ready:
+                said = os.read(call.result, 4096)
+                if (status := call.result_in(said)) is not None:
+                    return b"D", status
+                if not said:
+                    poller.unregister(call.result)  # it has closed it, and may yet run
+            elif call.pidfd in ready:
+                return b"D", call.reap()
             elif 0 in ready:
-                kind = b"S"
                 os.read(0, REQUEST.size)  # the stop, or nothing: then the loop of `serve` ends as well
+                return b"S", 0
             elif left_s <= 0:
-                kind = b"T"
+                return b"T", 0
             elif time.clock_gettime(cpu_clock) > self._cpu_s:
-                kind = b"C"
-            else:
-                continue
-            break
-        if kind != b"D":
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        if self._tier == "unsafe":
-            with contextlib.suppress(OSError):  # what the fork started, unless that left its group
-                os.killpg(pid, signal.SIGKILL)
-        os.close(pidfd)
-        return kind, status
+                return b"C", 0
 
-    def become_call(self, waiting: int) -> None:
+    def become_call(self, waiting: int, says: int, word: bytes) -> None:
         """Cut this fork off from the worker, await the word, run the cells and leave as the last ended."""
         status = RAISED
         try:
@@ -194,11 +222,13 @@ class _Worker:
             with open(os.open(CELLS_FILE, os.O_RDONLY, dir_fd=folder), encoding="utf-8") as file:
                 cells = json.load(file)
             os.unlink(CELLS_FILE, dir_fd=folder)
-            os.closerange(3, 64)
+            os.dup2(says, _RESULT_FD)
+            os.closerange(_RESULT_FD + 1, 64)
             # Line by line, so that what was printed before a deadline is there.
             output = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
             sys.stdout = sys.stderr = io.TextIOWrapper(output, "utf-8", "backslashreplace", line_buffering=True)
             status = self._cell.run_cells(cells)
+            os.write(_RESULT_FD, word + bytes([status]))
         finally:
             os._exit(status)
 

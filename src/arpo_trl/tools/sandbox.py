@@ -148,6 +148,7 @@ class Worker:
                 stream.fileno() for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
             )
             os.set_blocking(self._stdout, False)
+            self._ending = False  # the fork of the last call may still be there
             self._await_ready(tier)
             self._pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
             self._set_limits()
@@ -189,7 +190,7 @@ class Worker:
 
     @property
     def folder(self) -> Path:
-        """The working directory of every call, emptied after each."""
+        """The working directory of every call, empty at its start."""
         return self._folder
 
     def run(self, code: str, earlier: Sequence[str] = ()) -> Run:
@@ -201,11 +202,13 @@ class Worker:
         """
         deadline = time.monotonic() + self._limits.timeout_s + _GRACE_S
         try:
+            self._await_end(deadline)
             cells = json.dumps([cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)])
             (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
             os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
             output, kind, status = self._read(deadline)
-            self._clean_up()
+            with contextlib.suppress(OSError):  # again before the next call, when nothing can be in the way
+                self._clean_up()
         except OSError as error:
             self.close()
             raise WorkerLost(str(error)) from error
@@ -239,18 +242,35 @@ class Worker:
                     stopped = True
                     os.write(self._stdin, REQUEST.pack(-1.0))
             if self._control in ready:
-                reply = os.read(self._control, REPLY.size)
-                if len(reply) < REPLY.size:
-                    raise OSError("the worker is gone")
-                kind, status = REPLY.unpack(reply)
+                kind, status = self._reply()
+                self._ending = True
                 break
             if stopped:  # the pipe stays full and readable: wait for the reply alone
                 _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control)
-        # The fork is dead: what is still in the pipe is all there will be. It must not be left for the next call.
+        # The call is over: what it printed is in the pipe.
         with contextlib.suppress(BlockingIOError):
-            while chunk := os.read(self._stdout, _READ_BYTES):
+            while len(output) <= self._limits.output_bytes and (chunk := os.read(self._stdout, _READ_BYTES)):
                 output += chunk
         return bytes(output), kind, status
+
+    def _reply(self) -> tuple[bytes, int]:
+        reply = os.read(self._control, REPLY.size)
+        if len(reply) < REPLY.size:
+            raise OSError("the worker is gone")
+        kind, status = REPLY.unpack(reply)
+        return kind, status
+
+    def _await_end(self, deadline: float) -> None:
+        """Return when the fork of the last call is gone, and with it whatever it still printed or wrote."""
+        if self._ending:
+            if not _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control):
+                raise OSError("the worker does not answer")
+            self._reply()
+            with contextlib.suppress(BlockingIOError):
+                while os.read(self._stdout, _READ_BYTES):
+                    pass
+            self._clean_up()
+            self._ending = False
 
     def _clean_up(self) -> None:
         for entry in os.scandir(self._folder):
