@@ -38,6 +38,7 @@ REPLY = struct.Struct("!ci")  # b"R", b"E"; b"D" ended by itself, b"T" out of ti
 CELLS_FILE = "cells"
 RAISED = 1  # as in python_cell
 CPU_LOOK_S = 0.1
+_IDLE_S = 0.003  # after which nobody is taken to be waiting for the fork
 _RESULT_FD = 3  # on which a fork says how its last cell ended
 
 _PR_SET_PDEATHSIG = 1
@@ -215,7 +216,7 @@ class _Worker:
                 _syscall(_LANDLOCK_RESTRICT_SELF, self._ruleset, 0)
             if self._tier != "unsafe":
                 self._syscalls.deny()
-            if self._warm and not select.select([waiting], [], [], 0)[0]:
+            if self._warm and not select.select([waiting], [], [], _IDLE_S)[0]:
                 exec(_TOUCH, {})
             if not os.read(waiting, 1):  # the worker is gone
                 return
