@@ -20,6 +20,7 @@ import arpo_trl.tools.python as python_module
 import arpo_trl.tools.sandbox as sandbox_module
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
 from arpo_trl.tools.box import PastCall, tool_spec
+from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.tools.python import PythonTool, earlier_cells, python_tool
 from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, check_isolation, isolated_worker
 from support import can_isolate, worker_of
@@ -530,6 +531,18 @@ def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(sys.modules, "sandlock", None)
     with pytest.raises(SandboxError, match=r"sandlock is not installed here .* set allow_unsafe: true"):
         python_tool(isolation="sandlock")
+
+
+def test_a_configuration_says_once_how_its_code_is_isolated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not any(map(can_isolate, ISOLATING)):
+        pytest.skip("this kernel cannot isolate")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        (python,) = build_tools(ToolArguments(tools=["python"], python_stateful=True))
+        assert tool_spec(python).wants_history
+        assert capsys.readouterr().err.count("Model-written Python runs isolated by ") == lines
 
 
 # Nothing is left behind.
