@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.rollout.branching import BranchRule
 from arpo_trl.rollout.engines.base import TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocol import ChatTemplateProtocol
 from arpo_trl.rollout.sampler import RolloutSchedule
 from arpo_trl.rollout.tree import NodeKind, StopReason
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, search
 
 
 def one_search(request: TurnRequest, context: str) -> ScriptedTurn:
@@ -491,3 +491,41 @@ def test_readable_and_unreadable_calls_of_a_turn_are_all_answered():
         ("nobody", "refused"),
     ]
     assert leaf.stop is StopReason.EOS
+
+
+def test_a_path_tool_is_told_its_own_paths_calls_so_siblings_share_no_state():
+    def python(code: str) -> str:
+        """Run Python code.
+
+        Args:
+            code: The code.
+        """
+        raise AssertionError("a path's calls go through with_history")
+
+    def with_history(history):
+        def run(code: str) -> str:
+            if code == "fail":
+                raise ToolError("failed")
+            return " ".join([f"{past.arguments['code']}:{past.failure}" for past in history] + [code])
+
+        return run
+
+    python.with_history = with_history
+
+    def script(request, context):
+        _, *address, depth = request.key  # address (0,), or (0, 1, 0): a branch after the first call
+        code = ["set", "fail", f"path{len(address)}", None][depth]
+        text = (
+            "<search>iron</search>"
+            if depth == 1 and len(address) > 1
+            else f"<python>{code}</python>"
+            if code
+            else ANSWER
+        )
+        return ScriptedTurn(text, entropies=[float(depth)])
+
+    tree = Scripted(script, leaves=2, at_root=1, tools=[search, python], max_tool_calls=4)().trees[0]
+    assert [[call.text for call in leaf.calls] for leaf in tree.leaves()] == [
+        ["set", "failed", "set:None fail:error path1"],
+        ["set", "facts about iron", "set:None path3"],  # neither the sibling's call nor another tool's
+    ]
