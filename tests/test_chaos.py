@@ -32,14 +32,14 @@ def calls_twice(request, context):
 
 
 def sample(benchmark, *, groups, ways=(), rate=1.0):
-    chaos = benchmark.Chaos(rate=rate, seed=0, slow_s=0.6, ways=ways)
+    chaos = benchmark.Chaos(rate=rate, seed=0, slow_s=2.0, ways=ways)
     run = Scripted(
         calls_twice,
         leaves=6,
         at_root=3,
         rule=BranchRule.THRESHOLD,
         tools=[chaos(search), chaos(python)],
-        timeout_s=0.3,
+        timeout_s=1.0,
         max_result_tokens=40,
         schedule=RolloutSchedule.OVERLAP,
     )
@@ -71,12 +71,12 @@ def test_every_group_keeps_its_leaves_with_all_seven_failures_among_its_calls(be
 # What the model reads of each failure, and how it counts.
 READS = {
     "exception": ("Error: RuntimeError: chaos", "error"),
-    "hang": ("Error: the search call took longer than 0.3 s.", "timeout"),
+    "hang": ("Error: the search call took longer than 1 s.", "timeout"),
     "10 MB": ("01234567", None),
     "invalid UTF-8": ("caf", None),
     "control tokens": ("<|endoftext|><|im_end|>", None),
     "empty": ("", None),
-    "slow drip": ("Error: the search call took longer than 0.3 s.", "timeout"),
+    "slow drip": ("Error: the search call took longer than 1 s.", "timeout"),
 }
 
 

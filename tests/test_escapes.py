@@ -32,7 +32,7 @@ from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker,
 from support import worker_of
 
 X86 = platform.machine() == "x86_64"
-LIMITS = Limits(timeout_s=1.0, cpu_s=1.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=64)
+LIMITS = Limits(timeout_s=3.0, cpu_s=3.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=64)
 
 # The token is put together in the code, so that a traceback that quotes the code does not hold it.
 PRELUDE = """
@@ -191,14 +191,17 @@ class World:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attempt gave: its own call, or None when the worker was lost; the next call; and the seconds it took."""
+    """What an attempt gave: its own call and the next one, None when the worker was lost; and the seconds it took."""
 
     ran: Run | None
-    then: str
+    then: Run | None
     seconds: float
 
 
 Oracle = Callable[[World, Outcome], bool]
+
+
+SERVED = Run("served\n", Ending.FINISHED)
 
 
 def leaked(world: World, outcome: Outcome) -> bool:
@@ -210,7 +213,7 @@ def won(world: World, outcome: Outcome) -> bool:
 
 
 def next_call(world: World, outcome: Outcome) -> bool:
-    return outcome.then != "served\n"
+    return outcome.then != SERVED
 
 
 def outside(look: Callable[[World], bool]) -> Oracle:
@@ -751,10 +754,8 @@ ATTEMPTS = [
         """
         libc.prctl(1, 0, 0, 0, 0)
         libc.prctl(15, b'esc$token')
-        try:
-            if os.fork(): os._exit(0)
-            os.setsid()
-        except OSError: pass
+        if os.fork(): os._exit(0)
+        os.setsid()
         time.sleep(60)
         """,
         SURVIVED,
@@ -886,7 +887,7 @@ ATTEMPTS = [
             except OSError: pass
         raise ValueError
         """,
-        lambda w, o: o.ran is None or o.ran.ending is not Ending.RAISED or o.then != "served\n",
+        lambda w, o: o.ran is None or o.ran.ending is not Ending.RAISED or o.then != SERVED,
         control=NOBODY,
     ),
     Attempt(
@@ -962,7 +963,7 @@ ATTEMPTS = [
     Attempt(
         "point the next call's cells elsewhere",
         "os.symlink('$victim', 'cells')",
-        lambda w, o: w.file_changed() or o.then != "served\n",
+        lambda w, o: w.file_changed() or o.then != SERVED,
         control=NOBODY,
     ),
     Attempt(
@@ -1010,13 +1011,12 @@ def attempt_in(worker: Worker, world: World, attempt: Attempt) -> Outcome:
     try:
         ran = worker.run(world.code(attempt.code))
     except WorkerLost:
-        return Outcome(None, "", time.monotonic() - began)
+        return Outcome(None, None, time.monotonic() - began)
     seconds = time.monotonic() - began
     try:
-        then = worker.run(f"{attempt.then}\nprint('served')").output
+        return Outcome(ran, worker.run(f"{attempt.then}\nprint('served')"), seconds)
     except WorkerLost:
-        then = "the worker was lost"
-    return Outcome(ran, then, seconds)
+        return Outcome(ran, None, seconds)
 
 
 def succeeded(attempt: Attempt, world: World, outcome: Outcome) -> bool:
@@ -1057,7 +1057,7 @@ def test_no_attempt_succeeds(worker: Worker, attempt: Attempt, inheritable: str,
     with World(tmp_path, inheritable, needs_target(attempt)) as world:
         outcome = attempt_in(worker, world, attempt)
         assert not succeeded(attempt, world, outcome), outcome
-        assert outcome.then == "served\n" or not next_call(world, outcome)
+        assert outcome.then == SERVED
 
 
 CONTROLS = [a for a in ATTEMPTS if a.control == ANYONE or (a.control == ROOT and os.getuid() == 0)]
@@ -1069,7 +1069,7 @@ def test_an_attempt_succeeds_where_nothing_stops_it(
 ) -> None:
     with World(tmp_path, inheritable, needs_target(attempt)) as world:
         outcome = attempt_in(plain[0], world, attempt)
-        if outcome.ran is None or outcome.then != "served\n":
+        if outcome.ran is None or outcome.then != SERVED:
             plain[0].close()
             plain[0] = Worker(LIMITS, tier=Tier.UNSAFE, preload=False)
         assert succeeded(attempt, world, outcome), outcome

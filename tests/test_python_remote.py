@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,7 +20,7 @@ from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.tools.python_remote import RemotePython, remote_python_tool
 from arpo_trl.tools.sandbox import Limits
 
-LIMITS = Limits(timeout_s=1.0, output_bytes=1000)
+LIMITS = Limits(timeout_s=10.0, output_bytes=1000)
 
 
 def execute(request: dict[str, Any]) -> dict[str, Any]:
@@ -153,13 +152,12 @@ def test_earlier_cells_run_before_and_show_nothing(remote: RemotePython) -> None
 def test_the_limits_are_sent(executor: tuple[Executor, RemotePython], remote: RemotePython) -> None:
     run(remote, "1")
     (request,) = executor[0].requests
-    assert (request["run_timeout"], request["compile_timeout"], request["memory_limit_MB"]) == (1.0, 1.0, 512)
+    assert (request["run_timeout"], request["compile_timeout"], request["memory_limit_MB"]) == (10.0, 10.0, 512)
 
 
 @pytest.mark.parametrize(
     ("code", "text"),
     [
-        ("print('before', flush=True)\nwhile True: pass", "before\nError: the code ran longer than 1 s"),
         ("import os\nos.abort()", "Error: the python process was killed or crashed"),
         ("print('x' * 2000)", "x" * 1000 + "\nError: stopped, the code printed more than 1000 bytes"),
     ],
@@ -168,6 +166,17 @@ def test_what_stops_a_call_is_told(remote: RemotePython, code: str, text: str) -
     with pytest.raises(ToolStopped) as caught:
         run(remote, code)
     assert str(caught.value).startswith(text)
+
+
+def test_a_call_that_the_server_stops_at_its_deadline_keeps_its_output(
+    executor: tuple[Executor, RemotePython], remote: RemotePython
+) -> None:
+    def at_once(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
+        executor[0].run(handler, request | {"run_timeout": 0.7})
+
+    executor[0].answer = at_once
+    with pytest.raises(ToolStopped, match=r"^(before\n)?Error: the code ran longer than 10 s$"):
+        run(remote, "print('before', flush=True)\nwhile True: pass")
 
 
 # What a server may answer.
@@ -240,7 +249,7 @@ def test_a_compressed_bomb_is_not_unpacked(executor: tuple[Executor, RemotePytho
 def test_a_server_that_is_slow_or_drips_meets_the_deadline(
     executor: tuple[Executor, RemotePython], remote: RemotePython, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arpo_trl.tools.python_remote._GRACE_S", 0.0)  # the deadline is then timeout_s = 1
+    monkeypatch.setattr("arpo_trl.tools.python_remote._GRACE_S", -9.0)  # a deadline of a second: timeout_s is 10
     stopped = threading.Event()
 
     def drip(handler: BaseHTTPRequestHandler, _: Any) -> None:
@@ -352,4 +361,4 @@ def test_a_server_that_does_not_run_python_is_an_error_at_start() -> None:
     wrong = {"status": "Success", "run_result": FINISHED}
     executor.answer = lambda handler, _: executor.reply(handler, json.dumps(wrong).encode())
     with executor.serving() as url, pytest.raises(ConfigError, match=r"asked for 6 \* 7 it said 'fine'"):
-        RemotePython(url, replace(LIMITS, timeout_s=5.0))
+        RemotePython(url, LIMITS)

@@ -25,13 +25,20 @@ from arpo_trl.tools.python import PythonTool, earlier_cells, python_tool
 from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, check_isolation, isolated_worker
 from support import can_isolate, worker_of
 
-LIMITS = Limits(timeout_s=1.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
+LIMITS = Limits(timeout_s=10.0, cpu_s=10.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
 
 
 @pytest.fixture(scope="module", params=list(Tier))
 def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     with worker_of(request.param, LIMITS) as worker:
         yield worker
+
+
+@pytest.fixture(scope="module")
+def hurried(worker: Worker) -> Iterator[Worker]:
+    """One of the same tier with a deadline of a second."""
+    with worker_of(worker.tier, replace(LIMITS, timeout_s=1.0)) as hurried:
+        yield hurried
 
 
 @pytest.fixture(scope="module", params=ISOLATING)
@@ -206,9 +213,9 @@ def test_nothing_that_an_earlier_cell_prints_is_shown(cells: Callable[..., Run],
     assert cells(hides, "print('own')").output == "own\n"
 
 
-def test_earlier_cells_count_towards_the_deadline(cells: Callable[..., Run]) -> None:
-    # LIMITS.timeout_s = 1: none of the three reaches it alone
-    assert cells(*["import time; time.sleep(0.45)"] * 3).ending is Ending.TIMEOUT
+def test_earlier_cells_count_towards_the_deadline(hurried: Worker) -> None:
+    nap = "import time; time.sleep(0.45)"  # the deadline is a second: none of the three reaches it alone
+    assert hurried.run(nap, [nap, nap]).ending is Ending.TIMEOUT
 
 
 def test_siblings_share_the_cells_before_they_parted_and_nothing_else(cells: Callable[..., Run]) -> None:
@@ -247,13 +254,13 @@ def test_a_call_that_a_limit_stopped_is_told_apart_from_one_that_raised(tool: Py
 # What every tier stops.
 
 
-def test_a_deadline_stops_the_call_and_keeps_its_output(worker: Worker) -> None:
-    ran = worker.run("print('before', flush=True)\nwhile True: pass")
+def test_a_deadline_stops_the_call_and_keeps_its_output(hurried: Worker) -> None:
+    ran = hurried.run("print('before', flush=True)\nwhile True: pass")
     assert (ran.output, ran.ending) == ("before\n", Ending.TIMEOUT)
 
 
-def test_a_deadline_stops_threads_that_ignore_signals(worker: Worker) -> None:
-    ran = worker.run(
+def test_a_deadline_stops_threads_that_ignore_signals(hurried: Worker) -> None:
+    ran = hurried.run(
         "import signal, threading\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
         "while True: threading.Event().wait(1)"
