@@ -1,6 +1,7 @@
 # make quickstart   set up, then teach a small model to use search and python      (SEED=1 for another seed)
 # make test         set up, then check and run the tests; what CI runs
 # make check        set up, then ruff and mypy
+# make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up is a virtual environment in .venv with the versions of constraints.txt. PYTHON=… picks the interpreter.
 
 VENV := .venv
@@ -13,7 +14,7 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help quickstart test check
+.PHONY: help quickstart test check bench
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -23,6 +24,9 @@ quickstart: $(READY)
 
 test: check
 	$(BIN)/python -m pytest
+
+bench: $(READY)
+	$(BIN)/python benchmarks/all.py
 
 check: $(READY)
 	$(BIN)/ruff check .

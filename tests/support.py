@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import trl
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
@@ -19,6 +22,7 @@ from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
 from arpo_trl.rollout.protocol import TagProtocol, ToolProtocol
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.sandbox import Limits, Tier, Worker
 
 TEXTS = ["the melting point of iron is 1538 degrees", "print(1538 - 1000)", "what is the answer to a question"]
 ANSWER = "<answer>\\boxed{1}</answer>"
@@ -135,3 +139,43 @@ class Scripted:
         prompt = self.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
         with self.toolbox:
             return self.sampler.sample([GroupRequest(i, prompt) for i in range(groups)], seed=(seed,))
+
+
+@cache
+def can_isolate(tier: Tier) -> bool:
+    """Asks the kernel, not the sandbox: a sandbox that broke must fail its tests, not skip them."""
+    if tier is Tier.SANDLOCK:
+        sandlock = pytest.importorskip("sandlock")
+        return bool(sandlock.landlock_abi_version() >= sandlock.min_landlock_abi())
+    if tier is Tier.NAMESPACES:
+        # Mounting asks for more than the namespace: some distributions give the namespace and no rights in it.
+        command = [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "--pid",
+            "--fork",
+            "mount",
+            "-t",
+            "tmpfs",
+            "none",
+            "/tmp",
+        ]
+        try:
+            return subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            pytest.skip("there is no unshare to ask whether this kernel makes user namespaces")
+    return True
+
+
+@contextmanager
+def worker_of(tier: Tier, limits: Limits, *, preload: bool = False) -> Iterator[Worker]:
+    """A worker of that tier; skips the test where this machine cannot have one."""
+    if not can_isolate(tier):
+        pytest.skip(f"this kernel cannot isolate by {tier}")
+    worker = Worker(limits, tier=tier, preload=preload)
+    try:
+        yield worker
+    finally:
+        worker.close()

@@ -244,6 +244,11 @@ def test_a_bad_dataset_is_found_before_the_model_is_loaded(make, rows, message, 
         make(model="no such model", **given)
 
 
+def test_a_limit_for_a_tool_that_is_not_offered_is_found_before_the_model_is_loaded(make):
+    with pytest.raises(ConfigError, match="name 'serach', which is not a tool; the tools are: search, python"):
+        make(model="no/such-model", settings={"tool_concurrency_per_tool": {"serach": 8}})
+
+
 def test_an_empty_dataset_is_an_error(make):
     with pytest.raises(DataError, match="The dataset is empty"):
         make(train_dataset=Dataset.from_dict({"prompt": [], "answer": []}))

@@ -6,15 +6,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import arpo_trl
-from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult, tool_spec
+from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
+from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult, tool_spec
 
 
 def echo(text: str) -> str:
@@ -430,6 +430,30 @@ def test_no_more_calls_run_at_once_than_there_are_places(gate: Gate) -> None:
     assert (gate.executions, gate.most_running) == (9, 3)
 
 
+def test_a_tool_with_a_limit_of_its_own_leaves_the_other_places_to_others(gate: Gate) -> None:
+    with ToolBox([gate.tool(), echo], concurrency=3, per_tool={"wait": 2}) as box:
+        waiting = [box.submit(ToolCall("wait", {"text": str(i)})) for i in range(6)]
+        other = box.submit(ToolCall("echo", {"text": "served meanwhile"}))  # the third place, past the queue of `wait`
+        assert collect(box, 1)[other].text == "served meanwhile"
+        gate.opened.set()
+        results = collect(box, 6)
+    assert [results[ticket].text for ticket in waiting] == [str(i) for i in range(6)]
+    assert gate.most_running == 2
+
+
+@pytest.mark.parametrize(
+    ("per_tool", "message"),
+    [
+        ({"serach": 1}, "'serach', which is not a tool; the tools are: echo"),
+        ({"echo": 0}, "The limit of tool 'echo' is 0; expected an integer of at least 1"),
+        ({"echo": 1.5}, "The limit of tool 'echo' is 1.5"),
+    ],
+)
+def test_a_limit_that_cannot_work_is_refused(per_tool: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ToolBox([echo], per_tool=per_tool)
+
+
 def test_polling_waits_at_most_as_long_as_told(gate: Gate) -> None:
     with ToolBox([gate.tool()]) as box:
         box.submit(ToolCall("wait", {"text": "x"}))
@@ -486,6 +510,65 @@ def test_arguments_are_compared_by_value_whatever_their_order() -> None:
 
 
 # The end.
+
+
+# The calls a path made before.
+
+
+def notebook(executed: list[str]) -> Callable[[str], str]:
+    """A `PathTool` that shows the texts of the calls before it and its own."""
+
+    def note(text: str) -> str:
+        """Note something.
+
+        Args:
+            text: What.
+        """
+        raise AssertionError("a path's calls go through with_history")
+
+    def with_history(history: Sequence[PastCall]) -> Callable[[str], str]:
+        if any(past.arguments["text"] == "torn" for past in history):
+            raise ToolError("the page is torn")
+
+        def noted(text: str) -> str:
+            executed.append(text)
+            return " ".join([*(past.arguments["text"] for past in history), text])
+
+        return noted
+
+    note.with_history = with_history  # type: ignore[attr-defined]
+    return note
+
+
+def after(*texts: str) -> tuple[PastCall, ...]:
+    return tuple(PastCall({"text": text}, None) for text in texts)
+
+
+def test_a_tool_that_asks_for_it_is_told_what_its_path_called_before() -> None:
+    assert tool_spec(notebook([])).wants_history
+    assert not tool_spec(echo).wants_history
+    with ToolBox([notebook([])]) as box:
+        ticket = box.submit(ToolCall("note", {"text": "c"}, after("a", "b")))
+        torn = box.submit(ToolCall("note", {"text": "c"}, after("torn")))
+        results = collect(box, 2)
+    assert results[ticket].text == "a b c"
+    assert (results[torn].text, results[torn].failure) == ("the page is torn", "error")
+
+
+def test_calls_with_another_history_are_other_calls_to_the_cache() -> None:
+    texts: list[str] = []
+    executed: list[str] = []
+    with ToolBox([notebook(executed)], cache=True) as box:
+        for history in (after("a"), after("b"), (), after("a"), (PastCall({"text": "a"}, "error"),)):
+            ticket = box.submit(ToolCall("note", {"text": "c"}, history))
+            texts.append(collect(box, 1)[ticket].text)
+    assert texts == ["a c", "b c", "c", "a c", "a c"]
+    assert len(executed) == 4  # the second "a c" came from the cache; after a failure it is another call
+
+
+def test_a_call_that_the_tool_cut_short_is_told_apart_from_one_that_failed() -> None:
+    assert call_once(returning(ToolStopped("killed"))).failure == "stopped"
+    assert call_once(returning(ToolError("wrong"))).failure == "error"
 
 
 def test_a_closed_box_takes_no_calls() -> None:

@@ -126,6 +126,11 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"max_tool_result_tokens": 15}, "max_tool_result_tokens is 15; expected an integer of at least 16"),
         ({"max_completion_length": 0}, "max_completion_length is 0; expected an integer of at least 1"),
         ({"tool_concurrency": 0}, "tool_concurrency is 0; expected an integer of at least 1"),
+        ({"tool_concurrency_per_tool": {"search": 0}}, "tool_concurrency_per_tool is .* integers of at least 1"),
+        (
+            {"tool_concurrency_per_tool": "search"},
+            "tool_concurrency_per_tool is 'search'; expected tools and integers",
+        ),
         ({"tool_timeout_s": 0.0}, "tool_timeout_s is 0.0; expected more than 0 seconds"),
         ({"tool_timeout_s": float("nan")}, "tool_timeout_s is nan; expected more than 0 seconds"),
         ({"use_vllm": True}, "use_vllm is set, .* Unset it"),
@@ -213,6 +218,16 @@ def test_a_file_that_is_no_mapping_is_an_error_that_says_so(tmp_path, text):
 def test_a_missing_config_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot be read: .*nowhere\.yaml"):
         parse("train", tmp_path / "nowhere.yaml")
+
+
+def test_places_per_tool_are_a_mapping_in_yaml_and_json_in_a_flag(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("tool_concurrency_per_tool: {search: 8}\nbf16: false\nuse_cpu: true\noutput_dir: out\n")
+    (from_file,) = parse_settings([ARPOConfig], ["--config", str(file)])
+    (from_flag,) = parse_settings(
+        [ARPOConfig], ["--config", str(file), "--tool_concurrency_per_tool", '{"python": 2}']
+    )
+    assert (from_file.tool_places, from_flag.tool_places) == ({"search": 8}, {"python": 2})
 
 
 def test_flags_win_over_the_file(tmp_path):

@@ -117,7 +117,7 @@ def test_a_tool_is_offered_with_the_servers_own_schema(box: ToolBox) -> None:
 
 def test_a_tool_can_be_called_by_its_tag() -> None:
     with ToolBox(mcp_tools([{**COMMAND, "tools": ["echo"]}])) as box:
-        call = TagProtocol(tokenizer(), box.specs).parse_turn("<echo>hello there</echo>")
+        (call,) = TagProtocol(tokenizer(), box.specs).parse_turn("<echo>hello there</echo>")
         assert isinstance(call, ToolCall)
         assert results(box, (call.name, call.arguments))[0].text == "hello there"
 
@@ -131,6 +131,29 @@ def test_a_crashed_server_is_started_again_for_the_next_call() -> None:
         after = results(box, ("process", {"text": "again"}))[0]
         assert after.ok
         assert after.text != before
+
+
+def test_all_calls_under_way_fail_with_the_server_and_the_next_ones_do_not() -> None:
+    slow = [("slow", {"text": str(number)}) for number in range(5)]
+    with ToolBox(mcp_tools([COMMAND])) as box:
+        failures = [result.failure for result in results(box, *slow, ("die", {"text": ""}))]
+        assert failures == [ToolFailure.DEGRADED] * 6
+        after = results(box, *[("echo", {"text": f"after {i}"}) for i in range(5)])
+        assert [result.text for result in after] == [f"after {i}" for i in range(5)]
+
+
+def test_a_server_that_starts_slowly_comes_back_although_calls_give_up_waiting(tmp_path: Path) -> None:
+    code = (
+        f"import pathlib, runpy, time\nflag = pathlib.Path({str(tmp_path / 'flag')!r})\n"
+        f"time.sleep(2 if flag.exists() else 0)\nflag.touch()\nrunpy.run_path({SERVER!r}, run_name='__main__')"
+    )
+    with ToolBox(mcp_tools([{"command": sys.executable, "args": ["-c", code]}], timeout_s=1.0)) as box:
+        assert results(box, ("die", {"text": ""}))[0].failure is ToolFailure.DEGRADED
+        assert results(box, ("echo", {"text": "a"}))[0].text == "Error: the echo call took longer than 1 s."
+        for number in range(10):  # each gives up after a second; the start goes on
+            if results(box, ("echo", {"text": f"b{number}"}))[0].ok:
+                break
+        assert results(box, ("echo", {"text": "c"}))[0].text == "c"
 
 
 def test_an_address_whose_server_comes_back_is_connected_to_again() -> None:

@@ -103,12 +103,14 @@ EXPECTED = {
     "tools/search/failed": 0,
     "tools/search/timed_out": 0,
     "tools/search/degraded": 0,
+    "tools/search/stopped": 0,
     "tools/search/cache_hits": 0,
     "tools/search/seconds_p50": 2.0,
     "tools/search/seconds_p95": 2.0,
     "tools/python/failed": 1,
     "tools/python/timed_out": 0,
     "tools/python/degraded": 0,
+    "tools/python/stopped": 0,
     "tools/python/cache_hits": 0,
     "tools/python/seconds_p50": 1.0,
     "tools/python/seconds_p95": 1.0,
@@ -136,15 +138,18 @@ def test_joined_and_cached_calls_are_saved_not_executed():
             call("search", "iron", seconds=4.0, source="joined"),
             call("search", "iron", source="cached"),
             call("search", "gold", failure="timeout", seconds=2.0),
+            call("python", "while True: pass", failure="stopped", seconds=5.0),
+            call("python", "1", seconds=1.0),
         ]
     ):
         turn = tree.add_turn(0, [1], "words", [-0.5], [0.1])
         seen = tree.add_observation(turn.index, [2], [made], "text")
         tree.end(tree.add_turn(seen.index, [1], ANSWER, [-0.5], [0.1]).index, (i,), StopReason.EOS)
     values = tallied(tree).values()
-    assert values["tools/calls_executed"] == 2
+    assert values["tools/calls_executed"] == 4
     assert values["tools/calls_saved_by_cache"] == 2
-    assert values["tools/calls_distinct"] == 2  # iron and gold
+    assert values["tools/calls_distinct"] == 4  # iron and gold, the loop and the 1
+    assert (values["tools/python/failed"], values["tools/python/stopped"]) == (1 / 2, 1 / 2)
     assert values["tools/search/failed"] == 1 / 4
     assert values["tools/search/timed_out"] == 1 / 4
     assert values["tools/search/cache_hits"] == 1 / 4
@@ -245,7 +250,7 @@ def test_searches_answered_with_a_notice_are_counted_and_rung_about():
     tree = RolloutTree([0])
     for i, failure in enumerate(["degraded", None, "error", None]):
         turn = tree.add_turn(0, [1], "words", [-0.5], [0.1])
-        seen = tree.add_observation(turn.index, [2], call("search", f"iron {i}", failure=failure), "text")
+        seen = tree.add_observation(turn.index, [2], [call("search", f"iron {i}", failure=failure)], "text")
         tree.end(tree.add_turn(seen.index, [1], ANSWER, [-0.5], [0.1]).index, (i,), StopReason.EOS)
     tally = tallied(tree)
     assert tally.values()["tools/search/degraded"] == 1 / 4

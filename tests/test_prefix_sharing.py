@@ -22,7 +22,17 @@ from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
-from arpo_trl.prefix_sharing import NO_LABEL, Run, forward_pack, pack_rows, share_prefixes, why_not_shared
+from arpo_trl.prefix_sharing import (
+    NO_LABEL,
+    Run,
+    _attend_by_blocks,
+    _attend_by_runs,
+    _blocks_work,
+    forward_pack,
+    pack_rows,
+    share_prefixes,
+    why_not_shared,
+)
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from support import save_tiny_model, search, small_model, tokenizer
@@ -107,6 +117,8 @@ def test_rows_are_laid_out_as_a_trie():
     assert pack.sources[1][:4].tolist() == [1, 2, 3, 7]
     assert pack.sources[2][:3].tolist() == [9, 10, 11]
     assert pack.real.tolist() == [[True] * 5, [True] * 4 + [False], [True] * 3 + [False] * 2]
+    # the first 1 is in all rows; 1 2 2 in rows 0 and 1, which end at 9; 4 3 3 in row 0 alone, which ends at 7
+    assert pack.ends.tolist() == [13, 9, 9, 9, 7, 7, 7, 9, 9, 13, 13, 13, 13]
 
 
 def test_equal_rows_are_one_and_a_row_inside_another_costs_nothing():
@@ -153,6 +165,22 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_padded_batch(family):
     model = model_of(*family)
     for seed in range(8):
         assert_same(model, random_rows(seed))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_query_sees_by_blocks_what_it_sees_by_runs():
+    for seed in range(8):
+        pack = pack_rows(*random_rows(seed))
+        query, key, value = (torch.randn(1, heads, len(pack), 16) for heads in (4, 2, 2))
+        by_blocks = _attend_by_blocks(query, key, value, pack, 0.3)  # forward only: it has no backward on a CPU
+        by_runs = _attend_by_runs(query, key, value, pack, 0.3, 0.0)
+        torch.testing.assert_close(by_blocks, by_runs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_flex_attention_works_on_this_gpu():
+    assert _blocks_work(torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The python tool shows what a notebook would, and the sandbox stops each thing that its docstring says it stops."""
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -9,49 +10,46 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import arpo_trl.tools.python as python_module
-from arpo_trl.errors import SandboxError, ToolError
-from arpo_trl.tools.box import tool_spec
-from arpo_trl.tools.python import PythonTool, python_tool
-from arpo_trl.tools.sandbox import Ending, Limits, Worker, check_isolation
+import arpo_trl.tools.sandbox as sandbox_module
+from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
+from arpo_trl.tools.box import PastCall, tool_spec
+from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.python import PythonTool, earlier_cells, python_tool
+from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, check_isolation, isolated_worker
+from support import can_isolate, worker_of
 
-LIMITS = Limits(timeout_s=1.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
-
-
-def _can_isolate() -> bool:
-    """Asks the kernel, not the sandbox: a sandbox that broke must fail these tests, not skip them."""
-    sandlock = pytest.importorskip("sandlock")
-    return bool(sandlock.landlock_abi_version() >= sandlock.min_landlock_abi())
+LIMITS = Limits(timeout_s=10.0, cpu_s=10.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
 
 
-def _worker(isolated: bool) -> Worker:
-    if isolated and not _can_isolate():
-        pytest.skip("this kernel cannot isolate")
-    return Worker(LIMITS, isolated=isolated, preload=False)
-
-
-@pytest.fixture(scope="module", params=["isolated", "unsafe"])
+@pytest.fixture(scope="module", params=list(Tier))
 def worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
-    worker = _worker(request.param == "isolated")
-    yield worker
-    worker.close()
+    with worker_of(request.param, LIMITS) as worker:
+        yield worker
 
 
 @pytest.fixture(scope="module")
-def isolated() -> Iterator[Worker]:
-    worker = _worker(True)
-    yield worker
-    worker.close()
+def hurried(worker: Worker) -> Iterator[Worker]:
+    """One of the same tier with a deadline of a second."""
+    with worker_of(worker.tier, replace(LIMITS, timeout_s=1.0)) as hurried:
+        yield hurried
+
+
+@pytest.fixture(scope="module", params=ISOLATING)
+def isolated(request: pytest.FixtureRequest) -> Iterator[Worker]:
+    with worker_of(request.param, LIMITS) as worker:
+        yield worker
 
 
 @pytest.fixture(scope="module")
 def tool() -> Iterator[PythonTool]:
-    if not _can_isolate():
+    if not any(map(can_isolate, ISOLATING)):
         pytest.skip("this kernel cannot isolate")
     tool = PythonTool(Limits(timeout_s=5.0), max_workers=4, allow_unsafe=False)
     yield tool
@@ -151,7 +149,7 @@ def test_random_numbers_are_the_same_in_every_call(tool: PythonTool) -> None:
 
 
 def test_the_tool_is_a_function_that_can_be_offered_to_a_model() -> None:
-    if not _can_isolate():
+    if not any(map(can_isolate, ISOLATING)):
         pytest.skip("this kernel cannot isolate")
     spec = tool_spec(python_tool(max_workers=1))
     assert (spec.name, spec.single_text_parameter, spec.is_async) == ("python", "code", False)
@@ -171,16 +169,98 @@ def test_calls_from_many_threads_get_their_own_output(tool: PythonTool) -> None:
     assert shown == {number: [f"{number * 1000 + i}" for i in range(10)] for number in range(8)}
 
 
-# What both tiers stop.
+# Cells before it.
 
 
-def test_a_deadline_stops_the_call_and_keeps_its_output(worker: Worker) -> None:
-    ran = worker.run("print('before', flush=True)\nwhile True: pass")
+@pytest.fixture
+def cells(worker: Worker) -> Callable[..., Run]:
+    return lambda *codes: worker.run(codes[-1], codes[:-1])
+
+
+def test_a_call_after_others_sees_what_they_left_and_shows_its_own_output_only(cells: Callable[..., Run]) -> None:
+    ran = cells(
+        "import math\nprint('first')\n'first value'\nopen('kept', 'w').write('text')",
+        "x = 40",
+        "print(x + 2), math.pi > 3, open('kept').read()",
+    )
+    assert (ran.output, ran.ending) == ("42\n(None, True, 'text')\n", Ending.FINISHED)
+
+
+def test_a_cell_that_raised_leaves_what_it_did_before_and_later_cells_run(cells: Callable[..., Run]) -> None:
+    ran = cells(
+        "x = 1\nraise ValueError('shown before')\nx = 2",
+        "def f(): return 1 / 0",
+        "import sys; sys.exit(3)",
+        "print(x)\nf()",
+    )
+    assert ran.output.splitlines()[0] == "1"
+    assert ran.output.splitlines()[-1] == "ZeroDivisionError: division by zero"
+    assert '  File "<python 2>", line 1, in f' in ran.output.splitlines()  # the line of the cell that defined it
+    assert "shown before" not in ran.output
+    assert ran.ending is Ending.RAISED
+
+
+@pytest.mark.parametrize(
+    "hides",
+    [
+        "import os; os.system('echo shown'); os.write(1, b'shown')",
+        "import sys; sys.stderr.write('shown'); sys.__stdout__ = None",
+        "print('shown', end='')",
+        "import os; os.close(1)",
+    ],
+)
+def test_nothing_that_an_earlier_cell_prints_is_shown(cells: Callable[..., Run], hides: str) -> None:
+    assert cells(hides, "print('own')").output == "own\n"
+
+
+def test_earlier_cells_count_towards_the_deadline(hurried: Worker) -> None:
+    nap = "import time; time.sleep(0.45)"  # the deadline is a second: none of the three reaches it alone
+    assert hurried.run(nap, [nap, nap]).ending is Ending.TIMEOUT
+
+
+def test_siblings_share_the_cells_before_they_parted_and_nothing_else(cells: Callable[..., Run]) -> None:
+    assert cells("x = [1]", "x.append(2); x").output == "[1, 2]\n"
+    assert cells("x = [1]", "x").output == "[1]\n"
+    assert cells("x").output.endswith("NameError: name 'x' is not defined\n")
+
+
+def test_only_calls_that_left_something_behind_are_run_again() -> None:
+    history = [
+        PastCall({"code": str(failure)}, failure) for failure in (None, "error", "stopped", "timeout", "bad_call")
+    ]
+    assert earlier_cells(history) == ["None", "error"]
+
+
+def test_a_stateful_tool_says_so_and_a_stateless_one_keeps_nothing() -> None:
+    if not any(map(can_isolate, ISOLATING)):
+        pytest.skip("this kernel cannot isolate")
+    stateful, stateless = tool_spec(python_tool(stateful=True)), tool_spec(python_tool())
+    assert (stateful.wants_history, stateless.wants_history) == (True, False)
+    described = [
+        spec.schema["function"]["parameters"]["properties"]["code"]["description"] for spec in (stateful, stateless)
+    ]
+    assert "variables are kept between calls" in described[0]
+    assert "nothing is kept between calls" in described[1]
+
+
+def test_a_call_that_a_limit_stopped_is_told_apart_from_one_that_raised(tool: PythonTool) -> None:
+    with pytest.raises(ToolStopped, match=r"killed or crashed"):
+        tool("import os; os._exit(9)")
+    with pytest.raises(ToolError) as caught:
+        tool("1 / 0")
+    assert not isinstance(caught.value, ToolStopped)
+
+
+# What every tier stops.
+
+
+def test_a_deadline_stops_the_call_and_keeps_its_output(hurried: Worker) -> None:
+    ran = hurried.run("print('before', flush=True)\nwhile True: pass")
     assert (ran.output, ran.ending) == ("before\n", Ending.TIMEOUT)
 
 
-def test_a_deadline_stops_threads_that_ignore_signals(worker: Worker) -> None:
-    ran = worker.run(
+def test_a_deadline_stops_threads_that_ignore_signals(hurried: Worker) -> None:
+    ran = hurried.run(
         "import signal, threading\n"
         "signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
         "while True: threading.Event().wait(1)"
@@ -208,6 +288,20 @@ def test_a_huge_file_is_not_written(worker: Worker) -> None:
 
 def test_open_files_are_limited(worker: Worker) -> None:
     assert refused(worker, "files = [open('/dev/null') for _ in range(100)]").startswith("OSError: [Errno 24]")
+
+
+def test_cpu_time_is_limited_over_all_threads(worker: Worker) -> None:
+    # Four threads at hashing, which frees the lock, use CPU seconds faster than wall seconds where there are cores.
+    limits = replace(LIMITS, timeout_s=30.0, cpu_s=0.5)
+    code = """
+import hashlib, threading
+def burn():
+    while True: hashlib.sha256(b"x" * 1_000_000)
+for _ in range(4): threading.Thread(target=burn).start()
+"""
+    with worker_of(worker.tier, limits) as limited:
+        assert limited.run(code).ending is Ending.CPU
+        assert run(limited, "print('next')") == "next\n"
 
 
 def test_limits_cannot_be_raised(isolated: Worker) -> None:
@@ -247,6 +341,26 @@ def test_the_pipe_that_calls_share_is_blocking_again_at_the_next_call(worker: Wo
     assert run(worker, "import os\nprint(os.get_blocking(1))") == "True\n"
 
 
+def test_a_worker_keeps_step_through_calls_that_end_in_every_way(worker: Worker) -> None:
+    loud = "import os, threading\ndef loud():\n    while True: os.write(1, b'left over')\n"
+    ways = [
+        ("print({0})", Ending.FINISHED, "{0}\n"),
+        ("print({0})\n1 / 0", Ending.RAISED, "{0}\n"),
+        ("import os; os.write(1, b'{0}'); os._exit(9)", Ending.DIED, "{0}"),
+        ("import os; os.write(1, b'{0}'); os.close(3)", Ending.FINISHED, "{0}"),
+        ("import os; os.write(1, b'{0}'); os.closerange(0, 64)", Ending.FINISHED, "{0}"),
+        (f"{loud}for _ in range(3): threading.Thread(target=loud, daemon=True).start()", None, ""),
+        ("print({0})\nwhile True: print('x' * 1000)", Ending.FLOOD, "{0}\n"),
+        ("open(str({0}), 'w').write('x')\nimport os\nprint(os.listdir())", Ending.FINISHED, "['{0}']\n"),
+    ]
+    order = random.Random(0)
+    for number in range(150):
+        code, ending, begins = order.choice(ways)
+        ran = worker.run(code.replace("{0}", str(number)))
+        assert ending is None or ran.ending is ending, (number, code, ran)
+        assert ran.output.startswith(begins.replace("{0}", str(number))), (number, code, ran)
+
+
 # What only isolation stops.
 
 
@@ -254,8 +368,10 @@ def test_files_outside_are_not_read(isolated: Worker, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     for path in (secret, "/etc/passwd", "/proc/self/environ", f"/proc/{os.getpid()}/environ", __file__):
-        assert refused(isolated, f"open({str(path)!r}).read()").startswith("PermissionError")
-    assert refused(isolated, "import os\nos.listdir('/')").startswith("PermissionError")
+        assert refused(isolated, f"open({str(path)!r}).read()").startswith(("PermissionError", "FileNotFoundError"))
+    # Landlock refuses the folder, a namespace shows another: Python's and the system's libraries, and the way there.
+    ran = isolated.run("import os\nfor name in os.listdir('/'): print(name)")
+    assert ran.output.endswith("Permission denied: '/'\n") or "home" not in ran.output.splitlines()
 
 
 def test_files_outside_are_not_changed(isolated: Worker, tmp_path: Path) -> None:
@@ -307,19 +423,24 @@ def test_the_network_is_not_reached(isolated: Worker, tmp_path: Path) -> None:
 
 
 def test_processes_are_not_started(isolated: Worker) -> None:
-    assert refused(isolated, "import os\nos.fork()").startswith(("BlockingIOError", "PermissionError"))
-    assert refused(isolated, "import subprocess\nsubprocess.run(['/bin/sh'])").startswith(
-        ("BlockingIOError", "PermissionError")
-    )
-    assert refused(isolated, "import os\nos.execv('/bin/sh', ['sh'])").startswith("PermissionError")
+    refusal = ("BlockingIOError", "PermissionError", "FileNotFoundError")
+    for attempt in (
+        "os.fork()",
+        "subprocess.run(['/bin/sh'])",
+        "os.execv('/bin/sh', ['sh'])",
+        "os.posix_spawn('/bin/sh', ['sh'], {})",
+    ):
+        assert refused(isolated, f"import os, subprocess\n{attempt}").startswith(refusal), attempt
 
 
 def test_the_worker_and_the_trainer_are_neither_signalled_nor_traced(isolated: Worker) -> None:
-    for pid in ("os.getppid()", str(os.getpid())):
-        assert refused(isolated, f"import os\nos.kill({pid}, 9)").startswith("PermissionError")
-        code = f"import ctypes, os\nctypes.CDLL(None).ptrace(16, {pid}, 0, 0)"
-        assert run(isolated, code) == "-1\n"
-        assert refused(isolated, f"import os\nopen(f'/proc/{{{pid}}}/mem', 'r+b')").startswith("PermissionError")
+    # A pid namespace shows a process no other: the parent's id is 0, which names the caller's own group.
+    there = "import os\nparent = os.getppid() or 4194303\n"
+    for pid in ("parent", str(os.getpid())):
+        assert refused(isolated, f"{there}os.kill({pid}, 9)").startswith(("PermissionError", "ProcessLookupError"))
+        assert run(isolated, f"{there}import ctypes\nctypes.CDLL(None).ptrace(16, {pid}, 0, 0)") == "-1\n"
+        memory = refused(isolated, f"{there}open(f'/proc/{{{pid}}}/mem', 'r+b')")
+        assert memory.startswith(("PermissionError", "FileNotFoundError"))
     worker_pid = isolated.pid
     isolated.run("import os, signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nos.killpg(0, signal.SIGTERM)")
     assert run(isolated, "print('served')") == "served\n"
@@ -337,36 +458,72 @@ def test_other_processes_keep_their_limits_and_priority(isolated: Worker) -> Non
             assert refused(isolated, f"import os, resource\n{attempt}").startswith("PermissionError"), attempt
 
 
-def test_files_in_memory_that_no_limit_counts_are_not_made(isolated: Worker) -> None:
+def test_what_would_outlive_a_call_or_counts_towards_no_limit_is_not_made(isolated: Worker) -> None:
     assert refused(isolated, "import os\nos.memfd_create('x')").startswith("PermissionError")
+    for call in ("shmget(0x61727, 4096, 0o1777)", "msgget(0x61727, 0o1777)", "semget(0x61727, 1, 0o1777)"):
+        assert run(isolated, f"import ctypes\nctypes.CDLL(None).{call}") == "-1\n", call
+
+
+def test_namespaces_bound_a_folder_as_a_whole_and_show_nothing_outside(tmp_path: Path) -> None:
+    with worker_of(Tier.NAMESPACES, LIMITS) as worker:
+        many = "for i in range(5000): open(str(i), 'w').close()"
+        assert refused(worker, many).startswith("OSError: [Errno 28] No space left on device")
+        large = "for i in range(200): open(str(i), 'wb').write(bytes(1 << 20))"
+        assert refused(worker, large).startswith("OSError: [Errno 28] No space left on device")
+        assert run(worker, f"import os\nos.path.exists({str(tmp_path)!r}), os.listdir()") == "(False, [])\n"
 
 
 # Where code cannot be isolated.
 
 
 def test_the_probe_names_what_code_can_do_in_a_plain_process() -> None:
-    worker = _worker(False)
-    try:
-        with pytest.raises(SandboxError, match="read files, write files, reach the network, start processes"):
-            check_isolation(worker)
-    finally:
-        worker.close()
+    with (
+        worker_of(Tier.UNSAFE, LIMITS) as worker,
+        pytest.raises(SandboxError, match="read files, write files, reach the network, start processes"),
+    ):
+        check_isolation(worker)
+
+
+@pytest.mark.parametrize("tier", ISOLATING)
+def test_each_tier_is_taken_when_it_is_asked_for(tier: Tier) -> None:
+    if not can_isolate(tier):
+        pytest.skip(f"this kernel cannot isolate by {tier}")
+    python = python_tool(isolation=tier, max_workers=1)
+    assert python("6 * 7") == "42"
+    assert f"isolated by {'sandlock' if tier is Tier.SANDLOCK else 'user namespaces'}" in python.isolation
+
+
+def test_the_next_tier_is_taken_where_the_first_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not can_isolate(Tier.NAMESPACES):
+        pytest.skip("this kernel cannot isolate by namespaces")
+    monkeypatch.setitem(sys.modules, "sandlock", None)  # not installed
+    worker, tier = isolated_worker(LIMITS, ISOLATING, preload=False)
+    worker.close()
+    assert tier is Tier.NAMESPACES
+
+
+def test_an_unknown_isolation_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"is 'docker'; expected one of \('auto', 'sandlock', 'namespaces'\)"):
+        python_tool(isolation="docker")
 
 
 @pytest.fixture
 def no_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which a sandbox starts and does not hold."""
+    """A machine on which every sandbox starts and none holds."""
 
     class LeakyWorker(Worker):
-        def __init__(self, limits: Limits, *, isolated: bool, preload: bool) -> None:
-            super().__init__(limits, isolated=False, preload=preload)
+        def __init__(self, limits: Limits, *, tier: Tier, preload: bool) -> None:
+            super().__init__(limits, tier=Tier.UNSAFE, preload=preload)
 
-    monkeypatch.setattr(python_module, "Worker", LeakyWorker)
+    monkeypatch.setattr(sandbox_module, "Worker", LeakyWorker)
 
 
 @pytest.mark.usefixtures("no_isolation")
 def test_without_isolation_the_tool_is_refused_and_the_way_out_named() -> None:
-    with pytest.raises(SandboxError, match=r"code can read files, .*\. Use a machine .* set allow_unsafe: true"):
+    with pytest.raises(
+        SandboxError,
+        match=r"sandlock: .*code can read files, .*; namespaces: .*code can read .* set allow_unsafe: true",
+    ):
         python_tool()
 
 
@@ -380,7 +537,19 @@ def test_allow_unsafe_runs_after_a_warning() -> None:
 def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sandlock", None)
     with pytest.raises(SandboxError, match=r"sandlock is not installed here .* set allow_unsafe: true"):
-        python_tool()
+        python_tool(isolation="sandlock")
+
+
+def test_a_configuration_says_once_how_its_code_is_isolated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not any(map(can_isolate, ISOLATING)):
+        pytest.skip("this kernel cannot isolate")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        (python,) = build_tools(ToolArguments(tools=["python"], python_stateful=True))
+        assert tool_spec(python).wants_history
+        assert capsys.readouterr().err.count("Model-written Python runs isolated by ") == lines
 
 
 # Nothing is left behind.
@@ -394,12 +563,15 @@ def test_a_worker_that_died_idle_is_replaced(tool: PythonTool) -> None:
     assert tool("2") == "2"
 
 
-def test_a_closed_worker_leaves_no_process_and_no_folder() -> None:
-    worker = _worker(False)
+@pytest.mark.parametrize("tier", list(Tier))
+def test_a_closed_worker_leaves_no_process_and_no_folder(tier: Tier) -> None:
+    if not can_isolate(tier):
+        pytest.skip(f"this kernel cannot isolate by {tier}")
+    worker = Worker(LIMITS, tier=tier, preload=False)
     pid, folder = worker.pid, worker.folder
     run(worker, "open('file', 'w').write('x')")
     worker.close()
-    assert not is_alive(pid)
+    await_death(pid)
     assert not folder.exists()
 
 
@@ -407,8 +579,8 @@ def test_a_closed_worker_leaves_no_process_and_no_folder() -> None:
 HANGING = """
 import os, sys, threading, time
 from pathlib import Path
-from arpo_trl.tools.sandbox import Limits, Worker
-worker = Worker(Limits(timeout_s=600), isolated={isolated}, preload=False)
+from arpo_trl.tools.sandbox import Limits, Tier, Worker
+worker = Worker(Limits(timeout_s=600), tier=Tier({tier!r}), preload=False)
 code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(600)"  # forgets to die with its parent
 threading.Thread(target=worker.run, args=(code,), daemon=True).start()
 children = Path(f"/proc/{{worker.pid}}/task/{{worker.pid}}/children")
@@ -420,14 +592,14 @@ print(worker.pid, children.read_text(), worker.folder, flush=True)
 """
 
 
-@pytest.mark.parametrize("tier", ["isolated", "unsafe"])
+@pytest.mark.parametrize("tier", list(Tier))
 @pytest.mark.parametrize("end", ["exit", "SIGKILL"])
-def test_no_process_outlives_the_trainer(tier: str, end: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    if tier == "isolated":
-        request.getfixturevalue("isolated")  # skips where there is none
+def test_no_process_outlives_the_trainer(tier: Tier, end: str, tmp_path: Path) -> None:
+    if not can_isolate(tier):
+        pytest.skip(f"this kernel cannot isolate by {tier}")
     script = tmp_path / "trainer.py"
     then = "time.sleep(600)" if end == "SIGKILL" else ""
-    script.write_text(HANGING.format(isolated=tier == "isolated", then=then))
+    script.write_text(HANGING.format(tier=str(tier), then=then))
     source = Path(python_module.__file__).parents[2]
     trainer = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(source)}

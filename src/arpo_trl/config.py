@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from trl import GRPOConfig
 
@@ -27,6 +28,11 @@ class ARPOConfig(GRPOConfig):
         ConfigError: A setting, or two together, cannot work, TRL's own objections included. Checked here, before
             anything is loaded.
     """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *GRPOConfig._VALID_DICT_FIELDS,
+        "tool_concurrency_per_tool",
+    ]  # also as JSON text
 
     # Parameters that control the tree
     num_generations: int | None = field(
@@ -90,6 +96,11 @@ class ARPOConfig(GRPOConfig):
         default=20.0, metadata={"help": "Seconds after which a tool call fails; the model reads so. > 0."}
     )
     tool_concurrency: int = field(default=32, metadata={"help": "Tool calls that run at the same time. >= 1."})
+    tool_concurrency_per_tool: dict[str, int] | str | None = field(
+        default=None,
+        metadata={"help": "For some tools how many of their calls run at the same time, as in {search: 8}; besides "
+                  "tool_concurrency. Each >= 1."},
+    )  # fmt: skip
     tool_cache: bool = field(
         default=False,
         metadata={"help": "Whether an identical call reuses an earlier successful result. For tools that always "
@@ -141,6 +152,7 @@ class ARPOConfig(GRPOConfig):
             raise ConfigError(str(error)) from error
         assert self.steps_per_generation is not None
         self._check_groups_fit_rank(self.steps_per_generation)
+        _ = self.tool_places  # raises
         self._check_supported()
 
     @property
@@ -152,6 +164,16 @@ class ARPOConfig(GRPOConfig):
             self.branch_threshold,
             self.branches_per_fork,
         )
+
+    @property
+    def tool_places(self) -> dict[str, int]:
+        """`tool_concurrency_per_tool`, read."""
+        places = self.tool_concurrency_per_tool or {}
+        if not isinstance(places, dict) or not all(isinstance(n, int) and n >= 1 for n in places.values()):
+            raise ConfigError(
+                f"tool_concurrency_per_tool is {places!r}; expected tools and integers of at least 1: {{search: 8}}."
+            )
+        return places
 
     def _check_ranges(self) -> None:
         m = self.num_generations

@@ -8,10 +8,11 @@
     ├── RewardError     a reward function broke its contract
     ├── EngineError     an engine broke its contract or lost its server
     └── ToolError       raised *by* a tool: its message is shown to the model as the result of the call
-        └── ToolUnavailable     what the tool stands on is away, whatever the call
+        ├── ToolUnavailable     what the tool stands on is away, whatever the call
+        └── ToolStopped         a limit or a crash cut the call short
 
 Every message names the subject, what it got, what it expected and the way out. A model's mistake is never raised: it
-becomes text the model sees. `ToolError` is the one error that a tool raises on purpose.
+becomes text the model sees. `ToolError` is what a tool raises on purpose.
 """
 
 
@@ -49,3 +50,7 @@ class ToolError(ArpoError):
 
 class ToolUnavailable(ToolError):
     """What a tool stands on (a service, a budget) is away: no call would do better. Counted as `degraded`."""
+
+
+class ToolStopped(ToolError):
+    """A limit or a crash cut the call short, so that nothing of it can be built on; the message is its result."""

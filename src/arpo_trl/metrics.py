@@ -122,6 +122,7 @@ def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
         tally.add(f"tools/{call.name}/failed", float(not call.ok))
         tally.add(f"tools/{call.name}/timed_out", float(call.failure == "timeout"))
         tally.add(f"tools/{call.name}/degraded", float(call.failure == "degraded"))
+        tally.add(f"tools/{call.name}/stopped", float(call.failure == "stopped"))
         tally.add(f"tools/{call.name}/cache_hits", float(call.source == "cached"))
         if call.source == "executed":
             tally.spread[f"tools/{call.name}/seconds"].append(call.seconds)

@@ -18,16 +18,21 @@ the padded batch up to rounding. Sharing is found from the token ids alone, what
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
+
+logger = logging.getLogger(__name__)
 
 
 class SharedPrefixForward(StrEnum):
@@ -65,7 +70,8 @@ class Pack:
 
     `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion needs it. `sources`
     (B, T) holds for each completion token the pack index of the token before it; it means nothing where `real` (B, T)
-    is False. `leaf_tokens` is what the rows hold together, padding not counted.
+    is False. `ends` (N,) says for each token where in the pack the rows that hold it end: a query sees the keys up to
+    itself whose end it has not reached. `leaf_tokens` is what the rows hold together, padding not counted.
     """
 
     ids: torch.Tensor
@@ -73,9 +79,11 @@ class Pack:
     labels: torch.Tensor
     sources: torch.Tensor
     real: torch.Tensor
+    ends: torch.Tensor
     runs: tuple[Run, ...]
     leaf_tokens: int
     _masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
+    _blocks: list[BlockMask] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return self.ids.size(1)
@@ -92,6 +100,20 @@ class Pack:
             zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
             self._masks[key] = zeros.masked_fill_(hidden, float("-inf"))
         return self._masks[key]
+
+    def blocks(self) -> BlockMask:
+        """The same for all runs at once, block by block, for FlexAttention; made once for all layers."""
+        if not self._blocks:
+            ends, size = self.ends, len(self)
+
+            def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                return (key <= query) & (query < ends[key])
+
+            # Compiled, it never holds all N × N entries.
+            self._blocks.append(
+                create_block_mask(sees, None, None, size, size, device=str(ends.device), _compile=ends.is_cuda)
+            )
+        return self._blocks[0]
 
 
 def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Pack:
@@ -121,13 +143,15 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_k
     positions: list[np.ndarray] = []
     runs: list[Run] = []
     path: list[tuple[int, int]] = []  # slices of the pack that make up the row before
+    left: list[tuple[int, int, int]] = []  # slices of the pack, and where the rows that hold them end
     size = 0
     for before, at in zip([None, *order], order, strict=False):
         row = rows[at]
         shared = 0 if before is None else _shared_positions(rows[before], row)
         index[at, :shared] = index[before, :shared] if before is not None else 0
         index[at, shared : len(row)] = np.arange(size, size + len(row) - shared)
-        path = _first(path, shared)
+        path, gone = _split(path, shared)
+        left += [(*part, size) for part in gone]
         if new := len(row) - shared:
             added.append(row[shared:])
             positions.append(np.arange(shared, len(row)))
@@ -135,6 +159,9 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_k
             path.append((size, size + new))
             size += new
 
+    ends = np.full(size, size, dtype=np.int64)
+    for start, stop, end in left:
+        ends[start:stop] = end
     labels = np.full(size, NO_LABEL, dtype=np.int64)
     sources = np.zeros((len(rows), logits_to_keep), dtype=np.int64)
     first_wanted = np.maximum(width - logits_to_keep - starts, 1)  # a row's first token has none before it
@@ -154,6 +181,7 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_k
         tensor(labels)[None],
         tensor(sources),
         tensor(real),
+        tensor(ends),
         tuple(runs),
         int(lengths.sum()),
     )
@@ -168,15 +196,17 @@ def _shared_positions(before: np.ndarray, row: np.ndarray) -> int:
     return common if common == shorter else max(common - 1, 0)
 
 
-def _first(path: list[tuple[int, int]], tokens: int) -> list[tuple[int, int]]:
-    """The slices that hold the first `tokens` tokens of `path`."""
-    kept = []
+def _split(path: list[tuple[int, int]], tokens: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The slices that hold the first `tokens` tokens of `path`, and those that hold the others."""
+    first, rest = [], []
     for start, stop in path:
-        if tokens <= 0:
-            break
-        kept.append((start, min(stop, start + tokens)))
+        middle = min(max(start + tokens, start), stop)
+        if middle > start:
+            first.append((start, middle))
+        if stop > middle:
+            rest.append((middle, stop))
         tokens -= stop - start
-    return kept
+    return first, rest
 
 
 class _GatherPaths(torch.autograd.Function):
@@ -210,7 +240,67 @@ class _GatherPaths(torch.autograd.Function):
 def attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, *, scaling: float | None, dropout: float
 ) -> torch.Tensor:
-    """(1, heads, N, dim) attention of every run over its own path; keys and values may have fewer heads."""
+    """(1, heads, N, dim) attention of every run over its own path; keys and values may have fewer heads.
+
+    On CUDA by FlexAttention, if that works there; else run by run, so that no mask spans the pack.
+    """
+    if query.is_cuda and not dropout and _blocks_work(query.device):
+        return _attend_by_blocks(query, key, value, pack, scaling)
+    return _attend_by_runs(query, key, value, pack, scaling, dropout)
+
+
+def _attend_by_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scaling: float | None
+) -> torch.Tensor:
+    attention: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
+    attended = attention(query, key, value, block_mask=pack.blocks(), scale=scaling, enable_gqa=True)
+    assert isinstance(attended, torch.Tensor)
+    return attended
+
+
+@cache
+def _compiled_flex_attention() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def _blocks_work(device: torch.device) -> bool:
+    """Whether FlexAttention compiles on this device and agrees with SDPA, forward and backward; tried once."""
+    rows = torch.tensor([[7] * 200 + [row] * 100 for row in (1, 2, 3)], device=device)
+    pack = pack_rows(rows, torch.ones_like(rows), 100)
+    generator = torch.Generator(device).manual_seed(0)
+    states = [
+        torch.randn(1, heads, len(pack), 64, device=device, dtype=torch.bfloat16, generator=generator)
+        for heads in (4, 2, 2)
+    ]
+    try:
+        with torch.enable_grad():
+            found = []
+            for by_blocks in (True, False):
+                query, key, value = (state.clone().requires_grad_() for state in states)
+                if by_blocks:
+                    attended = _attend_by_blocks(query, key, value, pack, None)
+                else:
+                    attended = _attend_by_runs(query, key, value, pack, None, 0.0)
+                attended.float().square().sum().backward()
+                found.append([attended, query.grad, key.grad, value.grad])
+        agree = all(torch.allclose(a, b, atol=0.05, rtol=0.05) for a, b in zip(*found, strict=True))
+    except Exception as error:  # compilers fail in ways of their own, and there is another way
+        logger.warning(f"FlexAttention does not work on {device} ({type(error).__name__}); packs take SDPA instead.")
+        return False
+    if not agree:
+        logger.warning(f"FlexAttention disagrees with SDPA on {device}; packs take SDPA.")
+    return agree
+
+
+def _attend_by_runs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pack: Pack,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
     groups = query.size(1) // key.size(1)
     outputs = []
     queries = torch.split(query, [run.length for run in pack.runs], dim=2)

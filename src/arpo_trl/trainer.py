@@ -126,7 +126,11 @@ class ARPOTrainer(GRPOTrainer):
             if isinstance(dataset, Dataset):
                 validate_rows(dataset)
         self.toolbox = ToolBox(
-            tools, timeout_s=args.tool_timeout_s, concurrency=args.tool_concurrency, cache=args.tool_cache
+            tools,
+            timeout_s=args.tool_timeout_s,
+            concurrency=args.tool_concurrency,
+            per_tool=args.tool_places,
+            cache=args.tool_cache,
         )
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         super().__init__(

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import statistics
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -151,13 +150,9 @@ def write_results(
 ) -> dict[str, Any]:
     """Reads the run's samples and writes results.json, report.md and report.html; the results."""
     records: dict[str, list[Record]] = {each.benchmark.name: [] for each in chosen}
-    names: dict[str, list[str]] = defaultdict(list)
     samples_file = output / "samples.jsonl"
     for record in read_records(samples_file):
         records[record["benchmark"]].append(counted(record))
-        names[record["benchmark"]] += [
-            name for name in record.get("scores", ()) if name not in names[record["benchmark"]]
-        ]
     benchmarks = {
         each.benchmark.name: summarise(
             each.benchmark,

@@ -37,7 +37,7 @@ from arpo_trl.trajectories import LoggedTree, read_trees
 
 N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
 """Questions to train on, to measure before and after, and of those to watch while training."""
-N_DEMONSTRATIONS, SFT_BATCH = 10_240, 16
+N_DEMONSTRATIONS, SFT_BATCH = 15_360, 16
 TOP_K = 2
 MAX_COMPLETION_LENGTH = 208
 MAX_TOOL_CALLS = 5

@@ -24,7 +24,7 @@ from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolic
 from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, ToolProtocol
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult
+from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult
 
 IDLE_POLL_S = 0.05
 """How long one wait for the tools, or for the engine, may last while only one of them has work."""
@@ -406,11 +406,19 @@ class _Run:
                 calling.answered[i] = ExecutedCall(call.name, call.arguments, notice, "call_limit", 0.0, "refused")
             else:
                 made[call.name] += 1
-                self.calling[self.toolbox.submit(call)] = (calling, i)
+                self.calling[self.toolbox.submit(self._with_history(path, call))] = (calling, i)
         if len(calling.answered) == len(calls):
             self._observe(path, calling.in_order)
         else:
             self._alive(path)
+
+    def _with_history(self, path: _Path, call: ToolCall) -> ToolCall:
+        """The call with what its path called the tool with before, if the tool asks for that."""
+        if (spec := self.toolbox.specs.get(call.name)) is None or not spec.wants_history:
+            return call
+        before = [past for node in path.group.tree.path(path.parent) for past in node.calls]
+        made = [past for past in before if past.name == call.name and past.source != "refused"]
+        return replace(call, history=tuple(PastCall(past.arguments, past.failure) for past in made))
 
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
         """Shows the path what came of its calls and lets it write on."""

@@ -18,13 +18,15 @@ Pure: no trl, no engine, no network.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.branching import BranchDecision
+
+T = TypeVar("T")
 
 Address = tuple[int, ...]
 """Where a path started: `(i,)` for the i-th at the root; a branch appends `(depth, j)`, the j-th extra turn under the
@@ -119,26 +121,24 @@ class Leaf:
     @property
     def ids(self) -> list[int]:
         """Completion ids: every token after the prompt, the model's and the tools'."""
-        return [token for node in self.nodes for token in node.ids]
+        return _end_to_end(node.ids for node in self.nodes)
 
     @property
     def mask(self) -> list[int]:
         """1 where the model sampled the token, 0 where a tool result brought it."""
-        return [int(node.kind is NodeKind.TURN) for node in self.nodes for _ in node.ids]
+        return _end_to_end([int(node.kind is NodeKind.TURN)] * len(node.ids) for node in self.nodes)
 
     @property
     def logprobs(self) -> list[float]:
         """Sampling logprobs; 0.0 on observation tokens, which nobody sampled."""
-        return [
-            logprob
-            for node in self.nodes
-            for logprob in (node.logprobs if node.kind is NodeKind.TURN else [0.0] * len(node.ids))
-        ]
+        return _end_to_end(
+            node.logprobs if node.kind is NodeKind.TURN else [0.0] * len(node.ids) for node in self.nodes
+        )
 
     @property
     def token_nodes(self) -> list[int]:
         """For each completion token the index of the node that holds it."""
-        return [node.index for node in self.nodes for _ in node.ids]
+        return _end_to_end([node.index] * len(node.ids) for node in self.nodes)
 
     @property
     def turns(self) -> list[str]:
@@ -205,7 +205,7 @@ class RolloutTree:
 
     def ids_to(self, node: int) -> list[int]:
         """Everything the model sees before it writes under `node`: the prompt and the path, observations included."""
-        return [*self.root.ids, *(token for step in self.path(node) for token in step.ids)]
+        return _end_to_end([self.root.ids, *(step.ids for step in self.path(node))])
 
     def leaves(self) -> list[Leaf]:
         """The finished paths in address order."""
@@ -231,3 +231,10 @@ class RolloutTree:
         ends = list(self._leaves.values())
         if len(ends) != num_leaves or len(set(ends)) != num_leaves:
             raise EngineError(f"A group ended with {len(set(ends))} distinct leaves; expected {num_leaves}.")
+
+
+def _end_to_end(parts: Iterable[list[T]]) -> list[T]:
+    whole: list[T] = []
+    for part in parts:
+        whole += part
+    return whole

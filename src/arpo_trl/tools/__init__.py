@@ -1,7 +1,8 @@
 """Tools that a policy can call, and the box that runs the calls."""
 
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure, ToolResult, ToolSpec, tool_spec
+from arpo_trl.tools.box import PastCall, PathTool, ToolBox, ToolCall, ToolFailure, ToolResult, ToolSpec, tool_spec
 from arpo_trl.tools.python import python_tool
+from arpo_trl.tools.python_remote import remote_python_tool
 from arpo_trl.tools.search import LocalIndex, RecordedSearch, search_tool
 from arpo_trl.tools.search_cache import CacheMode, SearchCache
 from arpo_trl.tools.search_providers import make_provider
@@ -10,6 +11,8 @@ from arpo_trl.tools.web_search import WebSearch
 __all__ = [
     "CacheMode",
     "LocalIndex",
+    "PastCall",
+    "PathTool",
     "RecordedSearch",
     "SearchCache",
     "ToolBox",
@@ -20,6 +23,7 @@ __all__ = [
     "WebSearch",
     "make_provider",
     "python_tool",
+    "remote_python_tool",
     "search_tool",
     "tool_spec",
 ]

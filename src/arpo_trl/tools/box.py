@@ -19,14 +19,14 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from transformers.utils.chat_template_utils import get_json_schema
 
-from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
+from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
 
 RESERVED_TAGS = frozenset({"think", "answer", "result"})
 
@@ -53,6 +53,7 @@ class ToolFailure(StrEnum):
     ERROR = "error"  # the tool raised
     DEGRADED = "degraded"  # it raised `ToolUnavailable`: what it stands on is away, whatever the call
     TIMEOUT = "timeout"  # the deadline came first
+    STOPPED = "stopped"  # the tool raised `ToolStopped`: a limit of its own, or a crash
     NOT_TEXT = "not_text"  # it returned something that has no text
     BAD_CALL = "bad_call"  # there is no such tool, or the arguments are not its own
 
@@ -61,11 +62,32 @@ _Outcome = tuple[str, ToolFailure | None]  # the model's text, and how the call 
 
 
 @dataclass(frozen=True, slots=True)
+class PastCall:
+    """What a path called a tool with before, and how that failed if it did (a `ToolFailure`)."""
+
+    arguments: dict[str, Any]
+    failure: str | None
+
+
+class PathTool(Protocol):
+    """A tool for which it matters what its path called it with before, as a notebook's cells do.
+
+    It is a tool like any other, `tool(**arguments)`, that has this attribute as well. A path's calls go through it, so
+    that siblings, which share the calls before they parted and none after, need no state kept between calls.
+    """
+
+    def with_history(self, history: Sequence[PastCall]) -> Callable[..., Any]:
+        """What to call in the tool's place, with the call's arguments; `history` is in the order of the path."""
+
+
+@dataclass(frozen=True, slots=True)
 class ToolCall:
     """What the model asked for."""
 
     name: str
     arguments: dict[str, Any]
+    history: tuple[PastCall, ...] = ()
+    """The calls of this tool before this one on its path; filled for a `PathTool` only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +117,8 @@ class ToolSpec:
     schema: dict[str, Any]
     """JSON schema of the function, as chat templates take it."""
     is_async: bool
+    wants_history: bool
+    """It is a `PathTool`."""
     single_text_parameter: str | None
     """The one required parameter when that is a str: what stands between the tool's tags."""
 
@@ -131,7 +155,8 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     properties = schema["function"]["parameters"]["properties"]
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]
     single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
-    return ToolSpec(name, tuple(signature.parameters), schema, inspect.iscoroutinefunction(tool), single)
+    is_async, wants_history = inspect.iscoroutinefunction(tool), hasattr(tool, "with_history")
+    return ToolSpec(name, tuple(signature.parameters), schema, is_async, wants_history, single)
 
 
 @dataclass(slots=True)
@@ -157,6 +182,8 @@ class ToolBox:
         tools: Typed, documented functions, sync or async; a function's name is its tag.
         timeout_s: Seconds from a call's start to its deadline; waiting for a place does not count.
         concurrency: Places, that is calls that run at once.
+        per_tool: For some tools, by name, how many of their calls may run at once; besides `concurrency`, which a call
+            does not take part of while it waits for its tool.
         cache: Give the text of an earlier successful call with the same name and arguments again.
         max_chars: Longest text a model is shown; of a longer one head and tail are kept and the cut is marked.
 
@@ -169,6 +196,7 @@ class ToolBox:
         *,
         timeout_s: float = 20.0,
         concurrency: int = 32,
+        per_tool: Mapping[str, int] | None = None,
         cache: bool = False,
         max_chars: int = 100_000,
     ) -> None:
@@ -185,6 +213,14 @@ class ToolBox:
                 raise ToolSpecError(f"two tools are named {spec.name!r}; a tag has to name one. Rename one of them.")
             self.specs[spec.name] = spec
             self._tools[spec.name] = tool
+        for name, places in (per_tool or {}).items():
+            if name not in self.specs:
+                raise ConfigError(
+                    f"The per-tool limits of a ToolBox name {name!r}, which is not a tool; the tools are: "
+                    f"{', '.join(self.names)}."
+                )
+            if not isinstance(places, int) or places < 1:
+                raise ConfigError(f"The limit of tool {name!r} is {places!r}; expected an integer of at least 1.")
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._lock = threading.Lock()  # guards everything below
@@ -195,6 +231,7 @@ class ToolBox:
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = _LoopThread("arpo-tools-scheduler")
         self._places = asyncio.Semaphore(concurrency)
+        self._tool_places = {name: asyncio.Semaphore(places) for name, places in (per_tool or {}).items()}
         self._async_tools = _LoopThread("arpo-tools-async")
         self._closed = False
 
@@ -214,7 +251,8 @@ class ToolBox:
         if self._closed:
             raise RuntimeError("this ToolBox is closed")
         refusal = self._refusal(call)
-        key = (call.name, json.dumps(call.arguments, sort_keys=True, default=repr))
+        asked = [call.arguments, *([past.arguments, past.failure] for past in call.history)]
+        key = (call.name, json.dumps(asked, sort_keys=True, default=repr))
         with self._lock:
             ticket = self._tickets
             self._tickets += 1
@@ -276,7 +314,7 @@ class ToolBox:
 
     async def _fly(self, flight: _Flight) -> None:
         """Execute the flight once it has a place, and deliver to all its tickets. Runs on the scheduling thread."""
-        async with self._places:
+        async with self._tool_places.get(flight.call.name, contextlib.nullcontext()), self._places:
             start = time.perf_counter()
             try:
                 text, failure = await asyncio.wait_for(self._execute(flight.call), self._timeout_s)
@@ -300,6 +338,8 @@ class ToolBox:
     def _execute(self, call: ToolCall) -> asyncio.Future[_Outcome]:
         """A future of the scheduling loop with the outcome, which is computed off that loop and never an exception."""
         tool = self._tools[call.name]
+        if self.specs[call.name].wants_history:
+            tool = _after(tool, call.history)
 
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))
@@ -324,8 +364,7 @@ class ToolBox:
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
         if isinstance(value, _Raised):
-            failure = ToolFailure.DEGRADED if isinstance(value.error, ToolUnavailable) else ToolFailure.ERROR
-            return self._presentable(_describe(value.error)), failure
+            return self._presentable(_describe(value.error)), _failure_of(value.error)
         if isinstance(value, str):
             return self._presentable(value), None
         if isinstance(value, (bool, int, float, dict, list)):
@@ -347,6 +386,11 @@ class ToolBox:
         return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
 
 
+def _after(tool: Any, history: Sequence[PastCall]) -> Callable[..., Any]:
+    """The call of a `PathTool`, such that what `with_history` itself raises is raised by the call."""
+    return lambda **arguments: tool.with_history(history)(**arguments)
+
+
 def _returned(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
         return tool(**arguments)
@@ -359,6 +403,12 @@ async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -
         return await tool(**arguments)
     except BaseException as error:
         return _Raised(error)
+
+
+def _failure_of(error: BaseException) -> ToolFailure:
+    if isinstance(error, ToolUnavailable):
+        return ToolFailure.DEGRADED
+    return ToolFailure.STOPPED if isinstance(error, ToolStopped) else ToolFailure.ERROR
 
 
 def _describe(error: BaseException) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.tools.python import python_tool
+from arpo_trl.tools.python import ISOLATIONS, python_tool
+from arpo_trl.tools.python_remote import remote_python_tool
 from arpo_trl.tools.search import LocalIndex, RecordedSearch, Searchable, search_tool
 from arpo_trl.tools.search_cache import CacheMode, SearchCache
 from arpo_trl.tools.search_providers import FIELDS, PROVIDERS, make_provider
@@ -38,7 +41,23 @@ class ToolArguments:
     search_max_chars: int = field(
         default=1000, metadata={"help": "Characters per search result. The paper's setting is 1,000. >= 10."}
     )
-    python_timeout_s: float = field(default=5.0, metadata={"help": "Wall seconds a python call may run."})
+    python_timeout_s: float = field(
+        default=5.0, metadata={"help": "Seconds a python call may run, of wall and of CPU time."}
+    )
+    python_isolation: str = field(
+        default="auto",
+        metadata={"help": "How model-written python is kept apart: 'auto' takes the first of the others that holds on "
+                  "this machine.", "choices": list(ISOLATIONS)},
+    )  # fmt: skip
+    python_stateful: bool = field(
+        default=False,
+        metadata={"help": "Whether a python call sees the variables of its path's earlier calls. They are run again "
+                  "before it, within the same python_timeout_s."},
+    )  # fmt: skip
+    python_executor_url: str | None = field(
+        default=None,
+        metadata={"help": "Run python at this SandboxFusion server instead of on this machine: http://HOST:PORT."},
+    )
     allow_unsafe: bool = field(
         default=False,
         metadata={"help": "Run model-written python without a sandbox where none can be had. Dangerous."},
@@ -171,7 +190,21 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
 
 
 def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
-    return python_tool(timeout_s=arguments.python_timeout_s, allow_unsafe=arguments.allow_unsafe)
+    python: Any
+    if arguments.python_executor_url is not None:
+        python = remote_python_tool(
+            arguments.python_executor_url, timeout_s=arguments.python_timeout_s, stateful=arguments.python_stateful
+        )
+    else:
+        python = python_tool(
+            timeout_s=arguments.python_timeout_s,
+            allow_unsafe=arguments.allow_unsafe,
+            isolation=arguments.python_isolation,
+            stateful=arguments.python_stateful,
+        )
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes train
+        print(python.isolation, file=sys.stderr)
+    return python
 
 
 def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:

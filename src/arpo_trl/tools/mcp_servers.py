@@ -110,10 +110,10 @@ class McpSession:
     def __init__(self, server: McpServer, timeout_s: float) -> None:
         self._server = server
         self._timeout_s = timeout_s
-        self._client: Any = None
         self._task: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[Any] | None = None  # the client, once it is connected
         self._stop = asyncio.Event()
-        self._starting = asyncio.Lock()
+        self._starting: asyncio.Timeout | None = None
         self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (a server's log is no part of ours)
         atexit.register(self.close)
 
@@ -179,39 +179,38 @@ class McpSession:
                     client = await self._connected()
                 except Exception:
                     raise ToolUnavailable("Error: the server of this tool is gone.") from None
+                session = self._ready
                 result = await client.call_tool(name, arguments)
         except TimeoutError:
             raise ToolError(f"Error: the {name} call took longer than {self._timeout_s:g} s.") from None
         except MCPError as error:
-            if error.code in (CONNECTION_CLOSED, INVALID_REQUEST):  # the latter: a server that knows no such session
+            if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # the latter: it knows no such session
+                raise ToolError(f"Error: {error.message}") from None
+            if session is self._ready:  # else another call noticed first, and this is the next session
                 await self._shut()
-                raise ToolUnavailable("Error: the server of this tool went away during the call.") from None
-            raise ToolError(f"Error: {error.message}") from None
+            raise ToolUnavailable("Error: the server of this tool went away during the call.") from None
         text = _text_of(result)
         if result.is_error:
             raise ToolError(text if text.startswith("Error") else f"Error: {text}")
         return text
 
     async def _connected(self) -> Any:
+        """The client; a start under way is waited for, and goes on when the waiting call's time is up."""
         if os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
             os.truncate(self._stderr.fileno(), 0)
-        async with self._starting:
-            if self._client is None or self._task is None or self._task.done():
-                ready: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-                self._stop = asyncio.Event()
-                self._task = asyncio.create_task(self._hold(ready, self._stop))
-                try:
-                    self._client = await asyncio.shield(ready)
-                except BaseException:
-                    self._task.cancel()
-                    raise
-            return self._client
+        if self._ready is None or self._task is None or self._task.done():
+            self._ready = asyncio.get_running_loop().create_future()
+            self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # somebody looked
+            self._stop = asyncio.Event()
+            self._task = asyncio.create_task(self._hold(self._ready, self._stop))
+        return await asyncio.shield(self._ready)
 
     async def _hold(self, ready: asyncio.Future[Any], stop: asyncio.Event) -> None:
         """Keep a session open until `stop`: the library wants it closed by the task that opened it."""
         try:
             async with contextlib.AsyncExitStack() as stack:
-                client = await stack.enter_async_context(await self._client_for(stack))
+                async with asyncio.timeout(START_TIMEOUT_S) as self._starting:
+                    client = await stack.enter_async_context(await self._client_for(stack))
                 ready.set_result(client)
                 await stop.wait()
         except BaseException as error:
@@ -237,9 +236,13 @@ class McpSession:
         return Client(streamable_http_client(str(server.url), http_client=http_client))
 
     async def _shut(self) -> None:
-        self._client, task, self._task = None, self._task, None
+        task, ready, self._task, self._ready = self._task, self._ready, None, None
         self._stop.set()
-        if task is not None:
+        if task is not None and ready is not None:
+            if not ready.done() and self._starting is not None:
+                # One cancellation, the timeout's own: a second would keep the library from ending the process.
+                with contextlib.suppress(RuntimeError):  # it has expired and is at it
+                    self._starting.reschedule(asyncio.get_running_loop().time())
             await asyncio.wait([task])
 
     def _reason(self, error: Exception) -> str:

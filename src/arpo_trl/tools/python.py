@@ -7,66 +7,84 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from arpo_trl.errors import SandboxError, ToolError
-from arpo_trl.tools.sandbox import Ending, Limits, Run, Worker, WorkerLost, check_isolation
+from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
+from arpo_trl.tools.box import PastCall, ToolFailure
+from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, WorkerLost, isolated_worker
+
+ISOLATIONS = ("auto", *(str(tier) for tier in ISOLATING))
+
+_COVERS = {
+    Tier.SANDLOCK: "isolated by sandlock (Landlock, seccomp): no files, processes or network but its own; limits on "
+    "time, memory and output",
+    Tier.NAMESPACES: "isolated by user namespaces and seccomp: no files, processes or network but its own; limits on "
+    "time, memory, disk and output",
+    Tier.UNSAFE: "NOT isolated: limits on time, memory and output only",
+}
 
 
 class PythonTool:
     """Runs code in workers of its own, at most `max_workers` at once; safe to call from many threads.
 
-    Isolation is tried, not assumed: where code can break out, construction raises `SandboxError`, unless
-    `allow_unsafe`, which warns once and runs code in a plain process with resource limits. `arpo_trl.tools.sandbox`
-    lists what each stops.
+    Isolation is tried, not assumed: the first tier that holds on this machine is taken. Where code can break out of
+    each, construction raises `SandboxError`, unless `allow_unsafe`, which warns once and runs code in a plain process
+    with resource limits. `arpo_trl.tools.sandbox` lists what each tier stops.
     """
 
-    def __init__(self, limits: Limits, *, max_workers: int, allow_unsafe: bool) -> None:
+    def __init__(self, limits: Limits, *, max_workers: int, allow_unsafe: bool, isolation: str = "auto") -> None:
+        if isolation not in ISOLATIONS:
+            raise ConfigError(f"The isolation of the python tool is {isolation!r}; expected one of {ISOLATIONS}.")
         self._limits = limits
         self._places = threading.BoundedSemaphore(max_workers)
         self._lock = threading.Lock()
         self._idle: dict[bool, list[Worker]] = {False: [], True: []}  # by `preload`
         self._pid = os.getpid()
-        self._isolated = True
+        tiers = ISOLATING if isolation == "auto" else (Tier(isolation),)
         try:
-            first = Worker(limits, isolated=True, preload=False)
-            try:
-                check_isolation(first)
-            except BaseException:
-                first.close()
-                raise
-        except (SandboxError, WorkerLost) as error:
+            first, self.tier = isolated_worker(limits, tiers, preload=False)
+        except SandboxError as error:
             if not allow_unsafe:
                 raise SandboxError(
-                    f"{error}. Use a machine where it can be isolated, or set allow_unsafe: true to run the model's "
-                    "code as your user, with your files and network."
+                    f"{error}. Use a machine where it can be isolated, or a remote executor (python_executor_url), or "
+                    "set allow_unsafe: true to run the model's code as your user, with your files and network."
                 ) from error
             warnings.warn(f"{error}. The model's code runs as your user, with your files and network.", stacklevel=3)
-            self._isolated = False
-            first = Worker(limits, isolated=False, preload=False)
+            self.tier = Tier.UNSAFE
+            first = Worker(limits, tier=self.tier, preload=False)
         self._idle[False].append(first)
         self._close = weakref.finalize(self, _close_all, self._idle, self._lock)
 
-    def __call__(self, code: str) -> str:
-        """What `code` prints; raises `ToolError` with the output so far when it fails."""
-        return _as_text(self._run(code), self._limits)
+    def __str__(self) -> str:
+        """How the model's code is kept apart, in a line."""
+        return f"Model-written Python runs {_COVERS[self.tier]}."
 
-    def _run(self, code: str) -> Run:
-        # Decides the speed only: numpy and sympy can be imported either way, and forking their 70 MB takes 10 ms.
-        preload = "numpy" in code or "sympy" in code
+    def __call__(self, code: str, earlier: Sequence[str] = ()) -> str:
+        """What `code` prints, run after the cells `earlier`, whose output is not shown.
+
+        Raises `ToolError` with the output so far when it fails, `ToolStopped` when a limit or a crash ended it.
+        """
+        ran = self._run(code, earlier)
+        reason = stop_reason(ran.ending, self._limits, earlier)
+        return shown(ran.output, ran.ending, reason)
+
+    def _run(self, code: str, earlier: Sequence[str]) -> Run:
+        # Decides the speed only: numpy and sympy can be imported either way, and forking their 70 MB takes 2 ms.
+        preload = any(name in cell for cell in (*earlier, code) for name in ("numpy", "sympy"))
         with self._places:
             worker = self._take_idle(preload)
             if worker is not None:
                 with contextlib.suppress(WorkerLost):  # it may have been dead for long: a fresh one gets its chance
-                    return self._run_in(worker, code, preload)
-            worker = Worker(self._limits, isolated=self._isolated, preload=preload)
+                    return self._run_in(worker, code, earlier, preload)
+            worker = Worker(self._limits, tier=self.tier, preload=preload)
             try:
-                return self._run_in(worker, code, preload)
+                return self._run_in(worker, code, earlier, preload)
             except WorkerLost:
-                raise ToolError("Error: the python process died") from None
+                raise ToolStopped("Error: the python process died") from None
 
-    def _run_in(self, worker: Worker, code: str, preload: bool) -> Run:
-        ran = worker.run(code)
+    def _run_in(self, worker: Worker, code: str, earlier: Sequence[str], preload: bool) -> Run:
+        ran = worker.run(code, earlier)
         with self._lock:
             self._idle[preload].append(worker)
         return ran
@@ -92,18 +110,52 @@ def _close_all(idle: dict[bool, list[Worker]], lock: threading.Lock) -> None:
                 workers.pop().close()
 
 
-def _as_text(ran: Run, limits: Limits) -> str:
-    output = ran.output.rstrip("\n")
-    if ran.ending is Ending.FINISHED:
-        return output
-    reason = {
+def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
+    """The line that tells the model why its call was stopped; empty where a traceback says it, or nothing has to."""
+    cells = ", the cells before it included" if earlier else ""
+    return {
+        Ending.FINISHED: "",
         Ending.RAISED: "",
         Ending.DIED: "Error: the python process was killed or crashed (memory limit "
         f"{limits.memory_mb} MB, file limit {limits.file_mb} MB)",
-        Ending.TIMEOUT: f"Error: the code ran longer than {limits.timeout_s:g} s",
+        Ending.TIMEOUT: f"Error: the code ran longer than {limits.timeout_s:g} s{cells}",
+        Ending.CPU: f"Error: the code used more than {limits.cpu_s:g} s of CPU time{cells}",
         Ending.FLOOD: f"Error: stopped, the code printed more than {limits.output_bytes} bytes",
-    }[ran.ending]
-    raise ToolError("\n".join(part for part in (output, reason) if part) or "Error: the code failed without a message")
+    }[ending]
+
+
+def shown(output: str, ending: Ending, reason: str) -> str:
+    """What a call that finished shows. Raises `ToolError`, or `ToolStopped`, with what any other shows."""
+    output = output.rstrip("\n")
+    if ending is Ending.FINISHED:
+        return output
+    error = ToolError if ending is Ending.RAISED else ToolStopped
+    raise error("\n".join(part for part in (output, reason) if part) or "Error: the code failed without a message")
+
+
+def earlier_cells(history: Sequence[PastCall]) -> list[str]:
+    """The code that a path ran before and that left something behind: what finished, and what raised.
+
+    A call that was stopped is not among them: it would be stopped again, and a notebook whose kernel died forgets.
+    """
+    return [str(past.arguments["code"]) for past in history if past.failure in (None, ToolFailure.ERROR)]
+
+
+def offer(python: Any, isolation: str, with_history: Callable[..., Any] | None) -> Any:
+    """The function `python`, documented for a model; with a `with_history` it is a `PathTool`.
+
+    Its attribute `isolation` says in a line how the code is kept apart.
+    """
+    kept = "nothing is kept between calls" if with_history is None else "variables are kept between calls"
+    python.__doc__ = f"""Run Python code and return what it prints and the value of a last line that is an expression.
+
+        Args:
+            code: The Python code to run. numpy and sympy can be imported; {kept}.
+        """
+    python.isolation = isolation
+    if with_history is not None:
+        python.with_history = with_history
+    return python
 
 
 def python_tool(
@@ -113,28 +165,32 @@ def python_tool(
     max_output_chars: int = 100_000,
     max_workers: int | None = None,
     allow_unsafe: bool = False,
+    isolation: str = "auto",
+    stateful: bool = False,
 ) -> Callable[[str], str]:
-    """A function `python(code: str) -> str` to offer to a model.
+    """A function `python(code: str) -> str` to offer to a model; its `isolation` says how the code is kept apart.
 
     Args:
-        timeout_s: Wall-clock seconds a call may run; what it printed before is kept.
+        timeout_s: Seconds a call may run, of wall time and of CPU time; what it printed before is kept.
         memory_mb: MiB of address space a call may take on top of the warm interpreter's own.
         max_output_chars: A call that prints more (in UTF-8 bytes) is stopped; what it printed up to there is kept.
         max_workers: Calls that run at once, each in a warm interpreter (10 MB; 70 MB for code that uses numpy or
             sympy); default twice the CPU count.
         allow_unsafe: Where code cannot be isolated, run it anyway with resource limits only, after a warning.
+        isolation: "auto" takes the first tier that holds on this machine; or the name of one, of `ISOLATIONS`.
+        stateful: A call sees the variables of its path's earlier calls, which are run again before it, within the
+            same `timeout_s`. Sibling paths never share anything.
 
     Raises `SandboxError` where code cannot be isolated and `allow_unsafe` is false.
     """
-    limits = Limits(timeout_s=timeout_s, memory_mb=memory_mb, output_bytes=max_output_chars)
-    run = PythonTool(limits, max_workers=max_workers or 2 * (os.cpu_count() or 1), allow_unsafe=allow_unsafe)
+    limits = Limits(timeout_s=timeout_s, cpu_s=timeout_s, memory_mb=memory_mb, output_bytes=max_output_chars)
+    workers = max_workers or 2 * (os.cpu_count() or 1)
+    run = PythonTool(limits, max_workers=workers, allow_unsafe=allow_unsafe, isolation=isolation)
 
     def python(code: str) -> str:
-        """Run Python code and return what it prints, with the value of the last line if it is an expression.
-
-        Args:
-            code: The Python code to run. numpy and sympy can be imported; nothing is kept between calls.
-        """
         return run(code)
 
-    return python
+    def with_history(history: Sequence[PastCall]) -> Callable[[str], str]:
+        return lambda code: run(code, earlier_cells(history))
+
+    return offer(python, str(run), with_history if stateful else None)

@@ -1,48 +1,72 @@
 """Runs each piece of code in a fork of one warm interpreter; the script behind `arpo_trl.tools.sandbox.Worker`.
 
-Started as `python worker.py isolated|unsafe preload|bare SITE_PACKAGES…` with the private folder as working directory,
-and imports nothing of arpo_trl, which it could not read from inside the sandbox.
+Started as `python python_worker.py TIER preload|bare CPU_S FOLDER SITE_PACKAGES… -- READABLE…`, and imports nothing of
+arpo_trl, which it could not read from inside the sandbox, but three files next to it, by their paths.
 
-    stdin    requests, 8 bytes each: seconds to run the file `code` for, or a negative number: stop what runs now
+    stdin    requests, 8 bytes each: seconds to run the cells in the file `cells` for, or a negative number: stop what
+             runs now, and be ready for the next
     stdout   what the code prints; this process never writes to it
-    stderr   replies of this process: "R" ready, then per request how the fork ended (`REPLY`)
+    stderr   replies of this process (`REPLY`): "R" ready, then per request how the call ended, and "E" when its fork
+             is gone, which takes about as long as a short call
 
 This process never holds a call's code or output, so its forks cannot find those of an earlier call in their memory.
-A fork closes stdin and stderr before it runs anything and enters a Landlock domain of its own, from which this process
-can be neither signalled nor traced: nothing that a call does reaches the next one.
+The fork for the next call is made ahead and waits. Before it reads the code it closes stdin and stderr and cuts itself
+off from this process, by a Landlock domain or by namespaces, such that it can neither signal nor trace it: nothing
+that a call does reaches the next one.
 """
 
-import ast
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import fcntl
 import gc
-import importlib
+import importlib.util
 import io
-import linecache
+import json
 import os
-import random
 import select
 import signal
 import struct
 import sys
-import threading
-import traceback
-import types
+import time
+from types import ModuleType
 
 REQUEST = struct.Struct("!d")  # seconds; negative: stop
-REPLY = struct.Struct("!ci")  # b"R" ready, b"D" ended by itself, b"T" out of time, b"S" stopped; wait status
+REPLY = struct.Struct("!ci")  # b"R", b"E"; b"D" ended by itself, b"T" out of time, b"C" of CPU, b"S" stopped; status
 
-SUCCEEDED = 0
-RAISED = 1
-CODE_FILE = "code"
-SHOWN_NAME = "<python>"
-TRACEBACK_LINES = 12
+CELLS_FILE = "cells"
+RAISED = 1  # as in python_cell
+CPU_LOOK_S = 0.1
+_IDLE_S = 0.003  # after which nobody is taken to be waiting for the fork
+_RESULT_FD = 3  # on which a fork says how its last cell ended
 
 _PR_SET_PDEATHSIG = 1
 _LANDLOCK_CREATE_RULESET = 444  # the same numbers on every architecture
 _LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_SCOPES = 0b11  # abstract Unix sockets, signals (ABI 6)
+
+# What models use first. A fork that finds it done copies what is there instead of importing and working it out.
+_WARM_UP = """
+import numpy.random, numpy.linalg
+numpy.linalg.solve(numpy.eye(2), numpy.ones(2))
+import sympy
+x, y = sympy.symbols("x y")
+n = sympy.Symbol("n", integer=True, positive=True)
+sympy.factor(x**3 - 8), sympy.expand((x + y) ** 3), sympy.simplify(sympy.sin(x) ** 2 + sympy.cos(x) ** 2)
+sympy.solve(x**2 - 5 * x + 6, x), sympy.solve([x + y - 3, x - y - 1], [x, y]), sympy.solve(sympy.Eq(2 * x, 3), x)
+sympy.integrate(x**2 + 1, x), sympy.diff(sympy.sin(x) * sympy.exp(x), x), sympy.limit(sympy.sin(x) / x, x, 0)
+sympy.summation(n, (n, 1, 10)), sympy.Matrix([[1, 2], [3, 4]]).inv(), sympy.factorint(360), sympy.isprime(97)
+str(sympy.sqrt(8)), sympy.latex(x / 2), sympy.pi.evalf(20), sympy.sympify("2*x + 1"), sympy.Rational(1, 3)
+sympy.gcd(12, 18), sympy.binomial(5, 2), sympy.nsimplify(0.5), float(sympy.Integer(2))
+"""
+# A fork copies a page of memory when it first writes to it, if only to count a reference: half the time of a short
+# call. One that waits with nothing to do does so with the pages that most calls need.
+_TOUCH = """
+import sympy
+x = sympy.Symbol("x")
+sympy.factor(x**3 - 8), sympy.solve(x**2 - 5 * x + 6, x)
+"""
 
 
 class _RulesetAttr(ctypes.Structure):
@@ -61,120 +85,179 @@ def _syscall(*arguments: object) -> int:
     return value
 
 
-def serve(isolated: bool) -> None:
-    """Answer requests until stdin ends, that is until the parent has closed it or is gone."""
-    # sandlock has this process die with the thread that started it. Threads that call tools come and go, and a fork
-    # can undo its death signal: so this process outlives both thread and trainer, and ends its fork when stdin ends.
-    _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
-    ruleset = None
-    if isolated:
-        attr = _RulesetAttr(0, 0, _LANDLOCK_SCOPES)
-        ruleset = _syscall(_LANDLOCK_CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0)
-    stdout_flags = fcntl.fcntl(1, fcntl.F_GETFL)
-    gc.freeze()  # keeps the collector of a fork from writing to, and so copying, every inherited page
-    os.write(2, REPLY.pack(b"R", 0))
-    while request := os.read(0, REQUEST.size):
-        (timeout_s,) = REQUEST.unpack(request)
-        if timeout_s < 0:  # a stop that crossed the end of what it was meant for
-            continue
-        fcntl.fcntl(1, fcntl.F_SETFL, stdout_flags)  # the flags are shared with the last fork, which may have set them
-        pid = os.fork()
-        if pid == 0:
-            _become_call(ruleset)
-        os.write(2, REPLY.pack(*_watch(pid, timeout_s)))
+class _Call:
+    """A fork that waits, cut off already, for the word to read the cells and run them."""
+
+    def __init__(self, worker: _Worker):
+        waiting, self._go = os.pipe()
+        self.result, says = os.pipe()
+        self._word = os.urandom(8)  # code that writes to every descriptor does not say it by accident
+        self.pid = worker.namespaces.fork_call() if worker.namespaces else os.fork()
+        if self.pid == 0:
+            os.close(self._go)
+            worker.become_call(waiting, says, self._word)
+        os.close(waiting)
+        os.close(says)
+        self.pidfd = os.pidfd_open(self.pid)
+        self._status: int | None = None
+
+    def go(self) -> None:
+        """Let it run. Raises BrokenPipeError when it is gone."""
+        os.write(self._go, b"g")
+
+    def result_in(self, said: bytes) -> int | None:
+        """The wait status of a fork that ended its last cell, if it says so."""
+        return said[-1] << 8 if said[:-1].endswith(self._word) else None
+
+    def reap(self) -> int:
+        """The wait status of a fork that has ended."""
+        if self._status is None:
+            _, self._status = os.waitpid(self.pid, 0)
+        return self._status
+
+    def end(self) -> None:
+        """Return when the fork is gone, by force if it is not."""
+        if self._status is None:
+            os.kill(self.pid, signal.SIGKILL)
+            self.reap()
+        for fd in (self._go, self.result, self.pidfd):
+            os.close(fd)
 
 
-def _watch(pid: int, timeout_s: float) -> tuple[bytes, int]:
-    """(how it ended, wait status) of the fork, which is gone when this returns."""
-    pidfd = os.pidfd_open(pid)
-    poller = select.poll()
-    poller.register(0, select.POLLIN)
-    poller.register(pidfd, select.POLLIN)
-    ready = {fd for fd, _ in poller.poll(timeout_s * 1000)}
-    if pidfd in ready:
-        kind = b"D"
-    else:
-        kind = b"S" if 0 in ready else b"T"
-        if kind == b"S":
-            os.read(0, REQUEST.size)  # the stop, or nothing: then the loop of `serve` ends as well
-        os.kill(pid, signal.SIGKILL)
-    _, status = os.waitpid(pid, 0)
-    with contextlib.suppress(OSError):  # what the fork started, where it could start something
-        os.killpg(pid, signal.SIGKILL)
-    os.close(pidfd)
-    return kind, status
+class _Worker:
+    def __init__(self, tier: str, warm: bool, cpu_s: float, namespaces: ModuleType | None):
+        self._tier = tier
+        self._warm = warm
+        self._cpu_s = cpu_s
+        self._cell = _load("python_cell")
+        self._syscalls = _load("python_syscalls")
+        self.namespaces = namespaces
+        self._ruleset = None
+        if tier == "sandlock":
+            attr = _RulesetAttr(0, 0, _LANDLOCK_SCOPES)
+            self._ruleset = _syscall(_LANDLOCK_CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0)
+
+    def serve(self) -> None:
+        """Answer requests until stdin ends, that is until the parent has closed it or is gone."""
+        if self.namespaces is None:
+            # sandlock has this process die with the thread that started it. Threads that call tools come and go, and a
+            # fork can undo its death signal: so this process outlives both thread and trainer, and ends its fork when
+            # stdin ends.
+            _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
+        stdout_flags = fcntl.fcntl(1, fcntl.F_GETFL)
+        gc.collect()
+        gc.freeze()  # keeps the collector of a fork from writing to, and so copying, every inherited page
+        os.write(2, REPLY.pack(b"R", 0))
+        call: _Call | None = None
+        while request := os.read(0, REQUEST.size):
+            (timeout_s,) = REQUEST.unpack(request)
+            call = call or _Call(self)
+            if timeout_s < 0:  # limits are set now; or a stop that crossed the end of what it was meant for
+                continue
+            fcntl.fcntl(1, fcntl.F_SETFL, stdout_flags)  # shared with the last fork, which may have set them
+            try:
+                call.go()
+            except BrokenPipeError:  # killed while it waited, as by a machine short of memory
+                call.end()
+                call = _Call(self)
+                call.go()
+            kind, status = self._watch(call, timeout_s)
+            if kind == b"D":
+                os.write(2, REPLY.pack(kind, status))
+                call.end()
+            else:  # it may be printing still
+                call.end()
+                os.write(2, REPLY.pack(kind, status))
+            if self._tier == "unsafe":
+                with contextlib.suppress(OSError):  # what the fork started, unless that left its group
+                    os.killpg(call.pid, signal.SIGKILL)
+            os.write(2, REPLY.pack(b"E", 0))
+            call = _Call(self)
+
+    def _watch(self, call: _Call, timeout_s: float) -> tuple[bytes, int]:
+        """(how the call ended, wait status): by its word, by its death, or because it has to be ended."""
+        poller = select.poll()
+        for fd in (0, call.pidfd, call.result):
+            poller.register(fd, select.POLLIN)
+        cpu_clock = ~call.pid << 3 | 2  # of the whole process; see clock_getcpuclockid(3)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline - time.monotonic()
+            ready = {fd for fd, _ in poller.poll(max(0.0, min(left_s, CPU_LOOK_S)) * 1000)}
+            if call.result in ready:
+                said = os.read(call.result, 4096)
+                if (status := call.result_in(said)) is not None:
+                    return b"D", status
+                if not said:
+                    poller.unregister(call.result)  # it has closed it, and may yet run
+            elif call.pidfd in ready:
+                return b"D", call.reap()
+            elif 0 in ready:
+                os.read(0, REQUEST.size)  # the stop, or nothing: then the loop of `serve` ends as well
+                return b"S", 0
+            elif left_s <= 0:
+                return b"T", 0
+            elif time.clock_gettime(cpu_clock) > self._cpu_s:
+                return b"C", 0
+
+    def become_call(self, waiting: int, says: int, word: bytes) -> None:
+        """Cut this fork off from the worker, await the word, run the cells and leave as the last ended."""
+        status = RAISED
+        try:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.dup2(1, 2)
+            folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+            os.setsid()  # a group of its own: a signal to its group reaches no other, in any namespace
+            if self.namespaces is not None:
+                self.namespaces.lock()
+            elif self._ruleset is not None:
+                _syscall(_LANDLOCK_RESTRICT_SELF, self._ruleset, 0)
+            if self._tier != "unsafe":
+                self._syscalls.deny()
+            if self._warm and not select.select([waiting], [], [], _IDLE_S)[0]:
+                exec(_TOUCH, {})
+            if not os.read(waiting, 1):  # the worker is gone
+                return
+            with open(os.open(CELLS_FILE, os.O_RDONLY, dir_fd=folder), encoding="utf-8") as file:
+                cells = json.load(file)
+            os.unlink(CELLS_FILE, dir_fd=folder)
+            os.dup2(says, _RESULT_FD)
+            os.closerange(_RESULT_FD + 1, 64)
+            # Line by line, so that what was printed before a deadline is there.
+            output = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
+            sys.stdout = sys.stderr = io.TextIOWrapper(output, "utf-8", "backslashreplace", line_buffering=True)
+            status = self._cell.run_cells(cells)
+            os.write(_RESULT_FD, word + bytes([status]))
+        finally:
+            os._exit(status)
 
 
-def _become_call(ruleset: int | None) -> None:
-    """Cut this fork off from the worker, run the code and leave with `SUCCEEDED` or `RAISED`; never returns."""
-    status = RAISED
-    try:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if ruleset is None:
-            os.setsid()  # a group of its own, with what it starts
-        else:
-            _syscall(_LANDLOCK_RESTRICT_SELF, ruleset, 0)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.dup2(1, 2)
-        os.closerange(3, 64)
-        with open(CODE_FILE, encoding="utf-8") as file:
-            source = file.read()
-        os.unlink(CODE_FILE)
-        # Line by line, so that what was printed before a deadline is there.
-        output = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
-        sys.stdout = sys.stderr = io.TextIOWrapper(output, "utf-8", "backslashreplace", line_buffering=True)
-        status = run(source)
-        sys.stdout.flush()
-    finally:
-        os._exit(status)
-
-
-def run(source: str) -> int:
-    """`SUCCEEDED` or `RAISED`, having printed what a notebook cell would print."""
-    random.seed(0)  # a run that is repeated sees the same numbers
-    if "numpy.random" in sys.modules:
-        sys.modules["numpy.random"].seed(0)
-    linecache.cache[SHOWN_NAME] = (len(source), None, source.splitlines(keepends=True), SHOWN_NAME)
-    main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
-    try:
-        body = ast.parse(source, SHOWN_NAME).body
-        shown = [body.pop()] if body and isinstance(body[-1], ast.Expr) else []
-        exec(compile(ast.Module(body, []), SHOWN_NAME, "exec", dont_inherit=True), main.__dict__)
-        exec(compile(ast.Interactive(shown), SHOWN_NAME, "single", dont_inherit=True), main.__dict__)
-        for thread in threading.enumerate():
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
-    except SystemExit as error:
-        if error.code in (None, 0):
-            return SUCCEEDED
-        print(f"SystemExit: {error.code}")
-        return RAISED
-    except BaseException as error:
-        _print_traceback(error)
-        return RAISED
-    return SUCCEEDED
-
-
-def _print_traceback(error: BaseException) -> None:
-    """Print the last lines of the traceback with the frames of the user's own code only."""
-    trace = traceback.TracebackException.from_exception(error)
-    trace.stack = traceback.StackSummary.from_list([frame for frame in trace.stack if frame.filename == SHOWN_NAME])
-    lines = "".join(trace.format(chain=False)).splitlines()
-    if len(lines) > TRACEBACK_LINES:
-        lines = ["Traceback (last lines):", *lines[-TRACEBACK_LINES:]]
-    if sys.stdout is not None:
-        print("\n".join(lines))
+def _load(name: str) -> ModuleType:
+    """The file of that name next to this one, as a module."""
+    spec = importlib.util.spec_from_file_location(name, os.path.join(os.path.dirname(__file__), f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def main() -> None:
-    isolated, preload, *site_packages = sys.argv[1:]
+    tier, preload, cpu_s, folder, *paths = sys.argv[1:]
+    site_packages, readable = paths[: paths.index("--")], paths[paths.index("--") + 1 :]
+    namespaces = None
+    if tier == "namespaces":
+        namespaces = _load("python_namespaces")
+        namespaces.enter(folder, readable)
     sys.path.extend(site_packages)
-    for name in ("numpy.random", "sympy") if preload == "preload" else ():
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
-    serve(isolated == "isolated")
+    warm = False
+    if preload == "preload":
+        with contextlib.suppress(Exception):  # without them the rest of Python still works
+            exec(_WARM_UP, {})
+            warm = True
+    _Worker(tier, warm, float(cpu_s), namespaces).serve()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""Instructions of the pure parts, counted by callgrind: the same number twice, whatever else the machine does.
+
+    python benchmarks/instructions.py            # needs valgrind; a minute for each part, more for the one with torch
+
+Each part runs twice in a fresh interpreter, once for nothing and once `TIMES` times; the difference is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+
+TIMES = 20
+LEAVES = 16
+
+
+def grow_tree() -> None:
+    """A tree of 16 leaves, half of them branches, each with 3 turns of 100 tokens and 2 observations of 200; read."""
+    from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+
+    call = ExecutedCall("search", {"query": "iron"}, "text", None, 0.1, "executed")
+    ids, logprobs, seen = [1] * 100, [-0.5] * 100, [2] * 200
+    tree = RolloutTree([0] * 300)
+    for start in range(LEAVES // 2):
+        first = tree.add_turn(0, ids, "text", logprobs, [0.1] * 20)
+        fork = tree.add_observation(first.index, seen, [call], "text")
+        for address in ((start,), (start, 1, 0)):
+            second = tree.add_turn(fork.index, ids, "text", logprobs, [0.1] * 20)
+            last = tree.add_observation(second.index, seen, [call], "text")
+            tree.end(tree.add_turn(last.index, ids, "text", logprobs, [0.1] * 20).index, address, StopReason.EOS)
+    tree.check(LEAVES)
+    for leaf in tree.leaves():
+        assert len(leaf.ids) == len(leaf.mask) == len(leaf.logprobs) == len(leaf.token_nodes) == 700
+
+
+def decide() -> None:
+    """100 decisions and the serving of them."""
+    from arpo_trl.rollout.branching import BranchBudget, BranchPolicy
+
+    policy, budget = BranchPolicy(), BranchBudget(50, 1)
+    decisions = [policy.decide([i / 100] * 20, [0.5] * 20, 150_000, 0.5) for i in range(100)]
+    assert sum(decision.granted for decision in budget.serve(decisions)) == 49
+    assert budget.top_up([1] * 16) == 0
+
+
+def attribute() -> None:
+    """Hard and once credit of 16 rows of 700 tokens in 5 nodes each."""
+    import torch
+
+    from arpo_trl.advantages import first_copies, mean_over_leaves
+
+    nodes = torch.tensor([[row // 2] * 300 + [100 + row] * 400 for row in range(LEAVES)])
+    mean_over_leaves(torch.linspace(-1, 1, LEAVES), nodes)
+    first_copies(nodes)
+
+
+PARTS = {"tree": grow_tree, "branching": decide, "attribution": attribute}
+
+
+def instructions(part: str, times: int) -> int:
+    command = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", sys.executable]
+    environment = {**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, __file__, "--run", part, str(times)], env=environment, capture_output=True, text=True, check=True
+    )
+    [count] = re.findall(r"Collected : (\d+)", done.stderr)
+    return int(count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=f"of {list(PARTS)}")
+    parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.run:
+        part, times = arguments.run
+        PARTS[part]()  # what is done on first use is no part of it
+        for _ in range(int(times)):
+            PARTS[part]()
+        return
+    print("| part | instructions, millions |\n|---|---:|")
+    for part in arguments.parts:
+        own = (instructions(part, TIMES) - instructions(part, 0)) / TIMES
+        print(f"| {part} | {own / 1e6:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

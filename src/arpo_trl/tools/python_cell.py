@@ -1,0 +1,88 @@
+"""Runs Python code as a notebook runs its cells: what is printed, the last value, or the end of a traceback.
+
+Used in two places that cannot import arpo_trl: inside the sandbox, by `python_worker`, and at a remote executor, to
+which this file's text is sent in front of the call. So it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import io
+import linecache
+import os
+import random
+import sys
+import threading
+import traceback
+import types
+
+SUCCEEDED = 0
+RAISED = 1
+SHOWN_NAME = "<python>"
+TRACEBACK_LINES = 12
+
+
+def run_cells(cells: list[str]) -> int:
+    """`SUCCEEDED` or `RAISED`, as the last cell ended; what the cells before it print is not shown.
+
+    They run for what they leave behind: a cell that raises stops there and the next one runs all the same.
+    """
+    random.seed(0)  # a run that is repeated sees the same numbers
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed(0)
+    main = types.ModuleType("__main__")
+    sys.modules["__main__"] = main
+    *earlier, last = cells
+    if earlier:
+        shown = os.dup(1)
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        os.close(null)
+        for number, cell in enumerate(earlier, 1):
+            _run(cell, main, f"{SHOWN_NAME[:-1]} {number}>")
+        _flush()
+        os.dup2(shown, 1)
+        os.close(shown)
+    status = _run(last, main, SHOWN_NAME)
+    _flush()
+    return status
+
+
+def _flush() -> None:
+    with contextlib.suppress(Exception):  # code may have closed or replaced it
+        sys.stdout.flush()
+
+
+def _run(source: str, main: types.ModuleType, name: str) -> int:
+    # Split as Python splits it, unlike `splitlines`, and ended by a newline, which the marks under a line count on.
+    linecache.cache[name] = (len(source), None, io.StringIO(f"{source}\n").readlines(), name)
+    try:
+        body = ast.parse(source, name).body
+        last = [body.pop()] if body and isinstance(body[-1], ast.Expr) else []
+        exec(compile(ast.Module(body, []), name, "exec", dont_inherit=True), main.__dict__)
+        exec(compile(ast.Interactive(last), name, "single", dont_inherit=True), main.__dict__)
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and not thread.daemon:
+                thread.join()
+    except SystemExit as error:
+        if error.code in (None, 0):
+            return SUCCEEDED
+        print(f"SystemExit: {error.code}")
+        return RAISED
+    except BaseException as error:
+        _print_traceback(error)
+        return RAISED
+    return SUCCEEDED
+
+
+def _print_traceback(error: BaseException) -> None:
+    """Print the last lines of the traceback with the frames of the cells' own code only."""
+    trace = traceback.TracebackException.from_exception(error)
+    own = [frame for frame in trace.stack if frame.filename.startswith(SHOWN_NAME[:-1])]
+    trace.stack = traceback.StackSummary.from_list(own)
+    lines = "".join(trace.format(chain=False)).splitlines()
+    if len(lines) > TRACEBACK_LINES:
+        lines = ["Traceback (last lines):", *lines[-TRACEBACK_LINES:]]
+    if sys.stdout is not None:
+        print("\n".join(lines))
