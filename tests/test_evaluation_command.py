@@ -1,6 +1,7 @@
 """`arpo-trl eval` and `arpo-trl compare` as users run them."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -52,16 +53,21 @@ def data(folder: Path, name: str = "gsm8k", count: int = 4) -> Path:
 
 def answers(prompt: str) -> str:
     """A model behind a server: looks iron up once, then answers with the number asked for, 3 excepted."""
-    if "<result>" not in prompt:
+    if "1538 degrees" not in prompt:
         return "<search>iron</search>"
     number = asked_number(prompt)
     return boxed(number if number != "3" else "7")
 
 
+def recorded(folder: Path) -> str:
+    path = folder / "searches.json"
+    path.write_text(json.dumps({"iron": "1538 degrees"}))
+    return str(path)
+
+
 def flags(folder: Path, url: str, **other) -> list[str]:
-    (folder / "searches.json").write_text(json.dumps({"iron": "1538 degrees"}))
     given = {"--model": save_tokenizer(folder / "tokenizer"), "--base-url": url + "/v1", "--data": str(folder)}
-    given |= {"--search-recorded": str(folder / "searches.json"), "--output": str(folder / "run"), **other}
+    given |= {"--search-recorded": recorded(folder), "--output": str(folder / "run"), **other}
     return ["eval", "--benchmarks", "gsm8k", "--tools", "search", *(word for pair in given.items() for word in pair)]
 
 
@@ -167,18 +173,8 @@ def test_greedy_answers_are_the_same_through_transformers_and_through_a_server(m
         out = policy.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         return tokenizer().decode(out, skip_special_tokens=False)
 
-    shared = [
-        "eval",
-        "--model",
-        model,
-        "--data",
-        here,
-        "--tools",
-        "--temperature",
-        "0",
-        "--max-completion-length",
-        "8",
-    ]
+    shared = ["eval", "--model", model, "--data", here, "--temperature", "0", "--max-completion-length", "8"]
+    shared += ["--tools", "search", "--search-recorded", recorded(here)]
     assert run(monkeypatch, capsys, *shared, "--output", here / "in-process")[0] == 0
     with Loopback(completions(writes)) as server:
         assert run(monkeypatch, capsys, *shared, "--base-url", server.url + "/v1", "--output", here / "server")[0] == 0
@@ -196,7 +192,8 @@ def test_an_adapter_is_evaluated_with_its_model(monkeypatch, capsys, here, model
     data(here, count=1)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
     adapted.save_pretrained(here / "adapter")
-    shared = ("eval", "--model", model, "--data", here, "--tools", "--max-completion-length", "4")
+    shared = ("eval", "--model", model, "--data", here, "--max-completion-length", "4")
+    shared += ("--tools", "search", "--search-recorded", recorded(here))
     assert run(monkeypatch, capsys, *shared, "--adapter", here / "adapter", "--output", "run")[0] == 0
     status, _, err = run(monkeypatch, capsys, *shared, "--adapter", here / "nowhere", "--output", "other")
     assert status == 2 and "The adapter of" in err
@@ -205,47 +202,53 @@ def test_an_adapter_is_evaluated_with_its_model(monkeypatch, capsys, here, model
 # Killed --------------------------------------------------------------------------------------------------------------
 
 
+def evaluate_in_child(words: list[str]) -> multiprocessing.Process:
+    """The command in a process of its own; forked, since importing it all again would take most of the time."""
+
+    def main() -> None:
+        sys.argv = ["arpo-trl", *words]
+        cli.main()
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
 def killed_run(folder: Path, url: str, delays: list[float], lines_first: list[int]) -> list[dict]:
     """The samples of a run that was killed after each of `delays` s beyond so many finished samples, and resumed."""
-    command = [
-        sys.executable,
-        "-c",
-        "from arpo_trl.cli import main; main()",
-        *flags(folder, url),
-        "--temperature",
-        "0",
-    ]
-    command += ["--concurrency", "2"]
-    started = False
+    words = [*flags(folder, url), "--temperature", "0", "--concurrency", "2"]
     log = folder / "run/samples.jsonl"
+    resume: list[str] = []
     for delay, lines in zip(delays, lines_first, strict=True):
-        process = subprocess.Popen(
-            [*command, *(["--resume"] if started else [])], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+        process = evaluate_in_child([*words, *resume])
+        while process.is_alive() and (not log.exists() or log.read_bytes().count(b"\n") < lines):
             time.sleep(0.005)
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        started = True
-    done = subprocess.run([*command, *(["--resume"] if started else [])], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        resume = ["--resume"]
+    process = evaluate_in_child([*words, *resume])
+    process.join(120)
+    assert process.exitcode == 0
     return list(read_records(log))
 
 
-def test_a_run_that_is_killed_at_random_moments_ends_like_one_that_is_not(here):
+def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(here):
+    kills = 20
+
     def slowly(prompt):
-        time.sleep(0.02)
+        time.sleep(0.04)
         return answers(prompt)
 
     for name in ("whole", "killed"):
         (here / name).mkdir()
-        data(here / name, count=10)
+        data(here / name, count=10)  # questions are told apart by one digit
     draw = random.Random(os.getpid())
     with Loopback(completions(slowly)) as server:
         whole = killed_run(here / "whole", server.url, [], [])
-        delays = [draw.uniform(0, 0.06) for _ in range(3)]
-        killed = killed_run(here / "killed", server.url, delays, [1, 4, 7])
+        delays = [draw.uniform(0, 0.06) for _ in range(kills)]
+        killed = killed_run(here / "killed", server.url, delays, [9 * i // kills for i in range(kills)])
     assert len(killed) == 10
 
     def plain(records):
@@ -350,7 +353,9 @@ def test_wrong_usage_is_one_line_and_status_2(monkeypatch, capsys, here, words, 
     data(here)
     (here / "broken.jsonl").write_text('{"question": "?", "answer": "1"}\n{"question\n')
     (here / "nogold.jsonl").write_text('{"question": "?"}\n')
-    status, out, err = run(monkeypatch, capsys, "eval", "--tools", "python", *words)
+    status, out, err = run(
+        monkeypatch, capsys, "eval", "--tools", "search", "--search-recorded", recorded(here), *words
+    )
     assert (status, out) == (2, "")
     assert message in err and err.count("\n") == 1
 

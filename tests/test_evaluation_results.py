@@ -150,10 +150,10 @@ def test_a_wrong_answer_that_happens_to_be_right_shows():
 
 
 def test_golds_that_cannot_be_answers_are_listed():
-    asked = questions("1", "2}", "3")
+    asked = questions("1", "{", "3")
     asked.rows[2]["answer"] = ["3", "}{"]
     checks, malformed = check(asked, seed=0)
-    assert malformed == [Malformed("sums", 1, "2}", ("math", "em")), Malformed("sums", 2, "}{", ("math", "em"))]
+    assert malformed == [Malformed("sums", 1, "{", ("math", "em")), Malformed("sums", 2, "}{", ("math", "em"))]
     assert checks[0].gold == pytest.approx(1 / 3)
 
 

@@ -81,7 +81,7 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     _print(console, *report.table(results), "", f"{output / 'report.html'}   {output / 'results.json'}")
     if ended_early is not None:
         _print(console, f"EngineError: {ended_early} Finished samples are kept.")
-    short = sum(b["failed"] + b["missing"] + b.get("unjudged", 0) for b in results["benchmarks"].values())
+    short = sum(b["failed"] + b["missing"] + b["unjudged"] for b in results["benchmarks"].values())
     if short:
         _print(
             console,

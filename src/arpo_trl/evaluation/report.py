@@ -141,7 +141,7 @@ def _details(name: str, summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"- {cell(tool)}: {use['calls']} calls, {use['per_sample']:.2f} per sample, {failures}")
     for error, count in summary["failures"].items():
         lines.append(f"- {count} failed: {cell(error)}")
-    if summary.get("unjudged"):
+    if summary["unjudged"]:
         lines.append(f"- {summary['unjudged']} samples without a verdict of the judge are in no judge's score")
     return lines
 

@@ -42,6 +42,7 @@ def summarise(
         "samples": len(good),
         "failed": len(failed),
         "missing": questions * samples - len(all_records),
+        "unjudged": sum(record["scores"].get(JUDGE, 0.0) is None for record in good),
         "failures": dict(Counter(record["error"][:200] for record in failed).most_common(5)),
     }
     if not good:
@@ -59,7 +60,6 @@ def summarise(
         "score": main["mean"],
         "interval": [main["low"], main["high"]],
         "metrics": metrics,
-        "unjudged": sum(record["scores"].get(JUDGE, 0.0) is None for record in good),
         **_over_samples(groups, metric, samples, seed),
         "levels": _levels(groups, metric, seed),
         "by_calls": _by_calls(good, metric),
