@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.evaluation.settings import EngineKind, EvalSettings
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
@@ -91,6 +94,8 @@ def _make_engine(
 
         server = CompletionsEngine(settings.base_url, settings.served_model, tokenizer, sampling)
         return server, server.max_length
+    if settings.engine == EngineKind.VLLM:
+        return _vllm_engine(settings, tokenizer, sampling)
     return _transformers_engine(settings, tokenizer, sampling)
 
 
@@ -98,21 +103,83 @@ def _transformers_engine(
     settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
 ) -> tuple[Engine, int]:
     import torch
-    from transformers import AutoModelForCausalLM
 
     from arpo_trl.rollout.engines.transformers import TransformersEngine
 
-    assert settings.model is not None
-    model = _loaded("model", settings.model, AutoModelForCausalLM.from_pretrained, dtype=settings.dtype)
-    if settings.adapter is not None:
-        from peft import PeftModel
-
-        model = _loaded(
-            "adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name)
-        ).merge_and_unload()
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = _load_model(settings).to("cuda" if torch.cuda.is_available() else "cpu")
     context: int = model.config.get_text_config().max_position_embeddings
     return TransformersEngine(tokenizer, sampling, lambda: contextlib.nullcontext(model)), context
+
+
+def _load_model(settings: EvalSettings) -> Any:
+    """The model with its adapter merged in."""
+    from transformers import AutoModelForCausalLM
+
+    assert settings.model is not None
+    model = _loaded("model", settings.model, AutoModelForCausalLM.from_pretrained, dtype=settings.dtype)
+    if settings.adapter is None:
+        return model
+    from peft import PeftModel
+
+    return _loaded("adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name)).merge_and_unload()
+
+
+@dataclass(frozen=True)
+class _FixedWeights:
+    """A vLLM instance as the colocated engine takes it, whose weights are the ones it was started with."""
+
+    llm: Any
+    enable_sleep_mode: bool = False
+
+    def sync_weights(self) -> None:
+        """There is nothing to sync."""
+
+
+def _vllm_engine(
+    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> tuple[Engine, int]:
+    # In this process the engine does a step at a time, between which requests join. To be set before vLLM is imported.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        from vllm import LLM
+
+        from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+        from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
+    except ImportError as error:
+        raise ConfigError(
+            f"engine is 'vllm', but vLLM cannot be imported ({error}). Install it with pip install 'arpo-trl[vllm]', "
+            "or start a server anywhere and name it with base_url."
+        ) from error
+    prepare_cpu()
+    assert settings.model is not None
+    config = _loaded("configuration", settings.model, AutoConfig.from_pretrained).get_text_config()
+    with tempfile.TemporaryDirectory() as folder:
+        path = settings.model
+        if settings.adapter is not None:
+            path = folder
+            _load_model(settings).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        llm = _loaded(
+            "model",
+            path,
+            LLM,
+            dtype=settings.dtype,
+            max_model_len=min(settings.context, config.max_position_embeddings),
+            max_num_seqs=settings.concurrency,
+            seed=settings.seed,
+        )
+    engine = VLLMColocateEngine(
+        _FixedWeights(llm),
+        tokenizer,
+        sampling,
+        version=lambda: None,  # the engine's own before a first sync, so none is made
+        reference=lambda ids: [],
+        probe=(),
+        tolerance=0.0,
+        vocab_size=config.vocab_size,
+        top_logprobs=0,
+    )
+    return engine, engine.max_length
 
 
 def _loaded(what: str, name: str, load: Any, **arguments: Any) -> Any:
