@@ -11,8 +11,8 @@ and the first sum is exact. T is a concave function of the qⱼ on a bounded set
     T_min = −f·p_k ln p_k − r ln r          f = ⌊m / p_k⌋ outcomes as likely as the rule allows, p_k, and one with the
                                             rest r = m − f·p_k
 
-The estimate takes the middle, T = (T_min + T_max) / 2, which no other guess beats in the worst case, and is wrong by at
-most half the width. Both vanish with m, so a confident position is read exactly; the less sure the model, the wider:
+The estimate takes the middle, T = (T_min + T_max) / 2, which no other guess beats in the worst case, and is wrong by
+at most half the width. Both vanish with m, so a confident position is read exactly; the less sure, the wider:
 
     V = 151,936, k = 20      m = 0.001, p_k = 10⁻⁴       H off by at most 0.0048 nats
                              m = 0.02,  p_k = 0.001      0.089
