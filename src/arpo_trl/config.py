@@ -153,7 +153,7 @@ class ARPOConfig(GRPOConfig):
     )  # fmt: skip
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
-        metadata={"help": "TRL's correction for what vLLM's and the trainer's logprobs differ by. Token by token, since a "
+        metadata={"help": "TRL's correction for where vLLM's logprobs are not the trainer's. Token by token, since a "
                   "ratio over a whole trajectory of many turns multiplies all of its noise."},
     )  # fmt: skip
 
