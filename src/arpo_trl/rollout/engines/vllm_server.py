@@ -12,6 +12,7 @@ current ones, if `weight_sync` can do that, and the comparison of logprobs is ma
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
 import socket
 import threading
@@ -22,7 +23,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import EngineError
@@ -31,7 +31,7 @@ from arpo_trl.rollout.engines.vllm_client import ServerClient, headers
 from arpo_trl.rollout.engines.vllm_turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
 from arpo_trl.rollout.engines.vllm_weights import ServedWeights
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)  # not accelerate's: a restart is news on whichever rank it is noticed
 
 ATTEMPTS = 4
 """How often one request is sent before its server counts as unable to answer it."""
@@ -229,6 +229,9 @@ class VLLMServerEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.aclose()
+        # Connections of cancelled requests close in the finalisers of their responses, and one turn of the loop later.
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        await asyncio.sleep(0)
 
     def _check_not_replaced(self) -> None:
         """Raises if a server was restarted without this rank's noticing: it may have sampled from initial weights."""
