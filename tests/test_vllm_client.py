@@ -30,9 +30,10 @@ COMPLETION = {
 }
 
 
-def info(max_logprobs=20, logprobs_mode="processed_logprobs"):
+def info(max_logprobs=20, logprobs_mode="processed_logprobs", replicas=1):
     model = {"max_logprobs": max_logprobs, "logprobs_mode": logprobs_mode, "dtype": "torch.float32"}
-    return {"vllm_config": {"model_config": model, "lora_config": None}}
+    parallel = {"data_parallel_size": replicas}
+    return {"vllm_config": {"model_config": model, "lora_config": None, "parallel_config": parallel}}
 
 
 GOOD = {
@@ -176,6 +177,7 @@ def test_a_server_that_is_still_loading_is_waited_for(serve):
             "at most 5 logprobs, but entropy_top_logprobs is 20.*--max-logprobs",
         ),
         ({"server_info": info(logprobs_mode="raw_logprobs")}, "raw_logprobs.*--logprobs-mode processed_logprobs"),
+        ({"server_info": info(replicas=4)}, "4 data parallel replicas .* one server for each"),
         ({"tokenize": {"tokens": [1, 2, 3]}}, "another tokenizer than the trainer.*3 tokens there.*--model"),
         ({"v1__models": (401, {})}, f"refuses access. Set the environment variable {API_KEY}"),
     ],

@@ -130,9 +130,6 @@ class KillAfterStep(TrainerCallback):
     def __init__(self, server, step):
         self.server, self.step = server, step
 
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = True
-
     def on_save(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             self.server.kill()

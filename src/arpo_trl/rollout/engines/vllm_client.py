@@ -37,6 +37,7 @@ class ServerFacts:
     logprobs_mode: str
     dtype: str
     max_lora_rank: int | None
+    replicas: int
     weight_version: str
 
 
@@ -100,6 +101,7 @@ class ServerClient:
             str(information["model_config"]["logprobs_mode"]),
             str(information["model_config"]["dtype"]).removeprefix("torch."),
             None if lora is None else int(lora["max_lora_rank"]),
+            int(information["parallel_config"]["data_parallel_size"]),
             self.weight_version(),
         )
 
@@ -196,6 +198,12 @@ def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_l
         raise ConfigError(
             f"{client.url} returns at most {facts.max_logprobs} logprobs, but entropy_top_logprobs is {top_logprobs}. "
             f"Start it with --max-logprobs {top_logprobs}, or lower entropy_top_logprobs."
+        )
+    if facts.replicas > 1:
+        raise ConfigError(
+            f"{client.url} has {facts.replicas} data parallel replicas behind one URL: a tree's paths would be spread "
+            "over their prefix caches, and a comparison of logprobs would see one of them. Start one server for each, "
+            "and list all in vllm_server_urls."
         )
     ours = tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
     theirs = client.tokenize(PROBE_TEXT, facts.model)
