@@ -20,8 +20,9 @@ from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm_client import FRESH, PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, ServedWeights, mean_difference
-from support import python, search, tokenizer
-from vllm_server import running, save_model
+from arpo_trl.rollout.protocol import ContentEncoder
+from serving import running
+from support import python, save_sharp_model, search, tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -32,7 +33,7 @@ PROBE = tokenizer().encode(PROBE_TEXT)
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> str:
-    return save_model(tmp_path_factory.mktemp("model"))
+    return save_sharp_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +253,26 @@ def test_a_stop_string_ends_a_turn_after_the_token_that_completes_it(server, mod
     turn = Setup(model, tmp_path / "b", server, stop=[stop]).run(requests([1], probe=8))[0][1]
     assert turn.stop is TurnStop.STOP_STRING
     assert turn.ids == free.ids[: end + 1]
+
+
+def test_a_stop_string_of_an_earlier_turn_ends_nothing_where_a_request_begins_within_a_character(
+    server, model, tmp_path
+):
+    """vLLM then takes the prompt for part of what it wrote."""
+    encode = ContentEncoder(tokenizer())
+    prompt = encode("x</search> and é")[:-1]
+    assert tokenizer().decode(prompt).endswith("\ufffd")
+    body = {
+        "prompt": prompt,
+        "max_tokens": 20,
+        "stop": ["</search>"],
+        "skip_special_tokens": False,
+        "ignore_eos": True,
+    }
+    answer = httpx.post(f"{server.url}/v1/completions", json=body | {"seed": 3}, timeout=60.0).json()["choices"][0]
+    assert answer["finish_reason"] == "stop"  # should this fail, vLLM no longer does so
+    turns, _ = Setup(model, tmp_path, server, stop=["</search>"]).run([TurnRequest(0, prompt, 20, 5, 3, (0, 0))])
+    assert len(turns[0].ids) == 20 or turns[0].stop is TurnStop.EOS
 
 
 def test_a_special_token_is_a_stop_string_too(server, model, tmp_path):

@@ -26,9 +26,9 @@ def draft(max_tokens=40, probe=4, seed=7, stops=STOPS) -> Draft:
     return Draft(TurnRequest(3, PROMPT, max_tokens, probe, seed, (0, 1)), [EOS], finder(stops), 1000, 2)
 
 
-def segment(ids, *, out_of_room=True, probed=False):
+def segment(ids, *, probed=False):
     top = [[math.log(0.5), math.log(0.5)]] * len(ids) if probed else []
-    return Segment(list(ids), [-0.5] * len(ids), top, out_of_room)
+    return Segment(list(ids), [-0.5] * len(ids), top)
 
 
 def test_first_the_probe_with_top_logprobs_then_the_rest_without():
@@ -39,7 +39,7 @@ def test_first_the_probe_with_top_logprobs_then_the_rest_without():
     assert probe == Probe(3, [pytest.approx(math.log(2))] * 4)
     rest = made.next_segment()
     assert (rest.ids, rest.max_tokens, rest.top_logprobs) == ([*PROMPT, 60, 61, 62, 63], 36, 0)
-    turn = made.add(segment([64, EOS], out_of_room=False))
+    turn = made.add(segment([64, EOS]))
     assert isinstance(turn, Turn)
     assert (turn.ids, turn.stop) == ([60, 61, 62, 63, 64, EOS], TurnStop.EOS)
     assert turn.logprobs == [-0.5] * 6
@@ -57,7 +57,7 @@ def test_each_segment_has_a_seed_of_its_own_that_vllm_takes():
 
 def test_a_turn_that_ends_within_the_probe_sends_no_probe():
     made = draft()
-    turn = made.add(segment([60, EOS], out_of_room=False, probed=True))
+    turn = made.add(segment([60, EOS], probed=True))
     assert isinstance(turn, Turn)
     assert (turn.ids, len(turn.entropies), turn.stop) == ([60, EOS], 2, TurnStop.EOS)
 
@@ -84,7 +84,7 @@ def test_a_server_that_gives_fewer_tokens_than_asked_is_asked_again():
 def test_without_probe_tokens_there_is_one_request():
     made = draft(probe=0)
     assert (made.next_segment().max_tokens, made.next_segment().top_logprobs) == (40, 0)
-    turn = made.add(segment([EOS], out_of_room=False))
+    turn = made.add(segment([EOS]))
     assert isinstance(turn, Turn) and turn.entropies == []
 
 
@@ -121,7 +121,7 @@ def test_what_only_looked_like_a_stop_string_goes_on():
 )
 def test_a_turn_is_cut_after_the_token_that_completes_a_stop_string(ids):
     made = draft(probe=0, max_tokens=100)
-    turn = made.add(segment(ids + encode(" late"), out_of_room=False))  # tokens that came along in one step
+    turn = made.add(segment(ids + encode(" late")))  # tokens that came along in one step
     assert isinstance(turn, Turn) and turn.stop is TurnStop.STOP_STRING
     assert turn.ids == (ids + encode(" late"))[: len(turn.ids)]
     assert "</search>" in tokenizer().decode(turn.ids)
@@ -130,7 +130,7 @@ def test_a_turn_is_cut_after_the_token_that_completes_a_stop_string(ids):
 
 def test_an_eos_before_a_stop_string_ends_the_turn():
     made = draft(probe=0)
-    turn = made.add(segment([60, EOS, *encode("</search>")], out_of_room=False))
+    turn = made.add(segment([60, EOS, *encode("</search>")]))
     assert isinstance(turn, Turn)
     assert (turn.ids, turn.stop) == ([60, EOS], TurnStop.EOS)
 
@@ -155,9 +155,11 @@ def test_without_stop_strings_nothing_is_looked_for():
     assert finder(()).missing(encode("</sea")) == 0
 
 
-def test_an_end_without_a_reason_is_an_error():
-    with pytest.raises(EngineError, match="neither an EOS, a stop string"):
-        draft(probe=0).add(segment([60, 61], out_of_room=False))
+def test_an_end_that_vllm_only_imagined_is_none():
+    made = draft(probe=0)
+    assert made.add(segment([60])) is None  # it had 39 more
+    assert made.next_segment().ids == [*PROMPT, 60]
+    assert made.next_segment().max_tokens == 39
 
 
 @pytest.mark.parametrize("bad", [Segment([], []), Segment([60, 61], [-0.5])])

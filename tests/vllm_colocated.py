@@ -19,8 +19,7 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Engine, Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
-from support import python, search, tokenizer
-from vllm_server import save_model
+from support import python, save_sharp_model, search, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(12)]
 ROWS = Dataset.from_list(
@@ -70,7 +69,7 @@ def compare(model: Any, turns: dict[int, Turn]) -> dict[str, float]:
 
 
 def main(folder: Path) -> None:
-    model_path = save_model(folder / "model")
+    model_path = save_sharp_model(folder / "model")
     trainer = ARPOTrainer(
         model=model_path,
         reward_funcs=lambda completions, **columns: [float(i % 3) for i in range(len(completions))],

@@ -162,5 +162,4 @@ def _read(output: RequestOutput, top_logprobs: int) -> Segment:
         ids,
         [place[token].logprob for token, place in zip(ids, given, strict=True)],
         top if top_logprobs else [],
-        out_of_room=written.finish_reason == "length",
     )

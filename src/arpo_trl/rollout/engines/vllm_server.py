@@ -256,7 +256,6 @@ def _read(response: httpx.Response, url: str, top_logprobs: int) -> Segment:
             choice["token_ids"],
             given["token_logprobs"],
             [sorted(place.values(), reverse=True)[:top_logprobs] for place in places],
-            out_of_room=choice["finish_reason"] == "length",
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise EngineError(

@@ -4,8 +4,10 @@
     bridge       only where the probe ends inside what may become a stop string: just enough tokens to know
     rest         everything else; vLLM reads the prompt and the earlier segments from its prefix cache
 
-vLLM looks for stop strings within one request, so those that straddle two segments are looked for here, in the joined
-text. Ids are kept exactly as sampled, up to and with the token that completes a stop string.
+Where a turn ends is decided here, from its ids, and not by the reason that vLLM gives. It looks for stop strings
+within one request, so it misses those that straddle two segments. And where a request begins in the middle of a
+character, it takes its prompt for part of what it wrote, and stops after one token at a stop string of an earlier turn;
+the turn then just goes on. Ids are kept exactly as sampled, up to and with the token that completes a stop string.
 
 Pure: shared by the engine in the trainer's process and the one that asks servers; imports no vLLM.
 """
@@ -46,8 +48,6 @@ class Segment:
     ids: list[int]
     logprobs: list[float]
     top_logprobs: list[list[float]] = field(default_factory=list)
-    out_of_room: bool = True
-    """Whether it ended only because it had its number of tokens, and not at an EOS or a stop string."""
 
 
 class StopFinder:
@@ -130,13 +130,13 @@ class Draft:
         self._ids += segment.ids
         self._logprobs += segment.logprobs
         self._entropies += [entropy_from_top_k(top, self._vocab_size).nats for top in segment.top_logprobs]
-        stop = self._stop(start, segment)
+        stop = self._stop(start)
         if stop is None:
             return Probe(self.request.id, list(self._entropies)) if start < probe <= len(self._ids) else None
         probed = min(len(self._ids), probe)
         return Turn(self.request.id, self._ids, self._logprobs, self._entropies[:probed], stop)
 
-    def _stop(self, start: int, segment: Segment) -> TurnStop | None:
+    def _stop(self, start: int) -> TurnStop | None:
         """Why the turn is over, cut where it ended; None if it is not."""
         end = self._stops.end(self._ids, start)
         eos = next((i + 1 for i in range(start, len(self._ids)) if self._ids[i] in self._eos_ids), None)
@@ -144,11 +144,6 @@ class Draft:
         if ends:
             del self._ids[min(ends) :], self._logprobs[min(ends) :]
             return TurnStop.EOS if min(ends) == eos else TurnStop.STOP_STRING
-        if not segment.out_of_room:
-            raise EngineError(
-                f"vLLM ended turn {self.request.key} after {len(self._ids)} tokens, at neither an EOS, a stop string "
-                "nor the length asked for. Does it use the trainer's tokenizer?"
-            )
         return TurnStop.LENGTH if len(self._ids) >= self.request.max_tokens else None
 
 

@@ -1,7 +1,8 @@
-"""A real vLLM server on the loopback, for tests: started, killed, restarted on the same port."""
+"""A vLLM server on the loopback, of this environment's vLLM: for benchmarks, and for tests, which also kill it."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -13,25 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-import torch
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
-
-from arpo_trl.quickstart.model import build_model, build_tokenizer
-from support import TEXTS
 
 UP_S = 180.0
 """Most seconds that a server may take to come up on a slow machine."""
-
-
-def save_model(folder: Path, seed: int = 0) -> str:
-    """The quickstart's model for the tests' tokenizer, with distributions that are neither flat nor certain."""
-    tokenizer: PreTrainedTokenizerFast = build_tokenizer(TEXTS * 3)
-    model: Qwen3ForCausalLM = build_model(tokenizer, seed)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(5)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def free_port() -> int:
@@ -40,32 +25,41 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-class Server:
-    """One server process; `flags` and `environment` come on top of what a server to be trained against needs."""
+def _die_with_parent() -> None:
+    """Has the kernel kill the server should whoever started it be killed first (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
-    def __init__(self, model: str, log: Path, *flags: str, port: int | None = None, **environment: str | None):
-        self.port = port or free_port()
+
+class Server:
+    """One server process, ready to be trained against; a restarted one keeps its port."""
+
+    def __init__(self, model: str, log: Path, *flags: str):
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
             *("--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--dtype", "float32"),
             *("--max-num-seqs", "64", "--max-model-len", "1024", "--logprobs-mode", "processed_logprobs", *flags),
         ]
-        settings = {
+        self._environment = os.environ | {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            **environment,
         }
-        self._environment = {k: v for k, v in (dict(os.environ) | settings).items() if v is not None}
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Server:
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=log, env=self._environment, start_new_session=True
+                self._command,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
             )
         return self
 
@@ -93,8 +87,8 @@ class Server:
 
 
 @contextmanager
-def running(model: str, log: Path, *flags: str, **environment: str | None) -> Iterator[Server]:
-    server = Server(model, log, *flags, **environment).start()
+def running(model: str, log: Path, *flags: str) -> Iterator[Server]:
+    server = Server(model, log, *flags).start()
     try:
         yield server.wait()
     finally:
