@@ -191,6 +191,16 @@ def test_a_repeated_run_samples_the_same_and_other_seeds_do_not(server, model, t
     assert sum(first[i].ids != other[i].ids for i in first) > 8
 
 
+def test_prompts_that_are_read_in_pieces_sample_what_they_would_have_alone(server, model, tmp_path):
+    """40 prompts of 200 tokens do not fit into one step of 2,048."""
+    setup = Setup(model, tmp_path, server)
+    long = [TurnRequest(i, [40 + i, *(PROMPTS[3] * 50)[:199]], 12, 4, 500 + i, (i, 0)) for i in range(40)]
+    together, _ = setup.run(long)
+    alone = {request.id: setup.run([request])[0][request.id] for request in long[::8]}
+    assert len(together) == 40
+    assert {i: together[i].ids for i in alone} == {i: turn.ids for i, turn in alone.items()}
+
+
 def test_equal_prompts_with_different_seeds_write_different_turns(server, model, tmp_path):
     same = [TurnRequest(i, PROMPTS[3], 12, 4, 70 + i, (0, i)) for i in range(6)]
     turns, _ = Setup(model, tmp_path, server).run(same)

@@ -35,7 +35,7 @@ from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.engines.vllm_cpu import keep_weights_unpacked
+from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
 from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
@@ -411,7 +411,7 @@ def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
     use_vllm = args.use_vllm
     args.use_vllm = use_vllm and args.vllm_mode == "colocate" and engine is None
     if args.use_vllm:
-        keep_weights_unpacked()
+        prepare_cpu()
     try:
         yield
     finally:

@@ -6,7 +6,7 @@
 
 Where a turn ends is decided here, from its ids, and not by the reason that vLLM gives. It looks for stop strings
 within one request, so it misses those that straddle two segments. And where a request begins in the middle of a
-character, it takes its prompt for part of what it wrote, and stops after one token at a stop string of an earlier turn;
+character, it takes its prompt for part of what it wrote and stops after one token at a stop string of an earlier turn;
 the turn then just goes on. Ids are kept exactly as sampled, up to and with the token that completes a stop string.
 
 Pure: shared by the engine in the trainer's process and the one that asks servers; imports no vLLM.
