@@ -40,13 +40,25 @@ class Server:
         self._command = [
             *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
             *("--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--dtype", "float32"),
-            *("--max-num-seqs", "64", "--max-model-len", "1024", "--logprobs-mode", "processed_logprobs", *flags),
+            *(
+                "--max-num-seqs",
+                "64",
+                "--max-model-len",
+                "1024",
+                "--block-size",
+                "32",
+                "--logprobs-mode",
+                "processed_logprobs",
+                *flags,
+            ),
         ]
         self._environment = os.environ | {
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            # Else parts of the sampler are compiled for each new shape, some ten seconds of g++ at any moment.
+            "TORCHDYNAMO_DISABLE": "1",
         }
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
@@ -64,7 +76,7 @@ class Server:
         return self
 
     def wait(self) -> Server:
-        """Returns once the server has answered a request: the first takes seconds of compiling."""
+        """Returns once the server has answered a request."""
         assert self._process is not None
         deadline = time.monotonic() + UP_S
         while time.monotonic() < deadline:

@@ -1,4 +1,5 @@
 import importlib.util
+import shlex
 import sys
 from dataclasses import fields
 from functools import cache
@@ -242,6 +243,37 @@ def test_flags_win_over_the_file(tmp_path):
     file = written(tmp_path, branch_rule="random", branch_threshold=0.6)
     _, _, made, _ = parse("train", file, "--branch_rule", "ranked")
     assert (made.branch_rule, made.branch_threshold) == ("ranked", 0.6)
+
+
+def documented_commands() -> list[tuple[str, list[str]]]:
+    """The words after `train.py` of each command in the documentation and in the heads of the configurations."""
+    found = []
+    for file in (ROOT / "docs/vllm.md", *CONFIGS):
+        text = file.read_text("utf-8").replace("\n#", "\n").replace("\\\n", " ")
+        for line in text.splitlines():
+            if "train.py --config" in line:
+                found.append((file.name, shlex.split(line.partition("train.py")[2].replace("INDEX", "index"))))
+    return found
+
+
+@pytest.mark.parametrize(("where", "words"), documented_commands(), ids=lambda value: str(value)[:40])
+def test_every_documented_command_parses(where, words):
+    words[1] = str(ROOT / words[1])
+    *_, made, _ = parse_settings(script("train").SETTINGS, [*words, "--use_cpu", "true"])
+    assert isinstance(made, ARPOConfig)
+
+
+@pytest.mark.parametrize("file", [file for file in CONFIGS if "vllm" in file.stem], ids=lambda file: file.name)
+def test_a_published_run_has_the_published_batch(file):
+    """128 prompts a step in mini-batches of 16, for the 14 B model 64 in 8, on 8 GPUs, or 4 beside servers."""
+    *_, made, model = parse("train", file)
+    prompts, mini_batch = (64, 8) if "14b" in file.stem else (128, 16)
+    ranks = 4 if "lora" in file.stem else 8
+    leaves = made.num_generations
+    assert ranks * made.per_device_train_batch_size * made.steps_per_generation == prompts * leaves
+    assert ranks * made.per_device_train_batch_size * made.gradient_accumulation_steps == mini_batch * leaves
+    assert (leaves, made.initial_rollouts) == ((12, 6) if "14b" in file.stem else (16, 8))
+    assert made.use_vllm and model.use_peft == ("lora" in file.stem)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
