@@ -11,8 +11,31 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # forked children would warn abo
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose more to threads than they gain; sums keep their order
 os.environ["MPLBACKEND"] = "Agg"
 
+import importlib.util
+
 import pytest
 from transformers import set_seed
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+NO_VLLM = "vLLM is not installed: the tests marked `vllm` did not run. `make test` installs its CPU build."
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs vLLM where it is missing; in CI that is an error, since nobody would read of the skips."""
+    needing = [item for item in items if item.get_closest_marker("vllm")]
+    if HAS_VLLM or not needing:
+        return
+    if os.environ.get("CI") == "true":
+        raise pytest.UsageError(NO_VLLM)
+    for item in needing:
+        item.add_marker(pytest.mark.skip(reason=NO_VLLM))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_VLLM in str(report.longrepr)]
+    if skipped:
+        terminalreporter.section("vLLM MISSING", red=True, bold=True)
+        terminalreporter.write_line(f"{len(skipped)} tests skipped. {NO_VLLM}", red=True, bold=True)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ import torch
 import trl
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from arpo_trl.quickstart.model import build_tokenizer
+from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
@@ -67,6 +67,16 @@ def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:
 
 def save_tiny_model(folder: Path) -> str:
     tiny_model().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def save_sharp_model(folder: Path) -> str:
+    """The quickstart's model for the tests' tokenizer, with distributions that are neither flat nor certain."""
+    model = build_model(tokenizer(), seed=0)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(5)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
 

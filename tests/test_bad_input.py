@@ -84,7 +84,7 @@ def test_args_of_grpo_are_refused(make, tmp_path):
         make(args=args)
 
 
-@pytest.mark.parametrize("settings", [{"use_vllm": True}, {"generation_kwargs": {"num_beams": 2}}])
+@pytest.mark.parametrize("settings", [{"cache_implementation": "static"}, {"generation_kwargs": {"num_beams": 2}}])
 def test_settings_that_the_sampler_would_ignore_are_refused(make, settings):
     with pytest.raises(ConfigError, match=f"{next(iter(settings))} is set, .* Unset it"):
         make(settings=settings)

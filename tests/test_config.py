@@ -1,4 +1,5 @@
 import importlib.util
+import shlex
 import sys
 from dataclasses import fields
 from functools import cache
@@ -14,6 +15,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 
 ROOT = Path(__file__).parent.parent
+SERVER = {"use_vllm": True, "vllm_mode": "server"}
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
@@ -85,6 +87,16 @@ def test_the_branch_policy_is_what_the_settings_say():
     assert made.branch_policy == BranchPolicy(BranchRule.RANDOM, 0.1, 0.3, 0.7, 2)
 
 
+def test_the_servers_are_those_that_are_listed_or_the_one_that_trl_would_ask():
+    assert config(**SERVER).server_urls == ["http://0.0.0.0:8000"]
+    assert config(**SERVER, vllm_server_base_url="http://a:1").server_urls == ["http://a:1"]
+    assert config(**SERVER, vllm_server_urls=["http://a:1", "http://b:2"]).server_urls == ["http://a:1", "http://b:2"]
+
+
+def test_corrections_for_vllm_are_made_token_by_token():
+    assert config().vllm_importance_sampling_mode == "token_truncate"  # TRL's default is a ratio per sequence
+
+
 def test_every_setting_of_ours_explains_itself():
     own = [field for field in fields(ARPOConfig) if field.name in ARPOConfig.__annotations__]
     assert len(own) > 15
@@ -133,7 +145,19 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ),
         ({"tool_timeout_s": 0.0}, "tool_timeout_s is 0.0; expected more than 0 seconds"),
         ({"tool_timeout_s": float("nan")}, "tool_timeout_s is nan; expected more than 0 seconds"),
-        ({"use_vllm": True}, "use_vllm is set, .* Unset it"),
+        ({"use_vllm": True, "vllm_mode": "remote"}, "vllm_mode is 'remote'; expected 'colocate' or 'server'"),
+        ({"vllm_server_urls": ["http://a"]}, "vllm_server_urls is set, .* Set use_vllm: true and vllm_mode: server"),
+        (SERVER | {"vllm_server_urls": []}, "expected at least one URL, and none twice"),
+        (SERVER | {"vllm_server_urls": ["http://a", "http://a"]}, "expected at least one URL, and none twice"),
+        (SERVER | {"vllm_server_urls": ["http://a"], "vllm_server_base_url": "http://b"}, "are both set"),
+        ({"weight_sync": "post"}, r"weight_sync is 'post'; expected one of \['nccl', 'disk'\]"),
+        ({"weight_sync_tolerance": 0.0}, "weight_sync_tolerance is 0.0; expected more than 0 nats"),
+        ({"vllm_request_timeout_s": -1.0}, "vllm_request_timeout_s is -1.0; expected more than 0 seconds"),
+        ({"entropy_top_logprobs": 0}, "entropy_top_logprobs is 0; expected an integer of at least 1"),
+        (
+            SERVER | {"loss_type": "vespo", "vllm_importance_sampling_mode": "sequence_mask"},
+            "loss_type is 'vespo' but vllm_importance_sampling_mode is 'sequence_mask'",
+        ),
         ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs is set, .* Unset it"),
         ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own objection
@@ -234,6 +258,37 @@ def test_flags_win_over_the_file(tmp_path):
     file = written(tmp_path, branch_rule="random", branch_threshold=0.6)
     _, _, made, _ = parse("train", file, "--branch_rule", "ranked")
     assert (made.branch_rule, made.branch_threshold) == ("ranked", 0.6)
+
+
+def documented_commands() -> list[tuple[str, list[str]]]:
+    """The words after `train.py` of each command in the documentation and in the heads of the configurations."""
+    found = []
+    for file in (ROOT / "docs/vllm.md", *CONFIGS):
+        text = file.read_text("utf-8").replace("\n#", "\n").replace("\\\n", " ")
+        for line in text.splitlines():
+            if "train.py --config" in line:
+                found.append((file.name, shlex.split(line.partition("train.py")[2].replace("INDEX", "index"))))
+    return found
+
+
+@pytest.mark.parametrize(("where", "words"), documented_commands(), ids=lambda value: str(value)[:40])
+def test_every_documented_command_parses(where, words):
+    words[1] = str(ROOT / words[1])
+    *_, made, _ = parse_settings(script("train").SETTINGS, [*words, "--use_cpu", "true"])
+    assert isinstance(made, ARPOConfig)
+
+
+@pytest.mark.parametrize("file", [file for file in CONFIGS if "vllm" in file.stem], ids=lambda file: file.name)
+def test_a_published_run_has_the_published_batch(file):
+    """128 prompts a step in mini-batches of 16, for the 14 B model 64 in 8, on 8 GPUs, or 4 beside servers."""
+    *_, made, model = parse("train", file)
+    prompts, mini_batch = (64, 8) if "14b" in file.stem else (128, 16)
+    ranks = 4 if "lora" in file.stem else 8
+    leaves = made.num_generations
+    assert ranks * made.per_device_train_batch_size * made.steps_per_generation == prompts * leaves
+    assert ranks * made.per_device_train_batch_size * made.gradient_accumulation_steps == mini_batch * leaves
+    assert (leaves, made.initial_rollouts) == ((12, 6) if "14b" in file.stem else (16, 8))
+    assert made.use_vllm and model.use_peft == ("lora" in file.stem)
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)

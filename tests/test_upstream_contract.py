@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -30,6 +31,7 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
 from trl import GRPOConfig, GRPOTrainer, TrlParser
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import (
     RepeatSampler,
@@ -363,6 +365,63 @@ def test_the_accelerators_autocast_is_the_training_forwards(trainer):
     assert isinstance(trainer.accelerator, Accelerator)
     with trainer.accelerator.autocast():
         pass
+
+
+# TRL: vLLM -----------------------------------------------------------------------------------------------------------
+
+
+def test_vllm_generation_connects_in_one_method_and_names_parameters_as_vllm_does(model_path):
+    """What weight_sync: disk builds on: TRL's walk over the parameters, without TRL's connection."""
+
+    class Unconnected(VLLMGeneration):
+        def _init_vllm(self):
+            self.connected = False
+
+    model = Qwen3ForCausalLM.from_pretrained(model_path)
+    names = {name for name, _ in model.named_parameters()}
+    made = Unconnected(model, Accelerator(cpu=True), tokenizer(), mode="server")
+    assert made.connected is False
+    assert {name for name, _ in made._iter_named_params()} == names
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    merged = Unconnected(adapted, Accelerator(cpu=True), tokenizer(), mode="server")
+    assert {name for name, _ in merged._iter_named_params()} == names
+
+
+def test_vllm_generation_takes_what_we_give_it_and_holds_what_we_read():
+    assert {"mode", "server_base_url", "server_timeout", "group_port"} <= set(parameters(VLLMGeneration.__init__))
+    source = inspect.getsource(VLLMGeneration)
+    for name in (
+        "self.llm ",
+        "self.enable_sleep_mode ",
+        "self._dist ",
+        "sleep(level=2)",
+        'wake_up(tags=["kv_cache"])',
+    ):
+        assert name in source
+
+
+def test_a_rollout_function_is_preceded_by_a_sync_unless_the_step_is_marked_as_loaded(trainer):
+    synced = []
+    trainer.use_vllm = True
+    trainer.vllm_generation = type("Generation", (), {"sync_weights": lambda self: synced.append(1)})()
+    trainer._last_loaded_step = trainer.state.global_step
+    trainer._generate(["what is", "what is"])
+    assert synced == []
+    trainer._last_loaded_step = -1
+    trainer._generate(["what is", "what is"])
+    assert synced == [1]
+
+
+def test_use_vllm_alone_turns_on_the_correction_from_sampling_logprobs(trainer):
+    trainer.use_vllm = True
+    trainer._last_loaded_step = trainer.state.global_step
+    trainer.vllm_importance_sampling_mode = "token_truncate"
+    made = batch(trainer)
+    assert made["importance_sampling_ratio"].shape == made["completion_ids"].shape
+    expected = (made["old_per_token_logps"] - made["sampling_per_token_logps"]).exp().clamp(max=3.0)
+    trained = (made["completion_mask"] * made["tool_mask"]).bool()
+    assert torch.allclose(made["importance_sampling_ratio"][trained], expected[trained])
+    assert trainer._metrics["train"]["sampling/sampling_logp_difference/mean"][0] > 0
 
 
 # TRL: helpers --------------------------------------------------------------------------------------------------------

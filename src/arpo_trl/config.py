@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import ClassVar
 
 from trl import GRPOConfig
@@ -16,13 +17,22 @@ from arpo_trl.rollout.protocol import ProtocolKind
 from arpo_trl.rollout.sampler import RolloutSchedule
 
 
+class WeightSync(StrEnum):
+    """How weights reach vLLM servers."""
+
+    NCCL = "nccl"
+    """TRL's transfer from GPU to GPU."""
+    DISK = "disk"
+    """Saved to a folder that trainer and servers share, and loaded from there."""
+
+
 @dataclass
 class ARPOConfig(GRPOConfig):
     """Configuration of [`ARPOTrainer`].
 
     Every field of `GRPOConfig` is kept. Defaults that differ: `num_generations` 16, `loss_type` "grpo",
-    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, and `per_device_train_batch_size` 16,
-    which is one group.
+    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, `per_device_train_batch_size` 16,
+    which is one group, and `vllm_importance_sampling_mode` "token_truncate".
 
     Raises:
         ConfigError: A setting, or two together, cannot work, TRL's own objections included. Checked here, before
@@ -128,6 +138,44 @@ class ARPOConfig(GRPOConfig):
                   "first, with their mean advantage).", "choices": [kind.value for kind in SharedPrefixWeight]},
     )  # fmt: skip
 
+    # Parameters that control vLLM (use_vllm, vllm_mode and the other vllm_… settings are TRL's)
+    vllm_server_urls: list[str] | None = field(
+        default=None,
+        metadata={"help": "vllm_mode 'server': the servers' base URLs; a tree's paths all go to one of them. None: "
+                  "vllm_server_base_url, or else vllm_server_host and vllm_server_port."},
+    )  # fmt: skip
+    vllm_request_timeout_s: float = field(
+        default=1800.0,
+        metadata={"help": "Seconds that a server may take over one request. > 0. For how long a server may stay away "
+                  "there is vllm_server_timeout."},
+    )  # fmt: skip
+    weight_sync: str = field(
+        default=WeightSync.NCCL.value,
+        metadata={"help": "How weights reach the servers: 'nccl' (TRL's transfer from GPU to GPU), 'disk' (by way of "
+                  "a shared folder; works on any hardware and survives a server's restart).",
+                  "choices": [kind.value for kind in WeightSync]},
+    )  # fmt: skip
+    weight_sync_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder for weight_sync 'disk', which the servers must see under the same path. None: "
+                  "<output_dir>/served_weights."},
+    )  # fmt: skip
+    weight_sync_tolerance: float = field(
+        default=0.05,
+        metadata={"help": "Most mean |difference| between vLLM's logprobs of a fixed text and the trainer's after a "
+                  "sync, in nats; beyond it the run stops. > 0."},
+    )  # fmt: skip
+    entropy_top_logprobs: int = field(
+        default=20,
+        metadata={"help": "Logprobs that vLLM returns for each of a turn's first k tokens; the entropy is estimated "
+                  "from them, the tail included. >= 1."},
+    )  # fmt: skip
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate",
+        metadata={"help": "TRL's correction for where vLLM's logprobs are not the trainer's. Token by token, since a "
+                  "ratio over a whole trajectory of many turns multiplies all of its noise."},
+    )  # fmt: skip
+
     # Parameters that control the forward pass of the update
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
@@ -175,6 +223,12 @@ class ARPOConfig(GRPOConfig):
             )
         return places
 
+    @property
+    def server_urls(self) -> list[str]:
+        """The vLLM servers of `vllm_mode` "server"."""
+        one = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+        return self.vllm_server_urls or [one]
+
     def _check_ranges(self) -> None:
         m = self.num_generations
         if not isinstance(m, int) or m < 2:
@@ -192,6 +246,7 @@ class ARPOConfig(GRPOConfig):
             ("tool_concurrency", 1),
             ("max_tool_calling_iterations", 0),
             ("max_tool_result_tokens", 16),
+            ("entropy_top_logprobs", 1),
             ("max_completion_length", 1),
         ):
             value = getattr(self, name)
@@ -203,8 +258,12 @@ class ARPOConfig(GRPOConfig):
                 raise ConfigError(f"{name} is {value}; expected a number in [0, 1].")
         if not math.isfinite(self.entropy_weight):
             raise ConfigError(f"entropy_weight is {self.entropy_weight}; expected a finite number.")
-        if not self.tool_timeout_s > 0:
-            raise ConfigError(f"tool_timeout_s is {self.tool_timeout_s}; expected more than 0 seconds.")
+        for name in ("tool_timeout_s", "vllm_request_timeout_s"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise ConfigError(f"{name} is {value}; expected more than 0 seconds.")
+        if not self.weight_sync_tolerance > 0:
+            raise ConfigError(f"weight_sync_tolerance is {self.weight_sync_tolerance}; expected more than 0 nats.")
         for name, kinds in (
             ("branch_rule", BranchRule),
             ("rollout_schedule", RolloutSchedule),
@@ -212,6 +271,7 @@ class ARPOConfig(GRPOConfig):
             ("advantage_attribution", AdvantageAttribution),
             ("shared_prefix_weight", SharedPrefixWeight),
             ("shared_prefix_forward", SharedPrefixForward),
+            ("weight_sync", WeightSync),
         ):
             value = getattr(self, name)
             if value not in {kind.value for kind in kinds}:
@@ -246,5 +306,22 @@ class ARPOConfig(GRPOConfig):
         ):
             if getattr(self, name):
                 raise ConfigError(f"{name} is set, but the tree sampler does not read it. Unset it.")
-        if self.use_vllm:
-            raise ConfigError("use_vllm is set, but this version samples with transformers only. Unset it.")
+        if self.use_vllm and self.vllm_mode not in ("colocate", "server"):
+            raise ConfigError(f"vllm_mode is {self.vllm_mode!r}; expected 'colocate' or 'server'.")
+        per_token = self.vllm_importance_sampling_mode in ("token_truncate", "token_mask")
+        if self.use_vllm and self.loss_type == "vespo" and self.vllm_importance_sampling_correction and not per_token:
+            raise ConfigError(
+                f"loss_type is 'vespo' but vllm_importance_sampling_mode is {self.vllm_importance_sampling_mode!r}; "
+                "expected 'token_truncate' or 'token_mask'."
+            )
+        urls = self.vllm_server_urls
+        if urls is None:
+            return
+        if not self.use_vllm or self.vllm_mode != "server":
+            raise ConfigError(
+                "vllm_server_urls is set, but nothing asks those servers. Set use_vllm: true and vllm_mode: server."
+            )
+        if self.vllm_server_base_url is not None:
+            raise ConfigError("vllm_server_urls and vllm_server_base_url are both set. Put all URLs into the former.")
+        if not urls or len(set(urls)) < len(urls):
+            raise ConfigError(f"vllm_server_urls is {urls}; expected at least one URL, and none twice.")

@@ -35,6 +35,8 @@ from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
+from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
+from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
@@ -44,6 +46,7 @@ from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 logger = get_logger(__name__)
 
 UNLIMITED_CALLS = 1 << 30
+LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
 
 
 @dataclass(slots=True)
@@ -70,6 +73,7 @@ class ARPOTrainer(GRPOTrainer):
 
     - `_generate`: prompts are rolled out as trees. TRL's own hook for custom rollouts carries them, so its length and
       truncation metrics stay; the decoded completions are replaced by ours.
+    - vLLM: TRL starts it when colocated; its generation and its moment of moving weights are replaced by an engine's.
     - `_generate_and_score_completions`: the group advantages (B,) become per-token ones (B, T) where leaves share
       nodes. Where none do, the batch is TRL's, bit for bit.
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
@@ -133,13 +137,15 @@ class ARPOTrainer(GRPOTrainer):
             cache=args.tool_cache,
         )
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
-        super().__init__(
-            model=model,
-            reward_funcs=[_checked(function) for function in functions],
-            args=args,
-            train_dataset=train_dataset,
-            **kwargs,
-        )
+        with _vllm_left_to_us(args, engine):
+            super().__init__(
+                model=model,
+                reward_funcs=[_checked(function) for function in functions],
+                args=args,
+                train_dataset=train_dataset,
+                **kwargs,
+            )
+        self.use_vllm = args.use_vllm
         if self._is_vlm:
             raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
         self.protocol = PROTOCOLS[ProtocolKind(args.tool_protocol)](
@@ -175,6 +181,9 @@ class ARPOTrainer(GRPOTrainer):
             self.repetition_penalty,
         )
         context = self.model.config.get_text_config().max_position_embeddings
+        if engine is None and args.use_vllm:
+            engine, longest = self._vllm_engine(settings)
+            context = min(context, longest)
         return TreeSampler(
             engine or TransformersEngine(self._tokenizer, settings, self._model_for_generation),
             self.toolbox,
@@ -193,6 +202,14 @@ class ARPOTrainer(GRPOTrainer):
             ),
             eos_ids,
         )
+
+    def _vllm_engine(self, settings: SamplingSettings) -> tuple[Engine, int]:
+        """The engine that `vllm_mode` names, and its context in tokens."""
+        vocab_size = self.model.config.get_text_config().vocab_size
+        common = (self._tokenizer, settings, lambda: self.state.global_step, self._logprobs_of, vocab_size)
+        if self.args.vllm_mode == "colocate":
+            return colocate_engine(self.args, self.vllm_generation, *common)
+        return server_engine(self.args, self.model, self.accelerator, *common)
 
     # Generation ------------------------------------------------------------------------------------------------------
 
@@ -214,8 +231,19 @@ class ARPOTrainer(GRPOTrainer):
         ):
             yield model
 
+    def _logprobs_of(self, ids: Sequence[int]) -> list[float]:
+        """The model's logprob of each id but the first, given those before it; a collective."""
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            row = torch.tensor([list(ids)], device=self.accelerator.device)
+            logits = self.model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, :-1]
+        self.model.train(training)
+        return logits.float().log_softmax(dim=-1).gather(1, row[0, 1:].unsqueeze(1)).squeeze(1).tolist()
+
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
         """TRL's `_generate` around our rollout, with completions as messages (or text), not as one decoded string."""
+        self._last_loaded_step = self.state.global_step  # the engine moves the weights when its session opens
         ids, completion_ids, mask, completions, logprobs, extra, images, tool_images = super()._generate(prompts)
         assert self._last is not None
         completions = [
@@ -464,9 +492,22 @@ class ARPOTrainer(GRPOTrainer):
             longest = sum(len(part.encode()) + template for part in parts)
             if longest > room and (length := len(self.protocol.encode_prompt(prompt))) > room:
                 raise ConfigError(
-                    f"Dataset row {i}: its prompt has {length} tokens, but the model's context is "
-                    f"{room + 1}, which leaves no room for a completion. Shorten or drop the row."
+                    f"Dataset row {i}: its prompt has {length} tokens, but the context is {room + 1}, which leaves "
+                    f"no room for a completion. Shorten or drop the row{LONGER if self.args.use_vllm else ''}."
                 )
+
+
+@contextmanager
+def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
+    """Keeps TRL from connecting to vLLM where it need not, or from a CPU cannot; colocated, it does start vLLM."""
+    use_vllm = args.use_vllm
+    args.use_vllm = use_vllm and args.vllm_mode == "colocate" and engine is None
+    if args.use_vllm:
+        prepare_cpu()
+    try:
+        yield
+    finally:
+        args.use_vllm = use_vllm
 
 
 def _as_messages(leaf: Leaf) -> list[dict[str, str]]:

@@ -1,0 +1,74 @@
+"""What entropy probing costs: tokens per second of one vLLM server with it and without.
+
+    python benchmarks/probe_cost.py
+
+64 turns at a time, as many tokens each as `--tokens` says, from random models: the quickstart's (0.6 M parameters), to
+which a server's own work per request and token is most of it, and one of 26 M, whose forward counts for more. With
+probing a turn is two requests, of which the first asks for 20 logprobs at each of its 20 tokens; without, it is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from overlap import engine_on
+from serving import running
+
+TURNS, PROBE = 64, 20
+
+
+def tokens_per_s(engine: VLLMServerEngine, tokenizer: Any, tokens: int, probe: int, seed: int) -> float:
+    prompt = tokenizer.encode("the melting point of iron is what? " * 10)
+    written = 0
+    with engine.session():
+        start = time.perf_counter()
+        for i in range(TURNS):
+            engine.submit(TurnRequest(i, prompt, tokens, probe, seed * TURNS + i, (i, 0)))
+        while engine.pending:
+            written += sum(len(event.ids) for event in engine.poll(0.05) if isinstance(event, Turn))
+        seconds = time.perf_counter() - start
+    assert written == TURNS * tokens
+    return written / seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[100, 400])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--large", action="store_true", help="The model of 26 M parameters.")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        save_cold_start_base(folder)
+        if arguments.large:
+            config = Qwen3Config.from_pretrained(folder, hidden_size=512, intermediate_size=1536, num_hidden_layers=8)
+            Qwen3ForCausalLM(config).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with running(folder, Path(folder) / "log") as server:
+            engine = engine_on(server.url, tokenizer, SamplingSettings(()))
+            tokens_per_s(engine, tokenizer, 100, PROBE, 0)  # warms the server up
+            for tokens in arguments.tokens:
+                rates: dict[int, list[float]] = {0: [], PROBE: []}
+                for repeat in range(arguments.repeats):
+                    for probe, measured in rates.items():  # in turn, so that both see the same machine
+                        measured.append(tokens_per_s(engine, tokenizer, tokens, probe, repeat))
+                without, probing = median(rates[0]), median(rates[PROBE])
+                ratios = sorted(a / b for a, b in zip(rates[PROBE], rates[0], strict=True))
+                print(
+                    f"{tokens} tokens a turn: {without:,.0f} tokens/s without, {probing:,.0f} with probing, ratio "
+                    f"{median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f} in {len(ratios)} pairs)",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

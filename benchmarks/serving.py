@@ -1,0 +1,107 @@
+"""A vLLM server on the loopback, of this environment's vLLM: for benchmarks, and for tests, which also kill it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+UP_S = 180.0
+"""Most seconds that a server may take to come up on a slow machine."""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _die_with_parent() -> None:
+    """Has the kernel kill the server should whoever started it be killed first (Linux only)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+class Server:
+    """One server process, ready to be trained against; a restarted one keeps its port."""
+
+    def __init__(self, model: str, log: Path, *flags: str):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._command = [
+            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model),
+            *("--host", "127.0.0.1", "--port", str(self.port), "--enforce-eager", "--dtype", "float32"),
+            *(
+                "--max-num-seqs",
+                "64",
+                "--max-model-len",
+                "1024",
+                "--block-size",
+                "32",
+                "--logprobs-mode",
+                "processed_logprobs",
+                *flags,
+            ),
+        ]
+        self._environment = os.environ | {
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            # Else parts of the sampler are compiled for each new shape, some ten seconds of g++ at any moment.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Server:
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                start_new_session=True,
+                preexec_fn=_die_with_parent,
+            )
+        return self
+
+    def wait(self) -> Server:
+        """Returns once the server has answered a request."""
+        assert self._process is not None
+        deadline = time.monotonic() + UP_S
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self._log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{self.url}/health").status_code == 200:
+                    body = {"prompt": [40, 41], "max_tokens": 2, "logprobs": 2}
+                    httpx.post(f"{self.url}/v1/completions", json=body, timeout=UP_S).raise_for_status()
+                    return self
+            except httpx.ConnectError:
+                time.sleep(0.2)
+        raise AssertionError(f"no server after {UP_S} s: {self._log.read_text()[-3000:]}")
+
+    def kill(self) -> None:
+        """The whole process group at once, as a machine that goes down."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@contextmanager
+def running(model: str, log: Path, *flags: str) -> Iterator[Server]:
+    server = Server(model, log, *flags).start()
+    try:
+        yield server.wait()
+    finally:
+        server.kill()

@@ -1,0 +1,155 @@
+"""Several ranks that share one engine, as a tensor parallel group does, each with rollouts of its own.
+
+Such an engine must see the same requests in the same order, step by step, on every rank, but the ranks' samplers go
+their own ways: one waits for a tool while another has turns to write. So each rank runs the engine in a thread, and
+the threads go in rounds:
+
+    gather    every rank's new requests, whether it is done, and what the last step brought
+    submit    all of them to the engine, in rank order: the same on every rank
+    step      the engine; what came of it on the group's first rank holds for all, and goes to whoever asked for it
+
+A rank without live paths, or whose tools all run, so keeps up with the others, and a session closes when all are done.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+
+from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnRequest
+
+IDLE_S = 0.002
+"""Pause between two rounds in which nobody has anything to write."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Round:
+    """What one rank tells the others."""
+
+    requests: list[TurnRequest]
+    events: list[Probe | Turn]
+    done: bool
+    problem: str | None
+
+
+class LockstepEngine:
+    """An engine whose steps all ranks of `group` take together; `group` must carry objects (gloo)."""
+
+    def __init__(self, inner: Engine, group: dist.ProcessGroup):
+        self.vocab_size = inner.vocab_size
+        self.forward_s = 0.0
+        self._inner = inner
+        self._group = group
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._requests: queue.SimpleQueue[TurnRequest] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Probe | Turn | EngineError] = queue.SimpleQueue()
+        self._pending = 0
+        self._done = False
+        self._problem: str | None = None
+
+    @property
+    def pending(self) -> int:
+        return self._pending
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        with self._inner.session():
+            self._requests, self._events = queue.SimpleQueue(), queue.SimpleQueue()
+            self._done, self._problem = False, None
+            thread = threading.Thread(target=self._run, args=(_current_device(),), name="lockstep", daemon=True)
+            thread.start()
+            try:
+                yield
+            except BaseException as error:
+                self._problem = f"{type(error).__name__} on rank {dist.get_rank()}: {error}"
+                raise
+            finally:
+                self._done = True
+                thread.join()
+                self._pending = 0
+        while not self._events.empty():  # another rank's failure after this one was done
+            if isinstance(event := self._events.get(), EngineError):
+                raise event
+
+    def submit(self, request: TurnRequest) -> None:
+        self._pending += 1
+        self._requests.put(request)
+
+    def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
+        if not self._pending:
+            return []
+        events: list[Probe | Turn] = []
+        try:
+            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
+            while True:
+                if isinstance(event, EngineError):
+                    raise event
+                events.append(event)
+                self._pending -= isinstance(event, Turn)
+                event = self._events.get_nowait()
+        except queue.Empty:
+            return events
+
+    # In the engine's thread ------------------------------------------------------------------------------------------
+
+    def _run(self, device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # which device is current is a thread's own matter
+        mine: list[Probe | Turn] = []
+        while True:
+            done = self._done  # before the requests are taken: nothing is submitted after it
+            rounds: list[_Round | None] = [None] * self._size
+            dist.all_gather_object(rounds, _Round(self._drain(), mine, done, self._problem), self._group)
+            told = [each for each in rounds if each is not None]
+            if problems := [each.problem for each in told if each.problem is not None]:
+                self._events.put(EngineError(f"The tensor parallel group stopped: {problems[0]}"))
+                return
+            self._deliver(told[0].events)
+            if _ids(told[0].events) != _ids(mine):
+                self._problem = f"rank {dist.get_rank()} sampled other tokens than the group's first"
+            if all(each.done for each in told):
+                return
+            mine = []
+            try:
+                for rank, each in enumerate(told):
+                    for request in each.requests:
+                        self._inner.submit(self._shared(request, rank))
+                if self._inner.pending:
+                    mine = self._inner.poll(0.0)
+                    self.forward_s = self._inner.forward_s
+                else:
+                    time.sleep(IDLE_S)
+            except Exception as error:  # told to all in the next round
+                self._problem = f"{type(error).__name__} on rank {dist.get_rank()}: {error}"
+
+    def _drain(self) -> list[TurnRequest]:
+        requests = []
+        while not self._requests.empty():
+            requests.append(self._requests.get())
+        return requests
+
+    def _shared(self, request: TurnRequest, rank: int) -> TurnRequest:
+        """The request under a number that is its own among all ranks'."""
+        after = None if request.after is None else request.after * self._size + rank
+        return replace(request, id=request.id * self._size + rank, after=after)
+
+    def _deliver(self, events: list[Probe | Turn]) -> None:
+        for event in events:
+            if event.id % self._size == self._rank:
+                self._events.put(replace(event, id=event.id // self._size))
+
+
+def _ids(events: list[Probe | Turn]) -> list[tuple[int, list[int]]]:
+    return [(event.id, event.ids if isinstance(event, Turn) else []) for event in events]
+
+
+def _current_device() -> int | None:
+    return torch.cuda.current_device() if torch.cuda.is_available() else None

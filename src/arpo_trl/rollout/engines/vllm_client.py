@@ -1,0 +1,215 @@
+"""One vLLM server's endpoints besides generation: what it is, which weights it serves, how to give it others.
+
+Every error names the server's URL and the setting, the trainer's or the server's, that is to be changed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl.errors import ConfigError, EngineError
+
+API_KEY = "VLLM_API_KEY"
+"""The environment variable that holds the servers' key, if they ask for one; vLLM's own servers read the same."""
+FRESH = "default"
+"""The weight version of a server that still serves what it was started with."""
+PROBE_TEXT = (
+    "Iron melts at 1,538 °C. <search>melting point of tin</search>\n\ndef area(r):\n    return 3.14159 * r**2\n"
+    "Warum? 因为 x² + y² = z², \\boxed{42}."
+)
+"""Words, digits, code and several scripts: what tokenizers disagree about, and what logprobs are compared on."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server says of itself. `max_lora_rank` is None without `--enable-lora`; `max_logprobs` −1 is no limit."""
+
+    model: str
+    max_model_len: int
+    max_logprobs: int
+    logprobs_mode: str
+    dtype: str
+    max_lora_rank: int | None
+    replicas: int
+    weight_version: str
+
+
+def headers() -> dict[str, str]:
+    """The authorization that servers started with a key ask for."""
+    key = os.environ.get(API_KEY)
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+class ServerClient:
+    """Talks to one server, waiting for each answer. Raises EngineError when it is away or fails, naming its URL."""
+
+    def __init__(self, url: str, *, timeout_s: float):
+        self.url = url.rstrip("/").removesuffix("/v1")
+        # Loading weights takes as long as it takes; being connected does not.
+        self._http = httpx.Client(
+            base_url=self.url, headers=headers(), timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
+        )
+
+    def wait(self, away_s: float) -> None:
+        """Returns once the server is up; after `away_s` seconds without it, raises."""
+        deadline = time.monotonic() + away_s
+        while True:
+            try:
+                status = self._http.get("/health").status_code
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if status == 200:
+                    return
+                if status < 500:
+                    raise ConfigError(
+                        f"{self.url} answers /health with {status}: something else than a vLLM server listens there. "
+                        "Correct vllm_server_urls, or free the port."
+                    )
+                problem = f"it answers {status}"
+            if time.monotonic() >= deadline:
+                raise EngineError(
+                    f"The vLLM server {self.url} did not come up within {away_s:.0f} s ({problem}). Start it, correct "
+                    "vllm_server_urls, or raise vllm_server_timeout."
+                )
+            time.sleep(0.5)
+
+    def facts(self) -> ServerFacts:
+        """Asks the server what it is.
+
+        Raises:
+            ConfigError: It lacks an endpoint that is needed.
+        """
+        models = self._json("GET", "/v1/models", "This is no vLLM server. Correct vllm_server_urls.")["data"]
+        information = self._json(
+            "GET",
+            "/server_info?config_format=json",
+            "Start the server with VLLM_SERVER_DEV_MODE=1 in its environment: weights cannot be updated otherwise.",
+        )["vllm_config"]
+        lora = information.get("lora_config")
+        return ServerFacts(
+            next(model["id"] for model in models if model["parent"] is None),
+            int(models[0]["max_model_len"]),
+            int(information["model_config"]["max_logprobs"]),
+            str(information["model_config"]["logprobs_mode"]),
+            str(information["model_config"]["dtype"]).removeprefix("torch."),
+            None if lora is None else int(lora["max_lora_rank"]),
+            int(information["parallel_config"]["data_parallel_size"]),
+            self.weight_version(),
+        )
+
+    def weight_version(self) -> str:
+        answer = self._json("GET", "/weight_info", "The server needs vLLM ≥ 0.31 and VLLM_SERVER_DEV_MODE=1.")
+        return str(answer["weight_version"])
+
+    def boot(self) -> str | None:
+        """When the server's process started; None if it does not tell."""
+        try:
+            lines = self._http.get("/metrics").text.splitlines()
+        except httpx.TransportError:
+            return None
+        return next((line for line in lines if line.startswith("process_start_time_seconds")), None)
+
+    def tokenize(self, text: str, model: str) -> list[int]:
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        return self._json("POST", "/tokenize", "The server's /tokenize is needed to compare tokenizers.", body)[
+            "tokens"
+        ]
+
+    def logprobs(self, ids: Sequence[int], model: str) -> list[float]:
+        """The model's logprob of each id but the first, given those before it; at temperature 1."""
+        body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        choices = self._json("POST", "/v1/completions", "The server must serve /v1/completions.", body)["choices"]
+        given = choices[0]["prompt_logprobs"]
+        return [position[str(token)]["logprob"] for position, token in zip(given[1:], ids[1:], strict=True)]
+
+    def load_weights(self, folder: str) -> None:
+        """Has the server load the safetensors files of `folder`, as the server's own machine sees it.
+
+        vLLM's engine does not survive a folder that it cannot read.
+        """
+        hint = f"The server must see the folder {folder}: set weight_sync_dir to one that is shared with it."
+        self._json("POST", "/collective_rpc", hint, {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+
+    def load_adapter(self, name: str, folder: str) -> None:
+        hint = (
+            "Start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, and share the folder "
+            f"{folder} with it (weight_sync_dir)."
+        )
+        self._request("POST", "/v1/load_lora_adapter", hint, {"lora_name": name, "lora_path": folder})
+
+    def unload_adapter(self, name: str) -> None:
+        """Drops an adapter; one that a restarted server does not know is gone already."""
+        if name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"]):
+            self._request("POST", "/v1/unload_lora_adapter", "", {"lora_name": name})
+
+    def mark(self, version: str) -> None:
+        """Forgets the prefixes computed with other weights, and names those that are served now."""
+        if not self._json("POST", "/reset_prefix_cache", "Start the server with VLLM_SERVER_DEV_MODE=1.")["success"]:
+            raise EngineError(
+                f"{self.url} could not drop its prefix cache, which other requests hold. A server that is trained "
+                "against must serve nobody else."
+            )
+        self._json("POST", "/update_weight_version", "The server needs vLLM ≥ 0.31.", {"new_version": version})
+
+    def _json(self, method: str, path: str, hint: str, body: dict[str, Any] | None = None) -> Any:
+        response = self._request(method, path, hint, body)
+        try:
+            return response.json()
+        except ValueError as error:
+            raise EngineError(f"{self.url}{path} answered with something else than JSON. {hint}") from error
+
+    def _request(self, method: str, path: str, hint: str, body: dict[str, Any] | None = None) -> httpx.Response:
+        try:
+            response = self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise EngineError(
+                f"The vLLM server {self.url} was lost at {path} ({type(error).__name__}). Look at its log."
+            ) from error
+        if response.status_code in (401, 403):
+            raise ConfigError(f"{self.url} refuses access. Set the environment variable {API_KEY} to its key.")
+        if response.status_code == 404:
+            raise ConfigError(f"{self.url} has no {path.split('?')[0]} ({response.text[:200]}). {hint}")
+        if response.status_code != 200:
+            raise EngineError(f"{self.url}{path} answered {response.status_code}: {response.text[:500]}. {hint}")
+        return response
+
+
+def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_logprobs: int) -> ServerFacts:
+    """The facts of a server that can be sampled from and updated.
+
+    Raises:
+        ConfigError: It lacks an endpoint, logprobs of the right kind, enough of them, or the trainer's tokenizer.
+    """
+    facts = client.facts()
+    if facts.logprobs_mode != "processed_logprobs":
+        raise ConfigError(
+            f"{client.url} returns {facts.logprobs_mode}, which are not those of the distribution that it samples "
+            "from. Start it with --logprobs-mode processed_logprobs."
+        )
+    if 0 <= facts.max_logprobs < top_logprobs:
+        raise ConfigError(
+            f"{client.url} returns at most {facts.max_logprobs} logprobs, but entropy_top_logprobs is {top_logprobs}. "
+            f"Start it with --max-logprobs {top_logprobs}, or lower entropy_top_logprobs."
+        )
+    if facts.replicas > 1:
+        raise ConfigError(
+            f"{client.url} has {facts.replicas} data parallel replicas behind one URL: a tree's paths would be spread "
+            "over their prefix caches, and a comparison of logprobs would see one of them. Start one server for each, "
+            "and list all in vllm_server_urls."
+        )
+    ours = tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
+    theirs = client.tokenize(PROBE_TEXT, facts.model)
+    if ours != theirs:
+        raise ConfigError(
+            f"{client.url} has another tokenizer than the trainer: the same text has {len(theirs)} tokens there and "
+            f"{len(ours)} here. Start it with --model, or --tokenizer, of the model that is trained."
+        )
+    return facts

@@ -1,0 +1,124 @@
+"""The vLLM engine that a trainer's settings ask for, checked against the trainer before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from transformers import PreTrainedTokenizerBase
+from trl.generation.vllm_generation import VLLMGeneration
+
+from arpo_trl.config import ARPOConfig, WeightSync
+from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.engines.lockstep import LockstepEngine
+from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
+
+logger = get_logger(__name__)
+
+
+def colocate_engine(
+    args: ARPOConfig,
+    generation: VLLMGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SamplingSettings,
+    version: Callable[[], Hashable],
+    reference: Callable[[Sequence[int]], list[float]],
+    vocab_size: int,
+) -> tuple[Engine, int]:
+    """The engine on the vLLM that TRL has started, and its context in tokens."""
+    warn_of_other_distribution(settings)
+    engine = VLLMColocateEngine(
+        generation,
+        tokenizer,
+        settings,
+        version,
+        reference,
+        _probe(tokenizer),
+        args.weight_sync_tolerance,
+        vocab_size=vocab_size,
+        top_logprobs=args.entropy_top_logprobs,
+    )
+    size = args.vllm_tensor_parallel_size
+    if size == 1:
+        return engine, engine.max_length
+    ranks = torch.distributed.get_world_size()
+    groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
+    group, _ = torch.distributed.new_subgroups_by_enumeration(groups, backend="gloo")
+    return LockstepEngine(engine, group), engine.max_length
+
+
+def server_engine(
+    args: ARPOConfig,
+    model: Any,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SamplingSettings,
+    version: Callable[[], Hashable],
+    reference: Callable[[Sequence[int]], list[float]],
+    vocab_size: int,
+) -> tuple[Engine, int]:
+    """The engine on the servers that the settings name, and the shortest of their contexts in tokens.
+
+    Raises:
+        ConfigError: A server lacks something that is needed, or serves another model than the trainer's.
+        EngineError: A server does not come up.
+    """
+    warn_of_other_distribution(settings)
+    clients = [ServerClient(url, timeout_s=args.vllm_request_timeout_s) for url in args.server_urls]
+    for client in clients:
+        client.wait(args.vllm_server_timeout)
+    facts = [check_server(client, tokenizer, args.entropy_top_logprobs) for client in clients]
+    if args.weight_sync == WeightSync.NCCL:
+        transfer: Transfer = NcclTransfer(
+            model,
+            accelerator,
+            tokenizer,
+            [client.url for client in clients],
+            args.vllm_group_port,
+            args.vllm_server_timeout,
+        )
+    else:
+        folder = Path(args.weight_sync_dir or Path(args.output_dir) / "served_weights")
+        transfer = DiskTransfer(model, accelerator, tokenizer, folder, facts)
+    weights = ServedWeights(
+        clients, facts, transfer, accelerator, reference, _probe(tokenizer), args.weight_sync_tolerance
+    )
+    weights.check_model()
+    engine = VLLMServerEngine(
+        tokenizer,
+        settings,
+        weights,
+        version,
+        vocab_size=vocab_size,
+        top_logprobs=args.entropy_top_logprobs,
+        away_s=args.vllm_server_timeout,
+        request_s=args.vllm_request_timeout_s,
+    )
+    return engine, engine.max_length
+
+
+def warn_of_other_distribution(settings: SamplingSettings) -> None:
+    """Says so where sampling draws from something else than the distribution whose logprobs are trained."""
+    narrowed = {
+        "top_p": settings.top_p < 1.0,
+        "top_k": settings.top_k > 0,
+        "min_p": bool(settings.min_p),
+        "repetition_penalty": settings.repetition_penalty != 1.0,
+    }
+    if names := [name for name, narrows in narrowed.items() if narrows]:
+        logger.warning(
+            f"{', '.join(names)} make vLLM sample from another distribution than the one that is trained. Its "
+            "logprobs are those of what was sampled from, so the importance sampling correction counts the "
+            "difference, tokens that were ruled out excepted. The paper trains with top_p 1 and without the others."
+        )
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer.encode(PROBE_TEXT, add_special_tokens=False)

@@ -1,0 +1,170 @@
+"""A turn written by vLLM in segments: a short probe with top-k logprobs, then the rest with one logprob a token.
+
+    probe        the first k tokens, with their top-k logprobs: their entropies decide about branches
+    bridge       only where the probe ends inside what may become a stop string: just enough tokens to know
+    rest         everything else; vLLM reads the prompt and the earlier segments from its prefix cache
+
+Where a turn ends is decided here, from its ids, and not by the reason that vLLM gives. It looks for stop strings
+within one request, so it misses those that straddle two segments. And where a request begins in the middle of a
+character, it takes its prompt for part of what it wrote and stops after one token at a stop string of an earlier turn;
+the turn then just goes on. Ids are kept exactly as sampled, up to and with the token that completes a stop string.
+
+Pure: shared by the engine in the trainer's process and the one that asks servers; imports no vLLM.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
+
+SEED_STEP = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: sets the seeds of a turn's segments far apart."""
+SEEDS = 1 << 63
+"""vLLM takes seeds up to 2^63 − 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentRequest:
+    """What to ask vLLM for next: at most `max_tokens` tokens after `ids`, with `top_logprobs` besides the sampled."""
+
+    ids: list[int]
+    max_tokens: int
+    seed: int
+    top_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What vLLM wrote: ids, their logprobs, and each position's largest logprobs (empty where none were asked for)."""
+
+    ids: list[int]
+    logprobs: list[float]
+    top_logprobs: list[list[float]] = field(default_factory=list)
+
+
+class StopFinder:
+    """Where stop strings end in a sequence of ids, and whether one may be about to."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]):
+        self._tokenizer = tokenizer
+        self._stops = tuple(stop_strings)
+        # A token covers at least one byte; two more for a character that the window's first token begins in.
+        self._window = 2 + max((len(stop.encode()) for stop in self._stops), default=0)
+
+    def end(self, ids: list[int], start: int) -> int | None:
+        """The smallest n > `start` such that the text of `ids[:n]` holds a stop string that `ids[:start]` does not."""
+        first = max(0, start - self._window)
+
+        def holds(n: int) -> bool:
+            text = self._text(ids[first:n])
+            return any(stop in text for stop in self._stops)
+
+        if not self._stops or not holds(len(ids)):
+            return None
+        return bisect_left(range(start + 1, len(ids)), True, key=holds) + start + 1
+
+    def missing(self, ids: list[int]) -> int:
+        """Characters that would complete the stop string that `ids` ends in the middle of; 0 if it does not."""
+        text = self._text(ids[-self._window :]).rstrip("\ufffd")  # a character of which only some bytes are written
+        return max(
+            (
+                len(stop) - max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=len(stop))
+                for stop in self._stops
+            ),
+            default=0,
+        )
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+class Draft:
+    """One turn in the making. Ask for `next_segment()`, hand what came back to `add`, until that returns a `Turn`."""
+
+    def __init__(
+        self, request: TurnRequest, eos_ids: Sequence[int], stops: StopFinder, vocab_size: int, top_logprobs: int
+    ):
+        if request.max_tokens < 1 or not request.ids:
+            raise EngineError(
+                f"Turn {request.key} asks for {request.max_tokens} tokens after {len(request.ids)}; both must be ≥ 1."
+            )
+        self.request = request
+        self._eos_ids = frozenset(eos_ids)
+        self._stops = stops
+        self._vocab_size = vocab_size
+        self._top_logprobs = top_logprobs
+        self._ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._entropies: list[float] = []
+        self._segments = 0
+
+    def next_segment(self) -> SegmentRequest:
+        written, request = len(self._ids), self.request
+        room = request.max_tokens - written
+        top_logprobs = 0
+        if written < request.probe_tokens:
+            room, top_logprobs = min(room, request.probe_tokens - written), self._top_logprobs
+        elif missing := self._stops.missing(self._ids):
+            room = min(room, missing)
+        return SegmentRequest(
+            request.ids + self._ids, room, (request.seed + self._segments * SEED_STEP) % SEEDS, top_logprobs
+        )
+
+    def add(self, segment: Segment) -> Probe | Turn | None:
+        """Takes the segment in: the turn if that ended it, the probe if its k tokens are there now, else None."""
+        if not segment.ids or len(segment.logprobs) != len(segment.ids):
+            raise EngineError(
+                f"vLLM answered turn {self.request.key} with {len(segment.ids)} tokens and {len(segment.logprobs)} "
+                "logprobs; expected at least one token and a logprob for each."
+            )
+        start, probe = len(self._ids), self.request.probe_tokens
+        self._segments += 1
+        self._ids += segment.ids
+        self._logprobs += segment.logprobs
+        self._entropies += [entropy_from_top_k(top, self._vocab_size).nats for top in segment.top_logprobs]
+        stop = self._stop(start)
+        if stop is None:
+            return Probe(self.request.id, list(self._entropies)) if start < probe <= len(self._ids) else None
+        probed = min(len(self._ids), probe)
+        return Turn(self.request.id, self._ids, self._logprobs, self._entropies[:probed], stop)
+
+    def _stop(self, start: int) -> TurnStop | None:
+        """Why the turn is over, cut where it ended; None if it is not."""
+        end = self._stops.end(self._ids, start)
+        eos = next((i + 1 for i in range(start, len(self._ids)) if self._ids[i] in self._eos_ids), None)
+        ends = [n for n in (end, eos) if n is not None]
+        if ends:
+            del self._ids[min(ends) :], self._logprobs[min(ends) :]
+            return TurnStop.EOS if min(ends) == eos else TurnStop.STOP_STRING
+        return TurnStop.LENGTH if len(self._ids) >= self.request.max_tokens else None
+
+
+def sampling_params(settings: SamplingSettings) -> dict[str, Any]:
+    """The settings under vLLM's names, for `SamplingParams` and for a request's body alike.
+
+    All of them, since a server fills gaps from the model's generation_config.json. EOS goes by token ids alone:
+    `ignore_eos` keeps vLLM from adding the ids it finds in the model's configuration.
+    """
+    return {
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p or 0.0,
+        "repetition_penalty": settings.repetition_penalty,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "stop": list(settings.stop_strings),
+        "include_stop_str_in_output": True,
+        "stop_token_ids": list(settings.eos_ids),
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+        "spaces_between_special_tokens": False,
+    }

@@ -1,0 +1,76 @@
+"""Two ranks that share one engine: `torchrun --nproc_per_node 2 lockstep_ranks.py FOLDER`. Each writes what it saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from arpo_trl.rollout.engines.base import SamplingSettings, TurnRequest
+from arpo_trl.rollout.engines.lockstep import LockstepEngine
+from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+from support import tokenizer
+
+GROUPS = {"uneven": [0, 3], "waits": [1, 1], "diverges": [1, 1], "fails": [1, 1]}
+"""For each case how many prompts each rank rolls out."""
+SLOW_S = 0.6
+
+
+def roll_out(case: str, rank: int) -> dict[str, Any]:
+    def search(query: str) -> str:
+        """Search.
+
+        Args:
+            query: What to look for.
+        """
+        time.sleep(SLOW_S if case == "waits" and rank == 0 else 0.0)
+        return f"facts about {query}"
+
+    def script(request: TurnRequest, context: str) -> ScriptedTurn:
+        if case == "diverges" and rank == 1:
+            return ScriptedTurn("something else")
+        if request.key[-1] < (1 + request.key[0] % 3):
+            return ScriptedTurn(f"<search>iron {request.key[0]}</search>", [0.1 * request.key[-1]], polls=3)
+        return ScriptedTurn(f"<answer>\\boxed{{{request.key[0]}}}</answer>", [1.0], polls=2)
+
+    toolbox = ToolBox([search])
+    protocol = TagProtocol(tokenizer(), toolbox.specs)
+    eos = (int(tokenizer().eos_token_id),)
+    inner = ScriptedEngine(tokenizer(), SamplingSettings(eos, protocol.stop_strings), script)
+    engine = LockstepEngine(inner, dist.new_group(backend="gloo"))
+    sampler = TreeSampler(engine, toolbox, protocol, SamplerSettings(4, 2, 400, 1000, 3, 4), eos)
+    prompt = protocol.encode_prompt("what is the answer")
+    requests = [GroupRequest(3 * rank + i, prompt) for i in range(GROUPS[case][rank])]
+    said: dict[str, Any] = {"sessions": []}
+    try:
+        with toolbox:
+            for _ in range(2):
+                inner.requests.clear()
+                if case == "fails" and rank == 1:
+                    with engine.session():
+                        raise RuntimeError("broken here")
+                rollout = sampler.sample(requests, seed=(0,))
+                said["sessions"].append([list(request.key) for request in inner.requests])
+        said["leaves"] = [[leaf.turns[-1] for leaf in tree.leaves()] for tree in rollout.trees]
+    except Exception as error:
+        said["error"] = f"{type(error).__name__}: {error}"
+    return said
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    said = {case: roll_out(case, rank) for case in GROUPS}
+    (folder / f"rank{rank}.json").write_text(json.dumps(said), "utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,61 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict]:
+    """What each of two ranks had to say, by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(str(HERE / "lockstep_ranks.py"), str(folder)),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+
+
+def test_every_rank_gets_the_trees_of_its_own_prompts(ranks):
+    """One rank has nothing to roll out, the other three prompts, numbers 3 to 5: the first keeps stepping for it."""
+    first, second = (rank["uneven"] for rank in ranks)
+    assert first["leaves"] == []
+    assert second["leaves"] == [[f"<answer>\\boxed{{{group}}}</answer>"] * 4 for group in (3, 4, 5)]
+
+
+def test_all_ranks_see_the_same_requests_in_the_same_order_in_every_session(ranks):
+    first, second = (rank["uneven"] for rank in ranks)
+    assert first["sessions"] == second["sessions"]
+    assert [len(session) > 12 for session in first["sessions"]] == [True, True]
+
+
+def test_a_rank_whose_tools_all_run_does_not_hold_up_the_others(ranks):
+    """The first rank's search takes most of a second, the second's nothing: its answers are asked for meanwhile."""
+    first, second = (rank["waits"] for rank in ranks)
+    assert [len(said["leaves"]) for said in (first, second)] == [1, 1]
+    for session in first["sessions"]:
+        answers = [group for group, *_, depth in session if depth == 1]  # turns after a search, in order
+        assert answers == sorted(answers, reverse=True)
+        assert set(answers) == {0, 3}
+
+
+def test_an_engine_that_samples_otherwise_on_one_rank_stops_the_group(ranks):
+    for rank in ranks:
+        assert "sampled other tokens than the group's first" in rank["diverges"]["error"]
+
+
+def test_a_rank_that_fails_stops_the_others(ranks):
+    first, second = (rank["fails"] for rank in ranks)
+    assert second["error"] == "RuntimeError: broken here"
+    assert first["error"] == "EngineError: The tensor parallel group stopped: RuntimeError on rank 1: broken here"

@@ -1,0 +1,348 @@
+"""Servers that are not what they should be: each is an error that names the URL and the setting to change."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.vllm_client import API_KEY, PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm_weights import NcclTransfer, ServedWeights, write_shards
+from support import tiny_model, tokenizer
+
+EOS = int(tokenizer().eos_token_id)
+MODELS = {"data": [{"id": "policy", "parent": None, "max_model_len": 100}]}
+COMPLETION = {
+    "choices": [
+        {
+            "token_ids": [60, EOS],
+            "finish_reason": "stop",
+            "logprobs": {"token_logprobs": [-0.5, -0.5], "top_logprobs": [{"a": -0.5, "b": -1.0}] * 2},
+        }
+    ]
+}
+
+
+def info(max_logprobs=20, logprobs_mode="processed_logprobs", replicas=1):
+    model = {"max_logprobs": max_logprobs, "logprobs_mode": logprobs_mode, "dtype": "torch.float32"}
+    parallel = {"data_parallel_size": replicas}
+    return {"vllm_config": {"model_config": model, "lora_config": None, "parallel_config": parallel}}
+
+
+GOOD = {
+    "/health": {},
+    "/v1/models": MODELS,
+    "/server_info": info(),
+    "/weight_info": {"weight_version": "arpo-x-1"},
+    "/tokenize": {"tokens": tokenizer().encode(PROBE_TEXT)},
+    "/reset_prefix_cache": {"success": True},
+    "/update_weight_version": {"success": True},
+    "/metrics": {},
+    "/v1/completions": COMPLETION,
+}
+
+
+@pytest.fixture
+def serve():
+    """Starts HTTP servers with scripted answers: a body, (status, body), or a function of the request's number."""
+    servers = []
+
+    def start(**changes):
+        answers = GOOD | {f"/{path.replace('__', '/')}": answer for path, answer in changes.items()}
+        seen: list[tuple[str, dict, dict]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self):
+                length = int(self.headers.get("Content-Length", 0))
+                body = json.loads(self.rfile.read(length) or b"{}")
+                path = self.path.split("?")[0]
+                answer = answers.get(path, (404, {"detail": "Not Found"}))
+                if callable(answer):
+                    answer = answer(sum(name == path for name, _, _ in seen))
+                seen.append((path, body, dict(self.headers)))
+                if answer is None:  # hangs up
+                    self.close_connection = True
+                    return
+                status, given = answer if isinstance(answer, tuple) else (200, answer)
+                content = given.encode() if isinstance(given, str) else json.dumps(given).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            do_GET = do_POST = answer
+
+            def log_message(self, *args):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}", seen
+
+    yield start
+    for server, thread in servers:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def client(url: str) -> ServerClient:
+    return ServerClient(url, timeout_s=5.0)
+
+
+class Arrived:
+    """Weights that are always there."""
+
+    def __init__(self, url):
+        self.clients, self.version, self.syncs, self.restored = [client(url)], "arpo-x-1", 0, 0
+        self.facts = {url: check_server(self.clients[0], tokenizer(), 2)}
+
+    def sync(self):
+        self.syncs += 1
+
+    def model(self, url):
+        return "policy"
+
+    def restore(self, which):
+        self.restored += 1
+
+
+def engine(url, *, away_s=5.0, request_s=5.0) -> VLLMServerEngine:
+    return VLLMServerEngine(
+        tokenizer(),
+        SamplingSettings((EOS,)),
+        Arrived(url),
+        lambda: 0,
+        vocab_size=1000,
+        top_logprobs=2,
+        away_s=away_s,
+        request_s=request_s,
+    )
+
+
+def write(made: VLLMServerEngine, count: int = 1) -> list[Turn]:
+    turns = []
+    with made.session():
+        for i in range(count):
+            made.submit(TurnRequest(i, [50, 51], 9, 4, i, (i, 0)))
+        while made.pending:
+            turns += [event for event in made.poll(0.05) if isinstance(event, Turn)]
+    return turns
+
+
+def test_a_good_server_is_taken_as_it_is(serve):
+    url, _ = serve()
+    facts = check_server(client(f"{url}/v1/"), tokenizer(), 20)  # the OpenAI form of the URL does no harm
+    assert (facts.model, facts.max_model_len, facts.max_lora_rank) == ("policy", 100, None)
+    assert [turn.ids for turn in write(engine(url))] == [[60, EOS]]
+
+
+def test_something_else_on_the_port_is_named():
+    with pytest.raises(EngineError, match=r"http://127.0.0.1:9 did not come up within 0 s .*vllm_server_urls"):
+        client("http://127.0.0.1:9").wait(0.0)
+
+
+def test_a_taken_port_is_named(serve):
+    url, _ = serve(health=(404, "<html>a wiki</html>"))
+    with pytest.raises(ConfigError, match=rf"{url} answers /health with 404: something else .* free the port"):
+        client(url).wait(5.0)
+
+
+def test_a_server_that_is_still_loading_is_waited_for(serve):
+    url, seen = serve(health=lambda number: (503, {}) if number < 2 else {})
+    client(url).wait(30.0)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"v1__models": (404, {})}, "has no /v1/models .*This is no vLLM server"),
+        ({"server_info": (404, {})}, "has no /server_info .*VLLM_SERVER_DEV_MODE=1"),
+        ({"weight_info": (404, {})}, "has no /weight_info .*vLLM ≥ 0.31"),
+        (
+            {"server_info": info(max_logprobs=5)},
+            "at most 5 logprobs, but entropy_top_logprobs is 20.*--max-logprobs",
+        ),
+        ({"server_info": info(logprobs_mode="raw_logprobs")}, "raw_logprobs.*--logprobs-mode processed_logprobs"),
+        ({"server_info": info(replicas=4)}, "4 data parallel replicas .* one server for each"),
+        ({"tokenize": {"tokens": [1, 2, 3]}}, "another tokenizer than the trainer.*3 tokens there.*--model"),
+        ({"v1__models": (401, {})}, f"refuses access. Set the environment variable {API_KEY}"),
+    ],
+)
+def test_what_a_server_lacks_is_named_with_the_way_out(serve, changes, message):
+    url, _ = serve(**changes)
+    with pytest.raises(ConfigError, match=f"{url}.*{message}"):
+        check_server(client(url), tokenizer(), 20)
+
+
+def test_no_limit_on_logprobs_is_no_lack_of_them(serve):
+    url, _ = serve(server_info=info(max_logprobs=-1))
+    assert check_server(client(url), tokenizer(), 500).max_logprobs == -1
+
+
+def test_nonsense_in_place_of_json_is_named(serve):
+    url, _ = serve(weight_info="not json")
+    with pytest.raises(EngineError, match=f"{url}/weight_info answered with something else than JSON"):
+        client(url).weight_version()
+
+
+def test_the_servers_key_is_sent_and_shown_nowhere(serve, monkeypatch):
+    monkeypatch.setenv(API_KEY, "sesame")
+    url, seen = serve(tokenize={"tokens": []})
+    with pytest.raises(ConfigError) as caught:
+        check_server(client(url), tokenizer(), 20)
+    assert {headers["Authorization"] for _, _, headers in seen} == {"Bearer sesame"}
+    assert "sesame" not in str(caught.value)
+
+
+def test_a_prefix_cache_that_others_hold_is_an_error(serve):
+    url, _ = serve(reset_prefix_cache={"success": False})
+    with pytest.raises(EngineError, match=f"{url} could not drop its prefix cache"):
+        client(url).mark("arpo-x-2")
+
+
+@pytest.mark.parametrize("failure", [(500, {"error": "oops"}), (503, {}), None], ids=["500", "503", "hangs up"])
+def test_a_request_that_fails_for_a_while_is_sent_again_with_its_seed(serve, failure):
+    url, seen = serve(v1__completions=lambda number: failure if number < 2 else COMPLETION)
+    made = engine(url)
+    assert len(write(made)) == 1
+    bodies = [body for path, body, _ in seen if path == "/v1/completions"]
+    assert len(bodies) == 3
+    assert bodies[0] == bodies[1] == bodies[2]
+    assert made._weights.restored == 0  # it had kept its weights
+
+
+def test_a_server_that_never_completes_a_request_stops_the_rollout(serve):
+    url, seen = serve(v1__completions=(500, {"error": "always"}))
+    with pytest.raises(EngineError, match=rf"{url} does not complete a request \(500: .*always"):
+        write(engine(url))
+    assert 1 < sum(path == "/v1/completions" for path, _, _ in seen) < 10
+
+
+def test_a_restarted_server_gets_its_weights_before_anything_else(serve):
+    url, _ = serve(
+        v1__completions=lambda number: None if number == 0 else COMPLETION,
+        weight_info=lambda number: {"weight_version": "arpo-x-1" if number == 0 else "default"},
+    )
+    made = engine(url)
+    write(made)
+    assert made._weights.restored == 1
+
+
+def test_a_restart_that_a_rank_could_not_notice_fails_its_rollout(serve):
+    url, _ = serve(metrics=lambda number: f"process_start_time_seconds {number}")
+    with pytest.raises(EngineError, match=rf"{url} was restarted in the middle of a rollout"):
+        write(engine(url))
+
+
+def test_a_server_that_stays_away_is_named_after_the_deadline(serve):
+    url, _ = serve(
+        v1__completions=None, weight_info=lambda number: {"weight_version": "arpo-x-1"} if number == 0 else (503, {})
+    )
+    with pytest.raises(EngineError, match=rf"{url} has stayed away for 1 s .*vllm_server_timeout"):
+        write(engine(url, away_s=1.0))
+
+
+def test_a_server_that_never_answers_is_named_after_the_deadline(serve):
+    url, _ = serve(v1__completions=lambda number: (time.sleep(3), COMPLETION)[1])
+    with pytest.raises(EngineError, match=rf"{url} has not answered a request .* vllm_request_timeout_s"):
+        write(engine(url, request_s=0.5))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "not json",
+        {},
+        {"choices": []},
+        {"choices": [{"text": "words only", "logprobs": None, "finish_reason": "stop"}]},
+        {"choices": [{"token_ids": [60], "logprobs": {"token_logprobs": []}, "finish_reason": "stop"}]},
+    ],
+)
+def test_answers_of_another_shape_are_errors(serve, answer):
+    url, _ = serve(v1__completions=answer)
+    with pytest.raises(EngineError, match=r"vLLM"):
+        write(engine(url))
+
+
+def test_the_trees_of_a_batch_are_shared_out_and_each_stays_with_one_server(serve):
+    (first, seen_first), (second, seen_second) = serve(), serve()
+    made = engine(first)
+    other = Arrived(second)
+    made._weights.clients += other.clients
+    made._weights.facts |= other.facts
+    with made.session():
+        for i, key in enumerate([(0, 0), (0, 1), (1, 0), (0, 0, 1, 0), (3, 2)]):
+            made.submit(TurnRequest(i, [50 + key[0]], 9, 4, i, key))
+        while made.pending:
+            made.poll(0.05)
+
+    def prompts(seen):
+        return sorted(body["prompt"][0] for path, body, _ in seen if path == "/v1/completions")
+
+    assert (prompts(seen_first), prompts(seen_second)) == ([50, 50, 50], [51, 53])
+
+
+class Still:
+    """A way for weights to travel that has nothing to do."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
+
+    def served_as(self, facts, version):
+        return facts.model
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [([-1.0, -2.0], None), ([-1.0, -2.5], "does not serve the trainer's weights"), ([float("nan"), -2.0], "does not")],
+)
+def test_logprobs_are_compared_after_each_sync(serve, theirs, message):
+    given = [None, {"6": {"logprob": theirs[0]}}, {"7": {"logprob": theirs[1]}}]
+    url, _ = serve(v1__completions={"choices": [{"prompt_logprobs": given}]})
+    made = client(url)
+    facts = check_server(made, tokenizer(), 2)
+    weights = ServedWeights([made], [facts], Still(), Accelerator(cpu=True), lambda ids: [-1.0, -2.0], [5, 6, 7], 0.05)
+    if message is None:
+        weights.sync()
+        assert weights.version.endswith("-1")
+    else:
+        with pytest.raises(EngineError, match=f"{url} {message}"):
+            weights.sync()
+        assert weights.version == "default"
+
+
+def test_moving_weights_from_a_gpu_is_refused_without_one():
+    with pytest.raises(ConfigError, match=r"the trainer runs on 'cpu'. Set weight_sync: disk"):
+        NcclTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), ["http://127.0.0.1:9"], 51216, 1.0)
+
+
+def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("arpo_trl.rollout.engines.vllm_weights.SHARD_BYTES", 100)
+    tensors = {f"layer{i}": torch.full((10,), float(i)) for i in range(5)} | {"steps": torch.tensor([1])}
+
+    def changing():
+        for name, tensor in tensors.items():
+            yield name, tensor
+            tensor.zero_()  # as unmerging an adapter would
+
+    write_shards(tmp_path, changing(), torch.float64)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 3  # two of 80 bytes each before the limit is passed
+    written = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert sorted(written) == sorted(tensors)
+    assert written["layer3"].tolist() == [3.0] * 10 and written["layer3"].dtype == torch.float64
+    assert written["steps"].dtype == torch.int64

@@ -1,0 +1,166 @@
+"""Colocated vLLM: what a process with the real thing found out, and how sleeping and moving weights are ordered."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+from support import tokenizer
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("colocated")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "vllm_colocated.py"), str(folder)],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "findings.json").read_text("utf-8"))
+
+
+def real(test):
+    """Marks a test that needs the process with vLLM in it."""
+    return pytest.mark.vllm(pytest.mark.slow(test))
+
+
+@real
+def test_logprobs_are_the_trainers_and_entropies_within_their_bound(findings):
+    assert findings["first"]["logprobs"] < 0.01  # vLLM computes in bfloat16 here, the trainer in float32
+    assert findings["first"]["entropies"] < 0.15
+    assert findings["first"]["entropies_beyond_bound"] < 0.05
+
+
+@real
+def test_a_repeated_run_samples_the_same(findings):
+    assert findings["again_equal"] == 12
+
+
+@real
+def test_turns_that_join_between_steps_are_written_with_the_others(findings):
+    # what they sample may differ in the rounding of another batch, seldom
+    assert findings["late_equal"] >= 10
+    assert findings["lengths"] == [24] * 12
+
+
+@real
+def test_each_probe_comes_before_its_turn(findings):
+    assert findings["probes_first"] and findings["probes"] == 12
+
+
+@real
+def test_a_stop_string_across_the_end_of_the_probe_ends_a_turn(findings):
+    assert findings["stopped"] == {"stop": "stop_string", "equal": True}
+
+
+@real
+def test_a_session_that_fails_leaves_nothing_behind(findings):
+    assert findings["left_behind"] == 0
+    assert findings["after_failure"] == 12
+
+
+@real
+def test_training_samples_from_the_weights_that_it_updates(findings):
+    assert findings["syncs"] == [1]  # step 0 was synced before; one sync a step
+    assert [row["sampling/sampling_logp_difference/mean"] < 0.01 for row in findings["log"]] == [True, True]
+    assert findings["changed"] > 6
+    assert findings["trained"]["logprobs"] < 0.01
+
+
+@real
+def test_weights_that_do_not_arrive_are_noticed(findings):
+    assert "vLLM does not hold the trainer's weights after a sync" in findings["stale"]
+
+
+@real
+def test_vllms_own_context_is_respected(findings):
+    assert findings["max_length"] == 512  # the model's is 4096
+
+
+class Recorder:
+    """TRL's object and vLLM's, as far as a session needs them, writing down what is asked of them."""
+
+    def __init__(self, sleeps: bool):
+        self.calls: list[str] = []
+        self.enable_sleep_mode = sleeps
+        self.llm = self
+        self.llm_engine = SimpleNamespace(
+            model_config=SimpleNamespace(max_model_len=100),
+            abort_request=lambda requests: None,
+            has_unfinished_requests=lambda: False,
+        )
+
+    def sync_weights(self):
+        self.calls.append("sync")
+
+    def wake_up(self, tags):
+        self.calls.append("wake " + ",".join(tags))
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+
+def recorded(sleeps: bool, monkeypatch) -> tuple[VLLMColocateEngine, list[str], SimpleNamespace]:
+    generation, step = Recorder(sleeps), SimpleNamespace(now=0)
+    monkeypatch.setattr(VLLMColocateEngine, "_compare", lambda self: generation.calls.append("compare"))
+    engine = VLLMColocateEngine(
+        generation,
+        tokenizer(),
+        SamplingSettings((1,)),
+        lambda: step.now,
+        lambda ids: [],
+        [],
+        0.05,
+        vocab_size=10,
+        top_logprobs=2,
+    )
+    return engine, generation.calls, step
+
+
+def test_sleep_mode_wakes_once_a_session_with_one_sync_and_never_sleeps_inside(monkeypatch):
+    engine, calls, _ = recorded(True, monkeypatch)
+    with engine.session():
+        assert calls == ["sync", "wake kv_cache", "compare"]
+        calls.clear()
+    assert calls == ["sleep 2"]
+    calls.clear()
+    with engine.session():  # the same step, as an evaluation would: sleeping has discarded the weights
+        assert calls == ["sync", "wake kv_cache", "compare"]
+
+
+def test_without_sleep_mode_weights_move_once_a_step(monkeypatch):
+    engine, calls, step = recorded(False, monkeypatch)
+    for now in (0, 0, 1):
+        step.now = now
+        with engine.session():
+            pass
+    assert calls == ["sync", "compare"] * 2
+
+
+def test_a_sync_that_failed_is_made_again(monkeypatch):
+    engine, calls, _ = recorded(False, monkeypatch)
+
+    def fail():
+        raise EngineError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._generation, "sync_weights", fail)
+        with pytest.raises(EngineError), engine.session():
+            pass
+    with contextlib.suppress(EngineError), engine.session():
+        pass
+    assert calls == ["sync", "compare"]

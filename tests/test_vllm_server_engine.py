@@ -1,0 +1,524 @@
+"""The server engine against real vLLM servers on the loopback. One server serves most of the tests."""
+
+import contextlib
+import copy
+import threading
+
+import httpx
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
+from arpo_trl.rollout.engines.transformers import TransformersEngine
+from arpo_trl.rollout.engines.vllm_client import FRESH, PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, ServedWeights, mean_difference
+from arpo_trl.rollout.protocol import ContentEncoder
+from serving import running
+from support import python, save_sharp_model, search, tokenizer
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(12)]
+EOS = int(tokenizer().eos_token_id)
+PROBE = tokenizer().encode(PROBE_TEXT)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_sharp_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def server(model_path, tmp_path_factory):
+    log = tmp_path_factory.mktemp("server") / "log"
+    with running(model_path, log, "--enable-lora", "--max-lora-rank", "8") as made:
+        yield made
+
+
+@pytest.fixture
+def model(model_path):
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+
+
+def logprobs_of(model, ids):
+    with torch.no_grad():
+        logits = model(torch.tensor([list(ids)])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:]).unsqueeze(1)).squeeze(1).tolist()
+
+
+class Setup:
+    """An engine on servers, with a step to turn and a model to change."""
+
+    def __init__(self, model, folder, *servers, stop=(), top_logprobs=20, tolerance=0.01, away_s=60.0, **settings):
+        self.step = 0
+        self.settings = SamplingSettings((EOS,), tuple(stop), **settings)
+        self.clients = [ServerClient(server.url, timeout_s=120.0) for server in servers]
+        facts = [check_server(client, tokenizer(), top_logprobs) for client in self.clients]
+        accelerator = Accelerator(cpu=True)
+        self.transfer = DiskTransfer(model, accelerator, tokenizer(), folder, facts)
+        self.weights = ServedWeights(
+            self.clients, facts, self.transfer, accelerator, lambda ids: logprobs_of(model, ids), PROBE, tolerance
+        )
+        self.engine = VLLMServerEngine(
+            tokenizer(),
+            self.settings,
+            self.weights,
+            lambda: self.step,
+            vocab_size=model.config.vocab_size,
+            top_logprobs=top_logprobs,
+            away_s=away_s,
+            request_s=120.0,
+        )
+
+    def run(self, requests, during=lambda turns: None):
+        """Everything that happened, turns by id and probes by id."""
+        turns, probes = {}, {}
+        with self.engine.session():
+            for request in requests:
+                self.engine.submit(request)
+            while self.engine.pending:
+                for event in self.engine.poll(0.05):
+                    (turns if isinstance(event, Turn) else probes)[event.id] = event
+                during(turns)
+        return turns, probes
+
+
+ROWS = Dataset.from_list(
+    [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(8)]
+)
+
+
+def trainer(model_path, folder, server, *, rows=ROWS, peft_config=None, **settings) -> ARPOTrainer:
+    """One that samples through the server, 8 leaves a step, rewarded so that something is learned."""
+    settings = {"max_steps": 2, "save_strategy": "no", "vllm_server_timeout": 60.0, **settings}
+    return ARPOTrainer(
+        model=model_path,
+        reward_funcs=lambda completions, **columns: [float(i % 3) for i in range(len(completions))],
+        args=ARPOConfig(
+            str(folder),
+            use_vllm=True,
+            vllm_mode="server",
+            vllm_server_urls=[server.url],
+            weight_sync="disk",
+            num_generations=4,
+            per_device_train_batch_size=8,
+            max_completion_length=60,
+            entropy_probe_tokens=5,
+            learning_rate=1e-3,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            **settings,
+        ),
+        train_dataset=rows,
+        tools=[search, python],
+        peft_config=peft_config,
+    )
+
+
+class KillAfterStep(TrainerCallback):
+    def __init__(self, server, step):
+        self.server, self.step = server, step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.server.kill()
+
+
+def requests(which=range(12), max_tokens=24, probe=5, seed=100):
+    return [TurnRequest(i, PROMPTS[i], max_tokens, probe, seed + i, (i, 0)) for i in which]
+
+
+def full_forward(model, prompt, ids):
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + ids])).logits[0].float()
+    return torch.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+
+
+def test_logprobs_are_those_of_a_full_forward_and_entropies_within_their_bound(server, model, tmp_path):
+    turns, probes = Setup(model, tmp_path, server).run(requests())
+    assert len(turns) == 12 and probes
+    errors, bounds = [], []
+    for i, turn in turns.items():
+        expected = full_forward(model, PROMPTS[i], turn.ids)
+        chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
+        exact = (-(expected.exp() * expected).sum(-1)[:5]).tolist()
+        for row, entropy, estimate in zip(expected, exact, turn.entropies, strict=False):
+            bound = entropy_from_top_k(row.topk(20).values.tolist(), model.config.vocab_size).error
+            assert abs(estimate - entropy) <= bound + 1e-3
+            errors.append(abs(estimate - entropy))
+            bounds.append(bound)
+        if i in probes:
+            assert probes[i].entropies == turn.entropies
+    assert sum(errors) / len(errors) < 0.15  # nats, of entropies of 0 to ln V = 6.2
+
+
+def test_entropies_agree_with_the_transformers_engines_on_the_same_tokens(server, model, tmp_path):
+    """Greedy, so that both write the same; with every logprob asked for there is no tail to estimate."""
+    ours, _ = Setup(model, tmp_path, server, temperature=0.0).run(requests())
+    exact_engine = TransformersEngine(
+        tokenizer(), SamplingSettings((EOS,), temperature=0.0), lambda: contextlib.nullcontext(model)
+    )
+    exact = {}
+    with exact_engine.session():
+        for request in requests():
+            exact_engine.submit(request)
+        while exact_engine.pending:
+            exact |= {event.id: event for event in exact_engine.poll() if isinstance(event, Turn)}
+    assert {i: turn.ids for i, turn in ours.items()} == {i: turn.ids for i, turn in exact.items()}
+    for i, turn in ours.items():
+        assert turn.entropies == pytest.approx(exact[i].entropies, abs=1.0)
+
+
+def test_a_repeated_run_samples_the_same_and_other_seeds_do_not(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    first, _ = setup.run(requests())
+    again, _ = setup.run(requests())
+    other, _ = setup.run(requests(seed=900))
+    assert {i: turn.ids for i, turn in first.items()} == {i: turn.ids for i, turn in again.items()}
+    assert sum(first[i].ids != other[i].ids for i in first) > 8
+
+
+def test_prompts_that_are_read_in_pieces_sample_what_they_would_have_alone(server, model, tmp_path):
+    """40 prompts of 200 tokens do not fit into one step of 2,048."""
+    setup = Setup(model, tmp_path, server)
+    long = [TurnRequest(i, [40 + i, *(PROMPTS[3] * 50)[:199]], 12, 4, 500 + i, (i, 0)) for i in range(40)]
+    together, _ = setup.run(long)
+    alone = {request.id: setup.run([request])[0][request.id] for request in long[::8]}
+    assert len(together) == 40
+    assert {i: together[i].ids for i in alone} == {i: turn.ids for i, turn in alone.items()}
+
+
+def test_equal_prompts_with_different_seeds_write_different_turns(server, model, tmp_path):
+    same = [TurnRequest(i, PROMPTS[3], 12, 4, 70 + i, (0, i)) for i in range(6)]
+    turns, _ = Setup(model, tmp_path, server).run(same)
+    assert len({tuple(turn.ids) for turn in turns.values()}) > 3
+
+
+def test_a_probe_comes_before_its_turn_and_the_turn_goes_on_from_it(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    seen = []
+    with setup.engine.session():
+        for request in requests(max_tokens=200, probe=4):
+            setup.engine.submit(request)
+        while setup.engine.pending:
+            seen += setup.engine.poll(0.05)
+    order = [(event.id, type(event)) for event in seen]
+    long = {event.id for event in seen if isinstance(event, Turn) and len(event.ids) > 4}
+    assert long
+    for i in long:
+        assert order.index((i, Probe)) < order.index((i, Turn))
+        assert order.count((i, Probe)) == 1
+
+
+def test_each_turn_has_its_own_length_budget(server, model, tmp_path):
+    wanted = [TurnRequest(i, PROMPTS[i], 1 + 3 * i, 5, i, (i, 0)) for i in range(8)]
+    turns, _ = Setup(model, tmp_path, server).run(wanted)
+    for request in wanted:
+        turn = turns[request.id]
+        assert 1 <= len(turn.ids) <= request.max_tokens
+        assert (turn.stop is TurnStop.LENGTH) <= (len(turn.ids) == request.max_tokens)
+        assert len(turn.logprobs) == len(turn.ids)
+        assert len(turn.entropies) == min(5, len(turn.ids))
+
+
+def test_a_context_that_is_used_to_the_last_token_is_no_error(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    prompt = (PROMPTS[3] * 100)[: setup.engine.max_length - 3]
+    turns, _ = setup.run([TurnRequest(0, prompt, 3, 2, 1, (0, 0))])
+    assert 1 <= len(turns[0].ids) <= 3
+    assert setup.engine.max_length == 1024  # the server's, not the model's 4096
+
+
+def test_eos_ends_a_turn_and_stays_in_its_ids(server, model, tmp_path):
+    eos = Setup(model, tmp_path / "a", server).run(requests([2]))[0][2].ids[8]  # becomes the end
+    setup = Setup(model, tmp_path / "b", server)
+    setup.engine._settings = SamplingSettings((eos,))
+    setup.engine._params["stop_token_ids"] = [eos]
+    turn = setup.run(requests([2]))[0][2]
+    assert turn.stop is TurnStop.EOS
+    assert turn.ids.index(eos) == len(turn.ids) - 1
+
+
+@pytest.mark.parametrize("place", [2, 7, 12])
+def test_a_stop_string_ends_a_turn_after_the_token_that_completes_it(server, model, tmp_path, place):
+    """Stop strings made of what the model writes: within the probe, across its end, after it; of parts of tokens."""
+    free = Setup(model, tmp_path / "a", server).run(requests([1], probe=8))[0][1]
+    text = [tokenizer().decode(free.ids[: n + 1]) for n in range(len(free.ids))]
+    start = len(text[place - 1]) - 1  # the last character of one token …
+    stop = text[place + 1][start : len(text[place]) + 1]  # … to the first of the one after the next
+    end = next(n for n in range(len(free.ids)) if stop in text[n])
+    turn = Setup(model, tmp_path / "b", server, stop=[stop]).run(requests([1], probe=8))[0][1]
+    assert turn.stop is TurnStop.STOP_STRING
+    assert turn.ids == free.ids[: end + 1]
+
+
+def test_a_stop_string_of_an_earlier_turn_ends_nothing_where_a_request_begins_within_a_character(
+    server, model, tmp_path
+):
+    """vLLM then takes the prompt for part of what it wrote."""
+    encode = ContentEncoder(tokenizer())
+    prompt = encode("x</search> and é")[:-1]
+    assert tokenizer().decode(prompt).endswith("\ufffd")
+    body = {
+        "prompt": prompt,
+        "max_tokens": 20,
+        "stop": ["</search>"],
+        "skip_special_tokens": False,
+        "ignore_eos": True,
+    }
+    answer = httpx.post(f"{server.url}/v1/completions", json=body | {"seed": 3}, timeout=60.0).json()["choices"][0]
+    assert answer["finish_reason"] == "stop"  # should this fail, vLLM no longer does so
+    turns, _ = Setup(model, tmp_path, server, stop=["</search>"]).run([TurnRequest(0, prompt, 20, 5, 3, (0, 0))])
+    assert len(turns[0].ids) == 20 or turns[0].stop is TurnStop.EOS
+
+
+def test_a_special_token_is_a_stop_string_too(server, model, tmp_path):
+    with torch.no_grad():  # makes it likely
+        tag = tokenizer().convert_tokens_to_ids("</search>")
+        model.lm_head.weight[tag] = 0.05
+    setup = Setup(model, tmp_path, server, stop=["</search>"], temperature=2.0)
+    turns, _ = setup.run(requests(max_tokens=400))
+    stopped = [turn for turn in turns.values() if turn.stop is TurnStop.STOP_STRING]
+    assert stopped
+    for turn in stopped:
+        assert turn.ids.index(tag) == len(turn.ids) - 1
+
+
+def test_settings_shape_the_distribution_that_logprobs_and_entropies_speak_of(server, model, tmp_path):
+    turns, _ = Setup(model, tmp_path, server, top_k=2, temperature=0.7).run(requests())
+    for i, turn in turns.items():
+        assert all(value <= 0.6932 for value in turn.entropies)  # at most ln 2 with two tokens
+        expected = full_forward(model, PROMPTS[i], turn.ids) / 0.7
+        kept = expected.topk(2).values
+        chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1) - kept.logsumexp(-1)
+        torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
+
+
+def test_a_turn_that_joins_later_is_written_meanwhile(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    done = []
+    with setup.engine.session():
+        setup.engine.submit(TurnRequest(0, PROMPTS[0], 900, 4, 1, (0, 0)))
+        setup.engine.submit(TurnRequest(1, PROMPTS[1], 3, 4, 1, (1, 0)))
+        while setup.engine.pending:
+            done += [event.id for event in setup.engine.poll(0.05) if isinstance(event, Turn)]
+    assert done == [1, 0]
+
+
+def test_a_session_that_fails_leaves_nothing_behind(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    with pytest.raises(RuntimeError), setup.engine.session():
+        setup.engine.submit(TurnRequest(0, PROMPTS[0], 900, 4, 1, (0, 0)))
+        raise RuntimeError
+    assert setup.engine.pending == 0
+    assert not [thread for thread in threading.enumerate() if thread.name == "vllm-server-engine"]
+    assert len(setup.run(requests([1]))[0]) == 1
+
+
+def test_requests_outside_a_session_and_without_room_are_refused(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    with pytest.raises(EngineError, match="outside a session"):
+        setup.engine.submit(requests([0])[0])
+    with setup.engine.session(), pytest.raises(EngineError, match="must be ≥ 1"):
+        setup.engine.submit(TurnRequest(0, PROMPTS[0], 0, 5, 1, (0, 0)))
+
+
+def test_what_a_server_refuses_is_an_error_that_names_it(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    too_long = TurnRequest(0, PROMPTS[3] * 200, 10, 5, 1, (0, 0))
+    with pytest.raises(EngineError, match=rf"{server.url} does not complete a request .*context length"):
+        setup.run([too_long])
+
+
+# Weights -------------------------------------------------------------------------------------------------------------
+
+
+def shift(model, scale=0.02):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+
+
+def test_new_weights_change_what_is_sampled_and_are_synced_once_a_step(server, model, tmp_path):
+    setup = Setup(model, tmp_path, server)
+    first, _ = setup.run(requests())
+    shift(model)
+    unsynced, _ = setup.run(requests())  # the step has not moved on
+    assert {i: turn.ids for i, turn in unsynced.items()} == {i: turn.ids for i, turn in first.items()}
+    setup.step = 1
+    second, _ = setup.run(requests())
+    assert {i: turn.ids for i, turn in second.items()} != {i: turn.ids for i, turn in first.items()}
+    for i, turn in second.items():
+        expected = full_forward(model, PROMPTS[i], turn.ids).gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(turn.logprobs), expected, atol=1e-3, rtol=1e-3)
+    assert [folder.name for folder in tmp_path.iterdir()] == [setup.weights.version]  # older ones are gone
+    assert setup.clients[0].weight_version() == setup.weights.version
+
+
+def test_broken_weights_are_noticed_after_the_sync(server, model, tmp_path, monkeypatch):
+    setup = Setup(model, tmp_path, server)
+    setup.run(requests([0]))
+    shift(model)
+    wrong = AutoModelForCausalLM.from_pretrained(model.name_or_path, dtype=torch.float32)
+    shift(wrong)
+    monkeypatch.setattr(setup.transfer._parameters, "model", wrong)
+    setup.step = 1
+    with pytest.raises(EngineError, match=rf"{server.url} does not serve the trainer's weights"):
+        setup.run(requests([0]))
+
+
+def test_a_server_that_loads_nothing_is_noticed_even_within_the_tolerance(server, model, tmp_path, monkeypatch):
+    setup = Setup(model, tmp_path, server, tolerance=5.0)
+    setup.run(requests([0]))
+    monkeypatch.setattr(ServerClient, "load_weights", lambda self, folder: None)  # answers 200, loads nothing
+    shift(model, 0.05)
+    setup.step = 1
+    with pytest.raises(EngineError, match=rf"{server.url} still serves old weights"):
+        setup.run(requests([0]))
+
+
+def test_an_adapter_travels_alone_where_the_server_takes_adapters(server, model, tmp_path):
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
+    setup = Setup(adapted, tmp_path, server)
+    assert setup.transfer.sends_adapter
+    # earlier tests have left other weights in the base
+    setup.clients[0].load_weights(model.name_or_path)
+    for step in range(3):
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        setup.step = step
+        turns, _ = setup.run(requests([0, 1]))
+        for i, turn in turns.items():
+            expected = full_forward(adapted, PROMPTS[i], turn.ids)
+            chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
+    files = sorted(path.name for path in (tmp_path / setup.weights.version).iterdir())
+    assert "adapter_model.safetensors" in files and "model.safetensors" not in files
+    served = [entry["id"] for entry in httpx.get(f"{server.url}/v1/models").json()["data"]]
+    assert setup.weights.version in served and len(served) == 2
+
+
+@pytest.mark.parametrize("settings", [{"r": 64}, {"r": 4, "use_dora": True}, {"r": 4, "modules_to_save": ["norm"]}])
+def test_an_adapter_that_vllm_cannot_take_is_merged(server, model, tmp_path, settings):
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], **settings)).eval()
+    setup = Setup(adapted, tmp_path, server)
+    assert not setup.transfer.sends_adapter
+    shift(adapted)
+    turns, _ = setup.run(requests([0]))
+    expected = full_forward(adapted, PROMPTS[0], turns[0].ids)
+    chosen = expected.gather(1, torch.tensor(turns[0].ids).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(turns[0].logprobs), chosen, atol=1e-3, rtol=1e-3)
+
+
+# Restarts ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_restarted(model_path, model, tmp_path):
+    log = tmp_path / "log"
+    with running(model_path, log) as server:
+        setup = Setup(model, tmp_path / "weights", server, away_s=170.0)
+        shift(model)  # so that what the restarted server starts with is stale
+        killed = []
+
+        def kill_once(turns):
+            if turns and not killed:
+                killed.append(set(turns))
+                server.kill()
+                server.start()
+
+        wanted = [TurnRequest(i, PROMPTS[i], 40 + 150 * (i % 2), 5, i, (i, 0)) for i in range(12)]
+        turns, _ = setup.run(wanted, during=kill_once)
+        assert len(turns) == 12
+        assert killed and len(killed[0]) < 12
+        for i, turn in turns.items():
+            expected = full_forward(model, PROMPTS[i], turn.ids)
+            chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
+        # And where it stays away, the step fails with its name, and a resumed run goes on from the one before.
+        made = trainer(
+            model_path, tmp_path / "run", server, vllm_server_timeout=1.0, save_strategy="steps", save_steps=1
+        )
+        made.add_callback(KillAfterStep(server, 1))
+        with pytest.raises(EngineError, match=rf"{server.url} (has stayed away for 1 s|was lost)"):
+            made.train()
+        assert made.state.global_step == 1
+        server.start().wait()
+        resumed = trainer(model_path, tmp_path / "run", server)
+        resumed.train(resume_from_checkpoint=True)
+        assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2]
+        assert resumed.state.log_history[-2]["sampling/sampling_logp_difference/mean"] < 0.001
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_training_through_a_server_samples_from_the_weights_that_it_updates(
+    server, model_path, tmp_path, caplog, lora
+):
+    ServerClient(server.url, timeout_s=60.0).load_weights(model_path)  # other tests have left theirs
+    peft_config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"]) if lora else None
+    made = trainer(model_path, tmp_path, server, peft_config=peft_config, top_p=0.95, max_steps=3)
+    assert "top_p make vLLM sample from another distribution" in caplog.text
+    assert made.sampler.settings.max_length == 1024  # the server's
+    made.train()
+    log = [row for row in made.state.log_history if "loss" in row]
+    assert len(log) == 3
+    for row in log:
+        assert 0.0 < row["sampling/sampling_logp_difference/mean"] < 0.2  # what top_p takes away
+        assert row["sampling/importance_sampling_ratio/max"] <= 3.0  # token_truncate
+    assert made.vllm_importance_sampling_mode == "token_truncate"
+    version = made.sampler.engine._weights.version
+    assert version.endswith("-3")  # one sync a step
+    assert [folder.name for folder in (tmp_path / "served_weights").iterdir()] == [version]
+
+
+def test_a_prompt_longer_than_the_server_allows_is_refused_before_the_first_step(server, model_path, tmp_path):
+    rows = Dataset.from_list([{"prompt": "iron " * 1100, "answer": ["1"], "task": "math"}])
+    with pytest.raises(ConfigError, match=r"Dataset row 0: .* but the context is 1024, .*a server's --max-model-len"):
+        trainer(model_path, tmp_path, server, rows=rows)
+
+
+# What is wrong before the first step -------------------------------------------------------------------------------
+
+
+def test_too_few_logprobs_are_refused_with_the_flag_to_change(server):
+    with pytest.raises(ConfigError, match=r"at most 20 logprobs, but entropy_top_logprobs is 21.*--max-logprobs 21"):
+        check_server(ServerClient(server.url, timeout_s=60.0), tokenizer(), 21)
+
+
+def test_another_tokenizer_is_refused(server):
+    other = PreTrainedTokenizerFast(tokenizer_object=copy.deepcopy(tokenizer().backend_tokenizer))
+    other.add_tokens(["1,538 °C"])
+    with pytest.raises(ConfigError, match="another tokenizer than the trainer"):
+        check_server(ServerClient(server.url, timeout_s=60.0), other, 20)
+
+
+def test_another_model_is_refused_before_weights_are_sent(server, model_path, model, tmp_path):
+    client = ServerClient(server.url, timeout_s=60.0)
+    client.load_weights(model_path)
+    client.mark(FRESH)  # as if it had just been started
+    setup = Setup(model, tmp_path, server)
+    setup.weights.check_model()  # the trainer's own is fine
+    shift(model, 0.2)
+    with pytest.raises(ConfigError, match=rf"{server.url} serves .* another model than the trainer's"):
+        Setup(model, tmp_path, server).weights.check_model()
+
+
+def test_mean_difference_is_per_token():
+    assert mean_difference([-1.0, -2.0], [-1.5, -2.5]) == 0.5
