@@ -184,8 +184,8 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     """Prints how run B differs from run A, and draws it; the exit status."""
     comparisons = compare(a, b)
     console = Console()
-    headings = ("benchmark", "scored by", "questions", "A", "B", "B − A", "95 % interval", "p")
-    headings += ("only A right", "only B right", "McNemar p")
+    headings = ["benchmark", "scored by", "questions", "A", "B", "B − A", "95 % interval", "p"]
+    headings += ["only A right", "only B right", "McNemar p"]
     rows = [
         (
             report.cell(one.benchmark), report.METRIC_NAMES[one.metric], str(one.questions), report.score(one.a),

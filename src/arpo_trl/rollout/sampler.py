@@ -21,7 +21,7 @@ from functools import partial
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolicy, BranchRule
-from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, ToolProtocol
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult
@@ -330,7 +330,7 @@ class _Run:
                 self._isolated(calling.path.group, partial(self._observe, calling.path, calling.in_order))
         return list(touched.values())
 
-    def _take(self, path: _Path, event: Probe | Turn | TurnFailed) -> None:
+    def _take(self, path: _Path, event: Event) -> None:
         if isinstance(event, Probe):
             self.writing[event.id] = self._probed(path, event.entropies)
             return

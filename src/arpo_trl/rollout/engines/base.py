@@ -85,6 +85,9 @@ class TurnFailed:
     reason: str
 
 
+Event = Probe | Turn | TurnFailed
+
+
 class Engine(Protocol):
     """What the sampler needs."""
 
@@ -103,5 +106,5 @@ class Engine(Protocol):
     def submit(self, request: TurnRequest) -> None:
         """Queues a turn; never blocks."""
 
-    def poll(self, timeout_s: float) -> Sequence[Probe | Turn | TurnFailed]:
+    def poll(self, timeout_s: float) -> Sequence[Event]:
         """What happened since the last call, waiting at most about `timeout_s` for the first event."""
