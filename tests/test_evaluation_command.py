@@ -432,3 +432,24 @@ def test_no_key_gets_into_a_folder(monkeypatch, capsys, here):
         }
     written = out + err + "".join(path.read_text() for path in (here / "run").iterdir())
     assert "secret-" not in written and server.url not in written
+
+
+def test_vllm_that_is_not_installed_is_said(monkeypatch, capsys, here, model):
+    data(here)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    words = ("--model", model, "--engine", "vllm", "--data", here, "--search-recorded", recorded(here))
+    status, _, err = run(monkeypatch, capsys, "eval", "--tools", "search", *words)
+    assert status == 2 and "engine is 'vllm', but vLLM cannot be imported" in err
+
+
+def test_a_folder_of_benchmarks_is_evaluated_benchmark_by_benchmark_and_levels_are_shown(monkeypatch, capsys, here):
+    data(here)
+    rows = [{"problem": f"what is {i}", "answer": str(i), "level": i % 2} for i in range(3)]
+    (here / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Loopback(completions(answers)) as server:
+        words = [word for word in flags(here, server.url) if word not in ("--benchmarks", "gsm8k")]
+        status, out, _ = run(monkeypatch, capsys, *words)
+    assert status == 0 and "| MATH500 | math equality | 1.000 |" in out and "| GSM8K |" in out
+    results = json.loads((here / "run/results.json").read_text())
+    assert results["benchmarks"]["math500"]["levels"]["0"]["questions"] == 2
+    assert results["suites"] == {"reasoning": 0.875}
