@@ -271,6 +271,24 @@ def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(her
     assert results[0] == results[1]
 
 
+def test_ctrl_c_keeps_what_is_done_writes_the_report_and_is_status_1(here):
+    def slowly(prompt):
+        time.sleep(0.05)
+        return answers(prompt)
+
+    data(here, count=10)
+    log = here / "run/samples.jsonl"
+    with Loopback(completions(slowly)) as server:
+        process = evaluate_in_child([*flags(here, server.url), "--concurrency", "1"])
+        while not log.exists() or not log.read_bytes():
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+    assert process.exitcode == 1
+    summary = json.loads((here / "run/results.json").read_text())["benchmarks"]["gsm8k"]
+    assert 1 <= summary["samples"] == 10 - summary["missing"] < 10
+
+
 # Checks and comparisons ----------------------------------------------------------------------------------------------
 
 

@@ -80,7 +80,7 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     results = write_results(output, described, chosen, settings)
     _print(console, *report.table(results), "", f"{output / 'report.html'}   {output / 'results.json'}")
     if ended_early is not None:
-        _print(console, f"EngineError: {ended_early} Finished samples are kept.")
+        _print(console, f"{ended_early} Finished samples are kept.")
     short = sum(b["failed"] + b["missing"] + b["unjudged"] for b in results["benchmarks"].values())
     if short:
         _print(
@@ -204,8 +204,8 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     return DONE
 
 
-def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolder) -> EngineError | None:
-    """Runs each benchmark in turn; the error that ended them early, if one did."""
+def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolder) -> str | None:
+    """Runs each benchmark in turn; what ended them early, if something did."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[score]}"),
@@ -218,7 +218,9 @@ def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolde
                 task = progress.add_task(escape(questions.benchmark.title), total=len(keys), completed=had, score="")
                 run_benchmark(evaluator, questions, folder, _Running(progress, task, questions.benchmark).take)
         except EngineError as error:
-            return error
+            return f"EngineError: {error}"
+        except KeyboardInterrupt:
+            return "Interrupted."
     return None
 
 
