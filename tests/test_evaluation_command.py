@@ -16,6 +16,7 @@ import pytest
 
 from arpo_trl import cli
 from arpo_trl.evaluation.samples import key_of, read_records
+from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from evaluating import asked_number, boxed, completions, save_tokenizer
 from loopback import Loopback
@@ -335,8 +336,6 @@ def test_help_is_there_in_no_time_and_names_every_setting():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "[]\n")
-    from arpo_trl.evaluation.settings import EvalSettings
-
     for name in EvalSettings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in done.stdout
     assert "Exit status: 0 done, 1 some samples failed, 2 usage." in " ".join(done.stdout.split())
@@ -450,6 +449,21 @@ def test_no_key_gets_into_a_folder(monkeypatch, capsys, here):
         }
     written = out + err + "".join(path.read_text() for path in (here / "run").iterdir())
     assert "secret-" not in written and server.url not in written
+
+
+@pytest.mark.parametrize(
+    ("yaml", "benchmarks", "limits"),
+    [
+        ("benchmarks: gsm8k", ["gsm8k"], {"python": 5, "search": 10}),
+        ("benchmarks: gsm8k, math", ["gsm8k", "math"], {"python": 5, "search": 10}),
+        ("benchmarks: [gsm8k, math]\ntool_call_limits: {python: 1}", ["gsm8k", "math"], {"python": 1}),
+        ("tool_call_limits: [search=3]", [], {"search": 3}),
+    ],
+)
+def test_lists_may_be_written_as_yaml_has_them(here, yaml, benchmarks, limits):
+    (here / "eval.yaml").write_text(yaml)
+    (settings,) = cli.parse_settings((EvalSettings,), ["--config", "eval.yaml"])
+    assert (settings.benchmarks, settings.call_limits()) == (benchmarks, limits)
 
 
 def test_vllm_that_is_not_installed_is_said(monkeypatch, capsys, here, model):
