@@ -453,6 +453,7 @@ def test_an_adapter_that_vllm_cannot_take_is_merged(server, model, tmp_path, set
 # Restarts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)  # three starts of a server
 def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_restarted(model_path, model, tmp_path):
     log = tmp_path / "log"
     with running(model_path, log) as server:
