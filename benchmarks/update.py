@@ -6,8 +6,8 @@
 
 Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
-what a perfect implementation would gain. Peak memory is the growth of a process that runs one step and nothing else, on
-CUDA that of its allocator.
+what a perfect implementation would gain. Peak memory is the growth of a process that runs one step and nothing else,
+on CUDA that of its allocator.
 """
 
 from __future__ import annotations
