@@ -2,9 +2,9 @@
 
     python benchmarks/probe_cost.py
 
-64 turns at a time, as many tokens each as `--tokens` says, from random models: the quickstart's (0.6 M parameters), to
-which a server's own work per request and token is most of it, and one of 26 M, whose forward counts for more. With
-probing a turn is two requests, of which the first asks for 20 logprobs at each of its 20 tokens; without, it is one.
+64 turns at a time, as many tokens each as `--tokens` says, from a random model of the quickstart's size, to which a
+server's own work for each request and token is most of it. With probing a turn is two requests, of which the first
+asks for 20 logprobs at each of its 20 tokens; without, it is one request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer
 
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
@@ -45,13 +45,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[100, 400])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--large", action="store_true", help="The model of 26 M parameters.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         save_cold_start_base(folder)
-        if arguments.large:
-            config = Qwen3Config.from_pretrained(folder, hidden_size=512, intermediate_size=1536, num_hidden_layers=8)
-            Qwen3ForCausalLM(config).save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         with running(folder, Path(folder) / "log") as server:
             engine = engine_on(server.url, tokenizer, SamplingSettings(()))

@@ -6,7 +6,8 @@
 
 Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
-what a perfect implementation would gain. Peak memory is the growth of a process that runs one step and nothing else.
+what a perfect implementation would gain. Peak memory is the growth of a process that runs one step and nothing else,
+on CUDA that of its allocator.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl.prefix_sharing import forward_pack, pack_rows, share_prefixes
 
-MODELS = {"5 M": (192, 6), "50 M": (576, 10)}
-"""Hidden size and layers; the vocabulary is 8,000."""
+MODELS = {"5 M": (192, 6), "50 M": (576, 10), "500 M": (1536, 16)}
+"""Hidden size and layers; the vocabulary is 8,000. The largest is for GPUs."""
 VOCABULARY = 8000
 COMPLETION = 500
 FORKS = ("none", "half", "deep")
-SHOWN = [("50 M", prompt, 16, forks) for prompt in (300, 1000) for forks in FORKS]
+DEVICE = torch.device("cpu")
 
 Rows = tuple[torch.Tensor, torch.Tensor, int]
 Shape = tuple[str, int, int, str]
@@ -52,7 +53,7 @@ def make_model(name: str) -> PreTrainedModel:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM(config).to(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
     add_fused_lm_head(model, 1.0, False, ("log_probs", "entropy"))
     share_prefixes(model)
     return model
@@ -77,7 +78,7 @@ def make_rows(prompt: int, leaves: int, forks: str) -> Rows:
             first = start + tokens(quarter)
             for second in (first + tokens(quarter) for _ in range(2)):
                 rows += [second + tokens(COMPLETION - 2 * quarter) for _ in range(2)]
-    ids = torch.tensor(rows[:leaves])
+    ids = torch.tensor(rows[:leaves], device=DEVICE)
     return ids, torch.ones_like(ids), COMPLETION
 
 
@@ -93,12 +94,14 @@ def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
         logprobs = model(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True).log_probs[:, -keep:]
     logprobs.sum().backward()
     model.zero_grad(set_to_none=False)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - begin
 
 
 def peak_mb(shape: Shape, shared: bool) -> float:
     """MiB that one step adds to a process that has taken a tiny one."""
-    command = [sys.executable, __file__, "--memory", json.dumps([*shape, shared])]
+    command = [sys.executable, __file__, "--device", DEVICE.type, "--memory", json.dumps([*shape, shared])]
     return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
 
 
@@ -106,9 +109,16 @@ def measure_memory(name: str, prompt: int, leaves: int, forks: str, shared: bool
     model = make_model(name)
     step(model, make_rows(8, 2, "none"), shared)  # gradients exist, threads have started
     rows = make_rows(prompt, leaves, forks)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_bytes()
     step(model, rows, shared)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((peak_bytes() - before) / (1 << 20))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process, on CUDA its allocator, has had so far."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def timed(shape: Shape, repeats: int) -> tuple[float, float, float, int, int]:
@@ -118,6 +128,8 @@ def timed(shape: Shape, repeats: int) -> tuple[float, float, float, int, int]:
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for repeat in range(repeats):
         for shared in (True, False) if repeat % 2 else (False, True):
+            if repeat == 0 and DEVICE.type == "cuda":
+                step(model, rows, shared)  # kernels are chosen and compiled
             seconds[shared].append(step(model, rows, shared))
     ratios = [padded / shared for padded, shared in zip(seconds[False], seconds[True], strict=True)]
     return median(seconds[False]), median(seconds[True]), median(ratios), rows[0].numel(), len(pack_rows(*rows))
@@ -162,8 +174,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--grid", action="store_true", help="every model, prompt, M and forks")
     parser.add_argument("--growth", action="store_true", help="M from 4 to 64 with the 5 M model")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: larger models, in bfloat16")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    global DEVICE
+    DEVICE = torch.device(arguments.device)
+    model = "500 M" if DEVICE.type == "cuda" else "50 M"
     if arguments.memory:
         measure_memory(*json.loads(arguments.memory))
     elif arguments.growth:
@@ -172,7 +188,7 @@ def main() -> None:
         grid = [(m, p, n, f) for m in MODELS for p in (300, 1000, 4000) for n in (4, 8, 16, 64) for f in FORKS]
         show(grid, arguments.repeats)
     else:
-        show(SHOWN, arguments.repeats)
+        show([(model, prompt, 16, forks) for prompt in (300, 1000) for forks in FORKS], arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,17 @@ def test_a_flood_of_unclosed_boxes_has_no_answer() -> None:
         (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"),
         ("east", r"\text{east}"),
         ("x=5", "5"),
+        # units, in words or degrees; percentages; mixed numbers
+        ("5 km", "5"),
+        ("5", r"5\text{ km}"),
+        ("90^\\circ", "90"),
+        (r"50\%", "50"),
+        ("50%", "0.5"),
+        (r"3\frac{1}{2}", "3.5"),
+        ("1000", "1{,}000"),
+        # lists are sets, whatever their order
+        ("1, 2, 3", r"\{3,2,1\}"),
+        ("2,1", "1,2"),
         ("①③", "①③"),  # nothing math-verify can read, yet the same text
     ],
 )

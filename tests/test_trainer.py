@@ -8,6 +8,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.errors import ConfigError
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
@@ -405,3 +406,19 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
     )
     assert rewards_with(hostile, tmp_path / "hostile") == calm
     assert sorted(set(calm)) == [0.0, 1.0]
+
+
+def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"vLLM is not installed here. Install the extra"):
+        trainer(model_path, tmp_path, use_vllm=True)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+def test_an_engine_that_is_given_is_taken_instead_of_vllm_and_still_corrected_for(model_path, tmp_path, mode):
+    made = trainer(model_path, tmp_path, engine=scripted(), use_vllm=True, vllm_mode=mode)
+    made.train()
+    assert made.sampler.engine.sessions == 2
+    # scripted logprobs are -0.5 throughout, which the model's are not
+    ratios = [row["sampling/importance_sampling_ratio/mean"] for row in made.state.log_history if "loss" in row]
+    assert all(0.0 < ratio < 1.0 for ratio in ratios)

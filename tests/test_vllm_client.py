@@ -14,7 +14,7 @@ from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm_client import API_KEY, PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
-from arpo_trl.rollout.engines.vllm_weights import NcclTransfer, ServedWeights, write_shards
+from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
 from support import tiny_model, tokenizer
 
 EOS = int(tokenizer().eos_token_id)
@@ -328,6 +328,15 @@ def test_logprobs_are_compared_after_each_sync(serve, theirs, message):
 def test_moving_weights_from_a_gpu_is_refused_without_one():
     with pytest.raises(ConfigError, match=r"the trainer runs on 'cpu'. Set weight_sync: disk"):
         NcclTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), ["http://127.0.0.1:9"], 51216, 1.0)
+
+
+def test_a_folder_for_weights_that_cannot_be_made_is_found_at_the_start(serve, tmp_path):
+    url, _ = serve()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"weight_sync_dir .*file/weights cannot be made .* Choose another folder"):
+        DiskTransfer(
+            tiny_model(), Accelerator(cpu=True), tokenizer(), tmp_path / "file" / "weights", [client(url).facts()]
+        )
 
 
 def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path, monkeypatch):

@@ -14,13 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm_client import FRESH, PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, ServedWeights, mean_difference
-from arpo_trl.rollout.protocol import ContentEncoder
+from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
 from serving import running
 from support import python, save_sharp_model, search, tokenizer
 
@@ -343,6 +346,28 @@ def test_what_a_server_refuses_is_an_error_that_names_it(server, model, tmp_path
         setup.run([too_long])
 
 
+def test_trees_branch_after_results_and_every_token_has_the_logprob_of_the_path_that_it_stands_on(
+    server, model, tmp_path
+):
+    """A model that closes calls it never opened: each is refused, and each refusal branches while leaves are left."""
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer().convert_tokens_to_ids("</search>")] = 0.05
+    setup = Setup(model, tmp_path, server, stop=["</search>"], temperature=2.0)
+    toolbox = ToolBox([search])
+    protocol = TagProtocol(tokenizer(), toolbox.specs)
+    always = BranchPolicy(BranchRule.RANDOM, probability=1.0)
+    sampler = TreeSampler(setup.engine, toolbox, protocol, SamplerSettings(6, 2, 400, 1024, 3, 5, always), (EOS,))
+    with toolbox:
+        rollout = sampler.sample([GroupRequest(i, PROMPTS[i]) for i in range(3)], seed=(1,))
+    assert sum(len(node.children) > 1 for tree in rollout.trees for node in tree.observations()) >= 3
+    for tree in rollout.trees:
+        for leaf in tree.leaves():
+            expected = (full_forward(model, tree.root.ids, leaf.ids) / 2.0).log_softmax(-1)
+            chosen = expected.gather(1, torch.tensor(leaf.ids).unsqueeze(1)).squeeze(1)
+            written = torch.tensor(leaf.mask).bool()
+            torch.testing.assert_close(torch.tensor(leaf.logprobs)[written], chosen[written], atol=2e-3, rtol=1e-3)
+
+
 # Weights -------------------------------------------------------------------------------------------------------------
 
 
@@ -428,6 +453,7 @@ def test_an_adapter_that_vllm_cannot_take_is_merged(server, model, tmp_path, set
 # Restarts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(600)  # three starts of a server
 def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_restarted(model_path, model, tmp_path):
     log = tmp_path / "log"
     with running(model_path, log) as server:

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, SupportsFloat
 
@@ -234,10 +235,10 @@ class ARPOTrainer(GRPOTrainer):
     def _logprobs_of(self, ids: Sequence[int]) -> list[float]:
         """The model's logprob of each id but the first, given those before it; a collective."""
         training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():
-            row = torch.tensor([list(ids)], device=self.accelerator.device)
-            logits = self.model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, :-1]
+        self.model.eval()  # without an adapter's dropout
+        with torch.no_grad(), self._model_for_generation() as model:
+            row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+            logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, :-1]
         self.model.train(training)
         return logits.float().log_softmax(dim=-1).gather(1, row[0, 1:].unsqueeze(1)).squeeze(1).tolist()
 
@@ -503,6 +504,10 @@ def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
     use_vllm = args.use_vllm
     args.use_vllm = use_vllm and args.vllm_mode == "colocate" and engine is None
     if args.use_vllm:
+        if find_spec("vllm") is None:
+            raise ConfigError(
+                "use_vllm is set, but vLLM is not installed here. Install the extra: pip install '.[vllm]'."
+            )
         prepare_cpu()
     try:
         yield

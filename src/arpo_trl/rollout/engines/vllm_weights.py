@@ -214,6 +214,10 @@ class DiskTransfer:
         self._model = model
         self._main = accelerator.is_main_process
         self._folder = folder.resolve()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"weight_sync_dir {folder} cannot be made ({error}). Choose another folder.") from error
         self._dtype = getattr(torch, facts[0].dtype)
         self.sends_adapter = not self._parameters.sharded_by_fsdp and _is_plain_adapter(model, facts)
 
@@ -221,7 +225,7 @@ class DiskTransfer:
         final = self._folder / version
         partial = final.with_suffix(".partial")
         if self._main:
-            partial.mkdir(parents=True)
+            partial.mkdir()
         if self.sends_adapter:
             trained = [parameter for name, parameter in self._model.named_parameters() if "lora_" in name]
             with self._parameters.gathered(trained):
