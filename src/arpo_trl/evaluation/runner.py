@@ -20,9 +20,10 @@ from typing import Any
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
-from arpo_trl.evaluation.scoring import fault_of, predicted, question_of, score
+from arpo_trl.evaluation.scoring import predicted, question_of, score
+from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import LLMJudge
-from arpo_trl.rollout.sampler import Finished, GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import Finished, GroupRequest, TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 
 SCORING_THREADS = 16
@@ -32,7 +33,8 @@ class Evaluator:
     """Samples questions and scores the answers.
 
     Args:
-        sampler: Its engine, tools and protocol are used; its settings unless others are given.
+        sampler: Its settings are used without branching.
+        samples: Answers to each question.
         judge: For scores by a language model.
         concurrency: Answers under way at once.
     """
@@ -45,13 +47,11 @@ class Evaluator:
         seed: int,
         concurrency: int,
         judge: LLMJudge | None = None,
-        settings: SamplerSettings | None = None,
     ):
         self.sampler, self.judge = sampler, judge
         self.samples, self.seed, self.concurrency = samples, seed, concurrency
-        settings = settings or sampler.settings
         # Nobody reads an evaluation's entropies, and vLLM would interrupt each turn for them.
-        self._settings = replace(settings.without_branching(1), entropy_probe_tokens=0)
+        self._settings = replace(sampler.settings.without_branching(1), entropy_probe_tokens=0)
 
     def keys(self, questions: Questions) -> list[Key]:
         """All samples of a benchmark, in order."""
@@ -135,7 +135,7 @@ class Evaluator:
             "task": row["task"],
             "prediction": prediction,
             "scores": score(prediction, row, self.judge),
-            "fault": fault_of(leaf.turns, leaf.stop, self.sampler.toolbox.names),
+            "fault": format_fault(leaf.turns, leaf.stop, self.sampler.toolbox.names),
             "stop": leaf.stop.value,
             "trajectory": trajectory(tree),
             "tokens": {

@@ -10,23 +10,13 @@ em          the same words
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from arpo_trl.evaluation.benchmarks import Benchmark, Scorer
 from arpo_trl.rewards.answers import MATH, exact_match, extract_answer, math_equal, spaced_f1, token_f1
-from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import Judgement, LLMJudge
 
 JUDGE = "judge"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdicts:
-    """The answer in the last `<answer>`'s box, None if there is none; each score by its name, in [0, 1] or None."""
-
-    prediction: str | None
-    scores: dict[str, float | None]
 
 
 def predicted(turns: Sequence[str]) -> str | None:
@@ -74,8 +64,3 @@ def question_of(row: Mapping[str, Any]) -> str:
     """The text of a row's question: its last user message."""
     asked = [message["content"] for message in row["prompt"] if message["role"] == "user"]
     return str(asked[-1] if asked else row["prompt"][-1]["content"])
-
-
-def fault_of(turns: Sequence[str], stop: str, tools: Sequence[str]) -> str | None:
-    """The first fault in the format that training asks for, None if there is none."""
-    return format_fault(turns, stop, tools)
