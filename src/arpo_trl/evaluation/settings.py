@@ -125,10 +125,12 @@ class EvalSettings:
     list_benchmarks: bool = field(default=False, metadata={"help": "show the benchmarks and leave"})
 
     def __post_init__(self) -> None:
-        names = [self.benchmarks] if isinstance(self.benchmarks, str) else self.benchmarks  # YAML may say either
+        names: Any = self.benchmarks  # which YAML may have as a text,
+        limits: Any = self.tool_call_limits  # and these by name
+        names = [names] if isinstance(names, str) else names
         self.benchmarks = [name for part in names for name in part.replace(",", " ").split()]
-        if isinstance(self.tool_call_limits, dict):
-            self.tool_call_limits = [f"{name}={number}" for name, number in self.tool_call_limits.items()]
+        if isinstance(limits, dict):
+            self.tool_call_limits = [f"{name}={number}" for name, number in limits.items()]
         for name, least in (
             ("limit", 1), ("samples", 1), ("context", 2), ("max_completion_length", 1), ("max_tool_calls", 0),
             ("max_tool_result_tokens", 16), ("concurrency", 1), ("tool_concurrency", 1),
