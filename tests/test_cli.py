@@ -9,7 +9,7 @@ from arpo_trl import cli
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog
-from support import ANSWER, Scripted, save_tiny_model
+from support import ANSWER, Scripted
 
 
 @pytest.fixture
@@ -104,23 +104,6 @@ def test_what_cannot_be_shown_is_one_line_and_status_2(monkeypatch, capsys, log,
     assert (status, out) == (2, "")
     assert err.startswith("DataError: ") and message in err
     assert err.count("\n") == 1
-
-
-def test_eval_prints_the_accuracy_as_json(monkeypatch, capsys, tmp_path):
-    rows = [{"prompt": "what is 1 plus 1", "answer": "2", "task": "math"} for _ in range(3)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "searches.json").write_text(json.dumps({"iron": "1538 degrees"}))
-    status, out, _ = run(
-        monkeypatch,
-        capsys,
-        *("eval", "--model", save_tiny_model(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl")),
-        *("--tools", "search", "--search-recorded", str(tmp_path / "searches.json")),
-        *("--limit", "2", "--samples", "2", "--max-completion-length", "8"),
-    )
-    assert status == 0
-    result = json.loads(out)
-    # two questions of three, two samples each; an untrained model answers none in eight tokens
-    assert (result["questions"], result["samples"], result["accuracy"]) == (2, 4, 0.0)
 
 
 def test_eval_names_an_unknown_tool(monkeypatch, capsys, tmp_path):

@@ -221,7 +221,7 @@ def test_a_missing_path_is_not_taken_for_a_hub_name(missing: str) -> None:
 
 
 def test_anything_else_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
         assert (name, split) == ("someone/rows", "test")
         return datasets.Dataset.from_list([verl_row()])
 
@@ -230,7 +230,7 @@ def test_anything_else_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_an_unreachable_hub_dataset_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.cli import parse_settings
+from arpo_trl.evaluation.benchmarks import BENCHMARKS, SUITES, custom_benchmark, find_benchmarks
+from arpo_trl.evaluation.report import METRIC_NAMES
+from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.tools.build import ToolArguments
 from arpo_trl.tools.search_cache import CacheMode
 from arpo_trl.tools.search_providers import PROVIDERS
@@ -27,3 +30,19 @@ def test_every_provider_and_mode_is_in_the_tables() -> None:
     assert set(re.findall(r"\b[A-Z]+_API_KEY\b", TOOLS)) - {"VISIT_SUMMARY_API_KEY", "SUMMARY_API_KEY"} == {
         kind.key_variable for kind in PROVIDERS.values() if kind.key_variable
     }
+
+
+@pytest.mark.parametrize(
+    "example", re.findall(r"```yaml\n(.*?)```", (DOCS / "evaluation.md").read_text("utf-8"), re.DOTALL)
+)
+def test_every_yaml_example_of_an_evaluation_is_read(example: str, tmp_path: Path) -> None:
+    (tmp_path / "eval.yaml").write_text(example)
+    settings, _ = parse_settings((EvalSettings, ToolArguments), ["--config", str(tmp_path / "eval.yaml")])
+    custom = [custom_benchmark(description) for description in settings.custom]
+    assert find_benchmarks(settings.benchmarks, custom) == custom
+
+
+def test_every_benchmark_and_score_is_in_the_tables() -> None:
+    text = (DOCS / "evaluation.md").read_text("utf-8")
+    described = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| .*$", text, re.MULTILINE))))
+    assert described >= {*BENCHMARKS, *SUITES, *METRIC_NAMES} - {"accuracy"}

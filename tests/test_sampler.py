@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from arpo_trl.errors import ConfigError, ToolError
+from arpo_trl.errors import ConfigError, EngineError, ToolError
 from arpo_trl.rollout.branching import BranchRule
-from arpo_trl.rollout.engines.base import TurnRequest
-from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest
+from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocol import ChatTemplateProtocol
-from arpo_trl.rollout.sampler import RolloutSchedule
+from arpo_trl.rollout.sampler import GroupRequest, RolloutSchedule
 from arpo_trl.rollout.tree import NodeKind, StopReason
 from support import ANSWER, Scripted, search
 
@@ -491,6 +491,128 @@ def test_readable_and_unreadable_calls_of_a_turn_are_all_answered():
         ("nobody", "refused"),
     ]
     assert leaf.stop is StopReason.EOS
+
+
+# Streams -------------------------------------------------------------------------------------------------------------
+
+
+def streamed(made: Scripted, requests, groups_at_once: int = 2):
+    with made.toolbox:
+        return list(made.sampler.stream(requests, seed=(0,), groups_at_once=groups_at_once))
+
+
+def prompts(made: Scripted, count: int) -> list[GroupRequest]:
+    ids = made.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
+    return [GroupRequest(i, ids) for i in range(count)]
+
+
+def test_a_stream_gives_the_trees_that_a_batch_gives():
+    def script(request, context):
+        return f"<search>iron {request.key[0]}</search>" if request.key[-1] == 0 else ANSWER
+
+    made = Scripted(script, leaves=1, at_root=1)
+    outcomes = streamed(made, prompts(made, 5))
+    batch = Scripted(script, leaves=1, at_root=1)(5)
+    assert sorted(outcome.id for outcome in outcomes) == [0, 1, 2, 3, 4]
+    for outcome in outcomes:
+        assert outcome.error is None and outcome.seconds >= 0
+        assert [node.ids for node in outcome.tree.nodes] == [node.ids for node in batch.trees[outcome.id].nodes]
+
+
+def test_a_slow_request_of_a_stream_holds_up_no_other():
+    def script(request, context):
+        return ScriptedTurn(ANSWER, polls=50 if request.key[0] == 0 else 1)
+
+    made = Scripted(script, leaves=1, at_root=1)
+    assert [outcome.id for outcome in streamed(made, prompts(made, 6))] == [1, 2, 3, 4, 5, 0]
+
+
+def test_a_stream_asks_for_a_request_when_there_is_a_place_for_it():
+    made = Scripted(lambda r, c: ANSWER, leaves=1, at_root=1)
+    given = []
+
+    def requests():
+        for request in prompts(made, 6):
+            given.append(request.id)
+            yield request
+
+    with made.toolbox:
+        stream = made.sampler.stream(requests(), seed=(0,), groups_at_once=2)
+        next(stream)
+        assert given == [0, 1]
+        assert len(list(stream)) == 5
+
+
+def test_what_fails_for_one_request_of_a_stream_is_its_outcome_alone():
+    class Failing(ScriptedEngine):
+        def poll(self, timeout_s=0.0):
+            return [TurnFailed(e.id, "it choked") if self.keys[e.id][0] == 1 else e for e in super().poll(timeout_s)]
+
+        def submit(self, request):
+            self.keys = {**getattr(self, "keys", {}), request.id: request.key}
+            super().submit(request)
+
+    made = Scripted(lambda r, c: ANSWER, leaves=2, at_root=2)
+    made.sampler.engine = Failing(made.tokenizer, SamplingSettings((made.eos,)), lambda r, c: ANSWER)
+    requests = [*prompts(made, 3), GroupRequest(3, [5] * 1000)]
+    outcomes = {outcome.id: outcome for outcome in streamed(made, requests)}
+    assert {i: outcome.tree is None for i, outcome in outcomes.items()} == {0: False, 1: True, 2: False, 3: True}
+    assert outcomes[1].error == "EngineError: it choked"
+    assert outcomes[3].error.startswith("ConfigError: Prompt 3 has 1000 tokens and the context is 1000: no room")
+
+
+def test_a_protocol_that_breaks_over_one_turn_fails_that_request_while_its_siblings_call_on():
+    def script(request, context):
+        return f"<search>{request.key[0]} {request.key[1]}</search>" if request.key[-1] == 0 else ANSWER
+
+    made = Scripted(script, leaves=2, at_root=2)
+    parse = made.protocol.parse_turn
+
+    def breaking(text):
+        if text == "<search>1 1</search>":
+            raise ValueError("cannot read that")
+        return parse(text)
+
+    made.protocol.parse_turn = breaking
+    outcomes = {outcome.id: outcome for outcome in streamed(made, prompts(made, 3), 3)}
+    assert outcomes[1].error == "ValueError: cannot read that"
+    assert all(outcomes[i].tree is not None for i in (0, 2))
+
+
+def test_a_failed_turn_ends_a_batch():
+    made = Scripted(lambda r, c: ANSWER)
+    made.engine.poll = lambda timeout_s: [TurnFailed(0, "it choked")]
+    with pytest.raises(EngineError, match="it choked"):
+        made(1)
+
+
+# Limits of single tools ----------------------------------------------------------------------------------------------
+
+
+def test_calls_beyond_a_tools_limit_get_a_notice_and_others_go_on():
+    turns = ["<python>1</python>", "<python>2</python>", "<search>iron</search>", "<python>3</python>", ANSWER]
+    made = Scripted(lambda r, c: turns[r.key[-1]], leaves=1, at_root=1, max_tool_calls=9)
+    made.sampler.settings = replace(made.sampler.settings, max_calls_of={"python": 1})
+    (leaf,) = made().trees[0].leaves()
+    assert leaf.stop is StopReason.EOS
+    assert [(call.name, call.failure, call.text) for call in leaf.calls] == [
+        ("python", None, "ran 1"),
+        ("python", "call_limit", "No python calls are left. Go on without them."),
+        ("search", None, "facts about iron"),
+        ("python", "call_limit", "No python calls are left. Go on without them."),
+    ]
+
+
+def test_a_branch_inherits_the_calls_that_were_made_of_each_tool():
+    def script(request, context):
+        if request.key[-1] == 0:
+            return ScriptedTurn("<python>1</python>", entropies=[0.0])
+        return ScriptedTurn("<python>2</python>" if request.key[-1] == 1 else ANSWER, entropies=[1.0])
+
+    made = Scripted(script, leaves=2, at_root=1)
+    made.sampler.settings = replace(made.sampler.settings, max_calls_of={"python": 1})
+    leaves = made().trees[0].leaves()
+    assert [[call.failure for call in leaf.calls] for leaf in leaves] == [[None, "call_limit"]] * 2
 
 
 def test_a_path_tool_is_told_its_own_paths_calls_so_siblings_share_no_state():

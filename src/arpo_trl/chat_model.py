@@ -12,6 +12,20 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
 
 
+def check_server_url(url: str, subject: str, key_variable: str) -> None:
+    """Returns if `url` is the address of a server; a key in it would get into logs.
+
+    Raises:
+        ConfigError: it is not; names `subject` and where the key belongs.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        raise ConfigError(
+            f"{subject} is no address like http://host:port/v1, without a user name or password. Its key, if it wants "
+            f"one, belongs in the environment variable {key_variable}."
+        )
+
+
 @dataclass(frozen=True)
 class ChatModel:
     """The model `model` at `url`, which ends in /v1 as a rule.
@@ -29,12 +43,7 @@ class ChatModel:
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise ConfigError(
-                f"The server of {self.model!r} is no address like http://host:port/v1, without a user name or "
-                f"password. Its key, if it wants one, belongs in the environment variable {self.key_variable}."
-            )
+        check_server_url(self.url, f"The server of {self.model!r}", self.key_variable)
 
     def ask(self, prompt: str, timeout_s: float) -> str:
         """What the model says, at temperature 0; raises `RequestFailed` when it says nothing in time."""

@@ -10,18 +10,20 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from arpo_trl.errors import ArpoError, ConfigError
 
+T = TypeVar("T")
 
-def report_errors(main: Callable[[], None]) -> Callable[[], None]:
+
+def report_errors(main: Callable[[], T]) -> Callable[[], T]:
     """`main` with this package's errors as one line and exit status 2; others keep their traceback."""
 
     @functools.wraps(main)
-    def wrapped() -> None:
+    def wrapped() -> T:
         try:
-            main()
+            return main()
         except ArpoError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -29,8 +31,10 @@ def report_errors(main: Callable[[], None]) -> Callable[[], None]:
     return wrapped
 
 
-def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None, **parser: Any) -> tuple[Any, ...]:
     """One instance of each dataclass from the command line and the YAML file behind `--config`; flags win.
+
+    `parser` goes to the argument parser.
 
     Raises:
         ConfigError: The file cannot be read, a key or flag is nobody's field (the nearest one is named), or a
@@ -44,7 +48,7 @@ def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None
         # Before the dataclasses see the rest of the file: they would complain of what a misspelt key left unset.
         _check_names([key for key in _read_config(words[words.index("--config") + 1]) if key != "env"], fields)
     try:
-        *settings, left = TrlParser(kinds).parse_args_and_config(words, return_remaining_strings=True)
+        *settings, left = TrlParser(kinds, **parser).parse_args_and_config(words, return_remaining_strings=True)
     except ConfigError:
         raise
     except ValueError as error:  # what TRL's own dataclasses refuse
@@ -86,26 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     tree.add_argument("--index", type=int, default=None, help="only this tree of the file, counted from 0")
 
-    evaluate = commands.add_parser(
-        "eval",
-        help="measure a model on a file of questions",
-        description="Answers every question with the tools, without branching, and prints the accuracy.",
+    commands.add_parser("eval", help="measure a model on benchmarks or a file of questions", add_help=False)
+
+    compare = commands.add_parser(
+        "compare",
+        help="tell whether one evaluation is better than another",
+        description="Compares two runs of `arpo-trl eval` on the questions they share: paired bootstrap and McNemar.",
     )
-    evaluate.add_argument("--model", required=True, help="a folder or Hub id")
-    evaluate.add_argument("--data", required=True, help="a dataset as train.py takes it: file, folder or Hub id")
-    evaluate.add_argument("--split", default="train", help="its split (default: train)")
-    evaluate.add_argument("--tools", nargs="*", default=["search", "python"], help="built-in tools (default: both)")
-    evaluate.add_argument("--search-index", help="JSONL of passages, or saved index folder")
-    evaluate.add_argument("--search-recorded", help="JSON file of recorded searches")
-    evaluate.add_argument("--search-top-k", type=int, default=10, help="results per search (default: 10)")
-    evaluate.add_argument("--temperature", type=float, default=0.6, help="0 is greedy (default: 0.6, the paper's)")
-    evaluate.add_argument("--top-p", type=float, default=0.95, help="default: 0.95, the paper's")
-    evaluate.add_argument("--samples", type=int, default=1, help="answers per question (default: 1)")
-    evaluate.add_argument("--max-completion-length", type=int, default=4096, help="tokens (default: 4096)")
-    evaluate.add_argument("--max-tool-calls", type=int, default=15, help="per answer (default: 15)")
-    evaluate.add_argument("--limit", type=int, default=None, help="only the first questions")
-    evaluate.add_argument("--seed", type=int, default=0)
-    evaluate.add_argument("--allow-unsafe", action="store_true", help="run python unsandboxed where it must be")
+    compare.add_argument("run_a", type=Path, help="the output folder of one run")
+    compare.add_argument("run_b", type=Path, help="and of another, which is compared with it")
+    compare.add_argument("--plot", type=Path, help="picture to write (default: in RUN_B)")
 
     index = commands.add_parser(
         "index",
@@ -130,11 +124,50 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@report_errors
+def _eval_parser() -> argparse.ArgumentParser:
+    """Explains `arpo-trl eval`; what is parsed is the settings themselves."""
+    from arpo_trl.evaluation.settings import GROUPS, EvalSettings
+
+    parser = argparse.ArgumentParser(
+        prog="arpo-trl eval",
+        usage=EVAL_USAGE,
+        description="Answers questions with the tools, as in training but without branching, and scores the answers.",
+        epilog="Tools take the settings of train.py: --tools search python, --search-index FILE, --search-top-k 10, "
+        "--search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and others "
+        "(docs/tools.md). Every setting may stand in the YAML file of --config, with _ for -; flags win. "
+        "Exit status: 0 done, 1 some samples failed, 2 usage.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
+    group: Any = parser
+    for setting in dataclasses.fields(EvalSettings):
+        if setting.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[setting.name])
+        make = setting.default_factory
+        default = setting.default if make is dataclasses.MISSING else " ".join(make())
+        text = setting.metadata["help"]
+        if default not in (None, False, "") and "default" not in text:
+            text += f" (default: {default})"
+        kind: Any = {"action": "store_true"} if default is False else {"metavar": setting.name.split("_")[-1].upper()}
+        group.add_argument(f"--{setting.name.replace('_', '-')}", help=text, **kind)
+    return parser
+
+
+EVAL_USAGE = "arpo-trl eval --model MODEL (--benchmarks NAMES | --suite SUITE | --data PATH) [options]"
+
+
 def main() -> None:
-    """Entry point: exit status 0, 2 for a usage or configuration error."""
+    """Entry point: exit status 0, 1 where an evaluation lacks samples, 2 for a usage or configuration error."""
+    raise SystemExit(_main())
+
+
+@report_errors
+def _main() -> int:
+    if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, which are slow to load
+        return _eval(sys.argv[2:])
     arguments = _parser().parse_args()
-    {"tree": _tree, "eval": _eval, "index": _index, "cache": _cache}[arguments.command](arguments)
+    commands = {"tree": _tree, "compare": _compare, "index": _index, "cache": _cache}
+    return commands[arguments.command](arguments) or 0
 
 
 def _tree(arguments: argparse.Namespace) -> None:
@@ -162,49 +195,24 @@ def _tree(arguments: argparse.Namespace) -> None:
         console.print(render_tree(tree))
 
 
-def _eval(arguments: argparse.Namespace) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def _eval(words: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(words):
+        _eval_parser().print_help()
+        return 0
+    if not words:
+        _eval_parser().error("give a model, and what to evaluate it on; see --help")
+    from arpo_trl.evaluation.command import evaluate
+    from arpo_trl.evaluation.settings import EvalSettings
+    from arpo_trl.tools.build import ToolArguments
 
-    from arpo_trl.data import load_arpo_dataset
-    from arpo_trl.evaluation.runner import evaluate
-    from arpo_trl.tools.box import ToolBox
-    from arpo_trl.tools.build import ToolArguments, build_tools
+    settings, tool_arguments = parse_settings((EvalSettings, ToolArguments), words, usage=EVAL_USAGE)
+    return evaluate(settings, tool_arguments)
 
-    rows = load_arpo_dataset(arguments.data, arguments.split).to_list()[: arguments.limit]
-    tools = build_tools(
-        ToolArguments(
-            arguments.tools,
-            arguments.search_index,
-            arguments.search_recorded,
-            arguments.search_top_k,
-            allow_unsafe=arguments.allow_unsafe,
-        )
-    )
-    with ToolBox(tools) as toolbox:
-        result = evaluate(
-            AutoModelForCausalLM.from_pretrained(arguments.model),
-            AutoTokenizer.from_pretrained(arguments.model),
-            rows,
-            toolbox,
-            temperature=arguments.temperature,
-            top_p=arguments.top_p,
-            samples=arguments.samples,
-            max_completion_length=arguments.max_completion_length,
-            max_tool_calls=arguments.max_tool_calls,
-            seed=arguments.seed,
-        )
-    print(
-        json.dumps(
-            {
-                "accuracy": round(result.accuracy, 4),
-                "questions": len(rows),
-                "samples": len(result.samples),
-                "calls_per_sample": round(result.calls_per_sample, 3),
-                "seconds": round(result.rollout.times.total_s, 1),
-            },
-            indent=2,
-        )
-    )
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from arpo_trl.evaluation.command import compare_runs
+
+    return compare_runs(arguments.run_a, arguments.run_b, arguments.plot)
 
 
 def _index(arguments: argparse.Namespace) -> None:

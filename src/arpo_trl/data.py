@@ -32,7 +32,7 @@ Task = Literal["math", "qa"]
 Message = dict[str, str]
 
 _TASKS: tuple[Task, ...] = ("math", "qa")
-_SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet")
 _QUESTION_FIELDS = ("question", "Question", "problem", "Problem")
 _ANSWER_FIELDS = ("answer", "Answer", "final_answer")
 _ID_FIELDS = ("id", "_id", "idx", "unique_id", "task_id")
@@ -70,11 +70,11 @@ def load_arpo_dataset(
     """
     if task is not None and task not in _TASKS:
         raise ConfigError(f"task is {task!r}; expected one of {_TASKS}, or None to read it from the rows.")
-    system_text = _system_text(system_prompt)
+    system_text = system_prompt_text(system_prompt)
     rows, skipped = [], []
     for number, raw in enumerate(_read_rows(path_or_hub_id, split)):
         try:
-            row = _convert_row(raw, number, system_text)
+            row = convert_row(raw, number, system_text)
         except DataError as error:
             raise DataError(f"{path_or_hub_id}, row {number}: {error}") from error
         if row is None:
@@ -126,29 +126,37 @@ def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
         files = _files_of_split(path, split)
     elif path.exists():
         files = [path]
-    elif path.suffix in _SUFFIXES or path.is_absolute() or path_or_hub_id.startswith(".") or len(path.parts) > 2:
+    elif path.suffix in SUFFIXES or path.is_absolute() or path_or_hub_id.startswith(".") or len(path.parts) > 2:
         raise DataError(f"There is no file or folder {path_or_hub_id}; expected a dataset there. Check the path.")
     else:
         yield from load_from_hub(path_or_hub_id, split)
         return
     for file in files:
-        yield from _read_file(file)
+        yield from read_file(file)
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Files such as train.jsonl, train_10k.parquet or train-00000-of-00002.parquet, sorted by name."""
-    readable = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    readable = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     files = [path for path in readable if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", path.name)]
     if not files:
         raise DataError(
-            f"The folder {folder} has no file of the split {split!r}; expected {split}*{{{','.join(_SUFFIXES)}}}, got "
+            f"The folder {folder} has no file of the split {split!r}; expected {split}*{{{','.join(SUFFIXES)}}}, got "
             f"{_listed(path.name for path in readable) or 'no such file at all'}. Name the file itself, or another "
             "split."
         )
     return files
 
 
-def _read_file(path: Path) -> Iterator[Mapping[str, Any]]:
+def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file, as they are.
+
+    Args:
+        bad: What is wrong with each row that is left out for it goes here; None: the first one raises.
+
+    Raises:
+        DataError: The file, or a row of it, cannot be read.
+    """
     match path.suffix:
         case ".parquet":
             try:
@@ -157,28 +165,42 @@ def _read_file(path: Path) -> Iterator[Mapping[str, Any]]:
                 raise DataError(f"{path} is not a readable parquet file: {error}") from error
             rows = table.to_pylist()
         case ".jsonl":
-            rows = _read_jsonl(path)
+            rows = _read_jsonl(path, bad)
         case ".json":
             rows = _parse_json(_read_text(path), str(path))
             if not isinstance(rows, list):
                 raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects, one per row.")
         case _:
-            raise DataError(f"{path} is no dataset file; expected one of {_SUFFIXES}.")
+            raise DataError(f"{path} is no dataset file; expected one of {SUFFIXES}.")
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, row {number}: got a {type(row).__name__}; expected an object with named fields.")
-        yield row
+        if isinstance(row, dict):
+            yield row
+            continue
+        problem = f"{path}, row {number}: got a {type(row).__name__}; expected an object with named fields."
+        if bad is None:
+            raise DataError(problem)
+        bad.append(problem)
 
 
-def _read_jsonl(path: Path) -> list[Any]:
+def _read_jsonl(path: Path, bad: list[str] | None) -> list[Any]:
     # Only \n ends a line: str.splitlines would also break at characters that JSON allows within a string.
-    lines = _read_text(path).split("\n")
-    return [_parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    rows = []
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(_parse_json(line, f"{path}, line {number}"))
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+    return rows
 
 
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (byte {error.start}). Convert it, with iconv for example."
@@ -192,10 +214,10 @@ def _parse_json(text: str, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON ({error}).") from error
 
 
-def load_from_hub(hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
+def load_from_hub(hub_id: str, split: str, config: str | None = None) -> Iterator[Mapping[str, Any]]:
     """The rows of a dataset on the Hub; `DataError` when it cannot be had."""
     try:
-        dataset = datasets.load_dataset(hub_id, split=split)
+        dataset = datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:  # the Hub client raises its own, requests' and the file system's errors
         raise DataError(
             f"{hub_id!r} is no local file or folder, and loading its split {split!r} from the Hub failed: "
@@ -207,8 +229,12 @@ def load_from_hub(hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
 # Converting
 
 
-def _convert_row(raw: Mapping[str, Any], number: int, system_text: str | None) -> dict[str, Any] | None:
-    """The row in our layout, `task` None where it does not say; None if it has a verl row's blank answer."""
+def convert_row(raw: Mapping[str, Any], number: int, system_text: str | None) -> dict[str, Any] | None:
+    """The row in our layout, `task` None where it does not say; None if it has a verl row's blank answer.
+
+    Raises:
+        DataError: it cannot be converted; names the field.
+    """
     extra = raw.get("extra_info") or {}
     is_verl = isinstance(raw.get("reward_model"), Mapping)
     if is_verl:
@@ -270,7 +296,8 @@ def _with_system(messages: list[Message], system_text: str | None, *, is_questio
     return [{"role": "system", "content": system_text}, *messages[messages[0]["role"] == "system" :]]
 
 
-def _system_text(system_prompt: str | None) -> str | None:
+def system_prompt_text(system_prompt: str | None) -> str | None:
+    """The text of a system prompt that is given by name or as it is; raises ConfigError for a name that is none."""
     if system_prompt is None:
         return None
     if system_prompt in SYSTEM_PROMPTS:

@@ -80,6 +80,7 @@ class ARPOTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
       `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
+    - `create_model_card`: adds what an `EvaluationCallback` found.
 
     Raises:
         ConfigError, DataError, ToolSpecError: Something cannot work; found before the first step.
@@ -162,6 +163,8 @@ class ARPOTrainer(GRPOTrainer):
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
+        self.evaluation: str | None = None
+        """Markdown that the model card has of the last evaluation on benchmarks."""
         self._last: _LastRollout | None = None
         self._bell = AlarmBell(args.branch_policy.rule)
         self._rollouts_at = (-1, 0)
@@ -469,6 +472,12 @@ class ARPOTrainer(GRPOTrainer):
             )
             start = rows.stop
         return trees
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.evaluation is not None and self.is_world_process_zero():
+            with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as card:
+                card.write(f"\n## Evaluation\n\n{self.evaluation}\n")
 
     # Checks ----------------------------------------------------------------------------------------------------------
 

@@ -1,97 +1,234 @@
-"""Evaluation with the sampler that trained the model: same protocol, same tools, no branching."""
+"""Evaluation with the sampler that trained the model: same protocol, same tools, no branching.
+
+    questions ─▶ stream of requests ─▶ TreeSampler ─▶ trees as they finish ─▶ scoring threads ─▶ samples.jsonl
+                                                                                           └─▶ running scores
+
+Every sample is a request of its own, seeded by the run, its benchmark, its question's place and its own number, so
+what it draws depends on nothing else and a run can stop anywhere and go on.
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.evaluation.benchmarks import Questions
+from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
+from arpo_trl.evaluation.scoring import predicted, question_of, score
+from arpo_trl.rewards.hierarchical import format_fault
+from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.rollout.sampler import Finished, GroupRequest, TreeSampler
+from arpo_trl.rollout.tree import NodeKind
 
-from arpo_trl.rewards import HierarchicalReward
-from arpo_trl.rewards.hierarchical import HierarchicalScore
-from arpo_trl.rollout.engines.base import SamplingSettings
-from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
-from arpo_trl.rollout.tree import Leaf
-from arpo_trl.tools.box import ToolBox
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One answer to one question."""
-
-    row: dict[str, Any]
-    leaf: Leaf
-    score: HierarchicalScore
+SCORING_THREADS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """All samples, row by row, and the rollout they came from."""
+class Evaluator:
+    """Samples questions and scores the answers.
 
-    samples: list[Sample]
-    rollout: Rollout
-
-    @property
-    def accuracy(self) -> float:
-        """Mean accuracy; an answer in a bad format counts as wrong."""
-        return sum(sample.score.accuracy or 0.0 for sample in self.samples) / len(self.samples)
-
-    @property
-    def calls_per_sample(self) -> float:
-        return sum(len(sample.leaf.calls) for sample in self.samples) / len(self.samples)
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, Any]],
-    toolbox: ToolBox,
-    *,
-    temperature: float,
-    top_p: float = 1.0,
-    samples: int = 1,
-    max_completion_length: int,
-    max_tool_calls: int,
-    max_tool_result_tokens: int | None = None,
-    seed: int = 0,
-    entropy_probe_tokens: int | None = None,
-) -> Evaluation:
-    """`samples` answers to each of `rows` {prompt, answer, task}, scored; temperature 0 is greedy.
-
-    `entropy_probe_tokens` None records the entropy of every token.
+    Args:
+        sampler: Its settings are used without branching.
+        samples: Answers to each question.
+        judge: For scores by a language model.
+        concurrency: Answers under way at once.
     """
-    protocol = TagProtocol(tokenizer, toolbox.specs, max_result_tokens=max_tool_result_tokens)
-    eos_ids = (int(tokenizer.eos_token_id),)
-    settings = SamplingSettings(eos_ids, protocol.stop_strings, temperature=temperature, top_p=top_p)
-    engine = TransformersEngine(tokenizer, settings, lambda: contextlib.nullcontext(model))
-    sampler = TreeSampler(
-        engine,
-        toolbox,
-        protocol,
-        SamplerSettings(
-            num_generations=samples,
-            initial_rollouts=samples,
-            max_completion_length=max_completion_length,
-            max_length=model.config.get_text_config().max_position_embeddings,
-            max_tool_calls=max_tool_calls,
-            entropy_probe_tokens=max_completion_length if entropy_probe_tokens is None else entropy_probe_tokens,
-            schedule=RolloutSchedule.ROUNDS,
-        ),
-        eos_ids,
-    )
-    requests = [GroupRequest(i, protocol.encode_prompt(row["prompt"])) for i, row in enumerate(rows)]
-    rollout = sampler.sample(requests, seed=(seed, "evaluate"))
-    answered = [(row, leaf) for row, tree in zip(rows, rollout.trees, strict=True) for leaf in tree.leaves()]
-    scores = HierarchicalReward().scores(
-        turns=[leaf.turns for _, leaf in answered],
-        tool_calls=[[call.as_row() for call in leaf.calls] for _, leaf in answered],
-        stop_reason=[leaf.stop.value for _, leaf in answered],
-        answer=[row["answer"] for row, _ in answered],
-        task=[row["task"] for row, _ in answered],
-    )
-    scored = [Sample(row, leaf, score) for (row, leaf), score in zip(answered, scores, strict=True)]
-    return Evaluation(scored, rollout)
+
+    def __init__(
+        self,
+        sampler: TreeSampler,
+        *,
+        samples: int,
+        seed: int,
+        concurrency: int,
+        judge: LLMJudge | None = None,
+    ):
+        self.sampler, self.judge = sampler, judge
+        self.samples, self.seed, self.concurrency = samples, seed, concurrency
+        # Nobody reads an evaluation's entropies, and vLLM would interrupt each turn for them.
+        self._settings = replace(sampler.settings.without_branching(1), entropy_probe_tokens=0)
+
+    def keys(self, questions: Questions) -> list[Key]:
+        """All samples of a benchmark, in order."""
+        name = questions.benchmark.name
+        return [(name, i, j) for i in range(len(questions.rows)) for j in range(self.samples)]
+
+    def run(self, questions: Questions, keys: Iterable[Key], sink: Callable[[Record], None]) -> None:
+        """Gives `sink`, from any thread, one record for each of `keys` as soon as it is there."""
+        under_way: set[Future[None]] = set()
+        with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
+            for finished in self._outcomes(questions, keys):
+                under_way.add(scoring.submit(self._deliver, questions, finished, sink))
+                done = {future for future in under_way if future.done()}
+                under_way -= done
+                for future in done:
+                    future.result()  # a full disk ends the run here and now
+        for future in under_way:
+            future.result()
+
+    def _deliver(self, questions: Questions, finished: Finished, sink: Callable[[Record], None]) -> None:
+        sink(self._record(questions, finished))
+
+    def rescore(self, questions: Questions, records: Sequence[Record], sink: Callable[[Record], None]) -> None:
+        """Judges samples again whose judge had stayed away."""
+        with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
+            for record in scoring.map(lambda record: self._rescored(questions, record), records):
+                sink(record)
+
+    def _rescored(self, questions: Questions, record: Record) -> Record:
+        row = questions.rows[record["number"]]
+        return {**record, "scores": score(record["prediction"], row, self.judge)}
+
+    def _outcomes(self, questions: Questions, keys: Iterable[Key]) -> Iterator[Finished]:
+        unreadable: list[Finished] = []
+
+        def requests() -> Iterator[GroupRequest]:
+            for _, number, sample in keys:
+                name = number * self.samples + sample
+                try:
+                    ids = self.sampler.protocol.encode_prompt(questions.rows[number]["prompt"])
+                except Exception as error:  # whatever a chat template raises about one prompt
+                    unreadable.append(Finished(name, None, f"{type(error).__name__}: {error}", 0.0))
+                else:
+                    yield GroupRequest(name, ids)
+
+        yield from self.sampler.stream(
+            requests(),
+            seed=(self.seed, questions.benchmark.name),
+            groups_at_once=self.concurrency,
+            settings=self._settings,
+        )
+        yield from unreadable
+
+    def _record(self, questions: Questions, finished: Finished) -> Record:
+        number, sample = divmod(finished.id, self.samples)
+        row = questions.rows[number]
+        record: Record = {
+            "benchmark": questions.benchmark.name,
+            "number": number,
+            "sample": sample,
+            "id": row["id"],
+            "level": row["level"],
+            "question": question_of(row),
+            "golds": row["answer"],
+            "error": finished.error,
+        }
+        if finished.tree is None:
+            return record
+        try:
+            return record | self._scored(row, finished)
+        except Exception as error:  # one answer that breaks a scorer is one failure, not the run's
+            return record | {"error": f"{type(error).__name__}: {error}"}
+
+    def _scored(self, row: dict[str, Any], finished: Finished) -> Record:
+        tree = finished.tree
+        assert tree is not None
+        (leaf,) = tree.leaves()
+        prediction = predicted(leaf.turns)
+        nodes = [(node.kind, len(node.ids)) for node in leaf.nodes]
+        return {
+            "task": row["task"],
+            "prediction": prediction,
+            "scores": score(prediction, row, self.judge),
+            "fault": format_fault(leaf.turns, leaf.stop, self.sampler.toolbox.names),
+            "stop": leaf.stop.value,
+            "trajectory": trajectory(tree),
+            "tokens": {
+                "prompt": len(tree.root.ids),
+                "generated": sum(n for kind, n in nodes if kind is NodeKind.TURN),
+                "observed": sum(n for kind, n in nodes if kind is NodeKind.OBSERVATION),
+            },
+            "seconds": round(finished.seconds, 3),
+        }
+
+
+class RunFolder:
+    """The output folder of one run: who it belongs to, and its samples.
+
+    Args:
+        path: Made if it is not there.
+        identity: What must be equal for two invocations to be one run, as JSON has it.
+        resume: Whether the folder may hold that run already.
+
+    Raises:
+        ConfigError: It holds another run, or this one without `resume`, or something else.
+    """
+
+    def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool):
+        self.path = path
+        self.samples_file = path / "samples.jsonl"
+        description = path / "run.json"
+        identity = json.loads(json.dumps(identity))
+        if description.exists():
+            self._check_same(description, identity, resume)
+        elif path.exists() and (not path.is_dir() or any(file.suffix != ".partial" for file in path.iterdir())):
+            raise ConfigError(f"{path} is not empty and holds no evaluation. Choose another output folder.")
+        else:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                write_whole(description, json.dumps(identity, indent=2) + "\n")
+            except OSError as error:
+                raise ConfigError(f"The output folder {path} cannot be written: {error}.") from error
+        self.done, self.unjudged = repair(self.samples_file)
+        self.log = SampleLog(self.samples_file)
+
+    def _check_same(self, description: Path, identity: dict[str, Any], resume: bool) -> None:
+        try:
+            other = json.loads(description.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{description} cannot be read: {error}. Choose another output folder.") from error
+        differences = list(_differences(other, identity))
+        if differences:
+            raise ConfigError(
+                f"{self.path} holds a different run: {'; '.join(differences[:3])}. Choose another output folder."
+            )
+        if not resume:
+            raise ConfigError(f"{self.path} holds this run already. To go on with it: --resume.")
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.log.close()
+
+
+def run_benchmark(
+    evaluator: Evaluator, questions: Questions, folder: RunFolder, on_record: Callable[[Record], None]
+) -> None:
+    """Samples what the folder lacks of a benchmark; `on_record` sees each new record, one at a time."""
+    lock = threading.Lock()
+
+    def sink(record: Record) -> None:
+        folder.log.write(record)
+        with lock:
+            on_record(record)
+
+    mine = [record for record in folder.unjudged if record["benchmark"] == questions.benchmark.name]
+    evaluator.rescore(questions, mine, sink)
+    had = folder.done | {key_of(record) for record in mine}
+    evaluator.run(questions, [key for key in evaluator.keys(questions) if key not in had], sink)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that nobody ever sees half of it."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, "utf-8", errors="replace")
+    partial.replace(path)
+
+
+def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted({*before, *now}):
+            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+    elif before != now:
+        yield f"{name} is {_short(before)} there and {_short(now)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"

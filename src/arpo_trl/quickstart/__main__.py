@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from arpo_trl.cli import report_errors
 from arpo_trl.errors import ConfigError
-from arpo_trl.evaluation.runner import Evaluation, evaluate
+from arpo_trl.evaluation.measure import Evaluation, evaluate
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
 from arpo_trl.quickstart.model import save_cold_start_base

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from arpo_trl.evaluation.runner import Evaluation
+from arpo_trl.evaluation.measure import Evaluation
 from arpo_trl.rollout.branching import mean
 
 PROBE = 8

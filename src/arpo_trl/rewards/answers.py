@@ -95,6 +95,11 @@ def paper_tokens(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_ASCII_PUNCTUATION)).split()
 
 
+def spaced_tokens(text: str) -> list[str]:
+    """Words of `text` as the paper's evaluation compares them: lower case, split at spaces, nothing removed."""
+    return text.lower().split()
+
+
 def token_f1(prediction: str, golds: Sequence[str]) -> float:
     """The best F1, 0 to 1, of the prediction's words against any gold's; words by `normalized_tokens`."""
     return _best_f1(prediction, golds, normalized_tokens)
@@ -103,6 +108,11 @@ def token_f1(prediction: str, golds: Sequence[str]) -> float:
 def paper_f1(prediction: str, golds: Sequence[str]) -> float:
     """Token F1, 0 to 1, as the paper's released reward takes it; words by `paper_tokens`. For parity only."""
     return _best_f1(prediction, golds, paper_tokens)
+
+
+def spaced_f1(prediction: str, golds: Sequence[str]) -> float:
+    """Token F1, 0 to 1, as the paper's evaluation takes it; words by `spaced_tokens`. For comparison with it."""
+    return _best_f1(prediction, golds, spaced_tokens)
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> bool:

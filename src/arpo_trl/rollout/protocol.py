@@ -132,6 +132,10 @@ class ToolProtocol(ABC):
         """The text that tells a path to answer without further calls."""
         return "No tool calls are left. Write the final answer now."
 
+    def tool_limit_notice(self, name: str) -> str:
+        """The text that tells a path to go on without the tool `name`."""
+        return f"No {name} calls are left. Go on without them."
+
     def _encode(self, text: str) -> list[int]:
         """Our own text, special tokens on."""
         return self.tokenizer.encode(text, add_special_tokens=False)

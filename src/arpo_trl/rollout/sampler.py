@@ -10,15 +10,18 @@ decode. That costs some overlap and makes a run repeat bit for bit, whatever the
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolicy, BranchRule
-from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, ToolProtocol
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult
@@ -38,7 +41,11 @@ class RolloutSchedule(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplerSettings:
-    """How a group is sampled. Lengths are in tokens; `max_length` is the model's context, prompt included."""
+    """How a group is sampled. Lengths are in tokens; `max_length` is the model's context, prompt included.
+
+    `max_tool_calls` is for all tools together and ends the calling; `max_calls_of` is for single tools, whose calls
+    beyond it are answered with a notice while others go on.
+    """
 
     num_generations: int
     initial_rollouts: int
@@ -48,6 +55,7 @@ class SamplerSettings:
     entropy_probe_tokens: int = 20
     policy: BranchPolicy = field(default_factory=BranchPolicy)
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP
+    max_calls_of: Mapping[str, int] = field(default_factory=dict)
 
     def without_branching(self, num_generations: int) -> SamplerSettings:
         """The same for evaluation: every path starts at the root."""
@@ -60,6 +68,16 @@ class GroupRequest:
 
     id: int
     prompt_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """What came of one request of a stream: its tree, or why there is none, and its seconds from start to end."""
+
+    id: int
+    tree: RolloutTree | None
+    error: str | None
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +116,9 @@ class _Group:
     budget: BranchBudget
     branches: bool
     """Whether there was a budget to begin with; without one nothing is decided."""
+    started_s: float = field(default_factory=time.perf_counter)
+    error: Exception | None = None
+    """What ended it early, in a stream."""
     starts: int = 0
     topups: int = 0
     longest_chain: int = 0
@@ -123,6 +144,8 @@ class _Path:
     """Turns in sequence that this path had to wait for besides its own."""
     results: int = 0
     """Tool results received, refusals of malformed calls included."""
+    calls_of: Mapping[str, int] = field(default_factory=dict)
+    """How often each tool was called, refusals left out."""
     may_call: bool = True
     decides: bool = False
     """The probe of the current turn decides whether the observation above it branches."""
@@ -181,6 +204,24 @@ class TreeSampler:
         """
         return _Run(self, settings or self.settings, seed)(requests)
 
+    def stream(
+        self,
+        requests: Iterable[GroupRequest],
+        *,
+        seed: tuple[int | str, ...],
+        groups_at_once: int,
+        settings: SamplerSettings | None = None,
+    ) -> Iterator[Finished]:
+        """Each request's outcome as soon as it is there; a new one starts whenever fewer than `groups_at_once` are on.
+
+        What fails for one request, a prompt without room included, is its outcome and stops no other. A request is
+        asked for when there is a place for it, so `requests` may be as long as it likes.
+
+        Raises:
+            EngineError: The engine as a whole broke its contract or lost its server.
+        """
+        return _Run(self, settings or self.settings, seed).stream(requests, groups_at_once)
+
 
 class _Run:
     """One call of `sample`: all state that must not outlive it."""
@@ -195,6 +236,8 @@ class _Run:
         self.calling: dict[int, tuple[_Calling, int]] = {}
         self.requests = 0
         self.tool_wait_s = 0.0
+        self.isolates = False
+        """Whether what goes wrong in a group ends that group alone."""
 
     def __call__(self, requests: Sequence[GroupRequest]) -> Rollout:
         start, forward_before = time.perf_counter(), self.engine.forward_s
@@ -216,6 +259,52 @@ class _Run:
             [group.longest_chain for group in groups],
         )
 
+    def stream(self, requests: Iterable[GroupRequest], groups_at_once: int) -> Iterator[Finished]:
+        self.isolates = True
+        waiting = iter(requests)
+        live: set[int] = set()
+        with self.engine.session():
+            while True:
+                while len(live) < groups_at_once and (request := next(waiting, None)) is not None:
+                    try:
+                        self._start(request)
+                    except Exception as error:
+                        self._forget(request.id)
+                        yield Finished(request.id, None, _described(error), 0.0)
+                    else:
+                        live.add(request.id)
+                if not live:
+                    return
+                for group in self._advance():
+                    if group.error is None:
+                        self._isolated(group, partial(self._branch, group))
+                    if group.error is not None or not group.live:
+                        live.discard(group.id)
+                        yield self._finished(group)
+
+    def _finished(self, group: _Group) -> Finished:
+        seconds = time.perf_counter() - group.started_s
+        if group.error is None:
+            self._isolated(group, partial(group.tree.check, self.settings.num_generations))
+        if group.error is not None:
+            return Finished(group.id, None, _described(group.error), seconds)
+        return Finished(group.id, group.tree, None, seconds)
+
+    def _isolated(self, group: _Group, step: Callable[[], None]) -> None:
+        """Does `step`; in a stream what it raises ends only its group."""
+        try:
+            step()
+        except Exception as error:
+            if not self.isolates:
+                raise
+            group.error = error
+            self._forget(group.id)
+
+    def _forget(self, group: int) -> None:
+        """Drops what is under way for a group; what comes of it will be nobody's."""
+        self.writing = {id: path for id, path in self.writing.items() if path.group.id != group}
+        self.calling = {ticket: call for ticket, call in self.calling.items() if call[0].path.group.id != group}
+
     # Events ----------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> list[_Group]:
@@ -223,15 +312,14 @@ class _Run:
         touched: dict[int, _Group] = {}
         if self.writing:
             for event in self.engine.poll(BUSY_POLL_S if self.calling else IDLE_POLL_S):
-                path = self.writing[event.id]
+                if (path := self.writing.get(event.id)) is None:
+                    continue  # its group has failed
                 touched[path.group.id] = path.group
-                if isinstance(event, Probe):
-                    self.writing[event.id] = self._probed(path, event.entropies)
-                else:
-                    del self.writing[event.id]
-                    self._wrote(path, event)
+                self._isolated(path.group, partial(self._take, path, event))
         for ticket, result in self._tool_results():
-            calling, i = self.calling.pop(ticket)
+            if (waited_for := self.calling.pop(ticket, None)) is None:
+                continue
+            calling, i = waited_for
             call = calling.calls[i]
             assert isinstance(call, ToolCall)
             calling.answered[i] = ExecutedCall(
@@ -239,8 +327,17 @@ class _Run:
             )
             touched[calling.path.group.id] = calling.path.group
             if len(calling.answered) == len(calling.calls):
-                self._observe(calling.path, calling.in_order)
+                self._isolated(calling.path.group, partial(self._observe, calling.path, calling.in_order))
         return list(touched.values())
+
+    def _take(self, path: _Path, event: Event) -> None:
+        if isinstance(event, Probe):
+            self.writing[event.id] = self._probed(path, event.entropies)
+            return
+        del self.writing[event.id]
+        if isinstance(event, TurnFailed):
+            raise EngineError(event.reason)
+        self._wrote(path, event)
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
@@ -293,14 +390,22 @@ class _Run:
 
     def _call(self, path: _Path, calls: Sequence[ToolCall | BadCall]) -> None:
         """Sends off a turn's calls; those that are none, or one too many, are answered at once."""
+        limits, made = self.settings.max_calls_of, Counter(path.calls_of)
+        path = replace(path, calls_of=made)
         calling = _Calling(path, calls)
         for i, call in enumerate(calls):
+            notice = None
             if isinstance(call, BadCall):
                 calling.answered[i] = ExecutedCall(call.fault, {}, call.text, "bad_call", 0.0, "refused")
-            elif path.results + i >= self.settings.max_tool_calls:
+                continue
+            if path.results + i >= self.settings.max_tool_calls:
                 notice = self.protocol.limit_notice()
+            elif made[call.name] >= limits.get(call.name, math.inf):
+                notice = self.protocol.tool_limit_notice(call.name)
+            if notice is not None:
                 calling.answered[i] = ExecutedCall(call.name, call.arguments, notice, "call_limit", 0.0, "refused")
             else:
+                made[call.name] += 1
                 self.calling[self.toolbox.submit(self._with_history(path, call))] = (calling, i)
         if len(calling.answered) == len(calls):
             self._observe(path, calling.in_order)
@@ -410,6 +515,10 @@ class _Run:
         """A seed that is this rollout's, and this place's in it, alone."""
         digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _name(call: ToolCall | BadCall) -> str:

@@ -1,12 +1,14 @@
 """The seam between the sampler and whatever produces tokens.
 
-An engine takes requests for single turns and reports two kinds of events: a `Probe` once the first k tokens of a turn
-are there, and the `Turn` when it ended. It knows nothing of trees, tools or branching. Inside a session it may need no
-other rank, so a rank with no live path and a rank with two hundred both just run.
+An engine takes requests for single turns and reports events: a `Probe` once the first k tokens of a turn are there,
+and the `Turn` when it ended, or `TurnFailed` where one request can fail by itself. It knows nothing of trees, tools or
+branching. Inside a session it may need no other rank, so a rank with no live path and one with two hundred both just
+run.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -75,6 +77,17 @@ class Turn:
     stop: TurnStop
 
 
+@dataclass(frozen=True, slots=True)
+class TurnFailed:
+    """A turn that was given up, while others go on: the server cannot answer this one request."""
+
+    id: int
+    reason: str
+
+
+Event = Probe | Turn | TurnFailed
+
+
 class Engine(Protocol):
     """What the sampler needs."""
 
@@ -93,5 +106,5 @@ class Engine(Protocol):
     def submit(self, request: TurnRequest) -> None:
         """Queues a turn; never blocks."""
 
-    def poll(self, timeout_s: float) -> list[Probe | Turn]:
+    def poll(self, timeout_s: float) -> Sequence[Event]:
         """What happened since the last call, waiting at most about `timeout_s` for the first event."""

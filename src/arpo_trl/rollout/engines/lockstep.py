@@ -16,7 +16,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.engines.base import Engine, Probe, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Engine, Event, Turn, TurnRequest
 
 IDLE_S = 0.002
 """Pause between two rounds in which nobody has anything to write."""
@@ -35,7 +35,7 @@ class _Round:
     """What one rank tells the others."""
 
     requests: list[TurnRequest]
-    events: list[Probe | Turn]
+    events: Sequence[Event]
     done: bool
     problem: str | None
 
@@ -50,7 +50,7 @@ class LockstepEngine:
         self._group = group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._requests: queue.SimpleQueue[TurnRequest] = queue.SimpleQueue()
-        self._events: queue.SimpleQueue[Probe | Turn | EngineError] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Event | EngineError] = queue.SimpleQueue()
         self._pending = 0
         self._done = False
         self._problem: str | None = None
@@ -83,10 +83,10 @@ class LockstepEngine:
         self._pending += 1
         self._requests.put(request)
 
-    def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
+    def poll(self, timeout_s: float = 0.0) -> list[Event]:
         if not self._pending:
             return []
-        events: list[Probe | Turn] = []
+        events: list[Event] = []
         try:
             event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
             while True:
@@ -103,7 +103,7 @@ class LockstepEngine:
     def _run(self, device: int | None) -> None:
         if device is not None:
             torch.cuda.set_device(device)  # which device is current is a thread's own matter
-        mine: list[Probe | Turn] = []
+        mine: Sequence[Event] = []
         while True:
             done = self._done  # before the requests are taken: nothing is submitted after it
             rounds: list[_Round | None] = [None] * self._size
@@ -141,13 +141,13 @@ class LockstepEngine:
         after = None if request.after is None else request.after * self._size + rank
         return replace(request, id=request.id * self._size + rank, after=after)
 
-    def _deliver(self, events: list[Probe | Turn]) -> None:
+    def _deliver(self, events: Sequence[Event]) -> None:
         for event in events:
             if event.id % self._size == self._rank:
                 self._events.put(replace(event, id=event.id // self._size))
 
 
-def _ids(events: list[Probe | Turn]) -> list[tuple[int, list[int]]]:
+def _ids(events: Sequence[Event]) -> list[tuple[int, list[int]]]:
     return [(event.id, event.ids if isinstance(event, Turn) else []) for event in events]
 
 

@@ -1,0 +1,85 @@
+"""Benchmarks while training: every n steps on the trainer's own engine, all ranks sharing the questions.
+
+trainer.add_callback(EvaluationCallback(trainer, [load_questions(BENCHMARKS["gsm8k"], limit=200)], every_steps=50))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.evaluation.benchmarks import Questions
+from arpo_trl.evaluation.report import table
+from arpo_trl.evaluation.results import summarise
+from arpo_trl.evaluation.runner import Evaluator
+from arpo_trl.evaluation.samples import Record, counted
+from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.trainer import ARPOTrainer
+
+
+class EvaluationCallback(TrainerCallback):
+    """Evaluates the policy every `every_steps` optimizer steps.
+
+    Logs `eval/<benchmark>/<score>` and, for several `samples`, `eval/<benchmark>/pass@<k>`, and has the last table
+    written into the model card. Temperature, lengths and tool limits are the trainer's; nothing branches.
+
+    Raises:
+        ConfigError: `every_steps` is less than 1.
+    """
+
+    def __init__(
+        self,
+        trainer: ARPOTrainer,
+        benchmarks: Sequence[Questions],
+        *,
+        every_steps: int,
+        samples: int = 1,
+        concurrency: int = 32,
+        judge: LLMJudge | None = None,
+    ):
+        if every_steps < 1:
+            raise ConfigError(f"every_steps is {every_steps}; expected at least 1.")
+        self._trainer = trainer
+        self._benchmarks = list(benchmarks)
+        self._every_steps = every_steps
+        self._samples = samples
+        self._evaluator = Evaluator(
+            trainer.sampler, samples=samples, seed=trainer.args.seed, concurrency=concurrency, judge=judge
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step % self._every_steps == 0:
+            self.evaluate()
+
+    def evaluate(self) -> dict[str, Any]:
+        """The summary of each benchmark, logged; a collective."""
+        trainer = self._trainer
+        rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        summaries: dict[str, Any] = {}
+        for questions in self._benchmarks:
+            mine: list[Record] = []
+            self._evaluator.run(questions, self._evaluator.keys(questions)[rank::ranks], mine.append)
+            summaries[questions.benchmark.name] = summarise(
+                questions.benchmark,
+                gather_object([counted(record) for record in mine]),
+                questions=len(questions.rows),
+                samples=self._samples,
+                seed=trainer.args.seed,
+            )
+        logs: dict[str, float] = {}
+        for name, summary in summaries.items():
+            values = {metric: value["mean"] for metric, value in summary["metrics"].items()}
+            values |= {f"pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
+            values["failed"] = summary["failed"]
+            logs |= {f"eval/{name}/{key}": value for key, value in values.items() if value is not None}
+        Trainer.log(
+            trainer, logs
+        )  # GRPOTrainer's would mix in the means of the training step under way, and clear them
+        trainer.evaluation = "\n".join(
+            [f"At step {trainer.state.global_step}:", "", *table({"benchmarks": summaries})]
+        )
+        return summaries

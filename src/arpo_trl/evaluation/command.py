@@ -1,0 +1,302 @@
+"""`arpo-trl eval` and `arpo-trl compare`, behind their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import statistics
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.evaluation import report, self_check
+from arpo_trl.evaluation.benchmarks import (
+    BENCHMARKS,
+    Benchmark,
+    Questions,
+    custom_benchmark,
+    find_benchmarks,
+    load_dataset_questions,
+    load_questions,
+    local_names,
+    suite,
+)
+from arpo_trl.evaluation.comparison import compare, draw
+from arpo_trl.evaluation.engines import fingerprint, make_sampler
+from arpo_trl.evaluation.results import provenance, suites_of, summarise
+from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark, write_whole
+from arpo_trl.evaluation.samples import Record, counted, read_records
+from arpo_trl.evaluation.scoring import main_metric
+from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.build import ToolArguments, build_tools
+
+logger = logging.getLogger(__name__)
+
+DONE, SOME_FAILED = 0, 1
+
+
+def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
+    """Runs what `settings` ask for and prints the table; the exit status.
+
+    Raises:
+        ArpoError: Something cannot work; found before the first sample.
+    """
+    console = Console()
+    if settings.list_benchmarks:
+        console.print(_registry_table())
+        return DONE
+    chosen = load_all(settings)
+    if settings.self_check:
+        return _self_check(chosen, settings, console)
+    judge = None
+    if settings.judge_url is not None and settings.judge_model is not None:
+        judge = LLMJudge(settings.judge_url, settings.judge_model, cache=settings.judge_cache)
+    output = Path(settings.output) if settings.output is not None else _new_folder(settings)
+    tools = build_tools(tool_arguments, run=str(output))
+    with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
+        for name in settings.call_limits():
+            if name not in toolbox.names and name not in ("python", "search"):  # the defaults' names may be absent
+                raise ConfigError(f"tool_call_limits names {name!r}, but the tools are {list(toolbox.names)}.")
+        sampler = make_sampler(settings, toolbox)
+        _check_template(sampler, chosen)
+        evaluator = Evaluator(
+            sampler, samples=settings.samples, seed=settings.seed, concurrency=settings.concurrency, judge=judge
+        )
+        described = describe(settings, tool_arguments, toolbox.names)
+        identity = {**described, "questions": {each.benchmark.name: each.fingerprint for each in chosen}}
+        with RunFolder(output, identity, resume=settings.resume) as folder:
+            ended_early = _run_all(evaluator, chosen, folder)
+    results = write_results(output, described, chosen, settings)
+    _print(console, *report.table(results), "", f"{output / 'report.html'}   {output / 'results.json'}")
+    if ended_early is not None:
+        _print(console, f"{ended_early} Finished samples are kept.")
+    short = sum(b["failed"] + b["missing"] + b["unjudged"] for b in results["benchmarks"].values())
+    if short:
+        _print(
+            console,
+            f"{short} sample(s) failed or are missing. To try again, add to the command: --output {output} --resume",
+        )
+    return SOME_FAILED if short else DONE
+
+
+def load_all(settings: EvalSettings) -> list[Questions]:
+    """The questions of every benchmark that the settings ask for.
+
+    Raises:
+        ConfigError: None is asked for, or one that does not exist.
+        DataError: Questions cannot be had.
+    """
+    custom = [custom_benchmark(description) for description in settings.custom]
+    if settings.suite is not None:
+        benchmarks = suite(settings.suite)
+    elif settings.benchmarks:
+        benchmarks = find_benchmarks(settings.benchmarks, custom)
+    elif settings.data is not None and _is_named_after_benchmarks(settings.data, custom):
+        benchmarks = find_benchmarks(local_names(Path(settings.data).expanduser(), custom), custom)
+    elif settings.data is not None:
+        return [
+            load_dataset_questions(
+                settings.data, settings.split, system_prompt=settings.system_prompt, limit=settings.limit
+            )
+        ]
+    elif custom:
+        benchmarks = custom
+    else:
+        raise ConfigError("There is nothing to evaluate on. Give --benchmarks, --suite or --data.")
+    if settings.data is not None and len(benchmarks) > 1 and Path(settings.data).is_file():
+        raise ConfigError(
+            f"data is the file {settings.data}, but {len(benchmarks)} benchmarks are asked for. Name one."
+        )
+    return [
+        load_questions(
+            benchmark,
+            settings.data,
+            system_prompt=settings.system_prompt,
+            limit=settings.limit,
+            skip_bad=settings.skip_bad,
+        )
+        for benchmark in benchmarks
+    ]
+
+
+def describe(settings: EvalSettings, tool_arguments: ToolArguments, tools: Sequence[str]) -> dict[str, Any]:
+    """What decides the samples of a run, without secrets: addresses and what MCP servers are started with stay out."""
+    tool_settings = {
+        name: value
+        for name, value in dataclasses.asdict(tool_arguments).items()
+        if not name.endswith("_url") and name not in ("mcp_servers", "search_cache")
+    }
+    return {
+        "model": settings.model,
+        "weights": fingerprint(settings),
+        "settings": settings.identity(),
+        "tools": {**tool_settings, "offered": list(tools)},
+    }
+
+
+def write_results(
+    output: Path, described: dict[str, Any], chosen: Sequence[Questions], settings: EvalSettings
+) -> dict[str, Any]:
+    """Reads the run's samples and writes results.json, report.md and report.html; the results."""
+    records: dict[str, list[Record]] = {each.benchmark.name: [] for each in chosen}
+    samples_file = output / "samples.jsonl"
+    for record in read_records(samples_file):
+        records[record["benchmark"]].append(counted(record))
+    benchmarks = {
+        each.benchmark.name: summarise(
+            each.benchmark,
+            records[each.benchmark.name],
+            questions=len(each.rows),
+            samples=settings.samples,
+            seed=settings.seed,
+        )
+        for each in chosen
+    }
+    results = {
+        **described,
+        **provenance(),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "left_out": {each.benchmark.name: each.bad for each in chosen if each.bad},
+        "suites": suites_of(benchmarks),
+        "benchmarks": benchmarks,
+    }
+    shown = report.ShownSamples({name: summary["metric"] for name, summary in benchmarks.items()})
+    for record in read_records(samples_file):
+        shown.add(record)
+    write_whole(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_whole(output / "report.md", report.markdown(results))
+    write_whole(output / "report.html", report.html(results, shown.finished()))
+    return results
+
+
+def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
+    """Prints how run B differs from run A, and draws it; the exit status."""
+    comparisons = compare(a, b)
+    console = Console()
+    headings = ["benchmark", "scored by", "questions", "A", "B", "B − A", "95 % interval", "p"]
+    headings += ["only A right", "only B right", "McNemar p"]
+    rows = [
+        (
+            report.cell(one.benchmark), report.METRIC_NAMES[one.metric], str(one.questions), report.score(one.a),
+            report.score(one.b), f"{one.difference.mean:+.3f}",
+            f"{one.difference.low:+.3f} – {one.difference.high:+.3f}", f"{one.difference.p:.4f}",
+            str(one.mcnemar.only_a), str(one.mcnemar.only_b), f"{one.mcnemar.p:.4f}",
+        )
+        for one in comparisons
+    ]  # fmt: skip
+    _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows, texts=2))
+    if unpaired := sum(one.unpaired for one in comparisons):
+        _print(console, f"{unpaired} question(s) are in one run only and left out.")
+    picture = picture or b / f"against-{a.resolve().name}.png"
+    draw(comparisons, (a.name or str(a), b.name or str(b)), picture)
+    _print(console, "", str(picture))
+    return DONE
+
+
+def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolder) -> str | None:
+    """Runs each benchmark in turn; what ended them early, if something did."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[score]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        try:
+            for questions in chosen:
+                keys = evaluator.keys(questions)
+                had = sum(key in folder.done for key in keys)
+                task = progress.add_task(escape(questions.benchmark.title), total=len(keys), completed=had, score="")
+                run_benchmark(evaluator, questions, folder, _Running(progress, task, questions.benchmark).take)
+        except EngineError as error:
+            return f"EngineError: {error}"
+        except KeyboardInterrupt:
+            return "Interrupted."
+    return None
+
+
+class _Running:
+    """The bar of a benchmark, with the score and the failures of this invocation's samples so far."""
+
+    def __init__(self, progress: Progress, task: TaskID, benchmark: Benchmark):
+        self._progress, self._task, self._benchmark = progress, task, benchmark
+        self._values: list[float] = []
+        self._failed = 0
+
+    def take(self, record: Record) -> None:
+        if record["error"] is not None:
+            self._failed += 1
+        elif (value := record["scores"][main_metric(self._benchmark, list(record["scores"]))]) is not None:
+            self._values.append(value)
+        shown = f"score {statistics.fmean(self._values):.3f}" if self._values else ""
+        if self._failed:
+            shown += f" [red]{self._failed} failed[/]"
+        self._progress.update(self._task, advance=1, score=shown)
+
+
+def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
+    """Finds out now, not at every question, that prompts cannot be made."""
+    prompt = chosen[0].rows[0]["prompt"]
+    try:
+        sampler.protocol.encode_prompt(prompt)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"The tokenizer's chat template cannot make a prompt of the first question ({type(error).__name__}: "
+            f"{error}). Set another template, or another system_prompt."
+        ) from error
+
+
+def _is_named_after_benchmarks(data: str, custom: Sequence[Benchmark]) -> bool:
+    folder = Path(data).expanduser()
+    names = {name for b in (*BENCHMARKS.values(), *custom) for name in (b.name, *b.aliases)}
+    return folder.is_dir() and any(file.stem in names for file in folder.iterdir())
+
+
+def _new_folder(settings: EvalSettings) -> Path:
+    name = Path(urlsplit(str(settings.model)).path).name or "model"
+    return Path("runs/eval") / f"{name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+
+
+def _registry_table() -> Table:
+    table = Table()
+    for heading in ("name", "benchmark", "suite", "questions", "scored by", "on the Hub", "note"):
+        table.add_column(heading, overflow="fold")
+    for b in BENCHMARKS.values():
+        where = f"{b.hub_id} {b.config or ''} {b.split}".replace("  ", " ")
+        table.add_row(b.name, b.title, b.suite or "—", str(b.size), str(b.scorer), where, escape(b.note))
+    return table
+
+
+def _self_check(chosen: Sequence[Questions], settings: EvalSettings, console: Console) -> int:
+    rows: list[tuple[str, ...]] = []
+    malformed: list[self_check.Malformed] = []
+    for questions in chosen:
+        checks, found = self_check.check(questions, settings.seed)
+        malformed += found
+        rows += [
+            (report.cell(c.benchmark), report.METRIC_NAMES[c.scorer], str(c.items), f"{c.gold:.4f}", f"{c.wrong:.4f}")
+            for c in checks
+        ]
+    headings = ("benchmark", "scored by", "items", "gold as prediction", "wrong answer")
+    _print(console, *report.pipe_table(headings, rows, texts=2))
+    for item in malformed:
+        names = ", ".join(report.METRIC_NAMES[name] for name in item.scorers)
+        _print(console, f"{item.benchmark}, question {item.number}: {item.gold[:200]!r} does not score 1 by {names}")
+    return SOME_FAILED if malformed else DONE
+
+
+def _print(console: Console, *lines: str) -> None:
+    """Lines as they are: nothing in them is mark-up, and none is folded."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

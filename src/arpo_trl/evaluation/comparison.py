@@ -1,0 +1,118 @@
+"""Two runs on the same questions: is B better than A, or was it luck?"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
+from arpo_trl.evaluation.results import value_of
+from arpo_trl.evaluation.samples import read_records
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """B against A on the questions of one benchmark that both have; `unpaired` counts those that only one has.
+
+    McNemar's test takes a question as right where the mean over its samples is at least one half.
+    """
+
+    benchmark: str
+    metric: str
+    questions: int
+    unpaired: int
+    a: float
+    b: float
+    difference: Difference
+    mcnemar: McNemar
+
+
+def compare(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
+    """The comparison of each benchmark that both runs have.
+
+    Raises:
+        DataError: A folder holds no finished run.
+        ConfigError: The runs have no benchmark or question in common, or score a benchmark differently.
+    """
+    results = [_results(folder) for folder in (a, b)]
+    shared = [name for name in results[0]["benchmarks"] if name in results[1]["benchmarks"]]
+    if not shared:
+        raise ConfigError(
+            f"The runs have no benchmark in common: {sorted(results[0]['benchmarks'])} in {a}, "
+            f"{sorted(results[1]['benchmarks'])} in {b}."
+        )
+    compared = []
+    metrics = {}
+    for name in shared:
+        ours, theirs = (result["benchmarks"][name]["metric"] for result in results)
+        if ours != theirs:
+            raise ConfigError(f"{name} is scored by {ours} in {a} and by {theirs} in {b}; these cannot be compared.")
+        if ours is not None:
+            metrics[name] = ours
+    scores_a, scores_b = (_scores(folder, metrics) for folder in (a, b))
+    for name, metric in metrics.items():
+        of_a, of_b = scores_a[name], scores_b[name]
+        both = sorted(of_a.keys() & of_b.keys())
+        if not both:
+            raise ConfigError(f"The runs have no question of {name} in common.")
+        values_a, values_b = [of_a[key] for key in both], [of_b[key] for key in both]
+        compared.append(
+            Comparison(
+                name,
+                metric,
+                len(both),
+                len(of_a) + len(of_b) - 2 * len(both),
+                statistics.fmean(values_a),
+                statistics.fmean(values_b),
+                paired_bootstrap(values_a, values_b, seed),
+                mcnemar([value >= 0.5 for value in values_a], [value >= 0.5 for value in values_b]),
+            )
+        )
+    return compared
+
+
+def draw(comparisons: list[Comparison], names: tuple[str, str], path: Path) -> None:
+    """Writes the picture: each benchmark's difference B − A with its interval."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    for y, one in enumerate(reversed(comparisons)):
+        difference = one.difference
+        errors = [[difference.mean - difference.low], [difference.high - difference.mean]]
+        certain = difference.low > 0 or difference.high < 0
+        axes.errorbar(difference.mean, y, xerr=errors, fmt="o", capsize=4, color="tab:blue" if certain else "grey")
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(comparisons)), [f"{one.benchmark} ({one.metric})" for one in reversed(comparisons)])
+    axes.set_ylim(-0.5, len(comparisons) - 0.5)
+    # What a user calls a folder is no formula.
+    axes.set_xlabel(f"{names[1]} minus {names[0]}, 95 % interval".replace("$", r"\$"))
+    figure.savefig(path, dpi=150)
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    try:
+        results = json.loads((folder / "results.json").read_text("utf-8"))
+        assert isinstance(results["benchmarks"], dict)
+    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        raise DataError(
+            f"{folder} holds no results.json of a finished evaluation ({type(error).__name__}). Give the output "
+            "folder of `arpo-trl eval`."
+        ) from error
+    return results
+
+
+def _scores(folder: Path, metrics: Mapping[str, str]) -> dict[str, dict[tuple[str, str], float]]:
+    """By benchmark and question (its place and text, lest others be taken for the same): the mean over its samples."""
+    found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in read_records(folder / "samples.jsonl"):
+        name = record["benchmark"]
+        if record["error"] is None and name in metrics and (value := value_of(record, metrics[name])) is not None:
+            found[name][str(record["number"]), record["question"]].append(value)
+    return {name: {key: statistics.fmean(values) for key, values in found[name].items()} for name in metrics}

@@ -1,0 +1,192 @@
+"""The sampler of an evaluation: the engine that the settings ask for, with protocol and tools as in training."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.evaluation.settings import EngineKind, EvalSettings
+from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
+from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+
+READ_BYTES = 1 << 20
+
+
+def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
+    """A sampler without branching for the model that `settings` name.
+
+    Raises:
+        ConfigError: The model, its tokenizer or its chat template is not there or cannot be used, or a limit is set
+            for a tool that is not offered.
+        EngineError: A server does not answer.
+    """
+    if settings.model is None:
+        raise ConfigError("model is missing. Name a folder or a Hub id; with base_url, for its tokenizer.")
+    limits = settings.call_limits()
+    tokenizer = _loaded("tokenizer", settings.model, AutoTokenizer.from_pretrained)
+    if settings.tool_protocol not in {kind.value for kind in ProtocolKind}:
+        raise ConfigError(
+            f"tool_protocol is {settings.tool_protocol!r}; expected one of {[kind.value for kind in ProtocolKind]}."
+        )
+    if tokenizer.chat_template is None:
+        raise ConfigError(
+            f"The tokenizer of {settings.model} has no chat template, which turns questions into prompts. Save one "
+            "with it (`tokenizer.chat_template = …`), or use the instruct version of the model."
+        )
+    protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
+        tokenizer, toolbox.specs, max_result_tokens=settings.max_tool_result_tokens
+    )
+    eos_ids = (int(tokenizer.eos_token_id),)
+    sampling = SamplingSettings(eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p)
+    engine, length = _make_engine(settings, tokenizer, sampling)
+    context = settings.context if length is None else min(settings.context, length)
+    return TreeSampler(
+        engine,
+        toolbox,
+        protocol,
+        SamplerSettings(
+            num_generations=1,
+            initial_rollouts=1,
+            max_completion_length=settings.max_completion_length or context,
+            max_length=context,
+            max_tool_calls=settings.max_tool_calls,
+            max_calls_of=limits,
+        ),
+        eos_ids,
+    )
+
+
+def fingerprint(settings: EvalSettings) -> str | None:
+    """Differs where the files in the local folders of model and adapter do; None for models on the Hub.
+
+    Of each file its size, its beginning and its end are read: training changes all of a model's weights.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    folders = [Path(name).expanduser() for name in (settings.model, settings.adapter) if name]
+    files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
+    files = [file for file in files if file.suffix in (".safetensors", ".bin", ".json", ".jinja")]
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(READ_BYTES))
+            file.seek(max(0, size - READ_BYTES))
+            digest.update(file.read(READ_BYTES))
+    return digest.hexdigest() if files else None
+
+
+def _make_engine(
+    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> tuple[Engine, int | None]:
+    """The engine and its context in tokens, None where a server does not tell."""
+    if settings.base_url is not None:
+        from arpo_trl.rollout.engines.completions import CompletionsEngine
+
+        server = CompletionsEngine(settings.base_url, settings.served_model, tokenizer, sampling)
+        return server, server.max_length
+    if settings.engine == EngineKind.VLLM:
+        return _vllm_engine(settings, tokenizer, sampling)
+    return _transformers_engine(settings, tokenizer, sampling)
+
+
+def _transformers_engine(
+    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> tuple[Engine, int]:
+    import torch
+
+    from arpo_trl.rollout.engines.transformers import TransformersEngine
+
+    model = _load_model(settings).to("cuda" if torch.cuda.is_available() else "cpu")
+    context: int = model.config.get_text_config().max_position_embeddings
+    return TransformersEngine(tokenizer, sampling, lambda: contextlib.nullcontext(model)), context
+
+
+def _load_model(settings: EvalSettings) -> Any:
+    """The model with its adapter merged in."""
+    from transformers import AutoModelForCausalLM
+
+    assert settings.model is not None
+    model = _loaded("model", settings.model, AutoModelForCausalLM.from_pretrained, dtype=settings.dtype)
+    if settings.adapter is None:
+        return model
+    from peft import PeftModel
+
+    return _loaded("adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name)).merge_and_unload()
+
+
+@dataclass(frozen=True)
+class _FixedWeights:
+    """A vLLM instance as the colocated engine takes it, whose weights are the ones it was started with."""
+
+    llm: Any
+    enable_sleep_mode: bool = False
+
+    def sync_weights(self) -> None:
+        """There is nothing to sync."""
+
+
+def _vllm_engine(
+    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> tuple[Engine, int]:
+    # In this process the engine does a step at a time, between which requests join. To be set before vLLM is imported.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    try:
+        from vllm import LLM
+
+        from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+        from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
+    except ImportError as error:
+        raise ConfigError(
+            f"engine is 'vllm', but vLLM cannot be imported ({error}). Install it with pip install 'arpo-trl[vllm]', "
+            "or start a server anywhere and name it with base_url."
+        ) from error
+    prepare_cpu()
+    assert settings.model is not None
+    config = _loaded("configuration", settings.model, AutoConfig.from_pretrained).get_text_config()
+    with tempfile.TemporaryDirectory() as folder:
+        path = settings.model
+        if settings.adapter is not None:
+            path = folder
+            _load_model(settings).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        llm = _loaded(
+            "model",
+            path,
+            LLM,
+            dtype=settings.dtype,
+            max_model_len=min(settings.context, config.max_position_embeddings),
+            max_num_seqs=settings.concurrency,
+            seed=settings.seed,
+        )
+    engine = VLLMColocateEngine(
+        _FixedWeights(llm),
+        tokenizer,
+        sampling,
+        version=lambda: None,  # the engine's own before a first sync, so none is made
+        reference=lambda ids: [],
+        probe=(),
+        tolerance=0.0,
+        vocab_size=config.vocab_size,
+        top_logprobs=0,
+    )
+    return engine, engine.max_length
+
+
+def _loaded(what: str, name: str, load: Any, **arguments: Any) -> Any:
+    try:
+        return load(name, **arguments)
+    except Exception as error:  # transformers, peft and the Hub client raise a dozen kinds
+        raise ConfigError(
+            f"The {what} of {name} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]} "
+            "Check the path, or the Hub id and the connection."
+        ) from error

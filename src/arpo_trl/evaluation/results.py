@@ -1,0 +1,221 @@
+"""`results.json`: what the samples of a run amount to."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.evaluation.benchmarks import SUITES, Benchmark
+from arpo_trl.evaluation.metrics import bootstrap, majority, pass_at_k
+from arpo_trl.evaluation.samples import Record
+from arpo_trl.evaluation.scoring import JUDGE, main_metric
+from arpo_trl.rewards.answers import MATH, exact_match, math_equal
+
+Groups = dict[int, list[Record]]
+"""By question: its samples that are there, in order."""
+MANY_CALLS = 10
+"""From here on numbers of calls are reported together."""
+
+
+def summarise(
+    benchmark: Benchmark, records: Iterable[Record], *, questions: int, samples: int, seed: int
+) -> dict[str, Any]:
+    """The scores of a benchmark with their intervals, and what its answers cost.
+
+    A sample that failed counts in no score. A question counts with its samples that are there; pass@k over questions
+    that have all `samples`.
+    """
+    all_records = sorted(records, key=lambda record: (record["number"], record["sample"]))
+    failed = [record for record in all_records if record["error"] is not None]
+    good = [record for record in all_records if record["error"] is None]
+    summary: dict[str, Any] = {
+        "title": benchmark.title,
+        "suite": benchmark.suite,
+        "scorer": None if benchmark.scorer is None else benchmark.scorer.value,
+        "questions": questions,
+        "samples": len(good),
+        "failed": len(failed),
+        "missing": questions * samples - len(all_records),
+        "unjudged": sum(record["scores"].get(JUDGE, 0.0) is None for record in good),
+        "failures": dict(Counter(record["error"][:200] for record in failed).most_common(5)),
+    }
+    if not good:
+        return summary | {"metric": None, "score": None, "interval": None, "metrics": {}}
+    names = list(dict.fromkeys(name for record in good for name in record["scores"]))
+    mixed = len({record["task"] for record in good}) > 1
+    metric = "accuracy" if mixed else main_metric(benchmark, names)
+    groups = _by_question(good)
+    metrics = {name: _estimate(_values(groups, name), seed) for name in names}
+    if mixed:
+        metrics = {"accuracy": _estimate(_values(groups, "accuracy"), seed), **metrics}
+    main = metrics[metric]
+    return summary | {
+        "metric": metric,
+        "score": main["mean"],
+        "interval": [main["low"], main["high"]],
+        "metrics": metrics,
+        **_over_samples(groups, metric, samples, seed),
+        "levels": _levels(groups, metric, seed),
+        "by_calls": _by_calls(good, metric),
+        "tools": _tools(good),
+        "tokens": {kind: _spread([record["tokens"][kind] for record in good]) for kind in good[0]["tokens"]},
+        "seconds": _spread([record["seconds"] for record in good]),
+        "faults": dict(Counter(record["fault"] or "none" for record in good).most_common()),
+        "stops": dict(Counter(record["stop"] for record in good).most_common()),
+        "no_answer": sum(record["prediction"] is None for record in good),
+    }
+
+
+def value_of(record: Mapping[str, Any], metric: str) -> float | None:
+    """A sample's score by `metric`; "accuracy" is that of its own task."""
+    scores = record["scores"]
+    if metric == "accuracy":
+        metric = "math" if record["task"] == MATH else "f1"
+    value: float | None = scores.get(metric)
+    return value
+
+
+def suites_of(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The mean score of each suite of which benchmarks were run, and of all of them."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for summary in benchmarks.values():
+        if summary["score"] is not None and summary["suite"] in SUITES:
+            found[summary["suite"]].append(summary["score"])
+    return {name: statistics.fmean(scores) for name, scores in found.items()}
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of what decides results, and the commit of the source if it is a checkout."""
+    names = ("arpo-trl", "torch", "transformers", "trl", "vllm", "math-verify", "peft", "numpy")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {"versions": {"python": platform.python_version(), **versions}, "git_commit": _git_commit()}
+
+
+def _git_commit() -> str | None:
+    """The commit this source is at, with "-dirty" where files differ from it; None outside a checkout of its own."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in somebody else's checkout
+        return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _by_question(records: Sequence[Record]) -> Groups:
+    groups: Groups = defaultdict(list)
+    for record in records:
+        groups[record["number"]].append(record)
+    return groups
+
+
+def _values(groups: Groups, metric: str) -> list[float]:
+    """For each question that has any, the mean over its samples' values."""
+    found = (
+        [value for record in group if (value := value_of(record, metric)) is not None] for group in groups.values()
+    )
+    return [statistics.fmean(values) for values in found if values]
+
+
+def _estimate(values: Sequence[float], seed: int) -> dict[str, float | None]:
+    if not values:
+        return {"mean": None, "low": None, "high": None}
+    estimate = bootstrap(values, seed)
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
+
+
+def _over_samples(groups: Groups, metric: str, samples: int, seed: int) -> dict[str, Any]:
+    """pass@k for every k ≤ n, and the score of the answer that most samples give."""
+    none: dict[str, Any] = {"pass_at_k": {}, "majority": None}
+    if samples == 1:
+        return none
+    whole = []
+    for group in groups.values():
+        values = [value for record in group if (value := value_of(record, metric)) is not None]
+        if len(values) == samples:
+            whole.append((group, values))
+    if not whole:
+        return none
+    passes = {str(k): statistics.fmean(pass_at_k(values, k) for _, values in whole) for k in range(1, samples + 1)}
+    voted = []
+    for group, values in whole:
+        same = math_equal if group[0]["task"] == MATH else lambda a, b: exact_match(a, [b])
+        winner = majority([record["prediction"] for record in group], same)
+        voted.append(0.0 if winner is None else values[winner])
+    return {"pass_at_k": passes, "majority": _estimate(voted, seed), "questions_with_all_samples": len(whole)}
+
+
+def _levels(groups: Groups, metric: str, seed: int) -> dict[str, Any]:
+    levels: dict[str, Groups] = defaultdict(dict)
+    for number, group in groups.items():
+        if group[0]["level"] is not None:
+            levels[group[0]["level"]][number] = group
+    return {
+        level: {"questions": len(members), **_estimate(_values(members, metric), seed)}
+        for level, members in sorted(levels.items())
+    }
+
+
+def _by_calls(records: Sequence[Record], metric: str) -> list[dict[str, Any]]:
+    """Score against the number of tool calls of a sample."""
+    found: dict[int, list[float]] = defaultdict(list)
+    for record in records:
+        if (value := value_of(record, metric)) is not None:
+            found[min(len(_calls(record)), MANY_CALLS)].append(value)
+    return [
+        {
+            "calls": f"{MANY_CALLS}+" if calls == MANY_CALLS else str(calls),
+            "samples": len(v),
+            "score": statistics.fmean(v),
+        }
+        for calls, v in sorted(found.items())
+    ]
+
+
+def _tools(records: Sequence[Record]) -> dict[str, Any]:
+    """By tool: calls, per sample, how they failed, and seconds of those that ran."""
+    calls: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for record in records:
+        for call in _calls(record):
+            calls[call["name"]].append(call)
+    return {
+        name: {
+            "calls": len(made),
+            "per_sample": len(made) / len(records),
+            "failures": dict(Counter(call["failure"] for call in made if call["failure"] is not None).most_common()),
+            "seconds": _spread([call["seconds"] for call in made if call["source"] == "executed"]),
+        }
+        for name, made in sorted(calls.items())
+    }
+
+
+def _calls(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [call for step in record["trajectory"] if step["role"] == "tool" for call in step["calls"]]
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    """Total, mean, median and 95th percentile."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    return {
+        "total": round(sum(ordered), 3),
+        "mean": round(statistics.fmean(ordered), 3),
+        "p50": ordered[len(ordered) // 2],
+        "p95": ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
+    }

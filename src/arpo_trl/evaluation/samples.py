@@ -1,0 +1,123 @@
+"""`samples.jsonl`: one line per sample, written as it finishes, readable after any crash.
+
+A line is a dict: benchmark, number (of the question), sample, id, level, question, golds, task, prediction, scores,
+fault, stop, trajectory, tokens, seconds, error. A sample that failed has an error and nothing after `golds`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.errors import DataError
+from arpo_trl.evaluation.scoring import JUDGE
+from arpo_trl.rollout.tree import NodeKind, RolloutTree
+
+Record = dict[str, Any]
+Key = tuple[str, int, int]
+
+
+def key_of(record: Mapping[str, Any]) -> Key:
+    """What tells one sample of a run from all others."""
+    return record["benchmark"], record["number"], record["sample"]
+
+
+class SampleLog:
+    """Appends lines to a file; safe in any thread."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8", newline="\n")
+        self._lock = threading.Lock()
+
+    def write(self, record: Record) -> None:
+        line = json.dumps(record, ensure_ascii=False) + "\n"
+        line = line.encode("utf-8", "replace").decode()  # a lone surrogate is no UTF-8
+        with self._lock:
+            self._file.write(line)
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The finished lines of a log; raises `DataError` for a line that is none."""
+    if not path.exists():
+        raise DataError(f"There is no {path}. Give the output folder of `arpo-trl eval`.")
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for number, line in enumerate(lines, 1):
+            record = _record(line)
+            if record is None:
+                raise DataError(f"{path}, line {number}: not a sample of an evaluation. Resume the run to repair it.")
+            yield record
+
+
+def repair(path: Path) -> tuple[set[Key], list[Record]]:
+    """Makes the log hold each sample that is done once, and nothing else.
+
+    A torn line, a failure and a second line for a sample go. A sample without the judge's verdict goes too and is
+    returned, to be judged again without sampling. Either way what goes will be written anew.
+
+    Returns:
+        The keys of the samples that are done, and those to be judged.
+    """
+    done: set[Key] = set()
+    unjudged: dict[Key, Record] = {}
+    if not path.exists():
+        return done, []
+    partial = path.with_suffix(".partial")
+    with (
+        path.open(encoding="utf-8", errors="replace", newline="\n") as lines,
+        partial.open("w", encoding="utf-8") as kept,
+    ):
+        for line in lines:
+            record = _record(line) if line.endswith("\n") else None
+            if record is None or record["error"] is not None or key_of(record) in done:
+                continue
+            if record["scores"].get(JUDGE, 0.0) is None:
+                unjudged[key_of(record)] = record
+            else:
+                done.add(key_of(record))
+                kept.write(line)
+        kept.flush()
+        os.fsync(kept.fileno())
+    partial.replace(path)
+    return done, [record for key, record in unjudged.items() if key not in done]
+
+
+def _record(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+        ok = isinstance(record, dict) and all(isinstance(part, str | int) for part in key_of(record))
+        ok = ok and (record["error"] is not None or isinstance(record["scores"], dict))
+    except (ValueError, KeyError, RecursionError):
+        return None
+    return record if ok else None
+
+
+def trajectory(tree: RolloutTree) -> list[dict[str, Any]]:
+    """The one path of a tree as turns and what came of their calls."""
+    (leaf,) = tree.leaves()
+    steps: list[dict[str, Any]] = []
+    for node in leaf.nodes:
+        if node.kind is NodeKind.TURN:
+            steps.append({"role": "assistant", "text": node.text, "tokens": len(node.ids)})
+        else:
+            calls = [call.as_row() for call in node.calls]
+            steps.append(
+                {"role": "tool", "text": None if calls else node.text, "calls": calls, "tokens": len(node.ids)}
+            )
+    return steps
+
+
+def counted(record: Record) -> Record:
+    """The record without texts, which a summary does not need: thousands of trajectories are gigabytes."""
+    steps = [
+        {"role": step["role"], "calls": [{**call, "text": "", "arguments": {}} for call in step.get("calls", ())]}
+        for step in record.get("trajectory", ())
+    ]
+    return {**record, "trajectory": steps, "question": ""}

@@ -1,0 +1,340 @@
+"""Turns from any server with OpenAI's `/v1/completions`, over HTTP: vLLM, SGLang, llama.cpp, a gateway.
+
+    the sampler's thread    submit ─▶ ┐                              ┌ ─▶ poll
+    background loop                   └ one stream per turn: Turn ───┘
+
+Token ids go in and come out where the server knows how; elsewhere text does, and is tokenised here. Answers are
+streamed and cut here: OpenAI's `stop` hides which of its strings was met, or whether the model ended by itself. There
+are no logprobs and no entropies, so this engine is for evaluation only.
+
+A lost connection is tried again until the server has been away for `away_s`; then the whole rollout fails. What the
+server refuses, or breaks off several times, fails that one turn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import queue
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl.chat_model import check_server_url
+from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.tools import background
+from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
+
+KEY_VARIABLE = "COMPLETIONS_API_KEY"
+ATTEMPTS = 4
+"""How often a turn is asked for before it counts as failed."""
+RETRY_S = 0.5
+MAX_BYTES, MAX_LINE_BYTES = 64 << 20, 1 << 20
+"""Of one streamed answer, and of one event in it."""
+SEEDS = 1 << 31
+"""Servers differ in how wide a seed may be."""
+
+
+class _BrokenOff(Exception):
+    """An answer that did not come to its end; another try may fare better."""
+
+
+class _Refused(Exception):
+    """An answer that another try will not change."""
+
+
+@dataclass(slots=True)
+class _Written:
+    """What has come of one turn so far."""
+
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    finish: str | None = None
+
+
+class CompletionsEngine:
+    """An engine on a completions server.
+
+    Args:
+        url: The server, which ends in /v1 as a rule. Its key, if it wants one, is in `COMPLETIONS_API_KEY`.
+        model: The model's name there; None for the only one it lists.
+        tokenizer: The model's own.
+        settings: The distribution to sample from.
+        timeout_s: Seconds for one turn.
+        away_s: Seconds for which the server may be unreachable.
+
+    Raises:
+        ConfigError: `url` is no address, the server refuses access, or it serves no such model.
+        EngineError: The server cannot be reached, or does not answer as such a server does.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str | None,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        *,
+        timeout_s: float = 1800.0,
+        away_s: float = 120.0,
+    ):
+        check_server_url(url, "The completions server", KEY_VARIABLE)
+        self.vocab_size = len(tokenizer)
+        self.forward_s = 0.0
+        self._url = url.rstrip("/")
+        self._tokenizer, self._settings = tokenizer, settings
+        self._timeout_s, self._away_s = timeout_s, away_s
+        self._eos = tokenizer.decode([settings.eos_ids[0]], skip_special_tokens=False)
+        # A token covers at least one byte; two more for a character that the window's first token begins in.
+        self._window = 2 + max((len(stop.encode()) for stop in settings.stop_strings), default=0)
+        self.model, self.max_length = self._served(model)
+        self.speaks_ids = self._takes_ids()
+        """Whether token ids go in and come out; else text."""
+        self._turns: dict[int, Future[None]] = {}
+        self._events: queue.SimpleQueue[Turn | TurnFailed | EngineError] = queue.SimpleQueue()
+
+    @property
+    def pending(self) -> int:
+        return len(self._turns)
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        self._events = queue.SimpleQueue()
+        self._heard_s = time.monotonic()
+        self._http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
+        try:
+            yield
+        finally:
+            for future in self._turns.values():
+                future.cancel()
+            self._turns.clear()
+            background.start(self._http.aclose()).result(10)
+
+    def submit(self, request: TurnRequest) -> None:
+        self._turns[request.id] = background.start(self._turn(request))
+
+    def poll(self, timeout_s: float) -> list[Turn | TurnFailed]:
+        start = time.perf_counter()
+        events: list[Turn | TurnFailed] = []
+        try:
+            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
+            while True:
+                if isinstance(event, EngineError):
+                    raise event
+                del self._turns[event.id]
+                events.append(event)
+                event = self._events.get_nowait()
+        except queue.Empty:
+            pass
+        self.forward_s += time.perf_counter() - start
+        return events
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    async def _turn(self, request: TurnRequest) -> None:
+        """Reports the turn, or that it, or the server, has failed."""
+        failures = 0
+        while True:
+            try:
+                written = await self._ask(request)
+                self._heard_s = time.monotonic()
+                self._events.put(self._as_turn(request, written))
+                return
+            except _Refused as error:
+                self._events.put(TurnFailed(request.id, f"The server {error}."))
+                return
+            except httpx.ConnectError:
+                if time.monotonic() - self._heard_s > self._away_s:
+                    self._events.put(
+                        EngineError(
+                            "The completions server cannot be reached and has answered nothing for "
+                            f"{self._away_s:.0f} s. Start it again and resume."
+                        )
+                    )
+                    return
+            except (_BrokenOff, httpx.HTTPError, TimeoutError, OSError) as error:
+                failures += 1
+                if failures == ATTEMPTS:
+                    reason = str(error) if isinstance(error, _BrokenOff) else f"failed ({type(error).__name__})"
+                    self._events.put(TurnFailed(request.id, f"The server {reason}, {ATTEMPTS} times."))
+                    return
+            except (
+                Exception
+            ) as error:  # whatever a server's answer provokes: a turn without an event would be waited for
+                self._events.put(TurnFailed(request.id, f"The answer could not be read ({type(error).__name__})."))
+                return
+            await asyncio.sleep(RETRY_S * 2**failures)
+
+    async def _ask(self, request: TurnRequest) -> _Written:
+        """What the server writes, up to and with the token or the text that completes a stop string."""
+        body = self._body(request.ids, request.max_tokens) | {"stream": True, "seed": request.seed % SEEDS}
+        written = _Written()
+        async with (
+            asyncio.timeout(self._timeout_s),
+            self._http.stream("POST", self._url + "/completions", json=body, headers=_headers()) as response,
+        ):
+            if response.status_code != 200:
+                kind = _BrokenOff if response.status_code in (408, 429) or response.status_code >= 500 else _Refused
+                raise kind(f"answered {response.status_code}")
+            async for data in _events_of(response):
+                if data == "[DONE]":
+                    break
+                choice = _choice(json.loads(data))
+                if choice is None:
+                    continue
+                before = len(written.ids) if self.speaks_ids else len(written.text)
+                written.text += choice.get("text") or ""
+                written.ids += choice.get("token_ids") or []
+                written.finish = choice.get("finish_reason") or written.finish
+                if self._cut(written, before):
+                    return written
+        if written.finish is None:
+            raise _BrokenOff("broke off its answer")
+        return written
+
+    def _cut(self, written: _Written, before: int) -> bool:
+        """Whether a stop string is complete now; what follows it is dropped. `before`: what was there a chunk ago."""
+        stops = self._settings.stop_strings
+        if not self.speaks_ids:
+            found = [
+                at + len(stop) for stop in stops if (at := written.text.find(stop, max(0, before - len(stop)))) >= 0
+            ]
+            if found:
+                written.text, written.finish = written.text[: min(found)], "stop_string"
+            return bool(found)
+        for end in range(before + 1, len(written.ids) + 1):
+            text = self._decode(written.ids[max(0, end - self._window) : end])
+            if any(stop in text for stop in stops):
+                del written.ids[end:]
+                written.finish = "stop_string"
+                return True
+        return False
+
+    def _as_turn(self, request: TurnRequest, written: _Written) -> Turn:
+        ids, eos_ids = written.ids, self._settings.eos_ids
+        if not self.speaks_ids:
+            ids = self._tokenizer.encode(written.text.removesuffix(self._eos), add_special_tokens=False)
+        end = next((i for i, token in enumerate(ids) if token in eos_ids), None)
+        match written.finish:
+            case "stop_string":
+                stop = TurnStop.STOP_STRING
+            case "length" if end is None:
+                stop = TurnStop.LENGTH
+                if not ids:
+                    raise _Refused("wrote nothing")
+            case _:
+                stop = TurnStop.EOS
+                ids = [*ids[:end], eos_ids[0] if end is None else ids[end]]
+        return Turn(request.id, ids, [math.nan] * len(ids), [], stop)
+
+    def _body(self, ids: list[int], max_tokens: int) -> dict[str, Any]:
+        settings = self._settings
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": ids if self.speaks_ids else self._as_text(ids),
+            "max_tokens": max_tokens,
+            "temperature": settings.temperature,
+            "top_p": settings.top_p,
+        }
+        if self.speaks_ids:  # such a server knows vLLM's extensions; others may refuse what they do not know
+            body |= {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": list(settings.eos_ids)}
+        return body
+
+    def _as_text(self, ids: list[int]) -> str:
+        """The prompt, without the BOS that a server adds to a text itself."""
+        bos = self._tokenizer.bos_token_id
+        adds_bos = bos is not None and self._tokenizer("")["input_ids"][:1] == [bos]
+        return self._decode(ids[1:] if adds_bos and ids[:1] == [bos] else ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    # What the server is ----------------------------------------------------------------------------------------------
+
+    def _served(self, model: str | None) -> tuple[str, int | None]:
+        """The model's name there, and its context in tokens where the server tells."""
+        try:
+            listed = self._request("GET", "/models")["data"]
+            lengths = {str(entry["id"]): entry.get("max_model_len") for entry in listed}
+        except (LookupError, TypeError, AttributeError) as error:
+            raise EngineError(
+                "The completions server lists no models under /models. Does base_url end in /v1?"
+            ) from error
+        if model is None and len(lengths) == 1:
+            (model,) = lengths
+        if model not in lengths:
+            raise ConfigError(
+                f"The completions server serves {sorted(lengths)}; served_model is {model!r}. Set it to one of these."
+            )
+        length = lengths[model]
+        return model, length if isinstance(length, int) else None
+
+    def _takes_ids(self) -> bool:
+        """Whether the server answers token ids with token ids."""
+        ids = self._tokenizer.encode("1", add_special_tokens=False)
+        self.speaks_ids = True
+        try:
+            choice = _choice(self._request("POST", "/completions", self._body(ids, 1)))
+        except _Refused:
+            return False
+        except RequestFailed as error:
+            if error.may_pass:
+                raise EngineError(f"The completions server {error} to a first request. Look at its log.") from None
+            return False
+        return choice is not None and bool(choice.get("token_ids"))
+
+    def _request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        request = httpx.Request(method, self._url + path, json=body, headers=_headers())
+        try:
+            return fetch_json(request, timeout_s=min(60.0, self._timeout_s))
+        except RequestFailed as error:
+            if error.status in (401, 403):
+                raise ConfigError(
+                    f"The completions server refuses access. Set the environment variable {KEY_VARIABLE} to its key."
+                ) from None
+            if body is not None:
+                raise
+            key = os.environ.get(KEY_VARIABLE, "").strip()
+            raise EngineError(
+                f"The completions server {without(key, self._url)} did not list its models: {error}. Start it, or "
+                "correct base_url, which ends in /v1 as a rule."
+            ) from None
+
+
+def _headers() -> dict[str, str]:
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _choice(answer: Any) -> dict[str, Any] | None:
+    """The choice of an answer or of a chunk, None where it has none (a report of usage)."""
+    if not isinstance(answer, dict) or "error" in answer:
+        raise _Refused("answered with an error")
+    choices = answer.get("choices")
+    if not choices:
+        return None
+    if not isinstance(choices, list) or not isinstance(choices[0], dict):
+        raise _Refused("answered in another layout than expected")
+    return choices[0]
+
+
+async def _events_of(response: httpx.Response) -> AsyncIterator[str]:
+    """The data of a stream of server-sent events."""
+    received, rest = 0, b""
+    async for chunk in response.aiter_bytes():
+        received += len(chunk)
+        *lines, rest = (rest + chunk).split(b"\n")
+        if received > MAX_BYTES or len(rest) > MAX_LINE_BYTES:
+            raise _Refused(f"answered with more than {MAX_BYTES:,} bytes, or {MAX_LINE_BYTES:,} in one event")
+        for line in lines:
+            if line.startswith(b"data:"):
+                yield line[5:].decode("utf-8", "replace").strip()

@@ -1,0 +1,288 @@
+"""The completions engine against a real server on loopback that speaks `/v1/completions` in several dialects."""
+
+import json
+import math
+import threading
+import time
+
+import pytest
+
+from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.completions import KEY_VARIABLE, CompletionsEngine
+from loopback import Asked, Loopback, Reply
+from support import tokenizer
+
+EOS = int(tokenizer().eos_token_id)
+SETTINGS = SamplingSettings((EOS,), ("</search>", "</python>"), temperature=0.6, top_p=0.95)
+
+
+def encode(text: str) -> list[int]:
+    return tokenizer().encode(text, add_special_tokens=False)
+
+
+def decode(ids: list[int]) -> str:
+    return tokenizer().decode(ids, skip_special_tokens=False)
+
+
+class Server:
+    """`writes(prompt as text)` says what the model writes; `finish` why it ends."""
+
+    def __init__(self, writes, *, ids: bool, finish: str = "stop", key: str | None = None, models=("tiny",)):
+        self.writes, self.ids, self.finish, self.key, self.models = writes, ids, finish, key, models
+        self.bodies: list[dict] = []
+        self.lock = threading.Lock()
+
+    def __call__(self, asked: Asked) -> Reply:
+        if self.key is not None and asked.headers.get("authorization") != f"Bearer {self.key}":
+            return Reply({"error": "who are you"}, status=401)
+        if asked.path == "/v1/models":
+            return Reply({"data": [{"id": name, "max_model_len": 512} for name in self.models]})
+        body = asked.json
+        if not self.ids and not isinstance(body["prompt"], str):
+            return Reply({"error": "prompt must be text"}, status=400)
+        if not body.get("stream"):
+            return Reply({"choices": [{"text": "1", "token_ids": encode("1")}]})
+        with self.lock:
+            self.bodies.append(body)
+        prompt = decode(body["prompt"]) if self.ids else body["prompt"]
+        written = self.writes(prompt)
+        return written if isinstance(written, Reply) else Reply(stream=lambda out: self.stream(out, written))
+
+    def stream(self, out, text: str) -> None:
+        ids = [*encode(text), *([EOS] if self.finish == "stop" else [])]
+        for i, token in enumerate(ids):
+            choice = {"text": "" if token == EOS else decode([token]), "finish_reason": None}
+            if self.ids:
+                choice["token_ids"] = [token]
+            if i == len(ids) - 1:
+                choice["finish_reason"] = self.finish
+            event(out, {"choices": [choice]})
+        event(out, {"choices": [], "usage": {"total_tokens": 3}})
+        out.write(b"data: [DONE]\n\n")
+
+
+def event(out, data) -> None:
+    out.write(f"data: {json.dumps(data)}\n\n".encode())
+    out.flush()
+
+
+def request(number: int, text: str = "what is the answer", max_tokens: int = 50) -> TurnRequest:
+    return TurnRequest(number, encode(text), max_tokens, 0, seed=2**40 + number, key=(number, 0, 0))
+
+
+def outcomes(engine: CompletionsEngine, *requests: TurnRequest, within_s: float = 20.0) -> dict:
+    """What came of each request, in one session."""
+    done: dict = {}
+    deadline = time.monotonic() + within_s
+    with engine.session():
+        for one in requests:
+            engine.submit(one)
+        assert engine.pending == len(requests)
+        while engine.pending and time.monotonic() < deadline:
+            done |= {result.id: result for result in engine.poll(0.1)}
+    assert len(done) == len(requests)
+    return done
+
+
+def engine(server: Loopback, **settings) -> CompletionsEngine:
+    return CompletionsEngine(server.url + "/v1", settings.pop("model", None), tokenizer(), SETTINGS, **settings)
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["token ids", "text"])
+def test_a_turn_that_ends_by_itself_has_its_tokens_and_an_eos(ids):
+    with Loopback(server := Server(lambda prompt: f"seen: {prompt}", ids=ids)) as loopback:
+        made = engine(loopback)
+        assert (made.speaks_ids, made.max_length, made.vocab_size) == (ids, 512, len(tokenizer()))
+        turn = outcomes(made, request(0))[0]
+    assert turn.stop is TurnStop.EOS
+    assert decode(turn.ids[:-1]) == "seen: what is the answer" and turn.ids[-1] == EOS
+    assert len(turn.logprobs) == len(turn.ids) and all(map(math.isnan, turn.logprobs))
+    (body,) = server.bodies
+    assert (body["model"], body["max_tokens"], body["temperature"], body["top_p"]) == ("tiny", 50, 0.6, 0.95)
+    assert body["seed"] < 2**31
+    assert ("return_token_ids" in body) is ids  # a strict server is sent nothing that it may not know
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["token ids", "text"])
+@pytest.mark.parametrize("call", ["<search>iron</search>", "<think>x</think> <python>print(1)</python>"])
+def test_a_turn_ends_with_the_call_it_makes_whatever_the_server_goes_on_to_write(ids, call):
+    with Loopback(Server(lambda prompt: call + "<result>made up</result> and on and on", ids=ids)) as loopback:
+        turn = outcomes(engine(loopback), request(0))[0]
+    assert turn.stop is TurnStop.STOP_STRING
+    assert decode(turn.ids) == call
+
+
+@pytest.mark.parametrize("ids", [True, False], ids=["token ids", "text"])
+def test_a_turn_that_runs_out_of_room_has_no_eos(ids):
+    with Loopback(Server(lambda prompt: "melting point of iron", ids=ids, finish="length")) as loopback:
+        turn = outcomes(engine(loopback), request(0))[0]
+    assert turn.stop is TurnStop.LENGTH
+    assert decode(turn.ids) == "melting point of iron"
+
+
+def test_many_turns_are_under_way_at_once_and_a_slow_one_holds_up_no_other():
+    gate = threading.Event()
+
+    def writes(prompt):
+        if prompt.endswith("0"):
+            gate.wait(10)
+        return f"it is {prompt[-1]}"
+
+    with Loopback(Server(writes, ids=False)) as loopback:
+        made = engine(loopback)
+        with made.session():
+            for i in range(8):
+                made.submit(request(i, f"what is {i}"))
+            done: dict = {}
+            while len(done) < 7:
+                done |= {turn.id: turn for turn in made.poll(1.0)}
+            assert 0 not in done
+            gate.set()
+            while made.pending:
+                done |= {turn.id: turn for turn in made.poll(1.0)}
+    assert [decode(done[i].ids[:-1]) for i in range(8)] == [f"it is {i}" for i in range(8)]
+
+
+def test_a_turn_that_the_server_refuses_fails_alone_and_at_once():
+    def writes(prompt):
+        return Reply({"error": "too long"}, status=400) if prompt.endswith("1") else "fine"
+
+    with Loopback(server := Server(writes, ids=False)) as loopback:
+        done = outcomes(engine(loopback), *(request(i, f"what is {i}") for i in range(3)))
+    assert [type(done[i]).__name__ for i in range(3)] == ["Turn", "TurnFailed", "Turn"]
+    assert done[1].reason == "The server answered 400."
+    assert len(server.bodies) == 3
+
+
+def test_what_may_pass_is_tried_again():
+    tries: list[str] = []
+
+    def writes(prompt):
+        tries.append(prompt)
+        return Reply("busy", status=503) if len(tries) < 3 else "fine"
+
+    with Loopback(Server(writes, ids=False)) as loopback:
+        turn = outcomes(engine(loopback), request(0))[0]
+    assert decode(turn.ids[:-1]) == "fine"
+    assert len(tries) == 3
+
+
+@pytest.mark.parametrize(
+    ("stream", "reason"),
+    [
+        (lambda out: event(out, {"choices": [{"text": "half a"}]}), "broke off its answer"),
+        (lambda out: out.write(b"data: {not json}\n\n"), "could not be read"),
+        (lambda out: event(out, ["choices"]), "answered with an error"),
+        (lambda out: event(out, {"error": {"message": "died"}}), "answered with an error"),
+        (lambda out: event(out, {"choices": ["text"]}), "another layout"),
+        (lambda out: event(out, {"choices": [{"text": 3}]}), "could not be read"),
+        (lambda out: event(out, {"choices": [{"text": "", "finish_reason": "length"}]}), "wrote nothing"),
+        (lambda out: out.write(b"data: " + b"x" * (2 << 20)), "answered with more than"),
+    ],
+)
+def test_hostile_answers_fail_their_turn_and_nothing_else(monkeypatch, stream, reason):
+    monkeypatch.setattr("arpo_trl.rollout.engines.completions.RETRY_S", 0.01)
+    with Loopback(Server(lambda prompt: Reply(stream=stream), ids=False)) as loopback:
+        failed = outcomes(engine(loopback), request(0))[0]
+    assert isinstance(failed, TurnFailed)
+    assert reason in failed.reason
+
+
+def test_a_turn_may_take_only_so_long(monkeypatch):
+    monkeypatch.setattr("arpo_trl.rollout.engines.completions.ATTEMPTS", 1)
+    gate = threading.Event()
+    with Loopback(Server(lambda prompt: Reply(stream=lambda out: gate.wait(5)), ids=False)) as loopback:
+        failed = outcomes(engine(loopback, timeout_s=0.3), request(0))[0]
+        gate.set()
+    assert failed.reason == "The server failed (TimeoutError), 1 times."
+
+
+def test_a_server_that_stays_away_ends_the_rollout_and_says_so():
+    with Loopback(Server(lambda prompt: "fine", ids=False)) as loopback:
+        made = engine(loopback, away_s=0.2)
+    with pytest.raises(EngineError, match=r"cannot be reached and has answered nothing for 0 s. Start it again"):
+        outcomes(made, request(0))
+    assert made.pending == 0
+
+
+def test_a_session_that_is_left_early_leaves_nothing_behind():
+    gate = threading.Event()
+    with Loopback(Server(lambda prompt: Reply(stream=lambda out: gate.wait(5)), ids=False)) as loopback:
+        made = engine(loopback)
+        with made.session():
+            made.submit(request(0))
+            time.sleep(0.1)
+        assert made.pending == 0
+        gate.set()
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "message"),
+    [
+        ("localhost:8000", ConfigError, "The completions server is no address like"),
+        ("http://me:pass@localhost/v1", ConfigError, "without a user name or password"),
+        (
+            "http://127.0.0.1:9/v1",
+            EngineError,
+            r"http://127.0.0.1:9/v1 did not list its models: the connection failed",
+        ),
+    ],
+)
+def test_addresses_that_cannot_be_are_named(url, error, message):
+    with pytest.raises(error, match=message) as raised:
+        CompletionsEngine(url, None, tokenizer(), SETTINGS)
+    assert "pass@" not in str(raised.value)
+
+
+def test_the_key_comes_from_the_environment_and_a_wrong_one_is_not_repeated(monkeypatch):
+    with Loopback(Server(lambda prompt: "fine", ids=True, key="right-key")) as loopback:
+        monkeypatch.setenv(KEY_VARIABLE, "wrong-key")
+        with pytest.raises(
+            ConfigError, match=f"refuses access. Set the environment variable {KEY_VARIABLE}"
+        ) as raised:
+            engine(loopback)
+        assert "wrong-key" not in str(raised.value)
+        monkeypatch.setenv(KEY_VARIABLE, "right-key")
+        made = engine(loopback)
+        assert "right-key" not in repr(vars(made))
+        assert outcomes(made, request(0))[0].stop is TurnStop.EOS
+
+
+def test_of_several_models_one_must_be_named():
+    with Loopback(Server(lambda prompt: "fine", ids=True, models=("a", "b"))) as loopback:
+        with pytest.raises(ConfigError, match=r"serves \['a', 'b'\]; served_model is None"):
+            engine(loopback)
+        assert engine(loopback, model="b").model == "b"
+
+
+def test_a_server_that_is_none_is_told_apart():
+    for reply, message in (
+        (Reply({"hello": "world"}), "lists no models under /models"),
+        (Reply("no", status=404), "did not list its models: answered 404"),
+    ):
+        with Loopback(lambda asked, reply=reply: reply) as loopback, pytest.raises(EngineError, match=message):
+            engine(loopback)
+
+
+def test_a_server_adds_the_bos_to_a_text_itself():
+    bos = encode("what")[0]
+
+    class WithBos:
+        """The tests' tokenizer as one that puts a BOS in front of texts."""
+
+        bos_token_id = bos
+
+        def __call__(self, text):
+            return {"input_ids": [bos, *encode(text)]}
+
+        def __getattr__(self, name):
+            return getattr(tokenizer(), name)
+
+        def __len__(self):
+            return len(tokenizer())
+
+    with Loopback(server := Server(lambda prompt: "fine", ids=False)) as loopback:
+        made = CompletionsEngine(loopback.url + "/v1", None, WithBos(), SETTINGS)
+        outcomes(made, TurnRequest(0, [bos, *encode("iron is")], 5, 0, 0, (0, 0, 0)))
+    assert server.bodies[0]["prompt"] == "iron is"

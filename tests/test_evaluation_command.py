@@ -1,0 +1,487 @@
+"""`arpo-trl eval` and `arpo-trl compare` as users run them."""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from arpo_trl import cli
+from arpo_trl.evaluation.samples import key_of, read_records
+from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.rollout.engines.completions import CompletionsEngine
+from evaluating import asked_number, boxed, completions, save_tokenizer
+from loopback import Loopback
+from support import save_tiny_model, tokenizer
+
+HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")
+
+
+def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    out, err = capsys.readouterr()
+    return end.value.code, out, err
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def data(folder: Path, name: str = "gsm8k", count: int = 4) -> Path:
+    rows = [{"question": f"what is {i}", "answer": f"thus\n#### {i}"} for i in range(count)]
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def answers(prompt: str) -> str:
+    """A model behind a server: looks iron up once, then answers with the number asked for, 3 excepted."""
+    if "1538 degrees" not in prompt:
+        return "<search>iron</search>"
+    number = asked_number(prompt)
+    return boxed(number if number != "3" else "7")
+
+
+def recorded(folder: Path) -> str:
+    path = folder / "searches.json"
+    path.write_text(json.dumps({"iron": "1538 degrees"}))
+    return str(path)
+
+
+def flags(folder: Path, url: str, **other) -> list[str]:
+    given = {"--model": save_tokenizer(folder / "tokenizer"), "--base-url": url + "/v1", "--data": str(folder)}
+    given |= {"--search-recorded": recorded(folder), "--output": str(folder / "run"), **other}
+    return ["eval", "--benchmarks", "gsm8k", "--tools", "search", *(word for pair in given.items() for word in pair)]
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_a_table_and_a_folder_with_everything(monkeypatch, capsys, here):
+    data(here)
+    with Loopback(completions(answers)) as server:
+        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url))
+    assert status == 0
+    assert "| GSM8K | math equality | 0.750 | " in out and "| 4 | 4 | 0 | 1.00 |" in out
+    folder = here / "run"
+    assert {path.name for path in folder.iterdir()} == {
+        "run.json",
+        "samples.jsonl",
+        "results.json",
+        "report.md",
+        "report.html",
+    }
+    results = json.loads((folder / "results.json").read_text())
+    gsm8k = results["benchmarks"]["gsm8k"]
+    assert (gsm8k["score"], gsm8k["tools"]["search"]["calls"], results["suites"]) == (0.75, 4, {"reasoning": 0.75})
+    settings = results["settings"]
+    assert (settings["temperature"], settings["top_p"], settings["context"]) == (0.6, 0.95, 32768)  # the paper's
+    assert settings["tool_call_limits"] == ["python=5", "search=10"]
+    assert results["versions"]["transformers"] and "git_commit" in results
+    assert len(list(read_records(folder / "samples.jsonl"))) == 4
+
+
+def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, capsys, here):
+    data(here)
+    broken = threading.Event()
+    broken.set()
+
+    def writes(prompt):
+        return 3 if broken.is_set() and asked_number(prompt) == "1" else answers(prompt)
+
+    with Loopback(completions(writes)) as server:
+        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url))
+        assert status == 1
+        assert re.search(
+            r"1 sample\(s\) failed or are missing. To try again, add to the command: --output \S+ --resume", out
+        )
+        broken.clear()
+        before = len(server.asked)
+        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--resume")
+    assert status == 0 and "| 0.750 |" in out
+    assert len(server.asked) - before <= 4  # models, probe, and two turns of the one that was missing
+
+
+def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, capsys, here):
+    data(here, count=2)
+    monkeypatch.setattr("arpo_trl.rollout.engines.completions.RETRY_S", 0.05)
+    made = []
+
+    class Impatient(CompletionsEngine):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings, away_s=0.2)
+            made.append(self)
+
+    monkeypatch.setattr("arpo_trl.rollout.engines.completions.CompletionsEngine", Impatient)
+    server = Loopback(completions(answers))
+    with server:
+
+        def then_gone(prompt):
+            if asked_number(prompt) == "1":
+                threading.Thread(target=server.server.server_close).start()
+                made[0]._url = "http://127.0.0.1:9/v1"
+                made[0]._heard_s = 0.0
+            return answers(prompt)
+
+        server.answer = completions(then_gone)
+        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--concurrency", "1")
+    assert status == 1
+    assert "EngineError: The completions server cannot be reached" in out and "Finished samples are kept" in out
+    assert [one["number"] for one in read_records(here / "run/samples.jsonl")] == [0]
+
+
+def test_an_engine_in_process_takes_any_dataset_several_samples_and_yaml(monkeypatch, capsys, here, model):
+    (here / "rows.jsonl").write_text(json.dumps({"prompt": "what is 1", "answer": "1", "task": "math"}) + "\n")
+    (here / "eval.yaml").write_text(
+        f"model: {model}\ndata: rows.jsonl\ntools: []\nsamples: 5\nmax_completion_length: 8\n"
+    )
+    status, out, _ = run(monkeypatch, capsys, "eval", "--config", "eval.yaml", "--samples", "2")  # the flag wins
+    assert status == 0
+    assert "| rows | math equality | 0.000 | 0.000 – 0.000 | 1 | 2 | 0 | 0.00 |" in out
+    (folder,) = (here / "runs/eval").iterdir()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["benchmarks"]["rows"]["pass_at_k"] == {"1": 0.0, "2": 0.0}
+
+
+def test_greedy_answers_are_the_same_through_transformers_and_through_a_server(monkeypatch, capsys, here, model):
+    """The server is the model itself: what it writes for a text, greedily."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    data(here, count=3)
+    policy = AutoModelForCausalLM.from_pretrained(model)
+
+    def writes(prompt: str) -> str:
+        ids = torch.tensor([tokenizer().encode(prompt, add_special_tokens=False)])
+        out = policy.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        return tokenizer().decode(out, skip_special_tokens=False)
+
+    shared = ["eval", "--model", model, "--data", here, "--temperature", "0", "--max-completion-length", "8"]
+    shared += ["--tools", "search", "--search-recorded", recorded(here)]
+    assert run(monkeypatch, capsys, *shared, "--output", here / "in-process")[0] == 0
+    with Loopback(completions(writes)) as server:
+        assert run(monkeypatch, capsys, *shared, "--base-url", server.url + "/v1", "--output", here / "server")[0] == 0
+    texts = [
+        {r["number"]: [s["text"] for s in r["trajectory"]] for r in read_records(here / name / "samples.jsonl")}
+        for name in ("in-process", "server")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_an_adapter_is_evaluated_with_its_model(monkeypatch, capsys, here, model):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    data(here, count=1)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(here / "adapter")
+    shared = ("eval", "--model", model, "--data", here, "--max-completion-length", "4")
+    shared += ("--tools", "search", "--search-recorded", recorded(here))
+    assert run(monkeypatch, capsys, *shared, "--adapter", here / "adapter", "--output", "run")[0] == 0
+    status, _, err = run(monkeypatch, capsys, *shared, "--adapter", here / "nowhere", "--output", "other")
+    assert status == 2 and "The adapter of" in err
+
+
+# Killed --------------------------------------------------------------------------------------------------------------
+
+
+def evaluate_in_child(words: list[str]) -> multiprocessing.Process:
+    """The command in a process of its own; forked, since importing it all again would take most of the time."""
+
+    def main() -> None:
+        sys.argv = ["arpo-trl", *words]
+        cli.main()
+
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    return process
+
+
+def killed_run(folder: Path, url: str, delays: list[float], lines_first: list[int]) -> list[dict]:
+    """The samples of a run that was killed after each of `delays` s beyond so many finished samples, and resumed."""
+    words = [*flags(folder, url), "--temperature", "0", "--concurrency", "2"]
+    log = folder / "run/samples.jsonl"
+    resume: list[str] = []
+    for delay, lines in zip(delays, lines_first, strict=True):
+        process = evaluate_in_child([*words, *resume])
+        while process.is_alive() and (not log.exists() or log.read_bytes().count(b"\n") < lines):
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        resume = ["--resume"]
+    process = evaluate_in_child([*words, *resume])
+    process.join(120)
+    assert process.exitcode == 0
+    return list(read_records(log))
+
+
+def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(here):
+    kills = 20
+
+    def slowly(prompt):
+        time.sleep(0.04)
+        return answers(prompt)
+
+    for name in ("whole", "killed"):
+        (here / name).mkdir()
+        data(here / name, count=10)  # questions are told apart by one digit
+    draw = random.Random(os.getpid())
+    with Loopback(completions(slowly)) as server:
+        whole = killed_run(here / "whole", server.url, [], [])
+        delays = [draw.uniform(0, 0.06) for _ in range(kills)]
+        killed = killed_run(here / "killed", server.url, delays, [9 * i // kills for i in range(kills)])
+    assert len(killed) == 10
+
+    def plain(records):
+        kept = {}
+        for one in records:
+            steps = [
+                (s["role"], s["text"], [(c["name"], c["text"]) for c in s.get("calls", ())]) for s in one["trajectory"]
+            ]
+            assert key_of(one) not in kept
+            kept[key_of(one)] = (one["prediction"], one["scores"], one["golds"], one["tokens"], steps)
+        return kept
+
+    assert plain(killed) == plain(whole), delays
+    results = [
+        json.loads((here / name / "run/results.json").read_text())["benchmarks"]["gsm8k"]
+        for name in ("whole", "killed")
+    ]
+    for one in results:
+        del one["seconds"], one["tools"]["search"]["seconds"]
+    assert results[0] == results[1]
+
+
+def test_ctrl_c_keeps_what_is_done_writes_the_report_and_is_status_1(here):
+    def slowly(prompt):
+        time.sleep(0.05)
+        return answers(prompt)
+
+    data(here, count=10)
+    log = here / "run/samples.jsonl"
+    with Loopback(completions(slowly)) as server:
+        process = evaluate_in_child([*flags(here, server.url), "--concurrency", "1"])
+        while not log.exists() or not log.read_bytes():
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+    assert process.exitcode == 1
+    summary = json.loads((here / "run/results.json").read_text())["benchmarks"]["gsm8k"]
+    assert 1 <= summary["samples"] == 10 - summary["missing"] < 10
+
+
+# Checks and comparisons ----------------------------------------------------------------------------------------------
+
+
+def test_the_self_check_needs_no_model_and_lists_golds_that_cannot_be(monkeypatch, capsys, here):
+    path = data(here, count=3)
+    status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here)
+    assert status == 0 and "| gsm8k | math equality | 3 | 1.0000 | 0.0000 |" in out
+    with path.open("a") as file:
+        file.write(json.dumps({"question": "?", "answer": "}{"}) + "\n")
+    status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here)
+    assert status == 1 and "gsm8k, question 3: '}{' does not score 1 by math equality, exact match" in out
+    assert not (here / "runs").exists()
+
+
+def test_two_runs_are_compared(monkeypatch, capsys, here):
+    data(here)
+    for name, writes in (("a", lambda prompt: boxed("0")), ("b", answers)):
+        with Loopback(completions(writes)) as server:
+            words = flags(here, server.url, **{"--output": str(here / name)})
+            assert run(monkeypatch, capsys, *words)[0] == 0
+    status, out, _ = run(monkeypatch, capsys, "compare", "a", "b")
+    assert status == 0
+    assert "| gsm8k | math equality | 4 | 0.250 | 0.750 | +0.500 | " in out and "| 0 | 2 | 0.5000 |" in out
+    assert (here / "b/against-a.png").exists()
+    status, _, err = run(monkeypatch, capsys, "compare", "a", "nowhere")
+    assert status == 2 and "nowhere holds no results.json" in err
+
+
+def test_the_benchmarks_are_listed(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "250")
+    status, out, _ = run(monkeypatch, capsys, "eval", "--list-benchmarks")
+    assert status == 0 and "xbench-DeepSearch" in out and "openai/gsm8k main test" in out
+
+
+# Usage ---------------------------------------------------------------------------------------------------------------
+
+
+def test_help_is_there_in_no_time_and_names_every_setting():
+    code = (
+        "import sys, time; sys.argv = ['arpo-trl', 'eval', '--help']\n"
+        "from arpo_trl.cli import main\n"
+        "try: main()\n"
+        f"finally: print(sorted(set(sys.modules) & set({HEAVY})), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    for name in EvalSettings.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in done.stdout
+    assert "Exit status: 0 done, 1 some samples failed, 2 usage." in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--model", "m"), "nothing to evaluate on. Give --benchmarks, --suite or --data."),
+        (("--benchmarks", "gsm8"), "There is no benchmark 'gsm8'; did you mean gsm8k"),
+        (("--suite", "maths"), "suite is 'maths'; expected one of"),
+        (("--suite", "all", "--benchmarks", "gsm8k"), "benchmarks and suite are both set"),
+        (("--data", "gsm8k.jsonl"), "model is missing"),
+        (("--model", "nowhere", "--data", "gsm8k.jsonl"), "The tokenizer of nowhere cannot be loaded"),
+        (("--model", "m", "--tempratur", "1"), "There is no setting 'tempratur'; did you mean 'temperature'"),
+        (("--model", "m", "--samples", "0"), "samples is 0; expected an integer of at least 1"),
+        (("--model", "m", "--temperature", "-1"), "temperature is -1.0"),
+        (("--model", "m", "--top-p", "0"), "top_p is 0.0"),
+        (("--model", "m", "--engine", "sglang"), "engine is 'sglang'; expected one of ['transformers', 'vllm']"),
+        (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits holds 'python'"),
+        (("--model", "m", "--judge-url", "http://x"), "Of judge_url and judge_model one is set"),
+        (("--model", "m", "--resume"), "resume is set without output"),
+        (("--model", "m", "--base-url", "http://x/v1", "--engine", "vllm"), "base_url names a server"),
+        (("--benchmarks", "gsm8k,math", "--data", "gsm8k.jsonl"), "2 benchmarks are asked for. Name one."),
+        (("--benchmarks", "gaia"), "GAIA could not be loaded from the Hub. It is gated"),
+        (("--config", "nowhere.yaml"), "The --config file cannot be read"),
+        (("--data", "broken.jsonl", "--benchmarks", "gsm8k"), "broken.jsonl, line 2: not valid JSON"),
+        (("--data", "nogold.jsonl", "--benchmarks", "gsm8k"), "nogold.jsonl, row 0: no answer"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_status_2(monkeypatch, capsys, here, words, message):
+    data(here)
+    (here / "broken.jsonl").write_text('{"question": "?", "answer": "1"}\n{"question\n')
+    (here / "nogold.jsonl").write_text('{"question": "?"}\n')
+    status, out, err = run(
+        monkeypatch, capsys, "eval", "--tools", "search", "--search-recorded", recorded(here), *words
+    )
+    assert (status, out) == (2, "")
+    assert message in err and err.count("\n") == 1
+
+
+def test_broken_rows_can_be_left_out(monkeypatch, capsys, here):
+    data(here, count=1)
+    with (here / "gsm8k.jsonl").open("a") as file:
+        file.write("{torn\n")
+    assert run(monkeypatch, capsys, "eval", "--self-check", "--data", here)[0] == 2
+    status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here, "--skip-bad")
+    assert status == 0 and "| gsm8k | math equality | 1 |" in out
+
+
+def test_a_model_without_a_chat_template_says_so(monkeypatch, capsys, here):
+    import copy
+
+    data(here)
+    bare = copy.deepcopy(tokenizer())
+    bare.chat_template = None
+    bare.save_pretrained(here / "bare")
+    with Loopback(completions(answers)) as server:
+        words = flags(here, server.url, **{"--model": str(here / "bare")})
+        status, _, err = run(monkeypatch, capsys, *words)
+    assert status == 2 and "has no chat template, which turns questions into prompts" in err
+
+
+def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
+    data(here)
+    with Loopback(completions(answers)) as server:
+        words = flags(here, server.url)
+        assert run(monkeypatch, capsys, *words)[0] == 0
+        status, _, err = run(monkeypatch, capsys, *words, "--resume", "--temperature", "1")
+        assert status == 2 and "holds a different run: settings.temperature is 0.6 there and 1.0 here" in err
+        status, _, err = run(monkeypatch, capsys, *words)
+        assert status == 2 and "holds this run already" in err
+        data(here, count=3)
+        status, _, err = run(monkeypatch, capsys, *words, "--resume")
+        assert status == 2 and "holds a different run: questions.gsm8k is" in err
+        assert run(monkeypatch, capsys, *words[:-1], here / "other", "--concurrency", "1")[0] == 0
+
+
+def test_a_limit_for_a_tool_that_is_not_offered_is_refused(monkeypatch, capsys, here):
+    data(here)
+    with Loopback(completions(answers)) as server:
+        status, _, err = run(monkeypatch, capsys, *flags(here, server.url), "--tool-call-limits", "serach=3")
+    assert status == 2 and "tool_call_limits names 'serach', but the tools are ['search']" in err
+
+
+def test_limits_of_tools_reach_the_model(monkeypatch, capsys, here):
+    data(here, count=1)
+
+    def insists(prompt):
+        return boxed("0") if "No search calls are left" in prompt else "<search>iron</search>"
+
+    with Loopback(completions(insists)) as server:
+        status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--tool-call-limits", "search=2")
+    assert status == 0 and "| 3.00 |" in out
+    (one,) = read_records(here / "run/samples.jsonl")
+    calls = [call["failure"] for step in one["trajectory"] if step["role"] == "tool" for call in step["calls"]]
+    assert calls == [None, None, "call_limit"]
+
+
+def test_no_key_gets_into_a_folder(monkeypatch, capsys, here):
+    data(here)
+    monkeypatch.setenv("COMPLETIONS_API_KEY", "secret-one")
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-two")
+    with Loopback(completions(answers)) as server:
+        judge = {"--judge-url": server.url + "/v1", "--judge-model": "wise"}
+        status, out, err = run(monkeypatch, capsys, *flags(here, server.url, **judge))
+        assert status == 1  # one answer was wrong by the rule, and this server judges nothing
+        assert {asked.headers.get("authorization") for asked in server.asked} == {
+            "Bearer secret-one",
+            "Bearer secret-two",
+        }
+    written = out + err + "".join(path.read_text() for path in (here / "run").iterdir())
+    assert "secret-" not in written and server.url not in written
+
+
+@pytest.mark.parametrize(
+    ("yaml", "benchmarks", "limits"),
+    [
+        ("benchmarks: gsm8k", ["gsm8k"], {"python": 5, "search": 10}),
+        ("benchmarks: gsm8k, math", ["gsm8k", "math"], {"python": 5, "search": 10}),
+        ("benchmarks: [gsm8k, math]\ntool_call_limits: {python: 1}", ["gsm8k", "math"], {"python": 1}),
+        ("tool_call_limits: [search=3]", [], {"search": 3}),
+    ],
+)
+def test_lists_may_be_written_as_yaml_has_them(here, yaml, benchmarks, limits):
+    (here / "eval.yaml").write_text(yaml)
+    (settings,) = cli.parse_settings((EvalSettings,), ["--config", "eval.yaml"])
+    assert (settings.benchmarks, settings.call_limits()) == (benchmarks, limits)
+
+
+def test_vllm_that_is_not_installed_is_said(monkeypatch, capsys, here, model):
+    data(here)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    words = ("--model", model, "--engine", "vllm", "--data", here, "--search-recorded", recorded(here))
+    status, _, err = run(monkeypatch, capsys, "eval", "--tools", "search", *words)
+    assert status == 2 and "engine is 'vllm', but vLLM cannot be imported" in err
+
+
+def test_a_folder_of_benchmarks_is_evaluated_benchmark_by_benchmark_and_levels_are_shown(monkeypatch, capsys, here):
+    data(here)
+    rows = [{"problem": f"what is {i}", "answer": str(i), "level": i % 2} for i in range(3)]
+    (here / "math500.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with Loopback(completions(answers)) as server:
+        words = [word for word in flags(here, server.url) if word not in ("--benchmarks", "gsm8k")]
+        status, out, _ = run(monkeypatch, capsys, *words)
+    assert status == 0 and "| MATH500 | math equality | 1.000 |" in out and "| GSM8K |" in out
+    results = json.loads((here / "run/results.json").read_text())
+    assert results["benchmarks"]["math500"]["levels"]["0"]["questions"] == 2
+    assert results["suites"] == {"reasoning": 0.875}

@@ -1,0 +1,192 @@
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from arpo_trl.evaluation import report
+from arpo_trl.evaluation.results import suites_of, summarise
+from evaluating import GSM8K, called, record
+
+HOSTILE = (
+    "</pre><script>document.title='owned'</script><img src='http://evil.example/x.png' onerror=alert(1)>"
+    '"><a href="javascript:alert(1)">x</a> {{ 7*7 }} &lt;b&gt; | [link](http://evil.example) <https://evil.example>'
+)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+VOID = {"meta", "br", "img", "input", "hr", "link"}
+
+
+def results_of(*records, samples=1):
+    count = len({one["number"] for one in records})
+    benchmarks = {"gsm8k": summarise(GSM8K, records, questions=count, samples=samples, seed=0)}
+    return {
+        "model": "runs/<b>model</b>",
+        "settings": {
+            "samples": samples,
+            "temperature": 0.6,
+            "top_p": 0.95,
+            "seed": 0,
+            "judge_model": HOSTILE,
+            "suite": None,
+        },
+        "versions": {"python": "3.11"},
+        "git_commit": None,
+        "finished": "2025-01-01T00:00:00+00:00",
+        "suites": suites_of(benchmarks),
+        "benchmarks": benchmarks,
+    }
+
+
+def page_of(*records, **settings) -> str:
+    results = results_of(*records, **settings)
+    shown = report.ShownSamples({"gsm8k": results["benchmarks"]["gsm8k"]["metric"]})
+    for one in records:
+        shown.add(one)
+    return report.html(results, shown.finished())
+
+
+def varied():
+    """Records with everything a page can show."""
+    steps = [
+        {"role": "assistant", "text": HOSTILE, "tokens": 5},
+        called(HOSTILE, HOSTILE),
+        called("python", "boom", "error"),
+    ]
+    steps.append({"role": "tool", "text": "No tool calls are left.", "calls": [], "tokens": 5})
+    one = record(0, 1.0, level=HOSTILE, question=HOSTILE, golds=[HOSTILE], prediction=HOSTILE, trajectory=steps)
+    long = record(1, 0.0, level="2", question="w" * 3000, golds=["x" * 500], prediction="y" * 500, id=HOSTILE)
+    return [one, long, record(2, None, error=HOSTILE), *(record(i, float(i % 2)) for i in range(3, 30))]
+
+
+class Page(HTMLParser):
+    """What a page is made of: its tags, which have to be in order, and all attributes."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_whatever_a_model_wrote_is_text_on_the_page():
+    page = Page(page_of(*varied()))
+    assert page.open == []
+    assert not {"script", "img", "iframe", "object", "link", "embed"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert (
+        page.text.count("document.title='owned'") >= 6
+    )  # question twice, gold, prediction, turn, result, error, level
+    assert "{{ 7*7 }}" in page.text and "49" not in page.text
+
+
+def test_the_page_asks_for_nothing_and_its_policy_allows_nothing():
+    page = Page(page_of(*varied()))
+    links = [value for name, value in page.attributes if name in ("src", "href", "action", "data", "poster", "srcset")]
+    assert links and all(link.startswith("#") for link in links)
+    (policy,) = [value for name, value in page.attributes if "default-src" in value]
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'")
+    assert "url(" not in page_of(*varied()) and "@import" not in page_of(*varied())
+
+
+def test_the_page_shows_scores_levels_tools_and_each_sample():
+    text = " ".join(Page(page_of(*varied())).text.split())
+    for shown in (
+        "GSM8K",
+        "By level",
+        "Score by number of tool calls",
+        "1 error",
+        "Tokens and seconds",
+        "failed",
+        "boom",
+    ):
+        assert shown in text
+    assert "No tool calls are left." in text
+
+
+def test_the_page_of_several_samples_has_pass_at_k():
+    text = Page(page_of(*(record(i, float(j), j) for i in range(3) for j in range(2)), samples=2)).text
+    assert "pass@2" in text and "majority vote" in text
+
+
+def test_a_page_without_a_single_good_sample_is_one():
+    text = Page(page_of(record(0, None))).text
+    assert "1 sample(s) failed and count in no score: 1 × EngineError: died" in " ".join(text.split())
+
+
+def test_only_the_first_samples_are_shown_and_long_texts_are_cut():
+    records = [record(i, 1.0, question=f"question-{i}-") for i in reversed(range(450))]
+    page = page_of(*records)
+    assert page.count("<details>") == report.SHOWN_SAMPLES
+    assert "question-0-" in page and "question-199-" in page and "question-200-" not in page
+    assert "The first 200; all are in samples.jsonl" in page
+    cut = report.cut("a" * 5000 + "b" * 5000)
+    assert len(cut) < 4100 and cut.startswith("a") and cut.endswith("b") and "6,000 characters" in cut
+
+
+def test_the_markdown_escapes_what_it_does_not_know():
+    text = report.markdown(results_of(*varied()))
+    assert "<script>" not in text and "](http" not in text.replace("\\]\\(", "")
+    (row,) = [line for line in text.splitlines() if line.startswith("| GSM8K")]
+    assert "| math equality | " in row
+
+
+def test_a_table_is_markdown():
+    assert report.pipe_table(("a", "b"), [("x", "1")], texts=1) == ["| a | b |", "| --- | ---: |", "| x | 1 |"]
+
+
+# In a browser --------------------------------------------------------------------------------------------------------
+
+browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here: the page is parsed in the tests above, but not looked at"
+)
+
+
+def chromium(folder: Path, *arguments: str) -> str:
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
+    command += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_fits_the_width_of_a_phone_and_of_a_screen(tmp_path, width):
+    page = page_of(*varied()).replace("<details>", "<details open>")
+    path = tmp_path / "report.html"
+    path.write_text(page, "utf-8")
+    picture = tmp_path / "shot.png"
+    chromium(tmp_path, f"--window-size={width},2000", f"--screenshot={picture}", path.as_uri())
+    pixels = matplotlib.image.imread(picture)
+    assert pixels.shape[:2] == (2000, width)
+    inked = (pixels[:, :, :3].min(axis=2) < 0.5).mean(axis=1) > 0
+    assert inked[:1500].mean() > 0.3  # lines of text all the way down
+
+    # A browser's window is at least 500 wide, so a frame is the phone; without the policy it can be measured.
+    bare = page[: page.index("<meta http-equiv")] + page[page.index("<meta name") :]
+    source = json.dumps(bare).replace("</", "<\\/")
+    measure = (
+        f"<iframe id=f style='width:{width}px;height:900px;border:0'></iframe><p id=w></p><script>f.srcdoc = {source};"
+        "f.onload = () => { const d = f.contentDocument;"
+        "w.textContent = 'width ' + d.documentElement.scrollWidth + ' title ' + d.title }</script>"
+    )
+    (tmp_path / "measure.html").write_text("<!doctype html><meta charset=utf-8>" + measure, "utf-8")
+    found = chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "measure.html").as_uri())
+    assert f"width {width} title Evaluation of runs/" in found

@@ -1,0 +1,211 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.evaluation.benchmarks import BENCHMARKS, Scorer
+from arpo_trl.evaluation.comparison import compare, draw
+from arpo_trl.evaluation.results import provenance, suites_of, summarise
+from arpo_trl.evaluation.self_check import Malformed, check
+from arpo_trl.rewards.answers import spaced_f1, token_f1
+from evaluating import GSM8K, called, questions, record, write_lines
+
+
+def summary(*records, samples=1, count=None):
+    count = count or len({one["number"] for one in records})
+    return summarise(GSM8K, records, questions=count, samples=samples, seed=0)
+
+
+# Summaries -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_score_is_the_mean_over_questions_with_its_interval():
+    found = summary(*(record(i, float(i < 6)) for i in range(10)))
+    assert (found["metric"], found["score"], found["questions"], found["samples"]) == ("math", 0.6, 10, 10)
+    low, high = found["interval"]
+    assert 0.2 <= low < 0.6 < high <= 0.9
+    assert found["metrics"]["em"]["mean"] == 0.6
+    assert (found["failed"], found["missing"], found["unjudged"]) == (0, 0, 0)
+
+
+def test_what_failed_or_is_missing_counts_in_no_score():
+    found = summary(record(0, 1.0), record(1, 0.0), record(2, None), count=5)
+    assert found["score"] == 0.5
+    assert (found["samples"], found["failed"], found["missing"]) == (2, 1, 2)
+    assert found["failures"] == {"EngineError: died": 1}
+
+
+def test_a_benchmark_of_which_everything_failed_has_no_score():
+    found = summary(record(0, None))
+    assert (found["metric"], found["score"], found["interval"], found["metrics"]) == (None, None, None, {})
+
+
+def test_several_samples_give_pass_at_k_and_the_majoritys_score():
+    # Question 0: right, right, wrong. Question 1: wrong with 2, 2, and right once.
+    rows = [
+        record(0, 1.0, 0),
+        record(0, 1.0, 1),
+        record(0, 0.0, 2),
+        record(1, 0.0, 0),
+        record(1, 0.0, 1),
+        record(1, 1.0, 2),
+    ]
+    found = summary(*rows, samples=3)
+    assert found["score"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert found["pass_at_k"] == {"1": pytest.approx(1 / 2), "2": pytest.approx((1 + 2 / 3) / 2), "3": 1.0}
+    assert found["majority"]["mean"] == 0.5
+
+
+def test_pass_at_k_is_over_questions_that_have_all_samples():
+    found = summary(record(0, 1.0, 0), record(0, 0.0, 1), record(1, 1.0, 0), record(1, None, 1), samples=2)
+    assert found["pass_at_k"] == {"1": 0.5, "2": 1.0}
+    assert found["questions_with_all_samples"] == 1
+    assert found["score"] == 0.75  # (1/2 + 1) / 2
+
+
+def test_levels_have_scores_of_their_own():
+    rows = [record(0, 1.0, level="1"), record(1, 0.0, level="1"), record(2, 0.0, level="2")]
+    levels = summary(*rows)["levels"]
+    assert {level: (v["questions"], v["mean"]) for level, v in levels.items()} == {"1": (2, 0.5), "2": (1, 0.0)}
+
+
+def test_calls_are_counted_by_tool_and_scores_by_calls():
+    end = {"role": "assistant", "text": "", "tokens": 1}
+    notice = {"role": "tool", "text": "No tool calls are left.", "calls": [], "tokens": 5}
+    rows = [
+        record(0, 1.0, trajectory=[called("search"), called("python", failure="error"), end]),
+        record(1, 0.0, trajectory=[called("search", seconds=1.5), notice, end]),
+        record(2, 1.0),
+        record(3, 0.0, trajectory=[called("search")] * 12),
+    ]
+    found = summary(*rows)
+    assert found["by_calls"] == [
+        {"calls": "0", "samples": 1, "score": 1.0},
+        {"calls": "1", "samples": 1, "score": 0.0},
+        {"calls": "2", "samples": 1, "score": 1.0},
+        {"calls": "10+", "samples": 1, "score": 0.0},
+    ]
+    assert found["tools"]["python"] == {
+        "calls": 1, "per_sample": 0.25, "failures": {"error": 1},
+        "seconds": {"total": 0.5, "mean": 0.5, "p50": 0.5, "p95": 0.5},
+    }  # fmt: skip
+    assert (found["tools"]["search"]["calls"], found["tools"]["search"]["failures"]) == (14, {})
+
+
+def test_a_judges_score_is_the_benchmarks_only_where_there_is_a_judge():
+    webwalker = BENCHMARKS["webwalker"]
+    rules = {"f1": 0.5, "f1_paper": 0.25, "em": 0.0}
+    rows = [record(i, 1.0, benchmark="webwalker", task="qa", scores=rules) for i in range(2)]
+    found = summarise(webwalker, rows, questions=2, samples=1, seed=0)
+    assert (found["metric"], found["score"], "judge" in found["metrics"]) == ("f1", 0.5, False)
+    judged = [{**rows[0], "scores": {**rules, "judge": 1.0}}, {**rows[1], "scores": {**rules, "judge": None}}]
+    found = summarise(webwalker, judged, questions=2, samples=1, seed=0)
+    assert (found["metric"], found["score"], found["unjudged"]) == ("judge", 1.0, 1)
+
+
+def test_rows_of_both_tasks_are_scored_each_by_its_own():
+    rows = [record(0, 1.0), record(1, 1.0, task="qa", scores={"f1": 0.5, "f1_paper": 0.5, "em": 0.0})]
+    found = summary(*rows)
+    assert (found["metric"], found["score"]) == ("accuracy", 0.75)
+
+
+def test_suites_are_means_over_their_benchmarks():
+    scores = {
+        "a": ("reasoning", 0.2),
+        "b": ("reasoning", 0.4),
+        "c": ("deepsearch", 0.1),
+        "d": (None, 1.0),
+        "e": ("knowledge", None),
+    }
+    found = suites_of({name: {"suite": suite, "score": score} for name, (suite, score) in scores.items()})
+    assert found == {"reasoning": pytest.approx(0.3), "deepsearch": 0.1}
+
+
+def test_the_origin_of_results_is_recorded():
+    found = provenance()
+    assert {"python", "arpo-trl", "torch", "transformers", "math-verify"} <= found["versions"].keys()
+    assert found["git_commit"] is None or len(found["git_commit"].removesuffix("-dirty")) == 40
+
+
+def test_the_papers_f1_keeps_punctuation_and_articles_and_squads_does_not():
+    assert token_f1("The Saturdays.", ["saturdays"]) == 1.0
+    assert spaced_f1("The Saturdays.", ["saturdays"]) == 0.0
+    assert spaced_f1("the Saturdays", ["Saturdays"]) == pytest.approx(2 / 3)
+
+
+# The check of scorers ------------------------------------------------------------------------------------------------
+
+
+def test_golds_score_one_and_other_questions_golds_do_not():
+    checks, malformed = check(questions("1", "2", r"\frac{1}{2}", "4"), seed=0)
+    assert {c.scorer: (c.items, c.gold, c.wrong) for c in checks} == {"math": (4, 1.0, 0.0), "em": (4, 1.0, 0.0)}
+    assert malformed == []
+
+
+def test_a_wrong_answer_that_happens_to_be_right_shows():
+    checks, _ = check(questions("yes", "yes", "yes", "no", scorer=Scorer.QA_F1), seed=0)
+    # a cycle through four: of the three yes two get another's yes
+    assert {c.scorer: c.wrong for c in checks} == {"f1": 0.5, "f1_paper": 0.5, "em": 0.5}
+
+
+def test_golds_that_cannot_be_answers_are_listed():
+    asked = questions("1", "{", "3")
+    asked.rows[2]["answer"] = ["3", "}{"]
+    checks, malformed = check(asked, seed=0)
+    assert malformed == [Malformed("sums", 1, "{", ("math", "em")), Malformed("sums", 2, "}{", ("math", "em"))]
+    assert checks[0].gold == pytest.approx(1 / 3)
+
+
+def test_a_single_question_can_be_checked():
+    checks, _ = check(questions("1"), seed=0)
+    assert checks[0].wrong == 1.0  # there is no other gold
+
+
+# Comparing -----------------------------------------------------------------------------------------------------------
+
+
+def run_of(folder: Path, values: list[float | None], metric: str | None = "math", **other) -> Path:
+    folder.mkdir()
+    write_lines(folder / "samples.jsonl", [record(i, value, **other) for i, value in enumerate(values)])
+    (folder / "results.json").write_text(json.dumps({"benchmarks": {"gsm8k": {"metric": metric}}}))
+    return folder
+
+
+def test_runs_are_compared_on_the_questions_they_share(tmp_path):
+    a = run_of(tmp_path / "a", [1, 0, 0, 0, 0, 0, None])
+    b = run_of(tmp_path / "b", [0, 1, 1, 1, 1, 0, 1])
+    (one,) = compare(a, b)
+    assert (one.benchmark, one.metric, one.questions, one.unpaired) == ("gsm8k", "math", 6, 1)
+    assert (one.a, one.b) == (pytest.approx(1 / 6), pytest.approx(4 / 6))
+    assert one.difference.mean == pytest.approx(0.5)
+    assert (one.mcnemar.only_a, one.mcnemar.only_b, one.mcnemar.p) == (1, 4, pytest.approx(2 * 6 / 32))
+
+
+def test_a_run_does_not_differ_from_itself(tmp_path):
+    a = run_of(tmp_path / "a", [1, 0, 1])
+    (one,) = compare(a, a)
+    assert (one.difference.mean, one.difference.p, one.mcnemar.p) == (0, 1, 1)
+
+
+def test_the_difference_is_drawn(tmp_path):
+    a, b = run_of(tmp_path / "a", [1, 0, 1]), run_of(tmp_path / "b", [0, 0, 1])
+    draw(compare(a, b), ("a_$x", "b"), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_cannot_be_compared_say_why(tmp_path):
+    a = run_of(tmp_path / "a", [1, 0])
+    judged = run_of(tmp_path / "judged", [1, 0], metric="judge")
+    others = run_of(tmp_path / "others", [1, 0], question="another")
+    elsewhere = run_of(tmp_path / "elsewhere", [1])
+    (elsewhere / "results.json").write_text(json.dumps({"benchmarks": {"math": {"metric": "math"}}}))
+    (tmp_path / "empty").mkdir()
+    for b, error, message in (
+        (judged, ConfigError, "gsm8k is scored by math in .* and by judge in"),
+        (others, ConfigError, "no question of gsm8k in common"),
+        (elsewhere, ConfigError, r"no benchmark in common: \['gsm8k'\] in .*, \['math'\] in"),
+        (tmp_path / "empty", DataError, r"holds no results.json of a finished evaluation \(FileNotFoundError\)"),
+    ):
+        with pytest.raises(error, match=message):
+            compare(a, b)

@@ -1,0 +1,312 @@
+import json
+import threading
+
+import pytest
+
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.evaluation.benchmarks import Scorer
+from arpo_trl.evaluation.runner import RunFolder, run_benchmark
+from arpo_trl.evaluation.samples import SampleLog, key_of, read_records, repair
+from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from evaluating import Evaluating, asked_number, boxed, questions, record, write_lines
+from loopback import Loopback, Reply
+
+IDENTITY = {"settings": {"temperature": 0.6}, "model": "m"}
+
+
+def sums(request, context):
+    """Searches once, then answers with the number asked for."""
+    return f"<search>iron {request.key[0]}</search>" if request.key[-1] == 0 else boxed(asked_number(context))
+
+
+def without_seconds(records):
+    """What must not depend on when and how fast samples were made."""
+    kept = []
+    for one in sorted(records, key=key_of):
+        plain = json.loads(json.dumps({**one, "seconds": 0}))
+        for step in plain.get("trajectory", ()):
+            for call in step.get("calls", ()):
+                call["seconds"] = 0
+        kept.append(plain)
+    return kept
+
+
+# Records -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_all_there_is_to_know_of_a_sample():
+    (good, wrong) = Evaluating(sums)(questions("0", "7"))
+    assert (good["prediction"], good["scores"], good["fault"], good["stop"]) == (
+        "0",
+        {"math": 1.0, "em": 1.0},
+        None,
+        "eos",
+    )
+    assert (wrong["prediction"], wrong["scores"]["math"], wrong["golds"]) == ("1", 0.0, ["7"])
+    assert (good["question"], good["id"], good["benchmark"], good["error"]) == ("what is 0", "0", "sums", None)
+    first, result, last = good["trajectory"]
+    assert (first["role"], first["text"]) == ("assistant", "<search>iron 0</search>")
+    (call,) = result["calls"]
+    assert (result["role"], call["name"], call["arguments"], call["text"]) == (
+        "tool",
+        "search",
+        {"query": "iron 0"},
+        "facts about iron 0",
+    )
+    assert last["text"] == boxed(0)
+    assert good["tokens"]["generated"] == first["tokens"] + last["tokens"]
+    assert good["tokens"]["observed"] == result["tokens"] > 0
+    assert good["tokens"]["prompt"] > 0 and good["seconds"] > 0
+
+
+def test_samples_of_a_question_are_seeded_apart_and_whatever_else_runs():
+    evaluating = Evaluating(sums, samples=3, concurrency=1)
+    evaluating(questions("0", "1"))
+    seeds = {request.key: request.seed for request in evaluating.scripted.engine.requests}
+    assert len(set(seeds.values())) == len(seeds) == 2 * 3 * 2  # questions, samples, turns
+    again = Evaluating(sums, samples=3, concurrency=6)
+    again(questions("0", "1"))
+    assert {request.key: request.seed for request in again.scripted.engine.requests} == seeds
+    elsewhere = Evaluating(sums, samples=3)
+    elsewhere(questions("0", "1", name="others"))
+    assert not {request.seed for request in elsewhere.scripted.engine.requests} & set(seeds.values())
+
+
+def test_an_answer_in_a_bad_format_still_counts_by_the_papers_rule_and_its_fault_is_said():
+    (one,) = Evaluating(lambda r, c: f"{boxed(0)} and more")(questions("0"))
+    assert (one["prediction"], one["scores"]["math"], one["fault"]) == ("0", 1.0, "text_after_answer")
+    (none,) = Evaluating(lambda r, c: "it is 0")(questions("0"))
+    assert (none["prediction"], none["scores"]["math"], none["fault"]) == (None, 0.0, "no_answer")
+
+
+def test_a_prompt_that_cannot_be_made_or_does_not_fit_fails_alone():
+    asked = questions("0", "1", "2")
+    asked.rows[1]["prompt"] = [{"role": "user", "content": "iron " * 2000}]
+    evaluating = Evaluating(sums)
+    encode = evaluating.scripted.protocol.encode_prompt
+
+    def encode_or_break(prompt):
+        if prompt[-1]["content"] == "what is 2":
+            raise TypeError("no such role")
+        return encode(prompt)
+
+    evaluating.scripted.protocol.encode_prompt = encode_or_break
+    fine, long, broken = evaluating(asked)
+    assert fine["error"] is None
+    assert "no room for a completion" in long["error"]
+    assert broken["error"] == "TypeError: no such role" and "scores" not in broken
+
+
+def test_an_answer_that_breaks_a_scorer_fails_alone(monkeypatch):
+    def breaks(prediction, row, judge):
+        if prediction == "1":
+            raise RuntimeError("cannot score this")
+        return {"math": 1.0, "em": 1.0}
+
+    monkeypatch.setattr("arpo_trl.evaluation.runner.score", breaks)
+    records = Evaluating(sums)(questions("0", "1", "2"))
+    assert [one["error"] for one in records] == [None, "RuntimeError: cannot score this", None]
+
+
+def test_a_disk_that_is_full_ends_the_run():
+    def full(record):
+        raise OSError(28, "No space left on device")
+
+    evaluating = Evaluating(sums)
+    asked = questions("0", "1")
+    with evaluating.scripted.toolbox, pytest.raises(OSError, match="No space left"):
+        evaluating.evaluator.run(asked, evaluating.evaluator.keys(asked), full)
+
+
+# The judge -----------------------------------------------------------------------------------------------------------
+
+
+def judge_says(reply: str):
+    return lambda asked: Reply({"choices": [{"message": {"content": reply}}]})
+
+
+def test_with_a_judge_its_verdict_stands_beside_the_rules_and_who_is_right_is_not_asked_about():
+    with Loopback(judge_says("Correct")) as server:
+        judge = LLMJudge(server.url + "/v1", "wise")
+        right, close = Evaluating(lambda r, c: boxed("paris france"), judge=judge)(
+            questions("paris france", "paris", scorer=Scorer.JUDGE)
+        )
+        assert len(server.asked) == 1
+    assert right["scores"] == {"f1": 1.0, "f1_paper": 1.0, "em": 1.0, "judge": 1.0}
+    assert close["scores"] == {"f1": pytest.approx(2 / 3), "f1_paper": pytest.approx(2 / 3), "em": 0.0, "judge": 1.0}
+
+
+def test_without_a_judge_there_is_no_score_of_that_name():
+    (one,) = Evaluating(sums)(questions("0", scorer=Scorer.JUDGE))
+    assert "judge" not in one["scores"]
+
+
+def test_a_judge_that_answers_nonsense_gives_no_verdict_and_is_asked_again_on_resume(tmp_path):
+    asked = questions("paris", scorer=Scorer.JUDGE)
+    with Loopback(judge_says("I like turtles")) as server:
+        evaluating = Evaluating(lambda r, c: boxed("lutetia"), judge=LLMJudge(server.url + "/v1", "wise"))
+        with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder, evaluating.scripted.toolbox:
+            run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
+    (one,) = read_records(tmp_path / "run/samples.jsonl")
+    assert one["scores"]["judge"] is None and one["error"] is None
+
+    def must_not_sample(request, context):
+        raise AssertionError("only the judge was missing")
+
+    with Loopback(judge_says("Incorrect")) as server:
+        evaluating = Evaluating(must_not_sample, judge=LLMJudge(server.url + "/v1", "wise"))
+        with RunFolder(tmp_path / "run", IDENTITY, resume=True) as folder, evaluating.scripted.toolbox:
+            run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
+    (again,) = read_records(tmp_path / "run/samples.jsonl")
+    assert again == {**one, "scores": {**one["scores"], "judge": 0.0}}
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+def run_in(folder_path, asked, script=sums, *, resume=False, samples=1):
+    evaluating = Evaluating(script, samples=samples)
+    with RunFolder(folder_path, IDENTITY, resume=resume) as folder, evaluating.scripted.toolbox:
+        run_benchmark(evaluating.evaluator, asked, folder, lambda record: None)
+    return list(read_records(folder_path / "samples.jsonl"))
+
+
+def test_samples_are_written_as_they_finish(tmp_path):
+    release = threading.Event()
+    seen = threading.Event()
+    path = tmp_path / "run/samples.jsonl"
+
+    def script(request, context):
+        return ScriptedTurn(boxed(0), polls=1 if request.key[0] == 0 or release.is_set() else 10**9)
+
+    def watch(record):
+        assert [one["number"] for one in read_records(path)] == [0]  # on the disk while the other still runs
+        seen.set()
+
+    evaluating = Evaluating(script, concurrency=2)
+    engine, poll = evaluating.scripted.engine, evaluating.scripted.engine.poll
+
+    def poll_until_seen(timeout_s=0.0):
+        if seen.is_set():
+            for running in engine._running:
+                running.turn = ScriptedTurn(boxed(0))
+        return poll(timeout_s)
+
+    engine.poll = poll_until_seen
+    asked = questions("0", "0")
+    records = []
+    with RunFolder(tmp_path / "run", IDENTITY, resume=False) as folder, evaluating.scripted.toolbox:
+        run_benchmark(
+            evaluating.evaluator, asked, folder, lambda r: (watch(r) if not records else None, records.append(r))
+        )
+    assert len(records) == 2
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 5])
+def test_a_run_goes_on_where_it_was_cut_off_and_ends_as_if_it_had_not_been(tmp_path, kept):
+    asked = questions(*"01234")
+    whole = run_in(tmp_path / "whole", asked)
+    path = tmp_path / "cut"
+    run_in(path, asked)
+    lines = (path / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    torn = lines[kept][: len(lines[kept]) // 2] if kept < 5 else b""
+    (path / "samples.jsonl").write_bytes(b"".join(lines[:kept]) + torn)
+    resumed = run_in(path, asked, resume=True)
+    assert without_seconds(resumed) == without_seconds(whole)
+
+
+def test_failures_are_tried_again_and_what_is_done_is_not(tmp_path):
+    asked = questions("0", "1")
+    attempts = []
+
+    def fails_first(request, context):
+        attempts.append(asked_number(context))
+        if asked_number(context) == "1" and len(attempts) < 3:
+            raise RuntimeError("out of memory")
+        return boxed(asked_number(context))
+
+    first = run_in(tmp_path / "run", asked, fails_first)
+    assert sorted(one["error"] or "" for one in first) == ["", "RuntimeError: out of memory"]
+    second = run_in(tmp_path / "run", asked, fails_first, resume=True)
+    assert [one["error"] for one in second] == [None, None]
+    assert attempts == ["0", "1", "1"]
+
+
+def test_repair_keeps_each_sample_once_and_drops_what_is_torn_failed_or_no_record(tmp_path):
+    good = record(0, 1.0)
+    path = write_lines(tmp_path / "samples.jsonl", [good, record(1, None), {**good, "seconds": 9}, {"other": 1}])
+    with path.open("ab") as file:
+        file.write(b"\xff\xfe broken\n" + json.dumps(record(2, 0.0)).encode() + b"\n" + b'{"benchmark": "gsm8k", "num')
+    done, unjudged = repair(path)
+    assert done == {("gsm8k", 0, 0), ("gsm8k", 2, 0)} and unjudged == []
+    assert list(read_records(path)) == [good, record(2, 0.0)]
+
+
+def test_a_whole_last_line_without_its_end_is_torn_all_the_same(tmp_path):
+    path = write_lines(tmp_path / "samples.jsonl", [record(0, 1.0)])
+    path.write_text(path.read_text() + json.dumps(record(1, 1.0)))
+    assert repair(path)[0] == {("gsm8k", 0, 0)}
+
+
+def test_model_output_that_is_no_unicode_is_written_all_the_same(tmp_path):
+    log = SampleLog(tmp_path / "samples.jsonl")
+    log.write({**record(0, 1.0), "prediction": "\ud800 \x00 \u2028"})
+    log.close()
+    (read,) = read_records(tmp_path / "samples.jsonl")
+    assert read["prediction"] == "? \x00 \u2028"
+
+
+def test_a_line_that_is_no_record_is_named_when_results_are_read(tmp_path):
+    path = write_lines(tmp_path / "samples.jsonl", [record(0, 1.0), {"a": 1}])
+    with pytest.raises(DataError, match=r"samples.jsonl, line 2: not a sample of an evaluation. Resume"):
+        list(read_records(path))
+    with pytest.raises(DataError, match="There is no"):
+        list(read_records(tmp_path / "nowhere.jsonl"))
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_of_a_different_run_is_refused_and_the_difference_named(tmp_path):
+    RunFolder(tmp_path / "run", IDENTITY, resume=False).log.close()
+    other = {"settings": {"temperature": 1.0}, "model": "m", "questions": {"a": "b"}}
+    with pytest.raises(
+        ConfigError,
+        match=r"a different run: questions is null there and .* here; settings.temperature is 0.6 there and 1.0 here",
+    ):
+        RunFolder(tmp_path / "run", other, resume=True)
+
+
+def test_the_folder_of_the_same_run_needs_resume(tmp_path):
+    RunFolder(tmp_path / "run", IDENTITY, resume=False).log.close()
+    with pytest.raises(ConfigError, match="holds this run already"):
+        RunFolder(tmp_path / "run", IDENTITY, resume=False)
+    RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
+
+
+def test_folders_that_hold_something_else_or_cannot_be_made_are_refused(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter1.tex").write_text("")
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "thesis", tmp_path / "file"):
+        with pytest.raises(ConfigError, match="is not empty and holds no evaluation"):
+            RunFolder(path, IDENTITY, resume=False)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder(tmp_path / "file/below", IDENTITY, resume=False)
+    (tmp_path / "empty").mkdir()
+    RunFolder(tmp_path / "empty", IDENTITY, resume=False).log.close()
+
+
+def test_a_description_that_a_kill_left_half_written_is_in_nobodys_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json.partial").write_text('{"mod')
+    RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
+    assert json.loads((tmp_path / "run/run.json").read_text()) == IDENTITY
+
+
+def test_a_description_that_is_none_is_named(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/run.json").write_text("{")
+    with pytest.raises(DataError, match=r"run.json cannot be read"):
+        RunFolder(tmp_path / "run", IDENTITY, resume=True)

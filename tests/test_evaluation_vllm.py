@@ -1,0 +1,43 @@
+"""Real vLLM, in the evaluation's process and as a server: greedy answers are those of transformers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from arpo_trl.evaluation.samples import read_records
+from serving import running
+from support import save_sharp_model
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+def evaluated(folder: Path, model: str, name: str, *words: str) -> list:
+    """What each sample wrote and read, by question, from a run of the command in a process of its own."""
+    command = [sys.executable, "-c", "from arpo_trl.cli import main; main()", "eval", "--model", model]
+    command += ["--data", str(folder / "gsm8k.jsonl"), "--benchmarks", "gsm8k", "--output", str(folder / name)]
+    command += ["--tools", "search", "--search-recorded", str(folder / "searches.json"), "--temperature", "0"]
+    command += ["--max-completion-length", "24", "--dtype", "float32", *words]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    records = sorted(read_records(folder / name / "samples.jsonl"), key=lambda record: record["number"])
+    return [
+        [(step["text"], [call["text"] for call in step.get("calls", ())]) for step in record["trajectory"]]
+        for record in records
+    ]
+
+
+def test_all_three_engines_give_the_same_greedy_answers(tmp_path):
+    model = save_sharp_model(tmp_path / "model")
+    rows = [{"question": f"what is {i}", "answer": f"#### {i}"} for i in range(8)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "searches.json").write_text(json.dumps({"iron": "1538 degrees"}))
+    expected = evaluated(tmp_path, model, "transformers")
+    assert len(expected) == 8
+    assert evaluated(tmp_path, model, "vllm", "--engine", "vllm") == expected
+    with running(model, tmp_path / "log") as server:
+        assert evaluated(tmp_path, model, "server", "--base-url", f"{server.url}/v1") == expected
