@@ -1,6 +1,6 @@
 """The update with and without shared prefixes: forward and backward of TRL's fused logprobs, order alternated.
 
-    python benchmarks/update.py                      # the 50 M model on the shapes that docs/results.md shows
+    python benchmarks/update.py                      # the shapes that docs/results.md shows
     python benchmarks/update.py --grid               # every shape: hours on a CPU
     python benchmarks/update.py --growth             # how time grows with M, and the exponent
 
@@ -99,19 +99,21 @@ def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
     return time.perf_counter() - begin
 
 
-def peak_mb(shape: Shape, shared: bool) -> float:
+def apart(task: str, *arguments: object) -> list[float]:
+    """The numbers that a task prints in a process of its own, whose memory is gone when the next one starts."""
+    command = [sys.executable, __file__, "--device", DEVICE.type, "--task", json.dumps([task, *arguments])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return [float(number) for number in done.stdout.split()]
+
+
+def memory(name: str, prompt: int, leaves: int, forks: str, shared: bool) -> float:
     """MiB that one step adds to a process that has taken a tiny one."""
-    command = [sys.executable, __file__, "--device", DEVICE.type, "--memory", json.dumps([*shape, shared])]
-    return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
-
-
-def measure_memory(name: str, prompt: int, leaves: int, forks: str, shared: bool) -> None:
     model = make_model(name)
     step(model, make_rows(8, 2, "none"), shared)  # gradients exist, threads have started
     rows = make_rows(prompt, leaves, forks)
     before = peak_bytes()
     step(model, rows, shared)
-    print((peak_bytes() - before) / (1 << 20))
+    return (peak_bytes() - before) / (1 << 20)
 
 
 def peak_bytes() -> int:
@@ -121,9 +123,8 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def timed(shape: Shape, repeats: int) -> tuple[float, float, float, int, int]:
+def timed(name: str, prompt: int, leaves: int, forks: str, repeats: int) -> tuple[float, float, float, int, int]:
     """Median seconds padded and shared, the median of their ratios, tokens padded and packed."""
-    name, prompt, leaves, forks = shape
     model, rows = make_model(name), make_rows(prompt, leaves, forks)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for repeat in range(repeats):
@@ -139,13 +140,13 @@ def show(shapes: list[Shape], repeats: int) -> None:
     print("| model | prompt | M | forks | padded s | shared s | speed-up | token ratio | reached | memory |")
     print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|")
     for shape in shapes:
-        padded, shared, speedup, tokens, packed = timed(shape, repeats)
+        padded, shared, speedup, tokens, packed = apart("timed", *shape, repeats)
         ratio = tokens / packed
-        memory = peak_mb(shape, True) / peak_mb(shape, False)
+        peak = apart("memory", *shape, True)[0] / apart("memory", *shape, False)[0]
         name, prompt, leaves, forks = shape
         print(
             f"| {name} | {prompt:,} | {leaves} | {forks} | {padded:.2f} | {shared:.2f} | {speedup:.2f} | "
-            f"{ratio:.2f} | {speedup / ratio:.2f} | {memory:.2f} |",
+            f"{ratio:.2f} | {speedup / ratio:.2f} | {peak:.2f} |",
             flush=True,
         )
 
@@ -156,9 +157,9 @@ def show_growth(repeats: int) -> None:
     for forks in FORKS:
         points: list[tuple[int, float]] = []
         for leaves in (4, 8, 16, 32, 64):
-            padded, shared, _, _, packed = timed(("5 M", 1000, leaves, forks), repeats)
+            padded, shared, _, _, packed = apart("timed", "5 M", 1000, leaves, forks, repeats)
             points.append((leaves, shared))
-            print(f"| {forks} | {leaves} | {padded:.2f} | {shared:.2f} | {packed:,} |", flush=True)
+            print(f"| {forks} | {leaves} | {padded:.2f} | {shared:.2f} | {packed:,.0f} |", flush=True)
         print(f"\n{forks}: seconds grow as M^{exponent(points):.2f}\n", flush=True)
 
 
@@ -175,20 +176,23 @@ def main() -> None:
     parser.add_argument("--grid", action="store_true", help="every model, prompt, M and forks")
     parser.add_argument("--growth", action="store_true", help="M from 4 to 64 with the 5 M model")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: larger models, in bfloat16")
-    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     global DEVICE
     DEVICE = torch.device(arguments.device)
-    model = "500 M" if DEVICE.type == "cuda" else "50 M"
-    if arguments.memory:
-        measure_memory(*json.loads(arguments.memory))
+    if arguments.task:
+        task, *rest = json.loads(arguments.task)
+        found = {"timed": timed, "memory": memory}[task](*rest)
+        print(*(found if isinstance(found, tuple) else (found,)))
     elif arguments.growth:
         show_growth(arguments.repeats)
     elif arguments.grid:
         grid = [(m, p, n, f) for m in MODELS for p in (300, 1000, 4000) for n in (4, 8, 16, 64) for f in FORKS]
         show(grid, arguments.repeats)
     else:
-        show([(model, prompt, 16, forks) for prompt in (300, 1000) for forks in FORKS], arguments.repeats)
+        # As large as 24 GB of memory take, padded and without gradient checkpointing.
+        sizes = [("500 M", 300), ("500 M", 1000)] if DEVICE.type == "cuda" else [("5 M", 1000), ("50 M", 300)]
+        show([(name, prompt, 16, forks) for name, prompt in sizes for forks in FORKS], arguments.repeats)
 
 
 if __name__ == "__main__":
