@@ -113,7 +113,7 @@ def train_in_chaos() -> None:
 
     chaos = Chaos(rate=float(os.environ["CHAOS_RATE"]), seed=int(os.environ["CHAOS_SEED"]))
     build = train.build_tools
-    train.build_tools = lambda arguments: [chaos(tool) for tool in build(arguments)]
+    train.build_tools = lambda *given, **named: [chaos(tool) for tool in build(*given, **named)]
     counts = Path(os.environ["CHAOS_COUNTS"])
     atexit.register(lambda: counts.write_text(json.dumps(chaos.counts)))
     train.main()
