@@ -20,9 +20,9 @@ from typing import Any
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
-from arpo_trl.evaluation.scoring import predicted, question_of, score
+from arpo_trl.evaluation.scoring import predicted, score
 from arpo_trl.rewards.hierarchical import format_fault
-from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.rewards.judge import LLMJudge, question_of
 from arpo_trl.rollout.sampler import Finished, GroupRequest, TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 
@@ -114,7 +114,7 @@ class Evaluator:
             "sample": sample,
             "id": row["id"],
             "level": row["level"],
-            "question": question_of(row),
+            "question": question_of(row["prompt"]),
             "golds": row["answer"],
             "error": finished.error,
         }

@@ -14,7 +14,7 @@ from typing import Any
 
 from arpo_trl.evaluation.benchmarks import Benchmark, Scorer
 from arpo_trl.rewards.answers import MATH, exact_match, extract_answer, math_equal, spaced_f1, token_f1
-from arpo_trl.rewards.judge import Judgement, LLMJudge
+from arpo_trl.rewards.judge import Judgement, LLMJudge, question_of
 
 JUDGE = "judge"
 
@@ -48,7 +48,7 @@ def score(prediction: str | None, row: Mapping[str, Any], judge: LLMJudge | None
         elif 1.0 in (scores.get("math"), scores["em"]):
             scores[JUDGE] = 1.0
         else:
-            (verdict,) = judge.verdicts([Judgement(question_of(row), tuple(golds), prediction)])
+            (verdict,) = judge.verdicts([Judgement(question_of(row["prompt"]), tuple(golds), prediction)])
             scores[JUDGE] = None if verdict is None else float(verdict)
     return scores
 
@@ -58,9 +58,3 @@ def main_metric(benchmark: Benchmark, names: Sequence[str]) -> str:
     if benchmark.scorer is Scorer.JUDGE and JUDGE in names:
         return JUDGE
     return "math" if "math" in names else "f1"
-
-
-def question_of(row: Mapping[str, Any]) -> str:
-    """The text of a row's question: its last user message."""
-    asked = [message["content"] for message in row["prompt"] if message["role"] == "user"]
-    return str(asked[-1] if asked else row["prompt"][-1]["content"])

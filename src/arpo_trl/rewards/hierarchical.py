@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.rewards.answers import TASKS, extract_answer, paper_f1, task_accuracy
-from arpo_trl.rewards.judge import Judgement, LLMJudge
+from arpo_trl.rewards.judge import Judgement, LLMJudge, question_of
 from arpo_trl.rollout.tree import StopReason
 
 Accuracy = Literal["task", "paper_f1", "judge"]
@@ -217,7 +217,9 @@ class HierarchicalReward:
         asked = [row for row, path in enumerate(paths) if self.judge is not None and path.accuracy not in (None, 1.0)]
         judged: dict[int, bool | None] = {}
         if self.judge is not None and asked:
-            judgements = [Judgement(_question(prompts[row]), paths[row].golds, paths[row].prediction) for row in asked]
+            judgements = [
+                Judgement(question_of(prompts[row]), paths[row].golds, paths[row].prediction) for row in asked
+            ]
             judged = dict(zip(asked, self.judge.verdicts(judgements), strict=True))
         return [self._score(path, row in judged, judged.get(row)) for row, path in enumerate(paths)]
 
@@ -309,11 +311,3 @@ class HierarchicalReward:
         if log_extra is not None:
             log_extra("format", [str(outcome) for outcome in outcomes])
         return [score.reward for score in scores]
-
-
-def _question(prompt: Any) -> str:
-    """The text of a prompt that a judge needs: the last user message, or all of a plain one."""
-    if isinstance(prompt, str):
-        return prompt
-    asked = [message["content"] for message in prompt if message.get("role") == "user"]
-    return str(asked[-1] if asked else prompt[-1]["content"])

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from arpo_trl.chat_model import ChatModel
 from arpo_trl.errors import DataError
@@ -63,6 +64,14 @@ class Judgement:
             golds=json.dumps(list(self.golds), ensure_ascii=False),
             prediction=json.dumps(shown, ensure_ascii=False),
         )
+
+
+def question_of(prompt: Any) -> str:
+    """The text of a prompt that a judge is shown: the last user message, or all of a plain one."""
+    if isinstance(prompt, str):
+        return prompt
+    asked = [message["content"] for message in prompt if message.get("role") == "user"]
+    return str(asked[-1] if asked else prompt[-1]["content"])
 
 
 def read_verdict(reply: str) -> bool | None:
