@@ -2,9 +2,11 @@
 
     python benchmarks/sampler_share.py --model runs/quickstart/sft --data runs/quickstart/data
 
-The first row is the quickstart's cold-started model with its tools, 16 prompts × 8 leaves. The others are random
-models, which call no tools; so each of their turns is replayed from the first row's, token for token. The sampler and
-the tools do the same work in every row, only the forward differs. N = M, since branches would follow the entropies.
+The first row is the quickstart's cold-started model with its tools, 8 leaves a prompt. The others are random models,
+which call no tools; so each of their turns is replayed from the first row's, token for token. The sampler and the tools
+do the same work in every row, only the forward and the keys and values to be kept differ. Those two models share each
+key and value among several queries, as the models that people train do. N = M, since branches would follow the
+entropies.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, Sam
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.tools.build import ToolArguments, build_tools
 
-SIZES = {"10 M": (384, 5), "50 M": (768, 6)}
+SIZES = {"11 M": (384, 5), "51 M": (768, 6)}
+KEY_VALUE_HEADS = 2  # as Qwen2.5's models up to 3B have
 
 
 class Replay:
@@ -73,9 +76,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"))
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
+    parser.add_argument("--prompts", type=int, default=64, help="8 paths each (default: 64)")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in (arguments.data / "train.jsonl").read_text("utf-8").splitlines()[:16]]
+    rows = [json.loads(line) for line in (arguments.data / "train.jsonl").read_text("utf-8").splitlines()]
+    rows = rows[: arguments.prompts]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     tools = build_tools(ToolArguments(search_index=str(arguments.data / "corpus.jsonl"), search_top_k=2))
     print("| model | rollout s | forward s | tool wait s | own s | own share | own ms per turn |")
@@ -91,7 +96,7 @@ def main() -> None:
                 intermediate_size=4 * hidden,
                 num_hidden_layers=layers,
                 num_attention_heads=hidden // 64,
-                num_key_value_heads=hidden // 64,
+                num_key_value_heads=KEY_VALUE_HEADS,
                 head_dim=64,
                 max_position_embeddings=1024,
                 tie_word_embeddings=True,

@@ -546,5 +546,6 @@ def test_another_model_is_refused_before_weights_are_sent(server, model_path, mo
         Setup(model, tmp_path, server).weights.check_model()
 
 
-def test_mean_difference_is_per_token():
+def test_mean_difference_is_per_token_and_in_deviations_where_logprobs_vary_by_more_than_a_nat():
     assert mean_difference([-1.0, -2.0], [-1.5, -2.5]) == 0.5
+    assert mean_difference([-1.0, -5.0], [-1.5, -5.5]) == 0.25  # they deviate by 2 nats

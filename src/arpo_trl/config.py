@@ -163,7 +163,8 @@ class ARPOConfig(GRPOConfig):
     weight_sync_tolerance: float = field(
         default=0.05,
         metadata={"help": "Most mean |difference| between vLLM's logprobs of a fixed text and the trainer's after a "
-                  "sync, in nats; beyond it the run stops. > 0."},
+                  "sync, in nats, or in those logprobs' standard deviations where they vary by more than a nat; "
+                  "beyond it the run stops. > 0."},
     )  # fmt: skip
     entropy_top_logprobs: int = field(
         default=20,

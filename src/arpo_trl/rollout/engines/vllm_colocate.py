@@ -36,7 +36,7 @@ class VLLMColocateEngine:
         version: What changes when the trainer's weights do; asked at the start of each session.
         reference: The trainer's logprobs of ids, each but the first; a collective.
         probe: The ids that logprobs are compared on after a sync.
-        tolerance: Most mean |difference| of logprobs between trainer and vLLM.
+        tolerance: Most `mean_difference` of logprobs between trainer and vLLM.
         vocab_size: V, the width of the distribution sampled from.
         top_logprobs: Logprobs asked for at each of a turn's first k tokens, from which its entropies are estimated.
     """

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from statistics import pstdev
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +30,13 @@ SHARD_BYTES = 4 << 30
 
 
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours)
+    """The mean |difference| of logprobs, in nats, or in their standard deviations where those are larger than a nat.
+
+    Rounding grows with the logits: a model that is very sure of itself, or reads a text it finds very unlikely, differs
+    from itself in another precision by more nats than one that spreads its probability.
+    """
+    scale = max(1.0, pstdev(ours))
+    return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours) / scale
 
 
 class Transfer(Protocol):
@@ -57,7 +64,7 @@ class ServedWeights:
     Args:
         reference: The trainer's logprobs of ids, each but the first; a collective.
         probe: The ids that logprobs are compared on.
-        tolerance: Most mean |difference| of logprobs between trainer and server.
+        tolerance: Most `mean_difference` of logprobs between trainer and server.
     """
 
     def __init__(
