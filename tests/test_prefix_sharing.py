@@ -144,6 +144,27 @@ def test_where_one_rows_prompt_is_anothers_completion_both_get_what_they_want():
     assert pack.sources[1].tolist() == [0, 1, 2]
 
 
+def test_only_wanted_tokens_get_a_label_and_a_shared_one_gets_it_if_any_row_wants_it():
+    # row 0: 1 | 2 3 4      row 1: 1 | 2 5; row 0 wants 2 and 4, row 1 only 5
+    rows = batch(([1], [2, 3, 4]), ([1], [2, 5]))
+    pack = pack_rows(*rows, torch.tensor([[1, 0, 1], [0, 1, 1]]))
+    assert pack.ids.tolist() == [[1, 2, 3, 4, 2, 5]]  # the 2 before they part is repeated
+    no = NO_LABEL
+    assert pack.labels.tolist() == [[2, no, 4, no, 5, no]]
+    assert pack.real.tolist() == [[True, False, True], [False, True, False]]  # the last column of row 1 is padding
+    assert pack.sources[pack.real].tolist() == [0, 2, 4]
+
+
+def test_tokens_that_nobody_wants_change_nothing_for_the_others():
+    rows = random_rows(1)
+    wanted = torch.rand(len(rows[0]), rows[2], generator=torch.Generator().manual_seed(0)) < 0.5
+    model = model_of(*FAMILIES[0])
+    everything = forward_pack(model, pack_rows(*rows))
+    some = forward_pack(model, pack_rows(*rows, wanted))
+    for all_of, found in zip(everything, some, strict=True):
+        torch.testing.assert_close(found, all_of * wanted)
+
+
 def test_padding_between_tokens_is_an_error():
     ids, _, after = batch(([1, 2], [3, 4]))
     for hole in ([1, 0, 1, 1], [0, 0, 0, 0]):
@@ -306,7 +327,11 @@ def weights(made: ARPOTrainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
 
 
-@pytest.mark.parametrize("settings", [{}, {"beta": 0.1}, {"num_iterations": 2}, {"loss_type": "dapo"}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"beta": 0.1}, {"num_iterations": 2}, {"loss_type": "dapo"}, {"shared_prefix_weight": "once"}],
+    ids=str,
+)
 def test_training_with_shared_prefixes_is_training_without(model_path, tmp_path, settings):
     settings = {**settings, "optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of tiny gradients
     made = trainer(model_path, tmp_path / "on", shared_prefix_forward="on", **settings)
@@ -316,6 +341,24 @@ def test_training_with_shared_prefixes_is_training_without(model_path, tmp_path,
     assert (alone - before).norm() > 1e-3
     assert ((shared - alone).norm() / (alone - before).norm()).item() < 1e-4
     assert made.state.log_history[0]["arpo/update/sharing_ratio"] > 1.5
+
+
+def test_tool_results_get_no_logits(model_path, tmp_path, monkeypatch):
+    packs = []
+    monkeypatch.setattr(
+        "arpo_trl.trainer.forward_pack", lambda model, pack: packs.append(pack) or forward_pack(model, pack)
+    )
+    made = trainer(model_path, tmp_path, shared_prefix_forward="on", num_iterations=2, max_steps=1)
+    made.train()
+    made.toolbox.close()
+    old, new = packs[:2]  # logprobs before the step, and the step's own
+    assert torch.equal(old.labels, new.labels)
+    observed = {
+        token for tree in made._last.rollout.trees for node in tree.nodes if node.calls for token in node.ids
+    } - {token for tree in made._last.rollout.trees for node in tree.turns() for token in node.ids}
+    assert observed
+    assert observed & set(new.ids.flatten().tolist())
+    assert not observed & set(new.labels.flatten().tolist())
 
 
 def test_micro_batches_hold_whole_trees_of_the_same_generation_batch(model_path, tmp_path):

@@ -68,9 +68,9 @@ class Run:
 class Pack:
     """Rows laid out as a trie of N tokens, and the way back to them.
 
-    `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion needs it. `sources`
+    `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion wants it. `sources`
     (B, T) holds for each completion token the pack index of the token before it; it means nothing where `real` (B, T)
-    is False. `ends` (N,) says for each token where in the pack the rows that hold it end: a query sees the keys up to
+    is False, on padding and on tokens that are not wanted. `ends` (N,) says for each token where in the pack the rows that hold it end: a query sees the keys up to
     itself whose end it has not reached. `leaf_tokens` is what the rows hold together, padding not counted.
     """
 
@@ -116,13 +116,16 @@ class Pack:
         return self._blocks[0]
 
 
-def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int) -> Pack:
+def pack_rows(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, wanted: torch.Tensor | None = None
+) -> Pack:
     """The rows as a pack.
 
     Args:
         input_ids: (B, P + T), prompts padded on the left and completions on the right.
         attention_mask: (B, P + T), 1 on real tokens.
-        logits_to_keep: T, the completion columns, whose logprobs are wanted.
+        logits_to_keep: T, the completion columns, whose logprobs may be wanted.
+        wanted: (B, T), nonzero on those that are: tokens that carry loss. None: all that are real.
 
     Raises:
         ValueError: A row has no token, or padding between its tokens.
@@ -164,13 +167,14 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_k
         ends[start:stop] = end
     labels = np.full(size, NO_LABEL, dtype=np.int64)
     sources = np.zeros((len(rows), logits_to_keep), dtype=np.int64)
-    first_wanted = np.maximum(width - logits_to_keep - starts, 1)  # a row's first token has none before it
-    for at, row in enumerate(rows):
-        first = first_wanted[at]
-        labels[index[at, first - 1 : len(row) - 1]] = row[first:]
-        column = first + starts[at] - (width - logits_to_keep)
-        sources[at, column : column + len(row) - first] = index[at, first - 1 : len(row) - 1]
     real = mask[:, width - logits_to_keep :] & (columns[width - logits_to_keep :] > starts[:, None])
+    if wanted is not None:
+        real &= wanted.cpu().numpy().astype(bool)
+    for at, row in enumerate(rows):
+        kept = real[at].nonzero()[0]
+        places = kept + width - logits_to_keep - starts[at]  # in the row; its first token has none before it
+        sources[at, kept] = index[at, places - 1]
+        labels[sources[at, kept]] = row[places]
 
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(input_ids.device)
@@ -370,7 +374,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
 
 
 def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, T) logprobs of the completion tokens and, if the model's head gives them, entropies; 0 on padding.
+    """(B, T) logprobs of the completion tokens and, if the model's head gives them, entropies; 0 where not `pack.real`.
 
     `model` has TRL's fused language-model head, in whatever wrapping, and went through `share_prefixes`.
     """

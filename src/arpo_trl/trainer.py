@@ -166,6 +166,8 @@ class ARPOTrainer(GRPOTrainer):
         self.evaluation: str | None = None
         """Markdown that the model card has of the last evaluation on benchmarks."""
         self._last: _LastRollout | None = None
+        self._loss_mask: torch.Tensor | None = None
+        """(B, T), nonzero on the tokens whose logprobs the loss will use, of the rows that are being computed."""
         self._bell = AlarmBell(args.branch_policy.rule)
         self._rollouts_at = (-1, 0)
         self._timed: dict[str, float] = defaultdict(float)
@@ -279,6 +281,11 @@ class ARPOTrainer(GRPOTrainer):
             [offset + node for node in leaf.token_nodes] for leaf, offset in zip(leaves, offsets, strict=True)
         ]
         self._last = _LastRollout(name, rollout, leaves, first_group, token_nodes)
+        self._loss_mask = pad(
+            [torch.tensor(leaf.mask) for leaf in leaves],
+            padding_side="right",
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
         return {
             "prompt_ids": [request.prompt_ids for request in requests for _ in range(size)],
             "completion_ids": [leaf.ids for leaf in leaves],
@@ -384,8 +391,9 @@ class ARPOTrainer(GRPOTrainer):
         if self._shares_prefixes:
             # As many forward passes as TRL would take, so that ranks agree on their number whatever their rows share.
             size = batch_size or len(input_ids)
-            chunks = zip(torch.split(input_ids, size), torch.split(attention_mask, size), strict=True)
-            packs = [pack_rows(ids, mask, logits_to_keep) for ids, mask in chunks]
+            assert self._loss_mask is not None
+            rows = zip(*(torch.split(of, size) for of in (input_ids, attention_mask, self._loss_mask)), strict=True)
+            packs = [pack_rows(ids, mask, logits_to_keep, wanted) for ids, mask, wanted in rows]
         if packs:
             with self.accelerator.autocast():
                 values = [forward_pack(model, pack) for pack in packs]
@@ -402,6 +410,10 @@ class ARPOTrainer(GRPOTrainer):
         if not torch.is_grad_enabled():
             self._timed["logprobs"] += time.perf_counter() - start
         return result
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        self._loss_mask = inputs["completion_mask"] * inputs["tool_mask"]
+        return super()._compute_loss(model, inputs)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """TRL's shuffled micro-batches, re-dealt so that each holds whole trees; the trees stay shuffled."""
