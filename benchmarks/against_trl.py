@@ -6,6 +6,10 @@ Both trainers take turns, order alternated, on the same generation batches. TRL'
 it speaks the quickstart's tags, its parser and its tool-result encoder are replaced here by the protocol's, and the
 closing tags, single tokens here, end its turns as EOS does. All else is TRL's: generation, tool execution, update.
 
+Calls made are those that trees hold, each once; executed are those that reached a tool's function, fewer where calls
+that are under way at the same time are one. Beside them stands the bound: branching saves a leaf at most all its calls,
+so N = M/2 makes at least half as many as N = M.
+
 Latencies are long-tailed (Pareto, exponent 2.5, at most ten times the mean) and belong to a call's arguments, so that
 both loops pay the same for the same call.
 """
@@ -16,6 +20,7 @@ import argparse
 import functools
 import json
 import random
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -34,7 +39,10 @@ from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.tools.box import ToolCall, tool_spec
 from arpo_trl.tools.build import ToolArguments, build_tools
 
-LEAVES, PROMPTS, LENGTH, CALLS = 8, 16, 240, 5
+LENGTH, CALLS = 240, 5
+THEIRS = "TRL GRPOTrainer"
+OURS = {"ours, N = M": 1, "ours, N = M/2": 2, "ours, N = M/4": 4}
+"""Variants of ours, and M ÷ N of each."""
 
 
 class TagGRPOTrainer(GRPOTrainer):
@@ -68,8 +76,6 @@ def length_reward(completion_ids: list[list[int]], **columns: Any) -> list[float
 def settings(folder: Path, **more: Any) -> dict[str, Any]:
     return {
         "output_dir": str(folder),
-        "num_generations": LEAVES,
-        "per_device_train_batch_size": LEAVES * PROMPTS,
         "max_completion_length": LENGTH,
         "max_tool_calling_iterations": CALLS,
         "learning_rate": 0.0,
@@ -98,8 +104,26 @@ def slowed(tool: Callable[[str], str], mean_s: float) -> Callable[[str], str]:
     return delayed
 
 
-def step(trainer: GRPOTrainer, rows: list[dict[str, Any]]) -> dict[str, float]:
+class Counter:
+    """Counts the executions of tools."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, tool: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(tool)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                self.calls += 1
+            return tool(*args, **kwargs)
+
+        return counted
+
+
+def step(trainer: GRPOTrainer, rows: list[dict[str, Any]], counter: Counter) -> dict[str, float]:
     """Seconds of the rollout with scoring and of the update, and what they produced."""
+    before = counter.calls
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     start = time.perf_counter()
@@ -108,12 +132,19 @@ def step(trainer: GRPOTrainer, rows: list[dict[str, Any]]) -> dict[str, float]:
     trainer.model.zero_grad()
     trainer._compute_loss(trainer.model, batch).backward()
     end = time.perf_counter()
+    made = executed = counter.calls - before
+    if isinstance(trainer, ARPOTrainer):
+        assert trainer._last is not None
+        nodes = [node for tree in trainer._last.rollout.trees for node in tree.nodes]
+        made = sum(call.source != "refused" for node in nodes for call in node.calls)
     trained = int((batch["completion_mask"] * batch["tool_mask"]).sum())
     return {
         "rollout_s": rollout - start,
         "update_s": end - rollout,
         "step_s": end - start,
         "trained_tokens": trained,
+        "made": made / len(rows),
+        "executed": executed / len(rows),
     }
 
 
@@ -121,6 +152,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"))
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
+    parser.add_argument("--leaves", type=int, default=16, help="M, a multiple of 4 (default: 16)")
+    parser.add_argument("--prompts", type=int, default=4, help="groups a step (default: 4)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--latency", type=float, nargs="+", default=[0.0, 0.1, 0.5], help="mean seconds added to each tool call"
@@ -138,15 +171,20 @@ def main() -> None:
     grpo_trainer.is_chat_template_prefix_preserving = lambda processing_class: True
     grpo_trainer.add_response_schema = lambda processing_class: processing_class
     lines = [
-        "| tool latency | | rollout s | TRL / ours | update s | TRL / ours | step s | TRL / ours | trained tokens |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| tool latency | | rollout s | TRL / ours | update s | TRL / ours | step s | TRL / ours | trained tokens | "
+        "calls made / leaf | at least | executed |",
+        "|---|---|" + "---:|" * 10,
     ]
+    leaves = arguments.leaves
+    batch = {"num_generations": leaves, "per_device_train_batch_size": leaves * arguments.prompts}
     for latency in arguments.latency:
+        counters: dict[str, Counter] = defaultdict(Counter)
         offered = [slowed(tool, latency) for tool in tools]
 
-        def ours(n: int, offered: list[Callable[..., Any]] = offered) -> ARPOTrainer:
-            args = ARPOConfig(**settings(arguments.output, initial_rollouts=n, trajectory_log_rate=0.0))
-            return ARPOTrainer(str(arguments.model), length_reward, args, dataset, tools=offered)
+        def ours(name: str, n: int, offered: list[Any] = offered, counters: Any = counters) -> ARPOTrainer:
+            args = ARPOConfig(**settings(arguments.output, initial_rollouts=n, trajectory_log_rate=0.0, **batch))
+            counted = [counters[name](tool) for tool in offered]
+            return ARPOTrainer(str(arguments.model), length_reward, args, dataset, tools=counted)
 
         theirs_model = AutoModelForCausalLM.from_pretrained(arguments.model)
         theirs_model.generation_config.eos_token_id = [
@@ -154,33 +192,39 @@ def main() -> None:
             *(tokenizer.convert_tokens_to_ids(f"</{tool.__name__}>") for tool in tools),
         ]
         theirs = TagGRPOTrainer(
-            theirs_model, length_reward, GRPOConfig(**settings(arguments.output)), dataset, tools=offered
+            theirs_model,
+            length_reward,
+            GRPOConfig(**settings(arguments.output, **batch)),
+            dataset,
+            tools=[counters[THEIRS](tool) for tool in offered],
         )
         theirs.protocol = protocol
         # A truthy response template makes TRL parse completions; which one does not matter, ours is used.
         theirs._tokenizer.response_template = {"tags": True}
-        trainers: dict[str, GRPOTrainer] = {
-            "TRL GRPOTrainer": theirs,
-            "ours, N = M": ours(LEAVES),
-            "ours, N = M/2": ours(LEAVES // 2),
-            "ours, N = M/4": ours(LEAVES // 4),
-        }
+        trainers: dict[str, GRPOTrainer] = {THEIRS: theirs}
+        for name, divisor in OURS.items():
+            trainers[name] = ours(name, leaves // divisor)
         measured: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in trainers}
         for repeat in range(-1, arguments.repeats):  # the first round warms up and is not counted
-            rows = [dataset[(repeat + 1) * PROMPTS + i // LEAVES] for i in range(PROMPTS * LEAVES)]
+            first = (repeat + 1) * arguments.prompts
+            rows = [dataset[first + i // leaves] for i in range(arguments.prompts * leaves)]
             order = list(trainers) if repeat % 2 else list(reversed(trainers))
             for name in order:
                 torch.manual_seed(repeat)
-                for key, value in step(trainers[name], [dict(row) for row in rows]).items():
+                for key, value in step(trainers[name], [dict(row) for row in rows], counters[name]).items():
                     if repeat >= 0:
                         measured[name][key].append(value)
-        base = measured["TRL GRPOTrainer"]
+        base = measured[THEIRS]
+        whole = median(measured["ours, N = M"]["made"])
         for name, values in measured.items():
             cells = [f"{latency:g} s", name]
             for key in ("rollout_s", "update_s", "step_s"):
                 ratios = [b / v for b, v in zip(base[key], values[key], strict=True)]
                 cells += [f"{median(values[key]):.2f}", f"{median(ratios):.2f}"]
-            lines.append("| " + " | ".join([*cells, f"{median(values['trained_tokens']):,.0f}"]) + " |")
+            bound = f"{whole / OURS[name]:.2f}" if name in OURS else ""
+            cells += [f"{median(values['trained_tokens']):,.0f}", f"{median(values['made']):.2f}", bound]
+            cells.append(f"{median(values['executed']):.2f}")
+            lines.append("| " + " | ".join(cells) + " |")
         for trainer in trainers.values():
             if isinstance(trainer, ARPOTrainer):
                 trainer.toolbox.close()

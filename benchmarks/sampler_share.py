@@ -3,9 +3,9 @@
     python benchmarks/sampler_share.py --model runs/quickstart/sft --data runs/quickstart/data
 
 The first row is the quickstart's cold-started model with its tools, 8 leaves a prompt. The others are random models,
-which call no tools; so each of their turns is replayed from the first row's, token for token. The sampler and the tools
-do the same work in every row, only the forward and the keys and values to be kept differ. Those two models share each
-key and value among several queries, as the models that people train do. N = M, since branches would follow the
+which call no tools; so each of their turns is replayed from the first row's, token for token. The sampler and the
+tools do the same work in every row, only the forward and the keys and values to be kept differ. Those two models share
+each key and value among several queries, as the models that people train do. N = M, since branches would follow the
 entropies.
 """
 
