@@ -13,7 +13,7 @@ from pathlib import Path
 OUTPUT = Path("runs/bench")
 BENCHMARKS = {
     "update": ["update.py"],
-    "growth": ["update.py", "--growth", "--repeats", "3"],
+    "growth": ["growth.py"],
     "against_trl": ["against_trl.py"],
     "sampler_share": ["sampler_share.py"],
     "startup": ["startup.py"],

@@ -2,7 +2,6 @@
 
     python benchmarks/update.py                      # the shapes that docs/results.md shows
     python benchmarks/update.py --grid               # every shape: hours on a CPU
-    python benchmarks/update.py --growth             # how time grows with M, and the exponent
 
 Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import resource
 import subprocess
@@ -59,27 +57,27 @@ def make_model(name: str) -> PreTrainedModel:
     return model
 
 
-def make_rows(prompt: int, leaves: int, forks: str) -> Rows:
+def make_rows(prompt: int, leaves: int, forks: str, completion: int = COMPLETION) -> Rows:
     rng = random.Random(0)
 
     def tokens(count: int) -> list[int]:
         return [rng.randrange(1, VOCABULARY) for _ in range(count)]
 
-    half, quarter = COMPLETION // 2, COMPLETION // 4
+    half, quarter = completion // 2, completion // 4
     start = tokens(prompt)
     rows: list[list[int]] = []
     while len(rows) < leaves:
         if forks == "none":
-            rows.append(start + tokens(COMPLETION))
+            rows.append(start + tokens(completion))
         elif forks == "half":
             shared = start + tokens(half)
-            rows += [shared + tokens(COMPLETION - half) for _ in range(2)]
+            rows += [shared + tokens(completion - half) for _ in range(2)]
         else:
             first = start + tokens(quarter)
             for second in (first + tokens(quarter) for _ in range(2)):
-                rows += [second + tokens(COMPLETION - 2 * quarter) for _ in range(2)]
+                rows += [second + tokens(completion - 2 * quarter) for _ in range(2)]
     ids = torch.tensor(rows[:leaves], device=DEVICE)
-    return ids, torch.ones_like(ids), COMPLETION
+    return ids, torch.ones_like(ids), completion
 
 
 def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
@@ -123,9 +121,11 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def timed(name: str, prompt: int, leaves: int, forks: str, repeats: int) -> tuple[float, float, float, int, int]:
+def timed(
+    name: str, prompt: int, leaves: int, forks: str, repeats: int, completion: int = COMPLETION
+) -> tuple[float, float, float, int, int]:
     """Median seconds padded and shared, the median of their ratios, tokens padded and packed."""
-    model, rows = make_model(name), make_rows(prompt, leaves, forks)
+    model, rows = make_model(name), make_rows(prompt, leaves, forks, completion)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for repeat in range(repeats):
         for shared in (True, False) if repeat % 2 else (False, True):
@@ -151,30 +151,10 @@ def show(shapes: list[Shape], repeats: int) -> None:
         )
 
 
-def show_growth(repeats: int) -> None:
-    print("| forks | M | padded s | shared s | packed tokens |")
-    print("|---|---:|---:|---:|---:|")
-    for forks in FORKS:
-        points: list[tuple[int, float]] = []
-        for leaves in (4, 8, 16, 32, 64):
-            padded, shared, _, _, packed = apart("timed", "5 M", 1000, leaves, forks, repeats)
-            points.append((leaves, shared))
-            print(f"| {forks} | {leaves} | {padded:.2f} | {shared:.2f} | {packed:,.0f} |", flush=True)
-        print(f"\n{forks}: seconds grow as M^{exponent(points):.2f}\n", flush=True)
-
-
-def exponent(points: list[tuple[int, float]]) -> float:
-    """Slope of log seconds over log M, least squares."""
-    xs, ys = [math.log(x) for x, _ in points], [math.log(y) for _, y in points]
-    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum((x - x_mean) ** 2 for x in xs)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--grid", action="store_true", help="every model, prompt, M and forks")
-    parser.add_argument("--growth", action="store_true", help="M from 4 to 64 with the 5 M model")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: larger models, in bfloat16")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -184,8 +164,6 @@ def main() -> None:
         task, *rest = json.loads(arguments.task)
         found = {"timed": timed, "memory": memory}[task](*rest)
         print(*(found if isinstance(found, tuple) else (found,)))
-    elif arguments.growth:
-        show_growth(arguments.repeats)
     elif arguments.grid:
         grid = [(m, p, n, f) for m in MODELS for p in (300, 1000, 4000) for n in (4, 8, 16, 64) for f in FORKS]
         show(grid, arguments.repeats)

@@ -1,0 +1,141 @@
+"""How cost grows with M, with the length of paths and with the calls on them: exponents and a picture.
+
+    python benchmarks/growth.py --output runs/bench/growth.png
+
+The update (forward and backward of a 5 M model, rows that share the first half of their completions in pairs) along M
+and along path length, shared prefixes computed once and padded; the sampler's own work for a group of 16 paths, with
+turns that are scripted and tools that answer at once, along the calls on each path. Exponents are slopes of log
+seconds over log x, least squares; beside them that of the tokens, below which no implementation can be for long.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from transformers import AutoTokenizer
+
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+from update import apart
+
+LEAVES, TURN, RESULT = 16, "a thought of some tokens " * 4, "a result of some words " * 8
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Points of (x, {curve: y}) along one axis."""
+
+    axis: str
+    unit: str
+    points: list[tuple[int, dict[str, float]]]
+
+    @property
+    def curves(self) -> list[str]:
+        return list(self.points[0][1])
+
+    def exponent(self, curve: str) -> float:
+        """Slope of log y over log x, least squares."""
+        xs, ys = [math.log(x) for x, _ in self.points], [math.log(y[curve]) for _, y in self.points]
+        x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+        return sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True)) / sum(
+            (x - x_mean) ** 2 for x in xs
+        )
+
+
+def update(axis: str, values: Iterable[int], shape: Callable[[int], tuple[int, int, int]], repeats: int) -> Sweep:
+    """The update along one axis; `shape` gives prompt tokens, leaves and completion tokens for a value."""
+    points = []
+    for x in values:
+        prompt, leaves, completion = shape(x)
+        padded, shared, _, _, packed = apart("timed", "5 M", prompt, leaves, "half", repeats, completion)
+        points.append((x, {"shared prefixes": shared, "padded": padded, "tokens in the pack": packed}))
+        print(f"{axis} {x}: shared {shared:.2f} s, padded {padded:.2f} s, {packed:,.0f} tokens", flush=True)
+    return Sweep(axis, "update, seconds", points)
+
+
+def search(query: str) -> str:
+    """Answers at once.
+
+    Args:
+        query: What to look for.
+    """
+    return f"{query}: {RESULT}"
+
+
+def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
+    """The sampler's own seconds for a group, along the calls on each path."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    eos = (int(tokenizer.eos_token_id),)
+    points = []
+    with ToolBox([search]) as toolbox:
+        protocol = TagProtocol(tokenizer, toolbox.specs)
+        for calls in values:
+
+            def script(request, context, calls=calls):  # type: ignore[no-untyped-def]
+                path = f"{TURN} {request.key}"
+                return f"{path}<search>{path}</search>" if request.key[-1] < calls else f"{path}<answer>1</answer>"
+
+            seconds = []
+            for _ in range(repeats + 1):
+                engine = ScriptedEngine(tokenizer, SamplingSettings(eos, protocol.stop_strings), script)
+                settings = SamplerSettings(LEAVES, LEAVES, 1 << 20, 1 << 21, calls)
+                sampler = TreeSampler(engine, toolbox, protocol, settings, eos)
+                seconds.append(sampler.sample([GroupRequest(0, [1] * 100)], seed=(0,)).times.total_s)
+            points.append((calls, {"one group of 16": median(seconds[1:])}))
+            print(f"calls {calls}: {points[-1][1]['one group of 16']:.3f} s", flush=True)
+    return Sweep("tool calls on each path", "sampler and tools, seconds", points)
+
+
+def draw(sweeps: list[Sweep], output: Path) -> None:
+    figure, panels = plt.subplots(1, len(sweeps), figsize=(4.2 * len(sweeps), 3.6), layout="constrained")
+    for sweep, panel in zip(sweeps, panels, strict=True):
+        for curve in sweep.curves:
+            if curve != "tokens in the pack":
+                xs, ys = zip(*((x, y[curve]) for x, y in sweep.points), strict=True)
+                panel.loglog(xs, ys, marker="o", label=f"{curve}: exponent {sweep.exponent(curve):.2f}")
+        panel.set(xlabel=sweep.axis, ylabel=sweep.unit)
+        panel.set_xticks(xs, [f"{x:,}" for x in xs], minor=False)
+        panel.set_xticks([], minor=True)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"), help="whose tokenizer is used")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("runs/bench/growth.png"))
+    arguments = parser.parse_args()
+    sweeps = [
+        update("M, leaves of a group", (4, 8, 16, 32, 64), lambda m: (1000, m, 500), arguments.repeats),
+        update("tokens of a completion", (128, 256, 512, 1024, 2048), lambda t: (300, 8, t), arguments.repeats),
+        sampling(arguments.model, (1, 2, 4, 8, 16, 32), arguments.repeats),
+    ]
+    print("\n| along | " + " | ".join(["from", "to", "curve", "first", "last", "exponent"]) + " |")
+    print("|---|---:|---:|---|---:|---:|---:|")
+    for sweep in sweeps:
+        (x_first, first), (x_last, last) = sweep.points[0], sweep.points[-1]
+        for curve in sweep.curves:
+            values = " | ".join(f"{y:,.0f}" if y > 100 else f"{y:.3g}" for y in (first[curve], last[curve]))
+            print(f"| {sweep.axis} | {x_first} | {x_last} | {curve} | {values} | {sweep.exponent(curve):.2f} |")
+    draw(sweeps, arguments.output)
+    print(f"\nPicture: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
