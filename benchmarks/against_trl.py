@@ -68,6 +68,28 @@ def parse_with(protocol: TagProtocol) -> Callable[..., dict[str, Any]]:
     return parse_response
 
 
+def trl_trainer(
+    model: Path, reward: Callable[..., list[float]], config: GRPOConfig, dataset: Dataset, tools: list[Any]
+) -> TagGRPOTrainer:
+    """TRL's trainer with the quickstart's model, which writes tags; changes TRL's module for the whole process."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    protocol = TagProtocol(tokenizer, {tool.__name__: tool_spec(tool) for tool in tools})
+    grpo_trainer.parse_response = parse_with(protocol)
+    grpo_trainer.supports_tool_calling = lambda processing_class: True
+    grpo_trainer.is_chat_template_prefix_preserving = lambda processing_class: True
+    grpo_trainer.add_response_schema = lambda processing_class: processing_class
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    loaded.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        *(tokenizer.convert_tokens_to_ids(f"</{tool.__name__}>") for tool in tools),
+    ]
+    trainer = TagGRPOTrainer(loaded, reward, config, dataset, tools=tools)
+    trainer.protocol = protocol
+    # A truthy response template makes TRL parse completions; which one does not matter, ours is used.
+    trainer._tokenizer.response_template = {"tags": True}
+    return trainer
+
+
 def length_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
     """Something that differs between the leaves of a group and costs nothing."""
     return [float(len(ids) % 7) for ids in completion_ids]
@@ -164,12 +186,6 @@ def main() -> None:
         [json.loads(line) for line in (arguments.data / "train.jsonl").read_text("utf-8").splitlines()]
     )
     tools = build_tools(ToolArguments(search_index=str(arguments.data / "corpus.jsonl"), search_top_k=2))
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    protocol = TagProtocol(tokenizer, {tool.__name__: tool_spec(tool) for tool in tools})
-    grpo_trainer.parse_response = parse_with(protocol)
-    grpo_trainer.supports_tool_calling = lambda processing_class: True
-    grpo_trainer.is_chat_template_prefix_preserving = lambda processing_class: True
-    grpo_trainer.add_response_schema = lambda processing_class: processing_class
     lines = [
         "| tool latency | | rollout s | TRL / ours | update s | TRL / ours | step s | TRL / ours | trained tokens | "
         "calls made / leaf | at least | executed |",
@@ -186,21 +202,13 @@ def main() -> None:
             counted = [counters[name](tool) for tool in offered]
             return ARPOTrainer(str(arguments.model), length_reward, args, dataset, tools=counted)
 
-        theirs_model = AutoModelForCausalLM.from_pretrained(arguments.model)
-        theirs_model.generation_config.eos_token_id = [
-            tokenizer.eos_token_id,
-            *(tokenizer.convert_tokens_to_ids(f"</{tool.__name__}>") for tool in tools),
-        ]
-        theirs = TagGRPOTrainer(
-            theirs_model,
+        theirs = trl_trainer(
+            arguments.model,
             length_reward,
             GRPOConfig(**settings(arguments.output, **batch)),
             dataset,
-            tools=[counters[THEIRS](tool) for tool in offered],
+            [counters[THEIRS](tool) for tool in offered],
         )
-        theirs.protocol = protocol
-        # A truthy response template makes TRL parse completions; which one does not matter, ours is used.
-        theirs._tokenizer.response_template = {"tags": True}
         trainers: dict[str, GRPOTrainer] = {THEIRS: theirs}
         for name, divisor in OURS.items():
             trainers[name] = ours(name, leaves // divisor)

@@ -1,0 +1,134 @@
+"""Seconds of training until the quickstart's model has a given held-out accuracy: TRL's GRPOTrainer against ours.
+
+    OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py --seeds 0 1 2
+
+Both train from the same cold start on the same questions with the settings of configs/quickstart.yaml and one reward,
+whether the answer is right. Every few steps the clock stops and the policy answers held-out questions, sampled at
+temperature 1. One run after the other in one process; what each needed stands in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from transformers import PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from against_trl import CALLS, THEIRS, trl_trainer
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.evaluation.measure import evaluate
+from arpo_trl.rewards.answers import extract_answer, task_accuracy
+from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.build import ToolArguments, build_tools
+
+CONFIG = Path("configs/quickstart.yaml")
+SHARED = (
+    "max_steps num_generations per_device_train_batch_size max_completion_length max_tool_calling_iterations "
+    "learning_rate lr_scheduler_type max_grad_norm adam_beta2 bf16 gradient_checkpointing"
+).split()
+"""Keys of the configuration that both trainers know; both get `loss_type: grpo`, as ARPOConfig has it."""
+OURS = {"ours, N = M": 8, "ours, N = M/2": 4}
+
+
+def right(completions: list[list[dict[str, str]]], answer: list[list[str]], task: list[str], **_: Any) -> list[float]:
+    """1 where the last message holds the right answer."""
+    found = [extract_answer(completion[-1]["content"] if completion else "") for completion in completions]
+    return [
+        0.0 if given is None else task_accuracy(given, golds, kind)
+        for given, golds, kind in zip(found, answer, task, strict=True)
+    ]
+
+
+class Watch(TrainerCallback):
+    """Stops the clock every `every` steps to measure, and the training once `target` is reached."""
+
+    def __init__(self, measure: Callable[[Any], float], every: int, target: float):
+        self.measure, self.every, self.target = measure, every, target
+        self.seconds, self.started = 0.0, 0.0
+        self.seen: list[tuple[int, float, float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step % self.every:
+            return
+        self.seconds += time.perf_counter() - self.started
+        self.seen.append((state.global_step, self.seconds, self.measure(model)))
+        control.should_training_stop = control.should_training_stop or self.seen[-1][2] >= self.target
+        self.started = time.perf_counter()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="holds seed<S>/sft and seed<S>/data")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--target", type=float, default=0.6)
+    parser.add_argument("--every", type=int, default=4, help="steps between measurements (default: 4)")
+    arguments = parser.parse_args()
+    config = yaml.safe_load(CONFIG.read_text("utf-8"))
+    shared = {name: config[name] for name in SHARED}
+    assert shared["max_tool_calling_iterations"] == CALLS
+    print(f"| seed | | steps | seconds to {arguments.target:g} | s a step | accuracy there | TRL / ours |")
+    print("|---:|---|---:|---:|---:|---:|---:|")
+    ratios: dict[str, list[float]] = {name: [] for name in OURS}
+    for seed in arguments.seeds:
+        model, data = arguments.runs / f"seed{seed}/sft", arguments.runs / f"seed{seed}/data"
+        rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
+        heldout = [json.loads(line) for line in (data / "heldout.jsonl").read_text("utf-8").splitlines()]
+        tools = build_tools(ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=2))
+        needed: dict[str, float] = {}
+        with ToolBox(tools, cache=True) as toolbox:
+            for name in (THEIRS, *OURS):
+                common = {
+                    "output_dir": f"runs/time_to_accuracy/{seed}", "seed": seed, "loss_type": "grpo",
+                    "use_cpu": not torch.cuda.is_available(), "save_strategy": "no", "report_to": "none",
+                    "disable_tqdm": True, "logging_strategy": "no", **shared,
+                }  # fmt: skip
+                trainer: GRPOTrainer
+                if name == THEIRS:
+                    trainer = trl_trainer(model, right, GRPOConfig(**common), Dataset.from_list(rows), tools)
+                else:
+                    ours = {name: config[name] for name in ("entropy_probe_tokens", "tool_cache", "rollout_schedule")}
+                    args = ARPOConfig(**common, **ours, initial_rollouts=OURS[name], trajectory_log_rate=0.0)
+                    trainer = ARPOTrainer(str(model), right, args, Dataset.from_list(rows), tools=tools)
+
+                def measure(
+                    policy: Any, trainer: Any = trainer, heldout: Any = heldout, toolbox: Any = toolbox
+                ) -> float:
+                    lengths = {"max_completion_length": shared["max_completion_length"], "max_tool_calls": CALLS}
+                    found = evaluate(policy, tokenizer, heldout, toolbox, temperature=1.0, **lengths)
+                    return found.accuracy
+
+                watch = Watch(measure, arguments.every, arguments.target)
+                trainer.add_callback(watch)
+                trainer.remove_callback(PrinterCallback)
+                trainer.train()
+                if isinstance(trainer, ARPOTrainer):
+                    trainer.toolbox.close()
+                step, seconds, accuracy = watch.seen[-1]
+                reached = accuracy >= arguments.target
+                cells = [str(seed), name, str(step), f"{seconds:.0f}" if reached else "not reached"]
+                cells += [f"{seconds / step:.2f}", f"{accuracy:.3f}"]
+                if reached:
+                    needed[name] = seconds
+                    if name in OURS and THEIRS in needed:
+                        ratios[name].append(needed[THEIRS] / seconds)
+                        cells.append(f"{ratios[name][-1]:.2f}")
+                print(f"| {' | '.join(cells)} |", flush=True)
+    for name, found in ratios.items():
+        if found:
+            print(f"\n{name}: {median(found):.2f} times as fast as TRL's, median of {len(found)} seeds")
+
+
+if __name__ == "__main__":
+    main()
