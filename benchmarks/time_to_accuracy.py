@@ -14,7 +14,6 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -68,6 +67,43 @@ class Watch(TrainerCallback):
         self.started = time.perf_counter()
 
 
+def train(name: str, folder: Path, seed: int, every: int, target: float) -> list[tuple[int, float, float]]:
+    """(step, seconds of training, held-out accuracy) of one run, up to where it reached the target or its last step."""
+    model, data = folder / "sft", folder / "data"
+    rows, heldout = (
+        [json.loads(line) for line in (data / f"{part}.jsonl").read_text("utf-8").splitlines()]
+        for part in ("train", "heldout")
+    )
+    tools = build_tools(ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=2))
+    config = yaml.safe_load(CONFIG.read_text("utf-8"))
+    common = {
+        "output_dir": "runs/time_to_accuracy", "seed": seed, "loss_type": "grpo", "save_strategy": "no",
+        "use_cpu": not torch.cuda.is_available(), "report_to": "none", "disable_tqdm": True, "logging_strategy": "no",
+        **{key: config[key] for key in SHARED},
+    }  # fmt: skip
+    trainer: GRPOTrainer
+    if name == THEIRS:
+        trainer = trl_trainer(model, right, GRPOConfig(**common), Dataset.from_list(rows), tools)
+    else:
+        own = {key: config[key] for key in ("entropy_probe_tokens", "tool_cache", "rollout_schedule")}
+        args = ARPOConfig(**common, **own, initial_rollouts=OURS[name], trajectory_log_rate=0.0)
+        trainer = ARPOTrainer(str(model), right, args, Dataset.from_list(rows), tools=tools)
+    with ToolBox(tools, cache=True) as toolbox:
+
+        def measure(policy: Any) -> float:
+            lengths = {"max_completion_length": config["max_completion_length"], "max_tool_calls": CALLS}
+            found = evaluate(policy, trainer.processing_class, heldout, toolbox, temperature=1.0, **lengths)
+            return found.accuracy
+
+        watch = Watch(measure, every, target)
+        trainer.add_callback(watch)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    if isinstance(trainer, ARPOTrainer):
+        trainer.toolbox.close()
+    return watch.seen
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="holds seed<S>/sft and seed<S>/data")
@@ -75,59 +111,21 @@ def main() -> None:
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--every", type=int, default=4, help="steps between measurements (default: 4)")
     arguments = parser.parse_args()
-    config = yaml.safe_load(CONFIG.read_text("utf-8"))
-    shared = {name: config[name] for name in SHARED}
-    assert shared["max_tool_calling_iterations"] == CALLS
-    print(f"| seed | | steps | seconds to {arguments.target:g} | s a step | accuracy there | TRL / ours |")
+    target = arguments.target
+    print(f"| seed | | steps | seconds to {target:g} | s a step | accuracy there | TRL / ours |")
     print("|---:|---|---:|---:|---:|---:|---:|")
-    ratios: dict[str, list[float]] = {name: [] for name in OURS}
     for seed in arguments.seeds:
-        model, data = arguments.runs / f"seed{seed}/sft", arguments.runs / f"seed{seed}/data"
-        rows = [json.loads(line) for line in (data / "train.jsonl").read_text("utf-8").splitlines()]
-        heldout = [json.loads(line) for line in (data / "heldout.jsonl").read_text("utf-8").splitlines()]
-        tools = build_tools(ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=2))
         needed: dict[str, float] = {}
-        with ToolBox(tools, cache=True) as toolbox:
-            for name in (THEIRS, *OURS):
-                common = {
-                    "output_dir": f"runs/time_to_accuracy/{seed}", "seed": seed, "loss_type": "grpo",
-                    "use_cpu": not torch.cuda.is_available(), "save_strategy": "no", "report_to": "none",
-                    "disable_tqdm": True, "logging_strategy": "no", **shared,
-                }  # fmt: skip
-                trainer: GRPOTrainer
-                if name == THEIRS:
-                    trainer = trl_trainer(model, right, GRPOConfig(**common), Dataset.from_list(rows), tools)
-                else:
-                    ours = {name: config[name] for name in ("entropy_probe_tokens", "tool_cache", "rollout_schedule")}
-                    args = ARPOConfig(**common, **ours, initial_rollouts=OURS[name], trajectory_log_rate=0.0)
-                    trainer = ARPOTrainer(str(model), right, args, Dataset.from_list(rows), tools=tools)
-
-                def measure(
-                    policy: Any, trainer: Any = trainer, heldout: Any = heldout, toolbox: Any = toolbox
-                ) -> float:
-                    lengths = {"max_completion_length": shared["max_completion_length"], "max_tool_calls": CALLS}
-                    found = evaluate(policy, tokenizer, heldout, toolbox, temperature=1.0, **lengths)
-                    return found.accuracy
-
-                watch = Watch(measure, arguments.every, arguments.target)
-                trainer.add_callback(watch)
-                trainer.remove_callback(PrinterCallback)
-                trainer.train()
-                if isinstance(trainer, ARPOTrainer):
-                    trainer.toolbox.close()
-                step, seconds, accuracy = watch.seen[-1]
-                reached = accuracy >= arguments.target
-                cells = [str(seed), name, str(step), f"{seconds:.0f}" if reached else "not reached"]
-                cells += [f"{seconds / step:.2f}", f"{accuracy:.3f}"]
-                if reached:
-                    needed[name] = seconds
-                    if name in OURS and THEIRS in needed:
-                        ratios[name].append(needed[THEIRS] / seconds)
-                        cells.append(f"{ratios[name][-1]:.2f}")
-                print(f"| {' | '.join(cells)} |", flush=True)
-    for name, found in ratios.items():
-        if found:
-            print(f"\n{name}: {median(found):.2f} times as fast as TRL's, median of {len(found)} seeds")
+        for name in (THEIRS, *OURS):
+            step, seconds, accuracy = train(name, arguments.runs / f"seed{seed}", seed, arguments.every, target)[-1]
+            if accuracy >= target:
+                needed[name] = seconds
+            reached = f"{seconds:.0f}" if name in needed else "not reached"
+            ratio = f"{needed[THEIRS] / seconds:.2f}" if {THEIRS, name} <= set(needed) else ""
+            print(
+                f"| {seed} | {name} | {step} | {reached} | {seconds / step:.2f} | {accuracy:.3f} | {ratio} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
