@@ -68,7 +68,7 @@ class Watch(TrainerCallback):
 
 
 def train(name: str, folder: Path, seed: int, every: int, target: float) -> list[tuple[int, float, float]]:
-    """(step, seconds of training, held-out accuracy) of one run, up to where it reached the target or its last step."""
+    """(step, seconds of training, held-out accuracy) of one run, until it reached the target or ended."""
     model, data = folder / "sft", folder / "data"
     rows, heldout = (
         [json.loads(line) for line in (data / f"{part}.jsonl").read_text("utf-8").splitlines()]
