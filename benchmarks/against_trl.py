@@ -69,7 +69,12 @@ def parse_with(protocol: TagProtocol) -> Callable[..., dict[str, Any]]:
 
 
 def trl_trainer(
-    model: Path, reward: Callable[..., list[float]], config: GRPOConfig, dataset: Dataset, tools: list[Any]
+    model: Path,
+    reward: Callable[..., list[float]],
+    config: GRPOConfig,
+    dataset: Dataset,
+    tools: list[Any],
+    kind: type[TagGRPOTrainer] = TagGRPOTrainer,
 ) -> TagGRPOTrainer:
     """TRL's trainer with the quickstart's model, which writes tags; changes TRL's module for the whole process."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -81,9 +86,9 @@ def trl_trainer(
     loaded = AutoModelForCausalLM.from_pretrained(model)
     loaded.generation_config.eos_token_id = [
         tokenizer.eos_token_id,
-        *(tokenizer.convert_tokens_to_ids(f"</{tool.__name__}>") for tool in tools),
+        *(tokenizer.vocab[tag] for tool in tools if (tag := f"</{tool.__name__}>") in tokenizer.vocab),
     ]
-    trainer = TagGRPOTrainer(loaded, reward, config, dataset, tools=tools)
+    trainer = kind(loaded, reward, config, dataset, tools=tools)
     trainer.protocol = protocol
     # A truthy response template makes TRL parse completions; which one does not matter, ours is used.
     trainer._tokenizer.response_template = {"tags": True}

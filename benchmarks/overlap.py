@@ -1,4 +1,4 @@
-"""What it is worth that nobody waits: one set of rollouts with slow tools, on one vLLM server, scheduled three ways.
+"""What it is worth that nobody waits: the same rollouts with slow tools on one vLLM server, scheduled three ways.
 
     python benchmarks/overlap.py
 
@@ -8,7 +8,7 @@ sampled by vLLM; its last tokens are then replaced by a call, so that every sche
 
     overlap     whatever has finished is taken in at once
     lockstep    all turns, then all calls at the same time, then all turns again (rollout_schedule rounds)
-    one by one  the same with the calls one after another, as TRL's tool loop makes them
+    TRL's loop  GRPOTrainer's own, on the same server through the same client: all turns, then one call after another
 
 Idle: the share of the wall time in which a path could decode, its tool having answered, but no request was under way.
 """
@@ -21,14 +21,17 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import AutoTokenizer
+from trl import GRPOConfig
 
+from against_trl import TagGRPOTrainer, trl_trainer
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm_client import ServerClient
@@ -40,6 +43,7 @@ from serving import running
 
 GROUPS, LEAVES, CALLS = 8, 8, 3
 MEAN_S, SIGMA = 0.5, 1.2
+PROMPT = [{"role": "user", "content": "Wait for it."}]
 
 
 class Standing:
@@ -101,7 +105,7 @@ class Calling:
         if request.key[-1] == 0:  # the first turn waits for no tool
             self.moments.append((time.perf_counter(), "ready"))
         self.moments.append((time.perf_counter(), "submitted"))
-        self._inner.submit(replace(request, max_tokens=random.Random(request.seed).randint(20, 60)))
+        self._inner.submit(replace(request, max_tokens=random.Random(repr(request.key)).randint(20, 60)))
 
     def poll(self, timeout_s: float) -> list[Probe | Turn]:
         return [self._ended(event) if isinstance(event, Turn) else event for event in self._inner.poll(timeout_s)]
@@ -128,26 +132,57 @@ def idle_share(moments: list[tuple[float, str]], wall_s: float) -> float:
     return idle / wall_s
 
 
-def roll_out(url: str, tokenizer: Any, schedule: RolloutSchedule, concurrency: int) -> dict[str, float]:
-    spent: list[float] = []
+class TRLLoop(TagGRPOTrainer):
+    """TRL's trainer and tool loop, its turns taken from the engine that the others use."""
+
     engine: Calling
+    depth = 0
 
-    async def wait(call: str) -> str:
-        """Wait.
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[Any, Any]:
+        assert len(prompt_ids) == GROUPS * LEAVES  # no path ends before the others
+        with self.engine.session():
+            for i, ids in enumerate(prompt_ids):
+                key = (i // LEAVES, i % LEAVES, self.depth)
+                self.engine.submit(TurnRequest(self.depth * len(prompt_ids) + i, ids, 60, 0, i, key))
+            turns: dict[int, Turn] = {}
+            while len(turns) < len(prompt_ids):
+                turns.update({event.id: event for event in self.engine.poll(1.0) if isinstance(event, Turn)})
+        self.depth += 1
+        in_order = [turns[id] for id in sorted(turns)]
+        return [turn.ids for turn in in_order], [turn.logprobs for turn in in_order]
 
-        Args:
-            call: Whose call this is; decides how long it takes.
-        """
-        seconds = random.Random(call).lognormvariate(math.log(MEAN_S) - SIGMA**2 / 2, SIGMA)
-        await asyncio.sleep(seconds)
-        spent.append(seconds)
-        engine.moments.append((time.perf_counter(), "ready"))
-        return "done"
 
-    with ToolBox([wait], timeout_s=120.0, concurrency=concurrency) as toolbox:
+class Wait:
+    """The slow tool, and what its calls took."""
+
+    def __init__(self) -> None:
+        self.spent: list[float] = []
+        self.engine: Calling | None = None
+
+    def tool(self) -> Callable[[str], Any]:
+        async def wait(call: str) -> str:
+            """Wait.
+
+            Args:
+                call: Whose call this is; decides how long it takes.
+            """
+            seconds = random.Random(call).lognormvariate(math.log(MEAN_S) - SIGMA**2 / 2, SIGMA)
+            await asyncio.sleep(seconds)
+            self.spent.append(seconds)
+            assert self.engine is not None
+            self.engine.moments.append((time.perf_counter(), "ready"))
+            return "done"
+
+        return wait
+
+
+def by_us(url: str, model: Path, schedule: RolloutSchedule, waiting: Wait) -> tuple[float, int]:
+    """Seconds, and tokens that the model wrote."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    with ToolBox([waiting.tool()], timeout_s=120.0, concurrency=GROUPS * LEAVES) as toolbox:
         protocol = TagProtocol(tokenizer, toolbox.specs)
         settings = SamplingSettings((), protocol.stop_strings)
-        engine = Calling(engine_on(url, tokenizer, settings), tokenizer)
+        waiting.engine = engine = Calling(engine_on(url, tokenizer, settings), tokenizer)
         sampler = TreeSampler(
             engine,
             toolbox,
@@ -155,42 +190,66 @@ def roll_out(url: str, tokenizer: Any, schedule: RolloutSchedule, concurrency: i
             SamplerSettings(LEAVES, LEAVES, 600, 1000, CALLS, 8, schedule=schedule),
             (int(tokenizer.eos_token_id),),
         )
-        prompt = protocol.encode_prompt([{"role": "user", "content": "Wait for it."}])
+        prompt = protocol.encode_prompt(PROMPT)
         start = time.perf_counter()
         rollout = sampler.sample([GroupRequest(i, prompt) for i in range(GROUPS)], seed=(0,))
         wall = time.perf_counter() - start
-    leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
-    assert len(spent) == sum(len(leaf.calls) for leaf in leaves) == GROUPS * LEAVES * CALLS
-    return {
-        "wall_s": wall,
-        "idle": idle_share(engine.moments, wall),
-        "tokens": sum(len(node.ids) for tree in rollout.trees for node in tree.turns()),
-        "tool_s": sum(spent),
-        "longest_s": max(spent),
-    }
+    return wall, sum(len(node.ids) for tree in rollout.trees for node in tree.turns())
+
+
+def by_trl(url: str, model: Path, waiting: Wait) -> tuple[float, int]:
+    """The same by TRL's loop."""
+    paths = GROUPS * LEAVES
+    config = GRPOConfig(
+        str(model / "trl"),
+        num_generations=LEAVES,
+        per_device_train_batch_size=paths,
+        max_completion_length=600,
+        max_tool_calling_iterations=CALLS,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+    )
+    dataset = Dataset.from_list([{"prompt": PROMPT}] * GROUPS)
+    trainer = trl_trainer(model, lambda completions, **_: [0.0] * paths, config, dataset, [waiting.tool()], TRLLoop)
+    assert isinstance(trainer, TRLLoop)
+    settings = SamplingSettings((), trainer.protocol.stop_strings)
+    waiting.engine = trainer.engine = Calling(engine_on(url, trainer._tokenizer, settings), trainer._tokenizer)
+    trainer.model.train()
+    trainer._sync_tool_dicts = [{}] * paths  # as its _generate_and_score_completions fills them in
+    trainer._async_tool_dicts = [{"wait": trainer.tools[0]}] * paths
+    start = time.perf_counter()
+    _, completion_ids, tool_mask, *_ = trainer._generate([PROMPT] * paths)
+    wall = time.perf_counter() - start
+    assert [len(ids) for ids in completion_ids] == [len(mask) for mask in tool_mask]
+    return wall, sum(map(sum, tool_mask))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        save_cold_start_base(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        with running(folder, Path(folder) / "log") as server:
-            ways = {
-                "overlap": (RolloutSchedule.OVERLAP, GROUPS * LEAVES),
-                "lockstep": (RolloutSchedule.ROUNDS, GROUPS * LEAVES),
-                "one by one": (RolloutSchedule.ROUNDS, 1),
+        model = Path(folder)
+        save_cold_start_base(model)
+        with running(folder, model / "log") as server:
+            ways: dict[str, Callable[[Wait], tuple[float, int]]] = {
+                "overlap": lambda waiting: by_us(server.url, model, RolloutSchedule.OVERLAP, waiting),
+                "lockstep": lambda waiting: by_us(server.url, model, RolloutSchedule.ROUNDS, waiting),
+                "TRL's loop": lambda waiting: by_trl(server.url, model, waiting),
             }
-            roll_out(server.url, tokenizer, *ways["overlap"])  # warms the server up
+            ways["overlap"](Wait())  # warms the server up
             print(f"{'':12} wall s  × overlap   idle  tokens  tool s  longest call s")
             fastest = math.inf
-            for name, (schedule, concurrency) in ways.items():
-                row = roll_out(server.url, tokenizer, schedule, concurrency)
-                fastest = min(fastest, row["wall_s"])
+            for name, roll_out in ways.items():
+                waiting = Wait()
+                wall, tokens = roll_out(waiting)
+                assert len(waiting.spent) == GROUPS * LEAVES * CALLS
+                assert waiting.engine is not None
+                idle = idle_share(waiting.engine.moments, wall)
+                fastest = min(fastest, wall)
                 print(
-                    f"{name:12} {row['wall_s']:6.1f}  {row['wall_s'] / fastest:9.2f}  {row['idle']:5.1%}  "
-                    f"{row['tokens']:6.0f}  {row['tool_s']:6.1f}  {row['longest_s']:14.1f}",
+                    f"{name:12} {wall:6.1f}  {wall / fastest:9.2f}  {idle:5.1%}  {tokens:6.0f}  "
+                    f"{sum(waiting.spent):6.1f}  {max(waiting.spent):14.1f}",
                     flush=True,
                 )
 
