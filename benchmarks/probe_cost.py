@@ -2,9 +2,9 @@
 
     python benchmarks/probe_cost.py
 
-64 turns at a time, as many tokens each as `--tokens` says, from a random model of the quickstart's size, to which a
-server's own work for each request and token is most of it. With probing a turn is two requests, of which the first
-asks for 20 logprobs at each of its 20 tokens; without, it is one request.
+64 turns at a time, as many tokens each as `--tokens` says, from random models: one of the quickstart's size, to which
+a server's own work for each request and token is most of it, and a larger one, for which it is less. With probing a turn
+is two requests, of which the first asks for 20 logprobs at each of its 20 tokens; without, it is one request.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
@@ -25,6 +25,28 @@ from overlap import engine_on
 from serving import running
 
 TURNS, PROBE = 64, 20
+SIZES = {"0.6 M": (), "50 M": (768, 6)}
+"""Hidden size and layers of the models; the quickstart's has its own."""
+
+
+def save_model(folder: str, size: tuple[int, ...]) -> None:
+    save_cold_start_base(folder)
+    if size:
+        hidden, layers = size
+        config = AutoConfig.from_pretrained(folder)
+        config.update(
+            {
+                "hidden_size": hidden,
+                "intermediate_size": 4 * hidden,
+                "num_hidden_layers": layers,
+                "layer_types": ["full_attention"] * layers,
+                "max_window_layers": layers,
+                "num_attention_heads": hidden // 64,
+                "num_key_value_heads": 2,
+                "head_dim": 64,
+            }
+        )
+        Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
 def tokens_per_s(engine: VLLMServerEngine, tokenizer: Any, tokens: int, probe: int, seed: int) -> float:
@@ -41,29 +63,35 @@ def tokens_per_s(engine: VLLMServerEngine, tokenizer: Any, tokens: int, probe: i
     return written / seconds
 
 
+def measure(name: str, engine: VLLMServerEngine, tokenizer: Any, tokens: int, repeats: int) -> None:
+    rates: dict[int, list[float]] = {0: [], PROBE: []}
+    for repeat in range(repeats):
+        for probe, measured in rates.items():  # in turn, so that both see the same machine
+            measured.append(tokens_per_s(engine, tokenizer, tokens, probe, repeat))
+    without, probing = median(rates[0]), median(rates[PROBE])
+    ratios = sorted(a / b for a, b in zip(rates[PROBE], rates[0], strict=True))
+    print(
+        f"{name}, {tokens} tokens a turn: {without:,.0f} tokens/s without, {probing:,.0f} with probing, ratio "
+        f"{median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f} in {len(ratios)} pairs)",
+        flush=True,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[100, 400])
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        save_cold_start_base(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        with running(folder, Path(folder) / "log") as server:
-            engine = engine_on(server.url, tokenizer, SamplingSettings(()))
-            tokens_per_s(engine, tokenizer, 100, PROBE, 0)  # warms the server up
-            for tokens in arguments.tokens:
-                rates: dict[int, list[float]] = {0: [], PROBE: []}
-                for repeat in range(arguments.repeats):
-                    for probe, measured in rates.items():  # in turn, so that both see the same machine
-                        measured.append(tokens_per_s(engine, tokenizer, tokens, probe, repeat))
-                without, probing = median(rates[0]), median(rates[PROBE])
-                ratios = sorted(a / b for a, b in zip(rates[PROBE], rates[0], strict=True))
-                print(
-                    f"{tokens} tokens a turn: {without:,.0f} tokens/s without, {probing:,.0f} with probing, ratio "
-                    f"{median(ratios):.2f} ({ratios[0]:.2f} – {ratios[-1]:.2f} in {len(ratios)} pairs)",
-                    flush=True,
-                )
+    for name in arguments.models:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(folder, SIZES[name])
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            with running(folder, Path(folder) / "log") as server:
+                engine = engine_on(server.url, tokenizer, SamplingSettings(()))
+                tokens_per_s(engine, tokenizer, 100, PROBE, 0)  # warms the server up
+                for tokens in arguments.tokens:
+                    measure(name, engine, tokenizer, tokens, arguments.repeats)
 
 
 if __name__ == "__main__":
