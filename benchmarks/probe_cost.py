@@ -3,8 +3,8 @@
     python benchmarks/probe_cost.py
 
 64 turns at a time, as many tokens each as `--tokens` says, from random models: one of the quickstart's size, to which
-a server's own work for each request and token is most of it, and a larger one, for which it is less. With probing a turn
-is two requests, of which the first asks for 20 logprobs at each of its 20 tokens; without, it is one request.
+a server's own work for each request and token is most of it, and a larger one, for which it is less. With probing a
+turn is two requests, of which the first asks for 20 logprobs at each of its 20 tokens; without, it is one request.
 """
 
 from __future__ import annotations
