@@ -1,0 +1,496 @@
+"""Pushing a run to the Hub: known to work before training, never able to harm it, and repeatable afterwards.
+
+    start   the repository is made, or found, and may be written to; else `ConfigError`
+    saves   with `hub_strategy` other than "end": a snapshot goes up in the background; a failure is a warning
+    end     model, card and the rest are on disk before anything is sent; a failure is a `HubError` with the command
+            that pushes later
+
+What goes up is a snapshot: files of a finished save, held by hard links, so that neither training nor the rotation of
+checkpoints changes them on the way. Nothing goes up that contains the value of a secret from the environment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import stamina
+from accelerate.utils import is_peft_model
+from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils._http import default_client_factory
+from transformers.trainer_utils import HubStrategy
+from trl.trainer.utils import get_config_model_id
+
+from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
+from arpo_trl.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card, describe
+from arpo_trl.trajectories import export_rows
+
+logger = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 180.0
+"""Longest silence of the Hub; its client would wait for ever."""
+ATTEMPTS = 3
+_WAIT_S = 2.0
+_KEPT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".md", ".yaml", ".py"}
+_KEPT_FOLDERS = (CURVES_FOLDER, "additional_chat_templates", "runs")  # the last is TensorBoard's
+_DROPPED = {"training_args.bin"}  # a pickle that training_config.yaml says in words
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
+_SHORTEST_SECRET = 8
+
+
+# Repositories --------------------------------------------------------------------------------------------------------
+
+
+def prepare_repo(
+    name: str, *, setting: str, private: bool | None = None, kind: str = "model", token: str | None = None
+) -> str:
+    """The full id of the repository `name`, which exists from now on and may be written to.
+
+    Raises:
+        ConfigError: it does not; names `setting`, which asked for it.
+    """
+    api = HfApi(token=token)
+    try:
+        repo_id: str = _retried(lambda: api.create_repo(name, repo_type=kind, private=private, exist_ok=True).repo_id)
+        # Creating one that exists passes without the right to write to it.
+        _retried(lambda: api.auth_check(repo_id, repo_type=kind, write=True))
+        return repo_id
+    except Exception as error:  # whatever the client comes up with: the run must not start
+        raise ConfigError(
+            f"{setting} asks for the {kind} repository {name!r}, but {_reason(error)}. Set HF_TOKEN to a token that "
+            f"may write there (or log in with `hf auth login`), set {setting} to a repository of yours, or train "
+            "without pushing and run `arpo-trl push` afterwards."
+        ) from None
+
+
+def _retried(ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, tried again while it fails in a way that may pass."""
+    _limit_silence()
+    for attempt in stamina.retry_context(
+        on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_initial=_WAIT_S, wait_max=30.0
+    ):
+        with attempt:
+            return ask()
+    raise AssertionError("unreachable")
+
+
+def _may_pass(error: Exception) -> bool:
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return status in (408, 429) or status >= 500
+    # A gateway's page in place of an answer is no JSON.
+    return isinstance(error, (httpx.TransportError, json.JSONDecodeError))
+
+
+@functools.cache
+def _limit_silence() -> None:
+    """Gives the Hub's client, which has no time limit of its own, one for silence: once, for the whole process."""
+
+    def make() -> httpx.Client:
+        client = default_client_factory()
+        client.timeout = httpx.Timeout(ANSWER_TIMEOUT_S)
+        return client
+
+    set_client_factory(make)
+
+
+def _reason(error: Exception) -> str:
+    """Why the Hub did not do what it was asked; without its answer's text, which can quote what it was sent."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        meaning = {
+            401: "the token is missing or not valid",
+            403: "the token may not write there",
+            404: "it does not exist, or this token does not see it",
+        }
+        return f"the Hub answered {status}" + (f": {meaning[status]}" if status in meaning else "")
+    if isinstance(error, httpx.TransportError):
+        return f"the Hub could not be reached ({type(error).__name__})"
+    cause = error.__cause__
+    if isinstance(error, RuntimeError) and isinstance(cause, Exception):  # how the client reports a file's upload
+        return _reason(cause)
+    return f"{type(error).__name__}: {error}"
+
+
+# Snapshots -----------------------------------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """A folder in `run` with what a push sends: the model in `model`, and what `run` says of itself.
+
+    Args:
+        checkpoint: A checkpoint to send whole, and the folder in the repository it goes to.
+    """
+
+    def __init__(self, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None) -> None:
+        self.run = run
+        self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
+        for source in dict.fromkeys((model, run)):
+            for path in _top_files(source):
+                # A file of the run's own folder may be of another save than the model's, which came first.
+                if not (self.folder / path.name).exists() and (source == model or path.suffix not in _WEIGHTS):
+                    _take(path, self.folder / path.name)
+        _take(run / "README.md", self.folder / "README.md")  # peft writes one of its own into checkpoints
+        for kept in _KEPT_FOLDERS:
+            _take_tree(run / kept, self.folder / kept)
+        if checkpoint is not None:
+            _take_tree(checkpoint[0], self.folder / checkpoint[1])
+
+    def __enter__(self) -> Path:
+        return self.folder
+
+    def __exit__(self, *exc_info: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _top_files(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.suffix in _KEPT_SUFFIXES
+        and path.name not in _DROPPED
+        and not path.name.startswith(("_", "."))
+    ]
+
+
+def _take_tree(source: Path, target: Path) -> None:
+    for path in sorted(source.rglob("*")):
+        if path.is_file() and path.name not in _DROPPED:
+            _take(path, target / path.relative_to(source))
+
+
+def _take(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.suffix in _WEIGHTS:  # large, and never written to again; other files may be, so they are copied
+        try:
+            os.link(source, target)
+            return
+        except OSError:  # a file system without hard links
+            pass
+    shutil.copyfile(source, target)
+
+
+def refuse_secrets(paths: Iterable[Path]) -> None:
+    """Returns if none of these files, weights aside, contains a secret of the environment.
+
+    Raises:
+        HubError: one does; names the file and the variable.
+    """
+    secrets = {
+        name: value.strip().encode()
+        for name, value in os.environ.items()
+        if _SECRET_VARIABLE.search(name) and len(value.strip()) >= _SHORTEST_SECRET
+    }
+    for path in paths:
+        content = b"" if path.suffix in _WEIGHTS or not path.is_file() else path.read_bytes()
+        for name, value in secrets.items():
+            if value in content:
+                raise HubError(
+                    f"{path.name} contains the value of the environment variable {name}, so nothing was pushed. "
+                    "Remove it from the file, and find out how it got there."
+                )
+
+
+# Pushes --------------------------------------------------------------------------------------------------------------
+
+
+def push_snapshot(
+    repo_id: str, snapshot: Snapshot, *, message: str, token: str | None = None, revision: str | None = None
+) -> Any:
+    """The commit that has the snapshot, which is then removed.
+
+    Raises:
+        HubError: It could not be made; with what to do.
+    """
+    run = snapshot.run
+    try:
+        with snapshot as folder:
+            refuse_secrets(folder.rglob("*"))
+            return _retried(
+                lambda: HfApi(token=token).upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=message, revision=revision
+                )
+            )
+    except ArpoError:
+        raise
+    except Exception as error:  # whatever the client comes up with: the run is whole on disk all the same
+        raise HubError(
+            f"Pushing to {repo_id} failed: {_reason(error)}. The run is whole in {run}; push it later with: "
+            f"arpo-trl push {shlex.quote(str(run))} --repo {shlex.quote(repo_id)}"
+        ) from None
+
+
+def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
+    """The commit that has the run's logged trajectories as a dataset, one row per leaf; None where none were logged.
+
+    Raises:
+        HubError: It could not be made; with what to do.
+    """
+    folder = run / "trajectories"
+    logs = sorted(folder.glob("*.jsonl"))
+    if not logs:
+        return None
+    command = f"arpo-trl push {shlex.quote(str(run))} --trajectories {shlex.quote(repo_id)}"
+    try:
+        refuse_secrets(logs)
+        with tempfile.TemporaryDirectory(prefix=".push-", dir=run) as name:
+            splits = export_rows(logs, Path(name) / "data")
+            (Path(name) / "README.md").write_text(_dataset_card(repo_id, splits), "utf-8")
+            return _retried(
+                lambda: HfApi(token=token).upload_folder(
+                    repo_id=repo_id, repo_type="dataset", folder_path=name, commit_message="Trajectories"
+                )
+            )
+    except ArpoError:
+        raise
+    except Exception as error:
+        raise HubError(
+            f"Pushing trajectories to {repo_id} failed: {_reason(error)}. They are in {folder}; push them later with: "
+            f"{command}"
+        ) from None
+
+
+def _dataset_card(repo_id: str, splits: Sequence[str]) -> str:
+    files = "".join(f"\n  - split: {split}\n    path: data/{split}.parquet" for split in splits)
+    return f"""---
+tags: [arpo-trl, agent, tool-use, trajectories]
+configs:
+- config_name: default
+  data_files:{files}
+---
+
+# Trajectories
+
+What a policy sampled while it was trained with Agentic Reinforced Policy Optimization (`arpo-trl`): one row per leaf
+of a tree. Rows with the same `rollout` and `group` answer one prompt and were compared with one another, which is
+what their `advantage` says. `shared_with` is how many of them, itself included, go through a row's first tool result.
+
+```python
+from datasets import load_dataset
+
+trajectories = load_dataset("{repo_id}", split="{splits[0]}")
+```
+"""
+
+
+def push_run(
+    run: Path,
+    repo: str | None,
+    trajectories: str | None,
+    *,
+    evaluation: Path | None = None,
+    private: bool | None = None,
+) -> list[str]:
+    """The addresses of the commits that have a finished run's folder in `repo`, its trajectories in `trajectories`.
+
+    Args:
+        evaluation: Output folder of `arpo-trl eval`, whose table goes into the card.
+
+    Raises:
+        DataError: there is nothing to push, or no such evaluation.
+        ConfigError: neither repository is named, or one cannot be written to.
+        HubError: a push failed.
+    """
+    if repo is None and trajectories is None:
+        raise ConfigError("There is nowhere to push to. Give --repo, --trajectories or both.")
+    if repo is not None and not any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
+        raise DataError(f"{run} holds no model and no adapter. Give the output_dir of a run that has been saved.")
+    if trajectories is not None and not list((run / "trajectories").glob("*.jsonl")):
+        raise DataError(f"{run / 'trajectories'} holds no .jsonl file. Was trajectory_log_rate 0?")
+    table = None if evaluation is None else _evaluation_table(evaluation)
+    urls = []
+    if repo is not None:
+        repo_id = prepare_repo(repo, setting="--repo", private=private)
+        card = Card.of(run, repo_id)
+        if card is not None:
+            dataclasses.replace(card, evaluation=table or card.evaluation).write(run)
+        elif table is not None:
+            raise DataError(f"{run} holds no training_config.yaml to make a card from. Leave out --evaluation.")
+        urls.append(str(push_snapshot(repo_id, Snapshot(run, run), message="Upload a run").commit_url))
+    if trajectories is not None:
+        repo_id = prepare_repo(trajectories, setting="--trajectories", private=private, kind="dataset")
+        urls.append(str(push_trajectories(repo_id, run).commit_url))
+    return urls
+
+
+def _evaluation_table(folder: Path) -> str:
+    from arpo_trl.evaluation.report import table
+
+    path = folder / "results.json"
+    try:
+        return "\n".join(table(json.loads(path.read_text("utf-8"))))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is no result of `arpo-trl eval` ({type(error).__name__}).") from error
+
+
+class BackgroundPush:
+    """One push at a time on a thread of its own, which ends with the process and whose failure is a warning."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, push: Callable[[], Any]) -> None:
+        def run() -> None:
+            try:
+                push()
+            except Exception as error:  # training goes on
+                logger.warning(f"{error} Training goes on; the next save tries again.")
+
+        self.wait()
+        self._thread = threading.Thread(target=run, name="arpo-push", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+
+class PublishesToHub:
+    """What `ARPOTrainer` puts in the place of `Trainer`'s pushing, and of its card.
+
+    `Trainer` pushes from threads whose exceptions nobody reads, sends everything in `output_dir`, some of it while it
+    is being written, and waits without limit for a Hub that does not answer.
+    """
+
+    args: Any
+    state: Any
+    model: Any
+    callback_handler: Any
+    control: Any
+    save_model: Any
+    is_world_process_zero: Any
+    hub_model_id: str | None
+
+    evaluation: str | None = None
+    """Markdown that the card has of the last evaluation on benchmarks."""
+    other_settings: Sequence[Any] = ()
+    """Dataclasses besides `args` whose values are settings of this run."""
+
+    def prepare_repositories(self, args: Any, token: str | None = None) -> None:
+        """Makes sure that the repositories which the settings name can be written to; on the main process only.
+
+        Raises:
+            ConfigError: one cannot.
+        """
+        if args.process_index != 0:
+            return
+        self._repo_id = prepare_repo(
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            setting="hub_model_id",
+            private=args.hub_private_repo,
+            token=token,
+        )
+        if args.hub_trajectories_id is not None:
+            args.hub_trajectories_id = prepare_repo(
+                args.hub_trajectories_id,
+                setting="hub_trajectories_id",
+                private=args.hub_private_repo,
+                kind="dataset",
+                token=token,
+            )
+        self._push = BackgroundPush()
+
+    def init_hf_repo(self, token: str | None = None) -> None:
+        if not hasattr(self, "_push"):
+            self.prepare_repositories(self.args, token)
+        self.hub_model_id = getattr(self, "_repo_id", None)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **card: Any,
+    ) -> Any:
+        """Saves the model and its card, then sends them and, with `hub_trajectories_id`, the trajectories.
+
+        Call it on all ranks; the main process pushes. `card` goes to `create_model_card`.
+
+        Raises:
+            HubError: The push failed; everything is saved, and the message has the command that pushes later.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token)
+        self.create_model_card(**card)
+        self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
+        self._finish_current_push()
+        run, repo_id = Path(self.args.output_dir), str(self.hub_model_id)
+        revision = revision or self.args.hub_revision
+
+        def push() -> Any:
+            snapshot = Snapshot(run, run)
+            commit = push_snapshot(
+                repo_id, snapshot, message=commit_message or "Model", token=token, revision=revision
+            )
+            if self.args.hub_trajectories_id is not None:
+                push_trajectories(self.args.hub_trajectories_id, run, token=token)
+            return commit
+
+        return push() if blocking else self._push.start(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy = HubStrategy(self.args.hub_strategy)
+        if not self.is_world_process_zero() or strategy is HubStrategy.END:
+            return
+        if self._push.is_running and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        model, run, repo_id = Path(checkpoint_folder), Path(self.args.output_dir), str(self.hub_model_id)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: model.name}
+        checkpoint = (model, places[strategy]) if strategy in places else None
+        self._push.wait()
+        snapshot = Snapshot(run, model, checkpoint)
+        message = f"Step {self.state.global_step}"
+        self._push.start(lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision))
+
+    def _finish_current_push(self) -> None:
+        if hasattr(self, "_push"):
+            self._push.wait()
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Writes card, training curves and settings into `output_dir`; on the main process only."""
+        if not self.is_world_process_zero():
+            return
+        settings = describe(*self.other_settings, self.args)
+        if dataset_name is not None:
+            settings["dataset"] = dataset_name
+        base = get_config_model_id(self.model.config)
+        settings.setdefault("model_name_or_path", base)
+        Card(
+            self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
+            settings,
+            self.state.log_history,
+            base,
+            is_peft_model(self.model),
+            self.evaluation,
+            (tags,) if isinstance(tags, str) else tuple(tags or ()),
+        ).write(Path(self.args.output_dir))
