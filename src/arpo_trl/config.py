@@ -196,8 +196,8 @@ class ARPOConfig(GRPOConfig):
     # transformers')
     hub_trajectories_id: str | None = field(
         default=None,
-        metadata={"help": "Dataset on the Hub that the logged trajectories are pushed to at the end, one row per leaf; "
-                  "needs push_to_hub. None: they stay here."},
+        metadata={"help": "Dataset on the Hub to push the logged trajectories to at the end, one row per leaf; needs "
+                  "push_to_hub. None: they stay here."},
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -120,6 +120,8 @@ def _reason(error: Exception) -> str:
         return f"the Hub answered {status}" + (f": {meaning[status]}" if status in meaning else "")
     if isinstance(error, httpx.TransportError):
         return f"the Hub could not be reached ({type(error).__name__})"
+    if isinstance(error, json.JSONDecodeError):
+        return "the Hub answered with something else than JSON"
     cause = error.__cause__
     if isinstance(error, RuntimeError) and isinstance(cause, Exception):  # how the client reports a file's upload
         return _reason(cause)
@@ -144,7 +146,8 @@ class Snapshot:
                 # A file of the run's own folder may be of another save than the model's, which came first.
                 if not (self.folder / path.name).exists() and (source == model or path.suffix not in _WEIGHTS):
                     _take(path, self.folder / path.name)
-        _take(run / "README.md", self.folder / "README.md")  # peft writes one of its own into checkpoints
+        if (run / "README.md").is_file():  # the run's card, not the one that peft writes into checkpoints
+            _take(run / "README.md", self.folder / "README.md")
         for kept in _KEPT_FOLDERS:
             _take_tree(run / kept, self.folder / kept)
         if checkpoint is not None:
@@ -429,7 +432,7 @@ class PublishesToHub:
         Raises:
             HubError: The push failed; everything is saved, and the message has the command that pushes later.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._say_push_begins()
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
@@ -458,7 +461,7 @@ class PublishesToHub:
             return
         if self._push.is_running and not self.args.hub_always_push:
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._say_push_begins()
         model, run, repo_id = Path(checkpoint_folder), Path(self.args.output_dir), str(self.hub_model_id)
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: model.name}
         checkpoint = (model, places[strategy]) if strategy in places else None
@@ -466,6 +469,12 @@ class PublishesToHub:
         snapshot = Snapshot(run, model, checkpoint)
         message = f"Step {self.state.global_step}"
         self._push.start(lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision))
+
+    def _say_push_begins(self) -> None:
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:  # trackio sends its own data to the Hub at this point
+            logger.warning(f"A tracker failed before a push: {_reason(error)}. The push goes on without it.")
 
     def _finish_current_push(self) -> None:
         if hasattr(self, "_push"):
@@ -485,6 +494,7 @@ class PublishesToHub:
             settings["dataset"] = dataset_name
         base = get_config_model_id(self.model.config)
         settings.setdefault("model_name_or_path", base)
+        told = (tags,) if isinstance(tags, str) else tuple(tags or ())
         Card(
             self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
             settings,
@@ -492,5 +502,5 @@ class PublishesToHub:
             base,
             is_peft_model(self.model),
             self.evaluation,
-            (tags,) if isinstance(tags, str) else tuple(tags or ()),
+            (*told, *(getattr(self.model, "model_tags", None) or ())),
         ).write(Path(self.args.output_dir))
