@@ -1,7 +1,5 @@
 import dataclasses
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 import yaml
@@ -24,13 +22,6 @@ def card(**changes) -> Card:
 
 def metadata(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
-
-
-def train_script():
-    spec = importlib.util.spec_from_file_location("train", Path(__file__).parents[1] / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_card_has_what_the_hub_shows_and_a_reader_looks_for(tmp_path):
@@ -143,18 +134,6 @@ def test_defaults_and_secrets_are_left_out():
 )
 def test_urls_lose_what_can_be_a_secret(text, expected):
     assert without_credentials(text) == expected
-
-
-@pytest.mark.parametrize("name", ["quickstart", "reasoning_10k", "vllm_reasoning_qwen2.5_7b_lora"])
-def test_written_settings_are_those_of_the_run_again(name, tmp_path):
-    module = train_script()
-    words = ["--config", str(Path(module.__file__).parent / f"configs/{name}.yaml"), "--use_cpu", "true"]
-    groups = parse_settings(module.SETTINGS, [*words, "--bf16", "false"])
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump(describe(*groups)))
-    again = parse_settings(module.SETTINGS, ["--config", str(tmp_path / "again.yaml")])
-    for first, second in zip(groups, again, strict=True):
-        first, second = dataclasses.asdict(first), dataclasses.asdict(second)
-        assert {key: value for key, value in first.items() if second[key] != value} == {}
 
 
 def test_settings_of_the_trainer_alone_parse(tmp_path):

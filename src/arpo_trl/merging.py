@@ -44,12 +44,15 @@ def merge_adapter(
             "with use_peft, or one of its checkpoints."
         ) from error
     name = base or config.base_model_name_or_path
+    if not name:
+        raise DataError(f"{adapter} does not say what its base model is. Name it with --base.")
     try:
         # Not quantized, even if training was: rounding the sum to 4 bits would lose what was learned.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"The base model {name!r} of {adapter} cannot be loaded: {error}. Name it with --base."
+            f"The base model {name!r} of {adapter} cannot be loaded: {str(error).splitlines()[0]} Name another with "
+            "--base."
         ) from error
     try:
         merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)

@@ -113,6 +113,8 @@ class ARPOTrainer(PublishesToHub, GRPOTrainer):
         if not isinstance(args, ARPOConfig):
             raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
         _check_writable(Path(args.output_dir))
+        if kwargs.get("quantization_config") is not None:
+            _check_quantized_training(kwargs.get("peft_config"))
         if args.push_to_hub:
             self.prepare_repositories(args)  # before the model is loaded
         eval_dataset = kwargs.get("eval_dataset")
@@ -532,6 +534,28 @@ def _checked(function: Any) -> Any:
         wrapper = checked
     wrapper.__name__ = name
     return wrapper
+
+
+def _check_quantized_training(peft_config: Any) -> None:
+    """Fails where quantized weights could not be trained, or would not be without a word."""
+    if peft_config is None:
+        raise ConfigError(
+            "The model is to be quantized (load_in_4bit, load_in_8bit or quantization_config), which freezes its "
+            "weights, and nothing else is there to train. Set use_peft: true, or give a peft_config."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "The model is to be quantized, but bitsandbytes is not installed here. Install the extra: pip install "
+            "'.[qlora]'."
+        )
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not torch.accelerator.is_available() and has_avx512bf16():
+        # It packs the weights anew for inference, and the packed ones pass no gradient on: adapters would stay zero.
+        raise ConfigError(
+            "The model is to be quantized, but there is no GPU, and bitsandbytes does not train on this CPU. Use a "
+            "machine with a GPU, or leave quantization out."
+        )
 
 
 def _check_writable(folder: Path) -> None:
