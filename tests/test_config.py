@@ -1,11 +1,7 @@
 import dataclasses
-import importlib.util
 import shlex
-import sys
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,6 +13,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.model_card import describe
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from support import script
 
 ROOT = Path(__file__).parent.parent
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
@@ -25,17 +22,6 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 def config(**settings) -> ARPOConfig:
     return ARPOConfig("unused", use_cpu=True, **settings)
-
-
-@cache
-def script(name: str) -> ModuleType:
-    """`train.py` or `sft.py`, which are no part of the package."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse(name: str, file: Path, *flags: str) -> tuple:

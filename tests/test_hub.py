@@ -24,7 +24,7 @@ from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from hub_server import TOKEN, Hub
 from loopback import Reply
-from support import python, save_tiny_model, search, tokenizer
+from support import python, save_tiny_model, script, search, tokenizer
 
 ROWS = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(4)]
@@ -32,7 +32,7 @@ ROWS = Dataset.from_list(
 STOPS = ("</search>", "</python>")
 
 
-def script(request, context):
+def one_search(request, context):
     """Each path searches once; what follows is uncertain."""
     if request.key[-1] == 0:
         return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
@@ -72,7 +72,7 @@ def trainer(model_path: str, folder: Path, *, peft_config=None, **settings) -> A
         ),
         train_dataset=ROWS,
         tools=[search, python],
-        engine=ScriptedEngine(tokenizer(), SamplingSettings((tokenizer().eos_token_id,), STOPS), script),
+        engine=ScriptedEngine(tokenizer(), SamplingSettings((tokenizer().eos_token_id,), STOPS), one_search),
         peft_config=peft_config,
     )
 
@@ -321,6 +321,45 @@ def test_a_failed_last_push_loses_nothing_and_names_the_command_that_works_later
     status, out, _ = run(capsys, monkeypatch, *command[1:])
     assert (status, out) == (0, f"Pushed: {hub.url}/me/policy/commit/{1:040x}\n")
     assert {"model.safetensors", "README.md", "curves/reward.png"} <= set(hub.commits[0].files)
+
+
+def test_train_py_that_cannot_push_ends_with_one_line_and_a_status_and_the_model_on_disk(
+    hub, model_path, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "what is 1", "answer": "1", "task": "math"}\n')
+    (tmp_path / "corpus.jsonl").write_text('"iron melts"\n')
+    words = [
+        *("train.py", "--model_name_or_path", model_path, "--dataset", str(tmp_path / "rows.jsonl")),
+        *(
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--tools",
+            "search",
+            "--search_index",
+            str(tmp_path / "corpus.jsonl"),
+        ),
+        *("--num_generations", "2", "--per_device_train_batch_size", "2", "--max_completion_length", "8"),
+        *("--max_steps", "1", "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true", "--bf16", "false"),
+        *("--push_to_hub", "true", "--hub_model_id", "me/policy"),
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    hub.fault = lambda asked: Reply({"error": "Internal Error"}, 500) if "/commit/" in asked.path else None
+    with pytest.raises(SystemExit) as end:
+        script("train").main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2
+    assert err.splitlines()[-1] == (
+        f"HubError: Pushing to me/policy failed: the Hub answered 500. The run is whole in {tmp_path / 'run'}; push "
+        f"it later with: arpo-trl push {tmp_path / 'run'} --repo me/policy"
+    )
+    saved = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "README.md", "training_config.yaml"} <= saved
+    monkeypatch.setattr(sys, "argv", [*words[:-1], "them/policy"])
+    others(hub)
+    with pytest.raises(SystemExit) as end:
+        script("train").main()
+    assert end.value.code == 2
+    assert "ConfigError: hub_model_id asks for the model repository 'them/policy'" in capsys.readouterr().err
 
 
 def test_a_hub_that_is_gone_at_the_end_is_said(hub, model_path, tmp_path):

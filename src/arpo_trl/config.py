@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight
@@ -26,6 +27,19 @@ class WeightSync(StrEnum):
     """TRL's transfer from GPU to GPU."""
     DISK = "disk"
     """Saved to a folder that trainer and servers share, and loaded from there."""
+
+
+def refuse_token(args: TrainingArguments) -> None:
+    """Returns if `args` hold no token.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if args.hub_token is not None:
+        raise ConfigError(
+            "hub_token is set, but settings are logged and kept in files. Remove it, and set the environment variable "
+            "HF_TOKEN or log in with `hf auth login`."
+        )
 
 
 @dataclass
@@ -308,11 +322,7 @@ class ARPOConfig(GRPOConfig):
             )
 
     def _check_hub(self) -> None:
-        if self.hub_token is not None:
-            raise ConfigError(
-                "hub_token is set, but settings are logged and kept in files. Remove it, and set the environment "
-                "variable HF_TOKEN or log in with `hf auth login`."
-            )
+        refuse_token(self)
         if self.hub_trajectories_id is not None and not self.push_to_hub:
             raise ConfigError("hub_trajectories_id is set without push_to_hub. Set push_to_hub: true.")
 
