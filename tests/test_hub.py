@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import huggingface_hub
@@ -240,6 +241,21 @@ def test_a_snapshot_holds_through_rotation_and_rewriting(tmp_path, model_path):
     assert [path.name for path in run_folder.iterdir()] == ["README.md"]
 
 
+def test_a_snapshot_that_cannot_be_taken_does_not_stop_training(hub, model_path, tmp_path, caplog, monkeypatch):
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    made = trainer(model_path, tmp_path / "run", hub_strategy="every_save")
+    (tmp_path / "run/.push-left").mkdir()
+    monkeypatch.setattr(hub_module, "_take", full)
+    made.train()
+    assert made.state.global_step == 2
+    assert caplog.text.count("No space left on device. Training goes on.") == 2
+    assert [path.name for path in (tmp_path / "run").glob(".push-*")] == [".push-left"]
+    trainer(model_path, tmp_path / "run")  # the next start clears what a killed process left
+    assert not list((tmp_path / "run").glob(".push-*"))
+
+
 def test_a_failed_push_while_training_is_a_warning_and_the_end_makes_up_for_it(hub, model_path, tmp_path, caplog):
     hub.fault = lambda asked: Reply("<h1>Bad gateway</h1>", 502) if "/commit/" in asked.path else None
     made = trainer(model_path, tmp_path / "run", hub_strategy="every_save", hub_always_push=True)
@@ -455,7 +471,7 @@ def test_a_file_that_holds_a_secret_of_the_environment_stops_the_push(hub, model
     monkeypatch.setenv("SERPER_API_KEY", "serper-0123456789")
     folder = whole_run(tmp_path / "run", model_path)
     (folder / "notes.md").write_text("asked with serper-0123456789")
-    with pytest.raises(HubError, match=r"notes\.md contains the value of .* SERPER_API_KEY") as refused:
+    with pytest.raises(HubError, match=r"notes\.md contains the secret in SERPER_API_KEY") as refused:
         push_snapshot("me/policy", Snapshot(folder, folder), message="m")
     assert "0123456789" not in str(refused.value)
     assert hub.server.asked == []
@@ -465,9 +481,29 @@ def test_trajectories_that_hold_a_secret_stay_here(hub, tmp_path, monkeypatch, m
     made = trainer(model_path, tmp_path / "run", hub_strategy="end", hub_trajectories_id="trees", max_steps=1)
     made.train()
     monkeypatch.setenv("SOME_TOKEN", "facts about iron")
-    with pytest.raises(HubError, match=r"step-000000-rank0\.jsonl contains the value of .* SOME_TOKEN"):
+    with pytest.raises(HubError, match=r"step-000000-rank0\.jsonl contains the secret in SOME_TOKEN"):
         made.push_to_hub()
     assert [commit.kind for commit in hub.commits] == ["models"]
+
+
+def test_a_token_of_a_login_is_a_secret_as_well(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (tmp_path / "token").write_text("hf_storedByALogin")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    (tmp_path / "a.md").write_text("with hf_storedByALogin in it")
+    with pytest.raises(HubError, match=r"a\.md contains the secret in HF_TOKEN or `hf auth login`"):
+        refuse_secrets([tmp_path / "a.md"])
+
+
+def test_what_the_client_says_is_passed_on_without_secrets(hub, model_path, tmp_path, monkeypatch):
+    def fails(self, **_):
+        raise ValueError(f"could not send {TOKEN}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fails)
+    folder = whole_run(tmp_path / "run", model_path)
+    with pytest.raises(HubError, match=r"ValueError: could not send \[key\]\. The run is whole") as refused:
+        push_snapshot("me/policy", Snapshot(folder, folder), message="m")
+    assert TOKEN not in "".join(traceback.format_exception(refused.value))
 
 
 def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ from typing import Any
 import httpx
 import stamina
 from accelerate.utils import is_peft_model
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 from transformers.trainer_utils import HubStrategy
@@ -36,7 +36,8 @@ from trl.trainer.utils import get_config_model_id
 
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card, describe
-from arpo_trl.trajectories import export_rows
+from arpo_trl.tools.http_client import without
+from arpo_trl.trajectory_dataset import dataset_card, export_rows
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,9 @@ def _retried(ask: Callable[[], Any]) -> Any:
     raise AssertionError("unreachable")
 
 
-def _may_pass(error: Exception) -> bool:
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # how the client reports a file's upload
+        return _may_pass(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status in (408, 429) or status >= 500
@@ -108,8 +111,10 @@ def _limit_silence() -> None:
     set_client_factory(make)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """Why the Hub did not do what it was asked; without its answer's text, which can quote what it was sent."""
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        return _reason(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         meaning = {
@@ -122,10 +127,17 @@ def _reason(error: Exception) -> str:
         return f"the Hub could not be reached ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError):
         return "the Hub answered with something else than JSON"
-    cause = error.__cause__
-    if isinstance(error, RuntimeError) and isinstance(cause, Exception):  # how the client reports a file's upload
-        return _reason(cause)
-    return f"{type(error).__name__}: {error}"
+    text = str(error)
+    for secret in _secrets().values():
+        text = without(secret, text)
+    return f"{type(error).__name__}: {text}"
+
+
+def _secrets() -> dict[str, str]:
+    """What must be told to nobody, by the name of where it comes from."""
+    found = {name: value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    found["HF_TOKEN or `hf auth login`"] = get_token() or ""
+    return {name: value for name, value in found.items() if len(value) >= _SHORTEST_SECRET}
 
 
 # Snapshots -----------------------------------------------------------------------------------------------------------
@@ -141,6 +153,14 @@ class Snapshot:
     def __init__(self, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None) -> None:
         self.run = run
         self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
+        try:
+            self._fill(model, checkpoint)
+        except OSError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _fill(self, model: Path, checkpoint: tuple[Path, str] | None) -> None:
+        run = self.run
         for source in dict.fromkeys((model, run)):
             for path in _top_files(source):
                 # A file of the run's own folder may be of another save than the model's, which came first.
@@ -189,22 +209,18 @@ def _take(source: Path, target: Path) -> None:
 
 
 def refuse_secrets(paths: Iterable[Path]) -> None:
-    """Returns if none of these files, weights aside, contains a secret of the environment.
+    """Returns if none of these files, weights aside, contains a secret: the Hub's token or one of the environment.
 
     Raises:
-        HubError: one does; names the file and the variable.
+        HubError: one does; names the file and where the secret comes from.
     """
-    secrets = {
-        name: value.strip().encode()
-        for name, value in os.environ.items()
-        if _SECRET_VARIABLE.search(name) and len(value.strip()) >= _SHORTEST_SECRET
-    }
+    secrets = {name: value.encode() for name, value in _secrets().items()}
     for path in paths:
         content = b"" if path.suffix in _WEIGHTS or not path.is_file() else path.read_bytes()
         for name, value in secrets.items():
             if value in content:
                 raise HubError(
-                    f"{path.name} contains the value of the environment variable {name}, so nothing was pushed. "
+                    f"{path.name} contains the secret in {name}, so nothing was pushed. "
                     "Remove it from the file, and find out how it got there."
                 )
 
@@ -245,7 +261,7 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
         HubError: It could not be made; with what to do.
     """
     folder = run / "trajectories"
-    logs = sorted(folder.glob("*.jsonl"))
+    logs = sorted(folder.glob("*-rank*.jsonl"))
     if not logs:
         return None
     command = f"arpo-trl push {shlex.quote(str(run))} --trajectories {shlex.quote(repo_id)}"
@@ -253,7 +269,7 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
         refuse_secrets(logs)
         with tempfile.TemporaryDirectory(prefix=".push-", dir=run) as name:
             splits = export_rows(logs, Path(name) / "data")
-            (Path(name) / "README.md").write_text(_dataset_card(repo_id, splits), "utf-8")
+            (Path(name) / "README.md").write_text(dataset_card(repo_id, splits), "utf-8")
             return _retried(
                 lambda: HfApi(token=token).upload_folder(
                     repo_id=repo_id, repo_type="dataset", folder_path=name, commit_message="Trajectories"
@@ -266,29 +282,6 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
             f"Pushing trajectories to {repo_id} failed: {_reason(error)}. They are in {folder}; push them later with: "
             f"{command}"
         ) from None
-
-
-def _dataset_card(repo_id: str, splits: Sequence[str]) -> str:
-    files = "".join(f"\n  - split: {split}\n    path: data/{split}.parquet" for split in splits)
-    return f"""---
-tags: [arpo-trl, agent, tool-use, trajectories]
-configs:
-- config_name: default
-  data_files:{files}
----
-
-# Trajectories
-
-What a policy sampled while it was trained with Agentic Reinforced Policy Optimization (`arpo-trl`): one row per leaf
-of a tree. Rows with the same `rollout` and `group` answer one prompt and were compared with one another, which is
-what their `advantage` says. `shared_with` is how many of them, itself included, go through a row's first tool result.
-
-```python
-from datasets import load_dataset
-
-trajectories = load_dataset("{repo_id}", split="{splits[0]}")
-```
-"""
 
 
 def push_run(
@@ -410,6 +403,8 @@ class PublishesToHub:
                 kind="dataset",
                 token=token,
             )
+        for left in Path(args.output_dir).glob(".push-*"):  # by a process that was killed; they hold old weights
+            shutil.rmtree(left, ignore_errors=True)
         self._push = BackgroundPush()
 
     def init_hf_repo(self, token: str | None = None) -> None:
@@ -466,7 +461,11 @@ class PublishesToHub:
         places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: model.name}
         checkpoint = (model, places[strategy]) if strategy in places else None
         self._push.wait()
-        snapshot = Snapshot(run, model, checkpoint)
+        try:
+            snapshot = Snapshot(run, model, checkpoint)
+        except OSError as error:  # no space left, say: no reason to stop training
+            logger.warning(f"There is no snapshot of {model} to push: {error}. Training goes on.")
+            return
         message = f"Step {self.state.global_step}"
         self._push.start(lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision))
 

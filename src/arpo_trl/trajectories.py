@@ -65,68 +65,6 @@ def read_trees(path: str | Path) -> Iterator[LoggedTree]:
                 raise DataError(f"{path}, line {number}: not a logged tree ({error!r}).") from error
 
 
-def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """One flat row per leaf of a log file, as a table or a dataset viewer shows it.
-
-    Raises:
-        DataError: A line is not a logged tree.
-    """
-    rollout, _, rank = path.stem.rpartition("-rank")
-    for logged in read_trees(path):
-        leaves = logged.tree.leaves()
-        for number, (leaf, reward, advantage) in enumerate(
-            zip(leaves, logged.rewards, logged.advantages, strict=True)
-        ):
-            # Below the root come a turn, which nothing forks, and its result, from which branches go.
-            first = leaf.nodes[min(1, len(leaf.nodes) - 1)].index
-            yield {
-                "step": logged.step,
-                "rollout": rollout,
-                "rank": int(rank),
-                "group": logged.group,
-                "leaf": number,
-                "prompt": logged.prompt,
-                "completion": leaf.messages,
-                "reward": reward,
-                "advantage": advantage,
-                "stop_reason": leaf.stop.value,
-                "tool_calls": [
-                    call.as_row() | {"arguments": json.dumps(call.arguments, ensure_ascii=False)}
-                    for call in leaf.calls
-                ],
-                "completion_tokens": len(leaf.ids),
-                "shared_with": sum(any(node.index == first for node in other.nodes) for other in leaves),
-            }
-
-
-def export_rows(logs: Sequence[Path], folder: Path) -> list[str]:
-    """The splits, of train and evaluation, that the rows of these log files were written to as `<split>.parquet`."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    text, number = pa.string(), pa.float64()
-    message = pa.struct({"role": text, "content": text, "name": text})
-    call = pa.struct(
-        {"name": text, "arguments": text, "text": text, "ok": pa.bool_(), "failure": text, "seconds": number,
-         "source": text}
-    )  # fmt: skip
-    schema = pa.schema(
-        {"step": pa.int64(), "rollout": text, "rank": pa.int64(), "group": pa.int64(), "leaf": pa.int64(),
-         "prompt": text, "completion": pa.list_(message), "reward": number, "advantage": number, "stop_reason": text,
-         "tool_calls": pa.list_(call), "completion_tokens": pa.int64(), "shared_with": pa.int64()}
-    )  # fmt: skip
-    folder.mkdir(parents=True)
-    splits = []
-    for split, start in (("train", "step-"), ("evaluation", "eval-")):
-        chosen = [log for log in logs if log.name.startswith(start)]
-        if chosen:
-            with pq.ParquetWriter(folder / f"{split}.parquet", schema) as writer:
-                for log in chosen:
-                    writer.write_table(pa.Table.from_pylist(list(leaf_rows(log)), schema))
-            splits.append(split)
-    return splits
-
-
 def _tree_row(logged: LoggedTree) -> dict[str, Any]:
     return {
         "step": logged.step,
