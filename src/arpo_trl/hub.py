@@ -21,21 +21,18 @@ import shlex
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import stamina
-from accelerate.utils import is_peft_model
 from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
-from transformers.trainer_utils import HubStrategy
-from trl.trainer.utils import get_config_model_id
 
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
-from arpo_trl.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card, describe
+from arpo_trl.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card
 from arpo_trl.tools.http_client import without
 from arpo_trl.trajectory_dataset import dataset_card, export_rows
 
@@ -72,7 +69,7 @@ def prepare_repo(
         return repo_id
     except Exception as error:  # whatever the client comes up with: the run must not start
         raise ConfigError(
-            f"{setting} asks for the {kind} repository {name!r}, but {_reason(error)}. Set HF_TOKEN to a token that "
+            f"{setting} asks for the {kind} repository {name!r}, but {reason_of(error)}. Set HF_TOKEN to a token that "
             f"may write there (or log in with `hf auth login`), set {setting} to a repository of yours, or train "
             "without pushing and run `arpo-trl push` afterwards."
         ) from None
@@ -111,10 +108,10 @@ def _limit_silence() -> None:
     set_client_factory(make)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Why the Hub did not do what it was asked; without its answer's text, which can quote what it was sent."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
-        return _reason(error.__cause__)
+        return reason_of(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         meaning = {
@@ -148,16 +145,20 @@ class Snapshot:
 
     Args:
         checkpoint: A checkpoint to send whole, and the folder in the repository it goes to.
+
+    Raises:
+        HubError: It cannot be written, for want of space say.
     """
 
     def __init__(self, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None) -> None:
         self.run = run
-        self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
         try:
+            self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
             self._fill(model, checkpoint)
-        except OSError:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
+        except OSError as error:
+            for left in run.glob(".push-*"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise HubError(f"There is no snapshot of {model} to push: {error}.") from error
 
     def _fill(self, model: Path, checkpoint: tuple[Path, str] | None) -> None:
         run = self.run
@@ -249,7 +250,7 @@ def push_snapshot(
         raise
     except Exception as error:  # whatever the client comes up with: the run is whole on disk all the same
         raise HubError(
-            f"Pushing to {repo_id} failed: {_reason(error)}. The run is whole in {run}; push it later with: "
+            f"Pushing to {repo_id} failed: {reason_of(error)}. The run is whole in {run}; push it later with: "
             f"arpo-trl push {shlex.quote(str(run))} --repo {shlex.quote(repo_id)}"
         ) from None
 
@@ -279,8 +280,8 @@ def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
         raise
     except Exception as error:
         raise HubError(
-            f"Pushing trajectories to {repo_id} failed: {_reason(error)}. They are in {folder}; push them later with: "
-            f"{command}"
+            f"Pushing trajectories to {repo_id} failed: {reason_of(error)}. They are in {folder}; push them later "
+            f"with: {command}"
         ) from None
 
 
@@ -358,148 +359,3 @@ class BackgroundPush:
     def wait(self) -> None:
         if self._thread is not None:
             self._thread.join()
-
-
-class PublishesToHub:
-    """What `ARPOTrainer` puts in the place of `Trainer`'s pushing, and of its card.
-
-    `Trainer` pushes from threads whose exceptions nobody reads, sends everything in `output_dir`, some of it while it
-    is being written, and waits without limit for a Hub that does not answer.
-    """
-
-    args: Any
-    state: Any
-    model: Any
-    callback_handler: Any
-    control: Any
-    save_model: Any
-    is_world_process_zero: Any
-    hub_model_id: str | None
-
-    evaluation: str | None = None
-    """Markdown that the card has of the last evaluation on benchmarks."""
-    other_settings: Sequence[Any] = ()
-    """Dataclasses besides `args` whose values are settings of this run."""
-
-    def prepare_repositories(self, args: Any, token: str | None = None) -> None:
-        """Makes sure that the repositories which the settings name can be written to; on the main process only.
-
-        Raises:
-            ConfigError: one cannot.
-        """
-        if args.process_index != 0:
-            return
-        self._repo_id = prepare_repo(
-            args.hub_model_id or Path(args.output_dir).absolute().name,
-            setting="hub_model_id",
-            private=args.hub_private_repo,
-            token=token,
-        )
-        if args.hub_trajectories_id is not None:
-            args.hub_trajectories_id = prepare_repo(
-                args.hub_trajectories_id,
-                setting="hub_trajectories_id",
-                private=args.hub_private_repo,
-                kind="dataset",
-                token=token,
-            )
-        for left in Path(args.output_dir).glob(".push-*"):  # by a process that was killed; they hold old weights
-            shutil.rmtree(left, ignore_errors=True)
-        self._push = BackgroundPush()
-
-    def init_hf_repo(self, token: str | None = None) -> None:
-        if not hasattr(self, "_push"):
-            self.prepare_repositories(self.args, token)
-        self.hub_model_id = getattr(self, "_repo_id", None)
-
-    def push_to_hub(
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        **card: Any,
-    ) -> Any:
-        """Saves the model and its card, then sends them and, with `hub_trajectories_id`, the trajectories.
-
-        Call it on all ranks; the main process pushes. `card` goes to `create_model_card`.
-
-        Raises:
-            HubError: The push failed; everything is saved, and the message has the command that pushes later.
-        """
-        self._say_push_begins()
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        if self.hub_model_id is None:
-            self.init_hf_repo(token)
-        self.create_model_card(**card)
-        self.state.save_to_json(os.path.join(self.args.output_dir, "trainer_state.json"))
-        self._finish_current_push()
-        run, repo_id = Path(self.args.output_dir), str(self.hub_model_id)
-        revision = revision or self.args.hub_revision
-
-        def push() -> Any:
-            snapshot = Snapshot(run, run)
-            commit = push_snapshot(
-                repo_id, snapshot, message=commit_message or "Model", token=token, revision=revision
-            )
-            if self.args.hub_trajectories_id is not None:
-                push_trajectories(self.args.hub_trajectories_id, run, token=token)
-            return commit
-
-        return push() if blocking else self._push.start(push)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        strategy = HubStrategy(self.args.hub_strategy)
-        if not self.is_world_process_zero() or strategy is HubStrategy.END:
-            return
-        if self._push.is_running and not self.args.hub_always_push:
-            return
-        self._say_push_begins()
-        model, run, repo_id = Path(checkpoint_folder), Path(self.args.output_dir), str(self.hub_model_id)
-        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: model.name}
-        checkpoint = (model, places[strategy]) if strategy in places else None
-        self._push.wait()
-        try:
-            snapshot = Snapshot(run, model, checkpoint)
-        except OSError as error:  # no space left, say: no reason to stop training
-            logger.warning(f"There is no snapshot of {model} to push: {error}. Training goes on.")
-            return
-        message = f"Step {self.state.global_step}"
-        self._push.start(lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision))
-
-    def _say_push_begins(self) -> None:
-        try:
-            self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        except Exception as error:  # trackio sends its own data to the Hub at this point
-            logger.warning(f"A tracker failed before a push: {_reason(error)}. The push goes on without it.")
-
-    def _finish_current_push(self) -> None:
-        if hasattr(self, "_push"):
-            self._push.wait()
-
-    def create_model_card(
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | Sequence[str] | None = None,
-    ) -> None:
-        """Writes card, training curves and settings into `output_dir`; on the main process only."""
-        if not self.is_world_process_zero():
-            return
-        settings = describe(*self.other_settings, self.args)
-        if dataset_name is not None:
-            settings["dataset"] = dataset_name
-        base = get_config_model_id(self.model.config)
-        settings.setdefault("model_name_or_path", base)
-        told = (tags,) if isinstance(tags, str) else tuple(tags or ())
-        Card(
-            self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
-            settings,
-            self.state.log_history,
-            base,
-            is_peft_model(self.model),
-            self.evaluation,
-            (*told, *(getattr(self.model, "model_tags", None) or ())),
-        ).write(Path(self.args.output_dir))

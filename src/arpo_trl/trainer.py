@@ -31,9 +31,9 @@ from arpo_trl.advantages import (
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError, RewardError
-from arpo_trl.hub import PublishesToHub
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
+from arpo_trl.publishing import PublishingTrainer
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
@@ -62,7 +62,7 @@ class _LastRollout:
     rewards: torch.Tensor | None = None
 
 
-class ARPOTrainer(PublishesToHub, GRPOTrainer):
+class ARPOTrainer(PublishingTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory`. Rewards receive, besides TRL's
@@ -80,7 +80,7 @@ class ARPOTrainer(PublishesToHub, GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
       `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
-    - `create_model_card`, `push_to_hub` and the pushes while training: ours, see `PublishesToHub`.
+    - `create_model_card`, `push_to_hub` and the pushes while training: ours, as `PublishingTrainer` has them.
 
     Raises:
         ConfigError, DataError, ToolSpecError: Something cannot work; found before the first step.
@@ -90,6 +90,7 @@ class ARPOTrainer(PublishesToHub, GRPOTrainer):
 
     _tag_names: ClassVar = ["trl", "arpo"]
     _name = "ARPO"
+
     args: ARPOConfig
     _buffered_inputs: list[dict[str, Any]] | None
 
