@@ -35,7 +35,8 @@ def test_a_card_has_what_the_hub_shows_and_a_reader_looks_for(tmp_path):
         "datasets": ["someone/questions"],
         "tags": ["arpo-trl", "arpo", "trl", "reinforcement-learning", "agent", "tool-use"],
     }
-    assert f"`arpo-trl` {__version__} on [someone/questions]" in text and "3 steps" in text
+    assert f"`arpo-trl` {__version__} on\n[someone/questions](https://" in text and "), 3 steps." in text
+    assert "arpo-trl eval --model me/policy --data" in text
     assert "| leaves per prompt (M) | 8 |" in text
     assert "| τ | 0.5 |" in text  # a default counts as well
     assert "| tools | search |" in text
@@ -73,6 +74,7 @@ def test_an_adapters_card_says_so(tmp_path):
     assert metadata(text)["base_model_relation"] == "adapter"
     assert metadata(text)["base_model"] == "Qwen/Qwen3-8B"
     assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in text
+    assert "arpo-trl eval --model Qwen/Qwen3-8B --adapter me/adapter --data" in text
     assert "| LoRA rank | 32 |" in text
 
 

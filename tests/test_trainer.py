@@ -1,5 +1,7 @@
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -393,12 +395,17 @@ def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, m
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, on which bitsandbytes does train")
 def test_quantizing_where_adapters_would_stay_zero_is_refused(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("bitsandbytes.functional.has_avx512bf16", lambda: True)
+    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: object())
+    packing = SimpleNamespace(has_avx512bf16=lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=packing))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", packing)
     with pytest.raises(ConfigError, match="there is no GPU, and bitsandbytes does not train on this CPU"):
         quantized(model_path, tmp_path, LoraConfig())
 
 
 def test_qlora_trains_the_adapter_on_quantized_weights(tmp_path, monkeypatch):
+    # Not in the dev extra: where it is installed, peft imports it, and it complains on CPUs each time.
+    pytest.importorskip("bitsandbytes", reason="needs the extra: pip install '.[qlora]'")
     for module in ("functional", "nn.modules"):  # as on a CPU without it, whose weights are not packed for inference
         monkeypatch.setattr(f"bitsandbytes.{module}.has_avx512bf16", lambda: False)
     path = save_sharp_model(tmp_path / "model")
