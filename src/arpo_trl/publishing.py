@@ -90,7 +90,7 @@ class PublishingTrainer(GRPOTrainer):
             self.init_hf_repo(token)
         self.create_model_card(**card)
         self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
-        self._finish_current_push()
+        self._push.wait()
         run, repo_id = Path(self.args.output_dir), str(self.hub_model_id)
         revision = revision or self.args.hub_revision
 
@@ -131,6 +131,9 @@ class PublishingTrainer(GRPOTrainer):
             logger.warning(f"A tracker failed before a push: {reason_of(error)}. The push goes on without it.")
 
     def _finish_current_push(self) -> None:
+        """At the end of `train`, on all ranks: saves what was learned, then waits for the push of the last save."""
+        if self.args.push_to_hub and HubStrategy(self.args.hub_strategy) is not HubStrategy.END:
+            self.save_model(_internal_call=True)
         if hasattr(self, "_push"):
             self._push.wait()
 
