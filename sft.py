@@ -15,6 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.cold_start import encode_dataset
+from arpo_trl.config import refuse_token
 from arpo_trl.progress import show_compactly
 from arpo_trl.rollout.protocol import TagProtocol
 
@@ -38,6 +39,7 @@ SETTINGS = (ColdStartArguments, SFTConfig, ModelConfig)
 @report_errors
 def main() -> None:
     arguments, config, model_config = parse_settings(SETTINGS)
+    refuse_token(config)
     tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
     loader = {".jsonl": "json", ".parquet": "parquet"}.get("." + arguments.dataset.rpartition(".")[2])
@@ -65,9 +67,10 @@ def main() -> None:
     )
     show_compactly(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model(config.output_dir)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset)
+        trainer.push_to_hub(dataset_name=arguments.dataset)  # which saves first
+    else:
+        trainer.save_model(config.output_dir)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,15 @@ def main() -> None:
         quantization_config=get_quantization_config(model_config),
         peft_config=get_peft_config(model_config),
     )
+    trainer.other_settings = (model_config, arguments, tool_arguments)
     show_compactly(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model(config.output_dir)
     trainer.save_state()
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset)
+        trainer.push_to_hub()  # which saves first
+    else:
+        trainer.save_model(config.output_dir)
+        trainer.create_model_card()
 
 
 if __name__ == "__main__":

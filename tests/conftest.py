@@ -12,9 +12,14 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose more to threads than the
 os.environ["MPLBACKEND"] = "Agg"
 
 import importlib.util
+from collections.abc import Iterator
 
+import huggingface_hub
 import pytest
+import stamina
 from transformers import set_seed
+
+from hub_server import TOKEN, Hub
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NO_VLLM = "vLLM is not installed: the tests marked `vllm` did not run. `make test` installs its CPU build."
@@ -42,3 +47,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def seed() -> None:
     """Seed random, numpy and torch, so that no test depends on which ran before it."""
     set_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that the client takes for the real one, with waits between tries cut short."""
+    with Hub() as made:
+        for name, value in {"ENDPOINT": made.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        with stamina.set_testing(True, attempts=3):
+            yield made

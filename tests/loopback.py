@@ -73,7 +73,7 @@ class Loopback:
                 except OSError:  # the client hung up, as it should when it has had enough
                     self.close_connection = True
 
-            do_GET = do_POST = handle_one
+            do_GET = do_POST = do_PUT = handle_one
 
             def log_message(self, *_: Any) -> None:
                 pass

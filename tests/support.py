@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import trl
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
@@ -79,6 +83,27 @@ def save_sharp_model(folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@cache
+def script(name: str) -> ModuleType:
+    """`train.py` or `sft.py`, which are no part of the package."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", Path(__file__).parents[1] / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+def saved_adapter_is_the_trained_one(trainer: Any, model_path: str) -> bool:
+    """Whether the adapter that `trainer` saves is one that learned something, and loads as what was trained."""
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), trainer.args.output_dir)
+    trained = {name: value for name, value in trainer.model.named_parameters() if "lora_" in name}
+    read = {name: value for name, value in loaded.named_parameters() if "lora_" in name}
+    moved = any(bool(value.any()) for name, value in trained.items() if "lora_B" in name)  # which start at zero
+    return moved and read.keys() == trained.keys() and all(torch.equal(read[name], trained[name]) for name in read)
 
 
 def search(query: str) -> str:

@@ -35,7 +35,15 @@ def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("tree", "--help"), ("eval", "--help"), ("cache", "import", "--help")]
+    "arguments",
+    [
+        ("--help",),
+        ("tree", "--help"),
+        ("eval", "--help"),
+        ("cache", "import", "--help"),
+        ("merge", "--help"),
+        ("push", "--help"),
+    ],
 )
 def test_help_is_a_success(monkeypatch, capsys, arguments):
     status, out, _ = run(monkeypatch, capsys, *arguments)
@@ -43,7 +51,9 @@ def test_help_is_a_success(monkeypatch, capsys, arguments):
     assert out.startswith("usage: arpo-trl")
 
 
-@pytest.mark.parametrize("arguments", [(), ("plant",), ("tree",), ("tree", "log", "--index", "x"), ("eval",)])
+@pytest.mark.parametrize(
+    "arguments", [(), ("plant",), ("tree",), ("tree", "log", "--index", "x"), ("eval",), ("merge", "a")]
+)
 def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
     status, out, err = run(monkeypatch, capsys, *arguments)
     assert (status, out) == (2, "")
@@ -57,7 +67,7 @@ def test_help_waits_for_no_heavy_import():
         "sys.argv = ['arpo-trl', '--help']\n"
         "try: main()\n"
         "except SystemExit as end: status = end.code\n"
-        "heavy = {'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'trl', 'datasets', 'peft', 'huggingface_hub'} & set(sys.modules)\n"
         "sys.exit(f'imported {sorted(heavy)}' if heavy or status else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)

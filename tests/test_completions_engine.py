@@ -221,7 +221,7 @@ def test_a_session_that_is_left_early_leaves_nothing_behind():
     ("url", "error", "message"),
     [
         ("localhost:8000", ConfigError, "The completions server is no address like"),
-        ("http://me:pass@localhost/v1", ConfigError, "without a user name or password"),
+        ("http://me:pass@localhost/v1", ConfigError, "without user name, password or query"),
         (
             "http://127.0.0.1:9/v1",
             EngineError,

@@ -1,18 +1,19 @@
-import importlib.util
+import dataclasses
 import shlex
-import sys
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import torch
 import yaml
+from trl import get_peft_config, get_quantization_config
 
 from arpo_trl.cli import parse_settings
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
+from arpo_trl.model_card import describe
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from support import script
 
 ROOT = Path(__file__).parent.parent
 SERVER = {"use_vllm": True, "vllm_mode": "server"}
@@ -21,17 +22,6 @@ CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 def config(**settings) -> ARPOConfig:
     return ARPOConfig("unused", use_cpu=True, **settings)
-
-
-@cache
-def script(name: str) -> ModuleType:
-    """`train.py` or `sft.py`, which are no part of the package."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
 
 
 def parse(name: str, file: Path, *flags: str) -> tuple:
@@ -294,3 +284,57 @@ def test_a_published_run_has_the_published_batch(file):
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.name)
 def test_every_shipped_config_parses(file):
     parse("sft" if "sft" in file.stem else "train", file)
+
+
+@pytest.mark.parametrize("file", [file for file in CONFIGS if "sft" not in file.stem], ids=lambda file: file.name)
+def test_the_settings_that_a_run_writes_down_are_its_own_again(file, tmp_path):
+    groups = parse("train", file)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(describe(*groups)))
+    for first, second in zip(groups, parse("train", tmp_path / "again.yaml"), strict=True):
+        first, second = dataclasses.asdict(first), dataclasses.asdict(second)
+        assert {name: value for name, value in first.items() if second[name] != value} == {}
+
+
+def test_the_qlora_configuration_quantizes_to_4_bits_under_an_adapter():
+    *_, model = parse("train", ROOT / "configs/reasoning_qwen2.5_7b_qlora.yaml")
+    quantization = get_quantization_config(model)
+    assert quantization.load_in_4bit and quantization.bnb_4bit_quant_type == "nf4"
+    assert quantization.bnb_4bit_compute_dtype is torch.bfloat16
+    assert get_peft_config(model).r == 32
+
+
+@pytest.mark.parametrize("file", [file for file in CONFIGS if "lora" in file.stem], ids=lambda file: file.name)
+def test_shipped_adapters_have_no_dropout_which_would_keep_prefixes_from_being_shared(file):
+    *_, model = parse("train", file)
+    assert model.use_peft and model.lora_dropout == 0.0
+
+
+# The Hub, and secrets ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["file", "flag"])
+def test_a_token_is_refused_wherever_it_stands_and_not_repeated(tmp_path, capsys, place):
+    file = written(tmp_path, **({"hub_token": "hf_planted0123456789"} if place == "file" else {}))
+    flags = ("--hub_token", "hf_planted0123456789") if place == "flag" else ()
+    with pytest.raises(ConfigError, match=r"hub_token is set, .* set the environment variable HF_TOKEN") as refused:
+        parse("train", file, *flags)
+    assert "planted" not in str(refused.value) + "".join(capsys.readouterr())
+
+
+def test_a_trajectories_dataset_wants_a_push(tmp_path):
+    with pytest.raises(ConfigError, match="hub_trajectories_id is set without push_to_hub"):
+        parse("train", written(tmp_path, hub_trajectories_id="me/trees"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"vllm_server_base_url": "http://me:planted@host:8000"},
+        {"vllm_server_base_url": "http://host:8000?api_key=planted"},
+        {"use_vllm": True, "vllm_mode": "server", "vllm_server_urls": ["http://host:1", "http://planted@host:2"]},
+    ],
+)
+def test_an_address_with_a_key_in_it_is_refused_and_not_repeated(tmp_path, settings):
+    with pytest.raises(ConfigError, match=r"without user name, password or query\. .* VLLM_API_KEY") as refused:
+        parse("train", written(tmp_path, **settings))
+    assert "planted" not in str(refused.value)

@@ -12,6 +12,8 @@ from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.tools.build import ToolArguments
 from arpo_trl.tools.search_cache import CacheMode
 from arpo_trl.tools.search_providers import PROVIDERS
+from arpo_trl.trajectory_dataset import TRAJECTORY_SCHEMA
+from support import script
 
 DOCS = Path(__file__).parents[1] / "docs"
 TOOLS = (DOCS / "tools.md").read_text("utf-8")
@@ -40,6 +42,18 @@ def test_every_yaml_example_of_an_evaluation_is_read(example: str, tmp_path: Pat
     settings, _ = parse_settings((EvalSettings, ToolArguments), ["--config", str(tmp_path / "eval.yaml")])
     custom = [custom_benchmark(description) for description in settings.custom]
     assert find_benchmarks(settings.benchmarks, custom) == custom
+
+
+@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", (DOCS / "hub.md").read_text("utf-8"), re.DOTALL))
+def test_every_yaml_example_of_adapters_and_the_hub_is_read(example: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"dataset: rows.jsonl\nuse_cpu: true\nbf16: false\n{example}")
+    parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+
+
+def test_the_columns_of_a_trajectories_dataset_are_in_the_table(tmp_path: Path) -> None:
+    text = (DOCS / "hub.md").read_text("utf-8").partition("### The trajectories as a dataset")[2]
+    described = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| ([^|]*)\|", text, re.MULTILINE)))
+    assert described[: len(TRAJECTORY_SCHEMA)] == TRAJECTORY_SCHEMA.names
 
 
 def test_every_benchmark_and_score_is_in_the_tables() -> None:

@@ -343,7 +343,7 @@ def test_the_configuration_names_it(capsys: pytest.CaptureFixture[str]) -> None:
         ("ftp://host", "expected http://HOST:PORT"),
         ("http://", "expected http://HOST:PORT"),
         ("http://host:port", "is no URL"),
-        ("http://user:hush@host", "holds a user name or password"),
+        ("http://user:hush@host", "holds a user name, password or query"),
     ],
 )
 def test_an_address_that_cannot_be_one_is_an_error_at_start(url: str, message: str) -> None:

@@ -1,10 +1,13 @@
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
@@ -16,7 +19,16 @@ from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import read_trees
-from support import python, save_tiny_model, search, tiny_model, tokenizer, with_template
+from support import (
+    python,
+    save_sharp_model,
+    save_tiny_model,
+    saved_adapter_is_the_trained_one,
+    search,
+    tiny_model,
+    tokenizer,
+    with_template,
+)
 
 ROWS = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(8)]
@@ -352,6 +364,77 @@ def test_lora_trains_the_adapter_only(model_path, tmp_path):
     changed = {name for name, value in made.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all("lora_" in name for name in changed)
+    assert saved_adapter_is_the_trained_one(made, model_path)
+
+
+def test_an_adapter_trains_on_what_the_model_itself_samples(tmp_path):
+    path = save_sharp_model(tmp_path / "model")
+    adapter = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    made = trainer(
+        path,
+        tmp_path / "run",
+        rewards=lambda completions, **_: [float(i % 3) for i in range(len(completions))],
+        peft_config=adapter,
+        shared_prefix_forward="on",  # an error where the adapter did not allow it
+    )
+    made.train()
+    assert made.state.log_history[0]["arpo/update/sharing_ratio"] > 1
+    assert saved_adapter_is_the_trained_one(made, path)
+
+
+def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"to be quantized .* Set use_peft: true, or give a peft_config"):
+        quantized(model_path, tmp_path, None)
+
+
+def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes is not installed here\..*pip install '\.\[qlora\]'"):
+        quantized(model_path, tmp_path, LoraConfig())
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, on which bitsandbytes does train")
+def test_quantizing_where_adapters_would_stay_zero_is_refused(model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: object())
+    packing = SimpleNamespace(has_avx512bf16=lambda: True)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=packing))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.functional", packing)
+    with pytest.raises(ConfigError, match="there is no GPU, and bitsandbytes does not train on this CPU"):
+        quantized(model_path, tmp_path, LoraConfig())
+
+
+def test_qlora_trains_the_adapter_on_quantized_weights(tmp_path, monkeypatch):
+    # Not in the dev extra: where it is installed, peft imports it, and it complains on CPUs each time.
+    pytest.importorskip("bitsandbytes", reason="needs the extra: pip install '.[qlora]'")
+    for module in ("functional", "nn.modules"):  # as on a CPU without it, whose weights are not packed for inference
+        monkeypatch.setattr(f"bitsandbytes.{module}.has_avx512bf16", lambda: False)
+    path = save_sharp_model(tmp_path / "model")
+    adapter = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    made = quantized(path, tmp_path / "run", adapter)
+    kinds = {type(module).__name__ for module in made.model.modules()}
+    assert "Linear4bit" in kinds
+    made.train()
+    assert made.state.log_history[0]["grad_norm"] > 0
+    assert made.state.log_history[0]["arpo/update/sharing_ratio"] > 1
+    made.save_model()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), str(tmp_path / "run"))
+    trained = {name: value for name, value in made.model.named_parameters() if "lora_" in name}
+    for name, value in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(value, trained[name].float())
+
+
+def quantized(model_path, folder, peft_config):
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return ARPOTrainer(
+        model=model_path,
+        reward_funcs=lambda completions, **_: [float(i % 3) for i in range(len(completions))],
+        args=config(folder, max_completion_length=40),
+        train_dataset=ROWS,
+        tools=[search, python],
+        quantization_config=four_bits,
+        peft_config=peft_config,
+    )
 
 
 def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):

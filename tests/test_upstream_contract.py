@@ -6,13 +6,18 @@ When an upgrade breaks one of these, the test's name says what to look at before
 import contextlib
 import inspect
 import math
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils._http import default_client_factory
 from peft import LoraConfig, get_peft_model
 from transformers import (
     LlamaConfig,
@@ -27,9 +32,12 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import create_causal_mask
+from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
@@ -453,6 +461,77 @@ def test_the_parser_tells_which_flags_are_left(tmp_path: Path):
         ["--config", str(tmp_path / "run.yaml"), "--beta", "1"], return_remaining_strings=True
     )
     assert parsed == (Setting(0.7), ["--beta", "1"])
+
+
+# The Hub: why pushing is ours, and what it rests on ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("init_hf_repo", ["self", "token"]),
+        ("push_to_hub", ["self", "commit_message", "blocking", "token", "revision", "kwargs"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("_finish_current_push", ["self"]),
+        ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
+    ],
+)
+def test_overridden_methods_of_pushing_take_what_ours_take(method, expected):
+    assert parameters(getattr(GRPOTrainer, method)) == expected
+
+
+def test_the_trainer_calls_the_methods_of_pushing_where_ours_expect_it():
+    assert "self.init_hf_repo()" in inspect.getsource(Trainer.__init__)
+    assert "self._push_from_checkpoint(output_dir)" in inspect.getsource(Trainer._save_checkpoint)
+    assert "self._finish_current_push()" in inspect.getsource(Trainer._finalize_training)
+    assert "self.create_model_card(" in inspect.getsource(GRPOTrainer._save_checkpoint)
+    saved = inspect.getsource(Trainer.save_model)
+    assert "if self.args.push_to_hub and not _internal_call" in saved  # so train.py saves or pushes, not both
+
+
+def test_the_trainers_own_background_push_dies_without_a_word():
+    """Ours warns. When this fails, upstream reports failures itself, and BackgroundPush may be superfluous."""
+    failed: Future = Future()
+    failed.set_exception(RuntimeError("the Hub is away"))
+    progress = PushInProgress([failed])
+    progress.wait_until_done()
+    assert progress.is_done()
+
+
+def test_the_trainer_pickles_a_token_that_its_settings_hold(tmp_path):
+    """Which is why hub_token is refused."""
+    args = TrainingArguments(str(tmp_path), hub_token="hf_planted", use_cpu=True)
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_planted" in (tmp_path / "training_args.bin").read_bytes()
+    assert args.to_dict()["hub_token"] == "<HUB_TOKEN>"  # what trackers get
+
+
+def test_the_hubs_client_waits_for_ever_and_takes_another_factory():
+    with default_client_factory() as client:
+        assert client.timeout == httpx.Timeout(None)
+    assert parameters(set_client_factory) == ["client_factory"]
+
+
+def test_creating_a_repository_of_somebody_else_passes_and_asking_for_the_right_to_write_does_not(hub):
+    hub.repos["models", "them/policy"] = {}
+    api = HfApi()
+    assert api.create_repo("them/policy", exist_ok=True).repo_id == "them/policy"
+    with pytest.raises(HfHubHTTPError) as refused:
+        api.auth_check("them/policy", write=True)
+    assert refused.value.response.status_code == 403
+
+
+def test_an_upload_takes_what_we_pass_and_adds_to_what_is_there(hub, tmp_path):
+    assert {"repo_id", "repo_type", "folder_path", "commit_message", "revision"} <= set(
+        parameters(HfApi.upload_folder)
+    )
+    api = HfApi()
+    api.create_repo("me/policy")
+    for name in ("a.md", "b.md"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text(name)
+        api.upload_folder(repo_id="me/policy", folder_path=tmp_path / name)
+    assert sorted(hub.repos["models", "me/policy"]) == ["a.md", "b.md"]
 
 
 # transformers: what the engine rests on ------------------------------------------------------------------------------

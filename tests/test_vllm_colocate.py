@@ -18,11 +18,9 @@ from support import tokenizer
 HERE = Path(__file__).parent
 
 
-@pytest.fixture(scope="module")
-def findings(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("colocated")
+def found(folder: Path, *words: str) -> dict:
     done = subprocess.run(
-        [sys.executable, str(HERE / "vllm_colocated.py"), str(folder)],
+        [sys.executable, str(HERE / "vllm_colocated.py"), str(folder), *words],
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
         capture_output=True,
         text=True,
@@ -31,6 +29,11 @@ def findings(tmp_path_factory) -> dict:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads((folder / "findings.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory) -> dict:
+    return found(tmp_path_factory.mktemp("colocated"))
 
 
 def real(test):
@@ -89,6 +92,14 @@ def test_weights_that_do_not_arrive_are_noticed(findings):
 @real
 def test_vllms_own_context_is_respected(findings):
     assert findings["max_length"] == 512  # the model's is 4096
+
+
+@real
+def test_an_adapter_trains_is_sampled_from_and_is_saved(tmp_path):
+    findings = found(tmp_path, "adapter")
+    assert [row["sampling/sampling_logp_difference/mean"] < 0.01 for row in findings["log"]] == [True, True]
+    assert findings["trained"]["logprobs"] < 0.01
+    assert findings["saved"]
 
 
 class Recorder:

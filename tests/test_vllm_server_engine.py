@@ -25,7 +25,7 @@ from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from serving import running
-from support import python, save_sharp_model, search, tokenizer
+from support import python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -512,6 +512,7 @@ def test_training_through_a_server_samples_from_the_weights_that_it_updates(
     version = made.sampler.engine._weights.version
     assert version.endswith("-3")  # one sync a step
     assert [folder.name for folder in (tmp_path / "served_weights").iterdir()] == [version]
+    assert not lora or saved_adapter_is_the_trained_one(made, model_path)
 
 
 def test_a_prompt_longer_than_the_server_allows_is_refused_before_the_first_step(server, model_path, tmp_path):

@@ -1,4 +1,5 @@
-"""Everything that the tests want to know of colocated vLLM, found out in a process of its own: `python … FOLDER`.
+"""Everything that the tests want to know of colocated vLLM, found out in a process of its own:
+`python … FOLDER [adapter]`.
 
 vLLM in the trainer's process sets up torch.distributed and its environment variables, which no other test should
 inherit. Writes FOLDER/findings.json.
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Engine, Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
-from support import python, save_sharp_model, search, tokenizer
+from support import python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(12)]
 ROWS = Dataset.from_list(
@@ -68,7 +70,7 @@ def compare(model: Any, turns: dict[int, Turn]) -> dict[str, float]:
     }
 
 
-def main(folder: Path) -> None:
+def make_trainer(folder: Path, peft_config: LoraConfig | None = None) -> tuple[ARPOTrainer, str]:
     model_path = save_sharp_model(folder / "model")
     trainer = ARPOTrainer(
         model=model_path,
@@ -94,7 +96,28 @@ def main(folder: Path) -> None:
         ),
         train_dataset=ROWS,
         tools=[search, python],
+        peft_config=peft_config,
     )
+    return trainer, model_path
+
+
+def adapter(folder: Path) -> None:
+    """What training an adapter has to show."""
+    trainer, model_path = make_trainer(folder, LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]))
+    trainer.train()
+    findings = {
+        "log": [row for row in trainer.state.log_history if "loss" in row],
+        "saved": saved_adapter_is_the_trained_one(trainer, model_path),
+    }
+    engine = trainer.sampler.engine
+    engine._synced = None
+    trained, _ = run(engine, requests())
+    findings["trained"] = compare(trainer.model.eval(), trained)
+    (folder / "findings.json").write_text(json.dumps(findings), "utf-8")
+
+
+def main(folder: Path) -> None:
+    trainer, _ = make_trainer(folder)
     engine = trainer.sampler.engine
     assert isinstance(engine, VLLMColocateEngine)
     model = trainer.model
@@ -162,4 +185,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (adapter if sys.argv[2:] == ["adapter"] else main)(Path(sys.argv[1]))

@@ -19,10 +19,10 @@ def check_server_url(url: str, subject: str, key_variable: str) -> None:
         ConfigError: it is not; names `subject` and where the key belongs.
     """
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
         raise ConfigError(
-            f"{subject} is no address like http://host:port/v1, without a user name or password. Its key, if it wants "
-            f"one, belongs in the environment variable {key_variable}."
+            f"{subject} is no address like http://host:port/v1, without user name, password or query. Its key, if it "
+            f"wants one, belongs in the environment variable {key_variable}."
         )
 
 

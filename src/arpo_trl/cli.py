@@ -109,6 +109,28 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("passages", help="a .jsonl file, a folder of them, or a dataset on the Hub")
     index.add_argument("folder", type=Path, help="where to save the index")
 
+    merge = commands.add_parser(
+        "merge",
+        help="make a whole model of a LoRA adapter",
+        description="Adds an adapter to its base model and saves the sum, with tokenizer and chat template.",
+    )
+    merge.add_argument("adapter", help="folder or Hub id of the adapter")
+    merge.add_argument("--output", type=Path, required=True, help="folder to make")
+    merge.add_argument("--base", help="base model (default: the one that the adapter names)")
+    merge.add_argument("--dtype", help="such as bfloat16 (default: the base model's)")
+    merge.add_argument("--push-to-hub", metavar="REPO", help="repository to push it to")
+
+    push = commands.add_parser(
+        "push",
+        help="push a finished run to the Hub",
+        description="Pushes a run's folder: model, card and curves, its trajectories as a dataset, or both.",
+    )
+    push.add_argument("run", type=Path, help="the output_dir of the run")
+    push.add_argument("--repo", help="model repository")
+    push.add_argument("--trajectories", metavar="REPO", help="dataset repository for the logged trajectories")
+    push.add_argument("--evaluation", type=Path, help="output folder of `arpo-trl eval`, whose table the card gets")
+    push.add_argument("--private", action="store_true", help="make repositories that do not exist yet private")
+
     cache = commands.add_parser("cache", help="look into a search cache", description="Looks into a search cache.")
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
     stats = actions.add_parser("stats", help="count what it holds")
@@ -167,6 +189,7 @@ def _main() -> int:
         return _eval(sys.argv[2:])
     arguments = _parser().parse_args()
     commands = {"tree": _tree, "compare": _compare, "index": _index, "cache": _cache}
+    commands |= {"merge": _merge, "push": _push}
     return commands[arguments.command](arguments) or 0
 
 
@@ -221,6 +244,32 @@ def _index(arguments: argparse.Namespace) -> None:
     index = LocalIndex.open(arguments.passages)
     index.save(arguments.folder)
     print(f"{len(index):,} passages indexed in {arguments.folder}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from arpo_trl.merging import merge_adapter
+
+    if arguments.push_to_hub is not None:
+        from arpo_trl.hub import Snapshot, prepare_repo, push_snapshot
+
+        repo_id = prepare_repo(arguments.push_to_hub, setting="--push-to-hub")  # before the work, not after it
+    merge_adapter(
+        arguments.adapter, arguments.output, base=arguments.base, dtype=arguments.dtype, repo_id=arguments.push_to_hub
+    )
+    print(f"Merged model saved in {arguments.output}")
+    if arguments.push_to_hub is not None:
+        commit = push_snapshot(repo_id, Snapshot(arguments.output, arguments.output), message="Merged model")
+        print(f"Pushed: {commit.commit_url}")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from arpo_trl.hub import push_run
+
+    private = True if arguments.private else None
+    for url in push_run(
+        arguments.run, arguments.repo, arguments.trajectories, evaluation=arguments.evaluation, private=private
+    ):
+        print(f"Pushed: {url}")
 
 
 def _cache(arguments: argparse.Namespace) -> None:

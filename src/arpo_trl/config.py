@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
+from transformers import TrainingArguments
 from trl import GRPOConfig
 
 from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight
+from arpo_trl.chat_model import check_server_url
 from arpo_trl.errors import ConfigError
 from arpo_trl.prefix_sharing import SharedPrefixForward
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from arpo_trl.rollout.engines.vllm_client import API_KEY
 from arpo_trl.rollout.protocol import ProtocolKind
 from arpo_trl.rollout.sampler import RolloutSchedule
 
@@ -24,6 +27,19 @@ class WeightSync(StrEnum):
     """TRL's transfer from GPU to GPU."""
     DISK = "disk"
     """Saved to a folder that trainer and servers share, and loaded from there."""
+
+
+def refuse_token(args: TrainingArguments) -> None:
+    """Returns if `args` hold no token.
+
+    Raises:
+        ConfigError: they do.
+    """
+    if args.hub_token is not None:
+        raise ConfigError(
+            "hub_token is set, but settings are logged and kept in files. Remove it, and set the environment variable "
+            "HF_TOKEN or log in with `hf auth login`."
+        )
 
 
 @dataclass
@@ -191,6 +207,14 @@ class ARPOConfig(GRPOConfig):
         metadata={"help": "Share of the trees written to <output_dir>/trajectories as JSONL, in [0, 1]."},
     )
 
+    # Parameters that control the Hub (push_to_hub, hub_model_id, hub_strategy and the other hub_… settings are
+    # transformers')
+    hub_trajectories_id: str | None = field(
+        default=None,
+        metadata={"help": "Dataset on the Hub to push the logged trajectories to at the end, one row per leaf; needs "
+                  "push_to_hub. None: they stay here."},
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         self._check_ranges()
         if self.generation_batch_size is None:  # else it takes the number of ranks to know the steps
@@ -203,6 +227,7 @@ class ARPOConfig(GRPOConfig):
         self._check_groups_fit_rank(self.steps_per_generation)
         _ = self.tool_places  # raises
         self._check_supported()
+        self._check_hub()
 
     @property
     def branch_policy(self) -> BranchPolicy:
@@ -297,6 +322,11 @@ class ARPOConfig(GRPOConfig):
                 "num_generations_eval."
             )
 
+    def _check_hub(self) -> None:
+        refuse_token(self)
+        if self.hub_trajectories_id is not None and not self.push_to_hub:
+            raise ConfigError("hub_trajectories_id is set without push_to_hub. Set push_to_hub: true.")
+
     def _check_supported(self) -> None:
         """Refuses what the tree sampler would otherwise silently ignore."""
         for name in (
@@ -315,6 +345,8 @@ class ARPOConfig(GRPOConfig):
                 f"loss_type is 'vespo' but vllm_importance_sampling_mode is {self.vllm_importance_sampling_mode!r}; "
                 "expected 'token_truncate' or 'token_mask'."
             )
+        for url in self.server_urls:
+            check_server_url(url, "A vLLM server's address", API_KEY)
         urls = self.vllm_server_urls
         if urls is None:
             return

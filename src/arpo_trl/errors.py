@@ -7,6 +7,7 @@
     ├── SandboxError    model-written code cannot be isolated here
     ├── RewardError     a reward function broke its contract
     ├── EngineError     an engine broke its contract or lost its server
+    ├── HubError        a push to the Hub failed; the run itself is saved
     └── ToolError       raised *by* a tool: its message is shown to the model as the result of the call
         ├── ToolUnavailable     what the tool stands on is away, whatever the call
         └── ToolStopped         a limit or a crash cut the call short
@@ -42,6 +43,10 @@ class RewardError(ArpoError, ValueError):
 
 class EngineError(ArpoError, RuntimeError):
     """An engine broke its contract, or the process behind it is gone."""
+
+
+class HubError(ArpoError, RuntimeError):
+    """A push to the Hub failed; what it was to send is saved, and the message says how to push it later."""
 
 
 class ToolError(ArpoError):

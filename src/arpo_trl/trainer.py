@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tempfile
-import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,6 +33,7 @@ from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
+from arpo_trl.publishing import PublishingTrainer
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
@@ -62,7 +62,7 @@ class _LastRollout:
     rewards: torch.Tensor | None = None
 
 
-class ARPOTrainer(GRPOTrainer):
+class ARPOTrainer(PublishingTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory`. Rewards receive, besides TRL's
@@ -80,7 +80,7 @@ class ARPOTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
       `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
-    - `create_model_card`: adds what an `EvaluationCallback` found.
+    - `create_model_card`, `push_to_hub` and the pushes while training: ours, as `PublishingTrainer` has them.
 
     Raises:
         ConfigError, DataError, ToolSpecError: Something cannot work; found before the first step.
@@ -90,17 +90,6 @@ class ARPOTrainer(GRPOTrainer):
 
     _tag_names: ClassVar = ["trl", "arpo"]
     _name = "ARPO"
-    _paper: ClassVar = {
-        "title": "Agentic Reinforced Policy Optimization",
-        "id": "2507.19849",
-        "citation": textwrap.dedent("""\
-            @article{dong2025arpo,
-                title  = {{Agentic Reinforced Policy Optimization}},
-                author = {Guanting Dong and others},
-                year   = 2025,
-                eprint = {arXiv:2507.19849},
-            }"""),
-    }
 
     args: ARPOConfig
     _buffered_inputs: list[dict[str, Any]] | None
@@ -125,6 +114,10 @@ class ARPOTrainer(GRPOTrainer):
         if not isinstance(args, ARPOConfig):
             raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
         _check_writable(Path(args.output_dir))
+        if kwargs.get("quantization_config") is not None:
+            _check_quantized_training(kwargs.get("peft_config"))
+        if args.push_to_hub:
+            self.prepare_repositories(args)  # before the model is loaded
         eval_dataset = kwargs.get("eval_dataset")
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *evaluated):
@@ -163,8 +156,6 @@ class ARPOTrainer(GRPOTrainer):
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
-        self.evaluation: str | None = None
-        """Markdown that the model card has of the last evaluation on benchmarks."""
         self._last: _LastRollout | None = None
         self._loss_mask: torch.Tensor | None = None
         """(B, T), nonzero on the tokens whose logprobs the loss will use, of the rows that are being computed."""
@@ -250,7 +241,7 @@ class ARPOTrainer(GRPOTrainer):
         ids, completion_ids, mask, completions, logprobs, extra, images, tool_images = super()._generate(prompts)
         assert self._last is not None
         completions = [
-            _as_messages(leaf) if isinstance(prompt, list) else "".join(node.text for node in leaf.nodes)
+            leaf.messages if isinstance(prompt, list) else "".join(node.text for node in leaf.nodes)
             for prompt, leaf in zip(prompts, self._last.leaves, strict=True)
         ]
         return ids, completion_ids, mask, completions, logprobs, extra, images, tool_images
@@ -485,12 +476,6 @@ class ARPOTrainer(GRPOTrainer):
             start = rows.stop
         return trees
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self.evaluation is not None and self.is_world_process_zero():
-            with (Path(self.args.output_dir) / "README.md").open("a", encoding="utf-8") as card:
-                card.write(f"\n## Evaluation\n\n{self.evaluation}\n")
-
     # Checks ----------------------------------------------------------------------------------------------------------
 
     def _check_prompts_fit(self, dataset: Any) -> None:
@@ -525,17 +510,6 @@ def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
         yield
     finally:
         args.use_vllm = use_vllm
-
-
-def _as_messages(leaf: Leaf) -> list[dict[str, str]]:
-    """A path as TRL's tool loop gives it to rewards: assistant and tool messages in turn."""
-    messages = []
-    for node in leaf.nodes:
-        if node.calls:
-            messages += [{"role": "tool", "name": call.name, "content": call.text} for call in node.calls]
-        else:
-            messages.append({"role": "assistant" if node.logprobs else "tool", "content": node.text})
-    return messages
 
 
 def _checked(function: Any) -> Any:
@@ -573,6 +547,28 @@ def _checked(function: Any) -> Any:
         wrapper = checked
     wrapper.__name__ = name
     return wrapper
+
+
+def _check_quantized_training(peft_config: Any) -> None:
+    """Fails where quantized weights could not be trained, or would not be without a word."""
+    if peft_config is None:
+        raise ConfigError(
+            "The model is to be quantized (load_in_4bit, load_in_8bit or quantization_config), which freezes its "
+            "weights, and nothing else is there to train. Set use_peft: true, or give a peft_config."
+        )
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "The model is to be quantized, but bitsandbytes is not installed here. Install the extra: pip install "
+            "'.[qlora]'."
+        )
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not torch.accelerator.is_available() and has_avx512bf16():
+        # It packs the weights anew for inference, and the packed ones pass no gradient on: adapters would stay zero.
+        raise ConfigError(
+            "The model is to be quantized, but there is no GPU, and bitsandbytes does not train on this CPU. Use a "
+            "machine with a GPU, or leave quantization out."
+        )
 
 
 def _check_writable(folder: Path) -> None:

@@ -151,6 +151,18 @@ class Leaf:
         return [call for node in self.nodes for call in node.calls]
 
     @property
+    def messages(self) -> list[dict[str, str]]:
+        """The path as TRL's tool loop gives it to rewards: assistant and tool messages in turn."""
+        messages = []
+        for node in self.nodes:
+            if node.calls:
+                messages += [{"role": "tool", "name": call.name, "content": call.text} for call in node.calls]
+            else:
+                role = "assistant" if node.kind is NodeKind.TURN else "tool"
+                messages.append({"role": role, "content": node.text})
+        return messages
+
+    @property
     def stop(self) -> StopReason:
         stop = self.nodes[-1].stop
         assert stop is not None  # RolloutTree.end is the only way to become a leaf

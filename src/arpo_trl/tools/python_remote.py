@@ -50,9 +50,9 @@ class RemotePython:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
             raise ConfigError(f"python_executor_url is {url!r}, which is no URL: {error}.") from error
-        if parsed.userinfo:
+        if parsed.userinfo or parsed.query:
             raise ConfigError(
-                "python_executor_url holds a user name or password; it would end up in logs. Leave it out."
+                "python_executor_url holds a user name, password or query; it would end up in logs. Leave it out."
             )
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigError(f"python_executor_url is {url!r}; expected http://HOST:PORT or https://HOST.")

@@ -1,0 +1,127 @@
+import json
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from arpo_trl import cli
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.merging import merge_adapter
+from support import save_tiny_model, small_model, tokenizer
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def adapter(base, tmp_path):
+    """A trained adapter's folder, with a chat template of its own."""
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False),
+    )
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    mine = AutoTokenizer.from_pretrained(base)
+    mine.chat_template = "{{ 'mine' }}"
+    mine.save_pretrained(folder)
+    return folder
+
+
+def test_the_merged_model_is_base_plus_adapter_with_its_tokenizer(base, adapter, tmp_path):
+    merge_adapter(str(adapter), tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not isinstance(merged, PeftModel)
+    assert not any("lora" in name for name in merged.state_dict())
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    with torch.no_grad():
+        before = plain(IDS).logits
+        expected = PeftModel.from_pretrained(plain, adapter)(IDS).logits
+        got = merged(IDS).logits
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert not torch.allclose(got, before, atol=1e-2)
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert loaded.chat_template == "{{ 'mine' }}"
+    assert loaded.get_vocab() == tokenizer().get_vocab()
+    assert (tmp_path / "merged/generation_config.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "merged"}
+
+
+def test_an_adapter_without_a_tokenizer_gets_its_bases(base, adapter, tmp_path):
+    for path in adapter.iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    merge_adapter(str(adapter), tmp_path / "merged")
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == tokenizer().chat_template
+
+
+def test_a_dtype_is_that_of_the_result(base, adapter, tmp_path):
+    merge_adapter(str(adapter), tmp_path / "merged", dtype="bfloat16")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype is torch.bfloat16
+
+
+def test_a_run_that_is_merged_keeps_what_it_says_of_itself(adapter, tmp_path):
+    (adapter / "training_config.yaml").write_text("model_name_or_path: Qwen/Qwen3-8B\nuse_peft: true\nlora_r: 4\n")
+    (adapter / "evaluation.md").write_text("half are right")
+    merge_adapter(str(adapter), tmp_path / "merged", repo_id="me/whole")
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "library_name: transformers" in card and "base_model: Qwen/Qwen3-8B" in card
+    assert 'AutoModelForCausalLM.from_pretrained("me/whole")' in card
+    assert "half are right" in card and "| LoRA rank | 4 |" in card
+
+
+def changed_config(adapter, **changes):
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
+    output = tmp_path / "merged"
+    with pytest.raises(DataError, match=r"base\d* is no adapter: it has no adapter_config.json .* use_peft"):
+        merge_adapter(base, output)
+    with pytest.raises(DataError, match="nowhere is no adapter"):
+        merge_adapter(str(tmp_path / "nowhere"), output)
+    with pytest.raises(DataError, match=r"no/where:else is no adapter"):
+        merge_adapter("no/where:else", output)
+    with pytest.raises(ConfigError, match="--dtype is 'float12'; expected one such as bfloat16"):
+        merge_adapter(str(adapter), output, dtype="float12")
+    with pytest.raises(
+        DataError, match=r"The base model '.*gone' of .* cannot be loaded: .* Name another with --base"
+    ):
+        merge_adapter(str(adapter), output, base=str(tmp_path / "gone"))
+    changed_config(adapter, base_model_name_or_path=None)
+    with pytest.raises(DataError, match=r"adapter does not say what its base model is. Name it with --base"):
+        merge_adapter(str(adapter), output)
+    assert not output.exists()
+    output.mkdir()
+    with pytest.raises(ConfigError, match=r"merged exists\. Name a folder that does not"):
+        merge_adapter(str(adapter), output)
+
+
+def test_another_models_adapter_is_refused(adapter, tmp_path):
+    other = small_model(Qwen3Config, Qwen3ForCausalLM, head_dim=32)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(DataError, match="does not fit its base model"):
+        merge_adapter(str(adapter), tmp_path / "merged", base=str(tmp_path / "other"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_the_command_merges_and_pushes(hub, adapter, tmp_path, capsys, monkeypatch):
+    words = ["merge", str(adapter), "--output", str(tmp_path / "merged"), "--push-to-hub", "whole"]
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0
+    assert capsys.readouterr().out == (
+        f"Merged model saved in {tmp_path / 'merged'}\nPushed: {hub.url}/me/whole/commit/{1:040x}\n"
+    )
+    (commit,) = hub.commits
+    assert (commit.repo, commit.message) == ("me/whole", "Merged model")
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"} <= set(commit.files)

@@ -1,0 +1,145 @@
+import dataclasses
+import json
+
+import pytest
+import yaml
+
+from arpo_trl import ARPOConfig, __version__
+from arpo_trl.cli import parse_settings
+from arpo_trl.model_card import CONFIG_NAME, PANELS, Card, describe, draw_curves, is_hub_id, without_credentials
+
+HISTORY = [
+    {"step": step, "reward": 0.1 * step, "arpo/accuracy": 0.2, "arpo/tree/branches": 2.0, "loss": 0.0}
+    for step in (1, 2, 3)
+]
+
+
+def card(**changes) -> Card:
+    settings = {"num_generations": 8, "tools": ["search"], "dataset": "someone/questions", "learning_rate": 1e-5}
+    made = Card("me/policy", settings, HISTORY, "Qwen/Qwen2.5-3B-Instruct", False)
+    return dataclasses.replace(made, **changes)
+
+
+def metadata(text: str) -> dict:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_a_card_has_what_the_hub_shows_and_a_reader_looks_for(tmp_path):
+    card().write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert metadata(text) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "Qwen/Qwen2.5-3B-Instruct",
+        "base_model_relation": "finetune",
+        "datasets": ["someone/questions"],
+        "tags": ["arpo-trl", "arpo", "trl", "reinforcement-learning", "agent", "tool-use"],
+    }
+    assert f"`arpo-trl` {__version__} on\n[someone/questions](https://" in text and "), 3 steps." in text
+    assert "arpo-trl eval --model me/policy --data" in text
+    assert "| leaves per prompt (M) | 8 |" in text
+    assert "| τ | 0.5 |" in text  # a default counts as well
+    assert "| tools | search |" in text
+    assert "LoRA" not in text and "## Evaluation" not in text
+    assert "```yaml\nnum_generations: 8\n" in text
+    assert "eprint = {arXiv:2507.19849}" in text and "title  = {{Agentic" in text
+    assert "![Reward and accuracy](curves/reward.png)" in text
+    assert sorted(path.name for path in (tmp_path / "curves").iterdir()) == ["reward.png", "tree.png"]
+    assert "entropy.png" not in text  # nothing was logged for it
+
+
+def test_a_card_is_the_same_from_the_folder_it_was_written_to(tmp_path):
+    made = card(evaluation="| a |\n|---|\n| 1 |\n")
+    made.write(tmp_path)
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": HISTORY}))
+    (tmp_path / CONFIG_NAME).write_text(
+        (tmp_path / CONFIG_NAME).read_text() + "model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n"
+    )
+    again = Card.of(tmp_path, "me/policy")
+    assert again.text(["reward"]).replace("model_name_or_path: Qwen/Qwen2.5-3B-Instruct\n", "") == made.text(
+        ["reward"]
+    )
+    assert "## Evaluation\n\n| a |" in again.text([])
+
+
+def test_a_folder_without_settings_has_no_card(tmp_path):
+    assert Card.of(tmp_path, "me/policy") is None
+
+
+def test_an_adapters_card_says_so(tmp_path):
+    (tmp_path / CONFIG_NAME).write_text("use_peft: true\nlora_r: 32\n")
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
+    text = Card.of(tmp_path, "me/adapter").text([])
+    assert metadata(text)["library_name"] == "peft"
+    assert metadata(text)["base_model_relation"] == "adapter"
+    assert metadata(text)["base_model"] == "Qwen/Qwen3-8B"
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/adapter")' in text
+    assert "arpo-trl eval --model Qwen/Qwen3-8B --adapter me/adapter --data" in text
+    assert "| LoRA rank | 32 |" in text
+
+
+def test_paths_of_this_machine_are_no_names_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/sft").mkdir()
+    text = card(base_model="runs/sft", settings={"dataset": "/data/rows.jsonl", "eval_dataset": "runs/sft"}).text([])
+    assert "base_model" not in metadata(text) and "datasets" not in metadata(text)
+    assert is_hub_id("someone/questions") and not is_hub_id("runs/sft") and not is_hub_id("rows.jsonl")
+
+
+def test_text_in_a_setting_cannot_break_the_card():
+    prompt = "Use\n```python\nprint(1)\n```\n| a | b"
+    text = card(settings={"system_prompt": prompt, "tools": ["a|b"]}).text([])
+    assert "````yaml\n" in text and "\n````\n" in text
+    assert "| tools | a\\|b |" in text
+
+
+def test_curves_need_two_points_and_numbers(tmp_path):
+    assert draw_curves([], tmp_path) == []
+    assert draw_curves([{"step": 1, "reward": 1.0}, {"step": 2, "reward": None}], tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
+    history = [{"step": step, **{key: 1.0 for _, lines in PANELS.values() for key in lines}} for step in range(40)]
+    assert draw_curves(history, tmp_path) == list(PANELS)
+
+
+# Settings ------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Settings:
+    plain: int = 1
+    service_token: str | None = None
+    api_key: str | None = None
+    url: str | None = None
+    servers: list = dataclasses.field(default_factory=list)
+    made: int = dataclasses.field(default=0, init=False)
+
+
+def test_defaults_and_secrets_are_left_out():
+    given = Settings(2, "t-1234", "k-1234", "https://me:pass@host:8000/v1?api_key=abc")
+    assert describe(given) == {"plain": 2, "url": "https://host:8000/v1"}
+    assert describe(Settings()) == {}
+    servers = [{"url": "https://host/mcp?key=abc", "command": "run", "args": ["--key", "abc"], "env": ["SOME_KEY"]}]
+    assert describe(Settings(servers=servers)) == {
+        "servers": [{"url": "https://host/mcp", "command": "run", "env": ["SOME_KEY"]}]
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://host/path", "https://host/path"),
+        ("https://host/path?a=1#b", "https://host/path#b"),
+        ("http://user@host", "http://host"),
+        ("what is a@b? see http", "what is a@b? see http"),
+    ],
+)
+def test_urls_lose_what_can_be_a_secret(text, expected):
+    assert without_credentials(text) == expected
+
+
+def test_settings_of_the_trainer_alone_parse(tmp_path):
+    config = ARPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True, bf16=False)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(describe(config)))
+    (again,) = parse_settings([ARPOConfig], ["--config", str(tmp_path / "again.yaml")])
+    assert again.num_generations == 4 and again.initial_rollouts == 2
