@@ -20,13 +20,26 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl
+
+from arpo_trl.quickstart.__main__ import RL_CONFIG, launch, measure
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import Failures
+from arpo_trl.tools import LocalIndex, python_tool, search_tool
+from arpo_trl.tools.box import ToolBox, ToolCall
+from compare_rules import cold_start
+
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = 8  # as in configs/quickstart.yaml
 TIMEOUT_S = 1.0
+DEMONSTRATED = 0.2
+"""Share of the calls that fail in the demonstrations."""
+RESULTS = ("--max_tool_result_tokens", "64")  # a flood must not take the whole of a path
+ROOM = ("--max_tool_calling_iterations", "10", "--max_completion_length", "512")
+"""For calls that are made again: of paths that need three to five calls, 99.5 % get them within ten."""
 USEFUL = "useful"
 
 
@@ -106,8 +119,22 @@ WAYS: dict[str, Callable[..., str]] = {
 }
 
 
+def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
+    """By tool, what a policy reads of a call that fails in each of `WAYS`."""
+    texts: dict[str, list[str]] = {tool.__name__: [] for tool in tools}
+    for way in WAYS:
+        chaos = Chaos(rate=1.0, seed=0, ways=(way,))
+        # Of a flood 200 characters have the head and the tail that `TRAINING` leaves of it.
+        with ToolBox([chaos(tool) for tool in tools], timeout_s=TIMEOUT_S, max_chars=200) as box:
+            for name, spec in box.specs.items():
+                box.submit(ToolCall(name, {str(spec.single_text_parameter): "1"}))
+                ((_, result),) = box.poll(10 * TIMEOUT_S)
+                texts[name].append(result.text)
+    return texts
+
+
 def train_in_chaos() -> None:
-    """`train.py` with its tools wrapped; what `accelerate launch` starts."""
+    """`train.py` with its tools wrapped, until so many calls were useful; what `accelerate launch` starts."""
     sys.path.insert(0, str(ROOT))
     import train
 
@@ -116,16 +143,23 @@ def train_in_chaos() -> None:
     train.build_tools = lambda *given, **named: [chaos(tool) for tool in build(*given, **named)]
     counts = Path(os.environ["CHAOS_COUNTS"])
     atexit.register(lambda: counts.write_text(json.dumps(chaos.counts)))
+    enough = int(os.environ["CHAOS_USEFUL"])
+
+    class Enough(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+            control.should_training_stop |= chaos.counts[USEFUL] >= enough
+
+    train.ARPOTrainer = functools.partial(train.ARPOTrainer, callbacks=[Enough()])
     train.main()
 
 
-def run(folder: Path, seed: int, rate: float, steps: int) -> dict[str, Any]:
-    from arpo_trl.quickstart.__main__ import RL_CONFIG, launch, measure
-
-    output = folder / f"chaos-{rate:g}-{steps}"
+def run(folder: Path, seed: int, rate: float, *, steps: int, useful: int) -> dict[str, Any]:
+    """Trains until `useful` calls were, for at most `steps` steps."""
+    output = folder / f"rl-{rate:g}"
     output.mkdir(parents=True, exist_ok=True)
     counts = output / "calls.json"
     os.environ.update(CHAOS_RATE=str(rate), CHAOS_SEED=str(seed), CHAOS_COUNTS=str(counts.resolve()))
+    os.environ.update(CHAOS_USEFUL=str(useful))
     finished = True
     try:
         launch(
@@ -134,8 +168,8 @@ def run(folder: Path, seed: int, rate: float, steps: int) -> dict[str, Any]:
             *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "data/train.jsonl")),
             *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),
             *("--output_dir", str(output), "--seed", str(seed), "--max_steps", str(steps)),
-            # Nothing cached, as chaos would be; and a flood must not take the whole of a path.
-            *("--tool_cache", "false", "--tool_timeout_s", str(TIMEOUT_S), "--max_tool_result_tokens", "64"),
+            *("--tool_cache", "false"),  # as chaos would be
+            *("--tool_timeout_s", str(TIMEOUT_S), *RESULTS, *ROOM),
         )
     except SystemExit:
         finished = False
@@ -143,7 +177,7 @@ def run(folder: Path, seed: int, rate: float, steps: int) -> dict[str, Any]:
     leaves = [row["arpo/tree/leaves"] / row["arpo/tree/groups"] for row in history if "arpo/tree/leaves" in row]
     return {
         "finished": finished,
-        "steps": steps,
+        "steps": history[-1]["step"] if history else 0,
         "leaves": leaves,
         "calls": json.loads(counts.read_text("utf-8")) if counts.exists() else {},
         "accuracy": measure(output, folder / "data", seed, temperature=1.0).accuracy if finished else None,
@@ -155,18 +189,16 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.3, help="share of the calls that fail (default: 0.3)")
     parser.add_argument("--steps", type=int, default=24, help="training steps of the calm run (default: 24)")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="holds seed<N>/sft, or will")
+    parser.add_argument("--output", type=Path, default=Path("runs/chaos"), help="default: runs/chaos")
     arguments = parser.parse_args()
-    from compare_rules import cold_start
-
     folder = arguments.output / f"seed{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    cold_start(folder, arguments.seed)
-    longer = round(arguments.steps / (1 - arguments.rate))
-    runs = {
-        "calm": run(folder, arguments.seed, 0.0, arguments.steps),
-        f"chaos {arguments.rate:.0%}": run(folder, arguments.seed, arguments.rate, longer),
-    }
+    failures = Failures(DEMONSTRATED, failure_texts([search_tool(LocalIndex(passages())), python_tool()]))
+    cold_start(folder, arguments.seed, *RESULTS, failures=failures)
+    calm = run(folder, arguments.seed, 0.0, steps=arguments.steps, useful=sys.maxsize)
+    useful = calm["calls"].get(USEFUL, 0)
+    chaotic = run(folder, arguments.seed, arguments.rate, steps=2 * arguments.steps, useful=useful)
+    runs = {"calm": calm, f"chaos {arguments.rate:.0%}": chaotic}
     ways = [USEFUL, *WAYS]
     print("| | finished | steps | leaves per group | accuracy | " + " | ".join(ways) + " |")
     print("|---|---|---:|---:|---:|" + "---:|" * len(ways))
