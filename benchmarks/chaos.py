@@ -26,17 +26,28 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl
 
-from arpo_trl.quickstart.__main__ import RL_CONFIG, launch, measure
+from arpo_trl.quickstart.__main__ import (
+    N_HELDOUT,
+    N_TRAIN,
+    RL_CONFIG,
+    SFT_BATCH,
+    SFT_CONFIG,
+    TOP_K,
+    launch,
+    like_lengths_together,
+    measure,
+)
 from arpo_trl.quickstart.corpus import passages
-from arpo_trl.quickstart.demonstrations import Failures
+from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
+from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
 from arpo_trl.tools.box import ToolBox, ToolCall
 from compare_rules import cold_start
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 1.0
-DEMONSTRATED = 0.2
-"""Share of the calls that fail in the demonstrations."""
+TAUGHT_RATE, TAUGHT_STEPS = 0.2, 240
+"""Share of the calls that fail in the demonstrations of calling again, and the steps that these are learned in."""
 RESULTS = ("--max_tool_result_tokens", "64")  # a flood must not take the whole of a path
 ROOM = ("--max_tool_calling_iterations", "10", "--max_completion_length", "512")
 """For calls that are made again: of paths that need three to five calls, 99.5 % get them within ten."""
@@ -133,6 +144,25 @@ def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
     return texts
 
 
+def teach_to_call_again(folder: Path, seed: int) -> None:
+    """Continues the cold start of <folder>/sft on demonstrations in which calls fail: <folder>/taught."""
+    if (folder / "taught" / "config.json").exists():
+        return
+    search = search_tool(LocalIndex(passages()), top_k=TOP_K)
+    failures = Failures(TAUGHT_RATE, failure_texts([search, python_tool()]))
+    tasks, _ = make_tasks(seed, N_TRAIN, N_HELDOUT)
+    rows = make_demonstrations(tasks, search, seed, TAUGHT_STEPS * SFT_BATCH, failures=failures)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in like_lengths_together(rows, seed)]
+    (folder / "failures.jsonl").write_text("".join(lines), "utf-8")
+    launch(
+        "sft.py",
+        SFT_CONFIG,
+        *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "failures.jsonl")),
+        *("--output_dir", str(folder / "taught"), "--seed", str(seed)),
+        *("--max_steps", str(TAUGHT_STEPS), "--learning_rate", "1e-3", *RESULTS),
+    )
+
+
 def train_in_chaos() -> None:
     """`train.py` with its tools wrapped, until so many calls were useful; what `accelerate launch` starts."""
     sys.path.insert(0, str(ROOT))
@@ -155,7 +185,7 @@ def train_in_chaos() -> None:
 
 def run(folder: Path, seed: int, rate: float, *, steps: int, useful: int) -> dict[str, Any]:
     """Trains until `useful` calls were, for at most `steps` steps."""
-    output = folder / f"rl-{rate:g}"
+    output = folder / f"chaos-{rate:g}"
     output.mkdir(parents=True, exist_ok=True)
     counts = output / "calls.json"
     os.environ.update(CHAOS_RATE=str(rate), CHAOS_SEED=str(seed), CHAOS_COUNTS=str(counts.resolve()))
@@ -165,7 +195,7 @@ def run(folder: Path, seed: int, rate: float, *, steps: int, useful: int) -> dic
         launch(
             __file__,
             RL_CONFIG,
-            *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "data/train.jsonl")),
+            *("--model_name_or_path", str(folder / "taught"), "--dataset", str(folder / "data/train.jsonl")),
             *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),
             *("--output_dir", str(output), "--seed", str(seed), "--max_steps", str(steps)),
             *("--tool_cache", "false"),  # as chaos would be
@@ -189,12 +219,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.3, help="share of the calls that fail (default: 0.3)")
     parser.add_argument("--steps", type=int, default=24, help="training steps of the calm run (default: 24)")
-    parser.add_argument("--output", type=Path, default=Path("runs/chaos"), help="default: runs/chaos")
+    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="holds seed<N>/sft, or will")
     arguments = parser.parse_args()
     folder = arguments.output / f"seed{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    failures = Failures(DEMONSTRATED, failure_texts([search_tool(LocalIndex(passages())), python_tool()]))
-    cold_start(folder, arguments.seed, *RESULTS, failures=failures)
+    cold_start(folder, arguments.seed)
+    teach_to_call_again(folder, arguments.seed)
     calm = run(folder, arguments.seed, 0.0, steps=arguments.steps, useful=sys.maxsize)
     useful = calm["calls"].get(USEFUL, 0)
     chaotic = run(folder, arguments.seed, arguments.rate, steps=2 * arguments.steps, useful=useful)

@@ -21,7 +21,6 @@ from statistics import mean, stdev
 from typing import Any
 
 from arpo_trl.quickstart.__main__ import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
-from arpo_trl.quickstart.demonstrations import NO_FAILURES, Failures
 from arpo_trl.quickstart.report import summarise
 
 LEAVES = 8
@@ -45,16 +44,15 @@ COLUMNS = {
 }
 
 
-def cold_start(folder: Path, seed: int, *flags: str, failures: Failures = NO_FAILURES) -> None:
+def cold_start(folder: Path, seed: int) -> None:
     if (folder / "sft" / "config.json").exists():
         return
-    prepare(folder / "data", seed, failures)
+    prepare(folder / "data", seed)
     launch(
         "sft.py",
         SFT_CONFIG,
         *("--model_name_or_path", str(folder / "data/base"), "--dataset", str(folder / "data/demonstrations.jsonl")),
         *("--output_dir", str(folder / "sft"), "--seed", str(seed)),
-        *flags,
     )
 
 

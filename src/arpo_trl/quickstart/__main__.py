@@ -25,7 +25,7 @@ from arpo_trl.cli import report_errors
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.measure import Evaluation, evaluate
 from arpo_trl.quickstart.corpus import passages
-from arpo_trl.quickstart.demonstrations import NO_FAILURES, Failures, make_demonstrations
+from arpo_trl.quickstart.demonstrations import make_demonstrations
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.quickstart.tasks import make_tasks
@@ -45,18 +45,18 @@ SFT_CONFIG, RL_CONFIG = Path("configs/quickstart_sft.yaml"), Path("configs/quick
 ACCELERATE_CONFIG = Path("accelerate_configs/single.yaml")
 
 
-def prepare(folder: Path, seed: int, failures: Failures = NO_FAILURES) -> None:
+def prepare(folder: Path, seed: int) -> None:
     """Writes what both stages read: the corpus, the questions, the demonstrations and an untrained model."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = passages()
     train, heldout = make_tasks(seed, N_TRAIN, N_HELDOUT)
     search = search_tool(LocalIndex(corpus), top_k=TOP_K)
-    demonstrations = make_demonstrations(train, search, seed, N_DEMONSTRATIONS, failures=failures)
+    demonstrations = like_lengths_together(make_demonstrations(train, search, seed, N_DEMONSTRATIONS), seed)
     _write_lines(folder / "corpus.jsonl", corpus)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "heldout.jsonl", heldout)
     _write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
-    _write_lines(folder / "demonstrations.jsonl", like_lengths_together(demonstrations, seed))
+    _write_lines(folder / "demonstrations.jsonl", demonstrations)
     save_cold_start_base(folder / "base", seed=0)  # one base for all seeds, as if it were downloaded
 
 
