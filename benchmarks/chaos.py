@@ -50,7 +50,8 @@ TAUGHT_RATE, TAUGHT_STEPS = 0.2, 240
 """Share of the calls that fail in the demonstrations of calling again, and the steps that these are learned in."""
 RESULTS = ("--max_tool_result_tokens", "64")  # a flood must not take the whole of a path
 ROOM = ("--max_tool_calling_iterations", "10", "--max_completion_length", "512")
-"""For calls that are made again: of paths that need three to five calls, 99.5 % get them within ten."""
+"""For calls that are made again. When 0.3 of the calls fail, 0.99 of the paths whose every failed call is made again
+end within this; within the quickstart's 5 calls and 208 tokens 0.58 would."""
 USEFUL = "useful"
 
 
@@ -130,6 +131,17 @@ WAYS: dict[str, Callable[..., str]] = {
 }
 
 
+class EnoughCalls(TrainerCallback):
+    """Ends training after the step in which the calls that were useful became `useful` or more."""
+
+    def __init__(self, chaos: Chaos, useful: int) -> None:
+        self.chaos = chaos
+        self.useful = useful
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.chaos.counts[USEFUL] >= self.useful
+
+
 def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
     """By tool, what a policy reads of a call that fails in each of `WAYS`."""
     texts: dict[str, list[str]] = {tool.__name__: [] for tool in tools}
@@ -173,13 +185,8 @@ def train_in_chaos() -> None:
     train.build_tools = lambda *given, **named: [chaos(tool) for tool in build(*given, **named)]
     counts = Path(os.environ["CHAOS_COUNTS"])
     atexit.register(lambda: counts.write_text(json.dumps(chaos.counts)))
-    enough = int(os.environ["CHAOS_USEFUL"])
-
-    class Enough(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
-            control.should_training_stop |= chaos.counts[USEFUL] >= enough
-
-    train.ARPOTrainer = functools.partial(train.ARPOTrainer, callbacks=[Enough()])
+    enough = EnoughCalls(chaos, int(os.environ["CHAOS_USEFUL"]))
+    train.ARPOTrainer = functools.partial(train.ARPOTrainer, callbacks=[enough])
     train.main()
 
 
