@@ -39,7 +39,7 @@ class NoiseRates:
     forget_unit: float = 0.35
     wrong_operation: float = 0.15
     answer_directly: float = 0.03
-    give_up: float = 0.2
+    give_up: float = 0.05
 
 
 NO_NOISE = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
