@@ -2,8 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --seed 0
 
-The chaotic run gets so many more steps that both make as many useful calls. Prints for each run whether it finished,
-the fewest and most leaves a group had, the calls by what came of them, and held-out accuracy measured with calm tools.
+Both runs start from the quickstart's cold start, continued on demonstrations in which failed calls are made again, and
+have room for more calls. The chaotic run ends when it has made as many useful calls as the calm one. Prints the
+held-out accuracy of the start and of each run, measured with calm tools, and for each run whether it finished, the
+fewest and most leaves a group had, and the calls by what came of them.
 """
 
 from __future__ import annotations
@@ -20,13 +22,38 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerCallback, TrainerControl
+
+from arpo_trl.quickstart.__main__ import (
+    N_HELDOUT,
+    N_TRAIN,
+    RL_CONFIG,
+    SFT_BATCH,
+    SFT_CONFIG,
+    TOP_K,
+    launch,
+    like_lengths_together,
+    measure,
+)
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
+from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.tools import LocalIndex, python_tool, search_tool
+from arpo_trl.tools.box import ToolBox, ToolCall
+from compare_rules import cold_start
+
 ROOT = Path(__file__).resolve().parents[1]
-LEAVES = 8  # as in configs/quickstart.yaml
 TIMEOUT_S = 1.0
+TAUGHT_RATE, TAUGHT_STEPS = 0.3, 480
+"""Share of the calls that fail in the demonstrations of calling again, and the steps that these are learned in."""
+RESULTS = ("--max_tool_result_tokens", "64")  # a flood must not take the whole of a path
+ROOM = ("--max_tool_calling_iterations", "10", "--max_completion_length", "512")
+"""For calls that are made again. When 0.3 of the calls fail, 0.99 of the paths whose every failed call is made again
+end within this; within the quickstart's 5 calls and 208 tokens 0.58 would."""
 USEFUL = "useful"
 
 
@@ -106,8 +133,52 @@ WAYS: dict[str, Callable[..., str]] = {
 }
 
 
+class EnoughCalls(TrainerCallback):
+    """Ends training after the step in which the calls that were useful became `useful` or more."""
+
+    def __init__(self, chaos: Chaos, useful: int) -> None:
+        self.chaos = chaos
+        self.useful = useful
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.chaos.counts[USEFUL] >= self.useful
+
+
+def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
+    """By tool, what a policy reads of a call that fails in each of `WAYS`."""
+    texts: dict[str, list[str]] = {tool.__name__: [] for tool in tools}
+    for way in WAYS:
+        chaos = Chaos(rate=1.0, seed=0, ways=(way,))
+        # Of a flood 200 characters have the head and the tail that `RESULTS` leaves of it.
+        with ToolBox([chaos(tool) for tool in tools], timeout_s=TIMEOUT_S, max_chars=200) as box:
+            for name, spec in box.specs.items():
+                box.submit(ToolCall(name, {str(spec.single_text_parameter): "1"}))
+                ((_, result),) = box.poll(10 * TIMEOUT_S)
+                texts[name].append(result.text)
+    return texts
+
+
+def teach_to_call_again(folder: Path, seed: int) -> None:
+    """Continues the cold start of <folder>/sft on demonstrations in which calls fail: <folder>/taught."""
+    if (folder / "taught" / "config.json").exists():
+        return
+    search = search_tool(LocalIndex(passages()), top_k=TOP_K)
+    failures = Failures(TAUGHT_RATE, failure_texts([search, python_tool()]))
+    tasks, _ = make_tasks(seed, N_TRAIN, N_HELDOUT)
+    rows = make_demonstrations(tasks, search, seed, TAUGHT_STEPS * SFT_BATCH, failures=failures)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in like_lengths_together(rows, seed)]
+    (folder / "failures.jsonl").write_text("".join(lines), "utf-8")
+    launch(
+        "sft.py",
+        SFT_CONFIG,
+        *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "failures.jsonl")),
+        *("--output_dir", str(folder / "taught"), "--seed", str(seed)),
+        *("--max_steps", str(TAUGHT_STEPS), "--learning_rate", "2e-3", *RESULTS),
+    )
+
+
 def train_in_chaos() -> None:
-    """`train.py` with its tools wrapped; what `accelerate launch` starts."""
+    """`train.py` with its tools wrapped, until so many calls were useful; what `accelerate launch` starts."""
     sys.path.insert(0, str(ROOT))
     import train
 
@@ -116,26 +187,28 @@ def train_in_chaos() -> None:
     train.build_tools = lambda *given, **named: [chaos(tool) for tool in build(*given, **named)]
     counts = Path(os.environ["CHAOS_COUNTS"])
     atexit.register(lambda: counts.write_text(json.dumps(chaos.counts)))
+    enough = EnoughCalls(chaos, int(os.environ["CHAOS_USEFUL"]))
+    train.ARPOTrainer = functools.partial(train.ARPOTrainer, callbacks=[enough])
     train.main()
 
 
-def run(folder: Path, seed: int, rate: float, steps: int) -> dict[str, Any]:
-    from arpo_trl.quickstart.__main__ import RL_CONFIG, launch, measure
-
-    output = folder / f"chaos-{rate:g}-{steps}"
+def run(folder: Path, seed: int, rate: float, *, steps: int, useful: int) -> dict[str, Any]:
+    """Trains until `useful` calls were, for at most `steps` steps."""
+    output = folder / f"chaos-{rate:g}"
     output.mkdir(parents=True, exist_ok=True)
     counts = output / "calls.json"
     os.environ.update(CHAOS_RATE=str(rate), CHAOS_SEED=str(seed), CHAOS_COUNTS=str(counts.resolve()))
+    os.environ.update(CHAOS_USEFUL=str(useful))
     finished = True
     try:
         launch(
             __file__,
             RL_CONFIG,
-            *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "data/train.jsonl")),
+            *("--model_name_or_path", str(folder / "taught"), "--dataset", str(folder / "data/train.jsonl")),
             *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),
             *("--output_dir", str(output), "--seed", str(seed), "--max_steps", str(steps)),
-            # Nothing cached, as chaos would be; and a flood must not take the whole of a path.
-            *("--tool_cache", "false", "--tool_timeout_s", str(TIMEOUT_S), "--max_tool_result_tokens", "64"),
+            *("--tool_cache", "false"),  # as chaos would be
+            *("--tool_timeout_s", str(TIMEOUT_S), *RESULTS, *ROOM),
         )
     except SystemExit:
         finished = False
@@ -143,7 +216,7 @@ def run(folder: Path, seed: int, rate: float, steps: int) -> dict[str, Any]:
     leaves = [row["arpo/tree/leaves"] / row["arpo/tree/groups"] for row in history if "arpo/tree/leaves" in row]
     return {
         "finished": finished,
-        "steps": steps,
+        "steps": history[-1]["step"] if history else 0,
         "leaves": leaves,
         "calls": json.loads(counts.read_text("utf-8")) if counts.exists() else {},
         "accuracy": measure(output, folder / "data", seed, temperature=1.0).accuracy if finished else None,
@@ -157,19 +230,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="training steps of the calm run (default: 24)")
     parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="holds seed<N>/sft, or will")
     arguments = parser.parse_args()
-    from compare_rules import cold_start
-
     folder = arguments.output / f"seed{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     cold_start(folder, arguments.seed)
-    longer = round(arguments.steps / (1 - arguments.rate))
-    runs = {
-        "calm": run(folder, arguments.seed, 0.0, arguments.steps),
-        f"chaos {arguments.rate:.0%}": run(folder, arguments.seed, arguments.rate, longer),
-    }
+    teach_to_call_again(folder, arguments.seed)
+    calm = run(folder, arguments.seed, 0.0, steps=arguments.steps, useful=sys.maxsize)
+    useful = calm["calls"].get(USEFUL, 0)
+    chaotic = run(folder, arguments.seed, arguments.rate, steps=2 * arguments.steps, useful=useful)
+    runs = {"calm": calm, f"chaos {arguments.rate:.0%}": chaotic}
+    before = measure(folder / "taught", folder / "data", arguments.seed, temperature=1.0).accuracy
     ways = [USEFUL, *WAYS]
     print("| | finished | steps | leaves per group | accuracy | " + " | ".join(ways) + " |")
     print("|---|---|---:|---:|---:|" + "---:|" * len(ways))
+    print(f"| start | | | | {before:.3f} |" + " |" * len(ways))
     for name, ran in runs.items():
         leaves = f"{min(ran['leaves']):g} – {max(ran['leaves']):g}" if ran["leaves"] else "–"
         accuracy = f"{ran['accuracy']:.3f}" if ran["finished"] else "–"

@@ -6,9 +6,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from transformers import TrainerControl
 
 from arpo_trl.rollout.branching import BranchRule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import RolloutSchedule
 from arpo_trl.tools.box import tool_spec
 from support import ANSWER, Scripted, python, search, tokenizer
@@ -23,6 +25,11 @@ def benchmark() -> ModuleType:
     sys.modules["chaos"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def texts(benchmark) -> dict[str, list[str]]:
+    return benchmark.failure_texts([search, python])
 
 
 def calls_twice(request, context):
@@ -85,7 +92,7 @@ def test_there_is_an_expectation_for_each_of_the_seven_ways(benchmark):
 
 
 @pytest.mark.parametrize("way", READS)
-def test_a_failure_of_one_kind_is_a_text_for_the_model(benchmark, way):
+def test_a_failure_of_one_kind_is_a_text_for_the_model_and_the_one_it_was_taught(benchmark, texts, way):
     chaos, rollout = sample(benchmark, groups=1, ways=(way,))
     check(rollout)
     assert set(chaos.counts) == {way}
@@ -93,6 +100,10 @@ def test_a_failure_of_one_kind_is_a_text_for_the_model(benchmark, way):
     first = next(node for node in rollout.trees[0].observations() if node.tool == "search")
     assert first.calls[0].failure == failure
     assert first.text.startswith(text)
+    protocol = TagProtocol(tokenizer(), {}, max_result_tokens=40)
+    number = list(benchmark.WAYS).index(way)
+    for node in rollout.trees[0].observations():
+        assert node.ids == protocol.encode_observation([(node.tool, texts[node.tool][number])])
 
 
 def test_a_calm_wrapper_changes_nothing(benchmark):
@@ -100,3 +111,14 @@ def test_a_calm_wrapper_changes_nothing(benchmark):
     assert set(chaos.counts) == {"useful"}
     assert all(call.ok for leaf in rollout.trees[0].leaves() for call in leaf.calls)
     assert tool_spec(chaos(search)) == tool_spec(search)
+
+
+def test_training_ends_with_the_step_that_makes_the_calls_enough(benchmark):
+    chaos, control = benchmark.Chaos(rate=0.0, seed=0), TrainerControl()
+    enough = benchmark.EnoughCalls(chaos, useful=2)
+    stops = []
+    for _ in range(3):
+        chaos(search)("iron")
+        enough.on_step_end(None, None, control)
+        stops.append(control.should_training_stop)
+    assert stops == [False, True, True]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Quantity, passages
-from arpo_trl.quickstart.demonstrations import NO_NOISE, NoiseRates, make_demonstrations
+from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, make_demonstrations
 from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quickstart_texts, save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
 from arpo_trl.tools.search import LocalIndex, search_tool
@@ -203,6 +203,41 @@ def test_with_the_default_noise_about_a_third_of_the_demonstrations_is_right(sea
     tasks, _ = make_tasks(seed=0, n_train=1500, n_heldout=0)
     rows = make_demonstrations(tasks, search, 0, 1500)
     assert 0.25 < sum(boxed(row) == t["answer"][0] for row, t in zip(rows, tasks, strict=True)) / 1500 < 0.45
+
+
+FAILURES = {"search": ["search: down", "search: late"], "python": ["python: down"]}
+
+
+def test_a_failed_call_is_made_again_until_it_succeeds(search: Callable[[str], str]) -> None:
+    tasks, _ = make_tasks(seed=0, n_train=300, n_heldout=0)
+    rows = make_demonstrations(tasks, search, 0, 300, NO_NOISE, Failures(0.3, FAILURES))
+    made: Counter[str] = Counter()
+    for row, solved in zip(tasks, rows, strict=True):
+        assert boxed(solved) == row["answer"][0]
+        messages = solved["messages"]
+        for call, result, following in zip(messages[1::2], messages[2::2], messages[3::2], strict=False):
+            made[result["content"] if result["content"].startswith(result["name"]) else "useful"] += 1
+            if result["content"] in FAILURES[result["name"]]:
+                assert following == call
+    # Each of the 300 paths needs 3 to 5 useful calls, and of all calls 0.3 fail.
+    assert 0.27 < 1 - made["useful"] / made.total() < 0.33
+    assert set(made) == {"useful", "search: down", "search: late", "python: down"}
+
+
+def test_who_gives_up_on_every_failure_is_left_with_nothing(search: Callable[[str], str]) -> None:
+    noise = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0, give_up=1.0)
+    question = task("melting point of Wolfram minus that of Tin in °C?")
+    (row,) = make_demonstrations([question], search, 0, 1, noise, Failures(1.0, {**FAILURES, "search": ["down"]}))
+    assert calls(row, "search") == ["melting point of Wolfram", "melting point of Tin"]
+    assert calls(row, "python") == ["print(round(0-0))"]
+    assert [m["content"] for m in row["messages"] if m["role"] == "tool"] == ["down", "down", "python: down"]
+    assert boxed(row) == "0"
+
+
+def test_where_no_call_fails_the_demonstrations_are_those_without_failures(search: Callable[[str], str]) -> None:
+    tasks, _ = make_tasks(seed=0, n_train=40, n_heldout=0)
+    rows = make_demonstrations(tasks, search, 0, 40)
+    assert make_demonstrations(tasks, search, 0, 40, NoiseRates(give_up=1.0), Failures(0.0, FAILURES)) == rows
 
 
 def test_the_same_seed_makes_the_same_demonstrations_and_a_second_round_makes_fresh_mistakes(

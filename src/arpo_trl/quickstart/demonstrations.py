@@ -31,6 +31,7 @@ class NoiseRates:
         forget_unit: Leaves a value in the unit it was found in; per value in another unit.
         wrong_operation: Adds instead of subtracting, or the other way round.
         answer_directly: Answers with the value just read, without python; per entity.
+        give_up: Goes on with nothing instead of calling again; per failed call.
     """
 
     wrong_snippet: float = 0.22
@@ -38,9 +39,26 @@ class NoiseRates:
     forget_unit: float = 0.35
     wrong_operation: float = 0.15
     answer_directly: float = 0.03
+    give_up: float = 0.05
 
 
-NO_NOISE = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0)
+NO_NOISE = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Calls that fail, after which the scripted policy calls the same again.
+
+    Attributes:
+        rate: Probability that a call fails, a repeated one too; less than 1.
+        texts: By tool, what a policy may read in the place of a result, each as likely as another.
+    """
+
+    rate: float
+    texts: Mapping[str, Sequence[str]]
+
+
+NO_FAILURES = Failures(0.0, {})
 
 
 def make_demonstrations(
@@ -49,6 +67,7 @@ def make_demonstrations(
     seed: int,
     n: int,
     noise: NoiseRates = NoiseRates(),
+    failures: Failures = NO_FAILURES,
 ) -> list[dict[str, Any]]:
     """`n` rows {messages}, going through `tasks` in order as often as needed, with fresh mistakes each time.
 
@@ -58,39 +77,63 @@ def make_demonstrations(
         seed: Same seed, same demonstrations.
         n: Number of rows.
         noise: How often each mistake is made; `NO_NOISE` solves every task.
+        failures: How often a call fails, and with which texts.
     """
     rng = random.Random(seed)
-    return [{"messages": _demonstrate(tasks[i % len(tasks)]["prompt"], search, rng, noise)} for i in range(n)]
+    rows = []
+    for i in range(n):
+        trajectory = _Trajectory(tasks[i % len(tasks)]["prompt"], search, rng, noise, failures)
+        _demonstrate(trajectory, rng, noise)
+        rows.append({"messages": trajectory.messages})
+    return rows
 
 
 class _Trajectory:
     """The messages of one demonstration as it is being written."""
 
-    def __init__(self, prompt: Sequence[Mapping[str, str]], search: Callable[[str], str]):
+    def __init__(
+        self,
+        prompt: Sequence[Mapping[str, str]],
+        search: Callable[[str], str],
+        rng: random.Random,
+        noise: NoiseRates,
+        failures: Failures,
+    ):
         self.messages: list[dict[str, str]] = [dict(message) for message in prompt]
         self._search = search
+        self._rng = rng
+        self._noise = noise
+        self._failures = failures
 
-    def search(self, query: str) -> str:
+    def search(self, query: str) -> str | None:
+        """What the search found, None if it failed and the policy gave up."""
         result = self._search(query)
-        self._call("search", query, result)
-        return result
+        return result if self._call("search", query, result) else None
 
-    def python(self, code: str, output: str) -> None:
-        self._call("python", code, output)
+    def python(self, code: str, output: str) -> bool:
+        """Whether the output came, which else the policy gave up to see."""
+        return self._call("python", code, output)
 
     def answer(self, value: str) -> None:
         self.messages.append({"role": "assistant", "content": f"<answer>\\boxed{{{value}}}</answer>"})
 
-    def _call(self, tool: str, argument: str, result: str) -> None:
+    def _call(self, tool: str, argument: str, result: str) -> bool:
+        """Whether the result came: a failed call is made again until it does or the policy gives up."""
+        # Without failures nothing is drawn for them, so that they change no other draw.
+        while self._failures.rate and self._rng.random() < self._failures.rate:
+            self._write(tool, argument, self._rng.choice(self._failures.texts[tool]))
+            if self._rng.random() < self._noise.give_up:
+                return False
+        self._write(tool, argument, result)
+        return True
+
+    def _write(self, tool: str, argument: str, result: str) -> None:
         self.messages.append({"role": "assistant", "content": f"<{tool}>{argument}</{tool}>"})
         self.messages.append({"role": "tool", "name": tool, "content": result})
 
 
-def _demonstrate(
-    prompt: Sequence[Mapping[str, str]], search: Callable[[str], str], rng: random.Random, noise: NoiseRates
-) -> list[dict[str, str]]:
-    question = parse_question(prompt[-1]["content"])
-    trajectory = _Trajectory(prompt, search)
+def _demonstrate(trajectory: _Trajectory, rng: random.Random, noise: NoiseRates) -> None:
+    question = parse_question(trajectory.messages[-1]["content"])
     found: list[Quantity | None] = []
     spare: list[Quantity] = []
     for name in (question.first, question.second):
@@ -99,26 +142,29 @@ def _demonstrate(
         spare += others
         if chosen is not None and rng.random() < noise.answer_directly:
             trajectory.answer(chosen.digits)
-            return trajectory.messages
+            return
     first, second = (quantity if quantity is not None else rng.choice(spare or [_NOTHING]) for quantity in found)
     expression, value = _compute(question, first, second, rng, noise)
-    trajectory.python(f"print({expression})", value)
-    trajectory.answer(value)
-    return trajectory.messages
+    trajectory.answer(value if trajectory.python(f"print({expression})", value) else first.digits)
 
 
 def _look_up(
     trajectory: _Trajectory, question: Question, name: str, rng: random.Random, noise: NoiseRates
 ) -> tuple[Quantity | None, list[Quantity]]:
-    """The value taken for `name`, None where a pointer was not followed, and the values left on its pages."""
+    """The value taken for `name`, None where none was found, and the values left on its pages."""
     result = trajectory.search(f"{question.asked} of {name}")
+    if result is None:
+        return None, []
     pages = _pages_about(name, result)
     pointer = next((match.group(1) for page in pages if (match := _POINTER.search(page))), None)
     if pointer is not None:
         if rng.random() < noise.skip_second_query:
             return None, []  # a pointer has no number
         name = pointer
-        pages = _pages_about(name, trajectory.search(f"{question.asked} of {name}"))
+        result = trajectory.search(f"{question.asked} of {name}")
+        if result is None:
+            return None, []
+        pages = _pages_about(name, result)
     verb = f" {_ASKED_VERBS[question.asked]} "
     asked = _quantities([page for page in pages if verb in page])
     others = _quantities([page for page in pages if verb not in page])
