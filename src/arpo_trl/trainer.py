@@ -41,6 +41,7 @@ from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
+from arpo_trl.sharding import check_launch, unsharded
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 
@@ -146,6 +147,7 @@ class ARPOTrainer(GRPOTrainer):
                 train_dataset=train_dataset,
                 **kwargs,
             )
+        check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         self.use_vllm = args.use_vllm
         if self._is_vlm:
             raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
@@ -227,7 +229,7 @@ class ARPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            unsharded(model),
             self.accelerator.autocast(),
         ):
             yield model
