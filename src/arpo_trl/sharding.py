@@ -63,11 +63,42 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
 
 
 @contextmanager
-def unsharded(model: torch.nn.Module) -> Iterator[None]:
-    """While it is open, an FSDP2 model's weights are whole and stay so between forwards; nothing for other models.
+def at_its_own_pace(wrapped: torch.nn.Module, model: torch.nn.Module) -> Iterator[None]:
+    """While it is open, no forward of `model` needs another rank; opening it is a collective.
 
-    A collective when it opens, none after that.
+    Args:
+        wrapped: As the trainer trains it: a DeepSpeed engine, a DDP module, an FSDP2 model, or the model itself.
+        model: The model in it, under ZeRO-3 with its weights gathered by TRL's `unwrap_model_for_generation`.
     """
+    with _untraced(wrapped), _unsharded(model):
+        yield
+
+
+@contextmanager
+def _untraced(wrapped: torch.nn.Module) -> Iterator[None]:
+    """Leaves out a hook of ZeRO-3 that TRL leaves in: it compares the modules' order between ranks, in some forwards.
+
+    Which ones depends on what went before: the first of a rollout, or the first two. A rank that has nothing to write,
+    in an evaluation, would not take part, and the others would wait for it.
+    """
+    optimizer = getattr(wrapped, "optimizer", None)
+    offload = getattr(optimizer, "parameter_offload", optimizer)  # as TRL's `remove_hooks` finds it
+    handle = getattr(offload, "fwd_pre_hook", None)
+    if handle is None:
+        yield
+        return
+    hooks = offload.module._forward_pre_hooks
+    hook = hooks.pop(handle.id)
+    try:
+        yield
+    finally:
+        hooks[handle.id] = hook
+        hooks.move_to_end(handle.id, last=False)  # DeepSpeed has it before all others
+
+
+@contextmanager
+def _unsharded(model: torch.nn.Module) -> Iterator[None]:
+    """An FSDP2 model's weights whole, which they stay between forwards; nothing for other models."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
     groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
     resharding = [group.post_forward_mesh_info for group in groups]

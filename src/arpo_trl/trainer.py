@@ -41,7 +41,7 @@ from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
-from arpo_trl.sharding import check_launch, unsharded
+from arpo_trl.sharding import at_its_own_pace, check_launch
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 
@@ -229,7 +229,7 @@ class ARPOTrainer(GRPOTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            unsharded(model),
+            at_its_own_pace(self.model_wrapped, model),
             self.accelerator.autocast(),
         ):
             yield model
