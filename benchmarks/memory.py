@@ -1,7 +1,7 @@
 """What training takes in memory: the table of docs/distributed.md, from its formula.
 
-    python benchmarks/memory.py                                     # the table
-    python benchmarks/memory.py --gpus 16 --tokens 32768 --paths 32 --length 8192
+python benchmarks/memory.py                                     # the table
+python benchmarks/memory.py --gpus 16 --tokens 32768 --paths 32 --length 8192
 """
 
 from __future__ import annotations

@@ -32,7 +32,9 @@ from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTu
 LEAVES, MAX_CALLS, MAX_TOKENS, TIMEOUT_S = 4, 3, 200, 0.3
 ANSWER = "<answer>\\boxed{1}</answer>"
 STEPS = ("no calls and all", "all calls and none", "tools that hang", "one word and all that fits")
-ROWS = [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(8)]
+ROWS = [
+    {"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(8)
+]
 
 
 class DictatedEngine(ScriptedEngine):

@@ -6,23 +6,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
-from arpo_trl.quickstart.model import save_cold_start_base
 from ranks import launch
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-SHARDED = ("zero3", "fsdp2")
-WAYS = ("ddp", *SHARDED)
+WAYS = ("ddp", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    save_cold_start_base(folder, seed=0)
+    training_ranks.save_model(folder)
     return folder
 
 
@@ -50,7 +49,7 @@ def together(request, base, tmp_path_factory) -> tuple[str, Path, list[dict[str,
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
-    return dict(model.named_parameters())
+    return {name: weights.detach() for name, weights in model.named_parameters()}
 
 
 def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
@@ -62,7 +61,9 @@ def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> fl
 def test_trees_rewards_and_advantages_are_those_of_one_rank(alone, together, run):
     _, _, ranks = together
     expected = alone[1][run]["groups"]
-    found = sorted((row for rank in ranks for row in rank[run]["groups"]), key=lambda row: (row["rollout"], row["group"]))
+    found = sorted(
+        (row for rank in ranks for row in rank[run]["groups"]), key=lambda row: (row["rollout"], row["group"])
+    )
     assert [(row["rollout"], row["group"]) for row in found] == [(row["rollout"], row["group"]) for row in expected]
     assert [row["ids"] for row in found] == [row["ids"] for row in expected]
     assert [row["rewards"] for row in found] == [row["rewards"] for row in expected]
@@ -82,13 +83,13 @@ def test_the_update_with_shared_prefixes_is_the_padded_one_of_one_rank(alone, to
 
 
 def test_an_adapter_is_trained_and_saved_whole(alone, together):
-    from safetensors.torch import load_file
-
     _, folder, _ = together
     name = "adapter/final/adapter_model.safetensors"
     expected, found = load_file(alone[0] / name), load_file(folder / name)
     trained = {name: weights for name, weights in expected.items() if "lora_B" in name}  # from 0
-    assert distance(found, expected) / distance(trained, {name: 0 * weights for name, weights in trained.items()}) < 1e-3
+    assert (
+        distance(found, expected) / distance(trained, {name: 0 * weights for name, weights in trained.items()}) < 1e-3
+    )
 
 
 def test_an_evaluation_is_shared_out_also_where_it_leaves_a_rank_nothing(alone, together):
@@ -99,8 +100,6 @@ def test_an_evaluation_is_shared_out_also_where_it_leaves_a_rank_nothing(alone, 
 def test_weights_for_servers_are_whole_and_a_failed_write_stops_every_rank(together):
     _, folder, ranks = together
     (file,) = (folder / "served" / "arpo-sent").glob("*.safetensors")
-    from safetensors.torch import load_file
-
     served, trained = load_file(file), saved(folder / "plain" / "final")
     assert served.keys() >= trained.keys()
     assert all(torch.equal(served[name], weights) for name, weights in trained.items())

@@ -12,22 +12,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import uneven_ranks
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError
 from arpo_trl.evaluation.callback import EvaluationCallback
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import make_demonstrations
+from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.rollout.engines.vllm_client import FRESH, ServerFacts
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer
 from arpo_trl.sharding import check_launch
+from arpo_trl.tools.search import LocalIndex, search_tool
 from evaluating import questions
 from support import python, search
 
 GROUPS, LEAVES = 4, 4
+SCHOOL_STEPS = 40
 UNEVEN_STEPS = len(uneven_ranks.STEPS)
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e3}  # Adam blows up rounding
 RUNS: dict[str, dict[str, Any]] = {
@@ -69,6 +76,28 @@ class Watched(ARPOTrainer):
         return batch
 
 
+def save_model(folder: Path) -> None:
+    """The quickstart's untrained model after a little school: some of its paths search, and answer."""
+    save_cold_start_base(folder, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tasks, _ = make_tasks(0, 64, 0)
+    index = search_tool(LocalIndex(passages()), top_k=2)
+    shown = [row["messages"] for row in make_demonstrations(tasks, index, 0, 64)]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in shown]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(SCHOOL_STEPS):
+        some = slice(16 * (step % 4), 16 * (step % 4 + 1))
+        loss = model(batch.input_ids[some], attention_mask=batch.attention_mask[some], labels=labels[some]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
 def reward(completions: list[Any], turns: list[list[str]], **_: Any) -> list[float]:
     """Something that a random model earns differently often."""
     return [float(len("".join(texts)) % 3) for texts in turns]
@@ -84,7 +113,10 @@ def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> 
             **{
                 "output_dir": str(folder),
                 "num_generations": LEAVES,
-                "per_device_train_batch_size": GROUPS * LEAVES // ranks // wanted.get("gradient_accumulation_steps", 1),
+                "per_device_train_batch_size": GROUPS
+                * LEAVES
+                // ranks
+                // wanted.get("gradient_accumulation_steps", 1),
                 "max_completion_length": 48,
                 "entropy_probe_tokens": 4,
                 "rollout_schedule": "rounds",
