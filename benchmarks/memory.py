@@ -65,8 +65,8 @@ SHAPES = {
 def table(gpus: int = 8, tokens: int = 8192, paths: int = 16, length: int = 5632) -> list[str]:
     """Markdown, in GB: the whole run's state, what each GPU needs besides, and each GPU's share of the state."""
     lines = [
-        "| model | trained | weights | gradients | optimizer | activations | KV cache | DDP | ZeRO-2 | ZeRO-3, FSDP2 | … while "
-        "sampling |",
+        "| model | trained | weights | gradients | optimizer | activations | KV cache | DDP | ZeRO-2 | ZeRO-3, FSDP2 "
+        "| … while sampling |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, shape in SHAPES.items():

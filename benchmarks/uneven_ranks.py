@@ -3,10 +3,11 @@
     OMP_NUM_THREADS=1 accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \
         --mixed_precision no benchmarks/uneven_ranks.py runs/uneven --steps 200
 
-What the model writes is dictated, rank by rank and step by step, but for each token some forward of the real model runs, so a
-forward that needs another rank would hang here. A few steps in turn: one rank calls no tool and the other as often as it may;
-the other way round, all paths of one ending in their first turn; one rank's tools all hang until their deadline; one rank
-writes a word and the other all that fits. Writes RANK.json for each rank, and prints the first's.
+What the model writes is dictated, rank by rank and step by step, but whenever an engine would compute, a forward of
+the real model runs: one that needs another rank would hang here. The steps take turns: one rank calls no tool and the
+other as often as it may; the other way round, all paths of one ending in their first turn; one rank's tools all hang
+until their deadline; one rank writes a word and the other all that fits. Writes <rank>.json for each rank, and prints
+the first's.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTu
 
 LEAVES, MAX_CALLS, MAX_TOKENS, TIMEOUT_S = 4, 3, 200, 0.3
 ANSWER = "<answer>\\boxed{1}</answer>"
+QUESTION = [{"role": "user", "content": "what is the answer"}]
 STEPS = ("no calls and all", "all calls and none", "tools that hang", "one word and all that fits")
 ROWS = [
     {"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(8)
@@ -123,7 +125,7 @@ def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
         model=build_model(tokenizer, seed=0),
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],
         args=args,
-        train_dataset=Dataset.from_list(ROWS),
+        train_dataset=Dataset.from_list([{"prompt": QUESTION, "answer": ["1"], "task": "math"}] * 8),
         processing_class=tokenizer,
         tools=[search],
         engine=engine,

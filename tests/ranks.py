@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -99,7 +99,10 @@ def launched(
     ]
     # What another test left behind in this process is not what a user has.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    paths = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [
+        *(str(ROOT / part) for part in ("src", "tests", "benchmarks")),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
     variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
     with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
         process = subprocess.Popen(
@@ -134,7 +137,5 @@ def launch(
 
 
 def _kill(process: psutil.Process) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process.kill()
-    except psutil.NoSuchProcess:
-        pass

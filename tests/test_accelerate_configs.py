@@ -1,6 +1,5 @@
 """Each file of accelerate_configs is one that accelerate, and DeepSpeed, understand in full."""
 
-import inspect
 from pathlib import Path
 
 import pytest

@@ -106,6 +106,7 @@ def reward(completions: list[Any], turns: list[list[str]], **_: Any) -> list[flo
 def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> Watched:
     """One of `RUNS`, with the same global batch on any number of ranks."""
     wanted = {**SGD, **RUNS[run], **settings}
+    micro_batches = ranks * wanted.get("gradient_accumulation_steps", 1)
     return Watched(
         model=model,
         reward_funcs=reward,
@@ -113,10 +114,7 @@ def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> 
             **{
                 "output_dir": str(folder),
                 "num_generations": LEAVES,
-                "per_device_train_batch_size": GROUPS
-                * LEAVES
-                // ranks
-                // wanted.get("gradient_accumulation_steps", 1),
+                "per_device_train_batch_size": GROUPS * LEAVES // micro_batches,
                 "max_completion_length": 48,
                 "entropy_probe_tokens": 4,
                 "rollout_schedule": "rounds",

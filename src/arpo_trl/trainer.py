@@ -260,6 +260,12 @@ class ARPOTrainer(GRPOTrainer):
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
         name = self._rollout_name("step" if training else "eval")
+        if len(prompts) % size or any(prompts[i] != prompts[i - i % size] for i in range(len(prompts))):
+            raise ConfigError(
+                f"This rank was dealt {len(prompts)} rows that are no whole groups of {size}; a tree cannot span "
+                "ranks. Set per_device_eval_batch_size and per_device_train_batch_size × steps_per_generation to "
+                f"multiples of {size}, and leave accelerator_config.split_batches false."
+            )
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         first_group = self.accelerator.process_index * len(groups)
         requests = [

@@ -242,7 +242,7 @@ class DiskTransfer:
             )
 
     def _write(self, version: str, write: Callable[[Path], None]) -> str | None:
-        """Writes the version, whole or not at all, and removes older ones; on the main process. Returns what failed."""
+        """Writes the version, whole or not at all, and removes older ones; on one rank. Returns what failed."""
         if not self._accelerator.is_main_process:
             return None
         final = self._folder / version
