@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,22 +87,29 @@ class Running:
 
 @contextmanager
 def launched(
-    config: str, script: str | Path, *flags: str, ranks: int = 2, environment: dict[str, str] | None = None
+    config: str,
+    script: str | Path,
+    *flags: str,
+    ranks: int = 2,
+    launcher: Sequence[str] = (),
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Running]:
-    """`script` on `ranks` processes under `accelerate_configs/<config>.yaml`, killed when the context closes."""
+    """`script` on `ranks` processes under `accelerate_configs/<config>.yaml`, killed when the context closes.
+
+    `flags` are the script's, `launcher` those of `accelerate launch`.
+    """
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(ranks)),
-        *("--mixed_precision", "no", "--main_process_port", "0"),
+        *("--mixed_precision", "no", "--main_process_port", "0", *launcher),
         *(["tests/fsdp_on_cpu.py"] if config == "fsdp2" else []),
         *(str(script), *flags),
     ]
     # What another test left behind in this process is not what a user has.
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
-    paths = [
-        *(str(ROOT / part) for part in ("src", "tests", "benchmarks")),
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
+    paths = [str(ROOT / part) for part in ("src", "tests", "benchmarks")]
+    if (before := os.environ.get("PYTHONPATH")) is not None:
+        paths.append(before)
     variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
     with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
         process = subprocess.Popen(

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
-from ranks import launch
+from ranks import launch, launched
+from serving import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WAYS = ("ddp", "zero3", "fsdp2")
@@ -161,3 +162,22 @@ def test_the_quickstart_trains(way, data, tmp_path):
     found, base = saved(tmp_path), saved(data / "base")
     assert {name: weights.shape for name, weights in found.items()} == {n: w.shape for n, w in base.items()}
     assert all(weights.isfinite().all() for weights in found.values())
+
+
+def test_two_nodes_train_together(tmp_path):
+    """Each with a launcher of its own, here on one machine; ranks that differ, too."""
+    port = free_port()
+    nodes = [
+        ("--machine_rank", str(node), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port))
+        for node in (0, 1)
+    ]
+    script = ("benchmarks/uneven_ranks.py", str(tmp_path), "--steps", "4")
+    with (
+        launched("multi_node_zero3", *script, launcher=nodes[0]) as first,
+        launched("multi_node_zero3", *script, launcher=nodes[1]) as second,
+    ):
+        for node in (first, second):
+            done = node.wait()
+            assert done.code == 0, done.output[-6000:]
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    assert [rank["last"]["arpo/tree/leaves"] for rank in seen] == [2 * uneven_ranks.LEAVES] * 2
