@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -93,17 +94,29 @@ def test_an_adapter_is_trained_and_saved_whole(alone, together):
     )
 
 
+def test_an_adapter_for_servers_that_hold_none_is_merged(together, base):
+    _, folder, _ = together
+    sent = served(folder / "adapter")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter" / "final")
+    for name, weights in adapted.merge_and_unload().named_parameters():
+        torch.testing.assert_close(sent[name], weights.detach(), atol=1e-6, rtol=1e-5)
+
+
 def test_an_evaluation_is_shared_out_also_where_it_leaves_a_rank_nothing(alone, together):
     for rank in together[2]:
         assert rank["evaluated"] == alone[1]["evaluated"]
 
 
+def served(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "served" / "arpo-sent").glob("*.safetensors")
+    return load_file(file)
+
+
 def test_weights_for_servers_are_whole_and_a_failed_write_stops_every_rank(together):
     _, folder, ranks = together
-    (file,) = (folder / "served" / "arpo-sent").glob("*.safetensors")
-    served, trained = load_file(file), saved(folder / "plain" / "final")
-    assert served.keys() >= trained.keys()
-    assert all(torch.equal(served[name], weights) for name, weights in trained.items())
+    sent, trained = served(folder / "plain"), saved(folder / "plain" / "final")
+    assert sent.keys() >= trained.keys()
+    assert all(torch.equal(sent[name], weights) for name, weights in trained.items())
     for rank in ranks:
         assert rank["unwritable"].startswith("EngineError: The weights cannot be written to weight_sync_dir")
 

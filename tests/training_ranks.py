@@ -34,9 +34,9 @@ from evaluating import questions
 from support import python, search
 
 GROUPS, LEAVES = 4, 4
-SCHOOL_STEPS = 40
+SCHOOL_STEPS = 60
 UNEVEN_STEPS = len(uneven_ranks.STEPS)
-SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 1e3}  # Adam blows up rounding
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 1e3}  # Adam blows up rounding
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"max_steps": 2},
     "adapter": {"max_steps": 2, "gradient_checkpointing": True},
@@ -46,7 +46,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
 }
 """What is trained in several ways, by name."""
-SUMMARY = ("questions", "failed", "metrics", "tokens", "stops")
+SUMMARY = ("samples", "missing", "failed", "metrics")
 
 
 class Watched(ARPOTrainer):
@@ -151,11 +151,16 @@ def evaluate(made: ARPOTrainer) -> list[dict[str, Any]]:
     return [{name: found[key][name] for name in SUMMARY} for key in ("five", "one")]
 
 
-def send(made: ARPOTrainer, folder: Path) -> str | None:
-    """The weights to a folder, as for vLLM servers, and then to one that cannot be written: what this rank says."""
+def send(made: ARPOTrainer, folder: Path) -> DiskTransfer:
+    """The weights, whole and merged, to a folder for vLLM servers."""
     facts = ServerFacts("tiny", 1024, -1, "processed_logprobs", "float32", None, 1, FRESH)
     transfer = DiskTransfer(made.model, made.accelerator, made.processing_class, folder, [facts])
     transfer.prepare("arpo-sent")
+    return transfer
+
+
+def fail_to_send(made: ARPOTrainer, transfer: DiskTransfer, folder: Path) -> str | None:
+    """What this rank says of a folder that the first one cannot make."""
     if made.accelerator.is_main_process:
         (folder / "arpo-unsent.partial").touch()
     return error_of(lambda: transfer.prepare("arpo-unsent"))
@@ -175,9 +180,10 @@ def main(folder: Path) -> None:
     for run in RUNS:
         made = trainer(str(folder / "model"), folder / run, run, ranks, shared_prefix_forward="on")
         said[run] = train(made, folder / run)
+        transfer = send(made, folder / run / "served")
         if run == "plain":
             said["evaluated"] = evaluate(made)
-            said["unwritable"] = send(made, folder / "served")
+            said["unwritable"] = fail_to_send(made, transfer, folder / run / "served")
             said["ungathered"] = error_of(lambda made=made: check_launch(made.accelerator, gathers=False))
     said["uneven"] = uneven_ranks.train(folder / "uneven", UNEVEN_STEPS)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(said), "utf-8")

@@ -84,7 +84,7 @@ def _untraced(wrapped: torch.nn.Module) -> Iterator[None]:
     optimizer = getattr(wrapped, "optimizer", None)
     offload = getattr(optimizer, "parameter_offload", optimizer)  # as TRL's `remove_hooks` finds it
     handle = getattr(offload, "fwd_pre_hook", None)
-    if handle is None:
+    if offload is None or handle is None:
         yield
         return
     hooks = offload.module._forward_pre_hooks
