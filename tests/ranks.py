@@ -12,6 +12,7 @@ must run on the CPU (`use_cpu=True`, `--use_cpu true`).
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -77,12 +78,13 @@ class Running:
             ) from None
 
     def _stacks(self) -> str:
-        """Has the ranks write where they are, as `faulthandler` does for SIGABRT."""
-        before = len(self.output())
-        for rank in self.ranks():
+        """Where the ranks' main threads are, which `faulthandler` has them write at SIGABRT."""
+        before, ranks = len(self.output()), self.ranks()
+        for rank in ranks:
             rank.send_signal(signal.SIGABRT)
-        psutil.wait_procs(self.ranks(), timeout=5)
-        return self.output()[before:][:6000]
+        psutil.wait_procs(ranks, timeout=5)
+        written = self.output()[before:]
+        return "\n".join(re.findall(r"Current thread.*?(?=\n\n|\Z)", written, re.DOTALL))
 
 
 @contextmanager

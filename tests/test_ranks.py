@@ -14,7 +14,7 @@ import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
 from ranks import launch, launched
-from serving import free_port
+from serving import free_port, running
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WAYS = ("ddp", "zero3", "fsdp2")
@@ -153,17 +153,22 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_quickstart_trains(way, data, tmp_path):
+def train(way: str, data: Path, output: Path, *flags: str) -> None:
+    """The quickstart's second stage, two steps of two groups, on two ranks."""
     launch(
         way,
         "train.py",
         *("--config", "configs/quickstart.yaml", "--use_cpu", "true", "--model_name_or_path", str(data / "base")),
         *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
-        *("--search_index", str(data / "corpus.jsonl"), "--output_dir", str(tmp_path), "--max_steps", "2"),
+        *("--search_index", str(data / "corpus.jsonl"), "--output_dir", str(output), "--max_steps", "2"),
         *("--per_device_train_batch_size", "8", "--eval_steps", "2", "--per_device_eval_batch_size", "4"),
-        *("--trajectory_log_rate", "1"),
+        *("--trajectory_log_rate", "1", *flags),
     )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_quickstart_trains(way, data, tmp_path):
+    train(way, data, tmp_path)
     history = json.loads((tmp_path / "trainer_state.json").read_text("utf-8"))["log_history"]
     steps = [row for row in history if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
@@ -194,3 +199,21 @@ def test_two_nodes_train_together(tmp_path):
             assert done.code == 0, done.output[-6000:]
     seen = [json.loads((tmp_path / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]
     assert [rank["last"]["arpo/tree/leaves"] for rank in seen] == [2 * uneven_ranks.LEAVES] * 2
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("way", ["zero3"])
+def test_two_ranks_sample_from_one_server(way, data, tmp_path):
+    """Its weights come from both ranks' parts, by way of a folder; each asks for its own turns."""
+    with running(str(data / "base"), tmp_path / "log") as server:
+        train(
+            way,
+            data,
+            tmp_path / "run",
+            *("--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_urls", server.url),
+            *("--weight_sync", "disk", "--eval_strategy", "no"),
+        )
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text("utf-8"))["log_history"]
+    steps = [row for row in history if "loss" in row]
+    assert [row["arpo/tree/leaves"] for row in steps] == [16, 16]
+    assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
