@@ -50,8 +50,7 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
         raise ConfigError(
             f"ds3_gather_for_generation is false on {ranks} ranks: then each forward of a rollout gathers the layers "
             "one by one, which all ranks must do together, but ranks sample different amounts and would hang. Leave "
-            "it true, which takes one copy of the weights for each rank while sampling; where that does not fit, "
-            "sample on vLLM servers (vllm_mode: server)."
+            "it true, which takes room for one copy of the weights on each rank."
         )
     parallel = getattr(accelerator, "parallelism_config", None)
     if parallel is not None and parallel.non_data_parallel_size > 1:
