@@ -19,6 +19,7 @@ from huggingface_hub import HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 from peft import LoraConfig, get_peft_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -41,6 +42,7 @@ from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.models import unwrap_model_for_generation
+from trl.models.utils import add_hooks, remove_hooks
 from trl.trainer.utils import (
     RepeatSampler,
     get_callable_name,
@@ -662,3 +664,21 @@ def test_warpers_need_no_ids_and_leave_impossible_tokens_at_minus_infinity():
     warped = warpers(None, torch.tensor([[4.0, 3.0, 2.0, 1.0]]))
     # of 8, 6, 4 the shares are 0.87, 0.12 and 0.02: the first two reach 0.9
     assert warped.tolist() == [[8.0, 6.0, -math.inf, -math.inf]]
+
+
+def test_fsdp2_has_what_it_does_after_a_forward_in_its_parameter_groups():
+    """`arpo_trl.sharding` keeps and restores it; PyTorch only lets it be set."""
+    source = inspect.getsource(FSDPModule.set_reshard_after_forward)
+    assert "self_module.modules()" in source
+    assert "_get_fsdp_state()" in source and "_fsdp_param_groups" in source and "post_forward_mesh_info" in source
+
+
+def test_trl_leaves_in_the_zero3_hook_that_compares_ranks():
+    """`arpo_trl.sharding` leaves it out while sampling. Were TRL to remove it, ours would find none."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # slow to import
+
+    source = inspect.getsource(DeepSpeedZeRoOffload.setup_zero_stage3_hooks)
+    assert "self.fwd_pre_hook = self.module.register_forward_pre_hook(_start_of_forward_hook)" in source
+    assert source.index("self.fwd_pre_hook =") < source.index("self._register_deepspeed_module(self.module)")
+    assert "fwd_pre_hook" not in inspect.getsource(remove_hooks) + inspect.getsource(add_hooks)
+    assert "optimizer.parameter_offload" in inspect.getsource(remove_hooks)

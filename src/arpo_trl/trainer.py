@@ -41,6 +41,7 @@ from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
+from arpo_trl.sharding import at_its_own_pace, check_launch
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 
@@ -139,6 +140,7 @@ class ARPOTrainer(PublishingTrainer):
                 train_dataset=train_dataset,
                 **kwargs,
             )
+        check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         self.use_vllm = args.use_vllm
         if self._is_vlm:
             raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
@@ -220,7 +222,7 @@ class ARPOTrainer(PublishingTrainer):
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            at_its_own_pace(self.model_wrapped, model),
             self.accelerator.autocast(),
         ):
             yield model
@@ -251,6 +253,12 @@ class ARPOTrainer(PublishingTrainer):
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
         name = self._rollout_name("step" if training else "eval")
+        if len(prompts) % size or any(prompts[i] != prompts[i - i % size] for i in range(len(prompts))):
+            raise ConfigError(
+                f"This rank was dealt {len(prompts)} rows that are no whole groups of {size}; a tree cannot span "
+                "ranks. Set per_device_eval_batch_size and per_device_train_batch_size × steps_per_generation to "
+                f"multiples of {size}, and leave accelerator_config.split_batches false."
+            )
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         first_group = self.accelerator.process_index * len(groups)
         requests = [

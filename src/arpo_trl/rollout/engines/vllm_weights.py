@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, is_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -219,7 +220,7 @@ class DiskTransfer:
     ):
         self._parameters = _Parameters(model, accelerator, tokenizer, mode="server")
         self._model = model
-        self._main = accelerator.is_main_process
+        self._accelerator = accelerator
         self._folder = folder.resolve()
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -229,25 +230,40 @@ class DiskTransfer:
         self.sends_adapter = not self._parameters.sharded_by_fsdp and _is_plain_adapter(model, facts)
 
     def prepare(self, version: str) -> None:
-        final = self._folder / version
-        partial = final.with_suffix(".partial")
-        if self._main:
-            partial.mkdir()
         if self.sends_adapter:
             trained = [parameter for name, parameter in self._model.named_parameters() if "lora_" in name]
             with self._parameters.gathered(trained):
-                if self._main:
-                    self._model.save_pretrained(partial, save_embedding_layers=False)
-        elif self._main:
-            write_shards(partial, self._parameters.named(), self._dtype)
+                problem = self._write(
+                    version, lambda folder: self._model.save_pretrained(folder, save_embedding_layers=False)
+                )
         else:
-            for _ in self._parameters.named():  # takes part in gathering them
+            named = self._parameters.named()
+            problem = self._write(version, lambda folder: write_shards(folder, named, self._dtype))
+            for _ in named:  # takes part in gathering what is not written here, or could not be
                 pass
-        if self._main:
-            partial.rename(final)  # whole or not at all
-            for old in self._folder.glob("arpo-*"):
-                if old.name != version:
-                    shutil.rmtree(old, ignore_errors=True)
+        problem = _from_main(self._accelerator, problem)
+        if problem is not None:
+            raise EngineError(
+                f"The weights cannot be written to weight_sync_dir {self._folder} ({problem}). Make room, or choose "
+                "another folder, and resume from the last checkpoint."
+            )
+
+    def _write(self, version: str, write: Callable[[Path], None]) -> str | None:
+        """Writes the version, whole or not at all, and removes older ones; on one rank. Returns what failed."""
+        if not self._accelerator.is_main_process:
+            return None
+        final = self._folder / version
+        partial = final.with_suffix(".partial")
+        try:
+            partial.mkdir()
+            write(partial)
+            partial.rename(final)
+        except (OSError, SafetensorError) as error:  # told to all ranks, which would wait for this one
+            return f"{type(error).__name__}: {error}"
+        for old in self._folder.glob("arpo-*"):
+            if old.name != version:
+                shutil.rmtree(old, ignore_errors=True)
+        return None
 
     def deliver(self, client: ServerClient, version: str) -> None:
         folder = str(self._folder / version)

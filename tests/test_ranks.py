@@ -1,0 +1,219 @@
+"""Training on two ranks, with DDP, ZeRO-3 and FSDP2: the same as on one, and without waiting for ever."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import training_ranks
+import uneven_ranks
+from arpo_trl.quickstart.__main__ import prepare
+from ranks import launch, launched
+from serving import free_port, running
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+WAYS = ("ddp", "zero3", "fsdp2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    training_ranks.save_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(base, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """The runs on one rank, with TRL's padded batches: the folder, and what was seen."""
+    folder = tmp_path_factory.mktemp("alone")
+    said: dict[str, Any] = {}
+    for run in training_ranks.RUNS:
+        made = training_ranks.trainer(str(base), folder / run, run, 1, shared_prefix_forward="off")
+        said[run] = training_ranks.train(made, folder / run)
+        if run == "plain":
+            said["evaluated"] = training_ranks.evaluate(made)
+    return folder, said
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def together(request, base, tmp_path_factory) -> tuple[str, Path, list[dict[str, Any]]]:
+    """The runs on two ranks: how they share the model, the folder, and what each rank has seen."""
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "model").symlink_to(base)
+    launch(request.param, "tests/training_ranks.py", str(folder))
+    return request.param, folder, [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder)
+    return {name: weights.detach() for name, weights in model.named_parameters()}
+
+
+def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return float(torch.stack([(one[name] - other[name]).norm() for name in one]).norm())
+
+
+@pytest.mark.parametrize("run", training_ranks.RUNS)
+def test_trees_rewards_and_advantages_are_those_of_one_rank(alone, together, run):
+    _, _, ranks = together
+    expected = alone[1][run]["groups"]
+    found = sorted(
+        (row for rank in ranks for row in rank[run]["groups"]), key=lambda row: (row["rollout"], row["group"])
+    )
+    assert [(row["rollout"], row["group"]) for row in found] == [(row["rollout"], row["group"]) for row in expected]
+    assert [row["ids"] for row in found] == [row["ids"] for row in expected]
+    assert [row["rewards"] for row in found] == [row["rewards"] for row in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["advantages"] == pytest.approx(theirs["advantages"], abs=1e-5)
+    assert sum(row["calls"] for row in expected) > 0
+    assert any(len(set(row["rewards"])) > 1 for row in expected)
+
+
+@pytest.mark.parametrize("run", ["plain", "reference"])
+def test_the_update_with_shared_prefixes_is_the_padded_one_of_one_rank(alone, together, base, run):
+    """Also: what is saved is whole, and loads."""
+    _, folder, _ = together
+    before, expected, found = saved(base), saved(alone[0] / run / "final"), saved(folder / run / "final")
+    assert distance(expected, before) > 1e-3
+    assert distance(found, expected) / distance(expected, before) < 1e-3
+
+
+def test_an_adapter_is_trained_and_saved_whole(alone, together):
+    _, folder, _ = together
+    name = "adapter/final/adapter_model.safetensors"
+    expected, found = load_file(alone[0] / name), load_file(folder / name)
+    trained = {name: weights for name, weights in expected.items() if "lora_B" in name}  # from 0
+    assert (
+        distance(found, expected) / distance(trained, {name: 0 * weights for name, weights in trained.items()}) < 1e-3
+    )
+
+
+def test_an_adapter_for_servers_that_hold_none_is_merged(together, base):
+    _, folder, _ = together
+    sent = served(folder / "adapter")
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter" / "final")
+    for name, weights in adapted.merge_and_unload().named_parameters():
+        torch.testing.assert_close(sent[name], weights.detach(), atol=1e-6, rtol=1e-5)
+
+
+def test_an_evaluation_is_shared_out_also_where_it_leaves_a_rank_nothing(alone, together):
+    for rank in together[2]:
+        assert rank["evaluated"] == alone[1]["evaluated"]
+
+
+def served(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "served" / "arpo-sent").glob("*.safetensors")
+    return load_file(file)
+
+
+def test_weights_for_servers_are_whole_and_a_failed_write_stops_every_rank(together):
+    _, folder, ranks = together
+    sent, trained = served(folder / "plain"), saved(folder / "plain" / "final")
+    assert sent.keys() >= trained.keys()
+    assert all(torch.equal(sent[name], weights) for name, weights in trained.items())
+    for rank in ranks:
+        assert rank["unwritable"].startswith("EngineError: The weights cannot be written to weight_sync_dir")
+
+
+def test_forwards_that_all_ranks_must_take_together_are_refused(together):
+    way, _, ranks = together
+    for rank in ranks:
+        if way == "zero3":
+            assert "ds3_gather_for_generation is false on 2 ranks" in rank["ungathered"]
+        else:
+            assert rank["ungathered"] is None
+
+
+def test_ranks_that_have_different_amounts_to_do_all_finish(together):
+    """Each kind of step did what it is called, and the means of both ranks are logged."""
+    first, second = (rank["uneven"] for rank in together[2])
+    assert first["steps"] == second["steps"] == training_ranks.UNEVEN_STEPS
+    assert [shape["calls"] for shape in first["shapes"]] == [0, uneven_ranks.MAX_CALLS, 1, 0]
+    assert [shape["calls"] for shape in second["shapes"]] == [uneven_ranks.MAX_CALLS, 0, 1, 0]
+    assert [shape["timeouts"] for shape in second["shapes"]] == [0, 0, uneven_ranks.LEAVES, 0]
+    assert [first["shapes"][3]["tokens"], second["shapes"][3]["tokens"]] == [[8, 8], [uneven_ranks.MAX_TOKENS] * 2]
+    for rank in (first, second):
+        assert rank["last"]["arpo/tree/leaves"] == 2 * uneven_ranks.LEAVES
+        assert rank["last"]["arpo/alarm/truncated"] == 0.5
+        assert rank["last"]["completions/mean_length"] == (8 + uneven_ranks.MAX_TOKENS) / 2
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    prepare(folder, seed=0)
+    rows = (folder / "watched.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (folder / "watched.jsonl").write_text("".join(rows[:8]), "utf-8")
+    return folder
+
+
+def train(way: str, data: Path, output: Path, *flags: str) -> None:
+    """The quickstart's second stage, two steps of two groups, on two ranks."""
+    launch(
+        way,
+        "train.py",
+        *("--config", "configs/quickstart.yaml", "--use_cpu", "true", "--model_name_or_path", str(data / "base")),
+        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
+        *("--search_index", str(data / "corpus.jsonl"), "--output_dir", str(output), "--max_steps", "2"),
+        *("--per_device_train_batch_size", "8", "--eval_steps", "2", "--per_device_eval_batch_size", "4"),
+        *("--trajectory_log_rate", "1", *flags),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_quickstart_trains(way, data, tmp_path):
+    train(way, data, tmp_path)
+    history = json.loads((tmp_path / "trainer_state.json").read_text("utf-8"))["log_history"]
+    steps = [row for row in history if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all(row["arpo/tree/leaves"] == 16 and "reward" in row for row in steps)
+    assert any("eval_reward" in row for row in history)
+    assert {file.name for file in (tmp_path / "trajectories").glob("step-*")} == {
+        f"step-{step:06d}-rank{rank}.jsonl" for step in (0, 1) for rank in (0, 1)
+    }
+    found, base = saved(tmp_path), saved(data / "base")
+    assert {name: weights.shape for name, weights in found.items()} == {n: w.shape for n, w in base.items()}
+    assert all(weights.isfinite().all() for weights in found.values())
+
+
+def test_two_nodes_train_together(tmp_path):
+    """Each with a launcher of its own, here on one machine; ranks that differ, too."""
+    port = free_port()
+    nodes = [
+        ("--machine_rank", str(node), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port))
+        for node in (0, 1)
+    ]
+    script = ("benchmarks/uneven_ranks.py", str(tmp_path), "--steps", "4")
+    with (
+        launched("multi_node_zero3", *script, launcher=nodes[0]) as first,
+        launched("multi_node_zero3", *script, launcher=nodes[1]) as second,
+    ):
+        for node in (first, second):
+            done = node.wait()
+            assert done.code == 0, done.output[-6000:]
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    assert [rank["last"]["arpo/tree/leaves"] for rank in seen] == [2 * uneven_ranks.LEAVES] * 2
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("way", ["zero3"])
+def test_two_ranks_sample_from_one_server(way, data, tmp_path):
+    """Its weights come from both ranks' parts, by way of a folder; each asks for its own turns."""
+    with running(str(data / "base"), tmp_path / "log") as server:
+        train(
+            way,
+            data,
+            tmp_path / "run",
+            *("--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_urls", server.url),
+            *("--weight_sync", "disk", "--eval_strategy", "no"),
+        )
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text("utf-8"))["log_history"]
+    steps = [row for row in history if "loss" in row]
+    assert [row["arpo/tree/leaves"] for row in steps] == [16, 16]
+    assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)

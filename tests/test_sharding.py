@@ -1,0 +1,70 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.sharding import at_its_own_pace, check_launch
+from support import tiny_model
+
+
+def launched(ranks: int = 2, *, zero: int | None = None, fsdp: int | None = None, parallel: int = 1) -> Any:
+    """What check_launch looks at of an accelerator."""
+    return SimpleNamespace(
+        num_processes=ranks,
+        device=torch.device("cpu"),
+        state=SimpleNamespace(
+            deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero),
+            fsdp_plugin=None if fsdp is None else SimpleNamespace(fsdp_version=fsdp),
+        ),
+        parallelism_config=SimpleNamespace(non_data_parallel_size=parallel),
+    )
+
+
+@pytest.mark.parametrize(
+    "accelerator", [launched(1), launched(), launched(zero=2), launched(zero=3), launched(fsdp=2)], ids=str
+)
+def test_what_works_is_let_through(accelerator):
+    check_launch(accelerator, gathers=True)
+
+
+def test_one_process_alone_needs_no_gathering():
+    check_launch(launched(1, zero=3), gathers=False)
+    check_launch(Accelerator(cpu=True), gathers=False)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "message"),
+    [
+        (launched(zero=3), r"false on 2 ranks: .* hang\. Leave it true, .* one copy of the weights"),
+        (launched(fsdp=1), r"FSDP version 1 .* fsdp_version: 2"),
+        (launched(4, parallel=2), r"shares each sample among 2 ranks .*vllm_tensor_parallel_size"),
+    ],
+    ids=["zero3", "fsdp1", "parallel"],
+)
+def test_what_would_hang_is_refused_with_the_way_out(accelerator, message):
+    with pytest.raises(ConfigError, match=message):
+        check_launch(accelerator, gathers=accelerator.state.deepspeed_plugin is None)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launch(launched(2), gathers=True)
+    with pytest.raises(ConfigError, match=r"2 processes were started, but each .* use_cpu: true"):
+        check_launch(launched(1), gathers=True)
+
+
+def test_fsdp_that_accelerate_left_out_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_launch(launched(fsdp=2), gathers=True)
+    with pytest.raises(ConfigError, match=r"accelerate does not shard on a cpu: .*ddp\.yaml"):
+        check_launch(launched(), gathers=True)
+
+
+def test_a_model_that_nobody_shares_is_sampled_as_it_is():
+    model = tiny_model()
+    with at_its_own_pace(model, model):
+        before = model(torch.tensor([[1, 2, 3]])).logits
+    assert torch.equal(before, model(torch.tensor([[1, 2, 3]])).logits)

@@ -1,0 +1,193 @@
+"""Everything that test_ranks.py wants to know of a run on several ranks, in one start: `… training_ranks.py FOLDER`.
+
+Each rank writes FOLDER/rank<i>.json. The test module makes the same runs in its own process, on one rank, to compare.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import uneven_ranks
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.errors import ArpoError
+from arpo_trl.evaluation.callback import EvaluationCallback
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import make_demonstrations
+from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.rollout.engines.vllm_client import FRESH, ServerFacts
+from arpo_trl.rollout.engines.vllm_weights import DiskTransfer
+from arpo_trl.sharding import check_launch
+from arpo_trl.tools.search import LocalIndex, search_tool
+from evaluating import questions
+from support import python, search
+
+GROUPS, LEAVES = 4, 4
+SCHOOL_STEPS = 60
+UNEVEN_STEPS = len(uneven_ranks.STEPS)
+SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 1e3}  # Adam blows up rounding
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {"max_steps": 2},
+    "adapter": {"max_steps": 2, "gradient_checkpointing": True},
+    "reference": {
+        **{"max_steps": 1, "beta": 0.1, "loss_type": "dapo", "shared_prefix_weight": "once"},
+        "gradient_accumulation_steps": 2,
+    },
+}
+"""What is trained in several ways, by name."""
+SUMMARY = ("samples", "missing", "failed", "metrics")
+
+
+class Watched(ARPOTrainer):
+    """Keeps each rollout's groups under their numbers among all ranks'."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.watched: list[dict[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super()._generate_and_score_completions(inputs)
+        last = self._last
+        assert last is not None and last.rewards is not None
+        advantages = batch["advantages"] if batch["advantages"].dim() == 1 else batch["advantages"][:, 0]
+        for i, tree in enumerate(last.rollout.trees):
+            rows = slice(LEAVES * i, LEAVES * (i + 1))
+            self.watched.append(
+                {
+                    "rollout": last.name,
+                    "group": last.first_group + i,
+                    "ids": [leaf.ids for leaf in tree.leaves()],
+                    "calls": sum(len(leaf.calls) for leaf in tree.leaves()),
+                    "rewards": last.rewards[rows].tolist(),
+                    "advantages": advantages[rows].tolist(),
+                }
+            )
+        return batch
+
+
+def save_model(folder: Path) -> None:
+    """The quickstart's untrained model after a little school: some of its paths search, and answer."""
+    save_cold_start_base(folder, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tasks, _ = make_tasks(0, 64, 0)
+    index = search_tool(LocalIndex(passages()), top_k=2)
+    shown = [row["messages"] for row in make_demonstrations(tasks, index, 0, 64)]
+    texts = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in shown]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
+    labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+    torch.manual_seed(0)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for step in range(SCHOOL_STEPS):
+        some = slice(16 * (step % 4), 16 * (step % 4 + 1))
+        loss = model(batch.input_ids[some], attention_mask=batch.attention_mask[some], labels=labels[some]).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
+def reward(completions: list[Any], turns: list[list[str]], **_: Any) -> list[float]:
+    """Something that a random model earns differently often."""
+    return [float(len("".join(texts)) % 3) for texts in turns]
+
+
+def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> Watched:
+    """One of `RUNS`, with the same global batch on any number of ranks."""
+    wanted = {**SGD, **RUNS[run], **settings}
+    micro_batches = ranks * wanted.get("gradient_accumulation_steps", 1)
+    return Watched(
+        model=model,
+        reward_funcs=reward,
+        args=ARPOConfig(
+            **{
+                "output_dir": str(folder),
+                "num_generations": LEAVES,
+                "per_device_train_batch_size": GROUPS * LEAVES // micro_batches,
+                "max_completion_length": 48,
+                "entropy_probe_tokens": 4,
+                "rollout_schedule": "rounds",
+                "trajectory_log_rate": 0.0,
+                "logging_steps": 1,
+                "save_strategy": "no",
+                "report_to": "none",
+                "disable_tqdm": True,
+                "use_cpu": True,
+                "bf16": False,
+                "gradient_checkpointing": False,
+                **wanted,
+            }
+        ),
+        train_dataset=Dataset.from_list(make_tasks(0, 2 * GROUPS, 0)[0]),
+        tools=[search, python],
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if run == "adapter" else None,
+    )
+
+
+def train(made: Watched, folder: Path) -> dict[str, Any]:
+    """Trains and saves; what was sampled and earned, and the losses."""
+    made.train()
+    made.save_model(str(folder / "final"))
+    made.toolbox.close()
+    return {"groups": made.watched, "losses": [row["loss"] for row in made.state.log_history if "loss" in row]}
+
+
+def evaluate(made: ARPOTrainer) -> list[dict[str, Any]]:
+    """What the callback finds for five questions, and for one, which leaves all ranks but the first without any."""
+    asked = [questions("0", "1", "2", "3", "4", name="five"), questions("0", name="one")]
+    found = EvaluationCallback(made, asked, every_steps=1).evaluate()
+    made.toolbox.close()
+    return [{name: found[key][name] for name in SUMMARY} for key in ("five", "one")]
+
+
+def send(made: ARPOTrainer, folder: Path) -> DiskTransfer:
+    """The weights, whole and merged, to a folder for vLLM servers."""
+    facts = ServerFacts("tiny", 1024, -1, "processed_logprobs", "float32", None, 1, FRESH)
+    transfer = DiskTransfer(made.model, made.accelerator, made.processing_class, folder, [facts])
+    transfer.prepare("arpo-sent")
+    return transfer
+
+
+def fail_to_send(made: ARPOTrainer, transfer: DiskTransfer, folder: Path) -> str | None:
+    """What this rank says of a folder that the first one cannot make."""
+    if made.accelerator.is_main_process:
+        (folder / "arpo-unsent.partial").touch()
+    return error_of(lambda: transfer.prepare("arpo-unsent"))
+
+
+def error_of(work: Callable[[], Any]) -> str | None:
+    try:
+        work()
+    except ArpoError as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def main(folder: Path) -> None:
+    ranks = int(os.environ["WORLD_SIZE"])
+    said: dict[str, Any] = {}
+    for run in RUNS:
+        made = trainer(str(folder / "model"), folder / run, run, ranks, shared_prefix_forward="on")
+        said[run] = train(made, folder / run)
+        transfer = send(made, folder / run / "served")
+        if run == "plain":
+            said["evaluated"] = evaluate(made)
+            said["unwritable"] = fail_to_send(made, transfer, folder / run / "served")
+            said["ungathered"] = error_of(lambda made=made: check_launch(made.accelerator, gathers=False))
+    said["uneven"] = uneven_ranks.train(folder / "uneven", UNEVEN_STEPS)
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(said), "utf-8")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
