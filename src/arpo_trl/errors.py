@@ -6,6 +6,7 @@
     ├── ToolSpecError   a tool cannot be offered to a model as it is
     ├── SandboxError    model-written code cannot be isolated here
     ├── RewardError     a reward function broke its contract
+    ├── CheckpointError a checkpoint cannot be written, or is not all there
     ├── EngineError     an engine broke its contract or lost its server
     └── ToolError       raised *by* a tool: its message is shown to the model as the result of the call
         ├── ToolUnavailable     what the tool stands on is away, whatever the call
@@ -38,6 +39,10 @@ class SandboxError(ArpoError, RuntimeError):
 
 class RewardError(ArpoError, ValueError):
     """A reward function returned something other than one finite float, or None, per completion."""
+
+
+class CheckpointError(ArpoError, RuntimeError):
+    """A checkpoint cannot be written, or is not all there."""
 
 
 class EngineError(ArpoError, RuntimeError):

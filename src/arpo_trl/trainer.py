@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import tempfile
 import textwrap
@@ -32,8 +33,10 @@ from arpo_trl.advantages import (
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError, RewardError
+from arpo_trl.interrupts import Interrupted, Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
+from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
@@ -46,6 +49,8 @@ from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 
 logger = get_logger(__name__)
 
+REWARD_POLL_S = 0.2
+"""How often waiting for an async reward function looks for an interrupt."""
 UNLIMITED_CALLS = 1 << 30
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
 
@@ -62,7 +67,7 @@ class _LastRollout:
     rewards: torch.Tensor | None = None
 
 
-class ARPOTrainer(GRPOTrainer):
+class ARPOTrainer(ResumableTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory`. Rewards receive, besides TRL's
@@ -80,6 +85,8 @@ class ARPOTrainer(GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
       `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
+    - `train`, and what saves and loads checkpoints: as `ResumableTrainer` has it. Rollouts and rewards can be
+      interrupted.
     - `create_model_card`: adds what an `EvaluationCallback` found.
 
     Raises:
@@ -137,11 +144,12 @@ class ARPOTrainer(GRPOTrainer):
             per_tool=args.tool_places,
             cache=args.tool_cache,
         )
+        self._interrupts = Interrupts()
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         with _vllm_left_to_us(args, engine):
             super().__init__(
                 model=model,
-                reward_funcs=[_checked(function) for function in functions],
+                reward_funcs=[_checked(function, self._interrupts) for function in functions],
                 args=args,
                 train_dataset=train_dataset,
                 **kwargs,
@@ -167,7 +175,8 @@ class ARPOTrainer(GRPOTrainer):
         """Markdown that the model card has of the last evaluation on benchmarks."""
         self._last: _LastRollout | None = None
         self._bell = AlarmBell(args.branch_policy.rule)
-        self._rollouts_at = (-1, 0)
+        self._rollouts_at: dict[str, tuple[int, int]] = {}
+        self.sampler.between_events = self._interrupts.check
         self._timed: dict[str, float] = defaultdict(float)
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
@@ -264,11 +273,12 @@ class ARPOTrainer(GRPOTrainer):
             GroupRequest(first_group + i, self.protocol.encode_prompt(prompt)) for i, prompt in enumerate(groups)
         ]
         settings = self.sampler.settings
-        rollout = self.sampler.sample(
-            requests,
-            seed=(self.args.seed, name),
-            settings=settings if training else settings.without_branching(size),
-        )
+        with self.interruptible():
+            rollout = self.sampler.sample(
+                requests,
+                seed=(self.args.seed, name),
+                settings=settings if training else settings.without_branching(size),
+            )
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         # A node's number is unique in its tree only; the trees of a batch are laid end to end.
         offsets, offset = [], 0
@@ -292,8 +302,9 @@ class ARPOTrainer(GRPOTrainer):
     def _rollout_name(self, kind: str) -> str:
         """Names a rollout, and so seeds it: by the optimizer step, which a resumed run knows, and a count in it."""
         step = self.state.global_step
-        count = self._rollouts_at[1] + 1 if self._rollouts_at[0] == step else 0
-        self._rollouts_at = (step, count)
+        last, count = self._rollouts_at.get(kind, (-1, 0))
+        count = count + 1 if last == step else 0
+        self._rollouts_at[kind] = (step, count)
         return f"{kind}-{step:06d}" + (f".{count}" if count else "")
 
     # Credit ----------------------------------------------------------------------------------------------------------
@@ -339,6 +350,7 @@ class ARPOTrainer(GRPOTrainer):
     ) -> torch.Tensor:
         start = time.perf_counter()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.stop_together()  # rewards of an interrupted function are none
         self._timed["reward"] += time.perf_counter() - start
         if self._last is not None:
             local = slice(self.accelerator.process_index * len(prompts), None)
@@ -431,6 +443,30 @@ class ARPOTrainer(GRPOTrainer):
         spent = time.perf_counter() - start - (self._timed["generate_and_score"] - before)
         self._metrics["train"]["arpo/time/update_s"].append(spent)
         return loss
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tool_names(self) -> list[str]:
+        return list(self.toolbox.names)
+
+    def _memory(self) -> dict[str, Any]:
+        return super()._memory() | {
+            "rollouts_at": dict(self._rollouts_at),
+            "bell": self._bell.state(),
+            "evaluation": self.evaluation,
+            "tool_cache": self.toolbox.cached(),
+        }
+
+    def _recall(self, memory: dict[str, Any]) -> None:
+        super()._recall(memory)
+        self._rollouts_at = dict(memory["rollouts_at"])
+        self._bell.restore(memory["bell"])
+        self.evaluation = memory["evaluation"]
+        self.toolbox.fill_cache(memory["tool_cache"])
+
+    def _forget_from(self, step: int, *, evaluated: bool) -> None:
+        self._trajectories.forget_from(step, evaluated=evaluated)
 
     # Logs ------------------------------------------------------------------------------------------------------------
 
@@ -526,8 +562,11 @@ def _as_messages(leaf: Leaf) -> list[dict[str, str]]:
     return messages
 
 
-def _checked(function: Any) -> Any:
-    """The reward function, checked: TRL reads a NaN as "not applicable" and goes on without a word."""
+def _checked(function: Any, interrupts: Interrupts) -> Any:
+    """The reward function, checked: TRL reads a NaN as "not applicable" and goes on without a word.
+
+    An interrupt ends it with rewards of nothing, so that this rank still comes to where all ranks decide to stop.
+    """
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
     name = get_callable_name(function)
@@ -550,13 +589,23 @@ def _checked(function: Any) -> Any:
     if is_async_callable(function):
 
         async def checked_async(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
-            return check(await function(*args, completions=completions, **kwargs), completions)
+            task = asyncio.ensure_future(function(*args, completions=completions, **kwargs))
+            while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
+                if interrupts.told is not None:
+                    task.cancel()
+                    return [None] * len(completions)
+            return check(task.result(), completions)
 
         wrapper: Any = checked_async
     else:
 
         def checked(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
-            return check(function(*args, completions=completions, **kwargs), completions)
+            try:
+                with interrupts.raising():
+                    rewards = function(*args, completions=completions, **kwargs)
+            except Interrupted:
+                return [None] * len(completions)
+            return check(rewards, completions)
 
         wrapper = checked
     wrapper.__name__ = name

@@ -1,0 +1,167 @@
+"""SIGTERM and Ctrl-C as a request to stop at the next safe place; a second Ctrl-C as an order to stop at once.
+
+A signal may come anywhere: between two collectives, or in the middle of writing a checkpoint. So its handler only takes
+note of it. Whatever waits (a rollout between two events, a reward function) looks at the note through `check`, and the
+trainer at the places that all ranks pass, where they decide together.
+
+    SIGTERM, Ctrl-C ─▶ told ─┬─▶ check()      ends a wait of this rank: `Interrupted`
+                             └─▶ the trainer  asks all ranks, and all raise `Interrupted` at the same place
+    Ctrl-C again ──────────────▶ this process and its children are killed
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import psutil
+from torch import distributed
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_S = 1.0
+"""A second SIGINT within this many seconds is the first one again: a terminal and a launcher both send it."""
+ASK_EVERY_S = 0.5
+"""How often a rank that waits looks whether another one was told to stop."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was told to stop by `signum`, and did, on all ranks; the message says how to go on."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message or f"Interrupted by {signal.Signals(signum).name}.")
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process that this signal ended."""
+        return 128 + self.signum
+
+
+class Interrupts:
+    """What this process was told while `listening`."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.told: int | None = None
+        """The signal that asked to stop, None while there was none."""
+        self._told_at = 0.0
+        self._raises = False
+        self._board: _Board | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Takes the signals over until it closes; outside the main thread, where Python forbids it, it does nothing."""
+        if threading.current_thread() is not threading.main_thread() or self.active:
+            yield
+            return
+        self.told, self.active, self._board = None, True, _Board.of_this_run()
+        # Python's handlers wait for the main thread to come back from whatever library it is in. The second Ctrl-C
+        # must not, so a thread reads of it where the interpreter's own handler writes.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        watcher = threading.Thread(target=self._watch, args=(reader,), name="arpo-interrupts", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            os.close(writer)  # which ends the watcher
+            watcher.join()
+            os.close(reader)
+            self.active = False
+
+    def check(self) -> None:
+        """Raises `Interrupted` once this rank, or another one, was told to stop."""
+        if not self.active:
+            return
+        if self._board is not None:
+            if self.told is not None:
+                self._board.post(self.told)
+            elif (signum := self._board.read()) is not None:
+                self.told = signum
+        if self.told is not None:
+            raise Interrupted(self.told)
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Within it a signal raises `Interrupted` wherever the main thread is: for code that never looks at `check`."""
+        self._raises = True
+        try:
+            self.check()
+            yield
+        finally:
+            self._raises = False
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._note(signum)
+        if self._raises:
+            raise Interrupted(signum)
+
+    def _watch(self, reader: int) -> None:
+        while signums := os.read(reader, 1):
+            signum = signums[0]
+            if self.told is None:
+                self._note(signum)
+            elif signum == signal.SIGINT and time.monotonic() - self._told_at > SAME_S:
+                stop_at_once(signum)
+
+    def _note(self, signum: int) -> None:
+        if self.told is None:
+            self._told_at = time.monotonic()
+            self.told = signum
+            again = " Ctrl-C again stops at once." if signum == signal.SIGINT else ""
+            print(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", file=sys.stderr, flush=True)
+
+
+def stop_at_once(signum: int) -> None:
+    """Ends this process and all that it started, with nothing saved."""
+    kill_children()
+    os._exit(128 + signum)
+
+
+def kill_children() -> None:
+    """Kills every process that this one started, and theirs."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            child.kill()
+
+
+class _Board:
+    """The ranks' common store, where a rank that was told to stop leaves word for those that wait elsewhere."""
+
+    _runs = 0
+
+    def __init__(self, store: Any, key: str):
+        self._store, self._key = store, key
+        self._posted = False
+        self._asked_at = 0.0
+
+    @classmethod
+    def of_this_run(cls) -> _Board | None:
+        if not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return None
+        cls._runs += 1
+        return cls(distributed.distributed_c10d._get_default_store(), f"arpo/interrupt/{cls._runs}")
+
+    def post(self, signum: int) -> None:
+        if not self._posted:
+            self._posted = True
+            self._store.set(self._key, str(signum))
+
+    def read(self) -> int | None:
+        if (now := time.monotonic()) - self._asked_at < ASK_EVERY_S:
+            return None
+        self._asked_at = now
+        return int(self._store.get(self._key)) if self._store.check([self._key]) else None
