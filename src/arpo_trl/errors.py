@@ -13,8 +13,10 @@
         └── ToolStopped         a limit or a crash cut the call short
 
 Every message names the subject, what it got, what it expected and the way out. A model's mistake is never raised: it
-becomes text the model sees. `ToolError` is what a tool raises on purpose.
+becomes text the model sees. `ToolError` is what a tool raises on purpose. `Interrupted` stands outside: it is no error.
 """
+
+import signal
 
 
 class ArpoError(Exception):
@@ -59,3 +61,16 @@ class ToolUnavailable(ToolError):
 
 class ToolStopped(ToolError):
     """A limit or a crash cut the call short, so that nothing of it can be built on; the message is its result."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was told to stop by the signal `signum`, and did, on all ranks; the message says how to go on."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message or f"Interrupted by {signal.Signals(signum).name}.")
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process that this signal ended."""
+        return 128 + self.signum

@@ -11,7 +11,9 @@ trainer at the places that all ranks pass, where they decide together.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -20,33 +22,30 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 from torch import distributed
 
+from arpo_trl.errors import Interrupted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_S = 1.0
 """A second SIGINT within this many seconds is the first one again: a terminal and a launcher both send it."""
+EXIT_S = 3.0
+"""How long an interrupted process may take to close what it opened."""
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
+"""Variables by which `accelerate launch` and torchrun are known."""
+_PR_SET_PDEATHSIG = 1
 ASK_EVERY_S = 0.5
 """How often a rank that waits looks whether another one was told to stop."""
 
 
-class Interrupted(KeyboardInterrupt):
-    """Training was told to stop by `signum`, and did, on all ranks; the message says how to go on."""
-
-    def __init__(self, signum: int, message: str = ""):
-        super().__init__(message or f"Interrupted by {signal.Signals(signum).name}.")
-        self.signum = signum
-
-    @property
-    def exit_status(self) -> int:
-        """What a shell expects of a process that this signal ended."""
-        return 128 + self.signum
-
-
 class Interrupts:
     """What this process was told while `listening`."""
+
+    stopped = False
+    """Whether training was ended by a signal, in this process."""
 
     def __init__(self) -> None:
         self.active = False
@@ -115,7 +114,7 @@ class Interrupts:
             if self.told is None:
                 self._note(signum)
             elif signum == signal.SIGINT and time.monotonic() - self._told_at > SAME_S:
-                stop_at_once(signum)
+                stop_at_once(128 + signum)
 
     def _note(self, signum: int) -> None:
         if self.told is None:
@@ -125,10 +124,18 @@ class Interrupts:
             print(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", file=sys.stderr, flush=True)
 
 
-def stop_at_once(signum: int) -> None:
-    """Ends this process and all that it started, with nothing saved."""
+def stop_at_once(exit_status: int) -> None:
+    """Ends this process and all that it started, with nothing saved and nothing closed."""
     kill_children()
-    os._exit(128 + signum)
+    os._exit(exit_status)
+
+
+def leave(exit_status: int) -> NoReturn:
+    """Exits as usual, with what is registered for that; at once if that takes longer than `EXIT_S`."""
+    timer = threading.Timer(EXIT_S, stop_at_once, (exit_status,))
+    timer.daemon = True
+    timer.start()
+    raise SystemExit(exit_status)
 
 
 def kill_children() -> None:
@@ -136,6 +143,21 @@ def kill_children() -> None:
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
+
+
+def follow_launcher() -> None:
+    """Has this process told to stop when the launcher that started it is gone; without one, and off Linux, nothing.
+
+    `accelerate launch` hands no signal on to a single process, and cannot when it is killed.
+    """
+    if sys.platform == "linux" and LAUNCHED & os.environ.keys():
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+
+@atexit.register  # at import, so that it runs after what trackers and tools have registered
+def _end_what_is_left() -> None:
+    if Interrupts.stopped:
+        kill_children()
 
 
 class _Board:
@@ -158,10 +180,13 @@ class _Board:
     def post(self, signum: int) -> None:
         if not self._posted:
             self._posted = True
-            self._store.set(self._key, str(signum))
+            with contextlib.suppress(RuntimeError):  # the store ends with the launcher
+                self._store.set(self._key, str(signum))
 
     def read(self) -> int | None:
         if (now := time.monotonic()) - self._asked_at < ASK_EVERY_S:
             return None
         self._asked_at = now
-        return int(self._store.get(self._key)) if self._store.check([self._key]) else None
+        with contextlib.suppress(RuntimeError):
+            return int(self._store.get(self._key)) if self._store.check([self._key]) else None
+        return None

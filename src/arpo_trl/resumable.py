@@ -28,8 +28,8 @@ from arpo_trl.checkpoints import (
     model_identity,
 )
 from arpo_trl.config import ARPOConfig
-from arpo_trl.errors import ArpoError, CheckpointError, ConfigError
-from arpo_trl.interrupts import Interrupted, Interrupts
+from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
+from arpo_trl.interrupts import Interrupts
 
 logger = get_logger(__name__)
 
@@ -53,6 +53,9 @@ class ResumableTrainer(GRPOTrainer):
     _buffered_inputs: list[dict[str, Any]] | None
     _evaluation_is_owed = False
     _is_recalled = True
+    _starts_epoch = False
+    _epoch_generators: dict[str, Any] | None = None
+    """As they were before the epoch's first batch was drawn: a checkpoint between two epochs holds them so."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -145,6 +148,7 @@ class ResumableTrainer(GRPOTrainer):
             try:
                 output = super().train(folder, *args, **kwargs)
             except Interrupted as interrupted:
+                Interrupts.stopped = True
                 raise Interrupted(interrupted.signum, self._stop(interrupted)) from None
         return output
 
@@ -190,6 +194,9 @@ class ResumableTrainer(GRPOTrainer):
                 self._load_rng_state(str(resumed.folder))
             self.control.should_training_stop = True
             return
+        is_first = resumed is not None and epoch == loop["epochs_trained"]
+        self._starts_epoch = not (is_first and loop["steps_trained_in_current_epoch"])
+        self._epoch_generators = _generators() if self._starts_epoch else None
         super()._run_epoch(**loop)
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
@@ -233,12 +240,13 @@ class ResumableTrainer(GRPOTrainer):
         """Keeps what an interrupt of what follows has to go back to."""
         self._moment = {
             "memory": self._memory(),
-            "generators": _generators(),
+            "generators": self._epoch_generators or _generators(),
             "tokens": self.state.num_input_tokens_seen,
             "flos": (self.current_flos, self.state.total_flos),
             "logged": len(self.state.log_history),
             "owed": self._evaluation_is_owed,
         }
+        self._epoch_generators = None
 
     def _stop(self, interrupted: Interrupted) -> str:
         """Saves the last finished step; says where, and how to go on."""
@@ -332,6 +340,7 @@ class ResumableTrainer(GRPOTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once, right before the first step: what is restored here is as the last step left it."""
         super()._load_rng_state(checkpoint)
+        self._epoch_generators = None
         state = self._resumed
         if state is None:
             return
@@ -345,6 +354,8 @@ class ResumableTrainer(GRPOTrainer):
         if state.owes_evaluation:
             self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch or 0.0, None, 0.0)
+        if self._starts_epoch:
+            self._epoch_generators = _generators()
 
 
 class _StepBegins(TrainerCallback):

@@ -32,8 +32,8 @@ from arpo_trl.advantages import (
 )
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
-from arpo_trl.errors import ConfigError, RewardError
-from arpo_trl.interrupts import Interrupted, Interrupts
+from arpo_trl.errors import ConfigError, Interrupted, RewardError
+from arpo_trl.interrupts import Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
 from arpo_trl.resumable import ResumableTrainer
@@ -593,7 +593,7 @@ def _checked(function: Any, interrupts: Interrupts) -> Any:
             while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
                 if interrupts.told is not None:
                     task.cancel()
-                    return [None] * len(completions)
+                    return [0.0] * len(completions)
             return check(task.result(), completions)
 
         wrapper: Any = checked_async
@@ -604,7 +604,7 @@ def _checked(function: Any, interrupts: Interrupts) -> Any:
                 with interrupts.raising():
                     rewards = function(*args, completions=completions, **kwargs)
             except Interrupted:
-                return [None] * len(completions)
+                return [0.0] * len(completions)
             return check(rewards, completions)
 
         wrapper = checked
