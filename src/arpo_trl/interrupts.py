@@ -46,6 +46,8 @@ class Interrupts:
 
     stopped = False
     """Whether training was ended by a signal, in this process."""
+    exit_status: int | None = None
+    """What this process leaves with, once that is decided."""
 
     def __init__(self) -> None:
         self.active = False
@@ -132,6 +134,7 @@ def stop_at_once(exit_status: int) -> None:
 
 def leave(exit_status: int) -> NoReturn:
     """Exits as usual, with what is registered for that; at once if that takes longer than `EXIT_S`."""
+    Interrupts.exit_status = exit_status
     timer = threading.Timer(EXIT_S, stop_at_once, (exit_status,))
     timer.daemon = True
     timer.start()
@@ -158,6 +161,10 @@ def follow_launcher() -> None:
 def _end_what_is_left() -> None:
     if Interrupts.stopped:
         kill_children()
+    if Interrupts.exit_status is not None:  # nothing is left but seconds of collecting garbage
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(Interrupts.exit_status)
 
 
 class _Board:

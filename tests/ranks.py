@@ -1,0 +1,140 @@
+"""Scripts on several processes of this machine's CPU, as a user starts them: with `accelerate launch`.
+
+    done = launch("zero3", "train.py", "--config", …)        # waits for all ranks; a failure or a hang fails the test
+    with launched("ddp", "train.py", …) as running:          # to do something to a rank meanwhile
+        running.ranks()[1].kill()
+        done = running.wait()
+
+Whatever happens, no process is left behind. A script finds out what a test wants to know and writes it to a file; it
+must run on the CPU (`use_cpu=True`, `--use_cpu true`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+DEADLINE_S = 280.0
+"""Below pytest's own timeout, which would show no rank's output."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a launch ended: the launcher's exit status, and what all ranks wrote to both streams."""
+
+    code: int
+    output: str
+
+
+class Running:
+    """A launch under way."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], number: int):
+        self._process, self._log, self._number = process, log, number
+
+    def ranks(self) -> list[psutil.Process]:
+        """The ranks' processes in order; fewer while they start, or when some have ended."""
+        try:
+            children = psutil.Process(self._process.pid).children()
+        except psutil.NoSuchProcess:
+            return []
+        found: dict[int, psutil.Process] = {}
+        for child in children:
+            try:
+                if (rank := child.environ().get("RANK")) is not None:
+                    found[int(rank)] = child
+            except psutil.Error:  # it has just ended
+                pass
+        return [found[rank] for rank in sorted(found)]
+
+    def output(self) -> str:
+        """What has been written so far."""
+        return Path(self._log.name).read_text("utf-8", errors="replace")
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> Ended:
+        """How it ended.
+
+        Raises:
+            AssertionError: It did not end in time; the message has the ends of what it wrote and where it hangs.
+        """
+        try:
+            return Ended(self._process.wait(deadline_s), self.output())
+        except subprocess.TimeoutExpired:
+            stacks = self._stacks()
+            raise AssertionError(
+                f"{self._number} ranks did not end within {deadline_s:.0f} s.\n{stacks}\n{self.output()[-4000:]}"
+            ) from None
+
+    def _stacks(self) -> str:
+        """Has the ranks write where they are, as `faulthandler` does for SIGABRT."""
+        before = len(self.output())
+        for rank in self.ranks():
+            rank.send_signal(signal.SIGABRT)
+        psutil.wait_procs(self.ranks(), timeout=5)
+        return self.output()[before:][:6000]
+
+
+@contextmanager
+def launched(
+    config: str, script: str | Path, *flags: str, ranks: int = 2, environment: dict[str, str] | None = None
+) -> Iterator[Running]:
+    """`script` on `ranks` processes under `accelerate_configs/<config>.yaml`, killed when the context closes."""
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch"),
+        *("--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(ranks)),
+        *("--mixed_precision", "no", "--main_process_port", "0"),
+        *(["tests/fsdp_on_cpu.py"] if config == "fsdp2" else []),
+        *(str(script), *flags),
+    ]
+    # What another test left behind in this process is not what a user has.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "FSDP_"))}
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
+    with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        running = Running(process, log, ranks)
+        try:
+            yield running
+        finally:
+            everyone = running.ranks()  # torch gives each rank a session of its own
+            for rank in everyone:
+                children = rank.children(recursive=True) if rank.is_running() else []
+                for child in (*children, rank):
+                    _kill(child)
+            process.kill()
+            process.wait()
+
+
+def launch(
+    config: str,
+    script: str | Path,
+    *flags: str,
+    ranks: int = 2,
+    deadline_s: float = DEADLINE_S,
+    environment: dict[str, str] | None = None,
+) -> Ended:
+    """`launched`, waited for; the test fails where a rank does, with what the ranks wrote."""
+    with launched(config, script, *flags, ranks=ranks, environment=environment) as running:
+        done = running.wait(deadline_s)
+    assert done.code == 0, done.output[-6000:]
+    return done
+
+
+def _kill(process: psutil.Process) -> None:
+    try:
+        process.kill()
+    except psutil.NoSuchProcess:
+        pass
