@@ -1,13 +1,15 @@
 """A small run for tests that end it in the middle: `python resuming.py MODEL OUTPUT [--name value…]`.
 
-Every setting of ARPOConfig may be given. While the file $HANG exists, what is named in it ("search", "reward") waits,
-and says so by a file $HANG.there.
+Every setting of ARPOConfig may be given. While the file $HANG exists, what is named in it ("search", "reward") waits
+beside a process that it has started, and says so by a file $HANG.there; "deaf" is a reward that no interrupt ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 import sys
 import time
 import zlib
@@ -62,9 +64,15 @@ def save_calling_model(folder: Path) -> str:
 
 def wait_while_told(name: str) -> None:
     hang = Path(os.environ.get("HANG", "/nonexistent"))
-    while hang.exists() and name in hang.read_text("utf-8"):
-        hang.with_suffix(".there").touch()
-        time.sleep(0.05)
+    if not hang.exists() or name not in hang.read_text("utf-8"):
+        return
+    child = subprocess.Popen(["sleep", "1000"])
+    hang.with_suffix(".there").touch()
+    while hang.exists():
+        with contextlib.suppress(KeyboardInterrupt) if name == "deaf" else contextlib.nullcontext():
+            time.sleep(0.05)
+    child.kill()
+    child.wait()
 
 
 def search(query: str) -> str:
@@ -80,18 +88,18 @@ def search(query: str) -> str:
 def some_reward(completions: list[Any], **_: Any) -> list[float]:
     """A number that depends on every character, so that no two runs agree in it by chance."""
     wait_while_told("reward")
+    wait_while_told("deaf")
     return [zlib.crc32(repr(completion).encode()) % 100 / 100 for completion in completions]
 
 
 def make_trainer(model: str | PreTrainedModel, output: Path, **settings: Any) -> ARPOTrainer:
-    kwargs = {name: settings.pop(name) for name in ("peft_config", "train_dataset", "tools") if name in settings}
+    kwargs = {name: settings.pop(name) for name in ("peft_config", "train_dataset", "tools", "reward_funcs") if name in settings}
     evaluates = settings.get("eval_strategy", "no") != "no"
     return ARPOTrainer(
         model=model,
-        reward_funcs=some_reward,
         args=ARPOConfig(output_dir=str(output), **{**SETTINGS, **settings}),
         eval_dataset=ROWS.select(range(4)) if evaluates else None,
-        **{"train_dataset": ROWS, "tools": [search, python], **kwargs},
+        **{"train_dataset": ROWS, "tools": [search, python], "reward_funcs": some_reward, **kwargs},
     )
 
 
