@@ -15,6 +15,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import sys
 import threading
@@ -38,7 +39,7 @@ LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
 """Variables by which `accelerate launch` and torchrun are known."""
 _PR_SET_PDEATHSIG = 1
 ASK_EVERY_S = 0.5
-"""How often a rank that waits looks whether another one was told to stop."""
+"""How often a rank looks whether another one was told to stop."""
 
 
 class Interrupts:
@@ -84,15 +85,8 @@ class Interrupts:
             self.active = False
 
     def check(self) -> None:
-        """Raises `Interrupted` once this rank, or another one, was told to stop."""
-        if not self.active:
-            return
-        if self._board is not None:
-            if self.told is not None:
-                self._board.post(self.told)
-            elif (signum := self._board.read()) is not None:
-                self.told = signum
-        if self.told is not None:
+        """Raises `Interrupted` once this rank was told to stop, or has heard that another one was."""
+        if self.active and self.told is not None:
             raise Interrupted(self.told)
 
     @contextmanager
@@ -111,12 +105,26 @@ class Interrupts:
             raise Interrupted(signum)
 
     def _watch(self, reader: int) -> None:
-        while signums := os.read(reader, 1):
+        while True:
+            heard, _, _ = select.select([reader], [], [], ASK_EVERY_S if self._board else None)
+            if not heard:
+                self._ask_the_others()
+                continue
+            if not (signums := os.read(reader, 1)):
+                return
             signum = signums[0]
             if self.told is None:
                 self._note(signum)
             elif signum == signal.SIGINT and time.monotonic() - self._told_at > SAME_S:
                 stop_at_once(128 + signum)
+
+    def _ask_the_others(self) -> None:
+        assert self._board is not None
+        if self.told is not None:
+            self._board.post(self.told)
+        elif (signum := self._board.read()) is not None:
+            self._note(signum)
+            signal.pthread_kill(threading.main_thread().ident or 0, signum)  # ends what it waits for here, too
 
     def _note(self, signum: int) -> None:
         if self.told is None:
@@ -175,7 +183,6 @@ class _Board:
     def __init__(self, store: Any, key: str):
         self._store, self._key = store, key
         self._posted = False
-        self._asked_at = 0.0
 
     @classmethod
     def of_this_run(cls) -> _Board | None:
@@ -191,9 +198,6 @@ class _Board:
                 self._store.set(self._key, str(signum))
 
     def read(self) -> int | None:
-        if (now := time.monotonic()) - self._asked_at < ASK_EVERY_S:
-            return None
-        self._asked_at = now
         with contextlib.suppress(RuntimeError):
             return int(self._store.get(self._key)) if self._store.check([self._key]) else None
         return None

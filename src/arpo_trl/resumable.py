@@ -358,6 +358,14 @@ class ResumableTrainer(GRPOTrainer):
             self._epoch_generators = _generators()
 
 
+def _on_a_numbered_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# Ranks on a CPU are said to be on "cpu:0", where transformers loads the optimizer to; torch knows no such place.
+torch.serialization.register_package(100, lambda storage: None, _on_a_numbered_cpu)
+
+
 class _StepBegins(TrainerCallback):
     def __init__(self, called: Callable[[], None]):
         self._called = called
