@@ -55,7 +55,7 @@ def command(arguments: argparse.Namespace, output: Path) -> list[str]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What must not depend on kills: all that was logged but times, the weights, the trees but their calls' seconds."""
+    """What must not depend on kills: what was logged but times, the weights, the trees but their calls' seconds."""
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text("utf-8"))
     trees = {}
     for file in sorted((folder / "trajectories").iterdir()):

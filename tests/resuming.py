@@ -93,7 +93,11 @@ def some_reward(completions: list[Any], **_: Any) -> list[float]:
 
 
 def make_trainer(model: str | PreTrainedModel, output: Path, **settings: Any) -> ARPOTrainer:
-    kwargs = {name: settings.pop(name) for name in ("peft_config", "train_dataset", "tools", "reward_funcs") if name in settings}
+    kwargs = {
+        name: settings.pop(name)
+        for name in ("peft_config", "train_dataset", "tools", "reward_funcs")
+        if name in settings
+    }
     evaluates = settings.get("eval_strategy", "no") != "no"
     return ARPOTrainer(
         model=model,
@@ -128,9 +132,7 @@ def main() -> None:
     model, output, *words = sys.argv[1:]
     defaults = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
     (args,) = parse_settings([ARPOConfig], ["--output_dir", output, *defaults, *words])
-    trainer = ARPOTrainer(
-        model=model, reward_funcs=some_reward, args=args, train_dataset=ROWS, tools=[search, python]
-    )
+    trainer = ARPOTrainer(model=model, reward_funcs=some_reward, args=args, train_dataset=ROWS, tools=[search, python])
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     print("done", trainer.state.global_step)
 

@@ -79,8 +79,17 @@ def ended_after(whole: Path, step: int, folder: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "step"),
-    [("plain", 2), ("plain", 5), ("plain", 6), ("plain", 7), ("buffered", 1), ("buffered", 4), ("buffered", 6)]
-    + [("evaluated", 2), ("lora", 3)],
+    [
+        ("plain", 2),
+        ("plain", 5),
+        ("plain", 6),
+        ("plain", 7),
+        ("buffered", 1),
+        ("buffered", 4),
+        ("buffered", 6),
+        ("evaluated", 2),
+        ("lora", 3),
+    ],
 )
 def test_a_resumed_run_repeats_the_one_that_was_left_alone(model, whole, run, step, tmp_path):
     """Metrics, weights and trees, bit for bit; step 5 ends an epoch, 4 a generation batch, 7 the run."""
@@ -210,7 +219,9 @@ def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
 def test_only_whole_checkpoints_are_pushed(model, tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, SavedState.of(Path(folder)).step))
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((folder, SavedState.of(Path(folder)).step)),
     )
     trainer = made(model, tmp_path, max_steps=1)
     trainer.args.push_to_hub = True

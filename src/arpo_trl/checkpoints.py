@@ -1,6 +1,6 @@
 """The checkpoints of an output folder: whole or not there, and refused by a run that is not their own.
 
-A checkpoint is written in `<output_dir>/.unfinished`. Once all ranks are done, the first one lists the files with their
+A checkpoint is written in `<output_dir>/.unfinished`. Once all ranks are done, the first one lists the files and their
 sizes in `arpo_state.json`, has everything reach the disk, and renames the folder into its place. So a folder named
 `checkpoint-…` was whole when it got that name, whoever looks for one; a later loss is found by the sizes.
 
@@ -233,7 +233,9 @@ class Checkpoints:
         last, faults = self.last()
         if wanted is True:
             if last is None and faults:
-                raise CheckpointError(f"No checkpoint in {self.folder} is whole. {faults[-1]} Delete them to start anew.")
+                raise CheckpointError(
+                    f"No checkpoint in {self.folder} is whole. {faults[-1]} Delete them to start anew."
+                )
             return last
         state = None
         try:
@@ -257,9 +259,7 @@ class Checkpoints:
                 path.rename(self.folder / path.name)
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
-    def finish(
-        self, step: int, *, identity: RunIdentity, between_generations: bool, owes_evaluation: bool
-    ) -> Path:
+    def finish(self, step: int, *, identity: RunIdentity, between_generations: bool, owes_evaluation: bool) -> Path:
         """Makes the unfinished checkpoint of that step one: its new path."""
         folder, place = self.unfinished / f"checkpoint-{step}", self.place(step)
         state = {

@@ -1,6 +1,6 @@
 """SIGTERM and Ctrl-C as a request to stop at the next safe place; a second Ctrl-C as an order to stop at once.
 
-A signal may come anywhere: between two collectives, or in the middle of writing a checkpoint. So its handler only takes
+A signal may come anywhere: between two collectives, or in the middle of writing a checkpoint. Its handler only takes
 note of it. Whatever waits (a rollout between two events, a reward function) looks at the note through `check`, and the
 trainer at the places that all ranks pass, where they decide together.
 
@@ -60,7 +60,7 @@ class Interrupts:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals over until it closes; outside the main thread, where Python forbids it, it does nothing."""
+        """Takes the signals over until it closes; outside the main thread, where Python forbids it, nothing."""
         if threading.current_thread() is not threading.main_thread() or self.active:
             yield
             return
@@ -91,7 +91,7 @@ class Interrupts:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Within it a signal raises `Interrupted` wherever the main thread is: for code that never looks at `check`."""
+        """Within it a signal raises `Interrupted` wherever the main thread is: for code without a `check`."""
         self._raises = True
         try:
             self.check()

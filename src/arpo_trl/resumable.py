@@ -6,7 +6,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ class ResumableTrainer(GRPOTrainer):
 
     - `train`: finds and checks the checkpoint to go on from; SIGTERM and Ctrl-C end it with a checkpoint.
     - `training_step`, `_evaluate`: the places where an interrupt is heard, besides those of a subclass.
-    - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is written aside and takes its place,
-      and is sent to the Hub, when it is whole.
+    - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is written aside, and takes its
+      place and is sent to the Hub when it is whole.
     - `_save_rng_state`, `_load_rng_state`: also what the trainer has in memory between two steps.
     - `_run_epoch`: a resumed epoch shuffles as that epoch does, and a run that is done stays done.
     """
@@ -155,7 +155,9 @@ class ResumableTrainer(GRPOTrainer):
     def _check_resumable(self, state: SavedState) -> None:
         state.check_same_run(self._identity())
         if self.args.ignore_data_skip:
-            raise ConfigError("ignore_data_skip is set, but a resumed run has to know its place in the data. Unset it.")
+            raise ConfigError(
+                "ignore_data_skip is set, but a resumed run has to know its place in the data. Unset it."
+            )
         if self.args.sync_ref_model:
             raise ConfigError(
                 "sync_ref_model is set, and no checkpoint holds the reference model that it moves. Start a new run "
@@ -167,7 +169,9 @@ class ResumableTrainer(GRPOTrainer):
                 f"from its weights: model_name_or_path {state.folder}."
             )
         if changes := changed_versions(state.versions):
-            logger.warning(f"{state.folder} was written with other versions ({', '.join(changes)}): numbers may differ.")
+            logger.warning(
+                f"{state.folder} was written with other versions ({', '.join(changes)}): numbers may differ."
+            )
 
     def _identity(self) -> RunIdentity:
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
@@ -220,10 +224,8 @@ class ResumableTrainer(GRPOTrainer):
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """What runs here may be cut short on any rank; all ranks then raise `Interrupted` at its end. A collective."""
-        try:
+        with suppress(Interrupted):
             yield
-        except Interrupted:
-            pass
         self.stop_together()
 
     def stop_together(self) -> None:
@@ -286,7 +288,9 @@ class ResumableTrainer(GRPOTrainer):
             if self.state.best_global_step == step:  # it was written, and noted, aside
                 self.state.best_model_checkpoint = str(self._checkpoints.place(step))
             if self.args.should_save:
-                self.state.save_to_json(str(self._checkpoints.unfinished / f"checkpoint-{step}" / "trainer_state.json"))
+                self.state.save_to_json(
+                    str(self._checkpoints.unfinished / f"checkpoint-{step}" / "trainer_state.json")
+                )
                 self._checkpoints.finish(
                     step,
                     identity=self._identity(),
@@ -327,7 +331,9 @@ class ResumableTrainer(GRPOTrainer):
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _is_between_generations(self) -> bool:
-        return self._buffered_inputs is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        return (
+            self._buffered_inputs is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        )
 
     @staticmethod
     def _memory_file(folder: Path, rank: int) -> Path:
