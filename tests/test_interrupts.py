@@ -170,9 +170,10 @@ def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
 class Run:
     """resuming.py as a process, which comes to a wait in its third step."""
 
-    def __init__(self, model: str, folder: Path, waits: str, *launcher: str):
+    def __init__(self, model: str, folder: Path, waits: str, *words: str):
         self.output, self.hang, self.log = folder / "run", folder / "hang", folder / "log"
-        words = [*launcher, str(HERE / "resuming.py"), model, str(self.output), "--save_steps", "100"]
+        launcher, flags = (words, ()) if words[:1] == ("-m",) else ((), words)
+        words = (*launcher, str(HERE / "resuming.py"), model, str(self.output), "--max_steps", str(STEPS), *flags)
         paths = [str(ROOT / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "HANG": str(self.hang), "PYTHONPATH": os.pathsep.join(paths)}
         with self.log.open("wb") as log:
@@ -210,8 +211,8 @@ class Run:
 def started(model, tmp_path):
     runs = []
 
-    def start(waits: str, *launcher: str) -> Run:
-        runs.append(Run(model, tmp_path, waits, *launcher))
+    def start(waits: str, *words: str) -> Run:
+        runs.append(Run(model, tmp_path, waits, *words))
         return runs[-1]
 
     yield start
@@ -221,7 +222,7 @@ def started(model, tmp_path):
 
 @pytest.mark.slow
 def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(started):
-    run = started("search")
+    run = started("search", "--save_steps", "100")
     assert [child.name() for child in run.family] == ["sleep"]
     run.process.terminate()
     assert run.process.wait(BOUND_S) == 143
@@ -229,6 +230,17 @@ def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(s
     assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
     assert "Traceback" not in run.said()
     assert run.left() == []
+
+
+@pytest.mark.slow
+def test_a_script_that_was_killed_goes_on_as_if_it_had_not(model, left_alone, started):
+    """SIGKILL in the third step, before its checkpoint; the longer form is benchmarks/kill_training.py."""
+    run = started("reward", "--save_steps", "1")
+    run.process.kill()
+    assert run.process.wait(BOUND_S) == -signal.SIGKILL
+    assert Checkpoints(run.output).all()
+    train(model, run.output, True)
+    assert outcome(run.output) == left_alone()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@
         └── ToolStopped         a limit or a crash cut the call short
 
 Every message names the subject, what it got, what it expected and the way out. A model's mistake is never raised: it
-becomes text the model sees. `ToolError` is what a tool raises on purpose. `Interrupted` is no error and stands outside.
+becomes text the model sees. `ToolError` is what a tool raises on purpose. `Interrupted` is no error, so not in it.
 """
 
 import signal
