@@ -130,6 +130,59 @@ def batch(trainer: GRPOTrainer) -> dict:
     return trainer._generate_and_score_completions([dict(ROWS[i // M]) for i in range(8)])
 
 
+# transformers and TRL: checkpoints -----------------------------------------------------------------------------------
+
+
+class Watched(GRPOTrainer):
+    """Notes the order in which a run calls what `ResumableTrainer` overrides."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = []
+
+    def _run_epoch(self, **loop):
+        self.seen.append(("epoch", loop["epoch"], loop["epochs_trained"], loop["steps_trained_in_current_epoch"]))
+        super()._run_epoch(**loop)
+
+    def _load_rng_state(self, checkpoint):
+        self.seen.append("generators")
+        super()._load_rng_state(checkpoint)
+
+    def training_step(self, *args, **kwargs):
+        self.seen.append("step")
+        return super().training_step(*args, **kwargs)
+
+    def _save_rng_state(self, output_dir):
+        self.seen.append("saved")
+        super()._save_rng_state(output_dir)
+
+
+def test_a_resumed_run_loads_its_generators_once_right_before_its_first_step(model_path, tmp_path):
+    """Two prompts make one step, and four prompts an epoch of two: step 1 is within it, step 2 ends it."""
+
+    def train(steps: int, resume: str | None) -> list:
+        settings = GRPOConfig(
+            str(tmp_path / "resumed"), num_generations=M, per_device_train_batch_size=2 * M, max_completion_length=4,
+            max_steps=steps, save_steps=1, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True,
+        )  # fmt: skip
+        made = Watched(model=model_path, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+                       args=settings, train_dataset=ROWS)  # fmt: skip
+        made.train(resume_from_checkpoint=resume)
+        return made.seen
+
+    folder = tmp_path / "resumed"
+    assert train(2, None) == [("epoch", 0, 0, 0), "step", "saved", "step", "saved"]
+    within, between = str(folder / "checkpoint-1"), str(folder / "checkpoint-2")
+    assert train(2, within) == [("epoch", 0, 0, 1), "generators", "step", "saved"]
+    assert train(3, between) == [("epoch", 1, 1, 0), "generators", "step", "saved"]
+
+
+def test_a_sampler_draws_each_epochs_order_from_a_generator_of_its_own():
+    sampler, generator = RepeatSampler(range(8), 1, seed=3), torch.Generator().manual_seed(3)
+    for _ in range(2):
+        assert list(sampler) == torch.randperm(sampler.num_samples, generator=generator).tolist()
+
+
 # TRL: what we override -----------------------------------------------------------------------------------------------
 
 
@@ -141,6 +194,14 @@ def batch(trainer: GRPOTrainer) -> dict:
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
+        ("_evaluate", ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]),
+        ("_get_train_sampler", ["self", "dataset"]),
+        ("_get_output_dir", ["self", "trial"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        ("_save_rng_state", ["self", "output_dir"]),
+        ("_load_rng_state", ["self", "checkpoint"]),
     ],
 )
 def test_overridden_methods_take_what_we_pass_on(method, expected):

@@ -7,18 +7,22 @@ import dataclasses
 import difflib
 import functools
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arpo_trl.errors import ArpoError, ConfigError
+from arpo_trl.errors import ArpoError, ConfigError, Interrupted
 
 T = TypeVar("T")
 
 
 def report_errors(main: Callable[[], T]) -> Callable[[], T]:
-    """`main` with this package's errors as one line and exit status 2; others keep their traceback."""
+    """`main` with this package's errors as one line and exit status 2; others keep their traceback.
+
+    A training run that was interrupted ends with one line too, and with 128 plus the signal's number.
+    """
 
     @functools.wraps(main)
     def wrapped() -> T:
@@ -27,6 +31,12 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
         except ArpoError as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
+        except Interrupted as interrupted:
+            from arpo_trl.interrupts import leave
+
+            if os.environ.get("RANK", "0") == "0":
+                print(interrupted, file=sys.stderr)
+            leave(interrupted.exit_status)
 
     return wrapped
 

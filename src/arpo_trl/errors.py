@@ -6,6 +6,7 @@
     ├── ToolSpecError   a tool cannot be offered to a model as it is
     ├── SandboxError    model-written code cannot be isolated here
     ├── RewardError     a reward function broke its contract
+    ├── CheckpointError a checkpoint cannot be written, or is not all there
     ├── EngineError     an engine broke its contract or lost its server
     ├── HubError        a push to the Hub failed; the run itself is saved
     └── ToolError       raised *by* a tool: its message is shown to the model as the result of the call
@@ -13,8 +14,10 @@
         └── ToolStopped         a limit or a crash cut the call short
 
 Every message names the subject, what it got, what it expected and the way out. A model's mistake is never raised: it
-becomes text the model sees. `ToolError` is what a tool raises on purpose.
+becomes text the model sees. `ToolError` is what a tool raises on purpose. `Interrupted` is no error, so not in it.
 """
+
+import signal
 
 
 class ArpoError(Exception):
@@ -41,6 +44,10 @@ class RewardError(ArpoError, ValueError):
     """A reward function returned something other than one finite float, or None, per completion."""
 
 
+class CheckpointError(ArpoError, RuntimeError):
+    """A checkpoint cannot be written, or is not all there."""
+
+
 class EngineError(ArpoError, RuntimeError):
     """An engine broke its contract, or the process behind it is gone."""
 
@@ -59,3 +66,16 @@ class ToolUnavailable(ToolError):
 
 class ToolStopped(ToolError):
     """A limit or a crash cut the call short, so that nothing of it can be built on; the message is its result."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Training was told to stop by the signal `signum`, and did, on all ranks; the message says how to go on."""
+
+    def __init__(self, signum: int, message: str = ""):
+        super().__init__(message or f"Interrupted by {signal.Signals(signum).name}.")
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell expects of a process that this signal ended."""
+        return 128 + self.signum

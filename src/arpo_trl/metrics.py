@@ -202,6 +202,14 @@ class AlarmBell:
         self._heard = {alarm: [0.0, 0.0] for alarm in self._alarms}
         self._rung = dict.fromkeys(self._alarms, 0)
 
+    def state(self) -> list[list[float]]:
+        """What it has heard and how often it rang, alarm by alarm, for `restore`."""
+        return [[*self._heard[alarm], self._rung[alarm]] for alarm in self._alarms]
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        for alarm, (total, count, rung) in zip(self._alarms, state, strict=True):
+            self._heard[alarm], self._rung[alarm] = [total, count], int(rung)
+
     def hear(self, tally: Tally) -> list[str]:
         """The messages to log after this rollout."""
         messages = []

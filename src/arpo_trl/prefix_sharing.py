@@ -70,8 +70,9 @@ class Pack:
 
     `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion wants it. `sources`
     (B, T) holds for each completion token the pack index of the token before it; it means nothing where `real` (B, T)
-    is False, on padding and on tokens that are not wanted. `ends` (N,) says for each token where in the pack the rows that hold it end: a query sees the keys up to
-    itself whose end it has not reached. `leaf_tokens` is what the rows hold together, padding not counted.
+    is False, on padding and on tokens that are not wanted. `ends` (N,) says for each token where in the pack the rows
+    that hold it end: a query sees the keys up to itself whose end it has not reached. `leaf_tokens` is what the rows
+    hold together, padding not counted.
     """
 
     ids: torch.Tensor
@@ -374,7 +375,7 @@ def share_prefixes(model: PreTrainedModel) -> None:
 
 
 def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, T) logprobs of the completion tokens and, if the model's head gives them, entropies; 0 where not `pack.real`.
+    """(B, T) logprobs of the completion tokens and, if the head gives them, entropies; 0 where not `pack.real`.
 
     `model` has TRL's fused language-model head, in whatever wrapping, and went through `share_prefixes`.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import tempfile
 import time
@@ -30,10 +31,11 @@ from arpo_trl.advantages import (
 )
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
-from arpo_trl.errors import ConfigError, RewardError
+from arpo_trl.errors import ConfigError, Interrupted, RewardError
+from arpo_trl.interrupts import Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
-from arpo_trl.publishing import PublishingTrainer
+from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
@@ -47,6 +49,8 @@ from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 
 logger = get_logger(__name__)
 
+REWARD_POLL_S = 0.2
+"""How often waiting for an async reward function looks for an interrupt."""
 UNLIMITED_CALLS = 1 << 30
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
 
@@ -63,7 +67,7 @@ class _LastRollout:
     rewards: torch.Tensor | None = None
 
 
-class ARPOTrainer(PublishingTrainer):
+class ARPOTrainer(ResumableTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory`. Rewards receive, besides TRL's
@@ -81,6 +85,8 @@ class ARPOTrainer(PublishingTrainer):
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
       `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
+    - `train`, and what saves and loads checkpoints: as `ResumableTrainer` has it. Rollouts and rewards can be
+      interrupted.
     - `create_model_card`, `push_to_hub` and the pushes while training: ours, as `PublishingTrainer` has them.
 
     Raises:
@@ -131,11 +137,12 @@ class ARPOTrainer(PublishingTrainer):
             per_tool=args.tool_places,
             cache=args.tool_cache,
         )
+        self._interrupts = Interrupts()
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         with _vllm_left_to_us(args, engine):
             super().__init__(
                 model=model,
-                reward_funcs=[_checked(function) for function in functions],
+                reward_funcs=[_checked(function, self._interrupts) for function in functions],
                 args=args,
                 train_dataset=train_dataset,
                 **kwargs,
@@ -162,7 +169,8 @@ class ARPOTrainer(PublishingTrainer):
         self._loss_mask: torch.Tensor | None = None
         """(B, T), nonzero on the tokens whose logprobs the loss will use, of the rows that are being computed."""
         self._bell = AlarmBell(args.branch_policy.rule)
-        self._rollouts_at = (-1, 0)
+        self._rollouts_at: dict[str, tuple[int, int]] = {}
+        self.sampler.between_events = self._interrupts.check
         self._timed: dict[str, float] = defaultdict(float)
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
@@ -265,11 +273,12 @@ class ARPOTrainer(PublishingTrainer):
             GroupRequest(first_group + i, self.protocol.encode_prompt(prompt)) for i, prompt in enumerate(groups)
         ]
         settings = self.sampler.settings
-        rollout = self.sampler.sample(
-            requests,
-            seed=(self.args.seed, name),
-            settings=settings if training else settings.without_branching(size),
-        )
+        with self.interruptible():
+            rollout = self.sampler.sample(
+                requests,
+                seed=(self.args.seed, name),
+                settings=settings if training else settings.without_branching(size),
+            )
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         # A node's number is unique in its tree only; the trees of a batch are laid end to end.
         offsets, offset = [], 0
@@ -298,8 +307,9 @@ class ARPOTrainer(PublishingTrainer):
     def _rollout_name(self, kind: str) -> str:
         """Names a rollout, and so seeds it: by the optimizer step, which a resumed run knows, and a count in it."""
         step = self.state.global_step
-        count = self._rollouts_at[1] + 1 if self._rollouts_at[0] == step else 0
-        self._rollouts_at = (step, count)
+        last, count = self._rollouts_at.get(kind, (-1, 0))
+        count = count + 1 if last == step else 0
+        self._rollouts_at[kind] = (step, count)
         return f"{kind}-{step:06d}" + (f".{count}" if count else "")
 
     # Credit ----------------------------------------------------------------------------------------------------------
@@ -345,6 +355,7 @@ class ARPOTrainer(PublishingTrainer):
     ) -> torch.Tensor:
         start = time.perf_counter()
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.stop_together()  # rewards of an interrupted function are none
         self._timed["reward"] += time.perf_counter() - start
         if self._last is not None:
             local = slice(self.accelerator.process_index * len(prompts), None)
@@ -443,6 +454,30 @@ class ARPOTrainer(PublishingTrainer):
         self._metrics["train"]["arpo/time/update_s"].append(spent)
         return loss
 
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tool_names(self) -> list[str]:
+        return list(self.toolbox.names)
+
+    def _memory(self) -> dict[str, Any]:
+        return super()._memory() | {
+            "rollouts_at": dict(self._rollouts_at),
+            "bell": self._bell.state(),
+            "evaluation": self.evaluation,
+            "tool_cache": self.toolbox.cached(),
+        }
+
+    def _recall(self, memory: dict[str, Any]) -> None:
+        super()._recall(memory)
+        self._rollouts_at = dict(memory["rollouts_at"])
+        self._bell.restore(memory["bell"])
+        self.evaluation = memory["evaluation"]
+        self.toolbox.fill_cache(memory["tool_cache"])
+
+    def _forget_from(self, step: int, *, evaluated: bool) -> None:
+        self._trajectories.forget_from(step, evaluated=evaluated)
+
     # Logs ------------------------------------------------------------------------------------------------------------
 
     def _log_rollout(self, advantages: torch.Tensor) -> None:
@@ -520,8 +555,11 @@ def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
         args.use_vllm = use_vllm
 
 
-def _checked(function: Any) -> Any:
-    """The reward function, checked: TRL reads a NaN as "not applicable" and goes on without a word."""
+def _checked(function: Any, interrupts: Interrupts) -> Any:
+    """The reward function, checked: TRL reads a NaN as "not applicable" and goes on without a word.
+
+    An interrupt ends it with rewards of nothing, so that this rank still comes to where all ranks decide to stop.
+    """
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
     name = get_callable_name(function)
@@ -544,13 +582,23 @@ def _checked(function: Any) -> Any:
     if is_async_callable(function):
 
         async def checked_async(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
-            return check(await function(*args, completions=completions, **kwargs), completions)
+            task = asyncio.ensure_future(function(*args, completions=completions, **kwargs))
+            while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
+                if interrupts.told is not None:
+                    task.cancel()
+                    return [0.0] * len(completions)
+            return check(task.result(), completions)
 
         wrapper: Any = checked_async
     else:
 
         def checked(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
-            return check(function(*args, completions=completions, **kwargs), completions)
+            try:
+                with interrupts.raising():
+                    rewards = function(*args, completions=completions, **kwargs)
+            except Interrupted:
+                return [0.0] * len(completions)
+            return check(rewards, completions)
 
         wrapper = checked
     wrapper.__name__ = name

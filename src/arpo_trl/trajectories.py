@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.branching import BranchDecision
 from arpo_trl.rollout.tree import ExecutedCall, Node, NodeKind, RolloutTree, StopReason
+
+_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.(jsonl|partial)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,20 @@ class TrajectoryLog:
         partial.write_text("".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept), "utf-8")
         partial.replace(path)  # a reader, or a crash, never sees half a file
         return path
+
+    def forget_from(self, step: int, *, evaluated: bool) -> None:
+        """Removes all ranks' files of what a run resumed at `step` repeats: this step and later ones.
+
+        The evaluation after so many steps is repeated too unless it is `evaluated`. Most of the files would be
+        replaced anyway, but not those of more ranks, or of more steps, than there will be.
+        """
+        for path in self.folder.glob("*-rank*"):
+            if match := _FILE.fullmatch(path.name):
+                kept = int(match["step"]) < step or (
+                    match["kind"] == "eval" and evaluated and int(match["step"]) == step
+                )
+                if not kept:
+                    path.unlink(missing_ok=True)
 
 
 def read_trees(path: str | Path) -> Iterator[LoggedTree]:

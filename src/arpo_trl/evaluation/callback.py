@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, Interrupted
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.report import table
 from arpo_trl.evaluation.results import summarise
@@ -19,6 +20,8 @@ from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record, counted
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.trainer import ARPOTrainer
+
+logger = get_logger(__name__)
 
 
 class EvaluationCallback(TrainerCallback):
@@ -53,7 +56,10 @@ class EvaluationCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step % self._every_steps == 0:
-            self.evaluate()
+            try:
+                self.evaluate()
+            except Interrupted:  # raised on all ranks, and again before the next step, when this one's log is written
+                logger.warning(f"The evaluation after step {state.global_step} was cut short by an interrupt.")
 
     def evaluate(self) -> dict[str, Any]:
         """The summary of each benchmark, logged; a collective."""
@@ -62,7 +68,8 @@ class EvaluationCallback(TrainerCallback):
         summaries: dict[str, Any] = {}
         for questions in self._benchmarks:
             mine: list[Record] = []
-            self._evaluator.run(questions, self._evaluator.keys(questions)[rank::ranks], mine.append)
+            with trainer.interruptible():
+                self._evaluator.run(questions, self._evaluator.keys(questions)[rank::ranks], mine.append)
             summaries[questions.benchmark.name] = summarise(
                 questions.benchmark,
                 gather_object([counted(record) for record in mine]),

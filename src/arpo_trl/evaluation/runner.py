@@ -21,6 +21,7 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
 from arpo_trl.evaluation.scoring import predicted, score
+from arpo_trl.identity import differences_between
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import LLMJudge, question_of
 from arpo_trl.rollout.sampler import Finished, GroupRequest, TreeSampler
@@ -182,7 +183,7 @@ class RunFolder:
             other = json.loads(description.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{description} cannot be read: {error}. Choose another output folder.") from error
-        differences = list(_differences(other, identity))
+        differences = list(differences_between(other, identity))
         if differences:
             raise ConfigError(
                 f"{self.path} holds a different run: {'; '.join(differences[:3])}. Choose another output folder."
@@ -219,16 +220,3 @@ def write_whole(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, "utf-8", errors="replace")
     partial.replace(path)
-
-
-def _differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted({*before, *now}):
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-    elif before != now:
-        yield f"{name} is {_short(before)} there and {_short(now)} here"
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -184,6 +184,8 @@ class TreeSampler:
         self.protocol = protocol
         self.settings = settings
         self.eos_ids = tuple(eos_ids)
+        self.between_events: Callable[[], None] = _nothing
+        """Called between any two events; what it raises ends the rollout, as an interrupt does."""
 
     def sample(
         self,
@@ -228,6 +230,7 @@ class _Run:
 
     def __init__(self, sampler: TreeSampler, settings: SamplerSettings, seed: tuple[int | str, ...]):
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
+        self.between_events = sampler.between_events
         self.eos_ids = sampler.eos_ids
         self.settings = settings
         self.seed = seed
@@ -309,6 +312,7 @@ class _Run:
 
     def _advance(self) -> list[_Group]:
         """The groups in which something happened, after waiting if nothing had."""
+        self.between_events()
         touched: dict[int, _Group] = {}
         if self.writing:
             for event in self.engine.poll(BUSY_POLL_S if self.calling else IDLE_POLL_S):
@@ -348,6 +352,7 @@ class _Run:
         start = time.perf_counter()
         results = self.toolbox.poll(IDLE_POLL_S)
         while rounds and len(results) < len(self.calling):
+            self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)
         self.tool_wait_s += time.perf_counter() - start
         return sorted(results, key=lambda result: result[0])
@@ -515,6 +520,10 @@ class _Run:
         """A seed that is this rollout's, and this place's in it, alone."""
         digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
+
+
+def _nothing() -> None:
+    pass
 
 
 def _described(error: Exception) -> str:

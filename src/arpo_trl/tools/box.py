@@ -279,6 +279,17 @@ class ToolBox:
             self._pending -= len(delivered)
         return delivered
 
+    def cached(self) -> dict[tuple[str, str], str]:
+        """What its cache holds, for `fill_cache`; empty without one."""
+        with self._lock:
+            return dict(self._cache or {})
+
+    def fill_cache(self, texts: Mapping[tuple[str, str], str]) -> None:
+        """Puts what `cached` gave in the place of what the cache holds, if there is one."""
+        with self._lock:
+            if self._cache is not None:
+                self._cache = dict(texts)
+
     def close(self) -> None:
         """Stop; results that were not polled are lost. May be called again."""
         if not self._closed:

@@ -33,8 +33,8 @@ SHARD_BYTES = 4 << 30
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """The mean |difference| of logprobs, in nats, or in their standard deviations where those are larger than a nat.
 
-    Rounding grows with the logits: a model that is very sure of itself, or reads a text it finds very unlikely, differs
-    from itself in another precision by more nats than one that spreads its probability.
+    Rounding grows with the logits: a model that is very sure of itself, or reads a text it finds very unlikely,
+    differs from itself in another precision by more nats than one that spreads its probability.
     """
     scale = max(1.0, pstdev(ours))
     return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours) / scale

@@ -1,0 +1,151 @@
+"""Kills a training run at random moments and resumes it: does it end like one that was left alone?
+
+    python benchmarks/kill_training.py --model runs/quickstart/sft --data runs/quickstart/data
+    python benchmarks/kill_training.py … --config zero3 --processes 2 --kills 4
+
+Twelve steps of the quickstart with a checkpoint after each. Every other kill waits for a checkpoint that is being
+written. A run that is done before its next kill is compared and another one begins, until all kills are spent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from arpo_trl.identity import differences_between
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+WRITING_S = 0.05
+"""A kill that waits for a checkpoint comes up to this long after its first file."""
+# cache_hits: an identical call joins the one under way, or finds its result, as the tools' timing has it.
+TIMES = ("time", "per_second", "seconds_p", "cache_hits")
+
+
+def command(arguments: argparse.Namespace, output: Path) -> list[str]:
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{arguments.config}.yaml"]
+    launcher += ["--num_processes", str(arguments.processes), "--mixed_precision", "no", "--main_process_port", "0"]
+    settings = {
+        "config": "configs/quickstart.yaml",
+        "model_name_or_path": arguments.model,
+        "dataset": arguments.data / "train.jsonl",
+        "search_index": arguments.data / "corpus.jsonl",
+        "output_dir": output,
+        "max_steps": STEPS,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "eval_strategy": "no",
+        "per_device_train_batch_size": 32 // arguments.processes,
+        "trajectory_log_rate": 1,
+        "use_cpu": True,
+        "resume_from_checkpoint": True,
+    }
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, *(launcher if arguments.processes > 1 else []), "train.py", *words]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must not depend on kills: what was logged but times, the weights, the trees but their calls' seconds."""
+    state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text("utf-8"))
+    trees = {}
+    for file in sorted((folder / "trajectories").iterdir()):
+        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        for call in [call for row in rows for node in row["nodes"] for call in node.get("calls", ())]:
+            call["source"] = "executed" if call["source"] == "executed" else "saved"
+            del call["seconds"]
+        trees[file.name] = {str(row["group"]): row for row in rows}
+    weights = (folder / f"checkpoint-{STEPS}" / "model.safetensors").read_bytes()
+    return {
+        "metrics": {
+            str(i): {k: v for k, v in row.items() if not any(t in k for t in TIMES)}
+            for i, row in enumerate(state["log_history"])
+        },
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "trees": trees,
+    }
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the launcher and to all that it started."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    for child in family:
+        if child.is_running():
+            child.kill()
+    process.wait()
+
+
+def run_for(words: list[str], output: Path, seconds: float | None, writing_s: float | None) -> int | None:
+    """The exit status; None if it was killed after `seconds`, or `writing_s` into its next checkpoint."""
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        start = time.perf_counter()
+        while (status := process.poll()) is None:
+            if writing_s is not None and (output / ".unfinished").exists():
+                time.sleep(writing_s)
+                break
+            if seconds is not None and time.perf_counter() - start > seconds:
+                break
+            time.sleep(0.001)
+        if status is None:
+            kill(process)
+        elif status:
+            log.seek(0)
+            print(log.read()[-3000:].decode(errors="replace"))
+        return status
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--config", default="single")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    arguments.model, arguments.data = str(Path(arguments.model).resolve()), arguments.data.resolve()
+    draw = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        start = time.perf_counter()
+        if run_for(command(arguments, folder / "whole"), folder / "whole", None, None):
+            raise SystemExit("the run that is left alone failed")
+        seconds = time.perf_counter() - start
+        expected = outcome(folder / "whole")
+        print(f"left alone: {STEPS} steps, {len(expected['trees'])} files of trees, {seconds:.0f} s", flush=True)
+        killed, half_written, runs, in_run = 0, 0, 0, 0
+        while killed < arguments.kills or in_run:
+            output = folder / f"killed-{runs}"
+            waits = killed % 2 == 1
+            limit = draw.uniform(seconds / 3, seconds) if killed < arguments.kills and not waits else None
+            writing = draw.uniform(0, WRITING_S) if killed < arguments.kills and waits else None
+            status = run_for(command(arguments, output), output, limit, writing)
+            if status is None:
+                killed, in_run = killed + 1, in_run + 1
+                half_written += any((output / ".unfinished").glob("checkpoint-*"))
+                continue
+            if status:
+                raise SystemExit(f"run {runs} ended with status {status} after {in_run} kills")
+            found = outcome(output)
+            differing = list(differences_between(expected, found))
+            print(f"run {runs}: killed {in_run} times, {'DIFFERENT' if differing else 'identical'}", flush=True)
+            if differing:
+                print("\n".join(differing[:20]))
+                raise SystemExit(1)
+            runs, in_run = runs + 1, 0
+        print(f"{killed} kills in {runs} runs, {half_written} of them left a half-written checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""A small run for tests that end it in the middle: `python resuming.py MODEL OUTPUT [--name value…]`.
+
+Every setting of ARPOConfig may be given. While the file $HANG exists, what is named in it ("search", "reward") waits
+beside a process that it has started, and says so by a file $HANG.there; "deaf" is a reward that no interrupt ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.interrupts import follow_launcher
+from support import python, tiny_model, tokenizer
+
+ROWS = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(10)])
+TIMES = ("time", "per_second", "seconds_p", "latency")
+SETTINGS = {
+    "num_generations": 4,
+    "per_device_train_batch_size": 8,
+    "max_completion_length": 48,
+    "max_steps": 12,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "rollout_schedule": "rounds",
+    "entropy_probe_tokens": 4,
+    "tool_cache": True,
+    "trajectory_log_rate": 1.0,
+}
+
+
+def save_calling_model(folder: Path) -> str:
+    """A random model that often calls `search`, closes what it opens, and ends its turns."""
+    model = tiny_model()
+    often = tokenizer().convert_tokens_to_ids(["<search>", "</search>", str(tokenizer().eos_token)])
+    with torch.no_grad():
+        # Every token brings 1 in the first dimension, which so is about √32 after the last norm, and serves as a bias.
+        model.model.embed_tokens.weight[:, 0] = 1.0
+        model.lm_head.weight[:, 0] = 0.0
+        model.lm_head.weight[often, 0] = 0.85
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def wait_while_told(name: str) -> None:
+    hang = Path(os.environ.get("HANG", "/nonexistent"))
+    if not hang.exists() or name not in hang.read_text("utf-8"):
+        return
+    child = subprocess.Popen(["sleep", "1000"])
+    hang.with_suffix(".there").touch()
+    while hang.exists():
+        with contextlib.suppress(KeyboardInterrupt) if name == "deaf" else contextlib.nullcontext():
+            time.sleep(0.05)
+    child.kill()
+    child.wait()
+
+
+def search(query: str) -> str:
+    """Search for facts.
+
+    Args:
+        query: What to look for.
+    """
+    wait_while_told("search")
+    return f"facts about {query[:8]}"
+
+
+def some_reward(completions: list[Any], **_: Any) -> list[float]:
+    """A number that depends on every character, so that no two runs agree in it by chance."""
+    wait_while_told("reward")
+    wait_while_told("deaf")
+    return [zlib.crc32(repr(completion).encode()) % 100 / 100 for completion in completions]
+
+
+def make_trainer(model: str | PreTrainedModel, output: Path, **settings: Any) -> ARPOTrainer:
+    kwargs = {
+        name: settings.pop(name)
+        for name in ("peft_config", "train_dataset", "tools", "reward_funcs")
+        if name in settings
+    }
+    evaluates = settings.get("eval_strategy", "no") != "no"
+    return ARPOTrainer(
+        model=model,
+        args=ARPOConfig(output_dir=str(output), **{**SETTINGS, **settings}),
+        eval_dataset=ROWS.select(range(4)) if evaluates else None,
+        **{"train_dataset": ROWS, "tools": [search, python], "reward_funcs": some_reward, **kwargs},
+    )
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What must not depend on how often a run was ended: all that it logged but times, its weights, its trees."""
+    last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text("utf-8"))["log_history"]
+    weights = [*last.glob("*.safetensors"), *last.glob("global_step*/*model_states.pt")]
+    return {
+        "history": [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in history],
+        "weights": {path.name: zlib.crc32(path.read_bytes()) for path in weights},
+        "trees": {path.name: _trees(path) for path in (folder / "trajectories").iterdir()},
+    }
+
+
+def _trees(file: Path) -> list[Any]:
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    for call in [call for row in rows for node in row["nodes"] for call in node.get("calls", ())]:
+        del call["seconds"]
+    return rows
+
+
+@report_errors
+def main() -> None:
+    follow_launcher()
+    model, output, *words = sys.argv[1:]
+    defaults = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
+    (args,) = parse_settings([ARPOConfig], ["--output_dir", output, *defaults, *words])
+    trainer = ARPOTrainer(model=model, reward_funcs=some_reward, args=args, train_dataset=ROWS, tools=[search, python])
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    print("done", trainer.state.global_step)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+import json
+import resource
+import shutil
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from arpo_trl import ARPOConfig, checkpoints
+from arpo_trl.checkpoints import STATE_FILE, Checkpoints, SavedState, dataset_identity
+from arpo_trl.errors import CheckpointError, ConfigError
+from arpo_trl.trainer import ARPOTrainer
+from resuming import ROWS, make_trainer, outcome, save_calling_model
+from support import save_tiny_model, search
+
+STEPS = 7  # two of ten prompts a step: an epoch has five
+RUNS = {
+    "plain": {},
+    # A generation batch serves 8 micro-batches, that is 4 steps; a log covers 3: both are cut by most checkpoints.
+    "buffered": {
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 4,
+        "num_iterations": 2,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 3,
+        "max_steps": 10,
+        "log_completions": True,
+    },
+    "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8},
+    "lora": {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_calling_model(tmp_path_factory.mktemp("model"))
+
+
+def train(model: str, output: Path, resume: str | bool | None = None, **settings) -> ARPOTrainer:
+    trainer = made(model, output, **settings)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def made(model: str, output: Path, **settings) -> ARPOTrainer:
+    trainer = make_trainer(model, output, **{"max_steps": STEPS, **settings})
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole(model, tmp_path_factory):
+    """The folder of each of RUNS, trained to its end once."""
+    folders: dict[str, Path] = {}
+
+    def folder(run: str) -> Path:
+        if run not in folders:
+            folders[run] = tmp_path_factory.mktemp(run)
+            train(model, folders[run], **RUNS[run])
+        return folders[run]
+
+    return folder
+
+
+def ended_after(whole: Path, step: int, folder: Path) -> Path:
+    """A copy of a run as if it had been killed in step `step` + 1 or later."""
+    shutil.copytree(whole, folder)
+    for path in Checkpoints(folder).all():
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "step"),
+    [
+        ("plain", 2),
+        ("plain", 5),
+        ("plain", 6),
+        ("plain", 7),
+        ("buffered", 1),
+        ("buffered", 4),
+        ("buffered", 6),
+        ("evaluated", 2),
+        ("lora", 3),
+    ],
+)
+def test_a_resumed_run_repeats_the_one_that_was_left_alone(model, whole, run, step, tmp_path):
+    """Metrics, weights and trees, bit for bit; step 5 ends an epoch, 4 a generation batch, 7 the run."""
+    left_alone = outcome(whole(run))
+    assert any(row.get("arpo/tools/calls_made", 0) > 0 for row in left_alone["history"])
+    assert any(abs(row.get("grad_norm", 0)) > 0.01 for row in left_alone["history"])
+    train(model, ended_after(whole(run), step, tmp_path / "run"), True, **RUNS[run])
+    assert outcome(tmp_path / "run") == left_alone
+
+
+def test_files_of_a_run_that_ended_are_no_trees_of_the_one_that_goes_on(model, whole, tmp_path):
+    folder = ended_after(whole("plain"), 6, tmp_path / "run")
+    for stray in ("step-000006-rank1.jsonl", "step-000099-rank0.jsonl", "eval-000007-rank0.jsonl"):
+        (folder / "trajectories" / stray).write_text("{}\n", "utf-8")
+    train(model, folder, True)
+    assert sorted(path.name for path in (folder / "trajectories").iterdir()) == [
+        f"step-{step:06d}-rank0.jsonl" for step in range(7)
+    ]
+
+
+def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, caplog):
+    trainer = train(model, tmp_path, "true", max_steps=1, save_strategy="no")
+    assert trainer.state.global_step == 1
+    assert "starting afresh" in caplog.text
+
+
+def test_starting_anew_where_checkpoints_are_is_refused(model, whole):
+    with pytest.raises(ConfigError, match=r"holds checkpoint-7 of an earlier run.*resume_from_checkpoint true"):
+        train(model, whole("plain"))
+
+
+# Whole or not there --------------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_lists_its_files_and_gets_its_name_last(model, tmp_path, monkeypatch):
+    """When transformers is done, nobody who looks for checkpoints finds one yet."""
+    seen = []
+    finish = Checkpoints.finish
+
+    def watch(self, step, **facts):
+        seen.append((get_last_checkpoint(tmp_path), (self.unfinished / "checkpoint-1" / "model.safetensors").exists()))
+        return finish(self, step, **facts)
+
+    monkeypatch.setattr(Checkpoints, "finish", watch)
+    train(model, tmp_path, max_steps=1)
+    assert seen == [(None, True)]
+    state = SavedState.of(tmp_path / "checkpoint-1")
+    state.check_files()
+    assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "arpo_memory_0.pt"} <= set(state.files)
+    assert not (tmp_path / checkpoints.UNFINISHED).exists()
+
+
+def test_a_half_written_checkpoint_is_never_picked_up(model, whole, tmp_path):
+    folder = ended_after(whole("plain"), 6, tmp_path / "run")
+    half = folder / checkpoints.UNFINISHED / "checkpoint-7"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    assert train(model, folder, True).state.global_step == STEPS
+    assert outcome(folder) == outcome(whole("plain"))
+
+
+def test_a_checkpoint_that_was_whole_but_not_yet_renamed_is_not_lost(whole, tmp_path):
+    folder = ended_after(whole("plain"), 6, tmp_path / "run")
+    (folder / checkpoints.UNFINISHED).mkdir()
+    (folder / "checkpoint-6").rename(folder / checkpoints.UNFINISHED / "checkpoint-6")
+    Checkpoints(folder).clear()
+    assert [path.name for path in Checkpoints(folder).all()][-1] == "checkpoint-6"
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named_when_asked_for(whole, tmp_path):
+    folder = ended_after(whole("plain"), 7, tmp_path / "run")
+    weights = folder / "checkpoint-7" / "model.safetensors"
+    size = weights.stat().st_size
+    weights.write_bytes(weights.read_bytes()[:-1])
+    (folder / "checkpoint-6" / "optimizer.pt").unlink()
+    here = Checkpoints(folder)
+    assert here.find(True).step == 5
+    with pytest.raises(CheckpointError) as error:
+        here.find(str(folder / "checkpoint-7"))
+    assert str(error.value) == (
+        f"{weights} has {size - 1:,} bytes; it was written with {size:,}. "
+        f"The last whole checkpoint is {folder / 'checkpoint-5'}."
+    )
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
+        here.find(str(folder / "checkpoint-6"))
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 7}'])
+def test_without_any_whole_checkpoint_true_is_an_error(whole, tmp_path, content):
+    shutil.copytree(whole("plain") / "checkpoint-7", tmp_path / "checkpoint-7")
+    state = tmp_path / "checkpoint-7" / STATE_FILE
+    state.unlink() if content is None else state.write_text(content, "utf-8")
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole.*arpo_state\.json"):
+        Checkpoints(tmp_path).find(True)
+
+
+def test_a_path_that_is_no_folder_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"which is no folder\..*holds no whole one"):
+        Checkpoints(tmp_path).find("elsewhere")
+
+
+def test_the_checkpoint_written_last_is_the_last_whatever_its_step(whole, tmp_path):
+    folder = ended_after(whole("plain"), 7, tmp_path / "run")
+    state = folder / "checkpoint-3" / STATE_FILE
+    later = json.loads(state.read_text("utf-8"))
+    later["written"] += 1000
+    state.write_text(json.dumps(later), "utf-8")
+    assert Checkpoints(folder).find("true").step == 3
+
+
+def test_old_checkpoints_go_when_the_new_one_is_whole(model, tmp_path):
+    trainer = train(model, tmp_path, max_steps=3, save_total_limit=1)
+    assert [path.name for path in Checkpoints(tmp_path).all()] == ["checkpoint-3"]
+    assert trainer.state.global_step == 3
+
+
+def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
+    evaluated = {**RUNS["evaluated"], "eval_steps": 1, "max_steps": 2}
+    trainer = train(model, tmp_path, **evaluated, load_best_model_at_end=True, metric_for_best_model="eval_reward")
+    best = Path(trainer.state.best_model_checkpoint)
+    assert best.parent == tmp_path
+    assert best.is_dir()
+    said = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text("utf-8"))
+    assert said["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
+
+
+def test_only_whole_checkpoints_are_pushed(model, tmp_path, monkeypatch):
+    pushed = []
+    monkeypatch.setattr(
+        Trainer,
+        "_push_from_checkpoint",
+        lambda self, folder: pushed.append((folder, SavedState.of(Path(folder)).step)),
+    )
+    trainer = made(model, tmp_path, max_steps=1)
+    trainer.args.push_to_hub = True
+    trainer.train()
+    assert pushed == [(str(tmp_path / "checkpoint-1"), 1)]
+
+
+class FullFrom(TrainerCallback):
+    """From a step on no file may be larger than some bytes, as on a disk that is nearly full."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(model, tmp_path):
+    trainer = made(model, tmp_path, max_steps=3, save_total_limit=1)
+    trainer.add_callback(FullFrom(2))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError) as error:
+            trainer.train()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"checkpoint-3 could not be written to {tmp_path} (" in str(error.value)
+    assert f"MB are free there. {tmp_path / 'checkpoint-2'} is whole. Make room" in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "checkpoint-2", "trajectories"]
+    assert Checkpoints(tmp_path).find(True).step == 2
+
+
+def test_a_folder_that_exists_but_takes_no_files_is_refused_before_the_model_is_loaded():
+    with pytest.raises(ConfigError, match=r"output_dir /proc/self cannot be written"):
+        make_trainer("no/model", Path("/proc/self"))
+
+
+# Of this run ---------------------------------------------------------------------------------------------------------
+
+OTHER_ROWS = Dataset.from_list([*ROWS.select(range(9)), {**ROWS[9], "answer": ["10"]}])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_generations": 2, "initial_rollouts": 2}, "num_generations is 4 there and 2 here"),
+        ({"initial_rollouts": 1}, "initial_rollouts is 2 there and 1 here"),
+        ({"seed": 1}, "seed is 42 there and 1 here"),
+        ({"learning_rate": 2e-3}, "learning_rate is 0.001 there and 0.002 here"),
+        ({"branch_rule": "random"}, 'branch_rule is "threshold" there and "random" here'),
+        ({"per_device_train_batch_size": 4}, "per_device_train_batch_size is 8 there and 4 here"),
+        ({"num_iterations": 2}, "num_iterations is 1 there and 2 here"),
+        ({"max_completion_length": 47}, "max_completion_length is 48 there and 47 here"),
+        ({"train_dataset": ROWS.select(range(8))}, "dataset.rows is 10 there and 8 here"),
+        ({"train_dataset": OTHER_ROWS}, r"dataset.content is "),
+        ({"tools": [search]}, r'tools is ["search", "python"] there and ["search"] here'),
+        ({"peft_config": LoraConfig(r=4)}, "model.parameters is "),
+    ],
+)
+def test_a_run_that_would_compute_something_else_is_refused(model, whole, change, told):
+    with pytest.raises(ConfigError) as error:
+        train(model, whole("plain"), True, **change)
+    assert "checkpoint-7 was written by another run: " in str(error.value)
+    assert told in str(error.value)
+    assert "model_name_or_path" in str(error.value)
+
+
+def test_another_model_is_refused(whole, tmp_path):
+    shallow = json.loads((whole("plain") / "checkpoint-7" / "config.json").read_text("utf-8"))
+    other = Path(save_tiny_model(tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text("utf-8"))
+    assert config["num_hidden_layers"] == shallow["num_hidden_layers"] == 2
+    (other / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1, "layer_types": None}), "utf-8")
+    with pytest.raises(ConfigError, match=r"model\.parameters is [\d]+ there and [\d]+ here"):
+        train(str(other), whole("plain"), True)
+
+
+def test_what_only_logs_saves_or_goes_further_may_change(model, whole, tmp_path):
+    folder = ended_after(whole("plain"), 7, tmp_path / "run")
+    trainer = train(
+        model, folder, True, logging_steps=2, save_steps=4, max_steps=8, trajectory_log_rate=0.5, run_name="other"
+    )
+    assert trainer.state.global_step == 8
+
+
+def test_skipping_no_data_is_refused(model, whole):
+    with pytest.raises(ConfigError, match="ignore_data_skip is set"):
+        train(model, whole("plain"), True, ignore_data_skip=True)
+
+
+def test_a_reference_model_that_moves_is_refused(model, tmp_path):
+    moving = {"sync_ref_model": True, "beta": 0.1}
+    train(model, tmp_path, max_steps=1, **moving)
+    with pytest.raises(ConfigError, match=r"sync_ref_model is set, and no checkpoint holds the reference model"):
+        train(model, tmp_path, True, max_steps=2, **moving)
+
+
+def test_a_checkpoint_of_the_model_only_is_no_place_to_go_on_from(model, tmp_path):
+    train(model, tmp_path, max_steps=1, save_only_model=True)
+    with pytest.raises(CheckpointError, match=r"holds the model only \(save_only_model\)"):
+        train(model, tmp_path, True, max_steps=2)
+
+
+def test_a_checkpoint_of_more_processes_is_spread_where_nothing_is_cut(model, whole, tmp_path):
+    """Two processes of 4 rows made the same global batches as one of 8 does."""
+    folder = ended_after(whole("plain"), 6, tmp_path / "run")
+
+    def of_two(**changes) -> None:
+        file = folder / "checkpoint-6" / STATE_FILE
+        state = json.loads(file.read_text("utf-8"))
+        state["identity"] |= {"processes": 2}
+        state["identity"]["settings"]["per_device_train_batch_size"] = 4
+        state["identity"] |= {key: value for key, value in changes.items() if key in state["identity"]}
+        state |= {key: value for key, value in changes.items() if key in state}
+        file.write_text(json.dumps(state), "utf-8")
+
+    of_two(between_generations=False)
+    with pytest.raises(ConfigError, match=r"2 processes and this run has 1; it holds what was left of a generation"):
+        train(model, folder, True)
+    of_two(between_generations=True, sharding="DeepSpeed ZeRO-3")
+    with pytest.raises(ConfigError, match=r"DeepSpeed ZeRO-3 keeps the optimizer in as many parts. Start as many"):
+        train(model, folder, True)
+    of_two(sharding=None)
+    assert train(model, folder, True).state.global_step == STEPS
+    assert outcome(folder)["trees"].keys() == outcome(whole("plain"))["trees"].keys()
+
+
+def test_a_dataset_is_known_by_its_rows_in_order_not_by_how_it_came_about():
+    rows = dataset_identity(ROWS)
+    assert dataset_identity(Dataset.from_list(list(ROWS))) == rows
+    assert dataset_identity(ROWS.select(range(5, 10)).select([])) != rows
+    assert dataset_identity(ROWS.select(reversed(range(10)))) != rows
+    assert dataset_identity(ROWS.select(list(range(10)))) == rows
+    assert dataset_identity(ROWS.to_iterable_dataset()) is None
+
+
+def test_the_lists_of_settings_name_settings():
+    """A name that TRL has dropped would say nothing."""
+    names = {field.name for field in fields(ARPOConfig)}
+    assert names >= checkpoints._FREE_SETTINGS | checkpoints._DECIDING_TRAINING_ARGUMENTS | checkpoints._BATCH_SETTINGS
+
+
+def test_versions_that_changed_are_told(monkeypatch):
+    monkeypatch.setattr(checkpoints, "_version", lambda name: "2" if name == "trl" else "1")
+    assert checkpoints.changed_versions({"trl": "1", "torch": "1"}) == ["trl 1 → 2"]

@@ -1,0 +1,270 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from transformers.trainer_callback import PrinterCallback
+
+import resuming
+from arpo_trl.checkpoints import Checkpoints
+from arpo_trl.errors import Interrupted
+from arpo_trl.interrupts import Interrupts
+from resuming import make_trainer, outcome, save_calling_model
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+BOUND_S = 120.0
+"""For a machine that is busy; an interrupted run takes about a second to end."""
+STEPS = 7
+BUFFERED = {
+    "per_device_train_batch_size": 4,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_calling_model(tmp_path_factory.mktemp("model"))
+
+
+def train(model: str, output: Path, resume: bool = False, **settings) -> None:
+    trainer = make_trainer(model, output, **{"max_steps": STEPS, "save_steps": 100, **settings})
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+
+
+@pytest.fixture(scope="module")
+def left_alone(model, tmp_path_factory):
+    made: dict[str, dict] = {}
+
+    def get(**settings) -> dict:
+        if (key := repr(sorted(settings.items()))) not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            train(model, folder, **settings)
+            made[key] = outcome(folder)
+        return made[key]
+
+    return get
+
+
+def interrupting(name: str, call: int):
+    """Stands in for `wait_while_told`: at that call of `name` a signal comes, and the call would take for ever."""
+    calls, lock = 0, threading.Lock()
+
+    def wait(caller: str) -> None:
+        nonlocal calls
+        with lock:
+            calls += caller == name
+            comes = caller == name and calls == call
+        if comes:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1000)
+
+    return wait
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("waits", "call", "step", "settings"),
+    [
+        ("reward", 3, 2, {}),
+        ("reward", 6, 5, {}),  # the first step of the second epoch: its batches are drawn, and so is a random number
+        ("search", 4, None, {}),
+        ("reward", 2, 4, BUFFERED),  # a generation batch serves four steps
+        ("reward", 4, 2, {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}),
+    ],
+    ids=["reward", "new epoch", "tool", "buffered", "evaluation"],
+)
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(
+    model, left_alone, waits, call, step, settings, tmp_path, monkeypatch
+):
+    """The step that was cut short, or the evaluation after it, is repeated from where the one before it ended."""
+    monkeypatch.setattr(resuming, "wait_while_told", interrupting(waits, call))
+    start = time.monotonic()
+    with pytest.raises(Interrupted) as interrupted:
+        train(model, tmp_path, **settings)
+    assert time.monotonic() - start < BOUND_S
+    assert interrupted.value.exit_status == 143
+    (saved,) = Checkpoints(tmp_path).all()
+    if step is not None:
+        assert saved.name == f"checkpoint-{step}"
+    assert f"is saved in {saved}. To go on, give the same command" in str(interrupted.value)
+    monkeypatch.setattr(resuming, "wait_while_told", lambda caller: None)
+    train(model, tmp_path, True, **settings)
+    assert outcome(tmp_path) == left_alone(**settings)
+
+
+def test_an_interrupt_before_the_first_step_is_done_leaves_nothing_to_go_on_from(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 1))
+    with pytest.raises(Interrupted, match="No step was finished yet"):
+        train(model, tmp_path)
+    assert Checkpoints(tmp_path).all() == []
+
+
+def test_a_step_that_is_saved_is_not_saved_again(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 3))
+    with pytest.raises(Interrupted, match="Step 2 is saved"):
+        train(model, tmp_path, save_steps=2)
+    written = Checkpoints(tmp_path).find(True).written
+    monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 1))
+    with pytest.raises(Interrupted, match="Step 2 is saved"):
+        train(model, tmp_path, True, save_steps=2)
+    assert Checkpoints(tmp_path).find(True).written == written
+
+
+def test_an_interrupts_checkpoint_has_everything_whatever_the_others_have(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 2))
+    with pytest.raises(Interrupted):
+        train(model, tmp_path, save_only_model=True)
+    assert (tmp_path / "checkpoint-1" / "optimizer.pt").exists()
+
+
+def test_an_async_reward_is_not_waited_for(model, tmp_path):
+    import asyncio
+
+    async def slow(completions, **_):
+        if calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+            await asyncio.sleep(1000)
+        calls.append(1)
+        return [float(len(completion)) for completion in completions]
+
+    calls: list[int] = []
+    trainer = make_trainer(model, tmp_path, reward_funcs=slow, max_steps=3)
+    with pytest.raises(Interrupted, match="Step 1 is saved"):
+        trainer.train()
+
+
+def test_the_handlers_of_before_are_back_afterwards(model, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train(model, tmp_path, max_steps=1)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
+    seen = []
+
+    def listen() -> None:
+        interrupts = Interrupts()
+        with interrupts.listening():
+            seen.append((interrupts.active, signal.getsignal(signal.SIGTERM)))
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    thread.join()
+    assert seen == [(False, signal.getsignal(signal.SIGTERM))]
+
+
+# Processes -----------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """resuming.py as a process, which comes to a wait in its third step."""
+
+    def __init__(self, model: str, folder: Path, waits: str, *words: str):
+        self.output, self.hang, self.log = folder / "run", folder / "hang", folder / "log"
+        launcher, flags = (words, ()) if words[:1] == ("-m",) else ((), words)
+        words = (*launcher, str(HERE / "resuming.py"), model, str(self.output), "--max_steps", str(STEPS), *flags)
+        paths = [str(ROOT / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "HANG": str(self.hang), "PYTHONPATH": os.pathsep.join(paths)}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *words], env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        self._until(lambda: list(self.output.glob("trajectories/step-000001*")))
+        self.hang.write_text(waits, "utf-8")
+        self._until(self.hang.with_suffix(".there").exists)
+        self.family = psutil.Process(self.process.pid).children(recursive=True)
+
+    def _until(self, condition) -> None:
+        end = time.monotonic() + BOUND_S
+        while not condition():
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < end, self.said()
+            time.sleep(0.02)
+
+    def said(self) -> str:
+        return self.log.read_text("utf-8", errors="replace")[-4000:]
+
+    def left(self) -> list[psutil.Process]:
+        """What is still there of it, after a while to end in."""
+        _, alive = psutil.wait_procs(self.family, timeout=BOUND_S)
+        return alive
+
+    def close(self) -> None:
+        for process in (*self.family, psutil.Process(self.process.pid) if self.process.poll() is None else None):
+            if process is not None and process.is_running():
+                process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def started(model, tmp_path):
+    runs = []
+
+    def start(waits: str, *words: str) -> Run:
+        runs.append(Run(model, tmp_path, waits, *words))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.close()
+
+
+@pytest.mark.slow
+def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(started):
+    run = started("search", "--save_steps", "100")
+    assert [child.name() for child in run.family] == ["sleep"]
+    run.process.terminate()
+    assert run.process.wait(BOUND_S) == 143
+    (saved,) = Checkpoints(run.output).all()
+    assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
+    assert "Traceback" not in run.said()
+    assert run.left() == []
+
+
+@pytest.mark.slow
+def test_a_script_that_was_killed_goes_on_as_if_it_had_not(model, left_alone, started):
+    """SIGKILL in the third step, before its checkpoint; the longer form is benchmarks/kill_training.py."""
+    run = started("reward", "--save_steps", "1")
+    run.process.kill()
+    assert run.process.wait(BOUND_S) == -signal.SIGKILL
+    assert Checkpoints(run.output).all()
+    train(model, run.output, True)
+    assert outcome(run.output) == left_alone()
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_stops_at_once_what_listens_to_nothing(started):
+    """The launcher's copy of the first one, a moment later, is no second one."""
+    run = started("deaf")
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    run.process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.process.wait(2.0)
+    run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(BOUND_S) == 130
+    assert run.left() == []
+    assert "Ctrl-C again stops at once." in run.said()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+def test_a_run_ends_with_its_launcher(started):
+    """`accelerate launch` on one process hands no signal on."""
+    config = ROOT / "accelerate_configs" / "single.yaml"
+    run = started("search", "-m", "accelerate.commands.launch", "--config_file", str(config))
+    run.process.terminate()
+    run.process.wait(BOUND_S)
+    assert run.left() == []
+    assert "To go on, give the same command" in run.said()

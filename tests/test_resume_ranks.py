@@ -1,0 +1,86 @@
+"""Runs on two processes that are killed, or told to stop one by one, and go on."""
+
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from arpo_trl.checkpoints import Checkpoints
+from ranks import Running, launch, launched
+from resuming import outcome, save_calling_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+SCRIPT = "tests/resuming.py"
+STEPS = ("--max_steps", "4", "--per_device_train_batch_size", "4")
+RESUME = ("--resume_from_checkpoint", "true")
+BOUND_S = 100.0
+"""torch's launcher gives ranks 30 s to follow one that is gone, or a signal, before it kills them."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return save_calling_model(tmp_path_factory.mktemp("model"))
+
+
+def until(condition, running: Running) -> None:
+    end = time.monotonic() + 2 * BOUND_S
+    while not condition():
+        said = running.output()
+        assert "ChildFailedError" not in said and "done 4" not in said, said[-8000:]
+        assert time.monotonic() < end, running.output()[-4000:]
+        time.sleep(0.02)
+
+
+def hanging(running: Running, output: Path, hang: Path, after: str) -> list[psutil.Process]:
+    """The ranks, once all wait for rewards in a step later than the one that left `after`."""
+    until(lambda: list(output.glob(after)), running)
+    hang.write_text("reward", "utf-8")
+    until(hang.with_suffix(".there").exists, running)
+    hang.with_suffix(".there").unlink()
+    return running.ranks()
+
+
+def test_ranks_stop_together_and_go_on_as_if_nothing_had_been(model, tmp_path):
+    """First rank 1 is killed: rank 0 must not wait for it. Then rank 1 alone is told to stop: rank 0 stops with it."""
+    whole, output, hang = tmp_path / "whole", tmp_path / "run", tmp_path / "hang"
+    launch("ddp", SCRIPT, model, str(whole), *STEPS)
+
+    command = ("ddp", SCRIPT, model, str(output), *STEPS)
+    with launched(*command, environment={"HANG": str(hang)}) as running:
+        ranks = hanging(running, output, hang, "checkpoint-1")
+        ranks[1].kill()
+        ended = running.wait(BOUND_S)
+        assert ended.code != 0
+        assert not any(rank.is_running() for rank in ranks)
+    hang.unlink()
+
+    steps = len(Checkpoints(output).all())
+    with launched(*command, *RESUME, environment={"HANG": str(hang)}) as running:
+        ranks = hanging(running, output, hang, f"trajectories/step-{steps:06d}*")
+        ranks[1].send_signal(signal.SIGTERM)
+        ended = running.wait(BOUND_S)
+        assert ended.code != 0
+        assert "To go on, give the same command" in ended.output
+        assert not any(rank.is_running() for rank in ranks)
+    hang.unlink()
+
+    launch(*command, *RESUME)
+    assert outcome(output) == outcome(whole)
+
+
+def test_a_killed_group_under_zero3_goes_on_from_its_parts(model, tmp_path):
+    """All are killed while a checkpoint is being written by both."""
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    launch("zero3", SCRIPT, model, str(whole), *STEPS)
+    command = ("zero3", SCRIPT, model, str(output), *STEPS)
+    with launched(*command) as running:
+        until((output / "checkpoint-1").exists, running)
+        until((output / ".unfinished").exists, running)
+        for rank in running.ranks():
+            rank.kill()
+    launch(*command, *RESUME)
+    assert outcome(output) == outcome(whole)
+    assert list((output / "checkpoint-4").glob("global_step4/*rank_1*optim_states.pt"))
