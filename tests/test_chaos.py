@@ -46,7 +46,7 @@ def sample(benchmark, *, groups, ways=(), rate=1.0):
         at_root=3,
         rule=BranchRule.THRESHOLD,
         tools=[chaos(search), chaos(python)],
-        timeout_s=1.0,
+        timeout_s=1.0 if not ways or ways[0] in benchmark.SLOW else 20.0,
         max_result_tokens=40,
         schedule=RolloutSchedule.OVERLAP,
     )
