@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ def launched(
     if (before := os.environ.get("PYTHONPATH")) is not None:
         paths.append(before)
     variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
+    started = time.time()
     with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -128,6 +130,8 @@ def launched(
                     _kill(child)
             process.kill()
             process.wait()
+            if process.returncode:
+                _remove_build_locks(since=started)
 
 
 def launch(
@@ -148,3 +152,12 @@ def launch(
 def _kill(process: psutil.Process) -> None:
     with suppress(psutil.NoSuchProcess):
         process.kill()
+
+
+def _remove_build_locks(since: float) -> None:
+    """Locks that killed ranks may have held: DeepSpeed takes one whenever it loads, and later starts wait for ever."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    for lock in folder.rglob("lock"):
+        with suppress(FileNotFoundError):
+            if lock.stat().st_mtime >= since:
+                lock.unlink()
