@@ -1,15 +1,18 @@
 """Runs on two processes that are killed, or told to stop one by one, and go on."""
 
+import json
 import signal
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from arpo_trl.checkpoints import Checkpoints
+from arpo_trl.errors import ConfigError
 from ranks import Running, launch, launched
-from resuming import outcome, save_calling_model
+from resuming import make_trainer, outcome, save_calling_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -84,3 +87,31 @@ def test_a_killed_group_under_zero3_goes_on_from_its_parts(model, tmp_path):
     launch(*command, *RESUME)
     assert outcome(output) == outcome(whole)
     assert list((output / "checkpoint-4").glob("global_step4/*rank_1*optim_states.pt"))
+
+
+def test_a_run_goes_on_with_another_number_of_processes_where_its_batches_stay_the_same(model, tmp_path):
+    """Two steps on two ranks of 4 rows, two more on one process of 8, against four on one process."""
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    constant = {"lr_scheduler_type": "constant"}
+    alone = make_trainer(model, whole, max_steps=4, **constant)
+    alone.train()
+    alone.toolbox.close()
+
+    flags = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--lr_scheduler_type", "constant")
+    launch("ddp", SCRIPT, model, str(output), *flags)
+    smaller = make_trainer(model, output, max_steps=4, per_device_train_batch_size=4, **constant)
+    smaller.toolbox.close()
+    with pytest.raises(ConfigError, match="generation_batch_size is 8 there and 4 here"):
+        smaller.train(resume_from_checkpoint=True)
+    resumed = make_trainer(model, output, max_steps=4, **constant)
+    resumed.train(resume_from_checkpoint=True)
+    resumed.toolbox.close()
+
+    def paths(folder: Path, step: int) -> list[list[list[int]]]:
+        lines = (folder / f"trajectories/step-{step:06d}-rank0.jsonl").read_text("utf-8").splitlines()
+        return [[node["ids"] for node in json.loads(line)["nodes"]] for line in lines]
+
+    for step in (2, 3):
+        assert paths(output, step) == paths(whole, step)
+    for before, after in zip(alone.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)
