@@ -155,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--grid", action="store_true", help="every model, prompt, M and forks")
+    parser.add_argument("--model", choices=MODELS, help="this one's shapes only")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: larger models, in bfloat16")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -168,9 +169,11 @@ def main() -> None:
         grid = [(m, p, n, f) for m in MODELS for p in (300, 1000, 4000) for n in (4, 8, 16, 64) for f in FORKS]
         show(grid, arguments.repeats)
     else:
-        # As large as 24 GB of memory take, padded and without gradient checkpointing.
-        sizes = [("500 M", 300), ("500 M", 1000)] if DEVICE.type == "cuda" else [("5 M", 1000), ("50 M", 300)]
-        show([(name, prompt, 16, forks) for name, prompt in sizes for forks in FORKS], arguments.repeats)
+        # As large as 24 GB of memory take, padded and without gradient checkpointing, with room for other things.
+        cuda = DEVICE.type == "cuda"
+        sizes = [("500 M", 300, 16), ("500 M", 1000, 16)] if cuda else [("5 M", 1000, 16), ("50 M", 300, 8)]
+        shapes = [(name, prompt, leaves, forks) for name, prompt, leaves in sizes for forks in FORKS]
+        show([shape for shape in shapes if arguments.model in (None, shape[0])], arguments.repeats)
 
 
 if __name__ == "__main__":
