@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from arpo_trl import ARPOConfig, checkpoints
 from arpo_trl.checkpoints import STATE_FILE, Checkpoints, SavedState, dataset_identity
 from arpo_trl.errors import CheckpointError, ConfigError
+from arpo_trl.publishing import PublishingTrainer
 from arpo_trl.trainer import ARPOTrainer
 from resuming import ROWS, make_trainer, outcome, save_calling_model
 from support import save_tiny_model, search
@@ -219,7 +220,7 @@ def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
 def test_only_whole_checkpoints_are_pushed(model, tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        Trainer,
+        PublishingTrainer,
         "_push_from_checkpoint",
         lambda self, folder: pushed.append((folder, SavedState.of(Path(folder)).step)),
     )
@@ -251,7 +252,8 @@ def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(model, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"checkpoint-3 could not be written to {tmp_path} (" in str(error.value)
     assert f"MB are free there. {tmp_path / 'checkpoint-2'} is whole. Make room" in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "checkpoint-2", "trajectories"]
+    assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
+    assert not (tmp_path / ".unfinished").exists()
     assert Checkpoints(tmp_path).find(True).step == 2
 
 
