@@ -15,6 +15,7 @@ BENCHMARKS = {
     "update": ["update.py"],
     "growth": ["growth.py"],
     "against_trl": ["against_trl.py"],
+    "time_to_accuracy": ["time_to_accuracy.py"],
     "sampler_share": ["sampler_share.py"],
     "startup": ["startup.py"],
 }

@@ -1,6 +1,6 @@
 """Seconds of training until the quickstart's model has a given held-out accuracy: TRL's GRPOTrainer against ours.
 
-    OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py --seeds 0 1 2
+    OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py --run runs/quickstart
 
 Both train from the same cold start on the same questions with the settings of configs/quickstart.yaml and one reward,
 whether the answer is right. Every few steps the clock stops and the policy answers held-out questions, sampled at
@@ -106,26 +106,22 @@ def train(name: str, folder: Path, seed: int, every: int, target: float) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/compare"), help="holds seed<S>/sft and seed<S>/data")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="a quickstart's folder")
+    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--every", type=int, default=4, help="steps between measurements (default: 4)")
     arguments = parser.parse_args()
     target = arguments.target
-    print(f"| seed | | steps | seconds to {target:g} | s a step | accuracy there | TRL / ours |")
-    print("|---:|---|---:|---:|---:|---:|---:|")
-    for seed in arguments.seeds:
-        needed: dict[str, float] = {}
-        for name in (THEIRS, *OURS):
-            step, seconds, accuracy = train(name, arguments.runs / f"seed{seed}", seed, arguments.every, target)[-1]
-            if accuracy >= target:
-                needed[name] = seconds
-            reached = f"{seconds:.0f}" if name in needed else "not reached"
-            ratio = f"{needed[THEIRS] / seconds:.2f}" if {THEIRS, name} <= set(needed) else ""
-            print(
-                f"| {seed} | {name} | {step} | {reached} | {seconds / step:.2f} | {accuracy:.3f} | {ratio} |",
-                flush=True,
-            )
+    print(f"| | steps | seconds to {target:g} | s a step | accuracy there | TRL / ours |")
+    print("|---|---:|---:|---:|---:|---:|")
+    needed: dict[str, float] = {}
+    for name in (THEIRS, *OURS):
+        step, seconds, accuracy = train(name, arguments.run, arguments.seed, arguments.every, target)[-1]
+        if accuracy >= target:
+            needed[name] = seconds
+        reached = f"{seconds:.0f}" if name in needed else "not reached"
+        ratio = f"{needed[THEIRS] / seconds:.2f}" if {THEIRS, name} <= set(needed) else ""
+        print(f"| {name} | {step} | {reached} | {seconds / step:.2f} | {accuracy:.3f} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":
