@@ -1,6 +1,5 @@
 """`arpo-trl eval` and `arpo-trl compare` as users run them."""
 
-import gc
 import json
 import multiprocessing
 import os
@@ -208,7 +207,6 @@ def evaluate_in_child(words: list[str]) -> multiprocessing.Process:
     """The command in a process of its own; forked, since importing it all again would take most of the time."""
 
     def main() -> None:
-        gc.freeze()  # finalizers of what other tests left behind must not run here: they would swallow an interrupt
         sys.argv = ["arpo-trl", *words]
         cli.main()
 
