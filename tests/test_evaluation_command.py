@@ -207,6 +207,7 @@ def evaluate_in_child(words: list[str]) -> multiprocessing.Process:
     """The command in a process of its own; forked, since importing it all again would take most of the time."""
 
     def main() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.argv = ["arpo-trl", *words]
         cli.main()
 
