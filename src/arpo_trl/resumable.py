@@ -61,6 +61,8 @@ class ResumableTrainer(PublishingTrainer):
         super().__init__(*args, **kwargs)
         self._checkpoints = Checkpoints(Path(self.args.output_dir))
         self._resumed: SavedState | None = None
+        self._dataset_identity: dict[str, Any] | None = None
+        """Made when first needed: it reads every row, which stay the same for all checkpoints of a training."""
         self._moment: dict[str, Any] | None = None
         self._saved_step: int | None = None
         self._writing = False
@@ -131,6 +133,7 @@ class ResumableTrainer(PublishingTrainer):
             self._checkpoints.clear()
         self.accelerator.wait_for_everyone()
         self._resumed = self._checkpoints.find(resume_from_checkpoint)
+        self._dataset_identity = None
         self._moment, self._saved_step, self._evaluation_is_owed = None, None, False
         self._is_recalled = self._resumed is None
         if self._resumed is not None:
@@ -174,12 +177,14 @@ class ResumableTrainer(PublishingTrainer):
             )
 
     def _identity(self) -> RunIdentity:
+        if self._dataset_identity is None:
+            self._dataset_identity = dataset_identity(self.train_dataset)
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
         sharding = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else None
         return RunIdentity(
             settings=deciding_settings(self.args),
             model=model_identity(self.accelerator.unwrap_model(self.model)),
-            dataset=dataset_identity(self.train_dataset),
+            dataset=self._dataset_identity,
             tools=self.tool_names,
             rewards=[get_callable_name(function) for function in self.reward_funcs],
             processes=self.accelerator.num_processes,
