@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from transformers import AutoTokenizer
 
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingSettings, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
@@ -83,7 +83,7 @@ def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
         protocol = TagProtocol(tokenizer, toolbox.specs)
         for calls in values:
 
-            def script(request, context, calls=calls):  # type: ignore[no-untyped-def]
+            def script(request: TurnRequest, context: str, calls: int = calls) -> str:
                 path = f"{TURN} {request.key}"
                 return f"{path}<search>{path}</search>" if request.key[-1] < calls else f"{path}<answer>1</answer>"
 
