@@ -2,17 +2,21 @@
 
 Every setting of ARPOConfig may be given. While the file $HANG exists, what is named in it ("search", "reward") waits
 beside a process that it has started, and says so by a file $HANG.there; "deaf" is a reward that no interrupt ends.
+Where $TOOLS is set, there are also the tools that have processes, and "search" waits for a call of each.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +27,13 @@ from transformers import PreTrainedModel
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.interrupts import follow_launcher
+from arpo_trl.tools.build import ToolArguments, build_tools
+from loopback import Loopback, Reply
 from support import python, tiny_model, tokenizer
 
 ROWS = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(10)])
+BOUND_S = 120.0
+"""For a machine that is busy: how long a test waits for what takes a second."""
 TIMES = ("time", "per_second", "seconds_p", "latency")
 SETTINGS = {
     "num_generations": 4,
@@ -62,11 +70,36 @@ def save_calling_model(folder: Path) -> str:
     return str(folder)
 
 
+LONG_CALLS: list[Callable[[], Any]] = []
+"""Calls that go on for long in a process of their own."""
+
+
+def tools_with_processes() -> list[Callable[..., Any]]:
+    """The sandbox, a reader of pages and an MCP server."""
+    page = Loopback(lambda asked: Reply("<p>long " * 1_000_000, headers={"Content-Type": "text/html"})).__enter__()
+    server = {"command": sys.executable, "args": [str(Path(__file__).with_name("mcp_server.py"))], "tools": ["slow"]}
+    arguments = ToolArguments(
+        tools=["python", "visit"],
+        python_timeout_s=BOUND_S,
+        visit_timeout_s=BOUND_S,
+        visit_allowed_hosts=[page.url.removeprefix("http://")],
+        mcp_servers=[server],
+        mcp_timeout_s=BOUND_S,
+    )
+    sandbox, visit, slow = tools = build_tools(arguments)
+    LONG_CALLS.extend(
+        [lambda: sandbox("while True: pass"), lambda: visit(page.url), lambda: asyncio.run(slow(text="x"))]
+    )
+    return tools
+
+
 def wait_while_told(name: str) -> None:
     hang = Path(os.environ.get("HANG", "/nonexistent"))
     if not hang.exists() or name not in hang.read_text("utf-8"):
         return
     child = subprocess.Popen(["sleep", "1000"])
+    for call in LONG_CALLS:
+        threading.Thread(target=call, daemon=True).start()
     hang.with_suffix(".there").touch()
     while hang.exists():
         with contextlib.suppress(KeyboardInterrupt) if name == "deaf" else contextlib.nullcontext():
@@ -132,7 +165,8 @@ def main() -> None:
     model, output, *words = sys.argv[1:]
     defaults = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
     (args,) = parse_settings([ARPOConfig], ["--output_dir", output, *defaults, *words])
-    trainer = ARPOTrainer(model=model, reward_funcs=some_reward, args=args, train_dataset=ROWS, tools=[search, python])
+    tools = [search, *(tools_with_processes() if "TOOLS" in os.environ else [python])]
+    trainer = ARPOTrainer(model=model, reward_funcs=some_reward, args=args, train_dataset=ROWS, tools=tools)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     print("done", trainer.state.global_step)
 

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -14,12 +15,11 @@ import resuming
 from arpo_trl.checkpoints import Checkpoints
 from arpo_trl.errors import Interrupted
 from arpo_trl.interrupts import Interrupts
-from resuming import make_trainer, outcome, save_calling_model
+from resuming import BOUND_S, make_trainer, outcome, save_calling_model
+from support import save_sharp_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-BOUND_S = 120.0
-"""For a machine that is busy; an interrupted run takes about a second to end."""
 STEPS = 7
 BUFFERED = {
     "per_device_train_batch_size": 4,
@@ -170,22 +170,27 @@ def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
 class Run:
     """resuming.py as a process, which comes to a wait in its third step."""
 
-    def __init__(self, model: str, folder: Path, waits: str, *words: str):
+    def __init__(self, model: str, folder: Path, waits: str, *words: str, **variables: str):
         self.output, self.hang, self.log = folder / "run", folder / "hang", folder / "log"
         launcher, flags = (words, ()) if words[:1] == ("-m",) else ((), words)
         words = (*launcher, str(HERE / "resuming.py"), model, str(self.output), "--max_steps", str(STEPS), *flags)
         paths = [str(ROOT / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "HANG": str(self.hang), "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, "HANG": str(self.hang), "PYTHONPATH": os.pathsep.join(paths), **variables}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *words], env=environment, stdout=log, stderr=log, start_new_session=True
             )
-        self._until(lambda: list(self.output.glob("trajectories/step-000001*")))
+        self.until(lambda: list(self.output.glob("trajectories/step-000001*")))
         self.hang.write_text(waits, "utf-8")
-        self._until(self.hang.with_suffix(".there").exists)
+        self.until(self.hang.with_suffix(".there").exists)
+        self.family: list[psutil.Process] = []
+        self.look()
+
+    def look(self) -> None:
+        """Takes note of the processes that there are now."""
         self.family = psutil.Process(self.process.pid).children(recursive=True)
 
-    def _until(self, condition) -> None:
+    def until(self, condition) -> None:
         end = time.monotonic() + BOUND_S
         while not condition():
             assert self.process.poll() is None, self.said()
@@ -211,8 +216,8 @@ class Run:
 def started(model, tmp_path):
     runs = []
 
-    def start(waits: str, *words: str) -> Run:
-        runs.append(Run(model, tmp_path, waits, *words))
+    def start(waits: str, *words: str, model: str = model, **variables: str) -> Run:
+        runs.append(Run(model, tmp_path, waits, *words, **variables))
         return runs[-1]
 
     yield start
@@ -230,6 +235,48 @@ def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(s
     assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
     assert "Traceback" not in run.said()
     assert run.left() == []
+
+
+def commands(processes: list[psutil.Process]) -> str:
+    said = []
+    for process in processes:
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            said.append(" ".join(process.cmdline()))
+    return "\n".join(said)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_no_process_of_a_tool_is_left(started, number, status):
+    """In the middle of a call of the sandbox, of an MCP server, and of the reader of pages, which is halted there."""
+    run = started("search", TOOLS="1")
+
+    def all_are_at_work() -> bool:
+        run.look()
+        return all(
+            script in commands(run.family) for script in ("python_worker.py", "mcp_server.py", "page_worker.py")
+        )
+
+    run.until(all_are_at_work)
+    for process in run.family:
+        if "page_worker.py" in commands([process]):
+            process.suspend()  # else it would soon be done, whoever ends it
+    run.process.send_signal(number)
+    assert run.process.wait(BOUND_S) == status, run.said()
+    assert commands(run.left()) == ""
+    assert Checkpoints(run.output).all()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_no_process_of_a_colocated_vllm_is_left(started, tmp_path_factory):
+    model = save_sharp_model(tmp_path_factory.mktemp("model"))
+    colocated = ("--use_vllm", "true", "--vllm_mode", "colocate", "--vllm_max_model_length", "512")
+    run = started("reward", *colocated, model=model, VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
+    run.process.terminate()
+    assert run.process.wait(BOUND_S) == 143, run.said()
+    assert commands(run.left()) == ""
+    assert Checkpoints(run.output).all()
 
 
 @pytest.mark.slow
