@@ -1,7 +1,8 @@
 """Kills a training run at random moments and resumes it: does it end like one that was left alone?
 
     python benchmarks/kill_training.py --model runs/quickstart/sft --data runs/quickstart/data
-    python benchmarks/kill_training.py … --config zero3 --processes 2 --kills 4
+    python benchmarks/kill_training.py … --config zero3 --processes 2
+    python benchmarks/kill_training.py … --signal SIGTERM      # asked to stop instead; how long does it take?
 
 Twelve steps of the quickstart with a checkpoint after each. Every other kill waits for a checkpoint that is being
 written. A run that is done before its next kill is compared and another one begins, until all kills are spent.
@@ -10,14 +11,18 @@ written. A run that is done before its next kill is compared and another one beg
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -26,6 +31,8 @@ from arpo_trl.identity import differences_between
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
+STOP_S = 60.0
+"""Who has not ended this long after a signal counts as left behind."""
 WRITING_S = 0.05
 """A kill that waits for a checkpoint comes up to this long after its first file."""
 # cache_hits: an identical call joins the one under way, or finds its result, as the tools' timing has it.
@@ -75,34 +82,50 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the launcher and to all that it started."""
+def kill(process: subprocess.Popen[bytes], number: signal.Signals) -> float:
+    """Seconds until a process that is sent that signal, and all that it started, are gone; SIGKILL goes to each."""
     family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    for child in family:
-        if child.is_running():
-            child.kill()
-    process.wait()
+    start = time.perf_counter()
+    process.send_signal(number)
+    if number == signal.SIGKILL:
+        for child in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.wait(STOP_S)
+    _, left = psutil.wait_procs(family, timeout=STOP_S)
+    if left:
+        raise SystemExit(f"{number.name} left {len(left)} processes behind: {left}")
+    return time.perf_counter() - start
 
 
-def run_for(words: list[str], output: Path, seconds: float | None, writing_s: float | None) -> int | None:
-    """The exit status; None if it was killed after `seconds`, or `writing_s` into its next checkpoint."""
+def run_for(
+    words: list[str], output: Path, seconds: float | None, writing_s: float | None, number: signal.Signals
+) -> tuple[int | None, float]:
+    """The exit status and 0; or, where it was killed after `seconds` or `writing_s` into its next checkpoint, None and
+    how long its end took."""
+    # DeepSpeed holds a lock while it loads what it has built; who is killed then keeps the next ones waiting for ever.
+    built = output.parent / "built"
+    for lock in built.rglob("lock"):
+        lock.unlink()
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(built)}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         start = time.perf_counter()
         while (status := process.poll()) is None:
             if writing_s is not None and (output / ".unfinished").exists():
                 time.sleep(writing_s)
-                break
+                return None, kill(process, number)
             if seconds is not None and time.perf_counter() - start > seconds:
-                break
+                return None, kill(process, number)
             time.sleep(0.001)
-        if status is None:
-            kill(process)
-        elif status:
+        if status:
             log.seek(0)
             print(log.read()[-3000:].decode(errors="replace"))
-        return status
+        return status, 0.0
+
+
+def steps_done(output: Path) -> int:
+    return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
 
 
 def main() -> None:
@@ -112,39 +135,53 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--config", default="single")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--signal", default="SIGKILL", choices=["SIGKILL", "SIGTERM", "SIGINT"])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.model, arguments.data = str(Path(arguments.model).resolve()), arguments.data.resolve()
+    number = signal.Signals[arguments.signal]
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        start = time.perf_counter()
-        if run_for(command(arguments, folder / "whole"), folder / "whole", None, None):
+        if arguments.processes > 1:  # so that what is built at the first start counts for no time
+            run_for([*command(arguments, folder / "first"), "--max_steps", "1"], folder / "first", None, None, number)
+        start = time.time()
+        if run_for(command(arguments, folder / "whole"), folder / "whole", None, None, number)[0]:
             raise SystemExit("the run that is left alone failed")
-        seconds = time.perf_counter() - start
+        seconds = time.time() - start
+        starting = (folder / "whole" / "checkpoint-1").stat().st_mtime - start
         expected = outcome(folder / "whole")
-        print(f"left alone: {STEPS} steps, {len(expected['trees'])} files of trees, {seconds:.0f} s", flush=True)
-        killed, half_written, runs, in_run = 0, 0, 0, 0
-        while killed < arguments.kills or in_run:
+        print(
+            f"left alone: {STEPS} steps, {len(expected['trees'])} files of trees, {seconds:.0f} s, of which "
+            f"{starting:.0f} to the first checkpoint",
+            flush=True,
+        )
+        half_written, runs, in_run = 0, 0, 0
+        ends: list[float] = []
+        while len(ends) < arguments.kills or in_run:
             output = folder / f"killed-{runs}"
-            waits = killed % 2 == 1
-            limit = draw.uniform(seconds / 3, seconds) if killed < arguments.kills and not waits else None
-            writing = draw.uniform(0, WRITING_S) if killed < arguments.kills and waits else None
-            status = run_for(command(arguments, output), output, limit, writing)
+            kills, waits = len(ends) < arguments.kills, len(ends) % 2 == 1
+            left = (seconds - starting) * (STEPS - steps_done(output)) / STEPS
+            limit = draw.uniform(starting / 2, starting + left) if kills and not waits else None
+            writing = draw.uniform(0, WRITING_S) if kills and waits else None
+            status, end_s = run_for(command(arguments, output), output, limit, writing, number)
             if status is None:
-                killed, in_run = killed + 1, in_run + 1
+                ends.append(end_s)
+                in_run += 1
                 half_written += any((output / ".unfinished").glob("checkpoint-*"))
                 continue
             if status:
                 raise SystemExit(f"run {runs} ended with status {status} after {in_run} kills")
-            found = outcome(output)
-            differing = list(differences_between(expected, found))
+            differing = list(differences_between(expected, outcome(output)))
             print(f"run {runs}: killed {in_run} times, {'DIFFERENT' if differing else 'identical'}", flush=True)
             if differing:
                 print("\n".join(differing[:20]))
                 raise SystemExit(1)
             runs, in_run = runs + 1, 0
-        print(f"{killed} kills in {runs} runs, {half_written} of them left a half-written checkpoint")
+        print(
+            f"{len(ends)} x {number.name} in {runs} runs, {half_written} of them left a half-written checkpoint; "
+            f"all processes were gone after {max(ends):.1f} s at most, {median(ends):.1f} s in the median"
+        )
 
 
 if __name__ == "__main__":

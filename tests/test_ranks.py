@@ -1,4 +1,4 @@
-"""Training on two ranks, with DDP, ZeRO-3 and FSDP2: the same as on one, and without waiting for ever."""
+"""Training on two ranks, with DDP, ZeRO-2, ZeRO-3 and FSDP2: the same as on one, and without waiting for ever."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from ranks import launch, launched
 from serving import free_port, running
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-WAYS = ("ddp", "zero3", "fsdp2")
+WAYS = ("ddp", "zero2", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def train(way: str, data: Path, output: Path, *flags: str) -> None:
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "zero3_offload"])
 def test_the_quickstart_trains(way, data, tmp_path):
     train(way, data, tmp_path)
     history = json.loads((tmp_path / "trainer_state.json").read_text("utf-8"))["log_history"]

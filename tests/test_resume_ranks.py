@@ -46,12 +46,13 @@ def hanging(running: Running, output: Path, hang: Path, after: str) -> list[psut
     return running.ranks()
 
 
-def test_ranks_stop_together_and_go_on_as_if_nothing_had_been(model, tmp_path):
+@pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
+def test_ranks_stop_together_and_go_on_as_if_nothing_had_been(way, model, tmp_path):
     """First rank 1 is killed: rank 0 must not wait for it. Then rank 1 alone is told to stop: rank 0 stops with it."""
     whole, output, hang = tmp_path / "whole", tmp_path / "run", tmp_path / "hang"
-    launch("ddp", SCRIPT, model, str(whole), *STEPS)
+    launch(way, SCRIPT, model, str(whole), *STEPS)
 
-    command = ("ddp", SCRIPT, model, str(output), *STEPS)
+    command = (way, SCRIPT, model, str(output), *STEPS)
     with launched(*command, environment={"HANG": str(hang)}) as running:
         ranks = hanging(running, output, hang, "checkpoint-1")
         ranks[1].kill()
@@ -74,11 +75,12 @@ def test_ranks_stop_together_and_go_on_as_if_nothing_had_been(model, tmp_path):
     assert outcome(output) == outcome(whole)
 
 
-def test_a_killed_group_under_zero3_goes_on_from_its_parts(model, tmp_path):
+@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
+def test_a_killed_group_that_shares_one_optimizer_goes_on_from_its_parts(way, model, tmp_path):
     """All are killed while a checkpoint is being written by both."""
     whole, output = tmp_path / "whole", tmp_path / "run"
-    launch("zero3", SCRIPT, model, str(whole), *STEPS)
-    command = ("zero3", SCRIPT, model, str(output), *STEPS)
+    launch(way, SCRIPT, model, str(whole), *STEPS)
+    command = (way, SCRIPT, model, str(output), *STEPS)
     with launched(*command) as running:
         until((output / "checkpoint-1").exists, running)
         until((output / ".unfinished").exists, running)
@@ -86,7 +88,8 @@ def test_a_killed_group_under_zero3_goes_on_from_its_parts(model, tmp_path):
             rank.kill()
     launch(*command, *RESUME)
     assert outcome(output) == outcome(whole)
-    assert list((output / "checkpoint-4").glob("global_step4/*rank_1*optim_states.pt"))
+    parts = "global_step4/*rank_1*optim_states.pt" if way == "zero3" else "optimizer.bin"
+    assert list((output / "checkpoint-4").glob(parts))
 
 
 def test_a_run_goes_on_with_another_number_of_processes_where_its_batches_stay_the_same(model, tmp_path):

@@ -61,6 +61,8 @@ class ResumableTrainer(PublishingTrainer):
         super().__init__(*args, **kwargs)
         self._checkpoints = Checkpoints(Path(self.args.output_dir))
         self._resumed: SavedState | None = None
+        self._model_identity = model_identity(self.model)
+        """Before the model is prepared for training: FSDP2 gives it another class, and perhaps another dtype."""
         self._dataset_identity: dict[str, Any] | None = None
         """Made when first needed: it reads every row, which stay the same for all checkpoints of a training."""
         self._moment: dict[str, Any] | None = None
@@ -183,7 +185,7 @@ class ResumableTrainer(PublishingTrainer):
         sharding = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else None
         return RunIdentity(
             settings=deciding_settings(self.args),
-            model=model_identity(self.accelerator.unwrap_model(self.model)),
+            model=self._model_identity,
             dataset=self._dataset_identity,
             tools=self.tool_names,
             rewards=[get_callable_name(function) for function in self.reward_funcs],
