@@ -2,10 +2,11 @@
 
     python benchmarks/growth.py --output runs/bench/growth.png
 
-The update (forward and backward of a 5 M model, rows that share the first half of their completions in pairs) along M
-and along path length, shared prefixes computed once and padded; the sampler's own work for a group of 16 paths, with
-turns that are scripted and tools that answer at once, along the calls on each path. Exponents are slopes of log
-seconds over log x, least squares; beside them that of the tokens, below which no implementation can be for long.
+The update (forward and backward of a 5 M model, rows that share the first half of their completions in pairs) along
+M, after prompts of 1,000 and of 4,000 tokens, and along path length, shared prefixes computed once and padded (but
+for the long prompt, whose 64 rows have no place in memory). The sampler's own work for a group of 16 paths along the
+calls on each path, with turns that are scripted and tools that answer at once. Exponents are slopes of log seconds
+over log x, least squares; beside them that of the tokens, below which no implementation can be for long.
 """
 
 from __future__ import annotations
@@ -54,14 +55,22 @@ class Sweep:
         )
 
 
-def update(axis: str, values: Iterable[int], shape: Callable[[int], tuple[int, int, int]], repeats: int) -> Sweep:
+def update(
+    axis: str,
+    values: Iterable[int],
+    shape: Callable[[int], tuple[int, int, int]],
+    repeats: int,
+    *,
+    padded: bool = True,
+) -> Sweep:
     """The update along one axis; `shape` gives prompt tokens, leaves and completion tokens for a value."""
     points = []
     for x in values:
         prompt, leaves, completion = shape(x)
-        padded, shared, _, _, packed = apart("timed", "5 M", prompt, leaves, "half", repeats, completion)
-        points.append((x, {"shared prefixes": shared, "padded": padded, "tokens in the pack": packed}))
-        print(f"{axis} {x}: shared {shared:.2f} s, padded {padded:.2f} s, {packed:,.0f} tokens", flush=True)
+        theirs, ours, _, _, packed = apart("timed", "5 M", prompt, leaves, "half", repeats, completion, padded)
+        curves = {"shared prefixes": ours, "padded": theirs, "tokens in the pack": packed}
+        points.append((x, {name: y for name, y in curves.items() if not math.isnan(y)}))
+        print(f"{axis} {x}: shared {ours:.2f} s, padded {theirs:.2f} s, {packed:,.0f} tokens", flush=True)
     return Sweep(axis, "update, seconds", points)
 
 
@@ -99,7 +108,7 @@ def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
 
 
 def draw(sweeps: list[Sweep], output: Path) -> None:
-    figure, panels = plt.subplots(1, len(sweeps), figsize=(4.2 * len(sweeps), 3.6), layout="constrained")
+    figure, panels = plt.subplots(1, len(sweeps), figsize=(3.6 * len(sweeps), 3.6), layout="constrained")
     for sweep, panel in zip(sweeps, panels, strict=True):
         for curve in sweep.curves:
             if curve != "tokens in the pack":
@@ -122,7 +131,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/bench/growth.png"))
     arguments = parser.parse_args()
     sweeps = [
-        update("M, leaves of a group", (4, 8, 16, 32, 64), lambda m: (1000, m, 500), arguments.repeats),
+        update("M, prompt 1,000", (4, 8, 16, 32, 64), lambda m: (1000, m, 500), arguments.repeats),
+        update("M, prompt 4,000", (4, 8, 16, 32, 64), lambda m: (4000, m, 500), arguments.repeats, padded=False),
         update("tokens of a completion", (128, 256, 512, 1024, 2048), lambda t: (300, 8, t), arguments.repeats),
         sampling(arguments.model, (1, 2, 4, 8, 16, 32), arguments.repeats),
     ]

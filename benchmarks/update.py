@@ -13,12 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
@@ -122,17 +125,23 @@ def peak_bytes() -> int:
 
 
 def timed(
-    name: str, prompt: int, leaves: int, forks: str, repeats: int, completion: int = COMPLETION
+    name: str, prompt: int, leaves: int, forks: str, repeats: int, completion: int = COMPLETION, padded: bool = True
 ) -> tuple[float, float, float, int, int]:
-    """Median seconds padded and shared, the median of their ratios, tokens padded and packed."""
+    """Median seconds padded and shared, the median of their ratios, tokens padded and packed.
+
+    Without `padded`, for what has no place in memory, its seconds and the ratio are not a number.
+    """
     model, rows = make_model(name), make_rows(prompt, leaves, forks, completion)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for repeat in range(repeats):
         for shared in (True, False) if repeat % 2 else (False, True):
+            if not (shared or padded):
+                seconds[shared].append(math.nan)
+                continue
             if repeat == 0 and DEVICE.type == "cuda":
                 step(model, rows, shared)  # kernels are chosen and compiled
             seconds[shared].append(step(model, rows, shared))
-    ratios = [padded / shared for padded, shared in zip(seconds[False], seconds[True], strict=True)]
+    ratios = [theirs / ours for theirs, ours in zip(seconds[False], seconds[True], strict=True)]
     return median(seconds[False]), median(seconds[True]), median(ratios), rows[0].numel(), len(pack_rows(*rows))
 
 
@@ -163,7 +172,8 @@ def main() -> None:
     DEVICE = torch.device(arguments.device)
     if arguments.task:
         task, *rest = json.loads(arguments.task)
-        found = {"timed": timed, "memory": memory}[task](*rest)
+        tasks: dict[str, Callable[..., Any]] = {"timed": timed, "memory": memory}
+        found = tasks[task](*rest)
         print(*(found if isinstance(found, tuple) else (found,)))
     elif arguments.grid:
         grid = [(m, p, n, f) for m in MODELS for p in (300, 1000, 4000) for n in (4, 8, 16, 64) for f in FORKS]

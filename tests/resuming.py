@@ -29,7 +29,7 @@ from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.interrupts import follow_launcher
 from arpo_trl.tools.build import ToolArguments, build_tools
 from loopback import Loopback, Reply
-from support import python, tiny_model, tokenizer
+from support import ON_CPU, python, tiny_model, tokenizer
 
 ROWS = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(10)])
 BOUND_S = 120.0
@@ -41,14 +41,9 @@ SETTINGS = {
     "max_completion_length": 48,
     "max_steps": 12,
     "learning_rate": 1e-3,
-    "logging_steps": 1,
     "save_strategy": "steps",
     "save_steps": 1,
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
+    **ON_CPU,
     "rollout_schedule": "rounds",
     "entropy_probe_tokens": 4,
     "tool_cache": True,

@@ -30,6 +30,11 @@ from arpo_trl.tools.sandbox import Limits, Tier, Worker
 
 TEXTS = ["the melting point of iron is 1538 degrees", "print(1538 - 1000)", "what is the answer to a question"]
 ANSWER = "<answer>\\boxed{1}</answer>"
+ON_CPU: dict[str, Any] = {
+    **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False},
+    **{"logging_steps": 1, "report_to": "none", "disable_tqdm": True},
+}
+"""Settings of a small run that is watched through its log."""
 
 
 @cache

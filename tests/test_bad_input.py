@@ -18,7 +18,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError, ConfigError, DataError, RewardError, ToolSpecError
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
-from support import ANSWER, python, save_tiny_model, search, tokenizer
+from support import ANSWER, ON_CPU, python, save_tiny_model, search, tokenizer
 
 ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}
 CONTEXT = 1024
@@ -44,11 +44,7 @@ def make(model_path, tmp_path):
                     "max_completion_length": 60,
                     "max_steps": 1,
                     "save_strategy": "no",
-                    "report_to": "none",
-                    "disable_tqdm": True,
-                    "use_cpu": True,
-                    "bf16": False,
-                    "gradient_checkpointing": False,
+                    **ON_CPU,
                     **dict(settings),
                 }
             )

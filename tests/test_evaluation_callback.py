@@ -7,7 +7,7 @@ from arpo_trl.evaluation.callback import EvaluationCallback
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from evaluating import asked_number, boxed, questions
-from support import python, save_tiny_model, search, tokenizer
+from support import ON_CPU, python, save_tiny_model, search, tokenizer
 
 ROWS = Dataset.from_list([{"prompt": [{"role": "user", "content": "what is 9"}], "answer": ["9"], "task": "math"}] * 8)
 
@@ -30,14 +30,9 @@ def trainer(tmp_path):
             per_device_train_batch_size=4,
             max_completion_length=60,
             max_steps=4,
-            logging_steps=4,
             save_strategy="steps",
             save_steps=4,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
+            **{**ON_CPU, "logging_steps": 4},
         ),
         train_dataset=ROWS,
         tools=[search, python],

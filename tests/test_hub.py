@@ -25,7 +25,7 @@ from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from hub_server import TOKEN, Hub
 from loopback import Reply
-from support import python, save_tiny_model, script, search, tokenizer
+from support import ON_CPU, python, save_tiny_model, script, search, tokenizer
 
 ROWS = Dataset.from_list(
     [{"prompt": [{"role": "user", "content": f"what is {i}"}], "answer": [str(i)], "task": "math"} for i in range(4)]
@@ -56,14 +56,9 @@ def trainer(model_path: str, folder: Path, *, peft_config=None, **settings) -> A
                 "per_device_train_batch_size": 4,
                 "max_completion_length": 120,
                 "max_steps": 2,
-                "logging_steps": 1,
                 "save_strategy": "steps",
                 "save_steps": 1,
-                "report_to": "none",
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
+                **ON_CPU,
                 "entropy_probe_tokens": 4,
                 "trajectory_log_rate": 1.0,
                 "push_to_hub": True,

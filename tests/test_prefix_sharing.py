@@ -35,7 +35,7 @@ from arpo_trl.prefix_sharing import (
 )
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
-from support import save_tiny_model, search, small_model, tokenizer
+from support import ON_CPU, save_tiny_model, search, small_model, tokenizer
 
 FAMILIES = [(Qwen3Config, Qwen3ForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)]
 
@@ -302,14 +302,9 @@ def trainer(model_path: str, folder: Path, peft_config: LoraConfig | None = None
                 "max_steps": 2,
                 "learning_rate": 1e-3,
                 "save_strategy": "no",
-                "report_to": "none",
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
-                "disable_tqdm": True,
+                **ON_CPU,
                 "rollout_schedule": "rounds",
                 "entropy_probe_tokens": 4,
-                "logging_steps": 1,
                 **settings,
             }
         ),

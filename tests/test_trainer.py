@@ -20,6 +20,7 @@ from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import read_trees
 from support import (
+    ON_CPU,
     python,
     save_sharp_model,
     save_tiny_model,
@@ -68,13 +69,8 @@ def config(folder: Path, kind: type[GRPOConfig] = ARPOConfig, **settings) -> GRP
             "max_completion_length": 120,
             "max_steps": 2,
             "learning_rate": 1e-3,
-            "logging_steps": 1,
             "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
+            **ON_CPU,
             "loss_type": "grpo",
             **settings,
         }

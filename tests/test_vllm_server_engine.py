@@ -25,7 +25,7 @@ from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from serving import running
-from support import python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
+from support import ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -116,13 +116,7 @@ def trainer(model_path, folder, server, *, rows=ROWS, peft_config=None, **settin
             max_completion_length=60,
             entropy_probe_tokens=5,
             learning_rate=1e-3,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-            **settings,
+            **{**ON_CPU, **settings},
         ),
         train_dataset=rows,
         tools=[search, python],

@@ -31,7 +31,7 @@ from arpo_trl.rollout.engines.vllm_weights import DiskTransfer
 from arpo_trl.sharding import check_launch
 from arpo_trl.tools.search import LocalIndex, search_tool
 from evaluating import questions
-from support import python, search
+from support import ON_CPU, python, search
 
 GROUPS, LEAVES = 4, 4
 SCHOOL_STEPS = 60
@@ -119,13 +119,8 @@ def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> 
                 "entropy_probe_tokens": 4,
                 "rollout_schedule": "rounds",
                 "trajectory_log_rate": 0.0,
-                "logging_steps": 1,
                 "save_strategy": "no",
-                "report_to": "none",
-                "disable_tqdm": True,
-                "use_cpu": True,
-                "bf16": False,
-                "gradient_checkpointing": False,
+                **ON_CPU,
                 **wanted,
             }
         ),

@@ -21,7 +21,7 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Engine, Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
-from support import python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
+from support import ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(12)]
 ROWS = Dataset.from_list(
@@ -86,13 +86,8 @@ def make_trainer(folder: Path, peft_config: LoraConfig | None = None) -> tuple[A
             entropy_probe_tokens=5,
             max_steps=2,
             learning_rate=1e-3,
-            logging_steps=1,
             save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
+            **ON_CPU,
         ),
         train_dataset=ROWS,
         tools=[search, python],
