@@ -201,19 +201,25 @@ def test_two_nodes_train_together(tmp_path):
     assert [rank["last"]["arpo/tree/leaves"] for rank in seen] == [2 * uneven_ranks.LEAVES] * 2
 
 
-@pytest.mark.vllm
-@pytest.mark.parametrize("way", ["zero3"])
-def test_two_ranks_sample_from_one_server(way, data, tmp_path):
-    """Its weights come from both ranks' parts, by way of a folder; each asks for its own turns."""
-    with running(str(data / "base"), tmp_path / "log") as server:
-        train(
-            way,
-            data,
-            tmp_path / "run",
-            *("--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_urls", server.url),
-            *("--weight_sync", "disk", "--eval_strategy", "no"),
-        )
-    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text("utf-8"))["log_history"]
+def sampled_by_vllm(way: str, data: Path, output: Path, *flags: str) -> None:
+    train(way, data, output, "--use_vllm", "true", "--eval_strategy", "no", *flags)
+    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
     steps = [row for row in history if "loss" in row]
     assert [row["arpo/tree/leaves"] for row in steps] == [16, 16]
     assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
+def test_two_ranks_sample_from_one_server(way, data, tmp_path):
+    """Its weights come from both ranks' parts, by way of a folder; each asks for its own turns."""
+    with running(str(data / "base"), tmp_path / "log") as server:
+        server_mode = ("--vllm_mode", "server", "--vllm_server_urls", server.url, "--weight_sync", "disk")
+        sampled_by_vllm(way, data, tmp_path / "run", *server_mode)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("way", ["zero3"])
+def test_two_ranks_sample_each_from_its_own_vllm(way, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    sampled_by_vllm(way, data, tmp_path, "--vllm_mode", "colocate", "--vllm_max_model_length", "1024")
