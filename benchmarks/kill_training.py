@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from arpo_trl.checkpoints import Checkpoints
 from arpo_trl.identity import differences_between
 
 ROOT = Path(__file__).parent.parent
@@ -124,10 +125,6 @@ def run_for(
         return status, 0.0
 
 
-def steps_done(output: Path) -> int:
-    return max((int(path.name.split("-")[1]) for path in output.glob("checkpoint-*")), default=0)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -161,7 +158,8 @@ def main() -> None:
         while len(ends) < arguments.kills or in_run:
             output = folder / f"killed-{runs}"
             kills, waits = len(ends) < arguments.kills, len(ends) % 2 == 1
-            left = (seconds - starting) * (STEPS - steps_done(output)) / STEPS
+            saved, _ = Checkpoints(output).last()
+            left = (seconds - starting) * (STEPS - (saved.step if saved else 0)) / STEPS
             limit = draw.uniform(starting / 2, starting + left) if kills and not waits else None
             writing = draw.uniform(0, WRITING_S) if kills and waits else None
             status, end_s = run_for(command(arguments, output), output, limit, writing, number)
