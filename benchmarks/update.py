@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import random
 import resource
 import subprocess
@@ -35,6 +36,13 @@ VOCABULARY = 8000
 COMPLETION = 500
 FORKS = ("none", "half", "deep")
 DEVICE = torch.device("cpu")
+KEEP_MEMORY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+"""Has glibc keep what it has got from the kernel. Else large tensors are mapped anew each time, which takes as long as
+computing them in a virtual machine, and sets in at some size: a step in any curve."""
 
 Rows = tuple[torch.Tensor, torch.Tensor, int]
 Shape = tuple[str, int, int, str]
@@ -103,7 +111,8 @@ def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
 def apart(task: str, *arguments: object) -> list[float]:
     """The numbers that a task prints in a process of its own, whose memory is gone when the next one starts."""
     command = [sys.executable, __file__, "--device", DEVICE.type, "--task", json.dumps([task, *arguments])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    environment = os.environ | (KEEP_MEMORY if task == "timed" else {})
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return [float(number) for number in done.stdout.split()]
 
 
@@ -132,17 +141,16 @@ def timed(
     Without `padded`, for what has no place in memory, its seconds and the ratio are not a number.
     """
     model, rows = make_model(name), make_rows(prompt, leaves, forks, completion)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
+    ways = (False, True) if padded else (True,)
+    seconds: dict[bool, list[float]] = {way: [] for way in ways}
+    for way in ways:
+        step(model, rows, way)  # kernels are chosen and compiled, memory is there
     for repeat in range(repeats):
-        for shared in (True, False) if repeat % 2 else (False, True):
-            if not (shared or padded):
-                seconds[shared].append(math.nan)
-                continue
-            if repeat == 0 and DEVICE.type == "cuda":
-                step(model, rows, shared)  # kernels are chosen and compiled
-            seconds[shared].append(step(model, rows, shared))
-    ratios = [theirs / ours for theirs, ours in zip(seconds[False], seconds[True], strict=True)]
-    return median(seconds[False]), median(seconds[True]), median(ratios), rows[0].numel(), len(pack_rows(*rows))
+        for way in ways[:: -1 if repeat % 2 else 1]:
+            seconds[way].append(step(model, rows, way))
+    theirs, ours = seconds.get(False, [math.nan] * repeats), seconds[True]
+    ratio = median(a / b for a, b in zip(theirs, ours, strict=True))
+    return median(theirs), median(ours), ratio, rows[0].numel(), len(pack_rows(*rows))
 
 
 def show(shapes: list[Shape], repeats: int) -> None:

@@ -80,8 +80,7 @@ def test_a_session_that_fails_leaves_nothing_behind(findings):
 def test_training_samples_from_the_weights_that_it_updates(findings):
     assert findings["syncs"] == [1]  # step 0 was synced before; one sync a step
     assert [row["sampling/sampling_logp_difference/mean"] < 0.01 for row in findings["log"]] == [True, True]
-    assert findings["changed"] > 6
-    assert findings["trained"]["logprobs"] < 0.01
+    assert findings["trained"]["logprobs"] < 0.01 < 0.03 < findings["untrained"]["logprobs"]
 
 
 @real

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import EngineError
@@ -112,7 +113,7 @@ def adapter(folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    trainer, _ = make_trainer(folder)
+    trainer, model_path = make_trainer(folder)
     engine = trainer.sampler.engine
     assert isinstance(engine, VLLMColocateEngine)
     model = trainer.model
@@ -165,7 +166,7 @@ def main(folder: Path) -> None:
     engine._synced = None
     trained, _ = run(engine, requests())
     findings["trained"] = compare(model.eval(), trained)
-    findings["changed"] = sum(first[i].ids != trained[i].ids for i in first)
+    findings["untrained"] = compare(AutoModelForCausalLM.from_pretrained(model_path), trained)
 
     engine._generation.sync_weights = lambda: None  # as if weights did not arrive
     with torch.no_grad():

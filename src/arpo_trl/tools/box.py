@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 from transformers.utils.chat_template_utils import get_json_schema
 
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
+from arpo_trl.tools.background import LoopThread
 
 RESERVED_TAGS = frozenset({"think", "answer", "result"})
 
@@ -34,7 +35,6 @@ _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MIN_MAX_CHARS = 100
 _MAX_ERROR_CHARS = 300
 _MAX_CACHED = 100_000
-_STOP_TIMEOUT_S = 1.0
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -229,10 +229,10 @@ class ToolBox:
         self._tickets = 0
         self._pending = 0
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
-        self._scheduler = _LoopThread("arpo-tools-scheduler")
+        self._scheduler = LoopThread("arpo-tools-scheduler")
         self._places = asyncio.Semaphore(concurrency)
         self._tool_places = {name: asyncio.Semaphore(places) for name, places in (per_tool or {}).items()}
-        self._async_tools = _LoopThread("arpo-tools-async")
+        self._async_tools = LoopThread("arpo-tools-async")
         self._closed = False
 
     @property
@@ -431,30 +431,3 @@ def _describe(error: BaseException) -> str:
         message = error.strerror if isinstance(error, OSError) else str(error)
     first_line = (message or "").strip().partition("\n")[0][:_MAX_ERROR_CHARS]
     return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
-
-
-class _LoopThread:
-    """An event loop in a daemon thread."""
-
-    def __init__(self, name: str) -> None:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def start(self, coroutine: Any) -> Any:
-        """The `concurrent.futures.Future` of `coroutine`, which the loop begins to run."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def stop(self) -> None:
-        """Cancel what runs and end the thread; one that a tool blocks is left behind."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(_STOP_TIMEOUT_S)
-
-    def _run(self) -> None:
-        self._loop.run_forever()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S / 2))
-        self._loop.close()
