@@ -67,7 +67,7 @@ def update(
     points = []
     for x in values:
         prompt, leaves, completion = shape(x)
-        theirs, ours, _, _, packed = apart("timed", "5 M", prompt, leaves, "half", repeats, completion, padded)
+        theirs, ours, _, _, packed, _ = apart("timed", "5 M", prompt, leaves, "half", repeats, completion, padded)
         curves = {"shared prefixes": ours, "padded": theirs, "tokens in the pack": packed}
         points.append((x, {name: y for name, y in curves.items() if not math.isnan(y)}))
         print(f"{axis} {x}: shared {ours:.2f} s, padded {theirs:.2f} s, {packed:,.0f} tokens", flush=True)

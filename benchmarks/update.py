@@ -5,8 +5,9 @@
 
 Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
-what a perfect implementation would gain. Peak memory is the growth of a process that runs one step and nothing else,
-on CUDA that of its allocator.
+what a perfect implementation would gain where attention is cheap; attention's own limit is the ratio of pairs of query
+and key, which is lower: the tokens that are shared come first and see few others. Peak memory is the growth of a
+process that runs one step and nothing else, on CUDA that of its allocator.
 """
 
 from __future__ import annotations
@@ -135,8 +136,8 @@ def peak_bytes() -> int:
 
 def timed(
     name: str, prompt: int, leaves: int, forks: str, repeats: int, completion: int = COMPLETION, padded: bool = True
-) -> tuple[float, float, float, int, int]:
-    """Median seconds padded and shared, the median of their ratios, tokens padded and packed.
+) -> tuple[float, float, float, int, int, float]:
+    """Median seconds padded and shared, the median of their ratios, tokens padded and packed, and the pair ratio.
 
     Without `padded`, for what has no place in memory, its seconds and the ratio are not a number.
     """
@@ -150,20 +151,24 @@ def timed(
             seconds[way].append(step(model, rows, way))
     theirs, ours = seconds.get(False, [math.nan] * repeats), seconds[True]
     ratio = median(a / b for a, b in zip(theirs, ours, strict=True))
-    return median(theirs), median(ours), ratio, rows[0].numel(), len(pack_rows(*rows))
+    pack, (leaves, width) = pack_rows(*rows), rows[0].shape
+    pairs = leaves * width * (width + 1) / 2 / float((pack.positions + 1).sum())
+    return median(theirs), median(ours), ratio, leaves * width, len(pack), pairs
 
 
 def show(shapes: list[Shape], repeats: int) -> None:
-    print("| model | prompt | M | forks | padded s | shared s | speed-up | token ratio | reached | memory |")
-    print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|")
+    print(
+        "| model | prompt | M | forks | padded s | shared s | speed-up | token ratio | pair ratio | reached | memory |"
+    )
+    print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     for shape in shapes:
-        padded, shared, speedup, tokens, packed = apart("timed", *shape, repeats)
+        padded, shared, speedup, tokens, packed, pairs = apart("timed", *shape, repeats)
         ratio = tokens / packed
         peak = apart("memory", *shape, True)[0] / apart("memory", *shape, False)[0]
         name, prompt, leaves, forks = shape
         print(
             f"| {name} | {prompt:,} | {leaves} | {forks} | {padded:.2f} | {shared:.2f} | {speedup:.2f} | "
-            f"{ratio:.2f} | {speedup / ratio:.2f} | {peak:.2f} |",
+            f"{ratio:.2f} | {pairs:.2f} | {speedup / ratio:.2f} | {peak:.2f} |",
             flush=True,
         )
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,10 +25,9 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.prefix_sharing import (
     NO_LABEL,
-    Run,
     _attend_by_blocks,
-    _attend_by_runs,
-    _blocks_work,
+    _blocks_fault,
+    attend,
     forward_pack,
     pack_rows,
     share_prefixes,
@@ -38,6 +38,8 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from support import ON_CPU, save_tiny_model, search, small_model, tokenizer
 
 FAMILIES = [(Qwen3Config, Qwen3ForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)]
+
+CPU = torch.device("cpu")
 
 
 def batch(*rows: tuple[list[int], list[int]], pad: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -110,7 +112,7 @@ def test_rows_are_laid_out_as_a_trie():
     assert pack.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 1, 2, 3, 4]]
     no = NO_LABEL
     assert pack.labels.tolist() == [[no, 2, 2, 4, 3, 3, no, 5, no, 6, 6, 6, no]]
-    assert pack.runs == (Run(7, ()), Run(2, ((0, 4),)), Run(4, ((0, 1),)))
+    assert pack.edges == ((0, 1, 13), (1, 4, 9), (4, 7, 7), (7, 9, 9), (9, 13, 13))
     assert pack.leaf_tokens == 7 + 6 + 5
     # for each completion token where the token before it stands
     assert pack.sources[0].tolist() == [1, 2, 3, 4, 5]
@@ -129,11 +131,11 @@ def test_equal_rows_are_one_and_a_row_inside_another_costs_nothing():
     assert pack.real.sum() == 2 + 2 + 3 + 1
 
 
-def test_a_path_runs_through_slices_of_several_earlier_rows():
+def test_a_path_goes_through_edges_of_several_earlier_rows():
     # sorted: 1 2 3 4, then 1 2 3 5 6 (shares 1 2), then 1 2 3 5 7 (shares 1 2 of the first and 3 of the second)
     pack = pack_rows(*batch(([1], [2, 3, 5, 7]), ([1], [2, 3, 4]), ([1], [2, 3, 5, 6])))
     assert pack.ids.tolist() == [[1, 2, 3, 4, 3, 5, 6, 5, 7]]
-    assert pack.runs == (Run(4, ()), Run(3, ((0, 2),)), Run(2, ((0, 2), (4, 5))))
+    assert pack.edges == ((0, 2, 9), (2, 4, 4), (4, 5, 9), (5, 7, 7), (7, 9, 9))
 
 
 def test_where_one_rows_prompt_is_anothers_completion_both_get_what_they_want():
@@ -189,19 +191,30 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_padded_batch(family):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_query_sees_by_blocks_what_it_sees_by_runs():
+def test_a_query_sees_by_blocks_and_by_edges_what_is_on_its_path():
     for seed in range(8):
         pack = pack_rows(*random_rows(seed))
-        query, key, value = (torch.randn(1, heads, len(pack), 16) for heads in (4, 2, 2))
-        by_blocks = _attend_by_blocks(query, key, value, pack, 0.3)  # forward only: it has no backward on a CPU
-        by_runs = _attend_by_runs(query, key, value, pack, 0.3, 0.0)
-        torch.testing.assert_close(by_blocks, by_runs, atol=1e-5, rtol=1e-5)
+        size = len(pack)
+        query, key, value = (torch.randn(1, heads, size, 16, requires_grad=True) for heads in (4, 2, 2))
+        sees = torch.tensor([[k <= q < end for k, end in enumerate(pack.ends.tolist())] for q in range(size)])
+        expected = scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
+        found = attend(query, key, value, pack, scaling=0.3)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        weights = torch.randn_like(found)
+        for mine, theirs in zip(
+            *(torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected)),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+        leaves = query.detach(), key.detach(), value.detach()  # it has no backward on a CPU
+        by_blocks = _attend_by_blocks(*leaves, pack, 0.3)
+        torch.testing.assert_close(by_blocks, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_flex_attention_works_on_this_gpu():
-    assert _blocks_work(torch.device("cuda", 0))
+    assert _blocks_fault(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize(
@@ -230,7 +243,7 @@ def test_an_adapters_gradients_are_exact_too():
     add_fused_lm_head(model, 1.0, False, ("log_probs", "entropy"))
     adapted = get_peft_model(model, LoraConfig(r=4, lora_dropout=0.0, init_lora_weights=False))
     share_prefixes(adapted.get_base_model())
-    assert why_not_shared(adapted.get_base_model()) is None
+    assert why_not_shared(adapted.get_base_model(), CPU) is None
     assert_same(adapted, random_rows(1))
 
 
@@ -265,7 +278,7 @@ def test_ordinary_batches_are_computed_as_before():
     ids=["sliding window", "experts", "attention dropout", "eager", "LoRA dropout"],
 )
 def test_a_model_for_which_packs_are_not_exact_is_recognised(make, reason):
-    assert reason in why_not_shared(make())
+    assert reason in why_not_shared(make(), CPU)
 
 
 # In the trainer ------------------------------------------------------------------------------------------------------

@@ -4,13 +4,13 @@ The rows of a micro-batch (prompt and completion) often start alike: leaves of o
 well-trained policy by habit. Where two rows hold the same tokens up to some position, a causal model computes the same
 thing up to there. So the rows are laid out as a trie, one after another without what an earlier row already holds:
 
-    # rows:    p p a a t b b          pack:      p p a a t b b | t c | p d d d
-    #          p p a a t c            position:  0 1 2 3 4 5 6 | 4 5 | 1 2 3 4
-    #          p p d d d              runs:      row 0         | row 1 | row 2
+    # rows:    p p a a t b b          pack:      p p a a t b b t c p d d d
+    #          p p a a t c            position:  0 1 2 3 4 5 6 4 5 1 2 3 4
+    #          p p d d d
 
 The last token before rows part is repeated (`t`, `p`), so that each position of the pack has one next token at most
-and the language-model head runs once per edge of the trie. A run attends to its own path: to those parts of earlier
-runs that its row shares, and to itself. Rows that are equal cost nothing; padding is gone.
+and the language-model head runs once per edge of the trie. The rows that go through an edge follow it in the pack
+without a gap, and attend to all of it. Rows that are equal cost nothing; padding is gone.
 
 Logprobs and entropies are read back per row, so gradients of shared tokens add up by themselves: the result is that of
 the padded batch up to rounding. Sharing is found from the token ids alone, whatever tree they came from.
@@ -19,10 +19,11 @@ the padded batch up to rounding. Sharing is found from the token ids alone, what
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -53,26 +54,15 @@ EXTENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What one row adds to the pack: `length` tokens, after the `slices` of the pack that its path goes through."""
-
-    length: int
-    slices: tuple[tuple[int, int], ...]
-
-    @property
-    def inherited(self) -> int:
-        return sum(stop - start for start, stop in self.slices)
-
-
-@dataclass(frozen=True, slots=True)
 class Pack:
     """Rows laid out as a trie of N tokens, and the way back to them.
 
     `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion wants it. `sources`
     (B, T) holds for each completion token the pack index of the token before it; it means nothing where `real` (B, T)
     is False, on padding and on tokens that are not wanted. `ends` (N,) says for each token where in the pack the rows
-    that hold it end: a query sees the keys up to itself whose end it has not reached. `leaf_tokens` is what the rows
-    hold together, padding not counted.
+    that hold it end: a query sees the keys up to itself whose end it has not reached. `edges` are the same as (start,
+    stop, end) for tokens in a row with the same end, in order. `leaf_tokens` is what the rows hold together, padding
+    not counted.
     """
 
     ids: torch.Tensor
@@ -81,29 +71,15 @@ class Pack:
     sources: torch.Tensor
     real: torch.Tensor
     ends: torch.Tensor
-    runs: tuple[Run, ...]
+    edges: tuple[tuple[int, int, int], ...]
     leaf_tokens: int
-    _masks: dict[tuple[int, torch.dtype], torch.Tensor] = field(default_factory=dict, repr=False)
     _blocks: list[BlockMask] = field(default_factory=list, repr=False)
 
     def __len__(self) -> int:
         return self.ids.size(1)
 
-    def mask(self, run: int, like: torch.Tensor) -> torch.Tensor:
-        """(queries, keys) additive mask of a run: each query sees all that is inherited, and its own run up to itself.
-
-        Made once for all layers, in the queries' type: SDPA would convert, and keep, a boolean one in each of them.
-        """
-        key = (run, like.dtype)
-        if key not in self._masks:
-            n, inherited = self.runs[run].length, self.runs[run].inherited
-            hidden = torch.ones(n, inherited + n, dtype=torch.bool, device=like.device).triu(inherited + 1)
-            zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = zeros.masked_fill_(hidden, float("-inf"))
-        return self._masks[key]
-
     def blocks(self) -> BlockMask:
-        """The same for all runs at once, block by block, for FlexAttention; made once for all layers."""
+        """What each query sees, block by block, for FlexAttention; made once for all layers."""
         if not self._blocks:
             ends, size = self.ends, len(self)
 
@@ -145,7 +121,6 @@ def pack_rows(
     index = np.zeros(ids.shape, dtype=np.int64)  # (B, P + T): each row's tokens in the pack, from column 0 on
     added: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    runs: list[Run] = []
     path: list[tuple[int, int]] = []  # slices of the pack that make up the row before
     left: list[tuple[int, int, int]] = []  # slices of the pack, and where the rows that hold them end
     size = 0
@@ -159,13 +134,13 @@ def pack_rows(
         if new := len(row) - shared:
             added.append(row[shared:])
             positions.append(np.arange(shared, len(row)))
-            runs.append(Run(new, tuple(path)))
             path.append((size, size + new))
             size += new
 
     ends = np.full(size, size, dtype=np.int64)
     for start, stop, end in left:
         ends[start:stop] = end
+    starts_of_edges = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist()]
     labels = np.full(size, NO_LABEL, dtype=np.int64)
     sources = np.zeros((len(rows), logits_to_keep), dtype=np.int64)
     real = mask[:, width - logits_to_keep :] & (columns[width - logits_to_keep :] > starts[:, None])
@@ -187,7 +162,7 @@ def pack_rows(
         tensor(sources),
         tensor(real),
         tensor(ends),
-        tuple(runs),
+        tuple((start, stop, int(ends[start])) for start, stop in pairwise([*starts_of_edges, size])),
         int(lengths.sum()),
     )
 
@@ -214,44 +189,83 @@ def _split(path: list[tuple[int, int]], tokens: int) -> tuple[list[tuple[int, in
     return first, rest
 
 
-class _GatherPaths(torch.autograd.Function):
-    """(1, heads, N, dim) keys or values → for each run those of its path, (1, heads, inherited + length, dim).
-
-    As indexing would do, with a backward pass that adds slice by slice instead of token by token.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, runs: tuple[Run, ...]) -> tuple[torch.Tensor, ...]:
-        ctx.runs, ctx.shape = runs, states.shape
-        own = torch.split(states, [run.length for run in runs], dim=2)
-        return tuple(
-            torch.cat([*(states[:, :, start:stop] for start, stop in run.slices), part], dim=2)
-            for run, part in zip(runs, own, strict=True)
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = grads[0].new_zeros(ctx.shape)
-        size = 0
-        for run, grad in zip(ctx.runs, grads, strict=True):
-            at = 0
-            for start, stop in (*run.slices, (size, size + run.length)):
-                total[:, :, start:stop] += grad[:, :, at : at + stop - start]
-                at += stop - start
-            size += run.length
-        return total, None
-
-
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, *, scaling: float | None, dropout: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, *, scaling: float | None
 ) -> torch.Tensor:
-    """(1, heads, N, dim) attention of every run over its own path; keys and values may have fewer heads.
-
-    On CUDA by FlexAttention, if that works there; else run by run, so that no mask spans the pack.
-    """
-    if query.is_cuda and not dropout and _blocks_work(query.device):
+    """(1, heads, N, dim) attention of every query over its own path; keys and values may have fewer heads."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as SDPA does; a norm may have left queries and keys in float32
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.is_cuda:
         return _attend_by_blocks(query, key, value, pack, scaling)
-    return _attend_by_runs(query, key, value, pack, scaling, dropout)
+    groups = query.size(1) // key.size(1)
+    attended = _AttendByEdges.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), pack.edges, scaling)
+    assert isinstance(attended, torch.Tensor)
+    return attended
+
+
+class _AttendByEdges(torch.autograd.Function):
+    """Attention on a CPU, edge by edge, without a mask or a copy: those that follow an edge see all of it.
+
+    What a query sees in one edge is weighed against the rest by the logarithms of their sums of exponentials. torch's
+    own kernel, which is SDPA's on a CPU, gives these, and its backward, given those of all edges together, finds
+    one edge's part of the gradients, as in ring attention (arXiv 2310.01889).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        edges: tuple[tuple[int, int, int], ...],
+        scaling: float | None,
+    ) -> torch.Tensor:
+        total = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
+        logsums = total.new_full(query.shape[:3], -torch.inf)
+        for queries, keys, causal in _seen(edges):
+            attended, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scaling
+            )
+            before = logsums[:, :, queries]
+            both = torch.logaddexp(before, logsum)
+            total[:, :, queries] *= (before - both).exp().unsqueeze(-1)
+            total[:, :, queries] += attended * (logsum - both).exp().unsqueeze(-1)
+            logsums[:, :, queries] = both
+        result = total.to(query.dtype)
+        ctx.save_for_backward(query, key, value, result, logsums)
+        ctx.edges, ctx.scaling = edges, scaling
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, result, logsums = ctx.saved_tensors
+        query_grad, key_grad, value_grad = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for queries, keys, causal in _seen(ctx.edges):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grads[0][:, :, queries],
+                query[:, :, queries],
+                key[:, :, keys],
+                value[:, :, keys],
+                result[:, :, queries],
+                logsums[:, :, queries],
+                0.0,
+                causal,
+                scale=ctx.scaling,
+            )
+            query_grad[:, :, queries] += parts[0]
+            key_grad[:, :, keys] += parts[1]
+            value_grad[:, :, keys] += parts[2]
+        return query_grad, key_grad, value_grad, None, None
+
+
+def _seen(edges: tuple[tuple[int, int, int], ...]) -> Iterator[tuple[slice, slice, bool]]:
+    """(queries, keys, whether causal) of each edge with itself and with what follows it."""
+    for start, stop, end in edges:
+        yield slice(start, stop), slice(start, stop), True
+        if stop < end:
+            yield slice(stop, end), slice(start, stop), False
 
 
 def _attend_by_blocks(
@@ -269,10 +283,12 @@ def _compiled_flex_attention() -> Callable[..., Any]:
 
 
 @cache
-def _blocks_work(device: torch.device) -> bool:
-    """Whether FlexAttention compiles on this device and agrees with SDPA, forward and backward; tried once."""
+def _blocks_fault(device: torch.device) -> str | None:
+    """What is wrong with FlexAttention on this device, forward or backward, against SDPA; tried once."""
     rows = torch.tensor([[7] * 200 + [row] * 100 for row in (1, 2, 3)], device=device)
     pack = pack_rows(rows, torch.ones_like(rows), 100)
+    places = torch.arange(len(pack), device=device)
+    mask = (places <= places[:, None]) & (places[:, None] < pack.ends)  # (queries, keys): of a small pack
     generator = torch.Generator(device).manual_seed(0)
     states = [
         torch.randn(1, heads, len(pack), 64, device=device, dtype=torch.bfloat16, generator=generator)
@@ -286,36 +302,13 @@ def _blocks_work(device: torch.device) -> bool:
                 if by_blocks:
                     attended = _attend_by_blocks(query, key, value, pack, None)
                 else:
-                    attended = _attend_by_runs(query, key, value, pack, None, 0.0)
+                    attended = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
                 attended.float().square().sum().backward()
                 found.append([attended, query.grad, key.grad, value.grad])
         agree = all(torch.allclose(a, b, atol=0.05, rtol=0.05) for a, b in zip(*found, strict=True))
-    except Exception as error:  # compilers fail in ways of their own, and there is another way
-        logger.warning(f"FlexAttention does not work on {device} ({type(error).__name__}); packs take SDPA instead.")
-        return False
-    if not agree:
-        logger.warning(f"FlexAttention disagrees with SDPA on {device}; packs take SDPA.")
-    return agree
-
-
-def _attend_by_runs(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    pack: Pack,
-    scaling: float | None,
-    dropout: float,
-) -> torch.Tensor:
-    groups = query.size(1) // key.size(1)
-    outputs = []
-    queries = torch.split(query, [run.length for run in pack.runs], dim=2)
-    keys, values = _GatherPaths.apply(key, pack.runs), _GatherPaths.apply(value, pack.runs)
-    for i, (run, q, k, v) in enumerate(zip(pack.runs, queries, keys, values, strict=True)):
-        causal = not run.slices and run.length > 1
-        mask = pack.mask(i, q) if run.slices and run.length > 1 else None
-        k, v = repeat_kv(k, groups), repeat_kv(v, groups)
-        outputs.append(scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scaling))
-    return torch.cat(outputs, dim=2)
+    except Exception as error:  # compilers fail in ways of their own
+        return f"FlexAttention does not work on {device} ({type(error).__name__})"
+    return None if agree else f"FlexAttention disagrees with SDPA on {device}"
 
 
 def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
@@ -334,14 +327,14 @@ def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if shared_prefix_pack is None:
             return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        attended = attend(query, key, value, shared_prefix_pack, scaling=scaling, dropout=dropout)
+        attended = attend(query, key, value, shared_prefix_pack, scaling=scaling)
         return attended.transpose(1, 2).contiguous(), None
 
     return forward
 
 
-def why_not_shared(model: PreTrainedModel) -> str | None:
-    """Why packs would not be exact with this model, or None when they are."""
+def why_not_shared(model: PreTrainedModel, device: torch.device) -> str | None:
+    """Why packs would not be exact with this model on this device, or None when they are."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
@@ -360,7 +353,9 @@ def why_not_shared(model: PreTrainedModel) -> str | None:
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if any(dropouts) or getattr(config, "attention_dropout", None):
         return "it drops out at random, which shared tokens would do alike for all their rows; set dropout to 0"
-    return None
+    if device.type not in ("cpu", "cuda"):
+        return f"packs are attended on CPUs and CUDA devices only, and this is {device.type!r}"
+    return _blocks_fault(device) if device.type == "cuda" else None
 
 
 def share_prefixes(model: PreTrainedModel) -> None:

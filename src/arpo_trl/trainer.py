@@ -373,7 +373,7 @@ class ARPOTrainer(ResumableTrainer):
             return False
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         bases = [model.get_base_model() if is_peft_model(model) else model for model in models]
-        reasons = [reason for base in bases if (reason := why_not_shared(base)) is not None]
+        reasons = [reason for base in bases if (reason := why_not_shared(base, self.accelerator.device)) is not None]
         if self.aux_loss_enabled:
             reasons.append("its router's auxiliary loss counts every row's tokens")
         if reasons:
