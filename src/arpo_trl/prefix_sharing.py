@@ -241,7 +241,8 @@ class _AttendByEdges(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, result, logsums = ctx.saved_tensors
-        query_grad, key_grad, value_grad = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        query_grad = torch.zeros_like(query, dtype=logsums.dtype)  # the sum of a path's edges; keys have two terms
+        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
         for queries, keys, causal in _seen(ctx.edges):
             parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grads[0][:, :, queries],
@@ -257,7 +258,7 @@ class _AttendByEdges(torch.autograd.Function):
             query_grad[:, :, queries] += parts[0]
             key_grad[:, :, keys] += parts[1]
             value_grad[:, :, keys] += parts[2]
-        return query_grad, key_grad, value_grad, None, None
+        return query_grad.to(query.dtype), key_grad, value_grad, None, None
 
 
 def _seen(edges: tuple[tuple[int, int, int], ...]) -> Iterator[tuple[slice, slice, bool]]:
