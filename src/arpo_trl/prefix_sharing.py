@@ -307,7 +307,7 @@ def _blocks_fault(device: torch.device) -> str | None:
                 attended.float().square().sum().backward()
                 found.append([attended, query.grad, key.grad, value.grad])
         agree = all(torch.allclose(a, b, atol=0.05, rtol=0.05) for a, b in zip(*found, strict=True))
-    except Exception as error:  # compilers fail in ways of their own
+    except Exception as error:  # whatever the compiler, its backend or a driver raises is the answer, and is reported
         return f"FlexAttention does not work on {device} ({type(error).__name__})"
     return None if agree else f"FlexAttention disagrees with SDPA on {device}"
 
