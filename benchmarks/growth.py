@@ -29,7 +29,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
-from update import apart
+from update import timed_apart
 
 LEAVES, TURN, RESULT = 16, "a thought of some tokens " * 4, "a result of some words " * 8
 
@@ -67,7 +67,9 @@ def update(
     points = []
     for x in values:
         prompt, leaves, completion = shape(x)
-        theirs, ours, _, _, packed, _ = apart("timed", "5 M", prompt, leaves, "half", repeats, completion, padded)
+        theirs, ours, _, _, packed, _ = timed_apart(
+            "5 M", prompt, leaves, "half", repeats=repeats, completion=completion, padded=padded
+        )
         curves = {"shared prefixes": ours, "padded": theirs, "tokens in the pack": packed}
         points.append((x, {name: y for name, y in curves.items() if not math.isnan(y)}))
         print(f"{axis} {x}: shared {ours:.2f} s, padded {theirs:.2f} s, {packed:,.0f} tokens", flush=True)
@@ -127,7 +129,7 @@ def draw(sweeps: list[Sweep], output: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"), help="whose tokenizer is used")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/bench/growth.png"))
     arguments = parser.parse_args()
     sweeps = [

@@ -1,18 +1,21 @@
 """The update with and without shared prefixes: forward and backward of TRL's fused logprobs, order alternated.
 
-    python benchmarks/update.py                      # the shapes that docs/results.md shows
+    python benchmarks/update.py                      # one prompt and M for each model
     python benchmarks/update.py --grid               # every shape: hours on a CPU
+    python benchmarks/update.py --grid --model '5 M' --prompt 300 1000 --leaves 4 8
 
 Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
 what a perfect implementation would gain where attention is cheap; attention's own limit is the ratio of pairs of query
 and key, which is lower: the tokens that are shared come first and see few others. Peak memory is the growth of a
-process that runs one step and nothing else, on CUDA that of its allocator.
+process that runs one step and nothing else, on CUDA that of its allocator. Where the padded batch has no place in
+memory, the packed one is timed alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -22,9 +25,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import product
 from statistics import median
 from typing import Any
 
+import psutil
 import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
@@ -37,6 +42,8 @@ VOCABULARY = 8000
 COMPLETION = 500
 FORKS = ("none", "half", "deep")
 DEVICE = torch.device("cpu")
+NO_MEMORY = 3
+"""Exit status of a task that has no place in memory."""
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -110,11 +117,41 @@ def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
 
 
 def apart(task: str, *arguments: object) -> list[float]:
-    """The numbers that a task prints in a process of its own, whose memory is gone when the next one starts."""
+    """The numbers that a task prints in a process of its own, whose memory is gone when the next one starts.
+
+    Raises:
+        MemoryError: It has no place in memory.
+    """
     command = [sys.executable, __file__, "--device", DEVICE.type, "--task", json.dumps([task, *arguments])]
     environment = os.environ | (KEEP_MEMORY if task == "timed" else {})
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode == NO_MEMORY:
+        raise MemoryError(f"{task} {arguments} has no place in memory.")
+    done.check_returncode()
     return [float(number) for number in done.stdout.split()]
+
+
+def timed_apart(*shape: object, repeats: int, completion: int = COMPLETION, padded: bool = True) -> list[float]:
+    """`timed` in a process of its own; where the padded batch has no place in memory, the packed one alone."""
+    if padded:
+        with contextlib.suppress(MemoryError):
+            return apart("timed", *shape, repeats, completion, True)
+    return apart("timed", *shape, repeats, completion, False)
+
+
+def run_task(task: str, arguments: list[Any]) -> None:
+    """Prints the numbers of a task; where memory ends it ends with `NO_MEMORY`, before the kernel ends anything."""
+    if DEVICE.type == "cpu":
+        free = psutil.virtual_memory().available
+        resource.setrlimit(resource.RLIMIT_DATA, (free, free))
+    tasks: dict[str, Callable[..., Any]] = {"timed": timed, "memory": memory}
+    try:
+        found = tasks[task](*arguments)
+    except (MemoryError, RuntimeError) as error:  # torch has a type of its own for CUDA only
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            sys.exit(NO_MEMORY)
+        raise
+    print(*(found if isinstance(found, tuple) else (found,)))
 
 
 def memory(name: str, prompt: int, leaves: int, forks: str, shared: bool) -> float:
@@ -162,15 +199,17 @@ def show(shapes: list[Shape], repeats: int) -> None:
     )
     print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     for shape in shapes:
-        padded, shared, speedup, tokens, packed, pairs = apart("timed", *shape, repeats)
+        padded, shared, speedup, tokens, packed, pairs = timed_apart(*shape, repeats=repeats)
+        try:
+            peak = apart("memory", *shape, True)[0] / apart("memory", *shape, False)[0]
+        except MemoryError:
+            peak = math.nan
         ratio = tokens / packed
-        peak = apart("memory", *shape, True)[0] / apart("memory", *shape, False)[0]
         name, prompt, leaves, forks = shape
-        print(
-            f"| {name} | {prompt:,} | {leaves} | {forks} | {padded:.2f} | {shared:.2f} | {speedup:.2f} | "
-            f"{ratio:.2f} | {pairs:.2f} | {speedup / ratio:.2f} | {peak:.2f} |",
-            flush=True,
-        )
+        cells = [f"{padded:.2f}", f"{shared:.2f}", f"{speedup:.2f}", f"{ratio:.2f}", f"{pairs:.2f}"]
+        cells += [f"{speedup / ratio:.2f}", f"{peak:.2f}"]
+        cells = ["no memory" if cell == "nan" else cell for cell in cells]
+        print(f"| {name} | {prompt:,} | {leaves} | {forks} | " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -178,6 +217,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--grid", action="store_true", help="every model, prompt, M and forks")
     parser.add_argument("--model", choices=MODELS, help="this one's shapes only")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[300, 1000, 4000], help="of the grid: tokens")
+    parser.add_argument("--leaves", type=int, nargs="+", default=[4, 8, 16, 64], help="of the grid: M")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: larger models, in bfloat16")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -185,18 +226,15 @@ def main() -> None:
     DEVICE = torch.device(arguments.device)
     if arguments.task:
         task, *rest = json.loads(arguments.task)
-        tasks: dict[str, Callable[..., Any]] = {"timed": timed, "memory": memory}
-        found = tasks[task](*rest)
-        print(*(found if isinstance(found, tuple) else (found,)))
-    elif arguments.grid:
-        grid = [(m, p, n, f) for m in MODELS for p in (300, 1000, 4000) for n in (4, 8, 16, 64) for f in FORKS]
-        show(grid, arguments.repeats)
-    else:
-        # As large as 24 GB of memory take, padded and without gradient checkpointing, with room for other things.
-        cuda = DEVICE.type == "cuda"
-        sizes = [("500 M", 300, 16), ("500 M", 1000, 16)] if cuda else [("5 M", 1000, 16), ("50 M", 300, 8)]
-        shapes = [(name, prompt, leaves, forks) for name, prompt, leaves in sizes for forks in FORKS]
-        show([shape for shape in shapes if arguments.model in (None, shape[0])], arguments.repeats)
+        run_task(task, rest)
+        return
+    # As large as 24 GB of memory take, padded and without gradient checkpointing, with room for other things.
+    on_cpu, on_cuda = [("5 M", 1000, 16), ("50 M", 300, 8)], [("500 M", 300, 16), ("500 M", 1000, 16)]
+    sizes = on_cuda if DEVICE.type == "cuda" else on_cpu
+    if arguments.grid:
+        sizes = list(product(MODELS, arguments.prompt, arguments.leaves))
+    chosen = [size for size in sizes if arguments.model in (None, size[0])]
+    show([(*size, forks) for size, forks in product(chosen, FORKS)], arguments.repeats)
 
 
 if __name__ == "__main__":
