@@ -132,7 +132,11 @@ def apart(task: str, *arguments: object) -> list[float]:
 
 
 def timed_apart(*shape: object, repeats: int, completion: int = COMPLETION, padded: bool = True) -> list[float]:
-    """`timed` in a process of its own; where the padded batch has no place in memory, the packed one alone."""
+    """`timed` in a process of its own; where the padded batch has no place in memory, the packed one alone.
+
+    Raises:
+        MemoryError: Nor has the packed one.
+    """
     if padded:
         with contextlib.suppress(MemoryError):
             return apart("timed", *shape, repeats, completion, True)
@@ -199,17 +203,22 @@ def show(shapes: list[Shape], repeats: int) -> None:
     )
     print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
     for shape in shapes:
-        padded, shared, speedup, tokens, packed, pairs = timed_apart(*shape, repeats=repeats)
+        name, prompt, leaves, forks = shape
+        label = f"| {name} | {prompt:,} | {leaves} | {forks} | "
+        try:
+            padded, shared, speedup, tokens, packed, pairs = timed_apart(*shape, repeats=repeats)
+        except MemoryError:  # not even packed; a grid goes on with what has a place
+            print(label + " | ".join(["no memory"] * 7) + " |", flush=True)
+            continue
         try:
             peak = apart("memory", *shape, True)[0] / apart("memory", *shape, False)[0]
         except MemoryError:
             peak = math.nan
         ratio = tokens / packed
-        name, prompt, leaves, forks = shape
         cells = [f"{padded:.2f}", f"{shared:.2f}", f"{speedup:.2f}", f"{ratio:.2f}", f"{pairs:.2f}"]
         cells += [f"{speedup / ratio:.2f}", f"{peak:.2f}"]
         cells = ["no memory" if cell == "nan" else cell for cell in cells]
-        print(f"| {name} | {prompt:,} | {leaves} | {forks} | " + " | ".join(cells) + " |", flush=True)
+        print(label + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:

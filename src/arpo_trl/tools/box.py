@@ -207,14 +207,12 @@ class ToolBox:
             raise ConfigError(f"timeout_s of a ToolBox is {timeout_s}, expected more than 0")
         self.specs: dict[str, ToolSpec] = {}
         self._tools: dict[str, Callable[..., Any]] = {}
-        self._signatures: dict[str, inspect.Signature] = {}
         for tool in tools:
             spec = tool_spec(tool)
             if spec.name in self.specs:
                 raise ToolSpecError(f"two tools are named {spec.name!r}; a tag has to name one. Rename one of them.")
             self.specs[spec.name] = spec
             self._tools[spec.name] = tool
-            self._signatures[spec.name] = inspect.signature(tool)
         for name, places in (per_tool or {}).items():
             if name not in self.specs:
                 raise ConfigError(
@@ -311,7 +309,7 @@ class ToolBox:
         if spec is None:
             return self._presentable(f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.names)}.")
         try:
-            self._signatures[call.name].bind(**call.arguments)
+            inspect.signature(self._tools[call.name]).bind(**call.arguments)
         except TypeError as error:
             return self._presentable(f"Error: {call.name}: {error}.")
         properties = spec.schema["function"]["parameters"]["properties"]
