@@ -7,7 +7,8 @@
 Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
 what a perfect implementation would gain where attention is cheap; attention's own limit is the ratio of pairs of query
-and key, which is lower: the tokens that are shared come first and see few others. Peak memory is the growth of a
+and key, which is lower: the tokens that are shared come first and see few others. Tokens per second count all that
+the rows hold, both ways. Peak memory is the growth of a
 process that runs one step and nothing else, on CUDA that of its allocator. Where the padded batch has no place in
 memory, the packed one is timed alone.
 """
@@ -199,24 +200,25 @@ def timed(
 
 def show(shapes: list[Shape], repeats: int) -> None:
     print(
-        "| model | prompt | M | forks | padded s | shared s | speed-up | token ratio | pair ratio | reached | memory |"
+        "| model | prompt | M | forks | padded s | shared s | padded tokens/s | shared tokens/s "
+        "| speed-up | token ratio | pair ratio | reached | memory |"
     )
-    print("|---|---:|---:|---|---:|---:|---:|---:|---:|---:|---:|")
+    print("|---|---:|---:|---|" + "---:|" * 9)
     for shape in shapes:
         name, prompt, leaves, forks = shape
         label = f"| {name} | {prompt:,} | {leaves} | {forks} | "
         try:
             padded, shared, speedup, tokens, packed, pairs = timed_apart(*shape, repeats=repeats)
         except MemoryError:  # not even packed; a grid goes on with what has a place
-            print(label + " | ".join(["no memory"] * 7) + " |", flush=True)
+            print(label + " | ".join(["no memory"] * 9) + " |", flush=True)
             continue
         try:
             peak = apart("memory", *shape, True)[0] / apart("memory", *shape, False)[0]
         except MemoryError:
             peak = math.nan
         ratio = tokens / packed
-        cells = [f"{padded:.2f}", f"{shared:.2f}", f"{speedup:.2f}", f"{ratio:.2f}", f"{pairs:.2f}"]
-        cells += [f"{speedup / ratio:.2f}", f"{peak:.2f}"]
+        cells = [f"{padded:.2f}", f"{shared:.2f}", f"{tokens / padded:,.0f}", f"{tokens / shared:,.0f}"]
+        cells += [f"{value:.2f}" for value in (speedup, ratio, pairs, speedup / ratio, peak)]
         cells = ["no memory" if cell == "nan" else cell for cell in cells]
         print(label + " | ".join(cells) + " |", flush=True)
 

@@ -376,7 +376,7 @@ def test_micro_batches_hold_whole_trees_of_the_same_generation_batch(model_path,
     inputs = made._prepare_inputs([dict(ROWS[i // 4]) for i in range(16)])
     batches = made._buffered_inputs
     assert inputs is batches[0]
-    assert "tree" not in inputs
+    assert "leaf" not in inputs
     prompts = [{tuple(row) for row in batch["prompt_ids"].tolist()} for batch in batches]
     assert all(len(found) == 1 for found in prompts)  # one tree each
     assert len(set.union(*prompts)) == 4
@@ -388,6 +388,24 @@ def test_micro_batches_hold_whole_trees_of_the_same_generation_batch(model_path,
     }
     assert kept == leaves
     assert all(len(batch["advantages"]) == 4 for batch in batches)
+    made.toolbox.close()
+
+
+def test_parts_of_a_tree_hold_what_branched_off_together(model_path, tmp_path):
+    """Two paths start at each root and branch once: a micro-batch of two rows holds a path and its branch."""
+    settings = {"per_device_train_batch_size": 2, "steps_per_generation": 8, "gradient_accumulation_steps": 8}
+    made = trainer(model_path, tmp_path, shared_prefix_forward="on", initial_rollouts=2, **settings)
+    made.model.train()
+    made._prepare_inputs([dict(ROWS[i // 4]) for i in range(16)])
+    addresses = {tuple(leaf.ids): leaf.address for tree in made._last.rollout.trees for leaf in tree.leaves()}
+    found = [
+        [
+            addresses[tuple(row[mask.bool()].tolist())]
+            for row, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
+        ]
+        for batch in made._buffered_inputs
+    ]
+    assert sorted(found) == [[(0,), (0, 1, 0)]] * 4 + [[(1,), (1, 1, 0)]] * 4
     made.toolbox.close()
 
 

@@ -322,8 +322,7 @@ class ARPOTrainer(ResumableTrainer):
         advantages = batch["advantages"]
         self._attribute(batch)
         if self._shares_prefixes and self.model.training and self.args.steps_per_generation > 1:
-            size = self.num_generations
-            batch["tree"] = torch.arange(len(advantages), device=advantages.device) // size
+            batch["leaf"] = torch.arange(len(advantages), device=advantages.device)
         self._log_rollout(advantages)
         self._timed["generate_and_score"] += time.perf_counter() - start
         return batch
@@ -426,9 +425,12 @@ class ARPOTrainer(ResumableTrainer):
         return super()._compute_loss(model, inputs)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's shuffled micro-batches, re-dealt so that each holds whole trees; the trees stay shuffled."""
+        """TRL's shuffled micro-batches, re-dealt so that each holds whole trees; the trees stay shuffled.
+
+        A tree's rows come in address order, so that where one does not fit, what branched off together stays together.
+        """
         inputs = super()._prepare_inputs(generation_batch)
-        if not self.model.training or "tree" not in inputs:
+        if not self.model.training or "leaf" not in inputs:
             return inputs
         batches = self._buffered_inputs
         assert batches is not None
@@ -437,9 +439,10 @@ class ARPOTrainer(ResumableTrainer):
             name: torch.cat([batch[name] for batch in batches]) if torch.is_tensor(value) and value.dim() else value
             for name, value in first.items()
         }
-        trees = rows.pop("tree").tolist()
+        leaves = rows.pop("leaf").tolist()
+        trees = [leaf // self.num_generations for leaf in leaves]
         place = {tree: i for i, tree in enumerate(dict.fromkeys(trees))}
-        order = torch.tensor(sorted(range(len(trees)), key=lambda row: place[trees[row]]))
+        order = torch.tensor(sorted(range(len(leaves)), key=lambda row: (place[trees[row]], leaves[row])))
         dealt = {
             name: value[order.to(value.device)] if torch.is_tensor(value) and value.dim() else value
             for name, value in rows.items()
