@@ -8,9 +8,8 @@ Each shape is M completions after one prompt. `forks` says what they share beyon
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
 what a perfect implementation would gain where attention is cheap; attention's own limit is the ratio of pairs of query
 and key, which is lower: the tokens that are shared come first and see few others. Tokens per second count all that
-the rows hold, both ways. Peak memory is the growth of a
-process that runs one step and nothing else, on CUDA that of its allocator. Where the padded batch has no place in
-memory, the packed one is timed alone.
+the rows hold, both ways. Peak memory is the growth of a process that runs one step and nothing else, on CUDA that of
+its allocator. Where the padded batch has no place in memory, the packed one is timed alone.
 """
 
 from __future__ import annotations

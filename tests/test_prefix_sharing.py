@@ -369,6 +369,12 @@ def test_tool_results_get_no_logits(model_path, tmp_path, monkeypatch):
     assert not observed & set(new.labels.flatten().tolist())
 
 
+def completions_of(micro_batch) -> list[tuple[int, ...]]:
+    """Without padding."""
+    rows = zip(micro_batch["completion_ids"], micro_batch["completion_mask"], strict=True)
+    return [tuple(row[mask.bool()].tolist()) for row, mask in rows]
+
+
 def test_micro_batches_hold_whole_trees_of_the_same_generation_batch(model_path, tmp_path):
     settings = {"per_device_train_batch_size": 4, "steps_per_generation": 4, "gradient_accumulation_steps": 4}
     made = trainer(model_path, tmp_path, shared_prefix_forward="on", **settings)
@@ -381,12 +387,7 @@ def test_micro_batches_hold_whole_trees_of_the_same_generation_batch(model_path,
     assert all(len(found) == 1 for found in prompts)  # one tree each
     assert len(set.union(*prompts)) == 4
     leaves = {tuple(leaf.ids) for tree in made._last.rollout.trees for leaf in tree.leaves()}
-    kept = {
-        tuple(row[mask.bool()].tolist())
-        for batch in batches
-        for row, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
-    }
-    assert kept == leaves
+    assert {row for batch in batches for row in completions_of(batch)} == leaves
     assert all(len(batch["advantages"]) == 4 for batch in batches)
     made.toolbox.close()
 
@@ -398,13 +399,7 @@ def test_parts_of_a_tree_hold_what_branched_off_together(model_path, tmp_path):
     made.model.train()
     made._prepare_inputs([dict(ROWS[i // 4]) for i in range(16)])
     addresses = {tuple(leaf.ids): leaf.address for tree in made._last.rollout.trees for leaf in tree.leaves()}
-    found = [
-        [
-            addresses[tuple(row[mask.bool()].tolist())]
-            for row, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True)
-        ]
-        for batch in made._buffered_inputs
-    ]
+    found = [[addresses[row] for row in completions_of(batch)] for batch in made._buffered_inputs]
     assert sorted(found) == [[(0,), (0, 1, 0)]] * 4 + [[(1,), (1, 1, 0)]] * 4
     made.toolbox.close()
 
