@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"))
     parser.add_argument("--data", type=Path, default=Path("runs/quickstart/data"))
     parser.add_argument("--prompts", type=int, default=64, help="8 paths each (default: 64)")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     rows = [json.loads(line) for line in (arguments.data / "train.jsonl").read_text("utf-8").splitlines()]
     rows = rows[: arguments.prompts]
@@ -114,7 +114,8 @@ def main() -> None:
             )
             print(
                 f"| {name} | {total:.2f} | {forward:.2f} | {wait:.2f} | {own:.2f} | {own / total:.1%} | "
-                f"{1000 * own / turns:.2f} |"
+                f"{1000 * own / turns:.2f} |",
+                flush=True,
             )
 
 

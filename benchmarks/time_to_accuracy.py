@@ -4,16 +4,18 @@
 
 Both train from the same cold start on the same questions with the settings of configs/quickstart.yaml and one reward,
 whether the answer is right. Every few steps the clock stops and the policy answers held-out questions, sampled at
-temperature 1. One run after the other in one process; what each needed stands in the table.
+temperature 1. Several seeds, one run after the other in one process, their order alternated; the table has medians.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -107,21 +109,25 @@ def train(name: str, folder: Path, seed: int, every: int, target: float) -> list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="a quickstart's folder")
-    parser.add_argument("--seed", type=int, default=0, help="of the training (default: 0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the training")
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--every", type=int, default=4, help="steps between measurements (default: 4)")
     arguments = parser.parse_args()
     target = arguments.target
-    print(f"| | steps | seconds to {target:g} | s a step | accuracy there | TRL / ours |")
-    print("|---|---:|---:|---:|---:|---:|")
-    needed: dict[str, float] = {}
-    for name in (THEIRS, *OURS):
-        step, seconds, accuracy = train(name, arguments.run, arguments.seed, arguments.every, target)[-1]
-        if accuracy >= target:
-            needed[name] = seconds
-        reached = f"{seconds:.0f}" if name in needed else "not reached"
-        ratio = f"{needed[THEIRS] / seconds:.2f}" if {THEIRS, name} <= set(needed) else ""
-        print(f"| {name} | {step} | {reached} | {seconds / step:.2f} | {accuracy:.3f} | {ratio} |", flush=True)
+    names = (THEIRS, *OURS)
+    runs: dict[str, list[tuple[int, float, float]]] = {name: [] for name in names}  # steps, seconds, a step's seconds
+    for turn, seed in enumerate(arguments.seeds):
+        for name in names[:: -1 if turn % 2 else 1]:
+            step, seconds, accuracy = train(name, arguments.run, seed, arguments.every, target)[-1]
+            runs[name].append((step, seconds if accuracy >= target else math.inf, seconds / step))
+            print(f"{name}, seed {seed}: {step} steps, {seconds:.0f} s, accuracy {accuracy:.3f}", flush=True)
+    print(f"\n| | steps | seconds to {target:g} | from | to | s a step | TRL / ours |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in names:
+        steps, needed, each = zip(*runs[name], strict=True)
+        ratio = median(theirs[1] / ours[1] for theirs, ours in zip(runs[THEIRS], runs[name], strict=True))
+        cells = [f"{median(steps):g}", *(f"{s:.0f}" for s in (median(needed), min(needed), max(needed)))]
+        print(f"| {name} | {' | '.join(cells)} | {median(each):.2f} | {ratio:.2f} |")
 
 
 if __name__ == "__main__":
