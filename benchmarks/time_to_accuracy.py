@@ -4,7 +4,8 @@
 
 Both train from the same cold start on the same questions with the settings of configs/quickstart.yaml and one reward,
 whether the answer is right. Every few steps the clock stops and the policy answers held-out questions, sampled at
-temperature 1. Several seeds, one run after the other in one process, their order alternated; the table has medians.
+temperature 1. Several seeds, one run after the other in one process, their order alternated; the table has medians,
+and inf where the training ended before.
 """
 
 from __future__ import annotations
