@@ -71,7 +71,7 @@ def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTE
     try:
         return future.result(timeout_s + _GRACE_S)
     except TimeoutError:
-        raise RequestFailed(f"no complete answer within {timeout_s:.3g} s") from None
+        raise _too_late(timeout_s) from None
     finally:
         future.cancel()
 
@@ -119,6 +119,11 @@ def without(secret: str, text: str) -> str:
     return text.replace(secret, "[key]") if secret else text
 
 
+def _too_late(timeout_s: float) -> RequestFailed:
+    # To a tenth: what is left of a call's time differs by milliseconds, and the model's text need not.
+    return RequestFailed(f"no complete answer within {round(timeout_s, 1):g} s")
+
+
 async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:
     try:
         async with asyncio.timeout(timeout_s):
@@ -136,7 +141,7 @@ async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, po
             finally:
                 await response.aclose()
     except (TimeoutError, httpx.TimeoutException):
-        raise RequestFailed(f"no complete answer within {timeout_s:.3g} s") from None
+        raise _too_late(timeout_s) from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
         # Their messages can quote headers and addresses; their kinds say enough.
         raise RequestFailed(f"the connection failed ({type(error).__name__})") from None
