@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -162,6 +163,25 @@ def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
     thread.start()
     thread.join()
     assert seen == [(False, signal.getsignal(signal.SIGTERM))]
+
+
+def test_a_second_ctrl_c_is_heard_however_many_files_are_open():
+    script = """
+        import os, resource, signal, time
+        from arpo_trl.interrupts import SAME_S, Interrupts
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+        files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+        with Interrupts().listening():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(SAME_S + 0.1)
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(60)
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, "Traceback" in ended.stderr) == (130, False), ended.stderr
 
 
 # Processes -----------------------------------------------------------------------------------------------------------

@@ -447,6 +447,20 @@ def test_the_worker_and_the_trainer_are_neither_signalled_nor_traced(isolated: W
     assert isolated.pid == worker_pid
 
 
+def test_calls_leave_no_descriptors_open_here(isolated: Worker) -> None:
+    """A trainer makes many thousand calls and may often have 1,024 descriptors. sandlock's supervisor is in it."""
+    here = Path("/proc/self/fd")
+    run(isolated, "1")
+    before = len(list(here.iterdir()))
+    for _ in range(30):
+        run(isolated, "print(1)")
+    for leave in ("os.setsid()", "os.setpgid(0, 0)"):
+        for _ in range(15):
+            assert refused(isolated, f"import os\n{leave}").startswith("PermissionError")
+    # A few come and go as forks do.
+    assert len(list(here.iterdir())) < before + 10
+
+
 def test_other_processes_keep_their_limits_and_priority(isolated: Worker) -> None:
     for pid in ("os.getppid()", str(os.getpid())):
         for attempt in (

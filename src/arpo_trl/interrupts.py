@@ -105,9 +105,10 @@ class Interrupts:
             raise Interrupted(signum)
 
     def _watch(self, reader: int) -> None:
+        poller = select.poll()  # which, unlike select, takes descriptors above 1,023
+        poller.register(reader, select.POLLIN)
         while True:
-            heard, _, _ = select.select([reader], [], [], ASK_EVERY_S if self._board else None)
-            if not heard:
+            if not poller.poll(ASK_EVERY_S * 1000 if self._board else None):
                 self._ask_the_others()
                 continue
             if not (signums := os.read(reader, 1)):

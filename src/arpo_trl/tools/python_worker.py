@@ -209,11 +209,14 @@ class _Worker:
             os.dup2(null, 0)
             os.dup2(1, 2)
             folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
-            os.setsid()  # a group of its own: a signal to its group reaches no other, in any namespace
+            if self._ruleset is not None:
+                # Signals end at this domain, so it may stay in the worker's group. It must: sandlock's supervisor,
+                # which is in the trainer, opens a descriptor for each process that leaves its group, and keeps them.
+                _syscall(_LANDLOCK_RESTRICT_SELF, self._ruleset, 0)
+            else:
+                os.setsid()  # a group of its own: a signal to its group reaches no other, in any namespace
             if self.namespaces is not None:
                 self.namespaces.lock()
-            elif self._ruleset is not None:
-                _syscall(_LANDLOCK_RESTRICT_SELF, self._ruleset, 0)
             if self._tier != "unsafe":
                 self._syscalls.deny()
             if self._warm and not select.select([waiting], [], [], _IDLE_S)[0]:
