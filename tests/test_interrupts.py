@@ -174,9 +174,9 @@ def test_a_second_ctrl_c_is_heard_however_many_files_are_open():
         files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
         with Interrupts().listening():
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(SAME_S + 0.1)
+            time.sleep(SAME_S + 0.1)  # sooner, it would be the first one again
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(60)
+            time.sleep(60)  # it is killed in here, or else leaves with 0
     """
     ended = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=120

@@ -304,7 +304,7 @@ def test_a_page_that_drips_is_left_at_the_deadline(server: Loopback) -> None:
 
     server.answer = lambda asked: Reply(stream=drip, headers={"Content-Type": "text/plain"})
     start = time.monotonic()
-    with pytest.raises(ToolError, match=r"no complete answer within 0\.[1-5] s"):
+    with pytest.raises(ToolError, match=r"no complete answer within 0\.5 s"):
         visit_tool(allowed_hosts=["127.0.0.1"], timeout_s=0.5)(server.url)
     assert time.monotonic() - start < 5
 
