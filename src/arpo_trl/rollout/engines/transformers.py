@@ -44,6 +44,10 @@ ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a 4-D mask."""
 
 
+_State = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one row in one layer, each (heads, length, dim)."""
+
+
 class _Slots(CacheLayerMixin):
     """One layer's keys and values, (rows, heads, positions, dim), written at each row's own positions."""
 
@@ -57,12 +61,12 @@ class _Slots(CacheLayerMixin):
         self._batch = batch
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self._make_room(key_states)
+        self._make_room(key_states, value_states)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._make_room(key_states)
+        self._make_room(key_states, value_states)
         rows, positions, length = self._batch.rows, self._batch.positions, self._batch.length
         index = torch.arange(rows.start, rows.stop, device=key_states.device).unsqueeze(1)
         # Advanced indices around a slice put the indexed axes first: (rows, queries, heads, dim).
@@ -76,23 +80,29 @@ class _Slots(CacheLayerMixin):
             known = states[:, :, :length]  # index_copy_ is several times as fast here as assignment to a list of rows
             known.index_copy_(0, torch.tensor(targets, device=states.device), known[sources])
 
-    def read(self, row: int, length: int) -> torch.Tensor:
-        """(2, heads, length, dim): the row's keys and values, copied."""
-        return torch.stack((self.keys[row, :, :length], self.values[row, :, :length]))
+    def read(self, row: int, length: int) -> _State:
+        """The row's first `length` keys and values, copied."""
+        return self.keys[row, :, :length].clone(), self.values[row, :, :length].clone()
 
-    def write(self, row: int, state: torch.Tensor) -> None:
-        length = state.size(2)
-        if not self.is_initialized or self.keys.size(2) < length or self.keys.size(0) <= row:
-            self._make_room(state[:1])
-        self.keys[row, :, :length], self.values[row, :, :length] = state
+    def write(self, row: int, state: _State) -> None:
+        keys, values = state
+        length = keys.size(1)
+        self._make_room(keys[None], values[None])
+        self.keys[row, :, :length], self.values[row, :, :length] = keys, values
 
-    def _make_room(self, like: torch.Tensor) -> None:
-        """Grows the buffers to what the batch has reserved; `like` is (any, heads, any, dim)."""
-        shape = (self._batch.max_rows, like.size(1), self._batch.max_positions, like.size(3))
-        if self.is_initialized and self.keys.shape == shape:
+    def _make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Grows the buffers to what the batch has reserved; `keys` and `values` are (any, heads, any, dim).
+
+        Each keeps the type it comes in: under autocast a model's rotary embedding or norm may leave keys in float32
+        where values are bfloat16.
+        """
+        rows, positions = self._batch.max_rows, self._batch.max_positions
+        if self.is_initialized and (self.keys.size(0), self.keys.size(2)) == (rows, positions):
             return
         old = (self.keys, self.values) if self.is_initialized else ()
-        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        self.keys, self.values = (
+            like.new_zeros(rows, like.size(1), positions, like.size(3)) for like in (keys, values)
+        )
         for room, before in zip((self.keys, self.values), old, strict=False):
             room[: before.size(0), :, : before.size(2)] = before
         self.is_initialized = True
@@ -137,10 +147,10 @@ class _Retained:
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self._bytes = max_bytes, 0
-        self._states: dict[int, list[torch.Tensor]] = {}
+        self._states: dict[int, list[_State]] = {}
 
-    def keep(self, request: int, layers: list[torch.Tensor]) -> None:
-        """Keeps one (2, heads, length, dim) tensor per layer for the turn `request`, dropping the oldest turns."""
+    def keep(self, request: int, layers: list[_State]) -> None:
+        """Keeps one pair per layer for the turn `request`, dropping the oldest turns."""
         self._states[request] = layers
         self._bytes += _bytes_of(layers)
         while self._bytes > self._max_bytes:
@@ -149,14 +159,14 @@ class _Retained:
     def length(self, request: int) -> int:
         """Positions that are kept of a turn and what it continued, 0 if nothing is."""
         layers = self._states.get(request)
-        return layers[0].size(2) if layers else 0
+        return layers[0][0].size(1) if layers else 0
 
-    def layers(self, request: int) -> list[torch.Tensor]:
+    def layers(self, request: int) -> list[_State]:
         return self._states.get(request, [])
 
 
-def _bytes_of(layers: list[torch.Tensor]) -> int:
-    return sum(layer.nbytes for layer in layers)
+def _bytes_of(layers: list[_State]) -> int:
+    return sum(states.nbytes for layer in layers for states in layer)
 
 
 class TransformersEngine:
