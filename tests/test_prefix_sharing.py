@@ -1,11 +1,11 @@
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -23,16 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
-from arpo_trl.prefix_sharing import (
-    NO_LABEL,
-    _attend_by_blocks,
-    _blocks_fault,
-    attend,
-    forward_pack,
-    pack_rows,
-    share_prefixes,
-    why_not_shared,
-)
+from arpo_trl.prefix_sharing import COSTS, NO_LABEL, forward_pack, pack_rows, pays, share_prefixes, why_not_shared
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from support import ON_CPU, save_tiny_model, search, small_model, tokenizer
@@ -112,15 +103,14 @@ def test_rows_are_laid_out_as_a_trie():
     assert pack.positions.tolist() == [[0, 1, 2, 3, 4, 5, 6, 4, 5, 1, 2, 3, 4]]
     no = NO_LABEL
     assert pack.labels.tolist() == [[no, 2, 2, 4, 3, 3, no, 5, no, 6, 6, 6, no]]
+    # the first 1 is in all rows; 1 2 2 in rows 0 and 1, which end at 9; 4 3 3 in row 0 alone, which ends at 7
     assert pack.edges == ((0, 1, 13), (1, 4, 9), (4, 7, 7), (7, 9, 9), (9, 13, 13))
-    assert pack.leaf_tokens == 7 + 6 + 5
+    assert (pack.leaf_tokens, pack.padded_tokens) == (7 + 6 + 5, 3 * 7)
     # for each completion token where the token before it stands
     assert pack.sources[0].tolist() == [1, 2, 3, 4, 5]
     assert pack.sources[1][:4].tolist() == [1, 2, 3, 7]
     assert pack.sources[2][:3].tolist() == [9, 10, 11]
     assert pack.real.tolist() == [[True] * 5, [True] * 4 + [False], [True] * 3 + [False] * 2]
-    # the first 1 is in all rows; 1 2 2 in rows 0 and 1, which end at 9; 4 3 3 in row 0 alone, which ends at 7
-    assert pack.ends.tolist() == [13, 9, 9, 9, 7, 7, 7, 9, 9, 13, 13, 13, 13]
 
 
 def test_equal_rows_are_one_and_a_row_inside_another_costs_nothing():
@@ -167,6 +157,17 @@ def test_tokens_that_nobody_wants_change_nothing_for_the_others():
         torch.testing.assert_close(found, all_of * wanted)
 
 
+def test_a_pack_is_filled_up_to_a_multiple_with_an_edge_that_nobody_reads():
+    rows = batch(([1], [2, 3, 4]), ([1], [2, 5]))
+    plain, filled = pack_rows(*rows), pack_rows(*rows, multiple_of=8)
+    assert filled.ids.tolist() == [[*plain.ids[0].tolist(), 0, 0]]  # 1 2 3 4 2 5, and two more
+    assert filled.edges == ((0, 1, 6), (1, 4, 4), (4, 6, 6), (6, 8, 8))
+    assert filled.positions[0, 6:].tolist() == [0, 1]
+    assert filled.labels[0, 6:].tolist() == [NO_LABEL] * 2
+    assert torch.equal(filled.sources, plain.sources)
+    assert len(pack_rows(*rows, multiple_of=3)) == 6  # as it was
+
+
 def test_padding_between_tokens_is_an_error():
     ids, _, after = batch(([1, 2], [3, 4]))
     for hole in ([1, 0, 1, 1], [0, 0, 0, 0]):
@@ -188,33 +189,6 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_padded_batch(family):
     model = model_of(*family)
     for seed in range(8):
         assert_same(model, random_rows(seed))
-
-
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_a_query_sees_by_blocks_and_by_edges_what_is_on_its_path():
-    for seed in range(8):
-        pack = pack_rows(*random_rows(seed))
-        size = len(pack)
-        query, key, value = (torch.randn(1, heads, size, 16, requires_grad=True) for heads in (4, 2, 2))
-        sees = torch.tensor([[k <= q < end for k, end in enumerate(pack.ends.tolist())] for q in range(size)])
-        expected = scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True)
-        found = attend(query, key, value, pack, scaling=0.3)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        weights = torch.randn_like(found)
-        for mine, theirs in zip(
-            *(torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected)),
-            strict=True,
-        ):
-            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-        leaves = query.detach(), key.detach(), value.detach()  # it has no backward on a CPU
-        by_blocks = _attend_by_blocks(*leaves, pack, 0.3)
-        torch.testing.assert_close(by_blocks, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_flex_attention_works_on_this_gpu():
-    assert _blocks_fault(torch.device("cuda", 0)) is None
 
 
 @pytest.mark.parametrize(
@@ -297,10 +271,10 @@ def trainer(model_path: str, folder: Path, peft_config: LoraConfig | None = None
     def script(request, context):
         if request.key[-1] == 0:
             return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-        return ScriptedTurn(f"{request.key}<answer>\\boxed{{1}}</answer>", entropies=[1.0])
+        return ScriptedTurn(f"{request.key}{' word' * request.key[1]}<answer>\\boxed{{1}}</answer>", entropies=[1.0])
 
     def reward(completions, **columns):
-        return [float(len(completion[-1]["content"]) % 4) for completion in completions]
+        return [float(sum(completion[-1]["content"].encode()) % 4) for completion in completions]
 
     eos = (int(tokenizer().eos_token_id),)
     made = ARPOTrainer(
@@ -390,6 +364,85 @@ def test_micro_batches_hold_whole_trees_of_the_same_generation_batch(model_path,
     assert {row for batch in batches for row in completions_of(batch)} == leaves
     assert all(len(batch["advantages"]) == 4 for batch in batches)
     made.toolbox.close()
+
+
+SEVERAL = {
+    **{"per_device_train_batch_size": 4, "initial_rollouts": 4, "optim": "sgd", "learning_rate": 0.1, "max_steps": 4},
+    **{"bf16": False, "logging_steps": 1},  # exactness in float32 is what these are about
+}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 4},
+        {"gradient_accumulation_steps": 4, "loss_type": "dapo"},
+        {"gradient_accumulation_steps": 4, "loss_type": "bnpo"},
+        {"gradient_accumulation_steps": 4, "loss_type": "dr_grpo", "beta": 0.1},
+        {"gradient_accumulation_steps": 4, "top_entropy_quantile": 0.5},
+        {"gradient_accumulation_steps": 4, "entropy_coef": 0.1},
+        {"gradient_accumulation_steps": 1, "steps_per_generation": 4, "num_iterations": 2},
+        {"gradient_accumulation_steps": 2, "steps_per_generation": 4},
+        {"gradient_accumulation_steps": 3, "steps_per_generation": 2},
+    ],
+    ids=str,
+)
+def test_without_branches_each_optimizer_step_is_that_of_trls_micro_batches(model_path, tmp_path, settings):
+    """As `shared_prefix_forward="off"`, whose batches are GRPO's bit for bit: the same losses, the same weights."""
+    made, after = {}, {}
+    for way in ("on", "off"):  # one after the other, since rows are shuffled by the process's generator
+        made[way] = trainer(model_path, tmp_path / way, shared_prefix_forward=way, **SEVERAL, **settings)
+        before = torch.cat([parameter.detach().flatten().clone() for parameter in made[way].model.parameters()])
+        after[way] = weights(made[way])
+    assert (after["off"] - before).norm() > 1e-3
+    assert ((after["on"] - after["off"]).norm() / (after["off"] - before).norm()).item() < 1e-4
+    losses, grads = (
+        {way: [row[name] for row in of.state.log_history if "loss" in row] for way, of in made.items()}
+        for name in ("loss", "grad_norm")
+    )
+    assert len(losses["on"]) == 4
+    assert losses["on"] == pytest.approx(losses["off"], abs=2e-4)
+    assert grads["on"] == pytest.approx(grads["off"], rel=1e-3)
+
+
+def test_auto_packs_where_what_is_saved_outweighs_what_the_attention_adds(model_path, tmp_path):
+    # 3 rows of 1,000 + 200 tokens: 3,600 padded; 1,000 + 3 · 200 in the pack, and the prompt's last token twice more.
+    # Its attention has a call of 4 sequences, the prompt and the completions, and one of 1, these after that.
+    pack = pack_rows(*batch(*(([7] * 1000, [row] * 200) for row in (1, 2, 3))))
+    assert (pack.padded_tokens, len(pack)) == (3600, 1602)
+    assert [len(call.spans) for call in pack.calls] == [4, 1]
+    # saved: 1,998 tokens · 72 · hidden² / 1e11 per second; added: 5 · 1e-4 s. Equal at a hidden size of 18.6.
+    assert not pays(pack, 18)
+    assert pays(pack, 19)
+    # 1,998 tokens · 72 · hidden² / 4e14 against 2 · 3e-4 s on a GPU: equal at 1,291.6
+    on_gpu = replace(pack, ids=pack.ids.to("meta"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(COSTS, "meta", COSTS["cuda"])
+        assert not pays(on_gpu, 1291)
+        assert pays(on_gpu, 1292)
+    # where nothing is saved, nothing pays
+    assert not pays(pack_rows(*batch(([1], [2, 3]), ([4], [5, 6]))), 1 << 20)
+
+
+@pytest.mark.parametrize(("way", "packed"), [("auto", 0), ("on", 1)])
+def test_how_often_micro_batches_are_packed_is_logged(model_path, tmp_path, way, packed):
+    made = trainer(model_path, tmp_path, shared_prefix_forward=way)  # a model so small that packing does not pay
+    made.train()
+    made.toolbox.close()
+    row = made.state.log_history[0]
+    assert row["arpo/update/packed"] == packed
+    assert ("arpo/update/sharing_ratio" in row) == bool(packed)
+
+
+def test_packs_are_filled_up_as_trl_pads(model_path, tmp_path, monkeypatch):
+    packs = []
+    monkeypatch.setattr(
+        "arpo_trl.trainer.forward_pack", lambda model, pack: packs.append(pack) or forward_pack(model, pack)
+    )
+    made = trainer(model_path, tmp_path, shared_prefix_forward="on", pad_to_multiple_of=64, max_steps=1)
+    made.train()
+    made.toolbox.close()
+    assert packs and all(len(pack) % 64 == 0 for pack in packs)
 
 
 def test_parts_of_a_tree_hold_what_branched_off_together(model_path, tmp_path):

@@ -743,3 +743,47 @@ def test_trl_leaves_in_the_zero3_hook_that_compares_ranks():
     assert source.index("self.fwd_pre_hook =") < source.index("self._register_deepspeed_module(self.module)")
     assert "fwd_pre_hook" not in inspect.getsource(remove_hooks) + inspect.getsource(add_hooks)
     assert "optimizer.parameter_offload" in inspect.getsource(remove_hooks)
+
+
+# torch: the private kernels of packs, seen so in 2.11 (CUDA 13) and 2.13 ---------------------------------------------
+
+
+def test_the_kernels_of_packs_take_and_return_what_we_pass_and_read():
+    lengths = "Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal"
+    assert f"Tensor value, {lengths}, bool return_debug_mask, *, float? scale=None" in schema(
+        "_flash_attention_forward"
+    )
+    assert "-> (Tensor output, Tensor softmax_logsumexp, Tensor rng_state, Tensor unused, Tensor debug_attn_mask)" in (
+        schema("_flash_attention_forward")
+    )
+    assert (
+        "Tensor value, Tensor out, Tensor logsumexp, Tensor cum_seq_q, Tensor cum_seq_k, SymInt max_q, SymInt max_k, "
+        "float dropout_p, bool is_causal, Tensor rng_state, Tensor unused, *, float? scale=None"
+    ) in schema("_flash_attention_backward")
+    assert (
+        "Tensor value, Tensor? bias, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
+        "SymInt? max_seqlen_k, float dropout_p, int custom_mask_type, bool compute_log_sumexp=False, *, float? scale="
+    ) in schema("_efficient_attention_forward")
+    assert (
+        "Tensor out, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, "
+        "Tensor logsumexp, float dropout_p, Tensor philox_seed, Tensor philox_offset, int custom_mask_type, "
+        "bool bias_requires_grad, *, float? scale=None"
+    ) in schema("_efficient_attention_backward")
+
+
+def schema(name: str) -> str:
+    return str(getattr(torch.ops.aten, name).default._schema)
+
+
+def test_the_kernels_of_packs_return_log_sums_of_the_shapes_that_we_read():
+    starts = torch.zeros(4, dtype=torch.int32, device="meta")  # three sequences
+    query, key = torch.empty(50, 4, 16, device="meta"), torch.empty(20, 2, 16, device="meta")
+    output, logsums, *_ = torch.ops.aten._flash_attention_forward(
+        query, key, key, starts, starts, 40, 10, 0.0, True, False, scale=None
+    )
+    assert (output.shape, logsums.shape, logsums.dtype) == ((50, 4, 16), (4, 50), torch.float32)
+    wide = torch.empty(1, 20, 4, 16, device="meta")
+    output, logsums, *_ = torch.ops.aten._efficient_attention_forward(
+        query[None], wide, wide, None, starts, starts, 40, 10, 0.0, 1, True, scale=None
+    )
+    assert (output.shape, logsums.shape) == ((1, 50, 4, 16), (3, 4, 64))  # 40, rounded up to a multiple of 32

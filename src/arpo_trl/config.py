@@ -197,7 +197,8 @@ class ARPOConfig(GRPOConfig):
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
         metadata={"help": "Whether tokens that rows of a micro-batch share are computed once: 'auto' (where that is "
-                  "exact for the model, said once where not), 'on' (an error where not), 'off' (TRL's padded batch).",
+                  "exact, said once where not, and saves time), 'on' (always, an error where not exact), 'off' (TRL's "
+                  "padded batch).",
                   "choices": [kind.value for kind in SharedPrefixForward]},
     )  # fmt: skip
 

@@ -18,31 +18,26 @@ the padded batch up to rounding. Sharing is found from the token ids alone, what
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
 
-logger = logging.getLogger(__name__)
+from arpo_trl.prefix_attention import Call, Edge, attend, plan_calls, why_no_attention
 
 
 class SharedPrefixForward(StrEnum):
     """Whether the update computes shared tokens once."""
 
     AUTO = "auto"
-    """Where that is exact; where not, the padded batch, with one line in the log that says why."""
+    """Where that is exact and saves time, else the padded batch; where it is not exact, the log says once why."""
     ON = "on"
-    """An error at start-up where that is not exact."""
+    """Always; an error at start-up where that is not exact."""
     OFF = "off"
     """TRL's padded batch."""
 
@@ -59,10 +54,9 @@ class Pack:
 
     `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion wants it. `sources`
     (B, T) holds for each completion token the pack index of the token before it; it means nothing where `real` (B, T)
-    is False, on padding and on tokens that are not wanted. `ends` (N,) says for each token where in the pack the rows
-    that hold it end: a query sees the keys up to itself whose end it has not reached. `edges` are the same as (start,
-    stop, end) for tokens in a row with the same end, in order. `leaf_tokens` is what the rows hold together, padding
-    not counted.
+    is False, on padding and on tokens that are not wanted. `edges` are the trie's, in the order of the pack, and
+    `calls` what they ask of an attention kernel. `leaf_tokens` is what the rows hold together, padding not counted,
+    `padded_tokens` what the batch they came in holds.
     """
 
     ids: torch.Tensor
@@ -70,31 +64,22 @@ class Pack:
     labels: torch.Tensor
     sources: torch.Tensor
     real: torch.Tensor
-    ends: torch.Tensor
-    edges: tuple[tuple[int, int, int], ...]
+    edges: tuple[Edge, ...]
+    calls: tuple[Call, ...]
     leaf_tokens: int
-    _blocks: list[BlockMask] = field(default_factory=list, repr=False)
+    padded_tokens: int
 
     def __len__(self) -> int:
         return self.ids.size(1)
 
-    def blocks(self) -> BlockMask:
-        """What each query sees, block by block, for FlexAttention; made once for all layers."""
-        if not self._blocks:
-            ends, size = self.ends, len(self)
-
-            def sees(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-                return (key <= query) & (query < ends[key])
-
-            # Compiled, it never holds all N × N entries.
-            self._blocks.append(
-                create_block_mask(sees, None, None, size, size, device=str(ends.device), _compile=ends.is_cuda)
-            )
-        return self._blocks[0]
-
 
 def pack_rows(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, wanted: torch.Tensor | None = None
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    wanted: torch.Tensor | None = None,
+    *,
+    multiple_of: int = 1,
 ) -> Pack:
     """The rows as a pack.
 
@@ -103,6 +88,7 @@ def pack_rows(
         attention_mask: (B, P + T), 1 on real tokens.
         logits_to_keep: T, the completion columns, whose logprobs may be wanted.
         wanted: (B, T), nonzero on those that are: tokens that carry loss. None: all that are real.
+        multiple_of: What to fill the pack up to a multiple of, with tokens that nobody reads.
 
     Raises:
         ValueError: A row has no token, or padding between its tokens.
@@ -137,6 +123,12 @@ def pack_rows(
             path.append((size, size + new))
             size += new
 
+    if fill := -size % multiple_of:  # an edge of its own, which sees nothing else
+        added.append(np.zeros(fill, dtype=np.int64))
+        positions.append(np.arange(fill))
+        left += [(*part, size) for part in path]
+        size += fill
+
     ends = np.full(size, size, dtype=np.int64)
     for start, stop, end in left:
         ends[start:stop] = end
@@ -155,15 +147,17 @@ def pack_rows(
     def tensor(values: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(values).to(input_ids.device)
 
+    edges = tuple((start, stop, int(ends[start])) for start, stop in pairwise([*starts_of_edges, size]))
     return Pack(
         tensor(np.concatenate(added).astype(np.int64))[None],
         tensor(np.concatenate(positions))[None],
         tensor(labels)[None],
         tensor(sources),
         tensor(real),
-        tensor(ends),
-        tuple((start, stop, int(ends[start])) for start, stop in pairwise([*starts_of_edges, size])),
+        edges,
+        plan_calls(edges, input_ids.device),
         int(lengths.sum()),
+        ids.size,
     )
 
 
@@ -189,129 +183,6 @@ def _split(path: list[tuple[int, int]], tokens: int) -> tuple[list[tuple[int, in
     return first, rest
 
 
-def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, *, scaling: float | None
-) -> torch.Tensor:
-    """(1, heads, N, dim) attention of every query over its own path; keys and values may have fewer heads."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):  # as SDPA does; a norm may have left queries and keys in float32
-        dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if query.is_cuda:
-        return _attend_by_blocks(query, key, value, pack, scaling)
-    groups = query.size(1) // key.size(1)
-    attended = _AttendByEdges.apply(query, repeat_kv(key, groups), repeat_kv(value, groups), pack.edges, scaling)
-    assert isinstance(attended, torch.Tensor)
-    return attended
-
-
-class _AttendByEdges(torch.autograd.Function):
-    """Attention on a CPU, edge by edge, without a mask or a copy: those that follow an edge see all of it.
-
-    What a query sees in one edge is weighed against the rest by the logarithms of their sums of exponentials. torch's
-    own kernel, which is SDPA's on a CPU, gives these, and its backward, given those of all edges together, finds
-    one edge's part of the gradients, as in ring attention (arXiv 2310.01889).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        edges: tuple[tuple[int, int, int], ...],
-        scaling: float | None,
-    ) -> torch.Tensor:
-        total = torch.zeros_like(query, dtype=torch.promote_types(query.dtype, torch.float32))
-        logsums = total.new_full(query.shape[:3], -torch.inf)
-        for queries, keys, causal in _seen(edges):
-            attended, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query[:, :, queries], key[:, :, keys], value[:, :, keys], 0.0, causal, scale=scaling
-            )
-            before = logsums[:, :, queries]
-            both = torch.logaddexp(before, logsum)
-            total[:, :, queries] *= (before - both).exp().unsqueeze(-1)
-            total[:, :, queries] += attended * (logsum - both).exp().unsqueeze(-1)
-            logsums[:, :, queries] = both
-        result = total.to(query.dtype)
-        ctx.save_for_backward(query, key, value, result, logsums)
-        ctx.edges, ctx.scaling = edges, scaling
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, result, logsums = ctx.saved_tensors
-        query_grad = torch.zeros_like(query, dtype=logsums.dtype)  # the sum of a path's edges; keys have two terms
-        key_grad, value_grad = torch.zeros_like(key), torch.zeros_like(value)
-        for queries, keys, causal in _seen(ctx.edges):
-            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grads[0][:, :, queries],
-                query[:, :, queries],
-                key[:, :, keys],
-                value[:, :, keys],
-                result[:, :, queries],
-                logsums[:, :, queries],
-                0.0,
-                causal,
-                scale=ctx.scaling,
-            )
-            query_grad[:, :, queries] += parts[0]
-            key_grad[:, :, keys] += parts[1]
-            value_grad[:, :, keys] += parts[2]
-        return query_grad.to(query.dtype), key_grad, value_grad, None, None
-
-
-def _seen(edges: tuple[tuple[int, int, int], ...]) -> Iterator[tuple[slice, slice, bool]]:
-    """(queries, keys, whether causal) of each edge with itself and with what follows it."""
-    for start, stop, end in edges:
-        yield slice(start, stop), slice(start, stop), True
-        if stop < end:
-            yield slice(stop, end), slice(start, stop), False
-
-
-def _attend_by_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pack: Pack, scaling: float | None
-) -> torch.Tensor:
-    attention: Any = _compiled_flex_attention() if query.is_cuda else flex_attention
-    attended = attention(query, key, value, block_mask=pack.blocks(), scale=scaling, enable_gqa=True)
-    assert isinstance(attended, torch.Tensor)
-    return attended
-
-
-@cache
-def _compiled_flex_attention() -> Callable[..., Any]:
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@cache
-def _blocks_fault(device: torch.device) -> str | None:
-    """What is wrong with FlexAttention on this device, forward or backward, against SDPA; tried once."""
-    rows = torch.tensor([[7] * 200 + [row] * 100 for row in (1, 2, 3)], device=device)
-    pack = pack_rows(rows, torch.ones_like(rows), 100)
-    places = torch.arange(len(pack), device=device)
-    mask = (places <= places[:, None]) & (places[:, None] < pack.ends)  # (queries, keys): of a small pack
-    generator = torch.Generator(device).manual_seed(0)
-    states = [
-        torch.randn(1, heads, len(pack), 64, device=device, dtype=torch.bfloat16, generator=generator)
-        for heads in (4, 2, 2)
-    ]
-    try:
-        with torch.enable_grad():
-            found = []
-            for by_blocks in (True, False):
-                query, key, value = (state.clone().requires_grad_() for state in states)
-                if by_blocks:
-                    attended = _attend_by_blocks(query, key, value, pack, None)
-                else:
-                    attended = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
-                attended.float().square().sum().backward()
-                found.append([attended, query.grad, key.grad, value.grad])
-        agree = all(torch.allclose(a, b, atol=0.05, rtol=0.05) for a, b in zip(*found, strict=True))
-    except Exception as error:  # whatever the compiler, its backend or a driver raises is the answer, and is reported
-        return f"FlexAttention does not work on {device} ({type(error).__name__})"
-    return None if agree else f"FlexAttention disagrees with SDPA on {device}"
-
-
 def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
     """An attention function of transformers that also takes packs, as the keyword `shared_prefix_pack`."""
 
@@ -328,14 +199,20 @@ def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if shared_prefix_pack is None:
             return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        attended = attend(query, key, value, shared_prefix_pack, scaling=scaling)
-        return attended.transpose(1, 2).contiguous(), None
+        return attend(query, key, value, shared_prefix_pack.calls, scaling=scaling), None
 
     return forward
 
 
-def why_not_shared(model: PreTrainedModel, device: torch.device) -> str | None:
-    """Why packs would not be exact with this model on this device, or None when they are."""
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configurations call the number of experts that a router chooses from."""
+
+
+def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why packs would not be exact with this model on this device, or None when they are.
+
+    `dtype` is that of its attention: autocast's, or by default the weights'.
+    """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
@@ -344,19 +221,60 @@ def why_not_shared(model: PreTrainedModel, device: torch.device) -> str | None:
         getattr(config, "sliding_window", None) is not None and not hasattr(config, "use_sliding_window")
     ):
         return "it attends through a sliding window"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return "it caps its attention's logits, which no kernel for packs does"
     if not getattr(model, "_supports_attention_backend", False):
         return "its attention cannot be replaced (transformers' AttentionInterface)"
-    if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+    if any(getattr(config, name, None) for name in EXPERTS):
         return "it routes tokens to experts, whose load would be counted differently"
+    if getattr(config, "v_head_dim", None) or getattr(config, "kv_lora_rank", None):
+        return "its values have another width than its keys (multi-head latent attention)"
     attention = model.config._attn_implementation.removeprefix(PREFIX)
     if attention not in EXTENDS:
         return f"its attention implementation is {attention!r}; set attn_implementation to one of {list(EXTENDS)}"
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if any(dropouts) or getattr(config, "attention_dropout", None):
         return "it drops out at random, which shared tokens would do alike for all their rows; set dropout to 0"
-    if device.type not in ("cpu", "cuda"):
-        return f"packs are attended on CPUs and CUDA devices only, and this is {device.type!r}"
-    return _blocks_fault(device) if device.type == "cuda" else None
+    heads = config.num_attention_heads
+    return why_no_attention(
+        device,
+        dtype or model.dtype,
+        heads,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What decides on a kind of device whether a pack pays, for the padded batch where unsure.
+
+    `operations` a second that a large matrix product reaches. `call_s` and `sequence_s`, what one more call of the
+    attention takes, and one more sequence in a call, forward and backward.
+    """
+
+    operations: float
+    call_s: float
+    sequence_s: float
+
+
+COSTS = {
+    "cuda": Costs(4e14, 3e-4, 0.0),  # some 30 launches a call, with gathering and merging
+    "cpu": Costs(1e11, 0.0, 1e-4),  # where a call takes its sequences one by one
+}
+LAYER_OPERATIONS = 72
+"""A layer has about 12 · hidden² weights, each used in two operations forward and four backward for every token."""
+
+
+def pays(pack: Pack, hidden_size: int) -> bool:
+    """Whether a layer's work on the tokens that the pack saves takes longer than what its attention adds.
+
+    A rule on the shape alone, not a stopwatch: the same run takes the same way each time.
+    """
+    costs = COSTS[pack.ids.device.type]
+    saved_s = (pack.padded_tokens - len(pack)) * LAYER_OPERATIONS * hidden_size**2 / costs.operations
+    sequences = sum(len(call.spans) for call in pack.calls)
+    return saved_s > len(pack.calls) * costs.call_s + sequences * costs.sequence_s
 
 
 def share_prefixes(model: PreTrainedModel) -> None:

@@ -34,7 +34,15 @@ from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError, Interrupted, RewardError
 from arpo_trl.interrupts import Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
-from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_pack, pack_rows, share_prefixes, why_not_shared
+from arpo_trl.prefix_sharing import (
+    Pack,
+    SharedPrefixForward,
+    forward_pack,
+    pack_rows,
+    pays,
+    share_prefixes,
+    why_not_shared,
+)
 from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
@@ -52,6 +60,7 @@ logger = get_logger(__name__)
 REWARD_POLL_S = 0.2
 """How often waiting for an async reward function looks for an interrupt."""
 UNLIMITED_CALLS = 1 << 30
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
 
 
@@ -321,7 +330,7 @@ class ARPOTrainer(ResumableTrainer):
         assert self._last is not None
         advantages = batch["advantages"]
         self._attribute(batch)
-        if self._shares_prefixes and self.model.training and self.args.steps_per_generation > 1:
+        if self.model.training and self._micro_batches_dealt_together > 1:
             batch["leaf"] = torch.arange(len(advantages), device=advantages.device)
         self._log_rollout(advantages)
         self._timed["generate_and_score"] += time.perf_counter() - start
@@ -372,14 +381,17 @@ class ARPOTrainer(ResumableTrainer):
             return False
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         bases = [model.get_base_model() if is_peft_model(model) else model for model in models]
-        reasons = [reason for base in bases if (reason := why_not_shared(base, self.accelerator.device)) is not None]
+        dtype = AUTOCAST.get(self.accelerator.mixed_precision)
+        reasons = [reason for base in bases if (reason := why_not_shared(base, self.accelerator.device, dtype))]
+        if is_peft_model(models[0]) and models[0].active_peft_config.is_prompt_learning:
+            reasons.append("its adapter puts virtual tokens before each row")
         if self.aux_loss_enabled:
             reasons.append("its router's auxiliary loss counts every row's tokens")
         if reasons:
             told = f"Shared prefixes cannot be computed once for this model: {reasons[0]}."
             if wanted is SharedPrefixForward.ON:
                 raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
-            logger.warning(f"{told} The update takes TRL's padded batches.")
+            logger.warning(f"{told} The update takes TRL's padded batches, which compute them once per row.")
             return False
         for base in bases:
             share_prefixes(base)
@@ -402,7 +414,15 @@ class ARPOTrainer(ResumableTrainer):
             size = batch_size or len(input_ids)
             assert self._loss_mask is not None
             rows = zip(*(torch.split(of, size) for of in (input_ids, attention_mask, self._loss_mask)), strict=True)
-            packs = [pack_rows(ids, mask, logits_to_keep, wanted) for ids, mask, wanted in rows]
+            multiple = self.pad_to_multiple_of or 1
+            packs = [pack_rows(ids, mask, logits_to_keep, wanted, multiple_of=multiple) for ids, mask, wanted in rows]
+            hidden_size = self.model.config.get_text_config().hidden_size
+            if self.args.shared_prefix_forward == SharedPrefixForward.AUTO and not all(
+                pays(pack, hidden_size) for pack in packs
+            ):
+                packs = []
+            if torch.is_grad_enabled():
+                self._metrics["train"]["arpo/update/packed"].append(float(bool(packs)))
         if packs:
             with self.accelerator.autocast():
                 values = [forward_pack(model, pack) for pack in packs]
@@ -425,19 +445,36 @@ class ARPOTrainer(ResumableTrainer):
         return super()._compute_loss(model, inputs)
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's shuffled micro-batches, re-dealt so that each holds whole trees; the trees stay shuffled.
+        """TRL's shuffled micro-batches; the rows of one optimizer step dealt anew, so that trees stand together.
 
         A tree's rows come in address order, so that where one does not fit, what branched off together stays together.
+        The loss of a step is a sum over its rows, whichever micro-batch they stand in.
         """
         inputs = super()._prepare_inputs(generation_batch)
-        if not self.model.training or "leaf" not in inputs:
-            return inputs
         batches = self._buffered_inputs
-        assert batches is not None
-        first = batches[0]
+        if not self.model.training or batches is None or "leaf" not in inputs:
+            return inputs
+        size = self._micro_batches_dealt_together
+        dealt = [self._dealt(batches[i : i + size]) for i in range(0, len(batches), size)]
+        self._buffered_inputs = [batch for together in dealt for batch in together]
+        return self._buffered_inputs[self._step % len(batches)]
+
+    @property
+    def _micro_batches_dealt_together(self) -> int:
+        """How many micro-batches in a row surely belong to one optimizer step; 1 where the loss depends on who is in.
+
+        Optimizer steps end at multiples of `gradient_accumulation_steps`, generation batches at multiples of
+        `steps_per_generation`; blocks of their greatest common divisor lie across neither.
+        """
+        by_batch = self.args.loss_type == "bnpo" or self.top_entropy_quantile < 1.0 or self._entropy_bonus_enabled
+        if by_batch or not self._shares_prefixes:
+            return 1
+        return math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
+
+    def _dealt(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows = {
             name: torch.cat([batch[name] for batch in batches]) if torch.is_tensor(value) and value.dim() else value
-            for name, value in first.items()
+            for name, value in batches[0].items()
         }
         leaves = rows.pop("leaf").tolist()
         trees = [leaf // self.num_generations for leaf in leaves]
@@ -447,8 +484,7 @@ class ARPOTrainer(ResumableTrainer):
             name: value[order.to(value.device)] if torch.is_tensor(value) and value.dim() else value
             for name, value in rows.items()
         }
-        self._buffered_inputs = split_tensor_dict(dealt, len(batches))
-        return self._buffered_inputs[self._step % len(batches)]
+        return split_tensor_dict(dealt, len(batches))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         start, before = time.perf_counter(), self._timed["generate_and_score"]

@@ -1,0 +1,274 @@
+"""Attention of packs, on each kernel: those of CUDA are replaced, under their own names, by plain ones on the CPU.
+
+The plain ones take what torch's operators take (their schemas check it) and compute sequence by sequence with softmax.
+"""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from arpo_trl import prefix_attention
+from arpo_trl.prefix_attention import (
+    CPUKernel,
+    EfficientKernel,
+    FlashKernel,
+    attend,
+    kernel_for,
+    plan_calls,
+    why_no_attention,
+)
+
+CPU = torch.device("cpu")
+KERNELS = [CPUKernel, FlashKernel, EfficientKernel]
+
+
+def places(index, size):
+    return list(range(size))[index] if isinstance(index, slice) else index.tolist()
+
+
+# What is called ------------------------------------------------------------------------------------------------------
+
+
+def test_a_call_for_all_own_edges_and_one_for_each_depth_above_others():
+    #           a a b b c d d e
+    edges = ((0, 2, 8), (2, 4, 7), (4, 5, 5), (5, 7, 7), (7, 8, 8))
+    own, first, second = plan_calls(edges, CPU)
+    assert own.causal and not first.causal and not second.causal
+    assert own.queries == own.keys == slice(0, 8)
+    assert own.query_starts.tolist() == own.key_starts.tolist() == [0, 2, 4, 5, 7, 8]
+    assert (own.longest_query, own.longest_key) == (2, 2)
+    # all that follows a a sees it; what follows b b, which is c d d, sees that
+    assert (first.queries, first.keys) == (slice(2, 8), slice(0, 2))
+    assert (second.queries, second.keys) == (slice(4, 7), slice(2, 4))
+    assert second.spans == ((0, 3, 0, 2),)
+
+
+def test_edges_of_one_depth_that_lie_apart_are_gathered_into_one_call():
+    # two trees of a run and two branches each: a a b c · d e e f
+    edges = ((0, 2, 4), (2, 3, 3), (3, 4, 4), (4, 5, 8), (5, 7, 7), (7, 8, 8))
+    own, below = plan_calls(edges, CPU)
+    assert own.queries == slice(0, 8)
+    assert places(below.queries, 8) == [2, 3, 5, 6, 7]
+    assert places(below.keys, 8) == [0, 1, 4]
+    assert below.spans == ((0, 2, 0, 2), (2, 5, 2, 3))
+    assert below.query_starts.tolist() == [0, 2, 5] and below.query_starts.dtype == torch.int32
+    assert below.key_starts.tolist() == [0, 2, 3]
+    assert (below.longest_query, below.longest_key) == (3, 2)
+
+
+def test_where_nothing_is_shared_there_is_one_call():
+    (own,) = plan_calls(((0, 3, 3), (3, 5, 5)), CPU)
+    assert own.spans == ((0, 3, 0, 3), (3, 5, 3, 5))
+
+
+# What is computed ----------------------------------------------------------------------------------------------------
+
+
+def flash_forward(
+    query, key, value, starts_q, starts_k, max_q, max_k, dropout, causal, debug, *, scale=None, **unused
+):
+    assert dropout == 0.0 and not debug and not any(unused.values())
+    assert starts_q.dtype == starts_k.dtype == torch.int32
+    output, logsums = torch.empty_like(query), torch.empty(query.size(1), query.size(0))
+    for q, k in sequences(starts_q, starts_k, max_q, max_k):
+        output[q], logsums[:, q] = plain(query[q], key[k], value[k], causal, scale)
+    seed = torch.zeros(2, dtype=torch.uint64)
+    return output, logsums, seed, torch.zeros((), dtype=torch.uint64), torch.empty(0)
+
+
+def flash_backward(
+    grad, query, key, value, output, logsums, starts_q, starts_k, max_q, max_k, dropout, causal, seed, unused,
+    *, scale=None, **windows,
+):  # fmt: skip
+    assert dropout == 0.0 and not any(windows.values())
+    assert logsums.is_contiguous() and logsums.shape == (query.size(1), query.size(0))  # it takes no strides
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for q, k in sequences(starts_q, starts_k, max_q, max_k):
+        grads[0][q], grads[1][k], grads[2][k] = plain_backward(
+            grad[q], query[q], key[k], value[k], output[q], logsums[:, q], causal, scale
+        )
+    return grads
+
+
+def efficient_forward(
+    query, key, value, bias, starts_q, starts_k, max_q, max_k, dropout, mask_type, with_logsums=False,
+    *, scale=None, seqlen_k=None, window_size=None,
+):  # fmt: skip
+    assert (bias, dropout, seqlen_k, window_size) == (None, 0.0, None, None) and with_logsums
+    assert query.size(2) == key.size(2)  # no grouped heads
+    output = torch.empty_like(query)
+    padded = torch.full((len(starts_q) - 1, query.size(2), -(-max_q // 32) * 32), torch.inf)
+    for i, (q, k) in enumerate(sequences(starts_q, starts_k, max_q, max_k)):
+        output[0, q], padded[i, :, : q.stop - q.start] = plain(
+            query[0, q], key[0, k], value[0, k], mask_type == 1, scale
+        )
+    return output, padded, torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long), max_q, max_k
+
+
+def efficient_backward(
+    grad, query, key, value, bias, output, starts_q, starts_k, max_q, max_k, padded, dropout, seed, offset, mask_type,
+    bias_grad, *, scale=None, **unused,
+):  # fmt: skip
+    assert padded.shape == (len(starts_q) - 1, query.size(2), -(-max_q // 32) * 32)
+    grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+    for i, (q, k) in enumerate(sequences(starts_q, starts_k, max_q, max_k)):
+        length = q.stop - q.start
+        assert padded[i, :, length:].isposinf().all()
+        grads[0][0, q], grads[1][0, k], grads[2][0, k] = plain_backward(
+            grad[0, q], query[0, q], key[0, k], value[0, k], output[0, q], padded[i, :, :length], mask_type == 1, scale
+        )
+    return *grads, torch.empty(0)
+
+
+def sequences(starts_q, starts_k, max_q, max_k) -> Iterator[tuple[slice, slice]]:
+    for q, r, k, m in zip(starts_q[:-1], starts_q[1:], starts_k[:-1], starts_k[1:], strict=True):
+        assert 0 < r - q <= max_q and 0 < m - k <= max_k
+        yield slice(int(q), int(r)), slice(int(k), int(m))
+
+
+def scores(query, key, causal, scale):
+    """(heads, queries, keys), keys of grouped heads repeated."""
+    key = key.repeat_interleave(query.size(1) // key.size(1), dim=1)
+    found = torch.einsum("qhd,khd->hqk", query.float(), key.float()) * (scale or query.size(-1) ** -0.5)
+    return found.masked_fill(torch.ones_like(found).triu(1).bool(), -torch.inf) if causal else found
+
+
+def plain(query, key, value, causal, scale):
+    found = scores(query, key, causal, scale)
+    value = value.repeat_interleave(query.size(1) // value.size(1), dim=1).float()
+    return torch.einsum("hqk,khd->qhd", found.softmax(-1), value).to(query.dtype), found.logsumexp(-1)
+
+
+def plain_backward(grad, query, key, value, output, logsums, causal, scale):
+    """By the formulas of FlashAttention's backward, in which only output and log-sums know of other keys."""
+    groups = query.size(1) // key.size(1)
+    weights = (scores(query, key, causal, scale) - logsums.unsqueeze(-1)).exp()
+    wide = [of.repeat_interleave(groups, dim=1).float() for of in (key, value)]
+    weighed = (grad.float() * output.float()).sum(-1).t().unsqueeze(-1)
+    inner = weights * (torch.einsum("qhd,khd->hqk", grad.float(), wide[1]) - weighed)
+    inner = inner * (scale or query.size(-1) ** -0.5)
+    query_grad = torch.einsum("hqk,khd->qhd", inner, wide[0])
+    key_grad = torch.einsum("hqk,qhd->khd", inner, query.float())
+    value_grad = torch.einsum("hqk,qhd->khd", weights, grad.float())
+    narrow = [of.unflatten(1, (-1, groups)).sum(2) for of in (key_grad, value_grad)]
+    return tuple(of.to(query.dtype) for of in (query_grad, *narrow))
+
+
+@pytest.fixture
+def cuda_kernels_on_cpu() -> Iterator[None]:
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", flash_forward, "CPU")
+        library.impl("_flash_attention_backward", flash_backward, "CPU")
+        library.impl("_efficient_attention_forward", efficient_forward, "CPU")
+        library.impl("_efficient_attention_backward", efficient_backward, "CPU")
+        yield
+
+
+def random_edges(rng: random.Random, start: int = 0, depth: int = 0) -> list[tuple[int, int, int]]:
+    """A trie of edges of 1 to 6 tokens with up to three children each, at most four deep."""
+    stop = start + rng.randrange(1, 7)
+    below: list[tuple[int, int, int]] = []
+    end = stop
+    for _ in range(rng.choice([0, 2, 3]) if depth < 4 else 0):
+        below += random_edges(rng, end, depth + 1)
+        end = below[-1][2]
+    return [(start, stop, end), *below]
+
+
+@pytest.mark.usefixtures("cuda_kernels_on_cpu")
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_shows_a_query_what_is_on_its_path(kernel, monkeypatch):
+    monkeypatch.setattr(prefix_attention, "kernel_for", lambda device, dtype: kernel())
+    deepest = 0
+    for seed in range(12):
+        rng = random.Random(seed)
+        edges = random_edges(rng)
+        edges += random_edges(rng, edges[0][2])  # two trees
+        calls = plan_calls(tuple(edges), CPU)
+        deepest = max(deepest, len(calls))
+        size = edges[-1][2]
+        ends = [end for start, stop, end in edges for _ in range(start, stop)]
+        sees = torch.tensor([[k <= q < end for k, end in enumerate(ends)] for q in range(size)])
+        query, key, value = (torch.randn(1, heads, size, 16, requires_grad=True) for heads in (4, 2, 2))
+        expected = scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True).transpose(1, 2)
+        found = attend(query, key, value, calls, scaling=0.3)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        weights = torch.randn_like(found)
+        for mine, theirs in zip(
+            *(torch.autograd.grad((out * weights).sum(), (query, key, value)) for out in (found, expected)),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    assert deepest == 5  # own edges, and four depths above others
+
+
+def test_float32_takes_the_efficient_kernel_on_cuda_and_half_precision_the_flash_kernel():
+    cuda = torch.device("cuda", 0)
+    assert isinstance(kernel_for(cuda, torch.float32), EfficientKernel)
+    assert isinstance(kernel_for(cuda, torch.bfloat16), FlashKernel)
+    assert isinstance(kernel_for(cuda, torch.float16), FlashKernel)
+    assert isinstance(kernel_for(CPU, torch.bfloat16), CPUKernel)
+
+
+# Whether it is used --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_packed_attention_is_padded_attention_up_to_rounding(dtype):
+    assert why_no_attention(CPU, dtype, 4, 2, 16) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_packed_attention_is_padded_attention_up_to_rounding_on_this_gpu(dtype, head_dim):
+    assert why_no_attention(torch.device("cuda", 0), dtype, 8, 2, head_dim) is None
+
+
+@pytest.fixture
+def forget() -> Iterator[None]:
+    """What a device cannot do is found out once; here it changes."""
+    why_no_attention.cache_clear()
+    yield
+    why_no_attention.cache_clear()
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_kernel_that_fails_is_told_with_its_own_words(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no kernel image is available for execution")
+
+    monkeypatch.setattr(CPUKernel, "forward", broken)
+    assert why_no_attention(CPU, torch.float32, 4, 2, 16) == (
+        "packed attention in torch.float32 on cpu failed: RuntimeError: no kernel image is available for execution"
+    )
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_kernel_that_computes_something_else_is_told_by_how_much(monkeypatch):
+    right = CPUKernel.forward
+
+    def wrong(*args):
+        output, logsums, rest = right(*args)
+        return output * 1.01, logsums, rest
+
+    monkeypatch.setattr(CPUKernel, "forward", wrong)
+    reason = why_no_attention(CPU, torch.float32, 4, 2, 16)
+    assert "differs from padded by 1.0e-02, more than rounding (0.0001)" in reason
+
+
+@pytest.mark.usefixtures("forget")
+def test_a_gpu_or_heads_that_the_flash_kernel_does_not_take_are_named(monkeypatch):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert why_no_attention(cuda, torch.float16, 4, 2, 64) == (
+        "torch's flash kernel needs a GPU of compute capability 8.0 or more, and this one has 7.5"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for head_dim in (20, 264):
+        assert f"and the model's have {head_dim}" in why_no_attention(cuda, torch.bfloat16, 4, 2, head_dim)
+    assert "this is 'mps'" in why_no_attention(torch.device("mps"), torch.float32, 4, 2, 64)
