@@ -330,7 +330,6 @@ class ARPOConfig(GRPOConfig):
     def _check_supported(self) -> None:
         """Refuses what the tree sampler would otherwise silently ignore."""
         for name in (
-            "generation_kwargs",
             "cache_implementation",
             "use_transformers_continuous_batching",
             "vllm_structured_outputs_regex",
