@@ -188,7 +188,7 @@ class ARPOTrainer(ResumableTrainer):
         )
         lengths = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if engine is None and args.use_vllm:
-            refuse_rules(self.model.generation_config, args.generation_kwargs, "vLLM")
+            refuse_rules(self.model.generation_config, None, "vLLM")
             engine, longest = self._vllm_engine(settings)
             lengths.append(longest)
         elif engine is None:
