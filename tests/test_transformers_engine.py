@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3ForCausalLM
 
-from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.engines.transformers import TransformersEngine, entropy, sample
+from arpo_trl.rollout.engines.distribution import entropy, sample
+from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import ContentEncoder
 from support import small_model, tiny_model, tokenizer
 
@@ -22,17 +23,24 @@ def louder(model):
     return model
 
 
-def engine(model, *, stop=(), eos=None, **settings):
-    return TransformersEngine(
+def engine(model, *, stop=(), eos=None, context=contextlib.nullcontext, generation_kwargs=None, **settings):
+    """An engine that has been compared with the model's plain forward."""
+    made = TransformersEngine(
         tokenizer(),
         SamplingSettings((tokenizer().eos_token_id if eos is None else eos,), tuple(stop), **settings),
-        lambda: contextlib.nullcontext(model),
+        lambda: context(model),
+        generation_kwargs=generation_kwargs,
     )
+    made.check()
+    return made
 
 
 def run(model, requests, **settings):
     """Everything that happened, turns by id and probes by id."""
-    made = engine(model, **settings)
+    return finish(engine(model, **settings), requests)
+
+
+def finish(made, requests):
     turns, probes = {}, {}
     with made.session():
         for request in requests:
@@ -162,9 +170,8 @@ def test_eos_ends_a_turn_and_stays_in_its_ids(model):
     assert first == len(turns[0].ids) - 1
 
 
-def scripted_model(texts_ids):
-    """A model that writes the given ids whatever it is asked, by a head that looks only at the position."""
-    model = tiny_model()
+def script(model, texts_ids):
+    """Has the model write the given ids whatever it is asked, by a head that looks only at the position."""
     start = len(PROMPTS[0])
 
     def forward(input_ids, position_ids, **kwargs):
@@ -176,7 +183,6 @@ def scripted_model(texts_ids):
         return type("Output", (), {"logits": logits})()
 
     model.forward = forward
-    return model
 
 
 @pytest.mark.parametrize(
@@ -194,10 +200,10 @@ def test_stop_strings_are_found_however_they_are_tokenised_and_ids_stay_as_sampl
     special = tok.convert_tokens_to_ids(pieces[0])
     ids = [special] if len(pieces) == 1 else [token for piece in pieces for token in encode(piece)]
     tail = tok.encode(" never written", add_special_tokens=False)
-    model = scripted_model(ids + tail)
-    turns, _ = run(
-        model, [TurnRequest(0, PROMPTS[0], 60, 5, 1, (0,))], stop=["</search>", "</python>"], temperature=0.0
-    )
+    model = tiny_model()
+    made = engine(model, stop=["</search>", "</python>"], temperature=0.0)
+    script(model, ids + tail)
+    turns, _ = finish(made, [TurnRequest(0, PROMPTS[0], 60, 5, 1, (0,))])
     assert turns[0].stop is TurnStop.STOP_STRING
     text = tok.decode(turns[0].ids)
     # ids are exactly those sampled up to the token that completes the stop string
@@ -226,10 +232,11 @@ def test_a_repetition_penalty_counts_the_prompt_and_the_turn(model):
 
 
 def test_no_forward_makes_logits_for_more_than_one_position_per_row(model):
+    made = engine(model)
     widths = []
     hook = model.lm_head.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
     try:
-        run(model, requests())
+        finish(made, requests())
     finally:
         hook.remove()
     assert set(widths) == {1}
@@ -269,14 +276,6 @@ def test_attention_that_takes_no_mask_is_replaced_for_the_session():
     made.set_attn_implementation("sdpa")
     sdpa, _ = run(made, requests())
     assert {i: turn.ids for i, turn in eager.items()} == {i: turn.ids for i, turn in sdpa.items()}
-
-
-def test_a_model_with_other_state_than_keys_and_values_is_refused():
-    sliding = small_model(
-        Qwen2Config, Qwen2ForCausalLM, use_sliding_window=True, sliding_window=8, max_window_layers=0
-    )
-    with pytest.raises(ConfigError, match="sliding_attention"), engine(sliding).session():
-        pass
 
 
 def test_polling_outside_a_session_says_so(model):
@@ -343,13 +342,14 @@ def test_what_a_turn_computed_is_not_computed_again_by_those_that_continue_it(mo
 
 
 def test_equal_prompts_are_read_once(model):
+    made = engine(model)
     read = []
     hook = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     try:
         same = [TurnRequest(i, PROMPTS[3], 12, 5, seed=100 + i, key=(i,)) for i in range(4)]
-        turns, _ = run(model, same)
+        turns, _ = finish(made, same)
     finally:
         hook.remove()
     assert read[0] == (1, len(PROMPTS[3]) - 1)

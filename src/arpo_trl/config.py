@@ -15,6 +15,7 @@ from arpo_trl.chat_model import check_server_url
 from arpo_trl.errors import ConfigError
 from arpo_trl.prefix_sharing import SharedPrefixForward
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from arpo_trl.rollout.engines.distribution import refuse_rules, rules_of
 from arpo_trl.rollout.engines.vllm_client import API_KEY
 from arpo_trl.rollout.protocol import ProtocolKind
 from arpo_trl.rollout.sampler import RolloutSchedule
@@ -331,13 +332,16 @@ class ARPOConfig(GRPOConfig):
     def _check_supported(self) -> None:
         """Refuses what the tree sampler would otherwise silently ignore."""
         for name in (
-            "generation_kwargs",
             "cache_implementation",
             "use_transformers_continuous_batching",
             "vllm_structured_outputs_regex",
         ):
             if getattr(self, name):
                 raise ConfigError(f"{name} is set, but the tree sampler does not read it. Unset it.")
+        if self.use_vllm:
+            refuse_rules(None, self.generation_kwargs, "vLLM")
+        else:
+            rules_of(None, self.generation_kwargs)
         if self.use_vllm and self.vllm_mode not in ("colocate", "server"):
             raise ConfigError(f"vllm_mode is {self.vllm_mode!r}; expected 'colocate' or 'server'.")
         per_token = self.vllm_importance_sampling_mode in ("token_truncate", "token_mask")

@@ -45,7 +45,9 @@ from arpo_trl.prefix_sharing import (
 )
 from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.engines.distribution import refuse_rules
 from arpo_trl.rollout.engines.transformers import TransformersEngine
+from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
 from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
@@ -193,12 +195,22 @@ class ARPOTrainer(ResumableTrainer):
             self.min_p,
             self.repetition_penalty,
         )
-        context = self.model.config.get_text_config().max_position_embeddings
+        lengths = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
         if engine is None and args.use_vllm:
+            refuse_rules(self.model.generation_config, None, "vLLM")
             engine, longest = self._vllm_engine(settings)
-            context = min(context, longest)
+            lengths.append(longest)
+        elif engine is None:
+            engine = self._transformers_engine(settings)
+            lengths.append(exact_length(self.model.config.get_text_config()))
+        context = min((length for length in lengths if length is not None), default=None)
+        if context is None:
+            raise ConfigError(
+                f"The configuration of this model of type {self.model.config.model_type!r} has no "
+                "max_position_embeddings, so nothing says how long a path may become. Set it on the configuration."
+            )
         return TreeSampler(
-            engine or TransformersEngine(self._tokenizer, settings, self._model_for_generation),
+            engine,
             self.toolbox,
             self.protocol,
             SamplerSettings(
@@ -215,6 +227,36 @@ class ARPOTrainer(ResumableTrainer):
             ),
             eos_ids,
         )
+
+    def _transformers_engine(self, settings: SamplingSettings) -> Engine:
+        """The engine on the trained model, known to sample what training scores."""
+        args = self.args
+        rows = args.per_device_train_batch_size * args.steps_per_generation
+        evaluated = args.per_device_eval_batch_size if self.eval_dataset is not None else 0
+        engine = TransformersEngine(
+            self._tokenizer,
+            settings,
+            self._model_for_generation,
+            generation_kwargs=args.generation_kwargs,
+            scored_padded=not self._shares_prefixes,
+            most_rows=max(rows, evaluated),
+            smaller=(
+                f"Lower per_device_train_batch_size × steps_per_generation ({args.per_device_train_batch_size} × "
+                f"{args.steps_per_generation} completions are sampled at once), per_device_eval_batch_size "
+                f"({args.per_device_eval_batch_size}) or max_completion_length ({args.max_completion_length}), or let "
+                "vLLM sample (use_vllm)."
+            ),
+        )
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            engine.refuse(self.model)  # the weights are not in place before the first session, which compares
+        else:
+            engine.check()
+        if (longest := exact_length(self.model.config.get_text_config())) is not None:
+            logger.warning(
+                f"Paths may become {longest} tokens long at most: beyond that the model's rotary embedding (longrope) "
+                "turns all tokens differently, and what was sampled before is not what would be trained."
+            )
+        return engine
 
     def _vllm_engine(self, settings: SamplingSettings) -> tuple[Engine, int]:
         """The engine that `vllm_mode` names, and its context in tokens."""
