@@ -48,8 +48,8 @@ class ARPOConfig(GRPOConfig):
     """Configuration of [`ARPOTrainer`].
 
     Every field of `GRPOConfig` is kept. Defaults that differ: `num_generations` 16, `loss_type` "grpo",
-    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, `per_device_train_batch_size` 16,
-    which is one group, and `vllm_importance_sampling_mode` "token_truncate".
+    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, `per_device_train_batch_size` and
+    `per_device_eval_batch_size` 16, which is one group, and `vllm_importance_sampling_mode` "token_truncate".
 
     Raises:
         ConfigError: A setting, or two together, cannot work, TRL's own objections included. Checked here, before
@@ -106,6 +106,11 @@ class ARPOConfig(GRPOConfig):
         default=16,
         metadata={"help": "Completions per device and forward pass. Times steps_per_generation a multiple of M."},
     )
+    per_device_eval_batch_size: int = field(
+        default=16,
+        metadata={"help": "Completions per device in evaluation. Times the number of ranks a multiple of "
+                  "num_generations_eval, or else of M."},
+    )  # fmt: skip
 
     # Parameters that control the tools
     tool_protocol: str = field(
@@ -315,13 +320,6 @@ class ARPOConfig(GRPOConfig):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} × steps_per_generation "
                 f"{steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
                 f"{self.num_generations}."
-            )
-        generations = self.num_generations_eval or self.num_generations
-        if self.eval_strategy in ("steps", "epoch") and self.per_device_eval_batch_size % generations:
-            raise ConfigError(
-                f"per_device_eval_batch_size ({self.per_device_eval_batch_size}) is no multiple of the leaves per "
-                f"evaluation prompt ({generations}); a group cannot span ranks. Set it to one, or lower "
-                "num_generations_eval."
             )
 
     def _check_hub(self) -> None:

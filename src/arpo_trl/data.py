@@ -43,6 +43,9 @@ _LOST_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 _NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
 _MATH_SHARE, _QA_SHARE = 0.75, 0.25
 
+ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
+"""What `ARPOTrainer` hands to reward functions next to the dataset's columns, one value per completion."""
+
 
 def load_arpo_dataset(
     path_or_hub_id: str, split: str = "train", *, system_prompt: str | None = None, task: Task | None = None
@@ -92,29 +95,43 @@ def load_arpo_dataset(
 
 
 def validate_rows(dataset: datasets.Dataset) -> None:
-    """Return if every row has a prompt and an answer that can be trained on.
+    """Return if every row has a prompt that can be rolled out.
 
-    A prompt is text or a list of messages with text in each; an answer is text or a list of it. Nothing may be null
-    or blank. Other columns are the reward functions' own affair.
+    A prompt is text, or a list of messages, each with a role and a content; the content is text, a list of parts, or
+    null where the message has `tool_calls`. Somewhere in it there is text. Other columns are the reward functions' own
+    affair, but for `ROLLOUT_COLUMNS`.
 
     Raises:
-        DataError: the dataset is empty or lacks a column, or a row does not hold this; names row (from 0) and field.
+        DataError: the dataset is empty, lacks `prompt` or has one of `ROLLOUT_COLUMNS`, or a row does not hold this;
+            names row (from 0) and field.
     """
     columns = dataset.column_names
-    for name in ("prompt", "answer"):
-        if name not in columns:
-            raise DataError(
-                f"The dataset has no column {name!r}; it has {columns}. Rename yours, or load the data with "
-                "load_arpo_dataset, which knows the common layouts."
-            )
+    if "prompt" not in columns:
+        raise DataError(
+            f"The dataset has no column 'prompt'; it has {columns}. Rename yours, or load the data with "
+            "load_arpo_dataset, which knows the common layouts."
+        )
+    refuse_rollout_columns(columns)
     if len(dataset) == 0:
         raise DataError("The dataset is empty; expected at least one row.")
-    for number, row in enumerate(dataset.select_columns(["prompt", "answer"])):
+    for number, prompt in enumerate(dataset["prompt"]):
         try:
-            _checked_prompt(row["prompt"])
-            _accepted_answers(row["answer"])
+            _check_prompt(prompt)
         except DataError as error:
             raise DataError(f"Dataset row {number}: {error}") from error
+
+
+def refuse_rollout_columns(columns: Iterable[str]) -> None:
+    """Return if none of `columns` has a name under which rewards receive what was rolled out.
+
+    Raises:
+        DataError: one has; it would be overwritten.
+    """
+    if taken := sorted(set(ROLLOUT_COLUMNS).intersection(columns)):
+        raise DataError(
+            f"The dataset has the column(s) {taken}, but under these names rewards receive what was rolled out. "
+            "Rename yours: dataset.rename_column."
+        )
 
 
 # Reading
@@ -276,15 +293,31 @@ def _named(raw: Mapping[str, Any], fields: Sequence[str], meaning: str) -> Any:
 
 def _checked_prompt(prompt: Any) -> list[Message]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    _check_prompt(messages)
+    for position, message in enumerate(messages):
+        content = message.get("content")
+        if not isinstance(content, str) or not (content.strip() or message["role"] == "system"):
+            raise DataError(f"message {position} of 'prompt' has the content {_shown(content)}; expected text.")
+        if message.get("tool_calls"):
+            raise DataError(
+                f"message {position} of 'prompt' has tool_calls, which would be lost here. Give a dataset of such "
+                "prompts to ARPOTrainer as it is."
+            )
+    return [{"role": message["role"], "content": _restore_escapes(message["content"])} for message in messages]
+
+
+def _check_prompt(prompt: Any) -> None:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'prompt' is {_shown(prompt)}; expected text or a list of messages, not empty.")
     for position, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise DataError(f"message {position} of 'prompt' is {_shown(message)}; expected a role and a content.")
         content = message.get("content")
-        if not isinstance(content, str) or not content.strip():
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             raise DataError(f"message {position} of 'prompt' has the content {_shown(content)}; expected text.")
-    return [{"role": message["role"], "content": _restore_escapes(message["content"])} for message in messages]
+    if not any(message.get("content") and str(message["content"]).strip() for message in messages):
+        raise DataError(f"'prompt' is {_shown(prompt)}; expected some text in it.")
 
 
 def _with_system(messages: list[Message], system_text: str | None, *, is_question: bool) -> list[Message]:

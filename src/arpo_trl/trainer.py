@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, SupportsFloat
+from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
-from datasets import Dataset
-from transformers import PreTrainedModel
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import get_callable_name, is_async_callable, pad, split_tensor_dict
+from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict
 
 from arpo_trl.advantages import (
     AdvantageAttribution,
@@ -29,9 +27,10 @@ from arpo_trl.advantages import (
     first_copies,
     mean_over_leaves,
 )
+from arpo_trl.completions import completion_messages
 from arpo_trl.config import ARPOConfig
-from arpo_trl.data import validate_rows
-from arpo_trl.errors import ConfigError, Interrupted, RewardError
+from arpo_trl.data import refuse_rollout_columns
+from arpo_trl.errors import ConfigError
 from arpo_trl.interrupts import Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
 from arpo_trl.prefix_sharing import (
@@ -44,6 +43,7 @@ from arpo_trl.prefix_sharing import (
     why_not_shared,
 )
 from arpo_trl.resumable import ResumableTrainer
+from arpo_trl.rewards.checked import checked_reward
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.distribution import refuse_rules
 from arpo_trl.rollout.engines.transformers import TransformersEngine
@@ -54,13 +54,12 @@ from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.sharding import at_its_own_pace, check_launch
+from arpo_trl.startup import check_prompts_fit, check_quantized_training, check_rows, check_writable, untold_tags
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 
 logger = get_logger(__name__)
 
-REWARD_POLL_S = 0.2
-"""How often waiting for an async reward function looks for an interrupt."""
 UNLIMITED_CALLS = 1 << 30
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
@@ -81,15 +80,14 @@ class _LastRollout:
 class ARPOTrainer(ResumableTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
-    Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory`. Rewards receive, besides TRL's
-    arguments and the dataset's columns, one value per completion of: `turns` (what the model wrote, turn by turn),
-    `tool_calls` (the calls along the path, as dicts) and `stop_reason`. With conversational prompts a completion is
-    the list of its messages, tool results included.
+    Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory` (docs/from-grpo.md). Rewards receive,
+    besides TRL's arguments and the dataset's columns, one value per completion of: `turns` (what the model wrote, turn
+    by turn, special tokens included), `tool_calls` (the calls along the path, as dicts) and `stop_reason`.
 
     What it changes in `GRPOTrainer`, and nothing else:
 
-    - `_generate`: prompts are rolled out as trees. TRL's own hook for custom rollouts carries them, so its length and
-      truncation metrics stay; the decoded completions are replaced by ours.
+    - `_generate`: prompts are rolled out as trees. TRL's own hook for custom rollouts carries them, so its metrics and
+      its decoding stay; `_tool_call_loop` has no tools left to call, and returns what came of them.
     - vLLM: TRL starts it when colocated; its generation and its moment of moving weights are replaced by an engine's.
     - `_generate_and_score_completions`: the group advantages (B,) become per-token ones (B, T) where leaves share
       nodes. Where none do, the batch is TRL's, bit for bit.
@@ -115,32 +113,43 @@ class ARPOTrainer(ResumableTrainer):
     def __init__(
         self,
         model: str | PreTrainedModel,
-        reward_funcs: Any,
+        reward_funcs: Any = None,
         args: ARPOConfig | None = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        tools: Sequence[Callable[..., Any]] | None = None,
+        rollout_func: None = None,
+        environment_factory: None = None,
         *,
-        tools: Sequence[Callable[..., Any]] = (),
         engine: Engine | None = None,
-        **kwargs: Any,
     ):
         """As `GRPOTrainer`; `engine` replaces the one that `args` would choose (tests, scripted runs)."""
-        for name in ("rollout_func", "environment_factory"):
-            if kwargs.pop(name, None) is not None:
+        for name, given in (("rollout_func", rollout_func), ("environment_factory", environment_factory)):
+            if given is not None:
                 raise ConfigError(f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
         if args is None:
-            args = ARPOConfig(f"{(model if isinstance(model, str) else model.config.model_type).split('/')[-1]}-ARPO")
+            name = model if isinstance(model, str) else get_config_model_id(model.config) or model.config.model_type
+            args = ARPOConfig(f"{name.split('/')[-1]}-ARPO")
         if not isinstance(args, ARPOConfig):
             raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
-        _check_writable(Path(args.output_dir))
-        if kwargs.get("quantization_config") is not None:
-            _check_quantized_training(kwargs.get("peft_config"))
+        check_writable(Path(args.output_dir))
+        if quantization_config is not None:
+            check_quantized_training(peft_config)
         if args.push_to_hub:
             self.prepare_repositories(args)  # before the model is loaded
-        eval_dataset = kwargs.get("eval_dataset")
+        if reward_funcs is None:
+            reward_funcs = []
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *evaluated):
-            if isinstance(dataset, Dataset):
-                validate_rows(dataset)
+            check_rows(dataset, functions)
+        tools = list(tools or ())
         self.toolbox = ToolBox(
             tools,
             timeout_s=args.tool_timeout_s,
@@ -149,15 +158,21 @@ class ARPOTrainer(ResumableTrainer):
             cache=args.tool_cache,
         )
         self._interrupts = Interrupts()
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         with _vllm_left_to_us(args, engine):
             super().__init__(
                 model=model,
-                reward_funcs=[_checked(function, self._interrupts) for function in functions],
+                reward_funcs=[checked_reward(function, self._interrupts) for function in functions],
                 args=args,
                 train_dataset=train_dataset,
-                **kwargs,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+                quantization_config=quantization_config,
+                peft_config=peft_config,
             )
+        self.tools = tools  # TRL's __init__ would want a template that shows them, which tags do not need
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         self.use_vllm = args.use_vllm
         if self._is_vlm:
@@ -172,7 +187,11 @@ class ARPOTrainer(ResumableTrainer):
         self.sampler = self._make_sampler(engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         for dataset in (train_dataset, *evaluated):
-            self._check_prompts_fit(dataset)
+            check_prompts_fit(
+                dataset, self.protocol, self.sampler.settings.max_length, LONGER if args.use_vllm else ""
+            )
+        if args.tool_protocol == ProtocolKind.TAGS and (said := untold_tags(self.toolbox.names, train_dataset)):
+            logger.warning(said)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
@@ -297,27 +316,52 @@ class ARPOTrainer(ResumableTrainer):
         return logits.float().log_softmax(dim=-1).gather(1, row[0, 1:].unsqueeze(1)).squeeze(1).tolist()
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        """TRL's `_generate` around our rollout, with completions as messages (or text), not as one decoded string."""
         self._last_loaded_step = self.state.global_step  # the engine moves the weights when its session opens
-        ids, completion_ids, mask, completions, logprobs, extra, images, tool_images = super()._generate(prompts)
-        assert self._last is not None
-        completions = [
-            leaf.messages if isinstance(prompt, list) else "".join(node.text for node in leaf.nodes)
-            for prompt, leaf in zip(prompts, self._last.leaves, strict=True)
-        ]
-        return ids, completion_ids, mask, completions, logprobs, extra, images, tool_images
+        return super()._generate(prompts)
 
-    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
-        """TRL's `rollout_func`: rows come prompt-major, each prompt as often as its group has leaves."""
+    def _tool_call_loop(
+        self,
+        prompts: list[Any],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        completions: list[Any],
+        logprobs: list[list[float]] | None,
+        *images: Any,
+    ) -> tuple[Any, ...]:
+        """What TRL's loop returns, of tools that were called while the trees grew."""
+        assert self._last is not None
+        leaves = self._last.leaves
+        if isinstance(prompts[0], list):
+            completions = [
+                completion_messages(ids, leaf, self.protocol) for ids, leaf in zip(prompt_ids, leaves, strict=True)
+            ]
+        calls = [call for leaf in leaves for call in leaf.calls]
+        failures = sum(not call.ok for call in calls)
+        masks = [leaf.mask for leaf in leaves]
+        return masks, completions, completion_ids, logprobs, len(calls), failures, [[] for _ in leaves]
+
+    def _leaves_per_tree(self, prompts: list[Any]) -> int:
+        """How many of the rows that this rank was dealt make one tree.
+
+        Evaluation does not branch, so a group may lie on several ranks there: each row is a tree of its own then.
+        """
         training = self.model.training
         size = self.num_generations if training else self.num_generations_eval
+        if len(prompts) % size == 0 and all(prompts[i] == prompts[i - i % size] for i in range(len(prompts))):
+            return size
+        if not training:
+            return 1
+        raise ConfigError(
+            f"This rank was dealt {len(prompts)} rows that are no whole groups of {size}; a tree cannot span ranks. "
+            f"Set per_device_train_batch_size × steps_per_generation to a multiple of {size}, and leave "
+            "accelerator_config.split_batches false."
+        )
+
+    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        """TRL's `rollout_func`: rows come prompt-major, each prompt as often as its group has leaves."""
+        training = self.model.training
         name = self._rollout_name("step" if training else "eval")
-        if len(prompts) % size or any(prompts[i] != prompts[i - i % size] for i in range(len(prompts))):
-            raise ConfigError(
-                f"This rank was dealt {len(prompts)} rows that are no whole groups of {size}; a tree cannot span "
-                "ranks. Set per_device_eval_batch_size and per_device_train_batch_size × steps_per_generation to "
-                f"multiples of {size}, and leave accelerator_config.split_batches false."
-            )
+        size = self._leaves_per_tree(prompts)
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         first_group = self.accelerator.process_index * len(groups)
         requests = [
@@ -345,11 +389,13 @@ class ARPOTrainer(ResumableTrainer):
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
-        return {
+        # As TRL, which knows of no sampling logprobs but vLLM's: those of transformers under top-k or top-p are of
+        # another distribution than the loss's, and masking by `off_policy_mask_threshold` would take that for drift.
+        masks = {} if self.tools else {"env_mask": [leaf.mask for leaf in leaves]}
+        return masks | {
             "prompt_ids": [request.prompt_ids for request in requests for _ in range(size)],
             "completion_ids": [leaf.ids for leaf in leaves],
-            "logprobs": [leaf.logprobs for leaf in leaves],
-            "env_mask": [leaf.mask for leaf in leaves],
+            "logprobs": [leaf.logprobs for leaf in leaves] if self.use_vllm else None,
             "turns": [leaf.turns for leaf in leaves],
             "tool_calls": [[call.as_row() for call in leaf.calls] for leaf in leaves],
             "stop_reason": [leaf.stop.value for leaf in leaves],
@@ -368,6 +414,7 @@ class ARPOTrainer(ResumableTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         start = time.perf_counter()
         inputs = [dict(row) for row in inputs]  # TRL adds our columns to the rows it was given
+        refuse_rollout_columns(inputs[0])  # of a streamed dataset they are known only now
         batch = super()._generate_and_score_completions(inputs)
         assert self._last is not None
         advantages = batch["advantages"]
@@ -573,7 +620,8 @@ class ARPOTrainer(ResumableTrainer):
         size = len(last.leaves) // max(1, len(last.rollout.trees))
         for i in range(0, len(last.leaves), size):
             group = last.rewards[i : i + size]
-            tally.add("alarm/zero_variance_groups", float(bool((group == group[0]).all())))
+            if size > 1:
+                tally.add("alarm/zero_variance_groups", float(bool((group == group[0]).all())))
         merged = Tally()
         for plain in gather_object([tally.plain()]):
             merged.merge(plain)
@@ -600,24 +648,6 @@ class ARPOTrainer(ResumableTrainer):
             start = rows.stop
         return trees
 
-    # Checks ----------------------------------------------------------------------------------------------------------
-
-    def _check_prompts_fit(self, dataset: Any) -> None:
-        """Refuses a prompt that leaves no room, before the first step; a streamed dataset is checked as it comes."""
-        if not isinstance(dataset, Dataset):
-            return
-        room = self.sampler.settings.max_length - 1
-        template = len(self.protocol.encode_prompt(dataset[0]["prompt"]))
-        for i, prompt in enumerate(dataset["prompt"]):
-            parts = [prompt] if isinstance(prompt, str) else [str(message["content"]) for message in prompt]
-            # A token covers at least one byte, so only texts this long need to be tokenised to know.
-            longest = sum(len(part.encode()) + template for part in parts)
-            if longest > room and (length := len(self.protocol.encode_prompt(prompt))) > room:
-                raise ConfigError(
-                    f"Dataset row {i}: its prompt has {length} tokens, but the context is {room + 1}, which leaves "
-                    f"no room for a completion. Shorten or drop the row{LONGER if self.args.use_vllm else ''}."
-                )
-
 
 @contextmanager
 def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
@@ -634,85 +664,3 @@ def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
         yield
     finally:
         args.use_vllm = use_vllm
-
-
-def _checked(function: Any, interrupts: Interrupts) -> Any:
-    """The reward function, checked: TRL reads a NaN as "not applicable" and goes on without a word.
-
-    An interrupt ends it with rewards of nothing, so that this rank still comes to where all ranks decide to stop.
-    """
-    if not callable(function) or isinstance(function, torch.nn.Module):
-        return function
-    name = get_callable_name(function)
-
-    def check(rewards: Any, completions: Sequence[Any]) -> Any:
-        if not isinstance(rewards, Collection) or len(rewards) != len(completions):
-            got = f"{len(rewards)} rewards" if isinstance(rewards, Collection) else repr(rewards)[:80]
-            raise RewardError(
-                f"The reward function {name!r} returned {got} for {len(completions)} completions; expected a list of "
-                "one number, or None, for each."
-            )
-        for i, reward in enumerate(rewards):
-            if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
-                raise RewardError(
-                    f"The reward function {name!r} returned {reward!r} for completion {i}; expected a finite number, "
-                    "or None where it does not apply."
-                )
-        return rewards
-
-    if is_async_callable(function):
-
-        async def checked_async(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
-            task = asyncio.ensure_future(function(*args, completions=completions, **kwargs))
-            while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
-                if interrupts.told is not None:
-                    task.cancel()
-                    return [0.0] * len(completions)
-            return check(task.result(), completions)
-
-        wrapper: Any = checked_async
-    else:
-
-        def checked(*args: Any, completions: Sequence[Any], **kwargs: Any) -> Any:
-            try:
-                with interrupts.raising():
-                    rewards = function(*args, completions=completions, **kwargs)
-            except Interrupted:
-                return [0.0] * len(completions)
-            return check(rewards, completions)
-
-        wrapper = checked
-    wrapper.__name__ = name
-    return wrapper
-
-
-def _check_quantized_training(peft_config: Any) -> None:
-    """Fails where quantized weights could not be trained, or would not be without a word."""
-    if peft_config is None:
-        raise ConfigError(
-            "The model is to be quantized (load_in_4bit, load_in_8bit or quantization_config), which freezes its "
-            "weights, and nothing else is there to train. Set use_peft: true, or give a peft_config."
-        )
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(
-            "The model is to be quantized, but bitsandbytes is not installed here. Install the extra: pip install "
-            "'.[qlora]'."
-        )
-    from bitsandbytes.functional import has_avx512bf16
-
-    if not torch.accelerator.is_available() and has_avx512bf16():
-        # It packs the weights anew for inference, and the packed ones pass no gradient on: adapters would stay zero.
-        raise ConfigError(
-            "The model is to be quantized, but there is no GPU, and bitsandbytes does not train on this CPU. Use a "
-            "machine with a GPU, or leave quantization out."
-        )
-
-
-def _check_writable(folder: Path) -> None:
-    """Fails now rather than at the first checkpoint."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: other ranks look at the same time
-            pass
-    except OSError as error:
-        raise ConfigError(f"output_dir {folder} cannot be written ({error}). Choose another folder.") from error

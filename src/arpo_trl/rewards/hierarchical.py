@@ -19,12 +19,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from arpo_trl.errors import ConfigError, RewardError
+from arpo_trl.errors import ConfigError, DataError, RewardError
 from arpo_trl.rewards.answers import TASKS, extract_answer, paper_f1, task_accuracy
 from arpo_trl.rewards.judge import Judgement, LLMJudge, question_of
 from arpo_trl.rollout.tree import StopReason
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 Accuracy = Literal["task", "paper_f1", "judge"]
 
@@ -135,6 +138,16 @@ def _tag_fault(text: str, tool_names: Sequence[str]) -> FormatFault | None:
     return None
 
 
+def _golds(answer: Any, task: Any) -> tuple[str, ...]:
+    """The accepted answers of a row; raises RewardError if they, or its task, cannot be compared with."""
+    golds = (answer,) if isinstance(answer, str) else tuple(answer) if isinstance(answer, Sequence) else ()
+    if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
+        raise RewardError(f"answer is {answer!r}; expected the accepted answers, non-empty text or a list of it.")
+    if task not in TASKS:
+        raise RewardError(f"task is {task!r}; expected one of {TASKS}. Fix the dataset's `task` column.")
+    return golds
+
+
 @dataclass(frozen=True, slots=True)
 class _Path:
     """What one path says: the fault of its format, or its answer and how right a rule finds that."""
@@ -193,6 +206,24 @@ class HierarchicalReward:
         self.multi_tool_bonus = multi_tool_bonus
         self.bonus_tools = tuple(bonus_tools)
 
+    def check_dataset(self, dataset: Dataset) -> None:
+        """Return if every row has the gold and the task that this reward needs; asked before the model is loaded.
+
+        Raises:
+            DataError: one has not; names row (from 0) and column.
+        """
+        for name in ("answer", "task"):
+            if name not in dataset.column_names:
+                raise DataError(
+                    f"The hierarchical reward needs the column {name!r}, and the dataset has {dataset.column_names}. "
+                    "Rename yours, or load the data with load_arpo_dataset, which knows the common layouts."
+                )
+        for number, (answer, task) in enumerate(zip(dataset["answer"], dataset["task"], strict=True)):
+            try:
+                _golds(answer, task)
+            except RewardError as error:
+                raise DataError(f"Dataset row {number}, for the hierarchical reward: {error}") from error
+
     def scores(
         self,
         *,
@@ -231,12 +262,7 @@ class HierarchicalReward:
         answer: str | Sequence[str],
         task: str,
     ) -> _Path:
-        golds = (answer,) if isinstance(answer, str) else tuple(answer or ())
-        if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
-            raise RewardError(f"answer is {answer!r}; expected the accepted answers, non-empty text or a list of it.")
-        if task not in TASKS:
-            raise RewardError(f"task is {task!r}; expected one of {TASKS}. Fix the dataset's `task` column.")
-
+        golds = _golds(answer, task)
         used_all = {call["name"] for call in tool_calls if call["ok"]}.issuperset(self.bonus_tools)
         fault = format_fault(turns, stop_reason, self.bonus_tools)
         if fault is not None:

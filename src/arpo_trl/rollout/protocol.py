@@ -31,6 +31,7 @@ from trl.chat_template_utils import (
     add_response_schema,
     get_training_chat_template,
     is_chat_template_prefix_preserving,
+    parse_response,
 )
 
 from arpo_trl.errors import ConfigError, ToolSpecError
@@ -108,6 +109,8 @@ class ToolProtocol(ABC):
         self.tools = tools
         self.max_result_tokens = max_result_tokens
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self._parser = tokenizer
+        self._schemas = [spec.schema for spec in tools.values()]
         self._encode_text = ContentEncoder(tokenizer)
         self._cut_mark = self._encode_text("\n[… cut …]\n")
 
@@ -127,6 +130,15 @@ class ToolProtocol(ABC):
         """What the model wrote, tags and other special tokens included, without a final EOS."""
         end = len(ids) - (1 if ids and ids[-1] in eos_ids else 0)
         return self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
+        """A turn as TRL's tool loop gives it to rewards: role, content, and `tool_calls` where it called.
+
+        Special tokens are left out of the content, a final EOS too. `before` is what the model saw before the turn.
+        """
+        if any(getattr(self._parser, name, None) is not None for name in ("response_template", "response_schema")):
+            return parse_response(self._parser, list(ids), prefix=list(before), tools=self._schemas or None)
+        return {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
 
     def limit_notice(self) -> str:
         """The text that tells a path to answer without further calls."""
@@ -202,6 +214,15 @@ class TagProtocol(ToolProtocol):
         call = self._parse_call(text)
         return () if call is None else (call,)
 
+    def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
+        """As a tokenizer's own calls are given, except that the content keeps the tags; they are text to it."""
+        message = super().as_message(ids, before)
+        calls = self.parse_turn(self.tokenizer.decode(ids, skip_special_tokens=False))
+        if made := [call for call in calls if isinstance(call, ToolCall)]:
+            functions = [{"name": call.name, "arguments": call.arguments} for call in made]
+            message["tool_calls"] = [{"type": "function", "function": function} for function in functions]
+        return message
+
     def limit_notice(self) -> str:
         return f"{super().limit_notice()[:-1]}: <{ANSWER}>…</{ANSWER}>"
 
@@ -256,7 +277,6 @@ class ChatTemplateProtocol(ToolProtocol):
                 'tool_protocol is "chat_template" but the tokenizer has no chat template. Set '
                 '`tokenizer.chat_template`, or tool_protocol "tags".'
             )
-        self._schemas = [spec.schema for spec in tools.values()]
         self._parser = copy.copy(tokenizer)  # TRL changes how it decodes where the trainer's own has a template
         try:
             if getattr(tokenizer, "response_template", None) is None:
