@@ -92,5 +92,6 @@ def start_vllm_eagerly(device: torch.device) -> None:
     """
     from trl.generation import vllm_generation
 
+    os.environ.setdefault("MASTER_PORT", "0")  # TRL then finds a free one
     settings: dict[str, Any] = {"enforce_eager": True} | ({"dtype": "float32"} if device.type == "cpu" else {})
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, **settings)

@@ -328,10 +328,10 @@ def main() -> None:
         return
     if arguments.row:
         prompt, leaves, forks = int(arguments.row[0]), int(arguments.row[1]), arguments.row[2]
-        if arguments.header:
-            print(f"200 M parameters, {COMPLETION} tokens a completion, on {device_name(DEVICE)}\n")
-            print(f"| {CARD_COLUMNS} |\n|{'---:|' * (CARD_COLUMNS.count('|') + 1)}", flush=True)
         model, prompt, completion = ("tiny", prompt // 20, 24) if arguments.tiny else ("200 M", prompt, COMPLETION)
+        if arguments.header:
+            print(f"Model {model}, {completion} tokens a completion, on {device_name(DEVICE)}\n")
+            print(f"| {CARD_COLUMNS} |\n|{'---:|' * (CARD_COLUMNS.count('|') + 1)}", flush=True)
         print(card_row(model, prompt, leaves, forks, completion, arguments.repeats), flush=True)
         return
     # As large as 24 GB of memory take, padded and without gradient checkpointing, with room for other things.
