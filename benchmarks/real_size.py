@@ -200,7 +200,6 @@ def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, s
         "vllm_enable_sleep_mode": on_card,  # vLLM has none on a CPU
         "vllm_max_model_length": size.prompt + size.completion + 64,
         "vllm_gpu_memory_utilization": 0.3,
-        "model_init_kwargs": {"dtype": "float32"},
         "use_cpu": not on_card,
         "save_strategy": "no",
         "report_to": "none",

@@ -247,7 +247,6 @@ def card_row(name: str, prompt: int, leaves: int, forks: str, completion: int, r
     seconds: dict[bool, list[float]] = {True: [], False: []}
     first, gib = math.nan, dict.fromkeys((True, False), math.nan)
     for way in (True, False):  # packed first, so that its first step finds nothing prepared
-        before = peak_bytes()
         try:
             took = step(model, rows, way)
         except torch.OutOfMemoryError:
@@ -255,10 +254,12 @@ def card_row(name: str, prompt: int, leaves: int, forks: str, completion: int, r
                 raise
             break  # the padded batch has no place
         first = took if way else first
-        gib[way] = (peak_bytes() - before) / GIB
+        if DEVICE.type == "cuda":  # of a process that knows its growth only, nothing is to be had a second time
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
         seconds[way].append(step(model, rows, way))
         if DEVICE.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            gib[way] = (peak_bytes() - before) / GIB
     ways = [way for way in (False, True) if seconds[way]]
     begin = time.perf_counter()
     for repeat in range(repeats):
