@@ -6,9 +6,9 @@ Both trainers take turns, order alternated, on the same generation batches. TRL'
 it speaks the quickstart's tags, its parser and its tool-result encoder are replaced here by the protocol's, and the
 closing tags, single tokens here, end its turns as EOS does. All else is TRL's: generation, tool execution, update.
 
-Calls made are those that trees hold, each once; executed are those that reached a tool's function, fewer where calls
-that are under way at the same time are one. Beside them stands the bound: a branch saves at most all the calls of its
-leaf, so N = M/2 makes at least half as many as N = M.
+Calls made are those that trees hold, each once; executed are those that reached a tool's function, fewer where
+identical searches that are under way at the same time are one. Beside them stands the bound: a branch saves at most
+all the calls of its leaf, so N = M/2 makes at least half as many as N = M.
 
 Latencies are long-tailed (Pareto, exponent 2.5, at most ten times the mean) and belong to a call's arguments, so that
 both loops pay the same for the same call.

@@ -14,12 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
 from arpo_trl.quickstart.model import save_cold_start_base
-from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Engine, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from overlap import engine_on
 from serving import running
@@ -49,25 +48,25 @@ def save_model(folder: str, size: tuple[int, ...]) -> None:
         Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-def tokens_per_s(engine: VLLMServerEngine, tokenizer: Any, tokens: int, probe: int, seed: int) -> float:
-    prompt = tokenizer.encode("the melting point of iron is what? " * 10)
+def tokens_per_s(engine: Engine, prompt: list[int], turns: int, tokens: int, probe: int, seed: int) -> float:
+    """Of that many turns at once after one prompt, each probed for its first `probe` tokens."""
     written = 0
     with engine.session():
         start = time.perf_counter()
-        for i in range(TURNS):
-            engine.submit(TurnRequest(i, prompt, tokens, probe, seed * TURNS + i, (i, 0)))
+        for i in range(turns):
+            engine.submit(TurnRequest(i, prompt, tokens, probe, seed * turns + i, (i, 0)))
         while engine.pending:
             written += sum(len(event.ids) for event in engine.poll(0.05) if isinstance(event, Turn))
         seconds = time.perf_counter() - start
-    assert written == TURNS * tokens
+    assert written == turns * tokens
     return written / seconds
 
 
-def measure(name: str, engine: VLLMServerEngine, tokenizer: Any, tokens: int, repeats: int) -> None:
+def measure(name: str, engine: VLLMServerEngine, prompt: list[int], tokens: int, repeats: int) -> None:
     rates: dict[int, list[float]] = {0: [], PROBE: []}
     for repeat in range(repeats):
         for probe, measured in rates.items():  # in turn, so that both see the same machine
-            measured.append(tokens_per_s(engine, tokenizer, tokens, probe, repeat))
+            measured.append(tokens_per_s(engine, prompt, TURNS, tokens, probe, repeat))
     without, probing = median(rates[0]), median(rates[PROBE])
     ratios = sorted(a / b for a, b in zip(rates[PROBE], rates[0], strict=True))
     print(
@@ -89,9 +88,10 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(folder)
             with running(folder, Path(folder) / "log") as server:
                 engine = engine_on(server.url, tokenizer, SamplingSettings(()))
-                tokens_per_s(engine, tokenizer, 100, PROBE, 0)  # warms the server up
+                prompt = tokenizer.encode("the melting point of iron is what? " * 10)
+                tokens_per_s(engine, prompt, TURNS, 100, PROBE, 0)  # warms the server up
                 for tokens in arguments.tokens:
-                    measure(name, engine, tokenizer, tokens, arguments.repeats)
+                    measure(name, engine, prompt, tokens, arguments.repeats)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python benchmarks/update.py                      # one prompt and M for each model
     python benchmarks/update.py --grid               # every shape: hours on a CPU
     python benchmarks/update.py --grid --model '5 M' --prompt 300 1000 --leaves 4 8
+    python benchmarks/update.py --device cuda --row 1000 16 half      # one row of gpu.sh
 
 Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
 half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
@@ -10,6 +11,11 @@ what a perfect implementation would gain where attention is cheap; attention's o
 and key, which is lower: the tokens that are shared come first and see few others. Tokens per second count all that
 the rows hold, both ways. Peak memory is the growth of a process that runs one step and nothing else, on CUDA that of
 its allocator. Where the padded batch has no place in memory, the packed one is timed alone.
+
+On a card all of a row is found in one process, in bfloat16; "first" is the very first step, packed, with all that is
+chosen or compiled in it. MFU is FLOPs that the model needs ÷ (seconds × the card's peak, card.py). A step needs
+6 · matrix parameters · tokens, the head's counted for completions only, and for attention 12 · layers · heads · head
+size · pairs of query and key; tokens and pairs are each way's own.
 """
 
 from __future__ import annotations
@@ -35,11 +41,17 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl.prefix_sharing import forward_pack, pack_rows, share_prefixes
+from card import GIB, device_name, peak_flops, shown
 
-MODELS = {"5 M": (192, 6), "50 M": (576, 10), "500 M": (1536, 16)}
-"""Hidden size and layers; the vocabulary is 8,000. The largest is for GPUs."""
+MODELS = {"5 M": (192, 6, 3, 3), "50 M": (576, 10, 9, 9)}
+"""Hidden size, layers, heads, heads of keys and values; the vocabulary is 8,000."""
+CARD_MODELS = {"200 M": (1024, 12, 16, 8), "tiny": (64, 2, 1, 1)}
+"""Those of `--row`."""
+HEAD_SIZE = 64
 VOCABULARY = 8000
 COMPLETION = 500
+REPEATS_S = 20.0
+"""For how long a row of a card repeats its steps at most."""
 FORKS = ("none", "half", "deep")
 DEVICE = torch.device("cpu")
 NO_MEMORY = 3
@@ -57,16 +69,16 @@ Shape = tuple[str, int, int, str]
 
 
 def make_model(name: str) -> PreTrainedModel:
-    hidden, layers = MODELS[name]
+    hidden, layers, heads, kv_heads = (MODELS | CARD_MODELS)[name]
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
         intermediate_size=4 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=hidden // 64,
-        head_dim=64,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=HEAD_SIZE,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
@@ -192,9 +204,83 @@ def timed(
             seconds[way].append(step(model, rows, way))
     theirs, ours = seconds.get(False, [math.nan] * repeats), seconds[True]
     ratio = median(a / b for a, b in zip(theirs, ours, strict=True))
-    pack, (leaves, width) = pack_rows(*rows), rows[0].shape
-    pairs = leaves * width * (width + 1) / 2 / float((pack.positions + 1).sum())
-    return median(theirs), median(ours), ratio, leaves * width, len(pack), pairs
+    (leaves, width), (distinct, pairs) = rows[0].shape, distinct_tokens(rows[0])
+    return median(theirs), median(ours), ratio, leaves * width, distinct, all_pairs(rows[0]) / pairs
+
+
+def all_pairs(ids: torch.Tensor) -> int:
+    """Pairs of query and key in causal attention over the rows."""
+    leaves, width = ids.shape
+    return int(leaves * width * (width + 1) // 2)
+
+
+def distinct_tokens(ids: torch.Tensor) -> tuple[int, int]:
+    """Tokens that differ in themselves or in what stands before them, and their pairs of query and key."""
+    seen: set[int] = set()
+    pairs = 0
+    for row in ids.tolist():
+        prefix = 0
+        for position, token in enumerate(row):
+            prefix = hash((prefix, token))
+            if prefix not in seen:
+                seen.add(prefix)
+                pairs += position + 1
+    return len(seen), pairs
+
+
+def step_flops(name: str, tokens: int, completions: int, pairs: int) -> float:
+    """Floating-point operations of a forward and backward, as the model's layout has them (see above)."""
+    hidden, layers, heads, kv_heads = CARD_MODELS[name]
+    matrices = layers * (2 * hidden * HEAD_SIZE * (heads + kv_heads) + 3 * hidden * 4 * hidden)
+    return 6.0 * (matrices * tokens + hidden * VOCABULARY * completions) + 12.0 * layers * heads * HEAD_SIZE * pairs
+
+
+CARD_COLUMNS = (
+    "prompt | M | forks | first s | padded s | packed s | speed-up | token ratio | reached | padded tokens/s "
+    "| packed tokens/s | padded GiB | packed GiB | padded MFU | packed MFU"
+)
+
+
+def card_row(name: str, prompt: int, leaves: int, forks: str, completion: int, repeats: int) -> str:
+    """A row of the table that `CARD_COLUMNS` heads."""
+    model, rows = make_model(name), make_rows(prompt, leaves, forks, completion)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    first, gib = math.nan, dict.fromkeys((True, False), math.nan)
+    for way in (True, False):  # packed first, so that its first step finds nothing prepared
+        try:
+            took = step(model, rows, way)
+        except torch.OutOfMemoryError:
+            if way:
+                raise
+            break  # the padded batch has no place
+        first = took if way else first
+        if DEVICE.type == "cuda":  # of a process that knows its growth only, nothing is to be had a second time
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        seconds[way].append(step(model, rows, way))
+        if DEVICE.type == "cuda":
+            gib[way] = (peak_bytes() - before) / GIB
+    ways = [way for way in (False, True) if seconds[way]]
+    begin = time.perf_counter()
+    for repeat in range(repeats):
+        if time.perf_counter() - begin > REPEATS_S:
+            break
+        for way in ways[:: -1 if repeat % 2 else 1]:
+            seconds[way].append(step(model, rows, way))
+    padded, packed = (median(seconds[way]) if seconds[way] else math.nan for way in (False, True))
+    tokens, (distinct, pairs) = rows[0].numel(), distinct_tokens(rows[0])
+    ratio, peak = tokens / distinct, peak_flops(DEVICE)
+    utilisations = (
+        step_flops(name, tokens, leaves * completion, all_pairs(rows[0])) / (padded * peak),
+        step_flops(name, distinct, distinct - prompt, pairs) / (packed * peak),
+    )
+    cells = [f"{prompt:,}", str(leaves), forks, f"{first:.2f}"]
+    cells += [shown(value, ".4f") for value in (padded, packed)]
+    cells += [shown(value, ".2f") for value in (padded / packed, ratio, padded / packed / ratio)]
+    cells += [shown(tokens / value, ",.0f") for value in (padded, packed)]
+    cells += [shown(gib[way], ".2f") for way in (False, True)]
+    cells += [shown(value, ".1%") for value in utilisations]
+    return "| " + " | ".join(cells) + " |"
 
 
 def show(shapes: list[Shape], repeats: int) -> None:
@@ -229,7 +315,10 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, help="this one's shapes only")
     parser.add_argument("--prompt", type=int, nargs="+", default=[300, 1000, 4000], help="of the grid: tokens")
     parser.add_argument("--leaves", type=int, nargs="+", default=[4, 8, 16, 64], help="of the grid: M")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: larger models, in bfloat16")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: in bfloat16")
+    parser.add_argument("--row", nargs=3, metavar=("PROMPT", "M", "FORKS"), help="one row of the 200 M model")
+    parser.add_argument("--header", action="store_true", help="with --row: the head of its table before it")
+    parser.add_argument("--tiny", action="store_true", help="with --row: a tiny model and short rows, to try it")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     global DEVICE
@@ -238,9 +327,16 @@ def main() -> None:
         task, *rest = json.loads(arguments.task)
         run_task(task, rest)
         return
+    if arguments.row:
+        prompt, leaves, forks = int(arguments.row[0]), int(arguments.row[1]), arguments.row[2]
+        model, prompt, completion = ("tiny", prompt // 20, 24) if arguments.tiny else ("200 M", prompt, COMPLETION)
+        if arguments.header:
+            print(f"Model {model}, {completion} tokens a completion, on {device_name(DEVICE)}\n")
+            print(f"| {CARD_COLUMNS} |\n|{'---:|' * (CARD_COLUMNS.count('|') + 1)}", flush=True)
+        print(card_row(model, prompt, leaves, forks, completion, arguments.repeats), flush=True)
+        return
     # As large as 24 GB of memory take, padded and without gradient checkpointing, with room for other things.
-    on_cpu, on_cuda = [("5 M", 1000, 16), ("50 M", 300, 8)], [("500 M", 300, 16), ("500 M", 1000, 16)]
-    sizes = on_cuda if DEVICE.type == "cuda" else on_cpu
+    sizes = [("5 M", 1000, 16), ("50 M", 300, 8)]
     if arguments.grid:
         sizes = list(product(MODELS, arguments.prompt, arguments.leaves))
     chosen = [size for size in sizes if arguments.model in (None, size[0])]

@@ -1,7 +1,9 @@
 """The ToolBox runs calls at once, keeps deadlines, shares executions, and turns every failure into text."""
 
 import asyncio
+import itertools
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,6 +17,9 @@ import pytest
 import arpo_trl
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
 from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult, tool_spec
+from arpo_trl.tools.pages import visit_tool
+from arpo_trl.tools.python import python_tool
+from arpo_trl.tools.search import LocalIndex, search_tool
 
 
 def echo(text: str) -> str:
@@ -462,11 +467,193 @@ def test_polling_waits_at_most_as_long_as_told(gate: Gate) -> None:
         assert box.pending == 1
 
 
+# Threads.
+
+
+def wanting(tool: Callable[..., Any], **attributes: Any) -> Callable[..., Any]:
+    """The tool with what it says of itself."""
+    for name, value in attributes.items():
+        setattr(tool, name, value)
+    return tool
+
+
+def price_tool() -> Callable[[str], str]:
+    """A look-up on a connection that only the thread that made it may use."""
+    db = sqlite3.connect(":memory:")
+    db.execute("CREATE TABLE prices (metal, price)")
+    db.execute("INSERT INTO prices VALUES ('tin', 31)")
+
+    def price(metal: str) -> str:
+        """Tell a price.
+
+        Args:
+            metal: Whose.
+        """
+        return str(db.execute("SELECT price FROM prices WHERE metal = ?", (metal,)).fetchone()[0])
+
+    return price
+
+
+def test_a_tool_that_needs_the_thread_it_was_made_in_runs_there_if_it_says_so() -> None:
+    assert call_once(wanting(price_tool(), run_in="main"), {"metal": "tin"}).text == "31"
+
+
+def test_a_tool_that_needs_one_thread_and_does_not_say_so_is_named_in_the_log_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with ToolBox([price_tool()]) as box:
+        for _ in range(2):
+            box.submit(ToolCall("price", {"metal": "tin"}))
+            (result,) = collect(box, 1).values()
+            assert result.text.startswith("Error: ProgrammingError: SQLite objects created in a thread")
+    (record,) = caplog.records
+    assert "ProgrammingError: SQLite objects" in record.message and "price.run_in = 'main'" in record.message
+
+
+def test_a_failure_that_is_about_something_else_is_not_taken_for_a_matter_of_threads(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for error in (ValueError("no such needle or thready thing"), ToolError("that forum has no such thread")):
+        assert call_once(returning(error)).failure == "error"
+    assert not caplog.records
+
+
+def test_calls_in_the_main_thread_run_in_their_order_and_take_no_place(gate: Gate) -> None:
+    order: list[str] = []
+
+    def note(text: str) -> str:
+        """Note something.
+
+        Args:
+            text: What.
+        """
+        order.append(text)
+        return text
+
+    with ToolBox([gate.tool(), wanting(note, run_in="main")], concurrency=1) as box:
+        waiting = box.submit(ToolCall("wait", {"text": "in the only place"}))
+        for text in "abc":
+            box.submit(ToolCall("note", {"text": text}))
+        assert order == []  # nothing runs before somebody polls
+        collect(box, 3)
+        assert order == ["a", "b", "c"]
+        gate.opened.set()
+        assert collect(box, 1)[waiting].ok
+
+
+def test_a_call_in_the_main_thread_outlasts_its_deadline_while_those_of_threads_fire(gate: Gate) -> None:
+    def slow(text: str) -> str:
+        """Be slow.
+
+        Args:
+            text: What to return.
+        """
+        time.sleep(0.1)
+        return text
+
+    with ToolBox([wanting(slow, run_in="main"), gate.tool()], timeout_s=0.02) as box:
+        late = box.submit(ToolCall("slow", {"text": "late"}))
+        hung = box.submit(ToolCall("wait", {"text": "hung"}))
+        results = collect(box, 2)
+    assert (results[late].text, results[late].failure, results[hung].failure) == ("late", None, "timeout")
+    assert results[late].seconds >= 0.1
+
+
+def test_slow_calls_in_the_main_thread_leave_the_poller_time_between_them() -> None:
+    def slow(text: str) -> str:
+        """Be slow.
+
+        Args:
+            text: What to return.
+        """
+        time.sleep(0.06)
+        return text
+
+    with ToolBox([wanting(slow, run_in="main")]) as box:
+        tickets = [box.submit(ToolCall("slow", {"text": str(i)})) for i in range(3)]
+        # longer than a poll goes on starting calls, so each poll runs one
+        assert [[ticket for ticket, _ in box.poll()] for _ in tickets] == [[ticket] for ticket in tickets]
+
+
+def test_what_a_tool_raises_in_the_main_thread_is_text_but_ctrl_c_is_not() -> None:
+    for error in (ValueError("no"), SystemExit(1)):
+        assert call_once(wanting(returning(error), run_in="main")).text.startswith(f"Error: {type(error).__name__}: ")
+    with pytest.raises(KeyboardInterrupt):
+        call_once(wanting(returning(KeyboardInterrupt()), run_in="main"))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "tool", "message"),
+    [
+        ({"run_in": "process"}, named("x"), r"run_in is 'process'; expected one of \('thread', 'main'\)"),
+        ({"deterministic": "yes"}, named("x"), "deterministic is 'yes'; expected a bool"),
+    ],
+)
+def test_an_attribute_that_means_nothing_is_refused(
+    attributes: dict[str, Any], tool: Callable[..., Any], message: str
+) -> None:
+    with pytest.raises(ToolSpecError, match=message):
+        tool_spec(wanting(tool, **attributes))
+
+
+def test_an_async_tool_cannot_run_in_the_main_thread() -> None:
+    async def later(text: str) -> str:
+        """Return the text.
+
+        Args:
+            text: What to return.
+        """
+        return text
+
+    with pytest.raises(ToolSpecError, match=r"'later' is async .* Make it a sync function"):
+        tool_spec(wanting(later, run_in="main"))
+
+
 # Sharing.
 
 
-def test_identical_calls_in_flight_share_one_execution(gate: Gate) -> None:
-    with ToolBox([gate.tool()]) as box:
+def counter(**attributes: Any) -> Callable[[str], str]:
+    """A tool that counts its calls."""
+    calls = itertools.count(1)
+
+    def count(text: str) -> str:
+        """Count.
+
+        Args:
+            text: Not used.
+        """
+        return str(next(calls))
+
+    return wanting(count, **attributes)
+
+
+@pytest.mark.parametrize("run_in", ["thread", "main"])
+def test_identical_calls_of_a_tool_each_run_unless_it_is_deterministic_or_cached(run_in: str) -> None:
+    texts = {}
+    for how, deterministic, cache in (
+        ("plain", False, False),
+        ("deterministic", True, False),
+        ("cached", False, True),
+    ):
+        with ToolBox([counter(run_in=run_in, deterministic=deterministic)], cache=cache, concurrency=1) as box:
+            for _ in range(4):
+                box.submit(ToolCall("count", {"text": "same"}))
+            texts[how] = sorted(result.text for result in collect(box, 4).values())
+    assert texts["plain"] == ["1", "2", "3", "4"]
+    # Of threads the first may be done before the last is asked, and then the answer is no longer under way.
+    if run_in == "main":
+        assert texts["deterministic"] == ["1"] * 4
+    assert texts["cached"] == ["1"] * 4
+
+
+def test_which_of_the_built_in_tools_are_deterministic() -> None:
+    assert tool_spec(search_tool(LocalIndex(["Iron melts at 1,538 °C."]))).deterministic
+    assert tool_spec(visit_tool()).deterministic
+    assert not tool_spec(python_tool()).deterministic
+
+
+def test_identical_calls_in_flight_of_a_deterministic_tool_share_one_execution(gate: Gate) -> None:
+    with ToolBox([wanting(gate.tool(), deterministic=True)]) as box:
         first = box.submit(ToolCall("wait", {"text": "same"}))
         second = box.submit(ToolCall("wait", {"text": "same"}))
         other = box.submit(ToolCall("wait", {"text": "other"}))

@@ -343,6 +343,25 @@ def test_a_tool_that_hangs_costs_its_deadline_and_nothing_else():
     assert len(calls) == 6
 
 
+def test_a_tool_of_the_main_thread_runs_in_the_one_that_samples_and_its_time_is_waiting():
+    threads = []
+
+    def search(query: str) -> str:
+        """Search.
+
+        Args:
+            query: What.
+        """
+        threads.append(threading.current_thread())
+        time.sleep(0.01)
+        return query
+
+    search.run_in = "main"
+    rollout = Scripted(one_search, leaves=4, at_root=4, tools=[search])()
+    assert threads == [threading.current_thread()] * 4  # a call on each of the four paths
+    assert rollout.times.tool_wait_s >= 4 * 0.01
+
+
 def test_an_identical_call_of_a_sibling_is_joined_not_repeated():
     release = threading.Event()
     executions = []
@@ -356,6 +375,8 @@ def test_an_identical_call_of_a_sibling_is_joined_not_repeated():
         executions.append(query)
         release.wait(0.2)
         return query
+
+    search.deterministic = True
 
     def same(request, context):
         return "<search>iron</search>" if request.key[-1] == 0 else ANSWER

@@ -135,7 +135,7 @@ class ARPOConfig(GRPOConfig):
     )  # fmt: skip
     tool_cache: bool = field(
         default=False,
-        metadata={"help": "Whether an identical call reuses an earlier successful result. For tools that always "
+        metadata={"help": "Whether an identical call reuses an earlier successful result. For tools that all always "
                   "answer alike."},
     )  # fmt: skip
     max_tool_result_tokens: int | None = field(

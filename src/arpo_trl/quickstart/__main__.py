@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -74,13 +75,15 @@ def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[st
     return [row for batch in batches for row in batch]
 
 
-def measure(model: Path, data: Path, seed: int, *, temperature: float) -> Evaluation:
+def measure(
+    model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu"
+) -> Evaluation:
     """The model on the held-out questions, once each."""
     arguments = ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=TOP_K)
     rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text("utf-8").splitlines()]
     with ToolBox(build_tools(arguments), cache=True) as toolbox:
         return evaluate(
-            AutoModelForCausalLM.from_pretrained(model),
+            AutoModelForCausalLM.from_pretrained(model).to(device),
             AutoTokenizer.from_pretrained(model),
             rows,
             toolbox,

@@ -347,10 +347,8 @@ class _Run:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
         if not self.calling or (rounds and self.writing):
             return []
-        if self.writing:
-            return self.toolbox.poll(0.0)
-        start = time.perf_counter()
-        results = self.toolbox.poll(IDLE_POLL_S)
+        start = time.perf_counter()  # while paths are written too: tools that run in this thread run here
+        results = self.toolbox.poll(0.0 if self.writing else IDLE_POLL_S)
         while rounds and len(results) < len(self.calling):
             self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)

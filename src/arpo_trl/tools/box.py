@@ -1,12 +1,18 @@
 """Runs the model's tool calls: many at once, each with a deadline, and every failure as text for the model.
 
-    submit(call) ─▶ joined to an identical call in flight? cached? else queued ─▶ place free ─▶ thread or event loop
+    submit(call) ─▶ cached? joined to an identical call in flight? else queued ─▶ place free ─▶ thread or event loop
     poll()       ◀─ (ticket, ToolResult) ◀───────────── text, or what went wrong as text ◀── done, or deadline
 
-A scheduling thread owns places and deadlines and never runs a tool. A sync tool runs in a daemon thread of its own, an
-async tool on an event loop that all async tools share. A call that misses its deadline is abandoned: its place is free
-at once, whatever its thread still does. (An async tool that blocks that loop makes the async calls after it miss
-theirs.)
+A scheduling thread owns places and deadlines and never runs a tool. A call of a sync tool runs in a daemon thread of
+its own, one of an async tool on an event loop that all async tools share. A call that misses its deadline is
+abandoned: its place is free at once, whatever its thread still does. (An async tool that blocks that loop makes the
+async calls after it miss theirs.)
+
+What a tool says of itself, as attributes of its function:
+
+    tool.deterministic = True   identical calls that are under way at once may be one, and all get its result
+    tool.run_in = "main"        a sync tool runs in the thread that polls: one call after the other, in their order,
+                                without a place, and without a deadline, since nothing can end it there
 """
 
 from __future__ import annotations
@@ -15,19 +21,23 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import queue
 import re
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from transformers.utils.chat_template_utils import get_json_schema
 
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
 from arpo_trl.tools.background import LoopThread
+
+logger = logging.getLogger(__name__)
 
 RESERVED_TAGS = frozenset({"think", "answer", "result"})
 
@@ -35,6 +45,10 @@ _TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MIN_MAX_CHARS = 100
 _MAX_ERROR_CHARS = 300
 _MAX_CACHED = 100_000
+_POLLER_S = 0.05
+"""For how long `poll` goes on starting calls in its own thread; then the engine has its turn."""
+_NAMES_THREADS = re.compile(r"\bthreads?\b", re.IGNORECASE)
+"""What libraries say that want one thread: sqlite3, asyncio, signal, Playwright."""
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -44,6 +58,7 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
 }
 
+RunIn = Literal["thread", "main"]
 Source = Literal["executed", "joined", "cached", "refused"]
 
 
@@ -117,6 +132,10 @@ class ToolSpec:
     schema: dict[str, Any]
     """JSON schema of the function, as chat templates take it."""
     is_async: bool
+    deterministic: bool
+    """Identical calls may share one execution."""
+    run_in: RunIn
+    """Where a sync tool runs: each call in a `thread` of its own, or all in the `main` one, which polls."""
     wants_history: bool
     """It is a `PathTool`."""
     single_text_parameter: str | None
@@ -127,10 +146,11 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     """The specification of a typed, documented function.
 
     A function whose parameters are known at run time only (a tool of an MCP server) carries its own schema, as chat
-    templates take it, in the attribute `json_schema`.
+    templates take it, in the attribute `json_schema`. What the attributes `deterministic` and `run_in` mean is said at
+    the top of this module.
 
-    Raises `ToolSpecError` for a name that cannot be a tag, for `*args` or `**kwargs`, and for a missing docstring,
-    type or description of a parameter.
+    Raises `ToolSpecError` for a name that cannot be a tag, for `*args` or `**kwargs`, for a missing docstring, type or
+    description of a parameter, and for an attribute that means nothing.
     """
     name = getattr(tool, "__name__", None)
     if name is None:
@@ -156,7 +176,17 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]
     single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
     is_async, wants_history = inspect.iscoroutinefunction(tool), hasattr(tool, "with_history")
-    return ToolSpec(name, tuple(signature.parameters), schema, is_async, wants_history, single)
+    deterministic: Any = getattr(tool, "deterministic", False)
+    run_in: Any = getattr(tool, "run_in", "thread")
+    if not isinstance(deterministic, bool):
+        raise ToolSpecError(f"tool {name!r}: its attribute deterministic is {deterministic!r}; expected a bool.")
+    if run_in not in get_args(RunIn):
+        raise ToolSpecError(f"tool {name!r}: its attribute run_in is {run_in!r}; expected one of {get_args(RunIn)}.")
+    if is_async and run_in == "main":
+        raise ToolSpecError(
+            f"tool {name!r} is async and runs on an event loop, but its run_in is 'main'. Make it a sync function."
+        )
+    return ToolSpec(name, tuple(signature.parameters), schema, is_async, deterministic, run_in, wants_history, single)
 
 
 @dataclass(slots=True)
@@ -164,6 +194,7 @@ class _Flight:
     """One execution and the tickets that wait for it."""
 
     key: tuple[str, str]
+    """Its tool, and its arguments and history as text: of identical calls the same."""
     call: ToolCall
     tickets: list[int]
 
@@ -180,14 +211,17 @@ class ToolBox:
 
     Args:
         tools: Typed, documented functions, sync or async; a function's name is its tag.
-        timeout_s: Seconds from a call's start to its deadline; waiting for a place does not count.
+        timeout_s: Seconds from a call's start to its deadline; waiting for a place does not count. Calls of tools with
+            `run_in` "main" have none.
         concurrency: Places, that is calls that run at once.
         per_tool: For some tools, by name, how many of their calls may run at once; besides `concurrency`, which a call
             does not take part of while it waits for its tool.
-        cache: Give the text of an earlier successful call with the same name and arguments again.
+        cache: Give the text of an earlier successful call with the same name and arguments again; so every tool is
+            taken to be deterministic.
         max_chars: Longest text a model is shown; of a longer one head and tail are kept and the cut is marked.
 
-    Close it, or use it as a context manager; threads of calls that hang never keep the interpreter from exiting.
+    One thread submits and polls. Close it, or use it as a context manager; threads of calls that hang never keep the
+    interpreter from exiting.
     """
 
     def __init__(
@@ -224,15 +258,17 @@ class ToolBox:
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._lock = threading.Lock()  # guards everything below
-        self._flights: dict[tuple[str, str], _Flight] = {}
+        self._joinable: dict[tuple[str, str], _Flight] = {}  # those under way, of deterministic tools
         self._cache: dict[tuple[str, str], str] | None = {} if cache else None
         self._tickets = 0
         self._pending = 0
+        self._for_poller: deque[_Flight] = deque()  # of tools with run_in "main"
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = LoopThread("arpo-tools-scheduler")
         self._places = asyncio.Semaphore(concurrency)
         self._tool_places = {name: asyncio.Semaphore(places) for name, places in (per_tool or {}).items()}
         self._async_tools = LoopThread("arpo-tools-async")
+        self._thread_bound: set[str] = set()  # tools that were said to look so
         self._closed = False
 
     @property
@@ -261,15 +297,26 @@ class ToolBox:
                 self._done.put((ticket, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, "refused")))
             elif self._cache is not None and key in self._cache:
                 self._done.put((ticket, ToolResult(self._cache[key], None, 0.0, "cached")))
-            elif key in self._flights:
-                self._flights[key].tickets.append(ticket)
+            elif key in self._joinable:
+                self._joinable[key].tickets.append(ticket)
             else:
-                self._flights[key] = flight = _Flight(key, call, [ticket])
-                self._scheduler.start(self._fly(flight))
+                flight, spec = _Flight(key, call, [ticket]), self.specs[call.name]
+                if spec.deterministic or self._cache is not None:
+                    self._joinable[key] = flight
+                if spec.run_in == "main":
+                    self._for_poller.append(flight)
+                else:
+                    self._scheduler.start(self._fly(flight))
         return ticket
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, ToolResult]]:
-        """The (ticket, result) pairs that are there, first done first; waits at most `timeout_s` for the first."""
+        """The (ticket, result) pairs that are there, first done first; waits at most `timeout_s` for the first.
+
+        Before that it runs calls of tools with `run_in` "main": the first, and more for as long as they are quick.
+        """
+        start = time.perf_counter()
+        while self._for_poller and time.perf_counter() - start < _POLLER_S:
+            self._fly_here(self._for_poller.popleft())
         delivered = []
         with contextlib.suppress(queue.Empty):
             delivered.append(self._done.get(timeout=timeout_s) if timeout_s > 0 else self._done.get_nowait())
@@ -324,7 +371,7 @@ class ToolBox:
         return None
 
     async def _fly(self, flight: _Flight) -> None:
-        """Execute the flight once it has a place, and deliver to all its tickets. Runs on the scheduling thread."""
+        """Execute the flight once it has a place. Runs on the scheduling thread."""
         async with self._tool_places.get(flight.call.name, contextlib.nullcontext()), self._places:
             start = time.perf_counter()
             try:
@@ -335,8 +382,21 @@ class ToolBox:
             except RuntimeError as error:  # no thread to be had: a lost ticket would be waited for in vain
                 text, failure = self._as_text(flight.call.name, _Raised(error))
             seconds = time.perf_counter() - start
+        self._land(flight, text, failure, seconds)
+
+    def _fly_here(self, flight: _Flight) -> None:
+        """Execute the flight in this thread, where Ctrl-C is the user's and no failure of the tool."""
+        start = time.perf_counter()
+        value = _returned(self._callable(flight.call), flight.call.arguments)
+        if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
+            raise value.error
+        text, failure = self._as_text(flight.call.name, value)
+        self._land(flight, text, failure, time.perf_counter() - start)
+
+    def _land(self, flight: _Flight, text: str, failure: ToolFailure | None, seconds: float) -> None:
+        """Deliver to all tickets of the flight."""
         with self._lock:
-            del self._flights[flight.key]
+            self._joinable.pop(flight.key, None)
             if self._cache is not None and failure is None:
                 if len(self._cache) >= _MAX_CACHED:
                     del self._cache[next(iter(self._cache))]  # the oldest
@@ -348,9 +408,7 @@ class ToolBox:
 
     def _execute(self, call: ToolCall) -> asyncio.Future[_Outcome]:
         """A future of the scheduling loop with the outcome, which is computed off that loop and never an exception."""
-        tool = self._tools[call.name]
-        if self.specs[call.name].wants_history:
-            tool = _after(tool, call.history)
+        tool = self._callable(call)
 
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))
@@ -365,13 +423,30 @@ class ToolBox:
                 future.set_result(outcome)
 
         def work() -> None:
-            outcome = self._as_text(call.name, _returned(tool, call.arguments))
+            value = _returned(tool, call.arguments)
+            if isinstance(value, _Raised):
+                self._notice_bound_to_thread(call.name, value.error)
+            outcome = self._as_text(call.name, value)
             with contextlib.suppress(RuntimeError):  # the box was closed meanwhile
                 loop.call_soon_threadsafe(settle, outcome)
 
         # A thread per call costs some 50 µs, and one that hangs is nobody else's.
         threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
         return future
+
+    def _callable(self, call: ToolCall) -> Callable[..., Any]:
+        tool = self._tools[call.name]
+        return _after(tool, call.history) if self.specs[call.name].wants_history else tool
+
+    def _notice_bound_to_thread(self, name: str, error: BaseException) -> None:
+        """Says once if a tool seems to want one thread: else only the model would ever read so."""
+        described = _describe(error)
+        if name not in self._thread_bound and not isinstance(error, ToolError) and _NAMES_THREADS.search(described):
+            self._thread_bound.add(name)
+            logger.warning(
+                f"A call of tool {name!r} failed: {described.removeprefix('Error: ')} Each call runs in a thread of "
+                f"its own. If the tool needs the one it was made in, set its attribute: {name}.run_in = 'main'."
+            )
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
         if isinstance(value, _Raised):

@@ -111,6 +111,7 @@ def visit_tool(
                 logger.warning("The model that sums pages up %s; the page's own text is shown instead.", error)
         return excerpt(text, goal, max_chars)
 
+    visit.deterministic = True  # type: ignore[attr-defined]
     return visit
 
 

@@ -306,6 +306,7 @@ def search_tool(source: Searchable, *, top_k: int = 5, max_chars: int = 1000) ->
         pages = [" ".join(text.split()) for text in source.search(query, top_k)]
         return as_text([page if len(page) <= max_chars else page[: max_chars - len(_CUT)] + _CUT for page in pages])
 
+    search.deterministic = True  # type: ignore[attr-defined]
     return search
 
 

@@ -1,0 +1,125 @@
+"""benchmarks/gpu.sh and its rows, on a CPU: every row says something, and none keeps the others from their turn."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from card import peak_flops, shown
+from update import all_pairs, distinct_tokens, make_rows, step_flops
+
+ROOT = Path(__file__).parents[1]
+
+
+def gpu_sh(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "benchmarks/gpu.sh", *words],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def tiny_row(*command: str) -> list[list[str]]:
+    """The cells of the lines of a table that a row's program writes with its header, tiny and on a CPU."""
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TORCHDYNAMO_DISABLE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, *command, "--device", "cpu", "--tiny", "--header"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
+
+
+def test_a_row_that_hangs_or_fails_says_so_and_the_next_one_follows(tmp_path: Path) -> None:
+    python = tmp_path / "python"  # the rows' interpreter, so that some of them end otherwise than well
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in\n'
+        '    *"--row 300 16 none"*) echo "| the header |"; sleep 60 ;;\n'
+        '    *"--row 300 16 half"*) echo "loading" >&2; echo "Boom: a | b" >&2; echo >&2; exit 1 ;;\n'
+        '    *--row*) echo "| $3 $4 |" ;;\n'
+        '    *) echo "On a CPU" ;;\n'
+        "esac\n"
+    )
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    done = gpu_sh("--tiny", "--output", str(tmp_path), "b", PYTHON=str(python), ROW_S="2")
+    assert done.returncode == 0, done.stderr
+    table = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert table[:3] == [
+        "| the header |",
+        "| update_300_none | > 2 s |",
+        "| update_300_half | failed with 1: Boom: a / b |",
+    ]
+    assert len(table) == 3 + 4  # the four shapes after prompts of 1,000 and 4,000 tokens
+    assert (tmp_path / "gpu.md").read_text("utf-8") == done.stdout
+    assert "loading" in (tmp_path / "gpu/update_300_half.log").read_text("utf-8")
+
+
+def test_rows_that_there_is_no_time_for_are_named(tmp_path: Path) -> None:
+    done = gpu_sh("--tiny", "--output", str(tmp_path), "d", "e", ALL_S="0")
+    told = [line for line in done.stdout.splitlines() if line.endswith("not run: 0 s are over; run this part again |")]
+    assert [line.split()[1] for line in told] == ["about", "step_trl", "step_full", "step_half", "probing"]
+
+
+def test_words_that_mean_nothing_are_refused_before_anything_runs() -> None:
+    done = gpu_sh("--output", "/nowhere", "f")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "f is none of --tiny, --output FOLDER, a, b, c, d, e" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forks", ["none", "half"])
+def test_a_row_of_the_update_has_a_cell_for_each_column(forks: str) -> None:
+    header, _, row = tiny_row("benchmarks/update.py", "--row", "1000", "16", forks, "--repeats", "1")
+    assert len(header) == len(row)
+    assert [cell.strip() for cell in row[:3]] == ["50", "16", forks]
+    # 16 rows of 50 + 24 tokens; distinct: 50 + 16 · 24 or, in pairs, 50 + 8 · 12 + 16 · 12
+    assert float(row[7]) == pytest.approx({"none": 1184 / 434, "half": 1184 / 338}[forks], abs=0.005)
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+def test_a_step_at_a_real_size_branches_half_way_and_is_split_into_phases() -> None:
+    header, _, row = tiny_row("benchmarks/real_size.py", "half", "--steps", "2", "--budget", "200")
+    cells = dict(zip((name.strip() for name in header), row, strict=True))
+    step, *phases = (float(cells[f"{name} s"]) for name in ("step", "generate", "logprobs", "update", "sync"))
+    assert sum(phases) == pytest.approx(step, abs=0.03)
+    # In each of 2 groups 2 paths start, write 32 of their 64 tokens and branch: less than 2 · (2 · 32 + 4 · 32)
+    assert 2 * 2 * 32 < float(cells["tokens sampled"]) < 2 * (2 * 32 + 4 * 32)
+
+
+def test_the_distinct_tokens_of_rows_are_those_of_their_trie() -> None:
+    # 1 2 3 │ 1 2 4 │ 9 2 3: the 2 after 9 is another one
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4], [9, 2, 3]])
+    assert distinct_tokens(ids) == (4 + 3, (1 + 2 + 3 + 3) + (1 + 2 + 3))
+    assert all_pairs(ids) == 3 * 6
+    deep, _, _ = make_rows(10, 4, "deep", 8)
+    assert distinct_tokens(deep)[0] == 10 + 2 + 2 * 2 + 4 * 4
+
+
+def test_the_flops_of_a_step_are_those_of_its_matrices_and_pairs() -> None:
+    # tiny: 2 layers of width 64 with one head of 64 for queries, keys and values, and an inner width of 256:
+    # 4 · 64² + 3 · 64 · 256 = 65,536 parameters a layer; the head 64 · 8,000 = 512,000
+    assert step_flops("tiny", tokens=10, completions=4, pairs=55) == pytest.approx(
+        6 * (2 * 65_536 * 10 + 512_000 * 4) + 12 * 2 * 64 * 55
+    )
+
+
+def test_a_device_whose_peak_is_not_known_has_no_utilisation() -> None:
+    assert shown(1.0 / peak_flops(torch.device("cpu")), ".1%") == "—"
