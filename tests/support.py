@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 import trl
+from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import SamplingSettings
@@ -109,6 +111,36 @@ def saved_adapter_is_the_trained_one(trainer: Any, model_path: str) -> bool:
     read = {name: value for name, value in loaded.named_parameters() if "lora_" in name}
     moved = any(bool(value.any()) for name, value in trained.items() if "lora_B" in name)  # which start at zero
     return moved and read.keys() == trained.keys() and all(torch.equal(read[name], trained[name]) for name in read)
+
+
+def sampling_trainer(model: Any, folder: Path, rows: Dataset, **settings: Any) -> ARPOTrainer:
+    """A trainer of 2 × 4 completions a rollout with the transformers engine, otherwise with users' defaults."""
+    peft_config = settings.pop("peft_config", None)
+    defaults = {"num_generations": 4, "per_device_train_batch_size": 8, "max_completion_length": 24}
+    return ARPOTrainer(
+        model,
+        lambda completions, **_: [0.0] * len(completions),
+        ARPOConfig(str(folder), **{**defaults, "use_cpu": True, "report_to": "none", **settings}),
+        rows,
+        processing_class=tokenizer(),
+        tools=[search],
+        peft_config=peft_config,
+    )
+
+
+def unlike_scored(made: ARPOTrainer) -> torch.Tensor:
+    """|sampling − training logprob| of all tokens that a rollout of the first two prompts wrote."""
+    made.model.train()
+    batch = made._generate_and_score_completions([made.train_dataset[i // 4] for i in range(8)])
+    made._loss_mask = batch["completion_mask"] * batch["tool_mask"]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    made.model.eval()  # without dropout, which some models have by default
+    with torch.no_grad():
+        logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
+    written = made._loss_mask.bool()
+    assert written.sum() > 50
+    return (logps - batch["sampling_per_token_logps"])[written].abs()
 
 
 def search(query: str) -> str:

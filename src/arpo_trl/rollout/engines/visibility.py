@@ -149,7 +149,8 @@ def compare_with_plain_forward(
     # Ids all over the vocabulary, none twice where it has so many: equal tokens would hide what attention does.
     ids = torch.arange(1, sum(LENGTHS) + 2 + MORE + 1, device=device) * 7919 % vocabulary
     first, second = ids[: LENGTHS[0] + 1 + MORE], ids[LENGTHS[0] + 1 + MORE :]
-    plain = _plain_logits(model, [first, second], PADDING if padded else 0)
+    plain = _plain_logits(model, [first, second], 0)
+    kind = f"a model of type {model.config.model_type!r}"
     with fit_for_decoding(model):
         cache = make_cache()
         cache.reserve(2, len(first))
@@ -157,31 +158,38 @@ def compare_with_plain_forward(
             read = torch.nn.utils.rnn.pad_sequence([first[: LENGTHS[0]], second[: LENGTHS[1]]], batch_first=True)
             lengths = torch.tensor(LENGTHS, device=device)
             places = torch.arange(LENGTHS[0], device=device).minimum(lengths[:, None])
-            found = [forward(cache, read, slice(0, 2), places)[:1]]
-            wanted = [plain[0][LENGTHS[0] - 1]]
-            found.append(
-                forward(
-                    cache, torch.stack([first[LENGTHS[0]], second[LENGTHS[1]]])[:, None], slice(0, 2), lengths[:, None]
-                )
-            )
-            wanted += [plain[0][LENGTHS[0]], plain[1][LENGTHS[1]]]
-            places = torch.arange(LENGTHS[0] + 1, len(first), device=device)
-            found.append(forward(cache, first[None, LENGTHS[0] + 1 :], slice(0, 1), places[None]))
-            wanted.append(plain[0][-1])
+            newest = torch.stack([first[LENGTHS[0]], second[LENGTHS[1]]])
+            more = torch.arange(LENGTHS[0] + 1, len(first), device=device)
+            found = [
+                forward(cache, read, slice(0, 2), places)[:1],
+                forward(cache, newest[:, None], slice(0, 2), lengths[:, None]),
+                forward(cache, first[None, LENGTHS[0] + 1 :], slice(0, 1), more[None]),
+            ]
         except Exception as error:  # whatever the model's own code raises at a mask, a cache or positions like these
             raise ConfigError(
-                f"The transformers engine cannot sample from {_name(model)}: a forward with a mask and positions for "
-                f"each row failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:300]}). {WAY_OUT}"
+                f"The transformers engine cannot sample from {kind}: a forward with a mask and positions for each row "
+                f"failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:300]}). {WAY_OUT}"
             ) from error
         finally:
             cache.clear()
-    against = "a forward over rows padded on the left, which is what training scores" if padded else "a plain forward"
-    off = _distance(torch.cat(found).float(), torch.stack(wanted).float())
-    most = _tolerance(model)
-    if not off <= most:
+
+    def off(plain: list[torch.Tensor]) -> float:
+        wanted = [plain[0][LENGTHS[0] - 1], plain[0][LENGTHS[0]], plain[1][LENGTHS[1]], plain[0][-1]]
+        return _distance(torch.cat(found).float(), torch.stack(wanted).float())
+
+    most, distance = _tolerance(model), off(plain)
+    if not distance <= most:
         raise ConfigError(
-            f"The transformers engine cannot sample from {_name(model)}: its logits, row by row and token by token, "
-            f"are {off:.2g} standard deviations away from those of {against}; expected at most {most:.2g}. {WAY_OUT}"
+            f"The transformers engine cannot sample from {kind}: its logits, row by row and token by token, are "
+            f"{distance:.2g} standard deviations away from those of a plain forward; expected at most {most:.2g}. "
+            f"{WAY_OUT}"
+        )
+    if padded and not (distance := off(_plain_logits(model, [first, second], PADDING))) <= most:
+        raise ConfigError(
+            f"The transformers engine cannot sample what training scores with {kind}: it counts the padding before a "
+            f"prompt, which moves its logits by {distance:.2g} standard deviations; expected at most {most:.2g}. "
+            "Training scores prompts of different lengths in one padded batch. Train a model whose positions are "
+            "relative (rotary), or read off the attention mask."
         )
 
 
@@ -202,10 +210,6 @@ def _plain_logits(model: PreTrainedModel, rows: list[torch.Tensor], padding: int
 
 
 WAY_OUT = "Let vLLM sample (use_vllm), if it supports the model, or train another one."
-
-
-def _name(model: PreTrainedModel) -> str:
-    return f"a model of type {model.config.model_type!r}"
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
