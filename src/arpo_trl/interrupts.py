@@ -114,6 +114,8 @@ class Interrupts:
             if not (signums := os.read(reader, 1)):
                 return
             signum = signums[0]
+            if signum not in SIGNALS:  # that of a child that ended, which torch listens to once it has workers
+                continue
             if self.told is None:
                 self._note(signum)
             elif signum == signal.SIGINT and time.monotonic() - self._told_at > SAME_S:

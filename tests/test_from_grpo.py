@@ -1,0 +1,471 @@
+"""`ARPOTrainer` with N = M in the place of `GRPOTrainer`: what trains with one trains with the other, alike.
+
+The cases are those a user of GRPO has: models, data sets, reward functions and settings, precision and checkpointing
+as TRL sets them. Each is trained with `ARPOTrainer`, and then with `GRPOTrainer` on the completions that were sampled,
+for sampling is the one thing in which the two may differ. `docs/from-grpo.md` has what is refused.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from trl import GRPOConfig, GRPOTrainer
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.errors import DataError, RewardError
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from support import small_model, with_template
+
+M = 3
+TEXTS = ["iron melts at", "the answer is", "what is", "print(1538", "degrees of", "a question", "the point of"]
+TEXT = Dataset.from_dict({"prompt": TEXTS})
+CHAT = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in TEXTS]})
+MODELS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, "qwen2_5", {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, "qwen3", {"head_dim": 16}),
+    "tied": (Qwen2Config, Qwen2ForCausalLM, "qwen2_5", {"tie_word_embeddings": True}),
+    "moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        "qwen3",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    ),
+    "reward": (Qwen2Config, Qwen2ForSequenceClassification, "qwen2_5", {"num_labels": 1}),
+    "other reward": (LlamaConfig, LlamaForSequenceClassification, "llama3_2", {"num_labels": 1}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """Folders of tiny models, each with its tokenizer."""
+    root = tmp_path_factory.mktemp("models")
+    for name, (config, model, template, settings) in MODELS.items():
+        made = small_model(config, model, initializer_range=0.05, **settings)
+        made.config.max_position_embeddings = 4096  # tools have long schemas in this tokenizer
+        made.save_pretrained(root / name)
+        with_template(template).save_pretrained(root / name)
+    return {name: str(root / name) for name in MODELS}
+
+
+class Recorded(ARPOTrainer):
+    """Keeps what was rolled out."""
+
+    def __init__(self, *args: Any, **given: Any):
+        super().__init__(*args, **given)
+        self.rollouts: list[dict[str, Any]] = []
+
+    def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        made = super()._rollout(prompts, trainer)
+        self.rollouts.append({"prompts": prompts, **made})
+        return made
+
+
+def length(completions, **kwargs):
+    return [float(len(completion)) for completion in completions]
+
+
+def letters(completions, **kwargs):
+    return [float(len(set(str(completion)))) for completion in completions]
+
+
+def content_length(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+async def letters_later(completions, **kwargs):
+    return [float(len(set(completion))) for completion in completions]
+
+
+def not_applicable(completions, **kwargs):
+    return [None] * len(completions)
+
+
+def names_all_that_trl_hands_over(prompts, completions, completion_ids, value, trainer_state, log_extra, log_metric):
+    log_metric("values", float(sum(value)))
+    log_extra("step", [trainer_state.global_step] * len(completions))
+    return [float(abs(len(completion) - near)) for completion, near in zip(completions, value, strict=True)]
+
+
+class Counted:
+    async def __call__(self, completion_ids, **kwargs):
+        return torch.tensor([float(len(set(ids))) for ids in completion_ids])
+
+
+@dataclass
+class Case:
+    """What a run is given besides the usual; functions of the models' folders where something is loaded for it."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    given: Callable[[dict[str, str]], dict[str, Any]] = lambda models: {}
+    moves: bool = True
+    """Whether every parameter that can be trained is another one afterwards."""
+    same_rows: bool = True
+    """Whether a micro-batch has the rows that TRL would give it, and not whole groups."""
+
+
+def _with(**given: Any) -> Callable[[dict[str, str]], dict[str, Any]]:
+    return lambda models: given
+
+
+def _adapted(models: dict[str, str]) -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {"model": get_peft_model(AutoModelForCausalLM.from_pretrained(models["qwen2"], dtype="float32"), LORA)}
+
+
+LORA = LoraConfig(init_lora_weights=False)
+"""Both halves of the adapter have a gradient at the first step."""
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
+CASES: dict[str, Case] = {
+    "text": Case(),
+    "messages": Case(given=_with(train_dataset=CHAT)),
+    "float32": Case({"bf16": False}),
+    "no checkpointing": Case({"gradient_checkpointing": False}),
+    **{
+        f"loss {kind}": Case({"loss_type": kind, "gradient_accumulation_steps": 2})
+        for kind in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+    },
+    **{f"scaled by {kind}": Case({"scale_rewards": kind}) for kind in ("group", "batch", False)},
+    "evaluation": Case(EVALUATED, _with(eval_dataset=TEXT.select(range(2)))),
+    "one leaf in evaluation": Case(EVALUATED | {"num_generations_eval": 1}, _with(eval_dataset=TEXT.select([0]))),
+    "evaluation at the start": Case(
+        EVALUATED | {"eval_on_start": True, "loss_type": "grpo"}, _with(eval_dataset=TEXT.select(range(2)))
+    ),
+    "several evaluations": Case(EVALUATED, _with(eval_dataset={"a": TEXT.select([0]), "b": CHAT.select([1])})),
+    "several iterations": Case({"num_iterations": 2, "max_steps": 2}),
+    "ratios of sequences": Case({"num_iterations": 2, "max_steps": 2, "importance_sampling_level": "sequence"}),
+    "generated for several steps": Case({"steps_per_generation": 2, "max_steps": 2}, same_rows=False),
+    "generation batch": Case({"generation_batch_size": 6, "max_steps": 2}, same_rows=False),
+    "group over micro-batches": Case({"num_generations": 6, "gradient_accumulation_steps": 2}),
+    "adapter to be made": Case(given=_with(peft_config=LORA)),
+    "adapter that is there": Case(given=_adapted),
+    "adapter that is there, with a reference": Case({"beta": 0.1}, _adapted),
+    "reference model": Case({"beta": 0.1}),
+    "reference model without correction": Case({"beta": 0.1, "use_bias_correction_kl": False}),
+    "reference model that follows": Case(
+        {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1, "max_steps": 2}
+    ),
+    "head in float32": Case({"cast_lm_head_to_fp32": True}, lambda models: {"model": models["qwen3"]}),
+    "tied head in float32": Case({"cast_lm_head_to_fp32": True}, lambda models: {"model": models["tied"]}),
+    "mixture of experts": Case(given=lambda models: {"model": models["moe"]}, moves=False),
+    "tokens of high entropy": Case({"top_entropy_quantile": 0.2}),
+    "entropy bonus": Case({"entropy_coef": 0.1, "use_adaptive_entropy": True}),
+    "filtered sampling": Case({"top_p": 0.9, "top_k": 10, "min_p": 0.01, "repetition_penalty": 1.1}),
+    "off-policy mask": Case({"off_policy_mask_threshold": 0.5}),
+    "off-policy mask, filtered sampling": Case({"off_policy_mask_threshold": 0.01, "top_k": 5, "top_p": 0.5}),
+    "two-sided clipping": Case({"delta": 2.0}),
+    "truncated ones masked": Case({"mask_truncated_completions": True}, moves=False),
+    "padded": Case({"pad_to_multiple_of": 8}),
+    "template's arguments": Case(
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        lambda models: {"model": models["qwen3"], "train_dataset": CHAT},
+    ),
+    "workers": Case({"dataloader_num_workers": 1}),
+    "completions in the log": Case({"log_completions": True}),
+    "unused columns removed": Case(
+        {"remove_unused_columns": True}, _with(train_dataset=TEXT.add_column("turns_taken", TEXTS))
+    ),
+    "streamed": Case(given=_with(train_dataset=TEXT.to_iterable_dataset(), eval_dataset=TEXT.to_iterable_dataset())),
+    "reward model": Case(given=lambda models: {"reward_funcs": models["reward"]}),
+    "reward model of messages": Case(
+        given=lambda models: {"reward_funcs": models["reward"], "train_dataset": CHAT},
+    ),
+    "reward model of another family": Case(
+        given=lambda models: {
+            "reward_funcs": AutoModelForSequenceClassification.from_pretrained(models["other reward"]),
+            "reward_processing_classes": AutoTokenizer.from_pretrained(models["other reward"]),
+            "train_dataset": CHAT,
+        }
+    ),
+    "reward of messages": Case(given=_with(reward_funcs=content_length, train_dataset=CHAT)),
+    "two rewards, weighed": Case({"reward_weights": [0.7, 0.3]}, _with(reward_funcs=[length, letters])),
+    "two rewards, each normalised": Case(
+        {"multi_objective_aggregation": "normalize_then_sum"}, _with(reward_funcs=[length, letters])
+    ),
+    "function and model": Case(given=lambda models: {"reward_funcs": [length, models["reward"]]}),
+    "async rewards": Case(given=_with(reward_funcs=[length, letters_later, Counted()])),
+    "a reward that does not apply": Case(given=_with(reward_funcs=[length, not_applicable])),
+    "no reward that applies": Case(given=_with(reward_funcs=not_applicable), moves=False),
+    "a reward that names its arguments": Case(
+        given=_with(
+            reward_funcs=names_all_that_trl_hands_over,
+            train_dataset=TEXT.add_column("value", list(range(len(TEXT)))),
+        )
+    ),
+    "null answers": Case(given=_with(train_dataset=TEXT.add_column("answer", [None] * len(TEXT)))),
+    "answers with fields": Case(given=_with(train_dataset=TEXT.add_column("answer", [{"value": 1}] * len(TEXT)))),
+    "blank system message": Case(
+        given=_with(
+            train_dataset=Dataset.from_list(
+                [{"prompt": [{"role": "system", "content": ""}, {"role": "user", "content": text}]} for text in TEXTS]
+            )
+        )
+    ),
+    "calls in the prompt": Case(
+        given=_with(
+            train_dataset=Dataset.from_list(
+                [
+                    {
+                        "prompt": [
+                            {"role": "user", "content": text},
+                            {
+                                "role": "assistant",
+                                "content": None,
+                                "tool_calls": [
+                                    {"type": "function", "function": {"name": "f", "arguments": {"of": text}}}
+                                ],
+                            },
+                            {"role": "tool", "name": "f", "content": "3"},
+                        ]
+                    }
+                    for text in TEXTS
+                ]
+            )
+        )
+    ),
+}
+
+
+def trained(kind: type[GRPOTrainer], folder: Path, case: Case, models: dict[str, str], replay=None) -> Any:
+    settings = {
+        "output_dir": str(folder),
+        "learning_rate": 0.1,
+        "num_generations": M,
+        "per_device_train_batch_size": M,
+        "max_completion_length": 8,
+        "max_steps": 1,
+        "use_cpu": True,
+        "report_to": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **case.settings,
+    }
+    given = {"model": models["qwen2"], "reward_funcs": letters, "train_dataset": TEXT, **case.given(models)}
+    if kind is GRPOTrainer:
+        args = GRPOConfig(**settings)
+    else:
+        args = ARPOConfig(**{"initial_rollouts": settings["num_generations"], "loss_type": "dapo", **settings})
+    trainer = kind(args=args, **given)
+    if replay is not None:
+        trainer.rollout_func = replay
+    before = {name: value.clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
+    trainer.train()
+    assert trainer.state.log_history[-1]["train_loss"] is not None
+    moved = [not torch.equal(value, trainer.model.get_parameter(name)) for name, value in before.items()]
+    assert all(moved) or not case.moves, [name for name, has in zip(before, moved, strict=True) if not has]
+    return trainer
+
+
+OF_A_STEP = re.compile("loss|grad_norm|entropy|kl")
+COMPARED = re.compile(r"(eval_)?(\w_)?(loss|grad_norm|reward|reward_std|kl|entropy|rewards/.*|completions/.*|values)")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_trains_with_grpo_trains_alike(name, models, tmp_path):
+    case = CASES[name]
+    ours = trained(Recorded, tmp_path / "ours", case, models)
+    rollouts = iter(ours.rollouts)
+
+    def replay(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
+        made = next(rollouts)
+        assert made["prompts"] == prompts
+        assert made["prompt_ids"] == trainer._tokenize_prompts(prompts)[0]
+        return {key: made[key] for key in ("prompt_ids", "completion_ids", "logprobs", "env_mask")}
+
+    theirs = trained(GRPOTrainer, tmp_path / "theirs", case, models, replay)
+    assert next(rollouts, None) is None
+    expected, found = theirs.state.log_history[0], ours.state.log_history[0]
+    assert expected.keys() <= found.keys()
+    compared = [key for key in expected if COMPARED.fullmatch(key) and (case.same_rows or not OF_A_STEP.search(key))]
+    assert len(compared) >= 9
+    for key in compared:
+        value = expected[key]
+        assert found[key] == (None if value is None else pytest.approx(value, rel=0.03, abs=0.01)), key
+
+
+# What is not about training ------------------------------------------------------------------------------------------
+
+
+def config(folder: Path, **settings: Any) -> ARPOConfig:
+    return ARPOConfig(str(folder), use_cpu=True, report_to="none", **settings)
+
+
+def test_the_arguments_are_those_of_grpo_and_an_engine():
+    theirs = inspect.signature(GRPOTrainer.__init__).parameters
+    ours = dict(inspect.signature(ARPOTrainer.__init__).parameters)
+    assert ours.pop("engine").kind is inspect.Parameter.KEYWORD_ONLY
+    assert list(ours) == list(theirs)
+    assert [of.default for of in ours.values()] == [of.default for of in theirs.values()]
+
+
+def test_arguments_may_be_given_by_their_place(models, tmp_path):
+    made = ARPOTrainer(models["qwen2"], models["reward"], config(tmp_path), TEXT, TEXT, tools=None)
+    assert made.eval_dataset is TEXT
+    assert made.tools == []
+
+
+def test_a_reward_may_name_only_what_it_needs_and_return_any_numbers_in_a_row(models, tmp_path):
+    def named(completions, stop_reason):  # with GRPO an error: it would be handed prompts as well
+        return (float(len(completion)) for completion in completions)
+
+    class Asking:
+        async def __call__(self, turns):
+            return [float(len(turn)) for turn in turns]
+
+    case = Case(given=_with(reward_funcs=[named, Asking(), letters]))
+    assert trained(ARPOTrainer, tmp_path, case, models).state.global_step == 1
+
+
+def test_a_reward_that_names_what_there_is_not_is_told_what_there_is(models, tmp_path):
+    def wants(completions, gold, **kwargs):
+        return [0.0] * len(completions)
+
+    case = Case(given=_with(reward_funcs=wants))
+    with pytest.raises(RewardError, match=r"'wants' asks for \['gold'\], .* There are: completion_ids, completions"):
+        trained(ARPOTrainer, tmp_path, case, models)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("name", ["turns", "tool_calls", "stop_reason"])
+def test_a_column_that_rollouts_fill_is_refused_by_its_name(models, tmp_path, name, streamed):
+    rows = TEXT.add_column(name, TEXTS)
+    case = Case(given=_with(train_dataset=rows.to_iterable_dataset() if streamed else rows))
+    with pytest.raises(DataError, match=rf"has the column\(s\) \['{name}'\], .* Rename yours"):
+        trained(ARPOTrainer, tmp_path, case, models)
+
+
+def multiply(a: int, b: int) -> int:
+    """Multiplies two integers.
+
+    Args:
+        a: The first integer.
+        b: The second integer.
+    """
+    return a * b
+
+
+def written(row: int, turn: int) -> str:
+    """One right call, one with a wrong argument, no call at all; then the last turn."""
+    if turn or row == 2:
+        return "so"
+    arguments = f'{{"a": 3, "{"bc"[row]}": 4}}'
+    return f'<tool_call>\n{{"name": "multiply", "arguments": {arguments}}}\n</tool_call>'
+
+
+def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_path):
+    tok = AutoTokenizer.from_pretrained(models["qwen3"])
+    seen: dict[str, list[Any]] = {}
+
+    class TrlsLoop(GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):
+            turn = int(len(prompt_ids) < M)  # the second has but the rows that called
+            return [tok(written(row, turn))["input_ids"] + [tok.eos_token_id] for row in range(len(prompt_ids))], None
+
+    engine = ScriptedEngine(
+        tok, SamplingSettings((tok.eos_token_id,)), lambda request, _: written(request.key[1], request.key[-1])
+    )
+    for kind, given in ((TrlsLoop, {}), (ARPOTrainer, {"engine": engine})):
+
+        def reward(completions, name=kind.__name__, **kwargs):
+            seen[name] = completions
+            return [float(len(completion)) for completion in completions]
+
+        protocol = {"tool_protocol": "chat_template"} if kind is ARPOTrainer else {}
+        case = Case(
+            {"max_completion_length": 400, **protocol},
+            _with(model=models["qwen3"], train_dataset=CHAT, tools=[multiply], reward_funcs=reward, **given),
+            moves=False,
+        )
+        made = trained(kind, tmp_path / kind.__name__, case, models)
+        assert made.tools == [multiply]
+        log = made.state.log_history[0]
+        assert log["tools/call_frequency"] == pytest.approx(2 / 3)
+        assert log["tools/failure_frequency"] == pytest.approx(1 / 2)
+    theirs, ours = seen["TrlsLoop"], seen["ARPOTrainer"]
+    assert ours[0] == theirs[0]
+    assert [message["role"] for message in ours[0]] == ["assistant", "tool", "assistant"]
+    assert ours[0][0]["tool_calls"] == [
+        {"type": "function", "function": {"name": "multiply", "arguments": {"a": 3, "b": 4}}}
+    ]
+    assert ours[2] == theirs[2]
+    # What a model reads of its mistakes is our own text.
+    assert "error" in str(theirs[1][1].pop("content")).lower() and "Error" in ours[1][1].pop("content")
+    assert ours[1] == theirs[1]
+
+
+def test_calls_by_tags_are_shown_to_rewards_in_the_same_way(models, tmp_path):
+    tok = AutoTokenizer.from_pretrained(models["qwen2"])
+    seen = []
+
+    def reward(completions, turns, **kwargs):
+        seen.extend(zip(completions, turns, strict=True))
+        return letters(completions)
+
+    def script(request, context):
+        return "so" if request.key[-1] else "<find>iron</find>"
+
+    def find(query: str) -> str:
+        """Finds.
+
+        Args:
+            query: What.
+        """
+        return f"{query}: a metal"
+
+    engine = ScriptedEngine(tok, SamplingSettings((tok.eos_token_id,), ("</find>",)), script)
+    given = _with(train_dataset=CHAT, tools=[find], reward_funcs=reward, engine=engine)
+    trained(ARPOTrainer, tmp_path, Case({"max_completion_length": 100}, given, moves=False), models)
+    completion, turns = seen[0]
+    call = {"type": "function", "function": {"name": "find", "arguments": {"query": "iron"}}}
+    assert completion == [
+        {"role": "assistant", "content": "<find>iron</find>", "tool_calls": [call]},
+        {"role": "tool", "name": "find", "content": "iron: a metal"},
+        {"role": "assistant", "content": "so"},
+    ]
+    assert turns == ["<find>iron</find>", "so"]
+
+
+def test_the_default_settings_allow_evaluation(tmp_path):
+    made = config(tmp_path, eval_strategy="steps", eval_steps=1)
+    assert made.per_device_eval_batch_size == made.num_generations == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"reward_funcs": None}, ValueError, "No reward source provided"),
+        ({"train_dataset": None}, ValueError, "`train_dataset` is required"),
+        ({"train_dataset": [{"prompt": "what is"}]}, TypeError, "must be a `Dataset` or `IterableDataset`"),
+        ({"reward_processing_classes": [None, None]}, ValueError, "must match the number of reward functions"),
+        ({"peft_config": {"r": 4}}, TypeError, "must be a `peft.PeftConfig` instance"),
+    ],
+)
+def test_a_mistake_is_the_error_that_it_is_with_grpo(given, error, message, models, tmp_path):
+    usual = {"model": models["qwen2"], "reward_funcs": length, "train_dataset": TEXT}
+    for kind, args in ((GRPOTrainer, GRPOConfig(str(tmp_path), use_cpu=True)), (ARPOTrainer, config(tmp_path))):
+        with pytest.raises(error, match=message):
+            kind(args=args, **{**usual, **given})
