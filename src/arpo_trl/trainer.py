@@ -257,7 +257,8 @@ class ARPOTrainer(ResumableTrainer):
             settings,
             self._model_for_generation,
             generation_kwargs=args.generation_kwargs,
-            scored_padded=not self._shares_prefixes,
+            # `auto` packs where it pays, and else pads.
+            scored_padded=not self._shares_prefixes or args.shared_prefix_forward == SharedPrefixForward.AUTO,
             most_rows=max(rows, evaluated),
             smaller=(
                 f"Lower per_device_train_batch_size × steps_per_generation ({args.per_device_train_batch_size} × "
