@@ -13,6 +13,7 @@ distribution. What a turn samples does not depend on its neighbours, up to the r
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.masking_utils import create_causal_mask
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
@@ -42,6 +44,8 @@ RETAINED_BYTES = 1 << 30
 """Most memory for the keys and values of finished turns; beyond it the oldest go, and would be computed again."""
 ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a 4-D mask."""
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the keys and values that a model is given: the former in 5.24, the latter in 5.17."""
 
 
 _State = tuple[torch.Tensor, torch.Tensor]
@@ -328,9 +332,9 @@ class TransformersEngine:
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: self._cache},
         ).logits[:, -1]
         if self._device.type == "cuda":
             torch.cuda.synchronize()
