@@ -29,6 +29,7 @@ from arpo_trl.advantages import (
     first_copies,
     mean_over_leaves,
 )
+from arpo_trl.compute_dtype import warn_of_emulation
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError, Interrupted, RewardError
@@ -148,6 +149,7 @@ class ARPOTrainer(ResumableTrainer):
                 **kwargs,
             )
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
+        warn_of_emulation(self.model, self.accelerator)
         self.use_vllm = args.use_vllm
         if self._is_vlm:
             raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
