@@ -32,11 +32,10 @@ from arpo_trl.tools.sandbox import Limits, Tier, Worker
 
 TEXTS = ["the melting point of iron is 1538 degrees", "print(1538 - 1000)", "what is the answer to a question"]
 ANSWER = "<answer>\\boxed{1}</answer>"
-ON_CPU: dict[str, Any] = {
-    **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False},
-    **{"logging_steps": 1, "report_to": "none", "disable_tqdm": True},
-}
-"""Settings of a small run that is watched through its log."""
+ON_CPU: dict[str, Any] = {"use_cpu": True, "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+"""Settings of a small run that is watched through its log. All others are what users get: bf16 above all."""
+EXACT: dict[str, Any] = {"bf16": False}
+"""Besides, where a test compares what is equal in float32 only; beside it stands one that takes the default."""
 
 
 @cache

@@ -25,11 +25,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import stamina
 from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils import _http as hub_client
 
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card
@@ -38,6 +37,8 @@ from arpo_trl.trajectory_dataset import dataset_card, export_rows
 
 logger = logging.getLogger(__name__)
 
+http: Any = getattr(hub_client, "httpx2", None) or hub_client.httpx
+"""What the Hub's client is made of, and raises the errors of: httpx2 from huggingface_hub 2.0 on, httpx before."""
 ANSWER_TIMEOUT_S = 180.0
 """Longest silence of the Hub; its client would wait for ever."""
 ATTEMPTS = 3
@@ -93,16 +94,16 @@ def _may_pass(error: BaseException) -> bool:
         status = error.response.status_code
         return status in (408, 429) or status >= 500
     # A gateway's page in place of an answer is no JSON.
-    return isinstance(error, (httpx.TransportError, json.JSONDecodeError))
+    return isinstance(error, (http.TransportError, json.JSONDecodeError))
 
 
 @functools.cache
 def _limit_silence() -> None:
     """Gives the Hub's client, which has no time limit of its own, one for silence: once, for the whole process."""
 
-    def make() -> httpx.Client:
-        client = default_client_factory()
-        client.timeout = httpx.Timeout(ANSWER_TIMEOUT_S)
+    def make() -> Any:
+        client = hub_client.default_client_factory()
+        client.timeout = http.Timeout(ANSWER_TIMEOUT_S)
         return client
 
     set_client_factory(make)
@@ -120,7 +121,7 @@ def reason_of(error: BaseException) -> str:
             404: "it does not exist, or this token does not see it",
         }
         return f"the Hub answered {status}" + (f": {meaning[status]}" if status in meaning else "")
-    if isinstance(error, httpx.TransportError):
+    if isinstance(error, http.TransportError):
         return f"the Hub could not be reached ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError):
         return "the Hub answered with something else than JSON"

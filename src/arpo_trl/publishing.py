@@ -36,7 +36,7 @@ class PublishingTrainer(GRPOTrainer):
     other_settings: Sequence[Any] = ()
     """Dataclasses besides `args` whose values are settings of this run."""
 
-    def prepare_repositories(self, args: Any, token: str | None = None) -> None:
+    def prepare_repositories(self, args: Any, token: str | None = None, private: bool | None = None) -> None:
         """Makes sure that the repositories which the settings name can be written to; on the main process only.
 
         Raises:
@@ -44,17 +44,19 @@ class PublishingTrainer(GRPOTrainer):
         """
         if args.process_index != 0:
             return
+        if private is None:
+            private = args.hub_private_repo
         self._repo_id = prepare_repo(
             args.hub_model_id or Path(args.output_dir).absolute().name,
             setting="hub_model_id",
-            private=args.hub_private_repo,
+            private=private,
             token=token,
         )
         if args.hub_trajectories_id is not None:
             args.hub_trajectories_id = prepare_repo(
                 args.hub_trajectories_id,
                 setting="hub_trajectories_id",
-                private=args.hub_private_repo,
+                private=private,
                 kind="dataset",
                 token=token,
             )
@@ -62,9 +64,9 @@ class PublishingTrainer(GRPOTrainer):
             shutil.rmtree(left, ignore_errors=True)
         self._push = BackgroundPush()
 
-    def init_hf_repo(self, token: str | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         if not hasattr(self, "_push"):
-            self.prepare_repositories(self.args, token)
+            self.prepare_repositories(self.args, token, private)
         self.hub_model_id = getattr(self, "_repo_id", None)
 
     def push_to_hub(
@@ -73,6 +75,7 @@ class PublishingTrainer(GRPOTrainer):
         blocking: bool = True,
         token: str | None = None,
         revision: str | None = None,
+        private: bool | None = None,
         **card: Any,
     ) -> Any:
         """Saves the model and its card, then sends them and, with `hub_trajectories_id`, the trajectories.
@@ -87,7 +90,7 @@ class PublishingTrainer(GRPOTrainer):
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
-            self.init_hf_repo(token)
+            self.init_hf_repo(token, private)
         self.create_model_card(**card)
         self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
         self._push.wait()

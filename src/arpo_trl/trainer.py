@@ -28,6 +28,7 @@ from arpo_trl.advantages import (
     mean_over_leaves,
 )
 from arpo_trl.completions import completion_messages
+from arpo_trl.compute_dtype import warn_of_emulation
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import refuse_rollout_columns
 from arpo_trl.errors import ConfigError
@@ -174,6 +175,7 @@ class ARPOTrainer(ResumableTrainer):
             )
         self.tools = tools  # TRL's __init__ would want a template that shows them, which tags do not need
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
+        warn_of_emulation(self.model, self.accelerator)
         self.use_vllm = args.use_vllm
         if self._is_vlm:
             raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")

@@ -13,6 +13,7 @@ distribution. What a turn samples does not depend on its neighbours, up to the r
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections import deque
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.masking_utils import create_causal_mask
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
@@ -46,6 +48,8 @@ PREFILL_PAIRS = 1 << 24
 heads at once (eager, or SDPA where no fused kernel fits) takes that many for each head, 4 bytes or more each."""
 RETAINED_BYTES = 1 << 30
 """Most memory for the keys and values of finished turns; beyond it the oldest go, and would be computed again."""
+CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the keys and values that a model is given: the former in 5.24, the latter in 5.17."""
 
 
 class TransformersEngine:
@@ -360,8 +364,8 @@ def _forward(
         input_ids=ids,
         attention_mask=mask_for(model.config.get_text_config(), positions, cache.length, mask_dtype(model)),
         position_ids=positions,
-        past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
+        **{CACHE_ARGUMENT: cache},
     ).logits[:, -1]
     return logits

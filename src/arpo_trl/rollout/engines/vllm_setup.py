@@ -12,6 +12,7 @@ from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 
+from arpo_trl.compute_dtype import warn_of_other_dtype
 from arpo_trl.config import ARPOConfig, WeightSync
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
@@ -34,6 +35,9 @@ def colocate_engine(
 ) -> tuple[Engine, int]:
     """The engine on the vLLM that TRL has started, and its context in tokens."""
     warn_of_other_distribution(settings)
+    dtype = str(generation.llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    way_out = "another dtype in the model's config.json, which vLLM takes unless it is float32"
+    warn_of_other_dtype(generation.model, generation.accelerator, {"vLLM": dtype}, way_out)
     engine = VLLMColocateEngine(
         generation,
         tokenizer,
@@ -75,6 +79,8 @@ def server_engine(
     for client in clients:
         client.wait(args.vllm_server_timeout)
     facts = [check_server(client, tokenizer, args.entropy_top_logprobs) for client in clients]
+    dtypes = {client.url: fact.dtype for client, fact in zip(clients, facts, strict=True)}
+    warn_of_other_dtype(model, accelerator, dtypes, "start the server with --dtype {dtype}")
     if args.weight_sync == WeightSync.NCCL:
         transfer: Transfer = NcclTransfer(
             model,

@@ -1,0 +1,79 @@
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import PartialState
+
+from arpo_trl import ARPOConfig
+from arpo_trl.compute_dtype import training_dtype, warn_of_emulation, warn_of_other_dtype
+from arpo_trl.errors import ConfigError
+from support import tiny_model
+
+SERVERS = {"http://a:1": "bfloat16", "http://b:1": "float16", "http://c:1": "float16"}
+
+
+@pytest.fixture(autouse=True)
+def state() -> None:
+    PartialState(cpu=True)  # which loggers ask for their rank
+
+
+def accelerator(mixed_precision: str, device: str = "cpu") -> SimpleNamespace:
+    return SimpleNamespace(mixed_precision=mixed_precision, device=torch.device(device))
+
+
+def said(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+def test_autocast_decides_and_without_it_the_weights_do():
+    full, half = tiny_model(), tiny_model().to(torch.bfloat16)
+    assert training_dtype(full, accelerator("bf16")) == "bfloat16"
+    assert training_dtype(full, accelerator("fp16")) == "float16"
+    assert training_dtype(full, accelerator("no")) == "float32"
+    assert training_dtype(half, accelerator("no")) == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("mixed_precision", "native", "warns"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
+)
+def test_bf16_that_a_gpu_emulates_is_said_with_the_setting(monkeypatch, caplog, mixed_precision, native, warns):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    warn_of_emulation(tiny_model(), accelerator(mixed_precision, "cuda:0"))
+    assert len(said(caplog)) == warns
+    if warns:
+        assert "bf16 is on" in caplog.text and "Tesla T4" in caplog.text and "Set fp16: true" in caplog.text
+
+
+def test_bf16_on_a_cpu_is_nothing_to_speak_of(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    warn_of_emulation(tiny_model(), accelerator("bf16"))
+    assert said(caplog) == []
+
+
+def test_bf16_on_a_device_without_it_is_refused_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
+    with pytest.raises(ConfigError, match="bf16.*use_cpu"):
+        ARPOConfig(str(tmp_path))
+
+
+def test_one_precision_is_nothing_to_speak_of(caplog):
+    warn_of_other_dtype(tiny_model(), accelerator("bf16"), {"vLLM": "bfloat16"}, "change it")
+    assert said(caplog) == []
+
+
+def test_fp16_with_vllm_in_another_dtype_names_both_settings(caplog):
+    warn_of_other_dtype(tiny_model(), accelerator("fp16"), SERVERS, "start the server with --dtype {dtype}")
+    (line,) = said(caplog)
+    assert "Training computes in float16, but http://a:1 in bfloat16" in line
+    assert line.endswith("Set bf16: true for the trainer, or start the server with --dtype float16.")
+
+
+def test_each_other_dtype_is_said_once_with_all_that_have_it(caplog):
+    warn_of_other_dtype(tiny_model(), accelerator("no"), SERVERS, "start the server with --dtype {dtype}")
+    bfloat16, float16 = said(caplog)
+    assert "in float32, but http://a:1 in bfloat16" in bfloat16
+    assert "in float32, but http://b:1, http://c:1 in float16" in float16 and "Set fp16: true" in float16
