@@ -1,13 +1,16 @@
 import contextlib
+import gc
+import re
+import weakref
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines import slots
 from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.engines.distribution import entropy, sample
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import ContentEncoder
 from support import small_model, tiny_model, tokenizer
@@ -23,13 +26,14 @@ def louder(model):
     return model
 
 
-def engine(model, *, stop=(), eos=None, context=contextlib.nullcontext, generation_kwargs=None, **settings):
+def engine(model, *, stop=(), eos=None, context=contextlib.nullcontext, most_rows=None, smaller="", **settings):
     """An engine that has been compared with the model's plain forward."""
     made = TransformersEngine(
         tokenizer(),
         SamplingSettings((tokenizer().eos_token_id if eos is None else eos,), tuple(stop), **settings),
         lambda: context(model),
-        generation_kwargs=generation_kwargs,
+        most_rows=most_rows,
+        smaller=smaller or "Sample fewer turns at a time, or shorter ones.",
     )
     made.check()
     return made
@@ -242,26 +246,6 @@ def test_no_forward_makes_logits_for_more_than_one_position_per_row(model):
     assert set(widths) == {1}
 
 
-def test_tokens_are_drawn_in_proportion_to_their_probability():
-    # the quantiles 0.05, 0.15, … 0.95 of (0.5, 0.0, 0.3, 0.2): 5, 0, 3 and 2 of ten
-    probs = torch.tensor([0.5, 0.0, 0.3, 0.2]).expand(10, 4)
-    drawn = sample(probs, (torch.arange(10) + 0.5) / 10)
-    assert torch.bincount(drawn, minlength=4).tolist() == [5, 0, 3, 2]
-
-
-def test_a_token_of_probability_zero_is_never_drawn():
-    probs = torch.tensor([[0.0, 0.5, 0.5, 0.0]])
-    assert sample(probs, torch.tensor([0.0])).item() == 1
-    assert sample(probs, torch.tensor([1.0 - 2**-24])).item() == 2
-
-
-def test_entropy_of_a_warped_distribution_counts_zero_as_zero():
-    probs = torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
-    values = entropy(probs, torch.tensor([True, True]))
-    assert values.tolist() == pytest.approx([0.693147, 0.0], abs=1e-6)
-    assert entropy(probs, torch.tensor([False, True])).shape == (1,)
-
-
 def test_the_model_is_left_as_it_was(model):
     model.train()
     run(model, requests([0]))
@@ -296,6 +280,195 @@ def test_a_session_that_fails_leaves_nothing_behind(model):
     assert made.pending == 0
     with made.session():
         assert made.poll(0.0) == []
+
+
+# Memory --------------------------------------------------------------------------------------------------------------
+
+
+def holding(made, request=0):
+    """Weak references to all that a session holds after two steps of a turn, one of it kept for others."""
+    made.submit(requests([request])[0])
+    made.poll(0.0)
+    made.poll(0.0)
+    cache, state = made._cache, made._state
+    made._retained.keep(99, cache.read(0, 4))
+    kept = [states for layer in made._retained.layers(99) for states in layer]
+    buffers = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+    assert len(buffers) == len(kept) == 2 * 2  # two layers' keys and values
+    return [weakref.ref(tensor) for tensor in (*buffers, *kept, state.uniforms)]
+
+
+def test_a_session_frees_its_buffers_when_it_closes_without_waiting_for_the_garbage_collector(model):
+    made = engine(model)
+    gc.disable()
+    try:
+        with made.session():
+            held = holding(made)
+        assert all(tensor() is None for tensor in held)
+    finally:
+        gc.enable()
+
+
+def test_a_session_that_fails_frees_its_buffers_while_its_traceback_lives(model):
+    made = engine(model)
+    gc.disable()
+    try:
+        with pytest.raises(RuntimeError, match="somewhere in the model") as failed, made.session():
+            held = holding(made)
+            layer = made._cache.layers[0]  # which the traceback keeps, as it would the frames of the model's forward
+            raise RuntimeError("somewhere in the model")
+        assert failed.value.__traceback__ is not None
+        assert layer.nbytes == 0
+        assert all(tensor() is None for tensor in held)
+    finally:
+        gc.enable()
+
+
+def test_a_rollout_without_room_is_an_error_before_it_that_says_what_it_needs_and_what_to_lower(monkeypatch):
+    # two layers × 2 (keys, values) × 1 head × 16 × 4 bytes: 128 bytes for each row, position and layer
+    made = engine(tiny_model(), smaller="Lower this and that.")
+    monkeypatch.setattr(slots, "free_bytes", lambda device: 128 * 4 * 128 - 1)
+    asked = [TurnRequest(i, PROMPTS[0], 128 - len(PROMPTS[0]), 4, i, (i,)) for i in range(4)]
+    needed = r"needs 0\.00 GiB on cpu for the keys and values of 4 rows × 128 positions × 2 layers"
+    with made.session():
+        for request in asked:
+            made.submit(request)
+        with pytest.raises(EngineError, match=rf"{needed}.* 0\.00 GiB are free\. Lower this and that\."):
+            made.poll(0.0)
+    with made.session():  # three rows are reserved as four, unless no more than three can ever be asked for
+        for request in asked[:3]:
+            made.submit(request)
+        with pytest.raises(EngineError, match=needed):
+            made.poll(0.0)
+    made = engine(tiny_model(), most_rows=3)
+    with made.session():
+        for request in asked[:3]:
+            made.submit(request)
+        made.poll(0.0)
+        assert made._cache.nbytes == 128 * 3 * 128 * 2
+
+
+def test_memory_that_runs_out_on_the_way_is_an_error_with_the_way_out(model):
+    made = engine(model, smaller="Lower this and that.")
+
+    def forward(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    with made.session():
+        made.submit(requests([0])[0])
+        made.poll(0.0)
+        hook = model.lm_head.register_forward_hook(forward)
+        try:
+            with pytest.raises(
+                EngineError, match=r"Memory on cpu ran out .* held \(CUDA out .*\)\. Lower this and that"
+            ):
+                made.poll(0.0)
+        finally:
+            hook.remove()
+
+
+def test_memory_that_a_cpu_does_not_have_is_the_same_error(model):
+    made = engine(model)
+    with made.session():
+        made.submit(TurnRequest(0, PROMPTS[0], 1 << 45, 4, 0, (0,)))  # 128 TiB for its random numbers alone
+        with pytest.raises(
+            EngineError, match=r"Memory on cpu ran out .*Sample fewer turns at a time, or shorter ones"
+        ):
+            made.poll(0.0)
+
+
+def test_what_sampling_holds_is_said_once_and_louder_where_it_is_much(model, monkeypatch, caplog):
+    # 2 layers × 4 rows × 64 positions × 128 bytes = 64 KiB, and 1 GiB of finished turns at the most
+    said = r"4 rows × 64 positions × 2 layers × 128 bytes = 0\.00 GiB on cpu, and up to 1\.00 GiB of finished turns"
+    for free, level in ((1 << 40, "INFO"), (1 << 30, "WARNING")):
+        made = engine(model, most_rows=4)
+        monkeypatch.setattr(transformers_engine, "free_bytes", lambda device, free=free: free)
+        caplog.clear()
+        with caplog.at_level("INFO", logger=transformers_engine.__name__):
+            finish(made, requests([0]))
+            finish(made, requests([1]))
+        lines = [record for record in caplog.records if re.search(said, record.getMessage())]
+        assert [record.levelname for record in lines] == [level]
+
+
+@pytest.mark.parametrize("bounds", [{"PREFILL_PAIRS": 300}, {"PREFILL_TOKENS": 10}, {"PREFILL_PAIRS": 1}])
+def test_a_prefill_is_read_in_parts_that_stay_within_its_bounds(model, monkeypatch, bounds):
+    whole, _ = run(model, requests())
+    for name, bound in bounds.items():
+        monkeypatch.setattr(transformers_engine, name, bound)
+    made = engine(model)
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append((kwargs["input_ids"].shape, kwargs["attention_mask"].shape)),
+        with_kwargs=True,
+    )
+    try:
+        parts, _ = finish(made, requests())
+    finally:
+        hook.remove()
+    prefills = [(ids, mask) for ids, mask in read if ids[1] > 1]
+    assert all(ids.numel() <= bounds.get("PREFILL_TOKENS", 1 << 20) for ids, _ in prefills)
+    # a mask is as wide as a block of 64 keys at the least
+    assert all(mask.numel() <= bounds.get("PREFILL_PAIRS", 1 << 20) * 64 for _, mask in prefills)
+    assert {i: turn.ids for i, turn in parts.items()} == {i: turn.ids for i, turn in whole.items()}
+    for i, turn in parts.items():
+        torch.testing.assert_close(torch.tensor(turn.logprobs), torch.tensor(whole[i].logprobs), atol=1e-5, rtol=0)
+
+
+def test_buffers_and_masks_grow_in_blocks_up_to_the_rows_that_may_be_asked_for():
+    cache = slots.SlotCache(1, most_rows=6, way_out="")
+    sizes = []
+    for rows, positions in ((1, 10), (3, 64), (5, 65), (6, 200), (7, 200)):
+        cache.reserve(rows, positions)
+        sizes.append((cache.max_rows, cache.max_positions))
+    assert sizes == [(1, 64), (4, 64), (6, 128), (6, 256), (8, 256)]
+    cache.aim(slice(0, 1), torch.zeros(1, 1, dtype=torch.long), 65)
+    assert cache.length == 128
+
+
+def test_prompts_of_one_token_are_sampled_together(model):
+    same = [TurnRequest(i, PROMPTS[0][:1], 6, 2, seed=i, key=(i,)) for i in range(3)]
+    turns, _ = run(model, same)
+    for i in range(3):
+        assert run(model, same[i : i + 1])[0][i].ids == turns[i].ids
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_has_its_memory_back_after_a_session():
+    made = engine(tiny_model().to("cuda"))
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    finish(made, requests())
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) <= before
+
+
+# Autocast ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_logprobs_are_those_of_a_full_forward_under_it(dtype, attention):
+    model = tiny_model()
+    model.set_attn_implementation(attention)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(20)
+
+    @contextlib.contextmanager
+    def autocast(model):
+        with torch.autocast("cpu", dtype=dtype):
+            yield model
+
+    turns, _ = run(model, requests(), context=autocast)
+    off = []
+    for i, turn in turns.items():
+        with torch.autocast("cpu", dtype=dtype):
+            expected = reference(model, PROMPTS[i], turn.ids)
+        chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+        off.append((torch.tensor(turn.logprobs) - chosen).abs())
+    assert torch.cat(off).mean() < 0.02
+
+
+# What is kept --------------------------------------------------------------------------------------------------------
 
 
 def continued(model, monkeypatch, retained_bytes, *, by_tag=True):

@@ -127,6 +127,13 @@ def rules_of(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, m
             value = theirs.get(name)
         if not _inert(value, without):
             found[name] = value
+    try:
+        Distribution(SamplingSettings((0,)), found, torch.device("cpu"))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"generation_kwargs, or the model's generation_config, set {', '.join(found)}, of which transformers "
+            f"says: {error}"
+        ) from error
     return found
 
 

@@ -230,9 +230,9 @@ def free_bytes(device: torch.device) -> int | None:
     return None
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether that is what torch's `error` says; on a CPU there is no class for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether that is what `error` says; for a CPU's memory torch has no class."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _blocks(positions: int) -> int:

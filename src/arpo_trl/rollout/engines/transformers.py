@@ -192,7 +192,7 @@ class TransformersEngine:
             if self._waiting:
                 self._admit()
             events = self._step() if self._rows else []
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             raise EngineError(
