@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import threading
+import time
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -48,6 +49,11 @@ def own_stdout() -> TextIO:
 def shown(value: float, form: str) -> str:
     """The value, or a dash where there is none."""
     return "—" if math.isnan(value) else format(value, form)
+
+
+def process_s() -> float:
+    """Seconds since this process started, its imports included."""
+    return time.time() - psutil.Process().create_time()
 
 
 class PeakMemory:

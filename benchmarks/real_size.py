@@ -39,10 +39,9 @@ from arpo_trl.quickstart.model import build_tokenizer, quickstart_texts
 from arpo_trl.rollout.engines.base import Engine, Event, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
 from arpo_trl.rollout.engines.vllm_setup import colocate_engine
-from card import PeakMemory, device_name, own_stdout, start_vllm_eagerly
+from card import PeakMemory, device_name, own_stdout, process_s, start_vllm_eagerly
 from probe_cost import PROBE, tokens_per_s
 
-BEGIN = time.perf_counter()
 NAMES = {"trl": "TRL GRPOTrainer", "full": "ours, N = M", "half": "ours, N = M/2"}
 STEP_COLUMNS = (
     " | first step s | step s | generate s | logprobs s | update s | sync s | tokens sampled | peak GiB | steps"
@@ -129,7 +128,10 @@ class HalfWay:
         return [self._ended(event) for event in self._inner.poll(timeout_s)]
 
     def _ended(self, event: Event) -> Event:
-        if not isinstance(event, Turn) or event.id not in self._calling or event.stop is not TurnStop.LENGTH:
+        if not isinstance(event, Turn) or event.id not in self._calling:
+            return event
+        self._calling.discard(event.id)  # another rollout counts from the start again
+        if event.stop is not TurnStop.LENGTH:
             return event
         ids = [*event.ids[: -len(self._call)], *self._call]
         return replace(event, ids=ids, stop=TurnStop.STOP_STRING)
@@ -175,7 +177,7 @@ class Stopwatch(TrainerCallback):
         phases = {phase: self._spent[phase] for phase in PHASES}
         phases["update"] = took - sum(phases.values())
         self.steps.append({"step": took, **phases})
-        if time.perf_counter() - BEGIN + took > self._budget_s:
+        if process_s() + took > self._budget_s:
             control.should_training_stop = True
 
     def _now(self) -> float:
@@ -277,7 +279,7 @@ def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
     run(PROBE, seed=0)  # warms up
     rates: dict[int, list[float]] = {0: [], PROBE: []}
     took = 0.0
-    while time.perf_counter() - BEGIN + took < budget_s or not rates[0]:
+    while process_s() + took < budget_s or not rates[0]:
         begin = time.perf_counter()
         for probe, measured in rates.items():  # in turn, so that both see the same machine
             measured.append(run(probe, seed=len(measured) + 1))
