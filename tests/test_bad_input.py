@@ -16,11 +16,13 @@ from trl import GRPOConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError, ConfigError, DataError, RewardError, ToolSpecError
+from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from support import ANSWER, ON_CPU, python, save_tiny_model, search, tokenizer
 
 ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}
+GOOD = ROW | {"task": "math"}
 CONTEXT = 1024
 """Of support's tiny model."""
 
@@ -224,24 +226,40 @@ def test_a_tool_needs_exactly_one_text_argument(make, tool):
 
 BAD_ROWS = [
     ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename yours"),
-    ([{"prompt": "?", "label": "1"}], "no column 'answer'; it has"),
     ([{"prompt": "?", "answer": "1"}, {"prompt": None, "answer": "1"}], "row 1: 'prompt' is None"),
-    ([{"prompt": "?", "answer": "1"}, {"prompt": "?", "answer": None}], "row 1: 'answer' holds None"),
-    ([{"prompt": "?", "answer": ["1", None]}], "row 0: 'answer' holds None"),
-    ([{"prompt": "?", "answer": "1"}, {"prompt": " ", "answer": "1"}], "row 1: .*'prompt'"),
+    ([{"prompt": "?", "answer": "1"}, {"prompt": " ", "answer": "1"}], "row 1: 'prompt' is ' '; expected some text"),
+    ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename yours"),
     ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "row 0: message 0 of 'prompt'"),
 ]
 
 
-@pytest.mark.parametrize(("rows", "message"), BAD_ROWS)
+BAD_GOLDS = [
+    ([{"prompt": "?", "label": "1"}], r"needs the column 'answer', and the dataset has \['prompt', 'label'\]"),
+    ([{"prompt": "?", "answer": "1"}], "needs the column 'task', and the dataset has"),
+    ([{"prompt": "?", "answer": None, "task": "qa"}], "row 0, for the hierarchical reward: answer is None"),
+    ([{"prompt": "?", "answer": ["1", " "], "task": "qa"}], r"row 0, .*: answer is \['1', ' '\]; expected"),
+    (
+        [{"prompt": "?", "answer": "1", "task": "qa"}, {"prompt": "?", "answer": "1", "task": "sums"}],
+        "row 1, for the hierarchical reward: task is 'sums'; expected one of",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message", "given"),
+    [(*bad, {}) for bad in BAD_ROWS] + [(*bad, {"reward_funcs": [HierarchicalReward()]}) for bad in BAD_GOLDS],
+)
 @pytest.mark.parametrize("where", ["train", "eval", "one of several eval"])
-def test_a_bad_dataset_is_found_before_the_model_is_loaded(make, rows, message, where):
-    bad = Dataset.from_list(rows)
-    given = {
-        "train": {"train_dataset": bad},
-        "eval": {"eval_dataset": bad},
-        "one of several eval": {"eval_dataset": {"good": Dataset.from_list([ROW]), "bad": bad}},
-    }[where]
+def test_a_bad_dataset_is_found_before_the_model_is_loaded(make, rows, message, given, where):
+    good, bad = Dataset.from_list([GOOD]), Dataset.from_list(rows)
+    given = (
+        given
+        | {
+            "train": {"train_dataset": bad},
+            "eval": {"train_dataset": good, "eval_dataset": bad},
+            "one of several eval": {"train_dataset": good, "eval_dataset": {"good": good, "bad": bad}},
+        }[where]
+    )
     with pytest.raises(DataError, match=message):
         make(model="no such model", **given)
 

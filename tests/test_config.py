@@ -184,13 +184,15 @@ def test_a_group_must_not_straddle_ranks_even_where_the_global_batch_holds_whole
         config(per_device_train_batch_size=8, generation_batch_size=16)
 
 
-def test_an_evaluation_group_must_not_straddle_ranks():
+def test_an_evaluation_batch_is_whatever_trl_takes(monkeypatch):
     settings = {"num_generations": 4, "eval_strategy": "steps", "eval_steps": 1}
-    with pytest.raises(ConfigError, match=r"per_device_eval_batch_size \(6\) is no multiple .* \(4\)"):
+    with pytest.raises(ConfigError, match=r"global eval batch size \(6 \* 1\) must be divisible .* \(4\)"):
         config(per_device_eval_batch_size=6, **settings)
-    with pytest.raises(ConfigError, match=r"per_device_eval_batch_size \(8\) is no multiple .* \(3\)"):
-        config(per_device_eval_batch_size=8, num_generations_eval=3, **settings)
     assert config(per_device_eval_batch_size=6, num_generations_eval=3, **settings).num_generations_eval == 3
+    monkeypatch.setattr(ARPOConfig, "world_size", 2)
+    assert (
+        config(per_device_eval_batch_size=6, **settings).per_device_eval_batch_size == 6
+    )  # three groups on two ranks
 
 
 def test_a_misspelt_yaml_key_is_an_error_that_names_the_nearest_setting(tmp_path):

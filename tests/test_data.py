@@ -169,7 +169,12 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
         ({"question": "q", "answer": ["a", None]}, "'answer' holds None"),
         ({"question": "q", "answer": True}, "'answer' holds True"),
         ({"question": "q", "answer": {"a": 1}}, "'answer' holds {'a': 1}"),
-        ({"question": " ", "answer": "a"}, "message 0 of 'prompt' has the content ' '"),
+        ({"question": " ", "answer": "a"}, "'prompt' is .* ' '}\\]; expected some text in it"),
+        ({"prompt": [user("q"), user(" ")], "answer": "a"}, "message 1 of 'prompt' has the content ' '"),
+        (
+            {"prompt": [user("q") | {"tool_calls": [{"function": {"name": "f"}}]}], "answer": "a"},
+            "message 0 of 'prompt' has tool_calls, which would be lost here",
+        ),
         ({"prompt": [], "answer": "a"}, r"'prompt' is \[\]"),
         ({"prompt": 5, "answer": "a"}, "'prompt' is 5"),
         ({"prompt": ["hi"], "answer": "a"}, "message 0 of 'prompt' is 'hi'; expected a role"),
@@ -240,20 +245,22 @@ def test_an_unreachable_hub_dataset_says_what_was_tried(monkeypatch: pytest.Monk
 
 def test_good_rows_are_valid(tmp_path: Path) -> None:
     validate_rows(load_arpo_dataset(write_jsonl(tmp_path / "rows.jsonl", [verl_row()] * 3)))
-    validate_rows(datasets.Dataset.from_list([{"prompt": "plain text", "answer": "plain text"}]))
+    validate_rows(datasets.Dataset.from_list([{"prompt": "plain text"}]))
+    called = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    messages = [user("") | {"role": "system"}, user("a"), called, {"role": "tool", "name": "f", "content": ""}]
+    validate_rows(datasets.Dataset.from_list([{"prompt": messages, "answer": None}]))
 
 
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ({"prompt": ["a"]}, r"no column 'answer'; it has \['prompt'\]"),
         ({"question": ["a"], "answer": ["1"]}, "no column 'prompt'"),
         ({"prompt": [], "answer": []}, "The dataset is empty"),
         ({"prompt": ["a", None], "answer": ["1", "1"]}, "row 1: 'prompt' is None"),
-        ({"prompt": ["a", "b"], "answer": ["1", None]}, "row 1: 'answer' holds None"),
-        ({"prompt": ["a", "b"], "answer": [["1"], []]}, "row 1: 'answer' is an empty list"),
-        ({"prompt": ["a", "b"], "answer": ["1", " "]}, "row 1: 'answer' is ' '"),
-        ({"prompt": ["a", "\n"], "answer": ["1", "1"]}, r"row 1: message 0 of 'prompt' has the content '\\n'"),
+        ({"prompt": ["a"], "tool_calls": ["b"], "turns": ["c"]}, r"column\(s\) \['tool_calls', 'turns'\], but under"),
+        ({"prompt": ["a", "\n"]}, r"row 1: 'prompt' is '\\n'; expected some text in it"),
+        ({"prompt": [[user(" ")]]}, "row 0: 'prompt' is .*; expected some text in it"),
+        ({"prompt": [[user("a"), user(None)]]}, "row 0: message 1 of 'prompt' has the content None"),
         ({"prompt": [[user("a")], []], "answer": ["1", "1"]}, r"row 1: 'prompt' is \[\]"),
     ],
 )

@@ -168,7 +168,9 @@ def train(way: str, data: Path, output: Path, *flags: str) -> None:
 
 @pytest.mark.parametrize("way", [*WAYS, "zero3_offload"])
 def test_the_quickstart_trains(way, data, tmp_path):
-    train(way, data, tmp_path)
+    # For one of them, each rank has one evaluation group and the half of one.
+    straddling = ("--per_device_eval_batch_size", "3", "--num_generations_eval", "2") if way == "ddp" else ()
+    train(way, data, tmp_path, *straddling)
     history = json.loads((tmp_path / "trainer_state.json").read_text("utf-8"))["log_history"]
     steps = [row for row in history if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]

@@ -9,9 +9,11 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import pad
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
+from arpo_trl.prompts import tags_system_prompt
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
@@ -211,10 +213,12 @@ def test_rewards_receive_turns_calls_and_messages_as_data(model_path, tmp_path):
 
     batch_of(trainer(model_path, tmp_path, engine=scripted(), rewards=reward))
     assert seen["turns"][0] == ["<search>iron 0</search>", "<answer>\\boxed{0}</answer>"]
-    assert [(message["role"], message["content"]) for message in seen["completions"][0]] == [
-        ("assistant", "<search>iron 0</search>"),
-        ("tool", "facts about iron 0"),
-        ("assistant", "<answer>\\boxed{0}</answer>"),
+    # Decoded as TRL does, without special tokens, and in this tokenizer the tags are such.
+    asked = {"type": "function", "function": {"name": "search", "arguments": {"query": "iron 0"}}}
+    assert seen["completions"][0] == [
+        {"role": "assistant", "content": "iron 0", "tool_calls": [asked]},
+        {"role": "tool", "name": "search", "content": "facts about iron 0"},
+        {"role": "assistant", "content": "\\boxed{0}"},
     ]
     call = seen["tool_calls"][0][0]
     assert (call["name"], call["arguments"], call["ok"], call["text"]) == (
@@ -282,7 +286,8 @@ def test_text_prompts_have_text_completions(model_path, tmp_path):
     )
     made.model.train()
     made._generate_and_score_completions([{"prompt": "what is 1", "answer": "1"}] * 4)
-    assert seen[0] == "<search>iron 0</search>facts about iron 0<answer>\\boxed{1}</answer>"
+    # Decoded as TRL does, without special tokens, and in this tokenizer the tags are such.
+    assert seen[0] == "iron 0\n\nfacts about iron 0\n\n\\boxed{1}"
 
 
 def test_evaluation_does_not_branch(model_path, tmp_path):
@@ -292,6 +297,35 @@ def test_evaluation_does_not_branch(model_path, tmp_path):
     made.evaluate()
     addresses = [leaf.address for tree in made._last.rollout.trees for leaf in tree.leaves()]
     assert addresses == [(0,), (1,), (2,), (3,)]
+
+
+def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_path, tmp_path):
+    made = trainer(model_path, tmp_path, engine=scripted())
+    prompts = [ROWS[i // 4]["prompt"] for i in range(6)]  # a group of four, and the half of one
+    made.model.eval()
+    made._rollout(prompts, made)
+    rollout = made._last.rollout
+    assert [len(tree.leaves()) for tree in rollout.trees] == [1] * 6
+    made.model.train()
+    with pytest.raises(ConfigError, match="6 rows that are no whole groups of 4; a tree cannot span ranks"):
+        made._rollout(prompts, made)
+
+
+@pytest.mark.parametrize(("system", "is_said"), [("", True), (tags_system_prompt([search, python]), False)])
+def test_what_tags_take_for_granted_is_said_where_no_prompt_tells_it(model_path, tmp_path, caplog, system, is_said):
+    rows = [{"prompt": [{"role": "system", "content": system}, {"role": "user", "content": "what is 1"}]}]
+    ARPOTrainer(
+        model=model_path,
+        reward_funcs=lambda completions: [0.0] * len(completions),
+        args=config(tmp_path),
+        train_dataset=Dataset.from_list(rows),
+        tools=[search, python],
+    )
+    said = [record.message for record in caplog.records if "tool_protocol is 'tags'" in record.message]
+    assert len(said) == is_said
+    if is_said:
+        assert "does not name <search>, <python>" in said[0]
+        assert "call a tool as <search>…</search>" in said[0] and "tags_system_prompt(tools)" in said[0]
 
 
 def test_a_run_with_the_real_engine_trains_logs_and_repeats_bit_for_bit(model_path, tmp_path):
@@ -349,7 +383,9 @@ def test_what_was_sampled_is_what_is_trained(model_path, tmp_path):
         logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
     trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
     assert trained.sum() > 50
-    torch.testing.assert_close(logps[trained], batch["sampling_per_token_logps"][trained], atol=1e-4, rtol=1e-4)
+    assert made._last is not None
+    sampled = pad([torch.tensor(leaf.logprobs) for leaf in made._last.leaves], padding_side="right")
+    torch.testing.assert_close(logps[trained], sampled[trained], atol=1e-4, rtol=1e-4)
 
 
 def test_lora_trains_the_adapter_only(model_path, tmp_path):
@@ -384,14 +420,14 @@ def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_p
 
 
 def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("arpo_trl.startup.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes is not installed here\..*pip install '\.\[qlora\]'"):
         quantized(model_path, tmp_path, LoraConfig())
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, on which bitsandbytes does train")
 def test_quantizing_where_adapters_would_stay_zero_is_refused(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: object())
+    monkeypatch.setattr("arpo_trl.startup.find_spec", lambda name: object())
     packing = SimpleNamespace(has_avx512bf16=lambda: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=packing))
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", packing)

@@ -212,10 +212,11 @@ def test_overridden_methods_take_what_we_pass_on(method, expected):
 
 
 def test_the_trainer_takes_the_arguments_that_ours_passes_on_or_refuses():
-    assert {
-        *("model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class", "peft_config"),
-        *("quantization_config", "callbacks", "optimizers", "tools", "rollout_func", "environment_factory"),
-    } <= set(parameters(GRPOTrainer.__init__))
+    assert parameters(GRPOTrainer.__init__) == [
+        *("self", "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class"),
+        *("reward_processing_classes", "callbacks", "optimizers", "quantization_config", "peft_config", "tools"),
+        *("rollout_func", "environment_factory"),
+    ]
 
 
 def test_the_trainer_holds_the_attributes_that_ours_reads(trainer):
@@ -246,6 +247,24 @@ def test_generate_returns_an_8_tuple_around_the_rollout_function(trainer):
     assert extra == {"marks": given["marks"]}  # env_mask is taken out
     assert len(completions) == 2
     assert images is None and tool_images == []
+
+
+def test_where_there_are_tools_the_loops_masks_completions_and_counts_are_taken(trainer):
+    assert parameters(GRPOTrainer._tool_call_loop) == [
+        *("self", "prompts", "prompt_ids", "completion_ids", "completions", "logprobs", "images", "multimodal_fields"),
+    ]
+    trainer.tools = [print]  # after __init__, as ours does
+    trainer._tool_call_loop = lambda prompts, ids, completion_ids, completions, logprobs, *_: (
+        [[1, 0, 1]] * 2,
+        ["ours"] * 2,
+        *(completion_ids, logprobs, 3, 1, [[], []]),
+    )
+    trainer.rollout_func = lambda prompts, of: {**rollout(prompts, of), "logprobs": None}
+    _, _, mask, completions, logprobs, *_ = trainer._generate(["what is", "what is"])
+    assert (mask, completions, logprobs) == ([[1, 0, 1]] * 2, ["ours"] * 2, None)
+    metrics = trainer._metrics["train"]
+    assert metrics["tools/call_frequency"] == [1.5]
+    assert metrics["tools/failure_frequency"] == pytest.approx([1 / 3])
 
 
 def test_messages_reach_the_rollout_function_untemplated(trainer):
