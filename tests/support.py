@@ -30,11 +30,10 @@ from arpo_trl.tools.sandbox import Limits, Tier, Worker
 
 TEXTS = ["the melting point of iron is 1538 degrees", "print(1538 - 1000)", "what is the answer to a question"]
 ANSWER = "<answer>\\boxed{1}</answer>"
-ON_CPU: dict[str, Any] = {
-    **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False},
-    **{"logging_steps": 1, "report_to": "none", "disable_tqdm": True},
-}
-"""Settings of a small run that is watched through its log."""
+ON_CPU: dict[str, Any] = {"use_cpu": True, "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+"""Settings of a small run that is watched through its log. All others are what users get: bf16 above all."""
+EXACT: dict[str, Any] = {"bf16": False}
+"""Besides, where a test compares what is equal in float32 only; beside it stands one that takes the default."""
 
 
 @cache
@@ -52,19 +51,21 @@ def with_template(name: str, eos: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def small_model(config_class: Any, model_class: Any, seed: int = 0, **settings: Any) -> Any:
-    """A model of that class with some 25,000 random parameters."""
+    """A model of that class with some 25,000 random parameters; `settings` are its configuration's, and win."""
     config = config_class(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=tokenizer().eos_token_id,
-        pad_token_id=tokenizer().pad_token_id,
-        **settings,
+        **{
+            "vocab_size": len(tokenizer()),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 1024,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer().eos_token_id,
+            "pad_token_id": tokenizer().pad_token_id,
+            **settings,
+        }
     )
     torch.manual_seed(seed)
     return model_class(config)
