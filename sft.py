@@ -15,7 +15,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.cold_start import encode_dataset
-from arpo_trl.config import refuse_token
+from arpo_trl.config import refuse_token, take_the_cpu_if_alone
 from arpo_trl.progress import show_compactly
 from arpo_trl.rollout.protocol import TagProtocol
 
@@ -33,7 +33,16 @@ class ColdStartArguments:
     )
 
 
-SETTINGS = (ColdStartArguments, SFTConfig, ModelConfig)
+@dataclass
+class ColdStartConfig(SFTConfig):
+    """TRL's, on the CPU where there is nothing else."""
+
+    def __post_init__(self) -> None:
+        take_the_cpu_if_alone(self)
+        super().__post_init__()
+
+
+SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
 
 
 @report_errors

@@ -208,7 +208,6 @@ def by_trl(url: str, model: Path, waiting: Wait) -> tuple[float, int]:
         max_tool_calling_iterations=CALLS,
         report_to="none",
         use_cpu=True,
-        bf16=False,
     )
     dataset = Dataset.from_list([{"prompt": PROMPT}] * GROUPS)
     trainer = trl_trainer(model, lambda completions, **_: [0.0] * paths, config, dataset, [waiting.tool()], TRLLoop)

@@ -116,8 +116,6 @@ def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
             "report_to": "none",
             "disable_tqdm": True,
             "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
             **settings,
         }
     )

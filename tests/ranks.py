@@ -1,4 +1,5 @@
-"""Scripts on several processes of this machine's CPU, as a user starts them: with `accelerate launch`.
+"""Scripts on several processes of this machine's CPU, as a user starts them: with `accelerate launch` and a shipped
+file, whose bf16 is part of it.
 
     done = launch("zero3", "train.py", "--config", …)        # waits for all ranks; a failure or a hang fails the test
     with launched("ddp", "train.py", …) as running:          # to do something to a rank meanwhile
@@ -27,6 +28,8 @@ from typing import IO
 import psutil
 
 ROOT = Path(__file__).parent.parent
+EXACT = ("--mixed_precision", "no")
+"""Flags of `accelerate launch` for a run with `bf16=False`, which the shipped files' bf16 would win over."""
 DEADLINE_S = 280.0
 """Below pytest's own timeout, which would show no rank's output."""
 
@@ -104,7 +107,7 @@ def launched(
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch"),
         *("--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(ranks)),
-        *("--mixed_precision", "no", "--main_process_port", "0", *launcher),
+        *("--main_process_port", "0", *launcher),
         *(["tests/fsdp_on_cpu.py"] if config == "fsdp2" else []),
         *(str(script), *flags),
     ]
@@ -139,11 +142,12 @@ def launch(
     script: str | Path,
     *flags: str,
     ranks: int = 2,
+    launcher: Sequence[str] = (),
     deadline_s: float = DEADLINE_S,
     environment: dict[str, str] | None = None,
 ) -> Ended:
     """`launched`, waited for; the test fails where a rank does, with what the ranks wrote."""
-    with launched(config, script, *flags, ranks=ranks, environment=environment) as running:
+    with launched(config, script, *flags, ranks=ranks, launcher=launcher, environment=environment) as running:
         done = running.wait(deadline_s)
     assert done.code == 0, done.output[-6000:]
     return done

@@ -53,19 +53,21 @@ def with_template(name: str, eos: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def small_model(config_class: Any, model_class: Any, seed: int = 0, **settings: Any) -> Any:
-    """A model of that class with some 25,000 random parameters."""
+    """A model of that class with some 25,000 random parameters; `settings` are its configuration's, and win."""
     config = config_class(
-        vocab_size=len(tokenizer()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=tokenizer().eos_token_id,
-        pad_token_id=tokenizer().pad_token_id,
-        **settings,
+        **{
+            "vocab_size": len(tokenizer()),
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "max_position_embeddings": 1024,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer().eos_token_id,
+            "pad_token_id": tokenizer().pad_token_id,
+            **settings,
+        }
     )
     torch.manual_seed(seed)
     return model_class(config)

@@ -77,7 +77,7 @@ def test_other_ways_to_roll_out_are_refused(make, name):
 
 
 def test_args_of_grpo_are_refused(make, tmp_path):
-    args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True, bf16=False)
+    args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True)
     with pytest.raises(ConfigError, match="args is a GRPOConfig; expected an ARPOConfig"):
         make(args=args)
 

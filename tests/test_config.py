@@ -1,5 +1,4 @@
 import dataclasses
-import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -243,7 +242,7 @@ def test_a_missing_config_file_is_named(tmp_path):
 
 def test_places_per_tool_are_a_mapping_in_yaml_and_json_in_a_flag(tmp_path):
     file = tmp_path / "config.yaml"
-    file.write_text("tool_concurrency_per_tool: {search: 8}\nbf16: false\nuse_cpu: true\noutput_dir: out\n")
+    file.write_text("tool_concurrency_per_tool: {search: 8}\nuse_cpu: true\noutput_dir: out\n")
     (from_file,) = parse_settings([ARPOConfig], ["--config", str(file)])
     (from_flag,) = parse_settings(
         [ARPOConfig], ["--config", str(file), "--tool_concurrency_per_tool", '{"python": 2}']
@@ -255,24 +254,6 @@ def test_flags_win_over_the_file(tmp_path):
     file = written(tmp_path, branch_rule="random", branch_threshold=0.6)
     _, _, made, _ = parse("train", file, "--branch_rule", "ranked")
     assert (made.branch_rule, made.branch_threshold) == ("ranked", 0.6)
-
-
-def documented_commands() -> list[tuple[str, list[str]]]:
-    """The words after `train.py` of each command in the documentation and in the heads of the configurations."""
-    found = []
-    for file in (ROOT / "docs/vllm.md", *CONFIGS):
-        text = file.read_text("utf-8").replace("\n#", "\n").replace("\\\n", " ")
-        for line in text.splitlines():
-            if "train.py --config" in line:
-                found.append((file.name, shlex.split(line.partition("train.py")[2].replace("INDEX", "index"))))
-    return found
-
-
-@pytest.mark.parametrize(("where", "words"), documented_commands(), ids=lambda value: str(value)[:40])
-def test_every_documented_command_parses(where, words):
-    words[1] = str(ROOT / words[1])
-    *_, made, _ = parse_settings(script("train").SETTINGS, [*words, "--use_cpu", "true"])
-    assert isinstance(made, ARPOConfig)
 
 
 @pytest.mark.parametrize("file", [file for file in CONFIGS if "vllm" in file.stem], ids=lambda file: file.name)

@@ -352,7 +352,7 @@ def test_train_py_that_cannot_push_ends_with_one_line_and_a_status_and_the_model
             str(tmp_path / "corpus.jsonl"),
         ),
         *("--num_generations", "2", "--per_device_train_batch_size", "2", "--max_completion_length", "8"),
-        *("--max_steps", "1", "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true", "--bf16", "false"),
+        *("--max_steps", "1", "--save_strategy", "no", "--report_to", "none", "--use_cpu", "true"),
         *("--push_to_hub", "true", "--hub_model_id", "me/policy"),
     ]
     monkeypatch.setattr(sys, "argv", words)

@@ -139,7 +139,7 @@ def test_urls_lose_what_can_be_a_secret(text, expected):
 
 
 def test_settings_of_the_trainer_alone_parse(tmp_path):
-    config = ARPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True, bf16=False)
+    config = ARPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(describe(config)))
     (again,) = parse_settings([ARPOConfig], ["--config", str(tmp_path / "again.yaml")])
     assert again.num_generations == 4 and again.initial_rollouts == 2

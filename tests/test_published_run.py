@@ -52,13 +52,13 @@ def finished(tmp_path_factory):
     (folder / "corpus.jsonl").write_text('"iron melts"\n')
     settings = {
         **{"model_name_or_path": model, "dataset": str(folder / "rows.jsonl"), "output_dir": str(folder / "out")},
-        **{"tools": ["search"], "search_index": str(folder / "corpus.jsonl"), "use_cpu": True, "bf16": False},
+        **{"tools": ["search"], "search_index": str(folder / "corpus.jsonl"), "use_cpu": True},
         **{"num_generations": 4, "per_device_train_batch_size": 4, "max_completion_length": 24, "max_steps": 2},
         **{"entropy_probe_tokens": 2, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1},
         **{"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"]},
         **{"push_to_hub": True, "hub_model_id": "me/policy", "hub_strategy": "checkpoint", "hub_always_push": True},
         **{"report_to": ["tensorboard", "wandb", "trackio"], "trackio_static_space_id": False, "project": "planting"},
-        **{"hub_trajectories_id": "me/trees", "trajectory_log_rate": 1.0, "gradient_checkpointing": False},
+        **{"hub_trajectories_id": "me/trees", "trajectory_log_rate": 1.0},
         **{"learning_rate": 0.01, "run_name": "the-run", "judge_url": "http://127.0.0.1:9/v1", "judge_model": "judge"},
         "accuracy": "judge",
     }

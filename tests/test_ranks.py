@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
-from ranks import launch, launched
+from ranks import EXACT, launch, launched
 from serving import free_port, running
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -45,7 +45,7 @@ def together(request, base, tmp_path_factory) -> tuple[str, Path, list[dict[str,
     """The runs on two ranks: how they share the model, the folder, and what each rank has seen."""
     folder = tmp_path_factory.mktemp(request.param)
     (folder / "model").symlink_to(base)
-    launch(request.param, "tests/training_ranks.py", str(folder))
+    launch(request.param, "tests/training_ranks.py", str(folder), launcher=EXACT)
     return request.param, folder, [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 
@@ -92,6 +92,14 @@ def test_an_adapter_is_trained_and_saved_whole(alone, together):
     assert (
         distance(found, expected) / distance(trained, {name: 0 * weights for name, weights in trained.items()}) < 1e-3
     )
+
+
+def test_in_the_precision_that_users_get_what_is_sampled_is_what_is_trained(together, base):
+    _, folder, ranks = together
+    for rank in ranks:
+        assert rank["default"]["mean"] < 0.02
+        assert rank["default"]["largest"] < 0.3
+    assert 1e-3 < distance(saved(folder / "default" / "final"), saved(base)) < 10
 
 
 def test_an_adapter_for_servers_that_hold_none_is_merged(together, base):
@@ -154,7 +162,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def train(way: str, data: Path, output: Path, *flags: str) -> None:
-    """The quickstart's second stage, two steps of two groups, on two ranks."""
+    """The quickstart's second stage, two steps of two groups, on two ranks, in bf16 as TRL and the launch have it."""
     launch(
         way,
         "train.py",
@@ -162,7 +170,7 @@ def train(way: str, data: Path, output: Path, *flags: str) -> None:
         *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
         *("--search_index", str(data / "corpus.jsonl"), "--output_dir", str(output), "--max_steps", "2"),
         *("--per_device_train_batch_size", "8", "--eval_steps", "2", "--per_device_eval_batch_size", "4"),
-        *("--trajectory_log_rate", "1", *flags),
+        *("--bf16", "true", "--gradient_checkpointing", "true", "--trajectory_log_rate", "1", *flags),
     )
 
 
@@ -208,7 +216,7 @@ def sampled_by_vllm(way: str, data: Path, output: Path, *flags: str) -> None:
     history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
     steps = [row for row in history if "loss" in row]
     assert [row["arpo/tree/leaves"] for row in steps] == [16, 16]
-    assert all(row["sampling/sampling_logp_difference/mean"] < 0.01 for row in steps)
+    assert all(row["sampling/sampling_logp_difference/mean"] < 0.02 for row in steps)
 
 
 @pytest.mark.vllm

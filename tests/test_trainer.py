@@ -22,6 +22,7 @@ from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import read_trees
 from support import (
+    EXACT,
     ON_CPU,
     python,
     save_sharp_model,
@@ -369,13 +370,14 @@ def test_a_run_with_the_real_engine_trains_logs_and_repeats_bit_for_bit(model_pa
     assert all(len(tree.tree.leaves()) == 4 == len(tree.rewards) for tree in logged)
 
 
-def test_what_was_sampled_is_what_is_trained(model_path, tmp_path):
+@pytest.mark.parametrize(("settings", "most"), [({}, 0.02), (EXACT, 1e-4)], ids=["default", "float32"])
+def test_what_was_sampled_is_what_is_trained(model_path, tmp_path, settings, most):
     """The sampling logprobs of the real engine are those of the training forward, mask and all."""
 
     def reward(completions, **columns):
         return [0.0] * len(completions)
 
-    made = trainer(model_path, tmp_path, rewards=reward, max_completion_length=24)
+    made = trainer(model_path, tmp_path, rewards=reward, max_completion_length=24, **settings)
     batch = batch_of(made)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
@@ -385,7 +387,7 @@ def test_what_was_sampled_is_what_is_trained(model_path, tmp_path):
     assert trained.sum() > 50
     assert made._last is not None
     sampled = pad([torch.tensor(leaf.logprobs) for leaf in made._last.leaves], padding_side="right")
-    torch.testing.assert_close(logps[trained], sampled[trained], atol=1e-4, rtol=1e-4)
+    assert (logps - sampled)[trained].abs().max() < most
 
 
 def test_lora_trains_the_adapter_only(model_path, tmp_path):

@@ -31,7 +31,7 @@ from arpo_trl.rollout.engines.vllm_weights import DiskTransfer
 from arpo_trl.sharding import check_launch
 from arpo_trl.tools.search import LocalIndex, search_tool
 from evaluating import questions
-from support import ON_CPU, python, search
+from support import EXACT, ON_CPU, python, search
 
 GROUPS, LEAVES = 4, 4
 SCHOOL_STEPS = 60
@@ -39,13 +39,15 @@ UNEVEN_STEPS = len(uneven_ranks.STEPS)
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 1e3}  # Adam blows up rounding
 RUNS: dict[str, dict[str, Any]] = {
     "plain": {"max_steps": 2},
-    "adapter": {"max_steps": 2, "gradient_checkpointing": True},
+    "adapter": {"max_steps": 2},
     "reference": {
         **{"max_steps": 1, "beta": 0.1, "loss_type": "dapo", "shared_prefix_weight": "once"},
         "gradient_accumulation_steps": 2,
     },
 }
-"""What is trained in several ways, by name."""
+"""What is trained in several ways, by name. In float32, in which all of them are equal."""
+DEFAULT: dict[str, Any] = {"max_steps": 1, "bf16": True}
+"""What is trained besides in the precision that users get."""
 SUMMARY = ("samples", "missing", "failed", "metrics")
 
 
@@ -104,8 +106,8 @@ def reward(completions: list[Any], turns: list[list[str]], **_: Any) -> list[flo
 
 
 def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> Watched:
-    """One of `RUNS`, with the same global batch on any number of ranks."""
-    wanted = {**SGD, **RUNS[run], **settings}
+    """One of `RUNS`, or `DEFAULT`, with the same global batch on any number of ranks."""
+    wanted = {**SGD, **RUNS.get(run, DEFAULT), **settings}
     micro_batches = ranks * wanted.get("gradient_accumulation_steps", 1)
     return Watched(
         model=model,
@@ -121,6 +123,7 @@ def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> 
                 "trajectory_log_rate": 0.0,
                 "save_strategy": "no",
                 **ON_CPU,
+                **EXACT,
                 **wanted,
             }
         ),
@@ -136,6 +139,21 @@ def train(made: Watched, folder: Path) -> dict[str, Any]:
     made.save_model(str(folder / "final"))
     made.toolbox.close()
     return {"groups": made.watched, "losses": [row["loss"] for row in made.state.log_history if "loss" in row]}
+
+
+def sampled_against_trained(made: ARPOTrainer) -> dict[str, float]:
+    """How far the logprobs of what is sampled are from those of the training forward, in nats; a collective."""
+    made.model.train()
+    rows = made.args.per_device_train_batch_size
+    batch = made._generate_and_score_completions([made.train_dataset[i // LEAVES] for i in range(rows)])
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    with torch.no_grad():
+        model, length = made.model_wrapped, batch["completion_ids"].size(1)
+        logprobs, _, _ = made._get_per_token_logps_and_entropies(model, ids, mask, length)
+    trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
+    off = (logprobs - batch["sampling_per_token_logps"])[trained].abs()
+    return {"mean": float(off.mean()), "largest": float(off.max())}
 
 
 def evaluate(made: ARPOTrainer) -> list[dict[str, Any]]:
@@ -180,6 +198,11 @@ def main(folder: Path) -> None:
             said["evaluated"] = evaluate(made)
             said["unwritable"] = fail_to_send(made, transfer, folder / run / "served")
             said["ungathered"] = error_of(lambda made=made: check_launch(made.accelerator, gathers=False))
+    made = trainer(str(folder / "model"), folder / "default", "default", ranks)
+    made.train()
+    said["default"] = sampled_against_trained(made)
+    made.save_model(str(folder / "default" / "final"))
+    made.toolbox.close()
     said["uneven"] = uneven_ranks.train(folder / "uneven", UNEVEN_STEPS)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(said), "utf-8")
 

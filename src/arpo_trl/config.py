@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
+import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
 from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight
@@ -19,6 +23,8 @@ from arpo_trl.rollout.engines.distribution import refuse_rules, rules_of
 from arpo_trl.rollout.engines.vllm_client import API_KEY
 from arpo_trl.rollout.protocol import ProtocolKind
 from arpo_trl.rollout.sampler import RolloutSchedule
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSync(StrEnum):
@@ -43,13 +49,26 @@ def refuse_token(args: TrainingArguments) -> None:
         )
 
 
+def take_the_cpu_if_alone(args: TrainingArguments) -> None:
+    """Sets `use_cpu` where there is no accelerator, and says so. To be called before `args` check themselves.
+
+    transformers would do the same later on, but refuses bf16, TRL's default, unless `use_cpu` is set.
+    """
+    if args.use_cpu or torch.accelerator.is_available() or is_torch_xla_available():
+        return
+    args.use_cpu = True
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("There is no accelerator here: training on the CPU, as use_cpu: true would have it.")
+
+
 @dataclass
 class ARPOConfig(GRPOConfig):
     """Configuration of [`ARPOTrainer`].
 
     Every field of `GRPOConfig` is kept. Defaults that differ: `num_generations` 16, `loss_type` "grpo",
     `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, `per_device_train_batch_size` and
-    `per_device_eval_batch_size` 16, which is one group, and `vllm_importance_sampling_mode` "token_truncate".
+    `per_device_eval_batch_size` 16, which is one group, and `vllm_importance_sampling_mode` "token_truncate". `use_cpu`
+    becomes true where there is no accelerator.
 
     Raises:
         ConfigError: A setting, or two together, cannot work, TRL's own objections included. Checked here, before
@@ -226,6 +245,7 @@ class ARPOConfig(GRPOConfig):
         self._check_ranges()
         if self.generation_batch_size is None:  # else it takes the number of ranks to know the steps
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
+        take_the_cpu_if_alone(self)
         try:
             super().__post_init__()
         except ValueError as error:

@@ -1,0 +1,197 @@
+"""What is shipped runs as it is shipped: the example of the README, and one step of each file in configs/.
+
+A GPU, the Hub's models and its data are not here. So replaced are the model by one of its family's layout, the data,
+lengths and the number of steps, and `use_cpu`; vLLM is its CPU build, which has no sleep mode and takes one server
+for several.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import shipped
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import make_demonstrations
+from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.tools.search import LocalIndex, search_tool
+from ranks import launch
+from serving import running
+from shipped import CONFIGS, replacements, run, save_data, save_family, settings
+
+pytestmark = pytest.mark.slow
+
+ROOT = CONFIGS.parent
+COLOCATED = sorted(file.name for file in CONFIGS.glob("vllm_*.yaml") if "_lora" not in file.name)
+SERVED = sorted(file.name for file in CONFIGS.glob("vllm_*_lora.yaml"))
+ALONE = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 1]
+IN_PAIRS = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 2]
+HERE = ["quickstart.yaml", "quickstart_grpo.yaml", "quickstart_sft.yaml", "reasoning_10k.yaml"]
+QUANTIZED = "reasoning_qwen2.5_7b_qlora.yaml"
+NO_SLEEP = ("--vllm_enable_sleep_mode", "false")
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
+def test_every_configuration_is_run_by_one_of_these_tests():
+    assert sorted([*ALONE, *IN_PAIRS, *SERVED, *HERE, QUANTIZED]) == sorted(path.name for path in CONFIGS.iterdir())
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    save_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, str]:
+    """One of each family, by the family's name."""
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_family(name, folder / name) for name in shipped.FAMILIES}
+
+
+def the_step(output: Path) -> dict[str, Any]:
+    """What a run of one step logged of it; also: a model was saved."""
+    (logged,) = [
+        row for row in json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"] if "loss" in row
+    ]
+    assert list(output.glob("*.safetensors"))
+    assert math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])
+    return logged
+
+
+def check(config: str, output: Path, ranks: int = 1) -> None:
+    """One step was made of the batch that the file has, from trees that branched where it says so."""
+    wanted, logged = settings(config), the_step(output)
+    batch = wanted["per_device_train_batch_size"] * wanted.get("steps_per_generation", 1) * ranks
+    assert logged["arpo/tree/leaves"] == batch
+    assert (logged["arpo/tree/branches"] > 0) == (wanted["initial_rollouts"] < wanted["num_generations"])
+    assert logged["grad_norm"] > 0
+    if wanted.get("use_vllm"):
+        assert logged["sampling/sampling_logp_difference/mean"] < 0.02
+
+
+def replaced(config: str, models: dict[str, str], data: Path, output: Path) -> list[str]:
+    return replacements(models[shipped.family(config)], data, output)
+
+
+def test_the_example_of_the_readme_trains(models, tmp_path):
+    """As printed. The model that it names is one of the family's layout in the folder where it is run."""
+    example, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    (named,) = re.findall(r'model="(.*?)"', example)
+    (tmp_path / named).parent.mkdir(parents=True)
+    (tmp_path / named).symlink_to(models["Qwen2.5-3B"])
+    row = {"prompt": "what is 3", "answer": "3", "task": "math"}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "example.py").write_text(example)
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    if not torch.accelerator.is_available():
+        assert done.stderr.count("There is no accelerator here: training on the CPU") == 1
+    assert "train_loss" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def school(tmp_path_factory) -> tuple[Path, Path]:
+    """The quickstart's data, some of it, and the output of its stage 1, whose file is run by this."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    corpus = passages()
+    train, _ = make_tasks(0, 64, 0)
+    index = search_tool(LocalIndex(corpus), top_k=2)
+    written = {"corpus": corpus, "train": train, "demonstrations": make_demonstrations(train, index, 0, 640)}
+    for name, rows in written.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    save_cold_start_base(folder / "base")
+    run(
+        "quickstart_sft.yaml",
+        *("--model_name_or_path", str(folder / "base"), "--dataset", str(folder / "demonstrations.jsonl")),
+        *("--output_dir", str(folder / "sft"), "--max_steps", "40"),
+        name="sft",
+    )
+    return folder, folder / "sft"
+
+
+@pytest.mark.parametrize("config", ["quickstart.yaml", "quickstart_grpo.yaml"])
+def test_the_quickstart_trains(school, config, tmp_path):
+    data, model = school
+    run(
+        config,
+        *("--model_name_or_path", str(model), "--dataset", str(data / "train.jsonl")),
+        *("--eval_dataset", str(data / "train.jsonl"), "--search_index", str(data / "corpus.jsonl")),
+        *("--output_dir", str(tmp_path), "--max_steps", "1", "--max_completion_length", "128"),
+    )
+    check(config, tmp_path)
+
+
+def test_the_papers_settings_train(models, data, tmp_path):
+    run("reasoning_10k.yaml", *replaced("reasoning_10k.yaml", models, data, tmp_path))
+    check("reasoning_10k.yaml", tmp_path)
+
+
+def test_the_settings_for_qlora_train_but_for_the_quantization(models, data, tmp_path):
+    """bitsandbytes is no part of the environment that tests run in, and does not train on every CPU."""
+    run(QUANTIZED, *replaced(QUANTIZED, models, data, tmp_path), "--load_in_4bit", "false")
+    check(QUANTIZED, tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra: pip install '.[qlora]'")
+def test_the_settings_for_qlora_train(models, data, tmp_path, monkeypatch):
+    for module in ("functional", "nn.modules"):  # as on a CPU without it, whose weights are not packed for inference
+        monkeypatch.setattr(f"bitsandbytes.{module}.has_avx512bf16", lambda: False)
+    run(QUANTIZED, *replaced(QUANTIZED, models, data, tmp_path))
+    check(QUANTIZED, tmp_path)
+
+
+@pytest.mark.vllm
+def test_runs_with_vllm_in_the_trainers_process_train(models, data, tmp_path):
+    words = []
+    for config in ALONE:
+        words += [config, *replaced(config, models, data, tmp_path / config), *NO_SLEEP, "--"]
+    done = subprocess.run(
+        [sys.executable, str(Path(shipped.__file__)), *words],
+        env=os.environ | VLLM,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    for config in ALONE:
+        check(config, tmp_path / config)
+
+
+@pytest.mark.vllm
+@pytest.mark.distributed
+@pytest.mark.timeout(600)
+def test_runs_with_vllm_on_two_ranks_together_train(models, data, tmp_path):
+    """As they are launched, with ZeRO-3, on the two ranks that share one vLLM."""
+    words = []
+    for config in IN_PAIRS:
+        words += [config, *replaced(config, models, data, tmp_path / config), *NO_SLEEP, "--"]
+    launch("zero3", "tests/shipped.py", *words, deadline_s=560, environment=VLLM)
+    for config in IN_PAIRS:
+        check(config, tmp_path / config, ranks=2)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("name", shipped.FAMILIES)
+def test_runs_with_vllm_in_servers_train(name, models, data, tmp_path):
+    configs = [config for config in SERVED if shipped.family(config) == name]
+    rank = max(settings(config)["lora_r"] for config in configs)
+    lengths = ("--max-model-len", "12000", "--enable-lora", "--max-lora-rank", str(rank))  # as the files' heads say
+    with running(models[name], tmp_path / "log", *lengths) as server:
+        for config in configs:
+            run(config, *replaced(config, models, data, tmp_path / config), "--vllm_server_urls", server.url)
+            check(config, tmp_path / config)
