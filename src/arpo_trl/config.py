@@ -67,8 +67,8 @@ class ARPOConfig(GRPOConfig):
 
     Every field of `GRPOConfig` is kept. Defaults that differ: `num_generations` 16, `loss_type` "grpo",
     `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, `per_device_train_batch_size` and
-    `per_device_eval_batch_size` 16, which is one group, and `vllm_importance_sampling_mode` "token_truncate". `use_cpu`
-    becomes true where there is no accelerator.
+    `per_device_eval_batch_size` 16, which is one group, and `vllm_importance_sampling_mode` "token_truncate".
+    `use_cpu` becomes true where there is no accelerator.
 
     Raises:
         ConfigError: A setting, or two together, cannot work, TRL's own objections included. Checked here, before
