@@ -4,10 +4,12 @@ When an upgrade breaks one of these, the test's name says what to look at before
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import inspect
 import math
 import re
+import tomllib
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from datasets import Dataset
 from huggingface_hub import HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
+from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
@@ -545,6 +548,17 @@ def test_vllm_packs_weights_for_a_cpu_nowhere_else():
         "model_executor/kernels/linear/scaled_mm/cpu.py",
         "models/deepseek_v4/cpu/cpu_sparse.py",
     }
+
+
+@pytest.mark.vllm
+def test_what_vllm_asks_of_transformers_is_in_its_extra_and_nowhere_else():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text("utf-8"))["project"]
+    (distribution,) = importlib.metadata.packages_distributions()["vllm"]
+    (asked,) = [line for line in importlib.metadata.requires(distribution) if line.startswith("transformers")]
+    assert Requirement(asked).specifier.contains("5.17.0") and not Requirement(asked).specifier.contains("5.18.0")
+    assert "transformers<5.18" in project["optional-dependencies"]["vllm"]
+    (ours,) = [line for line in project["dependencies"] if line.startswith("transformers")]
+    assert all(Requirement(ours).specifier.contains(version) for version in ("5.17.0", "5.24.0"))
 
 
 @pytest.mark.vllm

@@ -25,7 +25,7 @@ from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from serving import running
-from support import ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
+from support import EXACT, ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -43,6 +43,14 @@ def model_path(tmp_path_factory) -> str:
 def server(model_path, tmp_path_factory):
     log = tmp_path_factory.mktemp("server") / "log"
     with running(model_path, log, "--enable-lora", "--max-lora-rank", "8") as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def half_server(model_path, tmp_path_factory):
+    """One that computes in what training computes in by default."""
+    log = tmp_path_factory.mktemp("half_server") / "log"
+    with running(model_path, log, "--dtype", "bfloat16", "--enable-lora", "--max-lora-rank", "8") as made:
         yield made
 
 
@@ -470,18 +478,17 @@ def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_re
             chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
             torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
         # And where it stays away, the step fails with its name, and a resumed run goes on from the one before.
-        made = trainer(
-            model_path, tmp_path / "run", server, vllm_server_timeout=1.0, save_strategy="steps", save_steps=1
-        )
+        saved = {"save_strategy": "steps", "save_steps": 1}
+        made = trainer(model_path, tmp_path / "run", server, vllm_server_timeout=1.0, **saved, **EXACT)
         made.add_callback(KillAfterStep(server, 1))
         with pytest.raises(EngineError, match=rf"{server.url} (has stayed away for 1 s|was lost)"):
             made.train()
         assert made.state.global_step == 1
         server.start().wait()
-        resumed = trainer(model_path, tmp_path / "run", server)
+        resumed = trainer(model_path, tmp_path / "run", server, **EXACT)
         resumed.train(resume_from_checkpoint=True)
         assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2]
-        assert resumed.state.log_history[-2]["sampling/sampling_logp_difference/mean"] < 0.001
+        assert resumed.state.log_history[-2]["sampling/sampling_logp_difference/mean"] < 1e-4  # both in float32
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -489,24 +496,38 @@ def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_re
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_training_through_a_server_samples_from_the_weights_that_it_updates(
-    server, model_path, tmp_path, caplog, lora
+    half_server, model_path, tmp_path, caplog, lora
 ):
-    ServerClient(server.url, timeout_s=60.0).load_weights(model_path)  # other tests have left theirs
-    peft_config = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"]) if lora else None
-    made = trainer(model_path, tmp_path, server, peft_config=peft_config, top_p=0.95, max_steps=3)
-    assert "top_p make vLLM sample from another distribution" in caplog.text
+    """In the default precision: float32 weights, or an adapter on bfloat16 ones, under bfloat16's autocast."""
+    ServerClient(half_server.url, timeout_s=60.0).load_weights(model_path)  # another test has left its own
+    settings = {}
+    if lora:
+        settings["peft_config"] = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"])
+        settings["model_init_kwargs"] = {"dtype": "bfloat16"}
+    made = trainer(model_path, tmp_path, half_server, max_steps=3, **settings)
+    assert "Training computes in" not in caplog.text
     assert made.sampler.settings.max_length == 1024  # the server's
     made.train()
     log = [row for row in made.state.log_history if "loss" in row]
     assert len(log) == 3
     for row in log:
-        assert 0.0 < row["sampling/sampling_logp_difference/mean"] < 0.2  # what top_p takes away
+        assert 0.0 < row["sampling/sampling_logp_difference/mean"] < 0.02
         assert row["sampling/importance_sampling_ratio/max"] <= 3.0  # token_truncate
     assert made.vllm_importance_sampling_mode == "token_truncate"
     version = made.sampler.engine._weights.version
     assert version.endswith("-3")  # one sync a step
     assert [folder.name for folder in (tmp_path / "served_weights").iterdir()] == [version]
     assert not lora or saved_adapter_is_the_trained_one(made, model_path)
+
+
+def test_another_precision_and_another_distribution_than_what_is_trained_are_said(
+    server, model_path, tmp_path, caplog
+):
+    ServerClient(server.url, timeout_s=60.0).load_weights(model_path)
+    trainer(model_path, tmp_path, server, top_p=0.95)
+    assert "top_p make vLLM sample from another distribution" in caplog.text
+    assert f"Training computes in bfloat16, but {server.url} in float32" in caplog.text
+    assert "Set bf16: false for the trainer, or start the server with --dtype bfloat16." in caplog.text
 
 
 def test_a_prompt_longer_than_the_server_allows_is_refused_before_the_first_step(server, model_path, tmp_path):

@@ -71,7 +71,7 @@ def compare(model: Any, turns: dict[int, Turn]) -> dict[str, float]:
     }
 
 
-def make_trainer(folder: Path, peft_config: LoraConfig | None = None) -> tuple[ARPOTrainer, str]:
+def make_trainer(folder: Path, peft_config: LoraConfig | None = None, **settings: Any) -> tuple[ARPOTrainer, str]:
     model_path = save_sharp_model(folder / "model")
     trainer = ARPOTrainer(
         model=model_path,
@@ -89,6 +89,7 @@ def make_trainer(folder: Path, peft_config: LoraConfig | None = None) -> tuple[A
             learning_rate=1e-3,
             save_strategy="no",
             **ON_CPU,
+            **settings,
         ),
         train_dataset=ROWS,
         tools=[search, python],
@@ -99,7 +100,8 @@ def make_trainer(folder: Path, peft_config: LoraConfig | None = None) -> tuple[A
 
 def adapter(folder: Path) -> None:
     """What training an adapter has to show."""
-    trainer, model_path = make_trainer(folder, LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"]))
+    lora = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    trainer, model_path = make_trainer(folder, lora, model_init_kwargs={"dtype": "bfloat16"})
     trainer.train()
     findings = {
         "log": [row for row in trainer.state.log_history if "loss" in row],
