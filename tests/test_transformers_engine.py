@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from arpo_trl.errors import EngineError
@@ -13,7 +14,7 @@ from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import ContentEncoder
-from support import small_model, tiny_model, tokenizer
+from support import sampling_trainer, small_model, tiny_model, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(10)]
 
@@ -346,6 +347,18 @@ def test_a_rollout_without_room_is_an_error_before_it_that_says_what_it_needs_an
             made.submit(request)
         made.poll(0.0)
         assert made._cache.nbytes == 128 * 3 * 128 * 2
+
+
+def test_a_trainers_rollout_without_room_names_the_settings_to_lower(tmp_path, monkeypatch):
+    rows = Dataset.from_list([{"prompt": f"the melting point of {i}", "answer": ["1"]} for i in range(4)])
+    made = sampling_trainer(tiny_model(), tmp_path, rows, gradient_accumulation_steps=2)
+    monkeypatch.setattr(slots, "free_bytes", lambda device: 1000)
+    lower = (
+        r"0\.00 GiB are free\. Lower per_device_train_batch_size × steps_per_generation \(8 × 2 completions .*\), "
+        r"per_device_eval_batch_size \(8\) or max_completion_length \(24\), or let vLLM sample"
+    )
+    with pytest.raises(EngineError, match=lower):
+        made.train()
 
 
 def test_memory_that_runs_out_on_the_way_is_an_error_with_the_way_out(model):
