@@ -3,6 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
+from peft import PromptTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from arpo_trl import ARPOTrainer
@@ -103,6 +104,12 @@ def test_a_model_that_cannot_be_sampled_from_is_refused_at_construction_with_the
     name = family.partition(",")[0]
     with pytest.raises(ConfigError, match=f"The transformers engine cannot sample .*type '{name}'.*{reason}"):
         trainer_of(model_of(family, settings), tmp_path)
+
+
+def test_an_adapter_that_puts_tokens_before_the_prompt_is_refused_at_construction(tmp_path):
+    adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ConfigError, match=r"'llama': its adapter puts virtual tokens before the prompt"):
+        trainer_of(model_of("llama", {}), tmp_path, peft_config=adapter)
 
 
 def test_a_model_whose_forward_takes_no_mask_for_each_row_is_refused_with_what_its_own_code_said(tmp_path):

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from arpo_trl.errors import EngineError
@@ -13,7 +14,7 @@ from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import ContentEncoder
-from support import small_model, tiny_model, tokenizer
+from support import sampling_trainer, small_model, tiny_model, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(10)]
 
@@ -348,6 +349,18 @@ def test_a_rollout_without_room_is_an_error_before_it_that_says_what_it_needs_an
         assert made._cache.nbytes == 128 * 3 * 128 * 2
 
 
+def test_a_trainers_rollout_without_room_names_the_settings_to_lower(tmp_path, monkeypatch):
+    rows = Dataset.from_list([{"prompt": f"the melting point of {i}", "answer": ["1"]} for i in range(4)])
+    made = sampling_trainer(tiny_model(), tmp_path, rows, gradient_accumulation_steps=2)
+    monkeypatch.setattr(slots, "free_bytes", lambda device: 1000)
+    lower = (
+        r"0\.00 GiB are free\. Lower per_device_train_batch_size × steps_per_generation \(8 × 2 completions .*\), "
+        r"per_device_eval_batch_size \(8\) or max_completion_length \(24\), or let vLLM sample"
+    )
+    with pytest.raises(EngineError, match=lower):
+        made.train()
+
+
 def test_memory_that_runs_out_on_the_way_is_an_error_with_the_way_out(model):
     made = engine(model, smaller="Lower this and that.")
 
@@ -378,8 +391,8 @@ def test_memory_that_a_cpu_does_not_have_is_the_same_error(model):
 
 
 def test_what_sampling_holds_is_said_once_and_louder_where_it_is_much(model, monkeypatch, caplog):
-    # 2 layers × 4 rows × 64 positions × 128 bytes = 64 KiB, and 1 GiB of finished turns at the most
-    said = r"4 rows × 64 positions × 2 layers × 128 bytes = 0\.00 GiB on cpu, and up to 1\.00 GiB of finished turns"
+    # 4 rows × 32 positions × 2 layers × 128 bytes = 32 KiB, and 1 GiB of finished turns at the most
+    said = r"4 rows × 32 positions × 2 layers × 128 bytes = 0\.00 GiB on cpu, and up to 1\.00 GiB of finished turns"
     for free, level in ((1 << 40, "INFO"), (1 << 30, "WARNING")):
         made = engine(model, most_rows=4)
         monkeypatch.setattr(transformers_engine, "free_bytes", lambda device, free=free: free)
@@ -408,8 +421,8 @@ def test_a_prefill_is_read_in_parts_that_stay_within_its_bounds(model, monkeypat
         hook.remove()
     prefills = [(ids, mask) for ids, mask in read if ids[1] > 1]
     assert all(ids.numel() <= bounds.get("PREFILL_TOKENS", 1 << 20) for ids, _ in prefills)
-    # a mask is as wide as a block of 64 keys at the least
-    assert all(mask.numel() <= bounds.get("PREFILL_PAIRS", 1 << 20) * 64 for _, mask in prefills)
+    # a mask is as wide as a block of 32 keys at the least
+    assert all(mask.numel() <= bounds.get("PREFILL_PAIRS", 1 << 20) * 32 for _, mask in prefills)
     assert {i: turn.ids for i, turn in parts.items()} == {i: turn.ids for i, turn in whole.items()}
     for i, turn in parts.items():
         torch.testing.assert_close(torch.tensor(turn.logprobs), torch.tensor(whole[i].logprobs), atol=1e-5, rtol=0)
@@ -421,9 +434,9 @@ def test_buffers_and_masks_grow_in_blocks_up_to_the_rows_that_may_be_asked_for()
     for rows, positions in ((1, 10), (3, 64), (5, 65), (6, 200), (7, 200)):
         cache.reserve(rows, positions)
         sizes.append((cache.max_rows, cache.max_positions))
-    assert sizes == [(1, 64), (4, 64), (6, 128), (6, 256), (8, 256)]
+    assert sizes == [(1, 32), (4, 64), (6, 96), (6, 224), (8, 224)]
     cache.aim(slice(0, 1), torch.zeros(1, 1, dtype=torch.long), 65)
-    assert cache.length == 128
+    assert cache.length == 96
 
 
 def test_prompts_of_one_token_are_sampled_together(model):

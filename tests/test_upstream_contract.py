@@ -25,10 +25,13 @@ from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     LogitsProcessorList,
+    MambaForCausalLM,
     MinPLogitsWarper,
+    MistralConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -41,7 +44,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sliding_window_causal_mask_function,
+)
 from transformers.utils.hub import PushInProgress
 from trl import GRPOConfig, GRPOTrainer, TrlParser
 from trl.generation.vllm_generation import VLLMGeneration
@@ -57,8 +64,9 @@ from trl.trainer.utils import (
 )
 
 from arpo_trl.hub import http
+from arpo_trl.rollout.engines.distribution import ELSEWHERE, HONOURED, REFUSED
 from arpo_trl.rollout.engines.transformers import CACHE_ARGUMENT
-from support import save_tiny_model, tokenizer
+from support import save_tiny_model, small_model, tokenizer
 
 M = 2
 PROMPTS = ["the melting point", "of iron is", "what is", "the answer"]
@@ -883,3 +891,58 @@ def test_the_kernels_of_packs_return_log_sums_of_the_shapes_that_we_read():
         query[None], wide, wide, None, starts, starts, 40, 10, 0.0, 1, True, scale=None
     )
     assert (output.shape, logsums.shape) == ((1, 50, 4, 16), (3, 4, 64))  # 40, rounded up to a multiple of 32
+
+
+def test_a_sliding_window_counts_the_query_itself_and_a_four_dimensional_mask_is_taken_as_it_is():
+    seen = sliding_window_causal_mask_function(3)
+    keys = torch.arange(6)
+    assert [bool(seen(0, 0, torch.tensor(4), key)) for key in keys] == [False, False, True, True, True, False]
+    mask = torch.ones(2, 1, 3, 5, dtype=torch.bool)
+    config = MistralConfig(sliding_window=3, attn_implementation="sdpa")
+    made = create_sliding_window_causal_mask(config, torch.zeros(2, 3, 16), mask, **{CACHE_ARGUMENT: None})
+    assert made is mask
+
+
+def test_a_model_whose_layers_differ_takes_a_mask_for_each_kind_by_name():
+    model = small_model(Qwen2Config, Qwen2ForCausalLM, use_sliding_window=True, sliding_window=2, max_window_layers=1)
+    assert model.config.layer_types == ["full_attention", "sliding_attention"]
+    ids = torch.arange(5)[None]
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    masks = {"full_attention": causal[None, None], "sliding_attention": causal.triu(-1)[None, None]}
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, attention_mask=masks).logits, model(ids).logits)
+
+
+def test_models_say_by_private_names_what_they_keep_and_how_they_attend():
+    assert MambaForCausalLM._is_stateful and not Qwen3ForCausalLM._is_stateful
+    assert Qwen3ForCausalLM._supports_sdpa and not MambaForCausalLM._supports_sdpa
+
+
+def test_every_setting_of_generate_is_one_that_is_applied_refused_or_changes_no_distribution():
+    neutral = {
+        *("do_sample", "early_stopping", "length_penalty"),  # of beams, or set by TRL
+        *("renormalize_logits", "low_memory", "prefill_chunk_size", "use_cache", "use_mtp"),
+        *("cache_config", "cache_implementation", "max_cache_len", "compile_config", "disable_compile"),
+        *("continuous_batching_config", "speculation_type", "is_assistant", "num_assistant_tokens"),
+        *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_early_exit"),
+        *("assistant_ensemble_weight", "assistant_lookbehind", "target_lookbehind", "prompt_lookup_num_tokens"),
+        *("max_matching_ngram_size", "output_attentions", "output_hidden_states", "output_logits", "output_scores"),
+        *("return_dict_in_generate", "bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+        *("_from_model_config", "transformers_version"),
+    }
+    assert set(GenerationConfig().to_dict()) == neutral | set(HONOURED) | set(REFUSED) | set(ELSEWHERE)
+
+
+def test_generate_takes_from_the_models_settings_what_the_runs_leave_open():
+    model = small_model(Qwen3Config, Qwen3ForCausalLM)
+    model.generation_config.suppress_tokens, model.generation_config.min_p = [3], 0.1
+    model.generation_config.top_k = 7
+    run = GenerationConfig(top_k=0, min_p=None)  # as TRL makes its own
+    merged, _ = model._prepare_generation_config(run)
+    assert (merged.suppress_tokens, merged.min_p, merged.top_k) == ([3], 0.1, 0)
+
+
+def test_memory_that_runs_out_is_a_runtime_error_of_its_own():
+    assert issubclass(torch.OutOfMemoryError, RuntimeError)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        torch.empty(1 << 58, dtype=torch.uint8)

@@ -312,10 +312,12 @@ class ARPOTrainer(ResumableTrainer):
         """The model's logprob of each id but the first, given those before it; a collective."""
         training = self.model.training
         self.model.eval()  # without an adapter's dropout
-        with torch.no_grad(), self._model_for_generation() as model:
-            row = torch.tensor([list(ids)], device=next(model.parameters()).device)
-            logits = model(input_ids=row, attention_mask=torch.ones_like(row)).logits[0, :-1]
-        self.model.train(training)
+        try:
+            with torch.no_grad(), self._model_for_generation() as model:
+                row = torch.tensor([list(ids)], device=next(model.parameters()).device)
+                logits = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, :-1]
+        finally:
+            self.model.train(training)
         return logits.float().log_softmax(dim=-1).gather(1, row[0, 1:].unsqueeze(1)).squeeze(1).tolist()
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:

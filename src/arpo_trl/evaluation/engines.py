@@ -108,7 +108,18 @@ def _transformers_engine(
 
     model = _load_model(settings).to("cuda" if torch.cuda.is_available() else "cpu")
     context: int = model.config.get_text_config().max_position_embeddings
-    return TransformersEngine(tokenizer, sampling, lambda: contextlib.nullcontext(model)), context
+    engine = TransformersEngine(
+        tokenizer,
+        sampling,
+        lambda: contextlib.nullcontext(model),
+        most_rows=settings.concurrency,
+        smaller=(
+            f"Lower concurrency ({settings.concurrency}) or max_completion_length ({settings.max_completion_length}), "
+            "or let vLLM sample (engine: vllm)."
+        ),
+    )
+    engine.check()
+    return engine, context
 
 
 def _load_model(settings: EvalSettings) -> Any:

@@ -16,8 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from arpo_trl.errors import EngineError
 
-BLOCK = 64
-"""Positions are reserved and attended to in blocks: few sizes, aligned for kernels.
+BLOCK = 32
+"""Positions are reserved and attended to in blocks: fewer sizes, aligned for kernels.
 
 An allocator that keeps what it has given out (CUDA's) can use a block again only for what is no larger. Tensors that
 grow by a position a step would leave a block behind for nearly each."""

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.slots import SlotCache
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
@@ -143,6 +143,7 @@ def compare_with_plain_forward(
 
     Raises:
         ConfigError: It does not, or fails; with the figures.
+        EngineError: There is no memory for it.
     """
     vocabulary = model.config.get_text_config().vocab_size
     device = model.get_input_embeddings().weight.device
@@ -165,6 +166,8 @@ def compare_with_plain_forward(
                 forward(cache, newest[:, None], slice(0, 2), lengths[:, None]),
                 forward(cache, first[None, LENGTHS[0] + 1 :], slice(0, 1), more[None]),
             ]
+        except EngineError:
+            raise  # there is no memory, which has its own way out
         except Exception as error:  # whatever the model's own code raises at a mask, a cache or positions like these
             raise ConfigError(
                 f"The transformers engine cannot sample from {kind}: a forward with a mask and positions for each row "
