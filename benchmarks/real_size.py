@@ -12,7 +12,8 @@ completion.
 
 Each variant is a process of its own. Phases are wall time, the card waited for: generate is TRL's `_generate` less
 sync, sync what moves weights and wakes vLLM up or puts it to sleep, logprobs the forward passes without gradient,
-update the rest of the step. Medians of the steps after the first, as many as `--budget` leaves time for.
+update the rest of the step. Medians of the steps after the first, as many as `--budget` leaves time for; with none
+("steps" 0) those of the first.
 """
 
 from __future__ import annotations
@@ -77,14 +78,19 @@ TINY = Size(
 )  # fmt: skip
 
 
-def save_model(folder: str, size: Size, dtype: torch.dtype) -> PreTrainedTokenizerFast:
+def save_model(folder: str, size: Size, device: torch.device) -> PreTrainedTokenizerFast:
     """The model, and a tokenizer that encodes any text; as a real one, it does not name every id of the vocabulary."""
     tokenizer = build_tokenizer(quickstart_texts())
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(**size.model, **ends, max_position_embeddings=4096, tie_word_embeddings=True)
-    Qwen3ForCausalLM(config).to(dtype).save_pretrained(folder)
+    with device:  # a card draws 0.6 billion numbers at once
+        model = Qwen3ForCausalLM(config)
+    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).save_pretrained(folder)
+    if device.type == "cuda":
+        del model
+        torch.cuda.empty_cache()  # vLLM looks how much is free
     return tokenizer
 
 
@@ -188,7 +194,7 @@ class Stopwatch(TrainerCallback):
 
 def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, steps: int) -> GRPOTrainer:
     on_card = device.type == "cuda"
-    tokenizer = save_model(str(folder / "model"), size, torch.bfloat16 if on_card else torch.float32)
+    tokenizer = save_model(str(folder / "model"), size, device)
     settings: dict[str, Any] = {
         "output_dir": str(folder / "out"),
         "num_generations": size.leaves,
@@ -275,14 +281,13 @@ def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt
-    run = functools.partial(tokens_per_s, engine, prompt, turns, size.completion)
-    run(PROBE, seed=0)  # warms up
+    tokens_per_s(engine, prompt, turns, 2 * PROBE, PROBE, 0)  # warms up
     rates: dict[int, list[float]] = {0: [], PROBE: []}
     took = 0.0
     while process_s() + took < budget_s or not rates[0]:
         begin = time.perf_counter()
         for probe, measured in rates.items():  # in turn, so that both see the same machine
-            measured.append(run(probe, seed=len(measured) + 1))
+            measured.append(tokens_per_s(engine, prompt, turns, size.completion, probe, len(measured) + 1))
         took = time.perf_counter() - begin
     ratio = median(a / b for a, b in zip(rates[PROBE], rates[0], strict=True))
     cells = [str(turns), f"{size.prompt:,}", str(size.completion), f"{median(rates[0]):,.0f}"]

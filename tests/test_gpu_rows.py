@@ -1,15 +1,22 @@
 """benchmarks/gpu.sh and its rows, on a CPU: every row says something, and none keeps the others from their turn."""
 
 import os
+import re
 import stat
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+import quickstart_engines
+import real_size
+import update
+from arpo_trl.cli import parse_settings
 from card import peak_flops, shown
+from support import script
 from update import all_pairs, distinct_tokens, make_rows, step_flops
 
 ROOT = Path(__file__).parents[1]
@@ -122,3 +129,21 @@ def test_the_flops_of_a_step_are_those_of_its_matrices_and_pairs() -> None:
 
 def test_a_device_whose_peak_is_not_known_has_no_utilisation() -> None:
     assert shown(1.0 / peak_flops(torch.device("cpu")), ".1%") == "—"
+
+
+def test_the_tables_in_the_results_have_the_columns_that_the_rows_print() -> None:
+    results = (ROOT / "docs/results.md").read_text("utf-8").partition("\n## On a GPU\n")[2]
+    heads = re.findall(r"^\|(.*)\|\n\|[-:|]+\|$", results, re.MULTILINE)
+    columns = (update.CARD_COLUMNS, quickstart_engines.COLUMNS, real_size.STEP_COLUMNS, real_size.PROBE_COLUMNS)
+    assert [head.strip() for head in heads] == [column.strip() for column in columns]
+
+
+def test_the_commands_to_try_name_settings_that_exist() -> None:
+    text = (ROOT / "docs/gpu.md").read_text("utf-8")
+    commands = re.findall(r"train\.py (--config [^`]*)`", text)
+    assert len(commands) == 5
+    for command in commands:
+        # on a CPU neither float16 nor bfloat16 of a GPU is to be had
+        words = [word if word != "true" or before not in ("--bf16", "--fp16") else "false"
+                 for before, word in pairwise(["", *command.split()])]  # fmt: skip
+        parse_settings(script("train").SETTINGS, [*words, "--use_cpu", "true"])
