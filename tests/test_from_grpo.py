@@ -7,6 +7,7 @@ for sampling is the one thing in which the two may differ. `docs/from-grpo.md` h
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable
@@ -469,3 +470,14 @@ def test_a_mistake_is_the_error_that_it_is_with_grpo(given, error, message, mode
     for kind, args in ((GRPOTrainer, GRPOConfig(str(tmp_path), use_cpu=True)), (ARPOTrainer, config(tmp_path))):
         with pytest.raises(error, match=message):
             kind(args=args, **{**usual, **given})
+
+
+def test_the_defaults_that_differ_are_in_the_table():
+    text = (Path(__file__).parents[1] / "docs/from-grpo.md").read_text("utf-8")
+    table = text.partition("<!-- defaults -->")[2].partition("<!-- end -->")[0]
+    described = {name: (theirs, ours) for name, theirs, ours in re.findall(r"\| `(\w+)` \| (.*?) \| (.*?) \|", table)}
+    theirs = {of.name: of.default for of in dataclasses.fields(GRPOConfig)}
+    ours = {of.name: of.default for of in dataclasses.fields(ARPOConfig)}
+    assert described == {
+        name: (str(default), str(ours[name])) for name, default in theirs.items() if ours[name] != default
+    }
