@@ -380,6 +380,7 @@ def written(row: int, turn: int) -> str:
 def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_path):
     tok = AutoTokenizer.from_pretrained(models["qwen3"])
     seen: dict[str, list[Any]] = {}
+    shown: list[list[int]] = []
 
     class TrlsLoop(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):
@@ -403,9 +404,14 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
         )
         made = trained(kind, tmp_path / kind.__name__, case, models)
         assert made.tools == [multiply]
+        prompt = CHAT[0]["prompt"]
+        shown.append(
+            made.protocol.encode_prompt(prompt) if kind is ARPOTrainer else made._tokenize_prompts([prompt])[0][0]
+        )
         log = made.state.log_history[0]
         assert log["tools/call_frequency"] == pytest.approx(2 / 3)
         assert log["tools/failure_frequency"] == pytest.approx(1 / 2)
+    assert shown[0] == shown[1]
     theirs, ours = seen["TrlsLoop"], seen["ARPOTrainer"]
     assert ours[0] == theirs[0]
     assert [message["role"] for message in ours[0]] == ["assistant", "tool", "assistant"]
