@@ -10,9 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from arpo_trl.data import load_arpo_dataset, validate_rows
-from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.prompts import SYSTEM_PROMPTS
+from arpo_trl.data import load_arpo_dataset, system_prompt_text, validate_rows
+from arpo_trl.errors import ConfigError, DataError, ToolSpecError
+from arpo_trl.prompts import SYSTEM_PROMPTS, tags_system_prompt
+from support import python, search
 
 REASONING = {"role": "system", "content": SYSTEM_PROMPTS["reasoning"]}
 
@@ -267,6 +268,28 @@ def test_good_rows_are_valid(tmp_path: Path) -> None:
 def test_a_dataset_that_cannot_be_trained_on_says_which_row_and_field(rows: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         validate_rows(datasets.Dataset.from_dict(rows))
+
+
+def test_a_system_prompt_for_tools_of_your_own_describes_them_and_their_tags() -> None:
+    text = tags_system_prompt([search, python])
+    assert "- <search>query</search>: Search for facts. query: What to look for." in text
+    assert "- <python>code</python>: Run Python code. code: The code." in text
+    assert "<result>…</result>" in text and r"\boxed{the answer}" in text
+    assert system_prompt_text(text) == text
+
+
+def test_a_system_prompt_for_a_tool_that_tags_cannot_offer_is_refused() -> None:
+    def add(a: int, b: int) -> int:
+        """Adds.
+
+        Args:
+            a: One.
+            b: Another.
+        """
+        return a + b
+
+    with pytest.raises(ToolSpecError, match=r"'add' takes \['a', 'b'\]; .* or set tool_protocol \"chat_template\""):
+        tags_system_prompt([add])
 
 
 @pytest.mark.parametrize("name", sorted(SYSTEM_PROMPTS))

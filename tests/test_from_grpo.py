@@ -7,6 +7,7 @@ for sampling is the one thing in which the two may differ. `docs/from-grpo.md` h
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from collections.abc import Callable
@@ -379,6 +380,7 @@ def written(row: int, turn: int) -> str:
 def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_path):
     tok = AutoTokenizer.from_pretrained(models["qwen3"])
     seen: dict[str, list[Any]] = {}
+    shown: list[list[int]] = []
 
     class TrlsLoop(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):
@@ -402,9 +404,14 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
         )
         made = trained(kind, tmp_path / kind.__name__, case, models)
         assert made.tools == [multiply]
+        prompt = CHAT[0]["prompt"]
+        shown.append(
+            made.protocol.encode_prompt(prompt) if kind is ARPOTrainer else made._tokenize_prompts([prompt])[0][0]
+        )
         log = made.state.log_history[0]
         assert log["tools/call_frequency"] == pytest.approx(2 / 3)
         assert log["tools/failure_frequency"] == pytest.approx(1 / 2)
+    assert shown[0] == shown[1]
     theirs, ours = seen["TrlsLoop"], seen["ARPOTrainer"]
     assert ours[0] == theirs[0]
     assert [message["role"] for message in ours[0]] == ["assistant", "tool", "assistant"]
@@ -469,3 +476,14 @@ def test_a_mistake_is_the_error_that_it_is_with_grpo(given, error, message, mode
     for kind, args in ((GRPOTrainer, GRPOConfig(str(tmp_path), use_cpu=True)), (ARPOTrainer, config(tmp_path))):
         with pytest.raises(error, match=message):
             kind(args=args, **{**usual, **given})
+
+
+def test_the_defaults_that_differ_are_in_the_table():
+    text = (Path(__file__).parents[1] / "docs/from-grpo.md").read_text("utf-8")
+    table = text.partition("<!-- defaults -->")[2].partition("<!-- end -->")[0]
+    described = {name: (theirs, ours) for name, theirs, ours in re.findall(r"\| `(\w+)` \| (.*?) \| (.*?) \|", table)}
+    theirs = {of.name: of.default for of in dataclasses.fields(GRPOConfig)}
+    ours = {of.name: of.default for of in dataclasses.fields(ARPOConfig)}
+    assert described == {
+        name: (str(default), str(ours[name])) for name, default in theirs.items() if ours[name] != default
+    }

@@ -151,6 +151,18 @@ def test_the_handlers_of_before_are_back_afterwards(model, tmp_path):
     assert signal.set_wakeup_fd(-1) == -1
 
 
+def test_a_child_that_ends_is_no_signal_to_stop():
+    before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch does once a data loader has workers
+    try:
+        interrupts = Interrupts()
+        with interrupts.listening():
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.3)
+            interrupts.check()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
     seen = []
 
