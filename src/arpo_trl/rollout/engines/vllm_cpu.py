@@ -1,8 +1,6 @@
 """What vLLM 0.31 needs on a CPU to be trained against. On GPUs none of this applies, and nothing is changed.
 
-Weights. vLLM packs those of linear layers into oneDNN's own layout when it loads a model, and keeps multiplying with
-that copy whatever is loaded afterwards: TRL's sync then raises, and a server's `reload_weights` answers 200 and keeps
-the old ones. So layers stay unpacked, which is somewhat slower.
+Weights stay as they are loaded: `vllm_cpu_weights`.
 
 Seeds. A prompt that is read in pieces, since others fill the batch, is sampled from after each of them, and what was
 drawn is taken back by rewinding the request's generator. A CPU's generators cannot be rewound, and the engine dies of
@@ -18,6 +16,8 @@ import os
 import sys
 from functools import cache
 from typing import Any
+
+from arpo_trl.rollout.engines.vllm_cpu_weights import keep_weights_unpacked
 
 
 def register() -> None:
@@ -35,15 +35,9 @@ def prepare_cpu() -> None:
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
-        _keep_weights_unpacked()
+        keep_weights_unpacked()
         _reseed_instead_of_rewinding()
         _keep_llvmlite_honest()
-
-
-def _keep_weights_unpacked() -> None:
-    from vllm import _custom_ops
-
-    _custom_ops._supports_onednn = False
 
 
 def _reseed_instead_of_rewinding() -> None:
