@@ -250,6 +250,24 @@ def test_places_per_tool_are_a_mapping_in_yaml_and_json_in_a_flag(tmp_path):
     assert (from_file.tool_places, from_flag.tool_places) == ({"search": 8}, {"python": 2})
 
 
+@pytest.mark.parametrize("make", [ARPOConfig, script("sft").ColdStartConfig])
+def test_without_an_accelerator_the_cpu_is_taken_and_that_is_said_by_one_rank(make, monkeypatch, caplog):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert make("unused").use_cpu and make("unused").bf16
+    assert caplog.text.count("There is no accelerator here: training on the CPU") == 2
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    assert make("unused").use_cpu and make("unused", use_cpu=True).use_cpu
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("make", [ARPOConfig, script("sft").ColdStartConfig])
+def test_with_an_accelerator_the_cpu_is_not_taken(make, monkeypatch, caplog):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert not make("unused", bf16=False).use_cpu
+    assert caplog.text == ""
+
+
 def test_flags_win_over_the_file(tmp_path):
     file = written(tmp_path, branch_rule="random", branch_threshold=0.6)
     _, _, made, _ = parse("train", file, "--branch_rule", "ranked")

@@ -76,7 +76,7 @@ def test_the_papers_configuration_trains_on_rows_of_its_layout_and_says_what_is_
         *("--config", "configs/reasoning_10k.yaml", "--model_name_or_path", save_tiny_model(tmp_path / "model")),
         *("--dataset", str(tmp_path / "rows.parquet"), "--search_recorded", str(tmp_path / "recorded.json")),
         *("--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--max_completion_length", "48"),
-        *("--gradient_accumulation_steps", "1", "--steps_per_generation", "1", "--bf16", "false"),
+        *("--gradient_accumulation_steps", "1", "--steps_per_generation", "1"),
         *("--trajectory_log_rate", "1"),
     )
     for alarm in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):

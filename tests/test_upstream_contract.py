@@ -663,6 +663,15 @@ def test_the_trainers_own_background_push_dies_without_a_word():
     assert progress.is_done()
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator, which may have bf16")
+def test_trls_default_precision_is_refused_without_an_accelerator_unless_the_cpu_is_asked_for(tmp_path):
+    """Ours asks for it there. When this fails, `take_the_cpu_if_alone` is superfluous."""
+    with pytest.raises(ValueError, match="doesn't support bf16/gpu"):
+        GRPOConfig(str(tmp_path))
+    args = GRPOConfig(str(tmp_path), use_cpu=True)
+    assert args.bf16 and args.gradient_checkpointing  # the settings that users get
+
+
 def test_the_trainer_pickles_a_token_that_its_settings_hold(tmp_path):
     """Which is why hub_token is refused."""
     args = TrainingArguments(str(tmp_path), hub_token="hf_planted", use_cpu=True)
