@@ -184,7 +184,7 @@ CASES: dict[str, Case] = {
         {"chat_template_kwargs": {"enable_thinking": False}},
         lambda models: {"model": models["qwen3"], "train_dataset": CHAT},
     ),
-    "workers": Case({"dataloader_num_workers": 1}),
+    "workers": Case({"dataloader_num_workers": 1, "dataloader_persistent_workers": True}),
     "completions in the log": Case({"log_completions": True}),
     "unused columns removed": Case(
         {"remove_unused_columns": True}, _with(train_dataset=TEXT.add_column("turns_taken", TEXTS))

@@ -1,4 +1,5 @@
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -161,6 +162,14 @@ def test_a_child_that_ends_is_no_signal_to_stop():
             interrupts.check()
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def test_a_child_that_lives_on_does_not_hold_up_the_end():
+    with Interrupts().listening():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))  # as a persistent worker
+        child.start()
+    child.kill()
+    child.join()
 
 
 def test_outside_the_main_thread_signals_stay_with_whoever_has_them():

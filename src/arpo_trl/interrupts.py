@@ -31,6 +31,8 @@ from torch import distributed
 from arpo_trl.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_END = b"\0"
+"""No signal's number: ends the thread that reads them."""
 SAME_S = 1.0
 """A second SIGINT within this many seconds is the first one again: a terminal and a launcher both send it."""
 EXIT_S = 3.0
@@ -79,8 +81,9 @@ class Interrupts:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            os.close(writer)  # which ends the watcher
+            os.write(writer, _END)  # closing alone does not end it: a forked child may hold the pipe open
             watcher.join()
+            os.close(writer)
             os.close(reader)
             self.active = False
 
@@ -111,9 +114,9 @@ class Interrupts:
             if not poller.poll(ASK_EVERY_S * 1000 if self._board else None):
                 self._ask_the_others()
                 continue
-            if not (signums := os.read(reader, 1)):
+            if (read := os.read(reader, 1)) == _END:
                 return
-            signum = signums[0]
+            signum = read[0]
             if signum not in SIGNALS:  # that of a child that ended, which torch listens to once it has workers
                 continue
             if self.told is None:
