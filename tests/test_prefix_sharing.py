@@ -13,6 +13,8 @@ from transformers import (
     MistralForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -23,7 +25,17 @@ from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
-from arpo_trl.prefix_sharing import COSTS, NO_LABEL, forward_pack, pack_rows, pays, share_prefixes, why_not_shared
+from arpo_trl.prefix_attention import attend
+from arpo_trl.prefix_sharing import (
+    COSTS,
+    NO_LABEL,
+    forward_pack,
+    pack_rows,
+    pays,
+    share_prefixes,
+    why_not_shared,
+    why_packs_differ,
+)
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from support import EXACT, ON_CPU, save_tiny_model, search, small_model, tokenizer
@@ -253,6 +265,20 @@ def test_ordinary_batches_are_computed_as_before():
 )
 def test_a_model_for_which_packs_are_not_exact_is_recognised(make, reason):
     assert reason in why_not_shared(make(), CPU)
+
+
+def test_a_model_that_keeps_packs_from_its_attention_is_found_out_before_training():
+    model = model_of(NemotronConfig, NemotronForCausalLM)  # its layers hand no keywords on
+    assert why_not_shared(model, CPU) is None  # nothing is known against it
+    assert "hands packs on to the attention of 0 of its 2 layers only" in why_packs_differ(model)
+
+
+def test_a_model_that_takes_packs_is_compared_with_its_padded_self(monkeypatch):
+    model = model_of(*FAMILIES[0])
+    assert why_packs_differ(model) is None
+    assert why_packs_differ(model.bfloat16()) is None
+    monkeypatch.setattr("arpo_trl.prefix_sharing.attend", lambda *args, scaling: 2 * attend(*args, scaling=scaling))
+    assert "standard deviations off those of padded rows" in why_packs_differ(model.float())
 
 
 # In the trainer ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ the padded batch up to rounding. Sharing is found from the token ids alone, what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
 from typing import Any
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from arpo_trl.errors import ConfigError
 from arpo_trl.prefix_attention import Call, Edge, attend, plan_calls, why_no_attention
 
 
@@ -68,6 +69,8 @@ class Pack:
     calls: tuple[Call, ...]
     leaf_tokens: int
     padded_tokens: int
+    attended_by: set[int] = field(default_factory=set, repr=False)
+    """Ids of the attention modules that were given the pack."""
 
     def __len__(self) -> int:
         return self.ids.size(1)
@@ -199,6 +202,7 @@ def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if shared_prefix_pack is None:
             return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        shared_prefix_pack.attended_by.add(id(module))
         return attend(query, key, value, shared_prefix_pack.calls, scaling=scaling), None
 
     return forward
@@ -243,6 +247,10 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
     )
+
+
+ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+"""Most difference of packed and padded logprobs, root mean square in their own standard deviations, by type."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +300,9 @@ def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torc
     """(B, T) logprobs of the completion tokens and, if the head gives them, entropies; 0 where not `pack.real`.
 
     `model` has TRL's fused language-model head, in whatever wrapping, and went through `share_prefixes`.
+
+    Raises:
+        ConfigError: Not all of its layers were given the pack, so that tokens saw other paths.
     """
     outputs = model(
         input_ids=pack.ids,
@@ -301,10 +312,48 @@ def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torc
         fused_lm_head=True,
         shared_prefix_pack=pack,
     )
-
+    inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    layers = inner.config.get_text_config().num_hidden_layers
+    if len(pack.attended_by) != layers:
+        raise ConfigError(
+            f"The model hands packs on to the attention of {len(pack.attended_by)} of its {layers} layers only, so "
+            "shared prefixes cannot be computed once. Set shared_prefix_forward: off."
+        )
     logprobs, entropies = (
         None if values is None else values[0][pack.sources].masked_fill(~pack.real, 0.0)
         for values in (outputs.log_probs, outputs.entropy)
     )
     assert logprobs is not None
     return logprobs, entropies
+
+
+@torch.no_grad()
+def why_packs_differ(model: PreTrainedModel) -> str | None:
+    """Why logprobs of a few rows differ packed and padded, beyond rounding; None where they do not.
+
+    `model` is as for `forward_pack`, with its weights in place, under the autocast that it trains with.
+    """
+    device = model.get_input_embeddings().weight.device
+    # Three rows that start alike, of ids all over the vocabulary: equal tokens would hide what attention does.
+    drawn = torch.arange(1, 41, device=device) * 7919 % model.config.get_text_config().vocab_size
+    rows = torch.stack([torch.cat([drawn[:20], drawn[start : start + 8]]) for start in (20, 24, 32)])
+    labels, keep = rows.clone(), 16
+    labels[:, :-keep] = NO_LABEL
+    training = model.training
+    model.eval()
+    try:
+        padded = model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=labels, fused_lm_head=True)
+        packed, _ = forward_pack(model, pack_rows(rows, torch.ones_like(rows), keep))
+    except Exception as fault:  # whatever the model's own code raises at a pack is the answer, and is told in full
+        return f"a forward over a pack failed: {type(fault).__name__}: {fault}"
+    finally:
+        model.train(training)
+    expected = padded.log_probs[:, -keep:].float()
+    difference = float((packed.float() - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9))
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    limit = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in dtypes)
+    if difference <= limit:
+        return None
+    return f"a pack's logprobs are {difference:.2g} standard deviations off those of padded rows; {limit} is rounding"

@@ -42,6 +42,7 @@ from arpo_trl.prefix_sharing import (
     pays,
     share_prefixes,
     why_not_shared,
+    why_packs_differ,
 )
 from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rewards.checked import checked_reward
@@ -481,15 +482,23 @@ class ARPOTrainer(ResumableTrainer):
             reasons.append("its adapter puts virtual tokens before each row")
         if self.aux_loss_enabled:
             reasons.append("its router's auxiliary loss counts every row's tokens")
-        if reasons:
-            told = f"Shared prefixes cannot be computed once for this model: {reasons[0]}."
-            if wanted is SharedPrefixForward.ON:
-                raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
-            logger.warning(f"{told} The update takes TRL's padded batches, which compute them once per row.")
-            return False
-        for base in bases:
-            share_prefixes(base)
-        return True
+        if not reasons:
+            before = [base.config._attn_implementation for base in bases]
+            for base in bases:
+                share_prefixes(base)
+            # Sharded weights are not in place yet; there `forward_pack` sees to it that all layers take packs.
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+                with self.accelerator.autocast():
+                    reasons = [reason for model in models if (reason := why_packs_differ(model))]
+            if not reasons:
+                return True
+            for base, attention in zip(bases, before, strict=True):
+                base.set_attn_implementation(attention)
+        told = f"Shared prefixes cannot be computed once for this model: {reasons[0]}."
+        if wanted is SharedPrefixForward.ON:
+            raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
+        logger.warning(f"{told} The update takes TRL's padded batches, which compute them once per row.")
+        return False
 
     def _get_per_token_logps_and_entropies(
         self,
