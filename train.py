@@ -15,7 +15,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.data import load_arpo_dataset
 from arpo_trl.interrupts import follow_launcher
-from arpo_trl.progress import show_compactly
+from arpo_trl.progress import show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.tools.build import ToolArguments, build_tools
 
@@ -54,6 +54,7 @@ SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)
 @report_errors
 def main() -> None:
     follow_launcher()
+    show_log()
     arguments, tool_arguments, config, model_config = parse_settings(SETTINGS)
     config.model_init_kwargs = {
         **(config.model_init_kwargs or {}),

@@ -37,13 +37,14 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
     )
     before = measure(sft, data, 0, temperature=1.0)
     assert len(before.samples) == 64
-    launch(
+    done = launch(
         "train.py",
         *("--config", "configs/quickstart.yaml", "--model_name_or_path", str(sft), "--output_dir", str(rl)),
         *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")),
         *("--search_index", str(data / "corpus.jsonl"), "--max_steps", "2", "--per_device_train_batch_size", "16"),
         *("--eval_steps", "1", "--per_device_eval_batch_size", "64", "--trajectory_log_rate", "1"),
     )
+    assert done.stderr.count("Sampling holds keys and values of up to") == 1
     history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
     summary = {
         **dict.fromkeys(("accuracy_before", "accuracy_after", "greedy_before", "greedy_after"), 0.0),

@@ -1,7 +1,8 @@
-"""One line of progress on the terminal, with the numbers to watch."""
+"""What a run shows on the terminal: one line of progress with the numbers to watch, and its messages."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,12 @@ class CompactProgress(ProgressCallback):
             if "reward" in self._shown:
                 self._shown.pop("loss", None)  # a policy gradient's loss says nothing about progress
             self.training_bar.set_postfix(self._shown)
+
+
+def show_log() -> None:
+    """Shows this package's own messages on standard error, those that merely inform included."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("arpo_trl").setLevel(logging.INFO)
 
 
 def show_compactly(trainer: Trainer) -> None:
