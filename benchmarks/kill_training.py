@@ -67,7 +67,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text("utf-8"))
     trees = {}
     for file in sorted((folder / "trajectories").iterdir()):
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        with file.open(encoding="utf-8") as lines:  # str.splitlines would also break within a string
+            rows = [json.loads(line) for line in lines]
         for call in [call for row in rows for node in row["nodes"] for call in node.get("calls", ())]:
             call["source"] = "executed" if call["source"] == "executed" else "saved"
             del call["seconds"]

@@ -148,7 +148,8 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def _trees(file: Path) -> list[Any]:
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    with file.open(encoding="utf-8") as lines:  # str.splitlines would also break within a string
+        rows = [json.loads(line) for line in lines]
     for call in [call for row in rows for node in row["nodes"] for call in node.get("calls", ())]:
         del call["seconds"]
     return rows

@@ -11,7 +11,7 @@ import torch
 
 from arpo_trl.checkpoints import Checkpoints
 from arpo_trl.errors import ConfigError
-from ranks import Running, launch, launched
+from ranks import EXACT, Running, launch, launched
 from resuming import make_trainer, outcome, save_calling_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -92,16 +92,22 @@ def test_a_killed_group_that_shares_one_optimizer_goes_on_from_its_parts(way, mo
     assert list((output / "checkpoint-4").glob(parts))
 
 
-def test_a_run_goes_on_with_another_number_of_processes_where_its_batches_stay_the_same(model, tmp_path):
-    """Two steps on two ranks of 4 rows, two more on one process of 8, against four on one process."""
+@pytest.mark.parametrize(("bf16", "launcher"), [(True, ()), (False, EXACT)], ids=["default", "float32"])
+def test_a_run_goes_on_with_another_number_of_processes_where_its_batches_stay_the_same(
+    bf16, launcher, model, tmp_path
+):
+    """Two steps on two ranks of 4 rows, two more on one process of 8, against four on one process.
+
+    In bfloat16 rows are rounded otherwise beside others, and so sampled otherwise.
+    """
     whole, output = tmp_path / "whole", tmp_path / "run"
-    constant = {"lr_scheduler_type": "constant"}
+    constant = {"lr_scheduler_type": "constant", "bf16": bf16}
     alone = make_trainer(model, whole, max_steps=4, **constant)
     alone.train()
     alone.toolbox.close()
 
     flags = ("--max_steps", "2", "--per_device_train_batch_size", "4", "--lr_scheduler_type", "constant")
-    launch("ddp", SCRIPT, model, str(output), *flags)
+    launch("ddp", SCRIPT, model, str(output), *flags, "--bf16", str(bf16), launcher=launcher)
     smaller = make_trainer(model, output, max_steps=4, per_device_train_batch_size=4, **constant)
     smaller.toolbox.close()
     with pytest.raises(ConfigError, match="generation_batch_size is 8 there and 4 here"):
@@ -109,10 +115,13 @@ def test_a_run_goes_on_with_another_number_of_processes_where_its_batches_stay_t
     resumed = make_trainer(model, output, max_steps=4, **constant)
     resumed.train(resume_from_checkpoint=True)
     resumed.toolbox.close()
+    assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2, 3, 4]
+    if bf16:
+        return
 
     def paths(folder: Path, step: int) -> list[list[list[int]]]:
-        lines = (folder / f"trajectories/step-{step:06d}-rank0.jsonl").read_text("utf-8").splitlines()
-        return [[node["ids"] for node in json.loads(line)["nodes"]] for line in lines]
+        with (folder / f"trajectories/step-{step:06d}-rank0.jsonl").open(encoding="utf-8") as lines:
+            return [[node["ids"] for node in json.loads(line)["nodes"]] for line in lines]
 
     for step in (2, 3):
         assert paths(output, step) == paths(whole, step)
