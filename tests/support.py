@@ -129,6 +129,13 @@ def sampling_trainer(model: Any, folder: Path, rows: Dataset, **settings: Any) -
     )
 
 
+def sampled_logprobs(made: ARPOTrainer) -> torch.Tensor:
+    """(B, T) logprobs of the last rollout's tokens, 0 where it wrote none."""
+    assert made._last is not None
+    of_leaves = [torch.tensor(leaf.logprobs) for leaf in made._last.leaves]
+    return torch.nn.utils.rnn.pad_sequence(of_leaves, batch_first=True)
+
+
 def unlike_scored(made: ARPOTrainer) -> torch.Tensor:
     """|sampling − training logprob| of all tokens that a rollout of the first two prompts wrote."""
     made.model.train()
@@ -141,7 +148,7 @@ def unlike_scored(made: ARPOTrainer) -> torch.Tensor:
         logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
     written = made._loss_mask.bool()
     assert written.sum() > 50
-    return (logps - batch["sampling_per_token_logps"])[written].abs()
+    return (logps - sampled_logprobs(made))[written].abs()
 
 
 def search(query: str) -> str:

@@ -355,7 +355,7 @@ def test_a_trainers_rollout_without_room_names_the_settings_to_lower(tmp_path, m
     monkeypatch.setattr(slots, "free_bytes", lambda device: 1000)
     lower = (
         r"0\.00 GiB are free\. Lower per_device_train_batch_size × steps_per_generation \(8 × 2 completions .*\), "
-        r"per_device_eval_batch_size \(8\) or max_completion_length \(24\), or let vLLM sample"
+        r"per_device_eval_batch_size \(16\) or max_completion_length \(24\), or let vLLM sample"
     )
     with pytest.raises(EngineError, match=lower):
         made.train()

@@ -31,7 +31,7 @@ from arpo_trl.rollout.engines.vllm_weights import DiskTransfer
 from arpo_trl.sharding import check_launch
 from arpo_trl.tools.search import LocalIndex, search_tool
 from evaluating import questions
-from support import EXACT, ON_CPU, python, search
+from support import EXACT, ON_CPU, python, sampled_logprobs, search
 
 GROUPS, LEAVES = 4, 4
 SCHOOL_STEPS = 60
@@ -152,7 +152,7 @@ def sampled_against_trained(made: ARPOTrainer) -> dict[str, float]:
         model, length = made.model_wrapped, batch["completion_ids"].size(1)
         logprobs, _, _ = made._get_per_token_logps_and_entropies(model, ids, mask, length)
     trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    off = (logprobs - batch["sampling_per_token_logps"])[trained].abs()
+    off = (logprobs - sampled_logprobs(made))[trained].abs()
     return {"mean": float(off.mean()), "largest": float(off.max())}
 
 
