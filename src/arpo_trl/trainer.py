@@ -260,8 +260,7 @@ class ARPOTrainer(ResumableTrainer):
             settings,
             self._model_for_generation,
             generation_kwargs=args.generation_kwargs,
-            # `auto` packs where it pays, and else pads.
-            scored_padded=not self._shares_prefixes or args.shared_prefix_forward == SharedPrefixForward.AUTO,
+            scored_padded=self._may_pad,
             most_rows=max(rows, evaluated),
             smaller=(
                 f"Lower per_device_train_batch_size × steps_per_generation ({args.per_device_train_batch_size} × "
@@ -278,6 +277,7 @@ class ARPOTrainer(ResumableTrainer):
             logger.warning(
                 f"Paths may become {longest} tokens long at most: beyond that the model's rotary embedding (longrope) "
                 "turns all tokens differently, and what was sampled before is not what would be trained."
+                + (" Rows are padded here, and their padding counts: leave room for it." if self._may_pad else "")
             )
         return engine
 
@@ -500,6 +500,14 @@ class ARPOTrainer(ResumableTrainer):
         logger.warning(f"{told} The update takes TRL's padded batches, which compute them once per row.")
         return False
 
+    @property
+    def _may_pad(self) -> bool:
+        """Whether some micro-batch may be computed padded: packs are not exact, or do not pay everywhere."""
+        config = self.model.config.get_text_config()
+        # Padding counts as length where length changes what a model computes; a pack has none.
+        chosen = self.args.shared_prefix_forward == SharedPrefixForward.AUTO and exact_length(config) is None
+        return chosen or not self._shares_prefixes
+
     def _get_per_token_logps_and_entropies(
         self,
         model: torch.nn.Module,
@@ -520,9 +528,7 @@ class ARPOTrainer(ResumableTrainer):
             multiple = self.pad_to_multiple_of or 1
             packs = [pack_rows(ids, mask, logits_to_keep, wanted, multiple_of=multiple) for ids, mask, wanted in rows]
             hidden_size = self.model.config.get_text_config().hidden_size
-            if self.args.shared_prefix_forward == SharedPrefixForward.AUTO and not all(
-                pays(pack, hidden_size) for pack in packs
-            ):
+            if self._may_pad and not all(pays(pack, hidden_size) for pack in packs):
                 packs = []
             if torch.is_grad_enabled():
                 self._metrics["train"]["arpo/update/packed"].append(float(bool(packs)))
