@@ -307,14 +307,18 @@ def _covered(p: Sequence[Value], g: Sequence[Value]) -> bool:
 
 
 def _same_groups(p: Group, g: Group) -> bool:
+    if _is_set(p) != _is_set(g) and _same_sets(p, g):
+        return True
+    if (p.opening, p.closing) != (g.opening, g.closing):
+        for one in (p, g):
+            if len(one.items) == 1:
+                return _same(p.items[0] if one is p else p, g.items[0] if one is g else g)
     kinds = {_kind(p), _kind(g)}
     if kinds == {"list"}:
         return _same_lists(p, g)
     if kinds <= {"list", "set"}:
         return _covered(p.items, g.items)
     if "set" in kinds:
-        if len(p.items) == len(g.items) == 1:
-            return _same(p.items[0], g.items[0])
         return p.opening == "[" and len(p.items) > 2 and _covered(p.items, g.items)
     if "list" in kinds:
         bare, bracketed = (p, g) if _kind(p) == "list" else (g, p)

@@ -94,7 +94,7 @@ _NUMBER_SETS = {"R": S.Reals, "Q": S.Rationals, "Z": S.Integers, "N": S.Naturals
 _APPLIED = frozenset("f g h F G H O P E T Theta Omega Phi".split())
 # Short words of English that are no products of letters.
 _WORDS = frozenset(
-    "no on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two six ten odd red "
+    "no or on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two six ten odd red "
     "day set sum man men min max per out its are was has had can may new old big low top end".split()
 )
 _UNITS = {
@@ -158,7 +158,7 @@ def _words(cleaned: str) -> Value | None:
         return None
     if all(len(word) == 1 and word.isascii() for word in words):
         return None
-    if "and" in words or "or" in words:
+    if len(words) > 1 and ("and" in words or "or" in words):
         return None
     if len(words) == 1 and len(words[0]) == 2 and words[0].lower() not in _WORDS:
         return None
@@ -571,7 +571,7 @@ class _Parser:
             return True
         if len(token.text) == 1:
             return token.spaced and token.text in _UNITS
-        if token.text in _UNITS:
+        if token.text in _UNITS or token.text == "sq":
             return True
         return len(token.text) >= (3 if token.spaced else 4)
 
@@ -647,7 +647,7 @@ class _Parser:
         return self._power()
 
     def _power(self) -> Any:
-        base = self._atom()
+        base = self._atom(mixed=True)
         while True:
             if self._take("!"):
                 base = _factorial(_expr(base))
@@ -701,14 +701,14 @@ class _Parser:
             self._split(1)
         return self._atom()
 
-    def _atom(self) -> Any:
+    def _atom(self, mixed: bool = False) -> Any:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable("too deep")
         self.named = False
         kind, text = self._kind(), self._peek()
         if kind == "number":
-            value: Any = self._number()
+            value: Any = self._number(mixed)
         elif kind == "based":
             value = _based(self._next().text)
         elif kind == "word":
@@ -726,7 +726,7 @@ class _Parser:
         self.depth -= 1
         return value
 
-    def _number(self) -> Any:
+    def _number(self, mixed: bool) -> Any:
         token = self._next().text
         if "." in token and (repeated := self._repetend()):
             return _repeating(token, repeated)
@@ -739,7 +739,7 @@ class _Parser:
             if self._peek() in ("C", "P") and self._kind(1) == "number" and not self._spaced():  # 5C2
                 ways = _binomial if self._next().text == "C" else _permutations
                 return ways(Integer(token), Integer(self._next().text))
-            if (fraction := self._fraction_ahead()) is not None:
+            if mixed and (fraction := self._fraction_ahead()) is not None:
                 return Integer(token) + fraction
         if self._peek() == "j" and not self._spaced():  # Python's complex numbers
             if not self.has_i:

@@ -33,6 +33,8 @@ _GREEK = {
     for case in ("SMALL", "CAPITAL")
 } | {"λ": r"\lambda ", "Λ": r"\Lambda ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "µ": r"\mu "}
 
+_NAMES = frozenset(command.strip(" \\") for command in _GREEK.values())
+
 _TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathsf|mathtt|operatorname\*?|emph"
 _FONT_COMMANDS = r"mathbf|boldsymbol|bm|mathit|mathnormal|pmb|underline|displaystyle|textstyle"
 _REWRITES = tuple(
@@ -46,7 +48,7 @@ _REWRITES = tuple(
         (r"\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
         (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\\!|\\ |~)\s*(?=\d{3}(?:\D|$))", ","),  # 1{,}234  1\,234
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda m: m[1] + m[2].replace(" ", "")),
-        (r"(?<!\\)\\(?:[,;:!>]|quad|qquad|thinspace|enspace|nobreakspace)(?![A-Za-z])|(?<!\\)\\ |~", " "),
+        (r"(?<!\\)\\(?:[,;:!> ]|(?:quad|qquad|thinspace|enspace|nobreakspace)(?![A-Za-z]))|~", " "),
         (r"\\[_#&]", lambda m: m[0][1]),
         (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
         (r"\\(?:lVert|rVert|Vert)(?![A-Za-z])", r"\\|"),
@@ -56,7 +58,6 @@ _REWRITES = tuple(
         (r"\\degree\s*\{?([CF])(?![A-Za-z])\}?", lambda m: " celsius" if m[1] == "C" else " fahrenheit"),
         (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}", r"\\ldots "),
         (r"(?<![A-Za-z\\])(?:math|np|numpy|sympy|sp|cmath)\.(?=[A-Za-z])", ""),
-        (r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].lower()}m"),
         (r"\(([0-9A-Z]+)\)\s*_", r"\1_"),  # (101)_2
     )
 )
@@ -82,6 +83,7 @@ _BOUNDS = tuple(
 _LEAD = re.compile(
     r"((?:[A-Za-z']+[ ,]+)*?)(?:is|are|equals|be|answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+)(?=\S)", re.I
 )
+_LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
 _SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its and thus a".split())
 _NEGATIONS = re.compile(r"\b(?:not?|never|none|nor|neither|except|without|unless|if|when|least|most|than|false|wrong)\b", re.I)
 
@@ -97,7 +99,8 @@ def clean(text: str) -> str:
     while text != previous:
         previous = text
         text = _bare(text)
-    while (lead := _LEAD.match(text)) and _is_neutral(lead[1]):
+    text = re.sub(r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].lower()}m", text)
+    while (lead := _LEAD.match(text) or _LABEL.match(text)) and _is_neutral(lead[1]):
         text = text[lead.end() :]
     for pattern, symbol in _BOUNDS:
         text = pattern.sub(symbol, text)
@@ -159,7 +162,7 @@ def _bare(text: str) -> str:
 
 def _is_neutral(words: str) -> bool:
     return not _NEGATIONS.search(words) and all(
-        len(word) > 3 or word.lower() in _SHORT_NEUTRAL for word in re.findall(r"[A-Za-z']+", words)
+        (len(word) > 3 and word not in _NAMES) or word.lower() in _SHORT_NEUTRAL for word in re.findall(r"[A-Za-z']+", words)
     )
 
 
