@@ -11,6 +11,7 @@ from sympy import Expr, Rational, S, Symbol
 from sympy.core.function import AppliedUndef
 
 from arpo_trl.mathematics.parser import product_of_letters, readings
+from arpo_trl.mathematics.text import clean, unspaced
 from arpo_trl.mathematics.values import (
     Based,
     Builder,
@@ -47,13 +48,15 @@ def equal(prediction: str, gold: str) -> bool:
 
     Not symmetric: brackets around two numbers in the gold are kept, where a prediction's may be a printed list.
     """
+    if unspaced(clean(prediction)) == unspaced(clean(gold)):
+        return True
     golds = readings(gold)
     return any(_same(one, other) for one in readings(prediction) for other in golds)
 
 
-def is_words(text: str) -> bool:
-    """Whether an answer is text that nothing but the same text equals."""
-    return all(isinstance(value, Text) for value in readings(text))
+def is_text(answer: str) -> bool:
+    """Whether an answer is one that nothing but the same text equals: words, or what cannot be read."""
+    return all(isinstance(value, Text) for value in readings(answer))
 
 
 def _same(p: Value, g: Value) -> bool:
@@ -160,6 +163,8 @@ def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
         size = max(abs(part) for pair in parts for part in pair)
         if all(abs(one - other) <= _EXACT * size for one, other in parts):
             return True
+    if a_digits == b_digits < FLOAT_DIGITS:  # neither is the other's rounding
+        return False
     return any(
         digits >= ROUNDED_DIGITS and all(_is_rounding(*pair, digits) for pair in ordered)
         for digits, ordered in ((a_digits, parts), (b_digits, [(other, one) for one, other in parts]))
@@ -517,6 +522,10 @@ def _same_sets(p: Value, g: Value) -> bool:
     return None not in sets and _same_pieces(*sets)
 
 
+def _same_operations(p: SetOperation, g: SetOperation) -> bool:
+    return _same_sets(p, g) or (p.op == g.op and _same(p.left, g.left) and _same(p.right, g.right))
+
+
 def _same_builders(p: Builder, g: Builder) -> bool:
     return _same_sets(p, g) or (_same(p.element, g.element) and _same(p.condition, g.condition))
 
@@ -647,7 +656,7 @@ _COMPARE: dict[type, Callable[..., bool]] = {
     Group: _same_groups,
     Relation: _same_relations,
     NumberSet: _same_sets,
-    SetOperation: _same_sets,
+    SetOperation: _same_operations,
     Builder: _same_builders,
     Table: _same_tables,
     Text: lambda p, g: p.canonical == g.canonical,

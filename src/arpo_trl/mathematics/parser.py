@@ -43,6 +43,7 @@ from arpo_trl.mathematics.values import (
 
 MAX_DIGITS = 12_000
 """Decimal digits of the largest number that is computed."""
+MAX_ROOT_DIGITS = 300
 MAX_DEPTH = 30
 MAX_SIGNS = 3
 """Independent ± in one item; each doubles the items."""
@@ -206,6 +207,8 @@ def _power(base: Expr, exponent: Expr) -> Expr:
         size = abs(float(exponent)) if exponent.is_real and _digits(exponent) < 300 else (0.0 if exponent.is_real is False else math.inf)
         if size * max(_digits(base), 1) > MAX_DIGITS or (not base.is_number and size > 1000):
             raise Unreadable("too large a power")
+        if not exponent.is_Integer and _digits(base) > MAX_ROOT_DIGITS:
+            raise Unreadable("the root of too large a number")
     return sympy.Pow(base, exponent)
 
 
@@ -213,6 +216,12 @@ def _factorial(value: Expr) -> Expr:
     if value.is_number and not (value.is_Integer and 0 <= value <= 4000):
         raise Unreadable("factorial")
     return sympy.factorial(value)
+
+
+def _gamma(value: Expr) -> Expr:
+    if value.is_number and not abs(value) <= 4000:
+        raise Unreadable("too large a gamma function")
+    return sympy.gamma(value)
 
 
 def _double_factorial(value: Expr) -> Expr:
@@ -260,7 +269,7 @@ _FUNCTIONS: dict[str, Callable[..., Expr]] = {
     **{f"{prefix}{name}": function for name, function in _INVERSES.items() for prefix in ("a", "arc", "ar")},
     "arctg": sympy.atan, "ln": sympy.log, "log": _log, "lg": lambda x: _log(x, Integer(10)),
     "exp": lambda x: _power(S.Exp1, x), "sqrt": _root, "cbrt": lambda x: _root(x, Integer(3)), "root": _root, "abs": sympy.Abs, "Abs": sympy.Abs,
-    "floor": sympy.floor, "ceil": sympy.ceiling, "ceiling": sympy.ceiling, "factorial": _factorial, "gamma": sympy.gamma,
+    "floor": sympy.floor, "ceil": sympy.ceiling, "ceiling": sympy.ceiling, "factorial": _factorial, "gamma": _gamma,
     "binomial": _binomial, "comb": _binomial, "perm": _permutations, "gcd": sympy.gcd, "lcm": sympy.lcm, "GCD": sympy.gcd,
     "LCM": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "Max": sympy.Max, "Min": sympy.Min, "Rational": _quotient, "Fraction": _quotient,
     "Integer": lambda x: x, "Float": lambda x: x, "Decimal": lambda x: x, "sgn": sympy.sign, "sign": sympy.sign,
@@ -655,6 +664,9 @@ class _Parser:
                 base = _double_factorial(_expr(base))
             elif self._take(r"\degree"):
                 base = _expr(base) * DEGREE
+                if self._kind() == "number" and self._peek(1) == "'":  # 34° 37'
+                    base += Rational(self._next().text) / 60 * DEGREE
+                    self.pos += 1
             elif self._peek() in ("'", r"\prime") or (self._peek() == "^" and self._prime_ahead()):
                 if not isinstance(base, Symbol):
                     raise Unreadable("a prime")
@@ -820,7 +832,7 @@ class _Parser:
             return self.constants[name]
         if name in _GREEK or len(name) == 1:
             return self._applied(_symbol(name))
-        if name in ("True", "False", "None", "nan") or name.lower() in _WORDS:
+        if name in ("True", "False", "None", "nan") or name in _WORDS:
             raise Unreadable(f"the word {name!r}")
         if len(name) != 2 or name[0] != "d":  # dx is one symbol
             self.named = True
@@ -838,7 +850,7 @@ class _Parser:
         for known in _SPLIT_OFF:
             if word.endswith(known) and 0 < len(word) - len(known) <= 2:
                 return self._split(1)
-        if len(word) <= 3 and word.lower() not in _WORDS and self._peek(1) != "(":
+        if len(word) <= 3 and word not in _WORDS and self._peek(1) != "(":
             self._split(1)
 
     def _counted(self, name: str) -> Expr | None:
@@ -863,11 +875,13 @@ class _Parser:
         self.pos = start
         return None
 
-    def _applied(self, symbol: Symbol) -> Expr:
-        """The symbol, or the unknown function of that name where arguments follow."""
+    def _applied(self, symbol: Symbol) -> Any:
+        """The symbol, or where arguments follow the unknown function or the point of that name."""
         base = symbol.name.rstrip("'").partition("_")[0]
         if self._peek() != "(" or self._peek(1) in _MODS:
             return symbol
+        if len(base) == 1 and base.isupper() and self._has_comma():
+            return Relation((Quantity(symbol), self._brackets()), ("=",))
         if not (base in _APPLIED or symbol.name.endswith("'") or self.named):
             return symbol
         self.pos += 1
@@ -882,6 +896,12 @@ class _Parser:
                 return sympy.Function(symbol.name, real=True)(*values)
         self.pos = end + 1
         return _symbol(f"{symbol.name}({raw})")
+
+    def _has_comma(self) -> bool:
+        start, self.pos = self.pos, self.pos + 1
+        inside = self.tokens[self.pos : self._closing("(", ")")]
+        self.pos = start
+        return any(token.text == "," for token in inside)
 
     def _function(self, name: str) -> Expr:
         function = _FUNCTIONS[name]
@@ -1137,9 +1157,11 @@ class _Parser:
         self.bound.pop()
         variable = _symbol(index)
         if low.is_Integer and high.is_Integer:
-            if not 0 <= high - low <= 2000:
+            if not 0 <= high - low <= 1000:
                 raise Unreadable("too long a sum")
-            terms = (body.subs(variable, k) for k in range(int(low), int(high) + 1))
+            terms = [body.subs(variable, k) for k in range(int(low), int(high) + 1)]
+            if sum(map(_digits, terms)) > 10 * MAX_DIGITS:
+                raise Unreadable("too large a sum")
             return sympy.Add(*terms) if kind is sympy.Sum else sympy.Mul(*terms)
         counter = Symbol(index, integer=True)
         return kind(body.subs(variable, counter), (counter, low, high)).doit()
@@ -1248,8 +1270,6 @@ def _based(text: str) -> Value:
         base = _BASES.get(name, 0) if name.isalpha() else int(name[:4])
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in numeral):
         raise Unreadable("a numeral that its base does not have")
-    if base == 10:
-        return Quantity(Integer(numeral))
     return Based(numeral.lstrip("0") or "0", base)
 
 

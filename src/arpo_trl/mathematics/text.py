@@ -49,7 +49,9 @@ _REWRITES = tuple(
         (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\\!|\\ |~)\s*(?=\d{3}(?:\D|$))", ","),  # 1{,}234  1\,234
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda m: m[1] + m[2].replace(" ", "")),
         (r"(?<!\\)\\(?:[,;:!> ]|(?:quad|qquad|thinspace|enspace|nobreakspace)(?![A-Za-z]))|~", " "),
-        (r"\\[_#&]", lambda m: m[0][1]),
+        (r"\\[_#&]|\\\\(?=[%$])", lambda m: m[0][1]),
+        (r"\\(?:textcolor|color)\s*\{[^{}]*\}", ""),
+        (r"\\colon(?![A-Za-z])", ":"),
         (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
         (r"\\(?:lVert|rVert|Vert)(?![A-Za-z])", r"\\|"),
         (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if "l" in m[0] else r"\}"),
@@ -58,7 +60,7 @@ _REWRITES = tuple(
         (r"\\degree\s*\{?([CF])(?![A-Za-z])\}?", lambda m: " celsius" if m[1] == "C" else " fahrenheit"),
         (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}", r"\\ldots "),
         (r"(?<![A-Za-z\\])(?:math|np|numpy|sympy|sp|cmath)\.(?=[A-Za-z])", ""),
-        (r"\(([0-9A-Z]+)\)\s*_", r"\1_"),  # (101)_2
+        (r"\(\s*([0-9A-Z]+)\s*\)\s*_", r"\1_"),  # (101)_2
     )
 )
 _WRAPPERS = tuple(
@@ -111,12 +113,17 @@ def clean(text: str) -> str:
 
 
 def canonical(cleaned: str) -> str:
-    """A form that two spellings of the same text share, for answers that nothing can read: no spaces, no case in words."""
+    """A form that spellings of the same text share, for answers that nothing can read: no spaces, no case in words."""
     text = re.sub(r"\{(\w)\}", r"\1", cleaned)
     words = re.sub(r"(?<![\\A-Za-z])[A-Za-z]{2,}", lambda m: m[0].lower(), text)
     for one, other in ((r"\leq", r"\le"), (r"\geq", r"\ge"), (r"\neq", r"\ne"), ("<=", r"\le"), (">=", r"\ge")):
         words = words.replace(one, other)
-    return re.sub(r"\s+", "", words)
+    return unspaced(words)
+
+
+def unspaced(text: str) -> str:
+    """The text without the spaces that are not between two digits or two words."""
+    return re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)
 
 
 def _unicode(text: str) -> str:

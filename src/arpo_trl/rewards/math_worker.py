@@ -45,16 +45,27 @@ class MathWorker:
         Raises:
             RewardError: the worker cannot start at all.
         """
+        return self._answer([prediction, gold]) == "1"
+
+    def is_text(self, answer: str) -> bool:
+        """Whether nothing but the same text equals `answer`: words, or what cannot be read within the limits.
+
+        Raises:
+            RewardError: the worker cannot start at all.
+        """
+        return self._answer([answer]) != "0"
+
+    def _answer(self, question: list[str]) -> str:
         with self._lock:
             process = self._running()
             try:
-                reply = _ask(process, json.dumps([prediction, gold]))
+                reply = _ask(process, json.dumps(question))
             except BaseException:  # an interrupt here would leave a reply in the pipe for the next question
                 self._stop()
                 raise
             if not reply:
                 self._stop()
-            return reply == "1"
+            return reply
 
     def close(self) -> None:
         """End the worker. The next question starts another."""
@@ -118,7 +129,7 @@ def _serve(cpu_limit_s: float) -> None:
     import resource
     import signal
 
-    from arpo_trl.mathematics.equality import equal  # not through `rewards`, whose imports take seconds
+    from arpo_trl.mathematics.equality import equal, is_text  # not through `rewards`, whose imports take seconds
 
     logging.disable(logging.CRITICAL)
     equal(r"\frac{1}{2}", "0.5")  # caches filled on first use, off the clock
@@ -133,15 +144,15 @@ def _serve(cpu_limit_s: float) -> None:
     os.dup2(nowhere, 2)
 
     for line in sys.stdin:
-        prediction, gold = json.loads(line)
+        question = json.loads(line)
         # SIGPROF has no handler here: when the timer fires the kernel ends the process, even inside C code.
         signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
         try:
-            same = equal(prediction, gold)
+            yes = equal(*question) if len(question) == 2 else is_text(*question)
         except (Exception, RecursionError, MemoryError):
-            same = False
+            yes = len(question) == 1
         signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write("1\n" if same else "0\n")
+        replies.write("1\n" if yes else "0\n")
 
 
 if __name__ == "__main__":
