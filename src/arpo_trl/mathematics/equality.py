@@ -38,7 +38,20 @@ _EXACT = Rational(1, 10**40)
 _SAMPLES = 8
 
 T = TypeVar("T")
-_FLIPPED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤", "=": "=", "≠": "≠", "≈": "≈", "≡": "≡", "≅": "≅", "∼": "∼", "∥": "∥", "⊥": "⊥"}
+_FLIPPED = {
+    "<": ">",
+    ">": "<",
+    "≤": "≥",
+    "≥": "≤",
+    "=": "=",
+    "≠": "≠",
+    "≈": "≈",
+    "≡": "≡",
+    "≅": "≅",
+    "∼": "∼",
+    "∥": "∥",
+    "⊥": "⊥",
+}
 _ORDER = ("<", "≤", ">", "≥")
 _WHOLE = frozenset("n k m N".split())  # letters that mostly stand for whole numbers
 
@@ -333,7 +346,9 @@ def _same_groups(p: Group, g: Group) -> bool:
             return (bracketed is p or len(g.items) > 2) and _matched(p.items, g.items, _same)
         return bracketed.opening == "(" and bracketed.closing == ")" and _in_order(p.items, g.items)
     if (p.opening, p.closing) != (g.opening, g.closing) and (
-        len(p.items) == 2 or "(]" in (p.opening + p.closing, g.opening + g.closing) or "[)" in (p.opening + p.closing, g.opening + g.closing)
+        len(p.items) == 2
+        or "(]" in (p.opening + p.closing, g.opening + g.closing)
+        or "[)" in (p.opening + p.closing, g.opening + g.closing)
     ):
         return False
     return _in_order(p.items, g.items)
@@ -348,8 +363,11 @@ def _same_lists(p: Group, g: Group) -> bool:
         return _same_pieces(*sets)
     if p.joiner != g.joiner and "" not in (p.joiner, g.joiner) and any(isinstance(item, Relation) for item in g.items):
         return False
-    if not (p.joiner or g.joiner) and all(_is_name(item) for item in (*p.items, *g.items)):
-        return _in_order(p.items, g.items)  # an order of names
+    if all(_is_name(item) for item in (*p.items, *g.items)):
+        if not (p.joiner or g.joiner):
+            return _in_order(p.items, g.items)  # an order of names
+        if p.joiner and g.joiner and p.joiner != g.joiner:
+            return False
     return _matched(_components(p.items), _components(g.items), _same)
 
 
@@ -401,7 +419,9 @@ def _values_of(relation: Relation, is_gold: bool) -> list[Value]:
 
 
 def _roughly(one: Value, other: Value) -> bool:
-    if not (isinstance(one, Quantity) and isinstance(other, Quantity) and one.value.is_number and other.value.is_number):
+    if not (
+        isinstance(one, Quantity) and isinstance(other, Quantity) and one.value.is_number and other.value.is_number
+    ):
         return False
     return abs(complex(one.value) - complex(other.value)) <= 0.01 * abs(complex(other.value))
 
@@ -422,6 +442,8 @@ def _is_quantity_name(side: Value, is_gold: bool, right: Value) -> bool:
     value = side.value
     if value in (S.Exp1, S.ImaginaryUnit) or isinstance(value, Symbol | AppliedUndef):
         return True
+    if isinstance(value, sympy.Pow) and isinstance(value.base, Symbol):  # x² = 4 is an equation for x
+        return False
     if not value.free_symbols or (isinstance(right, Quantity) and right.value == 0):
         return False
     terms = sympy.Add.make_args(value)
@@ -429,7 +451,9 @@ def _is_quantity_name(side: Value, is_gold: bool, right: Value) -> bool:
         return False
     if isinstance(right, Quantity) and right.value.free_symbols & value.free_symbols:
         return False
-    return all(abs(term.as_coeff_Mul()[0]) == 1 or (abs(term.as_coeff_Mul()[0]) < 1 and len(terms) == 1) for term in terms)
+    return all(
+        abs(term.as_coeff_Mul()[0]) == 1 or (abs(term.as_coeff_Mul()[0]) < 1 and len(terms) == 1) for term in terms
+    )
 
 
 def _same_relations(p: Relation, g: Relation) -> bool:
@@ -461,9 +485,19 @@ def _sides_agree(p: Sequence[Value | None], g: Sequence[Value | None]) -> bool:
 def _same_side(one: Value | None, other: Value | None) -> bool:
     if one is None or other is None:
         return one is other or (isinstance(one or other, Quantity) and isinstance((one or other).value, Symbol))  # type: ignore[union-attr]
-    if isinstance(one, Quantity) and isinstance(other, Quantity) and "" not in (one.unit, other.unit) and one.unit != other.unit:
+    if (
+        isinstance(one, Quantity)
+        and isinstance(other, Quantity)
+        and "" not in (one.unit, other.unit)
+        and one.unit != other.unit
+    ):
         return False
-    if isinstance(one, Quantity) and isinstance(other, Quantity) and isinstance(one.value, Symbol) and isinstance(other.value, Symbol):
+    if (
+        isinstance(one, Quantity)
+        and isinstance(other, Quantity)
+        and isinstance(one.value, Symbol)
+        and isinstance(other.value, Symbol)
+    ):
         return bool(one.value == other.value)  # the case of a name counts
     return _same(one, other)
 
@@ -488,7 +522,13 @@ def _is_proportional(p: Relation, g: Relation) -> bool:
     draw = random.Random(1)
     point = {symbol: _sample(symbol, draw, positive=True) for symbol in symbols}
     x, y = _without_functions(a).xreplace(point), _without_functions(b).xreplace(point)
-    if not (x.is_number and y.is_number) or x.is_zero or y.is_zero or x.has(sympy.zoo, sympy.nan) or y.has(sympy.zoo, sympy.nan):
+    if (
+        not (x.is_number and y.is_number)
+        or x.is_zero
+        or y.is_zero
+        or x.has(sympy.zoo, sympy.nan)
+        or y.has(sympy.zoo, sympy.nan)
+    ):
         return False
     ratio = x / y
     if p.ops[0] in _ORDER:
@@ -593,7 +633,10 @@ def _set_of_relation(relation: Relation) -> sympy.Set | None:
         return _as_set(relation.sides[1])
     if not all(op in (*_ORDER, "≠", "=") for op in relation.ops) or len(relation.ops) > 2:
         return None
-    sides = [None if side is None else side.value if isinstance(side, Quantity) and not side.unit else S.NaN for side in relation.sides]
+    sides = [
+        None if side is None else side.value if isinstance(side, Quantity) and not side.unit else S.NaN
+        for side in relation.sides
+    ]
     if S.NaN in sides:
         return None
     names = [at for at, side in enumerate(sides) if side is None or isinstance(side, Symbol) or side == S.Exp1]
@@ -603,7 +646,9 @@ def _set_of_relation(relation: Relation) -> sympy.Set | None:
         at = names[0]
     else:
         return None
-    if any(side is not None and sides[at] is not None and side.has(sides[at]) for i, side in enumerate(sides) if i != at):
+    if any(
+        side is not None and sides[at] is not None and side.has(sides[at]) for i, side in enumerate(sides) if i != at
+    ):
         return None
     parts = []
     for i, op in enumerate(relation.ops):
@@ -641,7 +686,9 @@ def _same_pieces(a: sympy.Set | None, b: sympy.Set | None) -> bool:
 def _same_piece(a: sympy.Set, b: sympy.Set) -> bool:
     if isinstance(a, sympy.Interval) and isinstance(b, sympy.Interval):
         return (
-            (a.left_open, a.right_open) == (b.left_open, b.right_open) and _close(a.start, b.start) and _close(a.end, b.end)
+            (a.left_open, a.right_open) == (b.left_open, b.right_open)
+            and _close(a.start, b.start)
+            and _close(a.end, b.end)
         )
     if isinstance(a, sympy.FiniteSet) and isinstance(b, sympy.FiniteSet):
         return _matched(list(a.args), list(b.args), _close)

@@ -15,16 +15,31 @@ products.
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 from sympy import Expr, Integer, Rational, S, Symbol
 
+from arpo_trl.mathematics.functions import (
+    CONSTANTS,
+    FUNCTIONS,
+    INVERSES,
+    SEVERAL,
+    SPLIT_OFF,
+    TRIGONOMETRIC,
+    binomial,
+    digits,
+    double_factorial,
+    expr,
+    factorial,
+    permutations,
+    power,
+    quotient,
+    root,
+)
 from arpo_trl.mathematics.text import canonical, clean
+from arpo_trl.mathematics.tokens import MAX_DIGITS, Cursor, Token, Unreadable, tokenize
 from arpo_trl.mathematics.values import (
     Based,
     Builder,
@@ -40,89 +55,31 @@ from arpo_trl.mathematics.values import (
     Text,
     Value,
 )
+from arpo_trl.mathematics.vocabulary import (
+    APPLIED,
+    BASES,
+    CURRENCIES,
+    DECORATIONS,
+    GREEK,
+    JOINERS,
+    MODS,
+    NUMBER_SETS,
+    RELATIONS,
+    SCALES,
+    SET_OPS,
+    UNITS,
+    WORDS,
+    unit_name,
+)
 
-MAX_DIGITS = 12_000
-"""Decimal digits of the largest number that is computed."""
-MAX_ROOT_DIGITS = 300
 MAX_DEPTH = 30
 MAX_SIGNS = 3
 """Independent ± in one item; each doubles the items."""
 
 DEGREE = Symbol("°", positive=True)
 
-_TOKEN = re.compile(
-    r"""(?P<space>\s+|")
-    | (?P<based>(?:0[xX][0-9A-Fa-f]+|0b[01]+)(?![0-9A-Za-z])
-        | (?:[0-9][0-9A-F]*|[A-F]+[0-9][0-9A-F]*|[A-F]{2,}(?=\s*_\s*\{?\s*16))\s*_\s*
-          (?:[0-9]+|\{\s*\(?\s*(?:[0-9]+|[a-z]+)\s*\)?\s*\}))
-    | (?P<number>(?:\d+\.?\d*|\.\d+))
-    | (?P<command>\\[A-Za-z]+|\\\\(?:\s*\[[^\]]*\])?|\\[{}|%$])
-    | (?P<word>[A-Za-z]+)
-    | (?P<foreign>[^\W\d_]+)
-    | (?P<op>\*\*|<=|>=|!=|==|<>|!!|[-+*/^_=<>!'(){}\[\]|,;:&%$£€¥])""",
-    re.VERBOSE,
-)
-_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+(?!,?\d)(?:\.\d+)?")
-_EXPONENT = re.compile(r"[eE]([+-]?\d+)(?![\d.])")
 _SCIENTIFIC_OR_E = re.compile(r"(?<![\d.])\d+e[+-]\d(?!\d)")  # 2e-1: a fifth, or 2e − 1
-
-_BASES = {word: base for base, word in enumerate("two three four five six seven eight nine ten eleven twelve".split(), 2)}
-_BASES["sixteen"] = 16
-_RELATIONS = {
-    "=": "=", "==": "=", "<": "<", ">": ">", "<=": "≤", ">=": "≥", "!=": "≠", "<>": "≠",
-    r"\lt": "<", r"\gt": ">", r"\le": "≤", r"\leq": "≤", r"\leqslant": "≤", r"\ge": "≥", r"\geq": "≥", r"\geqslant": "≥",
-    r"\leqq": "≤", r"\geqq": "≥", r"\ne": "≠", r"\neq": "≠", r"\approx": "≈", r"\simeq": "≈", r"\doteq": "≈",
-    r"\equiv": "≡", r"\in": "∈", r"\notin": "∉", r"\cong": "≅", r"\sim": "∼", r"\parallel": "∥", r"\perp": "⊥",
-    r"\subset": "⊂", r"\subseteq": "⊆",
-}  # fmt: skip
-_SET_OPS = {r"\cup": "∪", r"\bigcup": "∪", r"\cap": "∩", r"\setminus": "∖", r"\backslash": "∖"}
-_JOINERS = {"and": "and", "or": "or", r"\wedge": "and", r"\land": "and", r"\vee": "or", r"\lor": "or", "和": "and", "或": "or"}
-_MODS = {"mod", r"\mod", r"\bmod", r"\pmod"}
-_CURRENCIES = {"$": "dollar", r"\$": "dollar", "£": "pound", "¥": "yuan", "€": "euro"}
-_SCALES = {
-    "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
-    "万": 10**4, "亿": 10**8,
-}  # fmt: skip
-_GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
-    "varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar".split()
-)
-_DECORATIONS = frozenset(
-    r"\vec \hat \bar \overline \overrightarrow \tilde \widehat \widetilde \dot \ddot \mathcal \mathfrak \mathscr \mathbb "
-    r"\mathbf \boldsymbol \bm \angle \triangle \odot \measuredangle \nabla \partial".split()
-)
-_NUMBER_SETS = {"R": S.Reals, "Q": S.Rationals, "Z": S.Integers, "N": S.Naturals, "C": S.Complexes}
-_APPLIED = frozenset("f g h F G H O P E T Theta Omega Phi".split())
-# Short words of English that are no products of letters.
-_WORDS = frozenset(
-    "no or on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two six ten odd red "
-    "day set sum man men min max per out its are was has had can may new old big low top end".split()
-)
-_UNITS = {
-    unit: name
-    for name, units in {
-        "m": "m meter metre", "cm": "cm centimeter centimetre", "mm": "mm millimeter millimetre", "km": "km kilometer kilometre",
-        "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram gramme", "kg": "kg kilogram",
-        "mg": "mg milligram", "lb": "lb lbs", "oz": "oz ounce", "s": "s sec second", "min": "min minute", "h": "h hr hrs hour",
-        "day": "day", "L": "L l liter litre", "mL": "mL ml milliliter millilitre", "N": "N newton", "J": "J joule",
-        "W": "W watt", "V": "V volt", "K": "K kelvin", "Hz": "Hz hertz", "kHz": "kHz", "kW": "kW", "Pa": "Pa pascal", "kPa": "kPa",
-        "mph": "mph", "MB": "MB", "GB": "GB", "KB": "KB kB", "bit": "bit", "mol": "mol mole", "dollar": "dollar USD usd",
-        "cent": "cent ¢", "pound": "pound GBP", "euro": "euro EUR", "yuan": "yuan RMB CNY yen 元", "degree": "degree deg",
-        "%": "percent", "am": "am", "pm": "pm", "": "unit 个 个单位", "rad": "rad radian", "kJ": "kJ", "eV": "eV", "ha": "ha hectare",
-    }.items()
-    for unit in units.split()
-}  # fmt: skip
-
-
-class Unreadable(Exception):
-    """The text is no answer that this grammar knows, or too large a one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    kind: str
-    text: str
-    spaced: bool  # space before it
+_POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2): a point, or 20 permutations
 
 
 def readings(text: str) -> list[Value]:
@@ -132,15 +89,18 @@ def readings(text: str) -> list[Value]:
         letter = Quantity(_symbol(label[1]))
         if not label[2]:
             return [letter]
-        if not label[2].startswith(("=", "_", "^")) and not (cleaned[0] != "(" and cleaned.count("(") < cleaned.count(")") - 1):
+        if not label[2].startswith(("=", "_", "^")):
             return [Choice(label[1], value) for value in readings(label[2])]
     if words := _words(cleaned):
         return [words]
     found: list[Value] = []
-    for scientific in (True, False) if _SCIENTIFIC_OR_E.search(cleaned) else (True,):
+    for scientific, points in itertools.product(
+        (True, False) if _SCIENTIFIC_OR_E.search(cleaned) else (True,),
+        (True, False) if _POINT_OR_COUNT.search(cleaned) else (True,),
+    ):
         try:
-            found.append(_Parser(cleaned, scientific).whole())
-        except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, AttributeError, NotImplementedError):
+            found.append(_Parser(cleaned, scientific, points).whole())
+        except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, NotImplementedError):
             continue
     return found or [_listed(cleaned) or Text(canonical(cleaned))]
 
@@ -155,16 +115,16 @@ def _words(cleaned: str) -> Value | None:
     if not re.fullmatch(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*", cleaned):
         return None
     words = re.findall(r"[^\W\d_]+", cleaned)
-    if len(words) == 1 and (words[0] in _CONSTANTS or words[0] in _GREEK):
+    if len(words) == 1 and (words[0] in CONSTANTS or words[0] in GREEK):
         return None
     if all(len(word) == 1 and word.isascii() for word in words):
         return None
     if len(words) > 1 and ("and" in words or "or" in words):
         return None
-    if len(words) == 1 and len(words[0]) == 2 and words[0].lower() not in _WORDS:
+    if len(words) == 1 and len(words[0]) == 2 and words[0].lower() not in WORDS:
         return None
     letters = None
-    if len(words) == 1 and len(words[0]) <= 4 and words[0].isascii() and words[0].lower() not in _WORDS:
+    if len(words) == 1 and len(words[0]) <= 4 and words[0].isascii() and words[0].lower() not in WORDS:
         letters = Quantity(sympy.Mul(*(_letter(char) for char in words[0])))
     return Text(canonical(cleaned), letters)
 
@@ -188,108 +148,12 @@ def _letter(name: str) -> Expr:
     return {"e": S.Exp1, "i": S.ImaginaryUnit}.get(name) or _symbol(name)
 
 
-# Arithmetic that cannot explode ---------------------------------------------------------------------------------------
-
-
-def _expr(value: Any) -> Expr:
-    if isinstance(value, Expr):
-        return value
-    raise Unreadable(f"{type(value).__name__} within a formula")
-
-
-def _digits(value: Expr) -> float:
-    """Decimal digits of the integers that a number is made of; 1 for what has none."""
-    return max((abs(n.p).bit_length() + n.q.bit_length() for n in value.atoms(Rational)), default=1) * math.log10(2)
-
-
-def _power(base: Expr, exponent: Expr) -> Expr:
-    if exponent.is_number:
-        size = abs(float(exponent)) if exponent.is_real and _digits(exponent) < 300 else (0.0 if exponent.is_real is False else math.inf)
-        if size * max(_digits(base), 1) > MAX_DIGITS or (not base.is_number and size > 1000):
-            raise Unreadable("too large a power")
-        if not exponent.is_Integer and _digits(base) > MAX_ROOT_DIGITS:
-            raise Unreadable("the root of too large a number")
-    return sympy.Pow(base, exponent)
-
-
-def _factorial(value: Expr) -> Expr:
-    if value.is_number and not (value.is_Integer and 0 <= value <= 4000):
-        raise Unreadable("factorial")
-    return sympy.factorial(value)
-
-
-def _gamma(value: Expr) -> Expr:
-    if value.is_number and not abs(value) <= 4000:
-        raise Unreadable("too large a gamma function")
-    return sympy.gamma(value)
-
-
-def _double_factorial(value: Expr) -> Expr:
-    if not (value.is_Integer and 0 <= value <= 4000):
-        raise Unreadable("double factorial")
-    return sympy.factorial2(value)
-
-
-def _binomial(n: Expr, k: Expr) -> Expr:
-    if n.is_number and not abs(n) <= 10_000:
-        raise Unreadable("too large a binomial coefficient")
-    return sympy.binomial(n, k)
-
-
-def _permutations(n: Expr, k: Expr) -> Expr:
-    if not (n.is_Integer and k.is_Integer and 0 <= k <= n):
-        raise Unreadable("permutations")
-    return _factorial(n) / _factorial(n - k)
-
-
-def _root(value: Expr, degree: Expr = Integer(2)) -> Expr:  # noqa: B008
-    if degree.is_Integer and degree % 2 == 1 and value.is_negative:
-        return -_power(-value, 1 / degree)
-    return _power(value, 1 / degree)
-
-
-def _log(value: Expr, base: Expr | None = None) -> Expr:
-    return sympy.log(value) if base is None else sympy.log(value) / sympy.log(base)
-
-
-def _quotient(over: Expr, under: Expr) -> Expr:
-    if under == 0:
-        raise Unreadable("division by zero")
-    return over / under
-
-
-_TRIGONOMETRIC: dict[str, Callable[..., Expr]] = {
-    name: getattr(sympy, name) for name in "sin cos tan cot sec csc sinh cosh tanh coth".split()
-} | {"tg": sympy.tan, "ctg": sympy.cot, "cosec": sympy.csc}
-_INVERSES: dict[str, Callable[..., Expr]] = {
-    name: getattr(sympy, f"a{name}") for name in "sin cos tan cot sec csc sinh cosh tanh coth".split()
-}
-_FUNCTIONS: dict[str, Callable[..., Expr]] = {
-    **_TRIGONOMETRIC,
-    **{f"{prefix}{name}": function for name, function in _INVERSES.items() for prefix in ("a", "arc", "ar")},
-    "arctg": sympy.atan, "ln": sympy.log, "log": _log, "lg": lambda x: _log(x, Integer(10)),
-    "exp": lambda x: _power(S.Exp1, x), "sqrt": _root, "cbrt": lambda x: _root(x, Integer(3)), "root": _root, "abs": sympy.Abs, "Abs": sympy.Abs,
-    "floor": sympy.floor, "ceil": sympy.ceiling, "ceiling": sympy.ceiling, "factorial": _factorial, "gamma": _gamma,
-    "binomial": _binomial, "comb": _binomial, "perm": _permutations, "gcd": sympy.gcd, "lcm": sympy.lcm, "GCD": sympy.gcd,
-    "LCM": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "Max": sympy.Max, "Min": sympy.Min, "Rational": _quotient, "Fraction": _quotient,
-    "Integer": lambda x: x, "Float": lambda x: x, "Decimal": lambda x: x, "sgn": sympy.sign, "sign": sympy.sign,
-    "re": sympy.re, "im": sympy.im, "conjugate": sympy.conjugate, "pow": _power,
-}  # fmt: skip
-_SEVERAL = frozenset("gcd lcm GCD LCM max min Max Min".split())
-_CONSTANTS: dict[str, Expr] = {
-    "pi": S.Pi, "e": S.Exp1, "i": S.ImaginaryUnit, "inf": S.Infinity, "infty": S.Infinity, "infinity": S.Infinity,
-    "Infinity": S.Infinity, "oo": S.Infinity,
-}  # fmt: skip
-_SPLIT_OFF = ("sqrt", "arcsin", "arccos", "arctan", "sin", "cos", "tan", "cot", "sec", "csc", "log", "ln", "lg", "exp", "pi")
-
-
-class _Parser:
+class _Parser(Cursor):
     """One reading of one text. Tokens are consumed from `pos` on; every method leaves it after what it read."""
 
-    def __init__(self, text: str, scientific: bool = True):
-        self.scientific = scientific
-        self.tokens = self._tokenize(text)
-        self.pos = 0
+    def __init__(self, text: str, scientific: bool = True, points: bool = True):
+        super().__init__(tokenize(text, scientific))
+        self.points = points
         self.depth = 0
         self.bars = 0  # open |
         self.units = True  # whether a word after a number may be its unit
@@ -300,98 +164,15 @@ class _Parser:
         self.signs: tuple[int, ...] = ()
         self.signs_used = 0
         python = any(token.text in ("*", "**") for token in self.tokens)
-        self.constants = _CONSTANTS | ({"I": S.ImaginaryUnit, "E": S.Exp1} if python else {})
+        self.constants = CONSTANTS | ({"I": S.ImaginaryUnit, "E": S.Exp1} if python else {})
         self.has_i = any(token.text == "i" for token in self.tokens)
-
-    def _tokenize(self, text: str) -> list[_Token]:
-        tokens: list[_Token] = []
-        at, depth, spaced = 0, 0, False
-        while at < len(text):
-            match = _THOUSANDS.match(text, at) if depth == 0 else None
-            kind = "number"
-            if match is None:
-                match = _TOKEN.match(text, at)
-                if match is None:
-                    raise Unreadable(f"the character {text[at]!r}")
-                kind = str(match.lastgroup)
-            found, at = match[0], match.end()
-            if kind == "space":
-                spaced = True
-                continue
-            if kind == "number":
-                found = found.replace(",", "")
-                exponent = _EXPONENT.match(text, at) if self.scientific else None
-                if exponent is not None:
-                    if abs(int(exponent[1][:9])) > MAX_DIGITS:
-                        raise Unreadable("too large an exponent")
-                    found, at = found + exponent[0], exponent.end()
-            depth += {"(": 1, "[": 1, r"\{": 1, ")": -1, "]": -1, r"\}": -1}.get(found, 0)
-            tokens.append(_Token(kind, found, spaced))
-            spaced = False
-        return tokens
-
-    # Tokens --------------------------------------------------------------------------------------------------------
-
-    def _peek(self, ahead: int = 0) -> str:
-        at = self.pos + ahead
-        return self.tokens[at].text if at < len(self.tokens) else ""
-
-    def _kind(self, ahead: int = 0) -> str:
-        at = self.pos + ahead
-        return self.tokens[at].kind if at < len(self.tokens) else ""
-
-    def _spaced(self, ahead: int = 0) -> bool:
-        at = self.pos + ahead
-        return at < len(self.tokens) and self.tokens[at].spaced
-
-    def _next(self) -> _Token:
-        if self.pos >= len(self.tokens):
-            raise Unreadable("the end")
-        self.pos += 1
-        return self.tokens[self.pos - 1]
-
-    def _take(self, *texts: str) -> bool:
-        if self._peek() in texts and self._peek():
-            self.pos += 1
-            return True
-        return False
-
-    def _expect(self, *texts: str) -> None:
-        if not self._take(*texts):
-            raise Unreadable(f"{self._peek()!r} instead of {texts}")
-
-    def _split(self, first: int) -> None:
-        """Cuts the token ahead in two."""
-        token = self.tokens[self.pos]
-        self.tokens[self.pos : self.pos + 1] = [
-            _Token(token.kind, token.text[:first], token.spaced),
-            _Token(token.kind, token.text[first:], False),
-        ]
-
-    def _closing(self, opened: str, closed: str) -> int:
-        """Where the bracket that was just opened closes."""
-        depth = 1
-        for at in range(self.pos, len(self.tokens)):
-            depth += {opened: 1, closed: -1}.get(self.tokens[at].text, 0)
-            if depth == 0:
-                return at
-        raise Unreadable("a bracket that does not close")
-
-    def _raw_group(self) -> str:
-        """The text of a braced group, or of the one token ahead."""
-        if self._take("{"):
-            end = self._closing("{", "}")
-            text = "".join(token.text for token in self.tokens[self.pos : end])
-            self.pos = end + 1
-            return text
-        return self._next().text
 
     # Structure -----------------------------------------------------------------------------------------------------
 
     def whole(self) -> Value:
         value = self._items(())
         if self.pos != len(self.tokens):
-            raise Unreadable(f"left over: {self._peek()!r}")
+            raise Unreadable(f"left over: {self.peek()!r}")
         return value
 
     def _items(self, closers: tuple[str, ...], opening: str = "", expand: bool = True) -> Value:
@@ -403,20 +184,20 @@ class _Parser:
         joiner = ""
         closing = ""
         while True:
-            if closers and self._peek() in closers:
-                closing = self._next().text
+            if closers and self.peek() in closers:
+                closing = self.next().text
                 break
-            if not self._peek():
+            if not self.peek():
                 if closers:
                     raise Unreadable("a bracket that does not close")
                 break
             items += self._signed_items() if expand else [self._item()]
             separated = False
-            while self._peek() in (",", ";", "\\\\", *_JOINERS) and self._peek():
+            while self.peek() in (",", ";", "\\\\", *JOINERS) and self.peek():
                 separated = True
-                joiner = _JOINERS.get(self._next().text, joiner)
-            if not separated and self._peek() and self._peek() not in closers:
-                raise Unreadable(f"left over: {self._peek()!r}")
+                joiner = JOINERS.get(self.next().text, joiner)
+            if not separated and self.peek() and self.peek() not in closers:
+                raise Unreadable(f"left over: {self.peek()!r}")
         self.depth -= 1
         if not closers and len(items) == 1:
             return items[0]
@@ -451,10 +232,10 @@ class _Parser:
         return -sign if token == r"\mp" else sign
 
     def _item(self) -> Value:
-        sides: list[Value | None] = [None if self._peek() in _RELATIONS else self._side()]
+        sides: list[Value | None] = [None if self.peek() in RELATIONS else self._side()]
         ops: list[str] = []
-        while self._peek() in _RELATIONS and self._peek():
-            ops.append(_RELATIONS[self._next().text])
+        while self.peek() in RELATIONS and self.peek():
+            ops.append(RELATIONS[self.next().text])
             sides.append(self._side())
         if not ops:
             assert sides[0] is not None
@@ -463,8 +244,11 @@ class _Parser:
 
     def _side(self) -> Value:
         left = self._ratio()
-        while self._peek() in _SET_OPS or (self._peek() == "U" and isinstance(left, Group | SetOperation)):
-            op = _SET_OPS.get(self._next().text, "∪")
+        while self.peek() in SET_OPS or (
+            self.peek() in ("U", "-") and isinstance(left, Group | SetOperation | NumberSet)
+        ):
+            token = self.next().text
+            op = SET_OPS.get(token, "∖" if token == "-" else "∪")
             left = SetOperation(op, left, self._ratio())
         modulus = self._modulus()
         if modulus is not None:
@@ -474,21 +258,21 @@ class _Parser:
         return left
 
     def _modulus(self) -> Expr | None:
-        if self._peek() == "(" and self._peek(1) in _MODS:
+        if self.peek() == "(" and self.peek(1) in MODS:
             self.pos += 2
-            value = _expr(self._sum())
-            self._expect(")")
+            value = expr(self._sum())
+            self.expect(")")
             return value
-        if self._take(*_MODS):
-            return _expr(self._argument() if self._peek() == "{" else self._term())
+        if self.take(*MODS):
+            return expr(self._argument() if self.peek() == "{" else self._term())
         return None
 
     def _ratio(self) -> Value:
         first = self._quantity()
-        if self._peek() != ":":
+        if self.peek() != ":":
             return first
         parts = [first]
-        while self._take(":"):
+        while self.take(":"):
             parts.append(self._quantity())
         if not all(isinstance(part, Quantity) for part in parts):
             raise Unreadable("a ratio of no numbers")
@@ -499,6 +283,10 @@ class _Parser:
         tokens = list(self.tokens)
         self.digits, self.currency = 0, ""
         value = self._sum()
+        if self.take(r"\over"):
+            value = quotient(expr(value), expr(self._sum()))
+        elif self.take(r"\choose"):
+            value = binomial(expr(value), expr(self._sum()))
         unit = ""
         if isinstance(value, Expr) and self.units and (read := self._unit_at(self.pos)) is not None:
             if value.free_symbols - {DEGREE}:  # 2x + 3 m has no unit
@@ -521,8 +309,8 @@ class _Parser:
             token = self.tokens[pos]
             if token.text in ("%", r"\%"):
                 name = "%"
-            elif token.text in _CURRENCIES:
-                name = _CURRENCIES[token.text]
+            elif token.text in CURRENCIES:
+                name = CURRENCIES[token.text]
             elif token.text == "per" and parts:
                 divide, pos = True, pos + 1
                 continue
@@ -536,16 +324,16 @@ class _Parser:
                     power, pos = (3 if token.text == "cubic" else 2), pos + 1
                     parts.append("")
                     continue
-                name = _unit_name(token.text)
+                name = unit_name(token.text)
             else:
                 break
             pos += 1
             exponent = 1
             if pos + 1 < len(self.tokens) and self.tokens[pos].text in ("^", "**"):
                 here, self.pos = self.pos, pos + 1
-                raw = self._raw_group()
+                raw = self.raw_group()
                 if raw in ("-", "+"):
-                    raw += self._next().text
+                    raw += self.next().text
                 pos, self.pos = self.pos, here
                 if not re.fullmatch(r"[+-]?\d", raw):
                     return None
@@ -556,8 +344,8 @@ class _Parser:
         if not parts or not (
             pos == len(self.tokens)
             or self.tokens[pos].text in (",", ";", ")", "]", "}", r"\}", "\\\\", "&", "|")
-            or self.tokens[pos].text in _RELATIONS
-            or self.tokens[pos].text in _JOINERS
+            or self.tokens[pos].text in RELATIONS
+            or self.tokens[pos].text in JOINERS
         ):
             return None
         return (" ".join(sorted(part for part in parts if part)), pos) if pos > start else None
@@ -566,21 +354,21 @@ class _Parser:
         if pos >= len(self.tokens):
             return False
         token = self.tokens[pos]
-        if token.text in _JOINERS or token.text in _MODS or token.text in _SCALES:
+        if token.text in JOINERS or token.text in MODS or token.text in SCALES:
             return False
         return token.kind == "foreign" or (
-            token.kind == "word" and (token.text in _UNITS or not self._is_mathematical(token.text))
+            token.kind == "word" and (token.text in UNITS or not self._is_mathematical(token.text))
         )
 
     def _is_mathematical(self, word: str) -> bool:
-        return word in self.constants or word in _FUNCTIONS or word in _GREEK
+        return word in self.constants or word in FUNCTIONS or word in GREEK
 
-    def _starts_unit(self, token: _Token) -> bool:
+    def _starts_unit(self, token: Token) -> bool:
         if token.kind == "foreign":
             return True
         if len(token.text) == 1:
-            return token.spaced and token.text in _UNITS
-        if token.text in _UNITS or token.text == "sq":
+            return token.spaced and token.text in UNITS
+        if token.text in UNITS or token.text == "sq":
             return True
         return len(token.text) >= (3 if token.spaced else 4)
 
@@ -589,42 +377,42 @@ class _Parser:
     def _sum(self) -> Any:
         """An `Expr`, or another value where there is nothing to add."""
         left = self._term()
-        while (op := self._peek()) in ("+", "-", r"\pm", r"\mp"):
-            if op == "+" and self._peek(1) in ("", ")", "]", "}"):
+        while (op := self.peek()) in ("+", "-", r"\pm", r"\mp"):
+            if isinstance(left, NumberSet | SetOperation):  # ℝ − {0}
                 break
             self.pos += 1
-            right = _expr(self._term())
-            left = _expr(left) + (right if op == "+" else -right if op == "-" else self._sign(op) * right)
+            right = expr(self._term())
+            left = expr(left) + (right if op == "+" else -right if op == "-" else self._sign(op) * right)
         return left
 
     def _term(self) -> Any:
         left = self._unary()
         while True:
             named = self.named
-            if self._take("*", r"\cdot", r"\times", r"\ast"):
-                left = _expr(left) * _expr(self._unary())
-            elif self._take("/", r"\div"):
-                left = _quotient(_expr(left), _expr(self._unary()))
+            if self.take("*", r"\cdot", r"\times", r"\ast"):
+                left = _times(expr(left), self._unary())
+            elif self.take("/", r"\div"):
+                left = quotient(expr(left), expr(self._unary()))
             elif self._is_times_x():
                 self.pos += 1
-                left = _expr(left) * _expr(self._unary())
-            elif isinstance(left, Expr) and self._peek() in _SCALES:
-                left = left * _SCALES[self._next().text]
+                left = expr(left) * expr(self._unary())
+            elif isinstance(left, Expr) and self.peek() in SCALES:
+                left = left * SCALES[self.next().text]
             elif isinstance(left, Expr) and self._starts_factor(left):
-                right = _expr(self._power())
+                right = self._powered()
                 if named or self.named:
                     raise Unreadable("words side by side")
-                left = left * right
+                left = _times(left, right)
             else:
                 return left
 
     def _is_times_x(self) -> bool:
         before = self.tokens[self.pos - 1].kind if self.pos else ""
-        return self._peek() in ("x", "X") and before == "number" and self._kind(1) == "number"
+        return self.peek() in ("x", "X") and before == "number" and self.kind(1) == "number"
 
     def _starts_factor(self, left: Expr) -> bool:
-        text, kind = self._peek(), self._kind()
-        if not text or text in _JOINERS or text in _MODS or text in _RELATIONS or text in _SET_OPS:
+        text, kind = self.peek(), self.kind()
+        if not text or text in JOINERS or text in MODS or text in RELATIONS or text in SET_OPS:
             return False
         if kind == "number":
             if self.tokens[self.pos - 1].kind == "number":
@@ -632,11 +420,11 @@ class _Parser:
             return True
         if kind == "word" or kind == "foreign":
             constant = self.units and not (left.free_symbols - {DEGREE})
-            if text == "U" and self._peek(1) in ("(", "["):
+            if text == "U" and self.peek(1) in ("(", "["):
                 return False
             return not (constant and self._unit_at(self.pos) is not None)
         if text == "(":
-            return self._peek(1) not in _MODS
+            return self.peek(1) not in MODS
         if text == "|":
             return self.bars == 0
         if text == "{":
@@ -644,73 +432,73 @@ class _Parser:
         return kind == "command" and text not in _NOT_FACTORS
 
     def _unary(self) -> Any:
-        if self._take("-"):
-            return -_expr(self._unary())
-        if self._take("+"):
-            return _expr(self._unary())
-        if self._peek() in (r"\pm", r"\mp"):
-            return self._sign(self._next().text) * _expr(self._unary())
-        if self._peek() in _CURRENCIES:
-            self.currency = _CURRENCIES[self._next().text]
+        if self.take("-"):
+            return -expr(self._unary())
+        if self.take("+"):
+            return expr(self._unary())
+        if self.peek() in (r"\pm", r"\mp"):
+            return self._sign(self.next().text) * expr(self._unary())
+        if self.peek() in CURRENCIES:
+            self.currency = CURRENCIES[self.next().text]
             return self._unary()
-        return self._power()
+        return self._powered()
 
-    def _power(self) -> Any:
+    def _powered(self) -> Any:
         base = self._atom(mixed=True)
         while True:
-            if self._take("!"):
-                base = _factorial(_expr(base))
-            elif self._take("!!"):
-                base = _double_factorial(_expr(base))
-            elif self._take(r"\degree"):
-                base = _expr(base) * DEGREE
-                if self._kind() == "number" and self._peek(1) == "'":  # 34° 37'
-                    base += Rational(self._next().text) / 60 * DEGREE
+            if self.take("!"):
+                base = factorial(expr(base))
+            elif self.take("!!"):
+                base = double_factorial(expr(base))
+            elif self.take(r"\degree"):
+                base = expr(base) * DEGREE
+                if self.kind() == "number" and self.peek(1) == "'":  # 34° 37'
+                    base += Rational(self.next().text) / 60 * DEGREE
                     self.pos += 1
-            elif self._peek() in ("'", r"\prime") or (self._peek() == "^" and self._prime_ahead()):
+            elif self.peek() in ("'", r"\prime") or (self.peek() == "^" and self._prime_ahead()):
                 if not isinstance(base, Symbol):
                     raise Unreadable("a prime")
                 base = self._applied(_symbol(f"{base.name}{self._primes()}"))
-            elif self._peek() in ("^", "**"):
+            elif self.peek() in ("^", "**"):
                 if isinstance(base, NumberSet):
                     raise Unreadable("a power of a set")
-                base = _power(_expr(base), self._exponent())
+                base = power(expr(base), self._exponent())
             else:
                 return base
 
     def _prime_ahead(self) -> bool:
-        return self._peek(1) == r"\prime" or (self._peek(1) == "{" and self._peek(2) == r"\prime")
+        return self.peek(1) == r"\prime" or (self.peek(1) == "{" and self.peek(2) == r"\prime")
 
     def _primes(self) -> str:
-        if self._take("^"):
-            return "'" * self._raw_group().count(r"\prime")
-        self._next()
+        if self.take("^"):
+            return "'" * self.raw_group().count(r"\prime")
+        self.next()
         return "'"
 
     def _exponent(self) -> Expr:
-        python = self._next().text == "**"
-        if self._take("{"):
-            value = _expr(self._sum())
-            self._expect("}")
-        elif self._peek() in ("-", "+"):
-            sign = -1 if self._next().text == "-" else 1
-            value = sign * _expr(self._power() if python else self._atom())
+        python = self.next().text == "**"
+        if self.take("{"):
+            value = expr(self._sum())
+            self.expect("}")
+        elif self.peek() in ("-", "+"):
+            sign = -1 if self.next().text == "-" else 1
+            value = sign * expr(self._powered() if python else self._atom())
         elif python:
-            return _expr(self._power())  # which binds to the right
+            return expr(self._powered())  # which binds to the right
         else:
-            if self._kind() == "word" and len(self._peek()) > 1 and not self._is_mathematical(self._peek()):
-                self._split(1)
-            value = _expr(self._atom())
-        if self._peek() in ("^", "**"):
-            value = _power(value, self._exponent())
+            if self.kind() == "word" and len(self.peek()) > 1 and not self._is_mathematical(self.peek()):
+                self.split(1)
+            value = expr(self._atom())
+        if self.peek() in ("^", "**"):
+            value = power(value, self._exponent())
         return value
 
     def _argument(self) -> Any:
         """A braced group, or as TeX has it the one digit, letter or command ahead."""
-        if self._peek() == "{":
+        if self.peek() == "{":
             return self._braces()
-        if self._kind() in ("number", "word") and len(self._peek()) > 1:
-            self._split(1)
+        if self.kind() in ("number", "word") and len(self.peek()) > 1:
+            self.split(1)
         return self._atom()
 
     def _atom(self, mixed: bool = False) -> Any:
@@ -718,11 +506,11 @@ class _Parser:
         if self.depth > MAX_DEPTH:
             raise Unreadable("too deep")
         self.named = False
-        kind, text = self._kind(), self._peek()
+        kind, text = self.kind(), self.peek()
         if kind == "number":
             value: Any = self._number(mixed)
         elif kind == "based":
-            value = _based(self._next().text)
+            value = _based(self.next().text)
         elif kind == "word":
             value = self._word()
         elif kind == "command":
@@ -739,38 +527,37 @@ class _Parser:
         return value
 
     def _number(self, mixed: bool) -> Any:
-        token = self._next().text
+        token = self.next().text
         if "." in token and (repeated := self._repetend()):
             return _repeating(token, repeated)
-        if "." in token and self._take(r"\ldots"):
+        if "." in token and self.take(r"\ldots"):
             return self._continued(token)
         mantissa = re.split("[eE]", token)[0]
         if "." in token.rstrip(".") or "e" in token.lower():
             self.digits = max(self.digits, len(mantissa.replace(".", "").lstrip("0")))
         elif "." not in token:
-            if self._peek() in ("C", "P") and self._kind(1) == "number" and not self._spaced():  # 5C2
-                ways = _binomial if self._next().text == "C" else _permutations
-                return ways(Integer(token), Integer(self._next().text))
+            if self.peek() in ("C", "P") and self.kind(1) == "number" and not self.spaced():  # 5C2
+                ways = binomial if self.next().text == "C" else permutations
+                return ways(Integer(token), Integer(self.next().text))
             if mixed and (fraction := self._fraction_ahead()) is not None:
                 return Integer(token) + fraction
-        if self._peek() == "j" and not self._spaced():  # Python's complex numbers
-            if not self.has_i:
-                self.pos += 1
-                return Rational(token.rstrip(".")) * S.ImaginaryUnit
+        if self.peek() == "j" and not self.spaced() and not self.has_i:  # Python's complex numbers
+            self.pos += 1
+            return Rational(token.rstrip(".")) * S.ImaginaryUnit
         return Rational(token.rstrip(".") if "e" not in token.lower() else token)
 
     def _fraction_ahead(self) -> Expr | None:
         """The proper fraction of a mixed number: 3 1/2, 3\\frac{1}{2}."""
         start, tokens = self.pos, list(self.tokens)
-        if self._spaced() and self._kind() == "number" and self._peek(1) == "/" and self._kind(2) == "number":
-            over, under = self._peek(), self._peek(2)
+        if self.spaced() and self.kind() == "number" and self.peek(1) == "/" and self.kind(2) == "number":
+            over, under = self.peek(), self.peek(2)
             self.pos += 3
-        elif self._take(r"\frac"):
-            parts = []
+        elif self.take(r"\frac"):
+            parts: list[str] = []
             for _ in range(2):
-                if self._kind() == "number" and len(self._peek()) > 1:
-                    self._split(1)
-                parts.append(self._raw_group() if self._peek() else "")
+                if self.kind() == "number" and len(self.peek()) > 1:
+                    self.split(1)
+                parts.append(self.raw_group() if self.peek() else "")
             over, under = parts
         else:
             return None
@@ -781,20 +568,20 @@ class _Parser:
 
     def _repetend(self) -> str:
         r"""The digits that repeat: 0.\overline{27}, 0.\dot{1}4\dot{2}, 0.(3); "" where none do."""
-        if self._peek() in (r"\overline", r"\bar") and self._peek(1) == "{" and self._peek(2).isdecimal():
+        if self.peek() in (r"\overline", r"\bar") and self.peek(1) == "{" and self.peek(2).isdecimal():
             self.pos += 1
-            return self._raw_group()
-        if self._peek() == "(" and not self._spaced() and self._kind(1) == "number" and self._peek(2) == ")":
-            digits = self._peek(1)
+            return self.raw_group()
+        if self.peek() == "(" and not self.spaced() and self.kind(1) == "number" and self.peek(2) == ")":
+            digits = self.peek(1)
             if digits.isdecimal():
                 self.pos += 3
                 return digits
-        if self._take(r"\dot"):
-            digits = self._raw_group()
-            if self._kind() == "number" and self._peek(1) == r"\dot":
-                digits += self._next().text
-            if self._take(r"\dot"):
-                digits += self._raw_group()
+        if self.take(r"\dot"):
+            digits = self.raw_group()
+            if self.kind() == "number" and self.peek(1) == r"\dot":
+                digits += self.next().text
+            if self.take(r"\dot"):
+                digits += self.raw_group()
             return digits
         return ""
 
@@ -810,29 +597,29 @@ class _Parser:
         return Rational(token)
 
     def _word(self) -> Any:
-        word = self._peek()
+        word = self.peek()
         if word in self.bound:
             self.pos += 1
             return _symbol(word)
         if len(word) > 1:
             self._divide_word(word)
-            word = self._peek()
-        token = self._next()
+            word = self.peek()
+        token = self.next()
         name = token.text
         if name in ("C", "P", "A", "binom") and (ways := self._counted(name)) is not None:
             return ways
-        if self._peek() == "_" and name not in ("log",):
+        if self.peek() == "_" and name not in ("log",):
             self.pos += 1
-            return self._applied(_symbol(f"{name}_{self._raw_group()}"))
-        if name in _FUNCTIONS and (name != "re" or self._peek() == "("):
+            return self._applied(_symbol(f"{name}_{self.raw_group()}"))
+        if name in FUNCTIONS and (name != "re" or self.peek() == "("):
             return self._function(name)
         if name in ("Eq", "Matrix", "array", "FiniteSet", "Interval", "Tuple", "set", "frozenset", "list", "tuple"):
             return self._constructor(name)
         if name in self.constants:
             return self.constants[name]
-        if name in _GREEK or len(name) == 1:
+        if name in GREEK or len(name) == 1:
             return self._applied(_symbol(name))
-        if name in ("True", "False", "None", "nan") or name in _WORDS:
+        if name in ("True", "False", "None", "nan") or name in WORDS:
             raise Unreadable(f"the word {name!r}")
         if len(name) != 2 or name[0] != "d":  # dx is one symbol
             self.named = True
@@ -844,20 +631,21 @@ class _Parser:
             return
         if len(word) == 2 and word[0] == "d" and word[1] in "xyztuvrsw":
             return
-        for known in _SPLIT_OFF:
+        for known in SPLIT_OFF:
             if word.startswith(known) and 0 < len(word) - len(known) <= 2:
-                return self._split(len(known))
-        for known in _SPLIT_OFF:
+                return self.split(len(known))
+        for known in SPLIT_OFF:
             if word.endswith(known) and 0 < len(word) - len(known) <= 2:
-                return self._split(1)
-        if len(word) <= 3 and word not in _WORDS and self._peek(1) != "(":
-            self._split(1)
+                return self.split(1)
+        if len(word) <= 3 and word not in WORDS and self.peek(1) != "(":
+            self.split(1)
 
     def _counted(self, name: str) -> Expr | None:
         """C_5^2, A_5^2, C(5, 2): how many selections or arrangements; None where that is something else."""
         start = self.pos
-        ways = _binomial if name in ("C", "binom") else _permutations
-        if name != "A" and self._take("("):
+        ways = binomial if name in ("C", "binom") else permutations
+        if self.peek() == "(" and name != "A" and not (name == "P" and self.points):
+            self.pos += 1
             arguments = self._items((")",), "(", expand=False)
             values = [item.value for item in getattr(arguments, "items", ()) if isinstance(item, Quantity)]
             if len(values) == 2 and (values[0].is_Integer or name == "C"):
@@ -865,9 +653,9 @@ class _Parser:
         else:
             found = {}
             for _ in range(2):
-                if (place := self._peek()) in ("_", "^"):
+                if (place := self.peek()) in ("_", "^"):
                     self.pos += 1
-                    found[place] = self._raw_group()
+                    found[place] = self.raw_group()
             if len(found) == 2 and all(text.isdecimal() for text in found.values()):
                 low, high = Integer(found["_"]), Integer(found["^"])
                 if low >= high:
@@ -878,20 +666,22 @@ class _Parser:
     def _applied(self, symbol: Symbol) -> Any:
         """The symbol, or where arguments follow the unknown function or the point of that name."""
         base = symbol.name.rstrip("'").partition("_")[0]
-        if self._peek() != "(" or self._peek(1) in _MODS:
+        if self.peek() != "(" or self.peek(1) in MODS:
             return symbol
         if len(base) == 1 and base.isupper() and self._has_comma():
             return Relation((Quantity(symbol), self._brackets()), ("=",))
-        if not (base in _APPLIED or symbol.name.endswith("'") or self.named):
+        if not (base in APPLIED or symbol.name.endswith("'") or self.named):
             return symbol
         self.pos += 1
-        end = self._closing("(", ")")
+        end = self.closing("(", ")")
         inside = self.tokens[self.pos : end]
         raw = "".join(token.text for token in inside)
-        plain = not any(token.text in _RELATIONS or token.text == "|" for token in inside)
+        plain = not any(token.text in RELATIONS or token.text == "|" for token in inside)
         if plain:
             arguments = self._items((")",), "(", expand=False)
-            values = [item.value for item in getattr(arguments, "items", ()) if isinstance(item, Quantity) and not item.unit]
+            values = [
+                item.value for item in getattr(arguments, "items", ()) if isinstance(item, Quantity) and not item.unit
+            ]
             if len(values) == len(getattr(arguments, "items", ())) and values:
                 return sympy.Function(symbol.name, real=True)(*values)
         self.pos = end + 1
@@ -899,38 +689,48 @@ class _Parser:
 
     def _has_comma(self) -> bool:
         start, self.pos = self.pos, self.pos + 1
-        inside = self.tokens[self.pos : self._closing("(", ")")]
+        inside = self.tokens[self.pos : self.closing("(", ")")]
         self.pos = start
         return any(token.text == "," for token in inside)
 
     def _function(self, name: str) -> Expr:
-        function = _FUNCTIONS[name]
-        power: Expr | None = None
+        function = FUNCTIONS[name]
+        exponent: Expr | None = None
         base: Expr | None = None
         for _ in range(2):
-            if self._peek() == "^":
+            if self.peek() == "^":
                 self.pos += 1
-                if self._take("{"):
-                    power = _expr(self._sum())
-                    self._expect("}")
+                if self.take("{"):
+                    exponent = expr(self._sum())
+                    self.expect("}")
                 else:
-                    power = _expr(self._unary()) if self._peek() == "-" else _expr(self._argument())
-            elif self._peek() == "_" and name == "log":
+                    exponent = expr(self._unary()) if self.peek() == "-" else expr(self._argument())
+            elif self.peek() == "_" and name == "log":
                 self.pos += 1
-                base = _expr(self._argument() if self._peek() == "{" else self._atom())
-        if power == -1 and name in _INVERSES:
-            function, power = _INVERSES[name], None
-        if self._peek() in ("(", r"\{"):
-            closer = {"(": ")", r"\{": r"\}"}[self._next().text]
+                base = expr(self._argument() if self.peek() == "{" else self._atom())
+        if exponent == -1 and name in INVERSES:
+            function, exponent = INVERSES[name], None
+        if self.peek() in ("(", r"\{"):
+            closer = {"(": ")", r"\{": r"\}"}[self.next().text]
             group = self._items((closer,), "(", expand=False)
             arguments = [_formula(item) for item in getattr(group, "items", ())]
-        elif self._peek() == "{":
-            arguments = [_expr(self._braces())]
+        elif self.peek() == "{":
+            arguments = [expr(self._braces())]
         else:
             arguments = [self._loose_argument()]
-        if len(arguments) > 1 and name not in (*_SEVERAL, "log", "root", "Rational", "Fraction", "binomial", "comb", "perm", "pow"):
+        if len(arguments) > 1 and name not in (
+            *SEVERAL,
+            "log",
+            "root",
+            "Rational",
+            "Fraction",
+            "binomial",
+            "comb",
+            "perm",
+            "pow",
+        ):
             raise Unreadable(f"{len(arguments)} arguments of {name}")
-        if name in _TRIGONOMETRIC:
+        if name in TRIGONOMETRIC:
             arguments = [argument.subs(DEGREE, S.Pi / 180) for argument in arguments]
         if base is not None:
             arguments.append(base)
@@ -940,23 +740,23 @@ class _Parser:
                 value = function(value, argument)
         else:
             value = function(*arguments)
-        return value if power is None else _power(value, power)
+        return value if exponent is None else power(value, exponent)
 
     def _loose_argument(self) -> Expr:
         r"""What follows a function without brackets: \sin 2x, up to the next function or operator."""
-        if self._take("-"):
+        if self.take("-"):
             return -self._loose_argument()
-        value = _expr(self._power())
-        while self._starts_factor(value) and self._peek() not in ("(", "|") and not self._function_ahead():
-            value = value * _expr(self._power())
+        value = expr(self._powered())
+        while self._starts_factor(value) and self.peek() not in ("(", "|") and not self._function_ahead():
+            value = value * expr(self._powered())
         return value
 
     def _function_ahead(self) -> bool:
-        name = self._peek().removeprefix("\\")
-        return name in _FUNCTIONS or any(name.startswith(known) for known in _SPLIT_OFF[:-1])
+        name = self.peek().removeprefix("\\")
+        return name in FUNCTIONS or any(name.startswith(known) for known in SPLIT_OFF[:-1])
 
     def _constructor(self, name: str) -> Value:
-        self._expect("(")
+        self.expect("(")
         group = self._items((")",), "(", expand=False)
         assert isinstance(group, Group)
         items = group.items
@@ -973,7 +773,7 @@ class _Parser:
         raise Unreadable(name)
 
     def _brackets(self) -> Any:
-        opening = self._next().text
+        opening = self.next().text
         closers = {"(": (")", "]"), "[": ("]", ")"), "]": ("[", "]")}[opening]
         bars, self.bars = self.bars, 0
         group = self._items(closers, opening, expand=False)
@@ -982,7 +782,9 @@ class _Parser:
         if opening == "]" or group.closing == "[":  # French intervals
             if len(group.items) != 2:
                 raise Unreadable("a bracket that opens nothing")
-            group = Group("(" if opening == "]" else opening, group.items, ")" if group.closing == "[" else group.closing)
+            group = Group(
+                "(" if opening == "]" else opening, group.items, ")" if group.closing == "[" else group.closing
+            )
         if len(group.items) == 1 and (group.opening, group.closing) == ("(", ")"):
             return self._single(group.items[0])
         return group
@@ -994,40 +796,35 @@ class _Parser:
         return item
 
     def _braces(self) -> Any:
-        self._expect("{")
-        if self._take("}"):
-            if self._peek() in ("_", "^"):  # {}_5C_2
+        self.expect("{")
+        if self.take("}"):
+            if self.peek() in ("_", "^"):  # {}_5C_2
                 return self._prescript()
             return NumberSet(S.EmptySet)
         bars, self.bars = self.bars, 0
         units, self.units = self.units, False
         first = self._item()
         self.bars, self.units = bars, units
-        for separator, combine in ((r"\over", _quotient), (r"\choose", _binomial)):
-            if self._take(separator):
-                second = self._item()
-                self._expect("}")
-                return combine(_formula(first), _formula(second))
-        if self._take("}"):
+        if self.take("}"):
             return self._single(first)
-        self._expect(",", ";")
+        self.expect(",", ";")
         rest = self._items(("}",), "{")
         assert isinstance(rest, Group)
         return Group("{", (first, *rest.items), "}")
 
     def _prescript(self) -> Expr:
         self.pos += 1
-        n = self._raw_group()
-        name = self._next().text
-        self._expect("_")
-        k = self._raw_group()
+        n = self.raw_group()
+        name = self.next().text
+        self.expect("_")
+        k = self.raw_group()
         if name not in ("C", "P") or not (n.isdecimal() and k.isdecimal()):
             raise Unreadable("a subscript of nothing")
-        return (_binomial if name == "C" else _permutations)(Integer(n), Integer(k))
+        return (binomial if name == "C" else permutations)(Integer(n), Integer(k))
 
     def _set(self) -> Value:
         r"""After \{: a set, or {element | condition}."""
-        end = self._closing(r"\{", r"\}")
+        end = self.closing(r"\{", r"\}")
         bars = [at for at in range(self.pos, end) if self.tokens[at].text == "|"]
         colons = [at for at in range(self.pos, end) if self.tokens[at].text == ":"]
         if len(bars) % 2 == 0 and not colons:
@@ -1040,7 +837,7 @@ class _Parser:
         self.pos = end + 1
         return Builder(element, self._part(tail))
 
-    def _part(self, tokens: list[_Token]) -> Value:
+    def _part(self, tokens: list[Token]) -> Value:
         """A stretch of tokens, read as a whole of its own."""
         outer = (self.tokens, self.pos)
         self.tokens, self.pos = list(tokens), 0
@@ -1049,49 +846,49 @@ class _Parser:
         return value
 
     def _bars(self) -> Expr:
-        self._expect("|")
+        self.expect("|")
         self.bars += 1
-        value = _expr(self._sum())
+        value = expr(self._sum())
         self.bars -= 1
-        self._expect("|")
+        self.expect("|")
         return sympy.Abs(value)
 
     def _command(self) -> Any:
-        text = self._next().text
+        text = self.next().text
         name = text[1:]
         if text == r"\{":
             return self._set()
         if text == r"\|":
-            value = sympy.Function("norm")(_expr(self._sum()))
-            self._expect(r"\|")
+            value = sympy.Function("norm")(expr(self._sum()))
+            self.expect(r"\|")
             return value
         if name == "frac":
-            over = _expr(self._argument())
-            return _quotient(over, _expr(self._argument()))
+            over = expr(self._argument())
+            return quotient(over, expr(self._argument()))
         if name == "sqrt":
             return self._square_root()
         if name == "binom":
-            n = _expr(self._argument())
-            return _binomial(n, _expr(self._argument()))
+            n = expr(self._argument())
+            return binomial(n, expr(self._argument()))
         if name in ("infty", "pi"):
-            return _CONSTANTS[name]
+            return CONSTANTS[name]
         if name in ("emptyset", "varnothing"):
             return NumberSet(S.EmptySet)
-        if name in _GREEK:
-            if self._take("_"):
-                return _symbol(f"{name}_{self._raw_group()}")
+        if name in GREEK:
+            if self.take("_"):
+                return _symbol(f"{name}_{self.raw_group()}")
             return self._applied(_symbol(name))
-        if name in _FUNCTIONS:
+        if name in FUNCTIONS:
             return self._function(name)
         if name in ("lfloor", "lceil"):
-            value = _expr(self._sum())
-            self._expect(r"\rfloor" if name == "lfloor" else r"\rceil")
+            value = expr(self._sum())
+            self.expect(r"\rfloor" if name == "lfloor" else r"\rceil")
             return (sympy.floor if name == "lfloor" else sympy.ceiling)(value)
         if name == "langle":
             group = self._items((r"\rangle",), "(", expand=False)
             assert isinstance(group, Group)
             return Group("(", group.items, ")")
-        if text in _DECORATIONS:
+        if text in DECORATIONS:
             return self._decorated(name)
         if name in ("sum", "prod"):
             return self._series(sympy.Sum if name == "sum" else sympy.Product)
@@ -1105,36 +902,38 @@ class _Parser:
 
     def _square_root(self) -> Expr:
         degree = Integer(2)
-        if self._take("["):
-            degree = _expr(self._sum())
-            self._expect("]")
-        return _root(_expr(self._braces() if self._peek() == "{" else self._atom()), degree)
+        if self.take("["):
+            degree = expr(self._sum())
+            self.expect("]")
+        return root(expr(self._braces() if self.peek() == "{" else self._atom()), degree)
 
     def _decorated(self, name: str) -> Any:
-        inside = self._raw_group()
-        if name == "mathbb" and inside in _NUMBER_SETS and self._peek() not in ("_", "^", r"\times"):
-            return NumberSet(_NUMBER_SETS[inside])
-        if name == "mathbb" and inside == "R" and self._peek() == "^" and self._peek(1) in ("+", "-"):
+        inside = self.raw_group()
+        if name == "mathbb" and inside in NUMBER_SETS and self.peek() not in ("_", "^", r"\times"):
+            return NumberSet(NUMBER_SETS[inside])
+        if name == "mathbb" and inside == "R" and self.peek() == "^" and self.peek(1) in ("+", "-"):
             self.pos += 2
-            return NumberSet(sympy.Interval.open(0, sympy.oo) if self._peek(-1) == "+" else sympy.Interval.open(-sympy.oo, 0))
+            return NumberSet(
+                sympy.Interval.open(0, sympy.oo) if self.peek(-1) == "+" else sympy.Interval.open(-sympy.oo, 0)
+            )
         if name in ("mathbf", "boldsymbol", "bm"):
             full = inside
         else:
             full = f"{name}({inside})"
-        if self._take("_"):
-            full += f"_{self._raw_group()}"
+        if self.take("_"):
+            full += f"_{self.raw_group()}"
         return _symbol(full)
 
     # Calculus ------------------------------------------------------------------------------------------------------
 
     def _limits(self) -> tuple[Any, Any]:
         """The two limits of a sum or an integral, in either order: below as tokens, above as a value."""
-        below: list[_Token] = []
-        above: list[_Token] = []
+        below: list[Token] = []
+        above: list[Token] = []
         for _ in range(2):
-            op = self._next().text
+            op = self.next().text
             start = self.pos
-            self._raw_group()
+            self.raw_group()
             inside = self.tokens[start : self.pos]
             if inside and inside[0].text == "{":
                 inside = inside[1:-1]
@@ -1153,14 +952,14 @@ class _Parser:
         index = below[0].text
         low, high = _formula(self._part(below[2:])), _formula(self._part(above))
         self.bound.append(index)
-        body = _expr(self._term())
+        body = expr(self._term())
         self.bound.pop()
         variable = _symbol(index)
         if low.is_Integer and high.is_Integer:
             if not 0 <= high - low <= 1000:
                 raise Unreadable("too long a sum")
             terms = [body.subs(variable, k) for k in range(int(low), int(high) + 1)]
-            if sum(map(_digits, terms)) > 10 * MAX_DIGITS:
+            if sum(map(digits, terms)) > 10 * MAX_DIGITS:
                 raise Unreadable("too large a sum")
             return sympy.Add(*terms) if kind is sympy.Sum else sympy.Mul(*terms)
         counter = Symbol(index, integer=True)
@@ -1177,16 +976,19 @@ class _Parser:
             raise Unreadable("an integral over nothing")
         variable = _symbol(token.text[-1])
         inside = self.tokens[self.pos : at]
-        if token.text[:-2]:
-            inside = [*inside, _Token("word", token.text[:-2], token.spaced)]
+        rest = [Token("word", token.text[:-2], token.spaced)] if token.text[:-2] else []
+        if [part.text for part in inside].count("{") > [part.text for part in inside].count("}"):  # \frac{dx}{x}
+            self.tokens[at : at + 1] = [*rest, Token("number", "1", True)]
+            return sympy.Integral(expr(self._term()), (variable, low, high)).doit()
+        inside += rest
         self.pos = at + 1
         body = _formula(self._part(inside)) if inside else S.One
         return sympy.Integral(body, (variable, low, high)).doit()
 
     def _limit(self) -> Expr:
-        self._expect("_")
-        self._expect("{")
-        end = self._closing("{", "}")
+        self.expect("_")
+        self.expect("{")
+        end = self.closing("{", "}")
         inside = self.tokens[self.pos : end]
         self.pos = end + 1
         if len(inside) < 3 or inside[0].kind != "word" or inside[1].text not in (r"\to", r"\rightarrow"):
@@ -1195,22 +997,32 @@ class _Parser:
         direction = "+-"
         if [token.text for token in target[-2:]] in (["^", "+"], ["^", "-"]):
             direction, target = target[-1].text, target[:-2]
-        return sympy.limit(_expr(self._term()), _symbol(inside[0].text), _formula(self._part(target)), direction)
+        return sympy.limit(expr(self._term()), _symbol(inside[0].text), _formula(self._part(target)), direction)
 
     def _environment(self) -> Value:
-        name = self._raw_group()
-        if name not in ("cases", "matrix", "pmatrix", "bmatrix", "Bmatrix", "vmatrix", "smallmatrix", "array", "aligned"):
+        name = self.raw_group()
+        if name not in (
+            "cases",
+            "matrix",
+            "pmatrix",
+            "bmatrix",
+            "Bmatrix",
+            "vmatrix",
+            "smallmatrix",
+            "array",
+            "aligned",
+        ):
             raise Unreadable(f"the environment {name}")
         if name == "array":
-            self._raw_group()
-        rows: list[list[list[_Token]]] = [[[]]]
+            self.raw_group()
+        rows: list[list[list[Token]]] = [[[]]]
         depth = 0
         while True:
-            token = self._next()
+            token = self.next()
             if token.text == r"\begin":
                 raise Unreadable("an environment within another")
             if token.text == r"\end":
-                self._raw_group()
+                self.raw_group()
                 break
             depth += {"{": 1, "}": -1}.get(token.text, 0)
             if token.kind == "command" and token.text.startswith("\\\\") and depth == 0:
@@ -1229,7 +1041,7 @@ class _Parser:
             return sympy.Matrix([[_formula(cell) for cell in row] for row in table]).det()  # type: ignore[no-any-return]
         return Table(table)
 
-    def _case(self, row: list[list[_Token]]) -> tuple[Value, ...]:
+    def _case(self, row: list[list[Token]]) -> tuple[Value, ...]:
         value, *condition = row
         rest = [token for cell in condition for token in cell if token.text not in ("if", "for", "when")]
         while value and value[-1].text == ",":
@@ -1246,16 +1058,25 @@ _NOT_FACTORS = frozenset(
 ) | {"\\\\"}
 
 
+def _times(left: Expr, right: Any) -> Any:
+    """A product, of a number and a matrix too."""
+    if isinstance(right, Table) and not right.cases:
+        return Table(tuple(tuple(Quantity(left * _formula(cell)) for cell in row) for row in right.rows))
+    return left * expr(right)
+
+
 def _formula(value: Any) -> Expr:
     if isinstance(value, Quantity) and value.unit in ("", "degree"):
         return value.value * DEGREE if value.unit else value.value
-    return _expr(value)
+    return expr(value)
 
 
 def _named_once(items: list[Value]) -> list[Value]:
     """(a, b) = (1, 2) or (2, 1): the name holds for what follows it without one."""
     first = items[0]
-    if not (isinstance(first, Relation) and first.ops == ("=",)) or any(isinstance(item, Relation) for item in items[1:]):
+    if not (isinstance(first, Relation) and first.ops == ("=",)) or any(
+        isinstance(item, Relation) for item in items[1:]
+    ):
         return items
     return [first, *(Relation((first.sides[0], item), ("=",)) for item in items[1:])]
 
@@ -1267,7 +1088,7 @@ def _based(text: str) -> Value:
         numeral, _, written = text.partition("_")
         name = re.sub(r"[\s{}()]", "", written)
         numeral = numeral.strip()
-        base = _BASES.get(name, 0) if name.isalpha() else int(name[:4])
+        base = BASES.get(name, 0) if name.isalpha() else int(name[:4])
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in numeral):
         raise Unreadable("a numeral that its base does not have")
     return Based(numeral.lstrip("0") or "0", base)
@@ -1279,10 +1100,3 @@ def _repeating(token: str, block: str) -> Expr:
         raise Unreadable("a repeating decimal")
     places = len(token.partition(".")[2])
     return Rational(token.rstrip(".") or "0") + Rational(int(block), (10 ** len(block) - 1) * 10**places)
-
-
-def _unit_name(word: str) -> str:
-    for form in (word, word.lower(), word.removesuffix("s"), word.lower().removesuffix("s"), word.lower().removesuffix("es")):
-        if form in _UNITS:
-            return _UNITS[form]
-    return word.lower().removesuffix("s") if len(word) > 3 else word.lower()

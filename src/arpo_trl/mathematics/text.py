@@ -35,7 +35,9 @@ _GREEK = {
 
 _NAMES = frozenset(command.strip(" \\") for command in _GREEK.values())
 
-_TEXT_COMMANDS = r"text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathsf|mathtt|operatorname\*?|emph"
+_TEXT_COMMANDS = (
+    r"text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathsf|mathtt|operatorname\*?|emph"
+)
 _FONT_COMMANDS = r"mathbf|boldsymbol|bm|mathit|mathnormal|pmb|underline|displaystyle|textstyle"
 _REWRITES = tuple(
     (re.compile(pattern), to)
@@ -83,11 +85,16 @@ _BOUNDS = tuple(
 )  # fmt: skip
 # "The value is 7": words up to an "is", none of which negates or bounds.
 _LEAD = re.compile(
-    r"((?:[A-Za-z']+[ ,]+)*?)(?:is|are|equals|be|answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+)(?=\S)", re.I
+    r"((?:[A-Za-z']+[ ,]+)*?)(?:(?:is|are|equals|be)(?:\s*[:=]\s*|\s+)|(?:answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+(?!of |for |is )))"
+    r"(?=\S)",
+    re.IGNORECASE,
 )
+_TAIL = re.compile(r"\s+is the (?:final |correct )?answer$", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
 _SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its and thus a".split())
-_NEGATIONS = re.compile(r"\b(?:not?|never|none|nor|neither|except|without|unless|if|when|least|most|than|false|wrong)\b", re.I)
+_NEGATIONS = re.compile(
+    r"\b(?:not?|never|none|nor|neither|except|without|unless|if|when|least|most|than|false|wrong)\b", re.I
+)
 
 
 def clean(text: str) -> str:
@@ -104,6 +111,7 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].lower()}m", text)
     while (lead := _LEAD.match(text) or _LABEL.match(text)) and _is_neutral(lead[1]):
         text = text[lead.end() :]
+    text = _TAIL.sub("", text)
     for pattern, symbol in _BOUNDS:
         text = pattern.sub(symbol, text)
     while text != previous:
@@ -169,7 +177,8 @@ def _bare(text: str) -> str:
 
 def _is_neutral(words: str) -> bool:
     return not _NEGATIONS.search(words) and all(
-        (len(word) > 3 and word not in _NAMES) or word.lower() in _SHORT_NEUTRAL for word in re.findall(r"[A-Za-z']+", words)
+        len(word) == 1 or (len(word) > 3 and word not in _NAMES) or word.lower() in _SHORT_NEUTRAL
+        for word in re.findall(r"[A-Za-z']+", words)
     )
 
 

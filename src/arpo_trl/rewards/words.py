@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 # Scripts written without spaces: kana, and the ideographs of Chinese, Japanese and Korean. Hangul has spaces.
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-_ONE_SPELLING = str.maketrans({**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"})
+_ONE_SPELLING = str.maketrans(
+    {**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"}
+)
 # Marks that stay are written as characters of private use until the punctuation is gone.
 _KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
@@ -25,7 +27,9 @@ _RIGHT = rf"(?:[-+]?[$€£¥]?\.?\d|[(\[{{\\|]|[a-z](?![A-Za-z])|{_FUNCTION})" 
 
 def _keep(pattern: str) -> Callable[[str], str]:
     compiled = re.compile(pattern)
-    return lambda text: compiled.sub(lambda match: "".join(_KEPT.get(char, char) for char in match[0] if char != " "), text)
+    return lambda text: compiled.sub(
+        lambda match: "".join(_KEPT.get(char, char) for char in match[0] if char != " "), text
+    )
 
 
 _PROSE = re.compile(rf"(?<![A-Za-z\\])(?!{_FUNCTION})[A-Za-z]{{3,}}")
