@@ -25,8 +25,8 @@ from arpo_trl.rewards.math_worker import math_worker
 class ScorerCheck:
     """One scorer on one benchmark: its mean over golds as predictions, and over golds of other questions.
 
-    `rewritten` and `changed` are the means over golds in another writing and over golds made wrong; None where the scorer
-    compares words, or no gold can be written otherwise.
+    `rewritten` and `changed` are the means over golds in another writing and over golds made wrong; None where the
+    scorer compares words, or no gold can be written otherwise.
     """
 
     benchmark: str
@@ -95,7 +95,7 @@ def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malf
 
 
 def rewritten(gold: str) -> str | None:
-    r"""A mathematical answer in another writing: 0.5 as \dfrac{1}{2}, (1,2) as \left( 1,2 \right); None for one without."""
+    r"""A mathematical answer in another writing: 0.5 as \dfrac{1}{2}, (1,2) as \left( 1,2 \right); None without."""
     if re.fullmatch(r"-?\d+", gold):
         return f"{gold}.0"
     if re.fullmatch(r"-?\d*\.\d+", gold):

@@ -2,6 +2,6 @@
 
     text.clean ─▶ parser.readings ─▶ equality.equal
 
-Imports sympy, and nothing of the rest of this package. What is read is hostile text: nothing is evaluated as Python, and
-what would grow beyond `parser.MAX_DIGITS` is refused. Time is bounded by the caller (`rewards.math_worker`).
+Imports sympy, and nothing of the rest of this package. What is read is hostile text: nothing is evaluated as Python,
+and what would grow beyond `tokens.MAX_DIGITS` is refused. Time is bounded by the caller (`rewards.math_worker`).
 """

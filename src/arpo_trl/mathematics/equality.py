@@ -1,4 +1,4 @@
-"""Whether two answers mean the same: structure by structure, numbers by value, decimal fractions to their own digits."""
+"""Whether two answers mean the same: structure by structure, numbers by value, decimals to their own digits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from arpo_trl.mathematics.values import (
 )
 
 ROUNDED_DIGITS = 6
-"""A decimal fraction of so many significant digits stands for the number that it is the rounding of: 0.333333 for 1/3."""
+"""A decimal fraction of so many significant digits stands for the number it is the rounding of: 0.333333 for 1/3."""
 FLOAT_DIGITS = 15
 """One of so many is what a float prints, the last of which are noise: 0.30000000000000004."""
 _FLOAT_NOISE = 1e-13
@@ -111,7 +111,7 @@ def _same(p: Value, g: Value) -> bool:
     return False
 
 
-# Numbers and formulas -------------------------------------------------------------------------------------------------
+# Numbers and formulas -----------------------------------------------------------------------------------------------
 
 
 def _same_quantities(p: Quantity, g: Quantity) -> bool:
@@ -189,7 +189,7 @@ def _rational(value: Expr) -> Rational:
 
 
 def _is_rounding(decimal: Rational, exact: Rational, digits: int) -> bool:
-    """Whether a decimal of so many significant digits is the other number, rounded or cut off, or a float's print of it."""
+    """Whether a decimal of so many significant digits is the other number, rounded, cut off or printed as a float."""
     gap = abs(decimal - exact)
     if gap == 0:
         return True
@@ -240,7 +240,7 @@ def _sample(symbol: Symbol, draw: random.Random, positive: bool) -> Rational:
     return Rational(sign * draw.randint(3, 400), draw.choice((97, 101, 103)))
 
 
-# Other single values --------------------------------------------------------------------------------------------------
+# Other single values ------------------------------------------------------------------------------------------------
 
 
 def _same_letters(p: Value, g: Value) -> bool:
@@ -299,7 +299,7 @@ def _is_vector(table: Table, group: Group) -> bool:
     )
 
 
-# Several values -------------------------------------------------------------------------------------------------------
+# Several values -----------------------------------------------------------------------------------------------------
 
 
 def _in_order(p: Sequence[Value], g: Sequence[Value]) -> bool:
@@ -394,11 +394,14 @@ def _assigned(value: Value) -> list[Value]:
     return _values_of(value, is_gold=True)[:1] if isinstance(value, Relation) else [value]
 
 
-# Relations ------------------------------------------------------------------------------------------------------------
+# Relations ----------------------------------------------------------------------------------------------------------
 
 
 def _values_of(relation: Relation, is_gold: bool) -> list[Value]:
-    """What is on the right of a name, for an answer without it: x = 5 is 5. Empty for an equation that is the answer."""
+    """What is on the right of a name, for an answer without it: x = 5 is 5. Empty for an equation that is the answer.
+
+    Where the chain ends in an approximation that holds, both of its sides.
+    """
     if any(op not in ("=", "≈") for op in relation.ops):
         return []
     first, *rest = relation.sides
@@ -546,7 +549,7 @@ def _same_ends(p: Relation, g: Relation) -> bool:
     return _sides_agree((p.sides[0], p.sides[-1]), (g.sides[0], g.sides[-1]))
 
 
-# Sets of numbers ------------------------------------------------------------------------------------------------------
+# Sets of numbers ----------------------------------------------------------------------------------------------------
 
 
 def _is_set(value: Value) -> bool:

@@ -1,4 +1,4 @@
-"""The functions and constants that answers may use, guarded: what would grow too large is refused before it is made."""
+"""The functions and constants that answers may use, guarded: what would grow too large is refused unmade."""
 
 from __future__ import annotations
 
@@ -96,10 +96,13 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     **TRIGONOMETRIC,
     **{f"{prefix}{name}": function for name, function in INVERSES.items() for prefix in ("a", "arc", "ar")},
     "arctg": sympy.atan, "ln": sympy.log, "log": log, "lg": lambda x: log(x, Integer(10)),
-    "exp": lambda x: power(S.Exp1, x), "sqrt": root, "cbrt": lambda x: root(x, Integer(3)), "root": root, "abs": sympy.Abs, "Abs": sympy.Abs,
+    "exp": lambda x: power(S.Exp1, x), "sqrt": root, "cbrt": lambda x: root(x, Integer(3)), "root": root,
+    "abs": sympy.Abs, "Abs": sympy.Abs,
     "floor": sympy.floor, "ceil": sympy.ceiling, "ceiling": sympy.ceiling, "factorial": factorial, "gamma": gamma,
-    "binomial": binomial, "comb": binomial, "perm": permutations, "gcd": sympy.gcd, "lcm": sympy.lcm, "GCD": sympy.gcd,
-    "LCM": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "Max": sympy.Max, "Min": sympy.Min, "Rational": quotient, "Fraction": quotient,
+    "binomial": binomial, "comb": binomial, "perm": permutations, "gcd": sympy.gcd, "lcm": sympy.lcm,
+    "GCD": sympy.gcd,
+    "LCM": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "Max": sympy.Max, "Min": sympy.Min, "Rational": quotient,
+    "Fraction": quotient,
     "Integer": lambda x: x, "Float": lambda x: x, "Decimal": lambda x: x, "sgn": sympy.sign, "sign": sympy.sign,
     "re": sympy.re, "im": sympy.im, "conjugate": sympy.conjugate, "pow": power,
 }  # fmt: skip

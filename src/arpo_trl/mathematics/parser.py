@@ -297,14 +297,15 @@ class _Parser(Cursor):
         digits, currency = self.digits, self.currency
         self.digits, self.currency, self.units = max(outer[0], digits), outer[1], outer[2]
         if not isinstance(value, Expr):
-            return value  # type: ignore[no-any-return]
+            return value
         if value.has(DEGREE):
             value, unit = value.subs(DEGREE, 1), unit or "degree"
         return Quantity(value, unit or currency, digits)
 
     def _unit_at(self, pos: int) -> tuple[str, int] | None:
         """The unit that starts at a token and ends the quantity, with the position after it."""
-        start, parts, power, divide = pos, [], 1, False
+        parts: list[str] = []
+        start, exponent_of_next, divide = pos, 1, False
         while pos < len(self.tokens):
             token = self.tokens[pos]
             if token.text in ("%", r"\%"):
@@ -321,7 +322,7 @@ class _Parser(Cursor):
                 if not parts and not self._starts_unit(token):
                     return None
                 if token.text in ("square", "sq", "cubic"):
-                    power, pos = (3 if token.text == "cubic" else 2), pos + 1
+                    exponent_of_next, pos = (3 if token.text == "cubic" else 2), pos + 1
                     parts.append("")
                     continue
                 name = unit_name(token.text)
@@ -338,9 +339,9 @@ class _Parser(Cursor):
                 if not re.fullmatch(r"[+-]?\d", raw):
                     return None
                 exponent = int(raw)
-            exponent *= -power if divide else power
+            exponent *= -exponent_of_next if divide else exponent_of_next
             parts.append((name if exponent == 1 else f"{name}^{exponent}") if name else "")
-            power, divide = 1, False
+            exponent_of_next, divide = 1, False
         if not parts or not (
             pos == len(self.tokens)
             or self.tokens[pos].text in (",", ";", ")", "]", "}", r"\}", "\\\\", "&", "|")
@@ -1038,7 +1039,7 @@ class _Parser(Cursor):
         if name in ("cases", "aligned"):
             return Group("", tuple(row[0] for row in table), "", "and")
         if name == "vmatrix":
-            return sympy.Matrix([[_formula(cell) for cell in row] for row in table]).det()  # type: ignore[no-any-return]
+            return sympy.Matrix([[_formula(cell) for cell in row] for row in table]).det()
         return Table(table)
 
     def _case(self, row: list[list[Token]]) -> tuple[Value, ...]:
@@ -1053,8 +1054,8 @@ class _Parser(Cursor):
 
 
 _NOT_FACTORS = frozenset(
-    r"\pm \mp \cdot \times \ast \div \} \rfloor \rceil \rangle \| \% \$ \over \choose \end \to \rightarrow \Rightarrow \ldots "
-    r"\degree \prime \implies \iff \cap \cup \mid \vee \wedge \lor \land".split()
+    r"\pm \mp \cdot \times \ast \div \} \rfloor \rceil \rangle \| \% \$ \over \choose \end \to \rightarrow "
+    r"\Rightarrow \ldots \degree \prime \implies \iff \cap \cup \mid \vee \wedge \lor \land".split()
 ) | {"\\\\"}
 
 

@@ -18,12 +18,16 @@ _SYMBOLS = {
     **dict.fromkeys("“”„«»″", '"'),
     **dict.fromkeys("‘’′", "'"),
     **dict.fromkeys("∖", r"\setminus "),
-    "÷": "/", "∕": "/", "⁄": "/", "∗": "*", "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∞": r"\infty ",
-    "≤": r"\le ", "⩽": r"\le ", "≦": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≧": r"\ge ", "≠": r"\ne ", "≈": r"\approx ",
-    "≡": r"\equiv ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ", "△": r"\triangle ",
-    "∨": r"\vee ", "∧": r"\wedge ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ",
-    "⟩": r"\rangle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "→": r"\to ", "。": ".", "、": ",", "…": r"\ldots ",
-    "ℝ": r"\mathbb{R}", "ℚ": r"\mathbb{Q}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}", "∣": "|", "￥": "¥",
+    "÷": "/", "∕": "/", "⁄": "/", "∗": "*", "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3] ",
+    "∞": r"\infty ",
+    "≤": r"\le ", "⩽": r"\le ", "≦": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≧": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ",
+    "≡": r"\equiv ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ",
+    "△": r"\triangle ",
+    "∨": r"\vee ", "∧": r"\wedge ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "→": r"\to ", "。": ".", "、": ",",
+    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℚ": r"\mathbb{Q}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}",
+    "∣": "|", "￥": "¥",
 }  # fmt: skip
 _GREEK = {
     unicodedata.lookup(f"GREEK {case} LETTER {name}"): f"\\{name.lower() if case == 'SMALL' else name.title()} "
@@ -68,15 +72,15 @@ _REWRITES = tuple(
 _WRAPPERS = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        r"\$\$(.*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"\*([^*]+)\*", r"__(.*)__",
-        r"`+([^`]*)`+", r"\"([^\"]*)\"", r"'([^']*)'", r"\\(?:boxed|fbox)\s*\{(.*)\}",
+        r"\$\$(.*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"\*([^*]+)\*",
+        r"__(.*)__", r"`+([^`]*)`+", r"\"([^\"]*)\"", r"'([^']*)'", r"\\(?:boxed|fbox)\s*\{(.*)\}",
     )
 )  # fmt: skip
 _BOUNDS = tuple(
     (re.compile(rf"\b{words}\b\s*", re.IGNORECASE), symbol)
     for words, symbol in (
-        (r"(?:is )?(?:less|fewer|smaller) than or equal to|(?:is )?at most|no (?:more|greater) than|not (?:more|greater) than", r"\\le "),
-        (r"(?:is )?(?:more|greater|larger) than or equal to|(?:is )?at least|no (?:less|fewer) than|not (?:less|fewer) than", r"\\ge "),
+        (r"(?:is )?(?:(?:less|fewer|smaller) than or equal to|at most|not? (?:more|greater) than)", r"\\le "),
+        (r"(?:is )?(?:(?:more|greater|larger) than or equal to|at least|not? (?:less|fewer) than)", r"\\ge "),
         (r"(?:is )?not equal to", r"\\ne "),
         (r"(?:is )?(?:less|fewer|smaller) than", "<"),
         (r"(?:is )?(?:more|greater|larger|bigger) than", ">"),
@@ -85,8 +89,8 @@ _BOUNDS = tuple(
 )  # fmt: skip
 # "The value is 7": words up to an "is", none of which negates or bounds.
 _LEAD = re.compile(
-    r"((?:[A-Za-z']+[ ,]+)*?)(?:(?:is|are|equals|be)(?:\s*[:=]\s*|\s+)|(?:answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+(?!of |for |is )))"
-    r"(?=\S)",
+    r"((?:[A-Za-z']+[ ,]+)*?)(?:(?:is|are|equals|be)(?:\s*[:=]\s*|\s+)"
+    r"|(?:answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+(?!of |for |is )))(?=\S)",
     re.IGNORECASE,
 )
 _TAIL = re.compile(r"\s+is the (?:final |correct )?answer$", re.IGNORECASE)

@@ -48,8 +48,9 @@ class Residue:
 class Group:
     """Several values between two brackets.
 
-    `opening` and `closing`: "{" "}" for a set; "(", "[" and their partners for tuples, lists and intervals, which only the
-    other answer tells apart; "" for a bare list, whose order says nothing. `joiner` is "or" or "and" where one is written.
+    `opening` and `closing`: "{" "}" for a set; "(", "[" and their partners for tuples, lists and intervals, which only
+    the other answer tells apart; "" for a bare list, whose order says nothing. `joiner` is "or" or "and" where one is
+    written.
     """
 
     opening: str
@@ -108,7 +109,7 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Words, or what cannot be read: equal to the same text only. `letters`: its reading as a product, if it has one."""
+    """Words, or what cannot be read: equal to the same text only. `letters`: its reading as a product, if any."""
 
     canonical: str
     letters: Quantity | None = field(default=None, compare=False)

@@ -10,8 +10,8 @@ BASES = {
 BASES["sixteen"] = 16
 RELATIONS = {
     "=": "=", "==": "=", "<": "<", ">": ">", "<=": "≤", ">=": "≥", "!=": "≠", "<>": "≠",
-    r"\lt": "<", r"\gt": ">", r"\le": "≤", r"\leq": "≤", r"\leqslant": "≤", r"\ge": "≥", r"\geq": "≥", r"\geqslant": "≥",
-    r"\leqq": "≤", r"\geqq": "≥", r"\ne": "≠", r"\neq": "≠", r"\approx": "≈", r"\simeq": "≈", r"\doteq": "≈",
+    r"\lt": "<", r"\gt": ">", r"\le": "≤", r"\leq": "≤", r"\leqslant": "≤", r"\ge": "≥", r"\geq": "≥",
+    r"\geqslant": "≥", r"\leqq": "≤", r"\geqq": "≥", r"\ne": "≠", r"\neq": "≠", r"\approx": "≈", r"\simeq": "≈", r"\doteq": "≈",
     r"\equiv": "≡", r"\in": "∈", r"\notin": "∉", r"\cong": "≅", r"\sim": "∼", r"\parallel": "∥", r"\perp": "⊥",
     r"\subset": "⊂", r"\subseteq": "⊆",
 }  # fmt: skip
@@ -33,31 +33,38 @@ SCALES = {
     "万": 10**4, "亿": 10**8,
 }  # fmt: skip
 GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
-    "varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar".split()
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau "
+    "upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega Pi ell hbar".split()
 )
 DECORATIONS = frozenset(
-    r"\vec \hat \bar \overline \overrightarrow \tilde \widehat \widetilde \dot \ddot \mathcal \mathfrak \mathscr \mathbb "
-    r"\mathbf \boldsymbol \bm \angle \triangle \odot \measuredangle \nabla \partial".split()
+    r"\vec \hat \bar \overline \overrightarrow \tilde \widehat \widetilde \dot \ddot \mathcal \mathfrak \mathscr "
+    r"\mathbb \mathbf \boldsymbol \bm \angle \triangle \odot \measuredangle \nabla \partial".split()
 )
 NUMBER_SETS = {"R": S.Reals, "Q": S.Rationals, "Z": S.Integers, "N": S.Naturals, "C": S.Complexes}
 APPLIED = frozenset("f g h F G H O P E T Theta Omega Phi".split())
 # Short words of English that are no products of letters.
 WORDS = frozenset(
-    "no or on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two six ten odd red "
-    "day set sum man men min max per out its are was has had can may new old big low top end".split()
+    "no or on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two "
+    "six ten odd red day set sum man men min max per out its are was has had can may new old big low top end".split()
 )
 UNITS = {
     unit: name
     for name, units in {
-        "m": "m meter metre", "cm": "cm centimeter centimetre", "mm": "mm millimeter millimetre", "km": "km kilometer kilometre",
-        "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram gramme", "kg": "kg kilogram",
-        "mg": "mg milligram", "lb": "lb lbs", "oz": "oz ounce", "s": "s sec second", "min": "min minute", "h": "h hr hrs hour",
+        "m": "m meter metre", "cm": "cm centimeter centimetre", "mm": "mm millimeter millimetre",
+        "km": "km kilometer kilometre",
+        "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram gramme",
+        "kg": "kg kilogram",
+        "mg": "mg milligram", "lb": "lb lbs", "oz": "oz ounce", "s": "s sec second", "min": "min minute",
+        "h": "h hr hrs hour",
         "day": "day", "L": "L l liter litre", "mL": "mL ml milliliter millilitre", "N": "N newton", "J": "J joule",
-        "W": "W watt", "V": "V volt", "K": "K kelvin", "Hz": "Hz hertz", "kHz": "kHz", "kW": "kW", "Pa": "Pa pascal", "kPa": "kPa",
-        "mph": "mph", "MB": "MB", "GB": "GB", "KB": "KB kB", "bit": "bit", "mol": "mol mole", "dollar": "dollar USD usd",
-        "cent": "cent ¢", "pound": "pound GBP", "euro": "euro EUR", "yuan": "yuan RMB CNY yen 元", "degree": "degree deg",
-        "%": "percent", "am": "am", "pm": "pm", "": "unit 个 个单位", "rad": "rad radian", "kJ": "kJ", "eV": "eV", "ha": "ha hectare",
+        "W": "W watt", "V": "V volt", "K": "K kelvin", "Hz": "Hz hertz", "kHz": "kHz", "kW": "kW",
+        "Pa": "Pa pascal", "kPa": "kPa",
+        "mph": "mph", "MB": "MB", "GB": "GB", "KB": "KB kB", "bit": "bit", "mol": "mol mole",
+        "dollar": "dollar USD usd",
+        "cent": "cent ¢", "pound": "pound GBP", "euro": "euro EUR", "yuan": "yuan RMB CNY yen 元",
+        "degree": "degree deg",
+        "%": "percent", "am": "am", "pm": "pm", "": "unit 个 个单位", "rad": "rad radian", "kJ": "kJ", "eV": "eV",
+        "ha": "ha hectare",
     }.items()
     for unit in units.split()
 }  # fmt: skip

@@ -1,9 +1,9 @@
 """Mathematical equality decided in a process of its own, so that no answer a model writes can hang or kill training.
 
-`mathematics.equal` refuses what is too large to compute, but an integral or a sum may still keep sympy busy for hours, and
-a limit set in Python does not interrupt big integers in C. So a worker process, this file run as a script, compares under
-limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no reward) and memory. The next
-question starts a new worker.
+`arpo_trl.mathematics` refuses what is too large to compute, but an integral or a sum may still keep sympy busy for
+hours, and a limit set in Python does not interrupt big integers in C. So a worker process, this file run as a script,
+compares under limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no reward)
+and memory. The next question starts a new worker.
 
     parent, any thread   ["1/2", "0.5"]\\n ──▶   worker
                                       1\\n ◀──

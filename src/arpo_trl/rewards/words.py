@@ -1,7 +1,7 @@
 """The words of an answer to a question of fact, as SQuAD compares them, and the marks that change what it says.
 
-SQuAD deletes all punctuation, which makes −9 of 9, 35 of 3.5 and >5 of <5. Here a mark within a number or a formula stays:
-signs, decimal points, relations, and the operators of a formula. Everything else goes, as it does there.
+SQuAD deletes all punctuation, which makes 9 of -9, 35 of 3.5 and <5 of >5. Here a mark within a number or a formula
+stays: signs, decimal points, relations, and the operators of a formula. Everything else goes, as it does there.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ def _keep(pattern: str) -> Callable[[str], str]:
 _PROSE = re.compile(rf"(?<![A-Za-z\\])(?!{_FUNCTION})[A-Za-z]{{3,}}")
 _SPACED_MINUS = _keep(rf"{_LEFT}\s*-\s*(?={_RIGHT})")  # a dash where there are words: 1633 - 16 September 1701
 
+_DATE = re.compile(r"(?<![\d.])(\d+)([-/.])(\d+)\2(\d+)(?![\d.]*\d)")
+
 _MARKS: tuple[Callable[[str], str], ...] = (
     # A date or a version: one separator, whichever.
-    lambda text: re.sub(r"(?<![\d.])(\d+)([-/.])(\d+)\2(\d+)(?![\d.]*\d)", lambda m: _KEPT["-"].join((m[1], m[3], m[4])), text),
+    lambda text: _DATE.sub(lambda match: _KEPT["-"].join(match.group(1, 3, 4)), text),
     lambda text: re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text),  # 1,234
     lambda text: re.sub(r"(?<=\d),(?=\d)", " ", text),
     lambda text: re.sub(r"(?<![\w.)])\.(?=\d)", "0.", text),
@@ -47,7 +49,7 @@ _MARKS: tuple[Callable[[str], str], ...] = (
     _keep(r"(?<![-=])\s*[<>=](?!/?[A-Za-z]+>)\s*"),
     lambda text: re.sub(r"\s*([≤≥≠≈])\s*", r"\1", text),
     # Between the parts of a formula, with or without spaces.
-    _keep(rf"(?<=[\w)\]}}])\s*\+\s*(?=[\w(\[{{\\$.-])"),
+    _keep(r"(?<=[\w)\]}])\s*\+\s*(?=[\w(\[{\\$.-])"),
     _keep(rf"{_LEFT}(?:\s*[*/^]\s*|-)(?={_RIGHT})"),
     lambda text: text if _PROSE.search(text) else _SPACED_MINUS(text),
     # A sign: of a number, of a letter, of a blood group or an ion.
@@ -69,9 +71,9 @@ def normalized_tokens(text: str) -> list[str]:
 
     Beyond SQuAD, whose rules are for English in ASCII: compatibility forms are unified (NFKC), all of Unicode's
     punctuation goes, and every Chinese or Japanese character is a token. A text of nothing but articles or punctuation
-    ("A", "The The", "!!!") keeps them, since it would equal every other such text. Signs, decimal points, relations and
-    operators within numbers and formulas stay, spaced or not: "-9" is not "9", "2n + 1" is "2n+1" and not "2n-1". An
-    "a" that no word follows is a letter: "Vitamin A" is not "Vitamin".
+    ("A", "The The", "!!!") keeps them, since it would equal every other such text. Signs, decimal points, relations
+    and operators within numbers and formulas stay, spaced or not: "-9" is not "9", "2n + 1" is "2n+1" and not "2n-1".
+    An "a" that no word follows is a letter: "Vitamin A" is not "Vitamin".
     """
     text = unicodedata.normalize("NFKC", text.translate(_ONE_SPELLING)).translate(_ONE_SPELLING)
     marked = text
