@@ -33,8 +33,8 @@ ROUNDED_DIGITS = 6
 FLOAT_DIGITS = 15
 """One of so many is what a float prints, the last of which are noise: 0.30000000000000004."""
 _FLOAT_NOISE = 1e-13
-_PRECISION = 50  # decimal digits that numbers are compared at
-_EXACT = Rational(1, 10**40)
+_PRECISION = 120  # decimal digits that numbers are compared at
+_EXACT = Rational(1, 10**100)
 _SAMPLES = 8
 
 T = TypeVar("T")
@@ -82,6 +82,10 @@ def _same(p: Value, g: Value) -> bool:
         return _is_letter(g, p.letter) or _same(p.content, g)
     if isinstance(p, Text) or isinstance(g, Text):
         return _same_letters(p, g)
+    if isinstance(p, Relation) and p.ops == ("∈",) and isinstance(g, Group):
+        return p.sides[1] is not None and _same(p.sides[1], g)
+    if isinstance(g, Relation) and g.ops == ("∈",) and isinstance(p, Group):
+        return g.sides[1] is not None and _same(p, g.sides[1])
     if isinstance(p, Relation) and not _is_set(g) and p.ops[0] in ("=", "≈"):
         return any(_same(value, g) for value in _values_of(p, is_gold=False))
     if isinstance(g, Relation) and not _is_set(p) and g.ops[0] in ("=", "≈"):
@@ -219,7 +223,10 @@ def _close_formulas(a: Expr, b: Expr, symbols: Sequence[Symbol], digits: int) ->
     for attempt in range(3 * _SAMPLES):
         point = {symbol: _sample(symbol, draw, positive=attempt % 3 == 0) for symbol in symbols}
         x, y = (value.xreplace(point) for value in (a, b))
-        if not (isinstance(x, Rational) and isinstance(y, Rational)):
+        if isinstance(x, Rational) and isinstance(y, Rational):
+            if x != y and digits < ROUNDED_DIGITS:
+                return False
+        else:
             x, y = sympy.N(x, _PRECISION), sympy.N(y, _PRECISION)
         if any(value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) for value in (x, y)):
             continue

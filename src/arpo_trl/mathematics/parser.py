@@ -14,6 +14,7 @@ products.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from typing import Any
@@ -59,6 +60,7 @@ from arpo_trl.mathematics.vocabulary import (
     APPLIED,
     BASES,
     CURRENCIES,
+    CURRENCY_CODES,
     DECORATIONS,
     GREEK,
     JOINERS,
@@ -89,7 +91,7 @@ def readings(text: str) -> list[Value]:
         letter = Quantity(_symbol(label[1]))
         if not label[2]:
             return [letter]
-        if not label[2].startswith(("=", "_", "^")):
+        if not re.match(r"[=_^,;&]|(?:and|or)\b", label[2]):
             return [Choice(label[1], value) for value in readings(label[2])]
     if words := _words(cleaned):
         return [words]
@@ -121,6 +123,8 @@ def _words(cleaned: str) -> Value | None:
         return None
     if len(words) > 1 and ("and" in words or "or" in words):
         return None
+    if all(len(word) == 1 or word in FUNCTIONS or word in CONSTANTS or word in GREEK for word in words):
+        return None
     if len(words) == 1 and len(words[0]) == 2 and words[0].lower() not in WORDS:
         return None
     letters = None
@@ -148,6 +152,12 @@ def _letter(name: str) -> Expr:
     return {"e": S.Exp1, "i": S.ImaginaryUnit}.get(name) or _symbol(name)
 
 
+_CONSTRUCTORS = frozenset(
+    "Eq Matrix array FiniteSet Interval Intervalopen IntervalLopen IntervalRopen Union Intersection Complement Tuple "
+    "set frozenset list tuple".split()
+)
+
+
 class _Parser(Cursor):
     """One reading of one text. Tokens are consumed from `pos` on; every method leaves it after what it read."""
 
@@ -163,8 +173,12 @@ class _Parser(Cursor):
         self.bound: list[str] = []  # names of running indices: i is no imaginary unit there
         self.signs: tuple[int, ...] = ()
         self.signs_used = 0
-        python = any(token.text in ("*", "**") for token in self.tokens)
-        self.constants = CONSTANTS | ({"I": S.ImaginaryUnit, "E": S.Exp1} if python else {})
+        words = {token.text for token in self.tokens if token.kind == "word"}
+        self.constants = CONSTANTS
+        if any(token.text in ("*", "**") for token in self.tokens):
+            self.constants = CONSTANTS | {"I": S.ImaginaryUnit, "E": S.Exp1}
+        elif words - FUNCTIONS.keys() - CONSTANTS.keys() == {"I"}:
+            self.constants = CONSTANTS | {"I": S.ImaginaryUnit}
         self.has_i = any(token.text == "i" for token in self.tokens)
 
     # Structure -----------------------------------------------------------------------------------------------------
@@ -442,6 +456,9 @@ class _Parser(Cursor):
         if self.peek() in CURRENCIES:
             self.currency = CURRENCIES[self.next().text]
             return self._unary()
+        if self.peek() in CURRENCY_CODES and self.kind(1) == "number":
+            self.currency = unit_name(self.next().text)
+            return self._unary()
         return self._powered()
 
     def _powered(self) -> Any:
@@ -614,7 +631,7 @@ class _Parser(Cursor):
             return self._applied(_symbol(f"{name}_{self.raw_group()}"))
         if name in FUNCTIONS and (name != "re" or self.peek() == "("):
             return self._function(name)
-        if name in ("Eq", "Matrix", "array", "FiniteSet", "Interval", "Tuple", "set", "frozenset", "list", "tuple"):
+        if name in _CONSTRUCTORS:
             return self._constructor(name)
         if name in self.constants:
             return self.constants[name]
@@ -628,13 +645,16 @@ class _Parser(Cursor):
 
     def _divide_word(self, word: str) -> None:
         """Cuts a run of letters where it is no name: xy is x·y, sinx is sin x, kpi is k·pi."""
-        if self._is_mathematical(word) or word in ("Eq", "Matrix", "array", "FiniteSet", "Interval", "Tuple"):
+        if self._is_mathematical(word) or word in _CONSTRUCTORS:
             return
         if len(word) == 2 and word[0] == "d" and word[1] in "xyztuvrsw":
             return
         for known in SPLIT_OFF:
             if word.startswith(known) and 0 < len(word) - len(known) <= 2:
                 return self.split(len(known))
+        for known in SPLIT_OFF:
+            if word[1:].startswith(known) and len(word) - len(known) <= 3:
+                return self.split(1)
         for known in SPLIT_OFF:
             if word.endswith(known) and 0 < len(word) - len(known) <= 2:
                 return self.split(1)
@@ -706,6 +726,8 @@ class _Parser(Cursor):
                     self.expect("}")
                 else:
                     exponent = expr(self._unary()) if self.peek() == "-" else expr(self._argument())
+            elif name == "log" and self.kind() == "number" and self.peek(1) == "(" and not self.spaced():  # log2(8)
+                base = Rational(self.next().text)
             elif self.peek() == "_" and name == "log":
                 self.pos += 1
                 base = expr(self._argument() if self.peek() == "{" else self._atom())
@@ -763,12 +785,18 @@ class _Parser(Cursor):
         items = group.items
         if name == "Eq" and len(items) == 2:
             return Relation(items, ("=",))
-        if name == "Interval" and len(items) == 2:
-            return Group("[", items, "]")
+        if name.startswith("Interval") and len(items) == 2:
+            kind = name.removeprefix("Interval")
+            return Group("(" if kind in ("open", "Lopen") else "[", items, ")" if kind in ("open", "Ropen") else "]")
+        if name in ("Union", "Intersection", "Complement") and len(items) > 1:
+            op = {"Union": "∪", "Intersection": "∩", "Complement": "∖"}[name]
+            return functools.reduce(lambda left, right: SetOperation(op, left, right), items)
         if name == "FiniteSet":
             return Group("{", items, "}")
         if name == "Tuple":
             return group
+        if name == "array" and len(items) == 1 and isinstance(items[0], Group):
+            return Group("(", items[0].items, ")")
         if len(items) == 1:
             return items[0]
         raise Unreadable(name)
@@ -802,6 +830,8 @@ class _Parser(Cursor):
             if self.peek() in ("_", "^"):  # {}_5C_2
                 return self._prescript()
             return NumberSet(S.EmptySet)
+        if self._is_builder():
+            return self._set("{", "}")
         bars, self.bars = self.bars, 0
         units, self.units = self.units, False
         first = self._item()
@@ -823,15 +853,24 @@ class _Parser(Cursor):
             raise Unreadable("a subscript of nothing")
         return (binomial if name == "C" else permutations)(Integer(n), Integer(k))
 
-    def _set(self) -> Value:
-        r"""After \{: a set, or {element | condition}."""
-        end = self.closing(r"\{", r"\}")
+    def _is_builder(self) -> bool:
+        """Whether plain braces that were just opened hold {element | condition}, or a dictionary of Python's."""
+        texts = [token.text for token in self.tokens[self.pos : self.closing("{", "}")]]
+        return ("|" in texts and texts.count("|") % 2 == 1) or ":" in texts
+
+    def _set(self, opening: str, closing: str) -> Value:
+        r"""After \{ or {: a set, {element | condition}, or a dictionary {name: value}."""
+        end = self.closing(opening, closing)
         bars = [at for at in range(self.pos, end) if self.tokens[at].text == "|"]
         colons = [at for at in range(self.pos, end) if self.tokens[at].text == ":"]
         if len(bars) % 2 == 0 and not colons:
-            group = self._items((r"\}",), "{")
+            group = self._items((closing,), "{")
             assert isinstance(group, Group)
             return Group("{", group.items, "}")
+        if len(bars) % 2 == 0 and not any(token.text in RELATIONS for token in self.tokens[self.pos : end]):
+            entries = self._items((closing,), "{")
+            assert isinstance(entries, Group)
+            return Group("", tuple(_entry(item) for item in entries.items), "", "and")
         bar = bars[0] if len(bars) % 2 else colons[0]
         tail = self.tokens[bar + 1 : end]
         element = self._part(self.tokens[self.pos : bar])
@@ -858,7 +897,7 @@ class _Parser(Cursor):
         text = self.next().text
         name = text[1:]
         if text == r"\{":
-            return self._set()
+            return self._set(r"\{", r"\}")
         if text == r"\|":
             value = sympy.Function("norm")(expr(self._sum()))
             self.expect(r"\|")
@@ -1057,6 +1096,13 @@ _NOT_FACTORS = frozenset(
     r"\pm \mp \cdot \times \ast \div \} \rfloor \rceil \rangle \| \% \$ \over \choose \end \to \rightarrow "
     r"\Rightarrow \ldots \degree \prime \implies \iff \cap \cup \mid \vee \wedge \lor \land".split()
 ) | {"\\\\"}
+
+
+def _entry(item: Value) -> Value:
+    """An entry of a dictionary, x: 2, as an equation."""
+    if isinstance(item, Ratio) and len(item.parts) == 2:
+        return Relation((Quantity(item.parts[0]), Quantity(item.parts[1])), ("=",))
+    raise Unreadable("an entry of no dictionary")
 
 
 def _times(left: Expr, right: Any) -> Any:

@@ -25,8 +25,10 @@ _SYMBOLS = {
     "≡": r"\equiv ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ",
     "△": r"\triangle ",
     "∨": r"\vee ", "∧": r"\wedge ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
-    "⟨": r"\langle ", "⟩": r"\rangle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ", "→": r"\to ", "。": ".", "、": ",",
-    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℚ": r"\mathbb{Q}", "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
+    "→": r"\to ", "。": ".", "、": ",",
+    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℚ": r"\mathbb{Q}", "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}",
     "∣": "|", "￥": "¥",
 }  # fmt: skip
 _GREEK = {
@@ -58,6 +60,14 @@ _REWRITES = tuple(
         (r"\\[_#&]|\\\\(?=[%$])", lambda m: m[0][1]),
         (r"\\(?:textcolor|color)\s*\{[^{}]*\}", ""),
         (r"\\colon(?![A-Za-z])", ":"),
+        (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
+        (r"\bset\(\)", r"\\emptyset "),
+        (r"\bInterval\.(open|Lopen|Ropen)\b", r"Interval\1"),
+        (r"'(\w+)'(?=\s*:)", r"\1"),
+        (r"\bUS\s*(?=\\?\$)", ""),
+        (r"\bRs\b\.?", "₹"),
+        (r"\b(sq|ft|in|hr|min|sec|lb|lbs|oz|mi|yd|cm|mm|km|kg)\.(?!\w)", r"\1"),
+        (r"\b([a-z])\s+in\s+(?=[(\[{\\])", r"\1 \\in "),
         (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
         (r"\\(?:lVert|rVert|Vert)(?![A-Za-z])", r"\\|"),
         (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if "l" in m[0] else r"\}"),
@@ -116,6 +126,8 @@ def clean(text: str) -> str:
     while (lead := _LEAD.match(text) or _LABEL.match(text)) and _is_neutral(lead[1]):
         text = text[lead.end() :]
     text = _TAIL.sub("", text)
+    if r"\begin" not in text:
+        text = re.sub(r"\s&\s", " and ", text)
     for pattern, symbol in _BOUNDS:
         text = pattern.sub(symbol, text)
     while text != previous:

@@ -11,7 +11,8 @@ BASES["sixteen"] = 16
 RELATIONS = {
     "=": "=", "==": "=", "<": "<", ">": ">", "<=": "≤", ">=": "≥", "!=": "≠", "<>": "≠",
     r"\lt": "<", r"\gt": ">", r"\le": "≤", r"\leq": "≤", r"\leqslant": "≤", r"\ge": "≥", r"\geq": "≥",
-    r"\geqslant": "≥", r"\leqq": "≤", r"\geqq": "≥", r"\ne": "≠", r"\neq": "≠", r"\approx": "≈", r"\simeq": "≈", r"\doteq": "≈",
+    r"\geqslant": "≥", r"\leqq": "≤", r"\geqq": "≥", r"\ne": "≠", r"\neq": "≠", r"\approx": "≈",
+    r"\simeq": "≈", r"\doteq": "≈",
     r"\equiv": "≡", r"\in": "∈", r"\notin": "∉", r"\cong": "≅", r"\sim": "∼", r"\parallel": "∥", r"\perp": "⊥",
     r"\subset": "⊂", r"\subseteq": "⊆",
 }  # fmt: skip
@@ -27,7 +28,17 @@ JOINERS = {
     "或": "or",
 }
 MODS = {"mod", r"\mod", r"\bmod", r"\pmod"}
-CURRENCIES = {"$": "dollar", r"\$": "dollar", "£": "pound", "¥": "yuan", "€": "euro"}
+CURRENCIES = {
+    "$": "dollar",
+    r"\$": "dollar",
+    "£": "pound",
+    "¥": "yuan",
+    "€": "euro",
+    "₹": "rupee",
+    "₽": "ruble",
+    "₩": "won",
+}
+CURRENCY_CODES = frozenset("USD EUR GBP RMB CNY INR JPY".split())
 SCALES = {
     "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12,
     "万": 10**4, "亿": 10**8,
@@ -61,7 +72,8 @@ UNITS = {
         "Pa": "Pa pascal", "kPa": "kPa",
         "mph": "mph", "MB": "MB", "GB": "GB", "KB": "KB kB", "bit": "bit", "mol": "mol mole",
         "dollar": "dollar USD usd",
-        "cent": "cent ¢", "pound": "pound GBP", "euro": "euro EUR", "yuan": "yuan RMB CNY yen 元",
+        "rupee": "rupee INR", "cent": "cent ¢", "pound": "pound GBP", "euro": "euro EUR",
+        "yuan": "yuan RMB CNY yen 元",
         "degree": "degree deg",
         "%": "percent", "am": "am", "pm": "pm", "": "unit 个 个单位", "rad": "rad radian", "kJ": "kJ", "eV": "eV",
         "ha": "ha hectare",
