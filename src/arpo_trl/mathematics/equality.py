@@ -268,11 +268,9 @@ def _same_ratios(p: Ratio, g: Ratio) -> bool:
         return False
     if len(p.parts) != len(g.parts):
         return False
-    if p.unit or g.unit:  # a time of day
+    if p.unit or g.unit or (p.clock and g.clock) or 0 in (*p.parts, *g.parts):  # a time of day
         return all(_close(one, other) for one, other in zip(p.parts, g.parts, strict=True))
-    return all(_close(one * g.parts[0], other * p.parts[0]) for one, other in zip(p.parts, g.parts, strict=True)) and (
-        (p.parts[0] == 0) == (g.parts[0] == 0)
-    )
+    return all(_close(one * g.parts[0], other * p.parts[0]) for one, other in zip(p.parts, g.parts, strict=True))
 
 
 def _congruent(p: Residue, g: Residue) -> bool:
@@ -447,6 +445,8 @@ def _is_quantity_name(side: Value, is_gold: bool, right: Value) -> bool:
     """
     if isinstance(side, Group):
         return all(isinstance(item, Quantity) and bool(item.value.free_symbols) for item in side.items)
+    if isinstance(side, Ratio):
+        return all(bool(part.free_symbols) for part in side.parts)
     if not isinstance(side, Quantity):
         return False
     value = side.value
@@ -589,7 +589,10 @@ def _as_set(value: Value | None) -> sympy.Set | None:
     if isinstance(value, Group):
         return _set_of_group(value)
     if isinstance(value, SetOperation):
-        left, right = _as_set(value.left), _as_set(value.right)
+        left, right = (
+            sympy.FiniteSet(side.value) if isinstance(side, Quantity) and side.value.is_number else _as_set(side)
+            for side in (value.left, value.right)  # ℝ∖{0} in plain braces
+        )
         if left is None or right is None:
             return None
         return {"∪": sympy.Union, "∩": sympy.Intersection, "∖": sympy.Complement}[value.op](left, right)

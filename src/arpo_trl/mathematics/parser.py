@@ -81,6 +81,7 @@ MAX_SIGNS = 3
 DEGREE = Symbol("°", positive=True)
 
 _SCIENTIFIC_OR_E = re.compile(r"(?<![\d.])\d+e[+-]\d(?!\d)")  # 2e-1: a fifth, or 2e − 1
+_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # neither a difference nor a quotient
 _POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2): a point, or 20 permutations
 
 
@@ -93,6 +94,8 @@ def readings(text: str) -> list[Value]:
             return [letter]
         if not re.match(r"[=_^,;&]|(?:and|or)\b", label[2]):
             return [Choice(label[1], value) for value in readings(label[2])]
+    if _DATE.fullmatch(cleaned):
+        return [Text(cleaned)]
     if words := _words(cleaned):
         return [words]
     found: list[Value] = []
@@ -286,11 +289,16 @@ class _Parser(Cursor):
         if self.peek() != ":":
             return first
         parts = [first]
+        at = self.pos
         while self.take(":"):
             parts.append(self._quantity())
         if not all(isinstance(part, Quantity) for part in parts):
             raise Unreadable("a ratio of no numbers")
-        return Ratio(tuple(part.value for part in parts if isinstance(part, Quantity)), getattr(parts[-1], "unit", ""))
+        texts = [token.text for token in self.tokens[at : self.pos] if token.text != ":"]
+        clock = all(len(text) == 2 and text.isdecimal() and text < "60" for text in texts[: len(parts) - 1])
+        return Ratio(
+            tuple(part.value for part in parts if isinstance(part, Quantity)), getattr(parts[-1], "unit", ""), clock
+        )
 
     def _quantity(self) -> Value:
         start, outer = self.pos, (self.digits, self.currency, self.units, self.signs_used)
@@ -407,6 +415,8 @@ class _Parser(Cursor):
             if self.take("*", r"\cdot", r"\times", r"\ast"):
                 left = _times(expr(left), self._unary())
             elif self.take("/", r"\div"):
+                if self.kind() == "word" and self.kind(1) != "word" and self.peek(1) not in ("^", "**", "_", "("):
+                    self._enclose_word()
                 left = quotient(expr(left), expr(self._unary()))
             elif self._is_times_x():
                 self.pos += 1
@@ -420,6 +430,12 @@ class _Parser(Cursor):
                 left = _times(left, right)
             else:
                 return left
+
+    def _enclose_word(self) -> None:
+        """Letters that are written together divide together: a/bc is a/(bc)."""
+        word = self.tokens[self.pos]
+        if not self._is_mathematical(word.text):
+            self.tokens[self.pos : self.pos + 1] = [Token("op", "(", word.spaced), word, Token("op", ")", False)]
 
     def _is_times_x(self) -> bool:
         before = self.tokens[self.pos - 1].kind if self.pos else ""
@@ -645,8 +661,10 @@ class _Parser(Cursor):
 
     def _divide_word(self, word: str) -> None:
         """Cuts a run of letters where it is no name: xy is x·y, sinx is sin x, kpi is k·pi."""
+        if word in ("re", "im") and self.peek(1) != "(":
+            return self.split(1)
         if self._is_mathematical(word) or word in _CONSTRUCTORS:
-            return
+            return None
         if len(word) == 2 and word[0] == "d" and word[1] in "xyztuvrsw":
             return
         for known in SPLIT_OFF:

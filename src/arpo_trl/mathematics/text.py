@@ -50,7 +50,10 @@ _REWRITES = tuple(
     for pattern, to in (
         (r"\\(?:left|right)\s*\.", ""),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*", ""),
-        (r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|normalsize)(?![A-Za-z])", " "),
+        (
+            r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|normalsize|small|large|Large)(?![A-Za-z])",
+            " ",
+        ),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
         (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
         (r"\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
@@ -60,6 +63,8 @@ _REWRITES = tuple(
         (r"\\[_#&]|\\\\(?=[%$])", lambda m: m[0][1]),
         (r"\\(?:textcolor|color)\s*\{[^{}]*\}", ""),
         (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\mathrm\s*\{d\}\s*", "d"),
+        (r"(?<=[\d}])\s*\(([a-z]{2,}[^()]*)\)$", r" \1"),  # 5 (cm)
         (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
         (r"\bset\(\)", r"\\emptyset "),
         (r"\bInterval\.(open|Lopen|Ropen)\b", r"Interval\1"),

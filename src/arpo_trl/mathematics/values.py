@@ -30,10 +30,11 @@ class Based:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """3 : 4 : 5, or a time of day."""
+    """3 : 4 : 5. `clock`: it is written as a time of day is, 9:05, and may be one."""
 
     parts: tuple[sympy.Expr, ...]
     unit: str = ""
+    clock: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ CURRENCIES = {
     "₹": "rupee",
     "₽": "ruble",
     "₩": "won",
+    "¢": "cent",
 }
 CURRENCY_CODES = frozenset("USD EUR GBP RMB CNY INR JPY".split())
 SCALES = {
