@@ -39,10 +39,11 @@ from arpo_trl.mathematics.functions import (
     quotient,
     root,
 )
+from arpo_trl.mathematics.numerals import Numerals, based_numeral
 from arpo_trl.mathematics.text import canonical, clean
-from arpo_trl.mathematics.tokens import MAX_DIGITS, Cursor, Token, Unreadable, tokenize
+from arpo_trl.mathematics.tokens import MAX_DIGITS, Token, Unreadable, tokenize
+from arpo_trl.mathematics.units import Units
 from arpo_trl.mathematics.values import (
-    Based,
     Builder,
     Choice,
     Group,
@@ -58,7 +59,6 @@ from arpo_trl.mathematics.values import (
 )
 from arpo_trl.mathematics.vocabulary import (
     APPLIED,
-    BASES,
     CURRENCIES,
     CURRENCY_CODES,
     DECORATIONS,
@@ -69,7 +69,6 @@ from arpo_trl.mathematics.vocabulary import (
     RELATIONS,
     SCALES,
     SET_OPS,
-    UNITS,
     WORDS,
     unit_name,
 )
@@ -161,7 +160,7 @@ _CONSTRUCTORS = frozenset(
 )
 
 
-class _Parser(Cursor):
+class _Parser(Numerals, Units):
     """One reading of one text. Tokens are consumed from `pos` on; every method leaves it after what it read."""
 
     def __init__(self, text: str, scientific: bool = True, points: bool = True):
@@ -170,19 +169,11 @@ class _Parser(Cursor):
         self.depth = 0
         self.bars = 0  # open |
         self.units = True  # whether a word after a number may be its unit
-        self.digits = 0  # of the longest decimal fraction in the quantity being read
         self.currency = ""
         self.named = False  # the last atom was a word, which multiplies nothing without a sign
         self.bound: list[str] = []  # names of running indices: i is no imaginary unit there
         self.signs: tuple[int, ...] = ()
         self.signs_used = 0
-        words = {token.text for token in self.tokens if token.kind == "word"}
-        self.constants = CONSTANTS
-        if any(token.text in ("*", "**") for token in self.tokens):
-            self.constants = CONSTANTS | {"I": S.ImaginaryUnit, "E": S.Exp1}
-        elif words - FUNCTIONS.keys() - CONSTANTS.keys() == {"I"}:
-            self.constants = CONSTANTS | {"I": S.ImaginaryUnit}
-        self.has_i = any(token.text == "i" for token in self.tokens)
 
     # Structure -----------------------------------------------------------------------------------------------------
 
@@ -310,7 +301,7 @@ class _Parser(Cursor):
         elif self.take(r"\choose"):
             value = binomial(expr(value), expr(self._sum()))
         unit = ""
-        if isinstance(value, Expr) and self.units and (read := self._unit_at(self.pos)) is not None:
+        if isinstance(value, Expr) and self.units and (read := self.unit_at(self.pos)) is not None:
             if value.free_symbols - {DEGREE}:  # 2x + 3 m has no unit
                 self.tokens, self.pos, self.units, self.digits, self.signs_used = tokens, start, False, 0, outer[3]
                 value = self._sum()
@@ -323,77 +314,6 @@ class _Parser(Cursor):
         if value.has(DEGREE):
             value, unit = value.subs(DEGREE, 1), unit or "degree"
         return Quantity(value, unit or currency, digits)
-
-    def _unit_at(self, pos: int) -> tuple[str, int] | None:
-        """The unit that starts at a token and ends the quantity, with the position after it."""
-        parts: list[str] = []
-        start, exponent_of_next, divide = pos, 1, False
-        while pos < len(self.tokens):
-            token = self.tokens[pos]
-            if token.text in ("%", r"\%"):
-                name = "%"
-            elif token.text in CURRENCIES:
-                name = CURRENCIES[token.text]
-            elif token.text == "per" and parts:
-                divide, pos = True, pos + 1
-                continue
-            elif token.text in ("/", "*", r"\cdot") and parts and self._is_word(pos + 1):
-                divide, pos = token.text == "/", pos + 1
-                continue
-            elif self._is_word(pos):
-                if not parts and not self._starts_unit(token):
-                    return None
-                if token.text in ("square", "sq", "cubic"):
-                    exponent_of_next, pos = (3 if token.text == "cubic" else 2), pos + 1
-                    parts.append("")
-                    continue
-                name = unit_name(token.text)
-            else:
-                break
-            pos += 1
-            exponent = 1
-            if pos + 1 < len(self.tokens) and self.tokens[pos].text in ("^", "**"):
-                here, self.pos = self.pos, pos + 1
-                raw = self.raw_group()
-                if raw in ("-", "+"):
-                    raw += self.next().text
-                pos, self.pos = self.pos, here
-                if not re.fullmatch(r"[+-]?\d", raw):
-                    return None
-                exponent = int(raw)
-            exponent *= -exponent_of_next if divide else exponent_of_next
-            parts.append((name if exponent == 1 else f"{name}^{exponent}") if name else "")
-            exponent_of_next, divide = 1, False
-        if not parts or not (
-            pos == len(self.tokens)
-            or self.tokens[pos].text in (",", ";", ")", "]", "}", r"\}", "\\\\", "&", "|")
-            or self.tokens[pos].text in RELATIONS
-            or self.tokens[pos].text in JOINERS
-        ):
-            return None
-        return (" ".join(sorted(part for part in parts if part)), pos) if pos > start else None
-
-    def _is_word(self, pos: int) -> bool:
-        if pos >= len(self.tokens):
-            return False
-        token = self.tokens[pos]
-        if token.text in JOINERS or token.text in MODS or token.text in SCALES:
-            return False
-        return token.kind == "foreign" or (
-            token.kind == "word" and (token.text in UNITS or not self._is_mathematical(token.text))
-        )
-
-    def _is_mathematical(self, word: str) -> bool:
-        return word in self.constants or word in FUNCTIONS or word in GREEK
-
-    def _starts_unit(self, token: Token) -> bool:
-        if token.kind == "foreign":
-            return True
-        if len(token.text) == 1:
-            return token.spaced and token.text in UNITS
-        if token.text in UNITS or token.text == "sq":
-            return True
-        return len(token.text) >= (3 if token.spaced else 4)
 
     # Formulas ------------------------------------------------------------------------------------------------------
 
@@ -434,7 +354,7 @@ class _Parser(Cursor):
     def _enclose_word(self) -> None:
         """Letters that are written together divide together: a/bc is a/(bc)."""
         word = self.tokens[self.pos]
-        if not self._is_mathematical(word.text):
+        if not self.is_mathematical(word.text):
             self.tokens[self.pos : self.pos + 1] = [Token("op", "(", word.spaced), word, Token("op", ")", False)]
 
     def _is_times_x(self) -> bool:
@@ -453,7 +373,7 @@ class _Parser(Cursor):
             constant = self.units and not (left.free_symbols - {DEGREE})
             if text == "U" and self.peek(1) in ("(", "["):
                 return False
-            return not (constant and self._unit_at(self.pos) is not None)
+            return not (constant and self.unit_at(self.pos) is not None)
         if text == "(":
             return self.peek(1) not in MODS
         if text == "|":
@@ -520,7 +440,7 @@ class _Parser(Cursor):
         elif python:
             return expr(self._powered())  # which binds to the right
         else:
-            if self.kind() == "word" and len(self.peek()) > 1 and not self._is_mathematical(self.peek()):
+            if self.kind() == "word" and len(self.peek()) > 1 and not self.is_mathematical(self.peek()):
                 self.split(1)
             value = expr(self._atom())
         if self.peek() in ("^", "**"):
@@ -542,9 +462,9 @@ class _Parser(Cursor):
         self.named = False
         kind, text = self.kind(), self.peek()
         if kind == "number":
-            value: Any = self._number(mixed)
+            value: Any = self.number(mixed)
         elif kind == "based":
-            value = _based(self.next().text)
+            value = based_numeral(self.next().text)
         elif kind == "word":
             value = self._word()
         elif kind == "command":
@@ -559,76 +479,6 @@ class _Parser(Cursor):
             raise Unreadable(f"{text!r} where a value should be")
         self.depth -= 1
         return value
-
-    def _number(self, mixed: bool) -> Any:
-        token = self.next().text
-        if "." in token and (repeated := self._repetend()):
-            return _repeating(token, repeated)
-        if "." in token and self.take(r"\ldots"):
-            return self._continued(token)
-        mantissa = re.split("[eE]", token)[0]
-        if "." in token.rstrip(".") or "e" in token.lower():
-            self.digits = max(self.digits, len(mantissa.replace(".", "").lstrip("0")))
-        elif "." not in token:
-            if self.peek() in ("C", "P") and self.kind(1) == "number" and not self.spaced():  # 5C2
-                ways = binomial if self.next().text == "C" else permutations
-                return ways(Integer(token), Integer(self.next().text))
-            if mixed and (fraction := self._fraction_ahead()) is not None:
-                return Integer(token) + fraction
-        if self.peek() == "j" and not self.spaced() and not self.has_i:  # Python's complex numbers
-            self.pos += 1
-            return Rational(token.rstrip(".")) * S.ImaginaryUnit
-        return Rational(token.rstrip(".") if "e" not in token.lower() else token)
-
-    def _fraction_ahead(self) -> Expr | None:
-        """The proper fraction of a mixed number: 3 1/2, 3\\frac{1}{2}."""
-        start, tokens = self.pos, list(self.tokens)
-        if self.spaced() and self.kind() == "number" and self.peek(1) == "/" and self.kind(2) == "number":
-            over, under = self.peek(), self.peek(2)
-            self.pos += 3
-        elif self.take(r"\frac"):
-            parts: list[str] = []
-            for _ in range(2):
-                if self.kind() == "number" and len(self.peek()) > 1:
-                    self.split(1)
-                parts.append(self.raw_group() if self.peek() else "")
-            over, under = parts
-        else:
-            return None
-        if over.isdecimal() and under.isdecimal() and 0 < int(over) < int(under):
-            return Rational(int(over), int(under))
-        self.tokens, self.pos = tokens, start
-        return None
-
-    def _repetend(self) -> str:
-        r"""The digits that repeat: 0.\overline{27}, 0.\dot{1}4\dot{2}, 0.(3); "" where none do."""
-        if self.peek() in (r"\overline", r"\bar") and self.peek(1) == "{" and self.peek(2).isdecimal():
-            self.pos += 1
-            return self.raw_group()
-        if self.peek() == "(" and not self.spaced() and self.kind(1) == "number" and self.peek(2) == ")":
-            digits = self.peek(1)
-            if digits.isdecimal():
-                self.pos += 3
-                return digits
-        if self.take(r"\dot"):
-            digits = self.raw_group()
-            if self.kind() == "number" and self.peek(1) == r"\dot":
-                digits += self.next().text
-            if self.take(r"\dot"):
-                digits += self.raw_group()
-            return digits
-        return ""
-
-    def _continued(self, token: str) -> Expr:
-        """0.333… is 1/3; without a repeating end, as many digits as are there."""
-        whole, _, fraction = token.partition(".")
-        for length in range(1, len(fraction) // 2 + 1):
-            block = fraction[-length:]
-            times = len(re.search(rf"(?:{block})*$", fraction)[0]) // length  # type: ignore[index]
-            if times >= (3 if length == 1 else 2):
-                return _repeating(f"{whole}.{fraction[: len(fraction) - times * length]}", block)
-        self.digits = max(self.digits, len(token.replace(".", "").lstrip("0")))
-        return Rational(token)
 
     def _word(self) -> Any:
         word = self.peek()
@@ -663,7 +513,7 @@ class _Parser(Cursor):
         """Cuts a run of letters where it is no name: xy is x·y, sinx is sin x, kpi is k·pi."""
         if word in ("re", "im") and self.peek(1) != "(":
             return self.split(1)
-        if self._is_mathematical(word) or word in _CONSTRUCTORS:
+        if self.is_mathematical(word) or word in _CONSTRUCTORS:
             return None
         if len(word) == 2 and word[0] == "d" and word[1] in "xyztuvrsw":
             return
@@ -1144,24 +994,3 @@ def _named_once(items: list[Value]) -> list[Value]:
     ):
         return items
     return [first, *(Relation((first.sides[0], item), ("=",)) for item in items[1:])]
-
-
-def _based(text: str) -> Value:
-    if text[:2] in ("0x", "0X", "0b"):
-        numeral, base = text[2:].upper(), 16 if text[1] in "xX" else 2
-    else:
-        numeral, _, written = text.partition("_")
-        name = re.sub(r"[\s{}()]", "", written)
-        numeral = numeral.strip()
-        base = BASES.get(name, 0) if name.isalpha() else int(name[:4])
-    if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in numeral):
-        raise Unreadable("a numeral that its base does not have")
-    return Based(numeral.lstrip("0") or "0", base)
-
-
-def _repeating(token: str, block: str) -> Expr:
-    """token is the part before the repeating digits: 0.1 and 6 are 1/6."""
-    if not block.isdecimal():
-        raise Unreadable("a repeating decimal")
-    places = len(token.partition(".")[2])
-    return Rational(token.rstrip(".") or "0") + Rational(int(block), (10 ** len(block) - 1) * 10**places)
