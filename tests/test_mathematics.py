@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.mathematics.equality import equal, is_text
-from arpo_trl.mathematics.parser import readings
+from arpo_trl.mathematics.reading import readings
 from arpo_trl.mathematics.text import clean
 from arpo_trl.mathematics.values import Quantity, Text
 from arpo_trl.rewards import math_equal

@@ -1,4 +1,4 @@
-r"""Reads the whole of a cleaned answer as a `Value`, or not at all: what cannot be read is a `Text`.
+r"""The grammar of answers: reads the whole of a cleaned text as a `Value`, or raises `Unreadable`.
 
 LaTeX and what Python prints are one grammar here, by recursive descent:
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import re
 from typing import Any
 
 import sympy
@@ -40,12 +39,10 @@ from arpo_trl.mathematics.functions import (
     root,
 )
 from arpo_trl.mathematics.numerals import Numerals, based_numeral
-from arpo_trl.mathematics.text import canonical, clean
 from arpo_trl.mathematics.tokens import MAX_DIGITS, Token, Unreadable, tokenize
 from arpo_trl.mathematics.units import Units
 from arpo_trl.mathematics.values import (
     Builder,
-    Choice,
     Group,
     NumberSet,
     Quantity,
@@ -79,79 +76,9 @@ MAX_SIGNS = 3
 
 DEGREE = Symbol("°", positive=True)
 
-_SCIENTIFIC_OR_E = re.compile(r"(?<![\d.])\d+e[+-]\d(?!\d)")  # 2e-1: a fifth, or 2e − 1
-_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # neither a difference nor a quotient
-_POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2): a point, or 20 permutations
 
-
-def readings(text: str) -> list[Value]:
-    """What an answer may mean, at least one value; several only where its writing is ambiguous."""
-    cleaned = clean(text)
-    if label := re.fullmatch(r"\(?([A-J])\s*(?:\)|[.:](?=\s|$))\s*(.*)", cleaned, re.DOTALL):
-        letter = Quantity(_symbol(label[1]))
-        if not label[2]:
-            return [letter]
-        if not re.match(r"[=_^,;&]|(?:and|or)\b", label[2]):
-            return [Choice(label[1], value) for value in readings(label[2])]
-    if _DATE.fullmatch(cleaned):
-        return [Text(cleaned)]
-    if words := _words(cleaned):
-        return [words]
-    found: list[Value] = []
-    for scientific, points in itertools.product(
-        (True, False) if _SCIENTIFIC_OR_E.search(cleaned) else (True,),
-        (True, False) if _POINT_OR_COUNT.search(cleaned) else (True,),
-    ):
-        try:
-            found.append(_Parser(cleaned, scientific, points).whole())
-        except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, NotImplementedError):
-            continue
-    return found or [_listed(cleaned) or Text(canonical(cleaned))]
-
-
-def product_of_letters(text: Text) -> Value | None:
-    """A word such as `abc` as a product, for an answer that is surely one: a·b·c."""
-    return text.letters
-
-
-def _words(cleaned: str) -> Value | None:
-    """The text as words; None where it may be a formula."""
-    if not re.fullmatch(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*", cleaned):
-        return None
-    words = re.findall(r"[^\W\d_]+", cleaned)
-    if len(words) == 1 and (words[0] in CONSTANTS or words[0] in GREEK):
-        return None
-    if all(len(word) == 1 and word.isascii() for word in words):
-        return None
-    if len(words) > 1 and ("and" in words or "or" in words):
-        return None
-    if all(len(word) == 1 or word in FUNCTIONS or word in CONSTANTS or word in GREEK for word in words):
-        return None
-    if len(words) == 1 and len(words[0]) == 2 and words[0].lower() not in WORDS:
-        return None
-    letters = None
-    if len(words) == 1 and len(words[0]) <= 4 and words[0].isascii() and words[0].lower() not in WORDS:
-        letters = Quantity(sympy.Mul(*(_letter(char) for char in words[0])))
-    return Text(canonical(cleaned), letters)
-
-
-def _listed(cleaned: str) -> Value | None:
-    """Several texts: "red and blue"; None where it is one."""
-    if re.search(r"[\\(\[{|]", cleaned):
-        return None
-    parts = [part for part in re.split(r"\s*(?:[,;]|\band\b|\bor\b)\s*", cleaned) if part]
-    if len(parts) < 2:
-        return None
-    joiner = next((word for word in ("and", "or") if re.search(rf"\b{word}\b", cleaned)), "")
-    return Group("", tuple(readings(part)[0] for part in parts), "", joiner)
-
-
-def _symbol(name: str) -> Symbol:
+def symbol_of(name: str) -> Symbol:
     return Symbol(name, real=True)
-
-
-def _letter(name: str) -> Expr:
-    return {"e": S.Exp1, "i": S.ImaginaryUnit}.get(name) or _symbol(name)
 
 
 _CONSTRUCTORS = frozenset(
@@ -160,7 +87,7 @@ _CONSTRUCTORS = frozenset(
 )
 
 
-class _Parser(Numerals, Units):
+class Parser(Numerals, Units):
     """One reading of one text. Tokens are consumed from `pos` on; every method leaves it after what it read."""
 
     def __init__(self, text: str, scientific: bool = True, points: bool = True):
@@ -412,7 +339,7 @@ class _Parser(Numerals, Units):
             elif self.peek() in ("'", r"\prime") or (self.peek() == "^" and self._prime_ahead()):
                 if not isinstance(base, Symbol):
                     raise Unreadable("a prime")
-                base = self._applied(_symbol(f"{base.name}{self._primes()}"))
+                base = self._applied(symbol_of(f"{base.name}{self._primes()}"))
             elif self.peek() in ("^", "**"):
                 if isinstance(base, NumberSet):
                     raise Unreadable("a power of a set")
@@ -484,7 +411,7 @@ class _Parser(Numerals, Units):
         word = self.peek()
         if word in self.bound:
             self.pos += 1
-            return _symbol(word)
+            return symbol_of(word)
         if len(word) > 1:
             self._divide_word(word)
             word = self.peek()
@@ -494,7 +421,7 @@ class _Parser(Numerals, Units):
             return ways
         if self.peek() == "_" and name not in ("log",):
             self.pos += 1
-            return self._applied(_symbol(f"{name}_{self.raw_group()}"))
+            return self._applied(symbol_of(f"{name}_{self.raw_group()}"))
         if name in FUNCTIONS and (name != "re" or self.peek() == "("):
             return self._function(name)
         if name in _CONSTRUCTORS:
@@ -502,12 +429,12 @@ class _Parser(Numerals, Units):
         if name in self.constants:
             return self.constants[name]
         if name in GREEK or len(name) == 1:
-            return self._applied(_symbol(name))
+            return self._applied(symbol_of(name))
         if name in ("True", "False", "None", "nan") or name in WORDS:
             raise Unreadable(f"the word {name!r}")
         if len(name) != 2 or name[0] != "d":  # dx is one symbol
             self.named = True
-        return self._applied(_symbol(name))
+        return self._applied(symbol_of(name))
 
     def _divide_word(self, word: str) -> None:
         """Cuts a run of letters where it is no name: xy is x·y, sinx is sin x, kpi is k·pi."""
@@ -574,7 +501,7 @@ class _Parser(Numerals, Units):
             if len(values) == len(getattr(arguments, "items", ())) and values:
                 return sympy.Function(symbol.name, real=True)(*values)
         self.pos = end + 1
-        return _symbol(f"{symbol.name}({raw})")
+        return symbol_of(f"{symbol.name}({raw})")
 
     def _has_comma(self) -> bool:
         start, self.pos = self.pos, self.pos + 1
@@ -784,8 +711,8 @@ class _Parser(Numerals, Units):
             return NumberSet(S.EmptySet)
         if name in GREEK:
             if self.take("_"):
-                return _symbol(f"{name}_{self.raw_group()}")
-            return self._applied(_symbol(name))
+                return symbol_of(f"{name}_{self.raw_group()}")
+            return self._applied(symbol_of(name))
         if name in FUNCTIONS:
             return self._function(name)
         if name in ("lfloor", "lceil"):
@@ -830,7 +757,7 @@ class _Parser(Numerals, Units):
             full = f"{name}({inside})"
         if self.take("_"):
             full += f"_{self.raw_group()}"
-        return _symbol(full)
+        return symbol_of(full)
 
     # Calculus ------------------------------------------------------------------------------------------------------
 
@@ -862,7 +789,7 @@ class _Parser(Numerals, Units):
         self.bound.append(index)
         body = expr(self._term())
         self.bound.pop()
-        variable = _symbol(index)
+        variable = symbol_of(index)
         if low.is_Integer and high.is_Integer:
             if not 0 <= high - low <= 1000:
                 raise Unreadable("too long a sum")
@@ -882,7 +809,7 @@ class _Parser(Numerals, Units):
                 break
         else:
             raise Unreadable("an integral over nothing")
-        variable = _symbol(token.text[-1])
+        variable = symbol_of(token.text[-1])
         inside = self.tokens[self.pos : at]
         rest = [Token("word", token.text[:-2], token.spaced)] if token.text[:-2] else []
         if [part.text for part in inside].count("{") > [part.text for part in inside].count("}"):  # \frac{dx}{x}
@@ -905,7 +832,7 @@ class _Parser(Numerals, Units):
         direction = "+-"
         if [token.text for token in target[-2:]] in (["^", "+"], ["^", "-"]):
             direction, target = target[-1].text, target[:-2]
-        return sympy.limit(expr(self._term()), _symbol(inside[0].text), _formula(self._part(target)), direction)
+        return sympy.limit(expr(self._term()), symbol_of(inside[0].text), _formula(self._part(target)), direction)
 
     def _environment(self) -> Value:
         name = self.raw_group()

@@ -76,6 +76,7 @@ def normalized_tokens(text: str) -> list[str]:
     An "a" that no word follows is a letter: "Vitamin A" is not "Vitamin".
     """
     text = unicodedata.normalize("NFKC", text.translate(_ONE_SPELLING)).translate(_ONE_SPELLING)
+    text = " ".join(text.split())
     marked = text
     for mark in _MARKS:
         marked = mark(marked)
