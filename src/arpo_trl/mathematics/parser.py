@@ -343,7 +343,10 @@ class Parser(Numerals, Units):
             elif self.peek() in ("^", "**"):
                 if isinstance(base, NumberSet):
                     raise Unreadable("a power of a set")
-                base = power(expr(base), self._exponent())
+                exponent = self._exponent()
+                if isinstance(base, Symbol) and self.take("_"):  # x^2_1
+                    base = symbol_of(f"{base.name}_{self.raw_group()}")
+                base = power(expr(base), exponent)
             else:
                 return base
 
@@ -895,7 +898,7 @@ _NOT_FACTORS = frozenset(
 
 def _entry(item: Value) -> Value:
     """An entry of a dictionary, x: 2, as an equation."""
-    if isinstance(item, Ratio) and len(item.parts) == 2:
+    if isinstance(item, Ratio) and len(item.parts) == 2 and item.parts[0].free_symbols:
         return Relation((Quantity(item.parts[0]), Quantity(item.parts[1])), ("=",))
     raise Unreadable("an entry of no dictionary")
 

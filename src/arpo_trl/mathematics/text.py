@@ -66,6 +66,7 @@ _REWRITES = tuple(
         (r"\\mathrm\s*\{d\}\s*", "d"),
         (r"(?<=[\d}])\s*\(([a-z]{2,}[^()]*)\)$", r" \1"),  # 5 (cm)
         (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
+        (r"\bDecimal\('([^']*)'\)", r"\1"),
         (r"\bset\(\)", r"\\emptyset "),
         (r"\bInterval\.(open|Lopen|Ropen)\b", r"Interval\1"),
         (r"'(\w+)'(?=\s*:)", r"\1"),
