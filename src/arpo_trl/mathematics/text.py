@@ -168,6 +168,8 @@ def _unicode(text: str) -> str:
         elif unicodedata.decomposition(char).startswith("<fraction>"):
             over, _, under = unicodedata.normalize("NFKC", char).partition("⁄")
             made.append(rf"\frac{{{over}}}{{{under or 1}}}")
+        elif unicodedata.decomposition(char).startswith("<circle>") and len(text) > 1:
+            made.append(char)  # ①③ are two options, not thirteen
         else:
             made.append("".join(_SYMBOLS.get(c) or _GREEK.get(c, c) for c in unicodedata.normalize("NFKC", char)))
     return "".join(made)
