@@ -344,6 +344,11 @@ class Parser(Numerals, Units):
                 if isinstance(base, NumberSet):
                     raise Unreadable("a power of a set")
                 exponent = self._exponent()
+                if isinstance(base, Symbol) and base.name in APPLIED and exponent == -1 and self.peek() == "(":
+                    self.named = True  # the inverse function, f^{-1}(3)
+                    base = self._applied(symbol_of(f"{base.name}^-1"))
+                    self.named = False
+                    continue
                 if isinstance(base, Symbol) and self.take("_"):  # x^2_1
                     base = symbol_of(f"{base.name}_{self.raw_group()}")
                 base = power(expr(base), exponent)
@@ -405,6 +410,8 @@ class Parser(Numerals, Units):
             value = self._braces()
         elif text == "|":
             value = self._bars()
+        elif text in ("_", "^"):
+            value = self._prescript()
         else:
             raise Unreadable(f"{text!r} where a value should be")
         self.depth -= 1
@@ -485,6 +492,10 @@ class Parser(Numerals, Units):
     def _applied(self, symbol: Symbol) -> Any:
         """The symbol, or where arguments follow the unknown function or the point of that name."""
         base = symbol.name.rstrip("'").partition("_")[0]
+        if base in ("E", "P") and self.take("["):
+            end = self.closing("[", "]")
+            inside, self.pos = self.tokens[self.pos : end], end + 1
+            return symbol_of(f"{symbol.name}({''.join(token.text for token in inside)})")
         if self.peek() != "(" or self.peek(1) in MODS:
             return symbol
         if len(base) == 1 and base.isupper() and self._has_comma():
@@ -746,7 +757,13 @@ class Parser(Numerals, Units):
         return root(expr(self._braces() if self.peek() == "{" else self._atom()), degree)
 
     def _decorated(self, name: str) -> Any:
-        inside = self.raw_group()
+        if self.take("("):  # \det(A)
+            end = self.closing("(", ")")
+            inside, self.pos = "".join(token.text for token in self.tokens[self.pos : end]), end + 1
+        else:
+            inside = self.raw_group()
+        if name == "mathbb" and inside in ("E", "P"):
+            return self._applied(symbol_of(inside))
         if name == "mathbb" and inside in NUMBER_SETS and self.peek() not in ("_", "^", r"\times"):
             return NumberSet(NUMBER_SETS[inside])
         if name == "mathbb" and inside == "R" and self.peek() == "^" and self.peek(1) in ("+", "-"):

@@ -68,7 +68,8 @@ def _words(cleaned: str) -> Value | None:
     letters = None
     if len(words) == 1 and len(words[0]) <= 4 and words[0].isascii() and words[0].lower() not in WORDS:
         letters = Quantity(sympy.Mul(*(_letter(char) for char in words[0])))
-    return Text(canonical(cleaned), letters)
+    bare = re.sub(r"^(?:an?|the) (?=[a-z]{3})", "", cleaned, flags=re.IGNORECASE)
+    return Text(canonical(bare), letters)
 
 
 def _listed(cleaned: str) -> Value | None:

@@ -66,6 +66,8 @@ _REWRITES = tuple(
         (r"\\mathrm\s*\{d\}\s*", "d"),
         (r"(?<=[\d}])\s*\(([a-z]{2,}[^()]*)\)$", r" \1"),  # 5 (cm)
         (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
+        (r"_\s*\{\s*(?:\\text\s*\{)?\s*base\s*\}?\s*(\w+)\s*\}", r"_{\1}"),
+        (r"^\s*(\w+)\s+\(?\s*(?:in\s+)?base[ -]?(\w+)\s*\)?\s*$", r"\1_{\2}"),
         (r"\bDecimal\('([^']*)'\)", r"\1"),
         (r"\bset\(\)", r"\\emptyset "),
         (r"\bInterval\.(open|Lopen|Ropen)\b", r"Interval\1"),
@@ -109,9 +111,13 @@ _LEAD = re.compile(
     r"|(?:answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+(?!of |for |is )))(?=\S)",
     re.IGNORECASE,
 )
+_CONNECTIVE = re.compile(
+    r"(?:(?:thus|hence|therefore|so|then|finally|exactly|only|just|we (?:get|have|find|obtain))\b[,:]?\s+)+(?=\S)",
+    re.IGNORECASE,
+)
 _TAIL = re.compile(r"\s+is the (?:final |correct )?answer$", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
-_SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its and thus a".split())
+_SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its it and thus a".split())
 _NEGATIONS = re.compile(
     r"\b(?:not?|never|none|nor|neither|except|without|unless|if|when|least|most|than|false|wrong)\b", re.I
 )
@@ -129,6 +135,8 @@ def clean(text: str) -> str:
         previous = text
         text = _bare(text)
     text = re.sub(r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].lower()}m", text)
+    if connective := _CONNECTIVE.match(text):
+        text = text[connective.end() :]
     while (lead := _LEAD.match(text) or _LABEL.match(text)) and _is_neutral(lead[1]):
         text = text[lead.end() :]
     text = _TAIL.sub("", text)

@@ -8,7 +8,17 @@ from sympy import Expr, S
 
 from arpo_trl.mathematics.functions import CONSTANTS, FUNCTIONS
 from arpo_trl.mathematics.tokens import Cursor, Token
-from arpo_trl.mathematics.vocabulary import CURRENCIES, GREEK, JOINERS, MODS, RELATIONS, SCALES, UNITS, unit_name
+from arpo_trl.mathematics.vocabulary import (
+    CHANGING,
+    CURRENCIES,
+    GREEK,
+    JOINERS,
+    MODS,
+    RELATIONS,
+    SCALES,
+    UNITS,
+    unit_name,
+)
 
 
 class Units(Cursor):
@@ -76,7 +86,7 @@ class Units(Cursor):
         if pos >= len(self.tokens):
             return False
         token = self.tokens[pos]
-        if token.text in JOINERS or token.text in MODS or token.text in SCALES:
+        if token.text in JOINERS or token.text in CHANGING or token.text in MODS or token.text in SCALES:
             return False
         return token.kind == "foreign" or (
             token.kind == "word" and (token.text in UNITS or not self.is_mathematical(token.text))

@@ -50,7 +50,8 @@ GREEK = frozenset(
 )
 DECORATIONS = frozenset(
     r"\vec \hat \bar \overline \overrightarrow \tilde \widehat \widetilde \dot \ddot \mathcal \mathfrak \mathscr "
-    r"\mathbb \mathbf \boldsymbol \bm \angle \triangle \odot \measuredangle \nabla \partial".split()
+    r"\mathbb \mathbf \boldsymbol \bm \angle \triangle \odot \measuredangle \nabla \partial "
+    r"\det \dim \deg \arg \ker".split()
 )
 NUMBER_SETS = {"R": S.Reals, "Q": S.Rationals, "Z": S.Integers, "N": S.Naturals, "C": S.Complexes}
 APPLIED = frozenset("f g h F G H O P E T Theta Omega Phi".split())
@@ -59,6 +60,10 @@ WORDS = frozenset(
     "no or on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two "
     "six ten odd red day set sum man men min max per out its are was has had can may new old big low top end".split()
 )
+# Words after a number that change it, and are no unit.
+CHANGING = frozenset(
+    "squared cubed plus minus factorial less more fewer above below over under up out of to than".split()
+)
 UNITS = {
     unit: name
     for name, units in {
@@ -66,14 +71,14 @@ UNITS = {
         "km": "km kilometer kilometre",
         "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yard", "mi": "mi mile", "g": "g gram gramme",
         "kg": "kg kilogram",
-        "mg": "mg milligram", "lb": "lb lbs", "oz": "oz ounce", "s": "s sec second", "min": "min minute",
+        "mg": "mg milligram", "A": "A amp ampere", "oz": "oz ounce", "s": "s sec second", "min": "min minute",
         "h": "h hr hrs hour",
         "day": "day", "L": "L l liter litre", "mL": "mL ml milliliter millilitre", "N": "N newton", "J": "J joule",
         "W": "W watt", "V": "V volt", "K": "K kelvin", "Hz": "Hz hertz", "kHz": "kHz", "kW": "kW",
         "Pa": "Pa pascal", "kPa": "kPa",
-        "mph": "mph", "MB": "MB", "GB": "GB", "KB": "KB kB", "bit": "bit", "mol": "mol mole",
+        "h^-1 mi": "mph", "h^-1 km": "kph kmh", "MB": "MB", "GB": "GB", "KB": "KB kB", "bit": "bit", "mol": "mol mole",
         "dollar": "dollar USD usd",
-        "rupee": "rupee INR", "cent": "cent ¢", "pound": "pound GBP", "euro": "euro EUR",
+        "rupee": "rupee INR", "cent": "cent ¢", "pound": "pound GBP lb lbs", "euro": "euro EUR",
         "yuan": "yuan RMB CNY yen 元",
         "degree": "degree deg",
         "%": "percent", "am": "am", "pm": "pm", "": "unit 个 个单位", "rad": "rad radian", "kJ": "kJ", "eV": "eV",
