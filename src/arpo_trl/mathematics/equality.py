@@ -54,6 +54,10 @@ def _same(p: Value, g: Value) -> bool:
         return _is_letter(p, g.letter) or _same(p, g.content)
     if isinstance(p, Choice):
         return _is_letter(g, p.letter) or _same(p.content, g)
+    if isinstance(p, Group) and isinstance(g, Text | Quantity) and _are_options(p, g):
+        return True
+    if isinstance(g, Group) and isinstance(p, Text | Quantity) and _are_options(g, p):
+        return True
     if isinstance(p, Text) or isinstance(g, Text):
         return _same_letters(p, g)
     if isinstance(p, Relation) and p.ops == ("∈",) and isinstance(g, Group):
@@ -129,6 +133,20 @@ def _same_letters(p: Value, g: Value) -> bool:
         return False
     product = product_of_letters(word)
     return product is not None and _same(product, other)
+
+
+def _are_options(group: Group, written_together: Text | Quantity) -> bool:
+    """A, C, D against ACD."""
+    letters = [item.value for item in group.items if isinstance(item, Quantity) and isinstance(item.value, Symbol)]
+    if (
+        group.opening
+        or not 1 < len(letters) == len(group.items)
+        or not all("A" <= str(name) <= "H" for name in letters)
+    ):
+        return False
+    if isinstance(written_together, Text):
+        return "".join(map(str, letters)).lower() == written_together.canonical
+    return bool(sympy.Mul(*letters) == written_together.value) and not written_together.unit
 
 
 def _same_numerals(p: Based, g: Based) -> bool:
