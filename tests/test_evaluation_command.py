@@ -302,6 +302,7 @@ def test_the_self_check_needs_no_model_and_lists_golds_that_cannot_be(monkeypatc
         file.write(json.dumps({"question": "?", "answer": "}{"}) + "\n")
     status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here)
     assert status == 1 and "gsm8k, question 3: '}{' does not score 1 by math equality, exact match" in out
+    assert "gsm8k, question 3: only equal text matches '}{'" in out
     assert not (here / "runs").exists()
 
 

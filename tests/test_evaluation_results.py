@@ -7,7 +7,7 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS, Scorer
 from arpo_trl.evaluation.comparison import compare, draw
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
-from arpo_trl.evaluation.self_check import Malformed, check
+from arpo_trl.evaluation.self_check import Malformed, TextOnly, changed, check, rewritten
 from arpo_trl.rewards.answers import spaced_f1, token_f1
 from evaluating import GSM8K, called, questions, record, write_lines
 
@@ -124,7 +124,7 @@ def test_suites_are_means_over_their_benchmarks():
 
 def test_the_origin_of_results_is_recorded():
     found = provenance()
-    assert {"python", "arpo-trl", "torch", "transformers", "math-verify"} <= found["versions"].keys()
+    assert {"python", "arpo-trl", "torch", "transformers", "sympy"} <= found["versions"].keys()
     assert found["git_commit"] is None or len(found["git_commit"].removesuffix("-dirty")) == 40
 
 
@@ -138,13 +138,39 @@ def test_the_papers_f1_keeps_punctuation_and_articles_and_squads_does_not():
 
 
 def test_golds_score_one_and_other_questions_golds_do_not():
-    checks, malformed = check(questions("1", "2", r"\frac{1}{2}", "4"), seed=0)
+    checks, malformed, texts = check(questions("1", "2", r"\frac{1}{2}", "4"), seed=0)
     assert {c.scorer: (c.items, c.gold, c.wrong) for c in checks} == {"math": (4, 1.0, 0.0), "em": (4, 1.0, 0.0)}
-    assert malformed == []
+    assert {c.scorer: (c.rewritten, c.changed) for c in checks} == {"math": (1.0, 0.0), "em": (None, None)}
+    assert malformed == [] and texts == []
+
+
+@pytest.mark.parametrize(
+    ("gold", "other", "wrong"),
+    [
+        ("7", "7.0", "8"),
+        ("-0.5", r"-\dfrac{1}{2}", "-1.5"),
+        (r"\frac{3}{4}", "3 / 4", r"\frac{3}{5}"),
+        (r"(1,\frac{\pi}{2}]", None, r"(1,\frac{\pi}{3}]"),
+        ("(1,2)", r"\left( 1,2 \right)", "(1,3)"),
+        (r"\sqrt{2}+x", r"\sqrt{2} + x", r"\sqrt{3}+x"),
+        ("east", None, None),
+    ],
+)
+def test_a_gold_is_written_otherwise_and_made_wrong(gold, other, wrong):
+    if other is not None:
+        assert rewritten(gold) == other
+    assert changed(gold) == wrong
+
+
+def test_a_gold_that_only_equal_text_matches_is_listed():
+    checks, malformed, texts = check(questions("1", "36\\}", "east", r"\{x|x > 1\}"), seed=0)
+    assert texts == [TextOnly("sums", 1, "36\\}"), TextOnly("sums", 2, "east")]
+    assert malformed == []  # equal text does match
+    assert (checks[0].rewritten, checks[0].changed) == (1.0, 0.0)
 
 
 def test_a_wrong_answer_that_happens_to_be_right_shows():
-    checks, _ = check(questions("yes", "yes", "yes", "no", scorer=Scorer.QA_F1), seed=0)
+    checks, _, _ = check(questions("yes", "yes", "yes", "no", scorer=Scorer.QA_F1), seed=0)
     # a cycle through four: of the three yes two get another's yes
     assert {c.scorer: c.wrong for c in checks} == {"f1": 0.5, "f1_paper": 0.5, "em": 0.5}
 
@@ -152,13 +178,13 @@ def test_a_wrong_answer_that_happens_to_be_right_shows():
 def test_golds_that_cannot_be_answers_are_listed():
     asked = questions("1", "{", "3")
     asked.rows[2]["answer"] = ["3", "}{"]
-    checks, malformed = check(asked, seed=0)
+    checks, malformed, _ = check(asked, seed=0)
     assert malformed == [Malformed("sums", 1, "{", ("math", "em")), Malformed("sums", 2, "}{", ("math", "em"))]
     assert checks[0].gold == pytest.approx(1 / 3)
 
 
 def test_a_single_question_can_be_checked():
-    checks, _ = check(questions("1"), seed=0)
+    checks, _, _ = check(questions("1"), seed=0)
     assert checks[0].wrong == 1.0  # there is no other gold
 
 

@@ -281,18 +281,25 @@ def _registry_table() -> Table:
 def _self_check(chosen: Sequence[Questions], settings: EvalSettings, console: Console) -> int:
     rows: list[tuple[str, ...]] = []
     malformed: list[self_check.Malformed] = []
+    text_only: list[self_check.TextOnly] = []
     for questions in chosen:
-        checks, found = self_check.check(questions, settings.seed)
+        checks, found, texts = self_check.check(questions, settings.seed)
         malformed += found
-        rows += [
-            (report.cell(c.benchmark), report.METRIC_NAMES[c.scorer], str(c.items), f"{c.gold:.4f}", f"{c.wrong:.4f}")
-            for c in checks
-        ]
-    headings = ("benchmark", "scored by", "items", "gold as prediction", "wrong answer")
+        text_only += texts
+        for c in checks:
+            means = ("—" if mean is None else f"{mean:.4f}" for mean in (c.gold, c.wrong, c.rewritten, c.changed))
+            rows.append((report.cell(c.benchmark), report.METRIC_NAMES[c.scorer], str(c.items), *means))
+    headings = (
+        "benchmark", "scored by", "items", "gold as prediction", "wrong answer", "gold rewritten", "gold made wrong"
+    )  # fmt: skip
     _print(console, *report.pipe_table(headings, rows, texts=2))
     for item in malformed:
         names = ", ".join(report.METRIC_NAMES[name] for name in item.scorers)
-        _print(console, f"{item.benchmark}, question {item.number}: {item.gold[:200]!r} does not score 1 by {names}")
+        verdict = "does not score 1" if item.equal else "scores 1"
+        written = "" if item.prediction is None else f"written {item.prediction[:200]!r} "
+        _print(console, f"{item.benchmark}, question {item.number}: {item.gold[:200]!r} {written}{verdict} by {names}")
+    for text in text_only:
+        _print(console, f"{text.benchmark}, question {text.number}: only equal text matches {text.gold[:200]!r}")
     return SOME_FAILED if malformed else DONE
 
 

@@ -92,7 +92,7 @@ def suites_of(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 def provenance() -> dict[str, Any]:
     """Versions of what decides results, and the commit of the source if it is a checkout."""
-    names = ("arpo-trl", "torch", "transformers", "trl", "vllm", "math-verify", "peft", "numpy")
+    names = ("arpo-trl", "torch", "transformers", "trl", "vllm", "sympy", "peft", "numpy")
     versions = {}
     for name in names:
         try:

@@ -1,10 +1,11 @@
 """One sample's verdicts: what was predicted, and how right each way of comparing finds it.
 
 math        mathematical equality                                     benchmarks of mathematics
-judge       a language model's verdict; right without asking where the rule says so; None where it stays away
+judge       a language model's verdict; None where it stays away. Right without asking where mathematics is equal, or
+            the words of another answer are the same
 f1          token F1 by SQuAD's rules                                 the others
 f1_paper    token F1 as the paper's evaluation takes it: nothing but case and spaces is normalised
-em          the same words
+em          the same words, with the signs, points and relations of numbers and formulas
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def score(prediction: str | None, row: Mapping[str, Any], judge: LLMJudge | None
     if judge is not None:
         if prediction is None:
             scores[JUDGE] = 0.0
-        elif 1.0 in (scores.get("math"), scores["em"]):
+        elif scores.get("math", scores["em"]) == 1.0:
             scores[JUDGE] = 1.0
         else:
             (verdict,) = judge.verdicts([Judgement(question_of(row["prompt"]), tuple(golds), prediction)])

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 from arpo_trl.errors import RewardError
 from arpo_trl.rewards.math_worker import math_worker
+from arpo_trl.rewards.words import normalized_tokens
 
 MATH, QA = "math", "qa"
 TASKS = (MATH, QA)
@@ -23,8 +23,6 @@ MAX_MATH_CHARS = 512
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips escaped braces
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-# Scripts written without spaces: kana, and the ideographs of Chinese, Japanese and Korean. Hangul has spaces.
-_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -55,7 +53,7 @@ def extract_answer(text: str) -> str | None:
 
 @lru_cache(maxsize=16384)  # siblings of a group mostly give the same few answers
 def math_equal(prediction: str, gold: str) -> bool:
-    """Whether two expressions, LaTeX or plain, are mathematically equal by math-verify: 1/2 is 0.5, −6 is not 6.
+    """Whether two answers, LaTeX or plain, mean the same (see `arpo_trl.mathematics`): 1/2 is 0.5, −6 is not 6.
 
     Works in any thread and returns for any input: the comparison runs in a process with limits (see `math_worker`),
     and what exceeds them, or `MAX_MATH_CHARS`, is not equal. Not symmetric: an assignment `x=5` may answer a gold `5`.
@@ -68,23 +66,6 @@ def math_equal(prediction: str, gold: str) -> bool:
     if max(len(prediction), len(gold)) > MAX_MATH_CHARS:
         return False
     return math_worker().equal(prediction, gold)
-
-
-def normalized_tokens(text: str) -> list[str]:
-    """Words of `text` as SQuAD compares them: lower case, without punctuation, without articles, split at spaces.
-
-    Beyond SQuAD, whose rules are for English in ASCII: compatibility forms are unified (NFKC), all of Unicode's
-    punctuation goes, and every Chinese or Japanese character is a token. A text of nothing but articles or punctuation
-    ("A", "The The", "!!!") keeps them, since it would equal every other such text.
-    """
-    text = unicodedata.normalize("NFKC", text).lower()
-    bare = "".join(
-        char for char in text if char not in string.punctuation and not unicodedata.category(char).startswith("P")
-    )
-    for candidate in (_ARTICLES.sub(" ", bare), bare, text):
-        if tokens := _UNSPACED.sub(r" \g<0> ", candidate).split():
-            return tokens
-    return []
 
 
 def paper_tokens(text: str) -> list[str]:

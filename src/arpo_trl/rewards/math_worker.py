@@ -1,9 +1,9 @@
 """Mathematical equality decided in a process of its own, so that no answer a model writes can hang or kill training.
 
-math-verify bounds its time with `signal.alarm`, which exists in the main thread only and cannot interrupt a power of
-big integers running in C: `9**9**9**9` outlives any limit set in Python. Here a worker process, this file run as a
-script, compares under limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no
-reward) and memory. The next question starts a new worker.
+`arpo_trl.mathematics` refuses what is too large to compute, but an integral or a sum may still keep sympy busy for
+hours, and a limit set in Python does not interrupt big integers in C. So a worker process, this file run as a script,
+compares under limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no reward)
+and memory. The next question starts a new worker.
 
     parent, any thread   ["1/2", "0.5"]\\n ──▶   worker
                                       1\\n ◀──
@@ -21,7 +21,7 @@ import threading
 from functools import lru_cache
 
 CPU_LIMIT_S = 2.0
-"""Processor seconds one comparison may take. An ordinary one takes 10 ms; the slowest published gold took 1 s."""
+"""Processor seconds one comparison may take. An ordinary one takes less than a millisecond."""
 MEMORY_LIMIT_BYTES = 2 << 30
 """Address space of the worker. sympy needs a tenth of it."""
 
@@ -40,21 +40,32 @@ class MathWorker:
         atexit.register(self.close)
 
     def equal(self, prediction: str, gold: str) -> bool:
-        """Whether math-verify finds `prediction` equal to `gold`; False when that takes too much time or memory.
+        """Whether `prediction` is mathematically equal to `gold`; False when that takes too much time or memory.
 
         Raises:
             RewardError: the worker cannot start at all.
         """
+        return self._answer([prediction, gold]) == "1"
+
+    def is_text(self, answer: str) -> bool:
+        """Whether nothing but the same text equals `answer`: words, or what cannot be read within the limits.
+
+        Raises:
+            RewardError: the worker cannot start at all.
+        """
+        return self._answer([answer]) != "0"
+
+    def _answer(self, question: list[str]) -> str:
         with self._lock:
             process = self._running()
             try:
-                reply = _ask(process, json.dumps([prediction, gold]))
+                reply = _ask(process, json.dumps(question))
             except BaseException:  # an interrupt here would leave a reply in the pipe for the next question
                 self._stop()
                 raise
             if not reply:
                 self._stop()
-            return reply == "1"
+            return reply
 
     def close(self) -> None:
         """End the worker. The next question starts another."""
@@ -76,11 +87,11 @@ class MathWorker:
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             self._stop()
-            from arpo_trl.errors import RewardError  # here, so that the worker loads nothing of this package
+            from arpo_trl.errors import RewardError  # here: the worker needs none of it
 
             raise RewardError(
                 f"The worker that compares mathematical answers did not start (exit code {process.returncode}); its "
-                "own message is on stderr. Check that math-verify and its dependencies import."
+                "own message is on stderr. Check that sympy imports."
             )
         return process
 
@@ -118,16 +129,10 @@ def _serve(cpu_limit_s: float) -> None:
     import resource
     import signal
 
-    from math_verify import parse, verify
-
-    def expression(text: str) -> list[object]:
-        # Dollars within would end the one expression that the text is.
-        return parse(f"${text.replace('$', ' ')}$", parsing_timeout=None)
+    from arpo_trl.mathematics.equality import equal, is_text  # not through `rewards`, whose imports take seconds
 
     logging.disable(logging.CRITICAL)
-    verify(
-        expression(r"\frac{1}{2}"), expression("0.5"), timeout_seconds=None
-    )  # tables built on first use, off the clock
+    equal(r"\frac{1}{2}", "0.5")  # caches filled on first use, off the clock
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends when its stdin does
     with contextlib.suppress(ValueError, OSError):  # not every system can limit its address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
@@ -139,15 +144,15 @@ def _serve(cpu_limit_s: float) -> None:
     os.dup2(nowhere, 2)
 
     for line in sys.stdin:
-        prediction, gold = json.loads(line)
+        question = json.loads(line)
         # SIGPROF has no handler here: when the timer fires the kernel ends the process, even inside C code.
         signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
         try:
-            equal = verify(expression(gold), expression(prediction), timeout_seconds=None)
+            yes = equal(*question) if len(question) == 2 else is_text(*question)
         except (Exception, RecursionError, MemoryError):
-            equal = False
+            yes = len(question) == 1
         signal.setitimer(signal.ITIMER_PROF, 0)
-        replies.write("1\n" if equal else "0\n")
+        replies.write("1\n" if yes else "0\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,122 @@
+"""Numbers and formulas that are equal: exactly, or to the digits that a decimal fraction has."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import sympy
+from sympy import Expr, Rational, S, Symbol
+from sympy.core.function import AppliedUndef
+
+ROUNDED_DIGITS = 6
+"""A decimal fraction of so many significant digits stands for the number it is the rounding of: 0.333333 for 1/3."""
+FLOAT_DIGITS = 15
+"""One of so many is what a float prints, the last of which are noise: 0.30000000000000004."""
+_FLOAT_NOISE = 1e-13
+_PRECISION = 120  # decimal digits that numbers are compared at
+_EXACT = Rational(1, 10**100)
+_SAMPLES = 8
+_WHOLE = frozenset("n k m N".split())  # letters that mostly stand for whole numbers
+
+
+def close(a: Expr, b: Expr, a_digits: int = 0, b_digits: int = 0) -> bool:
+    """Whether two expressions are equal: exactly, or to the digits that the decimal fractions in one of them have."""
+    if a.has(S.NaN, S.ComplexInfinity) or b.has(S.NaN, S.ComplexInfinity):
+        return False
+    if a == b:
+        return True
+    if a.has(sympy.oo, -sympy.oo) or b.has(sympy.oo, -sympy.oo):
+        return False
+    a, b = without_functions(a), without_functions(b)
+    digits = max(a_digits, b_digits)
+    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
+    if not symbols:
+        if isinstance(a, Rational) and isinstance(b, Rational) and digits < ROUNDED_DIGITS:
+            return False
+        return _close_numbers(a, b, a_digits, b_digits)
+    return _close_formulas(a, b, symbols, digits)
+
+
+def without_functions(value: Expr) -> Expr:
+    """Unknown functions as symbols of their own: f(x) is some number."""
+    applied = sorted(value.atoms(AppliedUndef), key=lambda f: -len(str(f)))
+    return value.xreplace({f: Symbol(str(f), real=True) for f in applied}) if applied else value
+
+
+def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
+    if isinstance(a, Rational) and isinstance(b, Rational):
+        parts = [(a, b)]
+    else:
+        x, y = sympy.N(a, _PRECISION), sympy.N(b, _PRECISION)
+        if not (x.is_number and y.is_number) or x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):
+            return False
+        parts = [(_rational(f(x)), _rational(f(y))) for f in (sympy.re, sympy.im)]
+        size = max(abs(part) for pair in parts for part in pair)
+        if all(abs(one - other) <= _EXACT * size for one, other in parts):
+            return True
+    if a_digits == b_digits < FLOAT_DIGITS:  # neither is the other's rounding
+        return False
+    return any(
+        digits >= ROUNDED_DIGITS and all(_is_rounding(*pair, digits) for pair in ordered)
+        for digits, ordered in ((a_digits, parts), (b_digits, [(other, one) for one, other in parts]))
+    )
+
+
+def _rational(value: Expr) -> Rational:
+    return Rational(str(value)) if value.is_Float else Rational(value)
+
+
+def _is_rounding(decimal: Rational, exact: Rational, digits: int) -> bool:
+    """Whether a decimal of so many significant digits is the other number, rounded, cut off or printed as a float."""
+    gap = abs(decimal - exact)
+    if gap == 0:
+        return True
+    if digits >= FLOAT_DIGITS and gap <= Rational(_FLOAT_NOISE) * max(abs(decimal), abs(exact)):
+        return True
+    if decimal == 0 or exact == 0:
+        return False
+    unit = Rational(10) ** (_exponent(abs(decimal)) - digits + 1)  # in the last place
+    return bool(2 * gap <= unit or (0 < abs(exact) - abs(decimal) < unit and decimal * exact > 0))
+
+
+def _exponent(value: Rational) -> int:
+    """e with 10^e ≤ value < 10^(e+1)."""
+    guess = len(str(value.p)) - len(str(value.q))
+    return guess if value >= Rational(10) ** guess else guess - 1
+
+
+def _close_formulas(a: Expr, b: Expr, symbols: Sequence[Symbol], digits: int) -> bool:
+    """Formulas are equal where they agree at random points, positive and negative ones, where both are defined.
+
+    At rational points polynomials and fractions are compared exactly. By Schwartz and Zippel's lemma a wrong formula
+    passes with a probability that is negligible.
+    """
+    tolerance = Rational(1, 2) / Rational(10) ** (digits - 1) if digits >= ROUNDED_DIGITS else _EXACT
+    draw = random.Random(0)
+    agreed = 0
+    for attempt in range(3 * _SAMPLES):
+        point = {symbol: sample(symbol, draw, positive=attempt % 3 == 0) for symbol in symbols}
+        x, y = (value.xreplace(point) for value in (a, b))
+        if isinstance(x, Rational) and isinstance(y, Rational):
+            if x != y and digits < ROUNDED_DIGITS:
+                return False
+        else:
+            x, y = sympy.N(x, _PRECISION), sympy.N(y, _PRECISION)
+        if any(value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) for value in (x, y)):
+            continue
+        if not (x.is_number and y.is_number):
+            return False
+        if abs(x - y) > tolerance * max(abs(x), abs(y)):
+            return False
+        agreed += 1
+        if agreed == _SAMPLES:
+            return True
+    return agreed >= 3
+
+
+def sample(symbol: Symbol, draw: random.Random, positive: bool) -> Rational:
+    sign = 1 if positive or draw.random() < 0.5 else -1
+    if symbol.name in _WHOLE:
+        return Rational(sign * draw.randint(1, 12))
+    return Rational(sign * draw.randint(3, 400), draw.choice((97, 101, 103)))

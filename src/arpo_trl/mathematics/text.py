@@ -1,0 +1,223 @@
+r"""The text of an answer without what only decorates it: one alphabet, no mark-up, no typesetting.
+
+The result is LaTeX or plain text, still unread. Whatever could mean something stays.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾", "0123456789+-ni()")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢₓ", "0123456789+-nix")
+_SYMBOLS = {
+    **dict.fromkeys("–—−‐‑‒―﹣－", "-"),
+    **dict.fromkeys("×✕⨯", r"\times "),
+    **dict.fromkeys("⋅·∙•", r"\cdot "),
+    **dict.fromkeys("°∘º", r"\degree "),
+    **dict.fromkeys("“”„«»″", '"'),
+    **dict.fromkeys("‘’′", "'"),
+    **dict.fromkeys("∖", r"\setminus "),
+    "÷": "/", "∕": "/", "⁄": "/", "∗": "*", "±": r"\pm ", "∓": r"\mp ", "√": r"\sqrt ", "∛": r"\sqrt[3] ",
+    "∞": r"\infty ",
+    "≤": r"\le ", "⩽": r"\le ", "≦": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≧": r"\ge ", "≠": r"\ne ",
+    "≈": r"\approx ",
+    "≡": r"\equiv ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ", "∅": r"\emptyset ", "∠": r"\angle ",
+    "△": r"\triangle ",
+    "∨": r"\vee ", "∧": r"\wedge ", "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "⟨": r"\langle ", "⟩": r"\rangle ", "∑": r"\sum ", "∏": r"\prod ", "∫": r"\int ",
+    "→": r"\to ", "。": ".", "、": ",",
+    "…": r"\ldots ", "ℝ": r"\mathbb{R}", "ℚ": r"\mathbb{Q}", "ℤ": r"\mathbb{Z}",
+    "ℕ": r"\mathbb{N}", "ℂ": r"\mathbb{C}",
+    "∣": "|", "￥": "¥",
+}  # fmt: skip
+_GREEK = {
+    unicodedata.lookup(f"GREEK {case} LETTER {name}"): f"\\{name.lower() if case == 'SMALL' else name.title()} "
+    for name in (
+        "ALPHA BETA GAMMA DELTA EPSILON ZETA ETA THETA IOTA KAPPA NU XI PI RHO SIGMA TAU UPSILON PHI CHI PSI OMEGA MU"
+    ).split()
+    for case in ("SMALL", "CAPITAL")
+} | {"λ": r"\lambda ", "Λ": r"\Lambda ", "ϕ": r"\phi ", "ϵ": r"\epsilon ", "µ": r"\mu "}
+
+_NAMES = frozenset(command.strip(" \\") for command in _GREEK.values())
+
+_TEXT_COMMANDS = (
+    r"text|textbf|textit|textrm|textsf|texttt|textnormal|mbox|hbox|mathrm|mathsf|mathtt|operatorname\*?|emph"
+)
+_FONT_COMMANDS = r"mathbf|boldsymbol|bm|mathit|mathnormal|pmb|underline|displaystyle|textstyle"
+_REWRITES = tuple(
+    (re.compile(pattern), to)
+    for pattern, to in (
+        (r"\\(?:left|right)\s*\.", ""),
+        (r"\\(?:left|right|middle|[bB]igg?[lrm]?)(?![A-Za-z])\s*", ""),
+        (
+            r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|bf|rm|it|normalsize|small|large|Large)(?![A-Za-z])",
+            " ",
+        ),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
+        (r"\\(?:hspace|vspace|phantom)\*?\{[^{}]*\}", " "),
+        (r"(?<=\d)(?:\{,\}|,\\!|\\,|\\;|\\:|\\!|\\ |~)\s*(?=\d{3}(?:\D|$))", ","),  # 1{,}234  1\,234
+        (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d/])", lambda m: m[1] + m[2].replace(" ", "")),
+        (r"(?<!\\)\\(?:[,;:!> ]|(?:quad|qquad|thinspace|enspace|nobreakspace)(?![A-Za-z]))|~", " "),
+        (r"\\[_#&]|\\\\(?=[%$])", lambda m: m[0][1]),
+        (r"\\(?:textcolor|color)\s*\{[^{}]*\}", ""),
+        (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\mathrm\s*\{d\}\s*", "d"),
+        (r"(?<=[\d}])\s*\(([a-z]{2,}[^()]*)\)$", r" \1"),  # 5 (cm)
+        (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
+        (r"_\s*\{\s*(?:\\text\s*\{)?\s*base\s*\}?\s*(\w+)\s*\}", r"_{\1}"),
+        (r"^\s*(\w+)\s+\(?\s*(?:in\s+)?base[ -]?(\w+)\s*\)?\s*$", r"\1_{\2}"),
+        (r"\bDecimal\('([^']*)'\)", r"\1"),
+        (r"\bset\(\)", r"\\emptyset "),
+        (r"\bInterval\.(open|Lopen|Ropen)\b", r"Interval\1"),
+        (r"'(\w+)'(?=\s*:)", r"\1"),
+        (r"\bUS\s*(?=\\?\$)", ""),
+        (r"\bRs\b\.?", "₹"),
+        (r"\b(sq|ft|in|hr|min|sec|lb|lbs|oz|mi|yd|cm|mm|km|kg)\.(?!\w)", r"\1"),
+        (r"\b([a-z])\s+in\s+(?=[(\[{\\])", r"\1 \\in "),
+        (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
+        (r"\\(?:lVert|rVert|Vert)(?![A-Za-z])", r"\\|"),
+        (r"\\(?:lbrace|rbrace)(?![A-Za-z])", lambda m: r"\{" if "l" in m[0] else r"\}"),
+        (r"\\(?:lbrack|rbrack)(?![A-Za-z])", lambda m: "[" if "l" in m[0] else "]"),
+        (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\}|\{?\s*\\degree\s*\}?)|\\textdegree", r"\\degree "),
+        (r"\\degree\s*\{?([CF])(?![A-Za-z])\}?", lambda m: " celsius" if m[1] == "C" else " fahrenheit"),
+        (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}", r"\\ldots "),
+        (r"(?<![A-Za-z\\])(?:math|np|numpy|sympy|sp|cmath)\.(?=[A-Za-z])", ""),
+        (r"\(\s*([0-9A-Z]+)\s*\)\s*_", r"\1_"),  # (101)_2
+    )
+)
+_WRAPPERS = tuple(
+    re.compile(pattern, re.DOTALL)
+    for pattern in (
+        r"\$\$(.*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"\*([^*]+)\*",
+        r"__(.*)__", r"`+([^`]*)`+", r"\"([^\"]*)\"", r"'([^']*)'", r"\\(?:boxed|fbox)\s*\{(.*)\}",
+    )
+)  # fmt: skip
+_BOUNDS = tuple(
+    (re.compile(rf"\b{words}\b\s*", re.IGNORECASE), symbol)
+    for words, symbol in (
+        (r"(?:is )?(?:(?:less|fewer|smaller) than or equal to|at most|not? (?:more|greater) than)", r"\\le "),
+        (r"(?:is )?(?:(?:more|greater|larger) than or equal to|at least|not? (?:less|fewer) than)", r"\\ge "),
+        (r"(?:is )?not equal to", r"\\ne "),
+        (r"(?:is )?(?:less|fewer|smaller) than", "<"),
+        (r"(?:is )?(?:more|greater|larger|bigger) than", ">"),
+        (r"(?:is )?(?:approximately|about|roughly|around)(?= *[-\d.$\\])", r"\\approx "),
+    )
+)  # fmt: skip
+# "The value is 7": words up to an "is", none of which negates or bounds.
+_LEAD = re.compile(
+    r"((?:[A-Za-z']+[ ,]+)*?)(?:(?:is|are|equals|be)(?:\s*[:=]\s*|\s+)"
+    r"|(?:answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+(?!of |for |is )))(?=\S)",
+    re.IGNORECASE,
+)
+_CONNECTIVE = re.compile(
+    r"(?:(?:thus|hence|therefore|so|then|finally|exactly|only|just|we (?:get|have|find|obtain))\b[,:]?\s+)+(?=\S)",
+    re.IGNORECASE,
+)
+_TAIL = re.compile(r"\s+is the (?:final |correct )?answer$", re.IGNORECASE)
+_LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
+_SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its it and thus a".split())
+_NEGATIONS = re.compile(
+    r"\b(?:not?|never|none|nor|neither|except|without|unless|if|when|least|most|than|false|wrong)\b", re.I
+)
+
+
+def clean(text: str) -> str:
+    """The answer without decoration, in one alphabet. Linear in its length but for nested wrappers."""
+    text = _unicode(text).strip()
+    for pattern, to in _REWRITES:
+        text = pattern.sub(to, text)
+    text = _unwrap_commands(text, _FONT_COMMANDS, "")
+    text = _unwrap_commands(text, _TEXT_COMMANDS, " ")
+    previous = None
+    while text != previous:
+        previous = text
+        text = _bare(text)
+    text = re.sub(r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].lower()}m", text)
+    if connective := _CONNECTIVE.match(text):
+        text = text[connective.end() :]
+    while (lead := _LEAD.match(text) or _LABEL.match(text)) and _is_neutral(lead[1]):
+        text = text[lead.end() :]
+    text = _TAIL.sub("", text)
+    if r"\begin" not in text:
+        text = re.sub(r"\s&\s", " and ", text)
+    for pattern, symbol in _BOUNDS:
+        text = pattern.sub(symbol, text)
+    while text != previous:
+        previous = text
+        text = _bare(text)
+    return re.sub(r"\s+", " ", text)
+
+
+def canonical(cleaned: str) -> str:
+    """A form that spellings of the same text share, for answers that nothing can read: no spaces, no case in words."""
+    text = re.sub(r"\{(\w)\}", r"\1", cleaned)
+    words = re.sub(r"(?<![\\A-Za-z])[A-Za-z]{2,}", lambda m: m[0].lower(), text)
+    for one, other in ((r"\leq", r"\le"), (r"\geq", r"\ge"), (r"\neq", r"\ne"), ("<=", r"\le"), (">=", r"\ge")):
+        words = words.replace(one, other)
+    return unspaced(words)
+
+
+def unspaced(text: str) -> str:
+    """The text without the spaces that are not between two digits or two words."""
+    return re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)
+
+
+def _unicode(text: str) -> str:
+    text = "".join(" " if unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc") else c for c in text)
+    text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Cs"))
+    text = re.sub(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱ⁽⁾]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = re.sub(r"[₀₁₂₃₄₅₆₇₈₉₊₋ₙᵢₓ]+", lambda m: "_{" + m[0].translate(_SUBSCRIPTS) + "}", text)
+    made = []
+    for char in text:
+        if char in _SYMBOLS or char in _GREEK:
+            made.append(_SYMBOLS.get(char) or _GREEK[char])
+        elif unicodedata.decomposition(char).startswith("<fraction>"):
+            over, _, under = unicodedata.normalize("NFKC", char).partition("⁄")
+            made.append(rf"\frac{{{over}}}{{{under or 1}}}")
+        elif unicodedata.decomposition(char).startswith("<circle>") and len(text) > 1:
+            made.append(char)  # ①③ are two options, not thirteen
+        else:
+            made.append("".join(_SYMBOLS.get(c) or _GREEK.get(c, c) for c in unicodedata.normalize("NFKC", char)))
+    return "".join(made)
+
+
+def _unwrap_commands(text: str, names: str, around: str) -> str:
+    pattern = re.compile(rf"\\(?:{names})\s*\{{([^{{}}]*)\}}")
+    previous = None
+    while text != previous:
+        previous = text
+        text = pattern.sub(rf"{around}\1{around}", text)
+    return text
+
+
+def _bare(text: str) -> str:
+    text = text.strip()
+    for wrapper in _WRAPPERS:
+        if (match := wrapper.fullmatch(text)) and _balanced(match[1]):
+            text = match[1].strip()
+    text = re.sub(r"\*\*$|^\*\*", "", text)
+    if text.count("$") - text.count(r"\$") > 1:  # mathematics within a sentence; a single dollar is money
+        text = re.sub(r"(?<!\\)\$", " ", text)
+    text = re.sub(r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\](?!\d)", " ", text)
+    text = re.sub(r"^=(?!=)\s*", "", text.strip())
+    if not text.endswith(r"\ldots"):
+        text = re.sub(r"(?<!\\)[\s.,;:?]+$", "", text)
+    return text
+
+
+def _is_neutral(words: str) -> bool:
+    return not _NEGATIONS.search(words) and all(
+        len(word) == 1 or (len(word) > 3 and word not in _NAMES) or word.lower() in _SHORT_NEUTRAL
+        for word in re.findall(r"[A-Za-z']+", words)
+    )
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for token in re.findall(r"\\.|[{}]", text, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(token, 0)
+        if depth < 0:
+            return False
+    return depth == 0
