@@ -49,6 +49,13 @@ PREFIX = "shared_prefix+"
 EXTENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
+class _Takers:
+    """The attention modules that were given a pack: no container, since FSDP copies those that it passes on."""
+
+    def __init__(self) -> None:
+        self.ids: set[int] = set()
+
+
 @dataclass(frozen=True, slots=True)
 class Pack:
     """Rows laid out as a trie of N tokens, and the way back to them.
@@ -69,8 +76,7 @@ class Pack:
     calls: tuple[Call, ...]
     leaf_tokens: int
     padded_tokens: int
-    attended_by: set[int] = field(default_factory=set, repr=False)
-    """Ids of the attention modules that were given the pack."""
+    takers: _Takers = field(default_factory=_Takers, repr=False)
 
     def __len__(self) -> int:
         return self.ids.size(1)
@@ -202,7 +208,7 @@ def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if shared_prefix_pack is None:
             return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-        shared_prefix_pack.attended_by.add(id(module))
+        shared_prefix_pack.takers.ids.add(id(module))
         return attend(query, key, value, shared_prefix_pack.calls, scaling=scaling), None
 
     return forward
@@ -314,9 +320,9 @@ def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torc
     )
     inner = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     layers = inner.config.get_text_config().num_hidden_layers
-    if len(pack.attended_by) != layers:
+    if len(pack.takers.ids) != layers:
         raise ConfigError(
-            f"The model hands packs on to the attention of {len(pack.attended_by)} of its {layers} layers only, so "
+            f"The model hands packs on to the attention of {len(pack.takers.ids)} of its {layers} layers only, so "
             "shared prefixes cannot be computed once. Set shared_prefix_forward: off."
         )
     logprobs, entropies = (
