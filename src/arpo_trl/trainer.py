@@ -28,7 +28,7 @@ from arpo_trl.advantages import (
     mean_over_leaves,
 )
 from arpo_trl.completions import completion_messages
-from arpo_trl.compute_dtype import warn_of_emulation
+from arpo_trl.compute_dtype import training_dtype, warn_of_emulation
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import refuse_rollout_columns
 from arpo_trl.errors import ConfigError
@@ -63,7 +63,6 @@ from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 logger = get_logger(__name__)
 
 UNLIMITED_CALLS = 1 << 30
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
 
 
@@ -476,8 +475,12 @@ class ARPOTrainer(ResumableTrainer):
             return False
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         bases = [model.get_base_model() if is_peft_model(model) else model for model in models]
-        dtype = AUTOCAST.get(self.accelerator.mixed_precision)
-        reasons = [reason for base in bases if (reason := why_not_shared(base, self.accelerator.device, dtype))]
+        dtypes = [getattr(torch, training_dtype(base, self.accelerator)) for base in bases]
+        reasons = [
+            reason
+            for base, dtype in zip(bases, dtypes, strict=True)
+            if (reason := why_not_shared(base, self.accelerator.device, dtype))
+        ]
         if is_peft_model(models[0]) and models[0].active_peft_config.is_prompt_learning:
             reasons.append("its adapter puts virtual tokens before each row")
         if self.aux_loss_enabled:
