@@ -101,30 +101,24 @@ def _index(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Index:
     return torch.from_numpy(np.concatenate([np.arange(*of) for of in ranges])).to(device)
 
 
+States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Query, key and value."""
+Result = tuple[torch.Tensor, torch.Tensor, Any]
+"""Output, log-sums, and whatever else a kernel's backward wants to have back from its forward."""
+
+
 class Kernel(Protocol):
-    """A variable-length attention kernel. `rest` is whatever its backward wants to have back from its forward."""
+    """A variable-length attention kernel."""
 
     grouped: bool
     """Whether keys and values may have fewer heads than queries."""
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        """(output, log-sums, rest)."""
+    def forward(self, states: States, call: Call, scaling: float | None) -> Result: ...
 
     def backward(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        logsums: torch.Tensor,
-        rest: Any,
-        call: Call,
-        scaling: float | None,
+        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
     ) -> tuple[torch.Tensor, ...]:
-        """Gradients of query, key and value."""
+        """Gradients of query, key and value; output and log-sums are those over all that the queries see."""
 
 
 class FlashKernel:
@@ -132,29 +126,19 @@ class FlashKernel:
 
     grouped = True
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def forward(self, states: States, call: Call, scaling: float | None) -> Result:
         output, logsums, *rest, _ = torch.ops.aten._flash_attention_forward(
-            query, key, value, *self._lengths(call), 0.0, call.causal, False, scale=scaling
+            *states, *self._lengths(call), 0.0, call.causal, False, scale=scaling
         )
         return output, logsums, rest
 
     def backward(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        logsums: torch.Tensor,
-        rest: Any,
-        call: Call,
-        scaling: float | None,
+        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
     ) -> tuple[torch.Tensor, ...]:
+        output, logsums, rest = result
         lengths = self._lengths(call)
         grads: tuple[torch.Tensor, ...] = torch.ops.aten._flash_attention_backward(
-            grad, query, key, value, output, logsums.contiguous(), *lengths, 0.0, call.causal, *rest, scale=scaling
+            grad, *states, output, logsums.contiguous(), *lengths, 0.0, call.causal, *rest, scale=scaling
         )
         return grads
 
@@ -172,11 +156,9 @@ class EfficientKernel:
     ALIGNED = 32
     """What it rounds the longest sequence's log-sums up to."""
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def forward(self, states: States, call: Call, scaling: float | None) -> Result:
         output, padded, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
-            *(states.unsqueeze(0) for states in (query, key, value)),
+            *(of.unsqueeze(0) for of in states),
             None,
             *(call.query_starts, call.key_starts, call.longest_query, call.longest_key),
             *(0.0, int(call.causal), True),
@@ -186,23 +168,15 @@ class EfficientKernel:
         return output.squeeze(0), padded[sequence, :, place].t(), (seed, offset)
 
     def backward(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        logsums: torch.Tensor,
-        rest: Any,
-        call: Call,
-        scaling: float | None,
+        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
     ) -> tuple[torch.Tensor, ...]:
+        output, logsums, rest = result
         sequence, place = self._places(call)
         width = -(-call.longest_query // self.ALIGNED) * self.ALIGNED
         padded = logsums.new_full((len(call.spans), logsums.size(0), width), torch.inf)  # no weight
         padded[sequence, :, place] = logsums.t()
         *grads, _ = torch.ops.aten._efficient_attention_backward(
-            *(states.unsqueeze(0) for states in (grad, query, key, value)),
+            *(of.unsqueeze(0) for of in (grad, *states)),
             None,
             output.unsqueeze(0),
             *(call.query_starts, call.key_starts, call.longest_query, call.longest_key),
@@ -210,7 +184,7 @@ class EfficientKernel:
             *(0.0, *rest, int(call.causal), False),
             scale=scaling,
         )
-        return tuple(states.squeeze(0) for states in grads)
+        return tuple(of.squeeze(0) for of in grads)
 
     @staticmethod
     def _places(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,9 +200,8 @@ class CPUKernel:
 
     grouped = False
 
-    def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    def forward(self, states: States, call: Call, scaling: float | None) -> Result:
+        query, key, value = states
         parts = [
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 *_one(query[q:r]), *_one(key[k:m], value[k:m]), 0.0, call.causal, scale=scaling
@@ -239,17 +212,9 @@ class CPUKernel:
         return torch.cat(outputs, dim=2)[0].transpose(0, 1), torch.cat(logsums, dim=2)[0], None
 
     def backward(
-        self,
-        grad: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        output: torch.Tensor,
-        logsums: torch.Tensor,
-        rest: Any,
-        call: Call,
-        scaling: float | None,
+        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
     ) -> tuple[torch.Tensor, ...]:
+        (query, key, value), (output, logsums, _) = states, result
         parts = [
             torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 *_one(grad[q:r], query[q:r]),
@@ -287,11 +252,12 @@ class _Attend(torch.autograd.Function):
         scaling: float | None,
     ) -> torch.Tensor:
         own, *depths = calls
-        output, logsums, rest = kernel.forward(query, key, value, own, scaling)
+        output, logsums, rest = kernel.forward((query, key, value), own, scaling)
         total, rests = output.to(logsums.dtype), [rest]
         for call in depths:
             at = call.queries
-            part, logsum, rest = kernel.forward(query[at], key[call.keys], value[call.keys], call, scaling)
+            states = query[at], key[call.keys], value[call.keys]
+            part, logsum, rest = kernel.forward(states, call, scaling)
             before = logsums[:, at]
             both = torch.logaddexp(before, logsum)
             total[at] = total[at] * _weights(before, both) + part * _weights(logsum, both)
@@ -308,9 +274,8 @@ class _Attend(torch.autograd.Function):
         sums: list[torch.Tensor] = []
         for call, rest in zip(ctx.calls, ctx.rests, strict=True):
             at, of = call.queries, call.keys
-            parts = ctx.kernel.backward(
-                *(grads[0][at], query[at], key[of], value[of], output[at], logsums[:, at]), rest, call, ctx.scaling
-            )
+            states, result = (query[at], key[of], value[of]), (output[at], logsums[:, at], rest)
+            parts = ctx.kernel.backward(grads[0][at], states, result, call, ctx.scaling)
             if not sums:  # own edges, which are all of the pack
                 sums = [part.to(logsums.dtype) for part in parts]
                 continue
