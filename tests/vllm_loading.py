@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.nn.functional import linear
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from arpo_trl.rollout.engines.vllm_cpu import register
@@ -30,7 +31,10 @@ PRETENCES = ("onednn", "sgl", "zentorch")
 
 @contextmanager
 def pretending(kernels: str) -> Iterator[None]:
-    """Has vLLM believe that the CPU has these kernels for linear layers, and no others."""
+    """Has vLLM believe that the CPU has these kernels for linear layers, and no others.
+
+    Stand-ins multiply with a copy, as the packed kernels do: the CPU may have none of them, and dies of some then.
+    """
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
     from vllm.platforms import current_platform
@@ -41,6 +45,11 @@ def pretending(kernels: str) -> Iterator[None]:
             (_custom_ops, "_supports_onednn", kernels == "onednn"),
             (type(current_platform), "is_zen_cpu", lambda self: kernels == "zentorch"),
             (torch.cpu, "_is_avx512_bf16_supported", lambda: True),
+            (torch.ops._C, "convert_weight_packed", torch.clone),
+            (_custom_ops, "weight_packed_linear_cpu", lambda x, packed, n, bias: linear(x, packed, bias)),
+            (_custom_ops, "create_onednn_mm", lambda weight, cache_size: weight.t().clone()),
+            (_custom_ops, "onednn_mm", lambda packed, x, bias: linear(x, packed, bias)),
+            (_custom_ops, "causal_conv1d_weight_pack", torch.clone),
         ):
             stack.enter_context(mock.patch.object(target, name, answer))
         yield
@@ -54,7 +63,7 @@ def zentorch() -> torch.library.Library:
     made.impl("zentorch_weight_prepack_for_linear", torch.clone, "CPU")
     made.impl(
         "zentorch_linear_unary",
-        lambda x, weight, bias, is_weight_prepacked: torch.nn.functional.linear(x, weight, bias),
+        lambda x, weight, bias, is_weight_prepacked: linear(x, weight, bias),
         "CPU",
     )
     return made
@@ -68,18 +77,15 @@ def follows(method: Any, shape: tuple[int, ...], apply: Callable[..., torch.Tens
     weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.bfloat16), requires_grad=False)
     weight.weight_loader = loader
     layer.register_parameter("weight", weight)
-    try:
-        method.process_weights_after_loading(layer)
-        if getattr(layer.weight, "weight_loader", None) is not loader or layer.weight.shape != shape:
-            return False
-        new = torch.randn(shape, dtype=torch.bfloat16)
-        layer.weight.data.copy_(new)
-        if apply is None:
-            return torch.equal(layer.weight, new) and not hasattr(layer, "_cpu_unpacked_conv_weight")
-        x = torch.randn(5, shape[1], dtype=torch.bfloat16)
-        return torch.allclose(apply(layer, x).float(), (x @ new.T).float(), atol=0.5)
-    except (AttributeError, RuntimeError):  # a kernel that this CPU does not have in truth
+    method.process_weights_after_loading(layer)
+    if getattr(layer.weight, "weight_loader", None) is not loader or layer.weight.shape != shape:
         return False
+    new = torch.randn(shape, dtype=torch.bfloat16)
+    layer.weight.data.copy_(new)
+    if apply is None:
+        return torch.equal(layer.weight, new) and not hasattr(layer, "_cpu_unpacked_conv_weight")
+    x = torch.randn(5, shape[1], dtype=torch.bfloat16)
+    return torch.allclose(apply(layer, x).float(), (x @ new.T).float(), atol=0.5)
 
 
 def kept() -> dict[str, bool]:
