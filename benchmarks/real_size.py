@@ -230,7 +230,7 @@ def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, s
     }
     trainer = ARPOTrainer(model, length_reward, ARPOConfig(**settings), add_golds(rows), tools=[note])
     call = tokenizer.encode("<note>half of it is written</note>", add_special_tokens=False)
-    trainer.sampler.engine = HalfWay(trainer.sampler.engine, size.completion // 2, call)  # type: ignore[assignment]
+    trainer.sampler.engine = HalfWay(trainer.sampler.engine, size.completion // 2, call)
     return trainer
 
 
@@ -259,7 +259,7 @@ def train(variant: str, trainer: GRPOTrainer, device: torch.device, budget_s: fl
             sampled.append(sum(map(len, result[1])))
         return result
 
-    trainer._generate = counted  # type: ignore[method-assign]
+    trainer._generate = counted
     trainer.add_callback(watch)
     with PeakMemory(device) as peak:
         trainer.train()

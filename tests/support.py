@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -54,23 +56,39 @@ def with_template(name: str, eos: str | None = None) -> PreTrainedTokenizerFast:
 
 def small_model(config_class: Any, model_class: Any, seed: int = 0, **settings: Any) -> Any:
     """A model of that class with some 25,000 random parameters; `settings` are its configuration's, and win."""
-    config = config_class(
-        **{
-            "vocab_size": len(tokenizer()),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "max_position_embeddings": 1024,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer().eos_token_id,
-            "pad_token_id": tokenizer().pad_token_id,
-            **settings,
-        }
-    )
+    config = config_class(**{**small_settings(), **settings})
     torch.manual_seed(seed)
     return model_class(config)
+
+
+def small_settings() -> dict[str, Any]:
+    """A configuration's, for the tests' tokenizer."""
+    return {
+        "vocab_size": len(tokenizer()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 1024,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer().eos_token_id,
+        "pad_token_id": tokenizer().pad_token_id,
+    }
+
+
+def found_with_vllm(script: str, folder: Path, *words: str) -> Any:
+    """What a script of the tests, run in a process of its own with vLLM in it, wrote to `folder`/findings.json."""
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name(script)), str(folder), *words],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((folder / "findings.json").read_text("utf-8"))
 
 
 def tiny_model(seed: int = 0) -> Qwen3ForCausalLM:

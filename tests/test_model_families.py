@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from arpo_trl import ARPOTrainer
 from arpo_trl.errors import ConfigError
-from support import sampling_trainer, tokenizer, unlike_scored
+from support import sampling_trainer, small_settings, unlike_scored
 
 WINDOW = 8
 """Shorter than any prompt here, so that a window that is ignored shows."""
@@ -68,19 +68,7 @@ REFUSED = {
 def model_of(family: str, settings: dict):
     config = AutoConfig.for_model(
         family.partition(",")[0],
-        **{
-            "vocab_size": len(tokenizer()),
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "bos_token_id": None,
-            "eos_token_id": tokenizer().eos_token_id,
-            "pad_token_id": tokenizer().pad_token_id,
-            **settings,
-        },
+        **{**small_settings(), "num_attention_heads": 4, "num_key_value_heads": 2, **settings},
     )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -1,10 +1,6 @@
 """Colocated vLLM: what a process with the real thing found out, and how sleeping and moving weights are ordered."""
 
 import contextlib
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,22 +9,11 @@ import pytest
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
-from support import tokenizer
-
-HERE = Path(__file__).parent
+from support import found_with_vllm, tokenizer
 
 
 def found(folder: Path, *words: str) -> dict:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "vllm_colocated.py"), str(folder), *words],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "findings.json").read_text("utf-8"))
+    return found_with_vllm("vllm_colocated.py", folder, *words)
 
 
 @pytest.fixture(scope="module")

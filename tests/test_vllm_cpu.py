@@ -1,15 +1,10 @@
 """vLLM's CPU build takes new weights whatever kernels the CPU has: it is told of each in a process of its own."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from arpo_trl.rollout.engines.vllm_cpu_weights import _pad_gate_and_up, _taking_unpacked
+from support import found_with_vllm
 
 KERNELS = ["onednn", "sgl", "zentorch"]
 LAYERS = ["UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"]
@@ -17,17 +12,7 @@ LAYERS = ["UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"]
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("loading")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("vllm_loading.py")), str(folder)],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads((folder / "findings.json").read_text("utf-8"))
+    return found_with_vllm("vllm_loading.py", tmp_path_factory.mktemp("loading"))
 
 
 def real(test):

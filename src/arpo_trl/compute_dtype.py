@@ -25,6 +25,14 @@ def training_dtype(model: Any, accelerator: Accelerator) -> str:
     return _AUTOCAST.get(accelerator.mixed_precision) or str(model.dtype).removeprefix("torch.")
 
 
+def computed_in(model: torch.nn.Module, device: torch.device) -> set[torch.dtype]:
+    """The types whose rounding is in what `model` computes now: its weights', and autocast's where that is on."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if torch.is_autocast_enabled(device.type):
+        dtypes.add(torch.get_autocast_dtype(device.type))
+    return dtypes
+
+
 def warn_of_emulation(model: Any, accelerator: Accelerator) -> None:
     """Says so where training computes in bfloat16 on a GPU that has no arithmetic for it."""
     if training_dtype(model, accelerator) != "bfloat16" or accelerator.device.type != "cuda":

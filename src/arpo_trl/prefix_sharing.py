@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from arpo_trl.compute_dtype import computed_in
 from arpo_trl.errors import ConfigError
 from arpo_trl.prefix_attention import Call, Edge, attend, plan_calls, why_no_attention
 
@@ -356,10 +357,7 @@ def why_packs_differ(model: PreTrainedModel) -> str | None:
         model.train(training)
     expected = padded.log_probs[:, -keep:].float()
     difference = float((packed.float() - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9))
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if torch.is_autocast_enabled(device.type):
-        dtypes.add(torch.get_autocast_dtype(device.type))
-    limit = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in dtypes)
+    limit = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in computed_in(model, device))
     if difference <= limit:
         return None
     return f"a pack's logprobs are {difference:.2g} standard deviations off those of padded rows; {limit} is rounding"

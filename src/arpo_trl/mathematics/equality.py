@@ -10,7 +10,7 @@ from sympy import Expr, S, Symbol
 from sympy.core.function import AppliedUndef
 
 from arpo_trl.mathematics.closeness import close, sample, without_functions
-from arpo_trl.mathematics.reading import product_of_letters, readings
+from arpo_trl.mathematics.reading import readings
 from arpo_trl.mathematics.sets import FLIPPED, ORDER, as_set, is_set, matched, same_pieces, variable
 from arpo_trl.mathematics.text import clean, unspaced
 from arpo_trl.mathematics.values import (
@@ -131,8 +131,7 @@ def _same_letters(p: Value, g: Value) -> bool:
     word, other = (p, g) if isinstance(p, Text) else (g, p)
     if not isinstance(word, Text) or not isinstance(other, Quantity):
         return False
-    product = product_of_letters(word)
-    return product is not None and _same(product, other)
+    return word.letters is not None and _same(word.letters, other)
 
 
 def _are_options(group: Group, written_together: Text | Quantity) -> bool:
@@ -373,7 +372,8 @@ def _sides_agree(p: Sequence[Value | None], g: Sequence[Value | None]) -> bool:
 
 def _same_side(one: Value | None, other: Value | None) -> bool:
     if one is None or other is None:
-        return one is other or (isinstance(one or other, Quantity) and isinstance((one or other).value, Symbol))  # type: ignore[union-attr]
+        given = other if one is None else one
+        return given is None or (isinstance(given, Quantity) and isinstance(given.value, Symbol))
     if (
         isinstance(one, Quantity)
         and isinstance(other, Quantity)
@@ -401,10 +401,10 @@ def _is_proportional(p: Relation, g: Relation) -> bool:
     """2x + 2 = 0 is x + 1 = 0, and −x > 1 is x < −1: the differences of the sides have a constant ratio."""
     if len(p.ops) != 1 or len(g.ops) != 1 or p.ops[0] not in ("=", "≠", *ORDER) or g.ops[0] not in FLIPPED:
         return False
-    ends = [side for relation in (p, g) for side in relation.sides]
-    if not all(isinstance(side, Quantity) and not side.unit for side in ends):
+    ends = [side.value for r in (p, g) for side in r.sides if isinstance(side, Quantity) and not side.unit]
+    if len(ends) < 4:  # two sides each
         return False
-    a, b = (r.sides[0].value - r.sides[1].value for r in (p, g))  # type: ignore[union-attr]
+    a, b = ends[0] - ends[1], ends[2] - ends[3]
     symbols = sorted(without_functions(a).free_symbols, key=str)
     if not symbols or set(symbols) != without_functions(b).free_symbols:
         return False

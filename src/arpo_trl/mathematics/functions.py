@@ -13,6 +13,7 @@ from arpo_trl.mathematics.tokens import MAX_DIGITS, Unreadable
 
 MAX_ROOT_DIGITS = 300
 """Decimal digits of the largest number whose root is taken: sympy looks for its factors."""
+_SQUARE = Integer(2)
 
 
 def expr(value: Any) -> Expr:
@@ -70,7 +71,7 @@ def permutations(n: Expr, k: Expr) -> Expr:
     return factorial(n) / factorial(n - k)
 
 
-def root(value: Expr, degree: Expr = Integer(2)) -> Expr:  # noqa: B008
+def root(value: Expr, degree: Expr = _SQUARE) -> Expr:
     if degree.is_Integer and degree % 2 == 1 and value.is_negative:
         return -power(-value, 1 / degree)
     return power(value, 1 / degree)

@@ -84,9 +84,12 @@ class Numerals(Cursor):
         whole, _, fraction = token.partition(".")
         for length in range(1, len(fraction) // 2 + 1):
             block = fraction[-length:]
-            times = len(re.search(rf"(?:{block})*$", fraction)[0]) // length  # type: ignore[index]
+            rest = fraction
+            while rest.endswith(block):
+                rest = rest.removesuffix(block)
+            times = (len(fraction) - len(rest)) // length
             if times >= (3 if length == 1 else 2):
-                return _repeating(f"{whole}.{fraction[: len(fraction) - times * length]}", block)
+                return _repeating(f"{whole}.{rest}", block)
         self.digits = max(self.digits, len(token.replace(".", "").lstrip("0")))
         return Rational(token)
 

@@ -40,14 +40,10 @@ def readings(text: str) -> list[Value]:
     ):
         try:
             found.append(Parser(cleaned, scientific, points).whole())
+        # Besides the grammar's own refusal: what sympy raises over values that do not go together.
         except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, NotImplementedError):
             continue
     return found or [_listed(cleaned) or Text(canonical(cleaned))]
-
-
-def product_of_letters(text: Text) -> Value | None:
-    """A word such as `abc` as a product, for an answer that is surely one: a·b·c."""
-    return text.letters
 
 
 def _words(cleaned: str) -> Value | None:

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
+from arpo_trl.compute_dtype import computed_in
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.slots import SlotCache
 
@@ -226,12 +227,10 @@ def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 
 def _tolerance(model: PreTrainedModel) -> float:
-    device = model.get_input_embeddings().weight.device.type
-    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
+    device = model.get_input_embeddings().weight.device
+    dtypes = computed_in(model, device)
     if getattr(model.config, "quantization_config", None) is not None:
         return COARSE
-    if device == "cuda" and torch.get_float32_matmul_precision() != "highest":
+    if device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
         dtypes.add(torch.float16)  # TF32 has as many digits
     return max(TOLERANCE.get(dtype, COARSE) for dtype in dtypes)
