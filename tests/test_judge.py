@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.circuit_breaker import CircuitBreaker
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.rewards import HierarchicalReward, Judgement, LLMJudge
 from arpo_trl.rewards.judge import KEY_VARIABLE, MAX_PREDICTION_CHARS, read_verdict
-from arpo_trl.tools.web_search import CircuitBreaker
 from loopback import Asked, Loopback, Reply
 
 

@@ -146,7 +146,7 @@ def test_an_index_is_opened_from_whatever_holds_it(tmp_path: Path, index: LocalI
 
 def test_an_index_is_opened_from_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "arpo_trl.data.load_from_hub", lambda name, split: iter([{"id": "1", "contents": f"{name} {split}"}])
+        "arpo_trl.hub_dataset.load_from_hub", lambda name, split: iter([{"id": "1", "contents": f"{name} {split}"}])
     )
     assert LocalIndex.open("somebody/wiki").search("wiki", 1) == ["somebody/wiki train"]
 

@@ -273,12 +273,12 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _push(arguments: argparse.Namespace) -> None:
+    from arpo_trl.evaluation.report import saved_table
     from arpo_trl.hub import push_run
 
     private = True if arguments.private else None
-    for url in push_run(
-        arguments.run, arguments.repo, arguments.trajectories, evaluation=arguments.evaluation, private=private
-    ):
+    table = None if arguments.evaluation is None else saved_table(arguments.evaluation)
+    for url in push_run(arguments.run, arguments.repo, arguments.trajectories, evaluation=table, private=private):
         print(f"Pushed: {url}")
 
 

@@ -24,6 +24,7 @@ import pyarrow
 import pyarrow.parquet
 
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.hub_dataset import load_from_hub
 from arpo_trl.prompts import SYSTEM_PROMPTS
 
 logger = logging.getLogger(__name__)
@@ -229,18 +230,6 @@ def _parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}).") from error
-
-
-def load_from_hub(hub_id: str, split: str, config: str | None = None) -> Iterator[Mapping[str, Any]]:
-    """The rows of a dataset on the Hub; `DataError` when it cannot be had."""
-    try:
-        dataset = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # the Hub client raises its own, requests' and the file system's errors
-        raise DataError(
-            f"{hub_id!r} is no local file or folder, and loading its split {split!r} from the Hub failed: "
-            f"{type(error).__name__}: {error}. Check the name and the connection, or give a local path."
-        ) from error
-    yield from dataset
 
 
 # Converting

@@ -291,16 +291,16 @@ def push_run(
     repo: str | None,
     trajectories: str | None,
     *,
-    evaluation: Path | None = None,
+    evaluation: str | None = None,
     private: bool | None = None,
 ) -> list[str]:
     """The addresses of the commits that have a finished run's folder in `repo`, its trajectories in `trajectories`.
 
     Args:
-        evaluation: Output folder of `arpo-trl eval`, whose table goes into the card.
+        evaluation: A Markdown table of results for the card.
 
     Raises:
-        DataError: there is nothing to push, or no such evaluation.
+        DataError: there is nothing to push, or no card to put `evaluation` into.
         ConfigError: neither repository is named, or one cannot be written to.
         HubError: a push failed.
     """
@@ -310,30 +310,19 @@ def push_run(
         raise DataError(f"{run} holds no model and no adapter. Give the output_dir of a run that has been saved.")
     if trajectories is not None and not list((run / "trajectories").glob("*.jsonl")):
         raise DataError(f"{run / 'trajectories'} holds no .jsonl file. Was trajectory_log_rate 0?")
-    table = None if evaluation is None else _evaluation_table(evaluation)
     urls = []
     if repo is not None:
         repo_id = prepare_repo(repo, setting="--repo", private=private)
         card = Card.of(run, repo_id)
         if card is not None:
-            dataclasses.replace(card, evaluation=table or card.evaluation).write(run)
-        elif table is not None:
+            dataclasses.replace(card, evaluation=evaluation or card.evaluation).write(run)
+        elif evaluation is not None:
             raise DataError(f"{run} holds no training_config.yaml to make a card from. Leave out --evaluation.")
         urls.append(str(push_snapshot(repo_id, Snapshot(run, run), message="Upload a run").commit_url))
     if trajectories is not None:
         repo_id = prepare_repo(trajectories, setting="--trajectories", private=private, kind="dataset")
         urls.append(str(push_trajectories(repo_id, run).commit_url))
     return urls
-
-
-def _evaluation_table(folder: Path) -> str:
-    from arpo_trl.evaluation.report import table
-
-    path = folder / "results.json"
-    try:
-        return "\n".join(table(json.loads(path.read_text("utf-8"))))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{path} is no result of `arpo-trl eval` ({type(error).__name__}).") from error
 
 
 class BackgroundPush:

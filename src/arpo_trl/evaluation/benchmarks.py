@@ -14,8 +14,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.data import SUFFIXES, convert_row, load_arpo_dataset, load_from_hub, read_file, system_prompt_text
+from arpo_trl.data import SUFFIXES, convert_row, load_arpo_dataset, read_file, system_prompt_text
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.hub_dataset import load_from_hub
 from arpo_trl.rewards.answers import MATH, QA, extract_answer
 
 logger = logging.getLogger(__name__)

@@ -6,12 +6,15 @@ and no request at all, so nothing in it can act.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from arpo_trl.errors import DataError
 from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import Record
 
@@ -108,6 +111,19 @@ def table(results: Mapping[str, Any]) -> list[str]:
         "calls per sample",
     )
     return pipe_table(headings, rows, texts=2)
+
+
+def saved_table(folder: Path) -> str:
+    """The same of the results in `folder`, an output folder of `arpo-trl eval`.
+
+    Raises:
+        DataError: The folder holds no results.
+    """
+    path = folder / "results.json"
+    try:
+        return "\n".join(table(json.loads(path.read_text("utf-8"))))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(f"{path} is no result of `arpo-trl eval` ({type(error).__name__}).") from error
 
 
 def pipe_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -> list[str]:

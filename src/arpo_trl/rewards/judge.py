@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.chat_model import ChatModel
+from arpo_trl.circuit_breaker import CircuitBreaker
 from arpo_trl.errors import DataError
 from arpo_trl.tools.http_client import RequestFailed, retried
-from arpo_trl.tools.web_search import CircuitBreaker
 
 logger = logging.getLogger(__name__)
 

@@ -163,7 +163,7 @@ class LocalIndex:
             return cls._of_files(sorted(path.glob("*.jsonl")))
         if path.exists() or path.is_absolute() or len(path.parts) != 2:
             return cls.load(path)
-        from arpo_trl.data import load_from_hub
+        from arpo_trl.hub_dataset import load_from_hub
 
         return cls(load_from_hub(str(source), "train"))
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-import threading
 import time
 from collections.abc import Sequence
 
+from arpo_trl.circuit_breaker import CircuitBreaker
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
 from arpo_trl.tools.http_client import RequestFailed, fetch_json, retried, without
 from arpo_trl.tools.search import NearestQuery
@@ -29,37 +29,6 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.05  # between looks at an answer that another process is asking for
 _UNAVAILABLE = "Error: search is unavailable at the moment. Go on without it, or try again later."
-
-
-class CircuitBreaker:
-    """Lets a service rest for `rest_s` after `failures` failures in a row; then one call at a time finds out."""
-
-    def __init__(self, failures: int = 5, rest_s: float = 60.0) -> None:
-        self.failures = failures
-        self.rest_s = rest_s
-        self._lock = threading.Lock()
-        self._in_a_row = 0
-        self._until = 0.0
-
-    def lets_pass(self) -> bool:
-        with self._lock:
-            if self._in_a_row < self.failures:
-                return True
-            if time.monotonic() < self._until:
-                return False
-            self._until = time.monotonic() + self.rest_s  # for the others, while this call tries
-            return True
-
-    def succeeded(self) -> None:
-        with self._lock:
-            self._in_a_row = 0
-
-    def failed(self) -> bool:
-        """Count a failure; whether the service rests from now on."""
-        with self._lock:
-            self._in_a_row += 1
-            self._until = time.monotonic() + self.rest_s
-            return self._in_a_row == self.failures
 
 
 class WebSearch:
