@@ -10,9 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from arpo_trl.data import load_arpo_dataset, system_prompt_text, validate_rows
+from arpo_trl.data import load_arpo_dataset, validate_rows
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.prompts import SYSTEM_PROMPTS, tags_system_prompt
+from arpo_trl.row_layouts import system_prompt_text
 from support import python, search
 
 REASONING = {"role": "system", "content": SYSTEM_PROMPTS["reasoning"]}
@@ -124,9 +125,10 @@ def test_a_misspelt_system_prompt_or_task_is_refused() -> None:
         load_arpo_dataset("rows.jsonl", task="maths")  # type: ignore[arg-type]
 
 
-def test_a_row_s_own_task_comes_before_ability_and_ability_before_the_argument(tmp_path: Path) -> None:
-    assert load_one(tmp_path, {**verl_row(ability="qa"), "task": "math"}, task="qa")["task"] == "math"
-    assert load_one(tmp_path, verl_row(ability="qa"), task="math")["task"] == "qa"
+def test_the_argument_comes_before_a_row_s_own_task_and_that_before_ability(tmp_path: Path) -> None:
+    assert load_one(tmp_path, {**verl_row(ability="qa"), "task": "math"}, task="qa")["task"] == "qa"
+    assert load_one(tmp_path, {**verl_row(ability="qa"), "task": "math"})["task"] == "math"
+    assert load_one(tmp_path, verl_row(ability="qa"))["task"] == "qa"
     assert load_one(tmp_path, verl_row(ability=None), task="qa")["task"] == "qa"
 
 
@@ -142,9 +144,7 @@ def test_silent_rows_are_judged_together_by_their_answers(tmp_path: Path, caplog
     # 1 of 4: qa
     assert tasks(["1999", "Essex", "Crystal Dynamics", "yes"]) == ["qa"] * 4
     # 2 of 4 tell nothing
-    with pytest.raises(
-        DataError, match=r"4 row\(s\), the first of them row 0, .*50%.* Add a `task` column .* or pass task="
-    ):
+    with pytest.raises(DataError, match=r"4 row\(s\), the first of them row 0, .*50%.* Set task to math or qa"):
         tasks(["1999", "3", "Essex", "yes"])
 
 
@@ -165,7 +165,7 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
         ({"question": None, "answer": "a"}, "no prompt or question: 'question' is null"),
         ({"answer": "a"}, r"no prompt or question: the row has the fields \['answer'\]"),
         ({"question": "q", "answer": " "}, "'answer' is ' '; expected at least one answer"),
-        ({"question": "q", "answer": []}, "'answer' is an empty list"),
+        ({"question": "q", "answer": []}, r"'answer' holds no answer \(\[\]\); expected at least one"),
         ({"question": "q", "answer": ["a", ""]}, r"'answer' is \['a', ''\]"),
         ({"question": "q", "answer": ["a", None]}, "'answer' holds None"),
         ({"question": "q", "answer": True}, "'answer' holds True"),
@@ -259,6 +259,10 @@ def test_good_rows_are_valid(tmp_path: Path) -> None:
         ({"prompt": [], "answer": []}, "The dataset is empty"),
         ({"prompt": ["a", None], "answer": ["1", "1"]}, "row 1: 'prompt' is None"),
         ({"prompt": ["a"], "tool_calls": ["b"], "turns": ["c"]}, r"column\(s\) \['tool_calls', 'turns'\], but under"),
+        (
+            {"prompt": ["a"], "image": ["b"], "completions": ["c"]},
+            r"column\(s\) \['completions', 'image'\], whose names",
+        ),
         ({"prompt": ["a", "\n"]}, r"row 1: 'prompt' is '\\n'; expected some text in it"),
         ({"prompt": [[user(" ")]]}, "row 0: 'prompt' is .*; expected some text in it"),
         ({"prompt": [[user("a"), user(None)]]}, "row 0: message 1 of 'prompt' has the content None"),

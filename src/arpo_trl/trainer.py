@@ -30,7 +30,7 @@ from arpo_trl.advantages import (
 from arpo_trl.completions import completion_messages
 from arpo_trl.compute_dtype import training_dtype, warn_of_emulation
 from arpo_trl.config import ARPOConfig
-from arpo_trl.data import refuse_rollout_columns
+from arpo_trl.data import refuse_taken_columns
 from arpo_trl.errors import ConfigError
 from arpo_trl.interrupts import Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
@@ -419,7 +419,7 @@ class ARPOTrainer(ResumableTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         start = time.perf_counter()
         inputs = [dict(row) for row in inputs]  # TRL adds our columns to the rows it was given
-        refuse_rollout_columns(inputs[0])  # of a streamed dataset they are known only now
+        refuse_taken_columns(inputs[0])  # of a streamed dataset they are known only now
         batch = super()._generate_and_score_completions(inputs)
         assert self._last is not None
         advantages = batch["advantages"]

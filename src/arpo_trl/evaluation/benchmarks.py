@@ -14,10 +14,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.data import SUFFIXES, convert_row, load_arpo_dataset, read_file, system_prompt_text
+from arpo_trl.data import SUFFIXES, load_arpo_dataset, read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.hub_dataset import load_from_hub
-from arpo_trl.rewards.answers import MATH, QA, extract_answer
+from arpo_trl.rewards.answers import MATH, extract_answer
+from arpo_trl.row_layouts import Task, convert_row, system_prompt_text
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,9 @@ class Scorer(StrEnum):
     """A language model; token F1, under its own name, where there is none."""
 
     @property
-    def task(self) -> str:
+    def task(self) -> Task:
         """How rules compare answers."""
-        return MATH if self is Scorer.MATH else QA
+        return "math" if self is Scorer.MATH else "qa"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,8 @@ class Benchmark:
     r"""The answer is the last `\boxed{…}` of a worked solution."""
     text_only: str | None = None
     """A field that is not empty in rows that need more than text; those are left out."""
+    masked: bool = False
+    """Prompt and answer of a row that has a `canary` are masked with it."""
     system_prompt: str | None = None
     note: str = ""
     file: str | None = None
@@ -130,7 +133,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "xbench", "xbench-DeepSearch", "deepsearch", Scorer.JUDGE, 100, "xbench/DeepSearch", "train",
-            question="prompt", system_prompt="deepsearch", note="MIT. In Chinese; masked on the Hub, unmasked here.",
+            question="prompt", masked=True, system_prompt="deepsearch",
+            note="MIT. In Chinese; masked on the Hub, unmasked here.",
             aliases=("xbench-deepsearch",),
         ),
         Benchmark(
@@ -267,7 +271,8 @@ def load_questions(
         if benchmark.text_only is not None and raw.get(benchmark.text_only):
             continue
         try:
-            row = convert_row(_mapped(raw, benchmark), number, system_text)
+            task = None if benchmark.scorer is None else benchmark.scorer.task
+            row = convert_row(_mapped(raw, benchmark), number, system_text, task=task)
             if row is None:
                 raise DataError("the answer is blank; expected a gold.")
         except DataError as error:
@@ -286,10 +291,17 @@ def load_questions(
 
 
 def load_dataset_questions(
-    data: str, split: str, *, system_prompt: str | None = None, limit: int | None = None
+    data: str,
+    split: str,
+    *,
+    system_prompt: str | None = None,
+    limit: int | None = None,
+    task: Task | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> Questions:
     """Any dataset that `load_arpo_dataset` takes, as a benchmark named after it whose rows say how they are scored."""
-    rows = load_arpo_dataset(data, split, system_prompt=system_prompt).to_list()[:limit]
+    dataset = load_arpo_dataset(data, split, system_prompt=system_prompt, task=task, columns=columns)
+    rows = dataset.to_list()[:limit]
     name = Path(data).stem
     return Questions(Benchmark(name, name, None, None, file=data), [{"level": None, **row} for row in rows], [])
 
@@ -338,7 +350,7 @@ def _from_hub(benchmark: Benchmark) -> Iterator[Mapping[str, Any]]:
 def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
     """The row with the benchmark's fields under the names that `convert_row` knows; local files may have those."""
     row = dict(raw)
-    if "canary" in row:
+    if benchmark.masked and "canary" in row:
         row |= _unmasked(row)
     for ours, theirs in (("question", benchmark.question), ("answer", benchmark.answer), ("level", benchmark.level)):
         if theirs is not None and row.get(theirs) is not None:
