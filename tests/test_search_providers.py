@@ -8,9 +8,9 @@ from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, ToolUnavailable
 from arpo_trl.tools.search import search_tool
-from arpo_trl.tools.search_cache import SearchCache
+from arpo_trl.tools.search_cache import CacheMode, SearchCache
 from arpo_trl.tools.search_providers import PROVIDERS, Hit, make_provider
 from arpo_trl.tools.web_search import WebSearch
 from loopback import Loopback, Reply
@@ -134,17 +134,44 @@ def test_each_service_is_asked_and_read_in_its_own_way(
 def test_a_service_that_finds_nothing_gives_no_results(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    empty = {"retrieve": {"result": [[]]}, "serper": {}, "brave": {}, "brightdata": {"organic": []}}
+    empty = {
+        "retrieve": {"result": [[]]},
+        "serper": {"searchParameters": {"q": QUERY}},
+        "brave": {"type": "search", "query": {"original": QUERY}},
+        "brightdata": {"general": {"search_engine": "bing"}},
+    }
     with Loopback(lambda asked: Reply(empty.get(name, {"results": []}))) as server:
         assert search(name, server, tmp_path, monkeypatch).search(QUERY, 5) == []
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"error": "no more credits"}, {"message": "Unauthorized.", "statusCode": 403}, {"results": None}]
+)
+@pytest.mark.parametrize("name", sorted(PROVIDERS))
+def test_an_answer_without_results_is_not_no_results_and_is_not_kept(
+    name: str, answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Loopback(lambda asked: Reply(answer if len(server.asked) == 1 else ANSWERS[name])) as server:
+        service = search(name, server, tmp_path, monkeypatch, mode=CacheMode.RECORD)
+        with pytest.raises(ToolUnavailable, match="unavailable"):
+            service.search(QUERY, 5)
+        assert service.search(QUERY, 5) == TEXTS[name]
+
+
+def test_a_searxng_whose_engines_do_not_respond_has_not_found_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    down = {"results": [], "unresponsive_engines": [["google", "timeout"]]}
+    with Loopback(lambda asked: Reply(down if len(server.asked) == 1 else ANSWERS["searxng"])) as server:
+        # It may pass, so the same search asks again.
+        assert search("searxng", server, tmp_path, monkeypatch).search(QUERY, 5) == TEXTS["searxng"]
+    assert len(server.asked) == 2
 
 
 @pytest.mark.parametrize("answer", ["[]", "null", '{"results": 5}', '{"results": [5]}', '{"results": {"a": 1}}', "5"])
 def test_an_answer_of_another_layout_is_a_failed_search(
     answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from arpo_trl.errors import ToolUnavailable
-
     with Loopback(lambda asked: Reply(answer)) as server, pytest.raises(ToolUnavailable, match="unavailable"):
         search("tavily", server, tmp_path, monkeypatch).search(QUERY, 5)
 

@@ -297,6 +297,37 @@ def test_a_query_that_the_service_refuses_does_not_make_it_rest(service: Service
     assert len(service.server.asked) == 4
 
 
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (422, {"type": "ErrorResponse", "error": {"detail": "The provided subscription token is invalid."}}),
+        (400, {"message": "Not enough credits", "statusCode": 400}),
+        (400, {"error": "Invalid API key."}),
+        (422, {"error": {"meta": {"errors": [{"loc": ["header", "x-api_key"]}]}}}),
+    ],
+)
+def test_a_refused_account_is_no_bad_query_and_is_told_once(
+    service: Service, caplog: pytest.LogCaptureFixture, status: int, body: dict[str, Any]
+) -> None:
+    service.server.answer = lambda asked: Reply(body, status)
+    search = service.search(breaker=CircuitBreaker(failures=2, rest_s=60))
+    for number in range(4):
+        with pytest.raises(ToolUnavailable):
+            search.search(f"iron {number}", 5)
+    assert len(service.server.asked) == 2  # then it rests
+    (told,) = [record.getMessage() for record in caplog.records if "degraded" in record.getMessage()]
+    assert "is the key in TAVILY_API_KEY valid, and has its account credits left?" in told
+
+
+def test_a_query_about_keys_that_an_error_repeats_is_still_a_bad_query(service: Service) -> None:
+    service.server.answer = lambda asked: Reply({"error": f"cannot parse {asked.json['query']}"}, 422)
+    search = service.search(breaker=CircuitBreaker(failures=1, rest_s=60))
+    for number in range(3):
+        with pytest.raises(ToolUnavailable):
+            search.search(f"token quota of key {number}", 5)
+    assert len(service.server.asked) == 3
+
+
 # Keys
 
 

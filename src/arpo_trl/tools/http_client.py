@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,9 @@ from arpo_trl.tools import background
 MAX_BYTES = 8 << 20
 _CODINGS = ("", "identity", "gzip", "deflate")  # others expand a small chunk without bound
 _GRACE_S = 1.0
+_ERROR_BYTES = 4096
+_ACCOUNT_WORDS = re.compile(r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed")
+"""What services write when they refuse an account, some of them with the status of a bad request."""
 _ATTEMPTS = 3
 
 T = TypeVar("T")
@@ -34,12 +38,21 @@ class RequestFailed(Exception):
     Args:
         status: What the server answered, None if it did not.
         retry_after_s: When it asks to be tried again.
+        about_account: Its answer speaks of the key or of what the account may spend.
     """
 
-    def __init__(self, message: str, *, status: int | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        about_account: bool = False,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.retry_after_s = retry_after_s
+        self.about_account = about_account
 
     @property
     def may_pass(self) -> bool:
@@ -76,8 +89,11 @@ def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTE
         future.cancel()
 
 
-def fetch_json(request: httpx.Request, *, timeout_s: float) -> Any:
+def fetch_json(request: httpx.Request, *, timeout_s: float, sent: str = "") -> Any:
     """The JSON of a successful answer.
+
+    Args:
+        sent: Text of the request that an answer may repeat; its words do not tell what an error is about.
 
     Raises:
         RequestFailed: no answer, another status than 200, or no JSON.
@@ -85,11 +101,18 @@ def fetch_json(request: httpx.Request, *, timeout_s: float) -> Any:
     answer = fetch(request, timeout_s=timeout_s)
     if answer.status != 200:
         retry_after = _retry_after_s(answer.headers.get("retry-after"))
-        raise RequestFailed(f"answered {answer.status}", status=answer.status, retry_after_s=retry_after)
+        words = _account_words(answer.body[:_ERROR_BYTES].decode("utf-8", "replace")) - _account_words(sent)
+        raise RequestFailed(
+            f"answered {answer.status}", status=answer.status, retry_after_s=retry_after, about_account=bool(words)
+        )
     try:
         return json.loads(answer.body.decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         raise RequestFailed("answered with something that is not JSON", status=200) from None
+
+
+def _account_words(text: str) -> set[str]:
+    return set(_ACCOUNT_WORDS.findall(text.lower()))
 
 
 def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:

@@ -18,6 +18,10 @@ from arpo_trl.errors import ConfigError
 FIELDS = ("title", "url", "text")
 
 
+class Unanswered(Exception):
+    """A successful answer that says that the service could not search. The message quotes nothing of it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hit:
     """One result of a search; a part that is not known is empty."""
@@ -60,7 +64,12 @@ class Provider(ABC):
 
     @abstractmethod
     def read(self, answer: Any) -> list[Hit]:
-        """The hits in the JSON of a successful answer; raises ValueError, KeyError or TypeError at another shape."""
+        """The hits in the JSON of a successful answer.
+
+        Raises:
+            ValueError, KeyError, TypeError: It has another layout; an error object, say, is not "no results".
+            Unanswered: It says that nothing was searched.
+        """
 
 
 class Retrieve(Provider):
@@ -95,7 +104,7 @@ class Serper(Provider):
         return httpx.Request("POST", f"{self.base_url}/search", headers=headers, json={"q": query, "num": results})
 
     def read(self, answer: Any) -> list[Hit]:
-        return _read(answer.get("organic", []), "title", "link", "snippet")
+        return _read(_results(answer, "organic", beside="searchParameters"), "title", "link", "snippet")
 
 
 class Brave(Provider):
@@ -115,7 +124,8 @@ class Brave(Provider):
         )
 
     def read(self, answer: Any) -> list[Hit]:
-        return _read(answer.get("web", {}).get("results", []), "title", "url", "description", "extra_snippets")
+        web = answer["web"] if "web" in answer or "query" not in answer else {"results": []}
+        return _read(web["results"], "title", "url", "description", "extra_snippets")
 
 
 class Tavily(Provider):
@@ -168,7 +178,7 @@ class BrightData(Provider):
         return httpx.Request("POST", f"{self.base_url}/request", headers=_bearer(key), json=body)
 
     def read(self, answer: Any) -> list[Hit]:
-        return _read(answer.get("organic", []), "title", "link", "description")
+        return _read(_results(answer, "organic", beside="general"), "title", "link", "description")
 
 
 class SearXNG(Provider):
@@ -180,6 +190,8 @@ class SearXNG(Provider):
         return httpx.Request("GET", f"{self.base_url}/search", params={"q": query, "format": "json"})
 
     def read(self, answer: Any) -> list[Hit]:
+        if not answer["results"] and answer.get("unresponsive_engines"):
+            raise Unanswered("found nothing, since its engines do not respond")
         return _read(answer["results"], "title", "url", "content")
 
 
@@ -220,6 +232,11 @@ def make_provider(name: str, *, url: str | None = None, zone: str | None = None)
 
 def _bearer(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
+
+
+def _results(answer: Any, field: str, *, beside: str) -> Any:
+    """What `field` holds. A service may leave it out where it found nothing, but not what stands `beside` it."""
+    return answer[field] if field in answer or beside not in answer else []
 
 
 def _read(items: Iterable[Any], title: str, url: str, *texts: str) -> list[Hit]:

@@ -23,7 +23,7 @@ from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
 from arpo_trl.tools.http_client import RequestFailed, fetch_json, retried, without
 from arpo_trl.tools.search import NearestQuery
 from arpo_trl.tools.search_cache import CacheMode, Entry, Key, SearchCache
-from arpo_trl.tools.search_providers import FIELDS, Hit, Provider
+from arpo_trl.tools.search_providers import FIELDS, Hit, Provider, Unanswered
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,8 @@ class WebSearch:
                 lambda: deadline - time.time(),
             )
         except RequestFailed as error:
-            at_query = error.status in (400, 414, 422)  # this query's fault, not the service's
+            # This query's fault, not the service's: but some refuse a key, or an empty account, with these too.
+            at_query = error.status in (400, 414, 422) and not error.about_account
             if not at_query and self._breaker.failed():
                 logger.warning(
                     "Search is degraded: %s %s, %d times in a row%s. It rests for %g s, and searches are answered "
@@ -185,16 +186,18 @@ class WebSearch:
             raise ToolUnavailable("Error: the search budget is spent. Go on with what is known.")
         key = _key(self._provider)
         request = self._provider.request(query, results, key)
-        answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()))
+        answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), sent=query)
         try:
             hits = self._provider.read(answer)
+        except Unanswered as error:
+            raise RequestFailed(str(error)) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
         return [Hit(without(key, hit.title), without(key, hit.url), without(key, hit.text)) for hit in hits]
 
     def _hint(self, error: RequestFailed) -> str:
-        if error.status in (401, 403) and self._provider.key_variable:
-            return f" (is the key in {self._provider.key_variable} valid?)"
+        if (error.status in (401, 402, 403) or error.about_account) and self._provider.key_variable:
+            return f" (is the key in {self._provider.key_variable} valid, and has its account credits left?)"
         return ""
 
 
