@@ -9,9 +9,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import arpo_trl
@@ -237,6 +240,17 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
         (3, "3"),
         (0.5, "0.5"),
         ({"é": [1, None]}, '{"é": [1, null]}'),
+        ((1, "b"), '[1, "b"]'),
+        (Decimal("0.10"), "0.10"),
+        (date(2024, 2, 29), "2024-02-29"),
+        (
+            {"on": datetime(2024, 2, 29, 12, 30), "cost": Decimal("1.5")},
+            '{"on": "2024-02-29 12:30:00", "cost": "1.5"}',
+        ),
+        (np.float64(0.5), "0.5"),
+        (np.int64(7), "7"),
+        (np.bool_(True), "true"),
+        ({"n": np.int32(3), "a": np.array([[1, 2], [3, 4]])}, '{"n": 3, "a": [[1, 2], [3, 4]]}'),
         (["a"], '["a"]'),
         ("", "(no output)"),
         (" \n", "(no output)"),
@@ -256,6 +270,40 @@ def test_a_value_without_text_is_a_failure_that_says_so(value: Any) -> None:
     result = call_once(returning(value))
     assert result.failure == "not_text"
     assert result.text == f"Error: the tool call returned {type(value).__name__}, which is not text."
+
+
+@pytest.mark.parametrize("run_in", ["thread", "main"])
+def test_an_awaitable_that_a_sync_tool_returns_is_awaited(run_in: str) -> None:
+    async def later(text: str) -> str:
+        await asyncio.sleep(0)
+        if text == "raise":
+            raise ValueError("no such thing")
+        return text.upper()
+
+    def tool(text: str) -> Any:
+        """Answers later.
+
+        Args:
+            text: What to answer.
+        """
+        return later(text)
+
+    tool.run_in = run_in  # type: ignore[attr-defined]
+    assert (call_once(tool).text, call_once(tool).failure) == ("X", None)
+    failed = call_once(tool, {"text": "raise"})
+    assert (failed.text, failed.failure) == ("Error: ValueError: no such thing", "error")
+
+
+def test_an_awaitable_that_never_comes_is_left_at_the_deadline() -> None:
+    def tool(text: str) -> Any:
+        """Answers never.
+
+        Args:
+            text: What to answer.
+        """
+        return asyncio.sleep(3600)
+
+    assert call_once(tool, timeout_s=0.1).failure == "timeout"
 
 
 def test_a_value_that_contains_itself_is_not_text() -> None:

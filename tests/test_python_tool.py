@@ -105,6 +105,16 @@ def await_death(*pids: int) -> None:
         ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(1)", "P(x=1)"),
         ("print('before')\nraise SystemExit", "before"),
         ("__name__", "'__main__'"),
+        ("print('before')\nexit()\nprint('after')", "before"),
+        ("quit(0)", ""),
+        # The whole indented, or in one fence
+        ("    x = 2\n    if x:\n        print(x)\n", "2"),
+        ("\n# first\n\tx = 2\n\tx + 1", "3"),
+        ("```python\nx = 2\nx + 1\n```", "3"),
+        ("\n```py\n  1 + 1\n```\n", "2"),
+        ("```\n```", ""),
+        ('"""```\ntext\n```"""', "'```\\ntext\\n```'"),
+        ('print("""\n  kept\n""")', "\n  kept"),
     ],
 )
 def test_a_call_shows_output_and_last_value(tool: PythonTool, code: str, shown: str) -> None:

@@ -27,10 +27,16 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
 from enum import StrEnum
+from fractions import Fraction
+from pathlib import PurePath
 from typing import Any, Literal, Protocol, get_args
+from uuid import UUID
 
 from transformers.utils.chat_template_utils import get_json_schema
 
@@ -57,6 +63,9 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "array": (list, tuple),
     "object": (dict,),
 }
+
+_WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
+"""Values that have one way to be written as text."""
 
 RunIn = Literal["thread", "main"]
 Source = Literal["executed", "joined", "cached", "refused"]
@@ -387,7 +396,7 @@ class ToolBox:
     def _fly_here(self, flight: _Flight) -> None:
         """Execute the flight in this thread, where Ctrl-C is the user's and no failure of the tool."""
         start = time.perf_counter()
-        value = _returned(self._callable(flight.call), flight.call.arguments)
+        value = self._awaited(_returned(self._callable(flight.call), flight.call.arguments))
         if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
             raise value.error
         text, failure = self._as_text(flight.call.name, value)
@@ -423,7 +432,7 @@ class ToolBox:
                 future.set_result(outcome)
 
         def work() -> None:
-            value = _returned(tool, call.arguments)
+            value = self._awaited(_returned(tool, call.arguments))
             if isinstance(value, _Raised):
                 self._notice_bound_to_thread(call.name, value.error)
             outcome = self._as_text(call.name, value)
@@ -433,6 +442,18 @@ class ToolBox:
         # A thread per call costs some 50 µs, and one that hangs is nobody else's.
         threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
         return future
+
+    def _awaited(self, value: Any) -> Any:
+        """What a sync tool returned; where that is an awaitable, what comes of it on the loop of the async tools."""
+        if not inspect.isawaitable(value):
+            return value
+        future = self._async_tools.start(_result_of(value))
+        try:
+            return future.result(self._timeout_s)
+        except TimeoutError:
+            return _Raised(TimeoutError(f"no result after {self._timeout_s:g} s"))
+        finally:
+            future.cancel()
 
     def _callable(self, call: ToolCall) -> Callable[..., Any]:
         tool = self._tools[call.name]
@@ -453,9 +474,11 @@ class ToolBox:
             return self._presentable(_describe(value.error)), _failure_of(value.error)
         if isinstance(value, str):
             return self._presentable(value), None
-        if isinstance(value, (bool, int, float, dict, list)):
+        if isinstance(value, _WRITTEN_OUT):
+            return self._presentable(str(value)), None
+        if isinstance(value, (bool, int, float, dict, list, tuple)) or _is_array(value):
             with contextlib.suppress(Exception):  # not JSON, contains itself, or an odd subclass
-                return self._presentable(json.dumps(value, ensure_ascii=False)), None
+                return self._presentable(json.dumps(value, ensure_ascii=False, default=_jsonable)), None
         message = f"Error: the {name} call returned {type(value).__name__}, which is not text."
         return message, ToolFailure.NOT_TEXT
 
@@ -484,11 +507,32 @@ def _returned(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
         return _Raised(error)
 
 
+async def _result_of(awaitable: Awaitable[Any]) -> Any:
+    try:
+        return await awaitable
+    except BaseException as error:
+        return _Raised(error)
+
+
 async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     try:
         return await tool(**arguments)
     except BaseException as error:
         return _Raised(error)
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is an array or scalar of numpy, or of a library with its interface."""
+    return callable(getattr(value, "tolist", None)) and hasattr(value, "dtype")
+
+
+def _jsonable(value: Any) -> Any:
+    """What JSON can hold in the place of a value it cannot."""
+    if isinstance(value, _WRITTEN_OUT):
+        return str(value)
+    if _is_array(value):
+        return value.tolist()
+    raise TypeError(type(value).__name__)
 
 
 def _failure_of(error: BaseException) -> ToolFailure:

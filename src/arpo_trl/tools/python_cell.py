@@ -7,11 +7,13 @@ which this file's text is sent in front of the call. So it imports the standard 
 from __future__ import annotations
 
 import ast
+import builtins
 import contextlib
 import io
 import linecache
 import os
 import random
+import re
 import sys
 import threading
 import traceback
@@ -21,6 +23,7 @@ SUCCEEDED = 0
 RAISED = 1
 SHOWN_NAME = "<python>"
 TRACEBACK_LINES = 12
+_FENCE = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 
 
 def run_cells(cells: list[str]) -> int:
@@ -31,6 +34,7 @@ def run_cells(cells: list[str]) -> int:
     random.seed(0)  # a run that is repeated sees the same numbers
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(0)
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # of the site module, which is not loaded
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     *earlier, last = cells
@@ -54,7 +58,21 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
+def _plain(source: str) -> str:
+    """The code itself: without one Markdown fence around all of it, and without an indentation that all of it has."""
+    fenced = _FENCE.fullmatch(source)
+    if fenced is not None and "```" not in fenced[1]:
+        source = fenced[1]
+    lines = source.split("\n")
+    code = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    margin = code[0][: len(code[0]) - len(code[0].lstrip(" \t"))] if code else ""
+    if not margin or not all(line.startswith(margin) for line in code):
+        return source
+    return "\n".join(line.removeprefix(margin) for line in lines)
+
+
 def _run(source: str, main: types.ModuleType, name: str) -> int:
+    source = _plain(source)
     # Split as Python splits it, unlike `splitlines`, and ended by a newline, which the marks under a line count on.
     linecache.cache[name] = (len(source), None, io.StringIO(f"{source}\n").readlines(), name)
     try:
