@@ -427,8 +427,8 @@ class ToolBox:
         if type(state) not in self._not_closed:
             self._not_closed.add(type(state))
             logger.warning(
-                f"close() of {type(state).__name__} failed: {_describe(error).removeprefix('Error: ')} The run goes "
-                "on, but what the state held may not be released. Further failures of its close() are not logged."
+                f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run goes on, but "
+                "what the state held may not be released. Further failures of its close() are not logged."
             )
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
