@@ -35,8 +35,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.calls import CallSource, ToolCall
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.tools.box import ToolCall, tool_spec
+from arpo_trl.tools.box import tool_spec
 from arpo_trl.tools.build import ToolArguments, build_tools
 
 LENGTH, CALLS = 240, 5
@@ -163,7 +164,7 @@ def step(trainer: GRPOTrainer, rows: list[dict[str, Any]], counter: Counter) -> 
     if isinstance(trainer, ARPOTrainer):
         assert trainer._last is not None
         nodes = [node for tree in trainer._last.rollout.trees for node in tree.nodes]
-        made = sum(call.source != "refused" for node in nodes for call in node.calls)
+        made = sum(call.source is not CallSource.REFUSED for node in nodes for call in node.calls)
     trained = int((batch["completion_mask"] * batch["tool_mask"]).sum())
     return {
         "rollout_s": rollout - start,

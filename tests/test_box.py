@@ -1,5 +1,7 @@
 """The ToolBox runs calls at once, keeps deadlines, shares executions, and turns every failure into text."""
 
+from __future__ import annotations
+
 import asyncio
 import itertools
 import json
@@ -8,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -18,11 +20,13 @@ import numpy as np
 import pytest
 
 import arpo_trl
+from arpo_trl.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
-from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult, tool_spec
+from arpo_trl.tools.box import ToolBox, ToolResult, tool_spec
 from arpo_trl.tools.pages import visit_tool
 from arpo_trl.tools.python import python_tool
 from arpo_trl.tools.search import LocalIndex, search_tool
+from arpo_trl.tools.state import PathState, PathStates
 
 
 def echo(text: str) -> str:
@@ -394,7 +398,7 @@ def test_a_bad_call_is_told_to_the_model_and_nothing_runs(call: ToolCall, text: 
     with ToolBox([echo, add]) as box:
         ticket = box.submit(call)
         result = collect(box, 1)[ticket]
-    assert result == ToolResult(text, "bad_call", 0.0, "refused")  # type: ignore[arg-type]
+    assert result == ToolResult(text, ToolFailure.BAD_CALL, 0.0, CallSource.REFUSED)
 
 
 # Deadlines and places.
@@ -747,58 +751,120 @@ def test_arguments_are_compared_by_value_whatever_their_order() -> None:
 # The end.
 
 
-# The calls a path made before.
+# What the calls of a path act on.
+
+
+class Notes(PathState):
+    """Shows the texts of the calls before a call and its own."""
+
+    def __init__(self, executed: list[str], *before: str) -> None:
+        self.executed = executed
+        self.before = before
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.before
+
+    def note(self, text: str) -> str:
+        self.executed.append(text)
+        return " ".join([*self.before, text])
+
+    def record(self, call: ToolCall, failure: ToolFailure | None) -> None:
+        self.before += (f"{call.arguments['text']}{'!' if failure else ''}",)
+
+    def fork(self) -> Notes:
+        return Notes(self.executed, *self.before)
 
 
 def notebook(executed: list[str]) -> Callable[[str], str]:
-    """A `PathTool` that shows the texts of the calls before it and its own."""
-
     def note(text: str) -> str:
         """Note something.
 
         Args:
             text: What.
         """
-        raise AssertionError("a path's calls go through with_history")
+        return f"of no path: {text}"
 
-    def with_history(history: Sequence[PastCall]) -> Callable[[str], str]:
-        if any(past.arguments["text"] == "torn" for past in history):
-            raise ToolError("the page is torn")
-
-        def noted(text: str) -> str:
-            executed.append(text)
-            return " ".join([*(past.arguments["text"] for past in history), text])
-
-        return noted
-
-    note.with_history = with_history  # type: ignore[attr-defined]
+    note.create_state = lambda group: Notes(executed)  # type: ignore[attr-defined]
     return note
 
 
-def after(*texts: str) -> tuple[PastCall, ...]:
-    return tuple(PastCall({"text": text}, None) for text in texts)
+def noted(box: ToolBox, *before: tuple[str, ToolFailure | None]) -> PathStates:
+    """The states of a path of `box` that made those calls of `note`."""
+    states = box.create_states(0)
+    for text, failure in before:
+        states.record(ToolCall("note", {"text": text}), failure)
+    return states
 
 
-def test_a_tool_that_asks_for_it_is_told_what_its_path_called_before() -> None:
-    assert tool_spec(notebook([])).wants_history
-    assert not tool_spec(echo).wants_history
-    with ToolBox([notebook([])]) as box:
-        ticket = box.submit(ToolCall("note", {"text": "c"}, after("a", "b")))
-        torn = box.submit(ToolCall("note", {"text": "c"}, after("torn")))
-        results = collect(box, 2)
-    assert results[ticket].text == "a b c"
-    assert (results[torn].text, results[torn].failure) == ("the page is torn", "error")
+def test_a_call_of_a_stateful_tool_acts_on_the_state_of_its_path() -> None:
+    assert tool_spec(notebook([])).create_state is not None
+    assert tool_spec(echo).create_state is None
+    with ToolBox([notebook([]), echo]) as box:
+        states = noted(box, ("a", None), ("b", None))
+        ticket = box.submit(ToolCall("note", {"text": "c"}), states)
+        states.record(ToolCall("note", {"text": "c"}), None)
+        later = box.submit(ToolCall("note", {"text": "d"}), states)
+        stateless = box.submit(ToolCall("echo", {"text": "e"}), states)
+        of_no_path = box.submit(ToolCall("note", {"text": "f"}))
+        results = collect(box, 4)
+    assert [results[i].text for i in (ticket, later, stateless, of_no_path)] == [
+        "a b c",
+        "a b c d",
+        "e",
+        "of no path: f",
+    ]
 
 
-def test_calls_with_another_history_are_other_calls_to_the_cache() -> None:
+def test_calls_on_states_with_other_keys_are_other_calls_to_the_cache() -> None:
     texts: list[str] = []
     executed: list[str] = []
     with ToolBox([notebook(executed)], cache=True) as box:
-        for history in (after("a"), after("b"), (), after("a"), (PastCall({"text": "a"}, "error"),)):
-            ticket = box.submit(ToolCall("note", {"text": "c"}, history))
+        for before in ([("a", None)], [("b", None)], [], [("a", None)], [("a", ToolFailure.ERROR)]):
+            ticket = box.submit(ToolCall("note", {"text": "c"}), noted(box, *before))
             texts.append(collect(box, 1)[ticket].text)
-    assert texts == ["a c", "b c", "c", "a c", "a c"]
-    assert len(executed) == 4  # the second "a c" came from the cache; after a failure it is another call
+    assert texts == ["a c", "b c", "c", "a c", "a! c"]
+    assert len(executed) == 4  # the second "a c" came from the cache
+
+
+def test_calls_on_a_state_without_a_key_share_nothing_and_run_one_after_the_other() -> None:
+    class Log(PathState):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def note(self, text: str) -> str:
+            if text == "a":
+                time.sleep(0.05)  # begun first, and longest
+            self.lines.append(text)
+            return " ".join(self.lines)
+
+        def fork(self) -> Log:
+            raise NotImplementedError
+
+    note = notebook([])
+    note.create_state = lambda group: Log()  # type: ignore[attr-defined]
+    note.deterministic = True  # type: ignore[attr-defined]
+    with ToolBox([note], cache=True) as box:
+        states = box.create_states(0)
+        tickets = [box.submit(ToolCall("note", {"text": text}), states) for text in ("a", "b", "b")]
+        tickets.append(box.submit(ToolCall("note", {"text": "b"}), box.create_states(0)))
+        results = collect(box, 4)
+        assert box.cached() == {}
+    assert [results[ticket].text for ticket in tickets] == ["a", "a b", "a b b", "b"]
+    assert {result.source for result in results.values()} == {"executed"}
+
+
+def test_a_create_state_that_cannot_be_one_is_refused() -> None:
+    note = notebook([])
+    note.create_state = "Notes"  # type: ignore[attr-defined]
+    with pytest.raises(ToolSpecError, match="tool 'note': its attribute create_state is 'Notes'; expected a function"):
+        tool_spec(note)
+    note.create_state = lambda group: {}  # type: ignore[attr-defined]
+    with (
+        ToolBox([note]) as box,
+        pytest.raises(ToolSpecError, match="create_state of tool 'note' returned dict; expected a PathState"),
+    ):
+        box.submit(ToolCall("note", {"text": "a"}), box.create_states(0))
 
 
 def test_a_call_that_the_tool_cut_short_is_told_apart_from_one_that_failed() -> None:
@@ -818,7 +884,7 @@ def test_hung_tools_do_not_keep_the_interpreter_from_exiting(tmp_path: Path) -> 
     script = tmp_path / "hang.py"
     script.write_text(
         "import asyncio, json, threading, time\n"
-        "from arpo_trl.tools.box import ToolBox, ToolCall\n"
+        "from arpo_trl.tools import ToolBox, ToolCall\n"
         "def hang(text: str) -> str:\n"
         '    """Hang.\n\n    Args:\n        text: Not used.\n    """\n'
         "    threading.Event().wait()\n"

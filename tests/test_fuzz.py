@@ -10,10 +10,11 @@ import re
 from collections import Counter
 from typing import Any
 
+from arpo_trl.calls import ToolCall
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rollout.protocol import BadCall, TagProtocol
 from arpo_trl.rollout.tree import StopReason
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolResult
+from arpo_trl.tools.box import ToolBox, ToolResult
 from support import tokenizer
 
 OUTPUTS = 10_000

@@ -14,10 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
+from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.tools import background
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure, ToolResult
+from arpo_trl.tools.box import ToolBox, ToolResult
 from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.tools.mcp_servers import McpServer, McpSession, mcp_tools
 from loopback import Asked, Loopback, Reply

@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.metrics import (
     ALARMS,
     FIRE_RATE_ALARMS,
@@ -22,7 +23,8 @@ TIMES = RolloutTimes(total_s=10.0, forward_s=6.0, tool_wait_s=2.0, sync_s=1.5)
 
 
 def call(name: str, query: str, *, failure=None, seconds=0.0, source="executed") -> ExecutedCall:
-    return ExecutedCall(name, {"query": query}, "text", failure, seconds, source)
+    failed = None if failure is None else ToolFailure(failure)
+    return ExecutedCall(name, {"query": query}, "text", failed, seconds, CallSource(source))
 
 
 def decision(delta: float, *, fires: bool, granted: int = 0) -> BranchDecision:

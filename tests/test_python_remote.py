@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, ToolError, ToolStopped
-from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, tool_spec
+from arpo_trl.tools.box import ToolBox, tool_spec
 from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.tools.python_remote import RemotePython, remote_python_tool
 from arpo_trl.tools.sandbox import Limits
@@ -320,10 +321,12 @@ def test_a_box_runs_it_and_a_path_keeps_its_variables() -> None:
     executor = Executor()
     with executor.serving() as url:
         python = remote_python_tool(url, stateful=True)
-        assert tool_spec(python).is_async and tool_spec(python).wants_history
+        assert tool_spec(python).is_async
         with ToolBox([python]) as box:
-            history = (PastCall({"code": "x = 40"}, None), PastCall({"code": "while True: pass"}, "stopped"))
-            ticket = box.submit(ToolCall("python", {"code": "x + 2"}, history))
+            states = box.create_states(0)
+            states.record(ToolCall("python", {"code": "x = 40"}), None)
+            states.record(ToolCall("python", {"code": "while True: pass"}), ToolFailure.STOPPED)
+            ticket = box.submit(ToolCall("python", {"code": "x + 2"}), states)
             ((got, result),) = box.poll(timeout_s=30)
     assert (got, result.text, result.failure) == (ticket, "42", None)
 

@@ -18,10 +18,11 @@ import pytest
 
 import arpo_trl.tools.python as python_module
 import arpo_trl.tools.sandbox as sandbox_module
+from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
-from arpo_trl.tools.box import PastCall, tool_spec
+from arpo_trl.tools.box import tool_spec
 from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.python import PythonTool, earlier_cells, python_tool
+from arpo_trl.tools.python import PastCells, PythonTool, python_tool
 from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, check_isolation, isolated_worker
 from support import can_isolate, worker_of
 
@@ -235,17 +236,28 @@ def test_siblings_share_the_cells_before_they_parted_and_nothing_else(cells: Cal
 
 
 def test_only_calls_that_left_something_behind_are_run_again() -> None:
-    history = [
-        PastCall({"code": str(failure)}, failure) for failure in (None, "error", "stopped", "timeout", "bad_call")
-    ]
-    assert earlier_cells(history) == ["None", "error"]
+    state = PastCells(lambda code, earlier: f"{code} after {earlier}")
+    for failure in (None, ToolFailure.ERROR, ToolFailure.STOPPED, ToolFailure.TIMEOUT):
+        state.record(ToolCall("python", {"code": str(failure)}), failure)
+    assert state.bind("python")(code="x") == "x after ['None', 'error']"
+    assert len(state.key) == 4  # the others are told apart all the same
+
+
+def test_a_fork_of_the_cells_knows_those_before_it_and_no_later_ones() -> None:
+    before, after_fork = ToolCall("python", {"code": "x = 1"}), ToolCall("python", {"code": "x = 2"})
+    state = PastCells(lambda code, earlier: earlier)
+    state.record(before, None)
+    fork = state.fork()
+    state.record(after_fork, None)
+    assert (state.bind("python")(code=""), fork.bind("python")(code="")) == (["x = 1", "x = 2"], ["x = 1"])
+    assert fork.key == (({"code": "x = 1"}, None),)
 
 
 def test_a_stateful_tool_says_so_and_a_stateless_one_keeps_nothing() -> None:
     if not any(map(can_isolate, ISOLATING)):
         pytest.skip("this kernel cannot isolate")
     stateful, stateless = tool_spec(python_tool(stateful=True)), tool_spec(python_tool())
-    assert (stateful.wants_history, stateless.wants_history) == (True, False)
+    assert stateful.create_state is not None and stateless.create_state is None
     described = [
         spec.schema["function"]["parameters"]["properties"]["code"]["description"] for spec in (stateful, stateless)
     ]
@@ -572,7 +584,7 @@ def test_a_configuration_says_once_how_its_code_is_isolated(
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
         (python,) = build_tools(ToolArguments(tools=["python"], python_stateful=True))
-        assert tool_spec(python).wants_history
+        assert tool_spec(python).create_state is not None
         assert capsys.readouterr().err.count("Model-written Python runs isolated by ") == lines
 
 

@@ -3,18 +3,19 @@ import io
 import pytest
 from rich.console import Console
 
+from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.render import MAX_CHARS, render_tree
 from arpo_trl.rollout.branching import BranchDecision
 from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
 from arpo_trl.trajectories import LoggedTree
 
 
-def tree(text: str = "words", failure: str | None = None) -> RolloutTree:
+def tree(text: str = "words", failure: ToolFailure | None = None) -> RolloutTree:
     """root ── turn ── observation ──┬─ turn (0,)
     └─ turn (0, 1, 0)"""
     made = RolloutTree([1])
     first = made.add_turn(0, [1], "<search>iron</search>", [-0.5], [0.25, 0.75])
-    call = ExecutedCall("search", {"query": "iron"}, "1538 degrees", failure, 0.1, "executed")
+    call = ExecutedCall("search", {"query": "iron"}, "1538 degrees", failure, 0.1, CallSource.EXECUTED)
     seen = made.add_observation(first.index, [2], [call], "1538 degrees")
     seen.decision = BranchDecision(1.0, 0.125, 0.525, True, 1)
     made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)

@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from arpo_trl.errors import ConfigError, EngineError, ToolError
+from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.branching import BranchRule
 from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocol import ChatTemplateProtocol
 from arpo_trl.rollout.sampler import GroupRequest, RolloutSchedule
 from arpo_trl.rollout.tree import NodeKind, StopReason
-from support import ANSWER, Scripted, search
+from support import ANSWER, Scripted
 
 
 def one_search(request: TurnRequest, context: str) -> ScriptedTurn:
@@ -634,41 +634,3 @@ def test_a_branch_inherits_the_calls_that_were_made_of_each_tool():
     made.sampler.settings = replace(made.sampler.settings, max_calls_of={"python": 1})
     leaves = made().trees[0].leaves()
     assert [[call.failure for call in leaf.calls] for leaf in leaves] == [[None, "call_limit"]] * 2
-
-
-def test_a_path_tool_is_told_its_own_paths_calls_so_siblings_share_no_state():
-    def python(code: str) -> str:
-        """Run Python code.
-
-        Args:
-            code: The code.
-        """
-        raise AssertionError("a path's calls go through with_history")
-
-    def with_history(history):
-        def run(code: str) -> str:
-            if code == "fail":
-                raise ToolError("failed")
-            return " ".join([f"{past.arguments['code']}:{past.failure}" for past in history] + [code])
-
-        return run
-
-    python.with_history = with_history
-
-    def script(request, context):
-        _, *address, depth = request.key  # address (0,), or (0, 1, 0): a branch after the first call
-        code = ["set", "fail", f"path{len(address)}", None][depth]
-        text = (
-            "<search>iron</search>"
-            if depth == 1 and len(address) > 1
-            else f"<python>{code}</python>"
-            if code
-            else ANSWER
-        )
-        return ScriptedTurn(text, entropies=[float(depth)])
-
-    tree = Scripted(script, leaves=2, at_root=1, tools=[search, python], max_tool_calls=4)().trees[0]
-    assert [[call.text for call in leaf.calls] for leaf in tree.leaves()] == [
-        ["set", "failed", "set:None fail:error path1"],
-        ["set", "facts about iron", "set:None path3"],  # neither the sibling's call nor another tool's
-    ]

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.branching import BranchDecision
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
@@ -28,7 +29,7 @@ def small(text: str = "hello") -> LoggedTree:
     """One leaf, made by hand: a turn, an observation, a turn."""
     tree = RolloutTree([1, 2])
     first = tree.add_turn(0, [3, 4], text, [-0.25, -1.5], [0.75])
-    call = ExecutedCall("search", {"query": text}, text, "timeout", 0.125, "executed")
+    call = ExecutedCall("search", {"query": text}, text, ToolFailure.TIMEOUT, 0.125, CallSource.EXECUTED)
     seen = tree.add_observation(first.index, [5], [call], text)
     seen.decision = BranchDecision(1.5, 0.25, 0.55, True, 0)
     last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
@@ -65,7 +66,10 @@ def test_every_field_of_a_node_survives(tmp_path):
     assert tree.root.ids == [1, 2]
     first, seen, last = tree.nodes[1:]
     assert (first.ids, first.logprobs, first.entropies, first.stop) == ([3, 4], [-0.25, -1.5], [0.75], None)
-    assert seen.calls == [ExecutedCall("search", {"query": "hello"}, "hello", "timeout", 0.125, "executed")]
+    assert seen.calls == [
+        ExecutedCall("search", {"query": "hello"}, "hello", ToolFailure.TIMEOUT, 0.125, CallSource.EXECUTED)
+    ]
+    assert type(seen.calls[0].failure) is ToolFailure and type(seen.calls[0].source) is CallSource
     assert seen.decision == BranchDecision(1.5, 0.25, 0.55, True, 0)
     assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
 

@@ -1,9 +1,10 @@
 import pytest
 
+from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.tree import ExecutedCall, NodeKind, RolloutTree, StopReason
 
-CALL = ExecutedCall("search", {"query": "iron"}, "a metal", None, 0.1, "executed")
+CALL = ExecutedCall("search", {"query": "iron"}, "a metal", None, 0.1, CallSource.EXECUTED)
 
 
 def small_tree() -> RolloutTree:
@@ -80,7 +81,7 @@ def test_a_turn_has_a_logprob_for_each_of_its_tokens_and_at_least_one():
 
 
 def test_a_failed_call_is_not_ok_and_rows_are_plain():
-    failed = ExecutedCall("python", {"code": "1/0"}, "ZeroDivisionError", "error", 0.2, "executed")
+    failed = ExecutedCall("python", {"code": "1/0"}, "ZeroDivisionError", ToolFailure.ERROR, 0.2, CallSource.EXECUTED)
     assert (CALL.ok, failed.ok) == (True, False)
     assert failed.as_row() == {
         "name": "python",

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
+from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.circuit_breaker import CircuitBreaker
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
-from arpo_trl.tools.box import ToolBox, ToolCall, ToolFailure
+from arpo_trl.tools.box import ToolBox
 from arpo_trl.tools.build import ToolArguments, build_tools
 from arpo_trl.tools.search import search_tool
 from arpo_trl.tools.search_cache import CacheMode, SearchCache

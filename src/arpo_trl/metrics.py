@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.rollout.branching import BranchRule, mean
 from arpo_trl.rollout.sampler import Rollout
 from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
@@ -102,7 +103,7 @@ def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
     for leaf in tree.leaves():
         calls = leaf.calls
         on_paths += len(calls)
-        spoke = any(call.source != "refused" for call in calls) or "</answer>" in leaf.turns[-1]
+        spoke = any(call.source is not CallSource.REFUSED for call in calls) or "</answer>" in leaf.turns[-1]
         tally.add("alarm/unparsed", float(not spoke))
         tally.add("alarm/truncated", float(leaf.stop is StopReason.LENGTH))
         tally.add("alarm/call_limit", float(leaf.stop is StopReason.CALL_LIMIT))
@@ -112,19 +113,21 @@ def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
 
 def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
     calls = [call for tree in trees for node in tree.observations() for call in node.calls]
-    made = [call for call in calls if call.source != "refused"]
-    tally.totals["tools/calls_executed"] += sum(call.source == "executed" for call in made)
+    made = [call for call in calls if call.source is not CallSource.REFUSED]
+    tally.totals["tools/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in made)
     tally.totals["tools/calls_distinct"] += len({(call.name, repr(sorted(call.arguments.items()))) for call in made})
-    tally.totals["tools/calls_saved_by_cache"] += sum(call.source in ("cached", "joined") for call in made)
+    tally.totals["tools/calls_saved_by_cache"] += sum(
+        call.source in (CallSource.CACHED, CallSource.JOINED) for call in made
+    )
     tally.totals["tools/calls_made"] += len(made)
     tally.totals["tools/refused"] += len(calls) - len(made)
     for call in made:
         tally.add(f"tools/{call.name}/failed", float(not call.ok))
-        tally.add(f"tools/{call.name}/timed_out", float(call.failure == "timeout"))
-        tally.add(f"tools/{call.name}/degraded", float(call.failure == "degraded"))
-        tally.add(f"tools/{call.name}/stopped", float(call.failure == "stopped"))
-        tally.add(f"tools/{call.name}/cache_hits", float(call.source == "cached"))
-        if call.source == "executed":
+        tally.add(f"tools/{call.name}/timed_out", float(call.failure is ToolFailure.TIMEOUT))
+        tally.add(f"tools/{call.name}/degraded", float(call.failure is ToolFailure.DEGRADED))
+        tally.add(f"tools/{call.name}/stopped", float(call.failure is ToolFailure.STOPPED))
+        tally.add(f"tools/{call.name}/cache_hits", float(call.source is CallSource.CACHED))
+        if call.source is CallSource.EXECUTED:
             tally.spread[f"tools/{call.name}/seconds"].append(call.seconds)
 
 

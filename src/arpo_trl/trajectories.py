@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.branching import BranchDecision
 from arpo_trl.rollout.tree import ExecutedCall, Node, NodeKind, RolloutTree, StopReason
@@ -110,7 +111,7 @@ def _tree_from(row: dict[str, Any]) -> LoggedTree:
             )
             grown.stop = StopReason(node["stop"]) if "stop" in node else None
         else:
-            calls = [ExecutedCall(**call) for call in node.get("calls", [])]
+            calls = [_call_from(call) for call in node.get("calls", [])]
             grown = tree.add_observation(node["parent"], node["ids"], calls, node["text"])
             grown.decision = BranchDecision(**node["decision"]) if "decision" in node else None
     for leaf in row["leaves"]:
@@ -122,3 +123,9 @@ def _tree_from(row: dict[str, Any]) -> LoggedTree:
     return LoggedTree(
         row["step"], row["group"], row["prompt"], tree, rewards, [leaf["advantage"] for leaf in row["leaves"]]
     )
+
+
+def _call_from(row: dict[str, Any]) -> ExecutedCall:
+    failure = row["failure"]
+    typed = {"failure": None if failure is None else ToolFailure(failure), "source": CallSource(row["source"])}
+    return ExecutedCall(**(row | typed))

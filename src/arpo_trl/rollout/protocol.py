@@ -34,8 +34,9 @@ from trl.chat_template_utils import (
     parse_response,
 )
 
+from arpo_trl.calls import ToolCall
 from arpo_trl.errors import ConfigError, ToolSpecError
-from arpo_trl.tools.box import RESERVED_TAGS, ToolCall, ToolSpec
+from arpo_trl.tools.box import RESERVED_TAGS, ToolSpec
 
 ANSWER, RESULT = "answer", "result"
 

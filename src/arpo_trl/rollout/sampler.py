@@ -15,16 +15,19 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 
+from arpo_trl.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, ToolProtocol
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.tools.box import PastCall, ToolBox, ToolCall, ToolResult
+from arpo_trl.tools.box import ToolBox, ToolResult
+from arpo_trl.tools.state import PathStates
 
 IDLE_POLL_S = 0.05
 """How long one wait for the tools, or for the engine, may last while only one of them has work."""
@@ -138,6 +141,10 @@ class _Path:
     """The root or the observation that the current turn hangs under; the turn itself once that is written."""
     ids: list[int]
     """Prompt and path up to and with `parent`."""
+    states: PathStates
+    """What the path's tool calls act on."""
+    states_for_branches: PathStates | None = None
+    """A fork as of the observation above the current turn; None where nothing branches, or that has been decided."""
     depth: int = 0
     """Turns above `parent` and with it, inherited ones included."""
     waited: int = 0
@@ -237,6 +244,8 @@ class _Run:
         self.ranked = settings.policy.rule is BranchRule.RANKED
         self.writing: dict[int, _Path] = {}
         self.calling: dict[int, tuple[_Calling, int]] = {}
+        self.open_states: dict[PathStates, None] = {}
+        """To be closed; ordered."""
         self.requests = 0
         self.tool_wait_s = 0.0
         self.isolates = False
@@ -244,7 +253,7 @@ class _Run:
 
     def __call__(self, requests: Sequence[GroupRequest]) -> Rollout:
         start, forward_before = time.perf_counter(), self.engine.forward_s
-        with self.engine.session():
+        with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
             groups = [self._start(request) for request in requests]
             while self.writing or self.calling:
@@ -266,7 +275,7 @@ class _Run:
         self.isolates = True
         waiting = iter(requests)
         live: set[int] = set()
-        with self.engine.session():
+        with self.engine.session(), self._closing_states():
             while True:
                 while len(live) < groups_at_once and (request := next(waiting, None)) is not None:
                     try:
@@ -304,9 +313,41 @@ class _Run:
             self._forget(group.id)
 
     def _forget(self, group: int) -> None:
-        """Drops what is under way for a group; what comes of it will be nobody's."""
+        """Drops what is under way for a group, and closes its states; what comes of it will be nobody's."""
         self.writing = {id: path for id, path in self.writing.items() if path.group.id != group}
         self.calling = {ticket: call for ticket, call in self.calling.items() if call[0].path.group.id != group}
+        for states in [states for states in self.open_states if states.group == group]:
+            self._close(states)
+
+    # States of tools -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _closing_states(self) -> Iterator[None]:
+        """In the end, however it comes, closes the states that are open."""
+        try:
+            yield
+        finally:
+            for states in list(self.open_states):
+                self._close(states)
+
+    def _opened(self, states: PathStates) -> PathStates:
+        self.open_states[states] = None
+        return states
+
+    def _close(self, states: PathStates) -> None:
+        del self.open_states[states]
+        states.close()
+
+    def _states_of_branches(self, path: _Path, branches: int) -> list[PathStates]:
+        """One for each branch at the observation above the path's turn; they use up what the path kept for them."""
+        kept = path.states_for_branches
+        if kept is None:
+            assert not branches  # what is granted comes from a budget that was not spent at the observation
+            return []
+        if not branches:
+            self._close(kept)
+            return []
+        return [kept, *(self._opened(kept.fork()) for _ in range(branches - 1))]
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -361,7 +402,7 @@ class _Run:
             path = replace(path, root_entropies=entropies)
         if path.decides:
             path.group.candidates.append((path, entropies))
-            path = replace(path, decides=False)
+            path = replace(path, decides=False, states_for_branches=None)
         return self._alive(path)
 
     def _wrote(self, path: _Path, turn: Turn) -> None:
@@ -399,32 +440,31 @@ class _Run:
         for i, call in enumerate(calls):
             notice = None
             if isinstance(call, BadCall):
-                calling.answered[i] = ExecutedCall(call.fault, {}, call.text, "bad_call", 0.0, "refused")
+                calling.answered[i] = ExecutedCall(
+                    call.fault, {}, call.text, ToolFailure.BAD_CALL, 0.0, CallSource.REFUSED
+                )
                 continue
             if path.results + i >= self.settings.max_tool_calls:
                 notice = self.protocol.limit_notice()
             elif made[call.name] >= limits.get(call.name, math.inf):
                 notice = self.protocol.tool_limit_notice(call.name)
             if notice is not None:
-                calling.answered[i] = ExecutedCall(call.name, call.arguments, notice, "call_limit", 0.0, "refused")
+                calling.answered[i] = ExecutedCall(
+                    call.name, call.arguments, notice, ToolFailure.CALL_LIMIT, 0.0, CallSource.REFUSED
+                )
             else:
                 made[call.name] += 1
-                self.calling[self.toolbox.submit(self._with_history(path, call))] = (calling, i)
+                self.calling[self.toolbox.submit(call, path.states)] = (calling, i)
         if len(calling.answered) == len(calls):
             self._observe(path, calling.in_order)
         else:
             self._alive(path)
 
-    def _with_history(self, path: _Path, call: ToolCall) -> ToolCall:
-        """The call with what its path called the tool with before, if the tool asks for that."""
-        if (spec := self.toolbox.specs.get(call.name)) is None or not spec.wants_history:
-            return call
-        before = [past for node in path.group.tree.path(path.parent) for past in node.calls]
-        made = [past for past in before if past.name == call.name and past.source != "refused"]
-        return replace(call, history=tuple(PastCall(past.arguments, past.failure) for past in made))
-
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
-        """Shows the path what came of its calls and lets it write on."""
+        """Shows the path, and its states, what came of its calls and lets it write on."""
+        for call in calls:
+            if call.source is not CallSource.REFUSED:
+                path.states.record(ToolCall(call.name, call.arguments), call.failure)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = self.protocol.encode_observation([(call.name, call.text) for call in calls])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
@@ -435,7 +475,9 @@ class _Run:
             self._end(path, StopReason.LENGTH)
             return
         node = path.group.tree.add_observation(path.parent, ids, calls, text)
-        path = replace(path, parent=node.index, ids=path.ids + ids)
+        may_branch = path.decides and path.group.budget.remaining > 0
+        states = self._opened(path.states.fork()) if may_branch else None
+        path = replace(path, parent=node.index, ids=path.ids + ids, states_for_branches=states)
         if path.decides and self.settings.policy.rule is BranchRule.RELEASED:  # decided from the turn before: the lag
             path = self._probed(path, path.last_entropies)
         self._write(path)
@@ -456,7 +498,8 @@ class _Run:
 
     def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
         for _ in range(count):
-            path = _Path(group, (group.starts,), 0, group.tree.root.ids, waited=waited)
+            states = self._opened(self.toolbox.create_states(group.id))
+            path = _Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
             group.starts += 1
             self._write(path)
 
@@ -485,6 +528,7 @@ class _Run:
     def _end(self, path: _Path, reason: StopReason) -> None:
         path.group.tree.end(path.parent, path.address, reason)
         del path.group.live[path.address]
+        self._close(path.states)
 
     def _room(self, group: _Group, length: int) -> int:
         """Tokens left for a path whose ids, prompt included, are `length` long."""
@@ -502,10 +546,12 @@ class _Run:
         decide = group.budget.rank if self.ranked else group.budget.serve
         decisions = decide([self._decide(path, entropies) for path, entropies in candidates])
         for (path, _), decision in zip(candidates, decisions, strict=True):
+            branches = self._states_of_branches(path, decision.granted)
             group.tree.nodes[path.parent].decision = decision
             waited = group.longest_chain - path.depth if self.ranked else path.waited
-            for j in range(decision.granted):
-                self._write(replace(path, address=(*path.address, path.depth, j), decides=False, waited=waited))
+            path = replace(path, decides=False, states_for_branches=None, waited=waited)
+            for j, states in enumerate(branches):
+                self._write(replace(path, address=(*path.address, path.depth, j), states=states))
         topups = group.budget.top_up(() if self.ranked else group.live.values())
         group.topups += topups
         self._start_at_root(group, topups, waited=group.longest_chain)

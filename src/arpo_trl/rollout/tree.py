@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.branching import BranchDecision
 
@@ -55,16 +56,14 @@ class ExecutedCall:
     """One tool call of a path and what came of it, as rewards and logs receive it.
 
     `failure` is None when the tool ran and returned; `seconds` is the wall time of the execution (0.0 from a cache).
-    `source` says whether this call was executed, joined an identical call in flight, came from the cache, or was never
-    run because the model wrote no valid call ("refused").
     """
 
     name: str
     arguments: dict[str, Any]
     text: str
-    failure: str | None
+    failure: ToolFailure | None
     seconds: float
-    source: str
+    source: CallSource
 
     @property
     def ok(self) -> bool:
@@ -77,9 +76,9 @@ class ExecutedCall:
             "arguments": self.arguments,
             "text": self.text,
             "ok": self.ok,
-            "failure": self.failure,
+            "failure": None if self.failure is None else str(self.failure),
             "seconds": self.seconds,
-            "source": self.source,
+            "source": str(self.source),
         }
 
 
@@ -107,7 +106,7 @@ class Node:
     @property
     def tool(self) -> str | None:
         """The tool whose result this is, `several` if they differ, `refusal` for calls that were not made, or None."""
-        tools = {"refusal" if call.source == "refused" else call.name for call in self.calls}
+        tools = {"refusal" if call.source is CallSource.REFUSED else call.name for call in self.calls}
         return None if not tools else tools.pop() if len(tools) == 1 else "several"
 
 

@@ -13,6 +13,7 @@ What a tool says of itself, as attributes of its function:
     tool.deterministic = True   identical calls that are under way at once may be one, and all get its result
     tool.run_in = "main"        a sync tool runs in the thread that polls: one call after the other, in their order,
                                 without a place, and without a deadline, since nothing can end it there
+    tool.create_state = create  its calls act on a state that each path has for itself; see `arpo_trl.tools.state`
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ from dataclasses import dataclass
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
-from enum import StrEnum
 from fractions import Fraction
 from pathlib import PurePath
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 from uuid import UUID
 
 from transformers.utils.chat_template_utils import get_json_schema
 
+from arpo_trl.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
+from arpo_trl.queues import drained
 from arpo_trl.tools.background import LoopThread
+from arpo_trl.tools.state import BoundTool, CreateState, NoState, PathState, PathStates
 
 logger = logging.getLogger(__name__)
 
@@ -68,50 +71,8 @@ _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
 """Values that have one way to be written as text."""
 
 RunIn = Literal["thread", "main"]
-Source = Literal["executed", "joined", "cached", "refused"]
-
-
-class ToolFailure(StrEnum):
-    """Why a call did not return a result."""
-
-    ERROR = "error"  # the tool raised
-    DEGRADED = "degraded"  # it raised `ToolUnavailable`: what it stands on is away, whatever the call
-    TIMEOUT = "timeout"  # the deadline came first
-    STOPPED = "stopped"  # the tool raised `ToolStopped`: a limit of its own, or a crash
-    NOT_TEXT = "not_text"  # it returned something that has no text
-    BAD_CALL = "bad_call"  # there is no such tool, or the arguments are not its own
-
 
 _Outcome = tuple[str, ToolFailure | None]  # the model's text, and how the call failed if it did
-
-
-@dataclass(frozen=True, slots=True)
-class PastCall:
-    """What a path called a tool with before, and how that failed if it did (a `ToolFailure`)."""
-
-    arguments: dict[str, Any]
-    failure: str | None
-
-
-class PathTool(Protocol):
-    """A tool for which it matters what its path called it with before, as a notebook's cells do.
-
-    It is a tool like any other, `tool(**arguments)`, that has this attribute as well. A path's calls go through it, so
-    that siblings, which share the calls before they parted and none after, need no state kept between calls.
-    """
-
-    def with_history(self, history: Sequence[PastCall]) -> Callable[..., Any]:
-        """What to call in the tool's place, with the call's arguments; `history` is in the order of the path."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """What the model asked for."""
-
-    name: str
-    arguments: dict[str, Any]
-    history: tuple[PastCall, ...] = ()
-    """The calls of this tool before this one on its path; filled for a `PathTool` only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +85,7 @@ class ToolResult:
     """None: it ran and returned."""
     seconds: float
     """Wall-clock seconds of the execution that produced the text; 0.0 when it came from the cache or was refused."""
-    source: Source
-    """`executed`, `joined` (shared an execution in flight), `cached`, or `refused` (a bad call; nothing ran)."""
+    source: CallSource
 
     @property
     def ok(self) -> bool:
@@ -145,8 +105,8 @@ class ToolSpec:
     """Identical calls may share one execution."""
     run_in: RunIn
     """Where a sync tool runs: each call in a `thread` of its own, or all in the `main` one, which polls."""
-    wants_history: bool
-    """It is a `PathTool`."""
+    create_state: CreateState | None
+    """Creates what a path's calls of the tool act on; None for a tool without state."""
     single_text_parameter: str | None
     """The one required parameter when that is a str: what stands between the tool's tags."""
 
@@ -155,8 +115,8 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     """The specification of a typed, documented function.
 
     A function whose parameters are known at run time only (a tool of an MCP server) carries its own schema, as chat
-    templates take it, in the attribute `json_schema`. What the attributes `deterministic` and `run_in` mean is said at
-    the top of this module.
+    templates take it, in the attribute `json_schema`. What the attributes `deterministic`, `run_in` and `create_state`
+    mean is said at the top of this module.
 
     Raises `ToolSpecError` for a name that cannot be a tag, for `*args` or `**kwargs`, for a missing docstring, type or
     description of a parameter, and for an attribute that means nothing.
@@ -184,9 +144,10 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     properties = schema["function"]["parameters"]["properties"]
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]
     single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
-    is_async, wants_history = inspect.iscoroutinefunction(tool), hasattr(tool, "with_history")
+    is_async = inspect.iscoroutinefunction(tool)
     deterministic: Any = getattr(tool, "deterministic", False)
     run_in: Any = getattr(tool, "run_in", "thread")
+    create_state: Any = getattr(tool, "create_state", None)
     if not isinstance(deterministic, bool):
         raise ToolSpecError(f"tool {name!r}: its attribute deterministic is {deterministic!r}; expected a bool.")
     if run_in not in get_args(RunIn):
@@ -195,16 +156,22 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         raise ToolSpecError(
             f"tool {name!r} is async and runs on an event loop, but its run_in is 'main'. Make it a sync function."
         )
-    return ToolSpec(name, tuple(signature.parameters), schema, is_async, deterministic, run_in, wants_history, single)
+    if create_state is not None and not callable(create_state):
+        raise ToolSpecError(
+            f"tool {name!r}: its attribute create_state is {create_state!r}; expected a function that takes the id of "
+            "a group and returns a new PathState."
+        )
+    return ToolSpec(name, tuple(signature.parameters), schema, is_async, deterministic, run_in, create_state, single)
 
 
 @dataclass(slots=True)
 class _Flight:
     """One execution and the tickets that wait for it."""
 
-    key: tuple[str, str]
-    """Its tool, and its arguments and history as text: of identical calls the same."""
+    key: tuple[str, str] | None
+    """Its tool, and its arguments and its state's key as text: of identical calls the same. None: like no other."""
     call: ToolCall
+    tool: BoundTool
     tickets: list[int]
 
 
@@ -256,6 +223,8 @@ class ToolBox:
                 raise ToolSpecError(f"two tools are named {spec.name!r}; a tag has to name one. Rename one of them.")
             self.specs[spec.name] = spec
             self._tools[spec.name] = tool
+        self._no_state = NoState(self._tools)
+        self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
         for name, places in (per_tool or {}).items():
             if name not in self.specs:
                 raise ConfigError(
@@ -278,6 +247,7 @@ class ToolBox:
         self._tool_places = {name: asyncio.Semaphore(places) for name, places in (per_tool or {}).items()}
         self._async_tools = LoopThread("arpo-tools-async")
         self._thread_bound: set[str] = set()  # tools that were said to look so
+        self._not_closed: set[type] = set()  # states that were said to fail so
         self._closed = False
 
     @property
@@ -291,26 +261,36 @@ class ToolBox:
         with self._lock:
             return self._pending
 
-    def submit(self, call: ToolCall) -> int:
-        """The ticket under which `poll` delivers this call's result; never blocks, and never raises for a bad call."""
+    def create_states(self, group: int) -> PathStates:
+        """What the calls of a path act on that starts at the root of that group, for `submit`; close it in the end."""
+        return PathStates(group, self._create, self._no_state, self._notice_not_closed)
+
+    def submit(self, call: ToolCall, states: PathStates | None = None) -> int:
+        """The ticket under which `poll` delivers this call's result; never blocks, and never raises for a bad call.
+
+        Args:
+            states: Those of the path that calls; what they raise is raised. None: the call runs the tool as it was
+                given to the box.
+        """
         if self._closed:
             raise RuntimeError("this ToolBox is closed")
         refusal = self._refusal(call)
-        asked = [call.arguments, *([past.arguments, past.failure] for past in call.history)]
-        key = (call.name, json.dumps(asked, sort_keys=True, default=repr))
+        if refusal is None:
+            tool = BoundTool(self._tools[call.name], (), None) if states is None else states.bind(call.name)
+            key = _key(call, tool)
         with self._lock:
             ticket = self._tickets
             self._tickets += 1
             self._pending += 1
             if refusal is not None:
-                self._done.put((ticket, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, "refused")))
-            elif self._cache is not None and key in self._cache:
-                self._done.put((ticket, ToolResult(self._cache[key], None, 0.0, "cached")))
-            elif key in self._joinable:
+                self._done.put((ticket, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, CallSource.REFUSED)))
+            elif key is not None and self._cache is not None and key in self._cache:
+                self._done.put((ticket, ToolResult(self._cache[key], None, 0.0, CallSource.CACHED)))
+            elif key is not None and key in self._joinable:
                 self._joinable[key].tickets.append(ticket)
             else:
-                flight, spec = _Flight(key, call, [ticket]), self.specs[call.name]
-                if spec.deterministic or self._cache is not None:
+                flight, spec = _Flight(key, call, tool, [ticket]), self.specs[call.name]
+                if key is not None and (spec.deterministic or self._cache is not None):
                     self._joinable[key] = flight
                 if spec.run_in == "main":
                     self._for_poller.append(flight)
@@ -326,11 +306,7 @@ class ToolBox:
         start = time.perf_counter()
         while self._for_poller and time.perf_counter() - start < _POLLER_S:
             self._fly_here(self._for_poller.popleft())
-        delivered = []
-        with contextlib.suppress(queue.Empty):
-            delivered.append(self._done.get(timeout=timeout_s) if timeout_s > 0 else self._done.get_nowait())
-            while True:
-                delivered.append(self._done.get_nowait())
+        delivered = list(drained(self._done, timeout_s))
         with self._lock:
             self._pending -= len(delivered)
         return delivered
@@ -381,10 +357,11 @@ class ToolBox:
 
     async def _fly(self, flight: _Flight) -> None:
         """Execute the flight once it has a place. Runs on the scheduling thread."""
-        async with self._tool_places.get(flight.call.name, contextlib.nullcontext()), self._places:
+        place_of_tool = self._tool_places.get(flight.call.name, contextlib.nullcontext())
+        async with flight.tool.turn or contextlib.nullcontext(), place_of_tool, self._places:
             start = time.perf_counter()
             try:
-                text, failure = await asyncio.wait_for(self._execute(flight.call), self._timeout_s)
+                text, failure = await asyncio.wait_for(self._execute(flight), self._timeout_s)
             except TimeoutError:
                 text = f"Error: the {flight.call.name} call took longer than {self._timeout_s:g} s."
                 failure = ToolFailure.TIMEOUT
@@ -396,7 +373,7 @@ class ToolBox:
     def _fly_here(self, flight: _Flight) -> None:
         """Execute the flight in this thread, where Ctrl-C is the user's and no failure of the tool."""
         start = time.perf_counter()
-        value = self._awaited(_returned(self._callable(flight.call), flight.call.arguments))
+        value = self._awaited(_returned(flight.tool.run, flight.call.arguments))
         if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
             raise value.error
         text, failure = self._as_text(flight.call.name, value)
@@ -405,19 +382,20 @@ class ToolBox:
     def _land(self, flight: _Flight, text: str, failure: ToolFailure | None, seconds: float) -> None:
         """Deliver to all tickets of the flight."""
         with self._lock:
-            self._joinable.pop(flight.key, None)
-            if self._cache is not None and failure is None:
-                if len(self._cache) >= _MAX_CACHED:
-                    del self._cache[next(iter(self._cache))]  # the oldest
-                self._cache[flight.key] = text
-            source: Source = "executed"
+            if flight.key is not None:
+                self._joinable.pop(flight.key, None)
+                if self._cache is not None and failure is None:
+                    if len(self._cache) >= _MAX_CACHED:
+                        del self._cache[next(iter(self._cache))]  # the oldest
+                    self._cache[flight.key] = text
+            source = CallSource.EXECUTED
             for ticket in flight.tickets:
                 self._done.put((ticket, ToolResult(text, failure, seconds, source)))
-                source = "joined"
+                source = CallSource.JOINED
 
-    def _execute(self, call: ToolCall) -> asyncio.Future[_Outcome]:
+    def _execute(self, flight: _Flight) -> asyncio.Future[_Outcome]:
         """A future of the scheduling loop with the outcome, which is computed off that loop and never an exception."""
-        tool = self._callable(call)
+        call, tool = flight.call, flight.tool.run
 
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))
@@ -455,10 +433,6 @@ class ToolBox:
         finally:
             future.cancel()
 
-    def _callable(self, call: ToolCall) -> Callable[..., Any]:
-        tool = self._tools[call.name]
-        return _after(tool, call.history) if self.specs[call.name].wants_history else tool
-
     def _notice_bound_to_thread(self, name: str, error: BaseException) -> None:
         """Says once if a tool seems to want one thread: else only the model would ever read so."""
         described = _describe(error)
@@ -467,6 +441,15 @@ class ToolBox:
             logger.warning(
                 f"A call of tool {name!r} failed: {described.removeprefix('Error: ')} Each call runs in a thread of "
                 f"its own. If the tool needs the one it was made in, set its attribute: {name}.run_in = 'main'."
+            )
+
+    def _notice_not_closed(self, state: PathState, error: Exception) -> None:
+        """Says once of each kind of state that closing it failed."""
+        if type(state) not in self._not_closed:
+            self._not_closed.add(type(state))
+            logger.warning(
+                f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run goes on, but "
+                "what the state held may not be released. Further failures of its close() are not logged."
             )
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
@@ -495,9 +478,10 @@ class ToolBox:
         return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
 
 
-def _after(tool: Any, history: Sequence[PastCall]) -> Callable[..., Any]:
-    """The call of a `PathTool`, such that what `with_history` itself raises is raised by the call."""
-    return lambda **arguments: tool.with_history(history)(**arguments)
+def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:
+    if tool.key is None:
+        return None
+    return call.name, json.dumps([call.arguments, *tool.key], sort_keys=True, default=repr)
 
 
 def _returned(tool: Callable[..., Any], arguments: dict[str, Any]) -> Any:

@@ -8,11 +8,13 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
-from arpo_trl.tools.box import PastCall, ToolFailure
 from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, WorkerLost, isolated_worker
+from arpo_trl.tools.state import PathState
 
 ISOLATIONS = ("auto", *(str(tier) for tier in ISOLATING))
 
@@ -133,28 +135,58 @@ def shown(output: str, ending: Ending, reason: str) -> str:
     raise error("\n".join(part for part in (output, reason) if part) or "Error: the code failed without a message")
 
 
-def earlier_cells(history: Sequence[PastCall]) -> list[str]:
-    """The code that a path ran before and that left something behind: what finished, and what raised.
+class PastCells(PathState):
+    """The calls that a path has made. Each new call runs them again before its own code.
 
-    A call that was stopped is not among them: it would be stopped again, and a notebook whose kernel died forgets.
+    The calls are an immutable tuple: siblings share those before they parted, and nothing after.
+
+    Args:
+        run: Runs `code` after the cells `earlier`, sync or async.
+        calls: Each call's arguments, and its failure if it failed; oldest first.
     """
-    return [str(past.arguments["code"]) for past in history if past.failure in (None, ToolFailure.ERROR)]
+
+    def __init__(
+        self, run: Callable[..., Any], calls: tuple[tuple[dict[str, Any], ToolFailure | None], ...] = ()
+    ) -> None:
+        self._run = run
+        self._calls = calls
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self._calls
+
+    @property
+    def cells(self) -> list[str]:
+        """The code of the calls that left something behind: those that finished, and those that raised.
+
+        A call that was stopped is left out: it would be stopped again, and a notebook whose kernel died forgets.
+        """
+        return [str(arguments["code"]) for arguments, failure in self._calls if failure in (None, ToolFailure.ERROR)]
+
+    def bind(self, tool: str) -> Callable[..., Any]:
+        return partial(self._run, earlier=self.cells)
+
+    def record(self, call: ToolCall, failure: ToolFailure | None) -> None:
+        self._calls += ((call.arguments, failure),)
+
+    def fork(self) -> PastCells:
+        return PastCells(self._run, self._calls)
 
 
-def offer(python: Any, isolation: str, with_history: Callable[..., Any] | None) -> Any:
-    """The function `python`, documented for a model; with a `with_history` it is a `PathTool`.
+def offer(python: Any, run: Callable[..., Any], *, stateful: bool) -> Any:
+    """The function `python`, documented for a model and, if stateful, with a state of `PastCells`.
 
-    Its attribute `isolation` says in a line how the code is kept apart.
+    Its attribute `isolation` says in a line how `run` keeps the code apart.
     """
-    kept = "nothing is kept between calls" if with_history is None else "variables are kept between calls"
+    kept = "variables are kept between calls" if stateful else "nothing is kept between calls"
     python.__doc__ = f"""Run Python code and return what it prints and the value of a last line that is an expression.
 
         Args:
             code: The Python code to run. numpy and sympy can be imported; {kept}.
         """
-    python.isolation = isolation
-    if with_history is not None:
-        python.with_history = with_history
+    python.isolation = str(run)
+    if stateful:
+        python.create_state = lambda group: PastCells(run)
     return python
 
 
@@ -190,7 +222,4 @@ def python_tool(
     def python(code: str) -> str:
         return run(code)
 
-    def with_history(history: Sequence[PastCall]) -> Callable[[str], str]:
-        return lambda code: run(code, earlier_cells(history))
-
-    return offer(python, str(run), with_history if stateful else None)
+    return offer(python, run, stateful=stateful)

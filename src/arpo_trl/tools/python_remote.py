@@ -24,8 +24,7 @@ import httpx
 
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.tools import python_cell
-from arpo_trl.tools.box import PastCall
-from arpo_trl.tools.python import earlier_cells, offer, shown, stop_reason
+from arpo_trl.tools.python import offer, shown, stop_reason
 from arpo_trl.tools.sandbox import Ending, Limits
 
 _ATTEMPTS = 3
@@ -166,7 +165,4 @@ def remote_python_tool(
     async def python(code: str) -> str:
         return await run(code)
 
-    def with_history(history: Sequence[PastCall]) -> Callable[[str], Awaitable[str]]:
-        return lambda code: run(code, earlier_cells(history))
-
-    return offer(python, str(run), with_history if stateful else None)
+    return offer(python, run, stateful=stateful)

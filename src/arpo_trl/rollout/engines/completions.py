@@ -30,6 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.chat_model import check_server_url
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.queues import drained
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.tools import background
 from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
@@ -125,16 +126,11 @@ class CompletionsEngine:
     def poll(self, timeout_s: float) -> list[Turn | TurnFailed]:
         start = time.perf_counter()
         events: list[Turn | TurnFailed] = []
-        try:
-            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
-            while True:
-                if isinstance(event, EngineError):
-                    raise event
-                del self._turns[event.id]
-                events.append(event)
-                event = self._events.get_nowait()
-        except queue.Empty:
-            pass
+        for event in drained(self._events, timeout_s):
+            if isinstance(event, EngineError):
+                raise event
+            del self._turns[event.id]
+            events.append(event)
         self.forward_s += time.perf_counter() - start
         return events
 

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from arpo_trl.errors import EngineError
+from arpo_trl.queues import drained
 from arpo_trl.rollout.engines.base import Engine, Event, Turn, TurnRequest
 
 IDLE_S = 0.002
@@ -75,8 +76,8 @@ class LockstepEngine:
                 self._done = True
                 thread.join()
                 self._pending = 0
-        while not self._events.empty():  # another rank's failure after this one was done
-            if isinstance(event := self._events.get(), EngineError):
+        for event in drained(self._events):  # another rank's failure after this one was done
+            if isinstance(event, EngineError):
                 raise event
 
     def submit(self, request: TurnRequest) -> None:
@@ -87,16 +88,12 @@ class LockstepEngine:
         if not self._pending:
             return []
         events: list[Event] = []
-        try:
-            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
-            while True:
-                if isinstance(event, EngineError):
-                    raise event
-                events.append(event)
-                self._pending -= isinstance(event, Turn)
-                event = self._events.get_nowait()
-        except queue.Empty:
-            return events
+        for event in drained(self._events, timeout_s):
+            if isinstance(event, EngineError):
+                raise event
+            events.append(event)
+            self._pending -= isinstance(event, Turn)
+        return events
 
     # In the engine's thread ------------------------------------------------------------------------------------------
 
@@ -107,7 +104,8 @@ class LockstepEngine:
         while True:
             done = self._done  # before the requests are taken: nothing is submitted after it
             rounds: list[_Round | None] = [None] * self._size
-            dist.all_gather_object(rounds, _Round(self._drain(), mine, done, self._problem), self._group)
+            requests = list(drained(self._requests))
+            dist.all_gather_object(rounds, _Round(requests, mine, done, self._problem), self._group)
             told = [each for each in rounds if each is not None]
             if problems := [each.problem for each in told if each.problem is not None]:
                 self._events.put(EngineError(f"The tensor parallel group stopped: {problems[0]}"))
@@ -129,12 +127,6 @@ class LockstepEngine:
                     time.sleep(IDLE_S)
             except Exception as error:  # told to all in the next round
                 self._problem = f"{type(error).__name__} on rank {dist.get_rank()}: {error}"
-
-    def _drain(self) -> list[TurnRequest]:
-        requests = []
-        while not self._requests.empty():
-            requests.append(self._requests.get())
-        return requests
 
     def _shared(self, request: TurnRequest, rank: int) -> TurnRequest:
         """The request under a number that is its own among all ranks'."""

@@ -26,6 +26,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import EngineError
+from arpo_trl.queues import drained
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm_client import ServerClient, headers
 from arpo_trl.rollout.engines.vllm_turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
@@ -144,16 +145,11 @@ class VLLMServerEngine:
             return []
         start = time.perf_counter()
         events: list[Probe | Turn] = []
-        try:
-            event = self._events.get(timeout=timeout_s) if timeout_s > 0 else self._events.get_nowait()
-            while True:
-                if isinstance(event, Exception):
-                    raise event
-                events.append(event)
-                self._pending -= isinstance(event, Turn)
-                event = self._events.get_nowait()
-        except queue.Empty:
-            pass
+        for event in drained(self._events, timeout_s):
+            if isinstance(event, Exception):
+                raise event
+            events.append(event)
+            self._pending -= isinstance(event, Turn)
         self.forward_s += time.perf_counter() - start
         return events
 

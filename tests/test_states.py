@@ -1,0 +1,357 @@
+"""States of tools over the life of a tree: who sees what, and that each is closed exactly once.
+
+`Notes` stands for an environment from outside the package: an object that its tools write to and read from.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from arpo_trl.calls import ToolCall, ToolFailure
+from arpo_trl.errors import ToolError
+from arpo_trl.rollout.branching import BranchRule
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.protocol import ChatTemplateProtocol
+from arpo_trl.rollout.sampler import GroupRequest, RolloutSchedule
+from arpo_trl.rollout.tree import StopReason
+from arpo_trl.tools.state import PathState
+from support import ANSWER, Scripted
+
+
+class World:
+    """Makes states and the tools that act on them, and counts both."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing = failing
+        """What raises: `create`, `fork` or `close`."""
+        self.opened: list[Notes] = []
+        self.closed: Counter[Notes] = Counter()
+
+        def write(text: str) -> str:
+            """Write a line.
+
+            Args:
+                text: The line.
+            """
+            raise AssertionError("the state's own is called")
+
+        def read(what: str) -> str:
+            """Read all lines.
+
+            Args:
+                what: Not used.
+            """
+            raise AssertionError("the state's own is called")
+
+        write.create_state = read.create_state = self.create  # type: ignore[attr-defined]
+        self.tools: list[Callable[..., Any]] = [write, read]
+
+    def create(self, group: int) -> Notes:
+        if self.failing == "create" and group == 1:
+            raise OSError("no room for notes")
+        return Notes(self, group, [])
+
+    @property
+    def forks(self) -> int:
+        return sum(state.forked for state in self.opened)
+
+    def is_closed(self) -> bool:
+        """Whether each state was closed once."""
+        return self.closed == Counter(self.opened)
+
+
+class Notes(PathState):
+    def __init__(self, world: World, group: int, lines: list[str], *, forked: bool = False) -> None:
+        self.world, self.group, self.lines, self.forked = world, group, lines, forked
+        world.opened.append(self)
+
+    def write(self, text: str) -> str:
+        assert not self.world.closed[self], "a call on a closed state"
+        self.lines.append(text)
+        if text == "boom":
+            raise ToolError("the pen broke")
+        return "written"
+
+    def read(self, what: str) -> str:
+        return " ".join(self.lines)
+
+    def fork(self) -> Notes:
+        if self.world.failing == "fork" and self.group == 1:
+            raise OSError("no second copy")
+        return Notes(self.world, self.group, list(self.lines), forked=True)
+
+    def close(self) -> None:
+        self.world.closed[self] += 1
+        if self.world.failing == "close":
+            raise OSError("stuck")
+
+
+def writes_and_reads(request, context):
+    """Each path writes its group, address and depth twice, reads, and answers; entropy rises after the first call."""
+    depth = request.key[-1]
+    name = "/".join(map(str, request.key[:-1])) + f":{depth}"
+    text = [f"<write>{name}</write>", f"<write>{name}</write>", "<read>all</read>", ANSWER][depth]
+    return ScriptedTurn(text, entropies=[[0.5, 1.0, 0.1, 0.1][depth]])
+
+
+def read_by(tree) -> dict[tuple[int, ...], str]:
+    return {leaf.address: leaf.calls[-1].text for leaf in tree.leaves()}
+
+
+def prompts(made: Scripted, count: int) -> list[GroupRequest]:
+    ids = made.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
+    return [GroupRequest(i, ids) for i in range(count)]
+
+
+@pytest.mark.parametrize("schedule", list(RolloutSchedule))
+@pytest.mark.parametrize("rule", [BranchRule.THRESHOLD, BranchRule.RANKED])
+def test_branches_see_the_state_as_of_their_observation_and_no_sibling_sees_anothers_writes(rule, schedule):
+    # The ranked rule branches only once (0,) has written its second line and ended.
+    world = World()
+    made = Scripted(
+        writes_and_reads, leaves=3, at_root=1, branches_per_fork=2, rule=rule, schedule=schedule, tools=world.tools
+    )
+    assert read_by(made().trees[0]) == {
+        (0,): "0/0:0 0/0:1",
+        (0, 1, 0): "0/0:0 0/0/1/0:1",
+        (0, 1, 1): "0/0:0 0/0/1/1:1",
+    }
+    assert world.is_closed()
+    if rule is BranchRule.RANKED:  # a copy at each of three observations, and one more for the second branch
+        assert (len(world.opened), world.forks) == (5, 4)
+
+
+def test_paths_from_the_root_start_afresh_and_nothing_is_forked_where_nothing_can_branch():
+    world = World()
+    made = Scripted(writes_and_reads, leaves=2, at_root=2, tools=world.tools)
+    assert read_by(made().trees[0]) == {(0,): "0/0:0 0/0:1", (1,): "0/1:0 0/1:1"}
+    assert (len(world.opened), world.forks, world.is_closed()) == (2, 0, True)
+
+
+def test_a_path_that_never_calls_has_no_state():
+    world = World()
+    Scripted(lambda r, c: ANSWER, leaves=2, at_root=2, tools=world.tools)()
+    assert world.opened == []
+
+
+def test_a_copy_that_no_branch_needs_is_closed():
+    def falls(request, context):
+        turn = writes_and_reads(request, context)
+        return ScriptedTurn(turn.text, entropies=[1.0 - turn.entropies[0] if request.key[-1] == 0 else 0.0])
+
+    world = World()
+    tree = Scripted(falls, leaves=2, at_root=1, max_tool_calls=3, tools=world.tools)().trees[0]
+    assert [leaf.address for leaf in tree.leaves()] == [(0,), (1,)]  # topped up after the third no
+    assert (len(world.opened), world.forks, world.is_closed()) == (5, 3, True)
+
+
+def test_a_state_outlives_a_tool_that_raises_and_is_closed_with_its_path():
+    def breaks(request, context):
+        return ["<write>boom</write>", "<read>all</read>", ANSWER][request.key[-1]]
+
+    world = World()
+    (leaf,) = Scripted(breaks, leaves=1, at_root=1, tools=world.tools)().trees[0].leaves()
+    assert [(call.text, call.failure) for call in leaf.calls] == [
+        ("the pen broke", ToolFailure.ERROR),
+        ("boom", None),
+    ]
+    assert world.is_closed()
+
+
+@pytest.mark.parametrize("stop", [StopReason.LENGTH, StopReason.CALL_LIMIT])
+def test_paths_that_do_not_end_themselves_close_their_states_too(stop):
+    world = World()
+    limits = {"max_completion_length": 60} if stop is StopReason.LENGTH else {"max_tool_calls": 1}
+    made = Scripted(lambda r, c: "<write>a</write>", leaves=2, at_root=1, tools=world.tools, **limits)
+    assert {leaf.stop for leaf in made().trees[0].leaves()} == {stop}
+    assert world.opened and world.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("failing", "error"),
+    [
+        ("create", "OSError: no room for notes"),
+        ("fork", "OSError: no second copy"),
+        ("parse", "ValueError: unreadable"),
+    ],
+)
+def test_a_group_that_fails_in_a_stream_closes_its_states_and_the_others_go_on(failing, error):
+    world = World(failing)
+    made = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)
+    if failing == "parse":
+        parse = made.protocol.parse_turn
+
+        def breaking(text):
+            if text == "<write>1/1:1</write>":
+                raise ValueError("unreadable")
+            return parse(text)
+
+        made.protocol.parse_turn = breaking
+    with made.toolbox:
+        outcomes = list(made.sampler.stream(prompts(made, 3), seed=(0,), groups_at_once=3))
+        assert {outcome.id: outcome.error for outcome in outcomes} == {0: None, 1: error, 2: None}
+        assert all(len(outcome.tree.leaves()) == 4 for outcome in outcomes if outcome.tree is not None)
+    assert world.is_closed()
+
+
+@pytest.mark.parametrize("failing", ["create", "fork"])
+def test_a_state_that_cannot_be_made_ends_a_batch_and_all_states_are_closed(failing):
+    world = World(failing)
+    with pytest.raises(OSError, match=r"no room|no second"):
+        Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(2)
+    assert world.is_closed()
+
+
+@pytest.mark.parametrize("way", ["sample", "stream"])
+def test_an_interrupt_closes_all_states(way):
+    world = World()
+    made = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)
+
+    def interrupt():
+        if world.forks:
+            raise KeyboardInterrupt
+
+    made.sampler.between_events = interrupt
+    with made.toolbox, pytest.raises(KeyboardInterrupt):
+        if way == "sample":
+            made.sampler.sample(prompts(made, 2), seed=(0,))
+        else:
+            list(made.sampler.stream(prompts(made, 2), seed=(0,), groups_at_once=2))
+    assert world.opened and world.is_closed()
+
+
+def test_a_stream_that_is_left_closes_all_states():
+    def one_is_quick(request, context):
+        return ANSWER if request.key[0] == 0 and "written" in context else writes_and_reads(request, context)
+
+    world = World()
+    made = Scripted(one_is_quick, leaves=4, at_root=2, tools=world.tools, schedule=RolloutSchedule.OVERLAP)
+    with made.toolbox:
+        stream = made.sampler.stream(prompts(made, 2), seed=(0,), groups_at_once=2)
+        assert next(stream).id == 0
+        stream.close()
+    assert world.is_closed()
+
+
+def test_a_state_that_cannot_be_closed_is_logged_once_and_the_rollout_goes_on(caplog):
+    world = World("close")
+    with caplog.at_level(logging.WARNING):
+        tree = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)().trees[0]
+    assert len(tree.leaves()) == 4 and world.is_closed() and len(world.opened) > 1
+    assert [record.getMessage() for record in caplog.records if "close()" in record.getMessage()] == [
+        "close() of Notes failed: OSError: stuck. The run goes on, but what the state held may not be released. "
+        "Further failures of its close() are not logged."
+    ]
+
+
+# States that are told of calls ---------------------------------------------------------------------------------------
+
+
+class Heard(PathState):
+    """Shows the calls that were recorded before a call, and the call."""
+
+    def __init__(self, heard: tuple[str, ...] = ()) -> None:
+        self.heard = heard
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.heard
+
+    def bind(self, tool: str) -> Callable[..., str]:
+        heard = self.heard
+
+        def say(text: str) -> str:
+            if text == "slow":
+                time.sleep(0.05)
+            if text == "fail":
+                raise ToolError("failed")
+            return " ".join([*heard, text])
+
+        return say
+
+    def record(self, call: ToolCall, failure: ToolFailure | None) -> None:
+        self.heard += (f"{call.arguments['text']}:{failure}",)
+
+    def fork(self) -> Heard:
+        return Heard(self.heard)
+
+
+def sayer(create_state: Callable[[int], Heard] = lambda group: Heard()) -> Callable[[str], str]:
+    def say(text: str) -> str:
+        """Say something.
+
+        Args:
+            text: What.
+        """
+        raise AssertionError("the state's own is called")
+
+    say.create_state = create_state  # type: ignore[attr-defined]
+    return say
+
+
+def echo(text: str) -> str:
+    """Repeat a text.
+
+    Args:
+        text: Which.
+    """
+    return text
+
+
+def test_a_state_is_told_of_its_own_tools_calls_and_siblings_are_told_apart():
+    def script(request, context):
+        _, *address, depth = request.key  # address (0,), or (0, 1, 0): a branch after the first call
+        tool = "echo" if depth == 1 and len(address) > 1 else "say"
+        text = f"<{tool}>{['set', 'fail', f'path{len(address)}', ''][depth]}</{tool}>" if depth < 3 else ANSWER
+        return ScriptedTurn(text, entropies=[float(depth)])
+
+    tree = Scripted(script, leaves=2, at_root=1, tools=[sayer(), echo], max_tool_calls=4)().trees[0]
+    assert [[call.text for call in leaf.calls] for leaf in tree.leaves()] == [
+        ["set", "failed", "set:None fail:error path1"],
+        ["set", "fail", "set:None path3"],  # neither the sibling's call nor another tool's
+    ]
+
+
+@pytest.mark.parametrize("schedule", list(RolloutSchedule))
+def test_calls_of_one_turn_see_those_of_earlier_turns_and_are_recorded_in_their_order(schedule):
+    def script(request, context):
+        texts = [["slow", "fail"], ["last"], []][request.key[-1]]
+        calls = [
+            f'<tool_call>\n{{"name": "say", "arguments": {{"text": "{text}"}}}}\n</tool_call>\n' for text in texts
+        ]
+        return "".join(calls) or ANSWER
+
+    made = Scripted(
+        script,
+        leaves=1,
+        at_root=1,
+        tools=[sayer()],
+        schedule=schedule,
+        protocol=ChatTemplateProtocol,
+        template="qwen3",
+        max_completion_length=900,
+        max_length=2000,
+    )
+    (leaf,) = made().trees[0].leaves()
+    # "slow" ends last, but comes first on the path
+    assert [call.text for call in leaf.calls] == ["slow", "failed", "slow:None fail:error last"]
+
+
+def test_calls_that_were_refused_are_not_recorded():
+    turns = ["<say>one</say>", "<say></say>", "<say>two</say>", "<say>three</say>", ANSWER]
+    state = Heard()
+    made = Scripted(
+        lambda r, c: turns[r.key[-1]], leaves=1, at_root=1, tools=[sayer(lambda group: state)], max_tool_calls=5
+    )
+    made.sampler.settings = replace(made.sampler.settings, max_calls_of={"say": 2})
+    (leaf,) = made().trees[0].leaves()
+    failures = [call.failure for call in leaf.calls]
+    assert failures == [None, ToolFailure.BAD_CALL, None, ToolFailure.CALL_LIMIT]
+    assert state.heard == ("one:None", "two:None")
