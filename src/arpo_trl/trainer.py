@@ -239,7 +239,7 @@ class ARPOTrainer(ResumableTrainer):
         )
 
     def _transformers_source(self) -> LocalModel:
-        """The trained model, which what it sampled is scored with."""
+        """The trained model, which later scores what it has sampled."""
         args = self.args
         rows = args.per_device_train_batch_size * args.steps_per_generation
         evaluated = args.per_device_eval_batch_size if self.eval_dataset is not None else 0
@@ -260,7 +260,7 @@ class ARPOTrainer(ResumableTrainer):
         )
 
     def _vllm_source(self, settings: SamplingSettings) -> LocalVLLM | VLLMServers:
-        """The vLLM that `vllm_mode` names."""
+        """The vLLM that `vllm_mode` names, checked against the trained model."""
         args = self.args
         refuse_rules(self.model.generation_config, None, "vLLM")
         warn_of_other_distribution(settings)

@@ -38,8 +38,8 @@ class Evaluator:
         samples: Answers to each question.
         judge: For scores by a language model.
         concurrency: Answers under way at once.
-        entropy_probe_tokens: The first tokens of each turn whose entropies its tree holds. With more
-            than 0 vLLM interrupts each turn for them.
+        entropy_probe_tokens: How many of a turn's first tokens have their entropies recorded in the tree. With more
+            than 0, vLLM interrupts each turn for them.
     """
 
     def __init__(

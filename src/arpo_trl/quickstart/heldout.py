@@ -21,12 +21,12 @@ from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.box import ToolBox
 
 BENCHMARK = Benchmark("evaluate", "Held-out questions", None, None)
-"""Its name is part of the seed: another one would draw other answers than those in docs/results.md."""
+"""The name is part of the seed: another name would change the answers, and the numbers in docs/results.md."""
 
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """One tree of one path for each question, and the records that `Evaluator` makes of them, in the same order."""
+    """For each question, in order: the tree, which is a single path, and its record as `Evaluator` makes it."""
 
     trees: list[RolloutTree]
     records: list[Record]

@@ -1,6 +1,8 @@
-"""The engine and the sampler that settings ask for: the same ones for training, evaluation and measurement.
+"""Makes the engine and the sampler, for training, evaluation and the quickstart alike.
 
-LocalModel, LocalVLLM, VLLMServers, CompletionsServer ─▶ build_engine ─▶ engine ─▶ build_sampler ─▶ TreeSampler
+The caller says what to sample from: a `LocalModel`, a `LocalVLLM`, `VLLMServers` or a `CompletionsServer`.
+`build_engine` makes the engine on it, and `build_sampler` the `TreeSampler` on the engine. A new engine is a file
+under `engines/`, and a record and a case here.
 """
 
 from __future__ import annotations
@@ -143,7 +145,7 @@ def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settin
         smaller=source.smaller,
     )
     if source.sharded:
-        engine.refuse(model)  # the weights are not in place before the first session, which compares
+        engine.refuse(model)
     else:
         engine.check()
     if exact is not None:

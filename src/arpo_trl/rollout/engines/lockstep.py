@@ -100,8 +100,7 @@ class LockstepEngine:
         if device is not None:
             torch.cuda.set_device(device)  # which device is current is a thread's own matter
         mine: Sequence[Event] = []
-        writing = 0
-        """Turns of all ranks that the engine has not finished."""
+        writing = 0  # turns of all ranks that the engine has not finished
         while True:
             done = self._done  # before the requests are taken: nothing is submitted after it
             rounds: list[_Round | None] = [None] * self._size

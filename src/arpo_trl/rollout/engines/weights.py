@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Weights(Protocol):
-    """The weights that an engine holds a copy of."""
+    """An engine's own copy of the weights that training changes."""
 
     def sync(self) -> None:
         """Returns once the engine holds the trainer's current weights; moves nothing where it does already.
@@ -16,7 +16,7 @@ class Weights(Protocol):
         A collective: every rank calls it when its session opens.
 
         Raises:
-            EngineError: The weights could not be moved, or the engine computes other logprobs than the trainer since.
+            EngineError: The weights could not be moved, or the engine's logprobs differ from the trainer's afterwards.
         """
 
 
