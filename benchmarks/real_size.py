@@ -283,9 +283,8 @@ def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
         top_logprobs=trainer.args.entropy_top_logprobs,
         sleeps=trainer.vllm_generation.enable_sleep_mode,
     )
-    engine = build_engine(
-        source, trainer._tokenizer, SamplingSettings(())
-    )  # without EOS: turns have their full length
+    # Without EOS, so that every turn has its full length.
+    engine = build_engine(source, trainer._tokenizer, SamplingSettings(()))
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt
