@@ -21,7 +21,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
@@ -65,12 +65,10 @@ class Standing:
 
 
 def engine_on(url: str, tokenizer: Any, settings: SamplingSettings) -> VLLMServerEngine:
-    version: Hashable = 0
     return VLLMServerEngine(
         tokenizer,
         settings,
         Standing(url),  # type: ignore[arg-type]
-        lambda: version,
         vocab_size=len(tokenizer),
         top_logprobs=20,
         away_s=5.0,
@@ -82,7 +80,7 @@ class Calling:
     """The engine, its turns cut to a length of their own and ended by a call, or by EOS after the last result."""
 
     def __init__(self, inner: VLLMServerEngine, tokenizer: Any):
-        self.vocab_size = inner.vocab_size
+        self.vocab_size, self.max_length = inner.vocab_size, inner.max_length
         self.moments: list[tuple[float, str]] = []
         """When a path could decode ("ready"), was asked for ("submitted") and had its turn ("written")."""
         self._inner = inner
@@ -92,10 +90,6 @@ class Calling:
     @property
     def forward_s(self) -> float:
         return self._inner.forward_s
-
-    @property
-    def pending(self) -> int:
-        return self._inner.pending
 
     def session(self) -> AbstractContextManager[None]:
         return self._inner.session()

@@ -55,8 +55,11 @@ def tokens_per_s(engine: Engine, prompt: list[int], turns: int, tokens: int, pro
         start = time.perf_counter()
         for i in range(turns):
             engine.submit(TurnRequest(i, prompt, tokens, probe, seed * turns + i, (i, 0)))
-        while engine.pending:
-            written += sum(len(event.ids) for event in engine.poll(0.05) if isinstance(event, Turn))
+        finished = 0
+        while finished < turns:
+            done = [event for event in engine.poll(0.05) if isinstance(event, Turn)]
+            finished += len(done)
+            written += sum(len(turn.ids) for turn in done)
         seconds = time.perf_counter() - start
     assert written == turns * tokens
     return written / seconds

@@ -37,9 +37,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_tokenizer, quickstart_texts
-from arpo_trl.rollout.engines.base import Engine, Event, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.build import LocalVLLM, build_engine
+from arpo_trl.rollout.engines.base import Event, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
-from arpo_trl.rollout.engines.vllm_setup import colocate_engine
+from arpo_trl.rollout.engines.vllm_setup import colocated_weights
 from card import PeakMemory, device_name, own_stdout, process_s, start_vllm_eagerly
 from probe_cost import PROBE, tokens_per_s
 
@@ -273,11 +274,17 @@ def train(variant: str, trainer: GRPOTrainer, device: torch.device, budget_s: fl
 def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
     """A row of the table that `PROBE_COLUMNS` heads."""
     assert isinstance(trainer, ARPOTrainer)
-    engine: Engine
-    engine, _ = colocate_engine(  # without EOS, so that every turn has its full length
-        trainer.args, trainer.vllm_generation, trainer._tokenizer, SamplingSettings(()), lambda: 0,
-        trainer._logprobs_of, size.model["vocab_size"],
-    )  # fmt: skip
+    source = LocalVLLM(
+        llm=trainer.vllm_generation.llm,
+        weights=colocated_weights(
+            trainer.args, trainer.vllm_generation, trainer._tokenizer, lambda: 0, trainer._logprobs_of
+        ),
+        vocab_size=size.model["vocab_size"],
+        top_logprobs=trainer.args.entropy_top_logprobs,
+        sleeps=trainer.vllm_generation.enable_sleep_mode,
+    )
+    # Without EOS, so that every turn has its full length.
+    engine = build_engine(source, trainer._tokenizer, SamplingSettings(()))
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt

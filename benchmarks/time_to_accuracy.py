@@ -27,7 +27,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from against_trl import CALLS, THEIRS, trl_trainer
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.evaluation.measure import evaluate
+from arpo_trl.quickstart.heldout import answer_heldout
 from arpo_trl.rewards.answers import extract_answer, task_accuracy
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.tools.build import ToolArguments, build_tools
@@ -95,8 +95,8 @@ def train(name: str, folder: Path, seed: int, every: int, target: float) -> list
 
         def measure(policy: Any) -> float:
             lengths = {"max_completion_length": config["max_completion_length"], "max_tool_calls": CALLS}
-            found = evaluate(policy, trainer.processing_class, heldout, toolbox, temperature=1.0, **lengths)
-            return found.accuracy
+            tokenizer = trainer.processing_class
+            return answer_heldout(policy, tokenizer, heldout, toolbox, temperature=1.0, **lengths).accuracy
 
         watch = Watch(measure, every, target)
         trainer.add_callback(watch)

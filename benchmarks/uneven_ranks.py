@@ -52,7 +52,7 @@ class DictatedEngine(ScriptedEngine):
             yield
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
-        if self.pending:
+        if self._running:
             self.forwards += 1
             self._model(input_ids=torch.tensor([[1, 2, 3]]))
         return super().poll(timeout_s)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.branching import BranchPolicy, BranchRule
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingSettings
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
 from arpo_trl.rollout.protocol import TagProtocol, ToolProtocol
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
@@ -237,6 +237,14 @@ class Scripted:
         prompt = self.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
         with self.toolbox:
             return self.sampler.sample([GroupRequest(i, prompt) for i in range(groups)], seed=(seed,))
+
+
+def events_of(engine: Engine, turns: int) -> Iterator[Event]:
+    """What the engine reports until that many turns are over."""
+    while turns:
+        for event in engine.poll(0.05):
+            turns -= not isinstance(event, Probe)
+            yield event
 
 
 @cache

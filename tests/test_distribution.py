@@ -10,7 +10,7 @@ from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.distribution import Distribution, entropy, refuse_rules, rules_of, sample
 from arpo_trl.rollout.engines.rows import RowState
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from support import sampling_trainer, tiny_model, tokenizer
+from support import events_of, sampling_trainer, tiny_model, tokenizer
 
 EOS = tokenizer().eos_token_id
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i)) for i in range(3)]
@@ -124,12 +124,10 @@ def test_greedy_turns_are_those_of_generate_under_its_other_rules(kwargs):
         lambda: contextlib.nullcontext(model),
         generation_kwargs=kwargs,
     )
-    turns = {}
     with made.session():
         for i, prompt in enumerate(PROMPTS):
             made.submit(TurnRequest(i, prompt, 12, 4, i, (i,)))
-        while made.pending:
-            turns |= {event.id: event for event in made.poll(0.0) if isinstance(event, Turn)}
+        turns = {event.id: event for event in events_of(made, len(PROMPTS)) if isinstance(event, Turn)}
     for i, prompt in enumerate(PROMPTS):
         generated = model.eval().generate(
             torch.tensor([prompt]),

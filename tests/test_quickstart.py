@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Quantity, passages
 from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, make_demonstrations
+from arpo_trl.quickstart.heldout import HeldOut
 from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quickstart_texts, save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
 from arpo_trl.tools.search import LocalIndex, search_tool
@@ -323,3 +324,16 @@ def test_the_saved_base_loads_like_any_checkpoint(tmp_path: Path) -> None:
     assert tokenizer.chat_template is not None
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
     assert tokenizer.encode("</search>") == [tokenizer.convert_tokens_to_ids("</search>")]
+
+
+# --- held-out questions ---
+
+
+def test_held_out_accuracy_counts_a_bad_format_as_wrong_and_other_answers_by_their_task() -> None:
+    records = [
+        {"fault": None, "scores": {"math": 1.0, "em": 0.0}},
+        {"fault": "truncated", "scores": {"math": 1.0, "em": 1.0}},
+        {"fault": None, "scores": {"f1": 0.5, "f1_paper": 0.25, "em": 0.0}},
+        {"fault": None, "scores": {"math": 0.0, "em": 0.0}},
+    ]
+    assert HeldOut([], records).accuracy == 0.375  # (1 + 0 + 0.5 + 0) / 4

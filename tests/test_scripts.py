@@ -36,7 +36,7 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
         *("--dataset", str(data / "demonstrations.jsonl"), "--output_dir", str(sft)),
     )
     before = measure(sft, data, 0, temperature=1.0)
-    assert len(before.samples) == 64
+    assert len(before.trees) == len(before.records) == 64
     done = launch(
         "train.py",
         *("--config", "configs/quickstart.yaml", "--model_name_or_path", str(sft), "--output_dir", str(rl)),
@@ -53,7 +53,7 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
     }
     assert (summary["leaves"], summary["steps"]) == (32, 2)
     assert summary["branches"] + summary["topups"] == 16  # M − N = 4 in each of the 4 groups
-    draw(history, summary, entropy_places(before), entropy_places(before), tmp_path / "picture.png")
+    draw(history, summary, entropy_places(before.trees), entropy_places(before.trees), tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert summary_table(summary).row_count == 8
     trees = [tree for file in sorted((rl / "trajectories").glob("step-*.jsonl")) for tree in read_trees(file)]

@@ -14,7 +14,7 @@ from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import ContentEncoder
-from support import sampling_trainer, small_model, tiny_model, tokenizer
+from support import events_of, sampling_trainer, small_model, tiny_model, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(10)]
 
@@ -50,9 +50,8 @@ def finish(made, requests):
     with made.session():
         for request in requests:
             made.submit(request)
-        while made.pending:
-            for event in made.poll(0.0):
-                (turns if isinstance(event, Turn) else probes)[event.id] = event
+        for event in events_of(made, len(requests)):
+            (turns if isinstance(event, Turn) else probes)[event.id] = event
     return turns, probes
 
 
@@ -112,7 +111,7 @@ def test_a_turn_that_joins_later_samples_what_it_would_have_alone(model):
         first, *rest = requests()
         made.submit(first)
         waiting = list(rest)
-        while made.pending or waiting:
+        while len(turns) < 10:
             if waiting:
                 made.submit(waiting.pop())  # one more before every step
             for event in made.poll(0.0):
@@ -167,9 +166,7 @@ def test_eos_ends_a_turn_and_stays_in_its_ids(model):
     made = TransformersEngine(tokenizer(), SamplingSettings((eos,)), lambda: contextlib.nullcontext(model))
     with made.session():
         made.submit(requests([2])[0])
-        turns = []
-        while made.pending:
-            turns += [event for event in made.poll(0.0) if isinstance(event, Turn)]
+        turns = [event for event in events_of(made, 1) if isinstance(event, Turn)]
     first = turns[0].ids.index(eos)
     assert turns[0].stop is TurnStop.EOS
     assert first == len(turns[0].ids) - 1
@@ -278,7 +275,6 @@ def test_a_session_that_fails_leaves_nothing_behind(model):
     with pytest.raises(RuntimeError), made.session():
         made.submit(requests([0])[0])
         raise RuntimeError
-    assert made.pending == 0
     with made.session():
         assert made.poll(0.0) == []
 
@@ -497,16 +493,13 @@ def continued(model, monkeypatch, retained_bytes, *, by_tag=True):
     try:
         with made.session():
             made.submit(requests([0])[0])
-            events = [event for _ in range(30) if made.pending for event in made.poll(0.0)]
-            first = next(event for event in events if isinstance(event, Turn))
+            first = next(event for event in events_of(made, 1) if isinstance(event, Turn))
             assert first.stop is (TurnStop.STOP_STRING if by_tag else TurnStop.EOS)
             read.clear()
             ids = PROMPTS[0] + first.ids + tok.encode(" a result of some length")
             for i in (1, 2):  # the turn that goes on, and its branch
                 made.submit(TurnRequest(i, ids, 10, 5, seed=i, key=(0, i), after=0))
-            turns = {}
-            while made.pending:
-                turns |= {event.id: event for event in made.poll(0.0) if isinstance(event, Turn)}
+            turns = {event.id: event for event in events_of(made, 2) if isinstance(event, Turn)}
     finally:
         hook.remove()
     return turns, read, len(ids), len(first.ids)

@@ -15,7 +15,7 @@ from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm_client import API_KEY, PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
-from support import tiny_model, tokenizer
+from support import events_of, tiny_model, tokenizer
 
 EOS = int(tokenizer().eos_token_id)
 MODELS = {"data": [{"id": "policy", "parent": None, "max_model_len": 100}]}
@@ -124,7 +124,6 @@ def engine(url, *, away_s=5.0, request_s=5.0) -> VLLMServerEngine:
         tokenizer(),
         SamplingSettings((EOS,)),
         Arrived(url),
-        lambda: 0,
         vocab_size=1000,
         top_logprobs=2,
         away_s=away_s,
@@ -137,8 +136,7 @@ def write(made: VLLMServerEngine, count: int = 1) -> list[Turn]:
     with made.session():
         for i in range(count):
             made.submit(TurnRequest(i, [50, 51], 9, 4, i, (i, 0)))
-        while made.pending:
-            turns += [event for event in made.poll(0.05) if isinstance(event, Turn)]
+        turns += [event for event in events_of(made, count) if isinstance(event, Turn)]
     return turns
 
 
@@ -287,8 +285,7 @@ def test_the_trees_of_a_batch_are_shared_out_and_each_stays_with_one_server(serv
     with made.session():
         for i, key in enumerate([(0, 0), (0, 1), (1, 0), (0, 0, 1, 0), (3, 2)]):
             made.submit(TurnRequest(i, [50 + key[0]], 9, 4, i, key))
-        while made.pending:
-            made.poll(0.05)
+        list(events_of(made, 5))
 
     def prompts(seen):
         return sorted(body["prompt"][0] for path, body, _ in seen if path == "/v1/completions")
@@ -315,10 +312,17 @@ def test_logprobs_are_compared_after_each_sync(serve, theirs, message):
     url, _ = serve(v1__completions={"choices": [{"prompt_logprobs": given}]})
     made = client(url)
     facts = check_server(made, tokenizer(), 2)
-    weights = ServedWeights([made], [facts], Still(), Accelerator(cpu=True), lambda ids: [-1.0, -2.0], [5, 6, 7], 0.05)
+    step = 0
+    weights = ServedWeights(
+        [made], [facts], Still(), Accelerator(cpu=True), lambda: step, lambda ids: [-1.0, -2.0], [5, 6, 7], 0.05
+    )
     if message is None:
         weights.sync()
-        assert weights.version.endswith("-1")
+        weights.sync()
+        assert weights.version.endswith("-1")  # nothing has changed since the first
+        step = 1
+        weights.sync()
+        assert weights.version.endswith("-2")
     else:
         with pytest.raises(EngineError, match=f"{url} {message}"):
             weights.sync()

@@ -8,7 +8,8 @@ import pytest
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import SamplingSettings
-from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+from arpo_trl.rollout.engines.vllm_colocate import ColocatedWeights, VLLMColocateEngine
+from arpo_trl.rollout.engines.weights import FixedWeights
 from support import found_with_vllm, tokenizer
 
 
@@ -112,17 +113,10 @@ class Recorder:
 
 def recorded(sleeps: bool, monkeypatch) -> tuple[VLLMColocateEngine, list[str], SimpleNamespace]:
     generation, step = Recorder(sleeps), SimpleNamespace(now=0)
-    monkeypatch.setattr(VLLMColocateEngine, "_compare", lambda self: generation.calls.append("compare"))
+    monkeypatch.setattr(ColocatedWeights, "_compare", lambda self: generation.calls.append("compare"))
+    weights = ColocatedWeights(generation, lambda: step.now, lambda ids: [], [], 0.05)
     engine = VLLMColocateEngine(
-        generation,
-        tokenizer(),
-        SamplingSettings((1,)),
-        lambda: step.now,
-        lambda ids: [],
-        [],
-        0.05,
-        vocab_size=10,
-        top_logprobs=2,
+        generation.llm, tokenizer(), SamplingSettings((1,)), weights, vocab_size=10, top_logprobs=2, sleeps=sleeps
     )
     return engine, generation.calls, step
 
@@ -147,6 +141,17 @@ def test_without_sleep_mode_weights_move_once_a_step(monkeypatch):
     assert calls == ["sync", "compare"] * 2
 
 
+def test_fixed_weights_never_move():
+    generation = Recorder(sleeps=False)
+    engine = VLLMColocateEngine(
+        generation.llm, tokenizer(), SamplingSettings((1,)), FixedWeights(), vocab_size=10, top_logprobs=0
+    )
+    for _ in range(2):
+        with engine.session():
+            pass
+    assert generation.calls == []
+
+
 def test_a_sync_that_failed_is_made_again(monkeypatch):
     engine, calls, _ = recorded(False, monkeypatch)
 
@@ -154,7 +159,7 @@ def test_a_sync_that_failed_is_made_again(monkeypatch):
         raise EngineError("lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._generation, "sync_weights", fail)
+        patch.setattr(engine._weights._generation, "sync_weights", fail)
         with pytest.raises(EngineError), engine.session():
             pass
     with contextlib.suppress(EngineError), engine.session():

@@ -20,12 +20,21 @@ from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm_client import FRESH, PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
-from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, ServedWeights, mean_difference
+from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, ServedWeights
 from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from serving import running
-from support import EXACT, ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
+from support import (
+    EXACT,
+    ON_CPU,
+    events_of,
+    python,
+    save_sharp_model,
+    saved_adapter_is_the_trained_one,
+    search,
+    tokenizer,
+)
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -76,13 +85,19 @@ class Setup:
         accelerator = Accelerator(cpu=True)
         self.transfer = DiskTransfer(model, accelerator, tokenizer(), folder, facts)
         self.weights = ServedWeights(
-            self.clients, facts, self.transfer, accelerator, lambda ids: logprobs_of(model, ids), PROBE, tolerance
+            self.clients,
+            facts,
+            self.transfer,
+            accelerator,
+            lambda: self.step,
+            lambda ids: logprobs_of(model, ids),
+            PROBE,
+            tolerance,
         )
         self.engine = VLLMServerEngine(
             tokenizer(),
             self.settings,
             self.weights,
-            lambda: self.step,
             vocab_size=model.config.vocab_size,
             top_logprobs=top_logprobs,
             away_s=away_s,
@@ -95,9 +110,8 @@ class Setup:
         with self.engine.session():
             for request in requests:
                 self.engine.submit(request)
-            while self.engine.pending:
-                for event in self.engine.poll(0.05):
-                    (turns if isinstance(event, Turn) else probes)[event.id] = event
+            for event in events_of(self.engine, len(requests)):
+                (turns if isinstance(event, Turn) else probes)[event.id] = event
                 during(turns)
         return turns, probes
 
@@ -176,12 +190,11 @@ def test_entropies_agree_with_the_transformers_engines_on_the_same_tokens(server
     exact_engine = TransformersEngine(
         tokenizer(), SamplingSettings((EOS,), temperature=0.0), lambda: contextlib.nullcontext(model)
     )
-    exact = {}
     with exact_engine.session():
         for request in requests():
             exact_engine.submit(request)
-        while exact_engine.pending:
-            exact |= {event.id: event for event in exact_engine.poll() if isinstance(event, Turn)}
+        written = events_of(exact_engine, len(requests()))
+        exact = {event.id: event for event in written if isinstance(event, Turn)}
     assert {i: turn.ids for i, turn in ours.items()} == {i: turn.ids for i, turn in exact.items()}
     for i, turn in ours.items():
         assert turn.entropies == pytest.approx(exact[i].entropies, abs=1.0)
@@ -214,12 +227,11 @@ def test_equal_prompts_with_different_seeds_write_different_turns(server, model,
 
 def test_a_probe_comes_before_its_turn_and_the_turn_goes_on_from_it(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
-    seen = []
+    wanted = requests(max_tokens=200, probe=4)
     with setup.engine.session():
-        for request in requests(max_tokens=200, probe=4):
+        for request in wanted:
             setup.engine.submit(request)
-        while setup.engine.pending:
-            seen += setup.engine.poll(0.05)
+        seen = list(events_of(setup.engine, len(wanted)))
     order = [(event.id, type(event)) for event in seen]
     long = {event.id for event in seen if isinstance(event, Turn) and len(event.ids) > 4}
     assert long
@@ -314,12 +326,10 @@ def test_settings_shape_the_distribution_that_logprobs_and_entropies_speak_of(se
 
 def test_a_turn_that_joins_later_is_written_meanwhile(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
-    done = []
     with setup.engine.session():
         setup.engine.submit(TurnRequest(0, PROMPTS[0], 900, 4, 1, (0, 0)))
         setup.engine.submit(TurnRequest(1, PROMPTS[1], 3, 4, 1, (1, 0)))
-        while setup.engine.pending:
-            done += [event.id for event in setup.engine.poll(0.05) if isinstance(event, Turn)]
+        done = [event.id for event in events_of(setup.engine, 2) if isinstance(event, Turn)]
     assert done == [1, 0]
 
 
@@ -328,7 +338,6 @@ def test_a_session_that_fails_leaves_nothing_behind(server, model, tmp_path):
     with pytest.raises(RuntimeError), setup.engine.session():
         setup.engine.submit(TurnRequest(0, PROMPTS[0], 900, 4, 1, (0, 0)))
         raise RuntimeError
-    assert setup.engine.pending == 0
     assert not [thread for thread in threading.enumerate() if thread.name == "vllm-server-engine"]
     assert len(setup.run(requests([1]))[0]) == 1
 
@@ -560,8 +569,3 @@ def test_another_model_is_refused_before_weights_are_sent(server, model_path, mo
     shift(model, 0.2)
     with pytest.raises(ConfigError, match=rf"{server.url} serves .* another model than the trainer's"):
         Setup(model, tmp_path, server).weights.check_model()
-
-
-def test_mean_difference_is_per_token_and_in_deviations_where_logprobs_vary_by_more_than_a_nat():
-    assert mean_difference([-1.0, -2.0], [-1.5, -2.5]) == 0.5
-    assert mean_difference([-1.0, -5.0], [-1.5, -5.5]) == 0.25  # they deviate by 2 nats

@@ -22,6 +22,7 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Engine, Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+from arpo_trl.rollout.engines.weights import FixedWeights
 from support import ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(12)]
@@ -41,7 +42,7 @@ def run(engine: Engine, wanted: list[TurnRequest], *, late: int = 0) -> tuple[di
         waiting = list(wanted[len(wanted) - late :])
         for request in wanted[: len(wanted) - late]:
             engine.submit(request)
-        while engine.pending or waiting:
+        while len(turns) < len(wanted):
             if waiting:
                 engine.submit(waiting.pop(0))
             for event in engine.poll(0.0):
@@ -108,7 +109,7 @@ def adapter(folder: Path) -> None:
         "saved": saved_adapter_is_the_trained_one(trainer, model_path),
     }
     engine = trainer.sampler.engine
-    engine._synced = None
+    engine._weights._synced = None
     trained, _ = run(engine, requests())
     findings["trained"] = compare(trainer.model.eval(), trained)
     (folder / "findings.json").write_text(json.dumps(findings), "utf-8")
@@ -122,8 +123,9 @@ def main(folder: Path) -> None:
     findings: dict[str, Any] = {"max_length": trainer.sampler.settings.max_length}
 
     syncs = []
-    sync = engine._generation.sync_weights
-    engine._generation.sync_weights = lambda: (syncs.append(trainer.state.global_step), sync())[1]
+    generation = trainer.vllm_generation
+    sync = generation.sync_weights
+    generation.sync_weights = lambda: (syncs.append(trainer.state.global_step), sync())[1]
     first, order = run(engine, requests())
     again, _ = run(engine, requests())
     late, _ = run(engine, requests(), late=6)
@@ -139,13 +141,10 @@ def main(folder: Path) -> None:
     text = [tokenizer().decode(first[1].ids[: n + 1]) for n in range(len(first[1].ids))]
     stop = text[5][len(text[3]) - 1 : len(text[4]) + 1]  # from the end of one token, past the probe, into another
     stopping = VLLMColocateEngine(
-        engine._generation,
+        generation.llm,
         tokenizer(),
         SamplingSettings((int(tokenizer().eos_token_id),), (stop,)),
-        lambda: 0,
-        trainer._logprobs_of,
-        engine._probe,
-        0.05,
+        FixedWeights(),
         vocab_size=engine.vocab_size,
         top_logprobs=20,
     )
@@ -158,23 +157,23 @@ def main(folder: Path) -> None:
             engine.submit(requests()[0])
             raise RuntimeError
     except RuntimeError:
-        findings["left_behind"] = engine.pending
+        findings["left_behind"] = len(engine._drafts)
     findings["after_failure"] = len(run(engine, requests())[0])
 
     syncs.clear()
     trainer.train()
     findings["syncs"] = list(syncs)
     findings["log"] = [row for row in trainer.state.log_history if "loss" in row]
-    engine._synced = None
+    engine._weights._synced = None
     trained, _ = run(engine, requests())
     findings["trained"] = compare(model.eval(), trained)
     findings["untrained"] = compare(AutoModelForCausalLM.from_pretrained(model_path), trained)
 
-    engine._generation.sync_weights = lambda: None  # as if weights did not arrive
+    generation.sync_weights = lambda: None  # as if weights did not arrive
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    engine._synced = None
+    engine._weights._synced = None
     try:
         run(engine, requests())
     except EngineError as error:

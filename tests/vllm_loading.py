@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from arpo_trl.rollout.engines.vllm_cpu import register
-from arpo_trl.rollout.engines.vllm_weights import mean_difference
+from arpo_trl.rollout.engines.weights import mean_difference
 from support import small_model, tokenizer
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # before vLLM is imported: the engine's model is at hand

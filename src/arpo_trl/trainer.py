@@ -46,14 +46,19 @@ from arpo_trl.prefix_sharing import (
 )
 from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rewards.checked import checked_reward
+from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_engine, build_sampler, context_of
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.distribution import refuse_rules
-from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
-from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
+from arpo_trl.rollout.engines.vllm_setup import (
+    colocated_weights,
+    ranks_together,
+    served_weights,
+    warn_of_other_distribution,
+)
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.sharding import at_its_own_pace, check_launch
 from arpo_trl.startup import check_prompts_fit, check_quantized_training, check_rows, check_writable, untold_tags
@@ -62,7 +67,6 @@ from arpo_trl.trajectories import LoggedTree, TrajectoryLog
 
 logger = get_logger(__name__)
 
-UNLIMITED_CALLS = 1 << 30
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
 
 
@@ -216,50 +220,36 @@ class ARPOTrainer(ResumableTrainer):
             self.min_p,
             self.repetition_penalty,
         )
-        lengths = [getattr(self.model.config.get_text_config(), "max_position_embeddings", None)]
-        if engine is None and args.use_vllm:
-            refuse_rules(self.model.generation_config, None, "vLLM")
-            engine, longest = self._vllm_engine(settings)
-            lengths.append(longest)
-        elif engine is None:
-            engine = self._transformers_engine(settings)
-            lengths.append(exact_length(self.model.config.get_text_config()))
-        context = min((length for length in lengths if length is not None), default=None)
-        if context is None:
-            raise ConfigError(
-                f"The configuration of this model of type {self.model.config.model_type!r} has no "
-                "max_position_embeddings, so nothing says how long a path may become. Set it on the configuration."
-            )
-        return TreeSampler(
+        if engine is None:
+            source = self._vllm_source(settings) if args.use_vllm else self._transformers_source()
+            engine = build_engine(source, self._tokenizer, settings)
+        return build_sampler(
             engine,
             self.toolbox,
             self.protocol,
-            SamplerSettings(
-                num_generations=self.num_generations,
-                initial_rollouts=args.initial_rollouts or self.num_generations,
-                max_completion_length=self.max_completion_length or context,
-                max_length=context,
-                max_tool_calls=(
-                    UNLIMITED_CALLS if args.max_tool_calling_iterations is None else args.max_tool_calling_iterations
-                ),
-                entropy_probe_tokens=args.entropy_probe_tokens,
-                policy=args.branch_policy,
-                schedule=RolloutSchedule(args.rollout_schedule),
-            ),
             eos_ids,
+            context=context_of(self.model),
+            num_generations=self.num_generations,
+            initial_rollouts=args.initial_rollouts,
+            max_completion_length=self.max_completion_length,
+            max_tool_calls=args.max_tool_calling_iterations,
+            entropy_probe_tokens=args.entropy_probe_tokens,
+            policy=args.branch_policy,
+            schedule=RolloutSchedule(args.rollout_schedule),
         )
 
-    def _transformers_engine(self, settings: SamplingSettings) -> Engine:
-        """The engine on the trained model, known to sample what training scores."""
+    def _transformers_source(self) -> LocalModel:
+        """The trained model, which later scores what it has sampled."""
         args = self.args
         rows = args.per_device_train_batch_size * args.steps_per_generation
         evaluated = args.per_device_eval_batch_size if self.eval_dataset is not None else 0
-        engine = TransformersEngine(
-            self._tokenizer,
-            settings,
-            self._model_for_generation,
-            generation_kwargs=args.generation_kwargs,
+        return LocalModel(
+            model=self.model,
+            opened=self._model_for_generation,
+            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            scored=True,
             scored_padded=self._may_pad,
+            generation_kwargs=args.generation_kwargs,
             most_rows=max(rows, evaluated),
             smaller=(
                 f"Lower per_device_train_batch_size × steps_per_generation ({args.per_device_train_batch_size} × "
@@ -268,25 +258,30 @@ class ARPOTrainer(ResumableTrainer):
                 "vLLM sample (use_vllm)."
             ),
         )
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            engine.refuse(self.model)  # the weights are not in place before the first session, which compares
-        else:
-            engine.check()
-        if (longest := exact_length(self.model.config.get_text_config())) is not None:
-            logger.warning(
-                f"Paths may become {longest} tokens long at most: beyond that the model's rotary embedding (longrope) "
-                "turns all tokens differently, and what was sampled before is not what would be trained."
-                + (" Rows are padded here, and their padding counts: leave room for it." if self._may_pad else "")
-            )
-        return engine
 
-    def _vllm_engine(self, settings: SamplingSettings) -> tuple[Engine, int]:
-        """The engine that `vllm_mode` names, and its context in tokens."""
+    def _vllm_source(self, settings: SamplingSettings) -> LocalVLLM | VLLMServers:
+        """The vLLM that `vllm_mode` names, checked against the trained model."""
+        args = self.args
+        refuse_rules(self.model.generation_config, None, "vLLM")
+        warn_of_other_distribution(settings)
         vocab_size = self.model.config.get_text_config().vocab_size
-        common = (self._tokenizer, settings, lambda: self.state.global_step, self._logprobs_of, vocab_size)
-        if self.args.vllm_mode == "colocate":
-            return colocate_engine(self.args, self.vllm_generation, *common)
-        return server_engine(self.args, self.model, self.accelerator, *common)
+        weights = (self._tokenizer, lambda: self.state.global_step, self._logprobs_of)
+        if args.vllm_mode == "colocate":
+            return LocalVLLM(
+                llm=self.vllm_generation.llm,
+                weights=colocated_weights(args, self.vllm_generation, *weights),
+                vocab_size=vocab_size,
+                top_logprobs=args.entropy_top_logprobs,
+                sleeps=self.vllm_generation.enable_sleep_mode,
+                group=ranks_together(args.vllm_tensor_parallel_size),
+            )
+        return VLLMServers(
+            weights=served_weights(args, self.model, self.accelerator, *weights),
+            vocab_size=vocab_size,
+            top_logprobs=args.entropy_top_logprobs,
+            away_s=args.vllm_server_timeout,
+            request_s=args.vllm_request_timeout_s,
+        )
 
     # Generation ------------------------------------------------------------------------------------------------------
 

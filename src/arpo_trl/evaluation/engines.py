@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,18 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
-from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.build import (
+    CompletionsServer,
+    EngineSource,
+    LocalModel,
+    LocalVLLM,
+    build_engine,
+    build_sampler,
+)
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
-from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.box import ToolBox
 
 READ_BYTES = 1 << 20
@@ -48,21 +55,15 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
     )
     eos_ids = (int(tokenizer.eos_token_id),)
     sampling = SamplingSettings(eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p)
-    engine, length = _make_engine(settings, tokenizer, sampling)
-    context = settings.context if length is None else min(settings.context, length)
-    return TreeSampler(
-        engine,
+    return build_sampler(
+        build_engine(_source(settings, tokenizer), tokenizer, sampling),
         toolbox,
         protocol,
-        SamplerSettings(
-            num_generations=1,
-            initial_rollouts=1,
-            max_completion_length=settings.max_completion_length or context,
-            max_length=context,
-            max_tool_calls=settings.max_tool_calls,
-            max_calls_of=limits,
-        ),
         eos_ids,
+        context=settings.context,
+        max_completion_length=settings.max_completion_length,
+        max_tool_calls=settings.max_tool_calls,
+        max_calls_of=limits,
     )
 
 
@@ -85,41 +86,21 @@ def fingerprint(settings: EvalSettings) -> str | None:
     return digest.hexdigest() if files else None
 
 
-def _make_engine(
-    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
-) -> tuple[Engine, int | None]:
-    """The engine and its context in tokens, None where a server does not tell."""
+def _source(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> EngineSource:
     if settings.base_url is not None:
-        from arpo_trl.rollout.engines.completions import CompletionsEngine
-
-        server = CompletionsEngine(settings.base_url, settings.served_model, tokenizer, sampling)
-        return server, server.max_length
+        return CompletionsServer(url=settings.base_url, model=settings.served_model)
     if settings.engine == EngineKind.VLLM:
-        return _vllm_engine(settings, tokenizer, sampling)
-    return _transformers_engine(settings, tokenizer, sampling)
-
-
-def _transformers_engine(
-    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
-) -> tuple[Engine, int]:
+        return _vllm(settings, tokenizer)
     import torch
 
-    from arpo_trl.rollout.engines.transformers import TransformersEngine
-
-    model = _load_model(settings).to("cuda" if torch.cuda.is_available() else "cpu")
-    context: int = model.config.get_text_config().max_position_embeddings
-    engine = TransformersEngine(
-        tokenizer,
-        sampling,
-        lambda: contextlib.nullcontext(model),
+    return LocalModel(
+        model=_load_model(settings).to("cuda" if torch.cuda.is_available() else "cpu"),
         most_rows=settings.concurrency,
         smaller=(
             f"Lower concurrency ({settings.concurrency}) or max_completion_length ({settings.max_completion_length}), "
             "or let vLLM sample (engine: vllm)."
         ),
     )
-    engine.check()
-    return engine, context
 
 
 def _load_model(settings: EvalSettings) -> Any:
@@ -135,26 +116,12 @@ def _load_model(settings: EvalSettings) -> Any:
     return _loaded("adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name)).merge_and_unload()
 
 
-@dataclass(frozen=True)
-class _FixedWeights:
-    """A vLLM instance as the colocated engine takes it, whose weights are the ones it was started with."""
-
-    llm: Any
-    enable_sleep_mode: bool = False
-
-    def sync_weights(self) -> None:
-        """There is nothing to sync."""
-
-
-def _vllm_engine(
-    settings: EvalSettings, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
-) -> tuple[Engine, int]:
+def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:
     # In this process the engine does a step at a time, between which requests join. To be set before vLLM is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         from vllm import LLM
 
-        from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
         from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
     except ImportError as error:
         raise ConfigError(
@@ -179,18 +146,7 @@ def _vllm_engine(
             max_num_seqs=settings.concurrency,
             seed=settings.seed,
         )
-    engine = VLLMColocateEngine(
-        _FixedWeights(llm),
-        tokenizer,
-        sampling,
-        version=lambda: None,  # the engine's own before a first sync, so none is made
-        reference=lambda ids: [],
-        probe=(),
-        tolerance=0.0,
-        vocab_size=config.vocab_size,
-        top_logprobs=0,
-    )
-    return engine, engine.max_length
+    return LocalVLLM(llm=llm, weights=FixedWeights(), vocab_size=config.vocab_size, top_logprobs=0)
 
 
 def _loaded(what: str, name: str, load: Any, **arguments: Any) -> Any:

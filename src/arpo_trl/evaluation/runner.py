@@ -38,6 +38,8 @@ class Evaluator:
         samples: Answers to each question.
         judge: For scores by a language model.
         concurrency: Answers under way at once.
+        entropy_probe_tokens: How many of a turn's first tokens have their entropies recorded in the tree. With more
+            than 0, vLLM interrupts each turn for them.
     """
 
     def __init__(
@@ -48,11 +50,11 @@ class Evaluator:
         seed: int,
         concurrency: int,
         judge: LLMJudge | None = None,
+        entropy_probe_tokens: int = 0,
     ):
         self.sampler, self.judge = sampler, judge
         self.samples, self.seed, self.concurrency = samples, seed, concurrency
-        # Nobody reads an evaluation's entropies, and vLLM would interrupt each turn for them.
-        self._settings = replace(sampler.settings.without_branching(1), entropy_probe_tokens=0)
+        self._settings = replace(sampler.settings.without_branching(1), entropy_probe_tokens=entropy_probe_tokens)
 
     def keys(self, questions: Questions) -> list[Key]:
         """All samples of a benchmark, in order."""
@@ -63,7 +65,7 @@ class Evaluator:
         """Gives `sink`, from any thread, one record for each of `keys` as soon as it is there."""
         under_way: set[Future[None]] = set()
         with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
-            for finished in self._outcomes(questions, keys):
+            for finished in self.outcomes(questions, keys):
                 under_way.add(scoring.submit(self._deliver, questions, finished, sink))
                 done = {future for future in under_way if future.done()}
                 under_way -= done
@@ -73,7 +75,7 @@ class Evaluator:
             future.result()
 
     def _deliver(self, questions: Questions, finished: Finished, sink: Callable[[Record], None]) -> None:
-        sink(self._record(questions, finished))
+        sink(self.record(questions, finished))
 
     def rescore(self, questions: Questions, records: Sequence[Record], sink: Callable[[Record], None]) -> None:
         """Judges samples again whose judge had stayed away."""
@@ -85,7 +87,8 @@ class Evaluator:
         row = questions.rows[record["number"]]
         return {**record, "scores": score(record["prediction"], row, self.judge)}
 
-    def _outcomes(self, questions: Questions, keys: Iterable[Key]) -> Iterator[Finished]:
+    def outcomes(self, questions: Questions, keys: Iterable[Key]) -> Iterator[Finished]:
+        """What came of each of `keys` as soon as it is there, not yet scored."""
         unreadable: list[Finished] = []
 
         def requests() -> Iterator[GroupRequest]:
@@ -106,7 +109,8 @@ class Evaluator:
         )
         yield from unreadable
 
-    def _record(self, questions: Questions, finished: Finished) -> Record:
+    def record(self, questions: Questions, finished: Finished) -> Record:
+        """The scored sample, or why there is none."""
         number, sample = divmod(finished.id, self.samples)
         row = questions.rows[number]
         record: Record = {

@@ -24,9 +24,9 @@ from transformers.utils import logging as transformers_logging
 
 from arpo_trl.cli import report_errors
 from arpo_trl.errors import ConfigError
-from arpo_trl.evaluation.measure import Evaluation, evaluate
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
+from arpo_trl.quickstart.heldout import HeldOut, answer_heldout
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.quickstart.tasks import make_tasks
@@ -75,14 +75,12 @@ def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[st
     return [row for batch in batches for row in batch]
 
 
-def measure(
-    model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu"
-) -> Evaluation:
+def measure(model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu") -> HeldOut:
     """The model on the held-out questions, once each."""
     arguments = ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=TOP_K)
     rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text("utf-8").splitlines()]
     with ToolBox(build_tools(arguments), cache=True) as toolbox:
-        return evaluate(
+        return answer_heldout(
             AutoModelForCausalLM.from_pretrained(model).to(device),
             AutoTokenizer.from_pretrained(model),
             rows,
@@ -138,7 +136,7 @@ def main() -> None:
     )
     before = measure(sft, data, seed, temperature=1.0)
     greedy_before = measure(sft, data, seed, temperature=0.0)
-    places = entropy_places(before)
+    places = entropy_places(before.trees)
     console.print(
         f"Held-out accuracy {before.accuracy:.2f}. Entropy of a token, in nats: {places.after_search:.2f} after a "
         f"search, {places.after_python:.2f} after python, {places.elsewhere:.2f} elsewhere."
@@ -170,7 +168,7 @@ def main() -> None:
         "config": str(arguments.config),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-    draw(history, summary, places, entropy_places(after), output / "quickstart.png")
+    draw(history, summary, places, entropy_places(after.trees), output / "quickstart.png")
     console.rule("[bold]One tree")
     if (tree := _tree_to_show(rl / "trajectories")) is not None:
         console.print(render_tree(tree))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from arpo_trl.evaluation.measure import Evaluation
 from arpo_trl.rollout.branching import mean
+from arpo_trl.rollout.tree import RolloutTree
 
 PROBE = 8
 """Tokens after a tool result that count as "right after" it."""
@@ -34,10 +34,10 @@ class EntropyPlaces:
         }
 
 
-def entropy_places(evaluation: Evaluation) -> EntropyPlaces:
-    """Where a model was uncertain in an evaluation that recorded every token's entropy."""
+def entropy_places(trees: Iterable[RolloutTree]) -> EntropyPlaces:
+    """Where a model was uncertain when it wrote trees that hold every token's entropy."""
     found: dict[str, list[float]] = {"search": [], "python": [], "elsewhere": []}
-    for tree in evaluation.rollout.trees:
+    for tree in trees:
         for turn in tree.turns():
             assert turn.parent is not None
             after = tree.nodes[turn.parent].tool or "elsewhere"

@@ -36,6 +36,7 @@ from trl.chat_template_utils import (
 
 from arpo_trl.calls import ToolCall
 from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.box import RESERVED_TAGS, ToolSpec
 
 ANSWER, RESULT = "answer", "result"
@@ -130,7 +131,7 @@ class ToolProtocol(ABC):
     def decode_turn(self, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
         """What the model wrote, tags and other special tokens included, without a final EOS."""
         end = len(ids) - (1 if ids and ids[-1] in eos_ids else 0)
-        return self.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decode_exactly(self.tokenizer, ids[:end])
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
         """A turn as TRL's tool loop gives it to rewards: role, content, and `tool_calls` where it called.
@@ -218,7 +219,7 @@ class TagProtocol(ToolProtocol):
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
         """As a tokenizer's own calls are given, except that the content keeps the tags; they are text to it."""
         message = super().as_message(ids, before)
-        calls = self.parse_turn(self.tokenizer.decode(ids, skip_special_tokens=False))
+        calls = self.parse_turn(decode_exactly(self.tokenizer, ids))
         if made := [call for call in calls if isinstance(call, ToolCall)]:
             functions = [{"name": call.name, "arguments": call.arguments} for call in made]
             message["tool_calls"] = [{"type": "function", "function": function} for function in functions]

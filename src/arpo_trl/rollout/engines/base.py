@@ -97,8 +97,8 @@ class Engine(Protocol):
     """Seconds spent in model forwards since the engine was made."""
 
     @property
-    def pending(self) -> int:
-        """Turns submitted and not yet returned."""
+    def max_length(self) -> int | None:
+        """Most tokens of prompt and path together that the engine can hold; None: it knows of no bound."""
 
     def session(self) -> AbstractContextManager[None]:
         """Weights in place until it closes: synced or gathered once, the only collective of a rollout."""

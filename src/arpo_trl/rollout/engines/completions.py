@@ -32,6 +32,7 @@ from arpo_trl.chat_model import check_server_url
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.queues import drained
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.text import decode_exactly, stop_window
 from arpo_trl.tools import background
 from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
 
@@ -94,18 +95,13 @@ class CompletionsEngine:
         self._url = url.rstrip("/")
         self._tokenizer, self._settings = tokenizer, settings
         self._timeout_s, self._away_s = timeout_s, away_s
-        self._eos = tokenizer.decode([settings.eos_ids[0]], skip_special_tokens=False)
-        # A token covers at least one byte; two more for a character that the window's first token begins in.
-        self._window = 2 + max((len(stop.encode()) for stop in settings.stop_strings), default=0)
+        self._eos = decode_exactly(tokenizer, [settings.eos_ids[0]])
+        self._window = stop_window(settings.stop_strings)
         self.model, self.max_length = self._served(model)
         self.speaks_ids = self._takes_ids()
         """Whether token ids go in and come out; else text."""
         self._turns: dict[int, Future[None]] = {}
         self._events: queue.SimpleQueue[Turn | TurnFailed | EngineError] = queue.SimpleQueue()
-
-    @property
-    def pending(self) -> int:
-        return len(self._turns)
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -208,7 +204,7 @@ class CompletionsEngine:
                 written.text, written.finish = written.text[: min(found)], "stop_string"
             return bool(found)
         for end in range(before + 1, len(written.ids) + 1):
-            text = self._decode(written.ids[max(0, end - self._window) : end])
+            text = decode_exactly(self._tokenizer, written.ids[max(0, end - self._window) : end])
             if any(stop in text for stop in stops):
                 del written.ids[end:]
                 written.finish = "stop_string"
@@ -249,10 +245,7 @@ class CompletionsEngine:
         """The prompt, without the BOS that a server adds to a text itself."""
         bos = self._tokenizer.bos_token_id
         adds_bos = bos is not None and self._tokenizer("")["input_ids"][:1] == [bos]
-        return self._decode(ids[1:] if adds_bos and ids[:1] == [bos] else ids)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return decode_exactly(self._tokenizer, ids[1:] if adds_bos and ids[:1] == [bos] else ids)
 
     # What the server is ----------------------------------------------------------------------------------------------
 

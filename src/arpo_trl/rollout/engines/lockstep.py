@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from arpo_trl.errors import EngineError
 from arpo_trl.queues import drained
-from arpo_trl.rollout.engines.base import Engine, Event, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnRequest
 
 IDLE_S = 0.002
 """Pause between two rounds in which nobody has anything to write."""
@@ -45,7 +45,7 @@ class LockstepEngine:
     """An engine whose steps all ranks of `group` take together; `group` must carry objects (gloo)."""
 
     def __init__(self, inner: Engine, group: dist.ProcessGroup):
-        self.vocab_size = inner.vocab_size
+        self.vocab_size, self.max_length = inner.vocab_size, inner.max_length
         self.forward_s = 0.0
         self._inner = inner
         self._group = group
@@ -55,10 +55,6 @@ class LockstepEngine:
         self._pending = 0
         self._done = False
         self._problem: str | None = None
-
-    @property
-    def pending(self) -> int:
-        return self._pending
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -101,6 +97,7 @@ class LockstepEngine:
         if device is not None:
             torch.cuda.set_device(device)  # which device is current is a thread's own matter
         mine: Sequence[Event] = []
+        writing = 0  # turns of all ranks that the engine has not finished
         while True:
             done = self._done  # before the requests are taken: nothing is submitted after it
             rounds: list[_Round | None] = [None] * self._size
@@ -120,8 +117,10 @@ class LockstepEngine:
                 for rank, each in enumerate(told):
                     for request in each.requests:
                         self._inner.submit(self._shared(request, rank))
-                if self._inner.pending:
+                        writing += 1
+                if writing:
                     mine = self._inner.poll(0.0)
+                    writing -= sum(not isinstance(event, Probe) for event in mine)
                     self.forward_s = self._inner.forward_s
                 else:
                     time.sleep(IDLE_S)

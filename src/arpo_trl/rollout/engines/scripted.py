@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.text import decode_exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,10 @@ class ScriptedEngine:
         script: Script,
         *,
         vocab_size: int | None = None,
+        max_length: int | None = None,
     ):
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
+        self.max_length = max_length
         self.forward_s = 0.0
         self.requests: list[TurnRequest] = []
         """Every request so far, for tests to look at."""
@@ -62,10 +65,6 @@ class ScriptedEngine:
         self._script = script
         self._running: list[_Running] = []
 
-    @property
-    def pending(self) -> int:
-        return len(self._running)
-
     @contextmanager
     def session(self) -> Iterator[None]:
         self.sessions += 1
@@ -74,7 +73,7 @@ class ScriptedEngine:
 
     def submit(self, request: TurnRequest) -> None:
         self.requests.append(request)
-        turn = self._script(request, self._tokenizer.decode(request.ids, skip_special_tokens=False))
+        turn = self._script(request, decode_exactly(self._tokenizer, request.ids))
         self._running.append(_Running(request, turn if isinstance(turn, ScriptedTurn) else ScriptedTurn(turn)))
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
@@ -95,7 +94,7 @@ class ScriptedEngine:
         stop = TurnStop.LENGTH
         for token in self._tokenizer.encode(script.text, add_special_tokens=False):
             ids.append(token)
-            text = self._tokenizer.decode(ids, skip_special_tokens=False)
+            text = decode_exactly(self._tokenizer, ids)
             if any(string in text for string in self._settings.stop_strings):
                 stop = TurnStop.STOP_STRING
                 break

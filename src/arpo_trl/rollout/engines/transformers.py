@@ -38,6 +38,7 @@ from arpo_trl.rollout.engines.visibility import (
     mask_for,
     why_not_sampled,
 )
+from arpo_trl.rollout.text import decode_exactly, stop_window
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class TransformersEngine:
         settings: The distribution to sample from.
         model_context: Opens the model for one session: a context manager that yields it with its weights in place
             (gathered, unwrapped). A plain model needs `lambda: contextlib.nullcontext(model)`.
+        max_length: The model's context in tokens, where it has a bound.
         generation_kwargs: What `generate` would be given besides `settings`; the model's own `generation_config` says
             what they leave open.
         scored_padded: Whether rows are scored by forwards over batches padded on the left, as TRL does: then a model
@@ -79,12 +81,14 @@ class TransformersEngine:
         settings: SamplingSettings,
         model_context: Callable[[], AbstractContextManager[PreTrainedModel]],
         *,
+        max_length: int | None = None,
         generation_kwargs: Mapping[str, Any] | None = None,
         scored_padded: bool = False,
         most_rows: int | None = None,
         smaller: str = "Sample fewer turns at a time, or shorter ones.",
     ):
         self.settings = settings
+        self.max_length = max_length
         self.forward_s = 0.0
         self.vocab_size = 0
         self._tokenizer = tokenizer
@@ -92,7 +96,7 @@ class TransformersEngine:
         self._generation_kwargs = generation_kwargs
         self._scored_padded = scored_padded
         self._most_rows, self._smaller = most_rows, smaller
-        self._stop_tail = 2 + max((len(stop.encode()) for stop in settings.stop_strings), default=0)
+        self._stop_tail = stop_window(settings.stop_strings)
         # Which turns others continue: those that called a tool, which without stop strings also end by EOS.
         self._continued = TurnStop.STOP_STRING if settings.stop_strings else TurnStop.EOS
         self._can_stop = self._is_eos = torch.empty(0, dtype=torch.bool)
@@ -100,10 +104,6 @@ class TransformersEngine:
         self._model: PreTrainedModel | None = None
         self._rows: list[TurnRequest] = []
         self._checked = self._described = False
-
-    @property
-    def pending(self) -> int:
-        return len(self._waiting) + len(self._rows)
 
     def refuse(self, model: PreTrainedModel) -> None:
         """Returns if nothing is known against sampling from `model`; its weights are not looked at.
@@ -343,7 +343,7 @@ class TransformersEngine:
     # Stop strings ----------------------------------------------------------------------------------------------------
 
     def _found_stop(self, tail: list[int]) -> bool:
-        text = self._tokenizer.decode(tail, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = decode_exactly(self._tokenizer, tail)
         return any(stop in text for stop in self.settings.stop_strings)
 
     def _tokens_that_can_stop(self, vocab_size: int) -> torch.Tensor:

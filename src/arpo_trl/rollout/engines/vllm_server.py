@@ -17,7 +17,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,8 +65,7 @@ class VLLMServerEngine:
     Args:
         tokenizer: Decodes turns to find stop strings that straddle two requests.
         settings: The distribution to sample from.
-        weights: The servers, and how they get the trainer's weights.
-        version: What changes when the trainer's weights do; asked at the start of each session.
+        weights: The servers, and how they get the trainer's weights at the start of each session.
         vocab_size: V, the width of the distribution sampled from.
         top_logprobs: Logprobs asked for at each of a turn's first k tokens, from which its entropies are estimated.
         away_s: How long a server may stay away before the rollout fails.
@@ -78,7 +77,6 @@ class VLLMServerEngine:
         tokenizer: PreTrainedTokenizerBase,
         settings: SamplingSettings,
         weights: ServedWeights,
-        version: Callable[[], Hashable],
         *,
         vocab_size: int,
         top_logprobs: int,
@@ -92,24 +90,15 @@ class VLLMServerEngine:
         self._stops = StopFinder(tokenizer, settings.stop_strings)
         self._params = sampling_params(settings) | {"return_token_ids": True, "return_tokens_as_token_ids": True}
         self._weights = weights
-        self._version = version
-        self._synced: Hashable = None
         self._top_logprobs = top_logprobs
         self._away_s, self._request_s = away_s, request_s
         self._pending = 0
         self._events: queue.SimpleQueue[Probe | Turn | Exception] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    @property
-    def pending(self) -> int:
-        return self._pending
-
     @contextmanager
     def session(self) -> Iterator[None]:
-        if (version := self._version()) != self._synced:
-            self._synced = None  # should the sync fail
-            self._weights.sync()
-            self._synced = version
+        self._weights.sync()
         self._servers = [_Server(client, client.boot()) for client in self._weights.clients]
         self._events = queue.SimpleQueue()
         self._loop = asyncio.new_event_loop()

@@ -1,4 +1,4 @@
-"""The vLLM engine that a trainer's settings ask for, checked against the trainer before the first step."""
+"""The weights in vLLM that a trainer's settings ask for, checked against the trainer before the first step."""
 
 from __future__ import annotations
 
@@ -9,72 +9,61 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 
 from arpo_trl.compute_dtype import warn_of_other_dtype
 from arpo_trl.config import ARPOConfig, WeightSync
-from arpo_trl.rollout.engines.base import Engine, SamplingSettings
-from arpo_trl.rollout.engines.lockstep import LockstepEngine
+from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check_server
-from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
-from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm_colocate import ColocatedWeights
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
 
 logger = get_logger(__name__)
 
 
-def colocate_engine(
+def colocated_weights(
     args: ARPOConfig,
     generation: VLLMGeneration,
     tokenizer: PreTrainedTokenizerBase,
-    settings: SamplingSettings,
-    version: Callable[[], Hashable],
+    trained: Callable[[], Hashable],
     reference: Callable[[Sequence[int]], list[float]],
-    vocab_size: int,
-) -> tuple[Engine, int]:
-    """The engine on the vLLM that TRL has started, and its context in tokens."""
-    warn_of_other_distribution(settings)
+) -> ColocatedWeights:
+    """The weights of the vLLM that TRL has started; warns if it computes in another type than the trainer."""
     dtype = str(generation.llm.llm_engine.model_config.dtype).removeprefix("torch.")
     way_out = "another dtype in the model's config.json, which vLLM takes unless it is float32"
     warn_of_other_dtype(generation.model, generation.accelerator, {"vLLM": dtype}, way_out)
-    engine = VLLMColocateEngine(
-        generation,
-        tokenizer,
-        settings,
-        version,
-        reference,
-        _probe(tokenizer),
-        args.weight_sync_tolerance,
-        vocab_size=vocab_size,
-        top_logprobs=args.entropy_top_logprobs,
-    )
-    size = args.vllm_tensor_parallel_size
+    return ColocatedWeights(generation, trained, reference, _canary(tokenizer), args.weight_sync_tolerance)
+
+
+def ranks_together(size: int) -> ProcessGroup | None:
+    """This rank's group of `size` that share one vLLM by tensor parallelism, None where each has its own.
+
+    A collective.
+    """
     if size == 1:
-        return engine, engine.max_length
+        return None
     ranks = torch.distributed.get_world_size()
     groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
     group, _ = torch.distributed.new_subgroups_by_enumeration(groups, backend="gloo")
-    return LockstepEngine(engine, group), engine.max_length
+    return group
 
 
-def server_engine(
+def served_weights(
     args: ARPOConfig,
     model: Any,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    settings: SamplingSettings,
-    version: Callable[[], Hashable],
+    trained: Callable[[], Hashable],
     reference: Callable[[Sequence[int]], list[float]],
-    vocab_size: int,
-) -> tuple[Engine, int]:
-    """The engine on the servers that the settings name, and the shortest of their contexts in tokens.
+) -> ServedWeights:
+    """The weights of the servers that the settings name, once these are up and known to serve the trainer's model.
 
     Raises:
         ConfigError: A server lacks something that is needed, or serves another model than the trainer's.
         EngineError: A server does not come up.
     """
-    warn_of_other_distribution(settings)
     clients = [ServerClient(url, timeout_s=args.vllm_request_timeout_s) for url in args.server_urls]
     for client in clients:
         client.wait(args.vllm_server_timeout)
@@ -94,20 +83,10 @@ def server_engine(
         folder = Path(args.weight_sync_dir or Path(args.output_dir) / "served_weights")
         transfer = DiskTransfer(model, accelerator, tokenizer, folder, facts)
     weights = ServedWeights(
-        clients, facts, transfer, accelerator, reference, _probe(tokenizer), args.weight_sync_tolerance
+        clients, facts, transfer, accelerator, trained, reference, _canary(tokenizer), args.weight_sync_tolerance
     )
     weights.check_model()
-    engine = VLLMServerEngine(
-        tokenizer,
-        settings,
-        weights,
-        version,
-        vocab_size=vocab_size,
-        top_logprobs=args.entropy_top_logprobs,
-        away_s=args.vllm_server_timeout,
-        request_s=args.vllm_request_timeout_s,
-    )
-    return engine, engine.max_length
+    return weights
 
 
 def warn_of_other_distribution(settings: SamplingSettings) -> None:
@@ -126,5 +105,5 @@ def warn_of_other_distribution(settings: SamplingSettings) -> None:
         )
 
 
-def _probe(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _canary(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return tokenizer.encode(PROBE_TEXT, add_special_tokens=False)

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
+from arpo_trl.rollout.text import decode_exactly, stop_window
 
 SEED_STEP = 0x9E3779B97F4A7C15
 """2^64 over the golden ratio: sets the seeds of a turn's segments far apart."""
@@ -56,15 +57,14 @@ class StopFinder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]):
         self._tokenizer = tokenizer
         self._stops = tuple(stop_strings)
-        # A token covers at least one byte; two more for a character that the window's first token begins in.
-        self._window = 2 + max((len(stop.encode()) for stop in self._stops), default=0)
+        self._window = stop_window(self._stops)
 
     def end(self, ids: list[int], start: int) -> int | None:
         """The smallest n > `start` such that the text of `ids[:n]` holds a stop string that `ids[:start]` does not."""
         first = max(0, start - self._window)
 
         def holds(n: int) -> bool:
-            text = self._text(ids[first:n])
+            text = decode_exactly(self._tokenizer, ids[first:n])
             return any(stop in text for stop in self._stops)
 
         if not self._stops or not holds(len(ids)):
@@ -73,7 +73,8 @@ class StopFinder:
 
     def missing(self, ids: list[int]) -> int:
         """Characters that would complete the stop string that `ids` ends in the middle of; 0 if it does not."""
-        text = self._text(ids[-self._window :]).rstrip("\ufffd")  # a character of which only some bytes are written
+        # Without the end of it, a character of which only some bytes are written.
+        text = decode_exactly(self._tokenizer, ids[-self._window :]).rstrip("\ufffd")
         return max(
             (
                 len(stop) - max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=len(stop))
@@ -81,9 +82,6 @@ class StopFinder:
             ),
             default=0,
         )
-
-    def _text(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 class Draft:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import pstdev
 from typing import Any, Protocol
 
 import torch
@@ -25,19 +24,10 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from arpo_trl.errors import ArpoError, ConfigError, EngineError
 from arpo_trl.rollout.engines.vllm_client import FRESH, ServerClient, ServerFacts
+from arpo_trl.rollout.engines.weights import mean_difference
 
 SHARD_BYTES = 4 << 30
 """Most of a model that is held in memory at once while it is written."""
-
-
-def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The mean |difference| of logprobs, in nats, or in their standard deviations where those are larger than a nat.
-
-    Rounding grows with the logits: a model that is very sure of itself, or reads a text it finds very unlikely,
-    differs from itself in another precision by more nats than one that spreads its probability.
-    """
-    scale = max(1.0, pstdev(ours))
-    return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours) / scale
 
 
 class Transfer(Protocol):
@@ -63,6 +53,7 @@ class ServedWeights:
     """The weights that a set of servers serves.
 
     Args:
+        trained: What changes when the trainer's weights do.
         reference: The trainer's logprobs of ids, each but the first; a collective.
         probe: The ids that logprobs are compared on.
         tolerance: Most `mean_difference` of logprobs between trainer and server.
@@ -74,6 +65,7 @@ class ServedWeights:
         facts: Sequence[ServerFacts],
         transfer: Transfer,
         accelerator: Accelerator,
+        trained: Callable[[], Hashable],
         reference: Callable[[Sequence[int]], list[float]],
         probe: Sequence[int],
         tolerance: float,
@@ -83,6 +75,9 @@ class ServedWeights:
         self.version = FRESH
         self._transfer = transfer
         self._accelerator = accelerator
+        self._trained = trained
+        self._synced: Hashable = None
+        """What `trained` returned when the servers last got the weights."""
         self._reference = reference
         self._probe = list(probe)
         self._tolerance = tolerance
@@ -118,11 +113,18 @@ class ServedWeights:
         self._on_main(compare)
 
     def sync(self) -> None:
-        """A collective: the trainer's weights to every server, and a comparison of logprobs.
+        """A collective: the trainer's weights to every server, and a comparison of logprobs, if the weights changed.
 
         Raises:
             EngineError: A server was lost, could not load, or serves something else than the trainer's weights.
         """
+        if (trained := self._trained()) == self._synced:
+            return
+        self._synced = None  # should the move fail
+        self._move()
+        self._synced = trained
+
+    def _move(self) -> None:
         previous, self._syncs = self.version, self._syncs + 1
         version = f"arpo-{self._run}-{self._syncs}"
         self._transfer.prepare(version)

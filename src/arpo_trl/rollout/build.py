@@ -1,0 +1,220 @@
+"""Makes the engine and the sampler, for training, evaluation and the quickstart alike.
+
+The caller says what to sample from: a `LocalModel`, a `LocalVLLM`, `VLLMServers` or a `CompletionsServer`.
+`build_engine` makes the engine on it, and `build_sampler` the `TreeSampler` on the engine. A new engine is a file
+under `engines/`, and a record and a case here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerate.logging import get_logger
+from torch.distributed import ProcessGroup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.branching import BranchPolicy
+from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.engines.completions import CompletionsEngine
+from arpo_trl.rollout.engines.lockstep import LockstepEngine
+from arpo_trl.rollout.engines.transformers import TransformersEngine
+from arpo_trl.rollout.engines.visibility import exact_length
+from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+from arpo_trl.rollout.engines.weights import Weights
+from arpo_trl.rollout.protocol import ToolProtocol
+from arpo_trl.rollout.sampler import RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.tools.box import ToolBox
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+    from arpo_trl.rollout.engines.vllm_weights import ServedWeights
+
+logger = get_logger(__name__)
+
+UNLIMITED_CALLS = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalModel:
+    """A transformers model in this process.
+
+    `opened` opens it for a session, as `TransformersEngine` describes; None: it is used as it is. `sharded`: the
+    weights are in place only in a session, so the first one compares the engine with a plain forward; otherwise
+    `build_engine` does. `scored`: plain forwards score later what was sampled, over batches that are padded on the
+    left if `scored_padded`.
+    """
+
+    model: PreTrainedModel
+    opened: Callable[[], AbstractContextManager[PreTrainedModel]] | None = None
+    sharded: bool = False
+    scored: bool = False
+    scored_padded: bool = False
+    generation_kwargs: Mapping[str, Any] | None = None
+    most_rows: int | None = None
+    smaller: str = "Sample fewer turns at a time, or shorter ones."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalVLLM:
+    """A vLLM instance in this process, or one that all ranks of `group` share by tensor parallelism."""
+
+    llm: LLM
+    weights: Weights
+    vocab_size: int
+    top_logprobs: int
+    sleeps: bool = False
+    group: ProcessGroup | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMServers:
+    """Native vLLM servers, whose weights move; seconds as `VLLMServerEngine` describes them."""
+
+    weights: ServedWeights
+    vocab_size: int
+    top_logprobs: int
+    away_s: float
+    request_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompletionsServer:
+    """Any server with OpenAI's completions, and the model's name there; None: the only one."""
+
+    url: str
+    model: str | None = None
+
+
+EngineSource = LocalModel | LocalVLLM | VLLMServers | CompletionsServer
+
+
+def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> Engine:
+    """The engine that samples from `source`.
+
+    Raises:
+        ConfigError: The engine cannot sample from this model, or the server does not serve it.
+        EngineError: A server does not answer.
+    """
+    match source:
+        case LocalModel():
+            return _local_engine(source, tokenizer, settings)
+        case LocalVLLM():
+            engine = VLLMColocateEngine(
+                source.llm,
+                tokenizer,
+                settings,
+                source.weights,
+                vocab_size=source.vocab_size,
+                top_logprobs=source.top_logprobs,
+                sleeps=source.sleeps,
+            )
+            return engine if source.group is None else LockstepEngine(engine, source.group)
+        case VLLMServers():
+            from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine  # imports vLLM where it is installed
+
+            return VLLMServerEngine(
+                tokenizer,
+                settings,
+                source.weights,
+                vocab_size=source.vocab_size,
+                top_logprobs=source.top_logprobs,
+                away_s=source.away_s,
+                request_s=source.request_s,
+            )
+        case CompletionsServer():
+            return CompletionsEngine(source.url, source.model, tokenizer, settings)
+
+
+def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> Engine:
+    model, config = source.model, source.model.config.get_text_config()
+    exact = exact_length(config) if source.scored else None
+    engine = TransformersEngine(
+        tokenizer,
+        settings,
+        source.opened or (lambda: contextlib.nullcontext(model)),
+        max_length=shortest(context_of(model), exact),
+        generation_kwargs=source.generation_kwargs,
+        scored_padded=source.scored_padded,
+        most_rows=source.most_rows,
+        smaller=source.smaller,
+    )
+    if source.sharded:
+        engine.refuse(model)
+    else:
+        engine.check()
+    if exact is not None:
+        logger.warning(
+            f"Paths may become {exact} tokens long at most: beyond that the model's rotary embedding (longrope) "
+            "turns all tokens differently, and what was sampled before is not what would be trained."
+            + (" Rows are padded here, and their padding counts: leave room for it." if source.scored_padded else "")
+        )
+    return engine
+
+
+def build_sampler(
+    engine: Engine,
+    toolbox: ToolBox,
+    protocol: ToolProtocol,
+    eos_ids: Sequence[int],
+    *,
+    context: int | None,
+    max_completion_length: int | None,
+    max_tool_calls: int | None,
+    num_generations: int = 1,
+    initial_rollouts: int | None = None,
+    entropy_probe_tokens: int = 0,
+    policy: BranchPolicy | None = None,
+    schedule: RolloutSchedule = RolloutSchedule.OVERLAP,
+    max_calls_of: Mapping[str, int] | None = None,
+) -> TreeSampler:
+    """The sampler on an engine; its other settings are those of `SamplerSettings`.
+
+    Args:
+        context: Most tokens of prompt and path together, besides the engine's own bound; None: no other bound.
+        max_completion_length: None: what the context leaves.
+        max_tool_calls: None: any number.
+        initial_rollouts: None: all of `num_generations`, so that nothing branches.
+
+    Raises:
+        ConfigError: Neither the engine nor `context` bounds a path.
+    """
+    length = shortest(engine.max_length, context)
+    if length is None:
+        raise ConfigError(
+            "The model's configuration has no max_position_embeddings and the engine knows no bound either "
+            f"({type(engine).__name__}.max_length is None), so nothing says how long a path may become. Set "
+            "max_position_embeddings on the configuration."
+        )
+    return TreeSampler(
+        engine,
+        toolbox,
+        protocol,
+        SamplerSettings(
+            num_generations=num_generations,
+            initial_rollouts=initial_rollouts or num_generations,
+            max_completion_length=max_completion_length or length,
+            max_length=length,
+            max_tool_calls=UNLIMITED_CALLS if max_tool_calls is None else max_tool_calls,
+            entropy_probe_tokens=entropy_probe_tokens,
+            policy=policy or BranchPolicy(),
+            schedule=schedule,
+            max_calls_of=max_calls_of or {},
+        ),
+        eos_ids,
+    )
+
+
+def context_of(model: PreTrainedModel) -> int | None:
+    """The context in tokens that the model's configuration states, None where it states none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def shortest(*lengths: int | None) -> int | None:
+    """The smallest of the lengths that are known, None if none is."""
+    return min((length for length in lengths if length is not None), default=None)
