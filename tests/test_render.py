@@ -4,8 +4,7 @@ import pytest
 from rich.console import Console
 
 from arpo_trl.render import MAX_CHARS, render_tree
-from arpo_trl.rollout.branching import BranchDecision
-from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.trajectories import LoggedTree
 
 

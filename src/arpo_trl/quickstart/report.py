@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from arpo_trl.evaluation.measure import Evaluation
-from arpo_trl.rollout.branching import mean
+from arpo_trl.rollout.rules import mean
 
 PROBE = 8
 """Tokens after a tool result that count as "right after" it."""

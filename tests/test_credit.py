@@ -1,6 +1,7 @@
 import torch
 
-from arpo_trl.advantages import first_copies, mean_over_leaves
+from arpo_trl.rollout.credit.base import mean_over_leaves
+from arpo_trl.rollout.credit.once import first_copies
 
 # Three leaves; rows 0 and 1 share node 1 (two tokens) and node 2 (one), row 2 is alone.
 #   row 0:  1 1 2 3
