@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -6,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from arpo_trl.checkpoints import deciding_settings
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.metrics import AlarmBell
@@ -140,6 +143,11 @@ def test_every_extra_turn_per_fork_raises_what_branches_can_take():
 def test_every_file_of_the_package_registers_the_rule_of_its_name():
     assert RULES.own == ["probability", "random", "ranked", "released", "threshold"]
     assert [RULES.get(name).name for name in RULES.own] == RULES.own
+
+
+def test_the_tree_and_the_rules_import_no_torch():
+    code = "import sys; from arpo_trl.rollout.rules import RULES; [RULES.get(name) for name in RULES.own]"
+    subprocess.run([sys.executable, "-c", f"{code}; assert not {{'torch', 'trl'}} & set(sys.modules)"], check=True)
 
 
 def test_a_name_belongs_to_one_class():
@@ -288,6 +296,11 @@ def test_options_are_read_from_json_text_and_checked_by_the_rule():
         settings(branch_rule="widths")
     with pytest.raises(ConfigError, match="expected multiples of one another"):
         settings(branch_rule="widths", branch_rule_kwargs={"widths": (2, 3)})
+
+
+def test_a_checkpoint_belongs_to_a_run_with_the_same_options():
+    made = settings(branch_rule="surest_last", branch_rule_kwargs='{"width": 2}')
+    assert deciding_settings(made)["branch_rule_kwargs"] == {"width": 2}
 
 
 def test_a_rule_that_waits_decides_again_whenever_its_paths_have_ended():
