@@ -39,19 +39,22 @@ def grow_tree() -> None:
 
 def decide() -> None:
     """100 decisions and the serving of them."""
-    from arpo_trl.rollout.branching import BranchBudget, BranchPolicy
+    from arpo_trl.rollout.rules import BranchContext, Candidate, LivePath
+    from arpo_trl.rollout.rules.threshold import Threshold
+    from arpo_trl.rollout.tree import RolloutTree
 
-    policy, budget = BranchPolicy(), BranchBudget(50, 1)
-    decisions = [policy.decide([i / 100] * 20, [0.5] * 20, 150_000, 0.5) for i in range(100)]
-    assert sum(decision.granted for decision in budget.serve(decisions)) == 49
-    assert budget.top_up([1] * 16) == 0
+    rule, context = Threshold(), BranchContext(RolloutTree([]), 150_000, 50, lambda place: 0)
+    candidates = [Candidate(i, (i,), 1, [i / 100] * 20, [], [0.5] * 20) for i in range(100)]
+    assert sum(decision.granted for decision in rule.decide(candidates, context)) == 49
+    assert rule.supply([LivePath(0, 1)] * 16, context) == 16
 
 
 def attribute() -> None:
     """Hard and once credit of 16 rows of 700 tokens in 5 nodes each."""
     import torch
 
-    from arpo_trl.advantages import first_copies, mean_over_leaves
+    from arpo_trl.rollout.credit.base import mean_over_leaves
+    from arpo_trl.rollout.credit.once import first_copies
 
     nodes = torch.tensor([[row // 2] * 300 + [100 + row] * 400 for row in range(LEAVES)])
     mean_over_leaves(torch.linspace(-1, 1, LEAVES), nodes)

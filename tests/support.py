@@ -24,11 +24,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_model, build_tokenizer
-from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingSettings
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
 from arpo_trl.rollout.protocol import TagProtocol, ToolProtocol
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.rollout.rules import BranchRule
+from arpo_trl.rollout.rules.threshold import Threshold
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, Score, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.tools.sandbox import Limits, Tier, Worker
 
@@ -196,19 +197,19 @@ class Scripted:
         *,
         leaves: int = 4,
         at_root: int = 2,
-        rule: BranchRule = BranchRule.THRESHOLD,
+        rule: BranchRule | None = None,
         tools: Sequence[Callable[..., object]] = (search, python),
         max_completion_length: int = 400,
         max_length: int = 1000,
         max_tool_calls: int = 3,
         schedule: RolloutSchedule = RolloutSchedule.ROUNDS,
         probe: int = 4,
-        branches_per_fork: int = 1,
         vocab_size: int | None = None,
         timeout_s: float = 20.0,
         max_result_tokens: int | None = None,
         protocol: type[ToolProtocol] = TagProtocol,
         template: str | None = None,
+        score: Score | None = None,
     ):
         self.tokenizer = tokenizer() if template is None else with_template(template)
         self.toolbox = ToolBox(tools, timeout_s=timeout_s)
@@ -227,10 +228,11 @@ class Scripted:
                 max_length,
                 max_tool_calls,
                 probe,
-                BranchPolicy(rule, branches_per_fork=branches_per_fork),
+                rule or Threshold(),
                 schedule,
             ),
             (self.eos,),
+            score,
         )
 
     def __call__(self, groups: int = 1, seed: int = 0) -> Rollout:

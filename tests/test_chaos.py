@@ -8,7 +8,6 @@ from types import ModuleType
 import pytest
 from transformers import TrainerControl
 
-from arpo_trl.rollout.branching import BranchRule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import RolloutSchedule
@@ -44,7 +43,6 @@ def sample(benchmark, *, groups, ways=(), rate=1.0):
         calls_twice,
         leaves=6,
         at_root=3,
-        rule=BranchRule.THRESHOLD,
         tools=[chaos(search), chaos(python)],
         timeout_s=1.0 if not ways or ways[0] in benchmark.SLOW else 20.0,
         max_result_tokens=40,

@@ -11,7 +11,8 @@ from arpo_trl.cli import parse_settings
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.model_card import describe
-from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from arpo_trl.rollout.rules.random import Random
+from arpo_trl.rollout.rules.threshold import Threshold
 from support import script
 
 ROOT = Path(__file__).parent.parent
@@ -69,11 +70,17 @@ def test_n_may_be_anything_from_one_to_m(n):
     assert config(num_generations=8, initial_rollouts=n).initial_rollouts == n
 
 
-def test_the_branch_policy_is_what_the_settings_say():
-    made = config(
-        branch_rule="random", branch_probability=0.1, entropy_weight=0.3, branch_threshold=0.7, branches_per_fork=2
+def test_a_branch_rule_is_made_of_the_settings_that_it_takes():
+    values = {
+        "branch_probability": 0.1,
+        "entropy_weight": 0.3,
+        "branch_threshold": 0.7,
+        "branches_per_fork": 2,
+    }
+    assert config(branch_rule="random", **values).make_branch_rule() == Random(
+        branch_probability=0.1, branches_per_fork=2
     )
-    assert made.branch_policy == BranchPolicy(BranchRule.RANDOM, 0.1, 0.3, 0.7, 2)
+    assert config(**values).make_branch_rule() == Threshold(**values)
 
 
 def test_the_servers_are_those_that_are_listed_or_the_one_that_trl_would_ask():
@@ -119,9 +126,19 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"branch_threshold": float("nan")}, r"branch_threshold is nan; expected a number in \[0, 1\]"),
         ({"trajectory_log_rate": 2}, r"trajectory_log_rate is 2; expected a number in \[0, 1\]"),
         ({"entropy_weight": float("inf")}, "entropy_weight is inf; expected a finite number"),
-        ({"branch_rule": "treshold"}, "branch_rule is 'treshold'; expected one of .*'threshold'.*'ranked'"),
+        (
+            {"branch_rule_kwargs": {"beam": 2}},
+            r"branch_rule_kwargs has \['beam'\], but .* 'threshold' takes no options",
+        ),
+        (
+            {"branch_rule_kwargs": {"branch_threshold": 0.6}},
+            r"branch_rule_kwargs has \['branch_threshold'\], but .* 'threshold' takes no options",
+        ),
+        ({"branch_rule_kwargs": [1]}, r"branch_rule_kwargs is \[1\]; expected options of the branch rule"),
+        ({"branch_rule": "treshold"}, "branch_rule is 'treshold'; expected one of .*'ranked'.*'threshold'"),
         ({"rollout_schedule": "eager"}, r"rollout_schedule is 'eager'; expected one of \['overlap', 'rounds'\]"),
-        ({"advantage_attribution": "mean"}, r"advantage_attribution is 'mean'; expected one of \['soft', 'hard'\]"),
+        ({"advantage_attribution": "mean"}, r"advantage_attribution is 'mean'; expected one of .*'hard'.*'soft'"),
+        ({"advantage_attribution": "once"}, r"advantage_attribution is 'once'; expected one of .*'hard'.*'soft'"),
         ({"shared_prefix_weight": "two"}, r"shared_prefix_weight is 'two'; expected one of \['per_leaf', 'once'\]"),
         ({"max_tool_calling_iterations": -1}, "max_tool_calling_iterations is -1; expected an integer of at least 0"),
         ({"max_tool_result_tokens": 15}, "max_tool_result_tokens is 15; expected an integer of at least 16"),

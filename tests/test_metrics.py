@@ -13,10 +13,14 @@ from arpo_trl.metrics import (
     Tally,
     tally_rollout,
 )
-from arpo_trl.rollout.branching import BranchDecision, BranchRule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.rules.probability import Probability
+from arpo_trl.rollout.rules.random import Random
+from arpo_trl.rollout.rules.ranked import Ranked
+from arpo_trl.rollout.rules.released import Released
+from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import Rollout, RolloutTimes
-from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from support import ANSWER, Scripted
 
 TIMES = RolloutTimes(total_s=10.0, forward_s=6.0, tool_wait_s=2.0, sync_s=1.5)
@@ -257,7 +261,7 @@ def test_searches_answered_with_a_notice_are_counted_and_rung_about():
     tally = tallied(tree)
     assert tally.values()["tools/search/degraded"] == 1 / 4
     assert tally.values()["tools/search/failed"] == 2 / 4
-    (message,) = AlarmBell(BranchRule.RANDOM).hear(tally)
+    (message,) = AlarmBell(Random()).hear(tally)
     assert message.startswith("arpo/tools/search/degraded: 25% of the searches got a notice instead of results")
 
 
@@ -275,26 +279,26 @@ def heard(share: float, count: float = 100, metric: str = "alarm/truncated") -> 
 
 @pytest.mark.parametrize(("share", "rings"), [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
 def test_an_alarm_rings_from_its_limit_on(share, rings):
-    messages = AlarmBell(BranchRule.THRESHOLD).hear(heard(share))
+    messages = AlarmBell(Threshold()).hear(heard(share))
     assert len(messages) == rings
     if rings:
         assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were cut")
 
 
 def test_no_alarm_rings_about_what_was_not_counted():
-    assert AlarmBell(BranchRule.THRESHOLD).hear(Tally()) == []
-    assert AlarmBell(BranchRule.THRESHOLD).hear(heard(0.0, 0)) == []
+    assert AlarmBell(Threshold()).hear(Tally()) == []
+    assert AlarmBell(Threshold()).hear(heard(0.0, 0)) == []
 
 
 def test_an_alarm_that_keeps_ringing_is_said_once_and_again_after_a_while():
-    bell = AlarmBell(BranchRule.THRESHOLD)
+    bell = AlarmBell(Threshold())
     said = [bool(bell.hear(heard(1.0))) for _ in range(2 * REPEAT_EVERY + 1)]
     assert [i for i, now in enumerate(said) if now] == [0, REPEAT_EVERY, 2 * REPEAT_EVERY]
 
 
 @pytest.mark.parametrize(("share", "said"), [(1.0, "fire the branch rule, so"), (0.0, "Only 0% of the tool results")])
 def test_a_fire_rate_that_leaves_entropy_no_say_is_said_once_a_run_after_enough_decisions(share, said):
-    bell = AlarmBell(BranchRule.THRESHOLD)
+    bell = AlarmBell(Threshold())
     rollout = heard(share, FIRE_RATE_COUNT / 2, "tree/fire_rate")
     messages = [bell.hear(rollout) for _ in range(4 * REPEAT_EVERY)]
     assert [i for i, now in enumerate(messages) if now] == [1]
@@ -302,14 +306,14 @@ def test_a_fire_rate_that_leaves_entropy_no_say_is_said_once_a_run_after_enough_
 
 
 def test_a_fire_rate_is_taken_over_all_decisions_since_the_last_look():
-    bell = AlarmBell(BranchRule.PROBABILITY)
+    bell = AlarmBell(Probability())
     half = FIRE_RATE_COUNT / 2
     # (1.0 + 0.7) / 2 = 0.85 is below 90 %; then (1.0 + 0.9) / 2 = 0.95 is not
     shares = [1.0, 0.7, 1.0, 0.9]
     assert [len(bell.hear(heard(share, half, "tree/fire_rate"))) for share in shares] == [0, 0, 0, 1]
 
 
-@pytest.mark.parametrize("rule", [BranchRule.RANDOM, BranchRule.RANKED, BranchRule.RELEASED])
+@pytest.mark.parametrize("rule", [Random(), Ranked(), Released()])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
     assert AlarmBell(rule).hear(heard(share, FIRE_RATE_COUNT, "tree/fire_rate")) == []

@@ -5,8 +5,7 @@ from rich.console import Console
 
 from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.render import MAX_CHARS, render_tree
-from arpo_trl.rollout.branching import BranchDecision
-from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.trajectories import LoggedTree
 
 

@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.branching import BranchRule
 from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocol import ChatTemplateProtocol
+from arpo_trl.rollout.rules import RULES
+from arpo_trl.rollout.rules.probability import Probability
+from arpo_trl.rollout.rules.ranked import Ranked
+from arpo_trl.rollout.rules.released import Released
+from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import GroupRequest, RolloutSchedule
 from arpo_trl.rollout.tree import NodeKind, StopReason
 from support import ANSWER, Scripted
@@ -102,7 +106,7 @@ def test_the_budget_goes_to_the_path_where_entropy_rose_most():
 
 
 def test_branches_of_one_node_are_limited_to_z():
-    rollout = Scripted(one_search, leaves=5, at_root=1, branches_per_fork=2, max_tool_calls=1)()
+    rollout = Scripted(one_search, leaves=5, at_root=1, rule=Threshold(branches_per_fork=2), max_tool_calls=1)()
     # one result, Z = 2: two branches; the two leaves left are topped up and, with no budget left, do not branch
     assert addresses(rollout) == [(0,), (0, 1, 0), (0, 1, 1), (1,), (2,)]
 
@@ -126,7 +130,7 @@ def test_ranked_waits_for_the_first_paths_and_branches_where_entropy_was_highest
         return ScriptedTurn(ANSWER, entropies=[0.05])
 
     # H after the first results: 0.1, 1.1; after the second: 0.05, 0.05. Budget 2, so both first results branch.
-    run = Scripted(ranks, leaves=4, at_root=2, rule=BranchRule.RANKED)
+    run = Scripted(ranks, leaves=4, at_root=2, rule=Ranked())
     rollout = run()
     assert addresses(rollout) == [(0,), (0, 1, 0), (1,), (1, 1, 0)]
     # 3 turns, and the branches' 2 only after all of them
@@ -134,7 +138,7 @@ def test_ranked_waits_for_the_first_paths_and_branches_where_entropy_was_highest
 
 
 def test_ranked_tops_up_what_no_result_can_take():
-    rollout = Scripted(lambda r, c: ANSWER, leaves=4, at_root=2, rule=BranchRule.RANKED)()
+    rollout = Scripted(lambda r, c: ANSWER, leaves=4, at_root=2, rule=Ranked())()
     assert rollout.topups == [2]
     assert addresses(rollout) == [(0,), (1,), (2,), (3,)]
 
@@ -146,14 +150,14 @@ def test_released_reads_the_turn_before_the_result():
         entropy = [0.0, 5.0, 0.0][depth]
         return ScriptedTurn("<search>iron</search>" if depth < 2 else ANSWER, entropies=[entropy])
 
-    run = Scripted(before, leaves=2, at_root=1, rule=BranchRule.RELEASED, vocab_size=10)
+    run = Scripted(before, leaves=2, at_root=1, rule=Released(), vocab_size=10)
     observations = list(run().trees[0].observations())
     # k = 4 probe tokens: 4 · 5.0 / ln 10 = 8.69 above a baseline of 0
     assert observations[0].decision.delta == 0.0
     assert observations[1].decision.delta == pytest.approx(4 * 5.0 / 2.302585, rel=1e-6)
 
 
-@pytest.mark.parametrize("rule", list(BranchRule))
+@pytest.mark.parametrize("rule", RULES.own)
 @pytest.mark.parametrize("leaves", [1, 3, 8])
 def test_every_rule_ends_with_exactly_m_distinct_leaves(rule, leaves):
     def varied(request, context):
@@ -161,7 +165,7 @@ def test_every_rule_ends_with_exactly_m_distinct_leaves(rule, leaves):
         text = f"<search>iron {request.key}</search>" if calls else ANSWER
         return ScriptedTurn(text, entropies=[(request.seed % 100) / 50], polls=1 + request.seed % 3)
 
-    rollout = Scripted(varied, leaves=leaves, at_root=max(1, leaves // 2), rule=rule)(groups=5)
+    rollout = Scripted(varied, leaves=leaves, at_root=max(1, leaves // 2), rule=RULES.get(rule)())(groups=5)
     for tree in rollout.trees:
         tree.check(leaves)
         assert len({leaf.nodes[-1].index for leaf in tree.leaves()}) == leaves
@@ -174,7 +178,7 @@ def test_the_same_seed_gives_the_same_tree_and_another_one_another():
         )
 
     def shape(seed):
-        trees = Scripted(random_depth, leaves=6, at_root=3, rule=BranchRule.PROBABILITY)(3, seed).trees
+        trees = Scripted(random_depth, leaves=6, at_root=3, rule=Probability())(3, seed).trees
         return [[(node.parent, node.ids) for node in tree.nodes] for tree in trees]
 
     assert shape(0) == shape(0)

@@ -6,9 +6,8 @@ import pytest
 
 from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import DataError
-from arpo_trl.rollout.branching import BranchDecision
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
-from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog, read_trees
 from support import ANSWER, Scripted
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.branching import BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.transformers import TransformersEngine
@@ -22,6 +21,7 @@ from arpo_trl.rollout.engines.vllm_client import FRESH, PROBE_TEXT, ServerClient
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, ServedWeights
 from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
+from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from serving import running
@@ -366,7 +366,7 @@ def test_trees_branch_after_results_and_every_token_has_the_logprob_of_the_path_
     setup = Setup(model, tmp_path, server, stop=["</search>"], temperature=2.0)
     toolbox = ToolBox([search])
     protocol = TagProtocol(tokenizer(), toolbox.specs)
-    always = BranchPolicy(BranchRule.RANDOM, probability=1.0)
+    always = Random(branch_probability=1.0)
     sampler = TreeSampler(setup.engine, toolbox, protocol, SamplerSettings(6, 2, 400, 1024, 3, 5, always), (EOS,))
     with toolbox:
         rollout = sampler.sample([GroupRequest(i, PROMPTS[i]) for i in range(3)], seed=(1,))

@@ -7,24 +7,30 @@ import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
-from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight
 from arpo_trl.chat_model import check_server_url
 from arpo_trl.errors import ConfigError
 from arpo_trl.prefix_sharing import SharedPrefixForward
-from arpo_trl.rollout.branching import BranchPolicy, BranchRule
+from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
 from arpo_trl.rollout.engines.distribution import refuse_rules, rules_of
 from arpo_trl.rollout.engines.vllm_client import API_KEY
 from arpo_trl.rollout.protocol import ProtocolKind
+from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
 from arpo_trl.rollout.sampler import RolloutSchedule
 
+if TYPE_CHECKING:
+    from arpo_trl.rollout.credit.base import Credit
+
 logger = logging.getLogger(__name__)
+
+_OF_RULES = ("branch_probability", "entropy_weight", "branch_threshold", "branches_per_fork")
+"""The settings that a branch rule takes if it has a field of that name; its other fields are `branch_rule_kwargs`."""
 
 
 class WeightSync(StrEnum):
@@ -77,6 +83,7 @@ class ARPOConfig(GRPOConfig):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
+        "branch_rule_kwargs",
         "tool_concurrency_per_tool",
     ]  # also as JSON text
 
@@ -96,11 +103,14 @@ class ARPOConfig(GRPOConfig):
         metadata={"help": "k: model tokens at the start of a turn whose mean entropy (nats) is read. >= 1."},
     )
     branch_rule: str = field(
-        default=BranchRule.THRESHOLD.value,
-        metadata={"help": "What makes a tool result branch: 'threshold' (P > tau), 'probability' (a coin with "
-                  "probability P), 'random' (a coin with alpha, blind to entropy: the control), 'ranked' (the highest "
-                  "entropies once the first N paths are done), 'released' (the public code's rule, lag included).",
-                  "choices": [rule.value for rule in BranchRule]},
+        default="threshold",
+        metadata={"help": f"What makes a tool result branch, one of {RULES.names} or a rule registered in python; "
+                  "docs/algorithm.md says what each does."},
+    )  # fmt: skip
+    branch_rule_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What branch_rule can be told besides the four settings below, as in {option: value}. None "
+                  "of the package's own rules takes any."},
     )  # fmt: skip
     branch_probability: float = field(default=0.5, metadata={"help": "alpha: P = alpha + beta * dH, in [0, 1]."})
     entropy_weight: float = field(
@@ -169,9 +179,9 @@ class ARPOConfig(GRPOConfig):
         metadata={"help": "TRL's loss types. 'grpo' (mean per sequence, then over the group) is the paper's."},
     )
     advantage_attribution: str = field(
-        default=AdvantageAttribution.SOFT.value,
+        default="soft",
         metadata={"help": "What a token shared by d leaves is credited with: 'soft' (each leaf's own advantage), "
-                  "'hard' (their mean).", "choices": [kind.value for kind in AdvantageAttribution]},
+                  "'hard' (their mean), or a credit registered in python."},
     )  # fmt: skip
     shared_prefix_weight: str = field(
         default=SharedPrefixWeight.PER_LEAF.value,
@@ -253,18 +263,23 @@ class ARPOConfig(GRPOConfig):
         assert self.steps_per_generation is not None
         self._check_groups_fit_rank(self.steps_per_generation)
         _ = self.tool_places  # raises
+        self.make_branch_rule()  # raises
         self._check_supported()
         self._check_hub()
 
-    @property
-    def branch_policy(self) -> BranchPolicy:
-        return BranchPolicy(
-            BranchRule(self.branch_rule),
-            self.branch_probability,
-            self.entropy_weight,
-            self.branch_threshold,
-            self.branches_per_fork,
-        )
+    def make_branch_rule(self) -> BranchRule:
+        """The rule that `branch_rule` names, with the settings that it takes."""
+        options = self.branch_rule_kwargs or {}
+        if not isinstance(options, dict):
+            raise ConfigError(
+                f"branch_rule_kwargs is {options!r}; expected options of the branch rule and their values: "
+                "{option: value}."
+            )
+        return build_rule(self.branch_rule, {name: getattr(self, name) for name in _OF_RULES}, options)
+
+    def make_credit(self) -> Credit:
+        """The credit that `advantage_attribution` and `shared_prefix_weight` name."""
+        return CREDITS.get(credit_name(self.advantage_attribution, self.shared_prefix_weight))()
 
     @property
     def tool_places(self) -> dict[str, int]:
@@ -318,10 +333,8 @@ class ARPOConfig(GRPOConfig):
         if not self.weight_sync_tolerance > 0:
             raise ConfigError(f"weight_sync_tolerance is {self.weight_sync_tolerance}; expected more than 0 nats.")
         for name, kinds in (
-            ("branch_rule", BranchRule),
             ("rollout_schedule", RolloutSchedule),
             ("tool_protocol", ProtocolKind),
-            ("advantage_attribution", AdvantageAttribution),
             ("shared_prefix_weight", SharedPrefixWeight),
             ("shared_prefix_forward", SharedPrefixForward),
             ("weight_sync", WeightSync),
@@ -329,6 +342,9 @@ class ARPOConfig(GRPOConfig):
             value = getattr(self, name)
             if value not in {kind.value for kind in kinds}:
                 raise ConfigError(f"{name} is {value!r}; expected one of {[kind.value for kind in kinds]}.")
+        for name, known in (("branch_rule", RULES.names), ("advantage_attribution", attributions())):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
 
     def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
         """TRL checks the global batch only; a tree lives on one rank."""

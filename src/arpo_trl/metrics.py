@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from arpo_trl.calls import CallSource, ToolFailure
-from arpo_trl.rollout.branching import BranchRule, mean
+from arpo_trl.rollout.rules import BranchRule, mean
 from arpo_trl.rollout.sampler import Rollout
 from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
 
@@ -84,7 +84,8 @@ def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
         tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
         tally.add("tree/fire_rate", float(node.decision.fires))
         tally.add(f"tree/fire_rate_{node.tool}", float(node.decision.fires))
-        tally.add("entropy/delta", node.decision.delta)
+        if node.decision.delta is not None:
+            tally.add("entropy/delta", node.decision.delta)
 
 
 def _tally_entropies(tree: RolloutTree, tally: Tally) -> None:
@@ -197,11 +198,10 @@ FIRE_RATE_ALARMS = (
 
 
 class AlarmBell:
-    """Listens to a run's tallies and says what rings; the fire rate only under the rules by which entropy decides."""
+    """Listens to a run's tallies and says what rings; the fire rate only under rules that an entropy triggers."""
 
     def __init__(self, rule: BranchRule):
-        entropy_decides = rule in (BranchRule.THRESHOLD, BranchRule.PROBABILITY)
-        self._alarms = ALARMS + (FIRE_RATE_ALARMS if entropy_decides else ())
+        self._alarms = ALARMS + (FIRE_RATE_ALARMS if rule.entropy_triggers else ())
         self._heard = {alarm: [0.0, 0.0] for alarm in self._alarms}
         self._rung = dict.fromkeys(self._alarms, 0)
 

@@ -35,6 +35,7 @@ SHOWN_SETTINGS = {
     "num_generations": "leaves per prompt (M)",
     "initial_rollouts": "of them from the root (N)",
     "branch_rule": "what branches",
+    "branch_rule_kwargs": "options of that rule",
     "entropy_probe_tokens": "tokens whose entropy is read (k)",
     "branch_probability": "α",
     "entropy_weight": "β",

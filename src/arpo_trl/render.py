@@ -6,7 +6,7 @@ from rich.markup import escape
 from rich.text import Text
 from rich.tree import Tree
 
-from arpo_trl.rollout.branching import mean
+from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.tree import Node, NodeKind
 from arpo_trl.trajectories import LoggedTree
 
@@ -35,8 +35,9 @@ def _label(node: Node, results: dict[int, tuple[float | None, float]]) -> Text:
         label.append(_short(node.text), style="dim cyan" if all(call.ok for call in node.calls) else "dim red")
         if node.decision is not None:
             sign = "⑂" if node.decision.granted else "·"
+            rise = "" if node.decision.delta is None else f" ΔH {node.decision.delta:+.3f},"
             label.append(
-                f"  {sign} ΔH {node.decision.delta:+.3f}, {node.decision.granted} extra",
+                f"  {sign}{rise} {node.decision.granted} extra",
                 style="bold yellow" if node.decision.granted else "dim",
             )
         return label

@@ -21,12 +21,6 @@ from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict
 
-from arpo_trl.advantages import (
-    AdvantageAttribution,
-    SharedPrefixWeight,
-    first_copies,
-    mean_over_leaves,
-)
 from arpo_trl.completions import completion_messages
 from arpo_trl.compute_dtype import training_dtype, warn_of_emulation
 from arpo_trl.config import ARPOConfig
@@ -47,6 +41,7 @@ from arpo_trl.prefix_sharing import (
 from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rewards.checked import checked_reward
 from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_engine, build_sampler, context_of
+from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.distribution import refuse_rules
 from arpo_trl.rollout.engines.visibility import exact_length
@@ -78,7 +73,6 @@ class _LastRollout:
     rollout: Rollout
     leaves: list[Leaf]
     first_group: int
-    token_nodes: list[list[int]]
     rewards: torch.Tensor | None = None
 
 
@@ -190,6 +184,7 @@ class ARPOTrainer(ResumableTrainer):
             chat_template_kwargs=self.chat_template_kwargs,
         )
         self._shares_prefixes = self._prepare_prefix_sharing()
+        self._credit = args.make_credit()
         self.sampler = self._make_sampler(engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         for dataset in (train_dataset, *evaluated):
@@ -204,7 +199,7 @@ class ARPOTrainer(ResumableTrainer):
         self._last: _LastRollout | None = None
         self._loss_mask: torch.Tensor | None = None
         """(B, T), nonzero on the tokens whose logprobs the loss will use, of the rows that are being computed."""
-        self._bell = AlarmBell(args.branch_policy.rule)
+        self._bell = AlarmBell(self.sampler.settings.rule)
         self._rollouts_at: dict[str, tuple[int, int]] = {}
         self.sampler.between_events = self._interrupts.check
         self._timed: dict[str, float] = defaultdict(float)
@@ -234,7 +229,7 @@ class ARPOTrainer(ResumableTrainer):
             max_completion_length=self.max_completion_length,
             max_tool_calls=args.max_tool_calling_iterations,
             entropy_probe_tokens=args.entropy_probe_tokens,
-            policy=args.branch_policy,
+            rule=args.make_branch_rule(),
             schedule=RolloutSchedule(args.rollout_schedule),
         )
 
@@ -375,15 +370,7 @@ class ARPOTrainer(ResumableTrainer):
                 settings=settings if training else settings.without_branching(size),
             )
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
-        # A node's number is unique in its tree only; the trees of a batch are laid end to end.
-        offsets, offset = [], 0
-        for tree in rollout.trees:
-            offsets += [offset] * size
-            offset += len(tree.nodes)
-        token_nodes = [
-            [offset + node for node in leaf.token_nodes] for leaf, offset in zip(leaves, offsets, strict=True)
-        ]
-        self._last = _LastRollout(name, rollout, leaves, first_group, token_nodes)
+        self._last = _LastRollout(name, rollout, leaves, first_group)
         self._loss_mask = pad(
             [torch.tensor(leaf.mask) for leaf in leaves],
             padding_side="right",
@@ -426,24 +413,14 @@ class ARPOTrainer(ResumableTrainer):
         return batch
 
     def _attribute(self, batch: dict[str, Any]) -> None:
-        """Turns `batch["advantages"]` (B,) into (B, T) where leaves share nodes and the settings make a difference."""
-        assert self._last is not None
-        once = self.args.shared_prefix_weight == SharedPrefixWeight.ONCE
-        hard = self.args.advantage_attribution == AdvantageAttribution.HARD
-        if not (once or hard):
-            return
-        token_nodes = pad(
-            [torch.tensor(nodes) for nodes in self._last.token_nodes],
-            padding_value=-1,
-            padding_side="right",
-            pad_to_multiple_of=self.pad_to_multiple_of,
-        ).to(batch["completion_ids"].device)
-        first = first_copies(token_nodes)
-        if not torch.equal(first, token_nodes >= 0):  # some node stands in several rows; else this is plain GRPO
-            batch["advantages"] = mean_over_leaves(batch["advantages"], token_nodes)
-            if once:
-                batch["tool_mask"] = batch["tool_mask"] * first
-        if once:  # every rank, shared nodes or not: the token count is a sum over all of them
+        """Turns `batch["advantages"]` (B,) into what the credit makes of them, (B, T) where leaves share nodes."""
+        last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
+        assert last is not None and last.rewards is not None
+        rewards = last.rewards.to(advantages.device)
+        batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
+        if weights is not None:
+            batch["tool_mask"] = batch["tool_mask"] * weights
+        if self._credit.weighs:  # every rank, weights or not: the token count is a sum over all of them
             trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
             batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
 

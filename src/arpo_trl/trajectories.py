@@ -17,8 +17,7 @@ from typing import Any
 
 from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import DataError, EngineError
-from arpo_trl.rollout.branching import BranchDecision
-from arpo_trl.rollout.tree import ExecutedCall, Node, NodeKind, RolloutTree, StopReason
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, StopReason
 
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.(jsonl|partial)")
 

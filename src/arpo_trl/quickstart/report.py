@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from arpo_trl.rollout.branching import mean
+from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.tree import RolloutTree
 
 PROBE = 8

@@ -18,7 +18,6 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.branching import BranchPolicy
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
@@ -27,6 +26,8 @@ from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import Weights
 from arpo_trl.rollout.protocol import ToolProtocol
+from arpo_trl.rollout.rules.base import BranchRule
+from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 
@@ -169,7 +170,7 @@ def build_sampler(
     num_generations: int = 1,
     initial_rollouts: int | None = None,
     entropy_probe_tokens: int = 0,
-    policy: BranchPolicy | None = None,
+    rule: BranchRule | None = None,
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP,
     max_calls_of: Mapping[str, int] | None = None,
 ) -> TreeSampler:
@@ -202,7 +203,7 @@ def build_sampler(
             max_length=length,
             max_tool_calls=UNLIMITED_CALLS if max_tool_calls is None else max_tool_calls,
             entropy_probe_tokens=entropy_probe_tokens,
-            policy=policy or BranchPolicy(),
+            rule=rule or Threshold(),
             schedule=schedule,
             max_calls_of=max_calls_of or {},
         ),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,10 +21,11 @@ from functools import partial
 
 from arpo_trl.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, ToolProtocol
-from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
+from arpo_trl.rollout.rules.threshold import Threshold
+from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.box import ToolBox, ToolResult
 from arpo_trl.tools.state import PathStates
 
@@ -33,6 +33,10 @@ IDLE_POLL_S = 0.05
 """How long one wait for the tools, or for the engine, may last while only one of them has work."""
 BUSY_POLL_S = 0.002
 """How long a wait for the engine may hold up looking at the tools."""
+
+
+Score = Callable[[int, RolloutTree], Sequence[float]]
+"""The rewards of a tree's finished leaves, in their order, given the id of its request."""
 
 
 class RolloutSchedule(StrEnum):
@@ -56,7 +60,7 @@ class SamplerSettings:
     max_length: int
     max_tool_calls: int
     entropy_probe_tokens: int = 20
-    policy: BranchPolicy = field(default_factory=BranchPolicy)
+    rule: BranchRule = field(default_factory=Threshold)
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP
     max_calls_of: Mapping[str, int] = field(default_factory=dict)
 
@@ -116,7 +120,7 @@ class _Group:
 
     id: int
     tree: RolloutTree
-    budget: BranchBudget
+    context: BranchContext
     branches: bool
     """Whether there was a budget to begin with; without one nothing is decided."""
     started_s: float = field(default_factory=time.perf_counter)
@@ -125,10 +129,9 @@ class _Group:
     starts: int = 0
     topups: int = 0
     longest_chain: int = 0
-    live: dict[Address, int] = field(default_factory=dict)
-    """For each live path the number of tool results it may still branch at."""
-    candidates: list[tuple[_Path, Sequence[float]]] = field(default_factory=list)
-    """Paths that wait for the decision on the observation they continue, with its probe entropies."""
+    live: dict[Address, LivePath] = field(default_factory=dict)
+    candidates: list[tuple[_Path, Candidate]] = field(default_factory=list)
+    """Observations that the rule has not decided on yet, or may decide on again, and the paths that continue them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +158,7 @@ class _Path:
     """How often each tool was called, refusals left out."""
     may_call: bool = True
     decides: bool = False
-    """The probe of the current turn decides whether the observation above it branches."""
+    """Whether the observation above the current turn has still to be offered to the branch rule."""
     root_entropies: Sequence[float] = ()
     last_entropies: Sequence[float] = ()
     last_request: int | None = None
@@ -185,12 +188,20 @@ class TreeSampler:
         protocol: ToolProtocol,
         settings: SamplerSettings,
         eos_ids: Sequence[int],
+        score: Score | None = None,
     ):
+        """`score` is for branch rules that read the rewards of finished leaves.
+
+        Raises:
+            ConfigError: The branch rule reads rewards, and there is no `score`.
+        """
         self.engine = engine
         self.toolbox = toolbox
         self.protocol = protocol
         self.settings = settings
         self.eos_ids = tuple(eos_ids)
+        self.score = score
+        self._check_score(settings)
         self.between_events: Callable[[], None] = _nothing
         """Called between any two events; what it raises ends the rollout, as an interrupt does."""
 
@@ -208,10 +219,10 @@ class TreeSampler:
             settings: Others than the sampler's own, for this call.
 
         Raises:
-            ConfigError: A prompt leaves no room for a completion.
+            ConfigError: A prompt leaves no room for a completion, or the branch rule broke its contract.
             EngineError: The engine broke its contract.
         """
-        return _Run(self, settings or self.settings, seed)(requests)
+        return self._run(settings, seed)(requests)
 
     def stream(
         self,
@@ -229,7 +240,20 @@ class TreeSampler:
         Raises:
             EngineError: The engine as a whole broke its contract or lost its server.
         """
-        return _Run(self, settings or self.settings, seed).stream(requests, groups_at_once)
+        return self._run(settings, seed).stream(requests, groups_at_once)
+
+    def _run(self, settings: SamplerSettings | None, seed: tuple[int | str, ...]) -> _Run:
+        if settings is not None:
+            self._check_score(settings)
+        return _Run(self, settings or self.settings, seed)
+
+    def _check_score(self, settings: SamplerSettings) -> None:
+        if settings.rule.moment is Moment.LEAVES_SCORED and self.score is None:
+            raise ConfigError(
+                f"The branch rule {settings.rule.name!r} reads the rewards of finished leaves while their tree grows, "
+                "but nothing computes them here: ARPOTrainer rewards whole trees. Choose another branch_rule, or give "
+                "TreeSampler a `score`."
+            )
 
 
 class _Run:
@@ -237,11 +261,10 @@ class _Run:
 
     def __init__(self, sampler: TreeSampler, settings: SamplerSettings, seed: tuple[int | str, ...]):
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
-        self.between_events = sampler.between_events
+        self.between_events, self.score = sampler.between_events, sampler.score
         self.eos_ids = sampler.eos_ids
         self.settings = settings
         self.seed = seed
-        self.ranked = settings.policy.rule is BranchRule.RANKED
         self.writing: dict[int, _Path] = {}
         self.calling: dict[int, tuple[_Calling, int]] = {}
         self.open_states: dict[PathStates, None] = {}
@@ -338,16 +361,11 @@ class _Run:
         del self.open_states[states]
         states.close()
 
-    def _states_of_branches(self, path: _Path, branches: int) -> list[PathStates]:
-        """One for each branch at the observation above the path's turn; they use up what the path kept for them."""
-        kept = path.states_for_branches
-        if kept is None:
-            assert not branches  # what is granted comes from a budget that was not spent at the observation
-            return []
-        if not branches:
-            self._close(kept)
-            return []
-        return [kept, *(self._opened(kept.fork()) for _ in range(branches - 1))]
+    def _write_branch(self, path: _Path, address: Address) -> None:
+        """Submits an extra turn under the observation above the path's turn, with a fork of the states as of there."""
+        assert path.states_for_branches is not None  # kept as long as there was something to grant
+        states = self._opened(path.states_for_branches.fork())
+        self._write(replace(path, address=address, states=states, states_for_branches=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -400,10 +418,7 @@ class _Run:
         """The path after the first tokens of its current turn are known."""
         if path.depth == 0 and not path.root_entropies:
             path = replace(path, root_entropies=entropies)
-        if path.decides:
-            path.group.candidates.append((path, entropies))
-            path = replace(path, decides=False, states_for_branches=None)
-        return self._alive(path)
+        return self._offered(path, entropies) if path.decides else self._alive(path)
 
     def _wrote(self, path: _Path, turn: Turn) -> None:
         path = self._probed(path, turn.entropies)  # changes nothing where a Probe came before
@@ -475,19 +490,25 @@ class _Run:
             self._end(path, StopReason.LENGTH)
             return
         node = path.group.tree.add_observation(path.parent, ids, calls, text)
-        may_branch = path.decides and path.group.budget.remaining > 0
+        may_branch = path.decides and path.group.context.remaining > 0
         states = self._opened(path.states.fork()) if may_branch else None
         path = replace(path, parent=node.index, ids=path.ids + ids, states_for_branches=states)
-        if path.decides and self.settings.policy.rule is BranchRule.RELEASED:  # decided from the turn before: the lag
-            path = self._probed(path, path.last_entropies)
+        if path.decides and self.settings.rule.moment is Moment.RESULT:
+            path = self._offered(path, ())
         self._write(path)
 
     # Paths -----------------------------------------------------------------------------------------------------------
 
     def _start(self, request: GroupRequest) -> _Group:
         settings = self.settings
-        budget = BranchBudget(settings.num_generations - settings.initial_rollouts, settings.policy.branches_per_fork)
-        group = _Group(request.id, RolloutTree(request.prompt_ids), budget, branches=budget.remaining > 0)
+        context = BranchContext(
+            RolloutTree(request.prompt_ids),
+            self.engine.vocab_size,
+            settings.num_generations - settings.initial_rollouts,
+            lambda place: self._draw("branch", (request.id, *place)),
+        )
+        context.state = settings.rule.start(context)
+        group = _Group(request.id, context.tree, context, branches=context.remaining > 0)
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
                 f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length}: "
@@ -522,7 +543,7 @@ class _Run:
     def _alive(self, path: _Path) -> _Path:
         """The path itself, its group told how many tool results it may still branch at."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
-        path.group.live[path.address] = to_come + path.decides
+        path.group.live[path.address] = LivePath(path.parent, to_come + path.decides)
         return path
 
     def _end(self, path: _Path, reason: StopReason) -> None:
@@ -537,28 +558,54 @@ class _Run:
 
     # Branching -------------------------------------------------------------------------------------------------------
 
+    def _offered(self, path: _Path, turn: Sequence[float]) -> _Path:
+        """The path after the observation above its current turn was offered to the rule."""
+        candidate = Candidate(path.parent, path.address, path.depth, turn, path.last_entropies, path.root_entropies)
+        path.group.candidates.append((path, candidate))
+        return self._alive(replace(path, decides=False, states_for_branches=None))
+
     def _branch(self, group: _Group) -> None:
-        """Decides what has been probed since the last look, branches, and tops up what can no longer be spent."""
-        if self.ranked and (group.live or not group.budget.remaining):
+        """Decides what can be decided by now, branches, and tops up what can no longer be spent."""
+        rule, context = self.settings.rule, group.context
+        if rule.moment.waits and (group.live or not context.remaining):
             return
-        candidates = sorted(group.candidates, key=lambda candidate: (candidate[0].address, candidate[0].depth))
-        group.candidates = []
-        decide = group.budget.rank if self.ranked else group.budget.serve
-        decisions = decide([self._decide(path, entropies) for path, entropies in candidates])
-        for (path, _), decision in zip(candidates, decisions, strict=True):
-            branches = self._states_of_branches(path, decision.granted)
-            group.tree.nodes[path.parent].decision = decision
-            waited = group.longest_chain - path.depth if self.ranked else path.waited
-            path = replace(path, decides=False, states_for_branches=None, waited=waited)
-            for j, states in enumerate(branches):
-                self._write(replace(path, address=(*path.address, path.depth, j), states=states))
-        topups = group.budget.top_up(() if self.ranked else group.live.values())
+        offered = sorted(group.candidates, key=lambda offer: (offer[1].address, offer[1].depth))
+        if rule.moment is Moment.LEAVES_SCORED:
+            assert self.score is not None
+            context.rewards = self.score(group.id, group.tree)
+        for (path, _), decision in zip(offered, self._decisions([of for _, of in offered], context), strict=True):
+            node = group.tree.nodes[path.parent]
+            before = node.decision.granted if node.decision is not None else 0
+            after = before + decision.granted
+            node.decision = replace(decision, fires=decision.fires or before > 0, granted=after)
+            waited = group.longest_chain - path.depth if rule.moment.waits else path.waited
+            path = replace(path, decides=False, waited=waited)
+            for j in range(before, after):
+                self._write_branch(path, (*path.address, path.depth, j))
+        topups = max(0, context.remaining - rule.supply(group.live.values(), context))
+        if not group.live and not topups:  # then there will be no other decision
+            topups = context.remaining
+        context.remaining -= topups
+        if not rule.moment.waits or not context.remaining:
+            group.candidates = []
+            for path, _ in offered:
+                if path.states_for_branches is not None:
+                    self._close(path.states_for_branches)
         group.topups += topups
         self._start_at_root(group, topups, waited=group.longest_chain)
 
-    def _decide(self, path: _Path, entropies: Sequence[float]) -> BranchDecision:
-        coin = random.Random(self._draw("branch", (path.group.id, *path.address, path.depth))).random()
-        return self.settings.policy.decide(entropies, path.root_entropies, self.engine.vocab_size, coin)
+    def _decisions(self, candidates: Sequence[Candidate], context: BranchContext) -> Sequence[BranchDecision]:
+        """The rule's decisions, their leaves taken from the budget."""
+        rule = self.settings.rule
+        decisions = rule.decide(candidates, context) if candidates or rule.moment.waits else []
+        granted = [decision.granted for decision in decisions]
+        if len(granted) != len(candidates) or min(granted, default=0) < 0 or sum(granted) > context.remaining:
+            raise ConfigError(
+                f"The branch rule {rule.name!r} granted {granted} leaves for {len(candidates)} observations; expected "
+                f"one number for each, none negative, and at most {context.remaining} in sum."
+            )
+        context.remaining -= sum(granted)
+        return decisions
 
     def _draw(self, what: str, key: tuple[int, ...]) -> int:
         """A seed that is this rollout's, and this place's in it, alone."""

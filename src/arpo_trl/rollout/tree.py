@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.branching import BranchDecision
 
 T = TypeVar("T")
 
@@ -80,6 +79,20 @@ class ExecutedCall:
             "seconds": self.seconds,
             "source": str(self.source),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class BranchDecision:
+    """What a branch rule decided for one observation. `granted` < Z on a firing decision means the budget ran out.
+
+    `entropy_nats`, `delta` (ΔH) and `probability` (P) are None under a rule that does not read or compute them.
+    """
+
+    entropy_nats: float | None = None
+    delta: float | None = None
+    probability: float | None = None
+    fires: bool = False
+    granted: int = 0
 
 
 @dataclass(slots=True)

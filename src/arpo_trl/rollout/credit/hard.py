@@ -1,0 +1,26 @@
+"""The mean of the d leaves' advantages on a token that d leaves share, in each of them.
+
+Of two leaves with advantages (1.0, −0.5), which share two nodes of two tokens each:
+
+    # hard:  0.25 0.25 0.25 0.25 1.0 1.0 / 0.25 0.25 0.25 0.25 −0.5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from arpo_trl.rollout.credit import register
+from arpo_trl.rollout.credit.base import Credit, mean_over_leaves, shares_nodes, token_nodes
+from arpo_trl.rollout.tree import RolloutTree
+
+
+@register("hard")
+class Hard(Credit):
+    def __call__(
+        self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not shares_nodes(trees):
+            return advantages, None
+        return mean_over_leaves(advantages, token_nodes(trees).to(advantages.device)), None

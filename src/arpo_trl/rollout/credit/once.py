@@ -1,0 +1,37 @@
+"""A shared token is trained in the first of its leaves only, with the mean advantage of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from arpo_trl.rollout.credit import register
+from arpo_trl.rollout.credit.base import Credit, mean_over_leaves, shares_nodes, token_nodes
+from arpo_trl.rollout.tree import RolloutTree
+
+
+@register("once")
+class Once(Credit):
+    weighs: ClassVar[bool] = True
+
+    def __call__(
+        self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not shares_nodes(trees):
+            return advantages, None
+        nodes = token_nodes(trees).to(advantages.device)
+        return mean_over_leaves(advantages, nodes), first_copies(nodes)
+
+
+def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool: True on the tokens of each node in the first row that holds it, False elsewhere and on padding."""
+    real = token_nodes >= 0
+    _, node = torch.unique(token_nodes[real], return_inverse=True)
+    rows = torch.arange(token_nodes.size(0), device=token_nodes.device).unsqueeze(1).expand_as(token_nodes)[real]
+    first = torch.full((int(node.max()) + 1 if len(node) else 0,), token_nodes.size(0), device=token_nodes.device)
+    first = first.scatter_reduce(0, node, rows, reduce="amin")
+    result = torch.zeros_like(token_nodes, dtype=torch.bool)
+    result[real] = rows == first[node]
+    return result

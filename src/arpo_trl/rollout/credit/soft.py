@@ -1,0 +1,19 @@
+"""Each leaf's own advantage, everywhere. Equal ratios on shared tokens average them. The paper's default."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from arpo_trl.rollout.credit import register
+from arpo_trl.rollout.credit.base import Credit
+from arpo_trl.rollout.tree import RolloutTree
+
+
+@register("soft")
+class Soft(Credit):
+    def __call__(
+        self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return advantages, None

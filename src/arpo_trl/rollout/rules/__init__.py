@@ -1,0 +1,67 @@
+"""Branch rules: what makes an observation branch. One rule is one file; docs/algorithm.md has the table.
+
+A rule from outside the package is registered by name, and `branch_rule` then takes that name:
+
+    from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register
+
+    @register("always")
+    @dataclass(frozen=True)
+    class Always(BranchRule):
+        def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+            return BranchDecision(fires=True)
+
+Pure: no trl, no engine, no network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.registry import Registry
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment, grant, mean
+from arpo_trl.rollout.tree import BranchDecision
+
+__all__ = [
+    "RULES",
+    "BranchContext",
+    "BranchDecision",
+    "BranchRule",
+    "Candidate",
+    "LivePath",
+    "Moment",
+    "build_rule",
+    "grant",
+    "mean",
+    "register",
+]
+
+RULES: Registry[type[BranchRule]] = Registry("branch rule", __name__, __path__)
+register = RULES.register
+
+
+def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> BranchRule:
+    """The rule of that name.
+
+    Args:
+        settings: Values that several rules share; a rule takes those it has a field for.
+        options: Values for the rule's other fields.
+
+    Raises:
+        ConfigError: There is no such rule; an option is none of its fields, or one is missing.
+    """
+    kind = RULES.get(name)
+    known = {field.name: field for field in fields(kind) if field.init}
+    own = [field for field in known if field not in settings]
+    if unknown := [option for option in options if option not in own]:
+        raise ConfigError(
+            f"branch_rule_kwargs has {unknown}, but the branch rule {name!r} takes {own or 'no options'}. "
+            "Remove or rename what it does not take."
+        )
+    values = {field: value for field, value in settings.items() if field in known} | dict(options)
+    needed = [field.name for field in known.values() if field.default is MISSING and field.default_factory is MISSING]
+    if missing := [field for field in needed if field not in values]:
+        raise ConfigError(f"The branch rule {name!r} needs {missing}. Set them in branch_rule_kwargs.")
+    return kind(**values)

@@ -1,0 +1,27 @@
+"""A coin that falls on "branch" with probability P."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, mean, rise
+from arpo_trl.rollout.tree import BranchDecision
+
+
+@register("probability")
+@dataclass(frozen=True)
+class Probability(BranchRule):
+    """Fires with probability clip(α + β·ΔH, 0, 1): α `branch_probability`, β `entropy_weight`."""
+
+    entropy_triggers: ClassVar[bool] = True
+
+    branch_probability: float = 0.5
+    entropy_weight: float = 0.2
+
+    def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+        entropy = mean(candidate.turn)
+        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        probability = clipped(self.branch_probability + self.entropy_weight * delta)
+        return BranchDecision(entropy, delta, probability, context.coin(candidate) < probability)

@@ -1,0 +1,23 @@
+"""A coin with probability α, blind to entropy: the control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, mean, rise
+from arpo_trl.rollout.tree import BranchDecision
+
+
+@register("random")
+@dataclass(frozen=True)
+class Random(BranchRule):
+    """Fires with probability α, `branch_probability`. ΔH is recorded, and says who is served first."""
+
+    branch_probability: float = 0.5
+
+    def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+        entropy = mean(candidate.turn)
+        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        probability = clipped(self.branch_probability)
+        return BranchDecision(entropy, delta, probability, context.coin(candidate) < probability)

@@ -1,0 +1,34 @@
+"""Wait until the first N paths are done, then branch where H_turn was highest, wherever that is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, grant, mean, rise
+from arpo_trl.rollout.tree import BranchDecision
+
+
+@register("ranked")
+@dataclass(frozen=True)
+class Ranked(BranchRule):
+    """The highest `entropy_nats` fire until the budget is spent. ΔH and P are recorded only."""
+
+    moment: ClassVar[Moment] = Moment.PATHS_DONE
+
+    branch_probability: float = 0.5
+    entropy_weight: float = 0.2
+
+    def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+        entropy = mean(candidate.turn)
+        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        probability = clipped(self.branch_probability + self.entropy_weight * delta)
+        return BranchDecision(entropy, delta, probability, fires=True)
+
+    def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
+        judged = [self.judge(candidate, context) for candidate in candidates]
+        entropies = [mean(candidate.turn) for candidate in candidates]
+        granted = grant(judged, [self.branches_per_fork] * len(judged), entropies, context.remaining)
+        return [replace(decision, fires=decision.granted > 0) for decision in granted]
