@@ -13,12 +13,12 @@ from accelerate.utils import is_peft_model
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import HubError
 from arpo_trl.hub import BackgroundPush, Snapshot, prepare_repo, push_snapshot, push_trajectories, reason_of
 from arpo_trl.model_card import Card, describe
+from arpo_trl.trl_seam import get_config_model_id
 
 logger = logging.getLogger(__name__)
 

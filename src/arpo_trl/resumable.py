@@ -15,7 +15,6 @@ import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from trl.trainer.utils import get_callable_name
 
 from arpo_trl.checkpoints import (
     Checkpoints,
@@ -30,6 +29,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
 from arpo_trl.interrupts import Interrupts
 from arpo_trl.publishing import PublishingTrainer
+from arpo_trl.trl_seam import get_callable_name
 
 logger = get_logger(__name__)
 

@@ -18,8 +18,6 @@ from accelerate.utils import gather_object, is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict
 
 from arpo_trl.advantages import (
     AdvantageAttribution,
@@ -44,8 +42,9 @@ from arpo_trl.prefix_sharing import (
     why_not_shared,
     why_packs_differ,
 )
+from arpo_trl.preflight import check_prompts_fit, check_quantized_training, check_rows, check_writable, untold_tags
 from arpo_trl.resumable import ResumableTrainer
-from arpo_trl.rewards.checked import checked_reward
+from arpo_trl.reward_guard import checked_reward
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.distribution import refuse_rules
 from arpo_trl.rollout.engines.transformers import TransformersEngine
@@ -56,9 +55,9 @@ from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.sharding import at_its_own_pace, check_launch
-from arpo_trl.startup import check_prompts_fit, check_quantized_training, check_rows, check_writable, untold_tags
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import LoggedTree, TrajectoryLog
+from arpo_trl.trl_seam import get_config_model_id, pad, split_tensor_dict, unwrap_model_for_generation
 
 logger = get_logger(__name__)
 
@@ -186,11 +185,11 @@ class ARPOTrainer(ResumableTrainer):
             chat_template_kwargs=self.chat_template_kwargs,
         )
         self._shares_prefixes = self._prepare_prefix_sharing()
-        self.sampler = self._make_sampler(engine)
+        self.tree_sampler = self._make_sampler(engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         for dataset in (train_dataset, *evaluated):
             check_prompts_fit(
-                dataset, self.protocol, self.sampler.settings.max_length, LONGER if args.use_vllm else ""
+                dataset, self.protocol, self.tree_sampler.settings.max_length, LONGER if args.use_vllm else ""
             )
         if args.tool_protocol == ProtocolKind.TAGS and (said := untold_tags(self.toolbox.names, train_dataset)):
             logger.warning(said)
@@ -202,7 +201,7 @@ class ARPOTrainer(ResumableTrainer):
         """(B, T), nonzero on the tokens whose logprobs the loss will use, of the rows that are being computed."""
         self._bell = AlarmBell(args.branch_policy.rule)
         self._rollouts_at: dict[str, tuple[int, int]] = {}
-        self.sampler.between_events = self._interrupts.check
+        self.tree_sampler.between_events = self._interrupts.check
         self._timed: dict[str, float] = defaultdict(float)
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
@@ -372,9 +371,9 @@ class ARPOTrainer(ResumableTrainer):
         requests = [
             GroupRequest(first_group + i, self.protocol.encode_prompt(prompt)) for i, prompt in enumerate(groups)
         ]
-        settings = self.sampler.settings
+        settings = self.tree_sampler.settings
         with self.interruptible():
-            rollout = self.sampler.sample(
+            rollout = self.tree_sampler.sample(
                 requests,
                 seed=(self.args.seed, name),
                 settings=settings if training else settings.without_branching(size),

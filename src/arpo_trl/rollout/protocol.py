@@ -27,15 +27,15 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import (
+
+from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.tools.box import RESERVED_TAGS, ToolCall, ToolSpec
+from arpo_trl.trl_seam import (
     add_response_schema,
     get_training_chat_template,
     is_chat_template_prefix_preserving,
     parse_response,
 )
-
-from arpo_trl.errors import ConfigError, ToolSpecError
-from arpo_trl.tools.box import RESERVED_TAGS, ToolCall, ToolSpec
 
 ANSWER, RESULT = "answer", "result"
 

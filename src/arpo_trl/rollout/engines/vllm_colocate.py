@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
-from trl.generation.vllm_generation import VLLMGeneration
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm_turns import Draft, Segment, StopFinder, sampling_params
 from arpo_trl.rollout.engines.vllm_weights import mean_difference
+from arpo_trl.trl_seam import VLLMGeneration
 
 if TYPE_CHECKING:
     from vllm import RequestOutput

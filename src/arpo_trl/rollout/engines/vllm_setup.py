@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from transformers import PreTrainedTokenizerBase
-from trl.generation.vllm_generation import VLLMGeneration
 
 from arpo_trl.compute_dtype import warn_of_other_dtype
 from arpo_trl.config import ARPOConfig, WeightSync
@@ -20,6 +19,7 @@ from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check
 from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
+from arpo_trl.trl_seam import VLLMGeneration
 
 logger = get_logger(__name__)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import torch
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 from arpo_trl.errors import Interrupted, RewardError
 from arpo_trl.interrupts import Interrupts
+from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
 REWARD_POLL_S = 0.2
 """How often waiting for an async reward function looks for an interrupt."""
