@@ -382,11 +382,11 @@ def test_what_was_sampled_is_what_is_trained(model_path, tmp_path, settings, mos
     batch = batch_of(made)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    with torch.no_grad():
+    wanted = batch["completion_mask"] * batch["tool_mask"]
+    with torch.no_grad(), made._loss_tokens(wanted):
         logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
-    trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    assert trained.sum() > 50
-    assert (logps - sampled_logprobs(made))[trained].abs().max() < most
+    assert wanted.sum() > 50
+    assert (logps - sampled_logprobs(made))[wanted.bool()].abs().max() < most
 
 
 def test_lora_trains_the_adapter_only(model_path, tmp_path):
@@ -513,8 +513,8 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
             engine=scripted(),
         )
         batch_of(made)
-        assert made._last is not None and made._last.rewards is not None
-        return made._last.rewards.tolist()
+        assert made._last_rewards is not None
+        return made._last_rewards.tolist()
 
     calm = rewards_with("iron is a metal", tmp_path / "calm")
     hostile = (
@@ -525,7 +525,7 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
 
 
 def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("arpo_trl.preflight.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"vLLM is not installed here. Install the extra"):
         trainer(model_path, tmp_path, use_vllm=True)
 

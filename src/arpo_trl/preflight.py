@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
 from datasets import Dataset
+from transformers import PreTrainedModel
 
+from arpo_trl.compute_dtype import training_dtype
+from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError
+from arpo_trl.prefix_sharing import SharedPrefixForward, share_prefixes, why_not_shared, why_packs_differ
+from arpo_trl.rollout.engines.base import Engine
+from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
 from arpo_trl.rollout.protocol import ToolProtocol
+from arpo_trl.trl_seam import get_config_model_id
+
+logger = get_logger(__name__)
+
+
+def refuse_own_rollouts(**given: Any) -> None:
+    """Fails where one of GRPOTrainer's arguments that replace its rollouts was given."""
+    for name, value in given.items():
+        if value is not None:
+            raise ConfigError(f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
+
+
+def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
+    """`args`; without any, the defaults, with the output folder named after the model as TRL does."""
+    if args is None:
+        name = model if isinstance(model, str) else get_config_model_id(model.config) or model.config.model_type
+        args = ARPOConfig(f"{name.split('/')[-1]}-ARPO")
+    if not isinstance(args, ARPOConfig):
+        raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
+    return args
 
 
 def check_writable(folder: Path) -> None:
@@ -59,6 +89,85 @@ def check_rows(dataset: Any, reward_funcs: Collection[Any]) -> None:
     for function in reward_funcs:
         if (check := getattr(function, "check_dataset", None)) is not None:
             check(dataset)
+
+
+@contextmanager
+def without_trls_vllm_client(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
+    """Stops TRL's `__init__` from opening its own vLLM client. In colocate mode TRL still starts vLLM.
+
+    Args:
+        engine: The engine that replaces the one that `args` would choose; with one, TRL starts nothing.
+
+    Raises:
+        ConfigError: vLLM is to be started, but is not installed.
+    """
+    use_vllm = args.use_vllm
+    args.use_vllm = use_vllm and args.vllm_mode == "colocate" and engine is None
+    if args.use_vllm:
+        if find_spec("vllm") is None:
+            raise ConfigError(
+                "use_vllm is set, but vLLM is not installed here. Install the extra: pip install '.[vllm]'."
+            )
+        prepare_cpu()
+    try:
+        yield
+    finally:
+        args.use_vllm = use_vllm
+
+
+def prepare_prefix_sharing(
+    models: Sequence[Any],
+    accelerator: Accelerator,
+    wanted: SharedPrefixForward,
+    *,
+    aux_loss: bool,
+    sharded: bool,
+) -> bool:
+    """Makes `models` take packs. Where packs are not wanted or not exact it leaves them as they are and returns False.
+
+    Args:
+        models: The trained model, perhaps with an adapter, and the reference model if there is one; unwrapped.
+        aux_loss: Whether the loss has the router's auxiliary loss.
+        sharded: Whether ranks hold parts of the weights, which are not in place yet.
+
+    Raises:
+        ConfigError: Packs must be taken ("on"), and are not exact.
+    """
+    if wanted is SharedPrefixForward.OFF:
+        return False
+    bases = [model.get_base_model() if is_peft_model(model) else model for model in models]
+    reasons = _why_no_packs(models, bases, accelerator)
+    if aux_loss:
+        reasons.append("its router's auxiliary loss counts every row's tokens")
+    if not reasons:
+        before = [base.config._attn_implementation for base in bases]
+        for base in bases:
+            share_prefixes(base)
+        # Sharded weights are not in place yet; there `forward_pack` sees to it that all layers take packs.
+        if not sharded:
+            with accelerator.autocast():
+                reasons = [reason for model in models if (reason := why_packs_differ(model))]
+        if not reasons:
+            return True
+        for base, attention in zip(bases, before, strict=True):
+            base.set_attn_implementation(attention)
+    told = f"Shared prefixes cannot be computed once for this model: {reasons[0]}."
+    if wanted is SharedPrefixForward.ON:
+        raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
+    logger.warning(f"{told} The update takes TRL's padded batches, which compute them once per row.")
+    return False
+
+
+def _why_no_packs(models: Sequence[Any], bases: Sequence[Any], accelerator: Accelerator) -> list[str]:
+    dtypes = [getattr(torch, training_dtype(base, accelerator)) for base in bases]
+    reasons = [
+        reason
+        for base, dtype in zip(bases, dtypes, strict=True)
+        if (reason := why_not_shared(base, accelerator.device, dtype))
+    ]
+    if is_peft_model(models[0]) and models[0].active_peft_config.is_prompt_learning:
+        reasons.append("its adapter puts virtual tokens before each row")
+    return reasons
 
 
 def check_prompts_fit(dataset: Any, protocol: ToolProtocol, context: int, advice: str) -> None:

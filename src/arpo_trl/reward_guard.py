@@ -1,4 +1,4 @@
-"""A reward function as the trainer calls it: given what it names, checked, and interruptible."""
+"""A reward function as the trainer calls it: given what it names, checked, and interruptible; and the rewards' sum."""
 
 from __future__ import annotations
 
@@ -58,6 +58,12 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
         wrapper = checked
     wrapper.__name__ = name
     return wrapper
+
+
+def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(B,) sums of (B, F) rewards, weighted by (F,). NaN rewards do not apply; the sum is NaN where none applies."""
+    total = (rewards * weights.to(rewards.device)).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
 
 
 def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:

@@ -21,8 +21,8 @@ from trl.models import unwrap_model_for_generation
 
 # `get_config_model_id`: the base model's name, for output folders and cards.
 # `get_callable_name`, `is_async_callable`: how TRL names a reward function in metrics, and whether it awaits it.
-# `pad`: the layout of a batch (side, multiple). `split_tensor_dict`: the cut of a batch into micro-batches.
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad, split_tensor_dict
+# `pad`: the layout of a batch (side, multiple).
+from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
@@ -37,7 +37,6 @@ __all__ = [
     "is_chat_template_prefix_preserving",
     "pad",
     "parse_response",
-    "split_tensor_dict",
     "unwrap_model_for_generation",
 ]
 
