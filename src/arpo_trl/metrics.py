@@ -42,6 +42,14 @@ class Tally:
         for name, values in other["spread"].items():
             self.spread[name].extend(values)
 
+    @classmethod
+    def merged(cls, plain: Iterable[Mapping[str, Mapping[str, Any]]]) -> Tally:
+        """One tally of what all ranks counted, from the `plain` of each."""
+        whole = cls()
+        for counted in plain:
+            whole.merge(counted)
+        return whole
+
     def values(self) -> dict[str, float]:
         """Name → mean, ratio or total, sorted by name; means of nothing are left out."""
         values = {name: total / count for name, (total, count) in self.sums.items() if count} | self.totals

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,12 +15,7 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
 
-from arpo_trl.advantages import (
-    AdvantageAttribution,
-    SharedPrefixWeight,
-    first_copies,
-    mean_over_leaves,
-)
+from arpo_trl.advantages import AdvantageAttribution, SharedPrefixWeight, first_copies, mean_over_leaves
 from arpo_trl.completions import completion_messages
 from arpo_trl.compute_dtype import warn_of_emulation
 from arpo_trl.config import ARPOConfig
@@ -52,11 +47,11 @@ from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
-from arpo_trl.sharding import at_its_own_pace, check_launch
+from arpo_trl.sharding import check_launch, model_for_generation
 from arpo_trl.spans import Spans
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.trajectories import TrajectoryLog, logged_trees
-from arpo_trl.trl_seam import pad, unwrap_model_for_generation
+from arpo_trl.trl_seam import pad
 
 logger = get_logger(__name__)
 
@@ -92,8 +87,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
       `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
-    - `train`, and what saves and loads checkpoints: as `Resumable` has it. Rollouts and rewards can be
-      interrupted.
+    - `train`, and what saves and loads checkpoints: as `Resumable` has it. Rollouts and rewards can be interrupted.
     - `create_model_card`, `push_to_hub` and the pushes while training: ours, as `Publishing` has them.
 
     Raises:
@@ -197,7 +191,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         """(B,) of the last rollout's leaves, NaN where no reward function applies."""
         self._loss_mask: torch.Tensor | None = None
         self._scoring = ExitStack()
-        """What lasts until the last rollout's tokens are scored."""
+        """Holds the `_loss_tokens` of a rollout until its rows are scored."""
         self._bell = AlarmBell(args.branch_policy.rule)
         self._rollouts_at: dict[str, tuple[int, int]] = {}
         self.tree_sampler.between_events = self._interrupts.check
@@ -288,23 +282,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
 
     # Generation ------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _model_for_generation(self) -> Iterator[PreTrainedModel]:
-        """The unwrapped model with its weights gathered: TRL's own way in, entered once per rollout.
-
-        Under the training forward's autocast, so that sampling and training speak of the same distribution.
-        """
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            at_its_own_pace(self.model_wrapped, model),
-            self.accelerator.autocast(),
-        ):
-            yield model
+    def _model_for_generation(self) -> AbstractContextManager[PreTrainedModel]:
+        return model_for_generation(self.model_wrapped, self.accelerator, self.args)
 
     def _logprobs_of(self, ids: Sequence[int]) -> list[float]:
         """The model's logprob of each id but the first, given those before it; a collective."""
@@ -505,7 +484,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
 
     @contextmanager
     def _loss_tokens(self, mask: torch.Tensor) -> Iterator[None]:
-        """Inside, logprobs are computed of rows whose loss uses only the tokens where `mask` (B, T) is nonzero."""
+        """Says while it is open which tokens' logprobs the loss of these rows uses: where `mask` (B, T) is nonzero."""
         before, self._loss_mask = self._loss_mask, mask
         try:
             yield
@@ -513,11 +492,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             self._loss_mask = before
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's shuffled micro-batches; the rows of one optimizer step dealt anew, so that trees stand together.
-
-        A tree's rows come in address order, so that where one does not fit, what branched off together stays together.
-        The loss of a step is a sum over its rows, whichever micro-batch they stand in.
-        """
+        """TRL's shuffled micro-batches; the rows of one optimizer step dealt anew, so that trees stand together."""
         inputs = super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs
         if not self.model.training or batches is None or LEAF not in inputs:
@@ -575,9 +550,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         tally.add("time/reward_s", self._spans.take("reward"))
         tally.add("time/logprobs_s", self._spans.take("logprobs"))
         tally_rewards([group.tolist() for group in rewards.split(len(rewards) // len(last.rollout.trees))], tally)
-        merged = Tally()
-        for plain in gather_object([tally.plain()]):
-            merged.merge(plain)
+        merged = Tally.merged(gather_object([tally.plain()]))
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
         trees = logged_trees(
