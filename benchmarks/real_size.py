@@ -231,7 +231,7 @@ def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, s
     }
     trainer = ARPOTrainer(model, length_reward, ARPOConfig(**settings), add_golds(rows), tools=[note])
     call = tokenizer.encode("<note>half of it is written</note>", add_special_tokens=False)
-    trainer.sampler.engine = HalfWay(trainer.sampler.engine, size.completion // 2, call)
+    trainer.tree_sampler.engine = HalfWay(trainer.tree_sampler.engine, size.completion // 2, call)
     return trainer
 
 

@@ -159,15 +159,14 @@ def unlike_scored(made: ARPOTrainer) -> torch.Tensor:
     """|sampling − training logprob| of all tokens that a rollout of the first two prompts wrote."""
     made.model.train()
     batch = made._generate_and_score_completions([made.train_dataset[i // 4] for i in range(8)])
-    made._loss_mask = batch["completion_mask"] * batch["tool_mask"]
+    written = batch["completion_mask"] * batch["tool_mask"]
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     made.model.eval()  # without dropout, which some models have by default
-    with torch.no_grad():
+    with torch.no_grad(), made._loss_tokens(written):
         logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
-    written = made._loss_mask.bool()
     assert written.sum() > 50
-    return (logps - sampled_logprobs(made))[written].abs()
+    return (logps - sampled_logprobs(made))[written.bool()].abs()
 
 
 def search(query: str) -> str:

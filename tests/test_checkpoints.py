@@ -10,11 +10,12 @@ from peft import LoraConfig
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
+from trl import GRPOTrainer
 
-from arpo_trl import ARPOConfig, checkpoints
+from arpo_trl import ARPOConfig, checkpoints, publishing, resumable
 from arpo_trl.checkpoints import STATE_FILE, Checkpoints, SavedState, dataset_identity
 from arpo_trl.errors import CheckpointError, ConfigError
-from arpo_trl.publishing import PublishingTrainer
+from arpo_trl.publishing import Publishing
 from arpo_trl.trainer import ARPOTrainer
 from resuming import ROWS, make_trainer, outcome, save_calling_model
 from support import save_tiny_model, search
@@ -217,10 +218,17 @@ def test_the_best_checkpoint_is_known_by_its_own_place(model, tmp_path):
     assert said["best_model_checkpoint"] == str(tmp_path / "checkpoint-1")
 
 
+def test_resuming_and_publishing_stand_side_by_side():
+    assert ARPOTrainer.__bases__ == (resumable.Resumable, Publishing, GRPOTrainer)
+    assert resumable.Resumable.__bases__ == Publishing.__bases__ == (GRPOTrainer,)
+    assert "publishing" not in Path(resumable.__file__).read_text("utf-8")
+    assert "resumable" not in Path(publishing.__file__).read_text("utf-8")
+
+
 def test_only_whole_checkpoints_are_pushed(model, tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(
-        PublishingTrainer,
+        Publishing,
         "_push_from_checkpoint",
         lambda self, folder: pushed.append((folder, SavedState.of(Path(folder)).step)),
     )

@@ -61,7 +61,7 @@ def test_evaluations_repeat_and_leave_training_as_it_was(trainer):
     callback = EvaluationCallback(trainer, [questions("0", "1")], every_steps=1, samples=2)
     first = callback.evaluate()
     assert first["sums"]["score"] == callback.evaluate()["sums"]["score"] == pytest.approx(0.75)
-    assert trainer.sampler.settings.num_generations == 4
+    assert trainer.tree_sampler.settings.num_generations == 4
 
 
 def test_a_card_without_evaluation_says_nothing_of_one(trainer, tmp_path):

@@ -11,6 +11,7 @@ from arpo_trl.metrics import (
     REPEAT_EVERY,
     AlarmBell,
     Tally,
+    tally_rewards,
     tally_rollout,
 )
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
@@ -321,6 +322,17 @@ def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
 
 @pytest.mark.parametrize("alarm", [*ALARMS, *FIRE_RATE_ALARMS], ids=lambda alarm: f"{alarm.metric} {alarm.limit}")
 def test_every_alarm_listens_to_a_mean_that_exists(alarm):
-    # zero_variance_groups is counted where the rewards are, in the trainer
-    assert alarm.metric in {*tallied(tree_by_hand()).sums, "alarm/zero_variance_groups"}
+    tally = Tally()
+    tally_rewards([[0.0, 1.0]], tally)
+    assert alarm.metric in {*tallied(tree_by_hand()).sums, *tally.sums}
     assert "{" not in alarm.advice.format(share="95%")
+
+
+def test_groups_that_earned_one_reward_everywhere_are_counted():
+    tally = Tally()
+    nan = math.nan
+    tally_rewards([[0.5, 0.5], [0.5, 1.0], [1.0, 1.0], [nan, nan]], tally)
+    assert tally.values() == {"alarm/zero_variance_groups": 0.5}  # 2 of 4: what no function rewards equals nothing
+    alone = Tally()
+    tally_rewards([[1.0], [1.0]], alone)
+    assert alone.values() == {}

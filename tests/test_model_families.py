@@ -134,7 +134,7 @@ def test_paths_end_where_a_rotary_embedding_would_turn_what_was_sampled(tmp_path
     factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     model = model_of("phi3", {"rope_parameters": factors, "original_max_position_embeddings": 64})
     made = trainer_of(model, tmp_path, max_completion_length=None)
-    assert made.sampler.settings.max_length == 64
+    assert made.tree_sampler.settings.max_length == 64
     unscored = build_engine(LocalModel(model=model), tokenizer(), SamplingSettings((1,)))
     assert unscored.max_length == model.config.max_position_embeddings > 64
     assert "Paths may become 64 tokens long at most" in caplog.text

@@ -382,11 +382,11 @@ def test_what_was_sampled_is_what_is_trained(model_path, tmp_path, settings, mos
     batch = batch_of(made)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    with torch.no_grad():
+    wanted = batch["completion_mask"] * batch["tool_mask"]
+    with torch.no_grad(), made._loss_tokens(wanted):
         logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
-    trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    assert trained.sum() > 50
-    assert (logps - sampled_logprobs(made))[trained].abs().max() < most
+    assert wanted.sum() > 50
+    assert (logps - sampled_logprobs(made))[wanted.bool()].abs().max() < most
 
 
 def test_lora_trains_the_adapter_only(model_path, tmp_path):
@@ -421,14 +421,14 @@ def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_p
 
 
 def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.startup.find_spec", lambda name: None)
+    monkeypatch.setattr("arpo_trl.preflight.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes is not installed here\..*pip install '\.\[qlora\]'"):
         quantized(model_path, tmp_path, LoraConfig())
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, on which bitsandbytes does train")
 def test_quantizing_where_adapters_would_stay_zero_is_refused(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.startup.find_spec", lambda name: object())
+    monkeypatch.setattr("arpo_trl.preflight.find_spec", lambda name: object())
     packing = SimpleNamespace(has_avx512bf16=lambda: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=packing))
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", packing)
@@ -486,9 +486,9 @@ def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):
 def test_several_rollouts_within_a_step_draw_differently(model_path, tmp_path):
     made = trainer(model_path, tmp_path, engine=scripted())
     batch_of(made)
-    first = [request.seed for request in made.sampler.engine.requests]
+    first = [request.seed for request in made.tree_sampler.engine.requests]
     batch_of(made)
-    second = [request.seed for request in made.sampler.engine.requests[len(first) :]]
+    second = [request.seed for request in made.tree_sampler.engine.requests[len(first) :]]
     assert not set(first) & set(second)
 
 
@@ -513,8 +513,8 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
             engine=scripted(),
         )
         batch_of(made)
-        assert made._last is not None and made._last.rewards is not None
-        return made._last.rewards.tolist()
+        assert made._last_rewards is not None
+        return made._last_rewards.tolist()
 
     calm = rewards_with("iron is a metal", tmp_path / "calm")
     hostile = (
@@ -525,7 +525,7 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
 
 
 def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.trainer.find_spec", lambda name: None)
+    monkeypatch.setattr("arpo_trl.preflight.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"vLLM is not installed here. Install the extra"):
         trainer(model_path, tmp_path, use_vllm=True)
 
@@ -534,7 +534,7 @@ def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, 
 def test_an_engine_that_is_given_is_taken_instead_of_vllm_and_still_corrected_for(model_path, tmp_path, mode):
     made = trainer(model_path, tmp_path, engine=scripted(), use_vllm=True, vllm_mode=mode)
     made.train()
-    assert made.sampler.engine.sessions == 2
+    assert made.tree_sampler.engine.sessions == 2
     # scripted logprobs are -0.5 throughout, which the model's are not
     ratios = [row["sampling/importance_sampling_ratio/mean"] for row in made.state.log_history if "loss" in row]
     assert all(0.0 < ratio < 1.0 for ratio in ratios)

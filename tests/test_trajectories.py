@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.trajectories import LoggedTree, TrajectoryLog, read_trees
+from arpo_trl.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
 from support import ANSWER, Scripted
 
 
@@ -34,6 +35,20 @@ def small(text: str = "hello") -> LoggedTree:
     last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
     tree.end(last.index, (0,), StopReason.EOS)
     return LoggedTree(0, 0, text, tree, [0.0], [0.0])
+
+
+def test_a_rollouts_trees_are_logged_with_their_own_rewards_and_advantages():
+    four, one = logged().tree, small().tree
+    made = logged_trees(
+        [four, one],
+        [1.0, math.nan, 0.0, 0.5, 0.25],
+        [0.1, 0.2, 0.3, 0.4, 0.0],
+        step=3,
+        first_group=6,
+        decode=lambda ids: " ".join(map(str, ids)),
+    )
+    assert made[0] == LoggedTree(3, 6, made[0].prompt, four, [1.0, None, 0.0, 0.5], [0.1, 0.2, 0.3, 0.4])
+    assert made[1] == LoggedTree(3, 7, "1 2", one, [0.25], [0.0])
 
 
 def only(path: Path | None) -> LoggedTree:

@@ -3,12 +3,15 @@
 When an upgrade breaks one of these, the test's name says what to look at before anything else is debugged.
 """
 
+import ast
 import contextlib
 import importlib.metadata
 import importlib.util
 import inspect
 import math
 import re
+import subprocess
+import sys
 import tomllib
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -63,6 +66,7 @@ from trl.trainer.utils import (
     split_tensor_dict,
 )
 
+from arpo_trl import trl_seam
 from arpo_trl.hub import http
 from arpo_trl.rollout.engines.distribution import ELSEWHERE, HONOURED, REFUSED
 from arpo_trl.rollout.engines.transformers import CACHE_ARGUMENT
@@ -142,11 +146,35 @@ def batch(trainer: GRPOTrainer) -> dict:
     return trainer._generate_and_score_completions([dict(ROWS[i // M]) for i in range(8)])
 
 
+# One module has all that we import from inside TRL -------------------------------------------------------------------
+
+
+def test_no_module_but_the_seam_imports_from_inside_trl():
+    package = Path(trl_seam.__file__).parent
+    found = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and node.level == 0 else []
+            if any(name.startswith("trl.") for name in names):
+                found.add(path.name)
+    assert found == {"trl_seam.py"}
+
+
+def test_the_seam_has_all_that_it_names_and_imports_vllm_for_none_of_it_but_one():
+    lines = "\n".join(f"trl_seam.{name}" for name in trl_seam.__all__ if name != "VLLMGeneration")
+    program = f"import sys\nfrom arpo_trl import trl_seam\n{lines}\nassert 'trl.generation' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert trl_seam.VLLMGeneration is VLLMGeneration
+    with pytest.raises(AttributeError, match="no attribute 'LLM'"):
+        _ = trl_seam.LLM
+
+
 # transformers and TRL: checkpoints -----------------------------------------------------------------------------------
 
 
 class Watched(GRPOTrainer):
-    """Notes the order in which a run calls what `ResumableTrainer` overrides."""
+    """Notes the order in which a run calls what `Resumable` overrides."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -515,7 +515,7 @@ def test_training_through_a_server_samples_from_the_weights_that_it_updates(
         settings["model_init_kwargs"] = {"dtype": "bfloat16"}
     made = trainer(model_path, tmp_path, half_server, max_steps=3, **settings)
     assert "Training computes in" not in caplog.text
-    assert made.sampler.settings.max_length == 1024  # the server's
+    assert made.tree_sampler.settings.max_length == 1024  # the server's
     made.train()
     log = [row for row in made.state.log_history if "loss" in row]
     assert len(log) == 3
@@ -523,7 +523,7 @@ def test_training_through_a_server_samples_from_the_weights_that_it_updates(
         assert 0.0 < row["sampling/sampling_logp_difference/mean"] < 0.02
         assert row["sampling/importance_sampling_ratio/max"] <= 3.0  # token_truncate
     assert made.vllm_importance_sampling_mode == "token_truncate"
-    version = made.sampler.engine._weights.version
+    version = made.tree_sampler.engine._weights.version
     assert version.endswith("-3")  # one sync a step
     assert [folder.name for folder in (tmp_path / "served_weights").iterdir()] == [version]
     assert not lora or saved_adapter_is_the_trained_one(made, model_path)

@@ -60,8 +60,8 @@ class Watched(ARPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
-        last = self._last
-        assert last is not None and last.rewards is not None
+        last, rewards = self._last, self._last_rewards
+        assert last is not None and rewards is not None
         advantages = batch["advantages"] if batch["advantages"].dim() == 1 else batch["advantages"][:, 0]
         for i, tree in enumerate(last.rollout.trees):
             rows = slice(LEAVES * i, LEAVES * (i + 1))
@@ -71,7 +71,7 @@ class Watched(ARPOTrainer):
                     "group": last.first_group + i,
                     "ids": [leaf.ids for leaf in tree.leaves()],
                     "calls": sum(len(leaf.calls) for leaf in tree.leaves()),
-                    "rewards": last.rewards[rows].tolist(),
+                    "rewards": rewards[rows].tolist(),
                     "advantages": advantages[rows].tolist(),
                 }
             )
@@ -148,11 +148,11 @@ def sampled_against_trained(made: ARPOTrainer) -> dict[str, float]:
     batch = made._generate_and_score_completions([made.train_dataset[i // LEAVES] for i in range(rows)])
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    with torch.no_grad():
+    wanted = batch["completion_mask"] * batch["tool_mask"]
+    with torch.no_grad(), made._loss_tokens(wanted):
         model, length = made.model_wrapped, batch["completion_ids"].size(1)
         logprobs, _, _ = made._get_per_token_logps_and_entropies(model, ids, mask, length)
-    trained = (batch["completion_mask"] * batch["tool_mask"]).bool()
-    off = (logprobs - sampled_logprobs(made))[trained].abs()
+    off = (logprobs - sampled_logprobs(made))[wanted.bool()].abs()
     return {"mean": float(off.mean()), "largest": float(off.max())}
 
 

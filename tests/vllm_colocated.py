@@ -108,7 +108,7 @@ def adapter(folder: Path) -> None:
         "log": [row for row in trainer.state.log_history if "loss" in row],
         "saved": saved_adapter_is_the_trained_one(trainer, model_path),
     }
-    engine = trainer.sampler.engine
+    engine = trainer.tree_sampler.engine
     engine._weights._synced = None
     trained, _ = run(engine, requests())
     findings["trained"] = compare(trainer.model.eval(), trained)
@@ -117,10 +117,10 @@ def adapter(folder: Path) -> None:
 
 def main(folder: Path) -> None:
     trainer, model_path = make_trainer(folder)
-    engine = trainer.sampler.engine
+    engine = trainer.tree_sampler.engine
     assert isinstance(engine, VLLMColocateEngine)
     model = trainer.model
-    findings: dict[str, Any] = {"max_length": trainer.sampler.settings.max_length}
+    findings: dict[str, Any] = {"max_length": trainer.tree_sampler.settings.max_length}
 
     syncs = []
     generation = trainer.vllm_generation

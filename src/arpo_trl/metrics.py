@@ -6,7 +6,7 @@ A `Tally` is a sum and a count per name, so that ranks merge by adding and a mea
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +43,14 @@ class Tally:
         for name, values in other["spread"].items():
             self.spread[name].extend(values)
 
+    @classmethod
+    def merged(cls, plain: Iterable[Mapping[str, Mapping[str, Any]]]) -> Tally:
+        """One tally of what all ranks counted, from the `plain` of each."""
+        whole = cls()
+        for counted in plain:
+            whole.merge(counted)
+        return whole
+
     def values(self) -> dict[str, float]:
         """Name → mean, ratio or total, sorted by name; means of nothing are left out."""
         values = {name: total / count for name, (total, count) in self.sums.items() if count} | self.totals
@@ -67,6 +75,16 @@ def tally_rollout(rollout: Rollout, tally: Tally) -> None:
     tally.add("time/tool_wait_s", times.tool_wait_s)
     tally.add("time/sync_s", times.sync_s)
     tally.add("time/sampler_share", times.own_s, times.total_s)
+
+
+def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:
+    """Counts the groups whose leaves all earned the same; `groups` holds the rewards of each group's leaves.
+
+    A group of one, as in evaluation, is not counted, and NaN (no reward function applies) equals nothing.
+    """
+    for rewards in groups:
+        if len(rewards) > 1:
+            tally.add("alarm/zero_variance_groups", float(all(reward == rewards[0] for reward in rewards)))
 
 
 def _tally_shape(tree: RolloutTree, tally: Tally) -> None:

@@ -18,7 +18,7 @@ the padded batch up to rounding. Sharing is found from the token ids alone, what
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import pairwise
@@ -332,6 +332,36 @@ def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torc
     )
     assert logprobs is not None
     return logprobs, entropies
+
+
+def pack_batches(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    logits_to_keep: int,
+    wanted: torch.Tensor,
+    *,
+    size: int,
+    multiple_of: int = 1,
+) -> list[Pack]:
+    """A pack for each `size` rows, in order; the arguments are those of `pack_rows`.
+
+    There are as many packs as TRL would take padded forwards, so that ranks agree on their number whatever their rows
+    share.
+    """
+    batches = zip(*(torch.split(rows, size) for rows in (input_ids, attention_mask, wanted)), strict=True)
+    return [pack_rows(ids, mask, logits_to_keep, loss, multiple_of=multiple_of) for ids, mask, loss in batches]
+
+
+def forward_packs(model: torch.nn.Module, packs: Sequence[Pack]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(B, T) logprobs and, if the head gives them, entropies of the rows of all packs: `forward_pack` of each."""
+    values = [forward_pack(model, pack) for pack in packs]
+    entropies = [entropies for _, entropies in values if entropies is not None]
+    return torch.cat([logprobs for logprobs, _ in values]), torch.cat(entropies) if entropies else None
+
+
+def sharing_ratio(packs: Sequence[Pack]) -> float:
+    """How many tokens the rows hold for each token that is computed."""
+    return sum(pack.leaf_tokens for pack in packs) / sum(map(len, packs))
 
 
 @torch.no_grad()

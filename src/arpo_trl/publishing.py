@@ -1,4 +1,4 @@
-"""`PublishingTrainer`: what a trainer tells the Hub, and when. How that is done is in `hub.py` and `model_card.py`."""
+"""`Publishing`: what a trainer sends to the Hub, and when. How it is sent is in `hub.py` and `model_card.py`."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from accelerate.utils import is_peft_model
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
-from trl.trainer.utils import get_config_model_id
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import HubError
 from arpo_trl.hub import BackgroundPush, Snapshot, prepare_repo, push_snapshot, push_trajectories, reason_of
 from arpo_trl.model_card import Card, describe
+from arpo_trl.trl_seam import get_config_model_id
 
 logger = logging.getLogger(__name__)
 
 
-class PublishingTrainer(GRPOTrainer):
-    """`GRPOTrainer` with a card of its own, and with pushes that are known to work and that cannot harm a run.
+class Publishing(GRPOTrainer):
+    """A `GRPOTrainer` with a card of its own, and with pushes that are known to work and that cannot harm a run.
+
+    A mixin, independent of the others. It pushes the checkpoints with which `_push_from_checkpoint` is called.
 
     `Trainer` pushes from threads whose exceptions nobody reads, sends everything in `output_dir`, some of it while it
     is being written, and waits without limit for a Hub that does not answer.

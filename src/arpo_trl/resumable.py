@@ -1,4 +1,4 @@
-"""`ResumableTrainer`: a trainer that may end anywhere, and goes on as if it had not."""
+"""`Resumable`: a trainer that may end anywhere, and continues as if it had not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
-from trl.trainer.utils import get_callable_name
+from trl import GRPOTrainer
 
 from arpo_trl.checkpoints import (
     Checkpoints,
@@ -29,13 +29,16 @@ from arpo_trl.checkpoints import (
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
 from arpo_trl.interrupts import Interrupts
-from arpo_trl.publishing import PublishingTrainer
+from arpo_trl.trl_seam import get_callable_name
 
 logger = get_logger(__name__)
 
 
-class ResumableTrainer(PublishingTrainer):
+class Resumable(GRPOTrainer):
     """A `GRPOTrainer` whose checkpoints are whole, hold all that the next step depends on, and know their run.
+
+    A mixin, independent of the others. It hands each checkpoint over once, when it is whole, to `Trainer`'s own
+    `_push_from_checkpoint`, whoever overrides that.
 
     What it changes in `GRPOTrainer`, and nothing else:
 

@@ -14,8 +14,11 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
+from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
+from arpo_trl.trl_seam import unwrap_model_for_generation
 
 
 def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
@@ -59,6 +62,28 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
             "sequence parallel), but each rank samples trees of its own. Unset it; vLLM may use tensor parallelism "
             "all the same (vllm_tensor_parallel_size, or a server's)."
         )
+
+
+@contextmanager
+def model_for_generation(
+    wrapped: torch.nn.Module, accelerator: Accelerator, args: ARPOConfig
+) -> Iterator[PreTrainedModel]:
+    """The model in `wrapped` as a rollout samples from it: unwrapped, its weights whole; opening it is a collective.
+
+    TRL's own way in, entered once per rollout. It is under the autocast of the training forward, so that sampling and
+    training compute the same distribution.
+    """
+    with (
+        unwrap_model_for_generation(
+            wrapped,
+            accelerator,
+            gather_deepspeed3_params=args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as model,
+        at_its_own_pace(wrapped, model),
+        accelerator.autocast(),
+    ):
+        yield model
 
 
 @contextmanager

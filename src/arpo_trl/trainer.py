@@ -2,50 +2,47 @@
 
 from __future__ import annotations
 
-import math
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
-from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import get_config_model_id, pad, split_tensor_dict
 
 from arpo_trl.completions import completion_messages
-from arpo_trl.compute_dtype import training_dtype, warn_of_emulation
+from arpo_trl.compute_dtype import warn_of_emulation
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import refuse_taken_columns
+from arpo_trl.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of_one_step
 from arpo_trl.errors import ConfigError
 from arpo_trl.interrupts import Interrupts
-from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
-from arpo_trl.prefix_sharing import (
-    Pack,
-    SharedPrefixForward,
-    forward_pack,
-    pack_rows,
-    pays,
-    share_prefixes,
-    why_not_shared,
-    why_packs_differ,
+from arpo_trl.metrics import AlarmBell, Tally, tally_rewards, tally_rollout
+from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_packs, pack_batches, pays, sharing_ratio
+from arpo_trl.preflight import (
+    check_prompts_fit,
+    check_quantized_training,
+    check_rows,
+    check_writable,
+    checked_args,
+    prepare_prefix_sharing,
+    refuse_own_rollouts,
+    untold_tags,
+    without_trls_vllm_client,
 )
-from arpo_trl.resumable import ResumableTrainer
-from arpo_trl.rewards.checked import checked_reward
+from arpo_trl.publishing import Publishing
+from arpo_trl.resumable import Resumable
+from arpo_trl.reward_guard import checked_reward, total_rewards
 from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_engine, build_sampler, context_of
 from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.distribution import refuse_rules
 from arpo_trl.rollout.engines.visibility import exact_length
-from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
 from arpo_trl.rollout.engines.vllm_setup import (
     colocated_weights,
     ranks_together,
@@ -55,28 +52,28 @@ from arpo_trl.rollout.engines.vllm_setup import (
 from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, TreeSampler
 from arpo_trl.rollout.tree import Leaf
-from arpo_trl.sharding import at_its_own_pace, check_launch
-from arpo_trl.startup import check_prompts_fit, check_quantized_training, check_rows, check_writable, untold_tags
+from arpo_trl.sharding import check_launch, model_for_generation
+from arpo_trl.spans import Spans
 from arpo_trl.tools.box import ToolBox
-from arpo_trl.trajectories import LoggedTree, TrajectoryLog
+from arpo_trl.trajectories import TrajectoryLog, logged_trees
+from arpo_trl.trl_seam import pad
 
 logger = get_logger(__name__)
 
 LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _LastRollout:
-    """What a rollout leaves for the rest of its step: gone when the next one starts."""
+    """What a rollout leaves for the rest of its step, until the next one."""
 
     name: str
     rollout: Rollout
     leaves: list[Leaf]
     first_group: int
-    rewards: torch.Tensor | None = None
 
 
-class ARPOTrainer(ResumableTrainer):
+class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes what `GRPOTrainer` takes, less `rollout_func` and `environment_factory` (docs/from-grpo.md). Rewards receive,
@@ -93,9 +90,8 @@ class ARPOTrainer(ResumableTrainer):
     - `_get_per_token_logps_and_entropies`: tokens that rows of a micro-batch share are computed once, and so
       `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last one.
-    - `train`, and what saves and loads checkpoints: as `ResumableTrainer` has it. Rollouts and rewards can be
-      interrupted.
-    - `create_model_card`, `push_to_hub` and the pushes while training: ours, as `PublishingTrainer` has them.
+    - `train`, and what saves and loads checkpoints: as `Resumable` has it. Rollouts and rewards can be interrupted.
+    - `create_model_card`, `push_to_hub` and the pushes while training: ours, as `Publishing` has them.
 
     Raises:
         ConfigError, DataError, ToolSpecError: Something cannot work; found before the first step.
@@ -129,22 +125,14 @@ class ARPOTrainer(ResumableTrainer):
         engine: Engine | None = None,
     ):
         """As `GRPOTrainer`; `engine` replaces the one that `args` would choose (tests, scripted runs)."""
-        for name, given in (("rollout_func", rollout_func), ("environment_factory", environment_factory)):
-            if given is not None:
-                raise ConfigError(f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config) or model.config.model_type
-            args = ARPOConfig(f"{name.split('/')[-1]}-ARPO")
-        if not isinstance(args, ARPOConfig):
-            raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
+        refuse_own_rollouts(rollout_func=rollout_func, environment_factory=environment_factory)
+        args = checked_args(args, model)
         check_writable(Path(args.output_dir))
         if quantization_config is not None:
             check_quantized_training(peft_config)
         if args.push_to_hub:
             self.prepare_repositories(args)  # before the model is loaded
-        if reward_funcs is None:
-            reward_funcs = []
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         for dataset in (train_dataset, *evaluated):
             check_rows(dataset, functions)
@@ -157,7 +145,7 @@ class ARPOTrainer(ResumableTrainer):
             cache=args.tool_cache,
         )
         self._interrupts = Interrupts()
-        with _vllm_left_to_us(args, engine):
+        with without_trls_vllm_client(args, engine):
             super().__init__(
                 model=model,
                 reward_funcs=[checked_reward(function, self._interrupts) for function in functions],
@@ -183,13 +171,19 @@ class ARPOTrainer(ResumableTrainer):
             max_result_tokens=args.max_tool_result_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
         )
-        self._shares_prefixes = self._prepare_prefix_sharing()
         self._credit = args.make_credit()
-        self.sampler = self._make_sampler(engine)
+        self._shares_prefixes = prepare_prefix_sharing(
+            [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
+            self.accelerator,
+            SharedPrefixForward(args.shared_prefix_forward),
+            aux_loss=self.aux_loss_enabled,
+            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+        )
+        self.tree_sampler = self._make_sampler(engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         for dataset in (train_dataset, *evaluated):
             check_prompts_fit(
-                dataset, self.protocol, self.sampler.settings.max_length, LONGER if args.use_vllm else ""
+                dataset, self.protocol, self.tree_sampler.settings.max_length, LONGER if args.use_vllm else ""
             )
         if args.tool_protocol == ProtocolKind.TAGS and (said := untold_tags(self.toolbox.names, train_dataset)):
             logger.warning(said)
@@ -197,12 +191,15 @@ class ARPOTrainer(ResumableTrainer):
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
         self._last: _LastRollout | None = None
+        self._last_rewards: torch.Tensor | None = None
+        """(B,) of the last rollout's leaves, NaN where no reward function applies."""
         self._loss_mask: torch.Tensor | None = None
-        """(B, T), nonzero on the tokens whose logprobs the loss will use, of the rows that are being computed."""
-        self._bell = AlarmBell(self.sampler.settings.rule)
+        self._scoring = ExitStack()
+        """Holds the `_loss_tokens` of a rollout until its rows are scored."""
+        self._bell = AlarmBell(self.tree_sampler.settings.rule)
         self._rollouts_at: dict[str, tuple[int, int]] = {}
-        self.sampler.between_events = self._interrupts.check
-        self._timed: dict[str, float] = defaultdict(float)
+        self.tree_sampler.between_events = self._interrupts.check
+        self._spans = Spans()
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
         args, eos_ids = self.args, tuple(self.eos_token_ids)
@@ -280,23 +277,8 @@ class ARPOTrainer(ResumableTrainer):
 
     # Generation ------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _model_for_generation(self) -> Iterator[PreTrainedModel]:
-        """The unwrapped model with its weights gathered: TRL's own way in, entered once per rollout.
-
-        Under the training forward's autocast, so that sampling and training speak of the same distribution.
-        """
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            at_its_own_pace(self.model_wrapped, model),
-            self.accelerator.autocast(),
-        ):
-            yield model
+    def _model_for_generation(self) -> AbstractContextManager[PreTrainedModel]:
+        return model_for_generation(self.model_wrapped, self.accelerator, self.args)
 
     def _logprobs_of(self, ids: Sequence[int]) -> list[float]:
         """The model's logprob of each id but the first, given those before it; a collective."""
@@ -335,47 +317,32 @@ class ARPOTrainer(ResumableTrainer):
         masks = [leaf.mask for leaf in leaves]
         return masks, completions, completion_ids, logprobs, len(calls), failures, [[] for _ in leaves]
 
-    def _leaves_per_tree(self, prompts: list[Any]) -> int:
-        """How many of the rows that this rank was dealt make one tree.
-
-        Evaluation does not branch, so a group may lie on several ranks there: each row is a tree of its own then.
-        """
-        training = self.model.training
-        size = self.num_generations if training else self.num_generations_eval
-        if len(prompts) % size == 0 and all(prompts[i] == prompts[i - i % size] for i in range(len(prompts))):
-            return size
-        if not training:
-            return 1
-        raise ConfigError(
-            f"This rank was dealt {len(prompts)} rows that are no whole groups of {size}; a tree cannot span ranks. "
-            f"Set per_device_train_batch_size × steps_per_generation to a multiple of {size}, and leave "
-            "accelerator_config.split_batches false."
-        )
-
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`: rows come prompt-major, each prompt as often as its group has leaves."""
         training = self.model.training
         name = self._rollout_name("step" if training else "eval")
-        size = self._leaves_per_tree(prompts)
+        size = self.num_generations if training else self.num_generations_eval
+        size = leaves_per_tree(prompts, size, branches=training)
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         first_group = self.accelerator.process_index * len(groups)
         requests = [
             GroupRequest(first_group + i, self.protocol.encode_prompt(prompt)) for i, prompt in enumerate(groups)
         ]
-        settings = self.sampler.settings
+        settings = self.tree_sampler.settings
         with self.interruptible():
-            rollout = self.sampler.sample(
+            rollout = self.tree_sampler.sample(
                 requests,
                 seed=(self.args.seed, name),
                 settings=settings if training else settings.without_branching(size),
             )
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = _LastRollout(name, rollout, leaves, first_group)
-        self._loss_mask = pad(
+        written = pad(
             [torch.tensor(leaf.mask) for leaf in leaves],
             padding_side="right",
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
+        self._scoring.enter_context(self._loss_tokens(written))  # of the reference model and of old weights
         # As TRL, which knows of no sampling logprobs but vLLM's: those of transformers under top-k or top-p are of
         # another distribution than the loss's, and masking by `off_policy_mask_threshold` would take that for drift.
         masks = {} if self.tools else {"env_mask": [leaf.mask for leaf in leaves]}
@@ -399,24 +366,23 @@ class ARPOTrainer(ResumableTrainer):
     # Credit ----------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        start = time.perf_counter()
-        inputs = [dict(row) for row in inputs]  # TRL adds our columns to the rows it was given
-        refuse_taken_columns(inputs[0])  # of a streamed dataset they are known only now
-        batch = super()._generate_and_score_completions(inputs)
-        assert self._last is not None
-        advantages = batch["advantages"]
-        self._attribute(batch)
-        if self.model.training and self._micro_batches_dealt_together > 1:
-            batch["leaf"] = torch.arange(len(advantages), device=advantages.device)
-        self._log_rollout(advantages)
-        self._timed["generate_and_score"] += time.perf_counter() - start
+        with self._spans("generate_and_score"):
+            inputs = [dict(row) for row in inputs]  # TRL adds our columns to the rows it was given
+            refuse_taken_columns(inputs[0])  # of a streamed dataset they are known only now
+            with self._scoring:
+                batch = super()._generate_and_score_completions(inputs)
+            advantages = batch["advantages"]
+            self._attribute(batch)
+            if self.model.training and self._micro_batches_dealt_together > 1:
+                batch[LEAF] = torch.arange(len(advantages), device=advantages.device)
+            self._log_rollout(advantages)
         return batch
 
     def _attribute(self, batch: dict[str, Any]) -> None:
         """Turns `batch["advantages"]` (B,) into what the credit makes of them, (B, T) where leaves share nodes."""
         last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
-        assert last is not None and last.rewards is not None
-        rewards = last.rewards.to(advantages.device)
+        assert last is not None and self._last_rewards is not None
+        rewards = self._last_rewards.to(advantages.device)
         batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
         if weights is not None:
             batch["tool_mask"] = batch["tool_mask"] * weights
@@ -427,53 +393,14 @@ class ARPOTrainer(ResumableTrainer):
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> torch.Tensor:
-        start = time.perf_counter()
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.stop_together()  # rewards of an interrupted function are none
-        self._timed["reward"] += time.perf_counter() - start
-        if self._last is not None:
-            local = slice(self.accelerator.process_index * len(prompts), None)
-            weighted = rewards * self.reward_weights.to(rewards.device)
-            total = weighted.nansum(dim=1).masked_fill(rewards.isnan().all(dim=1), math.nan)
-            self._last.rewards = total[local][: len(prompts)].cpu()
+        with self._spans("reward"):
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            self.stop_together()  # rewards of an interrupted function are none
+        first = self.accelerator.process_index * len(prompts)  # of all ranks' rows
+        self._last_rewards = total_rewards(rewards, self.reward_weights)[first : first + len(prompts)].cpu()
         return rewards
 
     # Update ----------------------------------------------------------------------------------------------------------
-
-    def _prepare_prefix_sharing(self) -> bool:
-        """Makes the models take packs; False where they must not or cannot."""
-        wanted = SharedPrefixForward(self.args.shared_prefix_forward)
-        if wanted is SharedPrefixForward.OFF:
-            return False
-        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
-        bases = [model.get_base_model() if is_peft_model(model) else model for model in models]
-        dtypes = [getattr(torch, training_dtype(base, self.accelerator)) for base in bases]
-        reasons = [
-            reason
-            for base, dtype in zip(bases, dtypes, strict=True)
-            if (reason := why_not_shared(base, self.accelerator.device, dtype))
-        ]
-        if is_peft_model(models[0]) and models[0].active_peft_config.is_prompt_learning:
-            reasons.append("its adapter puts virtual tokens before each row")
-        if self.aux_loss_enabled:
-            reasons.append("its router's auxiliary loss counts every row's tokens")
-        if not reasons:
-            before = [base.config._attn_implementation for base in bases]
-            for base in bases:
-                share_prefixes(base)
-            # Sharded weights are not in place yet; there `forward_pack` sees to it that all layers take packs.
-            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-                with self.accelerator.autocast():
-                    reasons = [reason for model in models if (reason := why_packs_differ(model))]
-            if not reasons:
-                return True
-            for base, attention in zip(bases, before, strict=True):
-                base.set_attn_implementation(attention)
-        told = f"Shared prefixes cannot be computed once for this model: {reasons[0]}."
-        if wanted is SharedPrefixForward.ON:
-            raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
-        logger.warning(f"{told} The update takes TRL's padded batches, which compute them once per row.")
-        return False
 
     @property
     def _may_pad(self) -> bool:
@@ -493,88 +420,75 @@ class ARPOTrainer(ResumableTrainer):
         compute_entropy: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        start = time.perf_counter()
-        packs: list[Pack] = []
-        if self._shares_prefixes:
-            # As many forward passes as TRL would take, so that ranks agree on their number whatever their rows share.
-            size = batch_size or len(input_ids)
-            assert self._loss_mask is not None
-            rows = zip(*(torch.split(of, size) for of in (input_ids, attention_mask, self._loss_mask)), strict=True)
-            multiple = self.pad_to_multiple_of or 1
-            packs = [pack_rows(ids, mask, logits_to_keep, wanted, multiple_of=multiple) for ids, mask, wanted in rows]
-            hidden_size = self.model.config.get_text_config().hidden_size
-            if self._may_pad and not all(pays(pack, hidden_size) for pack in packs):
-                packs = []
-            if torch.is_grad_enabled():
-                self._metrics["train"]["arpo/update/packed"].append(float(bool(packs)))
-        if packs:
-            with self.accelerator.autocast():
-                values = [forward_pack(model, pack) for pack in packs]
-            logprobs = torch.cat([logprobs for logprobs, _ in values])
-            entropies = [entropies for _, entropies in values if entropies is not None]
-            result = logprobs, torch.cat(entropies) if compute_entropy else None, None
-            if torch.is_grad_enabled():
-                ratio = sum(pack.leaf_tokens for pack in packs) / sum(map(len, packs))
-                self._metrics["train"]["arpo/update/sharing_ratio"].append(ratio)
-        else:
-            result = super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
-            )
-        if not torch.is_grad_enabled():
-            self._timed["logprobs"] += time.perf_counter() - start
+        updates = torch.is_grad_enabled()
+        with nullcontext() if updates else self._spans("logprobs"):
+            packs = self._packs(input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids))
+            if packs:
+                with self.accelerator.autocast():
+                    logprobs, entropies = forward_packs(model, packs)
+                result = logprobs, entropies if compute_entropy else None, None
+            else:
+                result = super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+                )
+        if updates and self._shares_prefixes:
+            self._metrics["train"]["arpo/update/packed"].append(float(bool(packs)))
+            if packs:
+                self._metrics["train"]["arpo/update/sharing_ratio"].append(sharing_ratio(packs))
         return result
 
+    def _packs(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, size: int
+    ) -> list[Pack]:
+        """The rows as packs; none where they are to be computed padded."""
+        if not self._shares_prefixes:
+            return []
+        assert self._loss_mask is not None
+        packs = pack_batches(
+            input_ids,
+            attention_mask,
+            logits_to_keep,
+            self._loss_mask,
+            size=size,
+            multiple_of=self.pad_to_multiple_of or 1,
+        )
+        hidden_size = self.model.config.get_text_config().hidden_size
+        return [] if self._may_pad and not all(pays(pack, hidden_size) for pack in packs) else packs
+
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        self._loss_mask = inputs["completion_mask"] * inputs["tool_mask"]
-        return super()._compute_loss(model, inputs)
+        with self._loss_tokens(inputs["completion_mask"] * inputs["tool_mask"]):
+            return super()._compute_loss(model, inputs)
+
+    @contextmanager
+    def _loss_tokens(self, mask: torch.Tensor) -> Iterator[None]:
+        """Says while it is open which tokens' logprobs the loss of these rows uses: where `mask` (B, T) is nonzero."""
+        before, self._loss_mask = self._loss_mask, mask
+        try:
+            yield
+        finally:
+            self._loss_mask = before
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """TRL's shuffled micro-batches; the rows of one optimizer step dealt anew, so that trees stand together.
-
-        A tree's rows come in address order, so that where one does not fit, what branched off together stays together.
-        The loss of a step is a sum over its rows, whichever micro-batch they stand in.
-        """
+        """TRL's shuffled micro-batches; the rows of one optimizer step dealt anew, so that trees stand together."""
         inputs = super()._prepare_inputs(generation_batch)
         batches = self._buffered_inputs
-        if not self.model.training or batches is None or "leaf" not in inputs:
+        if not self.model.training or batches is None or LEAF not in inputs:
             return inputs
-        size = self._micro_batches_dealt_together
-        dealt = [self._dealt(batches[i : i + size]) for i in range(0, len(batches), size)]
-        self._buffered_inputs = [batch for together in dealt for batch in together]
+        self._buffered_inputs = deal_trees(batches, self._micro_batches_dealt_together, self.num_generations)
         return self._buffered_inputs[self._step % len(batches)]
 
     @property
     def _micro_batches_dealt_together(self) -> int:
-        """How many micro-batches in a row surely belong to one optimizer step; 1 where the loss depends on who is in.
-
-        Optimizer steps end at multiples of `gradient_accumulation_steps`, generation batches at multiples of
-        `steps_per_generation`; blocks of their greatest common divisor lie across neither.
-        """
+        """How many micro-batches may swap rows; 1 where the loss of a row depends on those it stands with."""
         by_batch = self.args.loss_type == "bnpo" or self.top_entropy_quantile < 1.0 or self._entropy_bonus_enabled
         if by_batch or not self._shares_prefixes:
             return 1
-        return math.gcd(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
-
-    def _dealt(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        rows = {
-            name: torch.cat([batch[name] for batch in batches]) if torch.is_tensor(value) and value.dim() else value
-            for name, value in batches[0].items()
-        }
-        leaves = rows.pop("leaf").tolist()
-        trees = [leaf // self.num_generations for leaf in leaves]
-        place = {tree: i for i, tree in enumerate(dict.fromkeys(trees))}
-        order = torch.tensor(sorted(range(len(leaves)), key=lambda row: (place[trees[row]], leaves[row])))
-        dealt = {
-            name: value[order.to(value.device)] if torch.is_tensor(value) and value.dim() else value
-            for name, value in rows.items()
-        }
-        return split_tensor_dict(dealt, len(batches))
+        return micro_batches_of_one_step(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        start, before = time.perf_counter(), self._timed["generate_and_score"]
-        loss = super().training_step(*args, **kwargs)
-        spent = time.perf_counter() - start - (self._timed["generate_and_score"] - before)
-        self._metrics["train"]["arpo/time/update_s"].append(spent)
+        with self._spans("update"):
+            loss = super().training_step(*args, **kwargs)
+        self._metrics["train"]["arpo/time/update_s"].append(self._spans.take("update"))
         return loss
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
@@ -605,57 +519,26 @@ class ARPOTrainer(ResumableTrainer):
 
     def _log_rollout(self, advantages: torch.Tensor) -> None:
         """Metrics over all ranks, alarms, and this rank's trees."""
-        last = self._last
-        assert last is not None and last.rewards is not None
+        last, rewards = self._last, self._last_rewards
+        assert last is not None and rewards is not None
         mode = "train" if self.model.training else "eval"
         tally = Tally()
         tally_rollout(last.rollout, tally)
-        tally.add("time/reward_s", self._timed.pop("reward", 0.0))
-        tally.add("time/logprobs_s", self._timed.pop("logprobs", 0.0))
-        size = len(last.leaves) // max(1, len(last.rollout.trees))
-        for i in range(0, len(last.leaves), size):
-            group = last.rewards[i : i + size]
-            if size > 1:
-                tally.add("alarm/zero_variance_groups", float(bool((group == group[0]).all())))
-        merged = Tally()
-        for plain in gather_object([tally.plain()]):
-            merged.merge(plain)
+        tally.add("time/reward_s", self._spans.take("reward"))
+        tally.add("time/logprobs_s", self._spans.take("logprobs"))
+        tally_rewards([group.tolist() for group in rewards.split(len(rewards) // len(last.rollout.trees))], tally)
+        merged = Tally.merged(gather_object([tally.plain()]))
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
-        self._trajectories.write(last.name, self._logged_trees(advantages))
+        trees = logged_trees(
+            last.rollout.trees,
+            rewards.tolist(),
+            advantages.tolist(),
+            step=self.state.global_step,
+            first_group=last.first_group,
+            decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
+        )
+        self._trajectories.write(last.name, trees)
         if mode == "train":
             for message in self._bell.hear(merged):
                 logger.warning(f"Step {self.state.global_step}: {message}")
-
-    def _logged_trees(self, advantages: torch.Tensor) -> list[LoggedTree]:
-        last = self._last
-        assert last is not None and last.rewards is not None
-        trees, start = [], 0
-        for i, tree in enumerate(last.rollout.trees):
-            rows = slice(start, start + len(tree.leaves()))
-            rewards = [None if math.isnan(reward) else reward for reward in last.rewards[rows].tolist()]
-            prompt = self._tokenizer.decode(tree.root.ids, skip_special_tokens=False)
-            trees.append(
-                LoggedTree(
-                    self.state.global_step, last.first_group + i, prompt, tree, rewards, advantages[rows].tolist()
-                )
-            )
-            start = rows.stop
-        return trees
-
-
-@contextmanager
-def _vllm_left_to_us(args: ARPOConfig, engine: Engine | None) -> Iterator[None]:
-    """Keeps TRL from connecting to vLLM where it need not, or from a CPU cannot; colocated, it does start vLLM."""
-    use_vllm = args.use_vllm
-    args.use_vllm = use_vllm and args.vllm_mode == "colocate" and engine is None
-    if args.use_vllm:
-        if find_spec("vllm") is None:
-            raise ConfigError(
-                "use_vllm is set, but vLLM is not installed here. Install the extra: pip install '.[vllm]'."
-            )
-        prepare_cpu()
-    try:
-        yield
-    finally:
-        args.use_vllm = use_vllm

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,33 @@ class LoggedTree:
     tree: RolloutTree
     rewards: list[float | None]
     advantages: list[float]
+
+
+def logged_trees(
+    trees: Sequence[RolloutTree],
+    rewards: Sequence[float],
+    advantages: Sequence[float],
+    *,
+    step: int,
+    first_group: int,
+    decode: Callable[[list[int]], str],
+) -> list[LoggedTree]:
+    """The trees of a rollout as they are logged.
+
+    Args:
+        rewards: One per leaf, tree by tree in leaf order; NaN, where no reward function applies, is logged as None.
+        advantages: Likewise.
+        step: The optimizer step.
+        first_group: The first tree's group; the others' follow.
+        decode: Token ids → text, with special tokens.
+    """
+    logged, start = [], 0
+    for group, tree in enumerate(trees, first_group):
+        rows = slice(start, start + len(tree.leaves()))
+        earned = [None if math.isnan(reward) else reward for reward in rewards[rows]]
+        logged.append(LoggedTree(step, group, decode(tree.root.ids), tree, earned, list(advantages[rows])))
+        start = rows.stop
+    return logged
 
 
 class TrajectoryLog:

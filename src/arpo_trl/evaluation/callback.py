@@ -51,7 +51,7 @@ class EvaluationCallback(TrainerCallback):
         self._every_steps = every_steps
         self._samples = samples
         self._evaluator = Evaluator(
-            trainer.sampler, samples=samples, seed=trainer.args.seed, concurrency=concurrency, judge=judge
+            trainer.tree_sampler, samples=samples, seed=trainer.args.seed, concurrency=concurrency, judge=judge
         )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -27,17 +27,17 @@ from typing import Any
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
-from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-    parse_response,
-)
 
 from arpo_trl.calls import ToolCall
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.box import RESERVED_TAGS, ToolSpec
+from arpo_trl.trl_seam import (
+    add_response_schema,
+    get_training_chat_template,
+    is_chat_template_prefix_preserving,
+    parse_response,
+)
 
 ANSWER, RESULT = "answer", "result"
 

@@ -20,9 +20,9 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm_turns import Draft, Segment, StopFinder, sampling_params
 from arpo_trl.rollout.engines.weights import Weights, mean_difference
+from arpo_trl.trl_seam import VLLMGeneration
 
 if TYPE_CHECKING:
-    from trl.generation.vllm_generation import VLLMGeneration
     from vllm import LLM, RequestOutput
 
 

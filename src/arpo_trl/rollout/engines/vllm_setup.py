@@ -11,7 +11,6 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
-from trl.generation.vllm_generation import VLLMGeneration
 
 from arpo_trl.compute_dtype import warn_of_other_dtype
 from arpo_trl.config import ARPOConfig, WeightSync
@@ -19,6 +18,7 @@ from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_colocate import ColocatedWeights
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
+from arpo_trl.trl_seam import VLLMGeneration
 
 logger = get_logger(__name__)
 

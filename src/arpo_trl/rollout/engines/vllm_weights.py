@@ -20,11 +20,11 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, is_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from trl.generation.vllm_generation import VLLMGeneration
 
 from arpo_trl.errors import ArpoError, ConfigError, EngineError
 from arpo_trl.rollout.engines.vllm_client import FRESH, ServerClient, ServerFacts
 from arpo_trl.rollout.engines.weights import mean_difference
+from arpo_trl.trl_seam import VLLMGeneration
 
 SHARD_BYTES = 4 << 30
 """Most of a model that is held in memory at once while it is written."""

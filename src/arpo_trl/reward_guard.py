@@ -1,4 +1,4 @@
-"""A reward function as the trainer calls it: given what it names, checked, and interruptible."""
+"""A reward function as the trainer calls it: given what it names, checked, and interruptible; and the rewards' sum."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import torch
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 from arpo_trl.errors import Interrupted, RewardError
 from arpo_trl.interrupts import Interrupts
+from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
 REWARD_POLL_S = 0.2
 """How often waiting for an async reward function looks for an interrupt."""
@@ -58,6 +58,12 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
         wrapper = checked
     wrapper.__name__ = name
     return wrapper
+
+
+def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(B,) sums of (B, F) rewards, weighted by (F,). NaN rewards do not apply; the sum is NaN where none applies."""
+    total = (rewards * weights.to(rewards.device)).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
 
 
 def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
