@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from arpo_trl.errors import ConfigError, EngineError, ToolError
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.branching import BranchRule
 from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocol import ChatTemplateProtocol
-from arpo_trl.rollout.sampler import GroupRequest, RolloutSchedule
+from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import NodeKind, StopReason
 from support import ANSWER, Scripted, search
 

@@ -34,9 +34,9 @@ from arpo_trl.data import refuse_rollout_columns
 from arpo_trl.errors import ConfigError
 from arpo_trl.interrupts import Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rollout
+from arpo_trl.options import ProtocolKind, RolloutSchedule, SharedPrefixForward
 from arpo_trl.prefix_sharing import (
     Pack,
-    SharedPrefixForward,
     forward_pack,
     pack_rows,
     pays,
@@ -47,13 +47,13 @@ from arpo_trl.prefix_sharing import (
 from arpo_trl.resumable import ResumableTrainer
 from arpo_trl.rewards.checked import checked_reward
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
-from arpo_trl.rollout.engines.distribution import refuse_rules
+from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
 from arpo_trl.rollout.engines.vllm_setup import colocate_engine, server_engine
-from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.rollout.protocol import PROTOCOLS
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.sharding import at_its_own_pace, check_launch
 from arpo_trl.startup import check_prompts_fit, check_quantized_training, check_rows, check_writable, untold_tags

@@ -9,12 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rewards.hierarchical import HierarchicalScore
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.tools.box import ToolBox
 

@@ -21,7 +21,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -35,16 +34,10 @@ from trl.chat_template_utils import (
 )
 
 from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.options import ProtocolKind
 from arpo_trl.tools.box import RESERVED_TAGS, ToolCall, ToolSpec
 
 ANSWER, RESULT = "answer", "result"
-
-
-class ProtocolKind(StrEnum):
-    TAGS = "tags"
-    """`TagProtocol`."""
-    CHAT_TEMPLATE = "chat_template"
-    """`ChatTemplateProtocol`."""
 
 
 @dataclass(frozen=True, slots=True)

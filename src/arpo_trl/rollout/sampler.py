@@ -16,10 +16,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.branching import BranchBudget, BranchDecision, BranchPolicy, BranchRule
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, ToolProtocol
@@ -30,13 +30,6 @@ IDLE_POLL_S = 0.05
 """How long one wait for the tools, or for the engine, may last while only one of them has work."""
 BUSY_POLL_S = 0.002
 """How long a wait for the engine may hold up looking at the tools."""
-
-
-class RolloutSchedule(StrEnum):
-    OVERLAP = "overlap"
-    """Take in whatever has finished."""
-    ROUNDS = "rounds"
-    """Take in tool results together once nothing is left to decode: repeats bit for bit."""
 
 
 @dataclass(frozen=True, slots=True)

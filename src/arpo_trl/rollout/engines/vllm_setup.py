@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.generation.vllm_generation import VLLMGeneration
 
 from arpo_trl.compute_dtype import warn_of_other_dtype
-from arpo_trl.config import ARPOConfig, WeightSync
+from arpo_trl.config import ARPOConfig
+from arpo_trl.options import WeightSync
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check_server
