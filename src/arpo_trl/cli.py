@@ -172,9 +172,9 @@ def _eval_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     group: Any = parser
+    # A dataclass begins with the fields that it inherits, here the ones shared with training; the help ends with them.
     settings = dataclasses.fields(EvalSettings)
-    own_first = sorted(settings, key=lambda setting: setting.name not in EvalSettings.__annotations__)
-    for setting in own_first:
+    for setting in sorted(settings, key=lambda setting: setting.name not in EvalSettings.__annotations__):
         if setting.name in GROUPS:
             group = parser.add_argument_group(GROUPS[setting.name])
         make = setting.default_factory

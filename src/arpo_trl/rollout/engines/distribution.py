@@ -1,10 +1,9 @@
 """From a model's logits to the probabilities that a turn is sampled from.
 
 That is `generate`'s distribution for the same settings, by transformers' own processors in its own order: the settings
-of a run (temperature, top_k, top_p, min_p, repetition_penalty), and what else `generate` would read: the run's
-`generation_kwargs` and, for what these leave open, the model's `generation_config.json`. What changes the distribution
-in another way than row by row is refused by name. Rows have no padding here, so a rule that counts tokens counts a
-row's own; each turn is a `generate` of its own to them, after a prompt that ends in the tool result.
+of a run (temperature, top_k, top_p, min_p, repetition_penalty), and the rules of `generation_rules.py`. Rows have no
+padding here, so a rule that counts tokens counts a row's own; each turn is a `generate` of its own to them, after a
+prompt that ends in the tool result.
 
 Training scores tokens by the model's logits over the temperature, as TRL does: no other processor is in it.
 """

@@ -1,8 +1,8 @@
 """What `generate` would apply to the logits besides a run's own settings: which rules, and transformers' processors.
 
 Rules come from the run's `generation_kwargs` and, for what these leave open, from the model's
-`generation_config.json`. `distribution.py` applies them. No torch is imported here, so that a configuration can check
-its rules.
+`generation_config.json`. `distribution.py` applies them row by row; a rule that cannot be applied so is refused by
+name. No torch is imported here, so that a configuration can check its rules.
 """
 
 from __future__ import annotations
