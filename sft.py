@@ -18,6 +18,7 @@ from arpo_trl.cold_start import encode_dataset
 from arpo_trl.config import refuse_token, take_the_cpu_if_alone
 from arpo_trl.progress import show_compactly
 from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.settings import check_fields, described
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +30,14 @@ class ColdStartArguments:
     dataset: str = field(metadata={"help": "Hub id, or .jsonl or .parquet file, of trajectories."})
     dataset_split: str = field(default="train", metadata={"help": "Its split."})
     max_tool_result_tokens: int | None = field(
-        default=None, metadata={"help": "As in training: a longer tool result keeps its head and tail."}
+        default=None,
+        metadata=described(
+            "As in training: a longer tool result keeps its head and tail. None: no limit.", at_least=16, unit="tokens"
+        ),
     )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass

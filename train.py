@@ -17,11 +17,12 @@ from arpo_trl.data import load_arpo_dataset
 from arpo_trl.interrupts import follow_launcher
 from arpo_trl.progress import show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
+from arpo_trl.settings import JudgeArguments, check_fields, described
 from arpo_trl.tools.build import ToolArguments, build_tools
 
 
-@dataclass
-class TrainArguments:
+@dataclass(kw_only=True)
+class TrainArguments(JudgeArguments):
     """What to train on and for."""
 
     dataset: str = field(metadata={"help": "Hub id, folder, or .jsonl, .json or .parquet file of questions."})
@@ -34,18 +35,16 @@ class TrainArguments:
     )
     accuracy: str = field(
         default="task",
-        metadata={"help": "How answers are compared: 'task' (math equality or token F1), 'judge' (a language model "
-                  "where that finds them not wholly right), 'paper_f1' for parity.",
-                  "choices": ["task", "judge", "paper_f1"]},
-    )  # fmt: skip
-    judge_url: str | None = field(
-        default=None,
-        metadata={"help": "OpenAI-compatible server (…/v1) of the judge; its key, if it wants one, in JUDGE_API_KEY."},
+        metadata=described(
+            "How answers are compared: 'task' (math equality or token F1), 'judge' (a language model where that finds "
+            "them not wholly right), 'paper_f1' for parity.",
+            choices=["task", "judge", "paper_f1"],
+        ),
     )
-    judge_model: str | None = field(default=None, metadata={"help": "The judge's name at that server."})
-    judge_cache: str | None = field(
-        default=None, metadata={"help": "JSONL file that keeps the judge's verdicts. None: for this run only."}
-    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_fields(self)
 
 
 SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)

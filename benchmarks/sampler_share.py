@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines import transformers as engine_module
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.tools.build import ToolArguments, build_tools
 

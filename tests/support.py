@@ -23,13 +23,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingSettings
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
 from arpo_trl.rollout.protocol import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, SamplerSettings, Score, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, Score, TreeSampler
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.tools.sandbox import Limits, Tier, Worker
 

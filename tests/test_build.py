@@ -14,6 +14,7 @@ from datasets import Dataset
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.runner import Evaluator
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler, context_of, shortest
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.completions import CompletionsEngine
@@ -24,7 +25,6 @@ from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.rollout.sampler import RolloutSchedule
 from arpo_trl.tools.box import ToolBox
 from evaluating import asked_number, boxed, completions, questions
 from loopback import Loopback
@@ -83,7 +83,7 @@ def test_an_engine_from_outside_the_package_serves_training_and_evaluation(tmp_p
         tools=[search, python],
         engine=Echo(),
     )
-    assert trainer.sampler.settings.max_length == 150  # the engine's; the model's is longer
+    assert trainer.tree_sampler.settings.max_length == 150  # the engine's; the model's is longer
     trainer.train()
     assert [row["reward"] for row in trainer.state.log_history if "reward" in row] == [1.0]
 

@@ -124,7 +124,7 @@ def test_eval_names_an_unknown_tool(monkeypatch, capsys, tmp_path):
         *("eval", "--model", "unused", "--data", str(tmp_path / "rows.jsonl"), "--tools", "calculator"),
     )
     assert status == 2
-    assert "ConfigError: tools names ['calculator']; expected some of" in err
+    assert "ConfigError: tools is ['calculator']; expected a list of some of" in err
 
 
 def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):

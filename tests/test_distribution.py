@@ -7,7 +7,8 @@ from transformers import GenerationConfig
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
-from arpo_trl.rollout.engines.distribution import Distribution, entropy, refuse_rules, rules_of, sample
+from arpo_trl.rollout.engines.distribution import Distribution, entropy, sample
+from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.engines.rows import RowState
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from support import events_of, sampling_trainer, tiny_model, tokenizer

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocol import ChatTemplateProtocol
@@ -13,7 +14,7 @@ from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import GroupRequest, RolloutSchedule
+from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import NodeKind, StopReason
 from support import ANSWER, Scripted
 

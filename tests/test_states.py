@@ -16,10 +16,12 @@ import pytest
 
 from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ToolError
-from arpo_trl.rollout.branching import BranchRule
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocol import ChatTemplateProtocol
-from arpo_trl.rollout.sampler import GroupRequest, RolloutSchedule
+from arpo_trl.rollout.rules.ranked import Ranked
+from arpo_trl.rollout.rules.threshold import Threshold
+from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import StopReason
 from arpo_trl.tools.state import PathState
 from support import ANSWER, Scripted
@@ -111,12 +113,17 @@ def prompts(made: Scripted, count: int) -> list[GroupRequest]:
 
 
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))
-@pytest.mark.parametrize("rule", [BranchRule.THRESHOLD, BranchRule.RANKED])
+@pytest.mark.parametrize("rule", [Threshold, Ranked])
 def test_branches_see_the_state_as_of_their_observation_and_no_sibling_sees_anothers_writes(rule, schedule):
     # The ranked rule branches only once (0,) has written its second line and ended.
     world = World()
     made = Scripted(
-        writes_and_reads, leaves=3, at_root=1, branches_per_fork=2, rule=rule, schedule=schedule, tools=world.tools
+        writes_and_reads,
+        leaves=3,
+        at_root=1,
+        rule=rule(branches_per_fork=2),
+        schedule=schedule,
+        tools=world.tools,
     )
     assert read_by(made().trees[0]) == {
         (0,): "0/0:0 0/0:1",
@@ -124,8 +131,8 @@ def test_branches_see_the_state_as_of_their_observation_and_no_sibling_sees_anot
         (0, 1, 1): "0/0:0 0/0/1/1:1",
     }
     assert world.is_closed()
-    if rule is BranchRule.RANKED:  # a copy at each of three observations, and one more for the second branch
-        assert (len(world.opened), world.forks) == (5, 4)
+    if rule is Ranked:  # a copy at each of three observations, and one for each of two branches
+        assert (len(world.opened), world.forks) == (6, 5)
 
 
 def test_paths_from_the_root_start_afresh_and_nothing_is_forked_where_nothing_can_branch():

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tomllib
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 
 import pytest
@@ -68,7 +68,7 @@ from trl.trainer.utils import (
 
 from arpo_trl import trl_seam
 from arpo_trl.hub import http
-from arpo_trl.rollout.engines.distribution import ELSEWHERE, HONOURED, REFUSED
+from arpo_trl.rollout.engines.generation_rules import ELSEWHERE, HONOURED, REFUSED
 from arpo_trl.rollout.engines.transformers import CACHE_ARGUMENT
 from support import save_tiny_model, small_model, tokenizer
 
@@ -645,6 +645,16 @@ def test_the_parser_raises_on_unknown_keys(tmp_path: Path):
     (tmp_path / "run.yaml").write_text("alpah: 0.7\n")
     with pytest.raises(ValueError, match="Unknown arguments from config file"):
         TrlParser(Setting).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_the_parser_hands_a_copy_of_a_fields_metadata_to_argparse():
+    class Metadata(dict):
+        def copy(self):
+            return {"help": self["help"]}
+
+    setting = make_dataclass("Made", [("size", int, field(default=1, metadata=Metadata(help="How big.", range="1")))])
+    parser = TrlParser(setting)  # argparse raises TypeError on a keyword that it does not know, such as range
+    assert "How big. (default: 1)" in " ".join(parser.format_help().split())
 
 
 def test_the_parser_tells_which_flags_are_left(tmp_path: Path):

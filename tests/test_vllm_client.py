@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm_client import API_KEY, PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
 from support import events_of, tiny_model, tokenizer
@@ -177,7 +178,7 @@ def test_a_server_that_is_still_loading_is_waited_for(serve):
         ({"server_info": info(logprobs_mode="raw_logprobs")}, "raw_logprobs.*--logprobs-mode processed_logprobs"),
         ({"server_info": info(replicas=4)}, "4 data parallel replicas .* one server for each"),
         ({"tokenize": {"tokens": [1, 2, 3]}}, "another tokenizer than the trainer.*3 tokens there.*--model"),
-        ({"v1__models": (401, {})}, f"refuses access. Set the environment variable {API_KEY}"),
+        ({"v1__models": (401, {})}, f"refuses access. Set the environment variable {VLLM_KEY_VARIABLE}"),
     ],
 )
 def test_what_a_server_lacks_is_named_with_the_way_out(serve, changes, message):
@@ -198,7 +199,7 @@ def test_nonsense_in_place_of_json_is_named(serve):
 
 
 def test_the_servers_key_is_sent_and_shown_nowhere(serve, monkeypatch):
-    monkeypatch.setenv(API_KEY, "sesame")
+    monkeypatch.setenv(VLLM_KEY_VARIABLE, "sesame")
     url, seen = serve(tokenize={"tokens": []})
     with pytest.raises(ConfigError) as caught:
         check_server(client(url), tokenizer(), 20)

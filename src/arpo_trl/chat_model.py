@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 import httpx
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.settings import check_server_url
 from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
-
-
-def check_server_url(url: str, subject: str, key_variable: str) -> None:
-    """Returns if `url` is the address of a server; a key in it would get into logs.
-
-    Raises:
-        ConfigError: it is not; names `subject` and where the key belongs.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-        raise ConfigError(
-            f"{subject} is no address like http://host:port/v1, without user name, password or query. Its key, if it "
-            f"wants one, belongs in the environment variable {key_variable}."
-        )
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,9 @@ def _eval_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     group: Any = parser
-    for setting in dataclasses.fields(EvalSettings):
+    # A dataclass begins with the fields that it inherits, here the ones shared with training; the help ends with them.
+    settings = dataclasses.fields(EvalSettings)
+    for setting in sorted(settings, key=lambda setting: setting.name not in EvalSettings.__annotations__):
         if setting.name in GROUPS:
             group = parser.add_argument_group(GROUPS[setting.name])
         make = setting.default_factory
@@ -180,7 +182,8 @@ def _eval_parser() -> argparse.ArgumentParser:
         text = setting.metadata["help"]
         if default not in (None, False, "") and "default" not in text:
             text += f" (default: {default})"
-        kind: Any = {"action": "store_true"} if default is False else {"metavar": setting.name.split("_")[-1].upper()}
+        metavar = setting.metadata.get("metavar", setting.name.split("_")[-1].upper())
+        kind: Any = {"action": "store_true"} if default is False else {"metavar": metavar}
         group.add_argument(f"--{setting.name.replace('_', '-')}", help=text, **kind)
     return parser
 

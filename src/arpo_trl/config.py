@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -14,15 +12,12 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
-from arpo_trl.chat_model import check_server_url
 from arpo_trl.errors import ConfigError
-from arpo_trl.prefix_sharing import SharedPrefixForward
+from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, SharedPrefixForward, WeightSync
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
-from arpo_trl.rollout.engines.distribution import refuse_rules, rules_of
-from arpo_trl.rollout.engines.vllm_client import API_KEY
-from arpo_trl.rollout.protocol import ProtocolKind
+from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
-from arpo_trl.rollout.sampler import RolloutSchedule
+from arpo_trl.settings import ToolLimits, check_fields, check_server_url, described
 
 if TYPE_CHECKING:
     from arpo_trl.rollout.credit.base import Credit
@@ -31,15 +26,6 @@ logger = logging.getLogger(__name__)
 
 _OF_RULES = ("branch_probability", "entropy_weight", "branch_threshold", "branches_per_fork")
 """The settings that a branch rule takes if it has a field of that name; its other fields are `branch_rule_kwargs`."""
-
-
-class WeightSync(StrEnum):
-    """How weights reach vLLM servers."""
-
-    NCCL = "nccl"
-    """TRL's transfer from GPU to GPU."""
-    DISK = "disk"
-    """Saved to a folder that trainer and servers share, and loaded from there."""
 
 
 def refuse_token(args: TrainingArguments) -> None:
@@ -68,12 +54,13 @@ def take_the_cpu_if_alone(args: TrainingArguments) -> None:
 
 
 @dataclass
-class ARPOConfig(GRPOConfig):
+class ARPOConfig(ToolLimits, GRPOConfig):
     """Configuration of [`ARPOTrainer`].
 
-    Every field of `GRPOConfig` is kept. Defaults that differ: `num_generations` 16, `loss_type` "grpo",
-    `max_tool_calling_iterations` 6, all as in the paper's setting or next to it, `per_device_train_batch_size` and
-    `per_device_eval_batch_size` 16, which is one group, and `vllm_importance_sampling_mode` "token_truncate".
+    Every field of `GRPOConfig` is kept, and those of `ToolLimits` are added. Defaults that differ: `num_generations`
+    16, `loss_type` "grpo", `max_tool_calling_iterations` 6, all as in the paper's setting or next to it,
+    `per_device_train_batch_size` and `per_device_eval_batch_size` 16, which is one group, and
+    `vllm_importance_sampling_mode` "token_truncate".
     `use_cpu` becomes true where there is no accelerator.
 
     Raises:
@@ -88,19 +75,25 @@ class ARPOConfig(GRPOConfig):
     ]  # also as JSON text
 
     # Parameters that control the tree
-    num_generations: int | None = field(
+    num_generations: int = field(
         default=16,
-        metadata={"help": "M: leaves per prompt, the size of a group. An integer >= 2 that divides this rank's "
-                  "generation batch (per_device_train_batch_size x steps_per_generation)."},
-    )  # fmt: skip
+        metadata=described(
+            "M: leaves per prompt, the size of a group. Divides this rank's generation batch "
+            "(per_device_train_batch_size x steps_per_generation).",
+            at_least=2,
+        ),
+    )
     initial_rollouts: int | None = field(
         default=None,
-        metadata={"help": "N: paths started at the root, 1 <= N <= M; the other M - N leaves are branches. N = M is "
-                  "GRPO. None: M // 2."},
-    )  # fmt: skip
+        metadata=described(
+            "N: paths started at the root, at most M; the other M - N leaves are branches. N = M is GRPO. "
+            "None: M // 2.",
+            at_least=1,
+        ),
+    )
     entropy_probe_tokens: int = field(
         default=20,
-        metadata={"help": "k: model tokens at the start of a turn whose mean entropy (nats) is read. >= 1."},
+        metadata=described("k: model tokens at the start of a turn whose mean entropy (nats) is read.", at_least=1),
     )
     branch_rule: str = field(
         default="threshold",
@@ -112,51 +105,56 @@ class ARPOConfig(GRPOConfig):
         metadata={"help": "What branch_rule can be told besides the four settings below, as in {option: value}. None "
                   "of the package's own rules takes any."},
     )  # fmt: skip
-    branch_probability: float = field(default=0.5, metadata={"help": "alpha: P = alpha + beta * dH, in [0, 1]."})
+    branch_probability: float = field(
+        default=0.5, metadata=described("alpha: P = alpha + beta * dH.", at_least=0, at_most=1)
+    )
     entropy_weight: float = field(
         default=0.2,
-        metadata={"help": "beta: weight of dH = (H_turn - H_root) / ln V. Inert under 'threshold' when alpha = tau."},
+        metadata=described("beta: weight of dH = (H_turn - H_root) / ln V. Inert under 'threshold' when alpha = tau."),
     )
     branch_threshold: float = field(
-        default=0.5, metadata={"help": "tau: 'threshold' branches where P > tau, in [0, 1]."}
+        default=0.5, metadata=described("tau: 'threshold' branches where P > tau.", at_least=0, at_most=1)
     )
     branches_per_fork: int = field(
-        default=1, metadata={"help": "Z: extra turns under a tool result that branches. >= 1."}
+        default=1, metadata=described("Z: extra turns under a tool result that branches.", at_least=1)
     )
     rollout_schedule: str = field(
         default=RolloutSchedule.OVERLAP.value,
-        metadata={"help": "'overlap': take in whatever has finished. 'rounds': take in tool results together once "
-                  "nothing is left to decode, which repeats bit for bit whatever the tools' timing.",
-                  "choices": [schedule.value for schedule in RolloutSchedule]},
-    )  # fmt: skip
+        metadata=described(
+            "'overlap': take in whatever has finished. 'rounds': take in tool results together once nothing is left "
+            "to decode, which repeats bit for bit whatever the tools' timing.",
+            choices=RolloutSchedule,
+        ),
+    )
 
     # Parameters that control the batch
     per_device_train_batch_size: int = field(
         default=16,
-        metadata={"help": "Completions per device and forward pass. Times steps_per_generation a multiple of M."},
+        metadata=described(
+            "Completions per device and forward pass. Times steps_per_generation a multiple of M.", at_least=1
+        ),
     )
     per_device_eval_batch_size: int = field(
         default=16,
-        metadata={"help": "Completions per device in evaluation. Times the number of ranks a multiple of "
-                  "num_generations_eval, or else of M."},
-    )  # fmt: skip
+        metadata=described(
+            "Completions per device in evaluation. Times the number of ranks a multiple of num_generations_eval, or "
+            "else of M.",
+            at_least=1,
+        ),
+    )
+    max_completion_length: int | None = field(
+        default=GRPOConfig.max_completion_length,
+        metadata=described("Length of a path after its prompt, tool results included.", at_least=1, unit="tokens"),
+    )
 
-    # Parameters that control the tools
-    tool_protocol: str = field(
-        default=ProtocolKind.TAGS.value,
-        metadata={"help": "How the model calls tools: 'tags' (<search>…</search>, the paper's, for any model) or "
-                  "'chat_template' (as the tokenizer's own template has calls and results).",
-                  "choices": [kind.value for kind in ProtocolKind]},
-    )  # fmt: skip
+    # Parameters that control the tools, besides those of `ToolLimits`
     max_tool_calling_iterations: int | None = field(
         default=6,
-        metadata={"help": "Tool results per path; then the path is told so and writes one last turn. None: no limit "
-                  "but the length. >= 0."},
-    )  # fmt: skip
-    tool_timeout_s: float = field(
-        default=20.0, metadata={"help": "Seconds after which a tool call fails; the model reads so. > 0."}
+        metadata=described(
+            "Tool results per path; then the path is told so and writes one last turn. None: no limit but the length.",
+            at_least=0,
+        ),
     )
-    tool_concurrency: int = field(default=32, metadata={"help": "Tool calls that run at the same time. >= 1."})
     tool_concurrency_per_tool: dict[str, int] | str | None = field(
         default=None,
         metadata={"help": "For some tools how many of their calls run at the same time, as in {search: 8}; besides "
@@ -166,11 +164,6 @@ class ARPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Whether an identical call reuses an earlier successful result. For tools that all always "
                   "answer alike."},
-    )  # fmt: skip
-    max_tool_result_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Tokens of a tool result that the model sees; a longer one keeps its head and tail. None: "
-                  "no limit. >= 16."},
     )  # fmt: skip
 
     # Parameters that control the credit
@@ -197,15 +190,21 @@ class ARPOConfig(GRPOConfig):
     )  # fmt: skip
     vllm_request_timeout_s: float = field(
         default=1800.0,
-        metadata={"help": "Seconds that a server may take over one request. > 0. For how long a server may stay away "
-                  "there is vllm_server_timeout."},
-    )  # fmt: skip
+        metadata=described(
+            "Time that a server may take over one request. For how long a server may stay away there is "
+            "vllm_server_timeout.",
+            above=0,
+            unit="seconds",
+        ),
+    )
     weight_sync: str = field(
         default=WeightSync.NCCL.value,
-        metadata={"help": "How weights reach the servers: 'nccl' (TRL's transfer from GPU to GPU), 'disk' (by way of "
-                  "a shared folder; works on any hardware and survives a server's restart).",
-                  "choices": [kind.value for kind in WeightSync]},
-    )  # fmt: skip
+        metadata=described(
+            "How weights reach the servers: 'nccl' (TRL's transfer from GPU to GPU), 'disk' (by way of a shared "
+            "folder; works on any hardware and survives a server's restart).",
+            choices=WeightSync,
+        ),
+    )
     weight_sync_dir: str | None = field(
         default=None,
         metadata={"help": "Folder for weight_sync 'disk', which the servers must see under the same path. None: "
@@ -213,15 +212,21 @@ class ARPOConfig(GRPOConfig):
     )  # fmt: skip
     weight_sync_tolerance: float = field(
         default=0.05,
-        metadata={"help": "Most mean |difference| between vLLM's logprobs of a fixed text and the trainer's after a "
-                  "sync, in nats, or in those logprobs' standard deviations where they vary by more than a nat; "
-                  "beyond it the run stops. > 0."},
-    )  # fmt: skip
+        metadata=described(
+            "Most mean |difference| between vLLM's logprobs of a fixed text and the trainer's after a sync, in nats, "
+            "or in those logprobs' standard deviations where they vary by more than a nat; beyond it the run stops.",
+            above=0,
+            unit="nats",
+        ),
+    )
     entropy_top_logprobs: int = field(
         default=20,
-        metadata={"help": "Logprobs that vLLM returns for each of a turn's first k tokens; the entropy is estimated "
-                  "from them, the tail included. >= 1."},
-    )  # fmt: skip
+        metadata=described(
+            "Logprobs that vLLM returns for each of a turn's first k tokens; the entropy is estimated from them, the "
+            "tail included.",
+            at_least=1,
+        ),
+    )
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
         metadata={"help": "TRL's correction for where vLLM's logprobs are not the trainer's. Token by token, since a "
@@ -231,16 +236,17 @@ class ARPOConfig(GRPOConfig):
     # Parameters that control the forward pass of the update
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
-        metadata={"help": "Whether tokens that rows of a micro-batch share are computed once: 'auto' (where that is "
-                  "exact, said once where not, and saves time), 'on' (always, an error where not exact), 'off' (TRL's "
-                  "padded batch).",
-                  "choices": [kind.value for kind in SharedPrefixForward]},
-    )  # fmt: skip
+        metadata=described(
+            "Whether tokens that rows of a micro-batch share are computed once: 'auto' (where that is exact, said "
+            "once where not, and saves time), 'on' (always, an error where not exact), 'off' (TRL's padded batch).",
+            choices=SharedPrefixForward,
+        ),
+    )
 
     # Parameters that control the trajectory log
     trajectory_log_rate: float = field(
         default=0.05,
-        metadata={"help": "Share of the trees written to <output_dir>/trajectories as JSONL, in [0, 1]."},
+        metadata=described("Share of the trees written to <output_dir>/trajectories as JSONL.", at_least=0, at_most=1),
     )
 
     # Parameters that control the Hub (push_to_hub, hub_model_id, hub_strategy and the other hub_… settings are
@@ -252,7 +258,8 @@ class ARPOConfig(GRPOConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        self._check_ranges()
+        check_fields(self)
+        self._check_paths()
         if self.generation_batch_size is None:  # else it takes the number of ranks to know the steps
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
         take_the_cpu_if_alone(self)
@@ -297,58 +304,21 @@ class ARPOConfig(GRPOConfig):
         one = self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
         return self.vllm_server_urls or [one]
 
-    def _check_ranges(self) -> None:
-        m = self.num_generations
-        if not isinstance(m, int) or m < 2:
-            raise ConfigError(f"num_generations (M) is {m}; a group needs an integer ≥ 2 of leaves to compare.")
+    def _check_paths(self) -> None:
+        """Gives N its default, and checks it against M."""
         if self.initial_rollouts is None:
-            self.initial_rollouts = m // 2
-        if not isinstance(self.initial_rollouts, int) or not 1 <= self.initial_rollouts <= m:
+            self.initial_rollouts = self.num_generations // 2
+        if self.initial_rollouts > self.num_generations:
             raise ConfigError(
-                f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {m}; expected an integer "
-                "with 1 ≤ N ≤ M. N = M is plain GRPO."
+                f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {self.num_generations}; "
+                "expected an integer with 1 ≤ N ≤ M. N = M is plain GRPO."
             )
-        for name, lowest in (
-            ("entropy_probe_tokens", 1),
-            ("branches_per_fork", 1),
-            ("tool_concurrency", 1),
-            ("max_tool_calling_iterations", 0),
-            ("max_tool_result_tokens", 16),
-            ("entropy_top_logprobs", 1),
-            ("max_completion_length", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= lowest):
-                raise ConfigError(f"{name} is {value}; expected an integer of at least {lowest}.")
-        for name in ("branch_probability", "branch_threshold", "trajectory_log_rate"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} is {value}; expected a number in [0, 1].")
-        if not math.isfinite(self.entropy_weight):
-            raise ConfigError(f"entropy_weight is {self.entropy_weight}; expected a finite number.")
-        for name in ("tool_timeout_s", "vllm_request_timeout_s"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise ConfigError(f"{name} is {value}; expected more than 0 seconds.")
-        if not self.weight_sync_tolerance > 0:
-            raise ConfigError(f"weight_sync_tolerance is {self.weight_sync_tolerance}; expected more than 0 nats.")
-        for name, kinds in (
-            ("rollout_schedule", RolloutSchedule),
-            ("tool_protocol", ProtocolKind),
-            ("shared_prefix_weight", SharedPrefixWeight),
-            ("shared_prefix_forward", SharedPrefixForward),
-            ("weight_sync", WeightSync),
-        ):
-            value = getattr(self, name)
-            if value not in {kind.value for kind in kinds}:
-                raise ConfigError(f"{name} is {value!r}; expected one of {[kind.value for kind in kinds]}.")
         for name, known in (("branch_rule", RULES.names), ("advantage_attribution", attributions())):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
 
     def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
         """TRL checks the global batch only; a tree lives on one rank."""
-        assert self.num_generations is not None
         batch = self.per_device_train_batch_size * steps_per_generation
         if batch % self.num_generations:
             raise ConfigError(
@@ -385,7 +355,7 @@ class ARPOConfig(GRPOConfig):
                 "expected 'token_truncate' or 'token_mask'."
             )
         for url in self.server_urls:
-            check_server_url(url, "A vLLM server's address", API_KEY)
+            check_server_url(url, "A vLLM server's address", VLLM_KEY_VARIABLE)
         urls = self.vllm_server_urls
         if urls is None:
             return

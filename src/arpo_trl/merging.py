@@ -12,6 +12,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.files import whole_folder
 from arpo_trl.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
 
 _CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
@@ -61,14 +62,12 @@ def merge_adapter(
     folder = Path(adapter)
     has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else name)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    merged.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    for file in _CARRIED:
-        if (folder / file).is_file():
-            shutil.copyfile(folder / file, partial / file)
-    card = Card.of(partial, repo_id or output.name)
-    if card is not None:
-        card.write(partial)
-    partial.replace(output)
+    with whole_folder(output) as partial:
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for file in _CARRIED:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, partial / file)
+        card = Card.of(partial, repo_id or output.name)
+        if card is not None:
+            card.write(partial)

@@ -24,6 +24,8 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from arpo_trl.files import whole_file, write_whole
+
 CONFIG_NAME = "training_config.yaml"
 EVALUATION_NAME = "evaluation.md"
 CURVES_FOLDER = "curves"
@@ -115,10 +117,10 @@ class Card:
         """Writes card, curves and settings into `folder`, each whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         drawn = draw_curves(self.history, folder / CURVES_FOLDER)
-        _write(folder / CONFIG_NAME, self._settings_yaml())
+        write_whole(folder / CONFIG_NAME, self._settings_yaml())
         if self.evaluation is not None:
-            _write(folder / EVALUATION_NAME, self.evaluation.strip() + "\n")
-        _write(folder / "README.md", self.text(drawn))
+            write_whole(folder / EVALUATION_NAME, self.evaluation.strip() + "\n")
+        write_whole(folder / "README.md", self.text(drawn))
 
     def text(self, curves: Iterable[str]) -> str:
         """The card in Markdown; `curves` are the pictures there are."""
@@ -240,9 +242,8 @@ def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[str]
         axes.grid(alpha=0.3)
         axes.legend()
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{name}.partial"
-        figure.savefig(partial, dpi=120, format="png")
-        partial.replace(folder / f"{name}.png")
+        with whole_file(folder / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=120, format="png")
         drawn.append(name)
     return drawn
 
@@ -250,9 +251,3 @@ def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[str]
 def _cell(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(path)

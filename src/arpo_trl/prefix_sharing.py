@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
@@ -31,18 +30,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from arpo_trl.compute_dtype import computed_in
 from arpo_trl.errors import ConfigError
 from arpo_trl.prefix_attention import Call, Edge, attend, plan_calls, why_no_attention
-
-
-class SharedPrefixForward(StrEnum):
-    """Whether the update computes shared tokens once."""
-
-    AUTO = "auto"
-    """Where that is exact and saves time, else the padded batch; where it is not exact, the log says once why."""
-    ON = "on"
-    """Always; an error at start-up where that is not exact."""
-    OFF = "off"
-    """TRL's padded batch."""
-
 
 NO_LABEL = -100
 PREFIX = "shared_prefix+"

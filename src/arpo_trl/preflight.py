@@ -20,7 +20,8 @@ from arpo_trl.compute_dtype import training_dtype
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data import validate_rows
 from arpo_trl.errors import ConfigError
-from arpo_trl.prefix_sharing import SharedPrefixForward, share_prefixes, why_not_shared, why_packs_differ
+from arpo_trl.options import SharedPrefixForward
+from arpo_trl.prefix_sharing import share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.rollout.engines.base import Engine
 from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
 from arpo_trl.rollout.protocol import ToolProtocol

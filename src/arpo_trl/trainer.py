@@ -23,7 +23,8 @@ from arpo_trl.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of
 from arpo_trl.errors import ConfigError
 from arpo_trl.interrupts import Interrupts
 from arpo_trl.metrics import AlarmBell, Tally, tally_rewards, tally_rollout
-from arpo_trl.prefix_sharing import Pack, SharedPrefixForward, forward_packs, pack_batches, pays, sharing_ratio
+from arpo_trl.options import ProtocolKind, RolloutSchedule, SharedPrefixForward
+from arpo_trl.prefix_sharing import Pack, forward_packs, pack_batches, pays, sharing_ratio
 from arpo_trl.preflight import (
     check_prompts_fit,
     check_quantized_training,
@@ -41,7 +42,7 @@ from arpo_trl.reward_guard import checked_reward, total_rewards
 from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_engine, build_sampler, context_of
 from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
-from arpo_trl.rollout.engines.distribution import refuse_rules
+from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.engines.vllm_setup import (
     colocated_weights,
@@ -49,8 +50,8 @@ from arpo_trl.rollout.engines.vllm_setup import (
     served_weights,
     warn_of_other_distribution,
 )
-from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, RolloutSchedule, TreeSampler
+from arpo_trl.rollout.protocol import PROTOCOLS
+from arpo_trl.rollout.sampler import GroupRequest, Rollout, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.sharding import check_launch, model_for_generation
 from arpo_trl.spans import Spans

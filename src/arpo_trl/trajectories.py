@@ -18,9 +18,10 @@ from typing import Any
 
 from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import DataError, EngineError
+from arpo_trl.files import write_whole
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, StopReason
 
-_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.(jsonl|partial)")
+_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.jsonl(\.partial)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +77,7 @@ class TrajectoryLog:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}-rank{self.rank}.jsonl"
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept), "utf-8")
-        partial.replace(path)  # a reader, or a crash, never sees half a file
+        write_whole(path, "".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept))
         return path
 
     def forget_from(self, step: int, *, evaluated: bool) -> None:

@@ -33,10 +33,11 @@ from arpo_trl.evaluation.benchmarks import (
 from arpo_trl.evaluation.comparison import compare, draw
 from arpo_trl.evaluation.engines import fingerprint, make_sampler
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
-from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark, write_whole
+from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark
 from arpo_trl.evaluation.samples import Record, counted, read_records
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.files import write_whole
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.tools.box import ToolBox
 from arpo_trl.tools.build import ToolArguments, build_tools
@@ -174,9 +175,12 @@ def write_results(
     shown = report.ShownSamples({name: summary["metric"] for name, summary in benchmarks.items()})
     for record in read_records(samples_file):
         shown.add(record)
-    write_whole(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_whole(output / "report.md", report.markdown(results))
-    write_whole(output / "report.html", report.html(results, shown.finished()))
+    for name, text in (
+        ("results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"),
+        ("report.md", report.markdown(results)),
+        ("report.html", report.html(results, shown.finished())),
+    ):
+        write_whole(output / name, text, errors="replace")
     return results
 
 

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
+from arpo_trl.options import ProtocolKind
 from arpo_trl.rollout.build import (
     CompletionsServer,
     EngineSource,
@@ -22,7 +23,7 @@ from arpo_trl.rollout.build import (
 )
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.weights import FixedWeights
-from arpo_trl.rollout.protocol import PROTOCOLS, ProtocolKind
+from arpo_trl.rollout.protocol import PROTOCOLS
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.box import ToolBox
 
@@ -41,10 +42,6 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
         raise ConfigError("model is missing. Name a folder or a Hub id; with base_url, for its tokenizer.")
     limits = settings.call_limits()
     tokenizer = _loaded("tokenizer", settings.model, AutoTokenizer.from_pretrained)
-    if settings.tool_protocol not in {kind.value for kind in ProtocolKind}:
-        raise ConfigError(
-            f"tool_protocol is {settings.tool_protocol!r}; expected one of {[kind.value for kind in ProtocolKind]}."
-        )
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"The tokenizer of {settings.model} has no chat template, which turns questions into prompts. Save one "

@@ -21,6 +21,7 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
 from arpo_trl.evaluation.scoring import predicted, score
+from arpo_trl.files import write_whole
 from arpo_trl.identity import differences_between
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import LLMJudge, question_of
@@ -176,7 +177,7 @@ class RunFolder:
         else:
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                write_whole(description, json.dumps(identity, indent=2) + "\n")
+                write_whole(description, json.dumps(identity, indent=2) + "\n", errors="replace")
             except OSError as error:
                 raise ConfigError(f"The output folder {path} cannot be written: {error}.") from error
         self.done, self.unjudged = repair(self.samples_file)
@@ -217,10 +218,3 @@ def run_benchmark(
     evaluator.rescore(questions, mine, sink)
     had = folder.done | {key_of(record) for record in mine}
     evaluator.run(questions, [key for key in evaluator.keys(questions) if key not in had], sink)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, "utf-8", errors="replace")
-    partial.replace(path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.scoring import JUDGE
+from arpo_trl.files import whole_file
 from arpo_trl.rollout.tree import NodeKind, RolloutTree
 
 Record = dict[str, Any]
@@ -69,8 +70,8 @@ def repair(path: Path) -> tuple[set[Key], list[Record]]:
     unjudged: dict[Key, Record] = {}
     if not path.exists():
         return done, []
-    partial = path.with_suffix(".partial")
     with (
+        whole_file(path) as partial,
         path.open(encoding="utf-8", errors="replace", newline="\n") as lines,
         partial.open("w", encoding="utf-8") as kept,
     ):
@@ -85,7 +86,6 @@ def repair(path: Path) -> tuple[set[Key], list[Record]]:
                 kept.write(line)
         kept.flush()
         os.fsync(kept.fileno())
-    partial.replace(path)
     return done, [record for key, record in unjudged.items() if key not in done]
 
 

@@ -13,10 +13,10 @@ from arpo_trl.evaluation.benchmarks import Benchmark, Questions
 from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record
 from arpo_trl.evaluation.scoring import main_metric
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.rollout.sampler import RolloutSchedule
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.box import ToolBox
 

@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
@@ -28,7 +29,7 @@ from arpo_trl.rollout.engines.weights import Weights
 from arpo_trl.rollout.protocol import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import RolloutSchedule, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
 from arpo_trl.tools.box import ToolBox
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cache
 from typing import Any
 
@@ -30,6 +29,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.calls import ToolCall
 from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.options import ProtocolKind
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.box import RESERVED_TAGS, ToolSpec
 from arpo_trl.trl_seam import (
@@ -40,13 +40,6 @@ from arpo_trl.trl_seam import (
 )
 
 ANSWER, RESULT = "answer", "result"
-
-
-class ProtocolKind(StrEnum):
-    TAGS = "tags"
-    """`TagProtocol`."""
-    CHAT_TEMPLATE = "chat_template"
-    """`ChatTemplateProtocol`."""
 
 
 @dataclass(frozen=True, slots=True)

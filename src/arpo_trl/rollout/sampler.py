@@ -16,11 +16,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
 from functools import partial
 
 from arpo_trl.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocol import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
@@ -37,13 +37,6 @@ BUSY_POLL_S = 0.002
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
 """The rewards of a tree's finished leaves, in their order, given the id of its request."""
-
-
-class RolloutSchedule(StrEnum):
-    OVERLAP = "overlap"
-    """Take in whatever has finished."""
-    ROUNDS = "rounds"
-    """Take in tool results together once nothing is left to decode: repeats bit for bit."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.settings import check_fields, described
 from arpo_trl.tools.python import ISOLATIONS, python_tool
 from arpo_trl.tools.python_remote import remote_python_tool
 from arpo_trl.tools.search import LocalIndex, RecordedSearch, Searchable, search_tool
@@ -23,11 +24,15 @@ LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
 
 @dataclass
 class ToolArguments:
-    """Which tools the policy has, and what they stand on."""
+    """Which tools the policy has, and what they stand on.
+
+    Raises:
+        ConfigError: A value is not of its field's type, range or choices.
+    """
 
     tools: list[str] = field(
         default_factory=lambda: ["search", "python"],
-        metadata={"help": f"Built-in tools to offer, of {list(BUILT_IN)}."},
+        metadata=described("Built-in tools to offer.", choices=BUILT_IN),
     )
     search_index: str | None = field(
         default=None,
@@ -37,18 +42,24 @@ class ToolArguments:
     search_recorded: str | None = field(
         default=None, metadata={"help": "Recorded search: a JSON file {query: result text}."}
     )
-    search_top_k: int = field(default=10, metadata={"help": "Results per search. The paper's setting is 10. >= 1."})
+    search_top_k: int = field(
+        default=10, metadata=described("Results per search. The paper's setting is 10.", at_least=1)
+    )
     search_max_chars: int = field(
-        default=1000, metadata={"help": "Characters per search result. The paper's setting is 1,000. >= 10."}
+        default=1000,
+        metadata=described("Length of a search result. The paper's setting is 1,000.", at_least=10, unit="characters"),
     )
     python_timeout_s: float = field(
-        default=5.0, metadata={"help": "Seconds a python call may run, of wall and of CPU time."}
+        default=5.0,
+        metadata=described("Time that a python call may run, wall and CPU time each.", above=0, unit="seconds"),
     )
     python_isolation: str = field(
         default="auto",
-        metadata={"help": "How model-written python is kept apart: 'auto' takes the first of the others that holds on "
-                  "this machine.", "choices": list(ISOLATIONS)},
-    )  # fmt: skip
+        metadata=described(
+            "How model-written python is kept apart: 'auto' takes the first of the others that holds on this machine.",
+            choices=ISOLATIONS,
+        ),
+    )
     python_stateful: bool = field(
         default=False,
         metadata={"help": "Whether a python call sees the variables of its path's earlier calls. They are run again "
@@ -76,7 +87,7 @@ class ToolArguments:
     search_zone: str | None = field(default=None, metadata={"help": "Bright Data: the name of your SERP API zone."})
     search_fields: list[str] = field(
         default_factory=lambda: list(FIELDS),
-        metadata={"help": f"Parts of a result that are shown, of {list(FIELDS)}."},
+        metadata=described("Parts of a result that are shown.", choices=FIELDS),
     )
     search_cache: str = field(
         default="search_cache.sqlite",
@@ -85,26 +96,38 @@ class ToolArguments:
     )  # fmt: skip
     search_cache_mode: str = field(
         default=CacheMode.CACHE.value,
-        metadata={"help": "'cache': ask what the file lacks. 'live': always ask. 'record': always ask, and write. "
-                  "'replay': never ask, the nearest recorded query answers. 'offline': never ask, an unrecorded query "
-                  "fails.", "choices": [mode.value for mode in CacheMode]},
-    )  # fmt: skip
+        metadata=described(
+            "'cache': ask what the file lacks. 'live': always ask. 'record': always ask, and write. 'replay': never "
+            "ask, the nearest recorded query answers. 'offline': never ask, an unrecorded query fails.",
+            choices=CacheMode,
+        ),
+    )
     search_timeout_s: float = field(
         default=15.0,
-        metadata={"help": "Seconds a search may take, retries included; less than tool_timeout_s. > 0."},
+        metadata=described(
+            "Time that a search may take, retries included; less than tool_timeout_s.", above=0, unit="seconds"
+        ),
     )
     search_rate: float | None = field(
-        default=None, metadata={"help": "Requests per second to the service, all processes together. > 0."}
+        default=None,
+        metadata=described("Requests per second to the service, all processes together.", above=0),
     )
     search_max_calls: int | None = field(
         default=None,
-        metadata={"help": "Requests to the service per run (output_dir), all processes together; then searches are "
-                  "answered with a notice. >= 1."},
-    )  # fmt: skip
+        metadata=described(
+            "Requests to the service per run (output_dir), all processes together; then searches are answered with a "
+            "notice.",
+            at_least=1,
+        ),
+    )
 
     # Parameters that control reading pages
-    visit_timeout_s: float = field(default=15.0, metadata={"help": "Seconds a visit may take. > 0."})
-    visit_max_chars: int = field(default=4000, metadata={"help": "Characters of a page that are shown. >= 200."})
+    visit_timeout_s: float = field(
+        default=15.0, metadata=described("Time that a visit may take.", above=0, unit="seconds")
+    )
+    visit_max_chars: int = field(
+        default=4000, metadata=described("Length of a page that is shown.", at_least=200, unit="characters")
+    )
     visit_allowed_hosts: list[str] = field(
         default_factory=list,
         metadata={"help": "host or host:port that may be visited although it is not on the public internet."},
@@ -122,7 +145,12 @@ class ToolArguments:
         metadata={"help": "Servers whose tools are offered as well: command, args and env (names of variables), or "
                   "url and token_env; and tools, to offer only some."},
     )  # fmt: skip
-    mcp_timeout_s: float = field(default=15.0, metadata={"help": "Seconds a call of an MCP tool may take. > 0."})
+    mcp_timeout_s: float = field(
+        default=15.0, metadata=described("Time that a call of an MCP tool may take.", above=0, unit="seconds")
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Callable[..., Any]]:
@@ -132,13 +160,10 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
         run: Name under which `search_max_calls` counts; the same on all ranks.
 
     Raises:
-        ConfigError: An unknown tool, a setting that is missing or cannot work, a key that is not in the environment,
-            or an MCP server that does not start.
+        ConfigError: A setting is missing, settings do not go together, a key is not in the environment, or an MCP
+            server does not start.
         SandboxError: python was asked for and cannot be isolated.
     """
-    unknown = [name for name in arguments.tools if name not in BUILT_IN]
-    if unknown:
-        raise ConfigError(f"tools names {unknown}; expected some of {list(BUILT_IN)}.")
     makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
     makers["visit"] = lambda: _build_visit(arguments)
     tools = [makers[name]() for name in arguments.tools]
@@ -150,9 +175,6 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
 
 
 def _build_search(arguments: ToolArguments, run: str) -> Callable[..., Any]:
-    for name, least in (("search_top_k", 1), ("search_max_chars", 10)):
-        if getattr(arguments, name) < least:
-            raise ConfigError(f"{name} is {getattr(arguments, name)}; expected at least {least}.")
     source = _search_source(arguments, run)
     return search_tool(source, top_k=arguments.search_top_k, max_chars=arguments.search_max_chars)
 
@@ -172,11 +194,6 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
         return RecordedSearch(str(arguments.search_recorded))
     if provider not in PROVIDERS:
         raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS]}.")
-    if arguments.search_cache_mode not in {mode.value for mode in CacheMode}:
-        raise ConfigError(
-            f"search_cache_mode is {arguments.search_cache_mode!r}; expected one of "
-            f"{[mode.value for mode in CacheMode]}."
-        )
     return WebSearch(
         make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),
         SearchCache(arguments.search_cache),

@@ -27,7 +27,8 @@ from transformers.masking_utils import create_causal_mask
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.engines.distribution import Distribution, entropy, rules_of, sample
+from arpo_trl.rollout.engines.distribution import Distribution, entropy, sample
+from arpo_trl.rollout.engines.generation_rules import rules_of
 from arpo_trl.rollout.engines.rows import RowState
 from arpo_trl.rollout.engines.slots import GIB, Retained, SlotCache, free_bytes, is_out_of_memory
 from arpo_trl.rollout.engines.visibility import (

@@ -15,9 +15,8 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.options import VLLM_KEY_VARIABLE
 
-API_KEY = "VLLM_API_KEY"
-"""The environment variable that holds the servers' key, if they ask for one; vLLM's own servers read the same."""
 FRESH = "default"
 """The weight version of a server that still serves what it was started with."""
 PROBE_TEXT = (
@@ -43,7 +42,7 @@ class ServerFacts:
 
 def headers() -> dict[str, str]:
     """The authorization that servers started with a key ask for."""
-    key = os.environ.get(API_KEY)
+    key = os.environ.get(VLLM_KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
@@ -174,7 +173,9 @@ class ServerClient:
                 f"The vLLM server {self.url} was lost at {path} ({type(error).__name__}). Look at its log."
             ) from error
         if response.status_code in (401, 403):
-            raise ConfigError(f"{self.url} refuses access. Set the environment variable {API_KEY} to its key.")
+            raise ConfigError(
+                f"{self.url} refuses access. Set the environment variable {VLLM_KEY_VARIABLE} to its key."
+            )
         if response.status_code == 404:
             raise ConfigError(f"{self.url} has no {path.split('?')[0]} ({response.text[:200]}). {hint}")
         if response.status_code != 200:

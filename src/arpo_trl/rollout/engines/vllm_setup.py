@@ -13,7 +13,8 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.compute_dtype import warn_of_other_dtype
-from arpo_trl.config import ARPOConfig, WeightSync
+from arpo_trl.config import ARPOConfig
+from arpo_trl.options import WeightSync
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm_colocate import ColocatedWeights

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from arpo_trl.errors import ArpoError, ConfigError, EngineError
+from arpo_trl.files import whole_folder
 from arpo_trl.rollout.engines.vllm_client import FRESH, ServerClient, ServerFacts
 from arpo_trl.rollout.engines.weights import mean_difference
 from arpo_trl.trl_seam import VLLMGeneration
@@ -254,12 +255,9 @@ class DiskTransfer:
         """Writes the version, whole or not at all, and removes older ones; on one rank. Returns what failed."""
         if not self._accelerator.is_main_process:
             return None
-        final = self._folder / version
-        partial = final.with_suffix(".partial")
         try:
-            partial.mkdir()
-            write(partial)
-            partial.rename(final)
+            with whole_folder(self._folder / version) as partial:
+                write(partial)
         except (OSError, SafetensorError) as error:  # told to all ranks, which would wait for this one
             return f"{type(error).__name__}: {error}"
         for old in self._folder.glob("arpo-*"):

@@ -1,0 +1,196 @@
+"""How settings are described and checked, and the settings that training and evaluation share.
+
+A setting is a dataclass field. Its range, unit and choices are in the field's metadata, and nowhere else:
+
+    search_top_k: int = field(default=10, metadata=described("Results per search.", at_least=1))
+
+    --help                       Results per search. At least 1.
+    check_fields(settings)       search_top_k is 0; expected an integer of at least 1.
+
+Pure: no torch, no TRL, no engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+from urllib.parse import urlsplit
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.options import ProtocolKind
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The numbers that a setting may have; always finite ones. `unit` is a plural noun, such as "tokens"."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    unit: str = ""
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+        )
+
+    def __str__(self) -> str:
+        """Such as "at least 16 tokens", "more than 0 seconds" or "in [0, 1]"; empty where there is no limit."""
+        low = self.at_least if self.above is None else self.above
+        if self.at_most is not None:
+            start = "(-inf" if low is None else f"{'[' if self.above is None else '('}{low}"
+            return f"in {start}, {self.at_most}] {self.unit}".rstrip()
+        if low is None:
+            return ""
+        unit = self.unit.removesuffix("s") if low == 1 else self.unit
+        return f"{'at least' if self.above is None else 'more than'} {low} {unit}".rstrip()
+
+
+class _Metadata(dict[str, Any]):
+    """A field's metadata. `copy` gives argparse's part, since HfArgumentParser hands a copy to `add_argument`."""
+
+    def copy(self) -> dict[str, Any]:
+        return {name: value for name, value in self.items() if name in ("help", "metavar")}
+
+
+def described(
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    unit: str = "",
+    choices: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The metadata of a field: what it means, and which values `check_fields` accepts.
+
+    Args:
+        help: Sentences for `--help`. The range is added to them.
+        at_least, above, at_most: Limits of a number, the first and the last inclusive.
+        unit: Plural noun of what the number counts or measures, such as "tokens".
+        choices: The texts that are accepted; in a field that is a list, of each of its entries.
+    """
+    limits = Range(at_least, above, at_most, unit)
+    text = str(limits)
+    made = _Metadata(help=f"{help} {text[0].upper()}{text[1:]}." if text else help, range=limits)
+    if names := [str(name) for name in choices]:
+        made |= {"choices": names, "metavar": f"{{{','.join(names)}}}"}
+    return made
+
+
+def check_fields(settings: Any) -> None:
+    """Returns if every field of the dataclass instance `settings` has a value that its metadata accepts.
+
+    A number must be of the annotated type, finite and within its range; True and False are not numbers. None is
+    accepted where the annotation has it.
+
+    Raises:
+        ConfigError: One has not; names the setting, its value, and the expected values with their unit.
+    """
+    hints = get_type_hints(type(settings))
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if expected := _unmet(setting.metadata, hints[setting.name], value):
+            raise ConfigError(f"{setting.name} is {value!r}; expected {expected}.")
+
+
+def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
+    """What was expected instead of `value`; None if it is accepted."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    if "choices" in metadata:
+        choices = list(metadata["choices"])
+        if any(get_origin(kind) is list for kind in kinds):
+            accepted = isinstance(value, list) and all(entry in choices for entry in value)
+            return None if accepted else f"a list of some of {choices}"
+        return None if value in choices else f"one of {choices}"
+    kind = next((kind for kind in (int, float) if kind in kinds), None)
+    if kind is None or "range" not in metadata:
+        return None
+    limits: Range = metadata["range"]
+    numeric = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if numeric and value in limits:
+        return None
+    noun, text = "an integer" if kind is int else "a number", str(limits)
+    if not text:
+        return "a finite number" if kind is float else noun
+    return f"{noun} {text}" if text.startswith("in ") else f"{noun} of {text}"
+
+
+def check_server_url(url: str, subject: str, key_variable: str) -> None:
+    """Returns if `url` is the address of a server; a key in it would get into logs.
+
+    Raises:
+        ConfigError: it is not; names `subject` and where the key belongs.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
+        raise ConfigError(
+            f"{subject} is no address like http://host:port/v1, without user name, password or query. Its key, if it "
+            f"wants one, belongs in the environment variable {key_variable}."
+        )
+
+
+@dataclass
+class ToolLimits:
+    """How the model calls tools and how long they may take, in training and in evaluation."""
+
+    tool_protocol: str = field(
+        default=ProtocolKind.TAGS.value,
+        metadata=described(
+            "How the model calls tools: 'tags' (<search>…</search>, the paper's, for any model) or 'chat_template' "
+            "(as the tokenizer's own template has calls and results).",
+            choices=ProtocolKind,
+        ),
+    )
+    tool_timeout_s: float = field(
+        default=20.0,
+        metadata=described(
+            "Time after which a tool call fails; the model reads that it did.", above=0, unit="seconds"
+        ),
+    )
+    tool_concurrency: int = field(default=32, metadata=described("Tool calls that run at the same time.", at_least=1))
+    max_tool_result_tokens: int | None = field(
+        default=None,
+        metadata=described(
+            "Length of a tool result that the model sees; a longer one keeps its head and tail. None: no limit.",
+            at_least=16,
+            unit="tokens",
+        ),
+    )
+
+
+@dataclass
+class JudgeArguments:
+    """The language model that judges answers, in training and in evaluation.
+
+    Raises:
+        ConfigError: One of `judge_url` and `judge_model` is set without the other.
+    """
+
+    judge_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "OpenAI-compatible server (…/v1) of the judge; its key, if it wants one, in JUDGE_API_KEY. None: "
+            "answers are scored by rule alone."
+        },
+    )
+    judge_model: str | None = field(
+        default=None, metadata={"help": "The judge's name at that server. The paper's: Qwen/Qwen2.5-72B-Instruct."}
+    )
+    judge_cache: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file that keeps the judge's verdicts, for other runs too. None: for this run only."},
+    )
+
+    def __post_init__(self) -> None:
+        if (self.judge_url is None) != (self.judge_model is None):
+            raise ConfigError("Of judge_url and judge_model one is set; expected both or neither.")

@@ -1,0 +1,48 @@
+from pathlib import Path
+
+import pytest
+
+from arpo_trl.files import whole_file, whole_folder, write_whole
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_has_its_name_once_it_is_whole(tmp_path):
+    path = tmp_path / "log.v1.jsonl"
+    path.write_text("old")
+    with whole_file(path) as partial:
+        partial.write_text("new")
+        assert path.read_text() == "old" and names(tmp_path) == ["log.v1.jsonl", "log.v1.jsonl.partial"]
+    assert path.read_text() == "new" and names(tmp_path) == ["log.v1.jsonl"]
+
+
+def test_an_error_leaves_the_old_file_and_the_next_writer_succeeds(tmp_path):
+    path = tmp_path / "log"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"), whole_file(path) as partial:
+        partial.write_text("torn")
+        raise OSError("full")
+    assert path.read_text() == "old"
+    write_whole(path, "né")
+    assert path.read_bytes() == b"n\xc3\xa9" and names(tmp_path) == ["log"]
+
+
+def test_lone_surrogates_are_an_error_unless_they_are_to_be_replaced(tmp_path):
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(tmp_path / "a", "\ud800")
+    write_whole(tmp_path / "a", "\ud800", errors="replace")
+    assert (tmp_path / "a").read_text() == "?"
+
+
+def test_a_folder_has_its_name_once_it_is_whole_and_holds_nothing_of_an_earlier_try(tmp_path):
+    path = tmp_path / "new" / "model"
+    with pytest.raises(OSError, match="full"), whole_folder(path) as partial:
+        (partial / "torn").touch()
+        raise OSError("full")
+    assert names(tmp_path / "new") == ["model.partial"]
+    with whole_folder(path) as partial:
+        (partial / "weights").touch()
+        assert not path.exists()
+    assert names(tmp_path / "new") == ["model"] and names(path) == ["weights"]

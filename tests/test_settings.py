@@ -1,0 +1,222 @@
+import ast
+import dataclasses
+import importlib.util
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from transformers import HfArgumentParser
+
+from arpo_trl import options
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import ConfigError
+from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.settings import JudgeArguments, Range, ToolLimits, check_fields, described
+from arpo_trl.tools.build import ToolArguments
+from support import script
+
+OURS = [
+    ToolLimits,
+    JudgeArguments,
+    ARPOConfig,
+    ToolArguments,
+    EvalSettings,
+    script("train").TrainArguments,
+    script("sft").ColdStartArguments,
+]
+
+
+class Colour(StrEnum):
+    RED = "red"
+    BLUE = "blue"
+
+
+@dataclass
+class Oven:
+    dish: str
+    shelf: int = field(default=2, metadata=described("Where it stands.", at_least=1))
+    minutes: float = field(default=30.0, metadata=described("How long.", above=0, unit="minutes"))
+    fan: float = field(default=0.5, metadata=described("How fast.", at_least=0, at_most=1))
+    share: float = field(default=1.0, metadata=described("How much of it.", above=0, at_most=1))
+    tilt: float = field(default=0.0, metadata=described("Any way."))
+    seed: int = field(default=0, metadata=described("Of the draw."))
+    crumbs: int | None = field(default=None, metadata=described("How many.", at_least=1, unit="crumbs"))
+    light: str = field(default="red", metadata=described("Its colour.", choices=Colour))
+    lamps: list[str] = field(default_factory=list, metadata=described("Their colours.", choices=Colour))
+    door: str | None = field(default=None, metadata={"help": "Its state.", "choices": ["open", "shut"]})
+
+
+# What is checked -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"shelf": 1, "minutes": 1, "fan": 0, "share": 1e-9, "tilt": -1e9, "seed": -3},
+        {"fan": 1.0, "crumbs": 1, "light": Colour.BLUE, "lamps": ["blue", "red", "blue"], "door": "shut"},
+        {"crumbs": None, "lamps": [], "door": None},
+    ],
+)
+def test_values_within_their_ranges_are_accepted(settings):
+    check_fields(Oven("pie", **settings))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("shelf", 0, "an integer of at least 1"),
+        ("shelf", 2.0, "an integer of at least 1"),
+        ("shelf", True, "an integer of at least 1"),
+        ("shelf", "2", "an integer of at least 1"),
+        ("shelf", None, "an integer of at least 1"),
+        ("minutes", 0, "a number of more than 0 minutes"),
+        ("minutes", math.inf, "a number of more than 0 minutes"),
+        ("minutes", "30", "a number of more than 0 minutes"),
+        ("minutes", True, "a number of more than 0 minutes"),
+        ("fan", 1.1, "a number in [0, 1]"),
+        ("fan", math.nan, "a number in [0, 1]"),
+        ("share", 0.0, "a number in (0, 1]"),
+        ("tilt", -math.inf, "a finite number"),
+        ("tilt", None, "a finite number"),
+        ("seed", 0.5, "an integer"),
+        ("crumbs", 0, "an integer of at least 1 crumb"),
+        ("light", "green", "one of ['red', 'blue']"),
+        ("light", None, "one of ['red', 'blue']"),
+        ("light", ["red"], "one of ['red', 'blue']"),
+        ("lamps", ["red", "green"], "a list of some of ['red', 'blue']"),
+        ("lamps", "red", "a list of some of ['red', 'blue']"),
+        ("lamps", None, "a list of some of ['red', 'blue']"),
+        ("door", "ajar", "one of ['open', 'shut']"),
+    ],
+)
+def test_another_value_is_an_error_that_names_setting_value_and_what_was_expected(name, value, expected):
+    with pytest.raises(ConfigError) as refused:
+        check_fields(Oven("pie", **{name: value}))
+    assert str(refused.value) == f"{name} is {value!r}; expected {expected}."
+
+
+@pytest.mark.parametrize(
+    ("limits", "text"),
+    [
+        (Range(at_least=16, unit="tokens"), "at least 16 tokens"),
+        (Range(at_least=1, unit="tokens"), "at least 1 token"),
+        (Range(above=0, unit="seconds"), "more than 0 seconds"),
+        (Range(at_least=0, at_most=1), "in [0, 1]"),
+        (Range(above=0, at_most=60, unit="seconds"), "in (0, 60] seconds"),
+        (Range(at_most=0), "in (-inf, 0]"),
+        (Range(), ""),
+    ],
+)
+def test_a_range_reads_as_a_text(limits, text):
+    assert str(limits) == text
+
+
+# What is shown -------------------------------------------------------------------------------------------------------
+
+
+def test_the_range_is_added_to_the_help():
+    helps = {setting.name: setting.metadata.get("help") for setting in dataclasses.fields(Oven)}
+    assert helps["shelf"] == "Where it stands. At least 1."
+    assert helps["minutes"] == "How long. More than 0 minutes."
+    assert helps["fan"] == "How fast. In [0, 1]."
+    assert (helps["tilt"], helps["light"]) == ("Any way.", "Its colour.")
+
+
+def test_flags_and_help_are_made_by_transformers_parser():
+    parser = HfArgumentParser(Oven)
+    (oven,) = parser.parse_args_into_dataclasses(["--dish", "pie", "--shelf", "3", "--lamps", "red", "blue"])
+    assert (oven.shelf, oven.lamps, oven.crumbs) == (3, ["red", "blue"], None)
+    shown = " ".join(parser.format_help().split())
+    assert "Where it stands. At least 1. (default: 2)" in shown
+    assert "--light {red,blue} Its colour." in shown
+
+
+# The settings of this package ----------------------------------------------------------------------------------------
+
+
+def own_fields(kind: type) -> list[dataclasses.Field]:
+    """The fields that `kind` or one of its bases in this package declares."""
+    ours = [base for base in kind.__mro__ if base in OURS]
+    names = {name for base in ours for name in base.__annotations__}
+    return [setting for setting in dataclasses.fields(kind) if setting.name in names]
+
+
+@pytest.mark.parametrize("kind", OURS, ids=lambda kind: kind.__name__)
+def test_every_number_has_a_range_and_every_setting_a_sentence(kind):
+    hints = get_type_hints(kind)
+    numbers = [
+        setting for setting in own_fields(kind) if {int, float} & {hints[setting.name], *get_args(hints[setting.name])}
+    ]
+    assert len(numbers) >= {ARPOConfig: 17, ToolArguments: 9, EvalSettings: 11}.get(kind, 0)
+    assert [setting.name for setting in numbers if "range" not in setting.metadata] == []
+    assert [setting.name for setting in own_fields(kind) if not setting.metadata["help"].endswith(".")] == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "message"),
+    [
+        (ToolArguments, {"tools": ["bash"]}, r"tools is \['bash'\]; expected a list of some of \['search', 'python'"),
+        (ToolArguments, {"search_max_chars": 9}, "search_max_chars is 9; expected an integer of at least 10 char"),
+        (ToolArguments, {"python_timeout_s": 0}, "python_timeout_s is 0; expected a number of more than 0 seconds"),
+        (ToolArguments, {"mcp_timeout_s": math.inf}, "mcp_timeout_s is inf; expected a number of more than 0 seconds"),
+        (EvalSettings, {"samples": 1.5}, "samples is 1.5; expected an integer of at least 1"),
+        (EvalSettings, {"top_p": 1.5}, r"top_p is 1.5; expected a number in \(0, 1\]"),
+        (EvalSettings, {"tool_protocol": "xml"}, r"tool_protocol is 'xml'; expected one of \['tags', "),
+        (OURS[5], {"dataset": "d", "accuracy": "f1"}, "accuracy is 'f1'; expected one of .*'paper_f1'"),
+        (OURS[5], {"dataset": "d", "judge_url": "http://x"}, "Of judge_url and judge_model one is set"),
+        (OURS[6], {"dataset": "d", "max_tool_result_tokens": 8}, "max_tool_result_tokens is 8; expected .* 16 tokens"),
+    ],
+)
+def test_every_class_checks_its_fields(kind: type, given: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        kind(**given)
+
+
+def test_training_and_evaluation_have_the_same_limits_of_tools():
+    shared = {setting.name for setting in dataclasses.fields(ToolLimits)}
+    assert shared == {"tool_protocol", "tool_timeout_s", "tool_concurrency", "max_tool_result_tokens"}
+    for kind in (ARPOConfig, EvalSettings):
+        assert issubclass(kind, ToolLimits) and not shared & set(vars(kind)["__annotations__"])
+
+
+# Imports -------------------------------------------------------------------------------------------------------------
+
+
+def imported(module: str) -> set[str]:
+    """The modules that `module` imports while it is loaded, not inside a function."""
+    found = set()
+    for statement in ast.parse(Path(importlib.util.find_spec(module).origin).read_text("utf-8")).body:
+        if isinstance(statement, ast.Import):
+            found |= {name.name for name in statement.names}
+        elif isinstance(statement, ast.ImportFrom):
+            assert statement.module and not statement.level
+            found.add(statement.module)
+    return found
+
+
+def test_the_configuration_imports_no_torch_code_of_this_package():
+    seen, todo = set(), imported("arpo_trl.config")
+    while todo:
+        module = todo.pop()
+        if module.startswith("arpo_trl") and module not in seen:
+            seen.add(module)
+            todo |= imported(module)
+    assert {"arpo_trl.options", "arpo_trl.settings", "arpo_trl.rollout.engines.generation_rules"} <= seen
+    assert not {module for module in seen if {name.partition(".")[0] for name in imported(module)} & {"torch"}}
+
+
+def test_options_and_settings_load_at_once():
+    code = "import sys, arpo_trl.settings; print(sorted({'torch', 'transformers', 'trl', 'httpx'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+def test_every_option_explains_itself():
+    kinds = [kind for kind in vars(options).values() if isinstance(kind, type) and kind.__module__ == options.__name__]
+    assert len(kinds) == 4 and all(kind.__doc__ for kind in kinds)
