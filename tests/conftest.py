@@ -1,5 +1,6 @@
 """What holds for every test: nothing is downloaded, one thread, the same seed.
 
+Several workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) share the tests out by file, the longest first.
 The environment is set before anything imports transformers or torch, and child processes inherit it.
 """
 
@@ -12,7 +13,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose more to threads than the
 os.environ["MPLBACKEND"] = "Agg"
 
 import importlib.util
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -25,7 +29,47 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NO_VLLM = "vLLM is not installed: the tests marked `vllm` did not run. `make test` installs its CPU build."
 
 
+TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped")
+"""Files with tests on several ranks, which one worker takes one after the other: two such runs at once would take
+twice the memory, and one that is killed removes the locks of the other's builds."""
+LONG = {"distributed": 9, "vllm": 9, "slow": 3}
+"""How much longer than others tests with these marks take, for the order in which files start."""
+
+
+def share_of(nodeid: str) -> str:
+    """What one worker takes as a whole: a file, whose tests share what is slow to make, or all files of `TOGETHER`."""
+    file = nodeid.partition("::")[0]
+    return "several ranks" if Path(file).stem in TOGETHER else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByShare(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return share_of(nodeid)
+
+    return ByShare(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip_without_vllm(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        put_the_longest_first(items)
+
+
+def put_the_longest_first(items: list[pytest.Item]) -> None:
+    """So that at the end no worker waits long for another."""
+    lengths: Counter[str] = Counter()
+    for item in items:
+        lengths[share_of(item.nodeid)] += 1 + sum(LONG.get(mark.name, 0) for mark in item.iter_markers())
+    items.sort(key=lambda item: -lengths[share_of(item.nodeid)])
+
+
+def skip_without_vllm(items: list[pytest.Item]) -> None:
     """Skips what needs vLLM where it is missing; in CI that is an error, since nobody would read of the skips."""
     needing = [item for item in items if item.get_closest_marker("vllm")]
     if HAS_VLLM or not needing:
