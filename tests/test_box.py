@@ -766,6 +766,7 @@ def test_a_closed_box_takes_no_calls() -> None:
         box.submit(ToolCall("echo", {"text": "x"}))
 
 
+@pytest.mark.slow
 def test_hung_tools_do_not_keep_the_interpreter_from_exiting(tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
     script.write_text(

@@ -236,6 +236,7 @@ def killed_run(folder: Path, url: str, delays: list[float], lines_first: list[in
     return list(read_records(log))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(here):
     kills = 20
 
@@ -329,6 +330,7 @@ def test_the_benchmarks_are_listed(monkeypatch, capsys):
 # Usage ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_help_is_there_in_no_time_and_names_every_setting():
     code = (
         "import sys, time; sys.argv = ['arpo-trl', 'eval', '--help']\n"

@@ -111,6 +111,7 @@ def test_an_interrupt_before_the_first_step_is_done_leaves_nothing_to_go_on_from
     assert Checkpoints(tmp_path).all() == []
 
 
+@pytest.mark.slow
 def test_a_step_that_is_saved_is_not_saved_again(model, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 3))
     with pytest.raises(Interrupted, match="Step 2 is saved"):
@@ -164,6 +165,7 @@ def test_a_child_that_ends_is_no_signal_to_stop():
         signal.signal(signal.SIGCHLD, before)
 
 
+@pytest.mark.slow
 def test_a_child_that_lives_on_does_not_hold_up_the_end():
     with Interrupts().listening():
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))  # as a persistent worker
@@ -186,6 +188,7 @@ def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
     assert seen == [(False, signal.getsignal(signal.SIGTERM))]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_is_heard_however_many_files_are_open():
     script = """
         import os, resource, signal, time

@@ -419,6 +419,7 @@ def test_a_configuration_that_cannot_work_says_so(settings: dict[str, Any], mess
         build_tools(ToolArguments(["search"], search_cache=str(tmp_path / "cache.sqlite"), **settings))
 
 
+@pytest.mark.slow
 def test_a_process_that_searched_ends_by_itself(server: Loopback, tmp_path: Path) -> None:
     code = (
         "from arpo_trl.tools import WebSearch, SearchCache, make_provider\n"
