@@ -13,7 +13,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # tiny models lose more to threads than the
 os.environ["MPLBACKEND"] = "Agg"
 
 import importlib.util
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,18 @@ NO_VLLM = "vLLM is not installed: the tests marked `vllm` did not run. `make tes
 TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped")
 """Files with tests on several ranks, which one worker takes one after the other: two such runs at once would take
 twice the memory, and one that is killed removes the locks of the other's builds."""
-LONG = {"distributed": 9, "vllm": 9, "slow": 3}
-"""How much longer than others tests with these marks take, for the order in which files start."""
+LONGEST = (
+    *("several ranks", "test_vllm_server_engine", "test_interrupts", "test_vllm_colocate", "test_scripts"),
+    *("test_gpu_rows", "test_evaluation_vllm", "test_published_run", "test_vllm_cpu", "test_from_grpo"),
+    *("test_prefix_sharing", "test_hub", "test_mcp_servers", "test_python_tool", "test_escapes", "test_checkpoints"),
+)
+"""What takes longest starts first, so that at the end no worker waits long for another."""
 
 
 def share_of(nodeid: str) -> str:
     """What one worker takes as a whole: a file, whose tests share what is slow to make, or all files of `TOGETHER`."""
-    file = nodeid.partition("::")[0]
-    return "several ranks" if Path(file).stem in TOGETHER else file
+    file = Path(nodeid.partition("::")[0]).stem
+    return "several ranks" if file in TOGETHER else file
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -58,15 +61,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     skip_without_vllm(items)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        put_the_longest_first(items)
-
-
-def put_the_longest_first(items: list[pytest.Item]) -> None:
-    """So that at the end no worker waits long for another."""
-    lengths: Counter[str] = Counter()
-    for item in items:
-        lengths[share_of(item.nodeid)] += 1 + sum(LONG.get(mark.name, 0) for mark in item.iter_markers())
-    items.sort(key=lambda item: -lengths[share_of(item.nodeid)])
+        places = {share: place for place, share in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(share_of(item.nodeid), len(places)))
 
 
 def skip_without_vllm(items: list[pytest.Item]) -> None:
