@@ -269,18 +269,6 @@ def started(model, tmp_path):
         run.close()
 
 
-@pytest.mark.slow
-def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(started):
-    run = started("search", "--save_steps", "100")
-    assert [child.name() for child in run.family] == ["sleep"]
-    run.process.terminate()
-    assert run.process.wait(BOUND_S) == 143
-    (saved,) = Checkpoints(run.output).all()
-    assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
-    assert "Traceback" not in run.said()
-    assert run.left() == []
-
-
 def commands(processes: list[psutil.Process]) -> str:
     said = []
     for process in processes:
@@ -291,14 +279,15 @@ def commands(processes: list[psutil.Process]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_no_process_of_a_tool_is_left(started, number, status):
+def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(started, number, status):
     """In the middle of a call of the sandbox, of an MCP server, and of the reader of pages, which is halted there."""
-    run = started("search", TOOLS="1")
+    run = started("search", "--save_steps", "100", TOOLS="1")
 
     def all_are_at_work() -> bool:
         run.look()
         return all(
-            script in commands(run.family) for script in ("python_worker.py", "mcp_server.py", "page_worker.py")
+            script in commands(run.family)
+            for script in ("python_worker.py", "mcp_server.py", "page_worker.py", "sleep 1000")
         )
 
     run.until(all_are_at_work)
@@ -308,7 +297,9 @@ def test_no_process_of_a_tool_is_left(started, number, status):
     run.process.send_signal(number)
     assert run.process.wait(BOUND_S) == status, run.said()
     assert commands(run.left()) == ""
-    assert Checkpoints(run.output).all()
+    (saved,) = Checkpoints(run.output).all()
+    assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
+    assert "Traceback" not in run.said()
 
 
 @pytest.mark.vllm

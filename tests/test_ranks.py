@@ -1,6 +1,7 @@
 """Training on two ranks, with DDP, ZeRO-2, ZeRO-3 and FSDP2: the same as on one, and without waiting for ever."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
 from ranks import EXACT, launch, launched
-from serving import free_port, running
+from serving import Server, free_port, running
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WAYS = ("ddp", "zero2", "zero3", "fsdp2")
@@ -219,13 +220,18 @@ def sampled_by_vllm(way: str, data: Path, output: Path, *flags: str) -> None:
     assert all(row["sampling/sampling_logp_difference/mean"] < 0.02 for row in steps)
 
 
+@pytest.fixture(scope="module")
+def server(data, tmp_path_factory) -> Iterator[Server]:
+    with running(str(data / "base"), tmp_path_factory.mktemp("server") / "log") as made:
+        yield made
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("way", ["zero3", "fsdp2"])
-def test_two_ranks_sample_from_one_server(way, data, tmp_path):
+def test_two_ranks_sample_from_one_server(way, data, server, tmp_path):
     """Its weights come from both ranks' parts, by way of a folder; each asks for its own turns."""
-    with running(str(data / "base"), tmp_path / "log") as server:
-        server_mode = ("--vllm_mode", "server", "--vllm_server_urls", server.url, "--weight_sync", "disk")
-        sampled_by_vllm(way, data, tmp_path / "run", *server_mode)
+    server_mode = ("--vllm_mode", "server", "--vllm_server_urls", server.url, "--weight_sync", "disk")
+    sampled_by_vllm(way, data, tmp_path, *server_mode)
 
 
 @pytest.mark.vllm
