@@ -276,7 +276,7 @@ def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(her
 
 def test_ctrl_c_keeps_what_is_done_writes_the_report_and_is_status_1(here):
     def slowly(prompt):
-        time.sleep(0.05)
+        time.sleep(0.3)
         return answers(prompt)
 
     data(here, count=10)
