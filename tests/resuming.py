@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.errors import ToolUnavailable
 from arpo_trl.interrupts import follow_launcher
 from arpo_trl.tools.build import ToolArguments, build_tools
 from loopback import Loopback, Reply
@@ -89,13 +90,19 @@ def tools_with_processes() -> list[Callable[..., Any]]:
     return tools
 
 
+def quietly(call: Callable[[], Any]) -> None:
+    """Makes a call whose server is taken from it."""
+    with contextlib.suppress(ToolUnavailable):
+        call()
+
+
 def wait_while_told(name: str) -> None:
     hang = Path(os.environ.get("HANG", "/nonexistent"))
     if not hang.exists() or name not in hang.read_text("utf-8"):
         return
     child = subprocess.Popen(["sleep", "1000"])
     for call in LONG_CALLS:
-        threading.Thread(target=call, daemon=True).start()
+        threading.Thread(target=quietly, args=(call,), daemon=True).start()
     hang.with_suffix(".there").touch()
     while hang.exists():
         with contextlib.suppress(KeyboardInterrupt) if name == "deaf" else contextlib.nullcontext():
