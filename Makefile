@@ -1,8 +1,10 @@
 # make quickstart   set up, then teach a small model to use search and python      (SEED=1 for another seed)
 # make test         set up, then check and run the tests; what CI runs
+# make test-fast    set up, then the tests that take little and start no processes: for while you write
 # make check        set up, then ruff and mypy
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up is a virtual environment in .venv with the versions of constraints.txt. PYTHON=… picks the interpreter.
+# Tests run in WORKERS processes at once, by default one for each core, at most four; each may take 6 GiB of memory.
 # `make test` adds vLLM's CPU build, for the tests that need it; with CI=true, not being able to is a failure.
 
 VENV := .venv
@@ -16,7 +18,11 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-.PHONY: help quickstart test check bench
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+# tests/conftest.py says what a worker takes, and in which order.
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: help quickstart test test-fast check bench
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -25,7 +31,10 @@ quickstart: $(READY)
 	$(BIN)/python -m arpo_trl.quickstart $(if $(SEED),--seed $(SEED))
 
 test: check $(VLLM)
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-fast: $(READY)
+	$(PYTEST) -m "not slow and not vllm and not distributed and not gpu"
 
 bench: $(READY)
 	$(BIN)/python benchmarks/all.py

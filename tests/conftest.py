@@ -1,5 +1,6 @@
 """What holds for every test: nothing is downloaded, one thread, the same seed.
 
+Several workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) share the tests out by file, the longest first.
 The environment is set before anything imports transformers or torch, and child processes inherit it.
 """
 
@@ -13,6 +14,8 @@ os.environ["MPLBACKEND"] = "Agg"
 
 import importlib.util
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -25,7 +28,45 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 NO_VLLM = "vLLM is not installed: the tests marked `vllm` did not run. `make test` installs its CPU build."
 
 
+TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped")
+"""Files with tests on several ranks, which one worker takes one after the other: two such runs at once would take
+twice the memory, and one that is killed removes the locks of the other's builds."""
+LONGEST = (
+    *("several ranks", "test_vllm_server_engine", "test_interrupts", "test_vllm_colocate", "test_scripts"),
+    *("test_gpu_rows", "test_evaluation_vllm", "test_published_run", "test_vllm_cpu", "test_from_grpo"),
+    *("test_prefix_sharing", "test_hub", "test_mcp_servers", "test_python_tool", "test_escapes", "test_checkpoints"),
+    *("test_precision", "test_vllm_client", "test_trainer", "test_web_search"),
+)
+"""What takes longest starts first, so that at the end no worker waits long for another."""
+
+
+def share_of(nodeid: str) -> str:
+    """What one worker takes as a whole: a file, whose tests share what is slow to make, or all files of `TOGETHER`."""
+    file = Path(nodeid.partition("::")[0]).stem
+    return "several ranks" if file in TOGETHER else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByShare(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return share_of(nodeid)
+
+    return ByShare(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    skip_without_vllm(items)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {share: place for place, share in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(share_of(item.nodeid), len(places)))
+
+
+def skip_without_vllm(items: list[pytest.Item]) -> None:
     """Skips what needs vLLM where it is missing; in CI that is an error, since nobody would read of the skips."""
     needing = [item for item in items if item.get_closest_marker("vllm")]
     if HAS_VLLM or not needing:

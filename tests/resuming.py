@@ -3,6 +3,7 @@
 Every setting of ARPOConfig may be given. While the file $HANG exists, what is named in it ("search", "reward") waits
 beside a process that it has started, and says so by a file $HANG.there; "deaf" is a reward that no interrupt ends.
 Where $TOOLS is set, there are also the tools that have processes, and "search" waits for a call of each.
+Where $WHOLE names a folder, a resumed run is followed by one from the start, in the same processes.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from transformers import PreTrainedModel
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.errors import ToolUnavailable
 from arpo_trl.interrupts import follow_launcher
 from arpo_trl.tools.build import ToolArguments, build_tools
 from loopback import Loopback, Reply
@@ -88,13 +90,19 @@ def tools_with_processes() -> list[Callable[..., Any]]:
     return tools
 
 
+def quietly(call: Callable[[], Any]) -> None:
+    """Makes a call whose server is taken from it."""
+    with contextlib.suppress(ToolUnavailable):
+        call()
+
+
 def wait_while_told(name: str) -> None:
     hang = Path(os.environ.get("HANG", "/nonexistent"))
     if not hang.exists() or name not in hang.read_text("utf-8"):
         return
     child = subprocess.Popen(["sleep", "1000"])
     for call in LONG_CALLS:
-        threading.Thread(target=call, daemon=True).start()
+        threading.Thread(target=quietly, args=(call,), daemon=True).start()
     hang.with_suffix(".there").touch()
     while hang.exists():
         with contextlib.suppress(KeyboardInterrupt) if name == "deaf" else contextlib.nullcontext():
@@ -155,16 +163,22 @@ def _trees(file: Path) -> list[Any]:
     return rows
 
 
-@report_errors
-def main() -> None:
-    follow_launcher()
-    model, output, *words = sys.argv[1:]
+def run(model: str, output: str, words: list[str]) -> None:
     defaults = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
     (args,) = parse_settings([ARPOConfig], ["--output_dir", output, *defaults, *words])
     tools = [search, *(tools_with_processes() if "TOOLS" in os.environ else [python])]
     trainer = ARPOTrainer(model=model, reward_funcs=some_reward, args=args, train_dataset=ROWS, tools=tools)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     print("done", trainer.state.global_step)
+
+
+@report_errors
+def main() -> None:
+    follow_launcher()
+    model, output, *words = sys.argv[1:]
+    run(model, output, words)
+    if (whole := os.environ.get("WHOLE")) is not None:
+        run(model, whole, words[: words.index("--resume_from_checkpoint")])
 
 
 if __name__ == "__main__":

@@ -79,10 +79,10 @@ def small_settings() -> dict[str, Any]:
     }
 
 
-def found_with_vllm(script: str, folder: Path, *words: str) -> Any:
+def found_with_vllm(script: str, folder: Path) -> Any:
     """What a script of the tests, run in a process of its own with vLLM in it, wrote to `folder`/findings.json."""
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script)), str(folder), *words],
+        [sys.executable, str(Path(__file__).with_name(script)), str(folder)],
         env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
         capture_output=True,
         text=True,

@@ -450,7 +450,7 @@ def test_an_async_tool_that_blocks_holds_up_no_sync_call() -> None:
 
 
 def test_hung_calls_give_their_places_back(gate: Gate) -> None:
-    with ToolBox([gate.tool(), echo], timeout_s=0.05, concurrency=2) as box:
+    with ToolBox([gate.tool(), echo], timeout_s=0.3, concurrency=2) as box:
         hung = [box.submit(ToolCall("wait", {"text": str(i)})) for i in range(6)]
         last = box.submit(ToolCall("echo", {"text": "still served"}))
         results = collect(box, 7)
@@ -880,6 +880,7 @@ def test_a_closed_box_takes_no_calls() -> None:
         box.submit(ToolCall("echo", {"text": "x"}))
 
 
+@pytest.mark.slow
 def test_hung_tools_do_not_keep_the_interpreter_from_exiting(tmp_path: Path) -> None:
     script = tmp_path / "hang.py"
     script.write_text(

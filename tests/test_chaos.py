@@ -65,6 +65,7 @@ def check(rollout):
             assert leaf.turns[-1] == ANSWER  # each path got its results and went on to answer
 
 
+@pytest.mark.slow
 def test_every_group_keeps_its_leaves_with_all_seven_failures_among_its_calls(benchmark):
     chaos, rollout = sample(benchmark, groups=8, rate=0.5)
     check(rollout)
@@ -89,6 +90,7 @@ def test_there_is_an_expectation_for_each_of_the_seven_ways(benchmark):
     assert list(READS) == list(benchmark.WAYS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", READS)
 def test_a_failure_of_one_kind_is_a_text_for_the_model_and_the_one_it_was_taught(benchmark, texts, way):
     chaos, rollout = sample(benchmark, groups=1, ways=(way,))

@@ -102,6 +102,7 @@ def test_a_resumed_run_repeats_the_one_that_was_left_alone(model, whole, run, st
     assert outcome(tmp_path / "run") == left_alone
 
 
+@pytest.mark.slow
 def test_files_of_a_run_that_ended_are_no_trees_of_the_one_that_goes_on(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     for stray in ("step-000006-rank1.jsonl", "step-000099-rank0.jsonl", "eval-000007-rank0.jsonl"):
@@ -202,6 +203,7 @@ def test_the_checkpoint_written_last_is_the_last_whatever_its_step(whole, tmp_pa
     assert Checkpoints(folder).find("true").step == 3
 
 
+@pytest.mark.slow
 def test_old_checkpoints_go_when_the_new_one_is_whole(model, tmp_path):
     trainer = train(model, tmp_path, max_steps=3, save_total_limit=1)
     assert [path.name for path in Checkpoints(tmp_path).all()] == ["checkpoint-3"]
@@ -275,6 +277,7 @@ def test_a_folder_that_exists_but_takes_no_files_is_refused_before_the_model_is_
 OTHER_ROWS = Dataset.from_list([*ROWS.select(range(9)), {**ROWS[9], "answer": ["10"]}])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "told"),
     [

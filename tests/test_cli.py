@@ -60,6 +60,7 @@ def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
     assert "usage: arpo-trl" in err
 
 
+@pytest.mark.slow
 def test_help_waits_for_no_heavy_import():
     code = (
         "import sys\n"

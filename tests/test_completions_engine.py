@@ -154,6 +154,7 @@ def test_a_turn_that_the_server_refuses_fails_alone_and_at_once():
     assert len(server.bodies) == 3
 
 
+@pytest.mark.slow
 def test_what_may_pass_is_tried_again():
     tries: list[str] = []
 

@@ -58,6 +58,8 @@ def child(action):
 ESCAPED = "ESCAPED"
 
 # Something to attack: it holds the canary in its memory, environment, arguments and an open file, and does nothing.
+pytestmark = pytest.mark.slow  # starts processes
+
 TARGET = """
 import ctypes, os, signal, sys, time
 signal.signal(signal.SIGURG, lambda *_: os._exit(1))  # which nobody else minds

@@ -236,6 +236,7 @@ def killed_run(folder: Path, url: str, delays: list[float], lines_first: list[in
     return list(read_records(log))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(here):
     kills = 20
 
@@ -275,7 +276,7 @@ def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(her
 
 def test_ctrl_c_keeps_what_is_done_writes_the_report_and_is_status_1(here):
     def slowly(prompt):
-        time.sleep(0.05)
+        time.sleep(0.3)
         return answers(prompt)
 
     data(here, count=10)
@@ -329,6 +330,7 @@ def test_the_benchmarks_are_listed(monkeypatch, capsys):
 # Usage ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_help_is_there_in_no_time_and_names_every_setting():
     code = (
         "import sys, time; sys.argv = ['arpo-trl', 'eval', '--help']\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl import cli
 from arpo_trl.evaluation.samples import read_records
 from serving import running
 from support import save_sharp_model
@@ -15,20 +16,45 @@ from support import save_sharp_model
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
-def evaluated(folder: Path, model: str, name: str, *words: str) -> list:
-    """What each sample wrote and read, by question, from a run of the command in a process of its own."""
-    command = [sys.executable, "-c", "from arpo_trl.cli import main; main()", "eval", "--model", model]
-    command += ["--data", str(folder / "gsm8k.jsonl"), "--benchmarks", "gsm8k", "--output", str(folder / name)]
-    command += ["--tools", "search", "--search-recorded", str(folder / "searches.json"), "--temperature", "0"]
-    command += ["--max-completion-length", "24", "--dtype", "float32", *words]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    records = sorted(read_records(folder / name / "samples.jsonl"), key=lambda record: record["number"])
+def words(folder: Path, model: str, name: str, *more: str) -> list[str]:
+    """The command line of one evaluation."""
+    return [
+        *("eval", "--model", model, "--data", str(folder / "gsm8k.jsonl"), "--benchmarks", "gsm8k"),
+        *("--output", str(folder / name), "--tools", "search", "--search-recorded", str(folder / "searches.json")),
+        *("--temperature", "0", "--max-completion-length", "24", "--dtype", "float32", *more),
+    ]
+
+
+def written(folder: Path) -> list:
+    """What each sample wrote and read, by question."""
+    records = sorted(read_records(folder / "samples.jsonl"), key=lambda record: record["number"])
     return [
         [(step["text"], [call["text"] for call in step.get("calls", ())]) for step in record["trajectory"]]
         for record in records
     ]
+
+
+def evaluated(folder: Path, model: str, name: str, *more: str) -> list:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["arpo-trl", *words(folder, model, name, *more)])
+        cli.main()
+    assert not end.value.code
+    return written(folder / name)
+
+
+def evaluated_with_vllm(folder: Path, model: str) -> list:
+    """In a process of its own, since vLLM sets up torch.distributed."""
+    command = [sys.executable, "-c", "from arpo_trl.cli import main; main()"]
+    done = subprocess.run(
+        [*command, *words(folder, model, "vllm", "--engine", "vllm")],
+        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return written(folder / "vllm")
 
 
 def test_all_three_engines_give_the_same_greedy_answers(tmp_path):
@@ -38,6 +64,6 @@ def test_all_three_engines_give_the_same_greedy_answers(tmp_path):
     (tmp_path / "searches.json").write_text(json.dumps({"iron": "1538 degrees"}))
     expected = evaluated(tmp_path, model, "transformers")
     assert len(expected) == 8
-    assert evaluated(tmp_path, model, "vllm", "--engine", "vllm") == expected
+    assert evaluated_with_vllm(tmp_path, model) == expected
     with running(model, tmp_path / "log") as server:
         assert evaluated(tmp_path, model, "server", "--base-url", f"{server.url}/v1") == expected

@@ -282,6 +282,7 @@ def trained(kind: type[GRPOTrainer], folder: Path, case: Case, models: dict[str,
 COMPARED = re.compile(r"(eval_)?(\w_)?(loss|grad_norm|reward|reward_std|kl|entropy|rewards/.*|completions/.*|values)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_what_trains_with_grpo_trains_alike(name, models, tmp_path):
     case = CASES[name]

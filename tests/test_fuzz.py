@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import pytest
+
 from arpo_trl.calls import ToolCall
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rollout.protocol import BadCall, TagProtocol
@@ -156,6 +158,7 @@ def check_result(result: ToolResult) -> None:
     assert result.ok == (result.failure is None)
 
 
+@pytest.mark.slow
 def test_no_output_breaks_anything_or_earns_what_it_did_not_do() -> None:
     writer = Writer(0)
     rng = writer.rng

@@ -53,6 +53,7 @@ def tiny_row(*command: str) -> list[list[str]]:
     return [line.strip("|").split("|") for line in done.stdout.splitlines() if line.startswith("|")]
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_or_fails_says_so_and_the_next_one_follows(tmp_path: Path) -> None:
     python = tmp_path / "python"  # the rows' interpreter, so that some of them end otherwise than well
     python.write_text(
@@ -78,12 +79,14 @@ def test_a_row_that_hangs_or_fails_says_so_and_the_next_one_follows(tmp_path: Pa
     assert "loading" in (tmp_path / "gpu/update_300_half.log").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_rows_that_there_is_no_time_for_are_named(tmp_path: Path) -> None:
     done = gpu_sh("--tiny", "--output", str(tmp_path), "d", "e", ALL_S="0")
     told = [line for line in done.stdout.splitlines() if line.endswith("not run: 0 s are over; run this part again |")]
     assert [line.split()[1] for line in told] == ["about", "step_trl", "step_full", "step_half", "probing"]
 
 
+@pytest.mark.slow
 def test_words_that_mean_nothing_are_refused_before_anything_runs() -> None:
     done = gpu_sh("--output", "/nowhere", "f")
     assert (done.returncode, done.stdout) == (2, "")

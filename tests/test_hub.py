@@ -91,6 +91,7 @@ def whole_run(folder: Path, model_path: str) -> Path:
 # At the end ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_one_commit_of_model_card_and_curves(hub, model_path, tmp_path):
     made = trainer(model_path, tmp_path / "run", hub_strategy="end")
     made.train()
@@ -118,6 +119,7 @@ def test_a_run_ends_with_one_commit_of_model_card_and_curves(hub, model_path, tm
     assert not list((tmp_path / "run").glob(".push-*"))
 
 
+@pytest.mark.slow
 def test_an_adapter_goes_up_as_one_and_loads_from_what_was_sent(hub, model_path, tmp_path):
     adapter = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.0)
     made = trainer(model_path, tmp_path / "run", hub_strategy="end", learning_rate=0.1, peft_config=adapter)
@@ -140,6 +142,7 @@ def test_an_adapter_goes_up_as_one_and_loads_from_what_was_sent(hub, model_path,
             assert torch.equal(value, trained[name])
 
 
+@pytest.mark.slow
 def test_trajectories_go_up_as_a_dataset_that_loads(hub, model_path, tmp_path):
     made = trainer(model_path, tmp_path / "run", hub_strategy="end", hub_trajectories_id="trees")
     made.train()
@@ -168,6 +171,7 @@ def test_trajectories_go_up_as_a_dataset_that_loads(hub, model_path, tmp_path):
 # While training ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "places"),
     [
@@ -194,6 +198,7 @@ def test_saves_go_up_as_hub_strategy_says(hub, model_path, tmp_path, strategy, p
     assert held["model.safetensors"] == saved
 
 
+@pytest.mark.slow
 def test_a_push_that_is_under_way_is_not_joined_by_another(hub, model_path, tmp_path):
     arrived, last = threading.Event(), tmp_path / "run/model.safetensors"
 
@@ -253,6 +258,7 @@ def test_what_a_killed_process_left_is_cleared_at_the_next_start(hub, model_path
     assert not list((tmp_path / "run").glob(".push-*"))
 
 
+@pytest.mark.slow
 def test_a_failed_push_while_training_is_a_warning_and_the_end_makes_up_for_it(hub, model_path, tmp_path, caplog):
     hub.fault = lambda asked: Reply("<h1>Bad gateway</h1>", 502) if "/commit/" in asked.path else None
     made = trainer(model_path, tmp_path / "run", hub_strategy="every_save", hub_always_push=True)
@@ -282,6 +288,7 @@ def test_a_tracker_that_fails_before_a_push_does_not_stop_it(hub, model_path, tm
 # Trouble -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     [
@@ -314,6 +321,7 @@ def test_a_hub_that_fails_once_anywhere_is_asked_again(hub, model_path, tmp_path
     assert hub.repos["models", "me/policy"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_failed_last_push_loses_nothing_and_names_the_command_that_works_later(
     hub, model_path, tmp_path, capsys, monkeypatch
 ):
@@ -383,6 +391,7 @@ def test_a_hub_that_is_gone_at_the_end_is_said(hub, model_path, tmp_path):
         push_snapshot("me/policy", Snapshot(folder, folder), message="m")
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up(hub, model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "ANSWER_TIMEOUT_S", 0.2)
     hub_module._limit_silence.cache_clear()

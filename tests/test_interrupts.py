@@ -111,6 +111,7 @@ def test_an_interrupt_before_the_first_step_is_done_leaves_nothing_to_go_on_from
     assert Checkpoints(tmp_path).all() == []
 
 
+@pytest.mark.slow
 def test_a_step_that_is_saved_is_not_saved_again(model, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 3))
     with pytest.raises(Interrupted, match="Step 2 is saved"):
@@ -164,6 +165,7 @@ def test_a_child_that_ends_is_no_signal_to_stop():
         signal.signal(signal.SIGCHLD, before)
 
 
+@pytest.mark.slow
 def test_a_child_that_lives_on_does_not_hold_up_the_end():
     with Interrupts().listening():
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))  # as a persistent worker
@@ -186,6 +188,7 @@ def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
     assert seen == [(False, signal.getsignal(signal.SIGTERM))]
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_is_heard_however_many_files_are_open():
     script = """
         import os, resource, signal, time
@@ -266,18 +269,6 @@ def started(model, tmp_path):
         run.close()
 
 
-@pytest.mark.slow
-def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(started):
-    run = started("search", "--save_steps", "100")
-    assert [child.name() for child in run.family] == ["sleep"]
-    run.process.terminate()
-    assert run.process.wait(BOUND_S) == 143
-    (saved,) = Checkpoints(run.output).all()
-    assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
-    assert "Traceback" not in run.said()
-    assert run.left() == []
-
-
 def commands(processes: list[psutil.Process]) -> str:
     said = []
     for process in processes:
@@ -288,14 +279,15 @@ def commands(processes: list[psutil.Process]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_no_process_of_a_tool_is_left(started, number, status):
+def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(started, number, status):
     """In the middle of a call of the sandbox, of an MCP server, and of the reader of pages, which is halted there."""
-    run = started("search", TOOLS="1")
+    run = started("search", "--save_steps", "100", TOOLS="1")
 
     def all_are_at_work() -> bool:
         run.look()
         return all(
-            script in commands(run.family) for script in ("python_worker.py", "mcp_server.py", "page_worker.py")
+            script in commands(run.family)
+            for script in ("python_worker.py", "mcp_server.py", "page_worker.py", "sleep 1000")
         )
 
     run.until(all_are_at_work)
@@ -305,7 +297,9 @@ def test_no_process_of_a_tool_is_left(started, number, status):
     run.process.send_signal(number)
     assert run.process.wait(BOUND_S) == status, run.said()
     assert commands(run.left()) == ""
-    assert Checkpoints(run.output).all()
+    (saved,) = Checkpoints(run.output).all()
+    assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
+    assert "Traceback" not in run.said()
 
 
 @pytest.mark.vllm

@@ -24,6 +24,8 @@ from arpo_trl.tools.mcp_servers import McpServer, McpSession, mcp_tools
 from loopback import Asked, Loopback, Reply
 from support import tokenizer
 
+pytestmark = pytest.mark.slow  # starts processes
+
 SERVER = str(Path(__file__).with_name("mcp_server.py"))
 COMMAND = {"command": sys.executable, "args": [SERVER]}
 

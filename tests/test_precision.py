@@ -47,6 +47,7 @@ def adapted(made: ARPOTrainer) -> ARPOTrainer:
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["all weights", "lora"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)

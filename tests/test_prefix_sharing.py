@@ -336,6 +336,7 @@ def weights(made: ARPOTrainer) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in made.model.parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [{}, {"beta": 0.1}, {"num_iterations": 2}, {"loss_type": "dapo"}, {"shared_prefix_weight": "once"}],
@@ -401,6 +402,7 @@ SEVERAL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

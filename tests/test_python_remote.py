@@ -246,6 +246,7 @@ def test_a_compressed_bomb_is_not_unpacked(executor: tuple[Executor, RemotePytho
         run(remote, "1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["headers", "body", "nowhere"])
 def test_a_server_that_is_slow_or_drips_meets_the_deadline(
     executor: tuple[Executor, RemotePython], remote: RemotePython, where: str, monkeypatch: pytest.MonkeyPatch
@@ -269,6 +270,7 @@ def test_a_server_that_is_slow_or_drips_meets_the_deadline(
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 503, 429])
 def test_a_server_that_is_unwell_is_asked_again(
     executor: tuple[Executor, RemotePython], remote: RemotePython, status: int
@@ -284,6 +286,7 @@ def test_a_server_that_is_unwell_is_asked_again(
     assert len(executor[0].requests) == 3
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_unwell_is_an_error_after_three_attempts(
     executor: tuple[Executor, RemotePython], remote: RemotePython
 ) -> None:
@@ -355,6 +358,7 @@ def test_an_address_that_cannot_be_one_is_an_error_at_start(url: str, message: s
     assert "hush" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_run_python_is_an_error_at_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]

@@ -26,6 +26,8 @@ from arpo_trl.tools.python import PastCells, PythonTool, python_tool
 from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, check_isolation, isolated_worker
 from support import can_isolate, worker_of
 
+pytestmark = pytest.mark.slow  # starts processes
+
 LIMITS = Limits(timeout_s=10.0, cpu_s=10.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
 
 

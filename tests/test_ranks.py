@@ -40,13 +40,37 @@ def alone(base, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     return folder, said
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    prepare(folder, seed=0)
+    rows = (folder / "watched.jsonl").read_text("utf-8").splitlines(keepends=True)
+    (folder / "watched.jsonl").write_text("".join(rows[:8]), "utf-8")
+    return folder
+
+
+def quickstart(data: Path, output: Path, *flags: str) -> list[str]:
+    """The flags of train.py for the quickstart's second stage: two steps of two groups, on two ranks, in bf16."""
+    return [
+        *("--use_cpu", "true", "--model_name_or_path", str(data / "base")),
+        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
+        *("--search_index", str(data / "corpus.jsonl"), "--output_dir", str(output), "--max_steps", "2"),
+        *("--per_device_train_batch_size", "8", "--eval_steps", "2", "--per_device_eval_batch_size", "4"),
+        *("--bf16", "true", "--gradient_checkpointing", "true", "--trajectory_log_rate", "1", *flags),
+    ]
+
+
 @pytest.fixture(scope="module", params=WAYS)
-def together(request, base, tmp_path_factory) -> tuple[str, Path, list[dict[str, Any]]]:
+def together(request, base, data, tmp_path_factory) -> tuple[str, Path, list[dict[str, Any]]]:
     """The runs on two ranks: how they share the model, the folder, and what each rank has seen."""
-    folder = tmp_path_factory.mktemp(request.param)
+    way = request.param
+    folder = tmp_path_factory.mktemp(way)
     (folder / "model").symlink_to(base)
-    launch(request.param, "tests/training_ranks.py", str(folder), launcher=EXACT)
-    return request.param, folder, [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    # For one of them, each rank has one evaluation group and the half of one.
+    straddling = ("--per_device_eval_batch_size", "3", "--num_generations_eval", "2") if way == "ddp" else ()
+    flags = quickstart(data, folder / "quickstart", *straddling)
+    launch(way, "tests/training_ranks.py", str(folder), *flags, launcher=EXACT)
+    return way, folder, [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -152,44 +176,33 @@ def test_ranks_that_have_different_amounts_to_do_all_finish(together):
         assert rank["last"]["completions/mean_length"] == (8 + uneven_ranks.MAX_TOKENS) / 2
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    prepare(folder, seed=0)
-    rows = (folder / "watched.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (folder / "watched.jsonl").write_text("".join(rows[:8]), "utf-8")
-    return folder
-
-
 def train(way: str, data: Path, output: Path, *flags: str) -> None:
-    """The quickstart's second stage, two steps of two groups, on two ranks, in bf16 as TRL and the launch have it."""
-    launch(
-        way,
-        "train.py",
-        *("--config", "configs/quickstart.yaml", "--use_cpu", "true", "--model_name_or_path", str(data / "base")),
-        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
-        *("--search_index", str(data / "corpus.jsonl"), "--output_dir", str(output), "--max_steps", "2"),
-        *("--per_device_train_batch_size", "8", "--eval_steps", "2", "--per_device_eval_batch_size", "4"),
-        *("--bf16", "true", "--gradient_checkpointing", "true", "--trajectory_log_rate", "1", *flags),
-    )
+    """As a user launches it, in the precision of TRL and of the launch."""
+    launch(way, "train.py", "--config", "configs/quickstart.yaml", *quickstart(data, output, *flags))
 
 
-@pytest.mark.parametrize("way", [*WAYS, "zero3_offload"])
-def test_the_quickstart_trains(way, data, tmp_path):
-    # For one of them, each rank has one evaluation group and the half of one.
-    straddling = ("--per_device_eval_batch_size", "3", "--num_generations_eval", "2") if way == "ddp" else ()
-    train(way, data, tmp_path, *straddling)
-    history = json.loads((tmp_path / "trainer_state.json").read_text("utf-8"))["log_history"]
+def check_the_quickstart(output: Path, data: Path) -> None:
+    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
     steps = [row for row in history if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
     assert all(row["arpo/tree/leaves"] == 16 and "reward" in row for row in steps)
     assert any("eval_reward" in row for row in history)
-    assert {file.name for file in (tmp_path / "trajectories").glob("step-*")} == {
+    assert {file.name for file in (output / "trajectories").glob("step-*")} == {
         f"step-{step:06d}-rank{rank}.jsonl" for step in (0, 1) for rank in (0, 1)
     }
-    found, base = saved(tmp_path), saved(data / "base")
+    found, base = saved(output), saved(data / "base")
     assert {name: weights.shape for name, weights in found.items()} == {n: w.shape for n, w in base.items()}
     assert all(weights.isfinite().all() for weights in found.values())
+
+
+def test_the_quickstart_trains(together, data):
+    _, folder, _ = together
+    check_the_quickstart(folder / "quickstart", data)
+
+
+def test_the_quickstart_trains_with_its_optimizer_on_the_cpu(data, tmp_path):
+    train("zero3_offload", data, tmp_path)
+    check_the_quickstart(tmp_path, data)
 
 
 def test_two_nodes_train_together(tmp_path):
@@ -220,16 +233,14 @@ def sampled_by_vllm(way: str, data: Path, output: Path, *flags: str) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("way", ["zero3", "fsdp2"])
-def test_two_ranks_sample_from_one_server(way, data, tmp_path):
+def test_two_ranks_sample_from_one_server(data, tmp_path):
     """Its weights come from both ranks' parts, by way of a folder; each asks for its own turns."""
     with running(str(data / "base"), tmp_path / "log") as server:
         server_mode = ("--vllm_mode", "server", "--vllm_server_urls", server.url, "--weight_sync", "disk")
-        sampled_by_vllm(way, data, tmp_path / "run", *server_mode)
+        sampled_by_vllm("zero3", data, tmp_path / "run", *server_mode)
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("way", ["zero3"])
-def test_two_ranks_sample_each_from_its_own_vllm(way, data, tmp_path, monkeypatch):
+def test_two_ranks_sample_each_from_its_own_vllm(data, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    sampled_by_vllm(way, data, tmp_path, "--vllm_mode", "colocate", "--vllm_max_model_length", "1024")
+    sampled_by_vllm("zero3", data, tmp_path, "--vllm_mode", "colocate", "--vllm_max_model_length", "1024")

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
 
 from arpo_trl.quickstart.__main__ import measure, prepare
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.trajectories import read_trees
+from shipped import replacements, run, save_data
 from support import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -60,27 +60,15 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
     assert len(trees) == 4
 
 
-def test_the_papers_configuration_trains_on_rows_of_its_layout_and_says_what_is_wrong(tmp_path):
-    rows = [
-        {
-            "prompt": [{"role": "system", "content": "Use \x08oxed{}."}, {"role": "user", "content": f"what is {i}"}],
-            "ability": "math" if i % 2 else "qa",
-            "reward_model": {"ground_truth": str(i), "style": "rule"},
-            "extra_info": {"question": f"what is {i}", "index": i},
-        }
-        for i in range(8)
-    ]
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "recorded.json").write_text(json.dumps({"iron": "Page 1: a metal"}), "utf-8")
-    done = launch(
-        "train.py",
-        *("--config", "configs/reasoning_10k.yaml", "--model_name_or_path", save_tiny_model(tmp_path / "model")),
-        *("--dataset", str(tmp_path / "rows.parquet"), "--search_recorded", str(tmp_path / "recorded.json")),
-        *("--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--max_completion_length", "48"),
-        *("--gradient_accumulation_steps", "1", "--steps_per_generation", "1"),
+def test_the_papers_configuration_trains_on_rows_of_its_layout_and_says_what_is_wrong(tmp_path, caplog):
+    save_data(tmp_path)
+    run(
+        "reasoning_10k.yaml",
+        *replacements(save_tiny_model(tmp_path / "model"), tmp_path, tmp_path / "out"),
+        *("--max_steps", "2", "--gradient_accumulation_steps", "1", "--steps_per_generation", "1"),
         *("--trajectory_log_rate", "1"),
     )
     for alarm in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):
-        assert f"arpo/{alarm}:" in done.stderr
+        assert f"arpo/{alarm}:" in caplog.text
     assert len(list((tmp_path / "out" / "trajectories").glob("*.jsonl"))) == 2
     assert "\x08" not in next(read_trees(tmp_path / "out/trajectories/step-000000-rank0.jsonl")).prompt

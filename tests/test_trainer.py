@@ -330,6 +330,7 @@ def test_what_tags_take_for_granted_is_said_where_no_prompt_tells_it(model_path,
         assert "call a tool as <search>…</search>" in said[0] and "tags_system_prompt(tools)" in said[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_the_real_engine_trains_logs_and_repeats_bit_for_bit(model_path, tmp_path):
     def reward(completions, turns, **columns):  # something a random model gets differently often
         return [float(sum(len(turn) for turn in path) % 7) for path in turns]
@@ -400,6 +401,7 @@ def test_lora_trains_the_adapter_only(model_path, tmp_path):
     assert saved_adapter_is_the_trained_one(made, model_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on_what_the_model_itself_samples(tmp_path):
     path = save_sharp_model(tmp_path / "model")
     adapter = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])

@@ -1,7 +1,6 @@
 """Colocated vLLM: what a process with the real thing found out, and how sleeping and moving weights are ordered."""
 
 import contextlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +12,9 @@ from arpo_trl.rollout.engines.weights import FixedWeights
 from support import found_with_vllm, tokenizer
 
 
-def found(folder: Path, *words: str) -> dict:
-    return found_with_vllm("vllm_colocated.py", folder, *words)
-
-
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory) -> dict:
-    return found(tmp_path_factory.mktemp("colocated"))
+    return found_with_vllm("vllm_colocated.py", tmp_path_factory.mktemp("colocated"))
 
 
 def real(test):
@@ -81,11 +76,11 @@ def test_vllms_own_context_is_respected(findings):
 
 
 @real
-def test_an_adapter_trains_is_sampled_from_and_is_saved(tmp_path):
-    findings = found(tmp_path, "adapter")  # on bfloat16 weights
-    assert [row["sampling/sampling_logp_difference/mean"] < 0.02 for row in findings["log"]] == [True, True]
-    assert findings["trained"]["logprobs"] < 0.01
-    assert findings["saved"]
+def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
+    found = findings["adapter"]  # on bfloat16 weights
+    assert [row["sampling/sampling_logp_difference/mean"] < 0.02 for row in found["log"]] == [True, True]
+    assert found["trained"]["logprobs"] < 0.01
+    assert found["saved"]
 
 
 class Recorder:

@@ -464,40 +464,40 @@ def test_an_adapter_that_vllm_cannot_take_is_merged(server, model, tmp_path, set
 # Restarts ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.timeout(600)  # three starts of a server
-def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_restarted(model_path, model, tmp_path):
-    log = tmp_path / "log"
-    with running(model_path, log) as server:
-        setup = Setup(model, tmp_path / "weights", server, away_s=170.0)
-        shift(model)  # so that what the restarted server starts with is stale
-        killed = []
+@pytest.mark.timeout(600)  # two starts of a server
+def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_restarted(
+    server, model_path, model, tmp_path
+):
+    setup = Setup(model, tmp_path / "weights", server, away_s=170.0)
+    shift(model)  # so that what the restarted server starts with is stale
+    killed = []
 
-        def kill_once(turns):
-            if turns and not killed:
-                killed.append(set(turns))
-                server.kill()
-                server.start()
+    def kill_once(turns):
+        if turns and not killed:
+            killed.append(set(turns))
+            server.kill()
+            server.start()
 
-        wanted = [TurnRequest(i, PROMPTS[i], 40 + 150 * (i % 2), 5, i, (i, 0)) for i in range(12)]
-        turns, _ = setup.run(wanted, during=kill_once)
-        assert len(turns) == 12
-        assert killed and len(killed[0]) < 12
-        for i, turn in turns.items():
-            expected = full_forward(model, PROMPTS[i], turn.ids)
-            chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
-            torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
-        # And where it stays away, the step fails with its name, and a resumed run goes on from the one before.
-        saved = {"save_strategy": "steps", "save_steps": 1}
-        made = trainer(model_path, tmp_path / "run", server, vllm_server_timeout=1.0, **saved, **EXACT)
-        made.add_callback(KillAfterStep(server, 1))
-        with pytest.raises(EngineError, match=rf"{server.url} (has stayed away for 1 s|was lost)"):
-            made.train()
-        assert made.state.global_step == 1
-        server.start().wait()
-        resumed = trainer(model_path, tmp_path / "run", server, **EXACT)
-        resumed.train(resume_from_checkpoint=True)
-        assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2]
-        assert resumed.state.log_history[-2]["sampling/sampling_logp_difference/mean"] < 1e-4  # both in float32
+    wanted = [TurnRequest(i, PROMPTS[i], 40 + 150 * (i % 2), 5, i, (i, 0)) for i in range(12)]
+    turns, _ = setup.run(wanted, during=kill_once)
+    assert len(turns) == 12
+    assert killed and len(killed[0]) < 12
+    for i, turn in turns.items():
+        expected = full_forward(model, PROMPTS[i], turn.ids)
+        chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
+    # And where it stays away, the step fails with its name, and a resumed run goes on from the one before.
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    made = trainer(model_path, tmp_path / "run", server, vllm_server_timeout=1.0, **saved, **EXACT)
+    made.add_callback(KillAfterStep(server, 1))
+    with pytest.raises(EngineError, match=rf"{server.url} (has stayed away for 1 s|was lost)"):
+        made.train()
+    assert made.state.global_step == 1
+    server.start().wait()
+    resumed = trainer(model_path, tmp_path / "run", server, **EXACT)
+    resumed.train(resume_from_checkpoint=True)
+    assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2]
+    assert resumed.state.log_history[-2]["sampling/sampling_logp_difference/mean"] < 1e-4  # both in float32
 
 
 # Training ------------------------------------------------------------------------------------------------------------

@@ -280,10 +280,10 @@ def test_after_failures_in_a_row_the_service_rests_and_is_found_well_again(
 
 
 def test_a_resting_service_is_tried_by_one_call_at_a_time() -> None:
-    breaker = CircuitBreaker(failures=2, rest_s=0.2)
+    breaker = CircuitBreaker(failures=2, rest_s=1.0)
     assert [breaker.failed(), breaker.failed(), breaker.failed()] == [False, True, False]  # said once
     assert not breaker.lets_pass()
-    time.sleep(0.25)
+    time.sleep(1.05)
     assert [breaker.lets_pass(), breaker.lets_pass()] == [True, False]
     breaker.succeeded()
     assert [breaker.lets_pass(), breaker.lets_pass()] == [True, True]
@@ -452,6 +452,7 @@ def test_a_configuration_that_cannot_work_says_so(settings: dict[str, Any], mess
         build_tools(ToolArguments(["search"], search_cache=str(tmp_path / "cache.sqlite"), **settings))
 
 
+@pytest.mark.slow
 def test_a_process_that_searched_ends_by_itself(server: Loopback, tmp_path: Path) -> None:
     code = (
         "from arpo_trl.tools import WebSearch, SearchCache, make_provider\n"

@@ -1,4 +1,5 @@
-"""Everything that test_ranks.py wants to know of a run on several ranks, in one start: `… training_ranks.py FOLDER`.
+"""Everything that test_ranks.py wants to know of a run on several ranks, in one start:
+`… training_ranks.py FOLDER [FLAG …]`. The flags are those of train.py, which is run last.
 
 Each rank writes FOLDER/rank<i>.json. The test module makes the same runs in its own process, on one rank, to compare.
 """
@@ -31,6 +32,7 @@ from arpo_trl.rollout.engines.vllm_weights import DiskTransfer
 from arpo_trl.sharding import check_launch
 from arpo_trl.tools.search import LocalIndex, search_tool
 from evaluating import questions
+from shipped import run as run_train
 from support import EXACT, ON_CPU, python, sampled_logprobs, search
 
 GROUPS, LEAVES = 4, 4
@@ -187,7 +189,7 @@ def error_of(work: Callable[[], Any]) -> str | None:
     return None
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, flags: list[str]) -> None:
     ranks = int(os.environ["WORLD_SIZE"])
     said: dict[str, Any] = {}
     for run in RUNS:
@@ -205,7 +207,8 @@ def main(folder: Path) -> None:
     made.toolbox.close()
     said["uneven"] = uneven_ranks.train(folder / "uneven", UNEVEN_STEPS)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(said), "utf-8")
+    run_train("quickstart.yaml", *flags)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,5 +1,5 @@
 """Everything that the tests want to know of colocated vLLM, found out in a process of its own:
-`python … FOLDER [adapter]`.
+`python … FOLDER`.
 
 vLLM in the trainer's process sets up torch.distributed and its environment variables, which no other test should
 inherit. Writes FOLDER/findings.json.
@@ -7,6 +7,7 @@ inherit. Writes FOLDER/findings.json.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -99,7 +100,7 @@ def make_trainer(folder: Path, peft_config: LoraConfig | None = None, **settings
     return trainer, model_path
 
 
-def adapter(folder: Path) -> None:
+def with_adapter(folder: Path) -> dict[str, Any]:
     """What training an adapter has to show."""
     lora = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
     trainer, model_path = make_trainer(folder, lora, model_init_kwargs={"dtype": "bfloat16"})
@@ -112,10 +113,10 @@ def adapter(folder: Path) -> None:
     engine._weights._synced = None
     trained, _ = run(engine, requests())
     findings["trained"] = compare(trainer.model.eval(), trained)
-    (folder / "findings.json").write_text(json.dumps(findings), "utf-8")
+    return findings
 
 
-def main(folder: Path) -> None:
+def with_all_weights(folder: Path) -> dict[str, Any]:
     trainer, model_path = make_trainer(folder)
     engine = trainer.tree_sampler.engine
     assert isinstance(engine, VLLMColocateEngine)
@@ -178,8 +179,15 @@ def main(folder: Path) -> None:
         run(engine, requests())
     except EngineError as error:
         findings["stale"] = str(error)
+    return findings
+
+
+def main(folder: Path) -> None:
+    findings = with_all_weights(folder / "all")
+    gc.collect()
+    findings["adapter"] = with_adapter(folder / "adapter")
     (folder / "findings.json").write_text(json.dumps(findings), "utf-8")
 
 
 if __name__ == "__main__":
-    (adapter if sys.argv[2:] == ["adapter"] else main)(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))
