@@ -14,11 +14,11 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from arpo_trl.cli import parse_settings, report_errors
-from arpo_trl.cold_start import encode_dataset
+from arpo_trl.common.settings import check_fields, described
 from arpo_trl.config import refuse_token, take_the_cpu_if_alone
-from arpo_trl.progress import show_compactly
+from arpo_trl.data.demonstrations import encode_dataset
+from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.settings import check_fields, described
 
 logger = logging.getLogger(__name__)
 

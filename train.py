@@ -13,12 +13,12 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
-from arpo_trl.data import load_arpo_dataset
-from arpo_trl.interrupts import follow_launcher
-from arpo_trl.progress import show_compactly, show_log
+from arpo_trl.common.settings import JudgeArguments, check_fields, described
+from arpo_trl.data.loading import load_arpo_dataset
+from arpo_trl.logs.progress import show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
-from arpo_trl.settings import JudgeArguments, check_fields, described
-from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.runs.interrupts import follow_launcher
+from arpo_trl.tools.builtin import ToolArguments, build_tools
 
 
 @dataclass(kw_only=True)
@@ -31,7 +31,7 @@ class TrainArguments(JudgeArguments):
     eval_split: str = field(default="validation", metadata={"help": "Its split."})
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "A name of arpo_trl.prompts.SYSTEM_PROMPTS or a text that replaces the rows' own."},
+        metadata={"help": "A name of arpo_trl.data.prompts.SYSTEM_PROMPTS or a text that replaces the rows' own."},
     )
     accuracy: str = field(
         default="task",

@@ -35,10 +35,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.calls import CallSource, ToolCall
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.tools.box import tool_spec
-from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.calls import CallSource, ToolCall
+from arpo_trl.tools.toolbox import tool_spec
 
 LENGTH, CALLS = 240, 5
 THEIRS = "TRL GRPOTrainer"

@@ -28,7 +28,6 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl
 
-from arpo_trl.calls import ToolCall
 from arpo_trl.quickstart.__main__ import (
     N_HELDOUT,
     N_TRAIN,
@@ -44,7 +43,8 @@ from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.calls import ToolCall
+from arpo_trl.tools.toolbox import ToolBox
 from compare_rules import cold_start
 
 ROOT = Path(__file__).resolve().parents[1]

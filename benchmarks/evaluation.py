@@ -16,8 +16,8 @@ from arpo_trl.evaluation.engines import make_sampler
 from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record
 from arpo_trl.evaluation.settings import EvalSettings
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.toolbox import ToolBox
 
 
 def main() -> None:

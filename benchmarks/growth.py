@@ -28,7 +28,7 @@ from arpo_trl.rollout.engines.base import SamplingSettings, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 from update import timed_apart
 
 LEAVES, TURN, RESULT = 16, "a thought of some tokens " * 4, "a result of some words " * 8

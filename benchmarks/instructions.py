@@ -19,8 +19,8 @@ LEAVES = 16
 
 def grow_tree() -> None:
     """A tree of 16 leaves, half of them branches, each with 3 turns of 100 tokens and 2 observations of 200; read."""
-    from arpo_trl.calls import CallSource
     from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+    from arpo_trl.tools.calls import CallSource
 
     call = ExecutedCall("search", {"query": "iron"}, "text", None, 0.1, CallSource.EXECUTED)
     ids, logprobs, seen = [1] * 100, [-0.5] * 100, [2] * 200

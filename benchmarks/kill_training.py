@@ -27,8 +27,8 @@ from typing import Any
 
 import psutil
 
-from arpo_trl.checkpoints import Checkpoints
-from arpo_trl.identity import differences_between
+from arpo_trl.runs.checkpoints import Checkpoints
+from arpo_trl.runs.identity import differences_between
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12

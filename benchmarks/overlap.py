@@ -35,11 +35,11 @@ from against_trl import TagGRPOTrainer, trl_trainer
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.engines.vllm_client import ServerClient
-from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm.client import ServerClient
+from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 from serving import running
 
 GROUPS, LEAVES, CALLS = 8, 8, 3

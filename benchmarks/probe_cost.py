@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.rollout.engines.base import Engine, SamplingSettings, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from overlap import engine_on
 from serving import running
 

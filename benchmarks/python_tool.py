@@ -17,8 +17,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from arpo_trl.tools.python import ISOLATIONS, PythonTool
-from arpo_trl.tools.sandbox import Limits
+from arpo_trl.tools.python.local import ISOLATIONS, PythonTool
+from arpo_trl.tools.python.sandbox import Limits
 
 CALLS = {
     "plain": "total = sum(i * i for i in range(1000))\nprint(total)",

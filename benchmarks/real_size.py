@@ -39,8 +39,8 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_tokenizer, quickstart_texts
 from arpo_trl.rollout.build import LocalVLLM, build_engine
 from arpo_trl.rollout.engines.base import Event, SamplingSettings, Turn, TurnRequest, TurnStop
-from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
-from arpo_trl.rollout.engines.vllm_setup import colocated_weights
+from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
+from arpo_trl.training.vllm_setup import colocated_weights
 from card import PeakMemory, device_name, own_stdout, process_s, start_vllm_eagerly
 from probe_cost import PROBE, tokens_per_s
 

@@ -27,8 +27,8 @@ from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, TreeSampler
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.toolbox import ToolBox
 
 SIZES = {"11 M": (384, 5), "51 M": (768, 6)}
 KEY_VALUE_HEADS = 2  # as Qwen2.5's models up to 3B have

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 import psutil
 
-from arpo_trl.tools.search import LocalIndex, tokenize
-from arpo_trl.tools.search_cache import Key, SearchCache
-from arpo_trl.tools.search_providers import Hit, make_provider
-from arpo_trl.tools.web_search import WebSearch
+from arpo_trl.tools.search.cache import Key, SearchCache
+from arpo_trl.tools.search.index import LocalIndex, tokenize
+from arpo_trl.tools.search.providers import Hit, make_provider
+from arpo_trl.tools.search.web import WebSearch
 
 VOCABULARY, WORDS, QUERY_WORDS, BLOCK = 200_000, 50, 4, 10_000
 QUERIES, HITS = 500, 2_000

@@ -29,8 +29,8 @@ from against_trl import CALLS, THEIRS, trl_trainer
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.heldout import answer_heldout
 from arpo_trl.rewards.answers import extract_answer, task_accuracy
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.toolbox import ToolBox
 
 CONFIG = Path("configs/quickstart.yaml")
 SHARED = (

@@ -40,7 +40,7 @@ import torch
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from arpo_trl.prefix_sharing import forward_pack, pack_rows, share_prefixes
+from arpo_trl.training.prefix_sharing import forward_pack, pack_rows, share_prefixes
 from card import GIB, device_name, peak_flops, shown
 
 MODELS = {"5 M": (192, 6, 3, 3), "50 M": (576, 10, 9, 9)}

@@ -15,7 +15,7 @@ from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 from support import tokenizer
 
 GROUPS = {"uneven": [0, 3], "waits": [1, 1], "diverges": [1, 1], "fails": [1, 1]}

@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.errors import ToolUnavailable
-from arpo_trl.interrupts import follow_launcher
-from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.runs.interrupts import follow_launcher
+from arpo_trl.tools.builtin import ToolArguments, build_tools
 from loopback import Loopback, Reply
 from support import ON_CPU, python, tiny_model, tokenizer
 

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from arpo_trl.cold_start import encode_trajectory
+from arpo_trl.data.demonstrations import encode_trajectory
 from arpo_trl.rollout.protocol import TagProtocol
 from support import script, small_model, with_template
 

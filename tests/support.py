@@ -31,8 +31,8 @@ from arpo_trl.rollout.protocol import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, Score, TreeSampler
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.tools.sandbox import Limits, Tier, Worker
+from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
+from arpo_trl.tools.toolbox import ToolBox
 
 TEXTS = ["the melting point of iron is 1538 degrees", "print(1538 - 1000)", "what is the answer to a question"]
 ANSWER = "<answer>\\boxed{1}</answer>"

@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import (
     BENCHMARKS,
@@ -17,7 +18,6 @@ from arpo_trl.evaluation.benchmarks import (
     local_names,
     suite,
 )
-from arpo_trl.prompts import SYSTEM_PROMPTS
 
 PAPER = {
     "aime24": 30, "aime25": 30, "math500": 500, "gsm8k": 1319, "math": 5000, "hotpotqa": 200, "2wiki": 200,

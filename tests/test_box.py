@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 
 import arpo_trl
-from arpo_trl.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
-from arpo_trl.tools.box import ToolBox, ToolResult, tool_spec
-from arpo_trl.tools.pages import visit_tool
-from arpo_trl.tools.python import python_tool
-from arpo_trl.tools.search import LocalIndex, search_tool
+from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
+from arpo_trl.tools.python.local import python_tool
+from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.state import PathState, PathStates
+from arpo_trl.tools.toolbox import ToolBox, ToolResult, tool_spec
+from arpo_trl.tools.visit.pages import visit_tool
 
 
 def echo(text: str) -> str:

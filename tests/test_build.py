@@ -21,11 +21,11 @@ from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
-from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
+from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 from evaluating import asked_number, boxed, completions, questions
 from loopback import Loopback
 from support import ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer

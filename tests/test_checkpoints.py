@@ -12,11 +12,13 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
 
-from arpo_trl import ARPOConfig, checkpoints, publishing, resumable
-from arpo_trl.checkpoints import STATE_FILE, Checkpoints, SavedState, dataset_identity
+from arpo_trl import ARPOConfig
 from arpo_trl.errors import CheckpointError, ConfigError
-from arpo_trl.publishing import Publishing
-from arpo_trl.trainer import ARPOTrainer
+from arpo_trl.publishing import mixin as publishing
+from arpo_trl.publishing.mixin import Publishing
+from arpo_trl.runs import checkpoints, resumable
+from arpo_trl.runs.checkpoints import STATE_FILE, Checkpoints, SavedState, dataset_identity
+from arpo_trl.training.trainer import ARPOTrainer
 from resuming import ROWS, make_trainer, outcome, save_calling_model
 from support import save_tiny_model, search
 

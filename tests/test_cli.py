@@ -7,8 +7,8 @@ import pytest
 
 from arpo_trl import cli
 from arpo_trl.errors import ConfigError
-from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.trajectories import LoggedTree, TrajectoryLog
+from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
+from arpo_trl.tools.builtin import ToolArguments, build_tools
 from support import ANSWER, Scripted
 
 

@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import pytest
 from datasets import Dataset
 
-from arpo_trl.cold_start import IGNORED, encode_dataset, encode_trajectory
+from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.protocol import TagProtocol
 from support import Scripted, tokenizer

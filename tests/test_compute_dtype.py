@@ -6,8 +6,8 @@ import torch
 from accelerate import PartialState
 
 from arpo_trl import ARPOConfig
-from arpo_trl.compute_dtype import training_dtype, warn_of_emulation, warn_of_other_dtype
 from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.engines.compute_dtype import training_dtype, warn_of_emulation, warn_of_other_dtype
 from support import tiny_model
 
 SERVERS = {"http://a:1": "bfloat16", "http://b:1": "float16", "http://c:1": "float16"}

@@ -10,7 +10,7 @@ from trl import get_peft_config, get_quantization_config
 from arpo_trl.cli import parse_settings
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
-from arpo_trl.model_card import describe
+from arpo_trl.publishing.model_card import describe
 from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.rules.threshold import Threshold
 from support import script

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
+from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name, register
 from arpo_trl.rollout.credit.base import Credit, attribute, mean_over_leaves, token_nodes
 from arpo_trl.rollout.credit.once import Once, first_copies
@@ -18,7 +19,6 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate
 from arpo_trl.rollout.rules import register as register_rule
 from arpo_trl.rollout.tree import RolloutTree, StopReason
-from arpo_trl.trajectories import read_trees
 from support import ANSWER, ON_CPU, save_tiny_model, search, tokenizer
 
 # Three leaves; rows 0 and 1 share node 1 (two tokens) and node 2 (one), row 2 is alone.

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from arpo_trl.data import load_arpo_dataset, validate_rows
+from arpo_trl.data.layouts import system_prompt_text
+from arpo_trl.data.loading import load_arpo_dataset, validate_rows
+from arpo_trl.data.prompts import SYSTEM_PROMPTS, tags_system_prompt
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
-from arpo_trl.prompts import SYSTEM_PROMPTS, tags_system_prompt
-from arpo_trl.row_layouts import system_prompt_text
 from support import python, search
 
 REASONING = {"role": "system", "content": SYSTEM_PROMPTS["reasoning"]}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from arpo_trl.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of_one_step
 from arpo_trl.errors import ConfigError
+from arpo_trl.training.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of_one_step
 
 
 def batch(*leaves: int) -> dict:

@@ -12,10 +12,10 @@ from arpo_trl.cli import parse_settings
 from arpo_trl.evaluation.benchmarks import BENCHMARKS, SUITES, custom_benchmark, find_benchmarks
 from arpo_trl.evaluation.report import METRIC_NAMES
 from arpo_trl.evaluation.settings import EvalSettings
-from arpo_trl.tools.build import ToolArguments
-from arpo_trl.tools.search_cache import CacheMode
-from arpo_trl.tools.search_providers import PROVIDERS
-from arpo_trl.trajectory_dataset import TRAJECTORY_SCHEMA
+from arpo_trl.publishing.trajectory_dataset import TRAJECTORY_SCHEMA
+from arpo_trl.tools.builtin import ToolArguments
+from arpo_trl.tools.search.cache import CacheMode
+from arpo_trl.tools.search.providers import PROVIDERS
 from support import script
 
 ROOT = Path(__file__).parents[1]

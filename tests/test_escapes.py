@@ -27,8 +27,8 @@ from string import Template
 
 import pytest
 
-from arpo_trl.tools import python_worker
-from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, WorkerLost
+from arpo_trl.tools.python import worker as python_worker
+from arpo_trl.tools.python.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, WorkerLost
 from support import worker_of
 
 X86 = platform.machine() == "x86_64"

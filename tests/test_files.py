@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.files import whole_file, whole_folder, write_whole
+from arpo_trl.common.files import whole_file, whole_folder, write_whole
 
 
 def names(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ from email.utils import format_datetime
 import httpx
 import pytest
 
-from arpo_trl.tools.http_client import RequestFailed, _retry_after_s, fetch, fetch_json
+from arpo_trl.net.http_client import RequestFailed, _retry_after_s, fetch, fetch_json
 from loopback import Loopback, Reply
 
 

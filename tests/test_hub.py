@@ -18,9 +18,9 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer, cli
-from arpo_trl import hub as hub_module
 from arpo_trl.errors import ConfigError, HubError
-from arpo_trl.hub import BackgroundPush, Snapshot, prepare_repo, push_snapshot, refuse_secrets
+from arpo_trl.publishing import push as hub_module
+from arpo_trl.publishing.push import BackgroundPush, Snapshot, prepare_repo, push_snapshot, refuse_secrets
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from hub_server import TOKEN, Hub
@@ -262,7 +262,7 @@ def test_what_a_killed_process_left_is_cleared_at_the_next_start(hub, model_path
 def test_a_failed_push_while_training_is_a_warning_and_the_end_makes_up_for_it(hub, model_path, tmp_path, caplog):
     hub.fault = lambda asked: Reply("<h1>Bad gateway</h1>", 502) if "/commit/" in asked.path else None
     made = trainer(model_path, tmp_path / "run", hub_strategy="every_save", hub_always_push=True)
-    with caplog.at_level(logging.WARNING, logger="arpo_trl.hub"):
+    with caplog.at_level(logging.WARNING, logger="arpo_trl.publishing.push"):
         made.train()
     assert made.state.global_step == 2
     assert caplog.text.count("Pushing to me/policy failed: the Hub answered 502") == 2

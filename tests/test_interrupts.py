@@ -14,9 +14,9 @@ import pytest
 from transformers.trainer_callback import PrinterCallback
 
 import resuming
-from arpo_trl.checkpoints import Checkpoints
 from arpo_trl.errors import Interrupted
-from arpo_trl.interrupts import Interrupts
+from arpo_trl.runs.checkpoints import Checkpoints
+from arpo_trl.runs.interrupts import Interrupts
 from resuming import BOUND_S, make_trainer, outcome, save_calling_model
 from support import save_sharp_model
 
@@ -192,7 +192,7 @@ def test_outside_the_main_thread_signals_stay_with_whoever_has_them():
 def test_a_second_ctrl_c_is_heard_however_many_files_are_open():
     script = """
         import os, resource, signal, time
-        from arpo_trl.interrupts import SAME_S, Interrupts
+        from arpo_trl.runs.interrupts import SAME_S, Interrupts
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
         files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]

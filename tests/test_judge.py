@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.circuit_breaker import CircuitBreaker
 from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.net.circuit_breaker import CircuitBreaker
 from arpo_trl.rewards import HierarchicalReward, Judgement, LLMJudge
 from arpo_trl.rewards.judge import KEY_VARIABLE, MAX_PREDICTION_CHARS, read_verdict
 from loopback import Asked, Loopback, Reply

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.mathematics.equality import equal, is_text
-from arpo_trl.mathematics.reading import readings
-from arpo_trl.mathematics.text import clean
-from arpo_trl.mathematics.values import Quantity, Text
 from arpo_trl.rewards import math_equal
 from arpo_trl.rewards.math_worker import MathWorker
+from arpo_trl.rewards.mathematics.equality import equal, is_text
+from arpo_trl.rewards.mathematics.reading import readings
+from arpo_trl.rewards.mathematics.text import clean
+from arpo_trl.rewards.mathematics.values import Quantity, Text
 
 CASES = Path(__file__).parent / "cases"
 

@@ -14,13 +14,13 @@ from typing import Any
 import psutil
 import pytest
 
-from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.net import background
 from arpo_trl.rollout.protocol import TagProtocol
-from arpo_trl.tools import background
-from arpo_trl.tools.box import ToolBox, ToolResult
-from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.mcp_servers import McpServer, McpSession, mcp_tools
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.calls import ToolCall, ToolFailure
+from arpo_trl.tools.mcp import McpServer, McpSession, mcp_tools
+from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from loopback import Asked, Loopback, Reply
 from support import tokenizer
 
@@ -212,7 +212,7 @@ def test_an_older_server_that_forgot_the_session_is_given_a_new_one() -> None:
 
 
 def test_a_server_that_never_answers_is_given_up_and_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("arpo_trl.tools.mcp_servers.START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("arpo_trl.tools.mcp.START_TIMEOUT_S", 1.0)
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     with pytest.raises(ConfigError, match="no answer in time"):
         mcp_tools([{"command": sys.executable, "args": ["-c", code]}])
@@ -250,7 +250,7 @@ def test_a_closed_session_leaves_no_process() -> None:
 def test_a_process_that_ends_takes_its_servers_along() -> None:
     code = (
         "import asyncio\n"
-        "from arpo_trl.tools.mcp_servers import mcp_tools\n"
+        "from arpo_trl.tools.mcp import mcp_tools\n"
         f"tools = mcp_tools([{COMMAND!r}])\n"
         "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)"
     )
@@ -262,7 +262,7 @@ def test_a_process_that_ends_takes_its_servers_along() -> None:
 def test_a_killed_process_takes_its_servers_along() -> None:
     code = (
         "import asyncio, time\n"
-        "from arpo_trl.tools.mcp_servers import mcp_tools\n"
+        "from arpo_trl.tools.mcp import mcp_tools\n"
         f"tools = mcp_tools([{COMMAND!r}])\n"
         "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)\n"
         "time.sleep(600)"

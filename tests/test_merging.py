@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from arpo_trl import cli
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.merging import merge_adapter
+from arpo_trl.publishing.merging import merge_adapter
 from support import save_tiny_model, small_model, tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

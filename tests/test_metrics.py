@@ -3,8 +3,7 @@ import math
 
 import pytest
 
-from arpo_trl.calls import CallSource, ToolFailure
-from arpo_trl.metrics import (
+from arpo_trl.logs.metrics import (
     ALARMS,
     FIRE_RATE_ALARMS,
     FIRE_RATE_COUNT,
@@ -22,6 +21,7 @@ from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import Rollout, RolloutTimes
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource, ToolFailure
 from support import ANSWER, Scripted
 
 TIMES = RolloutTimes(total_s=10.0, forward_s=6.0, tool_wait_s=2.0, sync_s=1.5)

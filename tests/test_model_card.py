@@ -6,7 +6,15 @@ import yaml
 
 from arpo_trl import ARPOConfig, __version__
 from arpo_trl.cli import parse_settings
-from arpo_trl.model_card import CONFIG_NAME, PANELS, Card, describe, draw_curves, is_hub_id, without_credentials
+from arpo_trl.publishing.model_card import (
+    CONFIG_NAME,
+    PANELS,
+    Card,
+    describe,
+    draw_curves,
+    is_hub_id,
+    without_credentials,
+)
 
 HISTORY = [
     {"step": step, "reward": 0.1 * step, "arpo/accuracy": 0.2, "arpo/tree/branches": 2.0, "loss": 0.0}

@@ -16,11 +16,18 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from arpo_trl.chat_model import ChatModel
 from arpo_trl.errors import ConfigError, ToolError
-from arpo_trl.tools.box import tool_spec
-from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.pages import MAX_REDIRECTS, SUMMARY_KEY_VARIABLE, AddressGuard, excerpt, is_public, visit_tool
+from arpo_trl.net.chat_model import ChatModel
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.visit.pages import (
+    MAX_REDIRECTS,
+    SUMMARY_KEY_VARIABLE,
+    AddressGuard,
+    excerpt,
+    is_public,
+    visit_tool,
+)
 from loopback import Asked, Loopback, Reply
 
 PARAGRAPHS = [f"Filler paragraph number {i}, about nothing that anybody would ever want to know." for i in range(60)]

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from arpo_trl.trainer import ARPOTrainer
+from arpo_trl.training.trainer import ARPOTrainer
 from support import sampling_trainer, small_model, unlike_scored
 
 ROWS = Dataset.from_list(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from arpo_trl import prefix_attention
-from arpo_trl.prefix_attention import (
+from arpo_trl.training import prefix_attention
+from arpo_trl.training.prefix_attention import (
     CPUKernel,
     EfficientKernel,
     FlashKernel,

@@ -25,8 +25,10 @@ from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
-from arpo_trl.prefix_attention import attend
-from arpo_trl.prefix_sharing import (
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from arpo_trl.training.prefix_attention import attend
+from arpo_trl.training.prefix_sharing import (
     COSTS,
     NO_LABEL,
     forward_pack,
@@ -37,8 +39,6 @@ from arpo_trl.prefix_sharing import (
     why_not_shared,
     why_packs_differ,
 )
-from arpo_trl.rollout.engines.base import SamplingSettings
-from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from support import EXACT, ON_CPU, save_tiny_model, search, small_model, tokenizer
 
 FAMILIES = [(Qwen3Config, Qwen3ForCausalLM), (Qwen2Config, Qwen2ForCausalLM), (LlamaConfig, LlamaForCausalLM)]
@@ -278,7 +278,9 @@ def test_a_model_that_takes_packs_is_compared_with_its_padded_self(monkeypatch):
     model = model_of(*FAMILIES[0])
     assert why_packs_differ(model) is None
     assert why_packs_differ(model.bfloat16()) is None
-    monkeypatch.setattr("arpo_trl.prefix_sharing.attend", lambda *args, scaling: 2 * attend(*args, scaling=scaling))
+    monkeypatch.setattr(
+        "arpo_trl.training.prefix_sharing.attend", lambda *args, scaling: 2 * attend(*args, scaling=scaling)
+    )
     assert "standard deviations off those of padded rows" in why_packs_differ(model.float())
 
 
@@ -358,7 +360,8 @@ def test_training_with_shared_prefixes_is_training_without(model_path, tmp_path,
 def test_tool_results_get_no_logits(model_path, tmp_path, monkeypatch):
     packs = []
     monkeypatch.setattr(
-        "arpo_trl.trainer.forward_packs", lambda model, given: packs.extend(given) or forward_packs(model, given)
+        "arpo_trl.training.trainer.forward_packs",
+        lambda model, given: packs.extend(given) or forward_packs(model, given),
     )
     made = trainer(model_path, tmp_path, shared_prefix_forward="on", num_iterations=2, max_steps=1)
     made.train()
@@ -468,7 +471,8 @@ def test_how_often_micro_batches_are_packed_is_logged(model_path, tmp_path, way,
 def test_packs_are_filled_up_as_trl_pads(model_path, tmp_path, monkeypatch):
     packs = []
     monkeypatch.setattr(
-        "arpo_trl.trainer.forward_packs", lambda model, given: packs.extend(given) or forward_packs(model, given)
+        "arpo_trl.training.trainer.forward_packs",
+        lambda model, given: packs.extend(given) or forward_packs(model, given),
     )
     made = trainer(model_path, tmp_path, shared_prefix_forward="on", pad_to_multiple_of=64, max_steps=1)
     made.train()

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 from wandb.proto.wandb_internal_pb2 import Record
 
-from arpo_trl.trajectories import read_trees
+from arpo_trl.logs.trajectories import read_trees
 from hub_server import TOKEN, Hub
 from support import save_tiny_model
 

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, ToolError, ToolStopped
-from arpo_trl.tools.box import ToolBox, tool_spec
-from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.python_remote import RemotePython, remote_python_tool
-from arpo_trl.tools.sandbox import Limits
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.calls import ToolCall, ToolFailure
+from arpo_trl.tools.python.remote import RemotePython, remote_python_tool
+from arpo_trl.tools.python.sandbox import Limits
+from arpo_trl.tools.toolbox import ToolBox, tool_spec
 
 LIMITS = Limits(timeout_s=10.0, output_bytes=1000)
 
@@ -251,7 +251,7 @@ def test_a_compressed_bomb_is_not_unpacked(executor: tuple[Executor, RemotePytho
 def test_a_server_that_is_slow_or_drips_meets_the_deadline(
     executor: tuple[Executor, RemotePython], remote: RemotePython, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("arpo_trl.tools.python_remote._GRACE_S", -9.0)  # a deadline of a second: timeout_s is 10
+    monkeypatch.setattr("arpo_trl.tools.python.remote._GRACE_S", -9.0)  # a deadline of a second: timeout_s is 10
     stopped = threading.Event()
 
     def drip(handler: BaseHTTPRequestHandler, _: Any) -> None:

@@ -16,14 +16,23 @@ from pathlib import Path
 
 import pytest
 
-import arpo_trl.tools.python as python_module
-import arpo_trl.tools.sandbox as sandbox_module
-from arpo_trl.calls import ToolCall, ToolFailure
+import arpo_trl.tools.python.local as python_module
+import arpo_trl.tools.python.sandbox as sandbox_module
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
-from arpo_trl.tools.box import tool_spec
-from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.python import PastCells, PythonTool, python_tool
-from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, check_isolation, isolated_worker
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.calls import ToolCall, ToolFailure
+from arpo_trl.tools.python.local import PastCells, PythonTool, python_tool
+from arpo_trl.tools.python.sandbox import (
+    ISOLATING,
+    Ending,
+    Limits,
+    Run,
+    Tier,
+    Worker,
+    check_isolation,
+    isolated_worker,
+)
+from arpo_trl.tools.toolbox import tool_spec
 from support import can_isolate, worker_of
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -617,7 +626,7 @@ def test_a_closed_worker_leaves_no_process_and_no_folder(tier: Tier) -> None:
 HANGING = """
 import os, sys, threading, time
 from pathlib import Path
-from arpo_trl.tools.sandbox import Limits, Tier, Worker
+from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
 worker = Worker(Limits(timeout_s=600), tier=Tier({tier!r}), preload=False)
 code = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(600)"  # forgets to die with its parent
 threading.Thread(target=worker.run, args=(code,), daemon=True).start()

@@ -1,6 +1,6 @@
 import queue
 
-from arpo_trl.queues import drained
+from arpo_trl.common.queues import drained
 
 
 def filled(*items: int) -> queue.SimpleQueue[int]:

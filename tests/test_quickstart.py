@@ -19,7 +19,7 @@ from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, m
 from arpo_trl.quickstart.heldout import HeldOut
 from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quickstart_texts, save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
-from arpo_trl.tools.search import LocalIndex, search_tool
+from arpo_trl.tools.search.index import LocalIndex, search_tool
 
 
 @pytest.fixture(scope="module")

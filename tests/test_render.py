@@ -3,10 +3,10 @@ import io
 import pytest
 from rich.console import Console
 
-from arpo_trl.calls import CallSource, ToolFailure
-from arpo_trl.render import MAX_CHARS, render_tree
+from arpo_trl.logs.render import MAX_CHARS, render_tree
+from arpo_trl.logs.trajectories import LoggedTree
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.trajectories import LoggedTree
+from arpo_trl.tools.calls import CallSource, ToolFailure
 
 
 def tree(text: str = "words", failure: ToolFailure | None = None) -> RolloutTree:

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from arpo_trl.checkpoints import Checkpoints
 from arpo_trl.errors import ConfigError
+from arpo_trl.runs.checkpoints import Checkpoints
 from ranks import EXACT, Running, launch, launched
 from resuming import make_trainer, outcome, save_calling_model
 

@@ -2,7 +2,7 @@ import math
 
 import torch
 
-from arpo_trl.reward_guard import total_rewards
+from arpo_trl.training.reward_guard import total_rewards
 
 
 def test_the_total_weighs_what_applies_and_is_nan_where_nothing_does():

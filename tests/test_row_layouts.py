@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from arpo_trl.data.layouts import check_columns, convert_row
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.row_layouts import check_columns, convert_row
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "rows.jsonl").read_text("utf-8").splitlines()]
 

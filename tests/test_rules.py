@@ -8,10 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 
-from arpo_trl.checkpoints import deciding_settings
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
-from arpo_trl.metrics import AlarmBell
+from arpo_trl.logs.metrics import AlarmBell
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import (
     RULES,
@@ -31,6 +30,7 @@ from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import NodeKind, RolloutTree
+from arpo_trl.runs.checkpoints import deciding_settings
 from support import ANSWER, ON_CPU, Scripted
 
 

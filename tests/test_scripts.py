@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.quickstart.__main__ import measure, prepare
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
-from arpo_trl.trajectories import read_trees
 from shipped import replacements, run, save_data
 from support import save_tiny_model
 

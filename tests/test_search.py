@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.errors import DataError
-from arpo_trl.tools.box import tool_spec
-from arpo_trl.tools.search import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool, tokenize
+from arpo_trl.tools.search.index import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool, tokenize
+from arpo_trl.tools.toolbox import tool_spec
 
 PASSAGES: list[str | Mapping[str, str]] = [
     {"title": "Iron", "text": "Iron is a metal with a density of 7.874 grams per cubic centimetre."},
@@ -146,7 +146,8 @@ def test_an_index_is_opened_from_whatever_holds_it(tmp_path: Path, index: LocalI
 
 def test_an_index_is_opened_from_a_dataset_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "arpo_trl.hub_dataset.load_from_hub", lambda name, split: iter([{"id": "1", "contents": f"{name} {split}"}])
+        "arpo_trl.net.hub_dataset.load_from_hub",
+        lambda name, split: iter([{"id": "1", "contents": f"{name} {split}"}]),
     )
     assert LocalIndex.open("somebody/wiki").search("wiki", 1) == ["somebody/wiki train"]
 

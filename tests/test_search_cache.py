@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from arpo_trl.errors import DataError, ToolUnavailable
-from arpo_trl.tools import search_cache
-from arpo_trl.tools.search_cache import Entry, Key, SearchCache
-from arpo_trl.tools.search_providers import Hit, make_provider
-from arpo_trl.tools.web_search import WebSearch
+from arpo_trl.tools.search import cache as search_cache
+from arpo_trl.tools.search.cache import Entry, Key, SearchCache
+from arpo_trl.tools.search.providers import Hit, make_provider
+from arpo_trl.tools.search.web import WebSearch
 from loopback import Asked, Loopback, Reply
 
 HITS = [Hit("Iron", "https://a.test/", "melts at 1538 °C"), Hit("", "", "x\ny")]
@@ -168,7 +168,7 @@ def _search_all(path: str, url: str, worker: int) -> None:
 @pytest.mark.distributed
 def test_eight_processes_share_a_file_without_loss_or_double_requests(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["arpo_trl.tools.web_search"])
+    context.set_forkserver_preload(["arpo_trl.tools.search.web"])
     path = str(tmp_path / "cache.sqlite")
     with Loopback(lambda asked: Reply({"results": [{"content": asked.params["q"] * 20}]})) as server:
         workers = [context.Process(target=_search_all, args=(path, server.url, number)) for number in range(8)]
@@ -203,7 +203,7 @@ def _spend_all(path: str, url: str, worker: int) -> None:
 @pytest.mark.distributed
 def test_processes_share_the_cap_and_the_rate(tmp_path: Path) -> None:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["arpo_trl.tools.web_search"])
+    context.set_forkserver_preload(["arpo_trl.tools.search.web"])
     times: list[float] = []
 
     def answer(asked: Asked) -> Reply:

@@ -9,10 +9,10 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from arpo_trl.errors import ConfigError, ToolUnavailable
-from arpo_trl.tools.search import search_tool
-from arpo_trl.tools.search_cache import CacheMode, SearchCache
-from arpo_trl.tools.search_providers import PROVIDERS, Hit, make_provider
-from arpo_trl.tools.web_search import WebSearch
+from arpo_trl.tools.search.cache import CacheMode, SearchCache
+from arpo_trl.tools.search.index import search_tool
+from arpo_trl.tools.search.providers import PROVIDERS, Hit, make_provider
+from arpo_trl.tools.search.web import WebSearch
 from loopback import Loopback, Reply
 
 KEY = "k-3f9a1c"

@@ -13,11 +13,11 @@ import pytest
 from transformers import HfArgumentParser
 
 from arpo_trl import options
+from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, check_fields, described
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EvalSettings
-from arpo_trl.settings import JudgeArguments, Range, ToolLimits, check_fields, described
-from arpo_trl.tools.build import ToolArguments
+from arpo_trl.tools.builtin import ToolArguments
 from support import script
 
 OURS = [
@@ -207,12 +207,13 @@ def test_the_configuration_imports_no_torch_code_of_this_package():
         if module.startswith("arpo_trl") and module not in seen:
             seen.add(module)
             todo |= imported(module)
-    assert {"arpo_trl.options", "arpo_trl.settings", "arpo_trl.rollout.engines.generation_rules"} <= seen
+    assert {"arpo_trl.options", "arpo_trl.common.settings", "arpo_trl.rollout.engines.generation_rules"} <= seen
     assert not {module for module in seen if {name.partition(".")[0] for name in imported(module)} & {"torch"}}
 
 
 def test_options_and_settings_load_at_once():
-    code = "import sys, arpo_trl.settings; print(sorted({'torch', 'transformers', 'trl', 'httpx'} & set(sys.modules)))"
+    heavy = {"torch", "transformers", "trl", "httpx"}
+    code = f"import sys, arpo_trl.common.settings; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[]\n", "")
 

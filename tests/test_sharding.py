@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.sharding import at_its_own_pace, check_launch
+from arpo_trl.training.sharding import at_its_own_pace, check_launch
 from support import tiny_model
 
 

@@ -23,7 +23,7 @@ from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks
-from arpo_trl.tools.search import LocalIndex, search_tool
+from arpo_trl.tools.search.index import LocalIndex, search_tool
 from ranks import launch
 from serving import running
 from shipped import CONFIGS, replacements, run, save_data, save_family, settings

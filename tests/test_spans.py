@@ -1,6 +1,6 @@
 import pytest
 
-from arpo_trl.spans import Spans
+from arpo_trl.common.spans import Spans
 
 
 class Clock:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ToolError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
@@ -23,6 +22,7 @@ from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import StopReason
+from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.state import PathState
 from support import ANSWER, Scripted
 

@@ -11,15 +11,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.data.prompts import tags_system_prompt
 from arpo_trl.errors import ConfigError
-from arpo_trl.prompts import tags_system_prompt
+from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.trajectories import read_trees
+from arpo_trl.tools.toolbox import ToolBox
 from support import (
     EXACT,
     ON_CPU,
@@ -423,14 +423,14 @@ def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_p
 
 
 def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitsandbytes is not installed here\..*pip install '\.\[qlora\]'"):
         quantized(model_path, tmp_path, LoraConfig())
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU, on which bitsandbytes does train")
 def test_quantizing_where_adapters_would_stay_zero_is_refused(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.preflight.find_spec", lambda name: object())
+    monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: object())
     packing = SimpleNamespace(has_avx512bf16=lambda: True)
     monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(functional=packing))
     monkeypatch.setitem(sys.modules, "bitsandbytes.functional", packing)
@@ -527,7 +527,7 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
 
 
 def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"vLLM is not installed here. Install the extra"):
         trainer(model_path, tmp_path, use_vllm=True)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import DataError
+from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
+from arpo_trl.tools.calls import CallSource, ToolFailure
 from support import ANSWER, Scripted
 
 

@@ -5,8 +5,8 @@ import yaml
 from datasets import load_dataset
 
 from arpo_trl.errors import DataError
-from arpo_trl.trajectories import LoggedTree, TrajectoryLog
-from arpo_trl.trajectory_dataset import dataset_card, export_rows
+from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
+from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
 from support import ANSWER, Scripted
 
 

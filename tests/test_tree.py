@@ -1,8 +1,8 @@
 import pytest
 
-from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.tree import ExecutedCall, NodeKind, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource, ToolFailure
 
 CALL = ExecutedCall("search", {"query": "iron"}, "a metal", None, 0.1, CallSource.EXECUTED)
 

@@ -67,7 +67,7 @@ from trl.trainer.utils import (
 )
 
 from arpo_trl import trl_seam
-from arpo_trl.hub import http
+from arpo_trl.publishing.push import http
 from arpo_trl.rollout.engines.generation_rules import ELSEWHERE, HONOURED, REFUSED
 from arpo_trl.rollout.engines.transformers import CACHE_ARGUMENT
 from support import save_tiny_model, small_model, tokenizer
@@ -879,14 +879,14 @@ def test_warpers_need_no_ids_and_leave_impossible_tokens_at_minus_infinity():
 
 
 def test_fsdp2_has_what_it_does_after_a_forward_in_its_parameter_groups():
-    """`arpo_trl.sharding` keeps and restores it; PyTorch only lets it be set."""
+    """`arpo_trl.training.sharding` keeps and restores it; PyTorch only lets it be set."""
     source = inspect.getsource(FSDPModule.set_reshard_after_forward)
     assert "self_module.modules()" in source
     assert "_get_fsdp_state()" in source and "_fsdp_param_groups" in source and "post_forward_mesh_info" in source
 
 
 def test_trl_leaves_in_the_zero3_hook_that_compares_ranks():
-    """`arpo_trl.sharding` leaves it out while sampling. Were TRL to remove it, ours would find none."""
+    """`arpo_trl.training.sharding` leaves it out while sampling. Were TRL to remove it, ours would find none."""
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload  # slow to import
 
     source = inspect.getsource(DeepSpeedZeRoOffload.setup_zero_stage3_hooks)

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm_client import PROBE_TEXT, ServerClient, check_server
-from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
-from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
+from arpo_trl.rollout.engines.vllm.client import PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
 from support import events_of, tiny_model, tokenizer
 
 EOS = int(tokenizer().eos_token_id)
@@ -345,7 +345,7 @@ def test_a_folder_for_weights_that_cannot_be_made_is_found_at_the_start(serve, t
 
 
 def test_large_models_are_written_in_shards_that_hold_every_tensor_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("arpo_trl.rollout.engines.vllm_weights.SHARD_BYTES", 100)
+    monkeypatch.setattr("arpo_trl.rollout.engines.vllm.weights.SHARD_BYTES", 100)
     tensors = {f"layer{i}": torch.full((10,), float(i)) for i in range(5)} | {"steps": torch.tensor([1])}
 
     def changing():

@@ -7,7 +7,7 @@ import pytest
 
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import SamplingSettings
-from arpo_trl.rollout.engines.vllm_colocate import ColocatedWeights, VLLMColocateEngine
+from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights, VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
 from support import found_with_vllm, tokenizer
 

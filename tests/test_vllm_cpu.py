@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arpo_trl.rollout.engines.vllm_cpu_weights import _pad_gate_and_up, _taking_unpacked
+from arpo_trl.rollout.engines.vllm.cpu_weights import _pad_gate_and_up, _taking_unpacked
 from support import found_with_vllm
 
 KERNELS = ["onednn", "sgl", "zentorch"]

@@ -17,13 +17,13 @@ from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.engines.vllm_client import FRESH, PROBE_TEXT, ServerClient, check_server
-from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine
-from arpo_trl.rollout.engines.vllm_weights import DiskTransfer, ServedWeights
+from arpo_trl.rollout.engines.vllm.client import FRESH, PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
+from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, ServedWeights
 from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
 from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 from serving import running
 from support import (
     EXACT,

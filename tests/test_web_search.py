@@ -16,15 +16,15 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.calls import ToolCall, ToolFailure
-from arpo_trl.circuit_breaker import CircuitBreaker
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.search import search_tool
-from arpo_trl.tools.search_cache import CacheMode, SearchCache
-from arpo_trl.tools.search_providers import make_provider
-from arpo_trl.tools.web_search import WebSearch
+from arpo_trl.net.circuit_breaker import CircuitBreaker
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.calls import ToolCall, ToolFailure
+from arpo_trl.tools.search.cache import CacheMode, SearchCache
+from arpo_trl.tools.search.index import search_tool
+from arpo_trl.tools.search.providers import make_provider
+from arpo_trl.tools.search.web import WebSearch
+from arpo_trl.tools.toolbox import ToolBox
 from loopback import Asked, Loopback, Reply
 
 KEY = "sk-PLANTED-9d1f77"

@@ -27,10 +27,10 @@ from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks
-from arpo_trl.rollout.engines.vllm_client import FRESH, ServerFacts
-from arpo_trl.rollout.engines.vllm_weights import DiskTransfer
-from arpo_trl.sharding import check_launch
-from arpo_trl.tools.search import LocalIndex, search_tool
+from arpo_trl.rollout.engines.vllm.client import FRESH, ServerFacts
+from arpo_trl.rollout.engines.vllm.weights import DiskTransfer
+from arpo_trl.tools.search.index import LocalIndex, search_tool
+from arpo_trl.training.sharding import check_launch
 from evaluating import questions
 from shipped import run as run_train
 from support import EXACT, ON_CPU, python, sampled_logprobs, search

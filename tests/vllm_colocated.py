@@ -22,7 +22,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Engine, Probe, SamplingSettings, Turn, TurnRequest
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
-from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
 from support import ON_CPU, python, save_sharp_model, saved_adapter_is_the_trained_one, search, tokenizer
 

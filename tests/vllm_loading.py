@@ -20,7 +20,7 @@ import torch
 from torch.nn.functional import linear
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from arpo_trl.rollout.engines.vllm_cpu import register
+from arpo_trl.rollout.engines.vllm.cpu import register
 from arpo_trl.rollout.engines.weights import mean_difference
 from support import small_model, tokenizer
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arpo_trl.config import ARPOConfig
-    from arpo_trl.trainer import ARPOTrainer
+    from arpo_trl.training.trainer import ARPOTrainer
 
 __all__ = ["ARPOConfig", "ARPOTrainer"]
 __version__ = version("arpo-trl")
 
-_HOMES = {"ARPOConfig": "arpo_trl.config", "ARPOTrainer": "arpo_trl.trainer"}
+_HOMES = {"ARPOConfig": "arpo_trl.config", "ARPOTrainer": "arpo_trl.training.trainer"}
 
 
 def __getattr__(name: str) -> Any:

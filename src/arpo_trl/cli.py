@@ -32,7 +32,7 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         except Interrupted as interrupted:
-            from arpo_trl.interrupts import leave
+            from arpo_trl.runs.interrupts import leave
 
             if os.environ.get("RANK", "0") == "0":
                 print(interrupted, file=sys.stderr)
@@ -210,8 +210,8 @@ def _tree(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
     from arpo_trl.errors import DataError
-    from arpo_trl.render import render_tree
-    from arpo_trl.trajectories import read_trees
+    from arpo_trl.logs.render import render_tree
+    from arpo_trl.logs.trajectories import read_trees
 
     path: Path = arguments.log
     if path.is_dir():
@@ -239,7 +239,7 @@ def _eval(words: Sequence[str]) -> int:
         _eval_parser().error("give a model, and what to evaluate it on; see --help")
     from arpo_trl.evaluation.command import evaluate
     from arpo_trl.evaluation.settings import EvalSettings
-    from arpo_trl.tools.build import ToolArguments
+    from arpo_trl.tools.builtin import ToolArguments
 
     settings, tool_arguments = parse_settings((EvalSettings, ToolArguments), words, usage=EVAL_USAGE)
     return evaluate(settings, tool_arguments)
@@ -252,7 +252,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from arpo_trl.tools.search import LocalIndex
+    from arpo_trl.tools.search.index import LocalIndex
 
     index = LocalIndex.open(arguments.passages)
     index.save(arguments.folder)
@@ -260,10 +260,10 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from arpo_trl.merging import merge_adapter
+    from arpo_trl.publishing.merging import merge_adapter
 
     if arguments.push_to_hub is not None:
-        from arpo_trl.hub import Snapshot, prepare_repo, push_snapshot
+        from arpo_trl.publishing.push import Snapshot, prepare_repo, push_snapshot
 
         repo_id = prepare_repo(arguments.push_to_hub, setting="--push-to-hub")  # before the work, not after it
     merge_adapter(
@@ -277,7 +277,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _push(arguments: argparse.Namespace) -> None:
     from arpo_trl.evaluation.report import saved_table
-    from arpo_trl.hub import push_run
+    from arpo_trl.publishing.push import push_run
 
     private = True if arguments.private else None
     table = None if arguments.evaluation is None else saved_table(arguments.evaluation)
@@ -287,8 +287,8 @@ def _push(arguments: argparse.Namespace) -> None:
 
 def _cache(arguments: argparse.Namespace) -> None:
     from arpo_trl.errors import DataError
-    from arpo_trl.tools.search_cache import SearchCache
-    from arpo_trl.tools.search_providers import provider_kind
+    from arpo_trl.tools.search.cache import SearchCache
+    from arpo_trl.tools.search.providers import provider_kind
 
     if arguments.action != "import" and not arguments.cache.exists():
         raise DataError(f"There is no search cache {arguments.cache}. Check the path.")

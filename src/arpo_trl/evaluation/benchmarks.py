@@ -14,11 +14,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.data import SUFFIXES, load_arpo_dataset, read_file
+from arpo_trl.data.layouts import Task, convert_row, system_prompt_text
+from arpo_trl.data.loading import SUFFIXES, load_arpo_dataset, read_file
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.hub_dataset import load_from_hub
+from arpo_trl.net.hub_dataset import load_from_hub
 from arpo_trl.rewards.answers import MATH, extract_answer
-from arpo_trl.row_layouts import Task, convert_row, system_prompt_text
 
 logger = logging.getLogger(__name__)
 

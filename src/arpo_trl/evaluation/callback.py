@@ -19,7 +19,7 @@ from arpo_trl.evaluation.results import summarise
 from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record, counted
 from arpo_trl.rewards.judge import LLMJudge
-from arpo_trl.trainer import ARPOTrainer
+from arpo_trl.training.trainer import ARPOTrainer
 
 logger = get_logger(__name__)
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from arpo_trl.common.files import write_whole
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.evaluation import report, self_check
 from arpo_trl.evaluation.benchmarks import (
@@ -37,10 +38,9 @@ from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark
 from arpo_trl.evaluation.samples import Record, counted, read_records
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.evaluation.settings import EvalSettings
-from arpo_trl.files import write_whole
 from arpo_trl.rewards.judge import LLMJudge
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.tools.build import ToolArguments, build_tools
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.toolbox import ToolBox
 
 logger = logging.getLogger(__name__)
 

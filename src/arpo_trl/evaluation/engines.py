@@ -25,7 +25,7 @@ from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocol import PROTOCOLS
 from arpo_trl.rollout.sampler import TreeSampler
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 
 READ_BYTES = 1 << 20
 
@@ -119,7 +119,7 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
     try:
         from vllm import LLM
 
-        from arpo_trl.rollout.engines.vllm_cpu import prepare_cpu
+        from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
     except ImportError as error:
         raise ConfigError(
             f"engine is 'vllm', but vLLM cannot be imported ({error}). Install it with pip install 'arpo-trl[vllm]', "

@@ -17,16 +17,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.files import write_whole
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
 from arpo_trl.evaluation.scoring import predicted, score
-from arpo_trl.files import write_whole
-from arpo_trl.identity import differences_between
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import LLMJudge, question_of
 from arpo_trl.rollout.sampler import Finished, GroupRequest, TreeSampler
 from arpo_trl.rollout.tree import NodeKind
+from arpo_trl.runs.identity import differences_between
 
 SCORING_THREADS = 16
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.files import whole_file
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.scoring import JUDGE
-from arpo_trl.files import whole_file
 from arpo_trl.rollout.tree import NodeKind, RolloutTree
 
 Record = dict[str, Any]

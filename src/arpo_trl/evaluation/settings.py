@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from arpo_trl.common.settings import JudgeArguments, ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
-from arpo_trl.settings import JudgeArguments, ToolLimits, check_fields, described
 
 
 class EngineKind(StrEnum):

@@ -24,17 +24,17 @@ from transformers.utils import logging as transformers_logging
 
 from arpo_trl.cli import report_errors
 from arpo_trl.errors import ConfigError
+from arpo_trl.logs.render import render_tree
+from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
 from arpo_trl.quickstart.heldout import HeldOut, answer_heldout
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.quickstart.tasks import make_tasks
-from arpo_trl.render import render_tree
-from arpo_trl.tools.box import ToolBox
-from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.search import LocalIndex, search_tool
-from arpo_trl.trajectories import LoggedTree, read_trees
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.search.index import LocalIndex, search_tool
+from arpo_trl.tools.toolbox import ToolBox
 
 N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
 """Questions to train on, to measure before and after, and of those to watch while training."""

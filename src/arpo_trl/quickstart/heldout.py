@@ -18,7 +18,7 @@ from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.protocol import TagProtocol
 from arpo_trl.rollout.tree import RolloutTree
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 
 BENCHMARK = Benchmark("evaluate", "Held-out questions", None, None)
 """The name is part of the seed: another name would change the answers, and the numbers in docs/results.md."""

@@ -53,7 +53,7 @@ def extract_answer(text: str) -> str | None:
 
 @lru_cache(maxsize=16384)  # siblings of a group mostly give the same few answers
 def math_equal(prediction: str, gold: str) -> bool:
-    """Whether two answers, LaTeX or plain, mean the same (see `arpo_trl.mathematics`): 1/2 is 0.5, −6 is not 6.
+    """Whether two answers, LaTeX or plain, mean the same (see `rewards.mathematics`): 1/2 is 0.5, −6 is not 6.
 
     Works in any thread and returns for any input: the comparison runs in a process with limits (see `math_worker`),
     and what exceeds them, or `MAX_MATH_CHARS`, is not equal. Not symmetric: an assignment `x=5` may answer a gold `5`.

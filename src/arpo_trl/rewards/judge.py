@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.chat_model import ChatModel
-from arpo_trl.circuit_breaker import CircuitBreaker
 from arpo_trl.errors import DataError
-from arpo_trl.tools.http_client import RequestFailed, retried
+from arpo_trl.net.chat_model import ChatModel
+from arpo_trl.net.circuit_breaker import CircuitBreaker
+from arpo_trl.net.http_client import RequestFailed, retried
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """Mathematical equality decided in a process of its own, so that no answer a model writes can hang or kill training.
 
-`arpo_trl.mathematics` refuses what is too large to compute, but an integral or a sum may still keep sympy busy for
+`rewards.mathematics` refuses what is too large to compute, but an integral or a sum may still keep sympy busy for
 hours, and a limit set in Python does not interrupt big integers in C. So a worker process, this file run as a script,
 compares under limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no reward)
 and memory. The next question starts a new worker.
@@ -129,7 +129,10 @@ def _serve(cpu_limit_s: float) -> None:
     import resource
     import signal
 
-    from arpo_trl.mathematics.equality import equal, is_text  # not through `rewards`, whose imports take seconds
+    from arpo_trl.rewards.mathematics.equality import (
+        equal,
+        is_text,
+    )
 
     logging.disable(logging.CRITICAL)
     equal(r"\frac{1}{2}", "0.5")  # caches filled on first use, off the clock

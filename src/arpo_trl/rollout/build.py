@@ -24,18 +24,18 @@ from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.visibility import exact_length
-from arpo_trl.rollout.engines.vllm_colocate import VLLMColocateEngine
+from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import Weights
 from arpo_trl.rollout.protocol import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
-from arpo_trl.tools.box import ToolBox
+from arpo_trl.tools.toolbox import ToolBox
 
 if TYPE_CHECKING:
     from vllm import LLM
 
-    from arpo_trl.rollout.engines.vllm_weights import ServedWeights
+    from arpo_trl.rollout.engines.vllm.weights import ServedWeights
 
 logger = get_logger(__name__)
 
@@ -118,7 +118,7 @@ def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, setti
             )
             return engine if source.group is None else LockstepEngine(engine, source.group)
         case VLLMServers():
-            from arpo_trl.rollout.engines.vllm_server import VLLMServerEngine  # imports vLLM where it is installed
+            from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine  # imports vLLM where it is installed
 
             return VLLMServerEngine(
                 tokenizer,

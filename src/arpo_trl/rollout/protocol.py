@@ -27,11 +27,11 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl.calls import ToolCall
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.options import ProtocolKind
 from arpo_trl.rollout.text import decode_exactly
-from arpo_trl.tools.box import RESERVED_TAGS, ToolSpec
+from arpo_trl.tools.calls import ToolCall
+from arpo_trl.tools.toolbox import RESERVED_TAGS, ToolSpec
 from arpo_trl.trl_seam import (
     add_response_schema,
     get_training_chat_template,

@@ -18,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from arpo_trl.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
@@ -26,8 +25,9 @@ from arpo_trl.rollout.protocol import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, RolloutTree, StopReason
-from arpo_trl.tools.box import ToolBox, ToolResult
+from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.state import PathStates
+from arpo_trl.tools.toolbox import ToolBox, ToolResult
 
 IDLE_POLL_S = 0.05
 """How long one wait for the tools, or for the engine, may last while only one of them has work."""

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from arpo_trl.calls import CallSource, ToolFailure
 from arpo_trl.errors import EngineError
+from arpo_trl.tools.calls import CallSource, ToolFailure
 
 T = TypeVar("T")
 

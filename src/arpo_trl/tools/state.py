@@ -22,8 +22,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from arpo_trl.calls import ToolCall, ToolFailure
 from arpo_trl.errors import ToolSpecError
+from arpo_trl.tools.calls import ToolCall, ToolFailure
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from arpo_trl.registry import Registry
+from arpo_trl.common.registry import Registry
 
 if TYPE_CHECKING:
     from arpo_trl.rollout.credit.base import Credit

@@ -28,13 +28,13 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.queues import drained
+from arpo_trl.common.settings import check_server_url
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.queues import drained
+from arpo_trl.net import background
+from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.text import decode_exactly, stop_window
-from arpo_trl.settings import check_server_url
-from arpo_trl.tools import background
-from arpo_trl.tools.http_client import RequestFailed, fetch_json, without
 
 KEY_VARIABLE = "COMPLETIONS_API_KEY"
 ATTEMPTS = 4

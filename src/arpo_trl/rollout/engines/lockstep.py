@@ -23,8 +23,8 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
+from arpo_trl.common.queues import drained
 from arpo_trl.errors import EngineError
-from arpo_trl.queues import drained
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnRequest
 
 IDLE_S = 0.002

@@ -17,8 +17,8 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
 
-from arpo_trl.compute_dtype import computed_in
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.rollout.engines.compute_dtype import computed_in
 from arpo_trl.rollout.engines.slots import SlotCache
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"

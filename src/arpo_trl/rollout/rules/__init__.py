@@ -19,8 +19,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
+from arpo_trl.common.registry import Registry
 from arpo_trl.errors import ConfigError
-from arpo_trl.registry import Registry
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment, grant, mean
 from arpo_trl.rollout.tree import BranchDecision
 

@@ -1,0 +1,280 @@
+r"""Datasets → rows {prompt, answer, task, id} that `ARPOTrainer` and the rewards read.
+
+`row_layouts` knows what a row may look like. Published texts have lost backslashes: an escape was read as a control
+character, so that `\boxed` became a backspace and `oxed`, `\frac` a form feed and `rac`. They are put back.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from arpo_trl.data.layouts import TASKS, Task, check_columns, check_prompt, convert_row, system_prompt_text
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.net.hub_dataset import load_from_hub
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".json", ".parquet")
+_NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
+_MATH_SHARE, _QA_SHARE = 0.75, 0.25
+
+ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
+"""What `ARPOTrainer` hands to reward functions next to the dataset's columns, one value per completion."""
+TRL_COLUMNS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments", "image", "images")
+"""Names under which TRL hands over something of its own, or takes a row for one with pictures."""
+
+
+def load_arpo_dataset(
+    path_or_hub_id: str,
+    split: str = "train",
+    *,
+    system_prompt: str | None = None,
+    task: Task | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> datasets.Dataset:
+    """A dataset with the columns prompt (messages), answer (list of accepted answers), task and id; level where given.
+
+    Args:
+        path_or_hub_id: A `.jsonl`, `.json` or `.parquet` file, which is one split whatever `split` says; a folder of
+            them, of which those are read whose name starts with the split's; or a dataset on the Hub.
+        split: Which split of a folder or a Hub dataset.
+        system_prompt: None leaves prompts that are messages as they are, with or without a system message, and gives
+            `SYSTEM_PROMPTS["reasoning"]` to a bare question. A name from `SYSTEM_PROMPTS`, or a text, replaces the
+            system message in every row.
+        task: The task of all rows, whatever they say. None: each row's own `task`, or else verl's `ability`. Rows that
+            say neither are judged together by their answers, with a warning: math if at least 75 % are a number or
+            LaTeX, qa if at most 25 % are.
+        columns: Names of fields that replace the usual ones, as in `{"question": "body", "answer": "meta.gold"}`; of
+            `row_layouts.MAPPABLE`, with dots for nested fields.
+
+    A row of the verl layout whose answer is blank is left out with a warning (the published rows have one); anywhere
+    else that is an error.
+
+    Raises:
+        ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
+        DataError: nothing readable there, or a row that cannot be converted; names the file, the row (from 0) or the
+            line (from 1), and the field.
+    """
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"task is {task!r}; expected one of {TASKS}, or None to read it from the rows.")
+    check_columns(columns)
+    system_text = system_prompt_text(system_prompt)
+    rows, skipped = [], []
+    for number, raw in enumerate(_read_rows(path_or_hub_id, split)):
+        try:
+            row = convert_row(raw, number, system_text, task=task, columns=columns)
+        except DataError as error:
+            raise DataError(f"{path_or_hub_id}, row {number}: {error}") from error
+        if row is None:
+            skipped.append(number)
+        else:
+            rows.append(row)
+    if skipped:
+        logger.warning(
+            "%s: %d row(s) with a blank answer left out: %s", path_or_hub_id, len(skipped), _listed(skipped)
+        )
+    if not rows:
+        raise DataError(f"{path_or_hub_id} (split {split!r}) holds no rows; expected at least one.")
+    _guess_task(rows, path_or_hub_id)
+    return _as_dataset(rows)
+
+
+def validate_rows(dataset: datasets.Dataset) -> None:
+    """Return if every row has a prompt that can be rolled out.
+
+    A prompt is text, or a list of messages, each with a role and a content; the content is text, a list of parts, or
+    null where the message has `tool_calls`. Somewhere in it there is text. Other columns are the reward functions' own
+    affair, but for `ROLLOUT_COLUMNS` and `TRL_COLUMNS`.
+
+    Raises:
+        DataError: the dataset is empty, lacks `prompt` or has a column of a taken name, or a row does not hold this;
+            names row (from 0) and field.
+    """
+    columns = dataset.column_names
+    if "prompt" not in columns:
+        raise DataError(
+            f"The dataset has no column 'prompt'; it has {columns}. Rename yours, or load the data with "
+            "load_arpo_dataset, which knows the common layouts."
+        )
+    refuse_taken_columns(columns)
+    if len(dataset) == 0:
+        raise DataError("The dataset is empty; expected at least one row.")
+    for number, prompt in enumerate(dataset["prompt"]):
+        try:
+            check_prompt(prompt)
+        except DataError as error:
+            raise DataError(f"Dataset row {number}: {error}") from error
+
+
+def refuse_taken_columns(columns: Iterable[str]) -> None:
+    """Returns if no column has a name that `ARPOTrainer` or TRL uses for something else.
+
+    Raises:
+        DataError: One has. It would be overwritten, or break the first step.
+    """
+    columns = set(columns)
+    if taken := sorted(columns.intersection(ROLLOUT_COLUMNS)):
+        raise DataError(
+            f"The dataset has the column(s) {taken}, but under these names rewards receive what was rolled out. "
+            "Rename yours: dataset.rename_column."
+        )
+    if taken := sorted(columns.intersection(TRL_COLUMNS)):
+        raise DataError(
+            f"The dataset has the column(s) {taken}, whose names TRL uses itself. Rename or drop them: "
+            "dataset.rename_column, dataset.remove_columns."
+        )
+
+
+# Reading
+
+
+def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        files = _files_of_split(path, split)
+    elif path.exists():
+        files = [path]
+    elif path.suffix in SUFFIXES or path.is_absolute() or path_or_hub_id.startswith(".") or len(path.parts) > 2:
+        raise DataError(f"There is no file or folder {path_or_hub_id}; expected a dataset there. Check the path.")
+    else:
+        yield from load_from_hub(path_or_hub_id, split)
+        return
+    for file in files:
+        yield from read_file(file)
+
+
+def _files_of_split(folder: Path, split: str) -> list[Path]:
+    """Files such as train.jsonl, train_10k.parquet or train-00000-of-00002.parquet, sorted by name."""
+    readable = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    files = [path for path in readable if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", path.name)]
+    if not files:
+        raise DataError(
+            f"The folder {folder} has no file of the split {split!r}; expected {split}*{{{','.join(SUFFIXES)}}}, got "
+            f"{_listed(path.name for path in readable) or 'no such file at all'}. Name the file itself, or another "
+            "split."
+        )
+    return files
+
+
+def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file, as they are.
+
+    Args:
+        bad: What is wrong with each row that is left out for it goes here; None: the first one raises.
+
+    Raises:
+        DataError: The file, or a row of it, cannot be read.
+    """
+    match path.suffix:
+        case ".parquet":
+            try:
+                table = pyarrow.parquet.read_table(path)
+            except pyarrow.ArrowInvalid as error:
+                raise DataError(f"{path} is not a readable parquet file: {error}") from error
+            rows = table.to_pylist()
+        case ".jsonl":
+            rows = _read_jsonl(path, bad)
+        case ".json":
+            rows = _parse_json(_read_text(path), str(path))
+            if not isinstance(rows, list):
+                raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects, one per row.")
+        case _:
+            raise DataError(f"{path} is no dataset file; expected one of {SUFFIXES}.")
+    for number, row in enumerate(rows):
+        if isinstance(row, dict):
+            yield row
+            continue
+        problem = f"{path}, row {number}: got a {type(row).__name__}; expected an object with named fields."
+        if bad is None:
+            raise DataError(problem)
+        bad.append(problem)
+
+
+def _read_jsonl(path: Path, bad: list[str] | None) -> list[Any]:
+    # Only \n ends a line: str.splitlines would also break at characters that JSON allows within a string.
+    rows = []
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(_parse_json(line, f"{path}, line {number}"))
+            except DataError as error:
+                if bad is None:
+                    raise
+                bad.append(str(error))
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}). Convert it, with iconv for example."
+        ) from error
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{where}: not valid JSON ({error}).") from error
+
+
+# Converting
+
+
+def _guess_task(rows: list[dict[str, Any]], source: str) -> None:
+    """Gives rows without a task the one that most of their answers look like."""
+    silent = [number for number, row in enumerate(rows) if row["task"] is None]
+    if not silent:
+        return
+    golds = [rows[number]["answer"][0] for number in silent]
+    share = sum(_NUMBER_OR_LATEX.fullmatch(gold) is not None for gold in golds) / len(golds)
+    if _QA_SHARE < share < _MATH_SHARE:
+        raise DataError(
+            f"{source}: {len(silent)} row(s), the first of them row {silent[0]}, do not say their task, and their "
+            f"answers do not tell ({share:.0%} are a number or LaTeX). Set task to {' or '.join(TASKS)} (in Python: "
+            "task=), or add a `task` column."
+        )
+    task = "math" if share >= _MATH_SHARE else "qa"
+    logger.warning(
+        "%s: %d row(s) do not say their task; taken as %s, since %.0f %% of their answers are a number or LaTeX. Set "
+        "task to say so yourself.",
+        source,
+        len(silent),
+        task,
+        100 * share,
+    )
+    for number in silent:
+        rows[number]["task"] = task
+
+
+def _as_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
+    text = datasets.Value("string")
+    features = {
+        "prompt": datasets.List({"role": text, "content": text}),
+        "answer": datasets.List(text),
+        "task": text,
+        "id": text,
+        "level": text,
+    }
+    if all(row["level"] is None for row in rows):
+        del features["level"]
+    columns = {name: [row[name] for row in rows] for name in features}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _listed(items: Iterable[object], limit: int = 10) -> str:
+    names = [str(item) for item in items]
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -1,0 +1,249 @@
+"""The numbers a user sees under `arpo/`, from one rollout's trees; docs/metrics.md has formula and range of each.
+
+A `Tally` is a sum and a count per name, so that ranks merge by adding and a mean is right however uneven they were.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from arpo_trl.rollout.rules import BranchRule, mean
+from arpo_trl.rollout.sampler import Rollout
+from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource, ToolFailure
+
+
+@dataclass
+class Tally:
+    """Sums and counts by name for means, `totals` over a rollout, raw values in `spread` for percentiles."""
+
+    sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
+    totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    spread: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        entry = self.sums[name]
+        entry[0] += value
+        entry[1] += count
+
+    def plain(self) -> dict[str, dict[str, Any]]:
+        """What travels between ranks."""
+        return {"sums": dict(self.sums), "totals": dict(self.totals), "spread": dict(self.spread)}
+
+    def merge(self, other: Mapping[str, Mapping[str, Any]]) -> None:
+        for name, (total, count) in other["sums"].items():
+            self.add(name, total, count)
+        for name, total in other["totals"].items():
+            self.totals[name] += total
+        for name, values in other["spread"].items():
+            self.spread[name].extend(values)
+
+    @classmethod
+    def merged(cls, plain: Iterable[Mapping[str, Mapping[str, Any]]]) -> Tally:
+        """One tally of what all ranks counted, from the `plain` of each."""
+        whole = cls()
+        for counted in plain:
+            whole.merge(counted)
+        return whole
+
+    def values(self) -> dict[str, float]:
+        """Name → mean, ratio or total, sorted by name; means of nothing are left out."""
+        values = {name: total / count for name, (total, count) in self.sums.items() if count} | self.totals
+        for name, seconds in self.spread.items():
+            if seconds:
+                values[f"{name}_p50"], values[f"{name}_p95"] = (float(p) for p in np.percentile(seconds, [50, 95]))
+        return {name: values[name] for name in sorted(values)}
+
+
+def tally_rollout(rollout: Rollout, tally: Tally) -> None:
+    """Counts one rollout into `tally`."""
+    for tree, topups, chain in zip(rollout.trees, rollout.topups, rollout.turns_in_sequence, strict=True):
+        tally.add("tree/topups", topups)
+        tally.add("tree/turns_in_sequence", chain)
+        _tally_shape(tree, tally)
+        _tally_entropies(tree, tally)
+        _tally_leaves(tree, tally)
+    _tally_tools(rollout.trees, tally)
+    times = rollout.times
+    tally.add("time/rollout_s", times.total_s)
+    tally.add("time/decode_s", times.forward_s)
+    tally.add("time/tool_wait_s", times.tool_wait_s)
+    tally.add("time/sync_s", times.sync_s)
+    tally.add("time/sampler_share", times.own_s, times.total_s)
+
+
+def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:
+    """Counts the groups whose leaves all earned the same; `groups` holds the rewards of each group's leaves.
+
+    A group of one, as in evaluation, is not counted, and NaN (no reward function applies) equals nothing.
+    """
+    for rewards in groups:
+        if len(rewards) > 1:
+            tally.add("alarm/zero_variance_groups", float(all(reward == rewards[0] for reward in rewards)))
+
+
+def _tally_shape(tree: RolloutTree, tally: Tally) -> None:
+    leaves = tree.leaves()
+    leaf_tokens = sum(len(leaf.ids) for leaf in leaves)
+    tally.totals["tree/groups"] += 1
+    tally.totals["tree/leaves"] += len(leaves)
+    tally.add("tree/sharing_ratio", leaf_tokens, sum(len(node.ids) for node in tree.nodes[1:]))
+    tally.add("tree/branches", sum(max(0, len(node.children) - 1) for node in tree.observations()))
+    tally.add("tree/generated_tokens", sum(len(node.ids) for node in tree.turns()))
+    for node in tree.observations():
+        if node.decision is None or not node.calls:
+            continue
+        depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(node.index))
+        tally.add(f"tree/forks_depth_{depth}", float(node.decision.granted > 0))
+        tally.add("tree/fire_rate", float(node.decision.fires))
+        tally.add(f"tree/fire_rate_{node.tool}", float(node.decision.fires))
+        if node.decision.delta is not None:
+            tally.add("entropy/delta", node.decision.delta)
+
+
+def _tally_entropies(tree: RolloutTree, tally: Tally) -> None:
+    for node in tree.turns():
+        assert node.parent is not None
+        above = tree.nodes[node.parent]
+        if above.kind is NodeKind.ROOT:
+            tally.add("entropy/root", mean(node.entropies))
+        elif above.calls:
+            tally.add(f"entropy/after_{above.tool}", mean(node.entropies))
+
+
+def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
+    in_tree = sum(len(node.calls) for node in tree.observations())
+    on_paths = 0
+    for leaf in tree.leaves():
+        calls = leaf.calls
+        on_paths += len(calls)
+        spoke = any(call.source is not CallSource.REFUSED for call in calls) or "</answer>" in leaf.turns[-1]
+        tally.add("alarm/unparsed", float(not spoke))
+        tally.add("alarm/truncated", float(leaf.stop is StopReason.LENGTH))
+        tally.add("alarm/call_limit", float(leaf.stop is StopReason.CALL_LIMIT))
+        tally.add("tools/calls_per_leaf", len(calls))
+    tally.totals["tools/calls_saved_by_sharing"] += on_paths - in_tree
+
+
+def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
+    calls = [call for tree in trees for node in tree.observations() for call in node.calls]
+    made = [call for call in calls if call.source is not CallSource.REFUSED]
+    tally.totals["tools/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in made)
+    tally.totals["tools/calls_distinct"] += len({(call.name, repr(sorted(call.arguments.items()))) for call in made})
+    tally.totals["tools/calls_saved_by_cache"] += sum(
+        call.source in (CallSource.CACHED, CallSource.JOINED) for call in made
+    )
+    tally.totals["tools/calls_made"] += len(made)
+    tally.totals["tools/refused"] += len(calls) - len(made)
+    for call in made:
+        tally.add(f"tools/{call.name}/failed", float(not call.ok))
+        tally.add(f"tools/{call.name}/timed_out", float(call.failure is ToolFailure.TIMEOUT))
+        tally.add(f"tools/{call.name}/degraded", float(call.failure is ToolFailure.DEGRADED))
+        tally.add(f"tools/{call.name}/stopped", float(call.failure is ToolFailure.STOPPED))
+        tally.add(f"tools/{call.name}/cache_hits", float(call.source is CallSource.CACHED))
+        if call.source is CallSource.EXECUTED:
+            tally.spread[f"tools/{call.name}/seconds"].append(call.seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A share that means something is silently wrong, and what to do about it.
+
+    It is looked at whenever `count` things have been counted since the last look, and rings from `limit` on (`below`:
+    from it down): once a run, or with `again` every `REPEAT_EVERY` looks at which it still rings.
+    """
+
+    metric: str
+    limit: float
+    advice: str
+    below: bool = False
+    count: int = 1
+    again: bool = True
+
+
+REPEAT_EVERY = 50
+FIRE_RATE_COUNT = 200
+ALARMS = (
+    Alarm(
+        "alarm/unparsed",
+        0.5,
+        "{share} of the rollouts hold neither a valid tool call nor an answer: the model does not speak the protocol. "
+        "Start from a cold-started model (sft.py), and look at what it writes (arpo-trl tree).",
+    ),
+    Alarm(
+        "alarm/truncated",
+        0.5,
+        "{share} of the rollouts were cut by the length limit and could not answer. Raise max_completion_length, or "
+        "start from a model that ends its turns (sft.py).",
+    ),
+    Alarm(
+        "alarm/zero_variance_groups",
+        0.9,
+        "{share} of the groups earned one reward everywhere, so they teach nothing. All wrong in format: see "
+        "arpo/format and the two shares alarm/unparsed and alarm/truncated. All right: the rows are too easy.",
+    ),
+    Alarm(
+        "tools/search/degraded",
+        0.1,
+        "{share} of the searches got a notice instead of results: the service fails, is asked too fast, or "
+        "search_max_calls is spent. See the warnings above; such rollouts teach the model not to search.",
+    ),
+)
+FIRE_RATE_ALARMS = (
+    Alarm(
+        "tree/fire_rate",
+        0.9,
+        "{share} of the tool results fire the branch rule, so the budget decides where branches go, not the entropy. "
+        "Raise branch_threshold, or use branch_rule ranked.",
+        count=FIRE_RATE_COUNT,
+        again=False,
+    ),
+    Alarm(
+        "tree/fire_rate",
+        0.1,
+        "Only {share} of the tool results fire the branch rule; most of the branch budget is topped up at the root. "
+        "Lower branch_threshold, or use branch_rule ranked.",
+        below=True,
+        count=FIRE_RATE_COUNT,
+        again=False,
+    ),
+)
+
+
+class AlarmBell:
+    """Listens to a run's tallies and says what rings; the fire rate only under rules that an entropy triggers."""
+
+    def __init__(self, rule: BranchRule):
+        self._alarms = ALARMS + (FIRE_RATE_ALARMS if rule.entropy_triggers else ())
+        self._heard = {alarm: [0.0, 0.0] for alarm in self._alarms}
+        self._rung = dict.fromkeys(self._alarms, 0)
+
+    def state(self) -> list[list[float]]:
+        """What it has heard and how often it rang, alarm by alarm, for `restore`."""
+        return [[*self._heard[alarm], self._rung[alarm]] for alarm in self._alarms]
+
+    def restore(self, state: Sequence[Sequence[float]]) -> None:
+        for alarm, (total, count, rung) in zip(self._alarms, state, strict=True):
+            self._heard[alarm], self._rung[alarm] = [total, count], int(rung)
+
+    def hear(self, tally: Tally) -> list[str]:
+        """The messages to log after this rollout."""
+        messages = []
+        for alarm in self._alarms:
+            heard = self._heard[alarm]
+            for i, new in enumerate(tally.sums.get(alarm.metric, (0.0, 0.0))):
+                heard[i] += new
+            if heard[1] < alarm.count:
+                continue
+            share = heard[0] / heard[1]
+            self._heard[alarm] = [0.0, 0.0]
+            if share <= alarm.limit if alarm.below else share >= alarm.limit:
+                if self._rung[alarm] == 0 or (alarm.again and self._rung[alarm] % REPEAT_EVERY == 0):
+                    messages.append(f"arpo/{alarm.metric}: {alarm.advice.format(share=f'{share:.0%}')}")
+                self._rung[alarm] += 1
+        return messages

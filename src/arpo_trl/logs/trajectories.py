@@ -1,0 +1,157 @@
+"""The trajectory log: each step's trees as JSON lines, enough to rebuild every one of them.
+
+`<output_dir>/trajectories/step-000012-rank0.jsonl`, one tree per line, one file per rollout and rank: writing a step
+again after a resume replaces its file, so nothing is doubled. Which trees are kept is drawn from the run's seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.common.files import write_whole
+from arpo_trl.errors import DataError, EngineError
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource, ToolFailure
+
+_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.jsonl(\.partial)?")
+
+
+@dataclass(frozen=True, slots=True)
+class LoggedTree:
+    """A tree of a log: with `rewards` and `advantages`, one per leaf in leaf order."""
+
+    step: int
+    group: int
+    prompt: str
+    tree: RolloutTree
+    rewards: list[float | None]
+    advantages: list[float]
+
+
+def logged_trees(
+    trees: Sequence[RolloutTree],
+    rewards: Sequence[float],
+    advantages: Sequence[float],
+    *,
+    step: int,
+    first_group: int,
+    decode: Callable[[list[int]], str],
+) -> list[LoggedTree]:
+    """The trees of a rollout as they are logged.
+
+    Args:
+        rewards: One per leaf, tree by tree in leaf order; NaN, where no reward function applies, is logged as None.
+        advantages: Likewise.
+        step: The optimizer step.
+        first_group: The first tree's group; the others' follow.
+        decode: Token ids → text, with special tokens.
+    """
+    logged, start = [], 0
+    for group, tree in enumerate(trees, first_group):
+        rows = slice(start, start + len(tree.leaves()))
+        earned = [None if math.isnan(reward) else reward for reward in rewards[rows]]
+        logged.append(LoggedTree(step, group, decode(tree.root.ids), tree, earned, list(advantages[rows])))
+        start = rows.stop
+    return logged
+
+
+class TrajectoryLog:
+    """Writes a seeded sample of the trees, `rate` of them, under `folder`."""
+
+    def __init__(self, folder: Path, rate: float, seed: int, rank: int):
+        self.folder, self.rate, self.seed, self.rank = folder, rate, seed, rank
+
+    def write(self, name: str, trees: Sequence[LoggedTree]) -> Path | None:
+        """The file written for this rollout, None when the draw kept no tree of it."""
+        draw = random.Random(f"{self.seed} {name} {self.rank}")
+        kept = [tree for tree in trees if draw.random() < self.rate]
+        if not kept:
+            return None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{name}-rank{self.rank}.jsonl"
+        write_whole(path, "".join(json.dumps(_tree_row(tree), ensure_ascii=False) + "\n" for tree in kept))
+        return path
+
+    def forget_from(self, step: int, *, evaluated: bool) -> None:
+        """Removes all ranks' files of what a run resumed at `step` repeats: this step and later ones.
+
+        The evaluation after so many steps is repeated too unless it is `evaluated`. Most of the files would be
+        replaced anyway, but not those of more ranks, or of more steps, than there will be.
+        """
+        for path in self.folder.glob("*-rank*"):
+            if match := _FILE.fullmatch(path.name):
+                kept = int(match["step"]) < step or (
+                    match["kind"] == "eval" and evaluated and int(match["step"]) == step
+                )
+                if not kept:
+                    path.unlink(missing_ok=True)
+
+
+def read_trees(path: str | Path) -> Iterator[LoggedTree]:
+    """The trees of a log file, rebuilt.
+
+    Raises:
+        DataError: A line is not a logged tree; the message names file and line.
+    """
+    with Path(path).open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield _tree_from(json.loads(line))
+            except (LookupError, TypeError, ValueError, AttributeError, EngineError) as error:
+                raise DataError(f"{path}, line {number}: not a logged tree ({error!r}).") from error
+
+
+def _tree_row(logged: LoggedTree) -> dict[str, Any]:
+    return {
+        "step": logged.step,
+        "group": logged.group,
+        "prompt": logged.prompt,
+        "nodes": [_node_row(node) for node in logged.tree.nodes],
+        "leaves": [
+            {"address": leaf.address, "node": leaf.nodes[-1].index, "reward": reward, "advantage": advantage}
+            for leaf, reward, advantage in zip(logged.tree.leaves(), logged.rewards, logged.advantages, strict=True)
+        ],
+    }
+
+
+def _node_row(node: Node) -> dict[str, Any]:
+    row = dataclasses.asdict(node)
+    row.pop("children")
+    return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
+
+
+def _tree_from(row: dict[str, Any]) -> LoggedTree:
+    tree = RolloutTree(row["nodes"][0].get("ids", []))
+    for node in row["nodes"][1:]:
+        if NodeKind(node["kind"]) is NodeKind.TURN:
+            grown = tree.add_turn(
+                node["parent"], node["ids"], node["text"], node["logprobs"], node.get("entropies", [])
+            )
+            grown.stop = StopReason(node["stop"]) if "stop" in node else None
+        else:
+            calls = [_call_from(call) for call in node.get("calls", [])]
+            grown = tree.add_observation(node["parent"], node["ids"], calls, node["text"])
+            grown.decision = BranchDecision(**node["decision"]) if "decision" in node else None
+    for leaf in row["leaves"]:
+        stop = tree.nodes[leaf["node"]].stop
+        if stop is None:
+            raise ValueError(f"leaf {leaf['address']} never stopped")
+        tree.end(leaf["node"], tuple(leaf["address"]), stop)
+    rewards = [leaf["reward"] for leaf in row["leaves"]]
+    return LoggedTree(
+        row["step"], row["group"], row["prompt"], tree, rewards, [leaf["advantage"] for leaf in row["leaves"]]
+    )
+
+
+def _call_from(row: dict[str, Any]) -> ExecutedCall:
+    failure = row["failure"]
+    typed = {"failure": None if failure is None else ToolFailure(failure), "source": CallSource(row["source"])}
+    return ExecutedCall(**(row | typed))

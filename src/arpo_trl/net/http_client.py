@@ -1,0 +1,197 @@
+"""One HTTP exchange with a server that may be slow, huge or hostile: a deadline for all of it and a cap on its size.
+
+Nothing of a request or an answer gets into an error: both can hold keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import httpx
+import stamina
+
+from arpo_trl.net import background
+
+MAX_BYTES = 8 << 20
+_CODINGS = ("", "identity", "gzip", "deflate")  # others expand a small chunk without bound
+_GRACE_S = 1.0
+_ERROR_BYTES = 4096
+_ACCOUNT_WORDS = re.compile(r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed")
+"""What services write when they refuse an account, some of them with the status of a bad request."""
+_ATTEMPTS = 3
+
+T = TypeVar("T")
+
+
+class RequestFailed(Exception):
+    """An exchange that gave no answer; the message names neither addresses nor contents.
+
+    Args:
+        status: What the server answered, None if it did not.
+        retry_after_s: When it asks to be tried again.
+        about_account: Its answer speaks of the key or of what the account may spend.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        retry_after_s: float | None = None,
+        about_account: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after_s = retry_after_s
+        self.about_account = about_account
+
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same request can succeed later: no answer, too many requests, or the server's own trouble."""
+        return self.status is None or self.status in (408, 429) or self.status >= 500
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer, of any status."""
+
+    status: int
+    headers: httpx.Headers
+    body: bytes
+
+
+def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTES, pooled: bool = True) -> Answer:
+    """The server's answer to `request`, redirects not followed. Blocks; safe in any thread.
+
+    Args:
+        timeout_s: For everything from connecting to the last byte.
+        max_bytes: Longest body, after decompression.
+        pooled: Use proxies of the environment and connections that are open; False for an address that was checked.
+
+    Raises:
+        RequestFailed: no complete answer within these limits.
+    """
+    future = background.start(_exchange(request, timeout_s, max_bytes, pooled))
+    try:
+        return future.result(timeout_s + _GRACE_S)
+    except TimeoutError:
+        raise _too_late(timeout_s) from None
+    finally:
+        future.cancel()
+
+
+def fetch_json(request: httpx.Request, *, timeout_s: float, sent: str = "") -> Any:
+    """The JSON of a successful answer.
+
+    Args:
+        sent: Text of the request that an answer may repeat; its words do not tell what an error is about.
+
+    Raises:
+        RequestFailed: no answer, another status than 200, or no JSON.
+    """
+    answer = fetch(request, timeout_s=timeout_s)
+    if answer.status != 200:
+        retry_after = _retry_after_s(answer.headers.get("retry-after"))
+        words = _account_words(answer.body[:_ERROR_BYTES].decode("utf-8", "replace")) - _account_words(sent)
+        raise RequestFailed(
+            f"answered {answer.status}", status=answer.status, retry_after_s=retry_after, about_account=bool(words)
+        )
+    try:
+        return json.loads(answer.body.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        raise RequestFailed("answered with something that is not JSON", status=200) from None
+
+
+def _account_words(text: str) -> set[str]:
+    return set(_ACCOUNT_WORDS.findall(text.lower()))
+
+
+def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
+    """What `ask` returns, tried up to three times while it fails in a way that may pass and `left_s` seconds are left.
+
+    Raises:
+        RequestFailed: it failed for good, or too often.
+    """
+
+    def pause(error: Exception) -> bool | float:
+        if not isinstance(error, RequestFailed) or not error.may_pass:
+            return False
+        if error.retry_after_s is None:
+            return left_s() > 1.0
+        return error.retry_after_s if error.retry_after_s < left_s() else False
+
+    for attempt in stamina.retry_context(
+        pause, attempts=_ATTEMPTS, timeout=None, wait_initial=0.25, wait_max=4.0, wait_jitter=0.25
+    ):
+        with attempt:
+            return ask()
+    raise AssertionError("unreachable")
+
+
+def without(secret: str, text: str) -> str:
+    """`text` with `secret` blotted out, should the server that was given it have repeated it."""
+    return text.replace(secret, "[key]") if secret else text
+
+
+def _too_late(timeout_s: float) -> RequestFailed:
+    # To a tenth: what is left of a call's time differs by milliseconds, and the model's text need not.
+    return RequestFailed(f"no complete answer within {round(timeout_s, 1):g} s")
+
+
+async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:
+    try:
+        async with asyncio.timeout(timeout_s):
+            response = await _client_of(os.getpid(), pooled).send(request, stream=True)
+            status = response.status_code
+            try:
+                if response.headers.get("content-encoding", "").lower() not in _CODINGS:
+                    raise RequestFailed("answered in a compression that is not accepted", status=status)
+                body = bytearray()
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > max_bytes:
+                        raise RequestFailed(f"answered with more than {max_bytes:,} bytes", status=status)
+                return Answer(status, response.headers, bytes(body))
+            finally:
+                await response.aclose()
+    except (TimeoutError, httpx.TimeoutException):
+        raise _too_late(timeout_s) from None
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
+        # Their messages can quote headers and addresses; their kinds say enough.
+        raise RequestFailed(f"the connection failed ({type(error).__name__})") from None
+
+
+@lru_cache
+def _client_of(pid: int, pooled: bool) -> httpx.AsyncClient:
+    """The client of process `pid` on its background loop."""
+    return httpx.AsyncClient(
+        headers={"User-Agent": "arpo-trl", "Accept-Encoding": "gzip, deflate"},
+        timeout=None,  # the deadline above is for everything
+        trust_env=pooled,
+        # An open connection was checked for the name it was opened for, not for others at the same address.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
+    )
+
+
+def _retry_after_s(value: str | None) -> float | None:
+    """Seconds of a Retry-After header, which gives them or a date."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
+    return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # also what nan becomes

@@ -1,0 +1,73 @@
+"""A LoRA adapter and its base model made into one model, which needs no peft and that every server takes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from arpo_trl.common.files import whole_folder
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
+
+_CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
+
+
+def merge_adapter(
+    adapter: str, output: Path, *, base: str | None = None, dtype: str | None = None, repo_id: str | None = None
+) -> None:
+    """Saves base + adapter in the new folder `output`, with the adapter's tokenizer, chat template and card.
+
+    Args:
+        adapter: Folder or Hub id.
+        base: The base model, where it is not where the adapter says.
+        dtype: That the sum is computed and saved in; None: the base model's.
+        repo_id: The repository that the card speaks of; None: the folder's name.
+
+    Raises:
+        ConfigError: `output` exists, or there is no such dtype.
+        DataError: `adapter` is none, or its base model cannot be loaded or is another one.
+    """
+    if output.exists():
+        raise ConfigError(f"--output {output} exists. Name a folder that does not, or remove it.")
+    if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ConfigError(f"--dtype is {dtype!r}; expected one such as bfloat16, float16 or float32.")
+    try:
+        config: Any = PeftConfig.from_pretrained(adapter)
+    except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
+        raise DataError(
+            f"{adapter} is no adapter: it has no {ADAPTER_CONFIG_NAME} that can be read. Give the output_dir of a run "
+            "with use_peft, or one of its checkpoints."
+        ) from error
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise DataError(f"{adapter} does not say what its base model is. Name it with --base.")
+    try:
+        # Not quantized, even if training was: rounding the sum to 4 bits would lose what was learned.
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"The base model {name!r} of {adapter} cannot be loaded: {str(error).splitlines()[0]} Name another with "
+            "--base."
+        ) from error
+    try:
+        merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    except (RuntimeError, ValueError) as error:  # other sizes, other names of layers, weights that are not finite
+        raise DataError(f"{adapter} does not fit its base model {name!r}: {str(error)[:300]}") from error
+    folder = Path(adapter)
+    has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else name)
+    with whole_folder(output) as partial:
+        merged.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for file in _CARRIED:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, partial / file)
+        card = Card.of(partial, repo_id or output.name)
+        if card is not None:
+            card.write(partial)

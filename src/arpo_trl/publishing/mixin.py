@@ -1,0 +1,175 @@
+"""`Publishing`: what a trainer sends to the Hub, and when. How it is sent is in `hub.py` and `model_card.py`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import is_peft_model
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy
+from trl import GRPOTrainer
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import HubError
+from arpo_trl.publishing.model_card import Card, describe
+from arpo_trl.publishing.push import (
+    BackgroundPush,
+    Snapshot,
+    prepare_repo,
+    push_snapshot,
+    push_trajectories,
+    reason_of,
+)
+from arpo_trl.trl_seam import get_config_model_id
+
+logger = logging.getLogger(__name__)
+
+
+class Publishing(GRPOTrainer):
+    """A `GRPOTrainer` with a card of its own, and with pushes that are known to work and that cannot harm a run.
+
+    A mixin, independent of the others. It pushes the checkpoints with which `_push_from_checkpoint` is called.
+
+    `Trainer` pushes from threads whose exceptions nobody reads, sends everything in `output_dir`, some of it while it
+    is being written, and waits without limit for a Hub that does not answer.
+    """
+
+    args: ARPOConfig
+    evaluation: str | None = None
+    """Markdown that the card has of the last evaluation on benchmarks."""
+    other_settings: Sequence[Any] = ()
+    """Dataclasses besides `args` whose values are settings of this run."""
+
+    def prepare_repositories(self, args: Any, token: str | None = None, private: bool | None = None) -> None:
+        """Makes sure that the repositories which the settings name can be written to; on the main process only.
+
+        Raises:
+            ConfigError: one cannot.
+        """
+        if args.process_index != 0:
+            return
+        if private is None:
+            private = args.hub_private_repo
+        self._repo_id = prepare_repo(
+            args.hub_model_id or Path(args.output_dir).absolute().name,
+            setting="hub_model_id",
+            private=private,
+            token=token,
+        )
+        if args.hub_trajectories_id is not None:
+            args.hub_trajectories_id = prepare_repo(
+                args.hub_trajectories_id,
+                setting="hub_trajectories_id",
+                private=private,
+                kind="dataset",
+                token=token,
+            )
+        for left in Path(args.output_dir).glob(".push-*"):  # by a process that was killed; they hold old weights
+            shutil.rmtree(left, ignore_errors=True)
+        self._push = BackgroundPush()
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if not hasattr(self, "_push"):
+            self.prepare_repositories(self.args, token, private)
+        self.hub_model_id = getattr(self, "_repo_id", None)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Saves the model and its card, then sends them and, with `hub_trajectories_id`, the trajectories.
+
+        Call it on all ranks; the main process pushes. `card` goes to `create_model_card`.
+
+        Raises:
+            HubError: The push failed; everything is saved, and the message has the command that pushes later.
+        """
+        self._say_push_begins()
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.create_model_card(**card)
+        self.state.save_to_json(os.path.join(self.args.output_dir, TRAINER_STATE_NAME))
+        self._push.wait()
+        run, repo_id = Path(self.args.output_dir), str(self.hub_model_id)
+        revision = revision or self.args.hub_revision
+
+        def push() -> Any:
+            snapshot = Snapshot(run, run)
+            commit = push_snapshot(
+                repo_id, snapshot, message=commit_message or "Model", token=token, revision=revision
+            )
+            if self.args.hub_trajectories_id is not None:
+                push_trajectories(self.args.hub_trajectories_id, run, token=token)
+            return commit
+
+        return push() if blocking else self._push.start(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        strategy = HubStrategy(self.args.hub_strategy)
+        if not self.is_world_process_zero() or strategy is HubStrategy.END:
+            return
+        if self._push.is_running and not self.args.hub_always_push:
+            return
+        self._say_push_begins()
+        model, run, repo_id = Path(checkpoint_folder), Path(self.args.output_dir), str(self.hub_model_id)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: model.name}
+        checkpoint = (model, places[strategy]) if strategy in places else None
+        self._push.wait()
+        try:
+            snapshot = Snapshot(run, model, checkpoint)
+        except HubError as error:
+            logger.warning(f"{error} Training goes on.")
+            return
+        message = f"Step {self.state.global_step}"
+        self._push.start(lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision))
+
+    def _say_push_begins(self) -> None:
+        try:
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        except Exception as error:  # trackio sends its own data to the Hub at this point
+            logger.warning(f"A tracker failed before a push: {reason_of(error)}. The push goes on without it.")
+
+    def _finish_current_push(self) -> None:
+        """At the end of `train`, on all ranks: saves what was learned, then waits for the push of the last save."""
+        if self.args.push_to_hub and HubStrategy(self.args.hub_strategy) is not HubStrategy.END:
+            self.save_model(_internal_call=True)
+        if hasattr(self, "_push"):
+            self._push.wait()
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | Sequence[str] | None = None,
+    ) -> None:
+        """Writes card, training curves and settings into `output_dir`; on the main process only."""
+        if not self.is_world_process_zero():
+            return
+        settings = describe(*self.other_settings, self.args)
+        if dataset_name is not None:
+            settings["dataset"] = dataset_name
+        base = get_config_model_id(self.model.config)
+        settings.setdefault("model_name_or_path", base)
+        told = (tags,) if isinstance(tags, str) else tuple(tags or ())
+        Card(
+            self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
+            settings,
+            self.state.log_history,
+            base,
+            is_peft_model(self.model),
+            self.evaluation,
+            (*told, *(getattr(self.model, "model_tags", None) or ())),
+        ).write(Path(self.args.output_dir))

@@ -1,0 +1,253 @@
+"""What a run's folder says of itself: model card, training curves, and the settings that made it.
+
+    README.md              the card
+    curves/*.png           reward, entropy, tool calls, tree shape over steps
+    training_config.yaml   what `train.py --config` takes to do the run again, less its defaults and anything secret
+    evaluation.md          the last evaluation, where there was one
+
+All of it is made from the folder's own files, so a card can be made again for another repository, or after a merge.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from arpo_trl.common.files import whole_file, write_whole
+
+CONFIG_NAME = "training_config.yaml"
+EVALUATION_NAME = "evaluation.md"
+CURVES_FOLDER = "curves"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+TAGS = ("arpo-trl", "arpo", "trl", "reinforcement-learning", "agent", "tool-use")
+VERSIONS = ("arpo-trl", "trl", "transformers", "peft", "torch", "datasets", "tokenizers")
+
+SHOWN_SETTINGS = {
+    "num_generations": "leaves per prompt (M)",
+    "initial_rollouts": "of them from the root (N)",
+    "branch_rule": "what branches",
+    "branch_rule_kwargs": "options of that rule",
+    "entropy_probe_tokens": "tokens whose entropy is read (k)",
+    "branch_probability": "α",
+    "entropy_weight": "β",
+    "branch_threshold": "τ",
+    "branches_per_fork": "extra turns per fork (Z)",
+    "advantage_attribution": "credit of shared tokens",
+    "shared_prefix_weight": "weight of shared tokens",
+    "tools": "tools",
+    "tool_protocol": "how tools are called",
+    "max_tool_calling_iterations": "tool results per path, at most",
+    "max_completion_length": "tokens per path, at most",
+    "temperature": "temperature",
+    "loss_type": "loss",
+    "beta": "weight of the KL term",
+    "learning_rate": "learning rate",
+    "lora_r": "LoRA rank",
+    "lora_alpha": "LoRA α",
+}
+"""Setting → what the card calls it."""
+
+PANELS = {
+    "reward": ("Reward and accuracy", {
+        "reward": "reward", "arpo/accuracy": "accuracy (training)", "eval_arpo/accuracy": "accuracy (held out)",
+    }),
+    "entropy": ("Entropy of a turn's first tokens, nats", {
+        "arpo/entropy/root": "at the root", "arpo/entropy/after_search": "after search",
+        "arpo/entropy/after_python": "after python",
+    }),
+    "tools": ("Tool calls", {
+        "arpo/tools/calls_per_leaf": "on a leaf's path", "arpo/tools/search/failed": "share of searches that failed",
+        "arpo/tools/python/failed": "share of python calls that failed",
+    }),
+    "tree": ("Shape of the trees, per prompt", {
+        "arpo/tree/branches": "branches", "arpo/tree/topups": "top-ups",
+        "arpo/tree/sharing_ratio": "leaf tokens per sampled token",
+    }),
+}  # fmt: skip
+"""Picture → its title, and the logged values it draws with their names."""
+
+_SECRET_NAME = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card is made of. `settings` are those of `training_config.yaml`, `history` is a trainer's log history."""
+
+    repo_id: str
+    settings: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    base_model: str | None
+    is_adapter: bool
+    evaluation: str | None = None
+    extra_tags: Sequence[str] = field(default=())
+
+    @classmethod
+    def of(cls, folder: Path, repo_id: str) -> Card | None:
+        """The card of a finished run's folder; None if it holds no `training_config.yaml`."""
+        config, state = folder / CONFIG_NAME, folder / "trainer_state.json"
+        if not config.is_file():
+            return None
+        adapter, evaluation = folder / ADAPTER_CONFIG_NAME, folder / EVALUATION_NAME
+        settings = yaml.safe_load(config.read_text("utf-8")) or {}
+        base = settings.get("model_name_or_path")
+        if adapter.is_file():
+            base = json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path") or base
+        return cls(
+            repo_id,
+            settings,
+            json.loads(state.read_text("utf-8"))["log_history"] if state.is_file() else [],
+            base,
+            adapter.is_file(),
+            evaluation.read_text("utf-8") if evaluation.is_file() else None,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Writes card, curves and settings into `folder`, each whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn = draw_curves(self.history, folder / CURVES_FOLDER)
+        write_whole(folder / CONFIG_NAME, self._settings_yaml())
+        if self.evaluation is not None:
+            write_whole(folder / EVALUATION_NAME, self.evaluation.strip() + "\n")
+        write_whole(folder / "README.md", self.text(drawn))
+
+    def text(self, curves: Iterable[str]) -> str:
+        """The card in Markdown; `curves` are the pictures there are."""
+        import jinja2
+        from huggingface_hub import ModelCardData
+
+        base = self.base_model if self.base_model is not None and is_hub_id(self.base_model) else None
+        named = (self.settings.get(name) for name in ("dataset", "eval_dataset"))
+        datasets = list(dict.fromkeys(name for name in named if isinstance(name, str) and is_hub_id(name)))
+        data = ModelCardData(
+            library_name="peft" if self.is_adapter else "transformers",
+            pipeline_tag="text-generation",
+            base_model=base,
+            base_model_relation=None if base is None else "adapter" if self.is_adapter else "finetune",
+            datasets=datasets or None,
+            tags=list(dict.fromkeys([*TAGS, *self.extra_tags])),
+        )
+        source = files("arpo_trl.publishing").joinpath("model_card.md.jinja").read_text("utf-8")
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(source).render(
+            card_data=data.to_yaml(),
+            name=self.repo_id.rpartition("/")[2],
+            repo_id=self.repo_id,
+            base_model=base,
+            is_adapter=self.is_adapter,
+            datasets=datasets,
+            steps=max((row["step"] for row in self.history if "reward" in row), default=0),
+            settings={label: _cell(value) for label, value in self._shown()},
+            curves={name: PANELS[name][0] for name in curves},
+            folder=CURVES_FOLDER,
+            evaluation=self.evaluation,
+            versions={name: version(name) for name in VERSIONS},
+            config=self._settings_yaml(),
+            fence="`" * (1 + max([2, *map(len, re.findall("`+", self._settings_yaml()))])),  # prompts have fences too
+        )
+
+    def _shown(self) -> Iterable[tuple[str, Any]]:
+        from arpo_trl.config import ARPOConfig
+
+        defaults = {item.name: item.default for item in dataclasses.fields(ARPOConfig)}
+        for name, label in SHOWN_SETTINGS.items():
+            value = self.settings.get(name, defaults.get(name))
+            if value is not None and (self.settings.get("use_peft") or not name.startswith("lora_")):
+                yield label, value
+
+    def _settings_yaml(self) -> str:
+        return yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True)
+
+
+def describe(*groups: Any) -> dict[str, Any]:
+    """The settings in these dataclasses that differ from their defaults, as YAML can have them, without secrets.
+
+    A value whose name says that it is a secret is left out, so are arguments of MCP servers; of URLs user name,
+    password and query are.
+    """
+    described: dict[str, Any] = {}
+    for group in groups:
+        for item in dataclasses.fields(group):
+            if not item.init:
+                continue
+            value = getattr(group, item.name)
+            default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
+            if value != default and item.name not in _DERIVED and not _SECRET_NAME.search(item.name):
+                described[item.name] = _plain(value)
+    return described
+
+
+_DERIVED = {"generation_batch_size", "model_init_kwargs", "accelerator_config", "router_mapping", "hub_model_id"}
+"""Settings that the others make, or that belong to one repository or machine."""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, Mapping):
+        return {
+            str(key): _plain(item)
+            for key, item in value.items()
+            if not _SECRET_NAME.search(str(key)) and key != "args"
+        }
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return without_credentials(str(value))
+
+
+def without_credentials(text: str) -> str:
+    """`text`, and if it is a URL, without user name, password and query."""
+    parts = urlsplit(text) if "://" in text else None
+    if parts is None or not (parts.query or "@" in parts.netloc):
+        return text
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether that is the name of a repository rather than a path on this machine."""
+    return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
+    """The names in `PANELS` of the pictures that were drawn into `folder`: those with two points or more."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for name, (title, lines) in PANELS.items():
+        found = {
+            label: [(row["step"], row[key]) for row in history if isinstance(row.get(key), (int, float))]
+            for key, label in lines.items()
+        }
+        found = {label: points for label, points in found.items() if points}
+        if not any(len(points) > 1 for points in found.values()):
+            continue
+        figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+        axes = figure.subplots()
+        for label, points in found.items():
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=label)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / f"{name}.png") as partial:
+            figure.savefig(partial, dpi=120, format="png")
+        drawn.append(name)
+    return drawn
+
+
+def _cell(value: Any) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else f"{value}"
+    return text.replace("|", "\\|").replace("\n", " ")

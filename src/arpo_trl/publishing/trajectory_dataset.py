@@ -1,0 +1,108 @@
+"""The trajectory log as a dataset: one flat row per leaf, as a table or the Hub's viewer shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from arpo_trl.logs.trajectories import read_trees
+
+_TEXT, _INTEGER, _NUMBER = pa.string(), pa.int64(), pa.float64()
+_MESSAGE = pa.struct({"role": _TEXT, "content": _TEXT, "name": _TEXT})
+_CALL = pa.struct(
+    {
+        **{"name": _TEXT, "arguments": _TEXT, "text": _TEXT, "ok": pa.bool_(), "failure": _TEXT},
+        **{"seconds": _NUMBER, "source": _TEXT},
+    }
+)
+TRAJECTORY_SCHEMA = pa.schema(
+    {
+        **{"step": _INTEGER, "rollout": _TEXT, "rank": _INTEGER, "group": _INTEGER, "leaf": _INTEGER},
+        **{"prompt": _TEXT, "completion": pa.list_(_MESSAGE), "reward": _NUMBER, "advantage": _NUMBER},
+        **{"stop_reason": _TEXT, "tool_calls": pa.list_(_CALL), "completion_tokens": _INTEGER},
+        "shared_with": _INTEGER,
+    }
+)
+SPLITS = {"train": "step-", "evaluation": "eval-"}
+"""Split of the dataset → how the names of its log files start."""
+
+
+def export_rows(logs: Sequence[Path], folder: Path) -> list[str]:
+    """The splits that the rows of these log files were written to, as `<split>.parquet` in the new `folder`.
+
+    Raises:
+        DataError: A log file is not one.
+    """
+    folder.mkdir(parents=True)
+    splits = []
+    for split, start in SPLITS.items():
+        chosen = [log for log in logs if log.name.startswith(start)]
+        if chosen:
+            with pq.ParquetWriter(folder / f"{split}.parquet", TRAJECTORY_SCHEMA) as writer:
+                for log in chosen:
+                    writer.write_table(pa.Table.from_pylist(list(leaf_rows(log)), TRAJECTORY_SCHEMA))
+            splits.append(split)
+    return splits
+
+
+def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """One flat row per leaf of a log file, as a table or a dataset viewer shows it.
+
+    Raises:
+        DataError: A line is not a logged tree.
+    """
+    rollout, _, rank = path.stem.rpartition("-rank")
+    for logged in read_trees(path):
+        leaves = logged.tree.leaves()
+        for number, (leaf, reward, advantage) in enumerate(
+            zip(leaves, logged.rewards, logged.advantages, strict=True)
+        ):
+            # Below the root come a turn, which nothing forks, and its result, from which branches go.
+            first = leaf.nodes[min(1, len(leaf.nodes) - 1)].index
+            yield {
+                "step": logged.step,
+                "rollout": rollout,
+                "rank": int(rank),
+                "group": logged.group,
+                "leaf": number,
+                "prompt": logged.prompt,
+                "completion": leaf.messages,
+                "reward": reward,
+                "advantage": advantage,
+                "stop_reason": leaf.stop.value,
+                "tool_calls": [
+                    call.as_row() | {"arguments": json.dumps(call.arguments, ensure_ascii=False)}
+                    for call in leaf.calls
+                ],
+                "completion_tokens": len(leaf.ids),
+                "shared_with": sum(any(node.index == first for node in other.nodes) for other in leaves),
+            }
+
+
+def dataset_card(repo_id: str, splits: Sequence[str]) -> str:
+    """README.md of a dataset with these splits."""
+    files = "".join(f"\n  - split: {split}\n    path: data/{split}.parquet" for split in splits)
+    return f"""---
+tags: [arpo-trl, agent, tool-use, trajectories]
+configs:
+- config_name: default
+  data_files:{files}
+---
+
+# Trajectories
+
+What a policy sampled while it was trained with Agentic Reinforced Policy Optimization (`arpo-trl`): one row per leaf
+of a tree. Rows with the same `rollout` and `group` answer one prompt and were compared with one another, which is
+what their `advantage` says. `shared_with` is how many of them, itself included, go through a row's first tool result.
+
+```python
+from datasets import load_dataset
+
+trajectories = load_dataset("{repo_id}", split="{splits[0]}")
+```
+"""

@@ -1,0 +1,83 @@
+"""What an answer may mean: words, an option, or what the grammar reads."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import sympy
+from sympy import Expr, S
+
+from arpo_trl.rewards.mathematics.functions import CONSTANTS, FUNCTIONS
+from arpo_trl.rewards.mathematics.parser import Parser, symbol_of
+from arpo_trl.rewards.mathematics.text import canonical, clean
+from arpo_trl.rewards.mathematics.tokens import Unreadable
+from arpo_trl.rewards.mathematics.values import Choice, Group, Quantity, Text, Value
+from arpo_trl.rewards.mathematics.vocabulary import GREEK, WORDS
+
+_SCIENTIFIC_OR_E = re.compile(r"(?<![\d.])\d+e[+-]\d(?!\d)")  # 2e-1: a fifth, or 2e − 1
+_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # neither a difference nor a quotient
+_POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2): a point, or 20 permutations
+
+
+def readings(text: str) -> list[Value]:
+    """What an answer may mean, at least one value; several only where its writing is ambiguous."""
+    cleaned = clean(text)
+    if label := re.fullmatch(r"\(?([A-J])\s*(?:\)|[.:](?=\s|$))\s*(.*)", cleaned, re.DOTALL):
+        letter = Quantity(symbol_of(label[1]))
+        if not label[2]:
+            return [letter]
+        if not re.match(r"[=_^,;&]|(?:and|or)\b", label[2]):
+            return [Choice(label[1], value) for value in readings(label[2])]
+    if _DATE.fullmatch(cleaned):
+        return [Text(cleaned)]
+    if words := _words(cleaned):
+        return [words]
+    found: list[Value] = []
+    for scientific, points in itertools.product(
+        (True, False) if _SCIENTIFIC_OR_E.search(cleaned) else (True,),
+        (True, False) if _POINT_OR_COUNT.search(cleaned) else (True,),
+    ):
+        try:
+            found.append(Parser(cleaned, scientific, points).whole())
+        # Besides the grammar's own refusal: what sympy raises over values that do not go together.
+        except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, NotImplementedError):
+            continue
+    return found or [_listed(cleaned) or Text(canonical(cleaned))]
+
+
+def _words(cleaned: str) -> Value | None:
+    """The text as words; None where it may be a formula."""
+    if not re.fullmatch(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*", cleaned):
+        return None
+    words = re.findall(r"[^\W\d_]+", cleaned)
+    if len(words) == 1 and (words[0] in CONSTANTS or words[0] in GREEK):
+        return None
+    if all(len(word) == 1 and word.isascii() for word in words):
+        return None
+    if len(words) > 1 and ("and" in words or "or" in words):
+        return None
+    if all(len(word) == 1 or word in FUNCTIONS or word in CONSTANTS or word in GREEK for word in words):
+        return None
+    if len(words) == 1 and len(words[0]) == 2 and words[0].lower() not in WORDS:
+        return None
+    letters = None
+    if len(words) == 1 and len(words[0]) <= 4 and words[0].isascii() and words[0].lower() not in WORDS:
+        letters = Quantity(sympy.Mul(*(_letter(char) for char in words[0])))
+    bare = re.sub(r"^(?:an?|the) (?=[a-z]{3})", "", cleaned, flags=re.IGNORECASE)
+    return Text(canonical(bare), letters)
+
+
+def _listed(cleaned: str) -> Value | None:
+    """Several texts: "red and blue"; None where it is one."""
+    if re.search(r"[\\(\[{|]", cleaned):
+        return None
+    parts = [part for part in re.split(r"\s*(?:[,;]|\band\b|\bor\b)\s*", cleaned) if part]
+    if len(parts) < 2:
+        return None
+    joiner = next((word for word in ("and", "or") if re.search(rf"\b{word}\b", cleaned)), "")
+    return Group("", tuple(readings(part)[0] for part in parts), "", joiner)
+
+
+def _letter(name: str) -> Expr:
+    return {"e": S.Exp1, "i": S.ImaginaryUnit}.get(name) or symbol_of(name)

@@ -1,0 +1,195 @@
+"""Turns from a vLLM engine inside this process, driven step by step.
+
+Requests join between two steps, so a path whose tool has answered decodes with the others at once. In training, TRL's
+`VLLMGeneration` starts vLLM and moves the weights; its `generate`, which waits for a whole batch, is not used.
+
+Sleep mode (`vllm_enable_sleep_mode`): vLLM wakes up once when a session opens, with one sync of the weights that
+sleeping has discarded, and sleeps again when the session closes, never in between.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, StopFinder, sampling_params
+from arpo_trl.rollout.engines.weights import Weights, mean_difference
+from arpo_trl.trl_seam import VLLMGeneration
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+
+class VLLMColocateEngine:
+    """An engine on a vLLM instance in this process.
+
+    Args:
+        llm: The instance.
+        tokenizer: Decodes turns to find stop strings that straddle two requests.
+        settings: The distribution to sample from.
+        weights: How the instance gets the trainer's weights at the start of each session.
+        vocab_size: V, the width of the distribution sampled from.
+        top_logprobs: Logprobs asked for at each of a turn's first k tokens, from which its entropies are estimated.
+        sleeps: Whether the instance sleeps between sessions, from which `weights` wakes it up.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        weights: Weights,
+        *,
+        vocab_size: int,
+        top_logprobs: int,
+        sleeps: bool = False,
+    ):
+        self.vocab_size = vocab_size
+        self.max_length = int(llm.llm_engine.model_config.max_model_len)
+        self.forward_s = 0.0
+        self._llm = llm
+        self._engine = llm.llm_engine
+        self._settings = settings
+        self._stops = StopFinder(tokenizer, settings.stop_strings)
+        self._params = sampling_params(settings)
+        self._weights = weights
+        self._sleeps = sleeps
+        self._top_logprobs = top_logprobs
+        self._drafts: dict[str, tuple[Draft, int]] = {}
+        """The turns being written, by request, and how many of the largest logprobs were asked for."""
+        self._requests = 0
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        self._weights.sync()
+        try:
+            yield
+        finally:
+            self._engine.abort_request(list(self._drafts))
+            while self._engine.has_unfinished_requests():  # what an abort leaves to be taken note of
+                self._engine.step()
+            self._drafts.clear()
+            if self._sleeps:
+                self._llm.sleep(level=2)
+
+    def submit(self, request: TurnRequest) -> None:
+        self._send(Draft(request, self._settings.eos_ids, self._stops, self.vocab_size, self._top_logprobs))
+
+    def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
+        """One step for all requests (`timeout_s` has no use here: the step is the wait)."""
+        if not self._drafts:
+            return []
+        start = time.perf_counter()
+        outputs = self._engine.step()
+        self.forward_s += time.perf_counter() - start
+        events: list[Probe | Turn] = []
+        for output in outputs:
+            draft, top_logprobs = self._drafts.pop(output.request_id)
+            event = draft.add(_read(output, top_logprobs))
+            if event is not None:
+                events.append(event)
+            if not isinstance(event, Turn):
+                self._send(draft)
+        return events
+
+    def _send(self, draft: Draft) -> None:
+        segment = draft.next_segment()
+        params = self._params | {
+            "max_tokens": segment.max_tokens,
+            "seed": segment.seed,
+            "logprobs": segment.top_logprobs,
+        }
+        self._requests += 1
+        name = str(self._requests)
+        _add(self._engine, name, segment.ids, params)
+        self._drafts[name] = (draft, segment.top_logprobs)
+
+
+class ColocatedWeights:
+    """The weights of the vLLM instance that TRL has started in the trainer's process.
+
+    Args:
+        generation: TRL's object, in mode "colocate".
+        trained: What changes when the trainer's weights do.
+        reference: The trainer's logprobs of ids, each but the first; a collective.
+        canary: The ids that logprobs are compared on after a sync.
+        tolerance: Most `mean_difference` of logprobs between trainer and vLLM.
+    """
+
+    def __init__(
+        self,
+        generation: VLLMGeneration,
+        trained: Callable[[], Hashable],
+        reference: Callable[[Sequence[int]], list[float]],
+        canary: Sequence[int],
+        tolerance: float,
+    ):
+        self._generation = generation
+        self._trained = trained
+        self._synced: Hashable = None
+        """What `trained` returned when vLLM last got the weights."""
+        self._reference, self._canary, self._tolerance = reference, list(canary), tolerance
+
+    def sync(self) -> None:
+        """Moves the weights if they changed or vLLM sleeps, wakes vLLM up, and compares logprobs.
+
+        Raises:
+            EngineError: vLLM's logprobs are not the trainer's: the weights did not arrive, or broke.
+        """
+        sleeps = self._generation.enable_sleep_mode
+        if not sleeps and self._trained() == self._synced:
+            return
+        self._synced = None  # should the sync fail
+        self._generation.sync_weights()  # wakes the weights up first
+        if sleeps:
+            self._generation.llm.wake_up(tags=["kv_cache"])
+        self._compare()
+        self._synced = self._trained()
+
+    def _compare(self) -> None:
+        difference = mean_difference(self._reference(self._canary), self._logprobs())
+        if not difference <= self._tolerance:
+            raise EngineError(
+                f"vLLM does not hold the trainer's weights after a sync: logprobs of one text differ by "
+                f"{difference:.3g} on average, at most {self._tolerance} is expected. Raise weight_sync_tolerance if "
+                "its precision is lower than the trainer's; otherwise vLLM and this model do not fit together."
+            )
+
+    def _logprobs(self) -> list[float]:
+        """vLLM's logprobs of the canary's ids, each but the first."""
+        engine, name = self._generation.llm.llm_engine, "canary"
+        _add(engine, name, self._canary, {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0})
+        outputs: list[RequestOutput] = []
+        while not outputs:
+            outputs = [output for output in engine.step() if output.request_id == name]
+        given = outputs[0].prompt_logprobs
+        return [place[token].logprob for place, token in zip(given[1:], self._canary[1:], strict=True)]
+
+
+def _add(engine: Any, name: str, ids: list[int], params: dict[str, Any]) -> None:
+    """Sends a request whose output comes when it is whole."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine.add_request(
+        name, {"prompt_token_ids": ids}, SamplingParams(**params, output_kind=RequestOutputKind.FINAL_ONLY)
+    )
+
+
+def _read(output: RequestOutput, top_logprobs: int) -> Segment:
+    """A finished request as a segment."""
+    written = output.outputs[0]
+    ids, given = list(written.token_ids), written.logprobs or []
+    # The sampled token is listed too where it is not among the likeliest: it is none of the k.
+    top = [sorted((entry.logprob for entry in place.values()), reverse=True)[:top_logprobs] for place in given]
+    return Segment(
+        ids,
+        [place[token].logprob for token, place in zip(ids, given, strict=True)],
+        top if top_logprobs else [],
+    )

@@ -1,0 +1,249 @@
+"""Turns from native vLLM servers, over HTTP with token ids in and out. Every rank asks for its own and waits for none.
+
+    trainer thread     submit ─▶ ┐                         ┌ ─▶ poll
+    loop thread                  └ one task per turn: probe, Probe event, rest, Turn event
+
+The turns of one tree go to one server, whose prefix cache then holds what they share. A request that is cut off by a
+lost connection or a server's failure is sent again, with the same seed, once the server is back. A server that was
+restarted meanwhile serves the weights it was started with, so before anything is sent to it again it is given the
+current ones, if `weight_sync` can do that, and the comparison of logprobs is made anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl.common.queues import drained
+from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.vllm.client import ServerClient, headers
+from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
+from arpo_trl.rollout.engines.vllm.weights import ServedWeights
+
+logger = logging.getLogger(__name__)  # not accelerate's: a restart is news on whichever rank it is noticed
+
+ATTEMPTS = 4
+"""How often one request is sent before its server counts as unable to answer it."""
+RETRY_S = 0.5
+"""Seconds between two looks at a server that is away."""
+KEEP_ALIVE = [
+    # A machine that vanishes sends no goodbye: ask after 30 s of silence, and give up when four are left unanswered.
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    *(
+        (socket.IPPROTO_TCP, getattr(socket, name), value)
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 4))
+        if hasattr(socket, name)
+    ),
+]
+
+
+@dataclass(slots=True)
+class _Server:
+    """One server during one session."""
+
+    client: ServerClient
+    boot: str | None
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one task that brings it back."""
+
+
+class VLLMServerEngine:
+    """An engine on one or several vLLM servers that `weights` keeps up to date.
+
+    Args:
+        tokenizer: Decodes turns to find stop strings that straddle two requests.
+        settings: The distribution to sample from.
+        weights: The servers, and how they get the trainer's weights at the start of each session.
+        vocab_size: V, the width of the distribution sampled from.
+        top_logprobs: Logprobs asked for at each of a turn's first k tokens, from which its entropies are estimated.
+        away_s: How long a server may stay away before the rollout fails.
+        request_s: How long a server may take over one request.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        weights: ServedWeights,
+        *,
+        vocab_size: int,
+        top_logprobs: int,
+        away_s: float,
+        request_s: float,
+    ):
+        self.vocab_size = vocab_size
+        self.max_length = min(facts.max_model_len for facts in weights.facts.values())
+        self.forward_s = 0.0
+        self._settings = settings
+        self._stops = StopFinder(tokenizer, settings.stop_strings)
+        self._params = sampling_params(settings) | {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        self._weights = weights
+        self._top_logprobs = top_logprobs
+        self._away_s, self._request_s = away_s, request_s
+        self._pending = 0
+        self._events: queue.SimpleQueue[Probe | Turn | Exception] = queue.SimpleQueue()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        self._weights.sync()
+        self._servers = [_Server(client, client.boot()) for client in self._weights.clients]
+        self._events = queue.SimpleQueue()
+        self._loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=self._loop.run_forever, name="vllm-server-engine", daemon=True)
+        thread.start()
+        self._http = httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), socket_options=KEEP_ALIVE
+            ),
+            headers=headers(),
+            timeout=httpx.Timeout(self._request_s, connect=10.0, pool=None),
+        )
+        try:
+            yield
+            self._check_not_replaced()
+        finally:
+            asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join()
+            self._loop.close()
+            self._loop, self._pending = None, 0
+
+    def submit(self, request: TurnRequest) -> None:
+        if self._loop is None:
+            raise EngineError("submit() outside a session: wrap the rollout in `with engine.session():`.")
+        draft = Draft(request, self._settings.eos_ids, self._stops, self.vocab_size, self._top_logprobs)
+        server = self._servers[request.key[0] % len(self._servers)]
+        self._pending += 1
+        asyncio.run_coroutine_threadsafe(self._write(draft, server), self._loop)
+
+    def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
+        if not self._pending:
+            return []
+        start = time.perf_counter()
+        events: list[Probe | Turn] = []
+        for event in drained(self._events, timeout_s):
+            if isinstance(event, Exception):
+                raise event
+            events.append(event)
+            self._pending -= isinstance(event, Turn)
+        self.forward_s += time.perf_counter() - start
+        return events
+
+    # In the loop's thread --------------------------------------------------------------------------------------------
+
+    async def _write(self, draft: Draft, server: _Server) -> None:
+        """Writes one turn; whatever goes wrong is raised by `poll`."""
+        try:
+            event: Probe | Turn | None = None
+            while not isinstance(event, Turn):
+                event = draft.add(await self._ask(server, draft.next_segment()))
+                if event is not None:
+                    self._events.put(event)
+        except Exception as error:
+            self._events.put(error)
+
+    async def _ask(self, server: _Server, segment: SegmentRequest) -> Segment:
+        url, problem = server.client.url, ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                await self._bring_back(server, problem)
+            body = self._params | {
+                "model": self._weights.model(url),
+                "prompt": segment.ids,
+                "max_tokens": segment.max_tokens,
+                "seed": segment.seed,
+                "logprobs": segment.top_logprobs,
+            }
+            try:
+                response = await self._http.post(f"{url}/v1/completions", json=body)
+            except httpx.ReadTimeout as error:
+                raise EngineError(
+                    f"{url} has not answered a request for {segment.max_tokens} tokens within {self._request_s:.0f} "
+                    "s. Look at its log, or raise vllm_request_timeout_s."
+                ) from error
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if response.status_code == 200:
+                return _read(response, url, segment.top_logprobs)
+            problem = f"{response.status_code}: {response.text[:300]}"
+            # An adapter that is not there (404) was lost in a restart; what else a server refuses, it always will.
+            if response.status_code < 500 and response.status_code != 404:
+                break
+        raise EngineError(f"{url} does not complete a request ({problem}). Look at its log.")
+
+    async def _bring_back(self, server: _Server, problem: str) -> None:
+        """Returns once the server answers and serves the current weights."""
+        deadline = time.monotonic() + self._away_s
+        async with server.lock:
+            while (version := await self._served_version(server)) is None:
+                if time.monotonic() > deadline:
+                    raise EngineError(
+                        f"The vLLM server {server.client.url} has stayed away for {self._away_s:.0f} s ({problem}). "
+                        "Restart it and resume from the last checkpoint, or raise vllm_server_timeout."
+                    )
+                await asyncio.sleep(RETRY_S)
+            if version != self._weights.version:
+                logger.warning(f"{server.client.url} was restarted; it is given the current weights.")
+                await asyncio.to_thread(self._weights.restore, server.client)
+                server.boot = await asyncio.to_thread(server.client.boot)
+
+    async def _served_version(self, server: _Server) -> str | None:
+        try:
+            response = await self._http.get(f"{server.client.url}/weight_info", timeout=10.0)
+            return str(response.json()["weight_version"])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+            return None
+
+    async def _close(self) -> None:
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._http.aclose()
+        # Connections of cancelled requests close in the finalisers of their responses, and one turn of the loop later.
+        await asyncio.get_running_loop().shutdown_asyncgens()
+        await asyncio.sleep(0)
+
+    def _check_not_replaced(self) -> None:
+        """Raises if a server was restarted without this rank's noticing: it may have sampled from initial weights."""
+        for server in self._servers:
+            boot = server.client.boot()
+            if boot is not None and boot != server.boot:
+                raise EngineError(
+                    f"{server.client.url} was restarted in the middle of a rollout while no request of this rank was "
+                    "under way, so later ones may have been answered with its initial weights. Resume from the last "
+                    "checkpoint."
+                )
+
+
+def _read(response: httpx.Response, url: str, top_logprobs: int) -> Segment:
+    """A server's answer as a segment."""
+    try:
+        choice: dict[str, Any] = response.json()["choices"][0]
+        given = choice["logprobs"]
+        # The sampled token is listed too where it is not among the likeliest: it is none of the k.
+        places = given["top_logprobs"] if top_logprobs else []
+        return Segment(
+            choice["token_ids"],
+            given["token_logprobs"],
+            [sorted(place.values(), reverse=True)[:top_logprobs] for place in places],
+        )
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise EngineError(
+            f"{url} answered /v1/completions without {error} in the expected place: token ids and logprobs were asked "
+            "for. It must be a vLLM server, ≥ 0.31."
+        ) from error

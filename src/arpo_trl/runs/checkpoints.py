@@ -1,0 +1,314 @@
+"""The checkpoints of an output folder: whole or not there, and refused by a run that is not their own.
+
+A checkpoint is written in `<output_dir>/.unfinished`. Once all ranks are done, the first one lists the files and their
+sizes in `arpo_state.json`, has everything reach the disk, and renames the folder into its place. So a folder named
+`checkpoint-…` was whole when it got that name, whoever looks for one; a later loss is found by the sizes.
+
+`arpo_state.json` also says what run the checkpoint belongs to: the settings that decide what a step computes, the
+model's shape, the dataset's content, the tools and rewards. A run that differs in one of them is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import CheckpointError, ConfigError
+from arpo_trl.runs.identity import differences_between
+
+STATE_FILE = "arpo_state.json"
+UNFINISHED = ".unfinished"
+VERSIONS = ("arpo-trl", "trl", "transformers", "torch")
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+_HASHED_ROWS = 1000
+
+_DECIDING_TRAINING_ARGUMENTS = frozenset(
+    """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1
+    adam_beta2 adam_epsilon optim_target_modules max_grad_norm bf16 fp16 neftune_noise_alpha seed data_seed
+    per_device_train_batch_size gradient_accumulation_steps""".split()
+)
+"""Of transformers' own settings those that decide what a step computes; the others log, save, report or place."""
+_FREE_SETTINGS = frozenset(
+    """num_generations_eval ds3_gather_for_generation cache_implementation use_vllm vllm_mode vllm_model_impl
+    vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
+    vllm_gpu_memory_utilization vllm_max_model_length vllm_tensor_parallel_size model_init_kwargs trust_remote_code
+    log_completions log_multimodal num_completions_to_print log_unique_prompts log_completions_hub_repo
+    use_transformers_continuous_batching transformers_continuous_batching_config use_transformers_paged
+    tool_timeout_s tool_concurrency tool_concurrency_per_tool tool_cache vllm_server_urls vllm_request_timeout_s
+    weight_sync weight_sync_dir weight_sync_tolerance shared_prefix_forward trajectory_log_rate
+    hub_trajectories_id""".split()
+)
+"""Of TRL's and our settings those that may change: they say where and how fast, or round otherwise."""
+_BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"})
+"""What another number of processes has to change for the global batches to stay the same."""
+
+
+def deciding_settings(args: ARPOConfig) -> dict[str, Any]:
+    """The settings that decide what a step computes, as JSON has them."""
+    of_transformers = {field.name for field in fields(TrainingArguments)}
+    all_values = args.to_dict()
+    return _plain(
+        {
+            field.name: all_values.get(field.name)
+            for field in fields(args)
+            if field.name in _DECIDING_TRAINING_ARGUMENTS
+            or (field.name not in of_transformers and field.name not in _FREE_SETTINGS)
+        }
+    )
+
+
+def dataset_identity(dataset: Any) -> dict[str, Any] | None:
+    """Rows, and a digest of their content in order; None for a streamed dataset, which nobody has seen whole."""
+    if not isinstance(dataset, Dataset):
+        return None
+    digest = hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(_HASHED_ROWS):
+        table = batch.combine_chunks().replace_schema_metadata(None)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+        digest.update(sink.getvalue())
+    return {"rows": len(dataset), "content": digest.hexdigest()[:16]}
+
+
+def model_identity(model: Any) -> dict[str, Any]:
+    """The model's class, size and a digest of its parameters' names, shapes and types, trainable or not."""
+    digest, count = hashlib.sha256(), 0
+    for name, parameter in model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty one behind
+        size = 1
+        for length in shape:
+            size *= length
+        count += size
+        digest.update(f"{name} {shape} {parameter.dtype} {parameter.requires_grad}\n".encode())
+    return {"type": type(model).__name__, "parameters": count, "shapes": digest.hexdigest()[:16]}
+
+
+@dataclass(frozen=True, slots=True)
+class RunIdentity:
+    """What must be equal for a run to go on from a checkpoint."""
+
+    settings: dict[str, Any]
+    model: dict[str, Any]
+    dataset: dict[str, Any] | None
+    tools: list[str]
+    rewards: list[str]
+    processes: int
+    sharding: str | None
+    """What spreads one optimizer over the processes, as DeepSpeed does; its files fit that number of them only."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+class SavedState:
+    """What `arpo_state.json` says of a checkpoint."""
+
+    def __init__(self, folder: Path, values: Mapping[str, Any]):
+        self.folder = folder
+        self.step: int = values["step"]
+        self.written: float = values["written"]
+        self.between_generations: bool = values["between_generations"]
+        """No rows of a generation batch were left to train on."""
+        self.owes_evaluation: bool = values["owes_evaluation"]
+        """It was written when an evaluation at its step was cut short."""
+        self.identity: dict[str, Any] = values["identity"]
+        self.versions: dict[str, str] = values["versions"]
+        self.files: dict[str, int] = values["files"]
+
+    @classmethod
+    def of(cls, folder: Path) -> SavedState:
+        """Raises CheckpointError where the file is missing, or is not what this module writes."""
+        file = folder / STATE_FILE
+        try:
+            return cls(folder, json.loads(file.read_text("utf-8")))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} has no {STATE_FILE}: it is not a checkpoint of ARPOTrainer, or not a whole one."
+            ) from None
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
+
+    def check_files(self) -> None:
+        """Raises CheckpointError where a file is missing or has another size than when it was written."""
+        for name, size in self.files.items():
+            try:
+                found = (self.folder / name).stat().st_size
+            except OSError as error:
+                raise CheckpointError(f"{self.folder / name} is missing ({error.strerror}).") from error
+            if found != size:
+                raise CheckpointError(f"{self.folder / name} has {found:,} bytes; it was written with {size:,}.")
+
+    def check_same_run(self, now: RunIdentity) -> None:
+        """Raises ConfigError where the run that wants to go on is another one; names what, then and now."""
+        then, here = dict(self.identity), now.as_dict()
+        if then["processes"] != here["processes"]:
+            self._check_can_spread(then, here)
+            then["processes"] = here["processes"]
+            for identity in (then, here):
+                identity["settings"] = {k: v for k, v in identity["settings"].items() if k not in _BATCH_SETTINGS}
+        differences = [difference.removeprefix("settings.") for difference in differences_between(then, here)]
+        if differences:
+            more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+            raise ConfigError(
+                f"{self.folder} was written by another run: {'; '.join(differences[:3])}{more}. Set it back to go on. "
+                f"Or start a new run from its weights, in another output_dir: model_name_or_path {self.folder}."
+            )
+
+    def _check_can_spread(self, then: dict[str, Any], here: dict[str, Any]) -> None:
+        told = f"{self.folder} was written by {then['processes']} processes and this run has {here['processes']}"
+        if then["sharding"] is not None or here["sharding"] is not None:
+            raise ConfigError(
+                f"{told}; {then['sharding'] or here['sharding']} keeps the optimizer in as many parts. Start as many."
+            )
+        if not self.between_generations:
+            raise ConfigError(
+                f"{told}; it holds what was left of a generation batch, which is spread over them. Start as many, or "
+                "resume from a checkpoint at a multiple of the steps per generation batch."
+            )
+
+
+class Checkpoints:
+    """The checkpoints under `folder`, an output_dir."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.unfinished = folder / UNFINISHED
+
+    def place(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
+    def all(self) -> list[Path]:
+        """Folders named like checkpoints, lowest step first."""
+        steps = [int(match[1]) for path in self.folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+        return [self.place(step) for step in sorted(steps)]
+
+    def last(self) -> tuple[SavedState | None, list[str]]:
+        """The whole checkpoint that was written last, and what is wrong with those that are not whole."""
+        whole, faults = [], []
+        for path in self.all():
+            try:
+                state = SavedState.of(path)
+                state.check_files()
+            except CheckpointError as error:
+                faults.append(str(error))
+            else:
+                whole.append(state)
+        return max(whole, key=lambda state: (state.written, state.step), default=None), faults
+
+    def find(self, wanted: str | bool | None) -> SavedState | None:
+        """The checkpoint to go on from; None to start afresh.
+
+        Args:
+            wanted: True: the last whole one, if there is one. A path: that one. None or False: none. Also as text,
+                as a command line has it.
+
+        Raises:
+            CheckpointError: The one asked for is not whole, or none of those that are there is.
+            ConfigError: It does not exist; or none was asked for, and the folder holds some.
+        """
+        if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
+            wanted = wanted.strip().lower() == "true"
+        if not wanted:
+            if there := self.all():
+                raise ConfigError(
+                    f"{self.folder} holds {there[-1].name} of an earlier run, and starting anew would mix the two. To "
+                    "go on with that run: resume_from_checkpoint true. Else choose another output_dir, or delete it."
+                )
+            return None
+        last, faults = self.last()
+        if wanted is True:
+            if last is None and faults:
+                raise CheckpointError(
+                    f"No checkpoint in {self.folder} is whole. {faults[-1]} Delete them to start anew."
+                )
+            return last
+        state = None
+        try:
+            if not Path(wanted).is_dir():
+                raise ConfigError(f"resume_from_checkpoint is {wanted}, which is no folder.")
+            state = SavedState.of(Path(wanted))
+            state.check_files()
+        except (CheckpointError, ConfigError) as error:
+            way_out = f"The last whole checkpoint is {last.folder}." if last else f"{self.folder} holds no whole one."
+            raise type(error)(f"{error} {way_out}") from error
+        return state
+
+    def clear(self) -> None:
+        """Removes what a killed run left half written; finishes what it had only not yet renamed."""
+        for path in self.unfinished.glob("checkpoint-*"):
+            try:
+                SavedState.of(path).check_files()
+            except CheckpointError:
+                continue
+            if not (self.folder / path.name).exists():
+                path.rename(self.folder / path.name)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+
+    def finish(self, step: int, *, identity: RunIdentity, between_generations: bool, owes_evaluation: bool) -> Path:
+        """Makes the unfinished checkpoint of that step one: its new path."""
+        folder, place = self.unfinished / f"checkpoint-{step}", self.place(step)
+        state = {
+            "step": step,
+            "written": time.time(),
+            "between_generations": between_generations,
+            "owes_evaluation": owes_evaluation,
+            "identity": identity.as_dict(),
+            "versions": {name: _version(name) for name in VERSIONS},
+            "files": {str(path.relative_to(folder)): path.stat().st_size for path in _files(folder)},
+        }
+        (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
+        for path in [*folder.rglob("*"), folder]:
+            _reach_the_disk(path)
+        replaced = self.unfinished / f"replaced-{step}"
+        if place.exists():
+            place.rename(replaced)
+        folder.rename(place)
+        _reach_the_disk(self.folder)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        return place
+
+
+def changed_versions(then: Mapping[str, str]) -> list[str]:
+    """What is installed in another version than a checkpoint was written with."""
+    return [
+        f"{name} {then[name]} → {_version(name)}" for name in VERSIONS if name in then and then[name] != _version(name)
+    ]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _reach_the_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))

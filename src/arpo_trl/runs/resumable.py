@@ -1,0 +1,410 @@
+"""`Resumable`: a trainer that may end anywhere, and continues as if it had not."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.logging import get_logger
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from trl import GRPOTrainer
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, Interrupted
+from arpo_trl.runs.checkpoints import (
+    Checkpoints,
+    RunIdentity,
+    SavedState,
+    changed_versions,
+    dataset_identity,
+    deciding_settings,
+    model_identity,
+)
+from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.trl_seam import get_callable_name
+
+logger = get_logger(__name__)
+
+
+class Resumable(GRPOTrainer):
+    """A `GRPOTrainer` whose checkpoints are whole, hold all that the next step depends on, and know their run.
+
+    A mixin, independent of the others. It hands each checkpoint over once, when it is whole, to `Trainer`'s own
+    `_push_from_checkpoint`, whoever overrides that.
+
+    What it changes in `GRPOTrainer`, and nothing else:
+
+    - `train`: finds and checks the checkpoint to go on from; SIGTERM and Ctrl-C end it with a checkpoint.
+    - `training_step`, `_evaluate`: the places where an interrupt is heard, besides those of a subclass.
+    - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is written aside, and takes its
+      place and is sent to the Hub when it is whole.
+    - `_save_rng_state`, `_load_rng_state`: also what the trainer has in memory between two steps.
+    - `_run_epoch`: a resumed epoch shuffles as that epoch does, and a run that is done stays done.
+    """
+
+    args: ARPOConfig
+    _interrupts: Interrupts
+    """To be made before `__init__` runs, for functions that are passed to it."""
+    _buffered_inputs: list[dict[str, Any]] | None
+    _evaluation_is_owed = False
+    _is_recalled = True
+    _starts_epoch = False
+    _epoch_generators: dict[str, Any] | None = None
+    """As they were before the epoch's first batch was drawn: a checkpoint between two epochs holds them so."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._checkpoints = Checkpoints(Path(self.args.output_dir))
+        self._resumed: SavedState | None = None
+        self._model_identity = model_identity(self.model)
+        """Before the model is prepared for training: FSDP2 gives it another class, and perhaps another dtype."""
+        self._dataset_identity: dict[str, Any] | None = None
+        """Made when first needed: it reads every row, which stay the same for all checkpoints of a training."""
+        self._moment: dict[str, Any] | None = None
+        self._saved_step: int | None = None
+        self._writing = False
+        self.add_callback(_StepBegins(self._remember_moment))
+
+    # A subclass has more to remember ---------------------------------------------------------------------------------
+
+    @property
+    def tool_names(self) -> list[str]:
+        return []
+
+    def _memory(self) -> dict[str, Any]:
+        """What this trainer has in memory between two steps that no file of transformers holds; plain data."""
+        memory: dict[str, Any] = {
+            "micro_step": self._step,
+            "buffered": None if self._is_between_generations() else self._buffered_inputs,
+            "metrics": {mode: {k: list(v) for k, v in metrics.items()} for mode, metrics in self._metrics.items()},
+            "loss": self._tr_loss.detach().cpu().clone(),
+            "total_loss": self._total_loss_scalar,
+            "logged_step": self._globalstep_last_logged,
+        }
+        if self.use_adaptive_entropy:
+            memory["entropy_control"] = (self.entropy_coef, self._last_world_entropy)
+        if self.log_completions:
+            memory["completions"] = {
+                name: {key: list(column) for key, column in value.items()} if isinstance(value, dict) else list(value)
+                for name, value in self._logs.items()
+                if name != "images"
+            }
+        return memory
+
+    def _recall(self, memory: dict[str, Any]) -> None:
+        """The inverse of `_memory`."""
+        self._step = memory["micro_step"]
+        self._buffered_inputs = memory["buffered"]
+        for mode, metrics in memory["metrics"].items():
+            self._metrics[mode] = defaultdict(list, {name: list(values) for name, values in metrics.items()})
+        self._tr_loss = memory["loss"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = memory["total_loss"], memory["logged_step"]
+        if "entropy_control" in memory:
+            self.entropy_coef, self._last_world_entropy = memory["entropy_control"]
+        for name, value in memory.get("completions", {}).items():
+            columns = value if isinstance(value, dict) else {None: value}
+            for key, column in columns.items():
+                log = self._logs[name] if key is None else self._logs[name][key]
+                log.clear()
+                log.extend(column)
+
+    def _forget_from(self, step: int, *, evaluated: bool) -> None:
+        """Removes what a run that ended left of steps that are about to be repeated."""
+
+    # Training --------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`.
+
+        Args:
+            resume_from_checkpoint: True: go on from the last whole checkpoint in `output_dir`, or start afresh where
+                there is none, so that a job that is started again is started with the same command. A path: go on
+                from that checkpoint. None or False: start afresh, in a folder without checkpoints.
+
+        Raises:
+            CheckpointError: The checkpoint is not whole.
+            ConfigError: It is another run's, or does not exist.
+            Interrupted: SIGTERM or Ctrl-C came; a checkpoint of the last finished step is written.
+        """
+        if self.args.should_save:
+            self._checkpoints.clear()
+        self.accelerator.wait_for_everyone()
+        self._resumed = self._checkpoints.find(resume_from_checkpoint)
+        self._dataset_identity = None
+        self._moment, self._saved_step, self._evaluation_is_owed = None, None, False
+        self._is_recalled = self._resumed is None
+        if self._resumed is not None:
+            self._check_resumable(self._resumed)
+            if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
+                self._saved_step = self._resumed.step
+            logger.info(f"Going on from {self._resumed.folder}.", main_process_only=True)
+        elif resume_from_checkpoint:
+            logger.warning(f"No checkpoint in {self.args.output_dir} yet: starting afresh.")
+        if resume_from_checkpoint and self.args.should_save:
+            step = self._resumed.step if self._resumed else 0
+            self._forget_from(step, evaluated=self._resumed is not None and not self._resumed.owes_evaluation)
+        folder = None if self._resumed is None else str(self._resumed.folder)
+        with self._interrupts.listening():
+            try:
+                output = super().train(folder, *args, **kwargs)
+            except Interrupted as interrupted:
+                Interrupts.stopped = True
+                raise Interrupted(interrupted.signum, self._stop(interrupted)) from None
+        return output
+
+    def _check_resumable(self, state: SavedState) -> None:
+        state.check_same_run(self._identity())
+        if self.args.ignore_data_skip:
+            raise ConfigError(
+                "ignore_data_skip is set, but a resumed run has to know its place in the data. Unset it."
+            )
+        if self.args.sync_ref_model:
+            raise ConfigError(
+                "sync_ref_model is set, and no checkpoint holds the reference model that it moves. Start a new run "
+                f"from the weights instead: model_name_or_path {state.folder}."
+            )
+        if self._memory_file(state.folder, 0).name not in state.files:
+            raise CheckpointError(
+                f"{state.folder} holds the model only (save_only_model), so no run can go on from it. Start a new one "
+                f"from its weights: model_name_or_path {state.folder}."
+            )
+        if changes := changed_versions(state.versions):
+            logger.warning(
+                f"{state.folder} was written with other versions ({', '.join(changes)}): numbers may differ."
+            )
+
+    def _identity(self) -> RunIdentity:
+        if self._dataset_identity is None:
+            self._dataset_identity = dataset_identity(self.train_dataset)
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        sharding = f"DeepSpeed ZeRO-{plugin.zero_stage}" if plugin is not None else None
+        return RunIdentity(
+            settings=deciding_settings(self.args),
+            model=self._model_identity,
+            dataset=self._dataset_identity,
+            tools=self.tool_names,
+            rewards=[get_callable_name(function) for function in self.reward_funcs],
+            processes=self.accelerator.num_processes,
+            sharding="FSDP" if self.is_fsdp_enabled else sharding,
+        )
+
+    def _run_epoch(self, **loop: Any) -> None:
+        resumed, epoch = self._resumed, loop["epoch"]
+        if resumed is not None and epoch == loop["epochs_trained"]:
+            # The sampler draws each epoch's order from a generator of its own, which has not seen the earlier epochs.
+            sampler = self._sampler
+            for _ in range(epoch if getattr(sampler, "shuffle", False) else 0):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        if self.state.global_step >= self.state.max_steps:  # transformers would train one step more
+            if resumed is not None:
+                self._load_rng_state(str(resumed.folder))
+            self.control.should_training_stop = True
+            return
+        is_first = resumed is not None and epoch == loop["epochs_trained"]
+        self._starts_epoch = not (is_first and loop["steps_trained_in_current_epoch"])
+        self._epoch_generators = _generators() if self._starts_epoch else None
+        super()._run_epoch(**loop)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.stop_together()
+        return super().training_step(*args, **kwargs)
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._evaluation_is_owed = True
+        if self._is_recalled:  # not so in a resumed run's `eval_on_start`
+            self._remember_moment()
+        metrics = super()._evaluate(*args, **kwargs)
+        self._evaluation_is_owed = False
+        return metrics
+
+    # Interrupts ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """What runs here may be cut short on any rank; all ranks then raise `Interrupted` at its end. A collective."""
+        with suppress(Interrupted):
+            yield
+        self.stop_together()
+
+    def stop_together(self) -> None:
+        """Raises `Interrupted` on all ranks if one of them was told to stop. A collective."""
+        if not self._interrupts.active:
+            return
+        told = self._interrupts.told or 0
+        if self.accelerator.num_processes > 1:
+            told = int(self.accelerator.gather(torch.tensor([told], device=self.accelerator.device)).max())
+        if told:
+            raise Interrupted(told)
+
+    def _remember_moment(self) -> None:
+        """Keeps what an interrupt of what follows has to go back to."""
+        self._moment = {
+            "memory": self._memory(),
+            "generators": self._epoch_generators or _generators(),
+            "tokens": self.state.num_input_tokens_seen,
+            "flos": (self.current_flos, self.state.total_flos),
+            "logged": len(self.state.log_history),
+            "owed": self._evaluation_is_owed,
+        }
+        self._epoch_generators = None
+
+    def _stop(self, interrupted: Interrupted) -> str:
+        """Saves the last finished step; says where, and how to go on."""
+        told = str(interrupted)
+        moment, step = self._moment, self.state.global_step
+        if moment is None and self._resumed is not None:
+            return f"{told} No step was finished since {self._resumed.folder}; to go on, give the same command again."
+        if moment is None or step == 0:
+            return f"{told} No step was finished yet, so there is nothing to go on from."
+        if self._saved_step != step or moment["owed"]:
+            self._recall(moment["memory"])
+            _set_generators(moment["generators"])
+            self.state.num_input_tokens_seen = moment["tokens"]
+            self.current_flos, self.state.total_flos = moment["flos"]
+            del self.state.log_history[moment["logged"] :]
+            self._evaluation_is_owed = moment["owed"]
+            only_model, self.args.save_only_model = self.args.save_only_model, False
+            self._save_checkpoint(self.model_wrapped, None)
+            self.args.save_only_model = only_model
+        return (
+            f"{told} Step {step} is saved in {self._checkpoints.place(step)}. To go on, give the same command with "
+            "--resume_from_checkpoint true."
+        )
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return str(self._checkpoints.unfinished) if self._writing else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        step = self.state.global_step
+        self._writing = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            self._writing = False
+            if self.state.best_global_step == step:  # it was written, and noted, aside
+                self.state.best_model_checkpoint = str(self._checkpoints.place(step))
+            if self.args.should_save:
+                self.state.save_to_json(
+                    str(self._checkpoints.unfinished / f"checkpoint-{step}" / "trainer_state.json")
+                )
+                self._checkpoints.finish(
+                    step,
+                    identity=self._identity(),
+                    between_generations=self._is_between_generations(),
+                    owes_evaluation=self._evaluation_is_owed,
+                )
+        except (ArpoError, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise self._could_not_save(step, error) from error
+        finally:
+            self._writing = False
+        self.accelerator.wait_for_everyone()
+        self._saved_step = step
+        folder = str(self._checkpoints.place(step))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(folder)
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=self.args.output_dir,
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+
+    def _could_not_save(self, step: int, error: Exception) -> CheckpointError:
+        shutil.rmtree(self._checkpoints.unfinished, ignore_errors=True)
+        free = shutil.disk_usage(self.args.output_dir).free
+        last, _ = self._checkpoints.last()
+        kept = f"{last.folder} is whole" if last else "There is no earlier one"
+        return CheckpointError(
+            f"checkpoint-{step} could not be written to {self.args.output_dir} ({type(error).__name__}: {error}); "
+            f"{free / 1e6:,.0f} MB are free there. {kept}. Make room, then go on with --resume_from_checkpoint true."
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self._writing:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _is_between_generations(self) -> bool:
+        return (
+            self._buffered_inputs is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        )
+
+    @staticmethod
+    def _memory_file(folder: Path, rank: int) -> Path:
+        return folder / f"arpo_memory_{rank}.pt"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        torch.save(self._memory(), self._memory_file(Path(output_dir), self.accelerator.process_index))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called once, right before the first step: what is restored here is as the last step left it."""
+        super()._load_rng_state(checkpoint)
+        self._epoch_generators = None
+        state = self._resumed
+        if state is None:
+            return
+        same = state.identity["processes"] == self.accelerator.num_processes
+        file = self._memory_file(state.folder, self.accelerator.process_index if same else 0)
+        memory = torch.load(file, map_location=self.args.device, weights_only=True)
+        if not same:
+            memory["micro_step"] = state.step * self.args.gradient_accumulation_steps
+        self._recall(memory)
+        self._is_recalled = True
+        if state.owes_evaluation:
+            self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
+            self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch or 0.0, None, 0.0)
+        if self._starts_epoch:
+            self._epoch_generators = _generators()
+
+
+def _on_a_numbered_cpu(storage: Any, location: str) -> Any:
+    return storage if location.startswith("cpu:") else None
+
+
+# Ranks on a CPU are said to be on "cpu:0", where transformers loads the optimizer to; torch knows no such place.
+torch.serialization.register_package(100, lambda storage: None, _on_a_numbered_cpu)
+
+
+class _StepBegins(TrainerCallback):
+    def __init__(self, called: Callable[[], None]):
+        self._called = called
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._called()
+
+
+def _generators() -> dict[str, Any]:
+    """The states of the process's random generators."""
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.random.get_rng_state_all()
+    return states
+
+
+def _set_generators(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.random.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.random.set_rng_state_all(states["cuda"])

@@ -1,0 +1,245 @@
+"""The tools that a configuration file names, built."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from arpo_trl.common.settings import check_fields, described
+from arpo_trl.errors import ConfigError
+from arpo_trl.tools.python.local import ISOLATIONS, python_tool
+from arpo_trl.tools.python.remote import remote_python_tool
+from arpo_trl.tools.search.cache import CacheMode, SearchCache
+from arpo_trl.tools.search.index import LocalIndex, RecordedSearch, Searchable, search_tool
+from arpo_trl.tools.search.providers import FIELDS, PROVIDERS, make_provider
+from arpo_trl.tools.search.web import WebSearch
+
+BUILT_IN = ("search", "python", "visit")
+LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
+"""Search providers that ask no service, and the setting each stands on."""
+
+
+@dataclass
+class ToolArguments:
+    """Which tools the policy has, and what they stand on.
+
+    Raises:
+        ConfigError: A value is not of its field's type, range or choices.
+    """
+
+    tools: list[str] = field(
+        default_factory=lambda: ["search", "python"],
+        metadata=described("Built-in tools to offer.", choices=BUILT_IN),
+    )
+    search_index: str | None = field(
+        default=None,
+        metadata={"help": "Local BM25 search: a JSONL file of passages, a folder of them, a Hub dataset, or a folder "
+                  "saved by LocalIndex.save."},
+    )  # fmt: skip
+    search_recorded: str | None = field(
+        default=None, metadata={"help": "Recorded search: a JSON file {query: result text}."}
+    )
+    search_top_k: int = field(
+        default=10, metadata=described("Results per search. The paper's setting is 10.", at_least=1)
+    )
+    search_max_chars: int = field(
+        default=1000,
+        metadata=described("Length of a search result. The paper's setting is 1,000.", at_least=10, unit="characters"),
+    )
+    python_timeout_s: float = field(
+        default=5.0,
+        metadata=described("Time that a python call may run, wall and CPU time each.", above=0, unit="seconds"),
+    )
+    python_isolation: str = field(
+        default="auto",
+        metadata=described(
+            "How model-written python is kept apart: 'auto' takes the first of the others that holds on this machine.",
+            choices=ISOLATIONS,
+        ),
+    )
+    python_stateful: bool = field(
+        default=False,
+        metadata={"help": "Whether a python call sees the variables of its path's earlier calls. They are run again "
+                  "before it, within the same python_timeout_s."},
+    )  # fmt: skip
+    python_executor_url: str | None = field(
+        default=None,
+        metadata={"help": "Run python at this SandboxFusion server instead of on this machine: http://HOST:PORT."},
+    )
+    allow_unsafe: bool = field(
+        default=False,
+        metadata={"help": "Run model-written python without a sandbox where none can be had. Dangerous."},
+    )
+
+    # Parameters that control searching with a service; its key comes from the environment
+    search_provider: str | None = field(
+        default=None,
+        metadata={"help": f"What searches: {', '.join([*LOCAL_SOURCES, *PROVIDERS])}. None: local or recorded, "
+                  "whichever of search_index and search_recorded is set."},
+    )  # fmt: skip
+    search_url: str | None = field(
+        default=None,
+        metadata={"help": "The service's address, where it is not its usual one (a gateway, your server)."},
+    )
+    search_zone: str | None = field(default=None, metadata={"help": "Bright Data: the name of your SERP API zone."})
+    search_fields: list[str] = field(
+        default_factory=lambda: list(FIELDS),
+        metadata=described("Parts of a result that are shown.", choices=FIELDS),
+    )
+    search_cache: str = field(
+        default="search_cache.sqlite",
+        metadata={"help": "File that keeps a service's answers and counts requests, shared by all processes of a "
+                  "machine. On a local disk."},
+    )  # fmt: skip
+    search_cache_mode: str = field(
+        default=CacheMode.CACHE.value,
+        metadata=described(
+            "'cache': ask what the file lacks. 'live': always ask. 'record': always ask, and write. 'replay': never "
+            "ask, the nearest recorded query answers. 'offline': never ask, an unrecorded query fails.",
+            choices=CacheMode,
+        ),
+    )
+    search_timeout_s: float = field(
+        default=15.0,
+        metadata=described(
+            "Time that a search may take, retries included; less than tool_timeout_s.", above=0, unit="seconds"
+        ),
+    )
+    search_rate: float | None = field(
+        default=None,
+        metadata=described("Requests per second to the service, all processes together.", above=0),
+    )
+    search_max_calls: int | None = field(
+        default=None,
+        metadata=described(
+            "Requests to the service per run (output_dir), all processes together; then searches are answered with a "
+            "notice.",
+            at_least=1,
+        ),
+    )
+
+    # Parameters that control reading pages
+    visit_timeout_s: float = field(
+        default=15.0, metadata=described("Time that a visit may take.", above=0, unit="seconds")
+    )
+    visit_max_chars: int = field(
+        default=4000, metadata=described("Length of a page that is shown.", at_least=200, unit="characters")
+    )
+    visit_allowed_hosts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "host or host:port that may be visited although it is not on the public internet."},
+    )
+    visit_summary_url: str | None = field(
+        default=None,
+        metadata={"help": "OpenAI-compatible server (…/v1) whose model sums pages up; its key, if it wants one, in "
+                  "VISIT_SUMMARY_API_KEY."},
+    )  # fmt: skip
+    visit_summary_model: str | None = field(default=None, metadata={"help": "That model's name."})
+
+    # Parameters that control the tools of MCP servers
+    mcp_servers: list[dict[str, Any]] | None = field(
+        default=None,
+        metadata={"help": "Servers whose tools are offered as well: command, args and env (names of variables), or "
+                  "url and token_env; and tools, to offer only some."},
+    )  # fmt: skip
+    mcp_timeout_s: float = field(
+        default=15.0, metadata=described("Time that a call of an MCP tool may take.", above=0, unit="seconds")
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Callable[..., Any]]:
+    """The tools as functions, in the order they were named, then those of MCP servers.
+
+    Args:
+        run: Name under which `search_max_calls` counts; the same on all ranks.
+
+    Raises:
+        ConfigError: A setting is missing, settings do not go together, a key is not in the environment, or an MCP
+            server does not start.
+        SandboxError: python was asked for and cannot be isolated.
+    """
+    makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
+    makers["visit"] = lambda: _build_visit(arguments)
+    tools = [makers[name]() for name in arguments.tools]
+    if arguments.mcp_servers:
+        from arpo_trl.tools.mcp import mcp_tools
+
+        tools += mcp_tools(arguments.mcp_servers, timeout_s=arguments.mcp_timeout_s)
+    return tools
+
+
+def _build_search(arguments: ToolArguments, run: str) -> Callable[..., Any]:
+    source = _search_source(arguments, run)
+    return search_tool(source, top_k=arguments.search_top_k, max_chars=arguments.search_max_chars)
+
+
+def _search_source(arguments: ToolArguments, run: str) -> Searchable:
+    given = [name for name, setting in LOCAL_SOURCES.items() if getattr(arguments, setting) is not None]
+    provider = arguments.search_provider or (given[0] if len(given) == 1 else None)
+    if provider is None or given not in ([], [provider]) or (provider in LOCAL_SOURCES and not given):
+        raise ConfigError(
+            f"The search tool has search_provider={arguments.search_provider!r}, search_index="
+            f"{arguments.search_index!r} and search_recorded={arguments.search_recorded!r}; expected exactly one of "
+            "them, or search_provider with the setting of its kind. Set one, or take search out of tools."
+        )
+    if provider == "local":
+        return LocalIndex.open(str(arguments.search_index))
+    if provider == "recorded":
+        return RecordedSearch(str(arguments.search_recorded))
+    if provider not in PROVIDERS:
+        raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS]}.")
+    return WebSearch(
+        make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),
+        SearchCache(arguments.search_cache),
+        CacheMode(arguments.search_cache_mode),
+        fields=arguments.search_fields,
+        timeout_s=arguments.search_timeout_s,
+        per_second=arguments.search_rate,
+        max_requests=arguments.search_max_calls,
+        run=run,
+    )
+
+
+def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
+    python: Any
+    if arguments.python_executor_url is not None:
+        python = remote_python_tool(
+            arguments.python_executor_url, timeout_s=arguments.python_timeout_s, stateful=arguments.python_stateful
+        )
+    else:
+        python = python_tool(
+            timeout_s=arguments.python_timeout_s,
+            allow_unsafe=arguments.allow_unsafe,
+            isolation=arguments.python_isolation,
+            stateful=arguments.python_stateful,
+        )
+    if os.environ.get("RANK", "0") == "0":  # once, however many processes train
+        print(python.isolation, file=sys.stderr)
+    return python
+
+
+def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
+    from arpo_trl.net.chat_model import ChatModel
+    from arpo_trl.tools.visit.pages import SUMMARY_KEY_VARIABLE, visit_tool
+
+    if (arguments.visit_summary_url is None) != (arguments.visit_summary_model is None):
+        raise ConfigError(
+            f"visit_summary_url is {arguments.visit_summary_url!r} and visit_summary_model is "
+            f"{arguments.visit_summary_model!r}; expected both or neither."
+        )
+    summariser = None
+    if arguments.visit_summary_url is not None:
+        model = str(arguments.visit_summary_model)
+        summariser = ChatModel(arguments.visit_summary_url, model, SUMMARY_KEY_VARIABLE)
+    return visit_tool(
+        timeout_s=arguments.visit_timeout_s,
+        max_chars=arguments.visit_max_chars,
+        allowed_hosts=arguments.visit_allowed_hosts,
+        summariser=summariser,
+    )

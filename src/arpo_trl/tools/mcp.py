@@ -1,0 +1,308 @@
+"""Tools of MCP servers as tools of the policy, through the official client library.
+
+    server (a process, or an address) ── one session ── its tools as async functions ─▶ ToolBox
+
+A session lives on the tools' background loop. When its server goes away, the calls under way fail with a text, and the
+next call starts it again. Servers that were started here end with this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import inspect
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, fields
+from typing import IO, Any
+
+from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
+from arpo_trl.net import background
+
+START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 10.0  # the library ends a process that ignores the end of its input after 2 s, and kills it after 4
+_MAX_TOOLS_PAGES = 100
+_SHOWN_STDERR_CHARS = 500
+_MAX_STDERR_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class McpServer:
+    """One entry of `mcp_servers`: a command to run, or the address of a server that runs."""
+
+    command: str | None = None
+    args: Sequence[str] = ()
+    env: Sequence[str] = ()
+    """Names of variables of this environment that the command gets as well; by default it gets PATH, HOME and such."""
+    url: str | None = None
+    token_env: str | None = None
+    """Name of the variable with the token that is sent to `url` as `Authorization: Bearer`."""
+    tools: Sequence[str] | None = None
+    """Names of the tools to offer; None: all."""
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any], where: str) -> McpServer:
+        """The server that `settings` describe; `ConfigError`, which names `where`, when they cannot work."""
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"{where} is {type(settings).__name__}; expected settings such as command or url.")
+        known = [field.name for field in fields(cls)]
+        for name, value in settings.items():
+            if name not in known:
+                raise ConfigError(f"{where} has a setting {name!r}; expected some of {known}.")
+            if name in ("args", "env", "tools") and not (
+                isinstance(value, list) and all(isinstance(item, str) for item in value)
+            ):
+                raise ConfigError(f"{where}: {name} has to be a list of texts, got {type(value).__name__}.")
+            if name in ("command", "url", "token_env") and not isinstance(value, str):
+                raise ConfigError(f"{where}: {name} has to be a text, got {type(value).__name__}.")
+        server = cls(**settings)
+        if (server.command is None) == (server.url is None):
+            raise ConfigError(f"{where} has to have either command or url.")
+        for name in (*server.env, *([server.token_env] if server.token_env else [])):
+            if name not in os.environ:
+                raise ConfigError(f"{where} needs the environment variable {name}, which is not set.")
+        return server
+
+    @property
+    def shown(self) -> str:
+        """For messages: without arguments and query, which may hold secrets."""
+        return f"command {self.command!r}" if self.command is not None else "url " + str(self.url).partition("?")[0]
+
+
+def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) -> list[Callable[..., Any]]:
+    """The tools of `servers` (see `McpServer` for their settings) as async functions that a `ToolBox` takes.
+
+    A name that is no tag becomes one (`get-page` → `get_page`). A call that takes longer than `timeout_s` fails.
+
+    Raises:
+        ConfigError: a setting that cannot work, the library is not installed, a server does not start or lacks a tool.
+        ToolSpecError: a tool needs a parameter that a function cannot have.
+    """
+    if not timeout_s > 0:
+        raise ConfigError(f"mcp_timeout_s is {timeout_s}; expected more than 0.")
+    try:
+        import mcp  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("mcp_servers needs the mcp library: pip install 'arpo-trl[tools]'.") from error
+    tools = []
+    for number, settings in enumerate(servers):
+        where = f"mcp_servers[{number}]"
+        server = McpServer.of(settings, where)
+        session = McpSession(server, timeout_s)
+        offered = {tool.name: tool for tool in session.open(where)}
+        missing = [name for name in server.tools or () if name not in offered]
+        if missing:
+            session.close()
+            raise ConfigError(f"{where} ({server.shown}) has no tools {missing}; it has {sorted(offered)}.")
+        wanted = offered if server.tools is None else server.tools
+        tools += [_as_function(session, offered[name]) for name in wanted]
+    return tools
+
+
+class McpSession:
+    """A connection to one server, made again when it was lost."""
+
+    def __init__(self, server: McpServer, timeout_s: float) -> None:
+        self._server = server
+        self._timeout_s = timeout_s
+        self._task: asyncio.Task[None] | None = None
+        self._ready: asyncio.Future[Any] | None = None  # the client, once it is connected
+        self._stop = asyncio.Event()
+        self._starting: asyncio.Timeout | None = None
+        self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (a server's log is no part of ours)
+        atexit.register(self.close)
+
+    def open(self, where: str) -> list[Any]:
+        """The tools that the server has.
+
+        Raises:
+            ConfigError: it does not start or answer.
+        """
+        try:
+            return background.start(self._list_tools()).result(START_TIMEOUT_S + _STOP_TIMEOUT_S)
+        except Exception as error:  # whatever the library, the system or the server comes up with
+            reason = self._reason(error)
+            self.close()
+            raise ConfigError(
+                f"{where}: {self._server.shown} does not work as an MCP server: {reason}. "
+                + (
+                    "Check that it runs by itself; it is looked up in PATH, and its arguments belong in args."
+                    if self._server.command is not None
+                    else "Check that it runs; a path such as /mcp belongs to it."
+                )
+            ) from None
+
+    async def call(self, name: str, arguments: dict[str, Any]) -> str:
+        """The text of the tool's result.
+
+        Raises:
+            ToolError: the tool reports an error, or does not answer in time.
+            ToolUnavailable: the server is gone and does not come back.
+        """
+        future = background.start(self._call(name, arguments))
+        return await asyncio.wrap_future(future)
+
+    def close(self) -> None:
+        """End the session, and the server if it was started here. May be called again."""
+        atexit.unregister(self.close)
+        with contextlib.suppress(TimeoutError, CancelledError):
+            background.start(self._shut()).result(_STOP_TIMEOUT_S)
+        self._stderr.close()
+
+    # What follows runs on the background loop.
+
+    async def _list_tools(self) -> list[Any]:
+        async with asyncio.timeout(START_TIMEOUT_S):
+            client = await self._connected()
+            tools: list[Any] = []
+            cursor = None
+            for _ in range(_MAX_TOOLS_PAGES):
+                page = await client.list_tools(cursor=cursor)
+                tools += page.tools
+                cursor = page.next_cursor
+                if cursor is None:
+                    break
+            return tools
+
+    async def _call(self, name: str, arguments: dict[str, Any]) -> str:
+        from mcp import MCPError
+        from mcp.types import CONNECTION_CLOSED, INVALID_REQUEST
+
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                try:
+                    client = await self._connected()
+                except Exception:
+                    raise ToolUnavailable("Error: the server of this tool is gone.") from None
+                session = self._ready
+                result = await client.call_tool(name, arguments)
+        except TimeoutError:
+            raise ToolError(f"Error: the {name} call took longer than {self._timeout_s:g} s.") from None
+        except MCPError as error:
+            if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # the latter: it knows no such session
+                raise ToolError(f"Error: {error.message}") from None
+            if session is self._ready:  # else another call noticed first, and this is the next session
+                await self._shut()
+            raise ToolUnavailable("Error: the server of this tool went away during the call.") from None
+        text = _text_of(result)
+        if result.is_error:
+            raise ToolError(text if text.startswith("Error") else f"Error: {text}")
+        return text
+
+    async def _connected(self) -> Any:
+        """The client; a start under way is waited for, and goes on when the waiting call's time is up."""
+        if os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
+            os.truncate(self._stderr.fileno(), 0)
+        if self._ready is None or self._task is None or self._task.done():
+            self._ready = asyncio.get_running_loop().create_future()
+            self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # somebody looked
+            self._stop = asyncio.Event()
+            self._task = asyncio.create_task(self._hold(self._ready, self._stop))
+        return await asyncio.shield(self._ready)
+
+    async def _hold(self, ready: asyncio.Future[Any], stop: asyncio.Event) -> None:
+        """Keep a session open until `stop`: the library wants it closed by the task that opened it."""
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                async with asyncio.timeout(START_TIMEOUT_S) as self._starting:
+                    client = await stack.enter_async_context(await self._client_for(stack))
+                ready.set_result(client)
+                await stop.wait()
+        except BaseException as error:
+            if not ready.done():
+                ready.set_exception(error if isinstance(error, Exception) else ConnectionError("it was stopped"))
+
+    async def _client_for(self, stack: contextlib.AsyncExitStack) -> Any:
+        import httpx2
+        from mcp import Client, StdioServerParameters
+        from mcp.client.stdio import stdio_client
+        from mcp.client.streamable_http import streamable_http_client
+
+        server = self._server
+        if server.command is not None:
+            command = StdioServerParameters(
+                command=server.command,
+                args=list(server.args),
+                env={name: os.environ[name] for name in server.env},
+            )
+            return Client(stdio_client(command, errlog=self._stderr))  # type: ignore[arg-type]
+        headers = {"Authorization": f"Bearer {os.environ[server.token_env].strip()}"} if server.token_env else None
+        http_client = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=None))
+        return Client(streamable_http_client(str(server.url), http_client=http_client))
+
+    async def _shut(self) -> None:
+        task, ready, self._task, self._ready = self._task, self._ready, None, None
+        self._stop.set()
+        if task is not None and ready is not None:
+            if not ready.done() and self._starting is not None:
+                # One cancellation, the timeout's own: a second would keep the library from ending the process.
+                with contextlib.suppress(RuntimeError):  # it has expired and is at it
+                    self._starting.reschedule(asyncio.get_running_loop().time())
+            await asyncio.wait([task])
+
+    def _reason(self, error: Exception) -> str:
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        self._stderr.seek(0)
+        said = self._stderr.read().decode("utf-8", "replace").strip()[-_SHOWN_STDERR_CHARS:]
+        reason += f"; it said: {said}" if said else ""
+        secrets = [*self._server.env, *([self._server.token_env] if self._server.token_env else [])]
+        for name in secrets:
+            reason = reason.replace(os.environ[name].strip() or "\0", f"[{name}]")
+        return reason
+
+
+def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:
+    """`tool` as a function with its name, signature, docstring and schema."""
+    properties: dict[str, Any] = tool.input_schema.get("properties") or {}
+    required = [name for name in tool.input_schema.get("required") or () if name in properties]
+    parameters = []
+    for name in sorted(properties, key=lambda name: name not in required):  # those without a default first
+        default = inspect.Parameter.empty if name in required else None
+        try:
+            parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
+        except ValueError as error:
+            raise ToolSpecError(
+                f"tool {tool.name!r} of an MCP server has a parameter that a function cannot have: {error}. Leave it "
+                "out: name the tools to offer in the server's `tools`."
+            ) from error
+
+    async def call(**arguments: Any) -> str:
+        return await session.call(tool.name, arguments)
+
+    call.__name__ = call.__qualname__ = re.sub(r"\W", "_", tool.name, flags=re.ASCII)
+    call.__doc__ = tool.description or tool.name
+    call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    call.json_schema = {  # type: ignore[attr-defined]
+        "type": "function",
+        "function": {
+            "name": call.__name__,
+            "description": inspect.cleandoc(call.__doc__),
+            "parameters": {"type": "object", "properties": properties, "required": required},
+        },
+    }
+    return call
+
+
+def _text_of(result: Any) -> str:
+    """The texts of a result; what is none is named in its place."""
+    parts = [_part_text(part) for part in result.content]
+    if not parts and result.structured_content is not None:
+        return json.dumps(result.structured_content, ensure_ascii=False)
+    return "\n".join(parts)
+
+
+def _part_text(part: Any) -> str:
+    if part.type == "text":
+        return str(part.text)
+    if part.type == "resource" and hasattr(part.resource, "text"):
+        return str(part.resource.text)
+    if part.type == "resource_link":
+        return str(part.uri)
+    return f"[{part.type} left out: only text can be shown]"

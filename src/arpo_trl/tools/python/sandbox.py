@@ -1,0 +1,416 @@
+"""A warm Python interpreter that runs one piece of code after another, isolated from this machine and from each other.
+
+What the tiers stop (each line has a test for each tier):
+
+    | model-written code tries to                            | sandlock | namespaces | unsafe |
+    |--------------------------------------------------------|----------|------------|--------|
+    | run past its deadline, in wall or in CPU time          | yes      | yes        | yes    |
+    | flood the output (stopped while it is read)            | yes      | yes        | yes    |
+    | take too much memory                                   | yes      | yes        | yes    |
+    | write a huge file; open very many                      | yes      | yes        | yes    |
+    | see the environment of the trainer                     | yes      | yes        | yes    |
+    | leave files or variables for the next call             | yes      | yes        | yes    |
+    | raise its limits                                       | yes      | yes        | no     |
+    | read files outside Python's and the system's libraries | yes      | yes        | no     |
+    | write, chmod or touch files outside its own folder     | yes      | yes        | no     |
+    | reach the network, this machine's own included         | yes      | yes        | no     |
+    | start processes, and so leave some behind              | yes      | yes        | no     |
+    | signal or trace the worker that runs later calls       | yes      | yes        | no     |
+    | change limits or priority of other processes           | yes      | yes        | no     |
+    | leave shared memory, keys or files in memory behind    | yes      | yes        | no     |
+    | fill its folder with very many files                   | no       | yes        | no     |
+    | see whether a path exists, and its size                | no       | yes        | no     |
+
+- sandlock: Landlock and seccomp around the worker, and more of both around each call. Linux 6.12 or newer.
+- namespaces: `python_namespaces` around the worker and each call, seccomp around the call. Linux 5.12 or newer where
+  this user may make user namespaces; some distributions and most containers do not let one. (bubblewrap makes the same
+  ones, and where it may, this may.)
+- unsafe: a child process with resource limits, nothing more.
+
+No tier stops code from using every core until its deadline. Attacks on the kernel itself need a virtual machine.
+
+Starting an interpreter, and importing sympy, costs more than most calls. So a worker does it once and forks for each
+call; `python_worker` says how calls are kept apart. A worker runs one call at a time: take one per thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import resource
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.errors import SandboxError
+from arpo_trl.tools.python import cell as python_cell
+from arpo_trl.tools.python import namespaces as python_namespaces
+from arpo_trl.tools.python import syscalls as python_syscalls
+from arpo_trl.tools.python import worker as python_worker
+from arpo_trl.tools.python.worker import REPLY, REQUEST
+
+_START_TIMEOUT_S = 60.0
+_GRACE_S = 5.0  # beyond a call's deadline, before the worker itself is given up
+_READ_BYTES = 1 << 16
+_ENVIRONMENT = {
+    "LANG": "C.UTF-8",
+    "PYTHONHASHSEED": "0",  # a set printed twice is printed in the same order
+    "OMP_NUM_THREADS": "1",  # a fork keeps only the thread that forked
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+}
+
+# Landlock leaves these open to every file of this user. `python_syscalls` refuses more, in each call.
+# fmt: off
+_DENIED_SYSCALLS = [
+    "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat",
+    "utimensat", "setxattr", "lsetxattr", "fsetxattr",
+]
+_DENIED_SYSCALLS_X86 = ["chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one call may use."""
+
+    timeout_s: float = 5.0
+    cpu_s: float = 5.0  # of all its threads together; looked at ten times a second
+    memory_mb: int = 512  # address space on top of the warm interpreter's own
+    output_bytes: int = 100_000
+    file_mb: int = 16  # each file
+    open_files: int = 64
+
+
+class Tier(StrEnum):
+    """How a worker is kept apart from this machine; the module says what each stops."""
+
+    SANDLOCK = "sandlock"
+    NAMESPACES = "namespaces"
+    UNSAFE = "unsafe"
+
+
+ISOLATING = (Tier.SANDLOCK, Tier.NAMESPACES)
+"""The tiers that isolate, the preferred first."""
+
+
+class Ending(StrEnum):
+    """How a call ended."""
+
+    FINISHED = "finished"
+    RAISED = "raised"  # the traceback is the end of the output
+    DIED = "died"  # the process went without a traceback: a crash in C code, or a limit
+    TIMEOUT = "timeout"
+    CPU = "cpu"  # stopped at `cpu_s`
+    FLOOD = "flood"  # stopped at `output_bytes`
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One executed call: what it printed, at most `output_bytes` of it, and how it ended."""
+
+    output: str
+    ending: Ending
+
+
+class WorkerLost(Exception):
+    """The worker is gone or no longer answers; the call has no result and the worker is closed."""
+
+
+class Worker:
+    """A warm interpreter in a process of its own; `run` gives each call a fresh fork of it.
+
+    `preload` imports numpy and sympy before the first call. Raises `SandboxError` when the process cannot be started
+    with the isolation asked for. Not thread-safe.
+    """
+
+    def __init__(self, limits: Limits, *, tier: Tier, preload: bool) -> None:
+        if not sys.platform.startswith("linux"):
+            raise SandboxError(f"Python code runs in a sandbox on Linux only, this is {sys.platform}")
+        self.tier = tier
+        self._limits = limits
+        self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
+        # At exit too, when a call may still be running; only a killed trainer leaves the folder behind.
+        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait
+        try:
+            self._process = _start(self._folder, tier, preload, limits)
+            self._stdin, self._stdout, self._control = (
+                stream.fileno() for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
+            )
+            os.set_blocking(self._stdout, False)
+            self._ending = False  # the fork of the last call may still be there
+            self._await_ready(tier)
+            self._pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
+            self._set_limits()
+            os.write(self._stdin, REQUEST.pack(-1.0))  # the fork for the first call may be made: it inherits them
+        except BaseException:
+            self.close()
+            raise
+
+    def _await_ready(self, tier: Tier) -> None:
+        said = b""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while len(said) < REPLY.size or said[:1] != b"R":
+            wait_ms = max(0.0, deadline - time.monotonic()) * 1000
+            chunk = os.read(self._control, _READ_BYTES) if _poll(wait_ms, self._control) else b""
+            said += chunk
+            if not chunk:
+                raise SandboxError(
+                    f"the Python worker ({tier}) did not start: "
+                    f"{said.decode(errors='replace').strip()[-500:] or 'it said nothing'}"
+                )
+
+    def _set_limits(self) -> None:
+        """Set, from outside, what the worker's forks inherit and cannot raise."""
+        pid, limits = self._pid, self._limits
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+        memory = pages * os.sysconf("SC_PAGE_SIZE") + (limits.memory_mb << 20)
+        for kind, value in (
+            (resource.RLIMIT_AS, memory),
+            (resource.RLIMIT_FSIZE, limits.file_mb << 20),
+            (resource.RLIMIT_NOFILE, limits.open_files),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            resource.prlimit(pid, kind, (value, value))
+
+    @property
+    def pid(self) -> int:
+        """Process id of the worker."""
+        return self._pid
+
+    @property
+    def folder(self) -> Path:
+        """The working directory of every call, empty at its start."""
+        return self._folder
+
+    def run(self, code: str, earlier: Sequence[str] = ()) -> Run:
+        """What `code` printed and how it ended, run after the cells `earlier`, whose own output is not shown.
+
+        All of them share one deadline.
+
+        Raises `WorkerLost` when the worker broke, whether by this call's doing or before it.
+        """
+        deadline = time.monotonic() + self._limits.timeout_s + _GRACE_S
+        try:
+            self._await_end(deadline)
+            cells = json.dumps([cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)])
+            (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
+            os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
+            output, kind, status = self._read(deadline)
+            with contextlib.suppress(OSError):  # again before the next call, when nothing can be in the way
+                self._clean_up()
+        except OSError as error:
+            self.close()
+            raise WorkerLost(str(error)) from error
+        except BaseException:  # for example KeyboardInterrupt: the reply would be taken for the next call's
+            self.close()
+            raise
+        text = output.decode("utf-8", "replace")
+        if len(output) > self._limits.output_bytes:
+            return Run(output[: self._limits.output_bytes].decode("utf-8", "ignore"), Ending.FLOOD)
+        if kind == b"T":
+            return Run(text, Ending.TIMEOUT)
+        if kind == b"C":
+            return Run(text, Ending.CPU)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.SUCCEEDED:
+            return Run(text, Ending.FINISHED)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.RAISED:
+            return Run(text, Ending.RAISED)
+        return Run(text, Ending.DIED)
+
+    def _read(self, deadline: float) -> tuple[bytes, bytes, int]:
+        """(output up to just past the limit, kind, wait status) once the fork is gone."""
+        output = bytearray()
+        stopped = False
+        while True:
+            ready = _poll(max(0.0, deadline - time.monotonic()) * 1000, self._stdout, self._control)
+            if not ready:
+                raise OSError("the worker does not answer")
+            if self._stdout in ready and not stopped:
+                output += os.read(self._stdout, _READ_BYTES)
+                if len(output) > self._limits.output_bytes:
+                    stopped = True
+                    os.write(self._stdin, REQUEST.pack(-1.0))
+            if self._control in ready:
+                kind, status = self._reply()
+                self._ending = True
+                break
+            if stopped:  # the pipe stays full and readable: wait for the reply alone
+                _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control)
+        # The call is over: what it printed is in the pipe.
+        with contextlib.suppress(BlockingIOError):
+            while len(output) <= self._limits.output_bytes and (chunk := os.read(self._stdout, _READ_BYTES)):
+                output += chunk
+        return bytes(output), kind, status
+
+    def _reply(self) -> tuple[bytes, int]:
+        reply = os.read(self._control, REPLY.size)
+        if len(reply) < REPLY.size:
+            raise OSError("the worker is gone")
+        kind, status = REPLY.unpack(reply)
+        return kind, status
+
+    def _await_end(self, deadline: float) -> None:
+        """Return when the fork of the last call is gone, and with it whatever it still printed or wrote."""
+        if self._ending:
+            if not _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control):
+                raise OSError("the worker does not answer")
+            self._reply()
+            with contextlib.suppress(BlockingIOError):
+                while os.read(self._stdout, _READ_BYTES):
+                    pass
+            self._clean_up()
+            self._ending = False
+
+    def _clean_up(self) -> None:
+        for entry in os.scandir(self._folder):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            else:
+                os.unlink(entry.path)
+
+    def close(self) -> None:
+        """End the worker and whatever it runs, and remove its folder. May be called again."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.stdin.close()  # the worker ends its fork, then itself
+            with contextlib.suppress(OSError):
+                process.kill()
+            process.wait()
+            process.stdout.close()
+            process.stderr.close()
+        self._remove_folder()
+
+
+def _poll(timeout_ms: float, *fds: int) -> set[int]:
+    poller = select.poll()
+    for fd in fds:
+        poller.register(fd, select.POLLIN)
+    return {fd for fd, _ in poller.poll(timeout_ms)}
+
+
+def _only_child(pid: int) -> int:
+    """The process that `pid` waits for."""
+    try:
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+    except (OSError, ValueError) as error:
+        raise SandboxError(f"the child of process {pid} is not in /proc ({error}), so it cannot be limited") from error
+
+
+def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
+    """The started worker process with three pipes."""
+    # The real executable: a virtual environment's own needs files that the sandbox does not show.
+    executable = os.path.realpath(sys.executable)
+    site_packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    modules = (python_worker, python_cell, python_syscalls, python_namespaces)
+    scripts = [os.path.realpath(str(module.__file__)) for module in modules]
+    libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib"]
+    readable = [executable, *scripts, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
+    readable = [path for path in readable if os.path.exists(path)]
+    command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
+    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), str(folder)]
+    command += [*site_packages, "--", *readable]
+    if tier is not Tier.SANDLOCK:
+        try:
+            return subprocess.Popen(
+                command,
+                bufsize=0,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env=_ENVIRONMENT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise SandboxError(f"{executable} cannot be started: {error.strerror}") from error
+    try:
+        import sandlock
+        from sandlock.sandbox import StdioMode
+    except (ImportError, OSError) as error:
+        raise SandboxError(f"sandlock is not installed here ({error}), so Python code cannot be isolated") from error
+    sandbox = sandlock.Sandbox(
+        fs_readable=readable,
+        fs_writable=[str(folder), "/dev/null"],
+        cwd=str(folder),
+        clean_env=True,
+        env=_ENVIRONMENT,
+        max_processes=2,  # the worker and one fork
+        extra_deny_syscalls=_DENIED_SYSCALLS + (_DENIED_SYSCALLS_X86 if platform.machine() == "x86_64" else []),
+    )
+    try:
+        return sandbox.popen(command, stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.PIPED)
+    except (RuntimeError, sandlock.SandlockError) as error:
+        raise SandboxError(
+            f"sandlock cannot isolate Python code here ({error}): it needs Landlock ABI "
+            f"{sandlock.min_landlock_abi()}, this kernel has {sandlock.landlock_abi_version()}"
+        ) from error
+
+
+# Each attempt leaves its name in the output when it succeeds.
+_PROBE = """
+import os, socket, sys
+def read_files(): open("/etc/passwd").read()
+def write_files(): open({outside!r}, "w")
+def reach_the_network(): socket.create_connection(("127.0.0.1", {port}), timeout=1)
+def start_processes():
+    if os.fork() == 0: os._exit(0)
+def signal_processes():
+    pid = os.getppid() or {pid}  # 0: the parent is in a pid namespace above
+    if pid == os.getpid(): raise PermissionError
+    os.kill(pid, 0)
+def see_the_environment(): os.environ[{variable!r}]
+def change_limits(): __import__("resource").prlimit({pid}, __import__("resource").RLIMIT_CORE)
+for attempt in (read_files, write_files, reach_the_network, start_processes, signal_processes,
+                see_the_environment, change_limits):
+    try: attempt()
+    except Exception: continue
+    print(attempt.__name__.replace("_", " "))
+print("probed")
+"""
+
+
+def check_isolation(worker: Worker) -> None:
+    """Return if code in `worker` fails to break out, having tried; else raise `SandboxError` with what it could do."""
+    variable = next(iter(os.environ.keys() - _ENVIRONMENT.keys()), "NO_SUCH_VARIABLE")
+    with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as elsewhere:
+        outside = str(Path(elsewhere, "probe"))
+        port = server.getsockname()[1]
+        ran = worker.run(_PROBE.format(outside=outside, port=port, variable=variable, pid=os.getpid()))
+    *escapes, last = ran.output.splitlines() or [""]
+    if ran.ending is not Ending.FINISHED or last != "probed":
+        raise SandboxError(f"the sandbox does not run Python code here: {ran.ending}, {ran.output.strip()[-500:]!r}")
+    if escapes:
+        raise SandboxError(f"the sandbox does not isolate Python code here: in it, code can {', '.join(escapes)}")
+
+
+def isolated_worker(limits: Limits, tiers: Sequence[Tier], *, preload: bool) -> tuple[Worker, Tier]:
+    """A worker of the first of `tiers` that isolates on this machine, as tried, and that tier.
+
+    Raises `SandboxError` with what is wrong with each when none does.
+    """
+    faults = []
+    for tier in tiers:
+        worker = None
+        try:
+            worker = Worker(limits, tier=tier, preload=preload)
+            check_isolation(worker)
+            return worker, tier
+        except (SandboxError, WorkerLost) as error:
+            faults.append(f"{tier}: {error}")
+            if worker is not None:
+                worker.close()
+    raise SandboxError("; ".join(faults))

@@ -1,0 +1,258 @@
+"""What searches found, on disk, and the limits that all processes of a run share: one sqlite file.
+
+    results    (provider, query, parameters) ─▶ hits, or what went wrong, and until when that is believed
+    leases     the query that somebody is asking right now; others wait for the answer instead of asking too
+    slots      when a provider may be asked next
+    spending   requests made so far, per run
+
+Safe for any number of threads and processes on one machine (write-ahead log, every change one statement). Not for a
+network file system, which has no shared memory: give each machine its own file, and remember that each then counts for
+itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import stamina
+
+from arpo_trl.errors import DataError
+from arpo_trl.tools.search.index import NearestQuery, as_text, normalised, pages_of, read_recorded
+from arpo_trl.tools.search.providers import Hit
+
+FILE_VERSION = 1
+EMPTY_TTL_S = 600.0
+"""Seconds for which "nothing found" is believed."""
+ERROR_TTL_S = 30.0
+"""Seconds for which a query that failed is not asked again."""
+
+_BUSY_TIMEOUT_S = 30.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS results (
+    provider TEXT, query TEXT, parameters TEXT, asked TEXT, hits TEXT, error TEXT, expires REAL,
+    PRIMARY KEY (provider, query, parameters)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT, until REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS slots (provider TEXT PRIMARY KEY, next REAL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, requests INTEGER) WITHOUT ROWID;
+"""
+
+
+class CacheMode(StrEnum):
+    """When the file answers, and when it is written."""
+
+    LIVE = "live"  # ask every time; the file only keeps the limits
+    CACHE = "cache"  # answer from the file; what it lacks is asked for and written
+    RECORD = "record"  # ask every time, and write the answer over the old one
+    REPLAY = "replay"  # answer from the file only; what it lacks gets the results of the nearest query in it
+    OFFLINE = "offline"  # answer from the file only; what it lacks is a failed call that says so
+
+    @property
+    def asks(self) -> bool:
+        """Whether the provider is ever asked."""
+        return self not in (CacheMode.REPLAY, CacheMode.OFFLINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What an answer depends on."""
+
+    provider: str
+    query: str
+    """As `normalised` makes it."""
+    parameters: str
+    """JSON."""
+    asked: str = field(compare=False)
+    """The query as it was asked."""
+
+    @classmethod
+    def of(cls, provider: str, query: str, parameters: Mapping[str, Any]) -> Key:
+        query = _clean(query)
+        return cls(provider, normalised(query), json.dumps(parameters, sort_keys=True), query)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What is known about a key: hits, perhaps none; or why asking failed."""
+
+    hits: list[Hit]
+    error: str | None
+
+
+def _is_locked(error: Exception) -> bool:
+    return isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+
+
+class SearchCache:
+    """The file at `path`, made if it is missing.
+
+    Raises `DataError` when it is something else, or of another version.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._lock = threading.Lock()
+        self._pid = -1
+        self._owner = uuid.uuid4().hex
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self._lock:
+                self._connect()
+        except (OSError, sqlite3.Error) as error:
+            raise DataError(f"{path} cannot be used as a search cache: {error}. Name another file.") from error
+
+    @stamina.retry(
+        on=_is_locked, attempts=None, timeout=_BUSY_TIMEOUT_S, wait_initial=0.02, wait_max=0.5, wait_jitter=0.1
+    )
+    def _connect(self) -> None:
+        # Many processes may be making the file at once; turning on the log does not wait for its lock by itself.
+        connection = sqlite3.connect(
+            self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
+        )
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last answers, nothing else
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={FILE_VERSION}; COMMIT;")
+            elif version != FILE_VERSION:
+                raise DataError(
+                    f"{self.path} is a search cache of version {version}, expected {FILE_VERSION}. Export it with the "
+                    "release that wrote it (arpo-trl cache export), and import that into a new file."
+                )
+        except BaseException:
+            connection.close()
+            raise
+        self._connection, self._pid = connection, os.getpid()
+
+    def _run(self, statement: str, *values: Any) -> list[Any]:
+        with self._lock:
+            if self._pid != os.getpid():  # in a fork: a connection must not be used from two processes
+                self._connect()
+            return self._connection.execute(statement, values).fetchall()
+
+    def close(self) -> None:
+        """May be called again; afterwards nothing else may."""
+        with self._lock:
+            self._connection.close()
+
+    def get(self, key: Key, *, expired: bool = False) -> Entry | None:
+        """What is known about `key`; with `expired` also hits that are believed no longer, but no error."""
+        rows = self._run(
+            "SELECT hits, error FROM results WHERE provider=? AND query=? AND parameters=? AND "
+            + ("hits IS NOT NULL" if expired else "(expires IS NULL OR expires > ?)"),
+            *(key.provider, key.query, key.parameters),
+            *(() if expired else (time.time(),)),
+        )
+        return Entry(_hits(rows[0][0]) if rows[0][0] else [], rows[0][1]) if rows else None
+
+    def put(self, key: Key, hits: Sequence[Hit]) -> None:
+        """Write an answer; an empty one is believed for a while only."""
+        self._run(
+            "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, NULL, ?)",
+            *(key.provider, key.query, key.parameters, key.asked),
+            _clean(json.dumps([[hit.title, hit.url, hit.text] for hit in hits], ensure_ascii=False)),
+            None if hits else time.time() + EMPTY_TTL_S,
+        )
+
+    def put_error(self, key: Key, error: str) -> None:
+        """Write that asking failed, for a short while; never over an answer."""
+        self._run(
+            "INSERT INTO results VALUES (?, ?, ?, ?, NULL, ?, ?) ON CONFLICT DO UPDATE "
+            "SET error=excluded.error, expires=excluded.expires WHERE hits IS NULL",
+            *(key.provider, key.query, key.parameters, key.asked),
+            _clean(error),
+            time.time() + ERROR_TTL_S,
+        )
+
+    def nearest(self, provider: str, fields: Sequence[str]) -> NearestQuery:
+        """The answers of one provider as they are now, whatever their parameters; `fields` as in `Hit.shown`."""
+        rows = self._run("SELECT query, hits FROM results WHERE provider=? AND hits IS NOT NULL", provider)
+        return NearestQuery((query, [hit.shown(fields) for hit in _hits(hits)]) for query, hits in rows)
+
+    @contextlib.contextmanager
+    def lease(self, key: Key, seconds: float) -> Iterator[bool]:
+        """Whether the caller is the one to ask for `key`, until the block ends or at most for `seconds`."""
+        name = "\n".join((key.provider, key.query, key.parameters))
+        owner = f"{self._owner}-{os.getpid()}-{threading.get_ident()}"
+        now = time.time()
+        granted = bool(
+            self._run(
+                "INSERT INTO leases VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET owner=excluded.owner, "
+                "until=excluded.until WHERE until < ? RETURNING 1",
+                *(name, owner, now + seconds, now),
+            )
+        )
+        try:
+            yield granted
+        finally:
+            if granted:
+                self._run("DELETE FROM leases WHERE key=? AND owner=?", name, owner)
+
+    def reserve(self, provider: str, per_second: float, latest: float) -> float | None:
+        """The time (as `time.time`) at which the caller may ask, all callers evenly spaced; None if after `latest`."""
+        gap, now = 1 / per_second, time.time()
+        rows = self._run(
+            "INSERT INTO slots VALUES (?1, ?2 + ?3) ON CONFLICT DO UPDATE SET next = max(next, ?2) + ?3 "
+            "WHERE max(next, ?2) <= ?4 RETURNING next - ?3",
+            *(provider, now, gap, latest),
+        )
+        return float(rows[0][0]) if rows else None
+
+    def spend(self, run: str, most: int | None) -> bool:
+        """Count one request of `run`; False, and not counted, when it has made `most` already."""
+        rows = self._run(
+            "INSERT INTO spending VALUES (?1, 1) ON CONFLICT DO UPDATE SET requests = requests + 1 "
+            "WHERE ?2 IS NULL OR requests < ?2 RETURNING requests",
+            *(run, most),
+        )
+        return bool(rows)
+
+    def import_json(self, path: str | Path, provider: str, parameters: Mapping[str, Any]) -> int:
+        """Take in a file {query: result text}, as the released code's `search_cache.json` is; how many there were."""
+        recorded = read_recorded(path)
+        for query, text in recorded.items():
+            self.put(Key.of(provider, query, parameters), [Hit("", "", page) for page in pages_of(text)])
+        return len(recorded)
+
+    def export_json(self, path: str | Path, provider: str | None = None) -> int:
+        """Write such a file with what one provider, or any, found; how many queries it has."""
+        rows = self._run(
+            "SELECT asked, hits FROM results WHERE hits IS NOT NULL AND (?1 IS NULL OR provider = ?1) "
+            "ORDER BY query, provider, parameters",
+            provider,
+        )
+        found = {query: as_text([hit.shown() for hit in _hits(hits)]) for query, hits in reversed(rows)}
+        Path(path).write_text(json.dumps(dict(reversed(found.items())), ensure_ascii=False, indent=1), "utf-8")
+        return len(found)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of answers, empty ones and errors by provider, and requests by run."""
+        rows = self._run(
+            "SELECT provider, sum(hits IS NOT NULL AND hits != '[]'), sum(hits = '[]'), sum(hits IS NULL) "
+            "FROM results GROUP BY provider ORDER BY provider"
+        )
+        providers = {
+            row[0]: dict(zip(("found", "empty", "failed"), (n or 0 for n in row[1:]), strict=True)) for row in rows
+        }
+        return {"results": providers, "requests": dict(self._run("SELECT run, requests FROM spending ORDER BY run"))}
+
+
+def _hits(stored: str) -> list[Hit]:
+    return [Hit(*parts) for parts in json.loads(stored)]
+
+
+def _clean(text: str) -> str:
+    """`text` without lone surrogates, which fit no database."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,225 @@
+"""`WebSearch`: a search service behind a cache, limits and a circuit breaker, so that training waits for none.
+
+    query ─▶ in the file? ─▶ hits                              what the mode allows (`CacheMode`)
+             being asked by another? ─▶ wait for its answer
+             provider resting? no place before the deadline? cap reached? ─▶ `ToolUnavailable`, at once
+             ask, with retries ─▶ hits, written to the file
+                               ─▶ `ToolUnavailable`; after several in a row the provider rests
+
+A service that fails is no reason to stop a run and nothing a model can help: it reads that search is unavailable, and
+the share of such calls is logged as `arpo/tools/search/degraded`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Sequence
+
+from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
+from arpo_trl.net.circuit_breaker import CircuitBreaker
+from arpo_trl.net.http_client import RequestFailed, fetch_json, retried, without
+from arpo_trl.tools.search.cache import CacheMode, Entry, Key, SearchCache
+from arpo_trl.tools.search.index import NearestQuery
+from arpo_trl.tools.search.providers import FIELDS, Hit, Provider, Unanswered
+
+logger = logging.getLogger(__name__)
+
+_WAIT_S = 0.05  # between looks at an answer that another process is asking for
+_UNAVAILABLE = "Error: search is unavailable at the moment. Go on without it, or try again later."
+
+
+class WebSearch:
+    """Searches with `provider` and keeps what it finds in `cache`.
+
+    Args:
+        fields: Parts of a hit that are shown, of title, url and text.
+        timeout_s: Seconds a search may take, retries and waiting included. Below the tool deadline, or the model reads
+            of a missed deadline instead.
+        per_second: Requests a second to the provider, of all processes that share the file; None: no limit.
+        max_requests: Requests, retries included, that all processes with this `run` and file may make; None: no limit.
+        run: Name under which they are counted.
+
+    Raises `ConfigError` when a setting cannot work, or the mode asks and the provider's key is not in the environment.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        cache: SearchCache,
+        mode: CacheMode = CacheMode.CACHE,
+        *,
+        fields: Sequence[str] = FIELDS,
+        timeout_s: float = 15.0,
+        per_second: float | None = None,
+        max_requests: int | None = None,
+        run: str = "default",
+        breaker: CircuitBreaker | None = None,
+    ) -> None:
+        if not fields or not set(fields) <= set(FIELDS):
+            raise ConfigError(f"search_fields is {list(fields)}; expected some of {list(FIELDS)}.")
+        for name, value in (("search_timeout_s", timeout_s), ("search_rate", per_second)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} is {value}; expected more than 0.")
+        if max_requests is not None and max_requests < 1:
+            raise ConfigError(f"search_max_calls is {max_requests}; expected at least 1. To ask nobody: mode offline.")
+        if mode.asks:
+            _check_key(provider)
+        self._provider = provider
+        self._cache = cache
+        self._mode = mode
+        self._fields = fields
+        self._timeout_s = timeout_s
+        self._per_second = per_second
+        self._max_requests = max_requests
+        self._run = run
+        self._breaker = breaker or CircuitBreaker()
+        self._recorded: NearestQuery | None = (
+            cache.nearest(provider.name, fields) if mode is CacheMode.REPLAY else None
+        )
+        self._capped = False
+
+    def search(self, query: str, top_k: int) -> list[str]:
+        """At most `top_k` texts that the service, or the cache, has for `query`, best first.
+
+        Raises:
+            ToolUnavailable: the service cannot answer now.
+            ToolError: the mode is offline and the query is not in the cache.
+        """
+        if self._recorded is not None:
+            return self._recorded.pages(query)[:top_k]
+        try:
+            hits = self._search(query, top_k)
+        except sqlite3.Error as error:  # a full disk, say; it is said each time, for it will not pass by itself
+            logger.warning("Search is degraded: the cache file %s: %s", self._cache.path, error)
+            raise ToolUnavailable(_UNAVAILABLE) from None
+        return [hit.shown(self._fields) for hit in hits[:top_k]]
+
+    def _search(self, query: str, top_k: int) -> list[Hit]:
+        query = " ".join(query.encode("utf-8", "replace").decode().split())[: self._provider.max_query_chars]
+        if not query:
+            return []
+        key = Key.of(self._provider.name, query, self._provider.parameters(top_k))
+        deadline = time.time() + self._timeout_s
+        match self._mode:
+            case CacheMode.OFFLINE:
+                entry = self._cache.get(key, expired=True)
+                if entry is None:
+                    raise ToolError(
+                        "Error: this query is not among the recorded ones, and nothing else can be searched."
+                    )
+                return entry.hits
+            case CacheMode.LIVE:
+                return self._ask(query, top_k, deadline)
+            case CacheMode.RECORD:
+                hits = self._ask(query, top_k, deadline)
+                self._cache.put(key, hits)
+                return hits
+            case _:
+                return self._known_or_asked(key, query, top_k, deadline)
+
+    def _known_or_asked(self, key: Key, query: str, top_k: int, deadline: float) -> list[Hit]:
+        while True:
+            entry = self._cache.get(key)
+            if entry is None:
+                with self._cache.lease(key, self._timeout_s) as granted:
+                    # Once more: it may have been written between the look and the lease.
+                    entry = self._cache.get(key) if granted else None
+                    if granted and entry is None:
+                        entry = self._asked(key, query, top_k, deadline)
+            if entry is not None:
+                if entry.error is not None:
+                    raise ToolUnavailable(_UNAVAILABLE)
+                return entry.hits
+            if time.time() + _WAIT_S > deadline:
+                raise ToolUnavailable(_UNAVAILABLE)
+            time.sleep(_WAIT_S)
+
+    def _asked(self, key: Key, query: str, top_k: int, deadline: float) -> Entry:
+        try:
+            hits = self._ask(query, top_k, deadline)
+        except _Refused as error:
+            self._cache.put_error(key, error.reason)
+            raise
+        self._cache.put(key, hits)
+        return Entry(hits, None)
+
+    def _ask(self, query: str, top_k: int, deadline: float) -> list[Hit]:
+        """The provider's hits; raises `ToolUnavailable`."""
+        if not self._breaker.lets_pass():
+            raise ToolUnavailable(_UNAVAILABLE)
+        try:
+            hits = retried(
+                lambda: self._request(query, min(top_k, self._provider.max_results), deadline),
+                lambda: deadline - time.time(),
+            )
+        except RequestFailed as error:
+            # This query's fault, not the service's: but some refuse a key, or an empty account, with these too.
+            at_query = error.status in (400, 414, 422) and not error.about_account
+            if not at_query and self._breaker.failed():
+                logger.warning(
+                    "Search is degraded: %s %s, %d times in a row%s. It rests for %g s, and searches are answered "
+                    "with a notice; see arpo/tools/search/degraded.",
+                    *(self._provider.name, error, self._breaker.failures, self._hint(error), self._breaker.rest_s),
+                )
+            raise _Refused(str(error)) from None
+        self._breaker.succeeded()
+        return hits
+
+    def _request(self, query: str, results: int, deadline: float) -> list[Hit]:
+        """The hits of one request, made when the limits allow it."""
+        if self._per_second is not None:
+            start = self._cache.reserve(self._provider.name, self._per_second, deadline)
+            if start is None:
+                raise ToolUnavailable(_UNAVAILABLE)
+            time.sleep(max(0.0, start - time.time()))
+        if not self._cache.spend(self._run, self._max_requests):
+            if not self._capped:
+                self._capped = True
+                logger.warning(
+                    "Search is degraded: the %s requests of search_max_calls are spent by run %r; searches that the "
+                    "cache cannot answer are answered with a notice. Raise search_max_calls to go on.",
+                    *(self._max_requests, self._run),
+                )
+            raise ToolUnavailable("Error: the search budget is spent. Go on with what is known.")
+        key = _key(self._provider)
+        request = self._provider.request(query, results, key)
+        answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), sent=query)
+        try:
+            hits = self._provider.read(answer)
+        except Unanswered as error:
+            raise RequestFailed(str(error)) from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise RequestFailed("answered in another layout than expected", status=200) from None
+        return [Hit(without(key, hit.title), without(key, hit.url), without(key, hit.text)) for hit in hits]
+
+    def _hint(self, error: RequestFailed) -> str:
+        if (error.status in (401, 402, 403) or error.about_account) and self._provider.key_variable:
+            return f" (is the key in {self._provider.key_variable} valid, and has its account credits left?)"
+        return ""
+
+
+def _key(provider: Provider) -> str:
+    """Read whenever it is needed: no object, and so no log of one, holds it."""
+    return os.environ.get(provider.key_variable, "").strip() if provider.key_variable else ""
+
+
+def _check_key(provider: Provider) -> None:
+    key = _key(provider)
+    if provider.key_variable and not key:
+        raise ConfigError(
+            f"search_provider {provider.name} needs a key in the environment variable {provider.key_variable}, which "
+            "is not set. Set it, or answer from the cache alone: search_cache_mode offline or replay."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{provider.key_variable} holds characters that no key has. Set it to the key alone.")
+
+
+class _Refused(ToolUnavailable):
+    """The service was asked and did not answer; `reason`, for the cache, says why."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(_UNAVAILABLE)
+        self.reason = reason

@@ -1,0 +1,110 @@
+"""The weights in vLLM that a trainer's settings ask for, checked against the trainer before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch.distributed import ProcessGroup
+from transformers import PreTrainedTokenizerBase
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.options import WeightSync
+from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.compute_dtype import warn_of_other_dtype
+from arpo_trl.rollout.engines.vllm.client import PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights
+from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
+from arpo_trl.trl_seam import VLLMGeneration
+
+logger = get_logger(__name__)
+
+
+def colocated_weights(
+    args: ARPOConfig,
+    generation: VLLMGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Callable[[], Hashable],
+    reference: Callable[[Sequence[int]], list[float]],
+) -> ColocatedWeights:
+    """The weights of the vLLM that TRL has started; warns if it computes in another type than the trainer."""
+    dtype = str(generation.llm.llm_engine.model_config.dtype).removeprefix("torch.")
+    way_out = "another dtype in the model's config.json, which vLLM takes unless it is float32"
+    warn_of_other_dtype(generation.model, generation.accelerator, {"vLLM": dtype}, way_out)
+    return ColocatedWeights(generation, trained, reference, _canary(tokenizer), args.weight_sync_tolerance)
+
+
+def ranks_together(size: int) -> ProcessGroup | None:
+    """This rank's group of `size` that share one vLLM by tensor parallelism, None where each has its own.
+
+    A collective.
+    """
+    if size == 1:
+        return None
+    ranks = torch.distributed.get_world_size()
+    groups = [list(range(first, first + size)) for first in range(0, ranks, size)]
+    group, _ = torch.distributed.new_subgroups_by_enumeration(groups, backend="gloo")
+    return group
+
+
+def served_weights(
+    args: ARPOConfig,
+    model: Any,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Callable[[], Hashable],
+    reference: Callable[[Sequence[int]], list[float]],
+) -> ServedWeights:
+    """The weights of the servers that the settings name, once these are up and known to serve the trainer's model.
+
+    Raises:
+        ConfigError: A server lacks something that is needed, or serves another model than the trainer's.
+        EngineError: A server does not come up.
+    """
+    clients = [ServerClient(url, timeout_s=args.vllm_request_timeout_s) for url in args.server_urls]
+    for client in clients:
+        client.wait(args.vllm_server_timeout)
+    facts = [check_server(client, tokenizer, args.entropy_top_logprobs) for client in clients]
+    dtypes = {client.url: fact.dtype for client, fact in zip(clients, facts, strict=True)}
+    warn_of_other_dtype(model, accelerator, dtypes, "start the server with --dtype {dtype}")
+    if args.weight_sync == WeightSync.NCCL:
+        transfer: Transfer = NcclTransfer(
+            model,
+            accelerator,
+            tokenizer,
+            [client.url for client in clients],
+            args.vllm_group_port,
+            args.vllm_server_timeout,
+        )
+    else:
+        folder = Path(args.weight_sync_dir or Path(args.output_dir) / "served_weights")
+        transfer = DiskTransfer(model, accelerator, tokenizer, folder, facts)
+    weights = ServedWeights(
+        clients, facts, transfer, accelerator, trained, reference, _canary(tokenizer), args.weight_sync_tolerance
+    )
+    weights.check_model()
+    return weights
+
+
+def warn_of_other_distribution(settings: SamplingSettings) -> None:
+    """Says so where sampling draws from something else than the distribution whose logprobs are trained."""
+    narrowed = {
+        "top_p": settings.top_p < 1.0,
+        "top_k": settings.top_k > 0,
+        "min_p": bool(settings.min_p),
+        "repetition_penalty": settings.repetition_penalty != 1.0,
+    }
+    if names := [name for name, narrows in narrowed.items() if narrows]:
+        logger.warning(
+            f"{', '.join(names)} make vLLM sample from another distribution than the one that is trained. Its "
+            "logprobs are those of what was sampled from, so the importance sampling correction counts the "
+            "difference, tokens that were ruled out excepted. The paper trains with top_p 1 and without the others."
+        )
+
+
+def _canary(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
