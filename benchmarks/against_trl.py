@@ -35,7 +35,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import grpo_trainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import CallSource, ToolCall
 from arpo_trl.tools.toolbox import tool_spec

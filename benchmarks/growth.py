@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 
 from arpo_trl.rollout.engines.base import SamplingSettings, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from update import timed_apart

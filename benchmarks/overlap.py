@@ -37,7 +37,7 @@ from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm.client import ServerClient
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from serving import running

@@ -25,7 +25,7 @@ from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines import transformers as engine_module
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, TreeSampler
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox

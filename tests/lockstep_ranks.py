@@ -13,7 +13,7 @@ import torch.distributed as dist
 from arpo_trl.rollout.engines.base import SamplingSettings, TurnRequest
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from support import tokenizer

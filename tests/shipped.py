@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from arpo_trl.data.demonstrations import encode_trajectory
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from support import script, small_model, with_template
 
 CONFIGS = Path(__file__).parents[1] / "configs"

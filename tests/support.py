@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import importlib
 import json
 import os
 import subprocess
@@ -27,7 +27,7 @@ from arpo_trl.options import RolloutSchedule
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingSettings
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
-from arpo_trl.rollout.protocol import TagProtocol, ToolProtocol
+from arpo_trl.rollout.protocols import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, Score, TreeSampler
@@ -113,15 +113,9 @@ def save_sharp_model(folder: Path) -> str:
     return str(folder)
 
 
-@cache
 def script(name: str) -> ModuleType:
-    """`train.py` or `sft.py`, which are no part of the package."""
-    spec = importlib.util.spec_from_file_location(f"script_{name}", Path(__file__).parents[1] / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
-    spec.loader.exec_module(module)
-    return module
+    """The program behind `train.py` or `sft.py`."""
+    return importlib.import_module(f"arpo_trl.scripts.{name}")
 
 
 def saved_adapter_is_the_trained_one(trainer: Any, model_path: str) -> bool:

@@ -24,7 +24,7 @@ from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.toolbox import ToolBox
 from evaluating import asked_number, boxed, completions, questions
 from loopback import Loopback

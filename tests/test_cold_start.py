@@ -5,7 +5,7 @@ from datasets import Dataset
 
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory
 from arpo_trl.errors import DataError
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from support import Scripted, tokenizer
 
 QUESTION = [{"role": "user", "content": "what is the answer"}]

@@ -11,13 +11,12 @@ from datasets import Dataset
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import read_trees
-from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name, register
+from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name, register_credit
 from arpo_trl.rollout.credit.base import Credit, attribute, mean_over_leaves, token_nodes
 from arpo_trl.rollout.credit.once import Once, first_copies
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
-from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate
-from arpo_trl.rollout.rules import register as register_rule
+from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register_rule
 from arpo_trl.rollout.tree import RolloutTree, StopReason
 from support import ANSWER, ON_CPU, save_tiny_model, search, tokenizer
 
@@ -77,7 +76,7 @@ def test_hard_and_soft_have_the_same_gradient_under_a_token_level_loss():
 # A credit from outside the package -----------------------------------------------------------------------------------
 
 
-@register("lone_tokens")
+@register_credit("lone_tokens")
 class LoneTokens(Credit):
     """Trains what a single leaf has with its reward, and shared tokens half as much with nothing."""
 

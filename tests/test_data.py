@@ -122,7 +122,7 @@ def test_a_misspelt_system_prompt_or_task_is_refused() -> None:
     ):
         load_arpo_dataset("rows.jsonl", system_prompt="reasonning")
     with pytest.raises(ConfigError, match="task is 'maths'; expected one of"):
-        load_arpo_dataset("rows.jsonl", task="maths")  # type: ignore[arg-type]
+        load_arpo_dataset("rows.jsonl", task="maths")
 
 
 def test_the_argument_comes_before_a_row_s_own_task_and_that_before_ability(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from arpo_trl.rewards import HierarchicalReward
-from arpo_trl.rollout.protocol import BadCall, TagProtocol
+from arpo_trl.rollout.protocols import BadCall, TagProtocol
 from arpo_trl.rollout.tree import StopReason
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolBox, ToolResult

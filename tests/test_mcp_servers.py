@@ -16,7 +16,7 @@ import pytest
 
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.net import background
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.mcp import McpServer, McpSession, mcp_tools

@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from arpo_trl.errors import ConfigError, ToolSpecError
-from arpo_trl.rollout.protocol import BadCall, ChatTemplateProtocol, ContentEncoder, TagProtocol
+from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, ContentEncoder, TagProtocol
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolBox, tool_spec
 from support import python, search, tokenizer, with_template

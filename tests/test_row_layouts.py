@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.data.layouts import check_columns, convert_row
+from arpo_trl.data.layouts import convert_row, read_columns
 from arpo_trl.errors import ConfigError, DataError
 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "rows.jsonl").read_text("utf-8").splitlines()]
@@ -44,13 +44,14 @@ def test_an_integer_with_more_digits_than_python_writes_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ("question", "The column map is 'question'; expected names of fields"),
-        ({"question": 3}, "The column map is {'question': 3}; expected names of fields"),
-        ({"gold": "answer"}, r"The column map has \['gold'\]; expected some of"),
+        ("question", "columns is 'question'; expected names of fields"),
+        ("[1]", r"columns is '\[1\]'; expected names of fields"),
+        ({"question": 3}, "columns is {'question': 3}; expected names of fields"),
+        ({"gold": "answer"}, r"columns has \['gold'\]; expected some of"),
     ],
 )
 def test_a_column_map_is_checked(columns: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_columns(columns)
-    check_columns(None)
-    check_columns({"question": "body"})
+        read_columns(columns)
+    assert read_columns(None) is None
+    assert read_columns({"question": "body"}) == read_columns('{"question": "body"}') == {"question": "body"}

@@ -22,7 +22,7 @@ from arpo_trl.rollout.rules import (
     Moment,
     build_rule,
     grant,
-    register,
+    register_rule,
 )
 from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.random import Random
@@ -157,7 +157,7 @@ def test_a_name_belongs_to_one_class():
     with pytest.raises(
         ConfigError, match=r"Another cannot be registered as the branch rule 'random': .*random\.Random"
     ):
-        register("random")(Another)
+        register_rule("random")(Another)
 
 
 def test_an_unknown_rule_is_answered_with_those_there_are():
@@ -168,7 +168,7 @@ def test_an_unknown_rule_is_answered_with_those_there_are():
 # Rules from outside the package --------------------------------------------------------------------------------------
 
 
-@register("widths")
+@register_rule("widths")
 @dataclass(frozen=True, kw_only=True)
 class Widths(BranchRule):
     """Leaves by depth: at its m-th result each path becomes widths[m] / widths[m − 1] paths, whatever it reads."""
@@ -202,7 +202,7 @@ class Widths(BranchRule):
         return total
 
 
-@register("surest_last")
+@register_rule("surest_last")
 @dataclass(frozen=True)
 class TopRounds(BranchRule):
     """Rounds of `width` branches at the highest entropies per sibling, each once the paths of the last have ended."""
@@ -230,7 +230,7 @@ class TopRounds(BranchRule):
         return context.remaining  # the next round's
 
 
-@register("disputed")
+@register_rule("disputed")
 @dataclass(frozen=True)
 class Disputed(BranchRule):
     """Branches where the leaves below an observation earned different rewards; what is left goes to the root."""

@@ -8,7 +8,7 @@ from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
-from arpo_trl.rollout.protocol import ChatTemplateProtocol
+from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules import RULES
 from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.ranked import Ranked

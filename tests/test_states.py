@@ -17,7 +17,7 @@ import pytest
 from arpo_trl.errors import ToolError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
-from arpo_trl.rollout.protocol import ChatTemplateProtocol
+from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import GroupRequest

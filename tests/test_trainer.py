@@ -17,7 +17,7 @@ from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from support import (

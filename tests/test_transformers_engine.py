@@ -13,7 +13,7 @@ from arpo_trl.rollout.engines import slots
 from arpo_trl.rollout.engines import transformers as transformers_engine
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.protocol import ContentEncoder
+from arpo_trl.rollout.protocols import ContentEncoder
 from support import events_of, sampling_trainer, small_model, tiny_model, tokenizer
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(10)]

@@ -20,7 +20,7 @@ from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.vllm.client import FRESH, PROBE_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, ServedWeights
-from arpo_trl.rollout.protocol import ContentEncoder, TagProtocol
+from arpo_trl.rollout.protocols import ContentEncoder, TagProtocol
 from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
 from arpo_trl.tools.toolbox import ToolBox

@@ -5,7 +5,7 @@ import pytest
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, StopFinder, sampling_params
-from arpo_trl.rollout.protocol import ContentEncoder
+from arpo_trl.rollout.protocols import ContentEncoder
 from support import tokenizer
 
 STOPS = ("</search>", "</python>")

@@ -1,27 +1,106 @@
 """Agentic Reinforced Policy Optimization as a TRL trainer.
 
-from arpo_trl import ARPOConfig, ARPOTrainer
+    from arpo_trl import ARPOConfig, ARPOTrainer
+
+| name | what it is for |
+|---|---|
+| `ARPOTrainer`, `ARPOConfig` | training: `GRPOTrainer` and `GRPOConfig` with trees |
+| `load_arpo_dataset`, `tags_system_prompt` | data: rows in published layouts, a system prompt for tools of your own |
+| `python_tool`, `remote_python_tool`, `search_tool`, `visit_tool`, `mcp_tools` | built-in tools |
+| `LocalIndex`, `WebSearch` | what `search_tool` searches |
+| `PathState` | the state that a tool's calls act on, one for each path |
+| `ToolError`, `ToolUnavailable` | what a tool raises to tell the model, and that its service is away |
+| `HierarchicalReward`, `LLMJudge`, `math_equal`, `token_f1` | rewards |
+| `BranchRule`, `register_rule` | a branch rule of your own |
+| `Credit`, `register_credit` | a credit of your own |
+| `ScriptedEngine`, `ScriptedTurn` | an engine that writes what a script says, for tests of tools and rewards |
+
+Everything else is internal and may change without notice. docs/architecture.md says how to extend each part.
 """
 
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from arpo_trl.common.lazy import lazy_names
 
 if TYPE_CHECKING:
     from arpo_trl.config import ARPOConfig
+    from arpo_trl.data.loading import load_arpo_dataset
+    from arpo_trl.data.prompts import tags_system_prompt
+    from arpo_trl.errors import ToolError, ToolUnavailable
+    from arpo_trl.rewards.answers import math_equal, token_f1
+    from arpo_trl.rewards.hierarchical import HierarchicalReward
+    from arpo_trl.rewards.judge import LLMJudge
+    from arpo_trl.rollout.credit import register_credit
+    from arpo_trl.rollout.credit.base import Credit
+    from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+    from arpo_trl.rollout.rules import register_rule
+    from arpo_trl.rollout.rules.base import BranchRule
+    from arpo_trl.tools.mcp import mcp_tools
+    from arpo_trl.tools.python.local import python_tool
+    from arpo_trl.tools.python.remote import remote_python_tool
+    from arpo_trl.tools.search.index import LocalIndex, search_tool
+    from arpo_trl.tools.search.web import WebSearch
+    from arpo_trl.tools.state import PathState
+    from arpo_trl.tools.visit.pages import visit_tool
     from arpo_trl.training.trainer import ARPOTrainer
 
-__all__ = ["ARPOConfig", "ARPOTrainer"]
 __version__ = version("arpo-trl")
+__all__ = [
+    "ARPOConfig",
+    "ARPOTrainer",
+    "BranchRule",
+    "Credit",
+    "HierarchicalReward",
+    "LLMJudge",
+    "LocalIndex",
+    "PathState",
+    "ScriptedEngine",
+    "ScriptedTurn",
+    "ToolError",
+    "ToolUnavailable",
+    "WebSearch",
+    "load_arpo_dataset",
+    "math_equal",
+    "mcp_tools",
+    "python_tool",
+    "register_credit",
+    "register_rule",
+    "remote_python_tool",
+    "search_tool",
+    "tags_system_prompt",
+    "token_f1",
+    "visit_tool",
+]
 
-_HOMES = {"ARPOConfig": "arpo_trl.config", "ARPOTrainer": "arpo_trl.training.trainer"}
-
-
-def __getattr__(name: str) -> Any:
-    """Loads a public name on first use: `arpo-trl --help` should not wait for torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "ARPOConfig": "arpo_trl.config",
+        "ARPOTrainer": "arpo_trl.training.trainer",
+        "BranchRule": "arpo_trl.rollout.rules.base",
+        "Credit": "arpo_trl.rollout.credit.base",
+        "HierarchicalReward": "arpo_trl.rewards.hierarchical",
+        "LLMJudge": "arpo_trl.rewards.judge",
+        "LocalIndex": "arpo_trl.tools.search.index",
+        "PathState": "arpo_trl.tools.state",
+        "ScriptedEngine": "arpo_trl.rollout.engines.scripted",
+        "ScriptedTurn": "arpo_trl.rollout.engines.scripted",
+        "ToolError": "arpo_trl.errors",
+        "ToolUnavailable": "arpo_trl.errors",
+        "WebSearch": "arpo_trl.tools.search.web",
+        "load_arpo_dataset": "arpo_trl.data.loading",
+        "math_equal": "arpo_trl.rewards.answers",
+        "mcp_tools": "arpo_trl.tools.mcp",
+        "python_tool": "arpo_trl.tools.python.local",
+        "register_credit": "arpo_trl.rollout.credit",
+        "register_rule": "arpo_trl.rollout.rules",
+        "remote_python_tool": "arpo_trl.tools.python.remote",
+        "search_tool": "arpo_trl.tools.search.index",
+        "tags_system_prompt": "arpo_trl.data.prompts",
+        "token_f1": "arpo_trl.rewards.answers",
+        "visit_tool": "arpo_trl.tools.visit.pages",
+    },
+)

@@ -17,7 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from arpo_trl.errors import DataError
-from arpo_trl.rollout.protocol import RESULT, TagProtocol
+from arpo_trl.rollout.protocols.tags import RESULT, TagProtocol
 
 IGNORED = -100
 _RESULT = re.compile(rf"\s*<{RESULT}>\n?(.*?)\n?</{RESULT}>\s*", re.DOTALL)

@@ -16,6 +16,8 @@ A column map names other fields. Pure: no files, no network.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,21 +111,25 @@ def convert_row(
     }
 
 
-def check_columns(columns: Mapping[str, Any] | None) -> None:
-    """Returns if `columns` is a column map.
+def read_columns(columns: Any) -> dict[str, str] | None:
+    """The column map that a setting holds, as a mapping or as JSON text.
 
     Raises:
-        ConfigError: It is none; says what was expected.
+        ConfigError: It is no column map.
     """
     if columns is None:
-        return
-    is_map = isinstance(columns, Mapping)
-    if not is_map or not all(isinstance(field, str) and field for field in columns.values()):
+        return None
+    read = columns
+    if isinstance(columns, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            read = json.loads(columns)
+    if not isinstance(read, Mapping) or not all(isinstance(field, str) and field for field in read.values()):
         raise ConfigError(
-            f"The column map is {columns!r}; expected names of fields, as in {{question: problem, answer: gold}}."
+            f"columns is {shown(columns)}; expected names of fields, as in {{question: problem, answer: gold}}."
         )
-    if unknown := [name for name in columns if name not in MAPPABLE]:
-        raise ConfigError(f"The column map has {unknown}; expected some of {list(MAPPABLE)}.")
+    if unknown := [name for name in read if name not in MAPPABLE]:
+        raise ConfigError(f"columns has {unknown}; expected some of {list(MAPPABLE)}.")
+    return dict(read)
 
 
 def system_prompt_text(system_prompt: str | None) -> str | None:

@@ -17,7 +17,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from arpo_trl.data.layouts import TASKS, Task, check_columns, check_prompt, convert_row, system_prompt_text
+from arpo_trl.data.layouts import TASKS, check_prompt, convert_row, read_columns, system_prompt_text
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
 
@@ -38,7 +38,7 @@ def load_arpo_dataset(
     split: str = "train",
     *,
     system_prompt: str | None = None,
-    task: Task | None = None,
+    task: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> datasets.Dataset:
     """A dataset with the columns prompt (messages), answer (list of accepted answers), task and id; level where given.
@@ -64,14 +64,15 @@ def load_arpo_dataset(
         DataError: nothing readable there, or a row that cannot be converted; names the file, the row (from 0) or the
             line (from 1), and the field.
     """
-    if task is not None and task not in TASKS:
+    override = next((known for known in TASKS if known == task), None)
+    if override is None and task is not None:
         raise ConfigError(f"task is {task!r}; expected one of {TASKS}, or None to read it from the rows.")
-    check_columns(columns)
+    columns = read_columns(columns)
     system_text = system_prompt_text(system_prompt)
     rows, skipped = [], []
     for number, raw in enumerate(_read_rows(path_or_hub_id, split)):
         try:
-            row = convert_row(raw, number, system_text, task=task, columns=columns)
+            row = convert_row(raw, number, system_text, task=override, columns=columns)
         except DataError as error:
             raise DataError(f"{path_or_hub_id}, row {number}: {error}") from error
         if row is None:

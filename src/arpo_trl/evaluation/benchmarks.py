@@ -296,7 +296,7 @@ def load_dataset_questions(
     *,
     system_prompt: str | None = None,
     limit: int | None = None,
-    task: Task | None = None,
+    task: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Questions:
     """Any dataset that `load_arpo_dataset` takes, as a benchmark named after it whose rows say how they are scored."""

@@ -108,13 +108,23 @@ def load_all(settings: EvalSettings) -> list[Questions]:
     elif settings.data is not None:
         return [
             load_dataset_questions(
-                settings.data, settings.split, system_prompt=settings.system_prompt, limit=settings.limit
+                settings.data,
+                settings.split,
+                system_prompt=settings.system_prompt,
+                limit=settings.limit,
+                task=settings.task,
+                columns=settings.columns,
             )
         ]
     elif custom:
         benchmarks = custom
     else:
         raise ConfigError("There is nothing to evaluate on. Give --benchmarks, --suite or --data.")
+    if settings.task is not None or settings.columns is not None:
+        raise ConfigError(
+            "task and columns are for data without benchmarks; a benchmark says itself how its rows are read. Leave "
+            "out the benchmarks, or describe the file under custom."
+        )
     if settings.data is not None and len(benchmarks) > 1 and Path(settings.data).is_file():
         raise ConfigError(
             f"data is the file {settings.data}, but {len(benchmarks)} benchmarks are asked for. Name one."

@@ -23,7 +23,7 @@ from arpo_trl.rollout.build import (
 )
 from arpo_trl.rollout.engines.base import SamplingSettings
 from arpo_trl.rollout.engines.weights import FixedWeights
-from arpo_trl.rollout.protocol import PROTOCOLS
+from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 

@@ -70,6 +70,16 @@ class EvalSettings(ToolLimits, JudgeArguments):
     split: str = field(
         default="train", metadata={"help": "With --data alone: the split of a folder or a Hub dataset."}
     )
+    task: str | None = field(
+        default=None,
+        metadata=described(
+            "With --data alone: what all its rows are. Default: as each row says.", choices=["math", "qa"]
+        ),
+    )
+    columns: dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "YAML only, with data alone: fields that replace the usual ones, as in train.py."},
+    )
     custom: list[dict[str, Any]] = field(
         default_factory=list,
         metadata={"help": "YAML only: benchmarks of your own (name, file, question, answer, scorer)."},

@@ -16,7 +16,7 @@ from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler
 from arpo_trl.rollout.engines.base import SamplingSettings
-from arpo_trl.rollout.protocol import TagProtocol
+from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
 

@@ -26,7 +26,7 @@ from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import Weights
-from arpo_trl.rollout.protocol import ToolProtocol
+from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler

@@ -21,7 +21,7 @@ from functools import partial
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
-from arpo_trl.rollout.protocol import BadCall, ToolProtocol
+from arpo_trl.rollout.protocols import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, RolloutTree, StopReason

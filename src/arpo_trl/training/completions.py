@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from arpo_trl.rollout.protocol import ToolProtocol
+from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.tree import Leaf, NodeKind
 
 

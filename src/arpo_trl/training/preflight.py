@@ -23,7 +23,7 @@ from arpo_trl.options import SharedPrefixForward
 from arpo_trl.rollout.engines.base import Engine
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
-from arpo_trl.rollout.protocol import ToolProtocol
+from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.training.prefix_sharing import share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
 

@@ -29,7 +29,7 @@ from arpo_trl.rollout.engines.base import Engine, SamplingSettings
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.engines.visibility import exact_length
-from arpo_trl.rollout.protocol import PROTOCOLS
+from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, Rollout, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.runs.interrupts import Interrupts

@@ -2,7 +2,7 @@
 
 A way from outside the package is registered by name, and `advantage_attribution` then takes that name:
 
-    from arpo_trl.rollout.credit import register
+    from arpo_trl.rollout.credit import register_credit
     from arpo_trl.rollout.credit.base import Credit, token_nodes
 
 Listing the names imports no torch; `base` and the ways themselves do.
@@ -18,10 +18,10 @@ from arpo_trl.common.registry import Registry
 if TYPE_CHECKING:
     from arpo_trl.rollout.credit.base import Credit
 
-__all__ = ["CREDITS", "SharedPrefixWeight", "attributions", "credit_name", "register"]
+__all__ = ["CREDITS", "SharedPrefixWeight", "attributions", "credit_name", "register_credit"]
 
 CREDITS: Registry[type[Credit]] = Registry("credit", __name__, __path__)
-register = CREDITS.register
+register_credit = CREDITS.register
 
 
 class SharedPrefixWeight(StrEnum):

@@ -26,7 +26,7 @@ class Credit(ABC):
     """One way to turn a group's advantages into those of its tokens."""
 
     name: ClassVar[str] = "unregistered"
-    """What the settings call it; `register` sets it."""
+    """What the settings call it; `register_credit` sets it."""
     weighs: ClassVar[bool] = False
     """Whether it may return weights. The batch's tokens are then counted anew, over all ranks, in every step."""
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from arpo_trl.rollout.credit import register
+from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit, mean_over_leaves, shares_nodes, token_nodes
 from arpo_trl.rollout.tree import RolloutTree
 
 
-@register("hard")
+@register_credit("hard")
 class Hard(Credit):
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import torch
 
-from arpo_trl.rollout.credit import register
+from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit, mean_over_leaves, shares_nodes, token_nodes
 from arpo_trl.rollout.tree import RolloutTree
 
 
-@register("once")
+@register_credit("once")
 class Once(Credit):
     weighs: ClassVar[bool] = True
 

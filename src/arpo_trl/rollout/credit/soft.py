@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from arpo_trl.rollout.credit import register
+from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.tree import RolloutTree
 
 
-@register("soft")
+@register_credit("soft")
 class Soft(Credit):
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor

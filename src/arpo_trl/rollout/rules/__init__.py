@@ -2,9 +2,9 @@
 
 A rule from outside the package is registered by name, and `branch_rule` then takes that name:
 
-    from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register
+    from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register_rule
 
-    @register("always")
+    @register_rule("always")
     @dataclass(frozen=True)
     class Always(BranchRule):
         def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
@@ -35,11 +35,11 @@ __all__ = [
     "build_rule",
     "grant",
     "mean",
-    "register",
+    "register_rule",
 ]
 
 RULES: Registry[type[BranchRule]] = Registry("branch rule", __name__, __path__)
-register = RULES.register
+register_rule = RULES.register
 
 
 def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> BranchRule:

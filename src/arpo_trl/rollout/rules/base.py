@@ -98,7 +98,7 @@ class BranchRule(ABC):
     """
 
     name: ClassVar[str] = "unregistered"
-    """What `branch_rule` calls it; `register` sets it."""
+    """What `branch_rule` calls it; `register_rule` sets it."""
     moment: ClassVar[Moment] = Moment.PROBE
     entropy_triggers: ClassVar[bool] = False
     """Whether an entropy above some bar makes an observation branch, so that the share that does is worth an alarm."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, mean, rise
 from arpo_trl.rollout.tree import BranchDecision
 
 
-@register("probability")
+@register_rule("probability")
 @dataclass(frozen=True)
 class Probability(BranchRule):
     """Fires with probability clip(α + β·ΔH, 0, 1): α `branch_probability`, β `entropy_weight`."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, mean, rise
 from arpo_trl.rollout.tree import BranchDecision
 
 
-@register("random")
+@register_rule("random")
 @dataclass(frozen=True)
 class Random(BranchRule):
     """Fires with probability α, `branch_probability`. ΔH is recorded, and says who is served first."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, grant, mean, rise
 from arpo_trl.rollout.tree import BranchDecision
 
 
-@register("ranked")
+@register_rule("ranked")
 @dataclass(frozen=True)
 class Ranked(BranchRule):
     """The highest `entropy_nats` fire until the budget is spent. ΔH and P are recorded only."""

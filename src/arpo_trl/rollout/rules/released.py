@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, rise
 from arpo_trl.rollout.tree import BranchDecision
 
 
-@register("released")
+@register_rule("released")
 @dataclass(frozen=True)
 class Released(BranchRule):
     """Fires with probability clip(α + β·ΔH′, 0, 1): α `branch_probability`, β `entropy_weight`."""

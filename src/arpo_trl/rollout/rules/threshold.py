@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from arpo_trl.rollout.rules import register
+from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, mean, rise
 from arpo_trl.rollout.tree import BranchDecision
 
 
-@register("threshold")
+@register_rule("threshold")
 @dataclass(frozen=True)
 class Threshold(BranchRule):
     """Fires if P = α + β·ΔH is above τ: α `branch_probability`, β `entropy_weight`, τ `branch_threshold`."""

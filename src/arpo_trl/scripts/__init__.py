@@ -1,0 +1,1 @@
+"""The programs behind `train.py` and `sft.py`: `accelerate launch -m arpo_trl.scripts.train` without a checkout."""

@@ -1,0 +1,95 @@
+"""Cold start on tool-using trajectories: `accelerate launch sft.py --config configs/quickstart_sft.yaml`.
+
+Without a checkout of the project: `accelerate launch -m arpo_trl.scripts.sft`.
+
+TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only what the model is to write carries loss; prompts and
+tool results are masked, and turns are encoded by the protocol that RL parses.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from transformers import AutoTokenizer
+from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
+
+from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.common.settings import check_fields, described
+from arpo_trl.config import refuse_token, take_the_cpu_if_alone
+from arpo_trl.data.demonstrations import encode_dataset
+from arpo_trl.logs.progress import show_compactly
+from arpo_trl.rollout.protocols import TagProtocol
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ColdStartArguments:
+    """What to learn from."""
+
+    dataset: str = field(metadata={"help": "Hub id, or .jsonl or .parquet file, of trajectories."})
+    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    max_tool_result_tokens: int | None = field(
+        default=None,
+        metadata=described(
+            "As in training: a longer tool result keeps its head and tail. None: no limit.", at_least=16, unit="tokens"
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclass
+class ColdStartConfig(SFTConfig):
+    """TRL's, on the CPU where there is nothing else."""
+
+    def __post_init__(self) -> None:
+        take_the_cpu_if_alone(self)
+        super().__post_init__()
+
+
+SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
+
+
+@report_errors
+def main() -> None:
+    arguments, config, model_config = parse_settings(SETTINGS)
+    refuse_token(config)
+    tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
+    protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
+    loader = {".jsonl": "json", ".parquet": "parquet"}.get("." + arguments.dataset.rpartition(".")[2])
+    rows = (
+        load_dataset(loader, data_files=arguments.dataset, split="train")
+        if loader
+        else load_dataset(arguments.dataset, split=arguments.dataset_split)
+    )
+    dataset, too_long = encode_dataset(rows, protocol, config.max_length)
+    if too_long:
+        logger.warning(f"{too_long} of {len(rows)} trajectories are longer than {config.max_length} tokens: left out.")
+    config.dataset_kwargs = {"skip_prepare_dataset": True}  # ids and labels are final
+    config.model_init_kwargs = {
+        **(config.model_init_kwargs or {}),
+        "revision": model_config.model_revision,
+        "attn_implementation": model_config.attn_implementation,
+        "dtype": model_config.dtype,
+    }
+    trainer = SFTTrainer(
+        model=model_config.model_name_or_path,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_config),
+    )
+    show_compactly(trainer)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=arguments.dataset)  # which saves first
+    else:
+        trainer.save_model(config.output_dir)
+
+
+if __name__ == "__main__":
+    main()
