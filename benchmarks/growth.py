@@ -24,10 +24,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from transformers import AutoTokenizer
 
-from arpo_trl.rollout.engines.base import SamplingSettings, TurnRequest
+from arpo_trl.rollout.engines.base import SamplingParams, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
 from update import timed_apart
 
@@ -100,8 +100,8 @@ def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
 
             seconds = []
             for _ in range(repeats + 1):
-                engine = ScriptedEngine(tokenizer, SamplingSettings(eos, protocol.stop_strings), script)
-                settings = SamplerSettings(LEAVES, LEAVES, 1 << 20, 1 << 21, calls)
+                engine = ScriptedEngine(tokenizer, SamplingParams(eos, protocol.stop_strings), script)
+                settings = TreeSettings(LEAVES, LEAVES, 1 << 20, 1 << 21, calls)
                 sampler = TreeSampler(engine, toolbox, protocol, settings, eos)
                 seconds.append(sampler.sample([GroupRequest(0, [1] * 100)], seed=(0,)).times.total_s)
             points.append((calls, {"one group of 16": median(seconds[1:])}))

@@ -34,11 +34,11 @@ from trl import GRPOConfig
 from against_trl import TagGRPOTrainer, trl_trainer
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.quickstart.model import save_cold_start_base
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm.client import ServerClient
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
 from serving import running
 
@@ -65,7 +65,7 @@ class Standing:
         raise RuntimeError("the server was restarted in the middle of a measurement")
 
 
-def engine_on(url: str, tokenizer: Any, settings: SamplingSettings) -> VLLMServerEngine:
+def engine_on(url: str, tokenizer: Any, settings: SamplingParams) -> VLLMServerEngine:
     return VLLMServerEngine(
         tokenizer,
         settings,
@@ -176,13 +176,13 @@ def by_us(url: str, model: Path, schedule: RolloutSchedule, waiting: Wait) -> tu
     tokenizer = AutoTokenizer.from_pretrained(model)
     with ToolBox([waiting.tool()], timeout_s=120.0, concurrency=GROUPS * LEAVES) as toolbox:
         protocol = TagProtocol(tokenizer, toolbox.specs)
-        settings = SamplingSettings((), protocol.stop_strings)
+        settings = SamplingParams((), protocol.stop_strings)
         waiting.engine = engine = Calling(engine_on(url, tokenizer, settings), tokenizer)
         sampler = TreeSampler(
             engine,
             toolbox,
             protocol,
-            SamplerSettings(LEAVES, LEAVES, 600, 1000, CALLS, 8, schedule=schedule),
+            TreeSettings(LEAVES, LEAVES, 600, 1000, CALLS, 8, schedule=schedule),
             (int(tokenizer.eos_token_id),),
         )
         prompt = protocol.encode_prompt(PROMPT)
@@ -207,7 +207,7 @@ def by_trl(url: str, model: Path, waiting: Wait) -> tuple[float, int]:
     dataset = Dataset.from_list([{"prompt": PROMPT}] * GROUPS)
     trainer = trl_trainer(model, lambda completions, **_: [0.0] * paths, config, dataset, [waiting.tool()], TRLLoop)
     assert isinstance(trainer, TRLLoop)
-    settings = SamplingSettings((), trainer.protocol.stop_strings)
+    settings = SamplingParams((), trainer.protocol.stop_strings)
     waiting.engine = trainer.engine = Calling(engine_on(url, trainer._tokenizer, settings), trainer._tokenizer)
     trainer.model.train()
     trainer._sync_tool_dicts = [{}] * paths  # as its _generate_and_score_completions fills them in

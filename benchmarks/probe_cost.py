@@ -18,7 +18,7 @@ from statistics import median
 from transformers import AutoConfig, AutoTokenizer, Qwen3ForCausalLM
 
 from arpo_trl.quickstart.model import save_cold_start_base
-from arpo_trl.rollout.engines.base import Engine, SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Engine, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from overlap import engine_on
 from serving import running
@@ -90,7 +90,7 @@ def main() -> None:
             save_model(folder, SIZES[name])
             tokenizer = AutoTokenizer.from_pretrained(folder)
             with running(folder, Path(folder) / "log") as server:
-                engine = engine_on(server.url, tokenizer, SamplingSettings(()))
+                engine = engine_on(server.url, tokenizer, SamplingParams(()))
                 prompt = tokenizer.encode("the melting point of iron is what? " * 10)
                 tokens_per_s(engine, prompt, TURNS, 100, PROBE, 0)  # warms the server up
                 for tokens in arguments.tokens:

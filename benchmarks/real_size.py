@@ -38,7 +38,7 @@ from trl import GRPOConfig, GRPOTrainer
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_tokenizer, quickstart_texts
 from arpo_trl.rollout.build import LocalVLLM, build_engine
-from arpo_trl.rollout.engines.base import Event, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Event, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.training.vllm_setup import colocated_weights
 from card import PeakMemory, device_name, own_stdout, process_s, start_vllm_eagerly
@@ -284,7 +284,7 @@ def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
         sleeps=trainer.vllm_generation.enable_sleep_mode,
     )
     # Without EOS, so that every turn has its full length.
-    engine = build_engine(source, trainer._tokenizer, SamplingSettings(()))
+    engine = build_engine(source, trainer._tokenizer, SamplingParams(()))
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt

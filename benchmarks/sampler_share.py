@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Q
 
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines import transformers as engine_module
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
 
@@ -37,7 +37,7 @@ KEY_VALUE_HEADS = 2  # as Qwen2.5's models up to 3B have
 class Replay:
     """Stands in for the engine's sampling: row by row the tokens of a recorded rollout, whatever the logits say."""
 
-    def __init__(self, recorded: Rollout, groups: int):
+    def __init__(self, recorded: RolloutBatch, groups: int):
         self.tokens: dict[tuple[int, ...], list[int]] = {}
         for group, tree in zip(range(groups), recorded.trees, strict=True):
             for leaf in tree.leaves():
@@ -55,13 +55,15 @@ class Replay:
         return sample
 
 
-def roll(model: PreTrainedModel, tokenizer: Any, rows: list[Any], toolbox: ToolBox, replay: Replay | None) -> Rollout:
+def roll(
+    model: PreTrainedModel, tokenizer: Any, rows: list[Any], toolbox: ToolBox, replay: Replay | None
+) -> RolloutBatch:
     protocol = TagProtocol(tokenizer, toolbox.specs)
     eos = (int(tokenizer.eos_token_id),)
-    settings = SamplingSettings(eos, protocol.stop_strings)
+    settings = SamplingParams(eos, protocol.stop_strings)
     engine = TransformersEngine(tokenizer, settings, lambda: contextlib.nullcontext(model))
     sampler = TreeSampler(
-        engine, toolbox, protocol, SamplerSettings(8, 8, 208, 1024, 5, 8, schedule=RolloutSchedule.ROUNDS), eos
+        engine, toolbox, protocol, TreeSettings(8, 8, 208, 1024, 5, 8, schedule=RolloutSchedule.ROUNDS), eos
     )
     original = engine_module.sample
     if replay is not None:

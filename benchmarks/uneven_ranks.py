@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.quickstart.model import build_model, build_tokenizer
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTurn
 
 LEAVES, MAX_CALLS, MAX_TOKENS, TIMEOUT_S = 4, 3, 200, 0.3
@@ -159,7 +159,7 @@ def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
 
 
 def make_engine(tokenizer: PreTrainedTokenizerBase, script: Script) -> DictatedEngine:
-    return DictatedEngine(tokenizer, SamplingSettings((int(tokenizer.eos_token_id),), ("</search>",)), script)
+    return DictatedEngine(tokenizer, SamplingParams((int(tokenizer.eos_token_id),), ("</search>",)), script)
 
 
 def main() -> None:

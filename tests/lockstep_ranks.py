@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from arpo_trl.rollout.engines.base import SamplingSettings, TurnRequest
+from arpo_trl.rollout.engines.base import SamplingParams, TurnRequest
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
 from support import tokenizer
 
@@ -43,9 +43,9 @@ def roll_out(case: str, rank: int) -> dict[str, Any]:
     toolbox = ToolBox([search])
     protocol = TagProtocol(tokenizer(), toolbox.specs)
     eos = (int(tokenizer().eos_token_id),)
-    inner = ScriptedEngine(tokenizer(), SamplingSettings(eos, protocol.stop_strings), script)
+    inner = ScriptedEngine(tokenizer(), SamplingParams(eos, protocol.stop_strings), script)
     engine = LockstepEngine(inner, dist.new_group(backend="gloo"))
-    sampler = TreeSampler(engine, toolbox, protocol, SamplerSettings(4, 2, 400, 1000, 3, 4), eos)
+    sampler = TreeSampler(engine, toolbox, protocol, TreeSettings(4, 2, 400, 1000, 3, 4), eos)
     prompt = protocol.encode_prompt("what is the answer")
     requests = [GroupRequest(3 * rank + i, prompt) for i in range(GROUPS[case][rank])]
     said: dict[str, Any] = {"sessions": []}

@@ -25,12 +25,12 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.quickstart.model import build_model, build_tokenizer
-from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingSettings
+from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingParams
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
 from arpo_trl.rollout.protocols import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, SamplerSettings, Score, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, Score, TreeSampler, TreeSettings
 from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
 from arpo_trl.tools.toolbox import ToolBox
 
@@ -209,13 +209,13 @@ class Scripted:
         self.toolbox = ToolBox(tools, timeout_s=timeout_s)
         self.protocol = protocol(self.tokenizer, self.toolbox.specs, max_result_tokens=max_result_tokens)
         self.eos = int(self.tokenizer.eos_token_id)
-        settings = SamplingSettings((self.eos,), self.protocol.stop_strings)
+        settings = SamplingParams((self.eos,), self.protocol.stop_strings)
         self.engine = ScriptedEngine(self.tokenizer, settings, script, vocab_size=vocab_size)
         self.sampler = TreeSampler(
             self.engine,
             self.toolbox,
             self.protocol,
-            SamplerSettings(
+            TreeSettings(
                 leaves,
                 at_root,
                 max_completion_length,
@@ -229,7 +229,7 @@ class Scripted:
             score,
         )
 
-    def __call__(self, groups: int = 1, seed: int = 0) -> Rollout:
+    def __call__(self, groups: int = 1, seed: int = 0) -> RolloutBatch:
         prompt = self.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
         with self.toolbox:
             return self.sampler.sample([GroupRequest(i, prompt) for i in range(groups)], seed=(seed,))

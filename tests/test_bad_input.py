@@ -17,7 +17,7 @@ from trl import GRPOConfig
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError, ConfigError, DataError, RewardError, ToolSpecError
 from arpo_trl.rewards import HierarchicalReward
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from support import ANSWER, ON_CPU, python, save_tiny_model, search, tokenizer
 
@@ -55,7 +55,7 @@ def make(model_path, tmp_path):
         given.setdefault("reward_funcs", lambda completions, **_: [0.0] * len(completions))
         given.setdefault("tools", [search, python])
         given.setdefault("train_dataset", Dataset.from_list(list(rows)))
-        engine = ScriptedEngine(tokenizer(), SamplingSettings((eos,)), lambda request, context: ANSWER)
+        engine = ScriptedEngine(tokenizer(), SamplingParams((eos,)), lambda request, context: ANSWER)
         return ARPOTrainer(args=args, engine=engine, **given)
 
     return made

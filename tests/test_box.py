@@ -849,7 +849,7 @@ def test_calls_on_a_state_without_a_key_share_nothing_and_run_one_after_the_othe
         tickets = [box.submit(ToolCall("note", {"text": text}), states) for text in ("a", "b", "b")]
         tickets.append(box.submit(ToolCall("note", {"text": "b"}), box.create_states(0)))
         results = collect(box, 4)
-        assert box.cached() == {}
+        assert box.state_dict() == {}
     assert [results[ticket].text for ticket in tickets] == ["a", "a b", "a b b", "b"]
     assert {result.source for result in results.values()} == {"executed"}
 

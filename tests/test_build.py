@@ -16,7 +16,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler, context_of, shortest
-from arpo_trl.rollout.engines.base import Engine, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Engine, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
@@ -31,7 +31,7 @@ from loopback import Loopback
 from support import ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer
 
 EOS = int(tokenizer().eos_token_id)
-SETTINGS = SamplingSettings((EOS,), ("</search>",))
+SETTINGS = SamplingParams((EOS,), ("</search>",))
 
 
 class Echo:

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import SamplingParams, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.completions import KEY_VARIABLE, CompletionsEngine
 from loopback import Asked, Loopback, Reply
 from support import tokenizer
 
 EOS = int(tokenizer().eos_token_id)
-SETTINGS = SamplingSettings((EOS,), ("</search>", "</python>"), temperature=0.6, top_p=0.95)
+SETTINGS = SamplingParams((EOS,), ("</search>", "</python>"), temperature=0.6, top_p=0.95)
 
 
 def encode(text: str) -> list[int]:

@@ -14,7 +14,7 @@ from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name, register_credit
 from arpo_trl.rollout.credit.base import Credit, attribute, mean_over_leaves, token_nodes
 from arpo_trl.rollout.credit.once import Once, first_copies
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register_rule
 from arpo_trl.rollout.tree import RolloutTree, StopReason
@@ -201,7 +201,7 @@ def test_a_rule_and_a_credit_from_outside_train_by_name(tmp_path):
         args,
         Dataset.from_list([{"prompt": [{"role": "user", "content": f"what is {i}"}]} for i in range(4)]),
         tools=[search],
-        engine=ScriptedEngine(tokenizer(), SamplingSettings(eos, ("</search>",)), script),
+        engine=ScriptedEngine(tokenizer(), SamplingParams(eos, ("</search>",)), script),
     )
     made.train()
     (logged,) = read_trees(next((tmp_path / "run" / "trajectories").glob("step-*")))

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.distribution import Distribution, entropy, sample
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.engines.rows import RowState
@@ -35,7 +35,7 @@ def rows_after(ids: list[list[int]], own: int) -> RowState:
 
 
 def probabilities(rows: RowState, n: int = 1, **rules) -> list[list[float]]:
-    made = Distribution(SamplingSettings((3,)), rules_of(None, rules), CPU)
+    made = Distribution(SamplingParams((3,)), rules_of(None, rules), CPU)
     return [[round(value, 4) for value in row] for row in made(LOGITS.expand(n, 4).clone(), rows).tolist()]
 
 
@@ -96,7 +96,7 @@ def test_rules_about_what_was_written_read_each_rows_own_ids():
 
 def test_a_repetition_penalty_spares_what_only_a_longer_row_has_seen():
     rows = rows_after([[1], [2, 2, 2]], 0)
-    settings = SamplingSettings((3,), repetition_penalty=1e9)
+    settings = SamplingParams((3,), repetition_penalty=1e9)
     first, second = Distribution(settings, {}, CPU)(LOGITS.expand(2, 4).clone(), rows).tolist()
     assert [value == 0.0 for value in first] == [False, True, False, False]
     assert [value == 0.0 for value in second] == [False, False, True, False]
@@ -121,7 +121,7 @@ def test_greedy_turns_are_those_of_generate_under_its_other_rules(kwargs):
             parameter.mul_(3)
     made = TransformersEngine(
         tokenizer(),
-        SamplingSettings((EOS,), temperature=0.0),
+        SamplingParams((EOS,), temperature=0.0),
         lambda: contextlib.nullcontext(model),
         generation_kwargs=kwargs,
     )

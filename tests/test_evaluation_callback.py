@@ -4,7 +4,7 @@ from datasets import Dataset
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.callback import EvaluationCallback
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from evaluating import asked_number, boxed, questions
 from support import ON_CPU, python, save_tiny_model, search, tokenizer
@@ -20,7 +20,7 @@ def script(request, context):
 
 @pytest.fixture
 def trainer(tmp_path):
-    engine = ScriptedEngine(tokenizer(), SamplingSettings((tokenizer().eos_token_id,), ("</search>",)), script)
+    engine = ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), ("</search>",)), script)
     return ARPOTrainer(
         model=save_tiny_model(tmp_path / "model"),
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],

@@ -21,7 +21,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer, cli
 from arpo_trl.errors import ConfigError, HubError
 from arpo_trl.publishing import push as hub_module
 from arpo_trl.publishing.push import BackgroundPush, Snapshot, prepare_repo, push_snapshot, refuse_secrets
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from hub_server import TOKEN, Hub
 from loopback import Reply
@@ -68,7 +68,7 @@ def trainer(model_path: str, folder: Path, *, peft_config=None, **settings) -> A
         ),
         train_dataset=ROWS,
         tools=[search, python],
-        engine=ScriptedEngine(tokenizer(), SamplingSettings((tokenizer().eos_token_id,), STOPS), one_search),
+        engine=ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), STOPS), one_search),
         peft_config=peft_config,
     )
 

@@ -3,23 +3,15 @@ import math
 
 import pytest
 
-from arpo_trl.logs.metrics import (
-    ALARMS,
-    FIRE_RATE_ALARMS,
-    FIRE_RATE_COUNT,
-    REPEAT_EVERY,
-    AlarmBell,
-    Tally,
-    tally_rewards,
-    tally_rollout,
-)
+from arpo_trl.logs.alarms import ALARMS, FIRE_RATE_ALARMS, FIRE_RATE_COUNT, REPEAT_EVERY, Alarms
+from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import Rollout, RolloutTimes
+from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 from support import ANSWER, Scripted
@@ -70,7 +62,7 @@ def tree_by_hand() -> RolloutTree:
 
 def tallied(*trees: RolloutTree, topups: int = 1, chain: int = 3) -> Tally:
     tally = Tally()
-    tally_rollout(Rollout(list(trees), TIMES, [topups] * len(trees), [chain] * len(trees)), tally)
+    tally_rollout(RolloutBatch(list(trees), TIMES, [topups] * len(trees), [chain] * len(trees)), tally)
     return tally
 
 
@@ -231,7 +223,7 @@ def test_merging_two_tallies_is_tallying_both():
     def plain(request, context):
         return ANSWER
 
-    rollouts = [Scripted(plain, leaves=2)(), Rollout([tree_by_hand()], TIMES, [1], [3])]
+    rollouts = [Scripted(plain, leaves=2)(), RolloutBatch([tree_by_hand()], TIMES, [1], [3])]
     both, merged = Tally(), Tally()
     for rollout in rollouts:
         tally_rollout(rollout, both)
@@ -262,7 +254,7 @@ def test_searches_answered_with_a_notice_are_counted_and_rung_about():
     tally = tallied(tree)
     assert tally.values()["tools/search/degraded"] == 1 / 4
     assert tally.values()["tools/search/failed"] == 2 / 4
-    (message,) = AlarmBell(Random()).hear(tally)
+    (message,) = Alarms(Random()).check(tally)
     assert message.startswith("arpo/tools/search/degraded: 25% of the searches got a notice instead of results")
 
 
@@ -280,44 +272,44 @@ def heard(share: float, count: float = 100, metric: str = "alarm/truncated") -> 
 
 @pytest.mark.parametrize(("share", "rings"), [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
 def test_an_alarm_rings_from_its_limit_on(share, rings):
-    messages = AlarmBell(Threshold()).hear(heard(share))
+    messages = Alarms(Threshold()).check(heard(share))
     assert len(messages) == rings
     if rings:
         assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were cut")
 
 
 def test_no_alarm_rings_about_what_was_not_counted():
-    assert AlarmBell(Threshold()).hear(Tally()) == []
-    assert AlarmBell(Threshold()).hear(heard(0.0, 0)) == []
+    assert Alarms(Threshold()).check(Tally()) == []
+    assert Alarms(Threshold()).check(heard(0.0, 0)) == []
 
 
 def test_an_alarm_that_keeps_ringing_is_said_once_and_again_after_a_while():
-    bell = AlarmBell(Threshold())
-    said = [bool(bell.hear(heard(1.0))) for _ in range(2 * REPEAT_EVERY + 1)]
+    alarms = Alarms(Threshold())
+    said = [bool(alarms.check(heard(1.0))) for _ in range(2 * REPEAT_EVERY + 1)]
     assert [i for i, now in enumerate(said) if now] == [0, REPEAT_EVERY, 2 * REPEAT_EVERY]
 
 
 @pytest.mark.parametrize(("share", "said"), [(1.0, "fire the branch rule, so"), (0.0, "Only 0% of the tool results")])
 def test_a_fire_rate_that_leaves_entropy_no_say_is_said_once_a_run_after_enough_decisions(share, said):
-    bell = AlarmBell(Threshold())
+    alarms = Alarms(Threshold())
     rollout = heard(share, FIRE_RATE_COUNT / 2, "tree/fire_rate")
-    messages = [bell.hear(rollout) for _ in range(4 * REPEAT_EVERY)]
+    messages = [alarms.check(rollout) for _ in range(4 * REPEAT_EVERY)]
     assert [i for i, now in enumerate(messages) if now] == [1]
     assert said in messages[1][0]
 
 
 def test_a_fire_rate_is_taken_over_all_decisions_since_the_last_look():
-    bell = AlarmBell(Probability())
+    alarms = Alarms(Probability())
     half = FIRE_RATE_COUNT / 2
     # (1.0 + 0.7) / 2 = 0.85 is below 90 %; then (1.0 + 0.9) / 2 = 0.95 is not
     shares = [1.0, 0.7, 1.0, 0.9]
-    assert [len(bell.hear(heard(share, half, "tree/fire_rate"))) for share in shares] == [0, 0, 0, 1]
+    assert [len(alarms.check(heard(share, half, "tree/fire_rate"))) for share in shares] == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("rule", [Random(), Ranked(), Released()])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
-    assert AlarmBell(rule).hear(heard(share, FIRE_RATE_COUNT, "tree/fire_rate")) == []
+    assert Alarms(rule).check(heard(share, FIRE_RATE_COUNT, "tree/fire_rate")) == []
 
 
 @pytest.mark.parametrize("alarm", [*ALARMS, *FIRE_RATE_ALARMS], ids=lambda alarm: f"{alarm.metric} {alarm.limit}")

@@ -25,7 +25,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.training.prefix_attention import attend
 from arpo_trl.training.prefix_sharing import (
@@ -326,7 +326,7 @@ def trainer(model_path: str, folder: Path, peft_config: LoraConfig | None = None
         ),
         ROWS,
         tools=[search],
-        engine=ScriptedEngine(tokenizer(), SamplingSettings(eos, ("</search>",)), script),
+        engine=ScriptedEngine(tokenizer(), SamplingParams(eos, ("</search>",)), script),
         peft_config=peft_config,
     )
     return made

@@ -10,7 +10,7 @@ import pytest
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
-from arpo_trl.logs.metrics import AlarmBell
+from arpo_trl.logs.alarms import Alarms
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import (
     RULES,
@@ -366,7 +366,7 @@ def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
 
 
 def test_alarms_ask_the_rule_whether_entropy_triggers_it():
-    assert len(AlarmBell(Threshold()).state()) == len(AlarmBell(Widths(widths=(1,))).state()) + 2
+    assert len(Alarms(Threshold()).state_dict()) == len(Alarms(Widths(widths=(1,))).state_dict()) + 2
 
 
 def test_draws_of_a_place_are_its_own_and_repeat():

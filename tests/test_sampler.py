@@ -6,7 +6,7 @@ import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.engines.base import SamplingSettings, TurnFailed, TurnRequest
+from arpo_trl.rollout.engines.base import SamplingParams, TurnFailed, TurnRequest
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules import RULES
@@ -579,7 +579,7 @@ def test_what_fails_for_one_request_of_a_stream_is_its_outcome_alone():
             super().submit(request)
 
     made = Scripted(lambda r, c: ANSWER, leaves=2, at_root=2)
-    made.sampler.engine = Failing(made.tokenizer, SamplingSettings((made.eos,)), lambda r, c: ANSWER)
+    made.sampler.engine = Failing(made.tokenizer, SamplingParams((made.eos,)), lambda r, c: ANSWER)
     requests = [*prompts(made, 3), GroupRequest(3, [5] * 1000)]
     outcomes = {outcome.id: outcome for outcome in streamed(made, requests)}
     assert {i: outcome.tree is None for i, outcome in outcomes.items()} == {0: False, 1: True, 2: False, 3: True}

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.training.sharding import at_its_own_pace, check_launch
+from arpo_trl.training.sharding import check_launch, local_forwards
 from support import tiny_model
 
 
@@ -65,6 +65,6 @@ def test_fsdp_that_accelerate_left_out_is_refused(monkeypatch):
 
 def test_a_model_that_nobody_shares_is_sampled_as_it_is():
     model = tiny_model()
-    with at_its_own_pace(model, model):
+    with local_forwards(model, model):
         before = model(torch.tensor([[1, 2, 3]])).logits
     assert torch.equal(before, model(torch.tensor([[1, 2, 3]])).logits)

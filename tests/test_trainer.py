@@ -15,10 +15,10 @@ from arpo_trl.data.prompts import tags_system_prompt
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rewards import HierarchicalReward
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
 from support import (
     EXACT,
@@ -60,7 +60,7 @@ def flat_script(request, context):
 
 
 def scripted(script=branching_script) -> ScriptedEngine:
-    return ScriptedEngine(tokenizer(), SamplingSettings((tokenizer().eos_token_id,), STOPS), script)
+    return ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), STOPS), script)
 
 
 def config(folder: Path, kind: type[GRPOConfig] = ARPOConfig, **settings) -> GRPOConfig:
@@ -119,7 +119,7 @@ def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path
         toolbox = ToolBox([search, python])
         protocol = TagProtocol(tokenizer(), toolbox.specs)
         eos = (tokenizer().eos_token_id,)
-        sampler = TreeSampler(scripted(flat_script), toolbox, protocol, SamplerSettings(4, 4, 120, 1024, 6, 4), eos)
+        sampler = TreeSampler(scripted(flat_script), toolbox, protocol, TreeSettings(4, 4, 120, 1024, 6, 4), eos)
         groups = [GroupRequest(i, protocol.encode_prompt(prompts[4 * i])) for i in range(len(prompts) // 4)]
         leaves = [leaf for tree in sampler.sample(groups, seed=(0,)).trees for leaf in tree.leaves()]
         return {
@@ -254,7 +254,7 @@ def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path
     made = trainer(
         str(tmp_path / "model"),
         tmp_path / "run",
-        engine=ScriptedEngine(tok, SamplingSettings((tok.eos_token_id,)), script),
+        engine=ScriptedEngine(tok, SamplingParams((tok.eos_token_id,)), script),
         rewards=reward,
         tool_protocol="chat_template",
         max_completion_length=800,

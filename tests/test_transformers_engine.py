@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines import slots
 from arpo_trl.rollout.engines import transformers as transformers_engine
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocols import ContentEncoder
 from support import events_of, sampling_trainer, small_model, tiny_model, tokenizer
@@ -31,7 +31,7 @@ def engine(model, *, stop=(), eos=None, context=contextlib.nullcontext, most_row
     """An engine that has been compared with the model's plain forward."""
     made = TransformersEngine(
         tokenizer(),
-        SamplingSettings((tokenizer().eos_token_id if eos is None else eos,), tuple(stop), **settings),
+        SamplingParams((tokenizer().eos_token_id if eos is None else eos,), tuple(stop), **settings),
         lambda: context(model),
         most_rows=most_rows,
         smaller=smaller or "Sample fewer turns at a time, or shorter ones.",
@@ -163,7 +163,7 @@ def test_a_probe_comes_once_after_k_tokens_and_never_with_the_end(model):
 
 def test_eos_ends_a_turn_and_stays_in_its_ids(model):
     eos = run(model, requests([2]))[0][2].ids[3]  # make the fourth token it samples the end
-    made = TransformersEngine(tokenizer(), SamplingSettings((eos,)), lambda: contextlib.nullcontext(model))
+    made = TransformersEngine(tokenizer(), SamplingParams((eos,)), lambda: contextlib.nullcontext(model))
     with made.session():
         made.submit(requests([2])[0])
         turns = [event for event in events_of(made, 1) if isinstance(event, Turn)]

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import VLLM_KEY_VARIABLE
-from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm.client import PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
+from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
 from support import events_of, tiny_model, tokenizer
@@ -42,7 +42,7 @@ GOOD = {
     "/v1/models": MODELS,
     "/server_info": info(),
     "/weight_info": {"weight_version": "arpo-x-1"},
-    "/tokenize": {"tokens": tokenizer().encode(PROBE_TEXT)},
+    "/tokenize": {"tokens": tokenizer().encode(CANARY_TEXT)},
     "/reset_prefix_cache": {"success": True},
     "/update_weight_version": {"success": True},
     "/metrics": {},
@@ -123,7 +123,7 @@ class Arrived:
 def engine(url, *, away_s=5.0, request_s=5.0) -> VLLMServerEngine:
     return VLLMServerEngine(
         tokenizer(),
-        SamplingSettings((EOS,)),
+        SamplingParams((EOS,)),
         Arrived(url),
         vocab_size=1000,
         top_logprobs=2,

@@ -14,15 +14,15 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.transformers import TransformersEngine
-from arpo_trl.rollout.engines.vllm.client import FRESH, PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, FRESH, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, ServedWeights
 from arpo_trl.rollout.protocols import ContentEncoder, TagProtocol
 from arpo_trl.rollout.rules.random import Random
-from arpo_trl.rollout.sampler import GroupRequest, SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
 from serving import running
 from support import (
@@ -40,7 +40,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PROMPTS = [tokenizer().encode("the melting point of iron " * (1 + i % 4)) for i in range(12)]
 EOS = int(tokenizer().eos_token_id)
-PROBE = tokenizer().encode(PROBE_TEXT)
+PROBE = tokenizer().encode(CANARY_TEXT)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ class Setup:
 
     def __init__(self, model, folder, *servers, stop=(), top_logprobs=20, tolerance=0.01, away_s=60.0, **settings):
         self.step = 0
-        self.settings = SamplingSettings((EOS,), tuple(stop), **settings)
+        self.settings = SamplingParams((EOS,), tuple(stop), **settings)
         self.clients = [ServerClient(server.url, timeout_s=120.0) for server in servers]
         facts = [check_server(client, tokenizer(), top_logprobs) for client in self.clients]
         accelerator = Accelerator(cpu=True)
@@ -188,7 +188,7 @@ def test_entropies_agree_with_the_transformers_engines_on_the_same_tokens(server
     """Greedy, so that both write the same; with every logprob asked for there is no tail to estimate."""
     ours, _ = Setup(model, tmp_path, server, temperature=0.0).run(requests())
     exact_engine = TransformersEngine(
-        tokenizer(), SamplingSettings((EOS,), temperature=0.0), lambda: contextlib.nullcontext(model)
+        tokenizer(), SamplingParams((EOS,), temperature=0.0), lambda: contextlib.nullcontext(model)
     )
     with exact_engine.session():
         for request in requests():
@@ -262,7 +262,7 @@ def test_a_context_that_is_used_to_the_last_token_is_no_error(server, model, tmp
 def test_eos_ends_a_turn_and_stays_in_its_ids(server, model, tmp_path):
     eos = Setup(model, tmp_path / "a", server).run(requests([2]))[0][2].ids[8]  # becomes the end
     setup = Setup(model, tmp_path / "b", server)
-    setup.engine._settings = SamplingSettings((eos,))
+    setup.engine._settings = SamplingParams((eos,))
     setup.engine._params["stop_token_ids"] = [eos]
     turn = setup.run(requests([2]))[0][2]
     assert turn.stop is TurnStop.EOS
@@ -367,7 +367,7 @@ def test_trees_branch_after_results_and_every_token_has_the_logprob_of_the_path_
     toolbox = ToolBox([search])
     protocol = TagProtocol(tokenizer(), toolbox.specs)
     always = Random(branch_probability=1.0)
-    sampler = TreeSampler(setup.engine, toolbox, protocol, SamplerSettings(6, 2, 400, 1024, 3, 5, always), (EOS,))
+    sampler = TreeSampler(setup.engine, toolbox, protocol, TreeSettings(6, 2, 400, 1024, 3, 5, always), (EOS,))
     with toolbox:
         rollout = sampler.sample([GroupRequest(i, PROMPTS[i]) for i in range(3)], seed=(1,))
     assert sum(len(node.children) > 1 for tree in rollout.trees for node in tree.observations()) >= 3

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, StopFinder, sampling_params
 from arpo_trl.rollout.protocols import ContentEncoder
 from support import tokenizer
@@ -174,7 +174,7 @@ def test_a_request_without_room_is_refused():
 
 
 def test_every_setting_is_sent_since_servers_fill_gaps_from_the_models_own_configuration():
-    params = sampling_params(SamplingSettings((EOS,), STOPS, 0.7, 0.9, 50, None, 1.1))
+    params = sampling_params(SamplingParams((EOS,), STOPS, 0.7, 0.9, 50, None, 1.1))
     assert (params["temperature"], params["top_p"], params["top_k"], params["min_p"]) == (0.7, 0.9, 50, 0.0)
     assert params["repetition_penalty"] == 1.1
     assert params["stop"] == list(STOPS)

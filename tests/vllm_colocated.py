@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.engines.base import Engine, Probe, SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Engine, Probe, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.vllm.colocate import VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
@@ -144,7 +144,7 @@ def with_all_weights(folder: Path) -> dict[str, Any]:
     stopping = VLLMColocateEngine(
         generation.llm,
         tokenizer(),
-        SamplingSettings((int(tokenizer().eos_token_id),), (stop,)),
+        SamplingParams((int(tokenizer().eos_token_id),), (stop,)),
         FixedWeights(),
         vocab_size=engine.vocab_size,
         top_logprobs=20,

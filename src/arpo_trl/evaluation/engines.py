@@ -21,7 +21,7 @@ from arpo_trl.rollout.build import (
     build_engine,
     build_sampler,
 )
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import TreeSampler
@@ -51,7 +51,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
         tokenizer, toolbox.specs, max_result_tokens=settings.max_tool_result_tokens
     )
     eos_ids = (int(tokenizer.eos_token_id),)
-    sampling = SamplingSettings(eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p)
+    sampling = SamplingParams(eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p)
     return build_sampler(
         build_engine(_source(settings, tokenizer), tokenizer, sampling),
         toolbox,

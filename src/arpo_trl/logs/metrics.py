@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from arpo_trl.rollout.rules import BranchRule, mean
-from arpo_trl.rollout.sampler import Rollout
+from arpo_trl.rollout.rules import mean
+from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 
@@ -60,7 +60,7 @@ class Tally:
         return {name: values[name] for name in sorted(values)}
 
 
-def tally_rollout(rollout: Rollout, tally: Tally) -> None:
+def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
     """Counts one rollout into `tally`."""
     for tree, topups, chain in zip(rollout.trees, rollout.topups, rollout.turns_in_sequence, strict=True):
         tally.add("tree/topups", topups)
@@ -148,102 +148,3 @@ def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
         tally.add(f"tools/{call.name}/cache_hits", float(call.source is CallSource.CACHED))
         if call.source is CallSource.EXECUTED:
             tally.spread[f"tools/{call.name}/seconds"].append(call.seconds)
-
-
-@dataclass(frozen=True, slots=True)
-class Alarm:
-    """A share that means something is silently wrong, and what to do about it.
-
-    It is looked at whenever `count` things have been counted since the last look, and rings from `limit` on (`below`:
-    from it down): once a run, or with `again` every `REPEAT_EVERY` looks at which it still rings.
-    """
-
-    metric: str
-    limit: float
-    advice: str
-    below: bool = False
-    count: int = 1
-    again: bool = True
-
-
-REPEAT_EVERY = 50
-FIRE_RATE_COUNT = 200
-ALARMS = (
-    Alarm(
-        "alarm/unparsed",
-        0.5,
-        "{share} of the rollouts hold neither a valid tool call nor an answer: the model does not speak the protocol. "
-        "Start from a cold-started model (sft.py), and look at what it writes (arpo-trl tree).",
-    ),
-    Alarm(
-        "alarm/truncated",
-        0.5,
-        "{share} of the rollouts were cut by the length limit and could not answer. Raise max_completion_length, or "
-        "start from a model that ends its turns (sft.py).",
-    ),
-    Alarm(
-        "alarm/zero_variance_groups",
-        0.9,
-        "{share} of the groups earned one reward everywhere, so they teach nothing. All wrong in format: see "
-        "arpo/format and the two shares alarm/unparsed and alarm/truncated. All right: the rows are too easy.",
-    ),
-    Alarm(
-        "tools/search/degraded",
-        0.1,
-        "{share} of the searches got a notice instead of results: the service fails, is asked too fast, or "
-        "search_max_calls is spent. See the warnings above; such rollouts teach the model not to search.",
-    ),
-)
-FIRE_RATE_ALARMS = (
-    Alarm(
-        "tree/fire_rate",
-        0.9,
-        "{share} of the tool results fire the branch rule, so the budget decides where branches go, not the entropy. "
-        "Raise branch_threshold, or use branch_rule ranked.",
-        count=FIRE_RATE_COUNT,
-        again=False,
-    ),
-    Alarm(
-        "tree/fire_rate",
-        0.1,
-        "Only {share} of the tool results fire the branch rule; most of the branch budget is topped up at the root. "
-        "Lower branch_threshold, or use branch_rule ranked.",
-        below=True,
-        count=FIRE_RATE_COUNT,
-        again=False,
-    ),
-)
-
-
-class AlarmBell:
-    """Listens to a run's tallies and says what rings; the fire rate only under rules that an entropy triggers."""
-
-    def __init__(self, rule: BranchRule):
-        self._alarms = ALARMS + (FIRE_RATE_ALARMS if rule.entropy_triggers else ())
-        self._heard = {alarm: [0.0, 0.0] for alarm in self._alarms}
-        self._rung = dict.fromkeys(self._alarms, 0)
-
-    def state(self) -> list[list[float]]:
-        """What it has heard and how often it rang, alarm by alarm, for `restore`."""
-        return [[*self._heard[alarm], self._rung[alarm]] for alarm in self._alarms]
-
-    def restore(self, state: Sequence[Sequence[float]]) -> None:
-        for alarm, (total, count, rung) in zip(self._alarms, state, strict=True):
-            self._heard[alarm], self._rung[alarm] = [total, count], int(rung)
-
-    def hear(self, tally: Tally) -> list[str]:
-        """The messages to log after this rollout."""
-        messages = []
-        for alarm in self._alarms:
-            heard = self._heard[alarm]
-            for i, new in enumerate(tally.sums.get(alarm.metric, (0.0, 0.0))):
-                heard[i] += new
-            if heard[1] < alarm.count:
-                continue
-            share = heard[0] / heard[1]
-            self._heard[alarm] = [0.0, 0.0]
-            if share <= alarm.limit if alarm.below else share >= alarm.limit:
-                if self._rung[alarm] == 0 or (alarm.again and self._rung[alarm] % REPEAT_EVERY == 0):
-                    messages.append(f"arpo/{alarm.metric}: {alarm.advice.format(share=f'{share:.0%}')}")
-                self._rung[alarm] += 1
-        return messages

@@ -15,7 +15,7 @@ from arpo_trl.evaluation.samples import Record
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
@@ -55,7 +55,7 @@ def answer_heldout(
     """
     protocol = TagProtocol(tokenizer, toolbox.specs)
     eos_ids = (int(tokenizer.eos_token_id),)
-    settings = SamplingSettings(eos_ids, protocol.stop_strings, temperature=temperature)
+    settings = SamplingParams(eos_ids, protocol.stop_strings, temperature=temperature)
     sampler = build_sampler(
         build_engine(LocalModel(model=model), tokenizer, settings),
         toolbox,

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
 from arpo_trl.rollout.engines.transformers import TransformersEngine
@@ -29,7 +29,7 @@ from arpo_trl.rollout.engines.weights import Weights
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import SamplerSettings, TreeSampler
+from arpo_trl.rollout.sampler import TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class CompletionsServer:
 EngineSource = LocalModel | LocalVLLM | VLLMServers | CompletionsServer
 
 
-def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> Engine:
+def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, settings: SamplingParams) -> Engine:
     """The engine that samples from `source`.
 
     Raises:
@@ -133,7 +133,7 @@ def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, setti
             return CompletionsEngine(source.url, source.model, tokenizer, settings)
 
 
-def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingSettings) -> Engine:
+def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settings: SamplingParams) -> Engine:
     model, config = source.model, source.model.config.get_text_config()
     exact = exact_length(config) if source.scored else None
     engine = TransformersEngine(
@@ -175,7 +175,7 @@ def build_sampler(
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP,
     max_calls_of: Mapping[str, int] | None = None,
 ) -> TreeSampler:
-    """The sampler on an engine; its other settings are those of `SamplerSettings`.
+    """The sampler on an engine; its other settings are those of `TreeSettings`.
 
     Args:
         context: Most tokens of prompt and path together, besides the engine's own bound; None: no other bound.
@@ -197,7 +197,7 @@ def build_sampler(
         engine,
         toolbox,
         protocol,
-        SamplerSettings(
+        TreeSettings(
             num_generations=num_generations,
             initial_rollouts=initial_rollouts or num_generations,
             max_completion_length=max_completion_length or length,

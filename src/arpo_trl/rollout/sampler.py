@@ -40,7 +40,7 @@ Score = Callable[[int, RolloutTree], Sequence[float]]
 
 
 @dataclass(frozen=True, slots=True)
-class SamplerSettings:
+class TreeSettings:
     """How a group is sampled. Lengths are in tokens; `max_length` is the model's context, prompt included.
 
     `max_tool_calls` is for all tools together and ends the calling; `max_calls_of` is for single tools, whose calls
@@ -57,7 +57,7 @@ class SamplerSettings:
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP
     max_calls_of: Mapping[str, int] = field(default_factory=dict)
 
-    def without_branching(self, num_generations: int) -> SamplerSettings:
+    def without_branching(self, num_generations: int) -> TreeSettings:
         """The same for evaluation: every path starts at the root."""
         return replace(self, num_generations=num_generations, initial_rollouts=num_generations)
 
@@ -96,7 +96,7 @@ class RolloutTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class RolloutBatch:
     """The finished trees, in the order of their requests, and what was counted on the way, one number per tree."""
 
     trees: list[RolloutTree]
@@ -179,7 +179,7 @@ class TreeSampler:
         engine: Engine,
         toolbox: ToolBox,
         protocol: ToolProtocol,
-        settings: SamplerSettings,
+        settings: TreeSettings,
         eos_ids: Sequence[int],
         score: Score | None = None,
     ):
@@ -203,8 +203,8 @@ class TreeSampler:
         requests: Sequence[GroupRequest],
         *,
         seed: tuple[int | str, ...],
-        settings: SamplerSettings | None = None,
-    ) -> Rollout:
+        settings: TreeSettings | None = None,
+    ) -> RolloutBatch:
         """One finished tree of exactly `num_generations` leaves per request.
 
         Args:
@@ -223,7 +223,7 @@ class TreeSampler:
         *,
         seed: tuple[int | str, ...],
         groups_at_once: int,
-        settings: SamplerSettings | None = None,
+        settings: TreeSettings | None = None,
     ) -> Iterator[Finished]:
         """Each request's outcome as soon as it is there; a new one starts whenever fewer than `groups_at_once` are on.
 
@@ -235,12 +235,12 @@ class TreeSampler:
         """
         return self._run(settings, seed).stream(requests, groups_at_once)
 
-    def _run(self, settings: SamplerSettings | None, seed: tuple[int | str, ...]) -> _Run:
+    def _run(self, settings: TreeSettings | None, seed: tuple[int | str, ...]) -> _Run:
         if settings is not None:
             self._check_score(settings)
         return _Run(self, settings or self.settings, seed)
 
-    def _check_score(self, settings: SamplerSettings) -> None:
+    def _check_score(self, settings: TreeSettings) -> None:
         if settings.rule.moment is Moment.LEAVES_SCORED and self.score is None:
             raise ConfigError(
                 f"The branch rule {settings.rule.name!r} reads the rewards of finished leaves while their tree grows, "
@@ -252,7 +252,7 @@ class TreeSampler:
 class _Run:
     """One call of `sample`: all state that must not outlive it."""
 
-    def __init__(self, sampler: TreeSampler, settings: SamplerSettings, seed: tuple[int | str, ...]):
+    def __init__(self, sampler: TreeSampler, settings: TreeSettings, seed: tuple[int | str, ...]):
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
         self.between_events, self.score = sampler.between_events, sampler.score
         self.eos_ids = sampler.eos_ids
@@ -267,7 +267,7 @@ class _Run:
         self.isolates = False
         """Whether what goes wrong in a group ends that group alone."""
 
-    def __call__(self, requests: Sequence[GroupRequest]) -> Rollout:
+    def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
         start, forward_before = time.perf_counter(), self.engine.forward_s
         with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
@@ -280,7 +280,7 @@ class _Run:
         for group in groups:
             group.tree.check(self.settings.num_generations)
         forward_s = self.engine.forward_s - forward_before
-        return Rollout(
+        return RolloutBatch(
             [group.tree for group in groups],
             RolloutTimes(end - start, forward_s, self.tool_wait_s, sync_s + end - closing),
             [group.topups for group in groups],

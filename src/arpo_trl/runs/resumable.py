@@ -55,7 +55,7 @@ class Resumable(GRPOTrainer):
     """To be made before `__init__` runs, for functions that are passed to it."""
     _buffered_inputs: list[dict[str, Any]] | None
     _evaluation_is_owed = False
-    _is_recalled = True
+    _is_restored = True
     _starts_epoch = False
     _epoch_generators: dict[str, Any] | None = None
     """As they were before the epoch's first batch was drawn: a checkpoint between two epochs holds them so."""
@@ -79,7 +79,7 @@ class Resumable(GRPOTrainer):
     def tool_names(self) -> list[str]:
         return []
 
-    def _memory(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """What this trainer has in memory between two steps that no file of transformers holds; plain data."""
         memory: dict[str, Any] = {
             "micro_step": self._step,
@@ -99,8 +99,8 @@ class Resumable(GRPOTrainer):
             }
         return memory
 
-    def _recall(self, memory: dict[str, Any]) -> None:
-        """The inverse of `_memory`."""
+    def load_state_dict(self, memory: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
         self._step = memory["micro_step"]
         self._buffered_inputs = memory["buffered"]
         for mode, metrics in memory["metrics"].items():
@@ -140,7 +140,7 @@ class Resumable(GRPOTrainer):
         self._resumed = self._checkpoints.find(resume_from_checkpoint)
         self._dataset_identity = None
         self._moment, self._saved_step, self._evaluation_is_owed = None, None, False
-        self._is_recalled = self._resumed is None
+        self._is_restored = self._resumed is None
         if self._resumed is not None:
             self._check_resumable(self._resumed)
             if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
@@ -223,7 +223,7 @@ class Resumable(GRPOTrainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluation_is_owed = True
-        if self._is_recalled:  # not so in a resumed run's `eval_on_start`
+        if self._is_restored:  # not so in a resumed run's `eval_on_start`
             self._remember_moment()
         metrics = super()._evaluate(*args, **kwargs)
         self._evaluation_is_owed = False
@@ -251,7 +251,7 @@ class Resumable(GRPOTrainer):
     def _remember_moment(self) -> None:
         """Keeps what an interrupt of what follows has to go back to."""
         self._moment = {
-            "memory": self._memory(),
+            "memory": self.state_dict(),
             "generators": self._epoch_generators or _generators(),
             "tokens": self.state.num_input_tokens_seen,
             "flos": (self.current_flos, self.state.total_flos),
@@ -269,7 +269,7 @@ class Resumable(GRPOTrainer):
         if moment is None or step == 0:
             return f"{told} No step was finished yet, so there is nothing to go on from."
         if self._saved_step != step or moment["owed"]:
-            self._recall(moment["memory"])
+            self.load_state_dict(moment["memory"])
             _set_generators(moment["generators"])
             self.state.num_input_tokens_seen = moment["tokens"]
             self.current_flos, self.state.total_flos = moment["flos"]
@@ -351,7 +351,7 @@ class Resumable(GRPOTrainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        torch.save(self._memory(), self._memory_file(Path(output_dir), self.accelerator.process_index))
+        torch.save(self.state_dict(), self._memory_file(Path(output_dir), self.accelerator.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once, right before the first step: what is restored here is as the last step left it."""
@@ -365,8 +365,8 @@ class Resumable(GRPOTrainer):
         memory = torch.load(file, map_location=self.args.device, weights_only=True)
         if not same:
             memory["micro_step"] = state.step * self.args.gradient_accumulation_steps
-        self._recall(memory)
-        self._is_recalled = True
+        self.load_state_dict(memory)
+        self._is_restored = True
         if state.owes_evaluation:
             self.control.should_evaluate, self.control.should_save, self.control.should_log = True, False, False
             self._maybe_log_save_evaluate(self._tr_loss, None, self.model, None, self.state.epoch or 0.0, None, 0.0)

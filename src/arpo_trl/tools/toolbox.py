@@ -311,13 +311,13 @@ class ToolBox:
             self._pending -= len(delivered)
         return delivered
 
-    def cached(self) -> dict[tuple[str, str], str]:
-        """What its cache holds, for `fill_cache`; empty without one."""
+    def state_dict(self) -> dict[tuple[str, str], str]:
+        """What its cache holds, for `load_state_dict`; empty without one."""
         with self._lock:
             return dict(self._cache or {})
 
-    def fill_cache(self, texts: Mapping[tuple[str, str], str]) -> None:
-        """Puts what `cached` gave in the place of what the cache holds, if there is one."""
+    def load_state_dict(self, texts: Mapping[tuple[str, str], str]) -> None:
+        """Puts what `state_dict` gave in the place of what the cache holds, if there is one."""
         with self._lock:
             if self._cache is not None:
                 self._cache = dict(texts)

@@ -80,14 +80,14 @@ def model_for_generation(
             gather_deepspeed3_params=args.ds3_gather_for_generation,
             gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
         ) as model,
-        at_its_own_pace(wrapped, model),
+        local_forwards(wrapped, model),
         accelerator.autocast(),
     ):
         yield model
 
 
 @contextmanager
-def at_its_own_pace(wrapped: torch.nn.Module, model: torch.nn.Module) -> Iterator[None]:
+def local_forwards(wrapped: torch.nn.Module, model: torch.nn.Module) -> Iterator[None]:
     """While it is open, no forward of `model` needs another rank; opening it is a collective.
 
     Args:

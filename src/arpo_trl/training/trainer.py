@@ -19,18 +19,19 @@ from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import refuse_taken_columns
 from arpo_trl.errors import ConfigError
-from arpo_trl.logs.metrics import AlarmBell, Tally, tally_rewards, tally_rollout
+from arpo_trl.logs.alarms import Alarms
+from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.options import ProtocolKind, RolloutSchedule, SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_engine, build_sampler, context_of
 from arpo_trl.rollout.credit.base import attribute
-from arpo_trl.rollout.engines.base import Engine, SamplingSettings
+from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.protocols import PROTOCOLS
-from arpo_trl.rollout.sampler import GroupRequest, Rollout, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
@@ -69,7 +70,7 @@ class _LastRollout:
     """What a rollout leaves for the rest of its step, until the next one."""
 
     name: str
-    rollout: Rollout
+    rollout: RolloutBatch
     leaves: list[Leaf]
     first_group: int
 
@@ -197,14 +198,14 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         self._loss_mask: torch.Tensor | None = None
         self._scoring = ExitStack()
         """Holds the `_loss_tokens` of a rollout until its rows are scored."""
-        self._bell = AlarmBell(self.tree_sampler.settings.rule)
+        self.alarms = Alarms(self.tree_sampler.settings.rule)
         self._rollouts_at: dict[str, tuple[int, int]] = {}
         self.tree_sampler.between_events = self._interrupts.check
         self._spans = Spans()
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
         args, eos_ids = self.args, tuple(self.eos_token_ids)
-        settings = SamplingSettings(
+        settings = SamplingParams(
             eos_ids,
             self.protocol.stop_strings,
             self.temperature,
@@ -252,7 +253,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             ),
         )
 
-    def _vllm_source(self, settings: SamplingSettings) -> LocalVLLM | VLLMServers:
+    def _vllm_source(self, settings: SamplingParams) -> LocalVLLM | VLLMServers:
         """The vLLM that `vllm_mode` names, checked against the trained model."""
         args = self.args
         refuse_rules(self.model.generation_config, None, "vLLM")
@@ -498,20 +499,20 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     def tool_names(self) -> list[str]:
         return list(self.toolbox.names)
 
-    def _memory(self) -> dict[str, Any]:
-        return super()._memory() | {
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {
             "rollouts_at": dict(self._rollouts_at),
-            "bell": self._bell.state(),
+            "bell": self.alarms.state_dict(),
             "evaluation": self.evaluation,
-            "tool_cache": self.toolbox.cached(),
+            "tool_cache": self.toolbox.state_dict(),
         }
 
-    def _recall(self, memory: dict[str, Any]) -> None:
-        super()._recall(memory)
+    def load_state_dict(self, memory: dict[str, Any]) -> None:
+        super().load_state_dict(memory)
         self._rollouts_at = dict(memory["rollouts_at"])
-        self._bell.restore(memory["bell"])
+        self.alarms.load_state_dict(memory["bell"])
         self.evaluation = memory["evaluation"]
-        self.toolbox.fill_cache(memory["tool_cache"])
+        self.toolbox.load_state_dict(memory["tool_cache"])
 
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
         self._trajectories.forget_from(step, evaluated=evaluated)
@@ -541,5 +542,5 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         )
         self._trajectories.write(last.name, trees)
         if mode == "train":
-            for message in self._bell.hear(merged):
+            for message in self.alarms.check(merged):
                 logger.warning(f"Step {self.state.global_step}: {message}")

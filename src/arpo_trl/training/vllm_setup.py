@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.options import WeightSync
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_other_dtype
-from arpo_trl.rollout.engines.vllm.client import PROBE_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, check_server
 from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
 from arpo_trl.trl_seam import VLLMGeneration
@@ -90,7 +90,7 @@ def served_weights(
     return weights
 
 
-def warn_of_other_distribution(settings: SamplingSettings) -> None:
+def warn_of_other_distribution(settings: SamplingParams) -> None:
     """Says so where sampling draws from something else than the distribution whose logprobs are trained."""
     narrowed = {
         "top_p": settings.top_p < 1.0,
@@ -107,4 +107,4 @@ def warn_of_other_distribution(settings: SamplingSettings) -> None:
 
 
 def _canary(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
+    return tokenizer.encode(CANARY_TEXT, add_special_tokens=False)

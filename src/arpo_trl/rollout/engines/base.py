@@ -24,7 +24,7 @@ class TurnStop(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class SamplingSettings:
+class SamplingParams:
     """The distribution to sample from, in transformers' terms; temperature 0 is greedy.
 
     `stop_strings` end a turn as soon as its text contains one; the ids stay exactly as sampled, also where the last

@@ -33,7 +33,7 @@ from arpo_trl.common.settings import check_server_url
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.net import background
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
-from arpo_trl.rollout.engines.base import SamplingSettings, Turn, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.text import decode_exactly, stop_window
 
 KEY_VARIABLE = "COMPLETIONS_API_KEY"
@@ -84,7 +84,7 @@ class CompletionsEngine:
         url: str,
         model: str | None,
         tokenizer: PreTrainedTokenizerBase,
-        settings: SamplingSettings,
+        settings: SamplingParams,
         *,
         timeout_s: float = 1800.0,
         away_s: float = 120.0,

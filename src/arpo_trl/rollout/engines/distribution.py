@@ -23,7 +23,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from arpo_trl.rollout.engines.base import SamplingSettings
+from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.generation_rules import Rules, processors
 from arpo_trl.rollout.engines.rows import RowState
 
@@ -39,7 +39,7 @@ class Distribution:
         device: Where the logits are.
     """
 
-    def __init__(self, settings: SamplingSettings, rules: Rules, device: torch.device):
+    def __init__(self, settings: SamplingParams, rules: Rules, device: torch.device):
         self.needs_ids = settings.repetition_penalty != 1.0
         """Whether rows must keep the ids of their prompts."""
         made = processors(rules, settings.eos_ids, device)

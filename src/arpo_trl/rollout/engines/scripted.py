@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.text import decode_exactly
 
 
@@ -48,7 +48,7 @@ class ScriptedEngine:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        settings: SamplingSettings,
+        settings: SamplingParams,
         script: Script,
         *,
         vocab_size: int | None = None,

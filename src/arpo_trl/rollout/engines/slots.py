@@ -27,7 +27,7 @@ RowStates = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one row in one layer, each (heads, length, dim)."""
 
 
-class _Slots(CacheLayerMixin):
+class KVCacheLayer(CacheLayerMixin):
     """One layer's keys and values, (rows, heads, positions, dim), written at each row's own positions."""
 
     is_sliding = False
@@ -118,7 +118,7 @@ class SlotCache(Cache):
         self.positions = torch.empty(0, 0, dtype=torch.long)
         self.max_rows = self.max_positions = 0
         self._most_rows, self._way_out = most_rows, way_out
-        super().__init__(layers=[_Slots(self) for _ in range(num_layers)])
+        super().__init__(layers=[KVCacheLayer(self) for _ in range(num_layers)])
 
     def aim(self, rows: slice, positions: torch.Tensor, longest: int) -> None:
         """Points the next forward at `rows`, its queries at `positions` (rows, queries), all below `longest`."""
@@ -140,7 +140,7 @@ class SlotCache(Cache):
             layer.write(row, states)
 
     @property
-    def _filled(self) -> list[_Slots]:
+    def _filled(self) -> list[KVCacheLayer]:
         """The layers that have keys and values; some models share those of a few layers."""
         return [layer for layer in self.layers if layer.is_initialized]
 
@@ -192,7 +192,7 @@ class SlotCache(Cache):
             )
 
 
-class Retained:
+class PrefixCache:
     """Keys and values of finished turns, the newest that fit into `max_bytes`."""
 
     def __init__(self, max_bytes: int):

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.masking_utils import create_causal_mask
 
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.distribution import Distribution, entropy, sample
 from arpo_trl.rollout.engines.generation_rules import rules_of
 from arpo_trl.rollout.engines.rows import RowState
-from arpo_trl.rollout.engines.slots import GIB, Retained, SlotCache, free_bytes, is_out_of_memory
+from arpo_trl.rollout.engines.slots import GIB, PrefixCache, SlotCache, free_bytes, is_out_of_memory
 from arpo_trl.rollout.engines.visibility import (
     WAY_OUT,
     compare_with_plain_forward,
@@ -79,7 +79,7 @@ class TransformersEngine:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        settings: SamplingSettings,
+        settings: SamplingParams,
         model_context: Callable[[], AbstractContextManager[PreTrainedModel]],
         *,
         max_length: int | None = None,
@@ -164,7 +164,7 @@ class TransformersEngine:
         self._distribution = Distribution(self.settings, rules, self._device)
         self._cache = self._empty_cache(model)
         self._state = RowState(self._device)
-        self._retained = Retained(RETAINED_BYTES)
+        self._retained = PrefixCache(RETAINED_BYTES)
         self._model = model
 
     def _close(self) -> None:

@@ -19,7 +19,7 @@ from arpo_trl.options import VLLM_KEY_VARIABLE
 
 FRESH = "default"
 """The weight version of a server that still serves what it was started with."""
-PROBE_TEXT = (
+CANARY_TEXT = (
     "Iron melts at 1,538 °C. <search>melting point of tin</search>\n\ndef area(r):\n    return 3.14159 * r**2\n"
     "Warum? 因为 x² + y² = z², \\boxed{42}."
 )
@@ -206,8 +206,8 @@ def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_l
             "over their prefix caches, and a comparison of logprobs would see one of them. Start one server for each, "
             "and list all in vllm_server_urls."
         )
-    ours = tokenizer.encode(PROBE_TEXT, add_special_tokens=False)
-    theirs = client.tokenize(PROBE_TEXT, facts.model)
+    ours = tokenizer.encode(CANARY_TEXT, add_special_tokens=False)
+    theirs = client.tokenize(CANARY_TEXT, facts.model)
     if ours != theirs:
         raise ConfigError(
             f"{client.url} has another tokenizer than the trainer: the same text has {len(theirs)} tokens there and "

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, StopFinder, sampling_params
 from arpo_trl.rollout.engines.weights import Weights, mean_difference
 from arpo_trl.trl_seam import VLLMGeneration
@@ -43,7 +43,7 @@ class VLLMColocateEngine:
         self,
         llm: LLM,
         tokenizer: PreTrainedTokenizerBase,
-        settings: SamplingSettings,
+        settings: SamplingParams,
         weights: Weights,
         *,
         vocab_size: int,

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.common.queues import drained
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm.client import ServerClient, headers
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
 from arpo_trl.rollout.engines.vllm.weights import ServedWeights
@@ -75,7 +75,7 @@ class VLLMServerEngine:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        settings: SamplingSettings,
+        settings: SamplingParams,
         weights: ServedWeights,
         *,
         vocab_size: int,

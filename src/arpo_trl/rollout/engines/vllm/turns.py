@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.engines.base import Probe, SamplingSettings, Turn, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.text import decode_exactly, stop_window
 
@@ -145,7 +145,7 @@ class Draft:
         return TurnStop.LENGTH if len(self._ids) >= self.request.max_tokens else None
 
 
-def sampling_params(settings: SamplingSettings) -> dict[str, Any]:
+def sampling_params(settings: SamplingParams) -> dict[str, Any]:
     """The settings under vLLM's names, for `SamplingParams` and for a request's body alike.
 
     All of them, since a server fills gaps from the model's generation_config.json. EOS goes by token ids alone:

@@ -56,7 +56,7 @@ class ServedWeights:
     Args:
         trained: What changes when the trainer's weights do.
         reference: The trainer's logprobs of ids, each but the first; a collective.
-        probe: The ids that logprobs are compared on.
+        canary: The ids that logprobs are compared on.
         tolerance: Most `mean_difference` of logprobs between trainer and server.
     """
 
@@ -68,7 +68,7 @@ class ServedWeights:
         accelerator: Accelerator,
         trained: Callable[[], Hashable],
         reference: Callable[[Sequence[int]], list[float]],
-        probe: Sequence[int],
+        canary: Sequence[int],
         tolerance: float,
     ):
         self.clients = list(clients)
@@ -80,7 +80,7 @@ class ServedWeights:
         self._synced: Hashable = None
         """What `trained` returned when the servers last got the weights."""
         self._reference = reference
-        self._probe = list(probe)
+        self._canary = list(canary)
         self._tolerance = tolerance
         self._run = _from_main(accelerator, secrets.token_hex(4))
         self._syncs = 0
@@ -97,13 +97,13 @@ class ServedWeights:
 
         A collective. Weights of another model would not load, and take the server down.
         """
-        ours = self._reference(self._probe)
+        ours = self._reference(self._canary)
 
         def compare(client: ServerClient) -> None:
             facts = self.facts[client.url]
             if facts.weight_version != FRESH:
                 return
-            difference = mean_difference(ours, client.logprobs(self._probe, facts.model))
+            difference = mean_difference(ours, client.logprobs(self._canary, facts.model))
             if not difference <= self._tolerance:
                 raise ConfigError(
                     f"{client.url} serves {facts.model!r}, which is another model than the trainer's: logprobs of one "
@@ -129,7 +129,7 @@ class ServedWeights:
         previous, self._syncs = self.version, self._syncs + 1
         version = f"arpo-{self._run}-{self._syncs}"
         self._transfer.prepare(version)
-        self._ours = self._reference(self._probe)
+        self._ours = self._reference(self._canary)
 
         def update(client: ServerClient) -> None:
             self._transfer.deliver(client, version)
@@ -149,7 +149,7 @@ class ServedWeights:
 
     def _compare(self, client: ServerClient, version: str) -> None:
         ours, url = self._ours, client.url
-        theirs = client.logprobs(self._probe, self._transfer.served_as(self.facts[url], version))
+        theirs = client.logprobs(self._canary, self._transfer.served_as(self.facts[url], version))
         difference = mean_difference(ours, theirs)
         if not difference <= self._tolerance:
             raise EngineError(

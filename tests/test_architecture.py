@@ -1,0 +1,90 @@
+"""Rooms of the package and the one direction in which they import each other.
+
+docs/architecture.md draws the same picture.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import arpo_trl
+
+PACKAGE = Path(arpo_trl.__file__).parent
+DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
+
+ROOMS = (
+    *("errors", "options", "common", "trl_seam"),
+    *("net", "tools", "rollout", "rewards", "data", "config"),
+    *("logs", "runs", "publishing", "training", "evaluation"),
+    *("cli", "scripts", "quickstart"),
+)
+"""From the bottom up: a room imports only from rooms before it."""
+
+TREE = ("text", "tree", "rules", "credit", "engines", "protocols", "sampler", "build")
+"""The same within `rollout`."""
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    """Each module's dotted name below the package, and its source."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        yield ".".join(parts).removesuffix("__init__").rstrip("."), ast.parse(path.read_text("utf-8"))
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Modules of the package that a module imports, wherever in it, as dotted names below the package."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
+            names = [node.module] if node.module != "arpo_trl" else [f"arpo_trl.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.removeprefix("arpo_trl.") for name in names if name.startswith("arpo_trl."))
+
+
+def backward(order: tuple[str, ...], inside: str = "") -> list[str]:
+    """Imports that lead to a later room of `order`; a module that is in none counts as well."""
+    prefix = f"{inside}." if inside else ""
+    found = []
+    for module, tree in modules():
+        if not module.startswith(prefix) or not module:
+            continue
+        room = module.removeprefix(prefix).split(".")[0]
+        if not room:
+            continue
+        for target in imported(tree):
+            if not target.startswith(prefix):
+                continue
+            other = target.removeprefix(prefix).split(".")[0]
+            if other != room and (room not in order or other not in order or order.index(other) > order.index(room)):
+                found.append(f"{module} imports {target}")
+    return found
+
+
+def test_rooms_import_in_one_direction() -> None:
+    assert backward(ROOMS) == []
+    assert backward(TREE, "rollout") == []
+
+
+def test_every_module_stands_in_a_room() -> None:
+    assert {module.split(".")[0] for module, _ in modules() if module} == set(ROOMS)
+
+
+def test_the_tree_and_its_rules_are_pure() -> None:
+    """No torch, no engine, no network: what branches can be computed, and tested, by hand."""
+    for module, tree in modules():
+        if module.startswith(("rollout.tree", "rollout.rules")):
+            names = {
+                alias.name.split(".")[0]
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
+            }
+            assert names.isdisjoint({"torch", "trl", "transformers", "vllm", "httpx"}), module
+
+
+def test_the_documented_picture_is_the_graph() -> None:
+    picture = DOCS.read_text("utf-8").split("## Rooms")[1].split("\n## ")[0]
+    documented = [line.split("`")[1].rstrip("/") for line in picture.splitlines() if line.startswith("| `")]
+    assert documented == list(ROOMS)
