@@ -6,6 +6,7 @@ docs/architecture.md draws the same picture.
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import arpo_trl
 
@@ -35,12 +36,19 @@ def imported(tree: ast.Module) -> Iterator[str]:
     """Modules of the package that a module imports, wherever in it, as dotted names below the package."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module is not None and node.level == 0:
-            names = [node.module] if node.module != "arpo_trl" else [f"arpo_trl.{alias.name}" for alias in node.names]
+            public = node.module == "arpo_trl"
+            names = [home_of(alias.name) for alias in node.names] if public else [node.module]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
             continue
         yield from (name.removeprefix("arpo_trl.") for name in names if name.startswith("arpo_trl."))
+
+
+def home_of(name: str) -> str:
+    """The module that a public name of the package comes from, or the package's own module of that name."""
+    value = getattr(arpo_trl, name, None)
+    return f"arpo_trl.{name}" if value is None or isinstance(value, ModuleType) else str(value.__module__)
 
 
 def backward(order: tuple[str, ...], inside: str = "") -> list[str]:
