@@ -121,6 +121,8 @@ def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
         Ending.TIMEOUT: f"Error: the code ran longer than {limits.timeout_s:g} s{cells}",
         Ending.CPU: f"Error: the code used more than {limits.cpu_s:g} s of CPU time{cells}",
         Ending.FLOOD: f"Error: stopped, the code printed more than {limits.output_bytes} bytes",
+        Ending.DISK: f"Error: stopped, the code wrote more than {limits.disk_mb} MB or {limits.files} files",
+        Ending.THREADS: f"Error: stopped, the code ran more than {limits.threads} threads",
     }[ending]
 
 

@@ -1,7 +1,7 @@
 """Runs each piece of code in a fork of one warm interpreter; the script behind `arpo_trl.tools.sandbox.Worker`.
 
-Started as `python python_worker.py TIER preload|bare CPU_S FOLDER SITE_PACKAGES… -- READABLE…`, and imports nothing of
-arpo_trl, which it could not read from inside the sandbox, but three files next to it, by their paths.
+Started as `python python_worker.py TIER preload|bare CPU_S SCRATCH FOLDER SITE_PACKAGES… -- READABLE…`, and imports
+nothing of arpo_trl, which it could not read from inside the sandbox, but three files next to it, by their paths.
 
     stdin    requests, 8 bytes each: seconds to run the cells in the file `cells` for, or a negative number: stop what
              runs now, and be ready for the next
@@ -125,10 +125,11 @@ class _Call:
 
 
 class _Worker:
-    def __init__(self, tier: str, warm: bool, cpu_s: float, namespaces: ModuleType | None):
+    def __init__(self, tier: str, warm: bool, cpu_s: float, scratch: str, namespaces: ModuleType | None):
         self._tier = tier
         self._warm = warm
         self._cpu_s = cpu_s
+        self._scratch = scratch
         self._cell = _load("python_cell")
         self._syscalls = _load("python_syscalls")
         self.namespaces = namespaces
@@ -216,9 +217,10 @@ class _Worker:
             else:
                 os.setsid()  # a group of its own: a signal to its group reaches no other, in any namespace
             if self.namespaces is not None:
-                self.namespaces.lock()
+                self.namespaces.lock(self._scratch)
+            self._syscalls.drop_capabilities()
             if self._tier != "unsafe":
-                self._syscalls.deny()
+                self._syscalls.confine()
             if self._warm and not select.select([waiting], [], [], _IDLE_S)[0]:
                 exec(_TOUCH, {})
             if not os.read(waiting, 1):  # the worker is gone
@@ -248,7 +250,7 @@ def _load(name: str) -> ModuleType:
 
 
 def main() -> None:
-    tier, preload, cpu_s, folder, *paths = sys.argv[1:]
+    tier, preload, cpu_s, scratch, folder, *paths = sys.argv[1:]
     site_packages, readable = paths[: paths.index("--")], paths[paths.index("--") + 1 :]
     namespaces = None
     if tier == "namespaces":
@@ -260,7 +262,7 @@ def main() -> None:
         with contextlib.suppress(Exception):  # without them the rest of Python still works
             exec(_WARM_UP, {})
             warm = True
-    _Worker(tier, warm, float(cpu_s), namespaces).serve()
+    _Worker(tier, warm, float(cpu_s), scratch, namespaces).serve()
 
 
 if __name__ == "__main__":

@@ -38,10 +38,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import resource
 import select
-import shutil
 import socket
 import subprocess
 import sys
@@ -55,11 +53,12 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.errors import SandboxError
-from arpo_trl.tools import python_cell, python_namespaces, python_syscalls, python_worker
+from arpo_trl.tools import python_cell, python_folder, python_namespaces, python_syscalls, python_worker
 from arpo_trl.tools.python_worker import REPLY, REQUEST
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 5.0  # beyond a call's deadline, before the worker itself is given up
+_LOOK_S = 0.02  # between looks at what a call holds
 _READ_BYTES = 1 << 16
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
@@ -68,15 +67,6 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-
-# Landlock leaves these open to every file of this user. `python_syscalls` refuses more, in each call.
-# fmt: off
-_DENIED_SYSCALLS = [
-    "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat",
-    "utimensat", "setxattr", "lsetxattr", "fsetxattr",
-]
-_DENIED_SYSCALLS_X86 = ["chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
-# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +79,9 @@ class Limits:
     output_bytes: int = 100_000
     file_mb: int = 16  # each file
     open_files: int = 64
+    disk_mb: int = 64  # written in all, kept or not
+    files: int = 1024  # files and folders there are at a time
+    threads: int = 64  # that run at a time
 
 
 class Tier(StrEnum):
@@ -112,6 +105,8 @@ class Ending(StrEnum):
     TIMEOUT = "timeout"
     CPU = "cpu"  # stopped at `cpu_s`
     FLOOD = "flood"  # stopped at `output_bytes`
+    DISK = "disk"  # stopped at `disk_mb` or `files`
+    THREADS = "threads"  # stopped at `threads`
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +135,7 @@ class Worker:
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
         # At exit too, when a call may still be running; only a killed trainer leaves the folder behind.
-        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._remove_folder = weakref.finalize(self, python_folder.remove, self._folder)
         self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait
         try:
             self._process = _start(self._folder, tier, preload, limits)
@@ -173,6 +168,8 @@ class Worker:
     def _set_limits(self) -> None:
         """Set, from outside, what the worker's forks inherit and cannot raise."""
         pid, limits = self._pid, self._limits
+        if not _children_of(pid).exists():
+            raise SandboxError(f"this kernel has no {_children_of(pid)}, so calls cannot be watched")
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
         memory = pages * os.sysconf("SC_PAGE_SIZE") + (limits.memory_mb << 20)
         for kind, value in (
@@ -206,9 +203,9 @@ class Worker:
             cells = json.dumps([cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)])
             (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
             os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
-            output, kind, status = self._read(deadline)
+            output, kind, status, excess = self._read(deadline)
             with contextlib.suppress(OSError):  # again before the next call, when nothing can be in the way
-                self._clean_up()
+                python_folder.empty(self._folder)
         except OSError as error:
             self.close()
             raise WorkerLost(str(error)) from error
@@ -218,6 +215,8 @@ class Worker:
         text = output.decode("utf-8", "replace")
         if len(output) > self._limits.output_bytes:
             return Run(output[: self._limits.output_bytes].decode("utf-8", "ignore"), Ending.FLOOD)
+        if excess is not None:
+            return Run(text, excess)
         if kind == b"T":
             return Run(text, Ending.TIMEOUT)
         if kind == b"C":
@@ -228,30 +227,53 @@ class Worker:
             return Run(text, Ending.RAISED)
         return Run(text, Ending.DIED)
 
-    def _read(self, deadline: float) -> tuple[bytes, bytes, int]:
-        """(output up to just past the limit, kind, wait status) once the fork is gone."""
+    def _read(self, deadline: float) -> tuple[bytes, bytes, int, Ending | None]:
+        """(output up to just past the limit, kind, wait status, limit it was stopped at) once the fork is gone."""
         output = bytearray()
-        stopped = False
+        excess: Ending | None = None
+        next_look = time.monotonic() + _LOOK_S
         while True:
-            ready = _poll(max(0.0, deadline - time.monotonic()) * 1000, self._stdout, self._control)
-            if not ready:
-                raise OSError("the worker does not answer")
-            if self._stdout in ready and not stopped:
-                output += os.read(self._stdout, _READ_BYTES)
-                if len(output) > self._limits.output_bytes:
-                    stopped = True
-                    os.write(self._stdin, REQUEST.pack(-1.0))
+            # When it is stopped the pipe may stay full and readable: wait for the reply alone.
+            awaited = (self._control,) if excess else (self._stdout, self._control)
+            until = deadline if excess else min(deadline, next_look)
+            ready = _poll(max(0.0, until - time.monotonic()) * 1000, *awaited)
             if self._control in ready:
                 kind, status = self._reply()
                 self._ending = True
                 break
-            if stopped:  # the pipe stays full and readable: wait for the reply alone
-                _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control)
+            if time.monotonic() >= deadline:
+                raise OSError("the worker does not answer")
+            if self._stdout in ready:
+                output += os.read(self._stdout, _READ_BYTES)
+            if excess:
+                continue
+            if len(output) > self._limits.output_bytes:
+                excess = Ending.FLOOD
+            elif time.monotonic() >= next_look:
+                excess = self._excess()
+                next_look = time.monotonic() + _LOOK_S
+            if excess:
+                os.write(self._stdin, REQUEST.pack(-1.0))
         # The call is over: what it printed is in the pipe.
         with contextlib.suppress(BlockingIOError):
             while len(output) <= self._limits.output_bytes and (chunk := os.read(self._stdout, _READ_BYTES)):
                 output += chunk
-        return bytes(output), kind, status
+        return bytes(output), kind, status, excess
+
+    def _excess(self) -> Ending | None:
+        """The limit that the call which runs now is beyond, of those that the kernel cannot keep for one process."""
+        with contextlib.suppress(OSError, SandboxError):  # it has just ended
+            call = Path(f"/proc/{_only_child(self._pid)}")
+            if (call / "task").stat().st_nlink - 2 > self._limits.threads:
+                return Ending.THREADS
+            if self.tier is not Tier.NAMESPACES:  # which has a file system of its own, of that size
+                accounts = dict(line.split(": ") for line in (call / "io").read_text().splitlines())
+                size = self._limits.disk_mb << 20
+                if max(int(accounts["wchar"]), int(accounts["write_bytes"])) > size or python_folder.holds_more(
+                    self._folder, files=self._limits.files, size=size
+                ):
+                    return Ending.DISK
+        return None
 
     def _reply(self) -> tuple[bytes, int]:
         reply = os.read(self._control, REPLY.size)
@@ -269,15 +291,8 @@ class Worker:
             with contextlib.suppress(BlockingIOError):
                 while os.read(self._stdout, _READ_BYTES):
                     pass
-            self._clean_up()
+            python_folder.empty(self._folder)
             self._ending = False
-
-    def _clean_up(self) -> None:
-        for entry in os.scandir(self._folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
 
     def close(self) -> None:
         """End the worker and whatever it runs, and remove its folder. May be called again."""
@@ -299,10 +314,14 @@ def _poll(timeout_ms: float, *fds: int) -> set[int]:
     return {fd for fd, _ in poller.poll(timeout_ms)}
 
 
+def _children_of(pid: int) -> Path:
+    return Path(f"/proc/{pid}/task/{pid}/children")
+
+
 def _only_child(pid: int) -> int:
     """The process that `pid` waits for."""
     try:
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        return int(_children_of(pid).read_text())
     except (OSError, ValueError) as error:
         raise SandboxError(f"the child of process {pid} is not in /proc ({error}), so it cannot be limited") from error
 
@@ -318,7 +337,8 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     readable = [executable, *scripts, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
     readable = [path for path in readable if os.path.exists(path)]
     command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
-    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), str(folder)]
+    scratch = f"size={limits.disk_mb}m,nr_inodes={limits.files}"
+    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), scratch, str(folder)]
     command += [*site_packages, "--", *readable]
     if tier is not Tier.SANDLOCK:
         try:
@@ -346,7 +366,6 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
         clean_env=True,
         env=_ENVIRONMENT,
         max_processes=2,  # the worker and one fork
-        extra_deny_syscalls=_DENIED_SYSCALLS + (_DENIED_SYSCALLS_X86 if platform.machine() == "x86_64" else []),
     )
     try:
         return sandbox.popen(command, stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.PIPED)
