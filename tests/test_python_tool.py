@@ -1,6 +1,7 @@
 """The python tool shows what a notebook would, and the sandbox stops each thing that its docstring says it stops."""
 
 import os
+import platform
 import random
 import shutil
 import signal
@@ -21,8 +22,18 @@ import arpo_trl.tools.sandbox as sandbox_module
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
 from arpo_trl.tools.box import PastCall, tool_spec
 from arpo_trl.tools.build import ToolArguments, build_tools
-from arpo_trl.tools.python import PythonTool, earlier_cells, python_tool
-from arpo_trl.tools.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, check_isolation, isolated_worker
+from arpo_trl.tools.python import PythonTool, earlier_cells, python_tool, stop_reason
+from arpo_trl.tools.sandbox import (
+    ISOLATING,
+    Ending,
+    Limits,
+    Run,
+    Tier,
+    Worker,
+    WorkerLost,
+    check_isolation,
+    isolated_worker,
+)
 from support import can_isolate, worker_of
 
 LIMITS = Limits(timeout_s=10.0, cpu_s=10.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
@@ -289,6 +300,112 @@ def test_a_huge_file_is_not_written(worker: Worker) -> None:
 
 def test_open_files_are_limited(worker: Worker) -> None:
     assert refused(worker, "files = [open('/dev/null') for _ in range(100)]").startswith("OSError: [Errno 24]")
+
+
+def test_threads_are_limited(worker: Worker) -> None:
+    # The limit is 64. A thread in Python takes 8 MB of address space, so these share a small stack.
+    many = """
+        import threading, time
+        threading.stack_size(64 << 10)
+        for i in range({}): threading.Thread(target=time.sleep, args=(0.3,)).start()
+        """
+    assert run(worker, many.format(40)) == ""
+    assert worker.run(textwrap.dedent(many.format(200))).ending is Ending.THREADS
+    assert run(worker, "print('next')") == "next\n"
+
+
+def test_threads_made_without_python_are_limited(worker: Worker) -> None:
+    # Each stays in `pause` for good; they share the stack of the first, which they do not touch.
+    clone = """
+        import ctypes, mmap, time
+        code = mmap.mmap(-1, 4096, prot=7)
+        code.write(bytes.fromhex('b83800000048c7c7000f050031f631d24d31d24d31c00f0585c07509b8220000000f05ebf7c3'))
+        make = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+        for i in range(2000): make()
+        time.sleep(5)
+        """
+    if platform.machine() != "x86_64":
+        pytest.skip("machine code of x86-64")
+    assert worker.run(textwrap.dedent(clone)).ending is Ending.THREADS
+    assert run(worker, "print('next')") == "next\n"
+
+
+def test_files_that_a_call_leaves_are_limited_in_number_and_in_bytes(worker: Worker) -> None:
+    # 1,024 files and 64 MB, of at most a MB each; the kernel refuses them or the call is stopped.
+    for fill in (
+        "import os\nfor i in range(1100): os.mkdir(str(i), 0o300)",
+        "for i in range(5000): open(str(i), 'w').close()",
+        "for i in range(200): open(str(i), 'wb').write(bytes(1 << 20))",
+    ):
+        ran = worker.run(f"{fill}\nimport time; time.sleep(1)")
+        if worker.tier is Tier.NAMESPACES:
+            assert ran.output.splitlines()[-1].startswith("OSError: [Errno 28] No space left on device"), ran
+        else:
+            assert ran.ending is Ending.DISK, ran
+        assert list(worker.folder.iterdir()) == []
+        assert run(worker, "import os\nos.listdir()") == "[]\n"
+
+
+def test_bytes_written_to_files_that_are_removed_count(worker: Worker) -> None:
+    code = """
+        import os, time
+        for i in range(200):
+            fd = os.open('f', os.O_CREAT | os.O_RDWR)
+            os.unlink('f')
+            os.write(fd, bytes(1 << 20))
+            os.close(fd)
+        time.sleep(1)
+        """
+    # In a file system of its own, of 64 MB, they have made room again.
+    ending = Ending.FINISHED if worker.tier is Tier.NAMESPACES else Ending.DISK
+    assert worker.run(textwrap.dedent(code)).ending is ending
+
+
+def test_a_call_that_went_beyond_a_limit_is_told_so(tool: PythonTool) -> None:
+    many = "import threading, time\nthreading.stack_size(64 << 10)\nprint('before')\n"
+    many += "for i in range(200): threading.Thread(target=time.sleep, args=(1,)).start()"
+    with pytest.raises(ToolStopped) as caught:
+        tool(many)
+    assert str(caught.value) == "before\nError: stopped, the code ran more than 64 threads"
+    limits = Limits(disk_mb=3, files=5)
+    assert stop_reason(Ending.DISK, limits, []) == "Error: stopped, the code wrote more than 3 MB or 5 files"
+
+
+@pytest.mark.parametrize("mess", ["for i in range(900): os.mkdir('d'); os.chdir('d')", "os.makedirs('d/e', 0o300)"])
+def test_a_worker_cleans_up_whatever_a_call_leaves(worker: Worker, mess: str) -> None:
+    worker.run(f"import os\n{mess}")
+    assert run(worker, "import os\nos.listdir()") == "[]\n"
+    assert list(worker.folder.iterdir()) == []
+
+
+def test_a_call_keeps_no_capability(worker: Worker) -> None:
+    held: dict[str, str] = {}
+
+    def look() -> None:
+        children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+        time.sleep(0.5)
+        status = Path(f"/proc/{children.read_text().strip()}/status").read_text()
+        held.update(line.split(":\t") for line in status.splitlines() if line.startswith(("Cap", "NoNewPrivs")))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    run(worker, "import time; time.sleep(1)")
+    looking.join()
+    assert held.pop("NoNewPrivs") == "1"
+    bounding = int(held.pop("CapBnd"), 16)
+    assert {name: int(value, 16) for name, value in held.items()} == dict.fromkeys(held, 0)
+    assert len(held) == 4  # inheritable, permitted, effective, ambient
+    if os.getuid() == 0:  # others may not drop it
+        assert bounding == 0
+
+
+def test_a_folder_that_cannot_be_emptied_costs_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with worker_of(Tier.UNSAFE, LIMITS) as worker:
+        run(worker, "1")
+        monkeypatch.setattr(sandbox_module.python_folder, "empty", lambda folder: os.open("/no such file", 0))
+        with pytest.raises(WorkerLost):
+            for _ in range(2):
+                worker.run("1")
 
 
 def test_cpu_time_is_limited_over_all_threads(worker: Worker) -> None:

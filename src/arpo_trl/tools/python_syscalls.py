@@ -7,7 +7,7 @@ of a file to change. `rewards.math_worker` does the same for the expressions it 
 
 The list holds what CPython, its standard library, numpy, sympy and pandas were seen to call (with strace) and what the
 C libraries use instead on other machines. A system call that is not on it does not exist for the process (ENOSYS), so
-that a C library falls back on an older one. The rules of `_WITH_ARGUMENTS` allow a call with some arguments only.
+that a C library falls back on an older one. The rules of `WITH_ARGUMENTS` allow a call with some arguments only.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ ALLOWED: Mapping[str, _Numbers] = {
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """Lets a system call pass where argument number `argument` is one of `values`, or has none of the bits outside
     `mask` and all of `bits`; refuses it with `errno` otherwise. Looks at the lower 32 bits, as the kernel does for
     these arguments, and at all 64 where `pointer`."""
@@ -83,28 +83,28 @@ _CLONE_THREAD = 0x00010000
 _THREAD_FLAGS = 0x007D0F00
 _CLOCKS = tuple(range(12))  # the machine's and the own ones; those of other processes have negative numbers
 
-_WITH_ARGUMENTS: Mapping[str, tuple[_Rule, ...]] = {
-    "clone": (_Rule((56, 220), 0, mask=_THREAD_FLAGS, bits=_CLONE_THREAD),),  # no process, no namespace
-    "kill": (_Rule((62, 129), 0, (_OWN_PROCESS,)),),
-    "tgkill": (_Rule((234, 131), 0, (_OWN_PROCESS,)),),
-    "prlimit64": (_Rule((302, 261), 0, (0,)), _Rule((302, 261), 2, (0,), pointer=True)),  # to read the own
-    "sched_getaffinity": (_Rule((204, 123), 0, (0, _OWN_PROCESS), errno=_ENOSYS),),
-    "clock_gettime": (_Rule((228, 113), 0, _CLOCKS, errno=22),),
-    "clock_getres": (_Rule((229, 114), 0, _CLOCKS, errno=22),),
-    "clock_nanosleep": (_Rule((230, 115), 0, _CLOCKS, errno=22),),
+WITH_ARGUMENTS: Mapping[str, tuple[Rule, ...]] = {
+    "clone": (Rule((56, 220), 0, mask=_THREAD_FLAGS, bits=_CLONE_THREAD),),  # no process, no namespace
+    "kill": (Rule((62, 129), 0, (_OWN_PROCESS,)),),
+    "tgkill": (Rule((234, 131), 0, (_OWN_PROCESS,)),),
+    "prlimit64": (Rule((302, 261), 0, (0,)), Rule((302, 261), 2, (0,), pointer=True)),  # to read the own
+    "sched_getaffinity": (Rule((204, 123), 0, (0, _OWN_PROCESS), errno=_ENOSYS),),
+    "clock_gettime": (Rule((228, 113), 0, _CLOCKS, errno=22),),
+    "clock_getres": (Rule((229, 114), 0, _CLOCKS, errno=22),),
+    "clock_nanosleep": (Rule((230, 115), 0, _CLOCKS, errno=22),),
     # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC: no locks, leases, signals or pipe sizes
-    "fcntl": (_Rule((72, 25), 1, (0, 1, 2, 3, 1030)),),
+    "fcntl": (Rule((72, 25), 1, (0, 1, 2, 3, 1030)),),
     # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
-    "ioctl": (_Rule((16, 29), 1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), errno=_ENOTTY),),
-    "prctl": (_Rule((157, 167), 0, (15, 16, 0x53564D41), errno=22),),  # names of threads and of memory
+    "ioctl": (Rule((16, 29), 1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), errno=_ENOTTY),),
+    "prctl": (Rule((157, 167), 0, (15, 16, 0x53564D41), errno=22),),  # names of threads and of memory
     # NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP
-    "madvise": (_Rule((28, 233), 2, (0, 1, 2, 3, 4, 8, 14, 15, 16, 17), errno=22),),
-    "renameat2": (_Rule((316, 276), 4, (0,), errno=22),),
-    "socketpair": (_Rule((53, 199), 0, (1,)),),  # AF_UNIX
-    "sendto": (_Rule((44, 206), 4, (0,), pointer=True),),  # on a pair, to nowhere else
+    "madvise": (Rule((28, 233), 2, (0, 1, 2, 3, 4, 8, 14, 15, 16, 17), errno=22),),
+    "renameat2": (Rule((316, 276), 4, (0,), errno=22),),
+    "socketpair": (Rule((53, 199), 0, (1,)),),  # AF_UNIX
+    "sendto": (Rule((44, 206), 4, (0,), pointer=True),),  # on a pair, to nowhere else
     # Never; but PermissionError tells more than "Function not implemented" of what programs ask for most.
-    "socket": (_Rule((41, 198), 0),),
-    "execve": (_Rule((59, 221), 0),),
+    "socket": (Rule((41, 198), 0),),
+    "execve": (Rule((59, 221), 0),),
 }
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
@@ -164,7 +164,7 @@ def program(machine: str, pid: int) -> list[_Instruction]:
     for numbers in ALLOWED.values():
         if (number := numbers[column]) is not None:
             blocks[number] = [(_GIVE, 0, 0, _ALLOW)]
-    for rules in _WITH_ARGUMENTS.values():
+    for rules in WITH_ARGUMENTS.values():
         if (number := rules[0].numbers[column]) is not None:
             blocks[number] = [instruction for rule in rules for instruction in _check(rule, pid)]
             blocks[number].append((_GIVE, 0, 0, _ALLOW))
@@ -191,7 +191,7 @@ def _search(starts: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
     return [(_AT_LEAST, 0, 1, starts[middle][0]), (_JUMP, 0, 0, len(below)), *below, *above]
 
 
-def _check(rule: _Rule, pid: int) -> list[_Instruction]:
+def _check(rule: Rule, pid: int) -> list[_Instruction]:
     """Go on behind these instructions where the rule lets the call pass."""
     low = _ARGUMENTS + 8 * rule.argument
     refuse = _give(rule.errno)
