@@ -606,6 +606,51 @@ def test_namespaces_bound_a_folder_as_a_whole_and_show_nothing_outside(tmp_path:
         assert run(worker, f"import os\nos.path.exists({str(tmp_path)!r}), os.listdir()") == "(False, [])\n"
 
 
+STANDARD = """
+import asyncio, ctypes, mmap, os, resource, shutil, signal, socket, sqlite3, subprocess, tempfile, time, uuid, zipfile
+from concurrent.futures import ThreadPoolExecutor
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "async def f(): return await asyncio.to_thread(lambda: 42)\nprint(asyncio.run(f()))",
+        "with ThreadPoolExecutor(4) as pool: print(*pool.map(int, '42'), sep='')",
+        "with tempfile.TemporaryFile(dir='.') as f: f.write(b'42'); f.seek(0); print(f.read().decode())",
+        "open('a', 'w').write('42')\nshutil.copyfile('a', 'b'), shutil.move('b', 'c')\nprint(open('c').read())",
+        "os.makedirs('a/b'), os.symlink('a', 'l'), os.path.realpath('l'), shutil.rmtree('a')\nprint(42)",
+        "with zipfile.ZipFile('z', 'w') as z: z.writestr('f', '42')\nprint(int(zipfile.ZipFile('z').read('f')))",
+        "m = mmap.mmap(-1, 4096); m.resize(8192); m[0] = 42; print(m[0])",
+        "signal.signal(14, lambda *_: print(42)); signal.setitimer(0, 0.01); time.sleep(0.1)",
+        "signal.signal(10, lambda *_: print(42)); signal.raise_signal(10)",
+        "signal.signal(10, lambda *_: print(42)); os.kill(os.getpid(), 10)",
+        "print(ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 42)())",
+        "print(sqlite3.connect(':memory:').execute('select 42').fetchone()[0])",
+        "time.process_time(), time.thread_time(), uuid.uuid4(), os.cpu_count(), os.times(), os.uname()\nprint(42)",
+        "resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(0)\nprint(42)",
+        "try: subprocess.run(['true'])\nexcept PermissionError: print(42)",
+        "try: socket.socket()\nexcept PermissionError: print(42)",
+    ],
+)
+def test_what_computations_use_works(isolated: Worker, code: str) -> None:
+    assert run(isolated, STANDARD + code) == "42\n"
+
+
+def test_numpy_sympy_and_pandas_work(isolated: Worker) -> None:
+    code = """
+        import numpy, pandas, sympy
+        numpy.save("a.npy", numpy.linalg.svd(numpy.ones((90, 90)))[1])
+        numpy.load("a.npy", mmap_mode="r"), numpy.random.default_rng(), numpy.fft.fft(numpy.ones(64))
+        table = pandas.DataFrame({"a": [40, 2], "b": ["x", "x"]})
+        table.to_csv("a.csv")
+        x = sympy.Symbol("x")
+        print(pandas.read_csv("a.csv").groupby("b").a.sum().iloc[0], sympy.integrate(x, x), sympy.lambdify(x, x)(1))
+        """
+    with worker_of(isolated.tier, Limits(timeout_s=60.0, cpu_s=60.0, memory_mb=4096)) as roomy:
+        assert run(roomy, code) == "42 x**2/2 1\n"
+
+
 # Where code cannot be isolated.
 
 
@@ -694,6 +739,23 @@ def test_a_worker_that_died_idle_is_replaced(tool: PythonTool) -> None:
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
     assert tool("2") == "2"
+
+
+def test_a_call_for_which_no_process_can_be_started_fails_with_a_warning(
+    tool: PythonTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*args: object) -> None:
+        raise SandboxError("python cannot be started: Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_module, "_start", start)
+        patch.setattr(tool, "_idle", {False: [], True: []})
+        with (
+            pytest.warns(UserWarning, match="A call of the python tool fails: .* Resource temporarily unavailable"),
+            pytest.raises(ToolStopped, match=r"^Error: the python process could not be started$"),
+        ):
+            tool("1")
+    assert tool("1") == "1"
 
 
 @pytest.mark.parametrize("tier", list(Tier))

@@ -18,10 +18,10 @@ ISOLATIONS = ("auto", *(str(tier) for tier in ISOLATING))
 
 _COVERS = {
     Tier.SANDLOCK: "isolated by sandlock (Landlock, seccomp): no files, processes or network but its own; limits on "
-    "time, memory and output",
+    "time, memory, disk, threads and output",
     Tier.NAMESPACES: "isolated by user namespaces and seccomp: no files, processes or network but its own; limits on "
-    "time, memory, disk and output",
-    Tier.UNSAFE: "NOT isolated: limits on time, memory and output only",
+    "time, memory, disk, threads and output",
+    Tier.UNSAFE: "NOT isolated: limits on time, memory, disk, threads and output only",
 }
 
 
@@ -77,7 +77,11 @@ class PythonTool:
             if worker is not None:
                 with contextlib.suppress(WorkerLost):  # it may have been dead for long: a fresh one gets its chance
                     return self._run_in(worker, code, earlier, preload)
-            worker = Worker(self._limits, tier=self.tier, preload=preload)
+            try:
+                worker = Worker(self._limits, tier=self.tier, preload=preload)
+            except (SandboxError, OSError) as error:  # the first one could: this machine is short of something now
+                warnings.warn(f"A call of the python tool fails: {error}.", stacklevel=2)
+                raise ToolStopped("Error: the python process could not be started") from None
             try:
                 return self._run_in(worker, code, earlier, preload)
             except WorkerLost:

@@ -2,30 +2,43 @@
 
 What the tiers stop (each line has a test for each tier):
 
-    | model-written code tries to                            | sandlock | namespaces | unsafe |
-    |--------------------------------------------------------|----------|------------|--------|
-    | run past its deadline, in wall or in CPU time          | yes      | yes        | yes    |
-    | flood the output (stopped while it is read)            | yes      | yes        | yes    |
-    | take too much memory                                   | yes      | yes        | yes    |
-    | write a huge file; open very many                      | yes      | yes        | yes    |
-    | see the environment of the trainer                     | yes      | yes        | yes    |
-    | leave files or variables for the next call             | yes      | yes        | yes    |
-    | raise its limits                                       | yes      | yes        | no     |
-    | read files outside Python's and the system's libraries | yes      | yes        | no     |
-    | write, chmod or touch files outside its own folder     | yes      | yes        | no     |
-    | reach the network, this machine's own included         | yes      | yes        | no     |
-    | start processes, and so leave some behind              | yes      | yes        | no     |
-    | signal or trace the worker that runs later calls       | yes      | yes        | no     |
-    | change limits or priority of other processes           | yes      | yes        | no     |
-    | leave shared memory, keys or files in memory behind    | yes      | yes        | no     |
-    | fill its folder with very many files                   | no       | yes        | no     |
-    | see whether a path exists, and its size                | no       | yes        | no     |
+    | model-written code tries to                              | sandlock | namespaces | unsafe |
+    |----------------------------------------------------------|----------|------------|--------|
+    | run past its deadline, in wall or in CPU time            | yes      | yes        | yes    |
+    | flood the output (stopped while it is read)              | yes      | yes        | yes    |
+    | take too much memory                                     | yes      | yes        | yes    |
+    | write a huge file; open very many                        | yes      | yes        | yes    |
+    | write very much in all; leave very many files            | yes      | yes        | yes    |
+    | run very many threads                                    | yes      | yes        | yes    |
+    | see the environment of the trainer                       | yes      | yes        | yes    |
+    | leave files or variables for the next call               | yes      | yes        | yes    |
+    | use what root may do and others may not                  | yes      | yes        | yes    |
+    | raise its limits                                         | yes      | yes        | no     |
+    | read files outside Python's and the system's libraries   | yes      | yes        | no     |
+    | write, chmod or touch files outside its own folder       | yes      | yes        | no     |
+    | read or change attributes, flags, access lists of files  | yes      | yes        | no     |
+    | lock, lease or watch files; change the pipe of its calls | yes      | yes        | no     |
+    | reach the network, this machine's own included           | yes      | yes        | no     |
+    | start processes, and so leave some behind                | yes      | yes        | no     |
+    | signal or trace the worker that runs later calls         | yes      | yes        | no     |
+    | change limits or priority of other processes             | yes      | yes        | no     |
+    | see other processes: ids, groups, limits, CPU time       | yes      | yes        | no     |
+    | leave shared memory, keys or files in memory behind      | yes      | yes        | no     |
+    | use parts of the kernel that a computation does not need | yes      | yes        | no     |
+    | see whether a path exists, its size, owner and times,    |          |            |        |
+    | and where a link points                                  | no       | yes        | no     |
+    | see the machine's kernel, uptime, memory and load        | no       | no         | no     |
 
 - sandlock: Landlock and seccomp around the worker, and more of both around each call. Linux 6.12 or newer.
 - namespaces: `python_namespaces` around the worker and each call, seccomp around the call. Linux 5.12 or newer where
   this user may make user namespaces; some distributions and most containers do not let one. (bubblewrap makes the same
   ones, and where it may, this may.)
-- unsafe: a child process with resource limits, nothing more.
+- unsafe: a child process with resource limits and without capabilities, nothing more.
+
+`python_syscalls` has the system calls that a call may make in the first two. The kernel keeps no limit on the threads
+of one process, nor, under sandlock and unsafe, on its folder: these are looked at fifty times a second, and a call
+beyond them is stopped. So for some hundredths of a second there may be some thousand threads, or files. In unsafe the
+threads of the call's own process count, and not those of processes that it starts.
 
 No tier stops code from using every core until its deadline. Attacks on the kernel itself need a virtual machine.
 
