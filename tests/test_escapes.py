@@ -1052,7 +1052,7 @@ ATTEMPTS = [
     ),
     # The next call, and the worker.
     *(
-        Attempt(f"set the {state}", code, won)
+        Attempt(f"set the {state}", code, won, control=ROOT if "lease" in state else ANYONE)  # or whoever owns it
         for state, code in {
             "size of a pipe": """
                 for fd in (1, os.pipe()[1]):
