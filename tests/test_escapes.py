@@ -49,7 +49,8 @@ NUMBERS = dict(openat=(257, 56), process_vm_readv=(310, 270), clone=(56, 220), f
     tgkill=(234, 131), io_uring_setup=(425, 425), pidfd_getfd=(438, 438), pidfd_open=(434, 434), openat2=(437, 437),
     pidfd_send_signal=(424, 424), open_tree=(428, 428), fsopen=(430, 430), setxattrat=(463, 463),
     removexattrat=(466, 466), file_setattr=(469, 469), getpriority=(140, 141), getpgid=(121, 155), getsid=(124, 156),
-    ioprio_get=(252, 31), sched_getscheduler=(145, 120), statmount=(457, 457), statfs=(137, 43), capget=(125, 90))
+    ioprio_get=(252, 31), sched_getscheduler=(145, 120), statmount=(457, 457), statfs=(137, 43),
+    close_range=(436, 436), capget=(125, 90))
 def syscall(name, *arguments):
     number = NUMBERS[name][platform.machine() == "aarch64"]
     return libc.syscall(number, *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
@@ -872,6 +873,23 @@ ATTEMPTS = [
         """,
         won,
         control=NOBODY,  # a capability that root often lacks
+    ),
+    Attempt(
+        "open more files by descriptors of a thread's own",
+        """
+        files = []
+        def opens():
+            syscall('close_range', 1000, 1001, 2)
+            with contextlib.suppress(OSError):
+                while True: files.append(os.open('/dev/null', os.O_RDONLY))
+        for _ in range(2):
+            thread = threading.Thread(target=opens)
+            thread.start()
+            thread.join()
+        if len(files) > 64: won()
+        """,
+        won,
+        control=NOBODY,  # where nothing limits them
     ),
     Attempt(
         "raise the own priority",

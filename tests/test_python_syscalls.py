@@ -75,14 +75,15 @@ HIGH = 1 << 32
 @pytest.mark.parametrize(
     ("name", "passes", "refused", "error"),
     [
-        # fork, vfork, a process that shares memory; a thread in a new namespace, traced by none, told by a descriptor
+        # fork, vfork, what shares less than a thread does; a thread in a new namespace, or told by a descriptor
         (
             "clone",
             [(CLONE_THREAD,), (CLONE_THREAD | 0x400000,)],
-            [(17,), (0x4111,), (0x3D0F00 & ~0x10000,)]
+            [(17,), (0x4111,), *((CLONE_THREAD & ~bit,) for bit in (0x100, 0x200, 0x400, 0x800, 0x10000))]
             + [(CLONE_THREAD | 1 << bit,) for bit in (7, 12, 13, 14, 15, 17, 23, 25, 26, 27, 28, 29, 30, 31)],
             errno.EPERM,
         ),
+        ("close_range", [(3, 9, 0), (3, 9, 4)], [(3, 9, 2), (3, 9, 6)], errno.EINVAL),
         ("kill", [(PID, 9)], [(0, 9), (-1, 9), (1, 9), (-PID, 9), (PID + 1, 0)], errno.EPERM),
         ("tgkill", [(PID, 5, 9)], [(1, 1, 9), (-1, PID, 9)], errno.EPERM),
         ("prlimit64", [(0, 7, 0, 99)], [(PID, 7, 0, 99), (0, 7, 99, 0), (0, 7, HIGH, 0)], errno.EPERM),

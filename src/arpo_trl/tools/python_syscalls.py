@@ -28,7 +28,7 @@ ALLOWED: Mapping[str, _Numbers] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
     "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "lseek": (8, 62), "sendfile": (40, 71),
     "fsync": (74, 82), "fdatasync": (75, 83), "open": (2, None), "creat": (85, None), "openat": (257, 56),
-    "close": (3, 57), "close_range": (436, 436), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
+    "close": (3, 57), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
     "pipe": (22, None), "pipe2": (293, 59), "truncate": (76, 45), "ftruncate": (77, 46),
     # names of files
     "stat": (4, None), "lstat": (6, None), "fstat": (5, 80), "newfstatat": (262, 79), "statx": (332, 291),
@@ -78,13 +78,15 @@ class Rule:
 
 _ENOSYS, _ENOTTY = 38, 25
 _OWN_PROCESS = -1  # in `values`: the id of the process that is confined
-_CLONE_THREAD = 0x00010000
-# CLONE_VM, FS, FILES, SIGHAND, THREAD, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED
+# CLONE_VM, FS, FILES, SIGHAND, THREAD: a thread with descriptors of its own could open as many again
+_THREAD_NEEDS = 0x00010F00
+# besides, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED
 _THREAD_FLAGS = 0x007D0F00
 _CLOCKS = tuple(range(12))  # the machine's and the own ones; those of other processes have negative numbers
 
 WITH_ARGUMENTS: Mapping[str, tuple[Rule, ...]] = {
-    "clone": (Rule((56, 220), 0, mask=_THREAD_FLAGS, bits=_CLONE_THREAD),),  # no process, no namespace
+    "clone": (Rule((56, 220), 0, mask=_THREAD_FLAGS, bits=_THREAD_NEEDS),),  # no process, no namespace
+    "close_range": (Rule((436, 436), 2, (0, 4), errno=22),),  # CLOEXEC, not UNSHARE
     "kill": (Rule((62, 129), 0, (_OWN_PROCESS,)),),
     "tgkill": (Rule((234, 131), 0, (_OWN_PROCESS,)),),
     "prlimit64": (Rule((302, 261), 0, (0,)), Rule((302, 261), 2, (0,), pointer=True)),  # to read the own
@@ -196,12 +198,10 @@ def _check(rule: Rule, pid: int) -> list[_Instruction]:
     low = _ARGUMENTS + 8 * rule.argument
     refuse = _give(rule.errno)
     if rule.mask is not None:
-        return [
-            (_LOAD, 0, 0, low),
-            (_ANY_BIT, 1, 0, rule.mask ^ 0xFFFFFFFF),
-            (_ANY_BIT, 1, 0, rule.bits),  # a single one
-            refuse,
-        ]
+        bits = [1 << place for place in range(32) if rule.bits >> place & 1]
+        needed = [(_ANY_BIT, 0, len(bits) - place, bit) for place, bit in enumerate(bits)]
+        outside = (_ANY_BIT, len(bits) + 1, 0, rule.mask ^ 0xFFFFFFFF)
+        return [(_LOAD, 0, 0, low), outside, *needed, (_JUMP, 0, 0, 1), refuse]
     values = [pid if value == _OWN_PROCESS else value for value in rule.values]
     upper: list[_Instruction] = [(_LOAD, 0, 0, low + 4), (_EQUAL, 1, 0, 0), refuse] if rule.pointer else []
     equal = [(_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]

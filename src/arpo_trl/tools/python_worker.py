@@ -10,9 +10,9 @@ nothing of arpo_trl, which it could not read from inside the sandbox, but three 
              is gone, which takes about as long as a short call
 
 This process never holds a call's code or output, so its forks cannot find those of an earlier call in their memory.
-The fork for the next call is made ahead and waits. Before it reads the code it closes stdin and stderr, cuts itself off
-from this process, by a Landlock domain or by namespaces, such that it can neither signal nor trace it, and gives up
-capabilities and the system calls that a computation does not need: nothing that a call does reaches the next one.
+The fork for the next call is made ahead and waits. Before it reads the code it closes stdin and stderr, cuts itself
+off from this process, by a Landlock domain or by namespaces, such that it can neither signal nor trace it, and gives
+up capabilities and the system calls that a computation does not need: nothing that a call does reaches the next one.
 """
 
 from __future__ import annotations
