@@ -1,7 +1,9 @@
 """Answers: found in the text, compared as mathematics or as words."""
 
 import os
+import subprocess
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -157,6 +159,49 @@ def test_a_worker_that_died_while_idle_is_replaced() -> None:
 def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RewardError, match=r"did not start \(exit code"):
+        MathWorker().equal("1", "2")
+
+
+def test_a_worker_has_no_environment_no_capability_and_few_system_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ARPO_TEST_CANARY", "canary")
+    worker = MathWorker()
+    assert worker.equal("1/2", "0.5")
+    assert worker._process is not None
+    proc = Path(f"/proc/{worker._process.pid}")
+    assert (proc / "environ").read_bytes() == b""
+    status = dict(line.split(":\t", 1) for line in (proc / "status").read_text().splitlines())
+    assert [int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")] == [0, 0, 0, 0]
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")  # 2: a filter
+    limits = (proc / "limits").read_text().splitlines()
+    assert {line[:26].strip(): line[26:].split()[:2] for line in limits if "file" in line} == {
+        "Max file size": ["0", "0"],
+        "Max core file size": ["0", "0"],
+        "Max open files": ["64", "64"],
+        "Max file locks": ["unlimited", "unlimited"],
+    }
+    worker.close()
+
+
+def test_a_worker_waits_with_a_warning_while_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    start, failures = subprocess.Popen, [BlockingIOError(11, "Resource temporarily unavailable")] * 2
+
+    def popen(*args: object, **settings: object) -> object:
+        if failures:
+            raise failures.pop()
+        return start(*args, **settings)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("subprocess.Popen", popen)
+    worker = MathWorker()
+    with pytest.warns(UserWarning, match=r"cannot be started now \(.*temporarily unavailable\); rewards wait") as told:
+        assert worker.equal("1/2", "0.5")
+    assert len(told) == 2
+    worker.close()
+
+
+def test_a_machine_that_never_has_a_process_for_the_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/no/such/python")
+    monkeypatch.setattr("arpo_trl.rewards.math_worker.START_PATIENCE_S", 0.0)
+    with pytest.raises(RewardError, match=r"could not be started for 0 s \(.*No such file"):
         MathWorker().equal("1", "2")
 
 

@@ -10,14 +10,17 @@ succeed: an attempt that cannot succeed anywhere would prove nothing.
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import platform
 import resource
 import secrets
 import select
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -27,8 +30,9 @@ from string import Template
 
 import pytest
 
+from arpo_trl.tools.python import syscalls as python_syscalls
 from arpo_trl.tools.python import worker as python_worker
-from arpo_trl.tools.python.sandbox import ISOLATING, Ending, Limits, Run, Tier, Worker, WorkerLost
+from arpo_trl.tools.python.sandbox import ISOLATING, Ending, Limits, Run, Worker, WorkerLost
 from support import worker_of
 
 X86 = platform.machine() == "x86_64"
@@ -36,14 +40,18 @@ LIMITS = Limits(timeout_s=3.0, cpu_s=3.0, memory_mb=256, output_bytes=10_000, fi
 
 # The token is put together in the code, so that a traceback that quotes the code does not hold it.
 PRELUDE = """
-import ctypes, fcntl, os, pickle, platform, resource, shutil, signal, socket, subprocess, sys, threading, time
+import contextlib, ctypes, fcntl, os, pickle, platform, resource, shutil, signal, socket, struct, subprocess, sys
+import threading, time
 libc = ctypes.CDLL(None, use_errno=True)
 libc.mmap.restype = ctypes.c_void_p
 NUMBERS = dict(openat=(257, 56), process_vm_readv=(310, 270), clone=(56, 220), fork=(57, None), bpf=(321, 280),
     userfaultfd=(323, 282), add_key=(248, 217), perf_event_open=(298, 241), memfd_create=(319, 279),
     execveat=(322, 281), ioprio_set=(251, 30), prlimit64=(302, 261), setns=(308, 268), unshare=(272, 97),
     tgkill=(234, 131), io_uring_setup=(425, 425), pidfd_getfd=(438, 438), pidfd_open=(434, 434), openat2=(437, 437),
-    pidfd_send_signal=(424, 424), open_tree=(428, 428), fsopen=(430, 430))
+    pidfd_send_signal=(424, 424), open_tree=(428, 428), fsopen=(430, 430), setxattrat=(463, 463),
+    removexattrat=(466, 466), file_setattr=(469, 469), getpriority=(140, 141), getpgid=(121, 155), getsid=(124, 156),
+    ioprio_get=(252, 31), sched_getscheduler=(145, 120), statmount=(457, 457), statfs=(137, 43),
+    close_range=(436, 436), capget=(125, 90))
 def syscall(name, *arguments):
     number = NUMBERS[name][platform.machine() == "aarch64"]
     return libc.syscall(number, *(ctypes.c_long(a) if isinstance(a, int) else a for a in arguments))
@@ -70,6 +78,24 @@ time.sleep(600)
 """
 
 
+# The numbers that the filter does not refuse outright.
+ALLOWED = sorted(
+    number
+    for numbers in (
+        *python_syscalls.ALLOWED.values(),
+        *(rules[0].numbers for rules in python_syscalls.WITH_ARGUMENTS.values()),
+    )
+    if (number := numbers[0 if X86 else 1]) is not None
+)
+
+
+def _flags(path: Path) -> int | None:
+    """The inode's flags, as of chattr; None where the file system has none."""
+    with open(path) as file, contextlib.suppress(OSError):
+        return int(struct.unpack("I", fcntl.ioctl(file, 0x80086601, bytes(4)))[0])
+    return None
+
+
 @dataclass
 class World:
     """Everything outside the sandbox that an attempt may reach for, and whether it was."""
@@ -85,6 +111,8 @@ class World:
         self.victim = self.folder / "victim"
         self.victim.write_text("as it was")
         self.victim.chmod(0o600)
+        with contextlib.suppress(OSError):  # not every file system has attributes
+            os.setxattr(self.victim, "user.kept", b"as it was")
         os.utime(self.victim, (1, 1))
         self.before = self._state()
         self.token = secrets.token_hex(6)  # of names in shared places
@@ -132,6 +160,7 @@ class World:
             "tcp": self.tcp.getsockname()[1],
             "udp": self.udp.getsockname()[1],
             "script": os.path.realpath(python_worker.__file__),
+            "allowed": ALLOWED,
         }
         if self.with_target:
             names |= {"target": self.target.pid, "address": self.address, "target_fd": self.target_fd}
@@ -141,7 +170,7 @@ class World:
 
     def _state(self) -> tuple[object, ...]:
         of = self.victim.stat()
-        attributes = os.listxattr(self.victim)
+        attributes = os.listxattr(self.victim), _flags(self.victim)
         names = sorted(entry.name for entry in self.folder.iterdir() if entry.name != "socket")
         return self.victim.read_bytes(), of.st_mode, of.st_uid, of.st_mtime_ns, of.st_nlink, attributes, names
 
@@ -370,6 +399,44 @@ ATTEMPTS = [
         "os.setxattr('$victim', 'user.x', b'1')",
         CHANGED,
         control=NOBODY,  # needs support
+    ),
+    *(
+        Attempt(name, code, CHANGED, control=NOBODY)  # needs support of file system and kernel
+        for name, code in {
+            "open a file to everybody by an access list": """
+                entry = lambda tag, rights, id=2**32 - 1: struct.pack('HHI', tag, rights, id)
+                acl = struct.pack('I', 2) + entry(1, 6) + entry(2, 6, 1) + entry(4, 6) + entry(16, 6) + entry(32, 6)
+                buffer = ctypes.create_string_buffer(acl, len(acl))
+                args = struct.pack('QII', ctypes.addressof(buffer), len(acl), 0)
+                name = b'system.posix_acl_access'
+                syscall('setxattrat', -100, b'$victim', 0, name, args, 16)
+                libc.setxattr(b'$victim', name, acl, len(acl), 0)
+                libc.lsetxattr(b'$victim', name, acl, len(acl), 0)
+                """,
+            "give a file an attribute by setxattrat": """
+                buffer = ctypes.create_string_buffer(b'1')
+                args = struct.pack('QII', ctypes.addressof(buffer), 1, 0)
+                syscall('setxattrat', -100, b'$victim', 0, b'user.new', args, 16)
+                """,
+            "remove a file's attribute": "os.removexattr('$victim', 'user.kept')",
+            "remove a file's attribute by lremovexattr": "libc.lremovexattr(b'$victim', b'user.kept')",
+            "remove a file's attribute by its path": "syscall('removexattrat', -100, b'$victim', 0, b'user.kept')",
+            "set a file's flags by file_setattr": """
+                attributes = struct.pack('QIIII', 0x80, 0, 0, 0, 0)
+                syscall('file_setattr', -100, b'$victim', attributes, len(attributes), 0)
+                """,
+        }.items()
+    ),
+    Attempt(
+        "set the flags of a file open for reading",
+        """
+        file = open('$script')
+        flags = fcntl.ioctl(file, 0x80086601, bytes(4))
+        fcntl.ioctl(file, 0x40086602, flags)
+        won()
+        """,
+        won,
+        control=NOBODY,  # needs a file system with flags
     ),
     Attempt("make a folder outside", "os.mkdir('$folder/new')", CHANGED),
     Attempt("make a symbolic link outside", "os.symlink('/', '$folder/new')", CHANGED),
@@ -619,6 +686,101 @@ ATTEMPTS = [
         control=NOBODY,
         then="import time; time.sleep(0.5)",
     ),
+    Attempt(
+        "write to files of the kernel",
+        """
+        for name in ('self/mem', 'self/oom_score_adj', 'sys/kernel/core_pattern', 'sysrq-trigger', 'self/clear_refs'):
+            try: os.open(f'/proc/{name}', os.O_WRONLY)
+            except OSError: continue
+            won()
+        """,
+        won,
+    ),
+    # Rights of root.
+    Attempt(
+        "become another user",
+        """
+        os.setuid(12345)
+        won()
+        """,
+        won,
+        control=ROOT,
+    ),
+    Attempt(
+        "read a file that its mode forbids",
+        """
+        os.close(os.open('f', os.O_CREAT | os.O_WRONLY, 0))
+        open('f').read()
+        won()
+        """,
+        won,
+        control=ROOT,
+    ),
+    Attempt(
+        "thaw the file system of its folder",  # as harmless as it gets: it is not frozen
+        """
+        try: fcntl.ioctl(os.open('.', os.O_RDONLY), 0xC0045878, 0)
+        except OSError as error:
+            if error.errno == 22: won()
+        """,
+        won,
+        control=ROOT,
+    ),
+    Attempt(
+        "keep a capability",
+        """
+        data = ctypes.create_string_buffer(24)
+        if syscall('capget', struct.pack('Ii', 0x20080522, 0), data) == 0 and any(data.raw): won()
+        if libc.prctl(23, 21, 0, 0, 0) > 0: won()
+        """,
+        won,
+        control=ROOT,
+    ),
+    Attempt(
+        "change what the process may be asked",
+        """
+        for option in ((1, 0), (4, 1), (8, 1), (36, 1), (0x59616d61, -1)):  # PDEATHSIG, DUMPABLE, KEEPCAPS, SUBREAPER
+            if libc.prctl(*map(ctypes.c_ulong, option), 0, 0, 0) == 0: won()
+        """,
+        won,
+    ),
+    # Facts about other processes and about the machine.
+    *(
+        Attempt(f"ask for another's {fact}", f"if {code} >= 0: won()", won)
+        for fact, code in {
+            "group": "syscall('getpgid', $target)",
+            "session": "syscall('getsid', $target)",
+            "priority": "syscall('getpriority', 0, $target)",
+            "scheduler": "syscall('sched_getscheduler', $target)",
+            "disk priority": "syscall('ioprio_get', 1, $target)",
+            "limits": "resource.prlimit($target, resource.RLIMIT_AS)[0] + 2",
+            "cores": "len(os.sched_getaffinity($target))",
+            "processor time": "time.clock_gettime(~$target << 3 | 2)",
+        }.items()
+    ),
+    Attempt(
+        "see whether a process exists",
+        """
+        def answer(pid):
+            libc.kill(pid, 0)
+            return ctypes.get_errno()
+        if answer($target) != answer(4194303): won()
+        """,
+        won,
+    ),
+    Attempt(
+        "list a file's attributes",
+        """
+        os.listxattr('$victim')
+        won()
+        """,
+        won,
+    ),
+    Attempt(
+        "ask for facts of the mount",
+        "if syscall('statfs', b'/', ctypes.create_string_buffer(256)) == 0: won()",
+        won,
+    ),
     # Signals.
     Attempt("kill another", "os.kill($target, 9)", HURT),
     Attempt("stop another", "os.kill($target, signal.SIGSTOP)", HURT),
@@ -714,6 +876,23 @@ ATTEMPTS = [
         """,
         won,
         control=NOBODY,  # a capability that root often lacks
+    ),
+    Attempt(
+        "open more files by descriptors of a thread's own",
+        """
+        files = []
+        def opens():
+            syscall('close_range', 1000, 1001, 2)
+            with contextlib.suppress(OSError):
+                while True: files.append(os.open('/dev/null', os.O_RDONLY))
+        for _ in range(2):
+            thread = threading.Thread(target=opens)
+            thread.start()
+            thread.join()
+        if len(files) > 64: won()
+        """,
+        won,
+        control=NOBODY,  # where nothing limits them
     ),
     Attempt(
         "raise the own priority",
@@ -870,7 +1049,75 @@ ATTEMPTS = [
         won,
         control=NOBODY,
     ),
+    Attempt(
+        "ask for its id as a 32-bit program",
+        """
+        import mmap
+        code = mmap.mmap(-1, 4096, prot=7)
+        code.write(bytes([0xb8, 20, 0, 0, 0, 0xcd, 0x80, 0xc3]))
+        if ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(code)))() > 0: won()
+        """,
+        won,
+        control=NOBODY,  # many kernels are built without
+    ),
+    Attempt(
+        "make every system call that is not on the list",
+        """
+        numbers = {*range(1024), *range(0x40000000, 0x40000400), 0x7fffffff, 2**31, 2**32 - 1, -1} - {*$allowed}
+        for number in sorted(numbers):
+            ctypes.set_errno(0)
+            if libc.syscall(ctypes.c_long(number), *[ctypes.c_long(-1)] * 6) != -1 or ctypes.get_errno() != 38: won()
+        """,
+        won,
+        control=NOBODY,
+    ),
     # The next call, and the worker.
+    *(
+        Attempt(f"set the {state}", code, won, control=ROOT if "lease" in state else ANYONE)  # or whoever owns it
+        for state, code in {
+            "size of a pipe": """
+                for fd in (1, os.pipe()[1]):
+                    with contextlib.suppress(OSError): fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, 1 << 20); won()
+                """,
+            "signal of a pipe": """
+                for fd in (1, os.pipe()[1]):
+                    with contextlib.suppress(OSError): fcntl.fcntl(fd, 10, signal.SIGURG); won()
+                """,
+            "owner of a pipe": """
+                for fd in (1, os.pipe()[1]):
+                    with contextlib.suppress(OSError): fcntl.fcntl(fd, 8, os.getpid()); won()
+                """,
+            "flags of a pipe": """
+                for fd in (1, os.pipe()[1]):
+                    with contextlib.suppress(OSError): fcntl.fcntl(fd, fcntl.F_SETFL, os.O_APPEND); won()
+                """,
+            "time and mode of a pipe": """
+                for fd in (1, os.pipe()[1]):
+                    with contextlib.suppress(OSError): os.utime(fd, (1, 1)); won()
+                    with contextlib.suppress(OSError): os.fchmod(fd, 0o601); won()
+                """,
+            "lock on a shared file": """
+                file = open('$script')
+                with contextlib.suppress(OSError): fcntl.flock(file, fcntl.LOCK_SH); won()
+                """,
+            "lock on a part of a shared file": """
+                file = open('$script')
+                with contextlib.suppress(OSError): fcntl.lockf(file, fcntl.LOCK_SH); won()
+                """,
+            "lock on an open description of a shared file": """
+                file = open('$script')
+                with contextlib.suppress(OSError): fcntl.fcntl(file, 37, struct.pack('hhqqi', 0, 0, 0, 0, 0)); won()
+                """,
+            "lease on a shared file": """
+                file = open('$script')
+                with contextlib.suppress(OSError): fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_RDLCK); won()
+                """,
+            "watch on a shared folder": """
+                folder = os.open(os.path.dirname(ctypes.__file__), os.O_RDONLY)
+                with contextlib.suppress(OSError): fcntl.fcntl(folder, fcntl.F_NOTIFY, 1); won()
+                """,
+        }.items()
+    ),
     Attempt(
         "find inherited descriptors",
         """
@@ -1004,11 +1251,26 @@ ATTEMPTS = [
 ]
 
 
+class PlainProcess:
+    """Runs each piece of code in a process of its own, with the rights of this one."""
+
+    def run(self, code: str) -> Run:
+        # A file, not a pipe: that ends with the process, whatever else it started.
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, tempfile.TemporaryFile() as output:
+            command = [sys.executable, "-I", "-c", code]
+            ended = subprocess.run(
+                command, check=False, cwd=folder, stdout=output, stderr=output, stdin=subprocess.DEVNULL, timeout=60
+            )
+            output.seek(0)
+            shown = output.read().decode(errors="replace")
+        return Run(shown, Ending.RAISED if ended.returncode else Ending.FINISHED)
+
+
 def needs_target(attempt: Attempt) -> bool:
     return "$target" in attempt.code or attempt.oracle in (HURT, LIMITED)
 
 
-def attempt_in(worker: Worker, world: World, attempt: Attempt) -> Outcome:
+def attempt_in(worker: Worker | PlainProcess, world: World, attempt: Attempt) -> Outcome:
     began = time.monotonic()
     try:
         ran = worker.run(world.code(attempt.code))
@@ -1046,14 +1308,6 @@ def worker(request: pytest.FixtureRequest, inheritable: str) -> Iterator[Worker]
         yield worker
 
 
-@pytest.fixture(scope="module")
-def plain(inheritable: str) -> Iterator[list[Worker]]:
-    """A box of one worker without isolation, to be replaced when an attempt breaks it."""
-    box = [Worker(LIMITS, tier=Tier.UNSAFE, preload=False)]
-    yield box
-    box[0].close()
-
-
 @pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda attempt: attempt.name)
 def test_no_attempt_succeeds(worker: Worker, attempt: Attempt, inheritable: str, tmp_path: Path) -> None:
     with World(tmp_path, inheritable, needs_target(attempt)) as world:
@@ -1066,14 +1320,9 @@ CONTROLS = [a for a in ATTEMPTS if a.control == ANYONE or (a.control == ROOT and
 
 
 @pytest.mark.parametrize("attempt", CONTROLS, ids=lambda attempt: attempt.name)
-def test_an_attempt_succeeds_where_nothing_stops_it(
-    plain: list[Worker], attempt: Attempt, inheritable: str, tmp_path: Path
-) -> None:
+def test_an_attempt_succeeds_where_nothing_stops_it(attempt: Attempt, inheritable: str, tmp_path: Path) -> None:
     with World(tmp_path, inheritable, needs_target(attempt)) as world:
-        outcome = attempt_in(plain[0], world, attempt)
-        if outcome.ran is None or outcome.then != SERVED:
-            plain[0].close()
-            plain[0] = Worker(LIMITS, tier=Tier.UNSAFE, preload=False)
+        outcome = attempt_in(PlainProcess(), world, attempt)
         assert succeeded(attempt, world, outcome), outcome
 
 

@@ -287,12 +287,12 @@ def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(s
         run.look()
         return all(
             script in commands(run.family)
-            for script in ("python_worker.py", "mcp_server.py", "page_worker.py", "sleep 1000")
+            for script in ("tools/python/worker.py", "mcp_server.py", "tools/visit/worker.py", "sleep 1000")
         )
 
     run.until(all_are_at_work)
     for process in run.family:
-        if "page_worker.py" in commands([process]):
+        if "tools/visit/worker.py" in commands([process]):
             process.suspend()  # else it would soon be done, whoever ends it
     run.process.send_signal(number)
     assert run.process.wait(BOUND_S) == status, run.said()

@@ -1,6 +1,7 @@
 """The python tool shows what a notebook would, and the sandbox stops each thing that its docstring says it stops."""
 
 import os
+import platform
 import random
 import shutil
 import signal
@@ -21,7 +22,7 @@ import arpo_trl.tools.python.sandbox as sandbox_module
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
-from arpo_trl.tools.python.local import PastCells, PythonTool, python_tool
+from arpo_trl.tools.python.local import PastCells, PythonTool, python_tool, stop_reason
 from arpo_trl.tools.python.sandbox import (
     ISOLATING,
     Ending,
@@ -29,6 +30,7 @@ from arpo_trl.tools.python.sandbox import (
     Run,
     Tier,
     Worker,
+    WorkerLost,
     check_isolation,
     isolated_worker,
 )
@@ -38,6 +40,7 @@ from support import can_isolate, worker_of
 pytestmark = pytest.mark.slow  # starts processes
 
 LIMITS = Limits(timeout_s=10.0, cpu_s=10.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
+NO_SUCH_CALL = "OSError: [Errno 38] Function not implemented"
 
 
 @pytest.fixture(scope="module", params=list(Tier))
@@ -323,6 +326,112 @@ def test_open_files_are_limited(worker: Worker) -> None:
     assert refused(worker, "files = [open('/dev/null') for _ in range(100)]").startswith("OSError: [Errno 24]")
 
 
+def test_threads_are_limited(worker: Worker) -> None:
+    # The limit is 64. A thread in Python takes 8 MB of address space, so these share a small stack.
+    many = """
+        import threading, time
+        threading.stack_size(64 << 10)
+        for i in range({}): threading.Thread(target=time.sleep, args=(0.3,)).start()
+        """
+    assert run(worker, many.format(40)) == ""
+    assert worker.run(textwrap.dedent(many.format(200))).ending is Ending.THREADS
+    assert run(worker, "print('next')") == "next\n"
+
+
+def test_threads_made_without_python_are_limited(worker: Worker) -> None:
+    # Each stays in `pause` for good; they share the stack of the first, which they do not touch.
+    clone = """
+        import ctypes, mmap, time
+        code = mmap.mmap(-1, 4096, prot=7)
+        code.write(bytes.fromhex('b83800000048c7c7000f050031f631d24d31d24d31c00f0585c07509b8220000000f05ebf7c3'))
+        make = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
+        for i in range(2000): make()
+        time.sleep(5)
+        """
+    if platform.machine() != "x86_64":
+        pytest.skip("machine code of x86-64")
+    assert worker.run(textwrap.dedent(clone)).ending is Ending.THREADS
+    assert run(worker, "print('next')") == "next\n"
+
+
+def test_files_that_a_call_leaves_are_limited_in_number_and_in_bytes(worker: Worker) -> None:
+    # 1,024 files and 64 MB, of at most a MB each; the kernel refuses them or the call is stopped.
+    for fill in (
+        "import os\nfor i in range(1100): os.mkdir(str(i), 0o300)",
+        "for i in range(5000): open(str(i), 'w').close()",
+        "for i in range(200): open(str(i), 'wb').write(bytes(1 << 20))",
+    ):
+        ran = worker.run(f"{fill}\nimport time; time.sleep(1)")
+        if worker.tier is Tier.NAMESPACES:
+            assert ran.output.splitlines()[-1].startswith("OSError: [Errno 28] No space left on device"), ran
+        else:
+            assert ran.ending is Ending.DISK, ran
+        assert list(worker.folder.iterdir()) == []
+        assert run(worker, "import os\nos.listdir()") == "[]\n"
+
+
+def test_bytes_written_to_files_that_are_removed_count(worker: Worker) -> None:
+    code = """
+        import os, time
+        for i in range(200):
+            fd = os.open('f', os.O_CREAT | os.O_RDWR)
+            os.unlink('f')
+            os.write(fd, bytes(1 << 20))
+            os.close(fd)
+        time.sleep(1)
+        """
+    # In a file system of its own, of 64 MB, they have made room again.
+    ending = Ending.FINISHED if worker.tier is Tier.NAMESPACES else Ending.DISK
+    assert worker.run(textwrap.dedent(code)).ending is ending
+
+
+def test_a_call_that_went_beyond_a_limit_is_told_so(tool: PythonTool) -> None:
+    many = "import threading, time\nthreading.stack_size(64 << 10)\nprint('before')\n"
+    many += "for i in range(200): threading.Thread(target=time.sleep, args=(1,)).start()"
+    with pytest.raises(ToolStopped) as caught:
+        tool(many)
+    assert str(caught.value) == "before\nError: stopped, the code ran more than 64 threads"
+    limits = Limits(disk_mb=3, files=5)
+    assert stop_reason(Ending.DISK, limits, []) == "Error: stopped, the code wrote more than 3 MB or 5 files"
+
+
+@pytest.mark.parametrize("mess", ["for i in range(900): os.mkdir('d'); os.chdir('d')", "os.makedirs('d/e', 0o300)"])
+def test_a_worker_cleans_up_whatever_a_call_leaves(worker: Worker, mess: str) -> None:
+    worker.run(f"import os\n{mess}")
+    assert run(worker, "import os\nos.listdir()") == "[]\n"
+    assert list(worker.folder.iterdir()) == []
+
+
+def test_a_call_keeps_no_capability(worker: Worker) -> None:
+    held: dict[str, str] = {}
+
+    def look() -> None:
+        children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
+        time.sleep(0.5)
+        status = Path(f"/proc/{children.read_text().strip()}/status").read_text()
+        held.update(line.split(":\t") for line in status.splitlines() if line.startswith(("Cap", "NoNewPrivs")))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    run(worker, "import time; time.sleep(1)")
+    looking.join()
+    assert held.pop("NoNewPrivs") == "1"
+    bounding = int(held.pop("CapBnd"), 16)
+    assert {name: int(value, 16) for name, value in held.items()} == dict.fromkeys(held, 0)
+    assert len(held) == 4  # inheritable, permitted, effective, ambient
+    if os.getuid() == 0:  # others may not drop it
+        assert bounding == 0
+
+
+def test_a_folder_that_cannot_be_emptied_costs_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    with worker_of(Tier.UNSAFE, LIMITS) as worker:
+        run(worker, "1")
+        monkeypatch.setattr(sandbox_module.python_folder, "empty", lambda folder: os.open("/no such file", 0))
+        with pytest.raises(WorkerLost):
+            for _ in range(2):
+                worker.run("1")
+
+
 def test_cpu_time_is_limited_over_all_threads(worker: Worker) -> None:
     # Four threads at hashing, which frees the lock, use CPU seconds faster than wall seconds where there are cores.
     limits = replace(LIMITS, timeout_s=30.0, cpu_s=0.5)
@@ -489,7 +598,7 @@ def test_calls_leave_no_descriptors_open_here(isolated: Worker) -> None:
         run(isolated, "print(1)")
     for leave in ("os.setsid()", "os.setpgid(0, 0)"):
         for _ in range(15):
-            assert refused(isolated, f"import os\n{leave}").startswith("PermissionError")
+            assert refused(isolated, f"import os\n{leave}") == NO_SUCH_CALL
     # A few come and go as forks do.
     assert len(list(here.iterdir())) < before + 10
 
@@ -502,11 +611,12 @@ def test_other_processes_keep_their_limits_and_priority(isolated: Worker) -> Non
             f"os.sched_setaffinity({pid}, {{0}})",
             f"os.sched_setscheduler({pid}, os.SCHED_BATCH, os.sched_param(0))",
         ):
-            assert refused(isolated, f"import os, resource\n{attempt}").startswith("PermissionError"), attempt
+            refusal = refused(isolated, f"import os, resource\n{attempt}")
+            assert refusal.startswith(("PermissionError", NO_SUCH_CALL)), attempt
 
 
 def test_what_would_outlive_a_call_or_counts_towards_no_limit_is_not_made(isolated: Worker) -> None:
-    assert refused(isolated, "import os\nos.memfd_create('x')").startswith("PermissionError")
+    assert refused(isolated, "import os\nos.memfd_create('x')") == NO_SUCH_CALL
     for call in ("shmget(0x61727, 4096, 0o1777)", "msgget(0x61727, 0o1777)", "semget(0x61727, 1, 0o1777)"):
         assert run(isolated, f"import ctypes\nctypes.CDLL(None).{call}") == "-1\n", call
 
@@ -518,6 +628,51 @@ def test_namespaces_bound_a_folder_as_a_whole_and_show_nothing_outside(tmp_path:
         large = "for i in range(200): open(str(i), 'wb').write(bytes(1 << 20))"
         assert refused(worker, large).startswith("OSError: [Errno 28] No space left on device")
         assert run(worker, f"import os\nos.path.exists({str(tmp_path)!r}), os.listdir()") == "(False, [])\n"
+
+
+STANDARD = """
+import asyncio, ctypes, mmap, os, resource, shutil, signal, socket, sqlite3, subprocess, tempfile, time, uuid, zipfile
+from concurrent.futures import ThreadPoolExecutor
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "async def f(): return await asyncio.to_thread(lambda: 42)\nprint(asyncio.run(f()))",
+        "with ThreadPoolExecutor(4) as pool: print(*pool.map(int, '42'), sep='')",
+        "with tempfile.TemporaryFile(dir='.') as f: f.write(b'42'); f.seek(0); print(f.read().decode())",
+        "open('a', 'w').write('42')\nshutil.copyfile('a', 'b'), shutil.move('b', 'c')\nprint(open('c').read())",
+        "os.makedirs('a/b'), os.symlink('a', 'l'), os.path.realpath('l'), shutil.rmtree('a')\nprint(42)",
+        "with zipfile.ZipFile('z', 'w') as z: z.writestr('f', '42')\nprint(int(zipfile.ZipFile('z').read('f')))",
+        "m = mmap.mmap(-1, 4096); m.resize(8192); m[0] = 42; print(m[0])",
+        "signal.signal(14, lambda *_: print(42)); signal.setitimer(0, 0.01); time.sleep(0.1)",
+        "signal.signal(10, lambda *_: print(42)); signal.raise_signal(10)",
+        "signal.signal(10, lambda *_: print(42)); os.kill(os.getpid(), 10)",
+        "print(ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 42)())",
+        "print(sqlite3.connect(':memory:').execute('select 42').fetchone()[0])",
+        "time.process_time(), time.thread_time(), uuid.uuid4(), os.cpu_count(), os.times(), os.uname()\nprint(42)",
+        "resource.getrlimit(resource.RLIMIT_AS), resource.getrusage(0)\nprint(42)",
+        "try: subprocess.run(['true'])\nexcept PermissionError: print(42)",
+        "try: socket.socket()\nexcept PermissionError: print(42)",
+    ],
+)
+def test_what_computations_use_works(isolated: Worker, code: str) -> None:
+    assert run(isolated, STANDARD + code) == "42\n"
+
+
+def test_numpy_sympy_and_pandas_work(isolated: Worker) -> None:
+    code = """
+        import numpy, pandas, sympy
+        numpy.save("a.npy", numpy.linalg.svd(numpy.ones((90, 90)))[1])
+        numpy.load("a.npy", mmap_mode="r"), numpy.random.default_rng(), numpy.fft.fft(numpy.ones(64))
+        table = pandas.DataFrame({"a": [40, 2], "b": ["x", "x"]})
+        table.to_csv("a.csv")
+        x = sympy.Symbol("x")
+        print(pandas.read_csv("a.csv").groupby("b").a.sum().iloc[0], sympy.integrate(x, x), sympy.lambdify(x, x)(1))
+        """
+    with worker_of(isolated.tier, Limits(timeout_s=60.0, cpu_s=60.0, memory_mb=4096)) as roomy:
+        assert run(roomy, code) == "42 x**2/2 1\n"
 
 
 # Where code cannot be isolated.
@@ -608,6 +763,23 @@ def test_a_worker_that_died_idle_is_replaced(tool: PythonTool) -> None:
         for worker in workers:
             os.kill(worker.pid, signal.SIGKILL)
     assert tool("2") == "2"
+
+
+def test_a_call_for_which_no_process_can_be_started_fails_with_a_warning(
+    tool: PythonTool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*args: object) -> None:
+        raise SandboxError("python cannot be started: Resource temporarily unavailable")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox_module, "_start", start)
+        patch.setattr(tool, "_idle", {False: [], True: []})
+        with (
+            pytest.warns(UserWarning, match="A call of the python tool fails: .* Resource temporarily unavailable"),
+            pytest.raises(ToolStopped, match=r"^Error: the python process could not be started$"),
+        ):
+            tool("1")
+    assert tool("1") == "1"
 
 
 @pytest.mark.parametrize("tier", list(Tier))

@@ -3,7 +3,9 @@
 `rewards.mathematics` refuses what is too large to compute, but an integral or a sum may still keep sympy busy for
 hours, and a limit set in Python does not interrupt big integers in C. So a worker process, this file run as a script,
 compares under limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no reward)
-and memory. The next question starts a new worker.
+and memory. The next question starts a new worker. What it reads is a model's, so on Linux it is confined as calls of
+the python tool are: no environment, no capabilities, no files to write, and no system calls but those that computing
+needs (`tools.python.syscalls`).
 
     parent, any thread   ["1/2", "0.5"]\\n ──▶   worker
                                       1\\n ◀──
@@ -18,12 +20,19 @@ import os
 import subprocess
 import sys
 import threading
+import time
+import warnings
 from functools import lru_cache
 
 CPU_LIMIT_S = 2.0
 """Processor seconds one comparison may take. An ordinary one takes less than a millisecond."""
 MEMORY_LIMIT_BYTES = 2 << 30
 """Address space of the worker. sympy needs a tenth of it."""
+OPEN_FILES = 64
+"""Descriptors of the worker."""
+START_PATIENCE_S = 30.0
+"""How long a machine that has no process left for the worker is asked again."""
+_START_WAIT_S = 0.5
 
 
 class MathWorker:
@@ -77,13 +86,7 @@ class MathWorker:
         if self._process is not None and self._process.poll() is None:
             return self._process
         self._stop()
-        self._process = process = subprocess.Popen(
-            [sys.executable, "-P", __file__, str(self.cpu_limit_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # what we can import, it can
-        )
+        self._process = process = _started(self.cpu_limit_s)
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             self._stop()
@@ -100,6 +103,37 @@ class MathWorker:
             self._process.kill()
             self._process.communicate()  # closes the pipes and reaps it
             self._process = None
+
+
+def _started(cpu_limit_s: float) -> subprocess.Popen[str]:
+    """The worker process. Waits, with a warning, while the machine has no process or memory for it.
+
+    Raises RewardError when it still has none after `START_PATIENCE_S`.
+    """
+    deadline = time.monotonic() + START_PATIENCE_S
+    while True:
+        try:
+            return subprocess.Popen(
+                # Isolated, and able to import what we can.
+                [sys.executable, "-I", "-X", "utf8", __file__, str(cpu_limit_s), *filter(None, sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                env={},
+            )
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                from arpo_trl.errors import RewardError  # here: the worker needs none of it
+
+                raise RewardError(
+                    f"The worker that compares mathematical answers could not be started for {START_PATIENCE_S:g} s "
+                    f"({error}). Check the limits on processes and memory."
+                ) from error
+            warnings.warn(
+                f"The worker that compares mathematical answers cannot be started now ({error}); rewards wait for it.",
+                stacklevel=2,
+            )
+            time.sleep(_START_WAIT_S)
 
 
 def _ask(process: subprocess.Popen[str], question: str) -> str:
@@ -126,24 +160,19 @@ def math_worker() -> MathWorker:
 def _serve(cpu_limit_s: float) -> None:
     """Answer questions from stdin until it closes. Runs in the worker, in its main thread."""
     import logging
-    import resource
     import signal
 
-    from arpo_trl.rewards.mathematics.equality import (
-        equal,
-        is_text,
-    )
+    from arpo_trl.rewards.mathematics.equality import equal, is_text
 
     logging.disable(logging.CRITICAL)
     equal(r"\frac{1}{2}", "0.5")  # caches filled on first use, off the clock
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends when its stdin does
-    with contextlib.suppress(ValueError, OSError):  # not every system can limit its address space
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
 
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    replies.write("ready\n")
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)  # whatever the parser prints is no reply
+    _confine()
+    replies.write("ready\n")
     os.dup2(nowhere, 2)
 
     for line in sys.stdin:
@@ -158,5 +187,25 @@ def _serve(cpu_limit_s: float) -> None:
         replies.write("1\n" if yes else "0\n")
 
 
+def _confine() -> None:
+    """Limit what this process may use and do, for good. Other systems than Linux limit its memory, if that."""
+    import platform
+    import resource
+
+    limits = [(resource.RLIMIT_AS, MEMORY_LIMIT_BYTES)]
+    if sys.platform == "linux":
+        limits += [(resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NOFILE, OPEN_FILES), (resource.RLIMIT_CORE, 0)]
+    for kind, value in limits:
+        with contextlib.suppress(ValueError, OSError):  # not every system can limit its address space
+            resource.setrlimit(kind, (value, value))
+    if sys.platform == "linux":
+        from arpo_trl.tools.python import syscalls
+
+        syscalls.drop_capabilities()
+        if platform.machine() in syscalls.ARCHITECTURES:
+            syscalls.confine()
+
+
 if __name__ == "__main__":
+    sys.path[:] = sys.argv[2:]
     _serve(float(sys.argv[1]))

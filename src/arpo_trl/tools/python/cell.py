@@ -1,6 +1,6 @@
 """Runs Python code as a notebook runs its cells: what is printed, the last value, or the end of a traceback.
 
-Used in two places that cannot import arpo_trl: inside the sandbox, by `python_worker`, and at a remote executor, to
+Used in two places that cannot import arpo_trl: inside the sandbox, by `worker`, and at a remote executor, to
 which this file's text is sent in front of the call. So it imports the standard library only.
 """
 

@@ -20,10 +20,10 @@ ISOLATIONS = ("auto", *(str(tier) for tier in ISOLATING))
 
 _COVERS = {
     Tier.SANDLOCK: "isolated by sandlock (Landlock, seccomp): no files, processes or network but its own; limits on "
-    "time, memory and output",
+    "time, memory, disk, threads and output",
     Tier.NAMESPACES: "isolated by user namespaces and seccomp: no files, processes or network but its own; limits on "
-    "time, memory, disk and output",
-    Tier.UNSAFE: "NOT isolated: limits on time, memory and output only",
+    "time, memory, disk, threads and output",
+    Tier.UNSAFE: "NOT isolated: limits on time, memory, disk, threads and output only",
 }
 
 
@@ -79,7 +79,11 @@ class PythonTool:
             if worker is not None:
                 with contextlib.suppress(WorkerLost):  # it may have been dead for long: a fresh one gets its chance
                     return self._run_in(worker, code, earlier, preload)
-            worker = Worker(self._limits, tier=self.tier, preload=preload)
+            try:
+                worker = Worker(self._limits, tier=self.tier, preload=preload)
+            except (SandboxError, OSError) as error:  # the first one could: this machine is short of something now
+                warnings.warn(f"A call of the python tool fails: {error}.", stacklevel=2)
+                raise ToolStopped("Error: the python process could not be started") from None
             try:
                 return self._run_in(worker, code, earlier, preload)
             except WorkerLost:
@@ -123,6 +127,8 @@ def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
         Ending.TIMEOUT: f"Error: the code ran longer than {limits.timeout_s:g} s{cells}",
         Ending.CPU: f"Error: the code used more than {limits.cpu_s:g} s of CPU time{cells}",
         Ending.FLOOD: f"Error: stopped, the code printed more than {limits.output_bytes} bytes",
+        Ending.DISK: f"Error: stopped, the code wrote more than {limits.disk_mb} MB or {limits.files} files",
+        Ending.THREADS: f"Error: stopped, the code ran more than {limits.threads} threads",
     }[ending]
 
 

@@ -1,6 +1,6 @@
 """A process with a file system, process ids and network of its own, made from Linux namespaces; no root, no library.
 
-`python_worker` loads this file by its path, and filters system calls besides. `enter` moves the worker into
+`worker` loads this file by its path, and filters system calls besides. `enter` moves the worker into
 
     user       one user id, without rights outside; capabilities that hold inside only
     mount      an empty read-only root with Python and the system's libraries, read-only; what is set-user-id is not
@@ -9,8 +9,8 @@
     ipc, uts   no shared memory segments, no host name
 
 and `fork_call` makes each call a process that is alone in a pid namespace and a mount namespace of its own: when it
-ends the kernel ends whatever it started and drops the files it wrote, which lay in memory, at most `SCRATCH`. `lock`
-then takes away its capabilities for good.
+ends the kernel ends whatever it started and drops the files it wrote, which lay in memory. Its capabilities hold until
+`syscalls` takes them away.
 """
 
 from __future__ import annotations
@@ -21,9 +21,6 @@ import platform
 import resource
 import signal
 import struct
-
-SCRATCH = "size=64m,nr_inodes=1024,mode=0700"
-"""What the files of one call may take together."""
 
 _CLONE_NEWNS, _CLONE_NEWPID = 0x00020000, 0x20000000
 _NAMESPACES = _CLONE_NEWNS | _CLONE_NEWPID | 0x10000000 | 0x40000000 | 0x08000000 | 0x04000000  # user, net, ipc, uts
@@ -123,12 +120,10 @@ def fork_call() -> int:
     return pid
 
 
-def lock() -> None:
-    """Give this process an empty working directory of its own, of at most `SCRATCH`, and no capability any more."""
+def lock(scratch: str) -> None:
+    """Give this process an empty working directory of its own, bounded by `scratch`: options of a tmpfs."""
     folder = os.getcwd()
     _checked("new mount namespace", _libc.unshare(_CLONE_NEWNS))
-    _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, SCRATCH)
+    _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, f"{scratch},mode=0700")
     os.chdir(folder)
     resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
-    header = struct.pack("=Ii", 0x20080522, 0)  # version 3, this process
-    _checked("capset", _libc.capset(header, bytes(24)))

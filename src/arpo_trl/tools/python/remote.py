@@ -5,7 +5,7 @@
                            "run_result": {"status": "Finished" | "Error" | "TimeLimitExceeded",
                                           "execution_time", "return_code", "stdout", "stderr"}}
 
-The code is sent behind the text of `python_cell`, so a call shows what it would show in the sandbox here. What keeps
+The code is sent behind the text of `cell`, so a call shows what it would show in the sandbox here. What keeps
 code from its machine, and its memory and processes within limits, is the executor's business; the deadline, the cap on
 the reply and the shape of what the model reads are enforced here, whatever it answers.
 """

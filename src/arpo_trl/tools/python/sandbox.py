@@ -2,35 +2,48 @@
 
 What the tiers stop (each line has a test for each tier):
 
-    | model-written code tries to                            | sandlock | namespaces | unsafe |
-    |--------------------------------------------------------|----------|------------|--------|
-    | run past its deadline, in wall or in CPU time          | yes      | yes        | yes    |
-    | flood the output (stopped while it is read)            | yes      | yes        | yes    |
-    | take too much memory                                   | yes      | yes        | yes    |
-    | write a huge file; open very many                      | yes      | yes        | yes    |
-    | see the environment of the trainer                     | yes      | yes        | yes    |
-    | leave files or variables for the next call             | yes      | yes        | yes    |
-    | raise its limits                                       | yes      | yes        | no     |
-    | read files outside Python's and the system's libraries | yes      | yes        | no     |
-    | write, chmod or touch files outside its own folder     | yes      | yes        | no     |
-    | reach the network, this machine's own included         | yes      | yes        | no     |
-    | start processes, and so leave some behind              | yes      | yes        | no     |
-    | signal or trace the worker that runs later calls       | yes      | yes        | no     |
-    | change limits or priority of other processes           | yes      | yes        | no     |
-    | leave shared memory, keys or files in memory behind    | yes      | yes        | no     |
-    | fill its folder with very many files                   | no       | yes        | no     |
-    | see whether a path exists, and its size                | no       | yes        | no     |
+    | model-written code tries to                              | sandlock | namespaces | unsafe |
+    |----------------------------------------------------------|----------|------------|--------|
+    | run past its deadline, in wall or in CPU time            | yes      | yes        | yes    |
+    | flood the output (stopped while it is read)              | yes      | yes        | yes    |
+    | take too much memory                                     | yes      | yes        | yes    |
+    | write a huge file; open very many                        | yes      | yes        | yes    |
+    | write very much in all; leave very many files            | yes      | yes        | yes    |
+    | run very many threads                                    | yes      | yes        | yes    |
+    | see the environment of the trainer                       | yes      | yes        | yes    |
+    | leave files or variables for the next call               | yes      | yes        | yes    |
+    | use what root may do and others may not                  | yes      | yes        | yes    |
+    | raise its limits                                         | yes      | yes        | no     |
+    | read files outside Python's and the system's libraries   | yes      | yes        | no     |
+    | write, chmod or touch files outside its own folder       | yes      | yes        | no     |
+    | read or change attributes, flags, access lists of files  | yes      | yes        | no     |
+    | lock, lease or watch files; change the pipe of its calls | yes      | yes        | no     |
+    | reach the network, this machine's own included           | yes      | yes        | no     |
+    | start processes, and so leave some behind                | yes      | yes        | no     |
+    | signal or trace the worker that runs later calls         | yes      | yes        | no     |
+    | change limits or priority of other processes             | yes      | yes        | no     |
+    | see other processes: ids, groups, limits, CPU time       | yes      | yes        | no     |
+    | leave shared memory, keys or files in memory behind      | yes      | yes        | no     |
+    | use parts of the kernel that a computation does not need | yes      | yes        | no     |
+    | see whether a path exists, its size, owner and times,    |          |            |        |
+    | and where a link points                                  | no       | yes        | no     |
+    | see the machine's kernel, uptime, memory and load        | no       | no         | no     |
 
 - sandlock: Landlock and seccomp around the worker, and more of both around each call. Linux 6.12 or newer.
-- namespaces: `python_namespaces` around the worker and each call, seccomp around the call. Linux 5.12 or newer where
+- namespaces: `namespaces` around the worker and each call, seccomp around the call. Linux 5.12 or newer where
   this user may make user namespaces; some distributions and most containers do not let one. (bubblewrap makes the same
   ones, and where it may, this may.)
-- unsafe: a child process with resource limits, nothing more.
+- unsafe: a child process with resource limits and without capabilities, nothing more.
+
+`syscalls` has the system calls that a call may make in the first two. The kernel keeps no limit on the threads
+of one process, nor, under sandlock and unsafe, on its folder: these are looked at fifty times a second, and a call
+beyond them is stopped. So for some hundredths of a second there may be some thousand threads, or files. In unsafe the
+threads of the call's own process count, and not those of processes that it starts.
 
 No tier stops code from using every core until its deadline. Attacks on the kernel itself need a virtual machine.
 
 Starting an interpreter, and importing sympy, costs more than most calls. So a worker does it once and forks for each
-call; `python_worker` says how calls are kept apart. A worker runs one call at a time: take one per thread.
+call; `worker` says how calls are kept apart. A worker runs one call at a time: take one per thread.
 """
 
 from __future__ import annotations
@@ -38,10 +51,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import resource
 import select
-import shutil
 import socket
 import subprocess
 import sys
@@ -56,6 +67,7 @@ from typing import Any
 
 from arpo_trl.errors import SandboxError
 from arpo_trl.tools.python import cell as python_cell
+from arpo_trl.tools.python import folder as python_folder
 from arpo_trl.tools.python import namespaces as python_namespaces
 from arpo_trl.tools.python import syscalls as python_syscalls
 from arpo_trl.tools.python import worker as python_worker
@@ -63,6 +75,7 @@ from arpo_trl.tools.python.worker import REPLY, REQUEST
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 5.0  # beyond a call's deadline, before the worker itself is given up
+_LOOK_S = 0.02  # between looks at what a call holds
 _READ_BYTES = 1 << 16
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
@@ -71,15 +84,6 @@ _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
 }
-
-# Landlock leaves these open to every file of this user. `python_syscalls` refuses more, in each call.
-# fmt: off
-_DENIED_SYSCALLS = [
-    "fchmod", "fchmodat", "fchmodat2", "fchown", "fchownat",
-    "utimensat", "setxattr", "lsetxattr", "fsetxattr",
-]
-_DENIED_SYSCALLS_X86 = ["chmod", "chown", "lchown", "utime", "utimes", "futimesat"]
-# fmt: on
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,9 @@ class Limits:
     output_bytes: int = 100_000
     file_mb: int = 16  # each file
     open_files: int = 64
+    disk_mb: int = 64  # written in all, kept or not
+    files: int = 1024  # files and folders there are at a time
+    threads: int = 64  # that run at a time
 
 
 class Tier(StrEnum):
@@ -115,6 +122,8 @@ class Ending(StrEnum):
     TIMEOUT = "timeout"
     CPU = "cpu"  # stopped at `cpu_s`
     FLOOD = "flood"  # stopped at `output_bytes`
+    DISK = "disk"  # stopped at `disk_mb` or `files`
+    THREADS = "threads"  # stopped at `threads`
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +152,7 @@ class Worker:
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
         # At exit too, when a call may still be running; only a killed trainer leaves the folder behind.
-        self._remove_folder = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self._remove_folder = weakref.finalize(self, python_folder.remove, self._folder)
         self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait
         try:
             self._process = _start(self._folder, tier, preload, limits)
@@ -176,6 +185,8 @@ class Worker:
     def _set_limits(self) -> None:
         """Set, from outside, what the worker's forks inherit and cannot raise."""
         pid, limits = self._pid, self._limits
+        if not _children_of(pid).exists():
+            raise SandboxError(f"this kernel has no {_children_of(pid)}, so calls cannot be watched")
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
         memory = pages * os.sysconf("SC_PAGE_SIZE") + (limits.memory_mb << 20)
         for kind, value in (
@@ -209,9 +220,9 @@ class Worker:
             cells = json.dumps([cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)])
             (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
             os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
-            output, kind, status = self._read(deadline)
+            output, kind, status, excess = self._read(deadline)
             with contextlib.suppress(OSError):  # again before the next call, when nothing can be in the way
-                self._clean_up()
+                python_folder.empty(self._folder)
         except OSError as error:
             self.close()
             raise WorkerLost(str(error)) from error
@@ -221,6 +232,8 @@ class Worker:
         text = output.decode("utf-8", "replace")
         if len(output) > self._limits.output_bytes:
             return Run(output[: self._limits.output_bytes].decode("utf-8", "ignore"), Ending.FLOOD)
+        if excess is not None:
+            return Run(text, excess)
         if kind == b"T":
             return Run(text, Ending.TIMEOUT)
         if kind == b"C":
@@ -231,30 +244,53 @@ class Worker:
             return Run(text, Ending.RAISED)
         return Run(text, Ending.DIED)
 
-    def _read(self, deadline: float) -> tuple[bytes, bytes, int]:
-        """(output up to just past the limit, kind, wait status) once the fork is gone."""
+    def _read(self, deadline: float) -> tuple[bytes, bytes, int, Ending | None]:
+        """(output up to just past the limit, kind, wait status, limit it was stopped at) once the fork is gone."""
         output = bytearray()
-        stopped = False
+        excess: Ending | None = None
+        next_look = time.monotonic() + _LOOK_S
         while True:
-            ready = _poll(max(0.0, deadline - time.monotonic()) * 1000, self._stdout, self._control)
-            if not ready:
-                raise OSError("the worker does not answer")
-            if self._stdout in ready and not stopped:
-                output += os.read(self._stdout, _READ_BYTES)
-                if len(output) > self._limits.output_bytes:
-                    stopped = True
-                    os.write(self._stdin, REQUEST.pack(-1.0))
+            # When it is stopped the pipe may stay full and readable: wait for the reply alone.
+            awaited = (self._control,) if excess else (self._stdout, self._control)
+            until = deadline if excess else min(deadline, next_look)
+            ready = _poll(max(0.0, until - time.monotonic()) * 1000, *awaited)
             if self._control in ready:
                 kind, status = self._reply()
                 self._ending = True
                 break
-            if stopped:  # the pipe stays full and readable: wait for the reply alone
-                _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control)
+            if time.monotonic() >= deadline:
+                raise OSError("the worker does not answer")
+            if self._stdout in ready:
+                output += os.read(self._stdout, _READ_BYTES)
+            if excess:
+                continue
+            if len(output) > self._limits.output_bytes:
+                excess = Ending.FLOOD
+            elif time.monotonic() >= next_look:
+                excess = self._excess()
+                next_look = time.monotonic() + _LOOK_S
+            if excess:
+                os.write(self._stdin, REQUEST.pack(-1.0))
         # The call is over: what it printed is in the pipe.
         with contextlib.suppress(BlockingIOError):
             while len(output) <= self._limits.output_bytes and (chunk := os.read(self._stdout, _READ_BYTES)):
                 output += chunk
-        return bytes(output), kind, status
+        return bytes(output), kind, status, excess
+
+    def _excess(self) -> Ending | None:
+        """The limit that the call which runs now is beyond, of those that the kernel cannot keep for one process."""
+        with contextlib.suppress(OSError, SandboxError):  # it has just ended
+            call = Path(f"/proc/{_only_child(self._pid)}")
+            if (call / "task").stat().st_nlink - 2 > self._limits.threads:
+                return Ending.THREADS
+            if self.tier is not Tier.NAMESPACES:  # which has a file system of its own, of that size
+                accounts = dict(line.split(": ") for line in (call / "io").read_text().splitlines())
+                size = self._limits.disk_mb << 20
+                if max(int(accounts["wchar"]), int(accounts["write_bytes"])) > size or python_folder.holds_more(
+                    self._folder, files=self._limits.files, size=size
+                ):
+                    return Ending.DISK
+        return None
 
     def _reply(self) -> tuple[bytes, int]:
         reply = os.read(self._control, REPLY.size)
@@ -272,15 +308,8 @@ class Worker:
             with contextlib.suppress(BlockingIOError):
                 while os.read(self._stdout, _READ_BYTES):
                     pass
-            self._clean_up()
+            python_folder.empty(self._folder)
             self._ending = False
-
-    def _clean_up(self) -> None:
-        for entry in os.scandir(self._folder):
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
-                os.unlink(entry.path)
 
     def close(self) -> None:
         """End the worker and whatever it runs, and remove its folder. May be called again."""
@@ -302,10 +331,14 @@ def _poll(timeout_ms: float, *fds: int) -> set[int]:
     return {fd for fd, _ in poller.poll(timeout_ms)}
 
 
+def _children_of(pid: int) -> Path:
+    return Path(f"/proc/{pid}/task/{pid}/children")
+
+
 def _only_child(pid: int) -> int:
     """The process that `pid` waits for."""
     try:
-        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text())
+        return int(_children_of(pid).read_text())
     except (OSError, ValueError) as error:
         raise SandboxError(f"the child of process {pid} is not in /proc ({error}), so it cannot be limited") from error
 
@@ -321,7 +354,8 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     readable = [executable, *scripts, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
     readable = [path for path in readable if os.path.exists(path)]
     command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
-    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), str(folder)]
+    scratch = f"size={limits.disk_mb}m,nr_inodes={limits.files}"
+    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), scratch, str(folder)]
     command += [*site_packages, "--", *readable]
     if tier is not Tier.SANDLOCK:
         try:
@@ -349,7 +383,6 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
         clean_env=True,
         env=_ENVIRONMENT,
         max_processes=2,  # the worker and one fork
-        extra_deny_syscalls=_DENIED_SYSCALLS + (_DENIED_SYSCALLS_X86 if platform.machine() == "x86_64" else []),
     )
     try:
         return sandbox.popen(command, stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.PIPED)

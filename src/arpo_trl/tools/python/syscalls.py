@@ -1,8 +1,13 @@
-"""Refuses, by seccomp, the system calls that a computation has no use for and an attempt to break out has.
+"""Allows a process the system calls that a computation needs, by capabilities and seccomp, and no other.
 
-`python_worker` loads this file by its path and calls `deny` in each fork before it reads any code, in every tier that
-isolates. What Landlock or namespaces leave open is then out of reach, and so are the parts of the kernel in which most
-faults are found: there is no process to start, no socket to open, no namespace to make, and no limit to raise.
+`worker` loads this file by its path and calls `confine` in each fork before it reads any code. What Landlock or
+namespaces leave open is then out of reach, and so are the parts of the kernel in which most faults are found: there is
+no process to start, no socket to open, no namespace to make, no limit to raise, and no mode, owner, time or attribute
+of a file to change. `rewards.math_worker` does the same for the expressions it evaluates.
+
+The list holds what CPython, its standard library, numpy, sympy and pandas were seen to call (with strace) and what the
+C libraries use instead on other machines. A system call that is not on it does not exist for the process (ENOSYS), so
+that a C library falls back on an older one. The rules of `WITH_ARGUMENTS` allow a call with some arguments only.
 """
 
 from __future__ import annotations
@@ -12,83 +17,196 @@ import os
 import platform
 import struct
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 # System calls by their numbers on x86-64 and on arm64 (None: not there).
+_Numbers = tuple[int | None, int | None]
 # fmt: off
-DENIED: dict[str, tuple[int | None, int | None]] = {
-    # other processes
-    "fork": (57, None), "vfork": (58, None), "execve": (59, 221), "execveat": (322, 281), "ptrace": (101, 117),
-    "process_vm_readv": (310, 270), "process_vm_writev": (311, 271), "process_madvise": (440, 440),
-    "kcmp": (312, 272), "pidfd_open": (434, 434), "pidfd_getfd": (438, 438), "pidfd_send_signal": (424, 424),
-    "setpgid": (109, 154), "setsid": (112, 157),
-    # limits and priorities
-    "prlimit64": (302, 261), "setrlimit": (160, 164), "setpriority": (141, 140), "ioprio_set": (251, 30),
-    "sched_setaffinity": (203, 122), "sched_setscheduler": (144, 119), "sched_setparam": (142, 118),
-    "sched_setattr": (314, 274),
-    # namespaces and mounts
-    "unshare": (272, 97), "setns": (308, 268), "mount": (165, 40), "umount2": (166, 39), "pivot_root": (155, 41),
-    "chroot": (161, 51), "move_mount": (429, 429), "open_tree": (428, 428), "fsopen": (430, 430),
-    "fsconfig": (431, 431), "fsmount": (432, 432), "fspick": (433, 433), "mount_setattr": (442, 442),
-    "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265), "sethostname": (170, 161),
-    "setdomainname": (171, 162),
-    # what outlives a call, or counts towards no limit
-    "socket": (41, 198), "shmget": (29, 194), "msgget": (68, 186), "semget": (64, 190), "mq_open": (240, 180),
-    "memfd_create": (319, 279), "memfd_secret": (447, 447), "add_key": (248, 217), "request_key": (249, 218),
-    "keyctl": (250, 219),
-    # what shows or makes more than plain files
-    "inotify_add_watch": (254, 27), "fanotify_init": (300, 262), "mknod": (133, None), "mknodat": (259, 33),
-    # rarely used parts of the kernel
-    "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
-    "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "quotactl": (179, 60),
-    "acct": (163, 89), "syslog": (103, 116), "personality": (135, 92), "kexec_load": (246, 104),
-    "kexec_file_load": (320, 294), "init_module": (175, 105), "finit_module": (313, 273),
-    "delete_module": (176, 106), "reboot": (169, 142), "swapon": (167, 224), "swapoff": (168, 225),
-    "settimeofday": (164, 170), "clock_settime": (227, 112), "adjtimex": (159, 171), "clock_adjtime": (305, 266),
-    "vhangup": (153, 58), "iopl": (172, None), "ioperm": (173, None), "modify_ldt": (154, None),
+ALLOWED: Mapping[str, _Numbers] = {
+    # open files
+    "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67),
+    "pwrite64": (18, 68), "preadv": (295, 69), "pwritev": (296, 70), "lseek": (8, 62), "sendfile": (40, 71),
+    "fsync": (74, 82), "fdatasync": (75, 83), "open": (2, None), "creat": (85, None), "openat": (257, 56),
+    "close": (3, 57), "dup": (32, 23), "dup2": (33, None), "dup3": (292, 24),
+    "pipe": (22, None), "pipe2": (293, 59), "truncate": (76, 45), "ftruncate": (77, 46),
+    # names of files
+    "stat": (4, None), "lstat": (6, None), "fstat": (5, 80), "newfstatat": (262, 79), "statx": (332, 291),
+    "access": (21, None), "faccessat": (269, 48), "faccessat2": (439, 439), "getdents64": (217, 61),
+    "getcwd": (79, 17), "chdir": (80, 49), "fchdir": (81, 50), "umask": (95, 166), "mkdir": (83, None),
+    "mkdirat": (258, 34), "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "rename": (82, None),
+    "renameat": (264, 38), "link": (86, None), "linkat": (265, 37), "symlink": (88, None), "symlinkat": (266, 36),
+    "readlink": (89, None), "readlinkat": (267, 78),
+    # memory
+    "brk": (12, 214), "mmap": (9, 222), "munmap": (11, 215), "mprotect": (10, 226), "mremap": (25, 216),
+    "msync": (26, 227),
+    # threads
+    "futex": (202, 98), "set_robust_list": (273, 99), "rseq": (334, 293), "set_tid_address": (218, 96),
+    "sched_yield": (24, 124), "exit": (60, 93), "exit_group": (231, 94),
+    # signals
+    "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135), "rt_sigreturn": (15, 139), "rt_sigpending": (127, 136),
+    "rt_sigsuspend": (130, 133), "rt_sigtimedwait": (128, 137), "sigaltstack": (131, 132),
+    "restart_syscall": (219, 128), "pause": (34, None), "alarm": (37, None), "setitimer": (38, 103),
+    "getitimer": (36, 102), "wait4": (61, 260),
+    # waiting; asyncio wakes itself by a pair of sockets
+    "nanosleep": (35, 101), "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
+    "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22),
+    "getsockname": (51, 204), "recvfrom": (45, 207),
+    # facts about the process, the time and the machine
+    "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getpgrp": (111, None), "getuid": (102, 174),
+    "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrlimit": (97, 163), "getrusage": (98, 165),
+    "times": (100, 153), "gettimeofday": (96, 169), "time": (201, None), "getrandom": (318, 278), "uname": (63, 160),
+    "sysinfo": (99, 179),
 }
 # fmt: on
-_ARCHITECTURES = {"x86_64": (0, 0xC000003E, 56), "aarch64": (1, 0xC00000B7, 220)}  # column, audit id, number of clone
-_CLONE3 = 435
-_CLONE_THREAD = 0x00010000
-_EPERM, _ENOSYS = 1, 38
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Lets a system call pass where argument number `argument` is one of `values`, or has none of the bits outside
+    `mask` and all of `bits`; refuses it with `errno` otherwise. Looks at the lower 32 bits, as the kernel does for
+    these arguments, and at all 64 where `pointer`."""
+
+    numbers: _Numbers
+    argument: int = 0
+    values: tuple[int, ...] = ()
+    mask: int | None = None
+    bits: int = 0
+    pointer: bool = False
+    errno: int = 1  # EPERM
+
+
+_ENOSYS, _ENOTTY = 38, 25
+_OWN_PROCESS = -1  # in `values`: the id of the process that is confined
+# CLONE_VM, FS, FILES, SIGHAND, THREAD: a thread with descriptors of its own could open as many again
+_THREAD_NEEDS = 0x00010F00
+# besides, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED
+_THREAD_FLAGS = 0x007D0F00
+_CLOCKS = tuple(range(12))  # the machine's and the own ones; those of other processes have negative numbers
+
+WITH_ARGUMENTS: Mapping[str, tuple[Rule, ...]] = {
+    "clone": (Rule((56, 220), 0, mask=_THREAD_FLAGS, bits=_THREAD_NEEDS),),  # no process, no namespace
+    "close_range": (Rule((436, 436), 2, (0, 4), errno=22),),  # CLOEXEC, not UNSHARE
+    "kill": (Rule((62, 129), 0, (_OWN_PROCESS,)),),
+    "tgkill": (Rule((234, 131), 0, (_OWN_PROCESS,)),),
+    "prlimit64": (Rule((302, 261), 0, (0,)), Rule((302, 261), 2, (0,), pointer=True)),  # to read the own
+    "sched_getaffinity": (Rule((204, 123), 0, (0, _OWN_PROCESS), errno=_ENOSYS),),
+    "clock_gettime": (Rule((228, 113), 0, _CLOCKS, errno=22),),
+    "clock_getres": (Rule((229, 114), 0, _CLOCKS, errno=22),),
+    "clock_nanosleep": (Rule((230, 115), 0, _CLOCKS, errno=22),),
+    # F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC: no locks, leases, signals or pipe sizes
+    "fcntl": (Rule((72, 25), 1, (0, 1, 2, 3, 1030)),),
+    # TCGETS, TCGETS2, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+    "ioctl": (Rule((16, 29), 1, (0x5401, 0x802C542A, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), errno=_ENOTTY),),
+    "prctl": (Rule((157, 167), 0, (15, 16, 0x53564D41), errno=22),),  # names of threads and of memory
+    # NORMAL, RANDOM, SEQUENTIAL, WILLNEED, DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP
+    "madvise": (Rule((28, 233), 2, (0, 1, 2, 3, 4, 8, 14, 15, 16, 17), errno=22),),
+    "renameat2": (Rule((316, 276), 4, (0,), errno=22),),
+    "socketpair": (Rule((53, 199), 0, (1,)),),  # AF_UNIX
+    "sendto": (Rule((44, 206), 4, (0,), pointer=True),),  # on a pair, to nowhere else
+    # Never; but PermissionError tells more than "Function not implemented" of what programs ask for most.
+    "socket": (Rule((41, 198), 0),),
+    "execve": (Rule((59, 221), 0),),
+}
+
+ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
+"""By `platform.machine()`: the column of the tables, and the number that the kernel's audit has for it."""
+
+_LOAD, _JUMP, _EQUAL, _AT_LEAST, _ANY_BIT, _GIVE = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # where they are in `struct seccomp_data`
+_ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
+
+_PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 28, 47, 4
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
+_SECUREBITS = 0xEF  # NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE; these and KEEP_CAPS locked
+_CAPABILITY_VERSION = 0x20080522
+
+_Instruction = tuple[int, int, int, int]  # code, instructions to skip where true, where false, operand
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def deny() -> None:
-    """Refuse them to this process and what it may become, for good. Raises OSError where that cannot be had."""
-    if platform.machine() not in _ARCHITECTURES or sys.byteorder != "little":
+def drop_capabilities() -> None:
+    """Take every capability from this process and from what it may become, for good. Raises OSError if it keeps one.
+
+    A process without CAP_SETPCAP keeps its bounding set, which `no_new_privs` makes useless.
+    """
+    _libc.prctl(_PR_SET_SECUREBITS, _SECUREBITS, 0, 0, 0)
+    _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+    capability = 0
+    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # up to the last one that this kernel has
+        capability += 1
+    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)  # this process
+    if _libc.capset(header, bytes(24)) or _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        number = ctypes.get_errno()
+        raise OSError(number, f"capabilities: {os.strerror(number)}")
+
+
+def confine() -> None:
+    """Leave this process the system calls of the list, for good. Raises OSError where that cannot be had.
+
+    `drop_capabilities` comes before it: this cannot be undone, and does not allow that any more.
+    """
+    if platform.machine() not in ARCHITECTURES or sys.byteorder != "little":
         raise OSError(f"there is no list of system calls for {platform.machine()}")
-    program = _program()
-    buffer = ctypes.create_string_buffer(program)
-    fprog = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
-    if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) or _libc.prctl(_PR_SET_SECCOMP, 2, fprog, 0, 0):
+    instructions = program(platform.machine(), os.getpid())
+    packed = b"".join(struct.pack("=HBBI", *instruction) for instruction in instructions)
+    buffer = ctypes.create_string_buffer(packed)
+    fprog = struct.pack("@HP", len(instructions), ctypes.addressof(buffer))
+    if _libc.prctl(_PR_SET_SECCOMP, 2, fprog, 0, 0):
         number = ctypes.get_errno()
         raise OSError(number, f"seccomp: {os.strerror(number)}")
 
 
-def _program() -> bytes:
-    """Classic BPF over `struct seccomp_data {int nr; u32 arch; u64 ip; u64 args[6]}`."""
-    column, audit, clone = _ARCHITECTURES[platform.machine()]
-    denied = [number for numbers in DENIED.values() if (number := numbers[column]) is not None]
-    load, equal, at_least, any_bit, give = 0x20, 0x15, 0x35, 0x45, 0x06
-    allow, kill, errno = 0x7FFF0000, 0x80000000, 0x00050000
-    program = [
-        (load, 0, 0, 4),
-        (equal, 1, 0, audit),
-        (give, 0, 0, kill),  # of another architecture, whose calls have other numbers
-        (load, 0, 0, 0),
-        (at_least, 0, 1, 0x40000000),
-        (give, 0, 0, errno | _ENOSYS),  # x32, likewise
-        (equal, 0, 1, _CLONE3),
-        (give, 0, 0, errno | _ENOSYS),  # its flags lie in memory, where no filter sees them; libc falls back to clone
-        (equal, 0, 4, clone),
-        (load, 0, 0, 16),
-        (any_bit, 0, 1, _CLONE_THREAD),
-        (give, 0, 0, allow),
-        (give, 0, 0, errno | _EPERM),
+def program(machine: str, pid: int) -> list[_Instruction]:
+    """Classic BPF over `struct seccomp_data {int nr; u32 arch; u64 ip; u64 args[6]}` for process `pid`."""
+    column, audit = ARCHITECTURES[machine]
+    unknown = [_give(_ENOSYS)]
+    blocks: dict[int, list[_Instruction]] = {}
+    for numbers in ALLOWED.values():
+        if (number := numbers[column]) is not None:
+            blocks[number] = [(_GIVE, 0, 0, _ALLOW)]
+    for rules in WITH_ARGUMENTS.values():
+        if (number := rules[0].numbers[column]) is not None:
+            blocks[number] = [instruction for rule in rules for instruction in _check(rule, pid)]
+            blocks[number].append((_GIVE, 0, 0, _ALLOW))
+    starts: list[tuple[int, list[_Instruction]]] = []  # each block holds from its number up to the next one
+    for number in sorted({0, *blocks, *(number + 1 for number in blocks)}):
+        block = blocks.get(number, unknown)
+        if not starts or starts[-1][1] != block:
+            starts.append((number, block))
+    return [
+        (_LOAD, 0, 0, _ARCHITECTURE),
+        (_EQUAL, 1, 0, audit),
+        _give(_ENOSYS),  # of another architecture, whose calls have other numbers
+        (_LOAD, 0, 0, _NUMBER),
+        *_search(starts),  # x32's calls have numbers beyond all of the list
     ]
-    program += [(equal, len(denied) - i, 0, number) for i, number in enumerate(denied)]
-    program += [(give, 0, 0, allow), (give, 0, 0, errno | _EPERM)]
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _search(starts: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
+    """A binary search for the block of the loaded number: some seven comparisons."""
+    if len(starts) == 1:
+        return starts[0][1]
+    middle = len(starts) // 2
+    below, above = _search(starts[:middle]), _search(starts[middle:])
+    return [(_AT_LEAST, 0, 1, starts[middle][0]), (_JUMP, 0, 0, len(below)), *below, *above]
+
+
+def _check(rule: Rule, pid: int) -> list[_Instruction]:
+    """Go on behind these instructions where the rule lets the call pass."""
+    low = _ARGUMENTS + 8 * rule.argument
+    refuse = _give(rule.errno)
+    if rule.mask is not None:
+        bits = [1 << place for place in range(32) if rule.bits >> place & 1]
+        needed = [(_ANY_BIT, 0, len(bits) - place, bit) for place, bit in enumerate(bits)]
+        outside = (_ANY_BIT, len(bits) + 1, 0, rule.mask ^ 0xFFFFFFFF)
+        return [(_LOAD, 0, 0, low), outside, *needed, (_JUMP, 0, 0, 1), refuse]
+    values = [pid if value == _OWN_PROCESS else value for value in rule.values]
+    upper: list[_Instruction] = [(_LOAD, 0, 0, low + 4), (_EQUAL, 1, 0, 0), refuse] if rule.pointer else []
+    equal = [(_EQUAL, len(values) - place, 0, value) for place, value in enumerate(values)]
+    return [*upper, (_LOAD, 0, 0, low), *equal, refuse]
+
+
+def _give(errno: int) -> _Instruction:
+    return (_GIVE, 0, 0, _ERRNO | errno)

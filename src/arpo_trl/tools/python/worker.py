@@ -1,7 +1,7 @@
 """Runs each piece of code in a fork of one warm interpreter; the script behind `arpo_trl.tools.python.sandbox.Worker`.
 
-Started as `python python_worker.py TIER preload|bare CPU_S FOLDER SITE_PACKAGES… -- READABLE…`, and imports nothing of
-arpo_trl, which it could not read from inside the sandbox, but three files next to it, by their paths.
+Started as `python worker.py TIER preload|bare CPU_S SCRATCH FOLDER SITE_PACKAGES… -- READABLE…`, and imports
+nothing of arpo_trl, which it could not read from inside the sandbox, but three files next to it, by their paths.
 
     stdin    requests, 8 bytes each: seconds to run the cells in the file `cells` for, or a negative number: stop what
              runs now, and be ready for the next
@@ -10,9 +10,9 @@ arpo_trl, which it could not read from inside the sandbox, but three files next 
              is gone, which takes about as long as a short call
 
 This process never holds a call's code or output, so its forks cannot find those of an earlier call in their memory.
-The fork for the next call is made ahead and waits. Before it reads the code it closes stdin and stderr and cuts itself
-off from this process, by a Landlock domain or by namespaces, such that it can neither signal nor trace it: nothing
-that a call does reaches the next one.
+The fork for the next call is made ahead and waits. Before it reads the code it closes stdin and stderr, cuts itself
+off from this process, by a Landlock domain or by namespaces, such that it can neither signal nor trace it, and gives
+up capabilities and the system calls that a computation does not need: nothing that a call does reaches the next one.
 """
 
 from __future__ import annotations
@@ -125,10 +125,11 @@ class _Call:
 
 
 class _Worker:
-    def __init__(self, tier: str, warm: bool, cpu_s: float, namespaces: ModuleType | None):
+    def __init__(self, tier: str, warm: bool, cpu_s: float, scratch: str, namespaces: ModuleType | None):
         self._tier = tier
         self._warm = warm
         self._cpu_s = cpu_s
+        self._scratch = scratch
         self._cell = _load("python_cell")
         self._syscalls = _load("python_syscalls")
         self.namespaces = namespaces
@@ -216,9 +217,10 @@ class _Worker:
             else:
                 os.setsid()  # a group of its own: a signal to its group reaches no other, in any namespace
             if self.namespaces is not None:
-                self.namespaces.lock()
+                self.namespaces.lock(self._scratch)
+            self._syscalls.drop_capabilities()
             if self._tier != "unsafe":
-                self._syscalls.deny()
+                self._syscalls.confine()
             if self._warm and not select.select([waiting], [], [], _IDLE_S)[0]:
                 exec(_TOUCH, {})
             if not os.read(waiting, 1):  # the worker is gone
@@ -238,7 +240,7 @@ class _Worker:
 
 
 def _load(name: str) -> ModuleType:
-    """The file next to this one, as a module: `python_cell` is in cell.py, so that code can have its own `cell`."""
+    """The file next to this one, as a module: `cell` is in cell.py, so that code can have its own `cell`."""
     path = os.path.join(os.path.dirname(__file__), f"{name.removeprefix('python_')}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -249,7 +251,7 @@ def _load(name: str) -> ModuleType:
 
 
 def main() -> None:
-    tier, preload, cpu_s, folder, *paths = sys.argv[1:]
+    tier, preload, cpu_s, scratch, folder, *paths = sys.argv[1:]
     site_packages, readable = paths[: paths.index("--")], paths[paths.index("--") + 1 :]
     namespaces = None
     if tier == "namespaces":
@@ -261,7 +263,7 @@ def main() -> None:
         with contextlib.suppress(Exception):  # without them the rest of Python still works
             exec(_WARM_UP, {})
             warm = True
-    _Worker(tier, warm, float(cpu_s), namespaces).serve()
+    _Worker(tier, warm, float(cpu_s), scratch, namespaces).serve()
 
 
 if __name__ == "__main__":
