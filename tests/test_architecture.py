@@ -14,7 +14,7 @@ PACKAGE = Path(arpo_trl.__file__).parent
 DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 
 ROOMS = (
-    *("errors", "options", "common", "trl_seam"),
+    *("visible", "errors", "options", "common", "trl_seam"),
     *("net", "tools", "rollout", "rewards", "data", "config"),
     *("logs", "runs", "publishing", "training", "evaluation"),
     *("cli", "scripts", "quickstart"),

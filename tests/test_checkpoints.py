@@ -182,6 +182,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_named_when_asked_for(whole, tmp
         here.find(str(folder / "checkpoint-6"))
 
 
+def test_a_memory_of_the_right_size_that_is_none_is_named(model, whole, tmp_path):
+    folder = ended_after(whole("plain"), 6, tmp_path / "run")
+    memory = folder / "checkpoint-6" / "arpo_memory_0.pt"
+    memory.write_bytes(b"\0" * memory.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"arpo_memory_0\.pt cannot be read"):
+        train(model, folder, resume=True)
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 7}'])
 def test_without_any_whole_checkpoint_true_is_an_error(whole, tmp_path, content):
     shutil.copytree(whole("plain") / "checkpoint-7", tmp_path / "checkpoint-7")

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,40 @@ def test_what_cannot_be_shown_is_one_line_and_status_2(monkeypatch, capsys, log,
     assert (status, out) == (2, "")
     assert err.startswith("DataError: ") and message in err
     assert err.count("\n") == 1
+
+
+def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, log):
+    hostile = "\x1b]52;c;Y3VybA==\x07\x1b]0;owned\x07\x1b[2J\x9b2J\u202e"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    for row in rows:
+        row["prompt"] = hostile
+        for node in row["nodes"]:
+            node["text"] = hostile
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, _ = run(monkeypatch, capsys, "tree", str(log))
+    assert status == 0
+    assert not set(hostile) & set("\x1b\x07\x9b\u202e") & set(out)
+    assert out.count("␛]52;c;Y3VybA==␇␛]0;owned␇␛[2J‹U+009B›2J‹U+202E›") >= 4
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("judge_url: http://[::1/v1\njudge_model: wise", "ConfigError: judge_url is no address like http"),
+        ("judge_url: http://me:hunter2@h/v1\njudge_model: wise", "ConfigError: judge_url is no address like http"),
+        ("limit: " + "[" * 3000, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100 deep"),
+        ("limit: " + "[" * 101 + "]" * 101, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100"),
+        ("limit: 2025-13-45", r"ConfigError: .*config\.yaml is not valid YAML"),
+        ("limit: \udcff", r"ConfigError: .*config\.yaml is not UTF-8 text \(byte 7\)"),
+    ],
+)
+def test_settings_of_eval_that_cannot_be_read_are_one_line(monkeypatch, capsys, tmp_path, config, message):
+    (tmp_path / "gsm8k.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n')
+    path = tmp_path / "config.yaml"
+    path.write_bytes(f"{config}\nmodel: m\ndata: {tmp_path}\n".encode("utf-8", "surrogateescape"))
+    status, out, err = run(monkeypatch, capsys, "eval", "--config", str(path))
+    assert (status, out) == (2, "")
+    assert re.match(message, err.splitlines()[-1]) and "hunter2" not in err
 
 
 def test_eval_names_an_unknown_tool(monkeypatch, capsys, tmp_path):

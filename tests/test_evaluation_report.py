@@ -86,6 +86,19 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_hidden_characters_are_symbols_in_both_reports():
+    hidden = "gold \u202e\x9b2J\x1b[2J"
+    steps = [{"role": "assistant", "text": hidden, "tokens": 1}, called(hidden, hidden)]
+    records = [
+        record(0, 1.0, level=hidden, question=hidden, golds=[hidden], prediction=hidden, trajectory=steps),
+        record(1, None, error=hidden),
+    ]
+    page, text = page_of(*records), report.markdown(results_of(*records))
+    assert not {"\u202e", "\x9b", "\x1b"} & {*page, *text}
+    assert page.count("gold ‹U+202E›‹U+009B›2J␛[2J") >= 6
+    assert r"gold ‹U\+202E›‹U\+009B›2J␛\[2J" in text  # as `cell` writes it
+
+
 def test_whatever_a_model_wrote_is_text_on_the_page():
     page = Page(page_of(*varied()))
     assert page.open == []

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import threading
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from typing import Any
 
 import httpx
 import pytest
 
-from arpo_trl.net.http_client import RequestFailed, _retry_after_s, fetch, fetch_json
+from arpo_trl.net.http_client import MAX_JSON_BYTES, MAX_PIECES, RequestFailed, _retry_after_s, fetch, fetch_json
 from loopback import Loopback, Reply
 
 
@@ -36,6 +39,13 @@ def test_retry_after_as_a_date() -> None:
     soon = format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)
     assert _retry_after_s(soon) == pytest.approx(60, abs=5)
     assert _retry_after_s("Thu, 01 Jan 1970 00:00:00 GMT") == 0.0
+
+
+@pytest.mark.parametrize(
+    "value", ["Thu, 01 Jan 99999999999999999999 00:00:00 GMT", "Thu, 01 Jan 1970 00:00:00 +99999999999999999999"]
+)
+def test_retry_after_as_a_date_that_there_cannot_be(value: str) -> None:
+    assert _retry_after_s(value) is None
 
 
 @pytest.mark.parametrize(
@@ -85,3 +95,41 @@ def test_redirects_are_not_followed() -> None:
         with pytest.raises(RequestFailed, match="answered 302"):
             fetch_json(httpx.Request("GET", server.url), timeout_s=5)
     assert len(server.asked) == 2
+
+
+GZIP_HEADER, EMPTY_BLOCK = gzip.compress(b"", mtime=0)[:10], b"\0\0\0\xff\xff"
+
+
+def in_pieces(piece: bytes, number: int) -> Callable[[Any], None]:
+    return lambda file: file.write((b"%x\r\n%b\r\n" % (len(piece), piece)) * number)
+
+
+@pytest.mark.parametrize(("coding", "start", "piece"), [("identity", b"x", b"x"), ("gzip", GZIP_HEADER, EMPTY_BLOCK)])
+def test_an_answer_in_countless_small_pieces_is_given_up(coding: str, start: bytes, piece: bytes) -> None:
+    """Of gzip's empty blocks none adds a byte to the answer."""
+
+    def write(file: Any) -> None:
+        in_pieces(start, 1)(file)
+        in_pieces(piece, MAX_PIECES + 10)(file)
+
+    reply = Reply(stream=write, headers={"Transfer-Encoding": "chunked", "Content-Encoding": coding})
+    with Loopback(lambda asked: reply) as server, pytest.raises(RequestFailed, match=f"in more than {MAX_PIECES:,} "):
+        fetch(httpx.Request("GET", server.url), timeout_s=60)
+
+
+def test_an_answer_in_gzip_is_read() -> None:
+    body = gzip.compress(b"iron " * 10_000)
+    with Loopback(lambda asked: Reply(body, headers={"Content-Encoding": "gzip"})) as server:
+        answer = fetch(httpx.Request("GET", server.url), timeout_s=5)
+        assert server.asked[0].headers["accept-encoding"] == "gzip"
+    assert answer.body == b"iron " * 10_000
+
+
+def test_json_that_is_too_long_or_too_deep_is_no_answer() -> None:
+    for body, message in (
+        ("[" + "0," * MAX_JSON_BYTES + "0]", f"more than {MAX_JSON_BYTES:,} bytes"),
+        ("[" * 200_000 + "]" * 200_000, "not JSON"),
+        ("1" * 100_000, "not JSON"),
+    ):
+        with Loopback(lambda asked, body=body: Reply(body)) as server, pytest.raises(RequestFailed, match=message):
+            fetch_json(httpx.Request("GET", server.url), timeout_s=20)

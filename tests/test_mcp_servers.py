@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from arpo_trl.net import background
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
-from arpo_trl.tools.mcp import McpServer, McpSession, mcp_tools
+from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, mcp_tools
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from loopback import Asked, Loopback, Reply
 from support import tokenizer
@@ -211,6 +213,28 @@ def test_an_older_server_that_forgot_the_session_is_given_a_new_one() -> None:
         assert results(box, ("echo", {"text": "c"}))[0].text == "c"
 
 
+def test_an_endless_or_compressed_answer_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """A call is told so; none of it gets into the log, and the next call is answered."""
+    older = OlderServer()
+
+    def answer(asked: Asked) -> Reply:
+        reply = older(asked)
+        if b"tools/call" in asked.body and b"endless" in asked.body:
+            return replace(reply, body=b"\x1b[2J" + b" " * MAX_ANSWER_BYTES)
+        if b"tools/call" in asked.body and b"bomb" in asked.body:
+            headers = {**reply.headers, "Content-Encoding": "gzip"}
+            return replace(reply, body=gzip.compress(b" " * 100_000_000), headers=headers)
+        return reply
+
+    with Loopback(answer) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=20.0)) as box:
+        for text in ("endless", "bomb"):
+            (result,) = results(box, ("echo", {"text": text}))
+            assert not result.ok and "compressed or longer than 8,388,608 bytes" in result.text
+        assert results(box, ("echo", {"text": "a"}))[0].text == "a"
+        assert {asked.headers.get("accept-encoding") for asked in server.asked} == {"identity"}
+    assert not caplog.records
+
+
 def test_a_server_that_never_answers_is_given_up_and_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("arpo_trl.tools.mcp.START_TIMEOUT_S", 1.0)
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
@@ -250,7 +274,7 @@ def test_a_closed_session_leaves_no_process() -> None:
 def test_a_process_that_ends_takes_its_servers_along() -> None:
     code = (
         "import asyncio\n"
-        "from arpo_trl.tools.mcp import mcp_tools\n"
+        "from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, mcp_tools\n"
         f"tools = mcp_tools([{COMMAND!r}])\n"
         "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)"
     )
@@ -262,7 +286,7 @@ def test_a_process_that_ends_takes_its_servers_along() -> None:
 def test_a_killed_process_takes_its_servers_along() -> None:
     code = (
         "import asyncio, time\n"
-        "from arpo_trl.tools.mcp import mcp_tools\n"
+        "from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, mcp_tools\n"
         f"tools = mcp_tools([{COMMAND!r}])\n"
         "print(asyncio.run([t for t in tools if t.__name__ == 'process'][0](text='')), flush=True)\n"
         "time.sleep(600)"

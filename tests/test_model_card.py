@@ -1,7 +1,6 @@
 import dataclasses
 import json
 
-import pytest
 import yaml
 
 from arpo_trl import ARPOConfig, __version__
@@ -13,7 +12,6 @@ from arpo_trl.publishing.model_card import (
     describe,
     draw_curves,
     is_hub_id,
-    without_credentials,
 )
 
 HISTORY = [
@@ -131,19 +129,6 @@ def test_defaults_and_secrets_are_left_out():
     assert describe(Settings(servers=servers)) == {
         "servers": [{"url": "https://host/mcp", "command": "run", "env": ["SOME_KEY"]}]
     }
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("https://host/path", "https://host/path"),
-        ("https://host/path?a=1#b", "https://host/path#b"),
-        ("http://user@host", "http://host"),
-        ("what is a@b? see http", "what is a@b? see http"),
-    ],
-)
-def test_urls_lose_what_can_be_a_secret(text, expected):
-    assert without_credentials(text) == expected
 
 
 def test_settings_of_the_trainer_alone_parse(tmp_path):

@@ -58,3 +58,13 @@ def test_long_texts_are_cut_and_lines_joined():
     written = lines[3].partition("── ")[2].partition("  H ")[0]
     assert len(written) == MAX_CHARS
     assert written.startswith("word word word ") and written.endswith("…")
+
+
+def test_nothing_that_was_logged_steers_the_terminal():
+    hostile = "\x1b]52;c;Y3VybA==\x07\x1b]0;owned\x07\x1b[2J\x9b2J\u202edlo"
+    shown_as = "␛]52;c;Y3VybA==␇␛]0;owned␇␛[2J‹U+009B›2J‹U+202E›dlo"
+    made = tree(hostile)
+    made.nodes[2].text = hostile
+    lines = shown(made, prompt=hostile)
+    assert [shown_as in line for line in lines] == [True, False, True, True, False]
+    assert all(char.isprintable() for line in lines for char in line)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.errors import DataError
-from arpo_trl.tools.search.index import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool, tokenize
+from arpo_trl.tools.search.index import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool
+from arpo_trl.tools.search.words import STOP_WORDS, tokenize
 from arpo_trl.tools.toolbox import tool_spec
 
 PASSAGES: list[str | Mapping[str, str]] = [
@@ -97,7 +98,7 @@ def test_a_jsonl_file_holds_a_string_or_an_object_per_line(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('"fine"\n{"text": ', r"line 2: not JSON"),
+        ('"fine"\n{"text": ', r"line 2: not valid JSON"),
         ('"fine"\n\n{"body": "x"}', r"line 3: expected .* got keys \['body'\]"),
         ("5", r"line 1: expected .* got int"),
         ('{"text": "x", "title": 5}', r"line 1: expected"),
@@ -259,7 +260,20 @@ def test_a_recording_of_another_shape_is_refused(tmp_path: Path, content: object
 
 def test_a_recording_that_is_not_json_or_not_there_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(DataError, match="is not JSON"):
+    with pytest.raises(DataError, match="not valid JSON"):
         RecordedSearch(tmp_path / "broken.json")
     with pytest.raises(DataError, match="cannot be read"):
         RecordedSearch(tmp_path / "missing.json")
+
+
+def test_the_stop_words_are_those_of_bm25s_and_question_words():
+    """Saved indexes hold the words that are left: another list needs another `LocalIndex.FORMAT`."""
+    from bm25s.stopwords import STOPWORDS_EN
+
+    assert set(STOPWORDS_EN) < STOP_WORDS and len(STOP_WORDS) == 33 + 18
+
+
+def test_a_query_that_would_take_hours_is_cut():
+    """Sorting a run of accents takes time that grows with the square of its length: of 600,000, some 200 s."""
+    index = LocalIndex(["alpha", "beta"])
+    assert search_tool(index)("beta " + "a" + "\u0301\u0316" * 300_000) == "Page 1: beta"

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from arpo_trl.cli import main
 from arpo_trl.errors import DataError, ToolUnavailable
 from arpo_trl.tools.search import cache as search_cache
 from arpo_trl.tools.search.cache import Entry, Key, SearchCache
@@ -220,3 +221,22 @@ def test_processes_share_the_cap_and_the_rate(tmp_path: Path) -> None:
         assert [worker.exitcode for worker in workers] == [0] * 4
     assert len(times) == 25  # of 40 searches
     assert times[-1] - times[0] >= 0.2  # 24 gaps of 0.01 s
+
+
+@pytest.mark.parametrize("stored", ["{", "5", "[[1, 2, 3]]", '[["one"]]', "[" * 5000, b"\xff"])
+def test_a_damaged_answer_degrades_a_search_and_is_named_by_the_command(
+    cache: SearchCache, stored: str | bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache.put(Key.of("searxng", "q", {"results": 1}), HITS)
+    with sqlite3.connect(cache.path) as connection:
+        connection.execute("UPDATE results SET hits = ?", (stored,))
+    connection.close()
+    provider = make_provider("searxng", url="http://127.0.0.1:1")
+    with pytest.raises(ToolUnavailable):
+        WebSearch(provider, cache, search_cache.CacheMode.OFFLINE).search("q", 1)
+    with pytest.raises(DataError, match=r"cache\.sqlite cannot be used as a search cache: "):
+        WebSearch(provider, cache, search_cache.CacheMode.REPLAY)
+    monkeypatch.setattr("sys.argv", ["arpo-trl", "cache", "export", str(cache.path), str(cache.path) + ".json"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "cache.sqlite cannot be used as a search cache: " in capsys.readouterr().err

@@ -102,6 +102,18 @@ def batch_of(made: ARPOTrainer) -> dict:
     return made._generate_and_score_completions([ROWS[i // 4] for i in range(8)])
 
 
+def test_completions_that_are_printed_steer_no_terminal(model_path, tmp_path, capsys):
+    made = trainer(model_path, tmp_path, engine=scripted(), log_completions=True)
+    made._logs["prompt"].append([{"role": "user", "content": "ask\x1b[2J"}])
+    made._logs["completion"].append([{"role": "tool", "content": "see\x9b2J\u202e\x07"}])
+    made._logs["advantages"].append(1.0)
+    made._logs["extra"]["note"].append("\x1b]0;owned\x07")
+    made.log({})
+    printed = capsys.readouterr().out
+    assert not any(hostile in printed for hostile in ("\x1b[2J", "\x1b]", "\x9b", "\u202e", "\x07"))
+    assert "␛" in printed and "‹U+202E›" in printed
+
+
 @pytest.mark.parametrize("credit", [("soft", "per_leaf"), ("hard", "once")])
 def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path, credit):
     attribution, weight = credit

@@ -181,13 +181,13 @@ def test_the_row_that_the_broken_ones_are_made_from_is_sound(tmp_path):
 
 
 ROOT = {"index": 0, "parent": None, "kind": "root", "ids": [1], "text": ""}
+LEAF = {"address": [0], "node": 1, "reward": 0.0, "advantage": 0.0}
 TURN = {"index": 1, "parent": 0, "kind": "turn", "ids": [2], "text": "", "logprobs": [-0.5], "stop": "eos"}
 
 
 @pytest.mark.parametrize(
     "line",
     [
-        broken()[:-20],
         "null",
         '"text"',
         "[]",
@@ -199,10 +199,56 @@ TURN = {"index": 1, "parent": 0, "kind": "turn", "ids": [2], "text": "", "logpro
         broken(nodes=[ROOT, TURN | {"logprobs": []}]),
         broken(nodes=[ROOT, {key: value for key, value in TURN.items() if key != "stop"}]),
         broken(leaves=[{"address": [0], "node": 5, "reward": 0.0, "advantage": 0.0}]),
+        broken(leaves=[LEAF | {"node": -1}]),
+        broken(leaves=[LEAF, LEAF | {"address": [1]}]),
+        broken(nodes=[ROOT, TURN, TURN | {"parent": 1}]),
     ],
 )
 def test_a_broken_line_names_file_and_line(tmp_path, line):
     path = tmp_path / "log.jsonl"
     path.write_text(f"{broken()}\n{broken()}\n{line}\n")
     with pytest.raises(DataError, match=r"log\.jsonl, line 3: not a logged tree"):
+        list(read_trees(path))
+
+
+def without(node, key):
+    return {name: value for name, value in node.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        (broken(nodes=[ROOT, TURN | {"parent": -1}]), r"nodes\[1\].parent is -1; expected an earlier node"),
+        (broken(nodes=[ROOT, TURN | {"parent": 1}]), r"nodes\[1\].parent is 1; expected an earlier node"),  # a cycle
+        (broken(nodes=[ROOT, TURN | {"parent": True}]), r"nodes\[1\].parent is True; expected int"),
+        (broken(nodes=[ROOT, without(TURN, "text")]), r"nodes\[1\] has no 'text'; it has \["),
+        (broken(nodes=[ROOT, TURN | {"text": 5}]), r"nodes\[1\].text is 5; expected str"),
+        (broken(nodes=[ROOT, TURN | {"ids": "12"}]), r"nodes\[1\].ids is '12'; expected a list"),
+        (broken(nodes=[ROOT, TURN | {"ids": [1.5]}]), r"nodes\[1\].ids\[0\] is 1.5; expected int"),
+        (broken(nodes=[ROOT, TURN | {"stop": "never"}]), r"'never' is not a valid StopReason"),
+        (broken(nodes=[ROOT, TURN | {"calls": [{}]}]), r"nodes\[1\].calls\[0\] has no 'name'"),
+        (broken(leaves=[LEAF | {"reward": "good"}]), r"leaves\[0\].reward is 'good'; expected float \| None"),
+        (broken(leaves=[LEAF | {"address": [0, "a"]}]), r"leaves\[0\].address\[1\] is 'a'; expected int"),
+        (broken(step="\x1b[2J"), r"the line.step is '\\x1b\[2J'; expected int"),
+    ],
+)
+def test_a_broken_line_names_the_part_too(tmp_path, line, part):
+    path = tmp_path / "log.jsonl"
+    path.write_text(f"{broken()}\n{line}\n")
+    with pytest.raises(DataError, match=rf"log\.jsonl, line 2: not a logged tree: .*{part}"):
+        list(read_trees(path))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (broken()[:-20].encode(), "line 2: not valid JSON"),
+        (b"[" * 5000 + b"]" * 5000, "line 2: lists and mappings stand more than 100 deep"),
+        (b"\xff\xfe{}", r"line 2 is not UTF-8 text \(byte 0\)"),
+    ],
+)
+def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(f"{broken()}\n".encode() + line + b"\n")
+    with pytest.raises(DataError, match=rf"log\.jsonl, {message}"):
         list(read_trees(path))

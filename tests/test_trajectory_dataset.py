@@ -6,7 +6,7 @@ from datasets import load_dataset
 
 from arpo_trl.errors import DataError
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
-from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
+from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows, leaf_rows
 from support import ANSWER, Scripted
 
 
@@ -68,3 +68,9 @@ def test_a_broken_log_is_named(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(DataError, match=r"step-000000-rank0\.jsonl, line 1: not a logged tree"):
         export_rows([path], tmp_path / "data")
+
+
+def test_a_file_of_another_name_is_no_log(tmp_path):
+    (tmp_path / "step-000001-rankx.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"rankx\.jsonl is not named like a trajectory log"):
+        list(leaf_rows(tmp_path / "step-000001-rankx.jsonl"))

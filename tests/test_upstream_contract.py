@@ -62,6 +62,7 @@ from trl.trainer.utils import (
     get_callable_name,
     is_async_callable,
     pad,
+    print_prompt_completions_sample,
     shuffle_sequence_dict,
     split_tensor_dict,
 )
@@ -302,6 +303,21 @@ def test_where_there_are_tools_the_loops_masks_completions_and_counts_are_taken(
     metrics = trainer._metrics["train"]
     assert metrics["tools/call_frequency"] == [1.5]
     assert metrics["tools/failure_frequency"] == pytest.approx([1 / 3])
+
+
+def test_completions_are_printed_by_log_and_none_where_their_number_is_zero(trainer, capsys):
+    """`ARPOTrainer.log` prints them itself."""
+    assert parameters(print_prompt_completions_sample) == [
+        *("prompts", "completions", "rewards", "advantages", "step", "num_samples", "extra"),
+    ]
+    trainer.log_completions = True
+    (Path(trainer.args.output_dir) / "completions").mkdir()
+    for name in ("prompt", "completion", "advantages"):
+        trainer._logs[name].append(1.0)
+    for number in (None, 0):
+        trainer.num_completions_to_print = number
+        trainer.log({})
+        assert ("Completion" in capsys.readouterr().out) == (number is None)
 
 
 def test_messages_reach_the_rollout_function_untemplated(trainer):

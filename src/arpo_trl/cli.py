@@ -11,9 +11,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from arpo_trl.errors import ArpoError, ConfigError, Interrupted
+from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
+
+if TYPE_CHECKING:
+    from arpo_trl.tools.search.cache import SearchCache
 
 T = TypeVar("T")
 
@@ -70,11 +73,11 @@ def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None
 
 
 def _read_config(path: str) -> dict[Any, Any]:
-    import yaml
+    from arpo_trl.common.user_files import read_yaml
 
     try:
-        config = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = read_yaml(Path(path))
+    except DataError as error:
         raise ConfigError(f"The --config file cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"The --config file {path} holds a {type(config).__name__}; expected lines of name: value.")
@@ -209,7 +212,6 @@ def _main() -> int:
 def _tree(arguments: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from arpo_trl.errors import DataError
     from arpo_trl.logs.render import render_tree
     from arpo_trl.logs.trajectories import read_trees
 
@@ -286,13 +288,22 @@ def _push(arguments: argparse.Namespace) -> None:
 
 
 def _cache(arguments: argparse.Namespace) -> None:
-    from arpo_trl.errors import DataError
+    import sqlite3
+
     from arpo_trl.tools.search.cache import SearchCache
-    from arpo_trl.tools.search.providers import provider_kind
 
     if arguments.action != "import" and not arguments.cache.exists():
         raise DataError(f"There is no search cache {arguments.cache}. Check the path.")
     cache = SearchCache(arguments.cache)
+    try:
+        _on_cache(cache, arguments)
+    except sqlite3.Error as error:
+        raise cache.unusable(error) from error
+
+
+def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
+    from arpo_trl.tools.search.providers import provider_kind
+
     match arguments.action:
         case "stats":
             print(json.dumps(cache.stats(), indent=2))

@@ -12,8 +12,9 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
-from arpo_trl.common.settings import ToolLimits, check_fields, check_server_url, described
+from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
+from arpo_trl.net.addresses import check_server_url
 from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, SharedPrefixForward, WeightSync
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of

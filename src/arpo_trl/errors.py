@@ -19,9 +19,15 @@ becomes text the model sees. `ToolError` is what a tool raises on purpose. `Inte
 
 import signal
 
+from arpo_trl.visible import for_people
+
 
 class ArpoError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __str__(self) -> str:
+        """The message for people: what it quotes of files, services and models is safe to print and holds no key."""
+        return for_people(super().__str__())
 
 
 class ConfigError(ArpoError, ValueError):
@@ -58,6 +64,10 @@ class HubError(ArpoError, RuntimeError):
 
 class ToolError(ArpoError):
     """Raised by a tool when a call fails for a reason that the model should read; the message is its result."""
+
+    def __str__(self) -> str:
+        """The message for the model: as the tool wrote it."""
+        return Exception.__str__(self)
 
 
 class ToolUnavailable(ToolError):

@@ -22,7 +22,14 @@ from trl.models import unwrap_model_for_generation
 # `get_config_model_id`: the base model's name, for output folders and cards.
 # `get_callable_name`, `is_async_callable`: how TRL names a reward function in metrics, and whether it awaits it.
 # `pad`: the layout of a batch (side, multiple).
-from trl.trainer.utils import get_callable_name, get_config_model_id, is_async_callable, pad
+# `print_prompt_completions_sample`: the table of completions that `log_completions` prints.
+from trl.trainer.utils import (
+    get_callable_name,
+    get_config_model_id,
+    is_async_callable,
+    pad,
+    print_prompt_completions_sample,
+)
 
 if TYPE_CHECKING:
     from trl.generation.vllm_generation import VLLMGeneration
@@ -37,6 +44,7 @@ __all__ = [
     "is_chat_template_prefix_preserving",
     "pad",
     "parse_response",
+    "print_prompt_completions_sample",
     "unwrap_model_for_generation",
 ]
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import ProtocolKind
@@ -123,20 +122,6 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
     if not text:
         return "a finite number" if kind is float else noun
     return f"{noun} {text}" if text.startswith("in ") else f"{noun} of {text}"
-
-
-def check_server_url(url: str, subject: str, key_variable: str) -> None:
-    """Returns if `url` is the address of a server; a key in it would get into logs.
-
-    Raises:
-        ConfigError: it is not; names `subject` and where the key belongs.
-    """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-        raise ConfigError(
-            f"{subject} is no address like http://host:port/v1, without user name, password or query. Its key, if it "
-            f"wants one, belongs in the environment variable {key_variable}."
-        )
 
 
 @dataclass

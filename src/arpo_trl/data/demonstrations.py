@@ -84,6 +84,8 @@ def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None)
 def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[Segment]]:
     if row.get("messages"):
         messages: Sequence[Mapping[str, Any]] = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+            raise DataError("`messages` is no list of messages; expected each with a role and a content, both text.")
         for position, message in enumerate(messages):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise DataError(f"message {position} is {dict(message)}; expected a role and a content, both text.")
@@ -101,7 +103,7 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
                     f"a {message['role']!r} message after the first assistant message; expected tool ones."
                 )
         return list(messages[:start]), segments
-    if row.get("prompt") and row.get("text"):
+    if row.get("prompt") and isinstance(row.get("text"), str) and row["text"]:
         return row["prompt"], list(_turns_and_results(row["text"]))
     raise DataError(f"it has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
 

@@ -6,8 +6,6 @@ character, so that `\boxed` became a backspace and `oxed`, `\frac` a form feed a
 
 from __future__ import annotations
 
-import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,11 +15,13 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from arpo_trl.common.user_files import json_lines, read_json
 from arpo_trl.data.layouts import TASKS, check_prompt, convert_row, read_columns, system_prompt_text
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
@@ -178,14 +178,13 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
     match path.suffix:
         case ".parquet":
             try:
-                table = pyarrow.parquet.read_table(path)
-            except pyarrow.ArrowInvalid as error:
+                rows = pyarrow.parquet.read_table(path).to_pylist()
+            except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
                 raise DataError(f"{path} is not a readable parquet file: {error}") from error
-            rows = table.to_pylist()
         case ".jsonl":
-            rows = _read_jsonl(path, bad)
+            rows = [row for _, row in json_lines(path, bad)]
         case ".json":
-            rows = _parse_json(_read_text(path), str(path))
+            rows = read_json(path)
             if not isinstance(rows, list):
                 raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects, one per row.")
         case _:
@@ -198,38 +197,6 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         if bad is None:
             raise DataError(problem)
         bad.append(problem)
-
-
-def _read_jsonl(path: Path, bad: list[str] | None) -> list[Any]:
-    # Only \n ends a line: str.splitlines would also break at characters that JSON allows within a string.
-    rows = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(_parse_json(line, f"{path}, line {number}"))
-            except DataError as error:
-                if bad is None:
-                    raise
-                bad.append(str(error))
-    return rows
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte {error.start}). Convert it, with iconv for example."
-        ) from error
-
-
-def _parse_json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{where}: not valid JSON ({error}).") from error
 
 
 # Converting

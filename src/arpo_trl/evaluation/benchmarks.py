@@ -7,7 +7,6 @@ import binascii
 import difflib
 import hashlib
 import json
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -19,8 +18,9 @@ from arpo_trl.data.loading import SUFFIXES, load_arpo_dataset, read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
 from arpo_trl.rewards.answers import MATH, extract_answer
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SUITES = ("reasoning", "knowledge", "deepsearch")
 

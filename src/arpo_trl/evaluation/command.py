@@ -41,6 +41,7 @@ from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.visible import visible
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,9 @@ def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolde
             for questions in chosen:
                 keys = evaluator.keys(questions)
                 had = sum(key in folder.done for key in keys)
-                task = progress.add_task(escape(questions.benchmark.title), total=len(keys), completed=had, score="")
+                task = progress.add_task(
+                    escape(visible(questions.benchmark.title)), total=len(keys), completed=had, score=""
+                )
                 run_benchmark(evaluator, questions, folder, _Running(progress, task, questions.benchmark).take)
         except EngineError as error:
             return f"EngineError: {error}"
@@ -318,6 +321,6 @@ def _self_check(chosen: Sequence[Questions], settings: EvalSettings, console: Co
 
 
 def _print(console: Console, *lines: str) -> None:
-    """Lines as they are: nothing in them is mark-up, and none is folded."""
+    """Lines as they are: nothing in them is mark-up or steers the terminal, and none is folded."""
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(visible(line), markup=False, highlight=False, soft_wrap=True)

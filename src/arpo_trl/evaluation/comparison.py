@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
 from arpo_trl.evaluation.results import value_of
@@ -97,15 +97,18 @@ def draw(comparisons: list[Comparison], names: tuple[str, str], path: Path) -> N
 
 
 def _results(folder: Path) -> dict[str, Any]:
+    path = folder / "results.json"
     try:
-        results = json.loads((folder / "results.json").read_text("utf-8"))
-        assert isinstance(results["benchmarks"], dict)
-    except (OSError, ValueError, LookupError, TypeError, AssertionError) as error:
+        results = read_json(path)
+        expect(results, {"benchmarks": dict}, str(path))
+        for name, summary in results["benchmarks"].items():
+            expect(summary, {"metric": str | None}, f"{path}, benchmarks.{name}")
+    except DataError as error:
         raise DataError(
-            f"{folder} holds no results.json of a finished evaluation ({type(error).__name__}). Give the output "
-            "folder of `arpo-trl eval`."
+            f"{folder} holds no results.json of a finished evaluation: {error} Give the output folder of "
+            "`arpo-trl eval`."
         ) from error
-    return results
+    return dict(results)
 
 
 def _scores(folder: Path, metrics: Mapping[str, str]) -> dict[str, dict[tuple[str, str], float]]:

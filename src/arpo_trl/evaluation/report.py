@@ -6,7 +6,6 @@ and no request at all, so nothing in it can act.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 
 import jinja2
 
+from arpo_trl.common.user_files import read_json
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import Record
+from arpo_trl.visible import visible, visible_data
 
 SHOWN_SAMPLES = 200
 """Samples of each benchmark that the page shows; all are in samples.jsonl."""
@@ -60,6 +61,7 @@ class ShownSamples:
 
 def html(results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]]) -> str:
     """One page that needs nothing else."""
+    results, samples = visible_data(results), visible_data(samples)
     source = files("arpo_trl.evaluation").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"score": score, "share": _share}
@@ -70,6 +72,7 @@ def html(results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]]
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The numbers as a Markdown document."""
+    results = visible_data(results)
     lines = ["# Evaluation", "", *table(results), ""]
     if results["suites"]:
         lines += ["Suites: " + ", ".join(f"{name} {score(mean)}" for name, mean in results["suites"].items()), ""]
@@ -121,9 +124,9 @@ def saved_table(folder: Path) -> str:
     """
     path = folder / "results.json"
     try:
-        return "\n".join(table(json.loads(path.read_text("utf-8"))))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DataError(f"{path} is no result of `arpo-trl eval` ({type(error).__name__}).") from error
+        return "\n".join(table(read_json(path)))
+    except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no result of `arpo-trl eval` ({type(error).__name__}: {error}).") from error
 
 
 def pipe_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -> list[str]:
@@ -163,8 +166,8 @@ def _details(name: str, summary: Mapping[str, Any]) -> list[str]:
 
 
 def cell(text: str) -> str:
-    """Text of unknown origin in Markdown: one line, no mark-up of its own."""
-    line = " ".join(text.split())
+    """Text of unknown origin in Markdown: one line, no mark-up and no hidden character of its own."""
+    line = " ".join(visible(text).split())
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>()#+!|~&$" else char for char in line[:300])
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
@@ -185,9 +186,10 @@ class RunFolder:
 
     def _check_same(self, description: Path, identity: dict[str, Any], resume: bool) -> None:
         try:
-            other = json.loads(description.read_text("utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{description} cannot be read: {error}. Choose another output folder.") from error
+            other = read_json(description)
+            expect(other, dict, str(description))
+        except DataError as error:
+            raise DataError(f"{error} Choose another output folder.") from error
         differences = list(differences_between(other, identity))
         if differences:
             raise ConfigError(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import whole_file
+from arpo_trl.common.user_files import expect, json_lines, parse_json
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.scoring import JUDGE
 from arpo_trl.rollout.tree import NodeKind, RolloutTree
@@ -49,12 +50,14 @@ def read_records(path: Path) -> Iterator[Record]:
     """The finished lines of a log; raises `DataError` for a line that is none."""
     if not path.exists():
         raise DataError(f"There is no {path}. Give the output folder of `arpo-trl eval`.")
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            record = _record(line)
-            if record is None:
-                raise DataError(f"{path}, line {number}: not a sample of an evaluation. Resume the run to repair it.")
-            yield record
+    for number, record in json_lines(path):
+        try:
+            _check(record)
+        except DataError as error:
+            raise DataError(
+                f"{path}, line {number}: not a sample of an evaluation: {error} Resume the run to repair it."
+            ) from error
+        yield record
 
 
 def repair(path: Path) -> tuple[set[Key], list[Record]]:
@@ -89,14 +92,37 @@ def repair(path: Path) -> tuple[set[Key], list[Record]]:
     return done, [record for key, record in unjudged.items() if key not in done]
 
 
+_HEAD = {
+    "benchmark": str, "number": int, "sample": int, "level": str | None, "question": str, "golds": [str],
+    "error": str | None,
+}  # fmt: skip
+_CALL = {"name": str, "text": str, "failure": str | None, "seconds": float, "source": str}
+_SCORED = {
+    "task": str, "prediction": str | None, "scores": dict, "fault": str | None, "stop": str, "seconds": float,
+    "tokens": {"prompt": int, "generated": int, "observed": int},
+    "trajectory": [{"role": str, "text": str | None, "calls?": [_CALL]}],
+}  # fmt: skip
+
+
+def _check(record: Any) -> None:
+    """Raises `DataError` where `record` lacks what a summary, a report or a comparison reads."""
+    expect(record, _HEAD, "the line")
+    if record["error"] is None:
+        expect(record, _SCORED, "the line")
+        for name, value in record["scores"].items():
+            expect(value, float | None, f"scores.{name}")
+        for number, step in enumerate(record["trajectory"]):
+            if step["role"] == "tool":
+                expect(step, {"calls": list}, f"trajectory[{number}]")
+
+
 def _record(line: str) -> Record | None:
     try:
-        record = json.loads(line)
-        ok = isinstance(record, dict) and all(isinstance(part, str | int) for part in key_of(record))
-        ok = ok and (record["error"] is not None or isinstance(record["scores"], dict))
-    except (ValueError, KeyError, RecursionError):
+        record = parse_json(line, "a line")
+        _check(record)
+    except DataError:
         return None
-    return record if ok else None
+    return dict(record)
 
 
 def trajectory(tree: RolloutTree) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from rich.tree import Tree
 from arpo_trl.logs.trajectories import LoggedTree
 from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.tree import Node, NodeKind
+from arpo_trl.visible import visible
 
 MAX_CHARS = 160
 
@@ -52,5 +53,5 @@ def _label(node: Node, results: dict[int, tuple[float | None, float]]) -> Text:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(visible(text).split())
     return line if len(line) <= MAX_CHARS else line[: MAX_CHARS - 1] + "…"

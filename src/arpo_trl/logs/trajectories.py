@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.user_files import expect, json_lines
 from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
@@ -99,14 +100,13 @@ def read_trees(path: str | Path) -> Iterator[LoggedTree]:
     """The trees of a log file, rebuilt.
 
     Raises:
-        DataError: A line is not a logged tree; the message names file and line.
+        DataError: A line is not a logged tree; the message names file, line and the part of it.
     """
-    with Path(path).open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                yield _tree_from(json.loads(line))
-            except (LookupError, TypeError, ValueError, AttributeError, EngineError) as error:
-                raise DataError(f"{path}, line {number}: not a logged tree ({error!r}).") from error
+    for number, row in json_lines(Path(path)):
+        try:
+            yield _tree_from(row)
+        except (DataError, EngineError, ValueError) as error:
+            raise DataError(f"{path}, line {number}: not a logged tree: {error}") from error
 
 
 def _tree_row(logged: LoggedTree) -> dict[str, Any]:
@@ -128,10 +128,27 @@ def _node_row(node: Node) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
 
 
-def _tree_from(row: dict[str, Any]) -> LoggedTree:
+_CALL = {"name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str}
+_DECISION = {"entropy_nats": float, "delta": float, "probability": float, "fires": bool, "granted": int}
+_NODE = {
+    "kind": str, "parent": int, "ids": [int], "text": str, "entropies?": [float], "stop?": str, "calls?": [_CALL],
+    "decision?": _DECISION,
+}  # fmt: skip
+_LEAF = {"address": [int], "node": int, "reward": float | None, "advantage": float}
+_TREE = {"step": int, "group": int, "prompt": str, "nodes": [{"ids?": [int]}], "leaves": [_LEAF]}
+
+
+def _tree_from(row: Any) -> LoggedTree:
+    expect(row, _TREE, "the line")
+    if not row["nodes"]:
+        raise DataError("nodes is empty; expected at least a root.")
     tree = RolloutTree(row["nodes"][0].get("ids", []))
-    for node in row["nodes"][1:]:
+    for number, node in enumerate(row["nodes"][1:], 1):
+        expect(node, _NODE, f"nodes[{number}]")
+        if not 0 <= node["parent"] < number:
+            raise DataError(f"nodes[{number}].parent is {node['parent']}; expected an earlier node.")
         if NodeKind(node["kind"]) is NodeKind.TURN:
+            expect(node, {"logprobs": [float]}, f"nodes[{number}]")
             grown = tree.add_turn(
                 node["parent"], node["ids"], node["text"], node["logprobs"], node.get("entropies", [])
             )
@@ -141,10 +158,11 @@ def _tree_from(row: dict[str, Any]) -> LoggedTree:
             grown = tree.add_observation(node["parent"], node["ids"], calls, node["text"])
             grown.decision = BranchDecision(**node["decision"]) if "decision" in node else None
     for leaf in row["leaves"]:
-        stop = tree.nodes[leaf["node"]].stop
+        stop = tree.nodes[leaf["node"]].stop if 0 <= leaf["node"] < len(tree.nodes) else None
         if stop is None:
-            raise ValueError(f"leaf {leaf['address']} never stopped")
+            raise DataError(f"leaf {leaf['address']} ends at node {leaf['node']}, where nothing stopped.")
         tree.end(leaf["node"], tuple(leaf["address"]), stop)
+    tree.check(len(row["leaves"]))
     rewards = [leaf["reward"] for leaf in row["leaves"]]
     return LoggedTree(
         row["step"], row["group"], row["prompt"], tree, rewards, [leaf["advantage"] for leaf in row["leaves"]]

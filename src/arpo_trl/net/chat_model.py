@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from arpo_trl.common.settings import check_server_url
+from arpo_trl.net.addresses import check_server_url
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 
 
@@ -25,10 +25,12 @@ class ChatModel:
     url: str
     model: str
     key_variable: str
+    setting: str
+    """The name of the setting that `url` comes from."""
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        check_server_url(self.url, f"The server of {self.model!r}", self.key_variable)
+        check_server_url(self.url, self.setting, self.key_variable)
 
     def ask(self, prompt: str, timeout_s: float) -> str:
         """What the model says, at temperature 0; raises `RequestFailed` when it says nothing in time."""

@@ -1,6 +1,7 @@
-"""One HTTP exchange with a server that may be slow, huge or hostile: a deadline for all of it and a cap on its size.
+"""One HTTP exchange with a server that may be slow, huge or hostile: a deadline for all of it and caps on its size.
 
-Nothing of a request or an answer gets into an error: both can hold keys.
+Nothing of a request or an answer gets into an error: both can hold keys. What an answer costs this process is bounded
+by its bytes, after decompression, and by the pieces it comes in: each costs some 30 µs, and may hold a single byte.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import asyncio
 import json
 import os
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,7 +24,11 @@ import stamina
 from arpo_trl.net import background
 
 MAX_BYTES = 8 << 20
-_CODINGS = ("", "identity", "gzip", "deflate")  # others expand a small chunk without bound
+MAX_JSON_BYTES = 2 << 20
+MAX_PIECES = 1 << 14
+"""Half a second's work. 8 MiB come in 6,000 pieces where each is a packet of the network."""
+_CODINGS = ("", "identity", "gzip")
+_HEADERS = {"User-Agent": "arpo-trl", "Accept-Encoding": "gzip"}
 _GRACE_S = 1.0
 _ERROR_BYTES = 4096
 _ACCOUNT_WORDS = re.compile(r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed")
@@ -80,6 +86,8 @@ def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTE
     Raises:
         RequestFailed: no complete answer within these limits.
     """
+    for name, value in _HEADERS.items():  # the client adds its own only to requests that it makes itself
+        request.headers.setdefault(name, value)
     future = background.start(_exchange(request, timeout_s, max_bytes, pooled))
     try:
         return future.result(timeout_s + _GRACE_S)
@@ -98,7 +106,7 @@ def fetch_json(request: httpx.Request, *, timeout_s: float, sent: str = "") -> A
     Raises:
         RequestFailed: no answer, another status than 200, or no JSON.
     """
-    answer = fetch(request, timeout_s=timeout_s)
+    answer = fetch(request, timeout_s=timeout_s, max_bytes=MAX_JSON_BYTES)
     if answer.status != 200:
         retry_after = _retry_after_s(answer.headers.get("retry-after"))
         words = _account_words(answer.body[:_ERROR_BYTES].decode("utf-8", "replace")) - _account_words(sent)
@@ -153,14 +161,7 @@ async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, po
             response = await _client_of(os.getpid(), pooled).send(request, stream=True)
             status = response.status_code
             try:
-                if response.headers.get("content-encoding", "").lower() not in _CODINGS:
-                    raise RequestFailed("answered in a compression that is not accepted", status=status)
-                body = bytearray()
-                async for chunk in response.aiter_bytes():
-                    body += chunk
-                    if len(body) > max_bytes:
-                        raise RequestFailed(f"answered with more than {max_bytes:,} bytes", status=status)
-                return Answer(status, response.headers, bytes(body))
+                return Answer(status, response.headers, await _body(response, max_bytes))
             finally:
                 await response.aclose()
     except (TimeoutError, httpx.TimeoutException):
@@ -170,11 +171,30 @@ async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, po
         raise RequestFailed(f"the connection failed ({type(error).__name__})") from None
 
 
+async def _body(response: httpx.Response, max_bytes: int) -> bytes:
+    coding, status = response.headers.get("content-encoding", "").lower(), response.status_code
+    if coding not in _CODINGS:
+        raise RequestFailed("answered in a compression that is not accepted", status=status)
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
+    body, pieces = bytearray(), 0
+    async for piece in response.aiter_raw():
+        pieces += 1
+        try:
+            # No more than is needed to know that it is too much: a piece may expand a thousandfold.
+            body += inflater.decompress(piece, max_bytes + 1 - len(body)) if inflater else piece
+        except zlib.error:
+            raise RequestFailed("answered with broken gzip", status=status) from None
+        if len(body) > max_bytes:
+            raise RequestFailed(f"answered with more than {max_bytes:,} bytes", status=status)
+        if pieces > MAX_PIECES:
+            raise RequestFailed(f"answered in more than {MAX_PIECES:,} pieces", status=status)
+    return bytes(body)
+
+
 @lru_cache
 def _client_of(pid: int, pooled: bool) -> httpx.AsyncClient:
     """The client of process `pid` on its background loop."""
     return httpx.AsyncClient(
-        headers={"User-Agent": "arpo-trl", "Accept-Encoding": "gzip, deflate"},
         timeout=None,  # the deadline above is for everything
         trust_env=pooled,
         # An open connection was checked for the name it was opened for, not for others at the same address.
@@ -191,7 +211,7 @@ def _retry_after_s(value: str | None) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
     return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # also what nan becomes

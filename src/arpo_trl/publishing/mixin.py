@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Sequence
@@ -26,8 +25,9 @@ from arpo_trl.publishing.push import (
     reason_of,
 )
 from arpo_trl.trl_seam import get_config_model_id
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Publishing(GRPOTrainer):

@@ -11,7 +11,6 @@ All of it is made from the folder's own files, so a card can be made again for a
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +19,12 @@ from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
 from arpo_trl.common.files import whole_file, write_whole
+from arpo_trl.common.user_files import expect, read_json, read_text, read_yaml
+from arpo_trl.visible import without_credentials
 
 CONFIG_NAME = "training_config.yaml"
 EVALUATION_NAME = "evaluation.md"
@@ -95,22 +95,33 @@ class Card:
 
     @classmethod
     def of(cls, folder: Path, repo_id: str) -> Card | None:
-        """The card of a finished run's folder; None if it holds no `training_config.yaml`."""
+        """The card of a finished run's folder; None if it holds no `training_config.yaml`.
+
+        Raises `DataError` where one of its files is not what a run writes.
+        """
         config, state = folder / CONFIG_NAME, folder / "trainer_state.json"
         if not config.is_file():
             return None
         adapter, evaluation = folder / ADAPTER_CONFIG_NAME, folder / EVALUATION_NAME
-        settings = yaml.safe_load(config.read_text("utf-8")) or {}
+        settings = read_yaml(config) or {}
+        expect(settings, dict, str(config))
         base = settings.get("model_name_or_path")
         if adapter.is_file():
-            base = json.loads(adapter.read_text("utf-8")).get("base_model_name_or_path") or base
+            described = read_json(adapter)
+            expect(described, {"base_model_name_or_path?": str | None}, str(adapter))
+            base = described.get("base_model_name_or_path") or base
+        history = []
+        if state.is_file():
+            said = read_json(state)
+            expect(said, {"log_history": [dict]}, str(state))
+            history = said["log_history"]
         return cls(
             repo_id,
             settings,
-            json.loads(state.read_text("utf-8"))["log_history"] if state.is_file() else [],
+            history,
             base,
             adapter.is_file(),
-            evaluation.read_text("utf-8") if evaluation.is_file() else None,
+            read_text(evaluation) if evaluation.is_file() else None,
         )
 
     def write(self, folder: Path) -> None:
@@ -206,14 +217,6 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
     return without_credentials(str(value))
-
-
-def without_credentials(text: str) -> str:
-    """`text`, and if it is a URL, without user name, password and query."""
-    parts = urlsplit(text) if "://" in text else None
-    if parts is None or not (parts.query or "@" in parts.netloc):
-        return text
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
 def is_hub_id(name: str) -> bool:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import os
 import re
 import shlex
@@ -34,8 +33,9 @@ from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 http: Any = getattr(hub_client, "httpx2", None) or hub_client.httpx
 """What the Hub's client is made of, and raises the errors of: httpx2 from huggingface_hub 2.0 on, httpx before."""

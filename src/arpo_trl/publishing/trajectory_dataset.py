@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from arpo_trl.errors import DataError
 from arpo_trl.logs.trajectories import read_trees
 
 _TEXT, _INTEGER, _NUMBER = pa.string(), pa.int64(), pa.float64()
@@ -57,6 +58,8 @@ def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
         DataError: A line is not a logged tree.
     """
     rollout, _, rank = path.stem.rpartition("-rank")
+    if not (rank.isascii() and rank.isdecimal()):
+        raise DataError(f"{path} is not named like a trajectory log, step-000001-rank0.jsonl. Name it so.")
     for logged in read_trees(path):
         leaves = logged.tree.leaves()
         for number, (leaf, reward, advantage) in enumerate(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import re
 import threading
 import time
@@ -23,12 +22,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.user_files import expect, parse_json
 from arpo_trl.errors import DataError
 from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.net.circuit_breaker import CircuitBreaker
 from arpo_trl.net.http_client import RequestFailed, retried
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 KEY_VARIABLE = "JUDGE_API_KEY"
 MAX_PREDICTION_CHARS = 1000
@@ -107,7 +108,7 @@ class LLMJudge:
         concurrency: int = 16,
         breaker: CircuitBreaker | None = None,
     ):
-        self._model = ChatModel(url, model, KEY_VARIABLE, max_tokens=256)
+        self._model = ChatModel(url, model, KEY_VARIABLE, "judge_url", max_tokens=256)
         self._timeout_s = timeout_s
         self._concurrency = concurrency
         self._breaker = breaker or CircuitBreaker()
@@ -171,10 +172,11 @@ def _read_cache(path: Path) -> dict[str, bool]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be used for the judge's verdicts: {error}. Name another file.") from error
     known: dict[str, bool] = {}
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, LookupError, TypeError):
-            row = json.loads(line)
-            known[str(row["key"])] = bool(row["correct"])
+    for line in text.split("\n"):
+        with contextlib.suppress(DataError):
+            row = parse_json(line, "a line")
+            expect(row, {"key": str, "correct": bool}, "a line")
+            known[row["key"]] = row["correct"]
     if text and not known:
         raise DataError(f"{path} holds no verdicts of a judge but something else. Name another file.")
     return known

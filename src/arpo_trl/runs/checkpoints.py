@@ -26,8 +26,9 @@ import pyarrow as pa
 from datasets import Dataset
 from transformers import TrainingArguments
 
+from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.config import ARPOConfig
-from arpo_trl.errors import CheckpointError, ConfigError
+from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.runs.identity import differences_between
 
 STATE_FILE = "arpo_state.json"
@@ -116,6 +117,12 @@ class RunIdentity:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
 
 
+_STATE = {
+    "step": int, "written": float, "between_generations": bool, "owes_evaluation": bool, "identity": dict,
+    "versions": dict, "files": dict,
+}  # fmt: skip
+
+
 class SavedState:
     """What `arpo_state.json` says of a checkpoint."""
 
@@ -136,13 +143,15 @@ class SavedState:
         """Raises CheckpointError where the file is missing, or is not what this module writes."""
         file = folder / STATE_FILE
         try:
-            return cls(folder, json.loads(file.read_text("utf-8")))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{folder} has no {STATE_FILE}: it is not a checkpoint of ARPOTrainer, or not a whole one."
-            ) from None
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
+            if not file.exists():
+                raise CheckpointError(
+                    f"{folder} has no {STATE_FILE}: it is not a checkpoint of ARPOTrainer, or not a whole one."
+                )
+            values = read_json(file)
+            expect(values, _STATE, str(file))
+        except DataError as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+        return cls(folder, values)
 
     def check_files(self) -> None:
         """Raises CheckpointError where a file is missing or has another size than when it was written."""

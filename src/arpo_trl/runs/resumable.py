@@ -362,7 +362,10 @@ class Resumable(GRPOTrainer):
             return
         same = state.identity["processes"] == self.accelerator.num_processes
         file = self._memory_file(state.folder, self.accelerator.process_index if same else 0)
-        memory = torch.load(file, map_location=self.args.device, weights_only=True)
+        try:
+            memory = torch.load(file, map_location=self.args.device, weights_only=True)
+        except Exception as error:  # torch raises its own, pickle's, the zip file's and the file system's
+            raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
         if not same:
             memory["micro_step"] = state.step * self.args.gradient_accumulation_steps
         self.load_state_dict(memory)

@@ -19,6 +19,7 @@ from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.config import refuse_token, take_the_cpu_if_alone
 from arpo_trl.data.demonstrations import encode_dataset
+from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
 
@@ -61,11 +62,14 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
     loader = {".jsonl": "json", ".parquet": "parquet"}.get("." + arguments.dataset.rpartition(".")[2])
-    rows = (
-        load_dataset(loader, data_files=arguments.dataset, split="train")
-        if loader
-        else load_dataset(arguments.dataset, split=arguments.dataset_split)
-    )
+    try:
+        rows = (
+            load_dataset(loader, data_files=arguments.dataset, split="train")
+            if loader
+            else load_dataset(arguments.dataset, split=arguments.dataset_split)
+        )
+    except Exception as error:  # the library raises its own errors, pyarrow's, the Hub's and the file system's
+        raise DataError(f"dataset {arguments.dataset} cannot be read ({type(error).__name__}: {error}).") from error
     dataset, too_long = encode_dataset(rows, protocol, config.max_length)
     if too_long:
         logger.warning(f"{too_long} of {len(rows)} trajectories are longer than {config.max_length} tokens: left out.")

@@ -236,7 +236,7 @@ def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
     summariser = None
     if arguments.visit_summary_url is not None:
         model = str(arguments.visit_summary_model)
-        summariser = ChatModel(arguments.visit_summary_url, model, SUMMARY_KEY_VARIABLE)
+        summariser = ChatModel(arguments.visit_summary_url, model, SUMMARY_KEY_VARIABLE, "visit_summary_url")
     return visit_tool(
         timeout_s=arguments.visit_timeout_s,
         max_chars=arguments.visit_max_chars,

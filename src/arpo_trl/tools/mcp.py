@@ -13,22 +13,28 @@ import atexit
 import contextlib
 import inspect
 import json
+import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, fields
 from typing import IO, Any
 
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
 from arpo_trl.net import background
+from arpo_trl.net.addresses import check_server_url
+from arpo_trl.visible import without_credentials
 
 START_TIMEOUT_S = 60.0
+MAX_ANSWER_BYTES = 8 << 20
 _STOP_TIMEOUT_S = 10.0  # the library ends a process that ignores the end of its input after 2 s, and kills it after 4
 _MAX_TOOLS_PAGES = 100
 _SHOWN_STDERR_CHARS = 500
 _MAX_STDERR_BYTES = 1 << 20
+
+logging.getLogger("mcp.client").setLevel(logging.CRITICAL)  # it prints what servers send; calls that fail say enough
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,8 @@ class McpServer:
         server = cls(**settings)
         if (server.command is None) == (server.url is None):
             raise ConfigError(f"{where} has to have either command or url.")
+        if server.url is not None:
+            check_server_url(server.url, f"{where}: url", "that token_env names", may_have_query=True)
         for name in (*server.env, *([server.token_env] if server.token_env else [])):
             if name not in os.environ:
                 raise ConfigError(f"{where} needs the environment variable {name}, which is not set.")
@@ -71,7 +79,7 @@ class McpServer:
     @property
     def shown(self) -> str:
         """For messages: without arguments and query, which may hold secrets."""
-        return f"command {self.command!r}" if self.command is not None else "url " + str(self.url).partition("?")[0]
+        return f"command {self.command!r}" if self.command is not None else f"url {without_credentials(str(self.url))}"
 
 
 def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) -> list[Callable[..., Any]]:
@@ -185,7 +193,7 @@ class McpSession:
             raise ToolError(f"Error: the {name} call took longer than {self._timeout_s:g} s.") from None
         except MCPError as error:
             if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # the latter: it knows no such session
-                raise ToolError(f"Error: {error.message}") from None
+                raise ToolError(without_credentials(f"Error: {error.message}")) from None
             if session is self._ready:  # else another call noticed first, and this is the next session
                 await self._shut()
             raise ToolUnavailable("Error: the server of this tool went away during the call.") from None
@@ -231,8 +239,13 @@ class McpSession:
                 env={name: os.environ[name] for name in server.env},
             )
             return Client(stdio_client(command, errlog=self._stderr))  # type: ignore[arg-type]
-        headers = {"Authorization": f"Bearer {os.environ[server.token_env].strip()}"} if server.token_env else None
-        http_client = await stack.enter_async_context(httpx2.AsyncClient(headers=headers, timeout=None))
+        headers = {"Accept-Encoding": "identity"}
+        if server.token_env:
+            headers["Authorization"] = f"Bearer {os.environ[server.token_env].strip()}"
+        hooks: dict[str, list[Callable[..., Any]]] = {"response": [_bound]}
+        http_client = await stack.enter_async_context(
+            httpx2.AsyncClient(headers=headers, timeout=None, event_hooks=hooks)
+        )
         return Client(streamable_http_client(str(server.url), http_client=http_client))
 
     async def _shut(self) -> None:
@@ -256,6 +269,29 @@ class McpSession:
         for name in secrets:
             reason = reason.replace(os.environ[name].strip() or "\0", f"[{name}]")
         return reason
+
+
+async def _bound(response: Any) -> None:
+    """Makes reading `response` fail where it is too long or compressed; the library bounds the events of a stream."""
+    import httpx2
+
+    if response.headers.get("content-type", "").startswith("text/event-stream"):
+        return
+    stream, is_compressed = response.stream, "content-encoding" in response.headers
+
+    class Bounded(httpx2.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            left = 0 if is_compressed else MAX_ANSWER_BYTES
+            async for piece in stream:
+                left -= len(piece)
+                if left < 0:
+                    raise httpx2.StreamError(f"it is compressed or longer than {MAX_ANSWER_BYTES:,} bytes")
+                yield piece
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    response.stream = Bounded()
 
 
 def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:

@@ -22,7 +22,6 @@ import asyncio
 import contextlib
 import inspect
 import json
-import logging
 import queue
 import re
 import threading
@@ -45,8 +44,9 @@ from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, 
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.state import BoundTool, CreateState, NoState, PathState, PathStates
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RESERVED_TAGS = frozenset({"think", "answer", "result"})
 

@@ -58,7 +58,8 @@ from arpo_trl.training.vllm_setup import (
     served_weights,
     warn_of_other_distribution,
 )
-from arpo_trl.trl_seam import pad
+from arpo_trl.trl_seam import pad, print_prompt_completions_sample
+from arpo_trl.visible import visible, visible_data
 
 logger = get_logger(__name__)
 
@@ -518,6 +519,21 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         self._trajectories.forget_from(step, evaluated=evaluated)
 
     # Logs ------------------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, but what `log_completions` prints of prompts and completions steers no terminal."""
+        number = self.args.num_completions_to_print
+        self.num_completions_to_print = 0  # TRL prints none
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.num_completions_to_print = number
+        if self.accelerator.is_main_process and self.log_completions and self._logs["prompt"]:
+            print_prompt_completions_sample(
+                *(visible_data(list(self._logs[name])) for name in ("prompt", "completion")),
+                *(self._logs["rewards"], self._logs["advantages"], self.state.global_step, number),
+                extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
+            )
 
     def _log_rollout(self, advantages: torch.Tensor) -> None:
         """Metrics over all ranks, alarms, and this rank's trees."""

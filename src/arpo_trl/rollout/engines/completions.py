@@ -29,9 +29,9 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.common.queues import drained
-from arpo_trl.common.settings import check_server_url
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.net import background
+from arpo_trl.net.addresses import check_server_url
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.text import decode_exactly, stop_window
@@ -89,7 +89,7 @@ class CompletionsEngine:
         timeout_s: float = 1800.0,
         away_s: float = 120.0,
     ):
-        check_server_url(url, "The completions server", KEY_VARIABLE)
+        check_server_url(url, "base_url", KEY_VARIABLE)
         self.vocab_size = len(tokenizer)
         self.forward_s = 0.0
         self._url = url.rstrip("/")

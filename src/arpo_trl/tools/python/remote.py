@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 
 from arpo_trl.errors import ConfigError, ToolError
+from arpo_trl.net.addresses import check_server_url
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python.local import offer, shown, stop_reason
 from arpo_trl.tools.python.sandbox import Ending, Limits
@@ -45,16 +46,8 @@ class RemotePython:
     """
 
     def __init__(self, url: str, limits: Limits) -> None:
-        try:
-            parsed = httpx.URL(url)
-        except httpx.InvalidURL as error:
-            raise ConfigError(f"python_executor_url is {url!r}, which is no URL: {error}.") from error
-        if parsed.userinfo or parsed.query:
-            raise ConfigError(
-                "python_executor_url holds a user name, password or query; it would end up in logs. Leave it out."
-            )
-        if parsed.scheme not in ("http", "https") or not parsed.host:
-            raise ConfigError(f"python_executor_url is {url!r}; expected http://HOST:PORT or https://HOST.")
+        check_server_url(url, "python_executor_url", None)
+        parsed = httpx.URL(url)
         self._url = parsed.copy_with(path=parsed.path.rstrip("/") + "/run_code")
         self._limits = limits
         self._cell = inspect.getsource(python_cell)

@@ -27,6 +27,7 @@ from typing import Any
 
 import stamina
 
+from arpo_trl.common.user_files import expect, parse_json
 from arpo_trl.errors import DataError
 from arpo_trl.tools.search.index import NearestQuery, as_text, normalised, pages_of, read_recorded
 from arpo_trl.tools.search.providers import Hit
@@ -97,7 +98,8 @@ def _is_locked(error: Exception) -> bool:
 class SearchCache:
     """The file at `path`, made if it is missing.
 
-    Raises `DataError` when it is something else, or of another version.
+    Raises `DataError` when it is something else, or of another version. A method raises `sqlite3.Error` when it finds
+    the file damaged, locked for long or the disk full.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -110,7 +112,11 @@ class SearchCache:
             with self._lock:
                 self._connect()
         except (OSError, sqlite3.Error) as error:
-            raise DataError(f"{path} cannot be used as a search cache: {error}. Name another file.") from error
+            raise self.unusable(error) from error
+
+    def unusable(self, error: Exception) -> DataError:
+        """What to say of `error`, which a method raised because the file is damaged or something else."""
+        return DataError(f"{self.path} cannot be used as a search cache: {error}. Name another file.")
 
     @stamina.retry(
         on=_is_locked, attempts=None, timeout=_BUSY_TIMEOUT_S, wait_initial=0.02, wait_max=0.5, wait_jitter=0.1
@@ -250,7 +256,12 @@ class SearchCache:
 
 
 def _hits(stored: str) -> list[Hit]:
-    return [Hit(*parts) for parts in json.loads(stored)]
+    try:
+        found = parse_json(stored, "an answer in it")
+        expect(found, [[str]], "an answer in it")
+        return [Hit(*parts) for parts in found]
+    except (DataError, TypeError) as error:  # TypeError: not three texts, or bytes
+        raise sqlite3.DatabaseError(str(error)) from error
 
 
 def _clean(text: str) -> str:

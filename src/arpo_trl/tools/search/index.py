@@ -10,31 +10,21 @@ import json
 import logging
 import mmap
 import re
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import bm25s
 import numpy as np
-from bm25s.stopwords import STOPWORDS_EN
 
+from arpo_trl.common.user_files import json_lines, read_json
 from arpo_trl.errors import DataError
+from arpo_trl.tools.search.words import tokenize
 
 NOTHING_FOUND = "No search results found."
+MAX_QUERY_CHARS = 2000
+"""Of a query the rest is not looked at: it is a model's, and may be made to take long."""
 
-# Chinese and Japanese put no spaces between words: each of their characters is searched for by itself.
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
-_POSSESSIVE = re.compile(r"['’]s\b")
-# bm25s's list has no question words, and without them "who is …" would match every recorded "who is …".
-# fmt: off
-_QUESTION_WORDS = frozenset({
-    "what", "which", "who", "whom", "whose", "when", "where", "why", "how",
-    "do", "does", "did", "has", "have", "had", "were", "can", "could",
-})
-# fmt: on
-_STOPWORDS = _QUESTION_WORDS.union(STOPWORDS_EN)
 _QUERY_PREFIX = re.compile(r"^(?:search )?query\s*:\s*", re.IGNORECASE)
 _CUT = " …"
 
@@ -47,16 +37,6 @@ class Searchable(Protocol):
     def search(self, query: str, top_k: int) -> list[str]:
         """At most `top_k` texts that answer `query`, best first; empty when nothing does."""
         ...
-
-
-def tokenize(text: str) -> list[str]:
-    """The words of `text` that are searched for: lower case, without accents, without the commonest English words.
-
-    Words of one letter or digit stay, unlike in `bm25s.tokenize`: chemical symbols and single figures carry meaning.
-    """
-    decomposed = unicodedata.normalize("NFKD", _POSSESSIVE.sub("", text.casefold()))
-    words = _WORD.findall("".join(character for character in decomposed if not unicodedata.combining(character)))
-    return [word for word in words if word not in _STOPWORDS]
 
 
 class _Ranking:
@@ -174,7 +154,7 @@ class LocalIndex:
 
     @classmethod
     def _of_files(cls, files: Sequence[Path]) -> LocalIndex:
-        passages = [passage for file in files for passage in _read_jsonl(file)]
+        passages = [passage for file in files for passage in _passages(file)]
         if not passages:
             raise DataError(f"{' and '.join(map(str, files))} has no passages; expected one per line")
         return cls(passages)
@@ -185,8 +165,8 @@ class LocalIndex:
         folder = Path(folder)
         again = "Build it again: LocalIndex.open(PASSAGES).save(FOLDER), or arpo-trl index PASSAGES FOLDER."
         try:
-            header = json.loads((folder / cls._HEADER).read_text("utf-8"))
-        except (OSError, ValueError) as error:
+            header = read_json(folder / cls._HEADER)
+        except DataError as error:
             raise DataError(f"{folder} is not a saved search index ({error}). {again}") from error
         if header != {"format": cls.FORMAT}:
             raise DataError(f"{folder} is a search index of another version: {header}, not {cls.FORMAT}. {again}")
@@ -194,7 +174,7 @@ class LocalIndex:
         try:
             loaded._passages = _StoredTexts(folder)
             loaded._ranking = _Ranking.load(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError) as error:
             raise DataError(f"{folder} is an incomplete search index ({error}). {again}") from error
         return loaded
 
@@ -261,10 +241,7 @@ class RecordedSearch:
 
 def read_recorded(path: str | Path) -> dict[str, str]:
     """The recorded results of a JSON file {query: result text}; `DataError` when it is missing or of another shape."""
-    try:
-        recorded = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not JSON ({error}); expected an object {{query: result text}}") from error
+    recorded = read_json(Path(path))
     if not isinstance(recorded, dict) or not recorded:
         got = "an empty object" if recorded == {} else type(recorded).__name__
         raise DataError(f"{path} holds {got}; expected an object {{query: result text}}")
@@ -303,35 +280,16 @@ def search_tool(source: Searchable, *, top_k: int = 5, max_chars: int = 1000) ->
         Args:
             query: What to look for, in a few words.
         """
-        pages = [" ".join(text.split()) for text in source.search(query, top_k)]
+        pages = [" ".join(text.split()) for text in source.search(query[:MAX_QUERY_CHARS], top_k)]
         return as_text([page if len(page) <= max_chars else page[: max_chars - len(_CUT)] + _CUT for page in pages])
 
     search.deterministic = True  # type: ignore[attr-defined]
     return search
 
 
-def _read(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _shown(_parse(line, f"{path}, line {number}"), f"{path}, line {number}")
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-
-
-def _parse(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); expected one passage per line") from error
+def _passages(path: Path) -> Iterator[str]:
+    for number, passage in json_lines(path):
+        yield _shown(passage, f"{path}, line {number}")
 
 
 def _shown(passage: Any, where: str) -> str:
@@ -354,8 +312,3 @@ def _shown(passage: Any, where: str) -> str:
 def normalised(query: str) -> str:
     """`query` as recordings and caches know it: without case, surplus white space or a leading `search query:`."""
     return _QUERY_PREFIX.sub("", " ".join(query.casefold().split()))
-
-
-def best_texts(texts: Sequence[str], query: str, k: int) -> list[int]:
-    """Positions of the at most `k` texts that fit `query` best by BM25, best first; empty where none shares a word."""
-    return _Ranking.of(texts).best(query, k) if any(map(tokenize, texts)) else []

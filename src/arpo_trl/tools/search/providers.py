@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import urlencode
 
 import httpx
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.net.addresses import check_server_url
 
 FIELDS = ("title", "url", "text")
 
@@ -216,13 +217,7 @@ def make_provider(name: str, *, url: str | None = None, zone: str | None = None)
     base_url = (url or kind.default_url).rstrip("/")
     if not base_url:
         raise ConfigError(f"search_provider {name} has no address of its own. Set search_url to your server's.")
-    parts = urlsplit(base_url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-        raise ConfigError(
-            f"search_url is not the address of a server; expected one like https://host/path for {name}."
-        )
-    if parts.username is not None or parts.password is not None:
-        raise ConfigError("search_url holds a user name or password; keys come from the environment only. Remove it.")
+    check_server_url(base_url, "search_url", kind.key_variable)
     if kind is BrightData:
         if not zone:
             raise ConfigError("search_provider brightdata needs search_zone: the name of your SERP API zone.")

@@ -12,7 +12,6 @@ the share of such calls is logged as `arpo/tools/search/degraded`.
 
 from __future__ import annotations
 
-import logging
 import os
 import sqlite3
 import time
@@ -24,8 +23,9 @@ from arpo_trl.net.http_client import RequestFailed, fetch_json, retried, without
 from arpo_trl.tools.search.cache import CacheMode, Entry, Key, SearchCache
 from arpo_trl.tools.search.index import NearestQuery
 from arpo_trl.tools.search.providers import FIELDS, Hit, Provider, Unanswered
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 _WAIT_S = 0.05  # between looks at an answer that another process is asking for
 _UNAVAILABLE = "Error: search is unavailable at the moment. Go on without it, or try again later."
@@ -42,7 +42,8 @@ class WebSearch:
         max_requests: Requests, retries included, that all processes with this `run` and file may make; None: no limit.
         run: Name under which they are counted.
 
-    Raises `ConfigError` when a setting cannot work, or the mode asks and the provider's key is not in the environment.
+    Raises `ConfigError` when a setting cannot work, or the mode asks and the provider's key is not in the environment;
+    `DataError` when the mode is replay and the file is damaged.
     """
 
     def __init__(
@@ -76,9 +77,12 @@ class WebSearch:
         self._max_requests = max_requests
         self._run = run
         self._breaker = breaker or CircuitBreaker()
-        self._recorded: NearestQuery | None = (
-            cache.nearest(provider.name, fields) if mode is CacheMode.REPLAY else None
-        )
+        self._recorded: NearestQuery | None = None
+        if mode is CacheMode.REPLAY:
+            try:
+                self._recorded = cache.nearest(provider.name, fields)
+            except sqlite3.Error as error:
+                raise cache.unusable(error) from error
         self._capped = False
 
     def search(self, query: str, top_k: int) -> list[str]:
@@ -191,9 +195,9 @@ class WebSearch:
             hits = self._provider.read(answer)
         except Unanswered as error:
             raise RequestFailed(str(error)) from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
-        return [Hit(without(key, hit.title), without(key, hit.url), without(key, hit.text)) for hit in hits]
+        return [Hit(without(key, hit.title), without(key, hit.url), without(key, hit.text)) for hit in hits[:results]]
 
     def _hint(self, error: RequestFailed) -> str:
         if (error.status in (401, 402, 403) or error.about_account) and self._provider.key_variable:

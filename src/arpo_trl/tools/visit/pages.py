@@ -1,18 +1,20 @@
 """The `visit` tool: a page of the web, or the parts of it that a question is about.
 
     url ─▶ public address? ─▶ fetch (deadline, size) ─▶ redirect? then from the start, at most 5 times
-        ─▶ text (`page_worker`) ─▶ the windows of text that fit the goal best ─▶ perhaps a model's summary of them
+        ─▶ in a process of its own (`page_worker`): text ─▶ the windows of it that fit the goal best
+        ─▶ perhaps a model's summary of them
 
 The model chooses the address, so it is hostile: only http and https on their usual ports, and only hosts whose every
 address is on the public internet. A name is resolved once, what it resolves to is checked, and that very address is
 connected to, so that a name server cannot show one address to the check and another to the connection.
+
+What the page holds is hostile too: this process only moves its bytes, and the deadline kills the one that reads them.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import ipaddress
-import logging
+import json
 import os
 import re
 import socket
@@ -27,18 +29,18 @@ import httpx
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.net.http_client import Answer, RequestFailed, fetch
-from arpo_trl.tools.search.index import best_texts
 from arpo_trl.tools.visit import worker as page_worker
+from arpo_trl.tools.visit.networks import is_public
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_REDIRECTS = 5
 SUMMARY_KEY_VARIABLE = "VISIT_SUMMARY_API_KEY"
 
 _PORTS = {"http": 80, "https": 443}
-_WINDOW_CHARS = 600
-_GAP = "\n[…]\n"
-_CUT = " …"
+_MAX_ADDRESS_CHARS = 4096
+_HOST = re.compile(r"(?:[^\s/?#@:\[\]]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?")
 _KINDS = {
     "text/html": "html",
     "application/xhtml+xml": "html",
@@ -88,6 +90,11 @@ def visit_tool(
     for library in ("trafilatura", "pypdf"):
         if importlib.util.find_spec(library) is None:
             raise ConfigError(f"The visit tool needs {library}: pip install 'arpo-trl[tools]'.")
+    for number, host in enumerate(allowed_hosts):
+        if not isinstance(host, str) or not _HOST.fullmatch(host):
+            raise ConfigError(
+                f"visit_allowed_hosts[{number}] is no host or host:port; expected one like wiki.local:8080."
+            )
     guard = AddressGuard(allowed_hosts, resolve or _resolve)
 
     def visit(url: str, goal: str = "") -> str:
@@ -100,16 +107,17 @@ def visit_tool(
         address, _, rest = url.strip().partition(" ")
         goal = (goal or rest).strip()
         deadline = time.monotonic() + timeout_s
-        text = _read_page(address, guard, deadline, max_bytes)
-        if not text.strip():
+        kind, page = _fetched(address, guard, deadline, max_bytes)
+        sizes = (max_chars, _SUMMARY_CHARS) if summariser is not None and goal else (max_chars,)
+        text, *longer = _excerpts(page, kind, goal, sizes, deadline - time.monotonic())
+        if not text:
             raise ToolError("Error: the page has no text.")
-        if summariser is not None and goal:
+        if summariser is not None and longer:
             try:
-                prompt = _PROMPT.format(goal=goal, text=excerpt(text, goal, _SUMMARY_CHARS))
-                return summariser.ask(prompt, deadline - time.monotonic())
+                return summariser.ask(_PROMPT.format(goal=goal, text=longer[0]), deadline - time.monotonic())
             except RequestFailed as error:
                 logger.warning("The model that sums pages up %s; the page's own text is shown instead.", error)
-        return excerpt(text, goal, max_chars)
+        return text
 
     visit.deterministic = True  # type: ignore[attr-defined]
     return visit
@@ -128,6 +136,8 @@ class AddressGuard:
         Raises:
             ToolError: it is no web address, or not one that may be visited.
         """
+        if len(url) > _MAX_ADDRESS_CHARS:
+            raise ToolError(f"Error: that address is longer than {_MAX_ADDRESS_CHARS} characters.")
         try:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, ValueError, TypeError):
@@ -157,27 +167,13 @@ class AddressGuard:
         )
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address, and any IPv4 address that it carries, is one of the public internet."""
-    try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-    except ValueError:
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return is_public(str(ip.ipv4_mapped))
-        carried = [ip.sixtofour, *(ip.teredo or ())]
-        if ip.is_site_local or not all(is_public(str(inner)) for inner in carried if inner is not None):
-            return False
-    return ip.is_global and not ip.is_multicast and not ip.is_reserved
-
-
 def _resolve(host: str, port: int) -> list[str]:
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(address[0]) for *_, address in found]
 
 
-def _read_page(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> str:
+def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> tuple[str, bytes]:
+    """The page at `url`, redirects followed, and its kind: html, pdf or text."""
     for _ in range(MAX_REDIRECTS + 1):
         request = guard.request(url)
         left = deadline - time.monotonic()
@@ -191,78 +187,41 @@ def _read_page(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -
         elif answer.status != 200:
             raise ToolError(f"Error: the page cannot be had: the server answered {answer.status}.")
         else:
-            return _text_of(answer, deadline)
+            return _kind_of(answer), answer.body
     raise ToolError(f"Error: the page cannot be had: more than {MAX_REDIRECTS} redirects.")
 
 
 def _joined(url: str, location: str) -> str:
     try:
-        return urljoin(url, location)
+        return urljoin(url, location[: _MAX_ADDRESS_CHARS + 1])
     except ValueError:
         raise ToolError("Error: the page cannot be had: it redirects to what is no address.") from None
 
 
-def _text_of(answer: Answer, deadline: float) -> str:
+def _kind_of(answer: Answer) -> str:
     stated = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
     kind = "pdf" if answer.body.startswith(b"%PDF-") else _KINDS.get(stated or "text/html")
     if kind is None and stated.startswith("text/"):
         kind = "text"
     if kind is None:
         raise ToolError(f"Error: the page is of type {stated[:100]!r}, not text; only HTML, PDF and text can be read.")
-    if kind == "text":
-        return answer.body.decode("utf-8", "replace")
-    return _extracted(answer.body, kind, deadline - time.monotonic())
+    return kind
 
 
-def _extracted(page: bytes, kind: str, timeout_s: float) -> str:
+def _excerpts(page: bytes, kind: str, goal: str, sizes: Sequence[int], timeout_s: float) -> list[str]:
+    """What the page says about `goal` in at most so many characters, for each of `sizes`."""
     try:
         done = subprocess.run(
-            [sys.executable, "-P", page_worker.__file__, kind],
-            input=page,
+            [sys.executable, "-P", page_worker.__file__, kind, *map(str, sizes)],
+            input=json.dumps(goal).encode() + b"\n" + page,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=max(0.1, timeout_s),
+            timeout=max(0.1, timeout_s),  # after which it is killed
             env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # what we can import, but none of our keys
         )
     except subprocess.TimeoutExpired:
         raise ToolError("Error: the page takes too long to read.") from None
     if done.returncode != 0:
         raise ToolError("Error: the page cannot be read; it is broken or too large.")
-    return done.stdout.decode("utf-8", "replace")
-
-
-def excerpt(text: str, goal: str, max_chars: int) -> str:
-    """At most `max_chars` of `text`: the windows that fit `goal` best, in their order; without any, its beginning."""
-    text = text.strip()
-    if len(text) <= max_chars:
-        return text
-    windows = _windows(text)
-    best = best_texts(windows, goal, len(windows))
-    kept: list[int] = []
-    left = max_chars
-    for number in best:
-        cost = len(windows[number]) + len(_GAP)
-        if cost <= left:
-            kept.append(number)
-            left -= cost
-    if not kept:
-        return text[: max_chars - len(_CUT)] + _CUT
-    shown = ""
-    for before, number in zip([None, *sorted(kept)], sorted(kept), strict=False):
-        joint = "" if before is None else "\n" if number == before + 1 else _GAP
-        shown += joint + windows[number]
-    return shown
-
-
-def _windows(text: str) -> list[str]:
-    """`text` in pieces of whole lines, or of words where a line is long, of about `_WINDOW_CHARS` each."""
-    pieces = (piece for line in text.split("\n") for piece in re.findall(rf".{{1,{_WINDOW_CHARS}}}(?:\s|$)|\S+", line))
-    windows: list[str] = []
-    for piece in filter(None, map(str.strip, pieces)):
-        for start in range(0, len(piece), _WINDOW_CHARS):  # a word of that length is a blob
-            part = piece[start : start + _WINDOW_CHARS]
-            if windows and len(windows[-1]) + len(part) < _WINDOW_CHARS:
-                windows[-1] += "\n" + part
-            else:
-                windows.append(part)
-    return windows
+    excerpts: list[str] = json.loads(done.stdout)
+    return excerpts

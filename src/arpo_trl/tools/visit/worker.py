@@ -1,17 +1,22 @@
-"""Takes the text out of hostile HTML or PDF: a script, run in a process of its own under limits of the kernel.
+"""Reads a hostile page: a script, run in a process of its own under limits of the kernel.
 
-Parsers have bugs, and a page can be made to need hours or all memory; here that costs this process. It imports nothing
-of this package, so that it starts in a tenth of a second.
+Parsers have bugs, and a page can be made to need hours or all memory, in a parser or while the windows that fit a goal
+are looked for; here that costs this process. It imports little, so that it starts in a tenth of a second.
 
-    argv[1] = html | pdf, stdin = the page   ──▶   stdout = its text, a paragraph a line
+    argv = html | pdf | text, most characters of each excerpt…
+    stdin = the goal as a line of JSON, then the page
+      ──▶  stdout = JSON: for each number of characters what the page says about the goal
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import sys
+
+from arpo_trl.tools.visit.excerpts import excerpt
 
 CPU_LIMIT_S = 10
 MEMORY_LIMIT_BYTES = 2 << 30
@@ -39,6 +44,10 @@ def of_pdf(page: bytes) -> str:
     return "\n".join(texts)
 
 
+def of_text(page: bytes) -> str:
+    return page.decode("utf-8", "replace")
+
+
 def main() -> None:
     import resource
 
@@ -46,8 +55,12 @@ def main() -> None:
     with contextlib.suppress(ValueError, OSError):  # not every system can limit its address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
-    text = {"html": of_html, "pdf": of_pdf}[sys.argv[1]](sys.stdin.buffer.read())
-    sys.stdout.buffer.write(text[:MAX_TEXT_CHARS].encode("utf-8", "replace"))
+    kind, *sizes = sys.argv[1:]
+    goal = json.loads(sys.stdin.buffer.readline())
+    page = sys.stdin.buffer.read()
+    text = {"html": of_html, "pdf": of_pdf, "text": of_text}[kind](page)[:MAX_TEXT_CHARS]
+    text = text.encode("utf-8", "replace").decode()  # without lone surrogates
+    print(json.dumps([excerpt(text, goal, int(size)) for size in sizes]))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ current ones, if `weight_sync` can do that, and the comparison of logprobs is ma
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import socket
 import threading
@@ -31,8 +30,9 @@ from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnReque
 from arpo_trl.rollout.engines.vllm.client import ServerClient, headers
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
 from arpo_trl.rollout.engines.vllm.weights import ServedWeights
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)  # not accelerate's: a restart is news on whichever rank it is noticed
+logger = get_logger(__name__)  # not accelerate's: a restart is news on whichever rank it is noticed
 
 ATTEMPTS = 4
 """How often one request is sent before its server counts as unable to answer it."""

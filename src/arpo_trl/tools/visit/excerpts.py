@@ -1,0 +1,73 @@
+"""The parts of a long text that a question is about. Light, as a page's worker imports it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from arpo_trl.tools.search.words import tokenize
+
+_WINDOW_CHARS = 600
+_GAP = "\n[…]\n"
+_CUT = " …"
+_SATURATION, _LENGTH_WEIGHT = 1.5, 0.75  # BM25's k1 and b, as bm25s has them
+
+
+def excerpt(text: str, goal: str, max_chars: int) -> str:
+    """At most `max_chars` of `text`: the windows that fit `goal` best, in their order; without any, its beginning."""
+    text = text.strip()
+    if len(text) <= max_chars:
+        return text
+    windows = _windows(text)
+    kept: list[int] = []
+    left = max_chars
+    for number in _best(windows, goal):
+        cost = len(windows[number]) + len(_GAP)
+        if cost <= left:
+            kept.append(number)
+            left -= cost
+    if not kept:
+        return text[: max_chars - len(_CUT)] + _CUT
+    shown = ""
+    for before, number in zip([None, *sorted(kept)], sorted(kept), strict=False):
+        joint = "" if before is None else "\n" if number == before + 1 else _GAP
+        shown += joint + windows[number]
+    return shown
+
+
+def _windows(text: str) -> list[str]:
+    """`text` in pieces of whole lines, or of words where a line is long, of about `_WINDOW_CHARS` each."""
+    pieces = (piece for line in text.split("\n") for piece in re.findall(rf".{{1,{_WINDOW_CHARS}}}(?:\s|$)|\S+", line))
+    windows: list[str] = []
+    for piece in filter(None, map(str.strip, pieces)):
+        for start in range(0, len(piece), _WINDOW_CHARS):  # a word of that length is a blob
+            part = piece[start : start + _WINDOW_CHARS]
+            if windows and len(windows[-1]) + len(part) < _WINDOW_CHARS:
+                windows[-1] += "\n" + part
+            else:
+                windows.append(part)
+    return windows
+
+
+def _best(windows: Sequence[str], goal: str) -> list[int]:
+    """Positions of the windows that share a word with `goal`, best first by BM25 (Lucene's), ties in their order."""
+    wanted = Counter(tokenize(goal))
+    if not wanted:
+        return []
+    counts = [Counter(tokenize(window)) for window in windows]
+    mean_length = sum(count.total() for count in counts) / len(counts)
+    found = {word: sum(word in count for count in counts) for word in wanted}
+    rarity = {word: math.log(1 + (len(counts) - n + 0.5) / (n + 0.5)) for word, n in found.items()}
+    scores = []
+    for count in counts:
+        length = 1 - _LENGTH_WEIGHT + _LENGTH_WEIGHT * count.total() / mean_length if mean_length else 1.0
+        scores.append(
+            sum(
+                times * rarity[word] * count[word] / (count[word] + _SATURATION * length)
+                for word, times in wanted.items()
+                if word in count
+            )
+        )
+    return sorted((i for i, value in enumerate(scores) if value > 0), key=lambda i: -scores[i])

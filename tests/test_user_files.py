@@ -1,0 +1,175 @@
+"""Whatever is in a file that a user hands us ends in an error that names the place."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from arpo_trl.cli import parse_settings
+from arpo_trl.common.user_files import MAX_DEPTH, expect, json_lines, parse_json, read_yaml
+from arpo_trl.data.loading import read_file
+from arpo_trl.errors import CheckpointError, ConfigError, DataError
+from arpo_trl.evaluation.comparison import compare
+from arpo_trl.evaluation.runner import RunFolder
+from arpo_trl.evaluation.samples import read_records, repair
+from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.publishing.model_card import Card
+from arpo_trl.publishing.push import _evaluation_table
+from arpo_trl.rewards.judge import LLMJudge
+from arpo_trl.runs.checkpoints import STATE_FILE, SavedState
+from arpo_trl.tools.search.index import LocalIndex, RecordedSearch
+from evaluating import called, record
+
+DEEP_JSON = "[" * 5000 + "]" * 5000
+HOSTILE = {
+    "cut off": b'{"a": [1, 2',
+    "not UTF-8": b"\xff\xfe{}",
+    "deep": DEEP_JSON.encode(),
+    "deep where Python can read it": b"[" * 300 + b"]" * 300,
+    "another value": b'"text"',
+    "a list": b"[1]",
+    "empty": b"",
+    "a huge number": b"1" * 10_000,
+    "null": b"null",
+}
+
+
+def refused_by_model_card(file: str):
+    def read(path: Path):
+        (path.parent / "training_config.yaml").touch()
+        (path.parent / file).write_bytes(path.read_bytes())
+        Card.of(path.parent, "me/it")
+
+    return read
+
+
+def in_folder(name: str, read):
+    def write(path: Path):
+        (path.parent / name).write_bytes(path.read_bytes())
+        read(path.parent)
+
+    return write
+
+
+READERS = {
+    "rows": lambda path: list(read_file(path.rename(path.with_suffix(".jsonl")))),
+    "a list of rows": lambda path: list(read_file(path)),
+    "passages": lambda path: LocalIndex.from_jsonl(path.rename(path.with_suffix(".jsonl"))),
+    "recorded searches": RecordedSearch,
+    "a saved index": in_folder("search_index.json", LocalIndex.load),
+    "samples": lambda path: list(read_records(path)),
+    "results": in_folder("results.json", lambda folder: compare(folder, folder)),
+    "results for a card": in_folder("results.json", _evaluation_table),
+    "a run's description": in_folder("run.json", lambda folder: RunFolder(folder, {"a": 1}, resume=True)),
+    "verdicts": lambda path: LLMJudge("http://h/v1", "wise", cache=path),
+    "a checkpoint's state": in_folder(STATE_FILE, SavedState.of),
+    "a card's adapter": refused_by_model_card("adapter_config.json"),
+    "a card's history": refused_by_model_card("trainer_state.json"),
+    "settings": lambda path: parse_settings([EvalSettings], ["--config", str(path)]),
+}
+
+
+FINE = {("rows", "empty"), ("verdicts", "empty"), ("samples", "empty"), ("passages", "another value")}
+
+
+@pytest.mark.parametrize(("reader", "content"), [pair for pair in product(READERS, HOSTILE) if pair not in FINE])
+def test_every_reader_names_the_file(tmp_path, reader, content):
+    (tmp_path / "given.json").write_bytes(HOSTILE[content])
+    with pytest.raises((DataError, ConfigError, CheckpointError)) as caught:
+        READERS[reader](tmp_path / "given.json")
+    assert str(tmp_path) in str(caught.value) or "There is no" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "value", "message"),
+    [
+        (int, "1", "x is '1'; expected int"),
+        (int, True, "x is True; expected int"),
+        (int, 1.0, "x is 1.0; expected int"),
+        (str | None, 1, r"x is 1; expected str \| None"),
+        ([int], {}, r"x is \{\}; expected a list"),
+        ([float], [1, 2.5, None], r"x\[2\] is None; expected float"),
+        ({"a": int}, [], r"x is \[\]; expected named values"),
+        ({"a": int}, {"b": 1}, r"x has no 'a'; it has \['b'\]"),
+        ({"a?": [{"b": str}]}, {"a": [{"b": "c"}, {"b": 1}]}, r"x.a\[1\].b is 1; expected str"),
+        (str, ["\u202e" * 200, 1][:1], r"expected str"),
+    ],
+)
+def test_a_value_of_another_shape_is_named(shape, value, message):
+    with pytest.raises(DataError, match=message):
+        expect(value, shape, "x")
+
+
+def test_values_of_the_expected_shape():
+    shape = {"a": int, "b?": float | None, "c": [[str]], "d": dict, "e": bool, "f": float}
+    expect({"a": 1, "c": [["x"], []], "d": {1: 2}, "e": True, "f": 1, "more": object()}, shape, "x")
+
+
+def nested(depth: int) -> str:
+    return '{"a": [' * (depth // 2) + "1" + "]}" * (depth // 2)
+
+
+def test_values_may_be_nested_as_deep_as_can_be_printed():
+    assert repr(parse_json(nested(MAX_DEPTH), "x")).startswith("{'a': [{'a'")
+    assert parse_json("[" + "[]," * 10_000 + "[]]", "x")[-1] == []
+    with pytest.raises(DataError, match="x: lists and mappings stand more than 100 deep in one another"):
+        parse_json(nested(MAX_DEPTH + 2), "x")
+
+
+@pytest.mark.parametrize("depth", [MAX_DEPTH + 2, 3000])
+def test_yaml_may_be_nested_as_deep(tmp_path, depth):
+    (tmp_path / "a.yaml").write_text(nested(depth))
+    with pytest.raises(DataError, match=r"a\.yaml: lists and mappings stand more than 100 deep"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text(nested(40))
+    assert yaml.safe_dump(read_yaml(tmp_path / "a.yaml"))
+
+
+@pytest.mark.parametrize("text", ["a: 2025-13-45", "a: [", "? [a]\n: b", "a: !!python/object:os.system x", "\x07"])
+def test_what_is_no_yaml_names_the_file(tmp_path, text):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(DataError, match=r"a\.yaml is not valid YAML"):
+        read_yaml(tmp_path / "a.yaml")
+
+
+def test_lines_are_counted_with_blank_ones_and_bad_ones_can_be_left_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n\n[\n\xff\n2')
+    bad: list[str] = []
+    assert list(json_lines(path, bad)) == [(1, {"a": "\u2028"}), (5, 2)]
+    assert [problem.split("a.jsonl, ")[1][:14] for problem in bad] == ["line 3: not va", "line 4 is not "]
+    with pytest.raises(DataError, match=r"cannot be read: .*Is a directory"):
+        list(json_lines(tmp_path))
+
+
+BROKEN_SAMPLES = {
+    "task": 5,
+    "question": None,
+    "scores": {"math": "good"},
+    "trajectory": [{"role": "tool", "text": "x"}],
+    "tokens": {"prompt": 1},
+    "seconds": "long",
+    "number": [1],
+}
+
+
+@pytest.mark.parametrize("key", BROKEN_SAMPLES)
+def test_a_sample_with_a_broken_part_is_named_and_mended_by_sampling_again(tmp_path, key):
+    whole = record(0, 1.0, trajectory=[called("python")])
+    path = tmp_path / "samples.jsonl"
+    path.write_text(json.dumps(whole) + "\n" + json.dumps({**whole, "sample": 1, key: BROKEN_SAMPLES[key]}) + "\n")
+    with pytest.raises(DataError, match=rf"samples\.jsonl, line 2: not a sample of an evaluation: .*{key}.* Resume"):
+        list(read_records(path))
+    assert repair(path) == ({("gsm8k", 0, 0)}, [])
+
+
+def test_a_state_of_a_checkpoint_with_a_broken_part_is_named(tmp_path):
+    state = {"step": 1, "written": 1.5, "between_generations": True, "owes_evaluation": False}
+    state |= {"identity": {}, "versions": {}, "files": {}}
+    (tmp_path / STATE_FILE).write_text(json.dumps(state))
+    assert SavedState.of(tmp_path).step == 1
+    (tmp_path / STATE_FILE).write_text(json.dumps(state | {"files": [1]}))
+    with pytest.raises(CheckpointError, match=rf"{STATE_FILE}.files is \[1\]; expected dict"):
+        SavedState.of(tmp_path)

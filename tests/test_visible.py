@@ -1,0 +1,109 @@
+"""Characters that steer a terminal or hide from a reader are symbols wherever text of unknown origin is shown."""
+
+import io
+import logging
+
+import pytest
+
+from arpo_trl.cli import report_errors
+from arpo_trl.errors import DataError, ToolError, ToolUnavailable
+from arpo_trl.visible import get_logger, visible, visible_data, without_credentials
+
+OSC_52 = "\x1b]52;c;Y3VybA==\x07"  # fills the clipboard
+HOSTILE = f"a{OSC_52}\x1b[2J\x9b31m\u202eb\u2066\u200bc"
+SHOWN = "a␛]52;c;Y3VybA==␇␛[2J‹U+009B›31m‹U+202E›b‹U+2066›‹U+200B›c"
+
+
+def test_every_c0_control_but_new_line_and_tab_is_its_picture():
+    assert visible("".join(map(chr, range(32)))) == "␀␁␂␃␄␅␆␇␈\t\n␋␌␍␎␏␐␑␒␓␔␕␖␗␘␙␚␛␜␝␞␟"
+
+
+def test_delete_and_every_c1_control_is_a_symbol():
+    assert visible("\x7f") == "␡"
+    assert visible("\x9b\x9d") == "‹U+009B›‹U+009D›"
+    assert all(visible(chr(code)) == f"‹U+{code:04X}›" for code in range(0x80, 0xA0))
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C,  # the order of reading
+        0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0x00AD, 0x034F, 0x115F, 0x3164, 0xFFA0, 0x180E,  # no ink
+        0x2028, 0x2029,  # more lines than there seem to be
+        0xFE00, 0xE0001, 0xE0041, 0xE0100, 0xE0FFF,  # text within text
+        0xFFF9, 0xD800, 0xDFFF,  # notes between the lines, halves of characters
+    ],
+)  # fmt: skip
+def test_what_reorders_or_hides_is_its_number(code):
+    assert visible(f"a{chr(code)}b") == f"a‹U+{code:04X}›b"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "two\nlines\tand a tab", "naïve 中文 عربى Ω ∑ e\u0301 🙂 ❤\ufe0f \u00a0", "␛", ""]
+)
+def test_what_can_be_read_stays(text):
+    assert visible(text) == text
+
+
+def test_texts_in_lists_and_mappings_are_shown_too():
+    assert visible_data([{"a\x1b": ("b\x07", 1, None)}, 2.5]) == [{"a␛": ["b␇", 1, None]}, 2.5]
+
+
+def test_an_error_shows_what_it_quotes_and_a_tools_message_reaches_the_model_as_it_is():
+    assert str(DataError(HOSTILE)) == SHOWN
+    assert str(ToolError(HOSTILE)) == str(ToolUnavailable(HOSTILE)) == HOSTILE
+
+
+def test_an_error_that_ends_a_command_cannot_steer_the_terminal(capsys):
+    @report_errors
+    def main():
+        raise DataError(HOSTILE)
+
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == f"DataError: {SHOWN}\n"
+
+
+def test_a_message_of_our_loggers_cannot_steer_the_terminal():
+    said = io.StringIO()
+    logger, handler = get_logger("arpo_trl.tests.visible"), logging.StreamHandler(said)
+    logger.addHandler(handler)
+    try:
+        logger.warning("it said: %s", HOSTILE)
+        logger.warning("100 % of it", stacklevel=1)
+    finally:
+        logger.removeHandler(handler)
+    assert said.getvalue() == f"it said: {SHOWN}\n100 % of it\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://host/path", "https://host/path"),
+        ("https://host/path?a=1#b", "https://host/path#b"),
+        ("http://user@host", "http://host"),
+        ("at http://me:hunter2@host:8000/v1, not", "at http://host:8000/v1, not"),
+        ("'http://me:hun/ter?2#@host/v1'", "'http://host/v1'"),
+        ("http://me:hunter2@[::1/v1", "http://[::1/v1"),
+        ("http://a@b@host", "http://host"),
+        ("GET https://host/mcp?api_key=hunter2&b=1: 401", "GET https://host/mcp 401"),
+        ("http://[::1]:8000/v1 or http://host:80/@someone", "http://[::1]:8000/v1 or http://host:80/@someone"),
+        ("what is a@b? see http", "what is a@b? see http"),
+        ("https://medium.com/@someone, is it?", "https://medium.com/@someone, is it?"),
+    ],
+)
+def test_urls_lose_what_can_be_a_secret(text, expected):
+    assert without_credentials(text) == expected
+
+
+def test_what_looks_like_countless_urls_takes_no_time_that_grows_with_its_square():
+    """Each of 150,000 :// could be followed to the end: 7 · 10¹⁰ characters."""
+    for text in ("://" * 150_000, "://a:b" * 150_000):
+        assert without_credentials(text) == text
+
+
+def test_errors_and_logs_lose_them_too(caplog):
+    said = "http://me:hunter2@host/v1?api_key=abc is away"
+    assert str(DataError(said)) == "http://host/v1 is away"
+    get_logger("arpo_trl.tests.addresses").warning("%s", said)
+    assert caplog.messages == ["http://host/v1 is away"]
