@@ -765,9 +765,14 @@ class Notes(PathState):
     def key(self) -> tuple[str, ...]:
         return self.before
 
-    def note(self, text: str) -> str:
-        self.executed.append(text)
-        return " ".join([*self.before, text])
+    def bind(self, tool: str) -> Callable[[str], str]:
+        before = self.before  # as of this call, whenever it runs
+
+        def note(text: str) -> str:
+            self.executed.append(text)
+            return " ".join([*before, text])
+
+        return note
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> None:
         self.before += (f"{call.arguments['text']}{'!' if failure else ''}",)

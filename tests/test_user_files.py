@@ -12,11 +12,11 @@ from arpo_trl.common.user_files import MAX_DEPTH, expect, json_lines, parse_json
 from arpo_trl.data.loading import read_file
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.evaluation.comparison import compare
+from arpo_trl.evaluation.report import saved_table
 from arpo_trl.evaluation.runner import RunFolder
 from arpo_trl.evaluation.samples import read_records, repair
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.model_card import Card
-from arpo_trl.publishing.push import _evaluation_table
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.runs.checkpoints import STATE_FILE, SavedState
 from arpo_trl.tools.search.index import LocalIndex, RecordedSearch
@@ -61,7 +61,7 @@ READERS = {
     "a saved index": in_folder("search_index.json", LocalIndex.load),
     "samples": lambda path: list(read_records(path)),
     "results": in_folder("results.json", lambda folder: compare(folder, folder)),
-    "results for a card": in_folder("results.json", _evaluation_table),
+    "results for a card": in_folder("results.json", saved_table),
     "a run's description": in_folder("run.json", lambda folder: RunFolder(folder, {"a": 1}, resume=True)),
     "verdicts": lambda path: LLMJudge("http://h/v1", "wise", cache=path),
     "a checkpoint's state": in_folder(STATE_FILE, SavedState.of),

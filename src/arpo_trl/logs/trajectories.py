@@ -129,7 +129,8 @@ def _node_row(node: Node) -> dict[str, Any]:
 
 
 _CALL = {"name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str}
-_DECISION = {"entropy_nats": float, "delta": float, "probability": float, "fires": bool, "granted": int}
+_KNOWN = float | None
+_DECISION = {"entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int}
 _NODE = {
     "kind": str, "parent": int, "ids": [int], "text": str, "entropies?": [float], "stop?": str, "calls?": [_CALL],
     "decision?": _DECISION,

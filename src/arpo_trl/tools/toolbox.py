@@ -182,6 +182,10 @@ class _Raised:
     error: BaseException
 
 
+class _Overdue(Exception):
+    """What a sync tool returned is an awaitable whose result did not come in time."""
+
+
 class ToolBox:
     """The tools of a run, and the calls to them that are under way.
 
@@ -363,8 +367,7 @@ class ToolBox:
             try:
                 text, failure = await asyncio.wait_for(self._execute(flight), self._timeout_s)
             except TimeoutError:
-                text = f"Error: the {flight.call.name} call took longer than {self._timeout_s:g} s."
-                failure = ToolFailure.TIMEOUT
+                text, failure = self._overdue(flight.call.name)
             except RuntimeError as error:  # no thread to be had: a lost ticket would be waited for in vain
                 text, failure = self._as_text(flight.call.name, _Raised(error))
             seconds = time.perf_counter() - start
@@ -429,7 +432,7 @@ class ToolBox:
         try:
             return future.result(self._timeout_s)
         except TimeoutError:
-            return _Raised(TimeoutError(f"no result after {self._timeout_s:g} s"))
+            return _Raised(_Overdue())
         finally:
             future.cancel()
 
@@ -452,7 +455,12 @@ class ToolBox:
                 "what the state held may not be released. Further failures of its close() are not logged."
             )
 
+    def _overdue(self, name: str) -> _Outcome:
+        return f"Error: the {name} call took longer than {self._timeout_s:g} s.", ToolFailure.TIMEOUT
+
     def _as_text(self, name: str, value: Any) -> _Outcome:
+        if isinstance(value, _Raised) and isinstance(value.error, _Overdue):
+            return self._overdue(name)
         if isinstance(value, _Raised):
             return self._presentable(_describe(value.error)), _failure_of(value.error)
         if isinstance(value, str):
