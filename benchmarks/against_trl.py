@@ -57,7 +57,7 @@ class TagGRPOTrainer(GRPOTrainer):
 
 def parse_with(protocol: TagProtocol) -> Callable[..., dict[str, Any]]:
     def parse_response(tokenizer: Any, ids: list[int], **_: Any) -> dict[str, Any]:
-        text = protocol.decode_turn(ids, (tokenizer.eos_token_id,))
+        text = protocol.decode_turn(ids)
         message: dict[str, Any] = {"role": "assistant", "content": text}
         calls = [call for call in protocol.parse_turn(text) if isinstance(call, ToolCall)]
         if calls:

@@ -102,7 +102,7 @@ def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
             for _ in range(repeats + 1):
                 engine = ScriptedEngine(tokenizer, SamplingParams(eos, protocol.stop_strings), script)
                 settings = TreeSettings(LEAVES, LEAVES, 1 << 20, 1 << 21, calls)
-                sampler = TreeSampler(engine, toolbox, protocol, settings, eos)
+                sampler = TreeSampler(engine, toolbox, protocol, settings)
                 seconds.append(sampler.sample([GroupRequest(0, [1] * 100)], seed=(0,)).times.total_s)
             points.append((calls, {"one group of 16": median(seconds[1:])}))
             print(f"calls {calls}: {points[-1][1]['one group of 16']:.3f} s", flush=True)

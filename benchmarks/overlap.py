@@ -183,7 +183,6 @@ def by_us(url: str, model: Path, schedule: RolloutSchedule, waiting: Wait) -> tu
             toolbox,
             protocol,
             TreeSettings(LEAVES, LEAVES, 600, 1000, CALLS, 8, schedule=schedule),
-            (int(tokenizer.eos_token_id),),
         )
         prompt = protocol.encode_prompt(PROMPT)
         start = time.perf_counter()

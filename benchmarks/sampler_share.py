@@ -63,7 +63,7 @@ def roll(
     settings = SamplingParams(eos, protocol.stop_strings)
     engine = TransformersEngine(tokenizer, settings, lambda: contextlib.nullcontext(model))
     sampler = TreeSampler(
-        engine, toolbox, protocol, TreeSettings(8, 8, 208, 1024, 5, 8, schedule=RolloutSchedule.ROUNDS), eos
+        engine, toolbox, protocol, TreeSettings(8, 8, 208, 1024, 5, 8, schedule=RolloutSchedule.ROUNDS)
     )
     original = engine_module.sample
     if replay is not None:

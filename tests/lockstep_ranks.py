@@ -45,7 +45,7 @@ def roll_out(case: str, rank: int) -> dict[str, Any]:
     eos = (int(tokenizer().eos_token_id),)
     inner = ScriptedEngine(tokenizer(), SamplingParams(eos, protocol.stop_strings), script)
     engine = LockstepEngine(inner, dist.new_group(backend="gloo"))
-    sampler = TreeSampler(engine, toolbox, protocol, TreeSettings(4, 2, 400, 1000, 3, 4), eos)
+    sampler = TreeSampler(engine, toolbox, protocol, TreeSettings(4, 2, 400, 1000, 3, 4))
     prompt = protocol.encode_prompt("what is the answer")
     requests = [GroupRequest(3 * rank + i, prompt) for i in range(GROUPS[case][rank])]
     said: dict[str, Any] = {"sessions": []}

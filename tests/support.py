@@ -209,7 +209,7 @@ class Scripted:
         self.toolbox = ToolBox(tools, timeout_s=timeout_s)
         self.protocol = protocol(self.tokenizer, self.toolbox.specs, max_result_tokens=max_result_tokens)
         self.eos = int(self.tokenizer.eos_token_id)
-        settings = SamplingParams((self.eos,), self.protocol.stop_strings)
+        settings = SamplingParams(self.protocol.eos_ids, self.protocol.stop_strings)
         self.engine = ScriptedEngine(self.tokenizer, settings, script, vocab_size=vocab_size)
         self.sampler = TreeSampler(
             self.engine,
@@ -225,7 +225,6 @@ class Scripted:
                 rule or Threshold(),
                 schedule,
             ),
-            (self.eos,),
             score,
         )
 

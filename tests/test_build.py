@@ -63,7 +63,7 @@ def own_sampler(engine: Engine, **settings):
     toolbox = ToolBox([search, python])
     protocol = TagProtocol(tokenizer(), toolbox.specs)
     settings = {"context": None, "max_completion_length": None, "max_tool_calls": None} | settings
-    return build_sampler(engine, toolbox, protocol, (EOS,), **settings)
+    return build_sampler(engine, toolbox, protocol, **settings)
 
 
 def test_an_engine_from_outside_the_package_serves_training_and_evaluation(tmp_path):

@@ -594,7 +594,7 @@ def test_a_protocol_that_breaks_over_one_turn_fails_that_request_while_its_sibli
     made = Scripted(script, leaves=2, at_root=2)
     parse = made.protocol.parse_turn
 
-    def breaking(text):
+    def breaking(text, end=None):
         if text == "<search>1 1</search>":
             raise ValueError("cannot read that")
         return parse(text)

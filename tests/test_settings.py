@@ -180,7 +180,7 @@ def test_every_class_checks_its_fields(kind: type, given: dict[str, Any], messag
 
 def test_training_and_evaluation_have_the_same_limits_of_tools():
     shared = {setting.name for setting in dataclasses.fields(ToolLimits)}
-    assert shared == {"tool_protocol", "tool_timeout_s", "tool_concurrency", "max_tool_result_tokens"}
+    assert shared == {"tool_protocol", "tool_parser", "tool_timeout_s", "tool_concurrency", "max_tool_result_tokens"}
     for kind in (ARPOConfig, EvalSettings):
         assert issubclass(kind, ToolLimits) and not shared & set(vars(kind)["__annotations__"])
 

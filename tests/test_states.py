@@ -195,7 +195,7 @@ def test_a_group_that_fails_in_a_stream_closes_its_states_and_the_others_go_on(f
     if failing == "parse":
         parse = made.protocol.parse_turn
 
-        def breaking(text):
+        def breaking(text, end=None):
             if text == "<write>1/1:1</write>":
                 raise ValueError("unreadable")
             return parse(text)

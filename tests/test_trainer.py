@@ -130,8 +130,7 @@ def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path
     def same_rollouts(prompts, grpo):
         toolbox = ToolBox([search, python])
         protocol = TagProtocol(tokenizer(), toolbox.specs)
-        eos = (tokenizer().eos_token_id,)
-        sampler = TreeSampler(scripted(flat_script), toolbox, protocol, TreeSettings(4, 4, 120, 1024, 6, 4), eos)
+        sampler = TreeSampler(scripted(flat_script), toolbox, protocol, TreeSettings(4, 4, 120, 1024, 6, 4))
         groups = [GroupRequest(i, protocol.encode_prompt(prompts[4 * i])) for i in range(len(prompts) // 4)]
         leaves = [leaf for tree in sampler.sample(groups, seed=(0,)).trees for leaf in tree.leaves()]
         return {

@@ -36,6 +36,7 @@ from transformers import (
     MinPLogitsWarper,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -1003,6 +1004,28 @@ def test_generate_takes_from_the_models_settings_what_the_runs_leave_open():
     run = GenerationConfig(top_k=0, min_p=None)  # as TRL makes its own
     merged, _ = model._prepare_generation_config(run)
     assert (merged.suppress_tokens, merged.min_p, merged.top_k) == ([3], 0.1, 0)
+
+
+def test_response_templates_are_read_by_the_tokenizer_with_prefix_and_tools():
+    assert parameters(PreTrainedTokenizerBase.parse_response)[1:] == ["response", "schema", "prefix", "tools"]
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call><|im_end|>'
+    message = tokenizer().parse_response(call, trl_seam.qwen3_template, prefix="", tools=[])
+    assert message["tool_calls"] == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+    thought = tokenizer().parse_response(f"<think>{call}", trl_seam.qwen3_template, prefix="", tools=[])
+    assert thought == {"role": "assistant", "reasoning_content": call}  # an open thought holds all that follows
+
+
+@pytest.mark.vllm
+def test_vllms_tool_parsers_are_listed_made_and_called_as_ours_are():
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.tool_parsers import ToolParserManager
+
+    assert {"mistral", "deepseek_v3", "deepseek_v31", "muse_glimmer"} <= set(ToolParserManager.list_registered())
+    request = ChatCompletionRequest(messages=[], tools=None)
+    parser = ToolParserManager.get_tool_parser("hermes")(tokenizer(), request.tools)
+    found = parser.extract_tool_calls('<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', request)
+    assert [(call.function.name, call.function.arguments) for call in found.tool_calls] == [("f", '{"x": 1}')]
+    assert found.content is None
 
 
 def test_memory_that_runs_out_is_a_runtime_error_of_its_own():

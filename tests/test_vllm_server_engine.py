@@ -367,7 +367,7 @@ def test_trees_branch_after_results_and_every_token_has_the_logprob_of_the_path_
     toolbox = ToolBox([search])
     protocol = TagProtocol(tokenizer(), toolbox.specs)
     always = Random(branch_probability=1.0)
-    sampler = TreeSampler(setup.engine, toolbox, protocol, TreeSettings(6, 2, 400, 1024, 3, 5, always), (EOS,))
+    sampler = TreeSampler(setup.engine, toolbox, protocol, TreeSettings(6, 2, 400, 1024, 3, 5, always))
     with toolbox:
         rollout = sampler.sample([GroupRequest(i, PROMPTS[i]) for i in range(3)], seed=(1,))
     assert sum(len(node.children) > 1 for tree in rollout.trees for node in tree.observations()) >= 3

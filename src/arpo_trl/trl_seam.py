@@ -8,12 +8,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# Render a chat template so that the loss can mask it, and read a model's tool calls back: `ChatTemplateProtocol`.
+# `parse_response`: a turn as the message that rewards are given. The `…_template`s: how families of models write tool
+# calls, in transformers' language of response templates.
 from trl.chat_template_utils import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
+    gemma4_template,
+    glm4moe_template,
+    gptoss_template,
+    lfm2_2_5_template,
+    llama3_template,
+    nemotron_3_template,
     parse_response,
+    qwen3_5_template,
+    qwen3_template,
 )
 
 # The way from the trained model to one that generates: unwrapped, ZeRO-3 weights gathered, hooks removed.
@@ -36,15 +42,20 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VLLMGeneration",
-    "add_response_schema",
+    "gemma4_template",
     "get_callable_name",
     "get_config_model_id",
-    "get_training_chat_template",
+    "glm4moe_template",
+    "gptoss_template",
     "is_async_callable",
-    "is_chat_template_prefix_preserving",
+    "lfm2_2_5_template",
+    "llama3_template",
+    "nemotron_3_template",
     "pad",
     "parse_response",
     "print_prompt_completions_sample",
+    "qwen3_5_template",
+    "qwen3_template",
     "unwrap_model_for_generation",
 ]
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
@@ -48,20 +48,33 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
             "with it (`tokenizer.chat_template = …`), or use the instruct version of the model."
         )
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
-        tokenizer, toolbox.specs, max_result_tokens=settings.max_tool_result_tokens
+        tokenizer,
+        toolbox.specs,
+        max_result_tokens=settings.max_tool_result_tokens,
+        tool_parser=settings.tool_parser,
+        eos_ids=_generation_ends(settings.model),
     )
-    eos_ids = (int(tokenizer.eos_token_id),)
-    sampling = SamplingParams(eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p)
+    sampling = SamplingParams(
+        protocol.eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p
+    )
     return build_sampler(
         build_engine(_source(settings, tokenizer), tokenizer, sampling),
         toolbox,
         protocol,
-        eos_ids,
         context=settings.context,
         max_completion_length=settings.max_completion_length,
         max_tool_calls=settings.max_tool_calls,
         max_calls_of=limits,
     )
+
+
+def _generation_ends(model: str) -> tuple[int, ...]:
+    """The ids at which the model's generation config stops; none where it has no such file."""
+    try:
+        ends = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        return ()
+    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
 
 
 def fingerprint(settings: EvalSettings) -> str | None:

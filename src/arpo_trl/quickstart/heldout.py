@@ -54,13 +54,11 @@ def answer_heldout(
         EngineError: A question got no answer.
     """
     protocol = TagProtocol(tokenizer, toolbox.specs)
-    eos_ids = (int(tokenizer.eos_token_id),)
-    settings = SamplingParams(eos_ids, protocol.stop_strings, temperature=temperature)
+    settings = SamplingParams(protocol.eos_ids, protocol.stop_strings, temperature=temperature)
     sampler = build_sampler(
         build_engine(LocalModel(model=model), tokenizer, settings),
         toolbox,
         protocol,
-        eos_ids,
         context=None,
         max_completion_length=max_completion_length,
         max_tool_calls=max_tool_calls,

@@ -8,7 +8,7 @@ under `engines/`, and a record and a case here.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,6 @@ def build_sampler(
     engine: Engine,
     toolbox: ToolBox,
     protocol: ToolProtocol,
-    eos_ids: Sequence[int],
     *,
     context: int | None,
     max_completion_length: int | None,
@@ -208,7 +207,6 @@ def build_sampler(
             schedule=schedule,
             max_calls_of=max_calls_of or {},
         ),
-        eos_ids,
     )
 
 

@@ -180,7 +180,6 @@ class TreeSampler:
         toolbox: ToolBox,
         protocol: ToolProtocol,
         settings: TreeSettings,
-        eos_ids: Sequence[int],
         score: Score | None = None,
     ):
         """`score` is for branch rules that read the rewards of finished leaves.
@@ -192,7 +191,6 @@ class TreeSampler:
         self.toolbox = toolbox
         self.protocol = protocol
         self.settings = settings
-        self.eos_ids = tuple(eos_ids)
         self.score = score
         self._check_score(settings)
         self.between_events: Callable[[], None] = _nothing
@@ -255,7 +253,6 @@ class _Run:
     def __init__(self, sampler: TreeSampler, settings: TreeSettings, seed: tuple[int | str, ...]):
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
         self.between_events, self.score = sampler.between_events, sampler.score
-        self.eos_ids = sampler.eos_ids
         self.settings = settings
         self.seed = seed
         self.writing: dict[int, _Path] = {}
@@ -415,7 +412,7 @@ class _Run:
 
     def _wrote(self, path: _Path, turn: Turn) -> None:
         path = self._probed(path, turn.entropies)  # changes nothing where a Probe came before
-        text = self.protocol.decode_turn(turn.ids, self.eos_ids)
+        text = self.protocol.decode_turn(turn.ids)
         node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
         path = replace(
             path,
@@ -426,7 +423,7 @@ class _Run:
             last_request=turn.id,
         )
         path.group.longest_chain = max(path.group.longest_chain, path.waited + path.depth)
-        calls = () if turn.stop is TurnStop.LENGTH else self.protocol.parse_turn(text)
+        calls = () if turn.stop is TurnStop.LENGTH else self.protocol.parse_turn(text, turn.ids[-1])
         if turn.stop is TurnStop.LENGTH:
             self._end(path, StopReason.LENGTH)
         elif not calls:
@@ -436,7 +433,8 @@ class _Run:
         elif path.results >= self.settings.max_tool_calls:
             notice = self.protocol.limit_notice()
             results = [(_name(call), notice) for call in calls]
-            self._write_under(replace(path, may_call=False), self.protocol.encode_observation(results), (), notice)
+            ids = self.protocol.encode_observation(results, turn.ids[-1])
+            self._write_under(replace(path, may_call=False), ids, (), notice)
         else:
             self._call(path, calls)
 
@@ -474,7 +472,7 @@ class _Run:
             if call.source is not CallSource.REFUSED:
                 path.states.record(ToolCall(call.name, call.arguments), call.failure)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
-        ids = self.protocol.encode_observation([(call.name, call.text) for call in calls])
+        ids = self.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
 
     def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:

@@ -173,7 +173,10 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             self.toolbox.specs,
             max_result_tokens=args.max_tool_result_tokens,
             chat_template_kwargs=self.chat_template_kwargs,
+            tool_parser=args.tool_parser,
+            eos_ids=self.eos_token_ids,
         )
+        self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # by which TRL tells truncated completions
         self._credit = args.make_credit()
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
@@ -205,9 +208,9 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         self._spans = Spans()
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
-        args, eos_ids = self.args, tuple(self.eos_token_ids)
+        args = self.args
         settings = SamplingParams(
-            eos_ids,
+            self.protocol.eos_ids,
             self.protocol.stop_strings,
             self.temperature,
             self.top_p,
@@ -222,7 +225,6 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             engine,
             self.toolbox,
             self.protocol,
-            eos_ids,
             context=context_of(self.model),
             num_generations=self.num_generations,
             initial_rollouts=args.initial_rollouts,

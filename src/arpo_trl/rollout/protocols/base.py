@@ -16,12 +16,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.protocols.parsers import AUTO
+from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolSpec
-from arpo_trl.trl_seam import (
-    parse_response,
-)
+from arpo_trl.trl_seam import parse_response
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,18 @@ class ToolProtocol(ABC):
         tools: The tools by name.
         max_result_tokens: Longer results keep their head and tail, with the cut marked. None: no limit.
         chat_template_kwargs: Passed to the chat template with every prompt.
+        eos_ids: The ids at which the model stops besides the tokenizer's EOS, as its generation config has them.
+        tool_parser: What reads the calls of a chat template, as `parsers.py` names it.
+
+    Raises:
+        ConfigError: The tokenizer has no EOS token or no fast backend, or loses a part of the protocol's own text.
     """
 
     stop_strings: tuple[str, ...] = ()
-    """What ends a turn besides EOS."""
+    """What ends a turn besides `eos_ids`."""
+    eos_ids: tuple[int, ...]
+    """The ids that end a turn: the tokenizer's, the model's, and the one with which the chat template ends an answer.
+    The first one closes a turn where an engine cannot tell which id ended it."""
 
     def __init__(
         self,
@@ -79,15 +87,25 @@ class ToolProtocol(ABC):
         *,
         max_result_tokens: int | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        eos_ids: Sequence[int] = (),
+        tool_parser: str = AUTO,
     ):
         if tokenizer.eos_token_id is None:
             raise ConfigError("The tokenizer has no EOS token, so no turn could end. Set `tokenizer.eos_token`.")
         self.tokenizer = tokenizer
         self.tools = tools
         self.max_result_tokens = max_result_tokens
+        self._wanted_parser = tool_parser
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._parser = tokenizer
         self._schemas = [spec.schema for spec in tools.values()]
+        self._template = Template(tokenizer, self._schemas, self.chat_template_kwargs)
+        known = dict.fromkeys((int(tokenizer.eos_token_id), *eos_ids))
+        self._known_ends = tuple(tokenizer.convert_ids_to_tokens(list(known)))
+        self._answer_end = None if tokenizer.chat_template is None else self._template.end_of_answer(self._known_ends)
+        if self._answer_end is not None:
+            known[int(tokenizer.convert_tokens_to_ids(self._answer_end))] = None
+        self.eos_ids = tuple(known)
         self._encode_text = ContentEncoder(tokenizer)
         self._cut_mark = self._encode_text("\n[… cut …]\n")
 
@@ -96,16 +114,22 @@ class ToolProtocol(ABC):
         """The ids a path starts from."""
 
     @abstractmethod
-    def parse_turn(self, text: str) -> Sequence[ToolCall | BadCall]:
-        """What the turn `text` asks for, in order; empty when it asks for nothing."""
+    def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
+        """What the turn `text` asks for, in order; empty when it asks for nothing.
+
+        `end` is the last id of the turn. None, or an id outside `eos_ids`: the turn ended without one.
+        """
 
     @abstractmethod
-    def encode_observation(self, results: Sequence[tuple[str, str]]) -> list[int]:
-        """What a model sees after a turn: one (tool name, text) for each thing that `parse_turn` returned of it."""
+    def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
+        """What a model sees after a turn: one (tool name, text) for each thing that `parse_turn` returned of it.
 
-    def decode_turn(self, ids: Sequence[int], eos_ids: Sequence[int]) -> str:
-        """What the model wrote, tags and other special tokens included, without a final EOS."""
-        end = len(ids) - (1 if ids and ids[-1] in eos_ids else 0)
+        `end` is the last id of the turn, which `parse_turn` was given.
+        """
+
+    def decode_turn(self, ids: Sequence[int]) -> str:
+        """What the model wrote, tags and other special tokens included, without a final id of `eos_ids`."""
+        end = len(ids) - (1 if ids and ids[-1] in self.eos_ids else 0)
         return decode_exactly(self.tokenizer, ids[:end])
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
@@ -128,6 +152,21 @@ class ToolProtocol(ABC):
     def _encode(self, text: str) -> list[int]:
         """Our own text, special tokens on."""
         return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _encode_exactly(self, text: str) -> list[int]:
+        """As `_encode`, for text that a turn or its result surely has.
+
+        Raises:
+            ConfigError: The tokenizer changes the text on its way to ids and back.
+        """
+        ids = self._encode(text)
+        if (read := decode_exactly(self.tokenizer, ids)) != text:
+            raise ConfigError(
+                f"The tokenizer ({type(self.tokenizer).__name__}) does not give text back as it was: {text!r} becomes "
+                f"{read!r}. Calls and results could not be told apart from what it leaves out. Load the tokenizer "
+                "with the class that its tokenizer.json was made for, such as PreTrainedTokenizerFast."
+            )
+        return ids
 
     def _encode_content(self, text: str) -> list[int]:
         """A tool's text, special tokens off, capped."""

@@ -1,7 +1,10 @@
 """`ChatTemplateProtocol`, for models trained to call tools their own way.
 
-Calls and results are as the tokenizer's chat template has them, several calls in a turn if the model writes so. EOS
-ends each turn.
+Calls and results are as the tokenizer's chat template has them, several calls in a turn if the model writes so. What
+the template does is read from a sample conversation that it renders (`sample.py`), never from its text.
+
+    prompt | <tool_call>{…}</tool_call><|im_end|> | \\n<|im_start|>user\\n<tool_response>… | answer <|im_end|>
+            a turn with the id that ended it       an observation: all that follows        the last turn
 """
 
 from __future__ import annotations
@@ -15,25 +18,24 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.protocols import sample
 from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
+from arpo_trl.rollout.protocols.parsers import Rendered, ToolParser, fitting_parser
+from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolSpec
-from arpo_trl.trl_seam import (
-    add_response_schema,
-    get_training_chat_template,
-    is_chat_template_prefix_preserving,
-)
+
+RESULT = "[result]"
 
 
 class ChatTemplateProtocol(ToolProtocol):
     """Tool calls and results as the tokenizer's chat template has them.
 
-    The tools' schemas go into the prompt. Calls are parsed by transformers' response parsing, with TRL's description
-    of the template where the tokenizer brings none; where earlier messages change when later ones follow, TRL's
-    training variant of the template is used. A tool may take any arguments that its schema can describe.
+    The tools' schemas go into the prompt. A tool may take any arguments that its schema can describe.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or one that nobody can parse, or that does not show results.
+        ConfigError: The tokenizer has no chat template, or one that does not show calls or results, whose calls no
+            parser reads, or whose ids differ from those that a rollout has.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
@@ -43,24 +45,31 @@ class ChatTemplateProtocol(ToolProtocol):
                 'tool_protocol is "chat_template" but the tokenizer has no chat template. Set '
                 '`tokenizer.chat_template`, or tool_protocol "tags".'
             )
-        self._parser = copy.copy(tokenizer)  # TRL changes how it decodes where the trainer's own has a template
         try:
-            if getattr(tokenizer, "response_template", None) is None:
-                add_response_schema(self._parser)
-            self._template = (
-                None if is_chat_template_prefix_preserving(tokenizer) else get_training_chat_template(tokenizer)
+            self._prompt = self._template.render([sample.user()], opens_turn=True)
+            self._opening = self._prompt[len(self._template.render([sample.user()])) :]
+            self._form = self._argument_form()
+            self._several = self._shows_several_calls()
+            self._call_end = self._end_of_call()
+            self.eos_ids = tuple(dict.fromkeys((self._id(self._call_end), *self.eos_ids)))
+            self.tool_parser: ToolParser = fitting_parser(
+                self._wanted_parser, tokenizer, Rendered(self._sample_turn(), self._opening)
             )
-            self._opening = self._generation_prompt()
             self._suffix = cache(self._render_suffix)
-            for name in tools:
+            for name in tools or (sample.NAME,):
                 self._suffix((name,))
+                self._compare(name)
         except ConfigError:
             raise
         except Exception as error:  # a template is a program of the model's authors
             raise ConfigError(
-                f"The tokenizer's chat template does not work for tool calls ({type(error).__name__}: {error}). Set "
-                '`tokenizer.response_template` for it, or tool_protocol "tags".'
+                f"The tokenizer's chat template does not work for tool calls ({type(error).__name__}: {error}). Use a "
+                'model whose template does, or set tool_protocol "tags".'
             ) from error
+        if self.tool_parser.template is not None:
+            # a copy: TRL changes how it decodes where the trainer's own tokenizer has a response template
+            self._parser = copy.copy(tokenizer)
+            self._parser.response_template = self.tool_parser.template
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
         """The messages through the chat template, the tools' schemas included."""
@@ -74,26 +83,76 @@ class ChatTemplateProtocol(ToolProtocol):
             tools=self._schemas or None,
             add_generation_prompt=True,
             return_dict=False,
-            chat_template=self._template,
             **self.chat_template_kwargs,
         )
 
-    def parse_turn(self, text: str) -> Sequence[ToolCall | BadCall]:
+    def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
+        """The calls of a turn, as `tool_parser` reads them.
+
+        Parsers know the ends that the template writes. Any other id that ended the turn, such as `<|endoftext|>` of a
+        base model, counts as the end of a call.
+        """
+        ended = text + self._written_end(end)
         try:
-            message = self._parser.parse_response(
-                text + self.tokenizer.eos_token, prefix=self._opening, tools=self._schemas
-            )
+            message = self.tool_parser.parse(ended, self._opening, self._schemas)
+            calls = message.get("tool_calls") or ()
         except Exception as error:  # a parser that others wrote meets text that a model made up
             reason = str(error).partition("\n")[0][:200]
             return (BadCall("malformed", f"Error: the tool call could not be read: {reason}"),)
-        return tuple(map(self._checked, message.get("tool_calls") or ()))
+        if not calls and not message.get("content") and self._calls_in_thought(message):
+            return (
+                BadCall(
+                    "in_thought",
+                    "Error: the tool call was not made, because it stands inside a thought that was not closed. Close "
+                    "the thought, then call the tool.",
+                ),
+            )
+        return tuple(map(self._checked, calls))
 
-    def encode_observation(self, results: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
+        """All that the template writes after the token that ended the turn, up to and with the next turn's opening.
+
+        Some families end a call with the token that opens the result (`<|observation|>`). Where another id ended the
+        turn, that token comes first.
+        """
         wrappers, escaped = self._suffix(tuple(name for name, _ in results))
-        ids = list(wrappers[0])
+        opens_result = self._call_end != self._answer_end
+        ended_otherwise = end in self.eos_ids and end != self._id(self._call_end)
+        ids = [self._id(self._call_end)] if opens_result and ended_otherwise else []
+        ids += wrappers[0]
         for (_, text), wrapper in zip(results, wrappers[1:], strict=True):
             ids += self._encode_content(_inside_json(text) if escaped else text) + wrapper
         return ids
+
+    def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
+        ids = list(ids)
+        if ids and ids[-1] in self.eos_ids:
+            ids[-1] = self._id(self._written_end(ids[-1]))
+        if self.tool_parser.template is not None:
+            return super().as_message(ids, before)
+        try:
+            message = dict(self.tool_parser.parse(decode_exactly(self.tokenizer, ids), self._opening, self._schemas))
+        except Exception:  # others' parser, and text that a model made up
+            return super().as_message(ids, before)
+        shown = self.tokenizer.encode(message["content"], add_special_tokens=False)
+        message["content"] = self.tokenizer.decode(shown, skip_special_tokens=True)
+        if not message["tool_calls"]:
+            del message["tool_calls"]
+        return message
+
+    def _written_end(self, end: int | None) -> str:
+        """The token that ended a turn where the template writes it too, else that of a call."""
+        written = self._call_end if end is None else str(self.tokenizer.convert_ids_to_tokens(end))
+        return written if written == self._answer_end else self._call_end
+
+    def _calls_in_thought(self, message: Mapping[str, Any]) -> bool:
+        thought = message.get("reasoning_content") or message.get("thinking")
+        if not isinstance(thought, str):
+            return False
+        try:
+            return bool(self.tool_parser.parse(thought, "", self._schemas).get("tool_calls"))
+        except Exception:  # not even a call
+            return False
 
     def _checked(self, call: Any) -> ToolCall | BadCall:
         function = call.get("function") if isinstance(call, dict) else None
@@ -104,48 +163,114 @@ class ChatTemplateProtocol(ToolProtocol):
             return BadCall("malformed", f"Error: the arguments of {name[:40]!r} have to be an object.")
         return ToolCall(name, arguments)
 
-    def _generation_prompt(self) -> str:
-        """What the template writes before a turn, for parsers that must see an opening `<think>`."""
-        messages = [{"role": "user", "content": "…"}]
-        return self._render(messages, True)[len(self._render(messages, False)) :]
+    # What the template does ------------------------------------------------------------------------------------------
+
+    def _argument_form(self) -> sample.Arguments:
+        """How the template wants arguments: as they are, or as JSON text, as DeepSeek's does."""
+        shown, error = False, None
+        for form in sample.ARGUMENT_FORMS:
+            try:
+                text = self._exchange((sample.NAME,), [RESULT], form)
+            except TypeError as reason:
+                error = reason
+                continue
+            if sample.NAME in text and sample.WORDS[0] in text:
+                shown = True
+                if RESULT in text.rpartition(sample.WORDS[0])[2]:
+                    return form
+        if error is not None and not shown:
+            raise error
+        missing = "tool results after a tool call" if shown else "tool calls"
+        raise ConfigError(
+            f"The tokenizer's chat template does not show {missing}. Use a model whose template does, or set "
+            'tool_protocol "tags".'
+        )
+
+    def _shows_several_calls(self) -> bool:
+        names = (sample.NAME, sample.NAME)
+        try:
+            text = self._exchange(names, [RESULT, RESULT], self._form)
+        except Exception:  # Llama's: "only single tool-calls at once"
+            return False
+        return all(words in text for words in sample.WORDS)
+
+    def _end_of_call(self) -> str:
+        after_call = self._exchange((sample.NAME,), [RESULT], self._form).rpartition(sample.WORDS[0])[2]
+        after_call = after_call.partition(RESULT)[0]
+        between = ""
+        if self._several:
+            text = self._exchange((sample.NAME, sample.NAME), [RESULT, RESULT], self._form)
+            between = text.partition(sample.WORDS[0])[2].partition(sample.WORDS[1])[0]
+        end = self._template.end_of_call(after_call, between, self._known_ends, self._answer_end)
+        if not end:
+            raise ConfigError(
+                f"The tokenizer's chat template writes {after_call!r} between a call's last argument and its result. "
+                "None of it is a token of the tokenizer that could end the turn. Give the tokenizer the model's "
+                'special tokens, or set tool_protocol "tags".'
+            )
+        return end
+
+    def _exchange(self, names: Sequence[str], texts: Sequence[str], form: sample.Arguments) -> str:
+        messages = [sample.user(), sample.calls(names, form), *sample.results(names, texts)]
+        return self._template.render(messages, opens_turn=True)
+
+    def _sample_turn(self, name: str = sample.NAME) -> str:
+        """The turn of a sample call: what follows the prompt, or what a past turn shares of it."""
+        text = self._exchange((name,), [RESULT], self._form)
+        return text[self._template.shared(text, self._prompt) : self._cut(text)]
+
+    def _cut(self, text: str) -> int:
+        """Where the last calling turn in `text` ends."""
+        last = max(text.rfind(words) for words in sample.WORDS)
+        return text.index(self._call_end, last) + len(self._call_end)
 
     def _render_suffix(self, names: tuple[str, ...]) -> tuple[list[list[int]], bool]:
-        """The wrappers around the results of the calls `names`, and whether the template shows results as JSON.
-
-        All that follows the EOS of the calling turn, up to and with the opening of the next turn.
-        """
+        """The wrappers around the results of the calls `names`, and whether the template shows results as JSON."""
         marks = [f'[result "{i}"]' for i in range(len(names))]  # the quotes tell whether it is escaped
-        call = {"type": "function", "function": {"name": names[0], "arguments": {}}}
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "…"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-        ]
-        results = [{"role": "tool", "name": name, "content": mark} for name, mark in zip(names, marks, strict=True)]
-        before, after = self._render(messages, False), self._render(messages + results, True)
-        # A template may close a message with more than the EOS that ends a turn: "<|im_end|>\n".
-        end = before.rfind(self.tokenizer.eos_token)
-        cut = len(before) if end < 0 else end + len(self.tokenizer.eos_token)
-        suffix = after[cut:]
-        escaped = marks[0] not in suffix
-        parts, rest = [], suffix
+        calling = names if self._several else names[:1]
+        messages = [sample.user(), sample.calls(calling, self._form), *sample.results(names, marks)]
+        text = self._template.render(messages, opens_turn=True)
+        rest = text[self._cut(text) :]
+        escaped = marks[0] not in rest
+        parts = []
         for mark in marks:
             part, found, rest = rest.partition(_inside_json(mark) if escaped else mark)
-            if not found or not after.startswith(before[:cut]):
+            if not found:
                 raise ConfigError(
-                    "The tokenizer's chat template does not show tool results after a tool call. Use a model whose "
-                    'template does, or set tool_protocol "tags".'
+                    "The tokenizer's chat template does not show all results of a turn's tool calls. Use a model "
+                    'whose template does, or set tool_protocol "tags".'
                 )
             parts.append(part)
         return [self._encode(part) for part in (*parts, rest)], escaped
 
-    def _render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            chat_template=self._template,
-            **self.chat_template_kwargs,
-        )
+    def _compare(self, name: str) -> None:
+        """Fails where a call of `name` and its result have other ids in a rollout than in the template's text.
+
+        The text is encoded in the stretches that differ by nature: what the model writes, a result's content, and what
+        stands between them.
+        """
+        turn = self._sample_turn(name)
+        text = self._exchange((name,), [RESULT], self._form)
+        text = text[self._cut(text) - len(turn) :]
+        before, _, after = text.partition(RESULT)
+        expected = self._encode(before) + self._encode_text(RESULT) + self._encode(after)
+        written = self._encode(turn)
+        made = written + self.encode_observation([(name, RESULT)], written[-1])
+        read = decode_exactly(self.tokenizer, made)
+        if made != expected or read != text:
+            raise ConfigError(
+                f"A call of {name!r} and its result have other ids in a rollout than in the chat template's text. The "
+                f"template: {text!r}, the ids {_shown(self.tokenizer, expected)}. The rollout: {read!r}, the ids "
+                f"{_shown(self.tokenizer, made)}. Use the tokenizer that the model was trained with, or set "
+                'tool_protocol "tags".'
+            )
+
+    def _id(self, token: str) -> int:
+        return int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return " ".join(map(repr, tokenizer.convert_ids_to_tokens(list(ids))))
 
 
 def _inside_json(text: str) -> str:

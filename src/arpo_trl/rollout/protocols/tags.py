@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
+from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import RESERVED_TAGS, ToolSpec
@@ -27,6 +28,7 @@ class TagProtocol(ToolProtocol):
 
     Raises:
         ToolSpecError: A tool does not have exactly one required text argument.
+        ConfigError: A `tool_parser` was named, which is for chat templates, or the tokenizer changes text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
@@ -37,9 +39,16 @@ class TagProtocol(ToolProtocol):
                     "required `str` argument. Give it one."
                 )
         super().__init__(tokenizer, tools, **settings)
+        if self._wanted_parser != AUTO:
+            raise ConfigError(
+                f'tool_parser is {self._wanted_parser!r}, but tool_protocol is "tags", whose calls no parser of a '
+                f'chat template reads. Leave tool_parser at {AUTO!r}, or set tool_protocol "chat_template".'
+            )
         self.stop_strings = tuple(f"</{name}>" for name in tools)
-        self._result_open = self._encode(f"\n<{RESULT}>\n")
-        self._result_close = self._encode(f"\n</{RESULT}>\n")
+        self._result_open = self._encode_exactly(f"\n<{RESULT}>\n")
+        self._result_close = self._encode_exactly(f"\n</{RESULT}>\n")
+        for name in tools:
+            self._encode_exactly(f"<{name}>\na b:\n    c\n</{name}>")
         known = "|".join(map(re.escape, [*tools, *sorted(RESERVED_TAGS)]))
         self._known_tag = re.compile(rf"</?({known})>")
         self._tool_open = re.compile("|".join(f"<{re.escape(name)}>" for name in tools) or r"(?!)")
@@ -63,13 +72,13 @@ class TagProtocol(ToolProtocol):
         """A demonstration's turn as the model should write it: special tokens on, EOS after the last turn."""
         return self._encode(text) + ([self.tokenizer.eos_token_id] if last else [])
 
-    def encode_observation(self, results: Sequence[tuple[str, str]]) -> list[int]:
+    def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
         ids: list[int] = []
         for _, text in results:
             ids += self._result_open + self._encode_content(text) + self._result_close
         return ids
 
-    def parse_turn(self, text: str) -> Sequence[ToolCall | BadCall]:
+    def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
         """The call that `text` ends in: a turn holds one at most, since its closing tag stops it."""
         call = self._parse_call(text)
         return () if call is None else (call,)

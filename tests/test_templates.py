@@ -1,0 +1,196 @@
+"""Every chat template that TRL ships, with its family's special tokens and each EOS that its models come with.
+
+tests/cases/templates.jsonl says what is read from each, or why it is refused.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from tokenizers import AddedToken
+from transformers import PreTrainedTokenizerFast
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, TagProtocol
+from arpo_trl.tools.calls import ToolCall
+from arpo_trl.tools.toolbox import tool_spec
+from support import search, tokenizer
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+ROWS: list[dict[str, Any]] = [
+    json.loads(line) for line in Path(__file__).with_name("cases").joinpath("templates.jsonl").read_text().splitlines()
+]
+BY_NAME = {row["template"]: row for row in ROWS}
+
+
+def each(rows: list[dict[str, Any]]) -> list[Any]:
+    """One test for each template and EOS; those that only vLLM can parse are marked."""
+    return [
+        pytest.param(row, eos, id=f"{row['template']}-{eos}", marks=[pytest.mark.vllm] if row.get("vllm") else [])
+        for row in rows
+        for eos in row["eos"]
+    ]
+
+
+def family_tokenizer(row: dict[str, Any], eos: str) -> PreTrainedTokenizerFast:
+    made = copy.deepcopy(tokenizer())
+    made.add_tokens([AddedToken(token, special=True, normalized=False) for token in row["tokens"]])
+    made.add_special_tokens({"eos_token": eos, "bos_token": row["tokens"][0]})
+    made.chat_template = (TEMPLATES / f"{row['template']}.jinja").read_text("utf-8")
+    return made
+
+
+def protocol_of(name: str, eos: str, **settings: Any) -> ChatTemplateProtocol:
+    return ChatTemplateProtocol(family_tokenizer(BY_NAME[name], eos), {"search": tool_spec(search)}, **settings)
+
+
+def exchange(call_name: str, arguments: dict[str, Any], form: Any, result: str) -> list[dict[str, Any]]:
+    call = {"id": "call00000", "type": "function", "function": {"name": call_name, "arguments": form(arguments)}}
+    return [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "name": call_name, "tool_call_id": "call00000", "content": result},
+    ]
+
+
+def test_every_template_that_trl_ships_has_a_row() -> None:
+    shipped = {path.stem for path in TEMPLATES.glob("*.jinja")}
+    assert set(BY_NAME) == {name for name in shipped if not name.endswith("_training")}
+
+
+@pytest.mark.parametrize(("row", "eos"), each([row for row in ROWS if "parser" in row]))
+def test_a_turn_is_read_and_continued_as_the_template_has_it(row: dict[str, Any], eos: str) -> None:
+    made = family_tokenizer(row, eos)
+    protocol = ChatTemplateProtocol(made, {"search": tool_spec(search)})
+    assert protocol.tool_parser.name == row["parser"]
+    ends = made.convert_ids_to_tokens(list(protocol.eos_ids))
+    assert ends[0] == row["call_end"]
+    assert set(ends) == {eos, row["call_end"], row["answer_end"]}
+
+    form = json.dumps if row["template"] == "deepseekv3" else dict
+    messages = exchange("search", {"query": "iron ore"}, form, "facts")
+    whole = made.apply_chat_template(messages, tools=protocol._schemas, tokenize=False, add_generation_prompt=True)
+    end = made.convert_tokens_to_ids(row["call_end"])
+    observation = made.decode(protocol.encode_observation([("search", "facts")], end))
+    assert whole.endswith(row["call_end"] + observation)  # all that follows, each exactly once
+    prompt = made.decode(protocol.encode_prompt(messages[:1]))
+    shared = next(i for i in range(len(whole)) if whole[: i + 1] != prompt[: i + 1])
+    turn = whole[whole.rfind("<", 0, shared + 1) if whole[shared - 1] == "<" else shared :]
+    turn = turn.removesuffix(row["call_end"] + observation)
+    assert protocol.parse_turn(turn, end) == (ToolCall("search", {"query": "iron ore"}),)
+    assert protocol.parse_turn("It rains.", made.convert_tokens_to_ids(row["answer_end"])) == ()
+
+
+@pytest.mark.parametrize(("row", "eos"), each([row for row in ROWS if "refused" in row]))
+def test_a_template_that_cannot_call_is_refused_with_the_reason(row: dict[str, Any], eos: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        ChatTemplateProtocol(family_tokenizer(row, eos), {"search": tool_spec(search)})
+    assert row["refused"] in str(refused.value)
+    assert 'tool_protocol "tags"' in str(refused.value)
+
+
+@pytest.mark.parametrize(("row", "eos"), each(ROWS))
+def test_tags_end_a_turn_where_the_template_ends_an_answer(row: dict[str, Any], eos: str) -> None:
+    made = family_tokenizer(row, eos)
+    protocol = TagProtocol(made, {"search": tool_spec(search)}, eos_ids=[3])
+    ends = made.convert_ids_to_tokens(list(protocol.eos_ids))
+    assert ends[0] == eos
+    assert protocol.eos_ids[1] == 3
+    if "answer_end" in row:
+        assert row["answer_end"] in ends
+
+
+def test_a_call_that_ends_with_another_eos_is_one_too() -> None:
+    # Llama's <|eom_id|> says that a result is awaited; its template writes <|eot_id|>
+    protocol = protocol_of("llama3_1", "<|eom_id|>")
+    end = protocol.tokenizer.convert_tokens_to_ids("<|eom_id|>")
+    turn = '{"name": "search", "parameters": {"query": "iron"}}'
+    assert protocol.parse_turn(turn, end) == (ToolCall("search", {"query": "iron"}),)
+    assert protocol.decode_turn([*protocol.tokenizer.encode(turn), end]) == turn
+
+
+def test_a_result_that_the_ending_token_opens_is_opened_where_another_ended_the_turn() -> None:
+    protocol = protocol_of("glm4moe", "<|endoftext|>")
+    made = protocol.tokenizer
+    observed = {
+        token: made.decode(protocol.encode_observation([("search", "R")], made.convert_tokens_to_ids(token)))
+        for token in ("<|observation|>", "<|endoftext|>")
+    }
+    assert observed["<|observation|>"] == "\n<tool_response>\nR\n</tool_response><|assistant|>"
+    assert observed["<|endoftext|>"] == "<|observation|>" + observed["<|observation|>"]
+
+
+def test_a_call_that_ends_as_an_answer_does_is_told() -> None:
+    protocol = protocol_of("gptoss", "<|return|>")
+    turn = ' to=functions.search<|channel|>commentary json<|message|>{"query": "a"}'
+    ends = {token: protocol.tokenizer.convert_tokens_to_ids(token) for token in ("<|call|>", "<|return|>")}
+    assert protocol.parse_turn(turn, ends["<|call|>"]) == (ToolCall("search", {"query": "a"}),)
+    (bad,) = protocol.parse_turn(turn, ends["<|return|>"])
+    assert isinstance(bad, BadCall)
+    assert bad.fault == "malformed"
+
+
+def test_a_call_inside_an_open_thought_is_told() -> None:
+    call = '<tool_call>\n{"name": "search", "arguments": {"query": "a"}}\n</tool_call>'
+    protocol = protocol_of("qwen3", "<|im_end|>")
+    (bad,) = protocol.parse_turn(f"<think>I look it up. {call}")
+    assert isinstance(bad, BadCall)
+    assert bad.fault == "in_thought"
+    assert "was not closed" in bad.text
+    assert protocol.parse_turn(f"<think>I could write {call}</think>It is 3.") == ()
+    assert protocol.parse_turn("<think>no call") == ()
+
+
+def test_a_tokenizer_without_the_templates_tokens_is_refused() -> None:
+    row = BY_NAME["llama3_1"] | {"tokens": ["<|begin_of_text|>"]}
+    with pytest.raises(ConfigError, match="is a token of the tokenizer that could end the turn"):
+        ChatTemplateProtocol(family_tokenizer(row, "<|im_end|>"), {"search": tool_spec(search)})
+
+
+def test_a_difference_between_template_and_rollout_shows_both() -> None:
+    # an ending token that takes the white space after it, as Phi's do: the template's newline is lost, ours is not
+    made = family_tokenizer(BY_NAME["qwen2_5"] | {"tokens": ["<|im_start|>"]}, "<|stop|>")
+    made.add_tokens([AddedToken("<|halt|>", special=True, rstrip=True, normalized=False)])
+    made.chat_template = made.chat_template.replace("<|im_end|>", "<|halt|>")
+    with pytest.raises(ConfigError, match="other ids in a rollout") as refused:
+        ChatTemplateProtocol(made, {"search": tool_spec(search)})
+    assert "The template: " in str(refused.value)
+    assert "The rollout: " in str(refused.value)
+
+
+def test_a_parser_can_be_named() -> None:
+    assert protocol_of("qwen3", "<|im_end|>", tool_parser="hermes").tool_parser.name == "hermes"
+    with pytest.raises(ConfigError, match=r"tool_parser is 'gemma4', and no parser reads .*gemma4: read \[\]"):
+        protocol_of("qwen3", "<|im_end|>", tool_parser="gemma4")
+    with pytest.raises(ConfigError, match='tool_protocol is "tags"'):
+        TagProtocol(tokenizer(), {}, tool_parser="hermes")
+
+
+def test_an_unknown_parser_is_refused_with_the_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"expected auto, tokenizer, hermes, qwen3_xml, .* with vLLM installed"):
+        protocol_of("qwen3", "<|im_end|>", tool_parser="hermse")
+
+
+@pytest.mark.vllm
+def test_vllms_parsers_can_be_named() -> None:
+    assert protocol_of("qwen3_8", "<|im_end|>", tool_parser="qwen3_coder").tool_parser.name == "qwen3_coder"
+
+
+def test_a_revision_that_nobody_knows_by_its_text_is_known_by_what_it_does() -> None:
+    made = family_tokenizer(BY_NAME["qwen3"], "<|im_end|>")
+    made.chat_template = "{#- a fine-tune's -#}" + made.chat_template
+    assert ChatTemplateProtocol(made, {"search": tool_spec(search)}).tool_parser.name == "hermes"
+
+
+def test_a_message_has_no_ending_token_whichever_it_was() -> None:
+    protocol = protocol_of("qwen2_5", "<|im_end|>", eos_ids=[])
+    other = protocol_of("qwen2_5", "<|endoftext|>")
+    for made in (protocol, other):
+        for end in made.eos_ids:
+            before = made.encode_prompt([{"role": "user", "content": "hi"}])
+            message = made.as_message([*made.tokenizer.encode("It rains."), end], before)
+            assert message == {"role": "assistant", "content": "It rains."}
