@@ -42,6 +42,12 @@ EXACT: dict[str, Any] = {"bf16": False}
 """Besides, where a test compares what is equal in float32 only; beside it stands one that takes the default."""
 
 
+def cases(name: str) -> list[dict[str, Any]]:
+    """The rows of tests/cases/<name>.jsonl."""
+    path = Path(__file__).with_name("cases") / f"{name}.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
     return build_tokenizer(TEXTS * 3)

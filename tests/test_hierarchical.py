@@ -12,6 +12,7 @@ from trl.trainer.utils import get_callable_name
 from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.rewards import FormatFault, HierarchicalReward, HierarchicalScore
 from arpo_trl.rewards.hierarchical import format_fault
+from support import cases
 
 ANSWER = r"<answer>So \boxed{42}.</answer>"
 TURNS = [
@@ -140,6 +141,12 @@ def test_every_bad_format_is_named(turns: list[str], fault: str | None) -> None:
     assert result.fault == fault
     if fault is not None:
         assert result == HierarchicalScore(reward=-1.0, accuracy=None, fault=FormatFault(fault))
+
+
+@pytest.mark.parametrize("case", cases("tags"), ids=lambda case: case["text"][:40])
+def test_the_format_reads_tags_as_the_protocol_does(case: dict[str, Any]) -> None:
+    calls = [call("python") | {"arguments": {"code": "1"}}]
+    assert score([case["text"], ANSWER], tool_calls=calls).fault == case["format"]
 
 
 @pytest.mark.parametrize(("stop_reason", "fault"), [("length", "truncated"), ("call_limit", "call_limit")])

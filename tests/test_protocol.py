@@ -7,7 +7,7 @@ from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, ContentEncoder, TagProtocol
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolBox, tool_spec
-from support import python, search, tokenizer, with_template
+from support import cases, python, search, tokenizer, with_template
 
 
 @pytest.fixture
@@ -33,12 +33,11 @@ def test_a_call_is_what_stands_between_its_tags(protocol, text, call):
     ("text", "fault"),
     [
         ("iron</search>", "unopened"),
-        ("<python>1</search>", "unopened"),
+        ("1</search>", "unopened"),
         ("<search></search>", "empty"),
         ("<search> \n </search>", "empty"),
         ("<search>a<search>b</search>", "nested"),  # the inner one, but the outer is still open
         ("<search><python>1</search>", "nested"),
-        ("<python><search>a</search>", "nested"),
         ("<search><answer>1</answer></search>", "nested"),
         ("<search>iron", "unclosed"),
         ("<tool>1</tool>", "unknown_tool"),
@@ -50,6 +49,18 @@ def test_what_is_wrong_with_a_call_is_named_and_told(protocol, text, fault):
     assert isinstance(bad, BadCall)
     assert bad.fault == fault
     assert bad.text.startswith("Error: ")
+
+
+@pytest.mark.parametrize("case", cases("tags"), ids=lambda case: case["text"][:40])
+def test_tags_in_code_and_in_prose_are_text(protocol, case):
+    (found,) = protocol.parse_turn(case["text"])
+    if "call" in case:
+        argument = {"search": "query", "python": "code"}[case["call"]]
+        assert found == ToolCall(case["call"], {argument: case["body"]})
+    else:
+        assert found.fault == case["fault"]
+        assert found.text.startswith("Error: ")
+        assert case["says"] in found.text
 
 
 @pytest.mark.parametrize(

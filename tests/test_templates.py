@@ -17,12 +17,10 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, TagProtocol
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import tool_spec
-from support import search, tokenizer
+from support import cases, search, tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
-ROWS: list[dict[str, Any]] = [
-    json.loads(line) for line in Path(__file__).with_name("cases").joinpath("templates.jsonl").read_text().splitlines()
-]
+ROWS = cases("templates")
 BY_NAME = {row["template"]: row for row in ROWS}
 
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from arpo_trl.common.tags import CODE_PARAMETER, plain_spans, without
 from arpo_trl.errors import ConfigError, DataError, RewardError
 from arpo_trl.rewards.answers import TASKS, extract_answer, paper_f1, task_accuracy
 from arpo_trl.rewards.judge import Judgement, LLMJudge, question_of
@@ -75,13 +76,18 @@ class HierarchicalScore:
     judged: bool | None = None
 
 
-def format_fault(turns: Sequence[str], stop_reason: str, tool_names: Sequence[str]) -> FormatFault | None:
+def format_fault(
+    turns: Sequence[str], stop_reason: str, tool_names: Sequence[str], code_tools: Collection[str] = ()
+) -> FormatFault | None:
     """The first fault in the format of what a model wrote, or None.
+
+    Tags inside code, and tool tags that prose names, are text, as for `TagProtocol`.
 
     Args:
         turns: The model's own text, turn by turn, without tool results and without the final EOS.
         stop_reason: A `StopReason`.
         tool_names: The tools whose tags must be in order, next to `think` and `answer`.
+        code_tools: The tools that take code.
 
     Raises:
         RewardError: `stop_reason` is unknown.
@@ -98,6 +104,8 @@ def format_fault(turns: Sequence[str], stop_reason: str, tool_names: Sequence[st
             raise RewardError(
                 f"stop_reason is {stop_reason!r}; expected one of {known}. It must come from the trainer's rollout."
             )
+    tools = {*tool_names, *code_tools}
+    turns = [without(turn, plain_spans(turn, tools, code_tools)) for turn in turns]
     text = "\n".join(turns)  # a separator, lest the end of one turn and the start of the next make up a tag
     if _RESULT_TAG.search(text):
         return FormatFault.WROTE_RESULT
@@ -264,7 +272,8 @@ class HierarchicalReward:
     ) -> _Path:
         golds = _golds(answer, task)
         used_all = {call["name"] for call in tool_calls if call["ok"]}.issuperset(self.bonus_tools)
-        fault = format_fault(turns, stop_reason, self.bonus_tools)
+        code_tools = {call["name"] for call in tool_calls if CODE_PARAMETER in call.get("arguments", ())}
+        fault = format_fault(turns, stop_reason, self.bonus_tools, code_tools)
         if fault is not None:
             return _Path(fault, "", golds, None, used_all)
         prediction = extract_answer(turns[-1]) or ""

@@ -8,11 +8,15 @@ and in the end     <answer>… \\boxed{1811} …</answer> and EOS       the last
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.common.tags import CODE_PARAMETER, plain_spans
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
 from arpo_trl.rollout.protocols.parsers import AUTO
@@ -51,8 +55,8 @@ class TagProtocol(ToolProtocol):
             self._encode_exactly(f"<{name}>\na b:\n    c\n</{name}>")
         known = "|".join(map(re.escape, [*tools, *sorted(RESERVED_TAGS)]))
         self._known_tag = re.compile(rf"</?({known})>")
-        self._tool_open = re.compile("|".join(f"<{re.escape(name)}>" for name in tools) or r"(?!)")
-        self._tool_close = re.compile("|".join(f"</{re.escape(name)}>" for name in tools) or r"(?!)")
+        self._tool_tag = re.compile(rf"<(/?)({'|'.join(map(re.escape, tools))})>" if tools else r"(?!)")
+        self._code_tools = {name for name, spec in tools.items() if spec.single_text_parameter == CODE_PARAMETER}
         self._unknown_call = re.compile(rf"<(?!/|(?:{known})>)([A-Za-z_]\w*)>[^<]*</\1>")
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
@@ -96,33 +100,47 @@ class TagProtocol(ToolProtocol):
         return f"{super().limit_notice()[:-1]}: <{ANSWER}>…</{ANSWER}>"
 
     def _parse_call(self, text: str) -> ToolCall | BadCall | None:
-        if not (closes := list(self._tool_close.finditer(text))):
-            return self._missing_close(text)
-        close = closes[-1]
-        name = close.group()[2:-1]
-        before, opened, body = text[: close.start()].rpartition(f"<{name}>")
-        if not opened:
+        spans = plain_spans(text, self.tools, self._code_tools)
+        tags = [tag for tag in self._tool_tag.finditer(text) if not _within(tag, spans)]
+        last = next((i for i in range(len(tags) - 1, -1, -1) if tags[i].group(1)), None)
+        if last is None:
+            return self._missing_close(text, tags)
+        close, name = tags[last], tags[last].group(2)
+        first = next((i for i in range(last - 1, -1, -1) if tags[i].groups() == ("", name)), None)
+        if first is None:
             return BadCall("unopened", f"Error: </{name}> came without <{name}>. {self._usage(name)}")
-        if self._known_tag.search(body) or self._is_open(before):
-            return BadCall("nested", f"Error: tags must not be nested. {self._usage(name)}")
+        body = text[tags[first].end() : close.start()]
+        open_before = Counter(tag.group(2) for tag in tags[:first] if not tag.group(1))
+        open_before.subtract(tag.group(2) for tag in tags[:first] if tag.group(1))
+        if outer := next((outer for outer, count in open_before.items() if count > 0), None):
+            return BadCall(
+                "nested", f"Error: <{name}> stands inside <{outer}>, which was not closed. {self._usage(name)}"
+            )
+        if name not in self._code_tools and (inner := self._known_tag.search(body)):
+            return BadCall("nested", f"Error: {inner.group()} stands inside <{name}>. {self._usage(name)}")
         if not body.strip():
             return BadCall("empty", f"Error: the {name} call is empty. {self._usage(name)}")
         return ToolCall(name, {str(self.tools[name].single_text_parameter): body.strip()})
 
-    def _missing_close(self, text: str) -> BadCall | None:
-        if f"</{ANSWER}>" in text:
+    def _missing_close(self, text: str, tags: Sequence[re.Match[str]]) -> BadCall | None:
+        """What is wrong with a turn without a closing tag of a tool; `tags` are the opening ones that count."""
+        ending = next((tag.group() for tag in self._tool_tag.finditer(text) if tag.group(1)), None)
+        if ending is None and f"</{ANSWER}>" in text:
             return None
-        if (opened := self._tool_open.search(text)) is not None:
-            name = opened.group()[1:-1]
-            return BadCall("unclosed", f"Error: <{name}> was not closed. {self._usage(name)}")
+        if tags:
+            name = tags[0].group(2)
+            cause = "" if ending is None else f": {ending} inside it ended the turn"
+            return BadCall("unclosed", f"Error: <{name}> was not closed{cause}. {self._usage(name)}")
         if self.tools and (unknown := self._unknown_call.search(text)) is not None:
             names = ", ".join(self.tools)
             return BadCall("unknown_tool", f"Error: there is no tool {unknown.group(1)[:40]!r}. Tools: {names}.")
         return None
 
-    def _is_open(self, text: str) -> bool:
-        """Whether a tool's tag is still open at the end of `text`."""
-        return any(text.count(f"<{name}>") > text.count(f"</{name}>") for name in self.tools)
-
     def _usage(self, name: str) -> str:
         return f"Write <{name}>…</{name}>."
+
+
+def _within(tag: re.Match[str], spans: Sequence[tuple[int, int]]) -> bool:
+    """Whether one of `spans`, which are in order, holds the tag."""
+    place = bisect_right(spans, tag.start(), key=itemgetter(0)) - 1
+    return place >= 0 and tag.end() <= spans[place][1]
