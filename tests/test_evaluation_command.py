@@ -13,14 +13,17 @@ import time
 from pathlib import Path
 
 import pytest
+from transformers import GenerationConfig
 
 from arpo_trl import cli
+from arpo_trl.evaluation.engines import make_sampler
 from arpo_trl.evaluation.samples import key_of, read_records
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
+from arpo_trl.tools.toolbox import ToolBox
 from evaluating import asked_number, boxed, completions, save_tokenizer
 from loopback import Loopback
-from support import save_tiny_model, tokenizer
+from support import save_tiny_model, search, tokenizer
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "numpy")
 
@@ -489,3 +492,15 @@ def test_a_folder_of_benchmarks_is_evaluated_benchmark_by_benchmark_and_levels_a
     results = json.loads((here / "run/results.json").read_text())
     assert results["benchmarks"]["math500"]["levels"]["0"]["questions"] == 2
     assert results["suites"] == {"reasoning": 0.875}
+
+
+def test_a_turn_ends_where_the_models_generation_config_stops_too(tmp_path):
+    folder = save_tiny_model(tmp_path)
+    eos = tokenizer().eos_token_id
+    GenerationConfig(eos_token_id=[7, eos]).save_pretrained(folder)
+    with ToolBox([search]) as toolbox:
+        sampler = make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox)
+        assert sampler.protocol.eos_ids == (eos, 7)
+        assert sampler.engine.settings.eos_ids == (eos, 7)
+        (tmp_path / "generation_config.json").unlink()
+        assert make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox).protocol.eos_ids == (eos,)

@@ -74,7 +74,9 @@ def test_a_model_with_a_real_vocabulary_trains_with_tags(name, tmp_path):
 
 
 def test_a_model_with_a_real_vocabulary_trains_with_its_template(tmp_path):
-    assert train("qwen3", tmp_path, "chat_template").state.global_step == 2
+    trainer = train("qwen3", tmp_path, "chat_template")
+    assert trainer.state.global_step == 2
+    assert trainer.eos_token_ids == list(trainer.protocol.eos_ids)  # by which TRL tells what was cut off
 
 
 @pytest.mark.parametrize(
