@@ -5,6 +5,7 @@ wrong is in test_sampler.py.
 """
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,38 @@ def test_text_prompts_need_no_chat_template(make, model_path):
 def test_a_tokenizer_without_eos_is_an_error(make, model_path):
     with pytest.raises(ConfigError, match=r"has no EOS token, so no turn could end. Set `tokenizer.eos_token`"):
         make(processing_class=changed_tokenizer(model_path, eos_token=None))
+
+
+GEMMA_LIKE = """{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+{{- message.role + ': ' + message.content }}{% endfor %}"""
+
+
+def test_roles_that_the_template_refuses_are_found_before_the_model_is_loaded(make, model_path, tmp_path):
+    gemma = changed_tokenizer(model_path, chat_template=GEMMA_LIKE)
+    user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}
+    rows = [{"prompt": [user]}, {"prompt": [user]}, {"prompt": [system, user]}]
+    with pytest.raises(
+        DataError, match=r"row 2: .* refuses its messages, whose roles are \['system', 'user'\]: .*alter"
+    ):
+        make(processing_class=gemma, rows=rows, model=str(without_weights(model_path, tmp_path)))
+
+
+def without_weights(model_path: str, folder: Path) -> Path:
+    """A copy of the model that cannot be loaded."""
+    copy = folder / "without_weights"
+    shutil.copytree(model_path, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    return copy
+
+
+def test_a_token_without_an_embedding_is_found_before_the_model_is_loaded(make, model_path, tmp_path):
+    more = changed_tokenizer(model_path)
+    more.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    rows = [{"prompt": "what"}, {"prompt": "what <|new|>"}]
+    bare = str(without_weights(model_path, tmp_path))
+    with pytest.raises(DataError, match=r"row 1: its prompt holds the token '<\|new\|>', .*resize_token_embeddings"):
+        make(processing_class=more, rows=rows, model=bare)
+    make(processing_class=more, rows=rows[:1])  # nothing uses it
 
 
 # Tools ---------------------------------------------------------------------------------------------------------------

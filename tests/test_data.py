@@ -59,6 +59,11 @@ def test_a_verl_row_is_converted_and_its_backspaces_repaired(tmp_path: Path) -> 
     }
 
 
+def test_json_lines_may_be_in_a_json_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"question": "q", "answer": "1"}\n{"question": "r", "answer": "2"}\n')
+    assert load_arpo_dataset(str(tmp_path / "rows.json"), task="math")["answer"][:] == [["1"], ["2"]]
+
+
 def test_parquet_json_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
     rows = [verl_row(), verl_row("Essex", "qa", "Which county?\u2028In England.")]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")

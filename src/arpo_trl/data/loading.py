@@ -184,7 +184,7 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         case ".jsonl":
             rows = [row for _, row in json_lines(path, bad)]
         case ".json":
-            rows = read_json(path)
+            rows = _rows_of_json(path)
             if not isinstance(rows, list):
                 raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects, one per row.")
         case _:
@@ -197,6 +197,17 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         if bad is None:
             raise DataError(problem)
         bad.append(problem)
+
+
+def _rows_of_json(path: Path) -> Any:
+    """The value in a .json file, or the list of its lines where each is a value: JSON Lines under that name."""
+    try:
+        return read_json(path)
+    except DataError as whole:
+        try:
+            return [row for _, row in json_lines(path)]
+        except DataError:
+            raise whole from None
 
 
 # Converting

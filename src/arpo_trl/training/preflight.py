@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import validate_rows
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import SharedPrefixForward
 from arpo_trl.rollout.engines.base import Engine
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
@@ -169,6 +169,68 @@ def _why_no_packs(models: Sequence[Any], bases: Sequence[Any], accelerator: Acce
     if is_peft_model(models[0]) and models[0].active_peft_config.is_prompt_learning:
         reasons.append("its adapter puts virtual tokens before each row")
     return reasons
+
+
+def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARPOConfig) -> PreTrainedTokenizerBase:
+    """`processing_class`; without any, the tokenizer that TRL would load, here before the model itself is loaded."""
+    if processing_class is None:
+        processing_class = AutoProcessor.from_pretrained(
+            model if isinstance(model, str) else get_config_model_id(model.config),
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
+    return processing_class
+
+
+def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
+    """How many token ids the model has embeddings for."""
+    if not isinstance(model, str):
+        return int(model.get_input_embeddings().num_embeddings)
+    config = AutoConfig.from_pretrained(
+        model, revision=(args.model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+    )
+    return int(config.get_text_config().vocab_size)
+
+
+def check_prompts(dataset: Any, protocol: ToolProtocol, embeddings: int) -> None:
+    """Fails where a prompt cannot be encoded, or holds tokens that the model has no embedding for.
+
+    A chat template may refuse roles, or their order. It is tried on each sequence of roles in the dataset. A streamed
+    dataset is checked as it comes.
+    """
+    if not isinstance(dataset, Dataset):
+        return
+    tried = set()
+    for i, prompt in enumerate(dataset["prompt"]):
+        messages = [] if isinstance(prompt, str) else prompt
+        roles = tuple((message["role"], type(message["content"])) for message in messages)
+        if roles in tried:
+            continue
+        tried.add(roles)
+        try:
+            protocol.encode_prompt(prompt)
+        except ConfigError:
+            raise
+        except Exception as error:  # a template is a program of the model's authors
+            raise DataError(
+                f"Dataset row {i}: the chat template of the tokenizer refuses its messages, whose roles are "
+                f"{[role for role, _ in roles]}: {error}. Give the rows roles that it takes (a system message may "
+                "begin the first user message), or set `tokenizer.chat_template`."
+            ) from error
+    names = {token_id: token for token, token_id in protocol.tokenizer.get_vocab().items() if token_id >= embeddings}
+    if not names:
+        return
+    for i, prompt in enumerate(dataset["prompt"]):
+        if without := [names[token_id] for token_id in protocol.encode_prompt(prompt) if token_id in names]:
+            raise DataError(
+                f"Dataset row {i}: its prompt holds the token {without[0]!r}, but the model has only {embeddings} "
+                f"embeddings and the tokenizer {len(protocol.tokenizer)} tokens. Call `model.resize_token_embeddings("
+                "len(tokenizer))` before training, or use the model's own tokenizer."
+            )
 
 
 def check_prompts_fit(dataset: Any, protocol: ToolProtocol, context: int, advice: str) -> None:

@@ -18,7 +18,6 @@ from trl import GRPOTrainer
 from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import refuse_taken_columns
-from arpo_trl.errors import ConfigError
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
@@ -40,13 +39,16 @@ from arpo_trl.training.completions import completion_messages
 from arpo_trl.training.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of_one_step
 from arpo_trl.training.prefix_sharing import Pack, forward_packs, pack_batches, pays, sharing_ratio
 from arpo_trl.training.preflight import (
+    check_prompts,
     check_prompts_fit,
     check_quantized_training,
     check_rows,
     check_writable,
     checked_args,
+    embedding_rows,
     prepare_prefix_sharing,
     refuse_own_rollouts,
+    tokenizer_for,
     untold_tags,
     without_trls_vllm_client,
 )
@@ -147,6 +149,16 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             per_tool=args.tool_places,
             cache=args.tool_cache,
         )
+        tokenizer = tokenizer_for(model, processing_class, args)
+        self.protocol = PROTOCOLS[ProtocolKind(args.tool_protocol)](
+            tokenizer,
+            self.toolbox.specs,
+            max_result_tokens=args.max_tool_result_tokens,
+            chat_template_kwargs=args.chat_template_kwargs,
+        )
+        embeddings = embedding_rows(model, args)
+        for dataset in (train_dataset, *evaluated):
+            check_prompts(dataset, self.protocol, embeddings)
         self._interrupts = Interrupts()
         with without_trls_vllm_client(args, engine):
             super().__init__(
@@ -155,7 +167,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class,
+                processing_class=tokenizer,
                 reward_processing_classes=reward_processing_classes,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -166,14 +178,6 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
         self.use_vllm = args.use_vllm
-        if self._is_vlm:
-            raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
-        self.protocol = PROTOCOLS[ProtocolKind(args.tool_protocol)](
-            self._tokenizer,
-            self.toolbox.specs,
-            max_result_tokens=args.max_tool_result_tokens,
-            chat_template_kwargs=self.chat_template_kwargs,
-        )
         self._credit = args.make_credit()
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
