@@ -136,6 +136,33 @@ def test_a_call_shows_output_and_last_value(tool: PythonTool, code: str, shown: 
     assert tool(code) == shown
 
 
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        (
+            "from datetime import datetime\nfrom zoneinfo import ZoneInfo\n"
+            "datetime(2024, 7, 1, tzinfo=ZoneInfo('Europe/Berlin')).isoformat()",
+            "'2024-07-01T00:00:00+02:00'\n",
+        ),
+        (
+            "import matplotlib.pyplot as plt, os\n_ = plt.plot([1, 2])\nplt.savefig('a.png')\nprint(sorted(os.listdir()))",
+            "['.matplotlib', 'a.png']\n",
+        ),
+        (
+            "from multiprocessing.pool import ThreadPool\nwith ThreadPool(4) as p:\n    print(p.map(abs, [-1, 2]))",
+            "[1, 2]\n",
+        ),
+        (
+            "import multiprocessing as m\nlock = m.RLock()\nwith lock, lock:\n    print(lock.acquire(timeout=0.01))\n"
+            "s = m.Semaphore(1)\nprint(s.acquire(), s.acquire(block=False), m.Value('i', 3).value)",
+            "True\nTrue False 3\n",
+        ),
+    ],
+)
+def test_what_libraries_need_is_there(worker: Worker, code: str, shown: str) -> None:
+    assert run(worker, code) == shown
+
+
 def test_an_exception_shows_the_output_before_it_and_the_users_frames_only(tool: PythonTool) -> None:
     with pytest.raises(ToolError) as caught:
         tool("print('before')\ndef f():\n    import json\n    json.loads('{')\nf()")

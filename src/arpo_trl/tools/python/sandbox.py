@@ -59,6 +59,7 @@ import sys
 import tempfile
 import time
 import weakref
+import zoneinfo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -69,6 +70,7 @@ from arpo_trl.errors import SandboxError
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python import folder as python_folder
 from arpo_trl.tools.python import namespaces as python_namespaces
+from arpo_trl.tools.python import semaphores as python_semaphores
 from arpo_trl.tools.python import syscalls as python_syscalls
 from arpo_trl.tools.python import worker as python_worker
 from arpo_trl.tools.python.worker import REPLY, REQUEST
@@ -83,6 +85,7 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # a fork keeps only the thread that forked
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",  # there is no display
 }
 
 
@@ -348,10 +351,10 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     # The real executable: a virtual environment's own needs files that the sandbox does not show.
     executable = os.path.realpath(sys.executable)
     site_packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    modules = (python_worker, python_cell, python_syscalls, python_namespaces)
+    modules = (python_worker, python_cell, python_syscalls, python_namespaces, python_semaphores)
     scripts = [os.path.realpath(str(module.__file__)) for module in modules]
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib"]
-    readable = [executable, *scripts, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
+    readable = [executable, *scripts, *libraries, *site_packages, *zoneinfo.TZPATH, "/dev/null", "/dev/urandom"]
     readable = [path for path in readable if os.path.exists(path)]
     command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
     scratch = f"size={limits.disk_mb}m,nr_inodes={limits.files}"

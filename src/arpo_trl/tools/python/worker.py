@@ -233,6 +233,8 @@ class _Worker:
             # Line by line, so that what was printed before a deadline is there.
             output = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
             sys.stdout = sys.stderr = io.TextIOWrapper(output, "utf-8", "backslashreplace", line_buffering=True)
+            # The one place that matplotlib can write its settings and its list of fonts to.
+            os.environ["MPLCONFIGDIR"] = os.path.join(os.getcwd(), ".matplotlib")
             status = self._cell.run_cells(cells)
             os.write(_RESULT_FD, word + bytes([status]))
         finally:
@@ -240,7 +242,7 @@ class _Worker:
 
 
 def _load(name: str) -> ModuleType:
-    """The file next to this one, as a module: `cell` is in cell.py, so that code can have its own `cell`."""
+    """The file next to this one, as a module: `python_cell` is in cell.py, so that code can have its own `cell`."""
     path = os.path.join(os.path.dirname(__file__), f"{name.removeprefix('python_')}.py")
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -258,6 +260,8 @@ def main() -> None:
         namespaces = _load("python_namespaces")
         namespaces.enter(folder, readable)
     sys.path.extend(site_packages)
+    if tier != "unsafe":
+        _load("python_semaphores").install()
     warm = False
     if preload == "preload":
         with contextlib.suppress(Exception):  # without them the rest of Python still works
