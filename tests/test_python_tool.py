@@ -145,7 +145,8 @@ def test_a_call_shows_output_and_last_value(tool: PythonTool, code: str, shown: 
             "'2024-07-01T00:00:00+02:00'\n",
         ),
         (
-            "import matplotlib.pyplot as plt, os\n_ = plt.plot([1, 2])\nplt.savefig('a.png')\nprint(sorted(os.listdir()))",
+            "import matplotlib.pyplot as plt, os\n_ = plt.plot([1, 2])\nplt.savefig('a.png')\n"
+            "print(sorted(os.listdir()))",
             "['.matplotlib', 'a.png']\n",
         ),
         (
