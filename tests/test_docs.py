@@ -9,11 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
 import arpo_trl
-from arpo_trl import cli, errors
+from arpo_trl import ARPOConfig, cli, errors
 from arpo_trl.cli import parse_settings
 from arpo_trl.data.layouts import MAPPABLE, convert_row
 from arpo_trl.data.loading import ROLLOUT_COLUMNS, TRL_COLUMNS
@@ -22,6 +23,7 @@ from arpo_trl.evaluation.benchmarks import BENCHMARKS, SUITES, custom_benchmark,
 from arpo_trl.evaluation.report import METRIC_NAMES
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.trajectory_dataset import TRAJECTORY_SCHEMA
+from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.tools.builtin import ToolArguments
 from arpo_trl.tools.search.cache import CacheMode
 from arpo_trl.tools.search.providers import PROVIDERS
@@ -64,9 +66,7 @@ def test_every_yaml_example_of_adapters_and_the_hub_is_read(example: str, tmp_pa
     parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
 
 
-@pytest.mark.parametrize(
-    "example", re.findall(r"```yaml\n(.*?)```", (DOCS / "data.md").read_text("utf-8"), re.DOTALL)
-)
+@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", (DOCS / "data.md").read_text("utf-8"), re.DOTALL))
 def test_every_yaml_example_of_data_is_read(example: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"use_cpu: true\n{example}")
     arguments, *_ = parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
@@ -227,6 +227,26 @@ def test_the_scripted_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(seen.calls) == {"print(1538 - 1000)"}
     written = ["<python>print(1538 - 1000)</python>", "<answer>\\boxed{538}</answer>"]
     assert seen.turns == [written] * 16
+
+
+def test_the_rule_and_the_credit_that_are_shown_can_be_chosen(tmp_path: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "algorithm.md").read_text("utf-8"), re.DOTALL):
+        exec(code, {"__name__": "example"})
+    config = ARPOConfig(
+        str(tmp_path), branch_rule="early", branch_rule_kwargs={"until_depth": 3}, advantage_attribution="own_turns"
+    )
+    rule: Any = config.make_branch_rule()
+    assert [rule.judge(SimpleNamespace(depth=depth), None).fires for depth in (1, 3, 4)] == [True, True, False]
+    tree = RolloutTree([9])
+    observation = tree.add_observation(tree.add_turn(0, [1, 1], "", [-0.5] * 2, []).index, [2], [], "")
+    for address in ((0,), (0, 1)):
+        turn = tree.add_turn(observation.index, [3] * len(address), "", [-0.5] * len(address), [])
+        tree.end(turn.index, address, StopReason.EOS)
+    advantages, weights = config.make_credit()([tree], torch.zeros(2), torch.tensor([1.0, -0.5]))
+    # two tokens of the first turn and one of its result are shared; then the leaves have one and two tokens
+    assert advantages[0, :4].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert advantages[1].tolist() == [0.0, 0.0, 0.0, -0.5, -0.5]
+    assert weights is None
 
 
 # Links ---------------------------------------------------------------------------------------------------------------
