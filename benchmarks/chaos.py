@@ -167,7 +167,7 @@ def teach_to_call_again(folder: Path, seed: int) -> None:
     if (folder / "taught" / "config.json").exists():
         return
     search = search_tool(LocalIndex(passages()), top_k=TOP_K)
-    failures = Failures(TAUGHT_RATE, failure_texts([search, python_tool()]))
+    failures = Failures(rate=TAUGHT_RATE, texts=failure_texts([search, python_tool()]))
     tasks, _ = make_tasks(seed, N_TRAIN, N_HELDOUT)
     rows = make_demonstrations(tasks, search, seed, TAUGHT_STEPS * SFT_BATCH, failures=failures)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in like_lengths_together(rows, seed)]

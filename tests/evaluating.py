@@ -27,7 +27,8 @@ def questions(*golds: str, scorer: Scorer = Scorer.MATH, name: str = "sums", lev
         }
         for i, gold in enumerate(golds)
     ]
-    return Questions(Benchmark(name, name, None, scorer), rows, [])
+    benchmark = Benchmark(name=name, title=name, suite=None, scorer=scorer)
+    return Questions(benchmark=benchmark, rows=rows, bad=[])
 
 
 def boxed(answer: Any) -> str:
