@@ -1,4 +1,4 @@
-"""What tests of the evaluation share: records, questions, a scripted evaluator, a completions server."""
+"""Helpers of the evaluation tests: records, questions, a scripted evaluator, a completions server."""
 
 from __future__ import annotations
 

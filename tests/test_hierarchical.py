@@ -1,4 +1,4 @@
-"""The hierarchical reward: −1, 0, accuracy, accuracy + bonus; and a reason for every −1."""
+"""The hierarchical reward: −1, 0, accuracy or accuracy + bonus, with a reason for every −1."""
 
 import pickle
 import random
