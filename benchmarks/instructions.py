@@ -1,8 +1,8 @@
-"""Instructions of the pure parts, counted by callgrind: the same number twice, whatever else the machine does.
+"""Instructions of the pure parts, counted by callgrind. The counts are reproducible under any load of the machine.
 
     python benchmarks/instructions.py            # needs valgrind; a minute for each part, more for the one with torch
 
-Each part runs twice in a fresh interpreter, once for nothing and once `TIMES` times; the difference is its own.
+Each part runs in two fresh interpreters, zero times and `TIMES` times. The difference is the cost of the part.
 """
 
 from __future__ import annotations

@@ -1,16 +1,18 @@
-"""What it is worth that nobody waits: the same rollouts with slow tools on one vLLM server, scheduled three ways.
+"""The gain from overlapping turns and tool calls: the same rollouts with slow tools on one vLLM server, scheduled
+in three ways.
 
     python benchmarks/overlap.py
 
-64 paths make 3 calls each. A call's latency is drawn from a log-normal distribution with mean 0.5 s and a long tail
-(σ = 1.2: half of the calls take less than 0.25 s, one in a hundred more than 4 s). A turn is 20 to 60 tokens, really
-sampled by vLLM; its last tokens are then replaced by a call, so that every schedule does the same work.
+64 paths make 3 calls each. Latencies are drawn from a log-normal distribution with mean 0.5 s and a long tail
+(σ = 1.2: half of the calls take less than 0.25 s, one in a hundred more than 4 s). A turn has 20 to 60 tokens. vLLM
+samples all of them; then a call replaces the last ones, so that every schedule does the same work.
 
-    overlap     whatever has finished is taken in at once
+    overlap     each finished turn or call continues at once
     lockstep    all turns, then all calls at the same time, then all turns again (rollout_schedule rounds)
-    TRL's loop  GRPOTrainer's own, on the same server through the same client: all turns, then one call after another
+    TRL's loop  GRPOTrainer's, on the same server through the same client: all turns, then one call after another
 
-Idle: the share of the wall time in which a path could decode, its tool having answered, but no request was under way.
+Idle: the share of the wall time in which a path could decode, because its tool had returned, but no request was
+running.
 """
 
 from __future__ import annotations

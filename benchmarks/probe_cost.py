@@ -1,10 +1,10 @@
-"""What entropy probing costs: tokens per second of one vLLM server with it and without.
+"""The cost of entropy probing: tokens per second of one vLLM server with and without it.
 
     python benchmarks/probe_cost.py
 
-64 turns at a time, as many tokens each as `--tokens` says, from random models: one of the quickstart's size, to which
-a server's own work for each request and token is most of it, and a larger one, for which it is less. With probing a
-turn is two requests, of which the first asks for 20 logprobs at each of its 20 tokens; without, it is one request.
+64 concurrent turns of `--tokens` tokens each, from two random models: a model of the quickstart's size, for which the
+server's overhead per request and token dominates, and a larger one, for which it matters less. With probing a turn is
+two requests, and the first asks for 20 logprobs at each of its 20 tokens. Without probing it is one request.
 """
 
 from __future__ import annotations

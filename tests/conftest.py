@@ -1,7 +1,8 @@
-"""What holds for every test: nothing is downloaded, one thread, the same seed.
+"""Setup of all tests: no downloads, one thread, a fixed seed.
 
-Several workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) share the tests out by file, the longest first.
-The environment is set before anything imports transformers or torch, and child processes inherit it.
+With several workers (`pytest -n 2 --dist loadfile --no-loadscope-reorder`) each file runs in one worker, and the
+longest files start first. The environment is set before anything imports transformers or torch, and child processes
+inherit it.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Two ranks that share one engine: `torchrun --nproc_per_node 2 lockstep_ranks.py FOLDER`. Each writes what it saw."""
+"""Two ranks that share one engine: `torchrun --nproc_per_node 2 lockstep_ranks.py FOLDER`. Each writes its results."""
 
 from __future__ import annotations
 

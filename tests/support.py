@@ -1,4 +1,4 @@
-"""Small things that several tests build on: a tokenizer, a tiny model, tools, and scripted rollouts."""
+"""Helpers of several test files: a tokenizer, a tiny model, tools, and scripted rollouts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every mistake a user can make with the trainer is an error that says so, before the first step where that can be.
+"""Every user mistake with the trainer raises an error that explains it, before the first step if possible.
 
-Settings alone are in test_config.py, datasets alone in test_data.py, tools alone in test_box.py; what the model gets
-wrong is in test_sampler.py.
+Settings alone are in test_config.py, datasets alone in test_data.py, tools alone in test_box.py, and mistakes of the
+model in test_sampler.py.
 """
 
 import math

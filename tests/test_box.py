@@ -1,4 +1,4 @@
-"""The ToolBox runs calls at once, keeps deadlines, shares executions, and turns every failure into text."""
+"""The ToolBox runs calls concurrently, enforces timeouts, shares executions, and turns every failure into text."""
 
 from __future__ import annotations
 

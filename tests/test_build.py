@@ -1,4 +1,4 @@
-"""Engines and samplers as training, evaluation and measurement make them."""
+"""Engines and samplers are built the same way for training, evaluation and measurement."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tools that fail in every way there is leave a rollout whole: M leaves per group, and nothing but harmless text."""
+"""Failing tools do not damage a rollout: M leaves per group, and only harmless text in the results."""
 
 import importlib.util
 import sys

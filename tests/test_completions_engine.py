@@ -1,4 +1,4 @@
-"""The completions engine against a real server on loopback that speaks `/v1/completions` in several dialects."""
+"""The completions engine against a real server on loopback with several dialects of `/v1/completions`."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Datasets: every layout becomes {prompt, answer, task, id}, and every bad row is named."""
+"""Datasets: every layout becomes {prompt, answer, task, id}, and errors name each bad row."""
 
 import json
 import logging

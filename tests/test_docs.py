@@ -1,4 +1,4 @@
-"""What the documentation shows works as it stands there."""
+"""Code and commands in the documentation work as shown."""
 
 import ast
 import json

@@ -280,7 +280,7 @@ def test_the_folder_of_a_different_run_is_refused_and_the_difference_named(tmp_p
 
 def test_the_folder_of_the_same_run_needs_resume(tmp_path):
     RunFolder(tmp_path / "run", IDENTITY, resume=False).log.close()
-    with pytest.raises(ConfigError, match="holds this run already"):
+    with pytest.raises(ConfigError, match="already holds this run"):
         RunFolder(tmp_path / "run", IDENTITY, resume=False)
     RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
 

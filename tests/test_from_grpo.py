@@ -1,8 +1,8 @@
-"""`ARPOTrainer` with N = M in the place of `GRPOTrainer`: what trains with one trains with the other, alike.
+"""`ARPOTrainer` with N = M is a drop-in replacement for `GRPOTrainer`: both train the same way.
 
-The cases are those a user of GRPO has: models, data sets, reward functions and settings, precision and checkpointing
-as TRL sets them. Each is trained with `ARPOTrainer`, and then with `GRPOTrainer` on the completions that were sampled,
-for sampling is the one thing in which the two may differ. `docs/from-grpo.md` has what is refused.
+The cases are those of GRPO users: models, data sets, reward functions and settings, with precision and checkpointing
+as TRL sets them. Each case is trained with `ARPOTrainer`, and then with `GRPOTrainer` on the same sampled
+completions, because only sampling may differ. `docs/from-grpo.md` lists what `ARPOTrainer` rejects.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """10,000 broken, nested, repeated, huge and binary model outputs through protocol, tools and reward.
 
-Nothing raises, nothing is lost, and no call and no bonus is found that an oracle with other means does not find.
+No output raises an error or gets lost, and the calls and bonuses are only those that an independent oracle finds.
 """
 
 from __future__ import annotations

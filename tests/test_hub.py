@@ -531,7 +531,7 @@ def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):
         (("{folder}/run", "--repo", "them/policy"), "ConfigError: --repo asks for the model repository 'them/policy'"),
         (
             ("{folder}/run", "--repo", "me/a", "--evaluation", "{folder}"),
-            "results.json is no result of `arpo-trl eval`",
+            "results.json is not a result of `arpo-trl eval`",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Tools of a real MCP server, a process or an address, are tools of the policy."""
+"""Tools of a real MCP server, started as a process or reached by URL, are tools of the policy."""
 
 from __future__ import annotations
 

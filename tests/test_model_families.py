@@ -1,4 +1,4 @@
-"""Tiny random models of each family, in float32 through the trainer: sampled as they are scored, or refused."""
+"""Tiny random models of each family, in float32 through the trainer: sampling and scoring agree, or it raises."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A model may visit the public web and nothing else, and reads the part of a page that it asked about."""
+"""A model can visit only the public web, and reads the part of a page that matches its question."""
 
 from __future__ import annotations
 

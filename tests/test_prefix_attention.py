@@ -1,6 +1,7 @@
-"""Attention of packs, on each kernel: those of CUDA are replaced, under their own names, by plain ones on the CPU.
+"""Attention over packed sequences with each kernel. On the CPU, plain functions replace the CUDA kernels by name.
 
-The plain ones take what torch's operators take (their schemas check it) and compute sequence by sequence with softmax.
+These functions take the arguments of torch's operators (their schemas are checked) and compute softmax attention
+sequence by sequence.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The remote executor runs code over HTTP as the local one shows it, and whatever a server answers becomes text."""
+"""The remote executor shows results as the local one does, and turns every server response into text."""
 
 import asyncio
 import json

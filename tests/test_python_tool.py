@@ -1,4 +1,4 @@
-"""The python tool shows what a notebook would, and the sandbox stops each thing that its docstring says it stops."""
+"""The python tool shows what a notebook shows, and the sandbox blocks everything that its docstring lists."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Training on two ranks, with DDP, ZeRO-2, ZeRO-3 and FSDP2: the same as on one, and without waiting for ever."""
+"""Training on two ranks, with DDP, ZeRO-2, ZeRO-3 and FSDP2, equals training on one, and never deadlocks."""
 
 import json
 from pathlib import Path

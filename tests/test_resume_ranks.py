@@ -1,4 +1,4 @@
-"""Runs on two processes that are killed, or told to stop one by one, and go on."""
+"""Runs on two processes resume after a kill, or after a stop of one rank after the other."""
 
 import json
 import signal

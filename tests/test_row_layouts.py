@@ -1,4 +1,4 @@
-"""Published row layouts: what each means, case by case."""
+"""Published row layouts, each converted as intended."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Search finds passages by BM25 in a fixed order, and recorded results exactly before nearly."""
+"""Search ranks passages by BM25 in a fixed order; recorded results match exactly first, then approximately."""
 
 import json
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The cache file keeps answers and limits for any number of processes."""
+"""Any number of processes share the answers and the limits in one cache file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each provider asks in its service's way and reads its answers, over a real connection to a stand-in."""
+"""Each provider sends the requests of its service and parses the responses, over real HTTP to a fake server."""
 
 from __future__ import annotations
 

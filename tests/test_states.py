@@ -1,4 +1,4 @@
-"""States of tools over the life of a tree: who sees what, and that each is closed exactly once.
+"""Tool states during the life of a tree: each path sees its own state, and each state is closed exactly once.
 
 `Notes` stands for an environment from outside the package: an object that its tools write to and read from.
 """

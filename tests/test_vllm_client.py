@@ -1,4 +1,4 @@
-"""Servers that are not what they should be: each is an error that names the URL and the setting to change."""
+"""A broken vLLM server raises an error that names its URL and the setting to change."""
 
 import json
 import threading

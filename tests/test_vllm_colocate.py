@@ -1,4 +1,4 @@
-"""Colocated vLLM: what a process with the real thing found out, and how sleeping and moving weights are ordered."""
+"""Colocated vLLM: results from a process with real vLLM, and the order of sleeping and of weight updates."""
 
 import contextlib
 from types import SimpleNamespace

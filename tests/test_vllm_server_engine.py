@@ -1,4 +1,4 @@
-"""The server engine against real vLLM servers on the loopback. One server serves most of the tests."""
+"""The server engine against real vLLM servers on loopback. Most tests share one server."""
 
 import contextlib
 import copy

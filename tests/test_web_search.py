@@ -1,4 +1,4 @@
-"""A search service that is slow, broken, closed or dear costs a text, never the run."""
+"""A slow, broken, closed or expensive search service gives an error text to the model and never stops the run."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Everything that the tests want to know of colocated vLLM, found out in a process of its own:
-`python … FOLDER`.
+"""Collects in a separate process everything that the tests check about colocated vLLM: `python … FOLDER`.
 
-vLLM in the trainer's process sets up torch.distributed and its environment variables, which no other test should
-inherit. Writes FOLDER/findings.json.
+It is a separate process because vLLM in the trainer's process sets up torch.distributed and its environment variables,
+which no other test should inherit. It writes FOLDER/findings.json.
 """
 
 from __future__ import annotations
