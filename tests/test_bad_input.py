@@ -55,7 +55,7 @@ def make(model_path, tmp_path):
         given.setdefault("reward_funcs", lambda completions, **_: [0.0] * len(completions))
         given.setdefault("tools", [search, python])
         given.setdefault("train_dataset", Dataset.from_list(list(rows)))
-        engine = ScriptedEngine(tokenizer(), SamplingParams((eos,)), lambda request, context: ANSWER)
+        engine = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(eos,)), lambda request, context: ANSWER)
         return ARPOTrainer(args=args, engine=engine, **given)
 
     return made

@@ -123,7 +123,7 @@ class Arrived:
 def engine(url, *, away_s=5.0, request_s=5.0) -> VLLMServerEngine:
     return VLLMServerEngine(
         tokenizer(),
-        SamplingParams((EOS,)),
+        SamplingParams(eos_ids=(EOS,)),
         Arrived(url),
         vocab_size=1000,
         top_logprobs=2,
@@ -136,7 +136,7 @@ def write(made: VLLMServerEngine, count: int = 1) -> list[Turn]:
     turns = []
     with made.session():
         for i in range(count):
-            made.submit(TurnRequest(i, [50, 51], 9, 4, i, (i, 0)))
+            made.submit(TurnRequest(id=i, ids=[50, 51], max_tokens=9, probe_tokens=4, seed=i, key=(i, 0)))
         turns += [event for event in events_of(made, count) if isinstance(event, Turn)]
     return turns
 
@@ -285,7 +285,7 @@ def test_the_trees_of_a_batch_are_shared_out_and_each_stays_with_one_server(serv
     made._weights.facts |= other.facts
     with made.session():
         for i, key in enumerate([(0, 0), (0, 1), (1, 0), (0, 0, 1, 0), (3, 2)]):
-            made.submit(TurnRequest(i, [50 + key[0]], 9, 4, i, key))
+            made.submit(TurnRequest(id=i, ids=[50 + key[0]], max_tokens=9, probe_tokens=4, seed=i, key=key))
         list(events_of(made, 5))
 
     def prompts(seen):

@@ -142,7 +142,7 @@ class CompletionsEngine:
                 self._events.put(self._as_turn(request, written))
                 return
             except _Refused as error:
-                self._events.put(TurnFailed(request.id, f"The server {error}."))
+                self._events.put(TurnFailed(id=request.id, reason=f"The server {error}."))
                 return
             except httpx.ConnectError:
                 if time.monotonic() - self._heard_s > self._away_s:
@@ -157,12 +157,14 @@ class CompletionsEngine:
                 failures += 1
                 if failures == ATTEMPTS:
                     reason = str(error) if isinstance(error, _BrokenOff) else f"failed ({type(error).__name__})"
-                    self._events.put(TurnFailed(request.id, f"The server {reason}, {ATTEMPTS} times."))
+                    self._events.put(TurnFailed(id=request.id, reason=f"The server {reason}, {ATTEMPTS} times."))
                     return
             except (
                 Exception
             ) as error:  # whatever a server's answer provokes: a turn without an event would be waited for
-                self._events.put(TurnFailed(request.id, f"The answer could not be read ({type(error).__name__})."))
+                self._events.put(
+                    TurnFailed(id=request.id, reason=f"The answer could not be read ({type(error).__name__}).")
+                )
                 return
             await asyncio.sleep(RETRY_S * 2**failures)
 
@@ -226,7 +228,7 @@ class CompletionsEngine:
             case _:
                 stop = TurnStop.EOS
                 ids = [*ids[:end], eos_ids[0] if end is None else ids[end]]
-        return Turn(request.id, ids, [math.nan] * len(ids), [], stop)
+        return Turn(id=request.id, ids=ids, logprobs=[math.nan] * len(ids), entropies=[], stop=stop)
 
     def _body(self, ids: list[int], max_tokens: int) -> dict[str, Any]:
         settings = self._settings

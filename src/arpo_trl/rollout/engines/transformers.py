@@ -330,10 +330,18 @@ class TransformersEngine:
                 stop = TurnStop.LENGTH
             else:
                 if written == request.probe_tokens:
-                    events.append(Probe(request.id, entropies[i][:written]))
+                    events.append(Probe(id=request.id, entropies=entropies[i][:written]))
                 continue
             probed = min(written, request.probe_tokens)
-            events.append(Turn(request.id, ids[i][:written], logprobs[i][:written], entropies[i][:probed], stop))
+            events.append(
+                Turn(
+                    id=request.id,
+                    ids=ids[i][:written],
+                    logprobs=logprobs[i][:written],
+                    entropies=entropies[i][:probed],
+                    stop=stop,
+                )
+            )
             finished.append(row)
             if stop is self._continued:
                 self._retained.keep(request.id, self._cache.read(row, length))

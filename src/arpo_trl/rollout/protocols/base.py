@@ -24,7 +24,7 @@ from arpo_trl.trl_seam import (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BadCall:
     """Something meant as a tool call that is none: what is wrong with it, and the text that tells the model."""
 

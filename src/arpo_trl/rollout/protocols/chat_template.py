@@ -85,7 +85,7 @@ class ChatTemplateProtocol(ToolProtocol):
             )
         except Exception as error:  # a parser that others wrote meets text that a model made up
             reason = str(error).partition("\n")[0][:200]
-            return (BadCall("malformed", f"Error: the tool call could not be read: {reason}"),)
+            return (BadCall(fault="malformed", text=f"Error: the tool call could not be read: {reason}"),)
         return tuple(map(self._checked, message.get("tool_calls") or ()))
 
     def encode_observation(self, results: Sequence[tuple[str, str]]) -> list[int]:
@@ -98,10 +98,10 @@ class ChatTemplateProtocol(ToolProtocol):
     def _checked(self, call: Any) -> ToolCall | BadCall:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            return BadCall("malformed", "Error: a tool call needs a name and arguments.")
+            return BadCall(fault="malformed", text="Error: a tool call needs a name and arguments.")
         name, arguments = function["name"], function.get("arguments", {})
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
-            return BadCall("malformed", f"Error: the arguments of {name[:40]!r} have to be an object.")
+            return BadCall(fault="malformed", text=f"Error: the arguments of {name[:40]!r} have to be an object.")
         return ToolCall(name, arguments)
 
     def _generation_prompt(self) -> str:

@@ -93,11 +93,11 @@ class TagProtocol(ToolProtocol):
         name = close.group()[2:-1]
         before, opened, body = text[: close.start()].rpartition(f"<{name}>")
         if not opened:
-            return BadCall("unopened", f"Error: </{name}> came without <{name}>. {self._usage(name)}")
+            return BadCall(fault="unopened", text=f"Error: </{name}> came without <{name}>. {self._usage(name)}")
         if self._known_tag.search(body) or self._is_open(before):
-            return BadCall("nested", f"Error: tags must not be nested. {self._usage(name)}")
+            return BadCall(fault="nested", text=f"Error: tags must not be nested. {self._usage(name)}")
         if not body.strip():
-            return BadCall("empty", f"Error: the {name} call is empty. {self._usage(name)}")
+            return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
         return ToolCall(name, {str(self.tools[name].single_text_parameter): body.strip()})
 
     def _missing_close(self, text: str) -> BadCall | None:
@@ -105,10 +105,12 @@ class TagProtocol(ToolProtocol):
             return None
         if (opened := self._tool_open.search(text)) is not None:
             name = opened.group()[1:-1]
-            return BadCall("unclosed", f"Error: <{name}> was not closed. {self._usage(name)}")
+            return BadCall(fault="unclosed", text=f"Error: <{name}> was not closed. {self._usage(name)}")
         if self.tools and (unknown := self._unknown_call.search(text)) is not None:
             names = ", ".join(self.tools)
-            return BadCall("unknown_tool", f"Error: there is no tool {unknown.group(1)[:40]!r}. Tools: {names}.")
+            return BadCall(
+                fault="unknown_tool", text=f"Error: there is no tool {unknown.group(1)[:40]!r}. Tools: {names}."
+            )
         return None
 
     def _is_open(self, text: str) -> bool:

@@ -130,9 +130,13 @@ class Draft:
         self._entropies += [entropy_from_top_k(top, self._vocab_size).nats for top in segment.top_logprobs]
         stop = self._stop(start)
         if stop is None:
-            return Probe(self.request.id, list(self._entropies)) if start < probe <= len(self._ids) else None
+            return (
+                Probe(id=self.request.id, entropies=list(self._entropies)) if start < probe <= len(self._ids) else None
+            )
         probed = min(len(self._ids), probe)
-        return Turn(self.request.id, self._ids, self._logprobs, self._entropies[:probed], stop)
+        return Turn(
+            id=self.request.id, ids=self._ids, logprobs=self._logprobs, entropies=self._entropies[:probed], stop=stop
+        )
 
     def _stop(self, start: int) -> TurnStop | None:
         """Why the turn is over, cut where it ended; None if it is not."""
