@@ -86,7 +86,7 @@ def test_args_of_grpo_are_refused(make, tmp_path):
     ("settings", "message"),
     [
         ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
-        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* Unset it"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* Remove it"),
     ],
 )
 def test_settings_that_the_sampler_would_ignore_are_refused(make, settings, message):

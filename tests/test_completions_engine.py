@@ -173,13 +173,13 @@ def test_what_may_pass_is_tried_again():
 @pytest.mark.parametrize(
     ("stream", "reason"),
     [
-        (lambda out: event(out, {"choices": [{"text": "half a"}]}), "broke off its answer"),
+        (lambda out: event(out, {"choices": [{"text": "half a"}]}), "sent an incomplete answer"),
         (lambda out: out.write(b"data: {not json}\n\n"), "could not be read"),
         (lambda out: event(out, ["choices"]), "answered with an error"),
         (lambda out: event(out, {"error": {"message": "died"}}), "answered with an error"),
-        (lambda out: event(out, {"choices": ["text"]}), "another layout"),
+        (lambda out: event(out, {"choices": ["text"]}), "unexpected format"),
         (lambda out: event(out, {"choices": [{"text": 3}]}), "could not be read"),
-        (lambda out: event(out, {"choices": [{"text": "", "finish_reason": "length"}]}), "wrote nothing"),
+        (lambda out: event(out, {"choices": [{"text": "", "finish_reason": "length"}]}), "returned an empty answer"),
         (lambda out: out.write(b"data: " + b"x" * (2 << 20)), "answered with more than"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_turn_may_take_only_so_long(monkeypatch):
 def test_a_server_that_stays_away_ends_the_rollout_and_says_so():
     with Loopback(Server(lambda prompt: "fine", ids=False)) as loopback:
         made = engine(loopback, away_s=0.2)
-    with pytest.raises(EngineError, match=r"cannot be reached and has answered nothing for 0 s. Start it again"):
+    with pytest.raises(EngineError, match=r"is unreachable and has not answered for 0 s. Restart it"):
         outcomes(made, request(0))
     with made.session():
         assert made.poll(0.0) == []

@@ -178,13 +178,13 @@ def test_a_rule_of_the_model_that_cannot_be_applied_is_refused_at_construction(t
 
 
 def test_a_value_that_transformers_objects_to_is_an_error_before_anything_is_loaded():
-    with pytest.raises(ConfigError, match=r"set no_repeat_ngram_size, of which transformers says: .*positive"):
+    with pytest.raises(ConfigError, match=r"set no_repeat_ngram_size, and transformers rejects a value: .*positive"):
         rules_of(None, {"no_repeat_ngram_size": -1})
 
 
 def test_vllm_is_not_taken_where_it_would_leave_a_rule_out():
-    with pytest.raises(ConfigError, match=r"generation_config sets suppress_tokens, .* but vLLM is not asked for it"):
+    with pytest.raises(ConfigError, match=r"generation_config sets suppress_tokens, .* but is not passed on to vLLM"):
         refuse_rules(GenerationConfig(suppress_tokens=[1]), None, "vLLM")
-    with pytest.raises(ConfigError, match="generation_kwargs sets min_tokens, but vLLM is not asked for it"):
+    with pytest.raises(ConfigError, match="generation_kwargs sets min_tokens, which is not passed on to vLLM"):
         refuse_rules(None, {"min_tokens": 3}, "vLLM")
     refuse_rules(GenerationConfig(top_k=20, temperature=0.7, repetition_penalty=1.05), {}, "vLLM")

@@ -144,7 +144,7 @@ def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, cap
         server.answer = completions(then_gone)
         status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--concurrency", "1")
     assert status == 1
-    assert "EngineError: The completions server cannot be reached" in out and "Finished samples are kept" in out
+    assert "EngineError: The completions server is unreachable" in out and "Finished samples are kept" in out
     assert [one["number"] for one in read_records(here / "run/samples.jsonl")] == [0]
 
 

@@ -294,7 +294,7 @@ def test_options_are_read_from_json_text_and_checked_by_the_rule():
         ConfigError, match=r"branch_rule_kwargs has \['with'\], but .* 'surest_last' takes \['width'\]"
     ):
         settings(branch_rule="surest_last", branch_rule_kwargs={"with": 2})
-    with pytest.raises(ConfigError, match=r"The branch rule 'widths' needs \['widths'\]. Set them in"):
+    with pytest.raises(ConfigError, match=r"The branch rule 'widths' needs values for \['widths'\]. Set them in"):
         settings(branch_rule="widths")
     with pytest.raises(ConfigError, match="expected multiples of one another"):
         settings(branch_rule="widths", branch_rule_kwargs={"widths": (2, 3)})

@@ -590,7 +590,9 @@ def test_what_fails_for_one_request_of_a_stream_is_its_outcome_alone():
     outcomes = {outcome.id: outcome for outcome in streamed(made, requests)}
     assert {i: outcome.tree is None for i, outcome in outcomes.items()} == {0: False, 1: True, 2: False, 3: True}
     assert outcomes[1].error == "EngineError: it choked"
-    assert outcomes[3].error.startswith("ConfigError: Prompt 3 has 1000 tokens and the context is 1000: no room")
+    assert outcomes[3].error.startswith(
+        "ConfigError: Prompt 3 has 1000 tokens and the context is 1000 tokens: no room"
+    )
 
 
 def test_a_protocol_that_breaks_over_one_turn_fails_that_request_while_its_siblings_call_on():

@@ -360,14 +360,14 @@ def test_requests_outside_a_session_and_without_room_are_refused(server, model, 
     setup = Setup(model, tmp_path, server)
     with pytest.raises(EngineError, match="outside a session"):
         setup.engine.submit(requests([0])[0])
-    with setup.engine.session(), pytest.raises(EngineError, match="must be ≥ 1"):
+    with setup.engine.session(), pytest.raises(EngineError, match="expected at least 1 of each"):
         setup.engine.submit(TurnRequest(id=0, ids=PROMPTS[0], max_tokens=0, probe_tokens=5, seed=1, key=(0, 0)))
 
 
 def test_what_a_server_refuses_is_an_error_that_names_it(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
     too_long = TurnRequest(id=0, ids=PROMPTS[3] * 200, max_tokens=10, probe_tokens=5, seed=1, key=(0, 0))
-    with pytest.raises(EngineError, match=rf"{server.url} does not complete a request .*context length"):
+    with pytest.raises(EngineError, match=rf"{server.url} could not complete a request .*context length"):
         setup.run([too_long])
 
 
@@ -521,7 +521,7 @@ def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_re
     saved = {"save_strategy": "steps", "save_steps": 1}
     made = trainer(model_path, tmp_path / "run", server, vllm_server_timeout=1.0, **saved, **EXACT)
     made.add_callback(KillAfterStep(server, 1))
-    with pytest.raises(EngineError, match=rf"{server.url} (has stayed away for 1 s|was lost)"):
+    with pytest.raises(EngineError, match=rf"{server.url} (was unreachable for 1 s|failed at)"):
         made.train()
     assert made.state.global_step == 1
     server.start().wait()

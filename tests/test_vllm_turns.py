@@ -175,7 +175,7 @@ def test_an_answer_without_tokens_or_logprobs_is_an_error(bad):
 
 
 def test_a_request_without_room_is_refused():
-    with pytest.raises(EngineError, match="must be ≥ 1"):
+    with pytest.raises(EngineError, match="expected at least 1 of each"):
         draft(max_tokens=0)
 
 
