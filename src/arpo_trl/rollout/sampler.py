@@ -212,7 +212,7 @@ class TreeSampler:
         self.eos_ids = tuple(eos_ids)
         self.score = score
         self._check_score(settings)
-        self.between_events: Callable[[], None] = _nothing
+        self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception that it raises, as on an interrupt, ends the rollout."""
 
     def sample(
@@ -325,7 +325,7 @@ class _Run:
                     return
                 for group in self._advance():
                     if group.error is None:
-                        self._isolated(group, partial(self._branch, group))
+                        self._run_isolated(group, partial(self._branch, group))
                     if group.error is not None or not group.live:
                         live.discard(group.id)
                         yield self._finished(group)
@@ -333,12 +333,12 @@ class _Run:
     def _finished(self, group: _Group) -> Finished:
         seconds = time.perf_counter() - group.started_s
         if group.error is None:
-            self._isolated(group, partial(group.tree.check, self.settings.num_generations))
+            self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
             return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds)
         return Finished(id=group.id, tree=group.tree, error=None, seconds=seconds)
 
-    def _isolated(self, group: _Group, step: Callable[[], None]) -> None:
+    def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
         """Run `step`. In a stream an error ends only its group."""
         try:
             step()
@@ -391,7 +391,7 @@ class _Run:
                 if (path := self.writing.get(event.id)) is None:
                     continue  # its group failed earlier
                 touched[path.group.id] = path.group
-                self._isolated(path.group, partial(self._take, path, event))
+                self._run_isolated(path.group, partial(self._take_event, path, event))
         for ticket, result in self._tool_results():
             if (waited_for := self.calling.pop(ticket, None)) is None:
                 continue
@@ -408,17 +408,17 @@ class _Run:
             )
             touched[calling.path.group.id] = calling.path.group
             if len(calling.answered) == len(calling.calls):
-                self._isolated(calling.path.group, partial(self._observe, calling.path, calling.in_order))
+                self._run_isolated(calling.path.group, partial(self._observe, calling.path, calling.in_order))
         return list(touched.values())
 
-    def _take(self, path: _Path, event: Event) -> None:
+    def _take_event(self, path: _Path, event: Event) -> None:
         if isinstance(event, Probe):
             self.writing[event.id] = self._probed(path, event.entropies)
             return
         del self.writing[event.id]
         if isinstance(event, TurnFailed):
             raise EngineError(event.reason)
-        self._wrote(path, event)
+        self._turn_finished(path, event)
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
@@ -436,9 +436,9 @@ class _Run:
         """The path once the entropies of its current turn's first tokens are known."""
         if path.depth == 0 and not path.root_entropies:
             path = replace(path, root_entropies=entropies)
-        return self._offered(path, entropies) if path.decides else self._alive(path)
+        return self._as_candidate(path, entropies) if path.decides else self._record_live(path)
 
-    def _wrote(self, path: _Path, turn: Turn) -> None:
+    def _turn_finished(self, path: _Path, turn: Turn) -> None:
         path = self._probed(path, turn.entropies)  # changes nothing after a Probe
         text = self.protocol.decode_turn(turn.ids, self.eos_ids)
         node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
@@ -501,7 +501,7 @@ class _Run:
         if len(calling.answered) == len(calls):
             self._observe(path, calling.in_order)
         else:
-            self._alive(path)
+            self._record_live(path)
 
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
         """Record the results of a turn's calls and submit the turn that continues from them."""
@@ -522,7 +522,7 @@ class _Run:
         states = self._opened(path.states.fork()) if may_branch else None
         path = replace(path, parent=node.index, ids=path.ids + ids, states_for_branches=states)
         if path.decides and self.settings.rule.moment is Moment.RESULT:
-            path = self._offered(path, ())
+            path = self._as_candidate(path, ())
         self._write(path)
 
     # Paths -----------------------------------------------------------------------------------------------------------
@@ -565,10 +565,10 @@ class _Run:
             after=path.last_request,
         )
         self.requests += 1
-        self.writing[request.id] = self._alive(path)
+        self.writing[request.id] = self._record_live(path)
         self.engine.submit(request)
 
-    def _alive(self, path: _Path) -> _Path:
+    def _record_live(self, path: _Path) -> _Path:
         """Record how many more tool results the path may branch at, and return the path."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
         path.group.live[path.address] = LivePath(node=path.parent, results=to_come + path.decides)
@@ -586,7 +586,7 @@ class _Run:
 
     # Branching -------------------------------------------------------------------------------------------------------
 
-    def _offered(self, path: _Path, turn: Sequence[float]) -> _Path:
+    def _as_candidate(self, path: _Path, turn: Sequence[float]) -> _Path:
         """Make the observation above the path's current turn a candidate, and return the updated path."""
         candidate = Candidate(
             node=path.parent,
@@ -597,7 +597,7 @@ class _Run:
             root=path.root_entropies,
         )
         path.group.candidates.append((path, candidate))
-        return self._alive(replace(path, decides=False, states_for_branches=None))
+        return self._record_live(replace(path, decides=False, states_for_branches=None))
 
     def _branch(self, group: _Group) -> None:
         """Let the rule decide on its candidates, start the branches, and start top-ups for budget they cannot use."""
@@ -648,7 +648,7 @@ class _Run:
         return int.from_bytes(digest, "big")
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 

@@ -48,7 +48,7 @@ SEEDS = 1 << 31
 """Seeds are sent modulo this, since the largest allowed seed differs between servers."""
 
 
-class _BrokenOff(Exception):
+class _Incomplete(Exception):
     """The answer is incomplete; a retry may succeed."""
 
 
@@ -57,7 +57,7 @@ class _Refused(Exception):
 
 
 @dataclass(slots=True)
-class _Written:
+class _PartialTurn:
     """The part of a turn received so far."""
 
     text: str = ""
@@ -109,7 +109,7 @@ class CompletionsEngine:
     @contextmanager
     def session(self) -> Iterator[None]:
         self._events = queue.SimpleQueue()
-        self._heard_s = time.monotonic()
+        self._last_answer_s = time.monotonic()
         self._http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
         try:
             yield
@@ -141,14 +141,14 @@ class CompletionsEngine:
         while True:
             try:
                 written = await self._ask(request)
-                self._heard_s = time.monotonic()
+                self._last_answer_s = time.monotonic()
                 self._events.put(self._as_turn(request, written))
                 return
             except _Refused as error:
                 self._events.put(TurnFailed(id=request.id, reason=f"The server {error}."))
                 return
             except httpx.ConnectError:
-                if time.monotonic() - self._heard_s > self._away_s:
+                if time.monotonic() - self._last_answer_s > self._away_s:
                     self._events.put(
                         EngineError(
                             "The completions server is unreachable and has not answered for "
@@ -156,10 +156,10 @@ class CompletionsEngine:
                         )
                     )
                     return
-            except (_BrokenOff, httpx.HTTPError, TimeoutError, OSError) as error:
+            except (_Incomplete, httpx.HTTPError, TimeoutError, OSError) as error:
                 failures += 1
                 if failures == ATTEMPTS:
-                    reason = str(error) if isinstance(error, _BrokenOff) else f"failed ({type(error).__name__})"
+                    reason = str(error) if isinstance(error, _Incomplete) else f"failed ({type(error).__name__})"
                     self._events.put(TurnFailed(id=request.id, reason=f"The server {reason}, {ATTEMPTS} times."))
                     return
             except Exception as error:  # any other error in an answer; without an event the sampler would wait forever
@@ -169,16 +169,16 @@ class CompletionsEngine:
                 return
             await asyncio.sleep(RETRY_S * 2**failures)
 
-    async def _ask(self, request: TurnRequest) -> _Written:
+    async def _ask(self, request: TurnRequest) -> _PartialTurn:
         """Stream one answer, up to and including the token or text that completes a stop string."""
         body = self._body(request.ids, request.max_tokens) | {"stream": True, "seed": request.seed % SEEDS}
-        written = _Written()
+        written = _PartialTurn()
         async with (
             asyncio.timeout(self._timeout_s),
             self._http.stream("POST", self._url + "/completions", json=body, headers=_headers()) as response,
         ):
             if response.status_code != 200:
-                kind = _BrokenOff if response.status_code in (408, 429) or response.status_code >= 500 else _Refused
+                kind = _Incomplete if response.status_code in (408, 429) or response.status_code >= 500 else _Refused
                 raise kind(f"answered {response.status_code}")
             async for data in _events_of(response):
                 if data == "[DONE]":
@@ -193,10 +193,10 @@ class CompletionsEngine:
                 if self._cut(written, before):
                     return written
         if written.finish is None:
-            raise _BrokenOff("sent an incomplete answer")
+            raise _Incomplete("sent an incomplete answer")
         return written
 
-    def _cut(self, written: _Written, before: int) -> bool:
+    def _cut(self, written: _PartialTurn, before: int) -> bool:
         """Cut the turn after the first complete stop string, and return whether there is one.
 
         `before` is the number of ids or characters before the newest chunk.
@@ -217,7 +217,7 @@ class CompletionsEngine:
                 return True
         return False
 
-    def _as_turn(self, request: TurnRequest, written: _Written) -> Turn:
+    def _as_turn(self, request: TurnRequest, written: _PartialTurn) -> Turn:
         ids, eos_ids = written.ids, self._settings.eos_ids
         if not self.speaks_ids:
             ids = self._tokenizer.encode(written.text.removesuffix(self._eos), add_special_tokens=False)

@@ -104,18 +104,18 @@ class LockstepEngine:
             rounds: list[_Round | None] = [None] * self._size
             requests = list(drained(self._requests))
             dist.all_gather_object(rounds, _Round(requests, mine, done, self._problem), self._group)
-            told = [each for each in rounds if each is not None]
-            if problems := [each.problem for each in told if each.problem is not None]:
+            gathered = [each for each in rounds if each is not None]
+            if problems := [each.problem for each in gathered if each.problem is not None]:
                 self._events.put(EngineError(f"The tensor parallel group stopped: {problems[0]}"))
                 return
-            self._deliver(told[0].events)
-            if _ids(told[0].events) != _ids(mine):
+            self._deliver(gathered[0].events)
+            if _ids(gathered[0].events) != _ids(mine):
                 self._problem = f"rank {dist.get_rank()} sampled other tokens than the group's first rank"
-            if all(each.done for each in told):
+            if all(each.done for each in gathered):
                 return
             mine = []
             try:
-                for rank, each in enumerate(told):
+                for rank, each in enumerate(gathered):
                     for request in each.requests:
                         self._inner.submit(self._shared(request, rank))
                         writing += 1

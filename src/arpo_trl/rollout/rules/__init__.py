@@ -5,7 +5,7 @@ Register a rule from outside the package under a name, and set `branch_rule` to 
     from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register_rule
 
     @register_rule("always")
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class Always(BranchRule):
         def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
             return BranchDecision(fires=True)

@@ -38,13 +38,13 @@ def prepare_cpu() -> None:
     if current_platform.is_cpu():
         keep_weights_unpacked()
         _reseed_instead_of_rewinding()
-        _keep_llvmlite_honest()
+        _restrict_llvmlite_attributes()
 
 
 def _reseed_instead_of_rewinding() -> None:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # the CPU's is a subclass
 
-    keep_books = GPUModelRunner._bookkeeping_sync
+    bookkeeping = GPUModelRunner._bookkeeping_sync
 
     def with_reseeding(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch, generators = self.input_batch, self.input_batch.generators
@@ -53,23 +53,23 @@ def _reseed_instead_of_rewinding() -> None:
                 generator.manual_seed(generator.initial_seed())
         batch.generators = {}  # else vLLM rewinds them
         try:
-            return keep_books(self, *args, **kwargs)
+            return bookkeeping(self, *args, **kwargs)
         finally:
             batch.generators = generators
 
     GPUModelRunner._bookkeeping_sync = with_reseeding
 
 
-def _keep_llvmlite_honest() -> None:
+def _restrict_llvmlite_attributes() -> None:
     ffi = sys.modules.get("llvmlite.binding.ffi")
     if ffi is None:
         return
     wrapper = type(ffi.lib)
-    answer = wrapper.__getattr__
+    get_attribute = wrapper.__getattr__
 
-    def ask(self: Any, name: str) -> Any:
+    def get_function(self: Any, name: str) -> Any:
         if name.startswith("__"):  # not the name of a C function
             raise AttributeError(name)
-        return answer(self, name)
+        return get_attribute(self, name)
 
-    wrapper.__getattr__ = ask
+    wrapper.__getattr__ = get_function
