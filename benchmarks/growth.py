@@ -101,10 +101,18 @@ def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
 
             seconds = []
             for _ in range(repeats + 1):
-                engine = ScriptedEngine(tokenizer, SamplingParams(eos, protocol.stop_strings), script)
-                settings = TreeSettings(LEAVES, LEAVES, 1 << 20, 1 << 21, calls)
+                engine = ScriptedEngine(
+                    tokenizer, SamplingParams(eos_ids=eos, stop_strings=protocol.stop_strings), script
+                )
+                settings = TreeSettings(
+                    num_generations=LEAVES,
+                    initial_rollouts=LEAVES,
+                    max_completion_length=1 << 20,
+                    max_length=1 << 21,
+                    max_tool_calls=calls,
+                )
                 sampler = TreeSampler(engine, toolbox, protocol, settings, eos)
-                seconds.append(sampler.sample([GroupRequest(0, [1] * 100)], seed=(0,)).times.total_s)
+                seconds.append(sampler.sample([GroupRequest(id=0, prompt_ids=[1] * 100)], seed=(0,)).times.total_s)
             points.append((calls, {"one group of 16": median(seconds[1:])}))
             print(f"calls {calls}: {points[-1][1]['one group of 16']:.3f} s", flush=True)
     return Sweep("tool calls on each path", "sampler and tools, seconds", points)

@@ -54,7 +54,9 @@ def tokens_per_s(engine: Engine, prompt: list[int], turns: int, tokens: int, pro
     with engine.session():
         start = time.perf_counter()
         for i in range(turns):
-            engine.submit(TurnRequest(i, prompt, tokens, probe, seed * turns + i, (i, 0)))
+            engine.submit(
+                TurnRequest(id=i, ids=prompt, max_tokens=tokens, probe_tokens=probe, seed=seed * turns + i, key=(i, 0))
+            )
         finished = 0
         while finished < turns:
             done = [event for event in engine.poll(0.05) if isinstance(event, Turn)]
@@ -90,7 +92,7 @@ def main() -> None:
             save_model(folder, SIZES[name])
             tokenizer = AutoTokenizer.from_pretrained(folder)
             with running(folder, Path(folder) / "log") as server:
-                engine = engine_on(server.url, tokenizer, SamplingParams(()))
+                engine = engine_on(server.url, tokenizer, SamplingParams(eos_ids=()))
                 prompt = tokenizer.encode("the melting point of iron is what? " * 10)
                 tokens_per_s(engine, prompt, TURNS, 100, PROBE, 0)  # warms the server up
                 for tokens in arguments.tokens:

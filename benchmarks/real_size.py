@@ -284,7 +284,7 @@ def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
         sleeps=trainer.vllm_generation.enable_sleep_mode,
     )
     # Without EOS, so that every turn has its full length.
-    engine = build_engine(source, trainer._tokenizer, SamplingParams(()))
+    engine = build_engine(source, trainer._tokenizer, SamplingParams(eos_ids=()))
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt

@@ -59,16 +59,28 @@ def roll(
 ) -> RolloutBatch:
     protocol = TagProtocol(tokenizer, toolbox.specs)
     eos = (int(tokenizer.eos_token_id),)
-    settings = SamplingParams(eos, protocol.stop_strings)
+    settings = SamplingParams(eos_ids=eos, stop_strings=protocol.stop_strings)
     engine = TransformersEngine(tokenizer, settings, lambda: contextlib.nullcontext(model))
     sampler = TreeSampler(
-        engine, toolbox, protocol, TreeSettings(8, 8, 208, 1024, 5, 8, schedule=RolloutSchedule.ROUNDS), eos
+        engine,
+        toolbox,
+        protocol,
+        TreeSettings(
+            num_generations=8,
+            initial_rollouts=8,
+            max_completion_length=208,
+            max_length=1024,
+            max_tool_calls=5,
+            entropy_probe_tokens=8,
+            schedule=RolloutSchedule.ROUNDS,
+        ),
+        eos,
     )
     original = engine_module.sample
     if replay is not None:
         engine_module.sample = replay(engine)
     try:
-        requests = [GroupRequest(i, protocol.encode_prompt(row["prompt"])) for i, row in enumerate(rows)]
+        requests = [GroupRequest(id=i, prompt_ids=protocol.encode_prompt(row["prompt"])) for i, row in enumerate(rows)]
         return sampler.sample(requests, seed=(0,))
     finally:
         engine_module.sample = original

@@ -74,8 +74,8 @@ def dictate(step: int, rank: int) -> Callable[[TurnRequest], ScriptedTurn]:
 
     def turn(request: TurnRequest) -> ScriptedTurn:
         entropies = [0.1 + 0.1 * request.key[-1]]
-        call = ScriptedTurn(f"<search>iron {request.key[1:]}</search>", entropies, polls=2)
-        answer = ScriptedTurn(ANSWER, entropies)
+        call = ScriptedTurn(text=f"<search>iron {request.key[1:]}</search>", entropies=entropies, polls=2)
+        answer = ScriptedTurn(text=ANSWER, entropies=entropies)
         match kind:
             case "no calls and all":
                 return answer if first else call  # the last turn, past the limit, calls in vain
@@ -83,9 +83,9 @@ def dictate(step: int, rank: int) -> Callable[[TurnRequest], ScriptedTurn]:
                 return call if first else answer
             case "tools that hang":
                 calls = request.key[-1] == 0
-                return ScriptedTurn(f"<search>{'iron' if first else 'hang'}</search>") if calls else answer
+                return ScriptedTurn(text=f"<search>{'iron' if first else 'hang'}</search>") if calls else answer
             case _:
-                return answer if first else ScriptedTurn(f"iron {request.key[1:]} " * (MAX_TOKENS // 5), polls=4)
+                return answer if first else ScriptedTurn(text=f"iron {request.key[1:]} " * (MAX_TOKENS // 5), polls=4)
 
     return turn
 
@@ -159,7 +159,9 @@ def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
 
 
 def make_engine(tokenizer: PreTrainedTokenizerBase, script: Script) -> DictatedEngine:
-    return DictatedEngine(tokenizer, SamplingParams((int(tokenizer.eos_token_id),), ("</search>",)), script)
+    return DictatedEngine(
+        tokenizer, SamplingParams(eos_ids=(int(tokenizer.eos_token_id),), stop_strings=("</search>",)), script
+    )
 
 
 def main() -> None:

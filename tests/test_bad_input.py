@@ -56,7 +56,7 @@ def make(model_path, tmp_path):
         given.setdefault("reward_funcs", lambda completions, **_: [0.0] * len(completions))
         given.setdefault("tools", [search, python])
         given.setdefault("train_dataset", Dataset.from_list(list(rows)))
-        engine = ScriptedEngine(tokenizer(), SamplingParams((eos,)), lambda request, context: ANSWER)
+        engine = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(eos,)), lambda request, context: ANSWER)
         return ARPOTrainer(args=args, engine=engine, **given)
 
     return made
@@ -87,7 +87,7 @@ def test_args_of_grpo_are_refused(make, tmp_path):
     ("settings", "message"),
     [
         ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
-        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* Unset it"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* Remove it"),
     ],
 )
 def test_settings_that_the_sampler_would_ignore_are_refused(make, settings, message):

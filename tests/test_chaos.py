@@ -34,7 +34,7 @@ def texts(benchmark) -> dict[str, list[str]]:
 def calls_twice(request, context):
     *_, depth = request.key
     text = [f"<search>iron {request.key}</search>", f"<python>{request.seed}</python>", ANSWER][min(depth, 2)]
-    return ScriptedTurn(text, entropies=[float(depth)], polls=1 + request.seed % 2)
+    return ScriptedTurn(text=text, entropies=[float(depth)], polls=1 + request.seed % 2)
 
 
 def sample(benchmark, *, groups, ways=(), rate=1.0):

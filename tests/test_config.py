@@ -165,11 +165,11 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
             SERVER | {"loss_type": "vespo", "vllm_importance_sampling_mode": "sequence_mask"},
             "loss_type is 'vespo' but vllm_importance_sampling_mode is 'sequence_mask'",
         ),
-        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* does not read it. Unset it"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* does not support. Remove it"),
         ({"generation_kwargs": {"top_p": 0.9}}, "generation_kwargs sets top_p, .* Set top_p to 0.9 instead"),
         (
             SERVER | {"generation_kwargs": {"min_tokens": 2}},
-            "sets min_tokens, but vLLM is not asked for it",
+            "sets min_tokens, which is not passed on to vLLM",
         ),
         ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own objection

@@ -138,13 +138,13 @@ def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, cap
             if asked_number(prompt) == "1":
                 threading.Thread(target=server.server.server_close).start()
                 made[0]._url = "http://127.0.0.1:9/v1"
-                made[0]._heard_s = 0.0
+                made[0]._last_answer_s = 0.0
             return answers(prompt)
 
         server.answer = completions(then_gone)
         status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--concurrency", "1")
     assert status == 1
-    assert "EngineError: The completions server cannot be reached" in out and "Finished samples are kept" in out
+    assert "EngineError: The completions server is unreachable" in out and "Finished samples are kept" in out
     assert [one["number"] for one in read_records(here / "run/samples.jsonl")] == [0]
 
 

@@ -386,7 +386,7 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
             return [tok(written(row, turn))["input_ids"] + [tok.eos_token_id] for row in range(len(prompt_ids))], None
 
     engine = ScriptedEngine(
-        tok, SamplingParams((tok.eos_token_id,)), lambda request, _: written(request.key[1], request.key[-1])
+        tok, SamplingParams(eos_ids=(tok.eos_token_id,)), lambda request, _: written(request.key[1], request.key[-1])
     )
     for kind, given in ((TrlsLoop, {}), (ARPOTrainer, {"engine": engine})):
 
@@ -441,7 +441,7 @@ def test_calls_by_tags_are_shown_to_rewards_in_the_same_way(models, tmp_path):
         """
         return f"{query}: a metal"
 
-    engine = ScriptedEngine(tok, SamplingParams((tok.eos_token_id,), ("</find>",)), script)
+    engine = ScriptedEngine(tok, SamplingParams(eos_ids=(tok.eos_token_id,), stop_strings=("</find>",)), script)
     given = _with(train_dataset=CHAT, tools=[find], reward_funcs=reward, engine=engine)
     trained(ARPOTrainer, tmp_path, Case({"max_completion_length": 100}, given, moves=False), models)
     completion, turns = seen[0]

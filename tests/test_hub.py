@@ -36,8 +36,8 @@ STOPS = ("</search>", "</python>")
 def one_search(request, context):
     """Each path searches once; what follows is uncertain."""
     if request.key[-1] == 0:
-        return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-    return ScriptedTurn(f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
+        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+    return ScriptedTurn(text=f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def trainer(model_path: str, folder: Path, *, peft_config=None, **settings) -> A
         ),
         train_dataset=ROWS,
         tools=[search, python],
-        engine=ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), STOPS), one_search),
+        engine=ScriptedEngine(
+            tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=STOPS), one_search
+        ),
         peft_config=peft_config,
     )
 

@@ -299,8 +299,10 @@ def model_path(tmp_path_factory) -> str:
 def trainer(model_path: str, folder: Path, peft_config: LoraConfig | None = None, **settings) -> ARPOTrainer:
     def script(request, context):
         if request.key[-1] == 0:
-            return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-        return ScriptedTurn(f"{request.key}{' word' * request.key[1]}<answer>\\boxed{{1}}</answer>", entropies=[1.0])
+            return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+        return ScriptedTurn(
+            text=f"{request.key}{' word' * request.key[1]}<answer>\\boxed{{1}}</answer>", entropies=[1.0]
+        )
 
     def reward(completions, **columns):
         return [float(sum(completion[-1]["content"].encode()) % 4) for completion in completions]
@@ -326,7 +328,7 @@ def trainer(model_path: str, folder: Path, peft_config: LoraConfig | None = None
         ),
         ROWS,
         tools=[search],
-        engine=ScriptedEngine(tokenizer(), SamplingParams(eos, ("</search>",)), script),
+        engine=ScriptedEngine(tokenizer(), SamplingParams(eos_ids=eos, stop_strings=("</search>",)), script),
         peft_config=peft_config,
     )
     return made

@@ -48,10 +48,10 @@ def model_path(tmp_path_factory) -> str:
 def branching_script(request, context):
     """Each path searches once; what follows is uncertain; half of the answers are right."""
     if request.key[-1] == 0:
-        return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
     asked = context.rpartition("what is ")[2][0]
     right = (len(request.key) + request.key[1]) % 2
-    return ScriptedTurn(f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
+    return ScriptedTurn(text=f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
 
 
 def flat_script(request, context):
@@ -60,7 +60,7 @@ def flat_script(request, context):
 
 
 def scripted(script=branching_script) -> ScriptedEngine:
-    return ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), STOPS), script)
+    return ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=STOPS), script)
 
 
 def config(folder: Path, kind: type[GRPOConfig] = ARPOConfig, **settings) -> GRPOConfig:
@@ -131,8 +131,23 @@ def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path
         toolbox = ToolBox([search, python])
         protocol = TagProtocol(tokenizer(), toolbox.specs)
         eos = (tokenizer().eos_token_id,)
-        sampler = TreeSampler(scripted(flat_script), toolbox, protocol, TreeSettings(4, 4, 120, 1024, 6, 4), eos)
-        groups = [GroupRequest(i, protocol.encode_prompt(prompts[4 * i])) for i in range(len(prompts) // 4)]
+        sampler = TreeSampler(
+            scripted(flat_script),
+            toolbox,
+            protocol,
+            TreeSettings(
+                num_generations=4,
+                initial_rollouts=4,
+                max_completion_length=120,
+                max_length=1024,
+                max_tool_calls=6,
+                entropy_probe_tokens=4,
+            ),
+            eos,
+        )
+        groups = [
+            GroupRequest(id=i, prompt_ids=protocol.encode_prompt(prompts[4 * i])) for i in range(len(prompts) // 4)
+        ]
         leaves = [leaf for tree in sampler.sample(groups, seed=(0,)).trees for leaf in tree.leaves()]
         return {
             "prompt_ids": [groups[i // 4].prompt_ids for i in range(len(prompts))],
@@ -204,7 +219,7 @@ def test_hard_and_soft_have_the_same_gradient_under_a_token_level_loss(model_pat
     def mixed(request, context):
         turn = branching_script(request, context)
         if request.key[-1] and len(request.key) == 5:  # branches are wrong, so siblings differ
-            return ScriptedTurn("<answer>\\boxed{99}</answer>", entropies=[1.0])
+            return ScriptedTurn(text="<answer>\\boxed{99}</answer>", entropies=[1.0])
         return turn
 
     settings = {"loss_type": "bnpo", **EXACT}  # the two are equal in exact arithmetic
@@ -255,9 +270,9 @@ def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path
 
     def script(request, context):
         if request.key[-1]:
-            return ScriptedTurn(f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
+            return ScriptedTurn(text=f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
         calls = '{"name": "search", "arguments": {"query": "iron"}}', '{"name": "python", "arguments": {"code": "1"}}'
-        return ScriptedTurn("\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls), entropies=[0.1])
+        return ScriptedTurn(text="\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls), entropies=[0.1])
 
     def reward(completions, tool_calls, turns, **columns):
         seen.update(completions=completions, tool_calls=tool_calls)
@@ -266,7 +281,7 @@ def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path
     made = trainer(
         str(tmp_path / "model"),
         tmp_path / "run",
-        engine=ScriptedEngine(tok, SamplingParams((tok.eos_token_id,)), script),
+        engine=ScriptedEngine(tok, SamplingParams(eos_ids=(tok.eos_token_id,)), script),
         rewards=reward,
         tool_protocol="chat_template",
         max_completion_length=800,
@@ -488,7 +503,7 @@ def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):
     def wrong(completions, **columns):
         return [-1.0] * len(completions)
 
-    endless = scripted(lambda request, context: ScriptedTurn("word " * 200, ends=False))
+    endless = scripted(lambda request, context: ScriptedTurn(text="word " * 200, ends=False))
     made = trainer(model_path, tmp_path, engine=endless, rewards=wrong, max_completion_length=20)
     made.train()
     for name in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):

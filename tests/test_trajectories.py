@@ -17,7 +17,7 @@ def branching(request, context):
     """A bad call, then a search, then the answer; entropy rises after each result."""
     texts = ["<search> </search>", f"<search>iron {request.key[1]}</search>", ANSWER]
     depth = request.key[-1]
-    return ScriptedTurn(texts[depth], entropies=[0.1 + 0.25 * depth, 0.5])
+    return ScriptedTurn(text=texts[depth], entropies=[0.1 + 0.25 * depth, 0.5])
 
 
 def logged(script=branching, **settings) -> LoggedTree:
@@ -29,9 +29,16 @@ def small(text: str = "hello") -> LoggedTree:
     """One leaf, made by hand: a turn, an observation, a turn."""
     tree = RolloutTree([1, 2])
     first = tree.add_turn(0, [3, 4], text, [-0.25, -1.5], [0.75])
-    call = ExecutedCall("search", {"query": text}, text, ToolFailure.TIMEOUT, 0.125, CallSource.EXECUTED)
+    call = ExecutedCall(
+        name="search",
+        arguments={"query": text},
+        text=text,
+        failure=ToolFailure.TIMEOUT,
+        seconds=0.125,
+        source=CallSource.EXECUTED,
+    )
     seen = tree.add_observation(first.index, [5], [call], text)
-    seen.decision = BranchDecision(1.5, 0.25, 0.55, True, 0)
+    seen.decision = BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
     last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
     tree.end(last.index, (0,), StopReason.EOS)
     return LoggedTree(0, 0, text, tree, [0.0], [0.0])
@@ -81,10 +88,17 @@ def test_every_field_of_a_node_survives(tmp_path):
     first, seen, last = tree.nodes[1:]
     assert (first.ids, first.logprobs, first.entropies, first.stop) == ([3, 4], [-0.25, -1.5], [0.75], None)
     assert seen.calls == [
-        ExecutedCall("search", {"query": "hello"}, "hello", ToolFailure.TIMEOUT, 0.125, CallSource.EXECUTED)
+        ExecutedCall(
+            name="search",
+            arguments={"query": "hello"},
+            text="hello",
+            failure=ToolFailure.TIMEOUT,
+            seconds=0.125,
+            source=CallSource.EXECUTED,
+        )
     ]
     assert type(seen.calls[0].failure) is ToolFailure and type(seen.calls[0].source) is CallSource
-    assert seen.decision == BranchDecision(1.5, 0.25, 0.55, True, 0)
+    assert seen.decision == BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
     assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
 
 

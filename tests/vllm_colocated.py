@@ -32,7 +32,10 @@ ROWS = Dataset.from_list(
 
 
 def requests(max_tokens: int = 24, probe: int = 5) -> list[TurnRequest]:
-    return [TurnRequest(i, PROMPTS[i], max_tokens, probe, 100 + i, (i, 0)) for i in range(len(PROMPTS))]
+    return [
+        TurnRequest(id=i, ids=PROMPTS[i], max_tokens=max_tokens, probe_tokens=probe, seed=100 + i, key=(i, 0))
+        for i in range(len(PROMPTS))
+    ]
 
 
 def run(engine: Engine, wanted: list[TurnRequest], *, late: int = 0) -> tuple[dict[int, Turn], list[tuple[int, str]]]:
@@ -143,7 +146,7 @@ def with_all_weights(folder: Path) -> dict[str, Any]:
     stopping = VLLMColocateEngine(
         generation.llm,
         tokenizer(),
-        SamplingParams((int(tokenizer().eos_token_id),), (stop,)),
+        SamplingParams(eos_ids=(int(tokenizer().eos_token_id),), stop_strings=(stop,)),
         FixedWeights(),
         vocab_size=engine.vocab_size,
         top_logprobs=20,

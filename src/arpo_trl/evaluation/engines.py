@@ -53,7 +53,9 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
         tokenizer, toolbox.specs, max_result_tokens=settings.max_tool_result_tokens
     )
     eos_ids = (int(tokenizer.eos_token_id),)
-    sampling = SamplingParams(eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p)
+    sampling = SamplingParams(
+        eos_ids=eos_ids, stop_strings=protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p
+    )
     return build_sampler(
         build_engine(_source(settings, tokenizer), tokenizer, sampling),
         toolbox,

@@ -127,8 +127,8 @@ def saved_table(folder: Path) -> str:
         return "\n".join(table(read_json(path)))
     except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path} is not a result of `arpo-trl eval` ({type(error).__name__}: {error}). Pass the output folder of a "
-            "finished evaluation."
+            f"{path} is not a result of `arpo-trl eval` ({type(error).__name__}: {error}). Pass the output folder of "
+            "a finished evaluation."
         ) from error
 
 

@@ -100,9 +100,11 @@ class Evaluator:
                 try:
                     ids = self.sampler.protocol.encode_prompt(questions.rows[number]["prompt"])
                 except Exception as error:  # a chat template can raise anything for a single prompt
-                    not_rendered.append(Finished(name, None, f"{type(error).__name__}: {error}", 0.0))
+                    not_rendered.append(
+                        Finished(id=name, tree=None, error=f"{type(error).__name__}: {error}", seconds=0.0)
+                    )
                 else:
-                    yield GroupRequest(name, ids)
+                    yield GroupRequest(id=name, prompt_ids=ids)
 
         yield from self.sampler.stream(
             requests(),

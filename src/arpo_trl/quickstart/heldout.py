@@ -57,7 +57,7 @@ def answer_heldout(
     """
     protocol = TagProtocol(tokenizer, toolbox.specs)
     eos_ids = (int(tokenizer.eos_token_id),)
-    settings = SamplingParams(eos_ids, protocol.stop_strings, temperature=temperature)
+    settings = SamplingParams(eos_ids=eos_ids, stop_strings=protocol.stop_strings, temperature=temperature)
     sampler = build_sampler(
         build_engine(LocalModel(model=model), tokenizer, settings),
         toolbox,

@@ -211,13 +211,13 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
         args, eos_ids = self.args, tuple(self.eos_token_ids)
         settings = SamplingParams(
-            eos_ids,
-            self.protocol.stop_strings,
-            self.temperature,
-            self.top_p,
-            self.top_k,
-            self.min_p,
-            self.repetition_penalty,
+            eos_ids=eos_ids,
+            stop_strings=self.protocol.stop_strings,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
         )
         if engine is None:
             source = self._vllm_source(settings) if args.use_vllm else self._transformers_source()
@@ -333,7 +333,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         first_group = self.accelerator.process_index * len(groups)
         requests = [
-            GroupRequest(first_group + i, self.protocol.encode_prompt(prompt)) for i, prompt in enumerate(groups)
+            GroupRequest(id=first_group + i, prompt_ids=self.protocol.encode_prompt(prompt))
+            for i, prompt in enumerate(groups)
         ]
         settings = self.tree_sampler.settings
         with self.interruptible():

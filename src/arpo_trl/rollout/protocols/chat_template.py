@@ -1,7 +1,7 @@
-"""`ChatTemplateProtocol`, for models trained to call tools their own way.
+"""`ChatTemplateProtocol`, for models that were trained to call tools with their chat template.
 
-Calls and results are as the tokenizer's chat template has them, several calls in a turn if the model writes so. EOS
-ends each turn.
+Calls and results have the format of the tokenizer's chat template. A turn can contain several calls. EOS ends each
+turn.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from arpo_trl.trl_seam import (
 
 
 class ChatTemplateProtocol(ToolProtocol):
-    """Tool calls and results as the tokenizer's chat template has them.
+    """Tool calls and results in the format of the tokenizer's chat template.
 
-    The tools' schemas go into the prompt. Calls are parsed by transformers' response parsing, with TRL's description
-    of the template where the tokenizer brings none; where earlier messages change when later ones follow, TRL's
-    training variant of the template is used. A tool may take any arguments that its schema can describe.
+    The tools' schemas are part of the prompt. transformers' response parsing reads the calls. If the tokenizer has no
+    response template, TRL's response schema for its chat template is used. If a template renders earlier messages
+    differently once later ones follow, TRL's training variant of the template is used. A tool can take any arguments
+    that its schema can describe.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or one that nobody can parse, or that does not show results.
+        ConfigError: The tokenizer has no chat template, its calls cannot be parsed, or it does not show tool results.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
@@ -43,7 +44,7 @@ class ChatTemplateProtocol(ToolProtocol):
                 'tool_protocol is "chat_template" but the tokenizer has no chat template. Set '
                 '`tokenizer.chat_template`, or tool_protocol "tags".'
             )
-        self._parser = copy.copy(tokenizer)  # TRL changes how it decodes where the trainer's own has a template
+        self._parser = copy.copy(tokenizer)  # a response schema on the trainer's tokenizer changes TRL's decoding
         try:
             if getattr(tokenizer, "response_template", None) is None:
                 add_response_schema(self._parser)
@@ -56,14 +57,14 @@ class ChatTemplateProtocol(ToolProtocol):
                 self._suffix((name,))
         except ConfigError:
             raise
-        except Exception as error:  # a template is a program of the model's authors
+        except Exception as error:  # a template is foreign code and can raise anything
             raise ConfigError(
                 f"The tokenizer's chat template does not work for tool calls ({type(error).__name__}: {error}). Set "
                 '`tokenizer.response_template` for it, or tool_protocol "tags".'
             ) from error
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """The messages through the chat template, the tools' schemas included."""
+        """Apply the chat template to the messages and the tools' schemas."""
         if isinstance(prompt, str):
             raise ConfigError(
                 f'tool_protocol is "chat_template" but a prompt is plain text ({prompt[:40]!r}…). Give prompts as '
@@ -83,9 +84,9 @@ class ChatTemplateProtocol(ToolProtocol):
             message = self._parser.parse_response(
                 text + self.tokenizer.eos_token, prefix=self._opening, tools=self._schemas
             )
-        except Exception as error:  # a parser that others wrote meets text that a model made up
+        except Exception as error:  # the parser is foreign code, and the model may write anything
             reason = str(error).partition("\n")[0][:200]
-            return (BadCall("malformed", f"Error: the tool call could not be read: {reason}"),)
+            return (BadCall(fault="malformed", text=f"Error: the tool call could not be read: {reason}"),)
         return tuple(map(self._checked, message.get("tool_calls") or ()))
 
     def encode_observation(self, results: Sequence[tuple[str, str]]) -> list[int]:
@@ -98,23 +99,23 @@ class ChatTemplateProtocol(ToolProtocol):
     def _checked(self, call: Any) -> ToolCall | BadCall:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            return BadCall("malformed", "Error: a tool call needs a name and arguments.")
+            return BadCall(fault="malformed", text="Error: a tool call needs a name and arguments.")
         name, arguments = function["name"], function.get("arguments", {})
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
-            return BadCall("malformed", f"Error: the arguments of {name[:40]!r} have to be an object.")
+            return BadCall(fault="malformed", text=f"Error: the arguments of {name[:40]!r} must be an object.")
         return ToolCall(name, arguments)
 
     def _generation_prompt(self) -> str:
-        """What the template writes before a turn, for parsers that must see an opening `<think>`."""
+        """The text that the template puts before a turn, for parsers that need its opening `<think>`."""
         messages = [{"role": "user", "content": "…"}]
         return self._render(messages, True)[len(self._render(messages, False)) :]
 
     def _render_suffix(self, names: tuple[str, ...]) -> tuple[list[list[int]], bool]:
-        """The wrappers around the results of the calls `names`, and whether the template shows results as JSON.
+        """The ids around the results of the calls `names`, and whether the template renders results as JSON.
 
-        All that follows the EOS of the calling turn, up to and with the opening of the next turn.
+        Together they are everything from after the EOS of the calling turn to the start of the next turn's content.
         """
-        marks = [f'[result "{i}"]' for i in range(len(names))]  # the quotes tell whether it is escaped
+        marks = [f'[result "{i}"]' for i in range(len(names))]  # the quotes show whether the template escapes it
         call = {"type": "function", "function": {"name": names[0], "arguments": {}}}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": "…"},
@@ -122,7 +123,7 @@ class ChatTemplateProtocol(ToolProtocol):
         ]
         results = [{"role": "tool", "name": name, "content": mark} for name, mark in zip(names, marks, strict=True)]
         before, after = self._render(messages, False), self._render(messages + results, True)
-        # A template may close a message with more than the EOS that ends a turn: "<|im_end|>\n".
+        # A template may end a message with more than the EOS that ends a turn: "<|im_end|>\n".
         end = before.rfind(self.tokenizer.eos_token)
         cut = len(before) if end < 0 else end + len(self.tokenizer.eos_token)
         suffix = after[cut:]
@@ -149,5 +150,5 @@ class ChatTemplateProtocol(ToolProtocol):
 
 
 def _inside_json(text: str) -> str:
-    """The text as it stands between the quotes of a JSON string."""
+    """The text as it appears between the quotes of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]

@@ -1,8 +1,8 @@
-"""`TagProtocol`, the paper's way of calling tools, for any model: the tool's name is a tag.
+"""`TagProtocol`, the paper's tool protocol, for any model: the tool's name is a tag.
 
 the model writes   <search>melting point of iron</search>          a turn, ended by a stop string
 it then sees       <result> … </result>                            an observation
-and in the end     <answer>… \\boxed{1811} …</answer> and EOS       the last turn
+and finally writes <answer>… \\boxed{1811} …</answer> and EOS       the last turn
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANSWER, RESULT = "answer", "result"
 
 
 class TagProtocol(ToolProtocol):
-    """Tool calls as tags: the tool's name is the tag, its one text argument stands between them.
+    """Tool calls as tags: the tool's name is the tag, and its one text argument is the text between the tags.
 
     Raises:
         ToolSpecError: A tool does not have exactly one required text argument.
@@ -33,8 +33,8 @@ class TagProtocol(ToolProtocol):
         for name, spec in tools.items():
             if spec.single_text_parameter is None:
                 raise ToolSpecError(
-                    f"The tool {name!r} takes {list(spec.parameters)}; between two tags there is room for exactly one "
-                    "required `str` argument. Give it one."
+                    f"The tool {name!r} takes {list(spec.parameters)}; a call between tags has exactly one required "
+                    "`str` argument. Change the tool's signature to that."
                 )
         super().__init__(tokenizer, tools, **settings)
         self.stop_strings = tuple(f"</{name}>" for name in tools)
@@ -47,7 +47,7 @@ class TagProtocol(ToolProtocol):
         self._unknown_call = re.compile(rf"<(?!/|(?:{known})>)([A-Za-z_]\w*)>[^<]*</\1>")
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids a path starts from: messages through the chat template, plain text as it is."""
+        """Return the prompt's ids: messages with the chat template, plain text unchanged."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
         if self.tokenizer.chat_template is None:
@@ -60,7 +60,7 @@ class TagProtocol(ToolProtocol):
         )
 
     def encode_turn(self, text: str, *, last: bool) -> list[int]:
-        """A demonstration's turn as the model should write it: special tokens on, EOS after the last turn."""
+        """Return the ids of a demonstration's turn, with special tokens, and with EOS after the last turn."""
         return self._encode(text) + ([self.tokenizer.eos_token_id] if last else [])
 
     def encode_observation(self, results: Sequence[tuple[str, str]]) -> list[int]:
@@ -70,12 +70,12 @@ class TagProtocol(ToolProtocol):
         return ids
 
     def parse_turn(self, text: str) -> Sequence[ToolCall | BadCall]:
-        """The call that `text` ends in: a turn holds one at most, since its closing tag stops it."""
+        """Return the call at the end of `text`. A turn has at most one, since the closing tag ends the turn."""
         call = self._parse_call(text)
         return () if call is None else (call,)
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        """As a tokenizer's own calls are given, except that the content keeps the tags; they are text to it."""
+        """Return the turn as TRL's tool loop does, but with the tags in the content: they are plain text here."""
         message = super().as_message(ids, before)
         calls = self.parse_turn(decode_exactly(self.tokenizer, ids))
         if made := [call for call in calls if isinstance(call, ToolCall)]:
@@ -93,11 +93,11 @@ class TagProtocol(ToolProtocol):
         name = close.group()[2:-1]
         before, opened, body = text[: close.start()].rpartition(f"<{name}>")
         if not opened:
-            return BadCall("unopened", f"Error: </{name}> came without <{name}>. {self._usage(name)}")
+            return BadCall(fault="unopened", text=f"Error: </{name}> came without <{name}>. {self._usage(name)}")
         if self._known_tag.search(body) or self._is_open(before):
-            return BadCall("nested", f"Error: tags must not be nested. {self._usage(name)}")
+            return BadCall(fault="nested", text=f"Error: tags must not be nested. {self._usage(name)}")
         if not body.strip():
-            return BadCall("empty", f"Error: the {name} call is empty. {self._usage(name)}")
+            return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
         return ToolCall(name, {str(self.tools[name].single_text_parameter): body.strip()})
 
     def _missing_close(self, text: str) -> BadCall | None:
@@ -105,14 +105,16 @@ class TagProtocol(ToolProtocol):
             return None
         if (opened := self._tool_open.search(text)) is not None:
             name = opened.group()[1:-1]
-            return BadCall("unclosed", f"Error: <{name}> was not closed. {self._usage(name)}")
+            return BadCall(fault="unclosed", text=f"Error: <{name}> was not closed. {self._usage(name)}")
         if self.tools and (unknown := self._unknown_call.search(text)) is not None:
             names = ", ".join(self.tools)
-            return BadCall("unknown_tool", f"Error: there is no tool {unknown.group(1)[:40]!r}. Tools: {names}.")
+            return BadCall(
+                fault="unknown_tool", text=f"Error: there is no tool {unknown.group(1)[:40]!r}. Tools: {names}."
+            )
         return None
 
     def _is_open(self, text: str) -> bool:
-        """Whether a tool's tag is still open at the end of `text`."""
+        """Whether a tool's tag is open at the end of `text`."""
         return any(text.count(f"<{name}>") > text.count(f"</{name}>") for name in self.tools)
 
     def _usage(self, name: str) -> str:
