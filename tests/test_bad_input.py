@@ -313,7 +313,7 @@ def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0] * 3, "returned 3 rewards for 4 completions; expected a list of one number, or None, for each"),
+        ([1.0] * 3, "returned 3 rewards for 4 completions; expected a list with one number, or None, per completion"),
         ([1.0] * 5, "returned 5 rewards for 4 completions"),
         ([], "returned 0 rewards for 4 completions"),
         (None, "returned None for 4 completions"),

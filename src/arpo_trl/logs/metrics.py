@@ -60,6 +60,21 @@ class Tally:
         return {name: values[name] for name in sorted(values)}
 
 
+def tally_step(rollout: RolloutBatch, rewards: Sequence[float], seconds: Mapping[str, float]) -> Tally:
+    """The tally of one scored rollout.
+
+    Args:
+        rewards: One per leaf, tree by tree in leaf order; the trees have equally many leaves.
+        seconds: Time of other work on the rollout, by name.
+    """
+    tally, size = Tally(), len(rewards) // len(rollout.trees)
+    tally_rollout(rollout, tally)
+    for name, spent in seconds.items():
+        tally.add(f"time/{name}_s", spent)
+    tally_rewards([rewards[start : start + size] for start in range(0, len(rewards), size)], tally)
+    return tally
+
+
 def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
     """Counts one rollout into `tally`."""
     for tree, topups, chain in zip(rollout.trees, rollout.topups, rollout.turns_in_sequence, strict=True):
