@@ -122,7 +122,7 @@ def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, ca
 
 
 def test_starting_anew_where_checkpoints_are_is_refused(model, whole):
-    with pytest.raises(ConfigError, match=r"holds checkpoint-7 of an earlier run.*resume_from_checkpoint true"):
+    with pytest.raises(ConfigError, match=r"holds checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
         train(model, whole("plain"))
 
 

@@ -16,7 +16,10 @@ from support import ANSWER, Scripted
 def log(tmp_path) -> Path:
     """A log of two trees: groups 0 and 1."""
     rollout = Scripted(lambda r, c: "<search>iron</search>" if r.key[-1] == 0 else ANSWER, leaves=2, at_root=2)(2)
-    trees = [LoggedTree(4, i, f"question {i}", tree, [1.0, 0.0], [0.7, -0.7]) for i, tree in enumerate(rollout.trees)]
+    trees = [
+        LoggedTree(step=4, group=i, prompt=f"question {i}", tree=tree, rewards=[1.0, 0.0], advantages=[0.7, -0.7])
+        for i, tree in enumerate(rollout.trees)
+    ]
     path = TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write("step-000004", trees)
     assert path is not None
     return path

@@ -271,7 +271,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     )
     print(f"Merged model saved in {arguments.output}")
     if arguments.push_to_hub is not None:
-        commit = push_snapshot(repo_id, Snapshot(arguments.output, arguments.output), message="Merged model")
+        commit = push_snapshot(repo_id, Snapshot(run=arguments.output, model=arguments.output), message="Merged model")
         print(f"Pushed: {commit.commit_url}")
 
 

@@ -154,7 +154,8 @@ class SavedState:
         file = folder / STATE_FILE
         try:
             values = json.loads(file.read_text("utf-8"))
-            return cls(**{item.name: folder if item.name == "folder" else values[item.name] for item in fields(cls)})
+            read = {item.name: values[item.name] for item in fields(cls) if item.name != "folder"}
+            return cls(folder=folder, **read)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{folder} has no {STATE_FILE}: it is not a checkpoint of ARPOTrainer, or it is incomplete."
