@@ -225,10 +225,10 @@ def test_a_tool_needs_exactly_one_text_argument(make, tool):
 # Datasets ------------------------------------------------------------------------------------------------------------
 
 BAD_ROWS = [
-    ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename yours"),
+    ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename a column"),
     ([{"prompt": "?", "answer": "1"}, {"prompt": None, "answer": "1"}], "row 1: 'prompt' is None"),
     ([{"prompt": "?", "answer": "1"}, {"prompt": " ", "answer": "1"}], "row 1: 'prompt' is ' '; expected some text"),
-    ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename yours"),
+    ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename the column"),
     ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "row 0: message 0 of 'prompt'"),
 ]
 

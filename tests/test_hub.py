@@ -420,7 +420,7 @@ def others(hub: Hub) -> None:
         (
             {"hub_model_id": "them/policy"},
             TOKEN,
-            "hub_model_id .*'them/policy', but the Hub answered 403: the token may",
+            "hub_model_id .*'them/policy', but the Hub answered 403: the token has no",
         ),
         ({"hub_model_id": "them/new"}, TOKEN, "hub_model_id .*'them/new', but the Hub answered 40[34]"),
         ({"hub_trajectories_id": "them/trees"}, TOKEN, "hub_trajectories_id requires the dataset repository 'them/tr"),
@@ -441,7 +441,7 @@ def test_a_repository_that_cannot_be_written_to_is_known_before_the_model_is_loa
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=message) as refused:
         trainer("no such model", tmp_path / "run", **settings)
-    assert "Set HF_TOKEN to a token that may write there" in str(refused.value)
+    assert "Set HF_TOKEN to a token with write access to it" in str(refused.value)
     assert not token or token not in str(refused.value)
     assert hub.commits == []
 

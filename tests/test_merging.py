@@ -84,7 +84,9 @@ def changed_config(adapter, **changes):
 
 def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
     output = tmp_path / "merged"
-    with pytest.raises(DataError, match=r"base\d* is not an adapter: it has no adapter_config.json .* use_peft"):
+    with pytest.raises(
+        DataError, match=r"base\d* is not an adapter: it has no readable adapter_config.json\. .* use_peft"
+    ):
         merge_adapter(base, output)
     with pytest.raises(DataError, match="nowhere is not an adapter"):
         merge_adapter(str(tmp_path / "nowhere"), output)
@@ -101,7 +103,7 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
         merge_adapter(str(adapter), output)
     assert not output.exists()
     output.mkdir()
-    with pytest.raises(ConfigError, match=r"merged exists\. Name a folder that does not"):
+    with pytest.raises(ConfigError, match=r"merged exists\. Give a new folder"):
         merge_adapter(str(adapter), output)
 
 
