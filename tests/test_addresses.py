@@ -68,7 +68,7 @@ def tools(*names: str, **settings: object) -> Callable[[object], object]:
 
 SETTINGS: dict[str, Callable[[str], object]] = {
     "judge_url": lambda url: LLMJudge(url, "wise"),
-    "base_url": lambda url: CompletionsEngine(url, None, tokenizer(), SamplingParams((0,), ())),
+    "base_url": lambda url: CompletionsEngine(url, None, tokenizer(), SamplingParams(eos_ids=(0,))),
     "python_executor_url": tools("python", python_executor_url=...),
     "search_url": tools("search", search_provider="searxng", search_url=...),
     "visit_summary_url": tools("visit", visit_summary_url=..., visit_summary_model="small"),

@@ -143,7 +143,7 @@ def test_roles_that_the_template_refuses_are_found_before_the_model_is_loaded(ma
     user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}
     rows = [{"prompt": [user]}, {"prompt": [user]}, {"prompt": [system, user]}]
     with pytest.raises(
-        DataError, match=r"row 2: .* refuses its messages, whose roles are \['system', 'user'\]: .*alter"
+        DataError, match=r"row 2: .* rejects its messages, whose roles are \['system', 'user'\]: .*alter"
     ):
         make(processing_class=gemma, rows=rows, model=str(without_weights(model_path, tmp_path)))
 
@@ -160,7 +160,7 @@ def test_a_token_without_an_embedding_is_found_before_the_model_is_loaded(make, 
     more.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
     rows = [{"prompt": "what"}, {"prompt": "what <|new|>"}]
     bare = str(without_weights(model_path, tmp_path))
-    with pytest.raises(DataError, match=r"row 1: its prompt holds the token '<\|new\|>', .*resize_token_embeddings"):
+    with pytest.raises(DataError, match=r"row 1: its prompt contains the token '<\|new\|>', .*resize_token_emb"):
         make(processing_class=more, rows=rows, model=bare)
     make(processing_class=more, rows=rows[:1])  # nothing uses it
 
@@ -258,10 +258,10 @@ def test_a_tool_needs_exactly_one_text_argument(make, tool):
 # Datasets ------------------------------------------------------------------------------------------------------------
 
 BAD_ROWS = [
-    ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename yours"),
+    ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename a column"),
     ([{"prompt": "?", "answer": "1"}, {"prompt": None, "answer": "1"}], "row 1: 'prompt' is None"),
     ([{"prompt": "?", "answer": "1"}, {"prompt": " ", "answer": "1"}], "row 1: 'prompt' is ' '; expected some text"),
-    ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename yours"),
+    ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename the column"),
     ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "row 0: message 0 of 'prompt'"),
 ]
 
@@ -346,7 +346,7 @@ def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0] * 3, "returned 3 rewards for 4 completions; expected a list of one number, or None, for each"),
+        ([1.0] * 3, "returned 3 rewards for 4 completions; expected a list with one number, or None, per completion"),
         ([1.0] * 5, "returned 5 rewards for 4 completions"),
         ([], "returned 0 rewards for 4 completions"),
         (None, "returned None for 4 completions"),

@@ -360,7 +360,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
         (("--model", "m", "--top-p", "0"), "top_p is 0.0"),
         (("--model", "m", "--engine", "sglang"), "engine is 'sglang'; expected one of ['transformers', 'vllm']"),
         (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits holds 'python'"),
-        (("--model", "m", "--judge-url", "http://x"), "Of judge_url and judge_model one is set"),
+        (("--model", "m", "--judge-url", "http://x"), "Only one of judge_url and judge_model is set"),
         (("--model", "m", "--resume"), "resume is set without output"),
         (("--model", "m", "--base-url", "http://x/v1", "--engine", "vllm"), "base_url is set together with"),
         (("--benchmarks", "gsm8k,math", "--data", "gsm8k.jsonl"), "2 benchmarks are selected; expected one. Name one"),

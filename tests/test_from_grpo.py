@@ -344,7 +344,7 @@ def test_a_reward_that_names_what_there_is_not_is_told_what_there_is(models, tmp
         return [0.0] * len(completions)
 
     case = Case(given=_with(reward_funcs=wants))
-    with pytest.raises(RewardError, match=r"'wants' asks for \['gold'\], .* There are: completion_ids, completions"):
+    with pytest.raises(RewardError, match=r"'wants' requires \['gold'\], .* Available: completion_ids, completions"):
         trained(ARPOTrainer, tmp_path, case, models)
 
 
@@ -353,7 +353,7 @@ def test_a_reward_that_names_what_there_is_not_is_told_what_there_is(models, tmp
 def test_a_column_that_rollouts_fill_is_refused_by_its_name(models, tmp_path, name, streamed):
     rows = TEXT.add_column(name, TEXTS)
     case = Case(given=_with(train_dataset=rows.to_iterable_dataset() if streamed else rows))
-    with pytest.raises(DataError, match=rf"has the column\(s\) \['{name}'\], .* Rename yours"):
+    with pytest.raises(DataError, match=rf"has the column\(s\) \['{name}'\], .* Rename the column"):
         trained(ARPOTrainer, tmp_path, case, models)
 
 

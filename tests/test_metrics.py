@@ -285,7 +285,7 @@ def test_an_alarm_rings_from_its_limit_on(share, rings):
     messages = Alarms(Threshold()).check(heard(share))
     assert len(messages) == rings
     if rings:
-        assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were cut")
+        assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were truncated")
 
 
 def test_no_alarm_rings_about_what_was_not_counted():

@@ -33,7 +33,11 @@ def shown(
     made: RolloutTree, rewards: tuple[float | None, float | None] = (1.0, -1.0), prompt: str = "a prompt"
 ) -> list[str]:
     console = Console(file=io.StringIO(), width=400, color_system=None)
-    console.print(render_tree(LoggedTree(12, 3, prompt, made, list(rewards), [0.75, -0.75])))
+    console.print(
+        render_tree(
+            LoggedTree(step=12, group=3, prompt=prompt, tree=made, rewards=list(rewards), advantages=[0.75, -0.75])
+        )
+    )
     return console.file.getvalue().splitlines()
 
 

@@ -99,7 +99,7 @@ def test_the_example_of_the_readme_trains(models, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     if not torch.accelerator.is_available():
-        assert done.stderr.count("There is no accelerator here: training on the CPU") == 1
+        assert done.stderr.count("No accelerator was found: use_cpu is set to true") == 1
     assert "train_loss" in done.stdout
 
 

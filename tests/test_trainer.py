@@ -336,7 +336,7 @@ def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_
     rollout = made._last.rollout
     assert [len(tree.leaves()) for tree in rollout.trees] == [1] * 6
     made.model.train()
-    with pytest.raises(ConfigError, match="6 rows that are no whole groups of 4; a tree cannot span ranks"):
+    with pytest.raises(ConfigError, match="6 rows, which are not whole groups of 4; a tree cannot span ranks"):
         made._rollout(prompts, made)
 
 
@@ -354,7 +354,7 @@ def test_what_tags_take_for_granted_is_said_where_no_prompt_tells_it(model_path,
     assert len(said) == is_said
     if is_said:
         assert "does not name <search>, <python>" in said[0]
-        assert "call a tool as <search>…</search>" in said[0] and "tags_system_prompt(tools)" in said[0]
+        assert "calls a tool with <search>…</search>" in said[0] and "tags_system_prompt(tools)" in said[0]
 
 
 @pytest.mark.slow
@@ -445,13 +445,13 @@ def test_an_adapter_trains_on_what_the_model_itself_samples(tmp_path):
 
 
 def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):
-    with pytest.raises(ConfigError, match=r"to be quantized .* Set use_peft: true, or give a peft_config"):
+    with pytest.raises(ConfigError, match=r"Quantization .* freezes .* Set use_peft: true, or give a peft_config"):
         quantized(model_path, tmp_path, None)
 
 
 def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"bitsandbytes is not installed here\..*pip install '\.\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"bitsandbytes, which is not installed\..*pip install '\.\[qlora\]'"):
         quantized(model_path, tmp_path, LoraConfig())
 
 
@@ -555,7 +555,7 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
 
 def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"vLLM is not installed here. Install the extra"):
+    with pytest.raises(ConfigError, match=r"vLLM is not installed. Install the extra"):
         trainer(model_path, tmp_path, use_vllm=True)
 
 

@@ -22,7 +22,14 @@ def branching(request, context):
 
 def logged(script=branching, **settings) -> LoggedTree:
     tree = Scripted(script, leaves=4, at_root=2, **settings)().trees[0]
-    return LoggedTree(7, 3, "what is the answer", tree, [1.0, None, -1.0, 0.25], [0.5, 0.0, -1.5, 1.0])
+    return LoggedTree(
+        step=7,
+        group=3,
+        prompt="what is the answer",
+        tree=tree,
+        rewards=[1.0, None, -1.0, 0.25],
+        advantages=[0.5, 0.0, -1.5, 1.0],
+    )
 
 
 def small(text: str = "hello") -> LoggedTree:
@@ -41,7 +48,7 @@ def small(text: str = "hello") -> LoggedTree:
     seen.decision = BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
     last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
     tree.end(last.index, (0,), StopReason.EOS)
-    return LoggedTree(0, 0, text, tree, [0.0], [0.0])
+    return LoggedTree(step=0, group=0, prompt=text, tree=tree, rewards=[0.0], advantages=[0.0])
 
 
 def test_a_rollouts_trees_are_logged_with_their_own_rewards_and_advantages():
@@ -54,8 +61,15 @@ def test_a_rollouts_trees_are_logged_with_their_own_rewards_and_advantages():
         first_group=6,
         decode=lambda ids: " ".join(map(str, ids)),
     )
-    assert made[0] == LoggedTree(3, 6, made[0].prompt, four, [1.0, None, 0.0, 0.5], [0.1, 0.2, 0.3, 0.4])
-    assert made[1] == LoggedTree(3, 7, "1 2", one, [0.25], [0.0])
+    assert made[0] == LoggedTree(
+        step=3,
+        group=6,
+        prompt=made[0].prompt,
+        tree=four,
+        rewards=[1.0, None, 0.0, 0.5],
+        advantages=[0.1, 0.2, 0.3, 0.4],
+    )
+    assert made[1] == LoggedTree(step=3, group=7, prompt="1 2", tree=one, rewards=[0.25], advantages=[0.0])
 
 
 def only(path: Path | None) -> LoggedTree:

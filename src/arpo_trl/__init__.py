@@ -2,18 +2,18 @@
 
     from arpo_trl import ARPOConfig, ARPOTrainer
 
-| name | what it is for |
+| name | use |
 |---|---|
 | `ARPOTrainer`, `ARPOConfig` | training: `GRPOTrainer` and `GRPOConfig` with trees |
-| `load_arpo_dataset`, `tags_system_prompt` | data: rows in published layouts, a system prompt for tools of your own |
+| `load_arpo_dataset`, `tags_system_prompt` | data: rows in published layouts, a system prompt for your tools |
 | `python_tool`, `remote_python_tool`, `search_tool`, `visit_tool`, `mcp_tools` | built-in tools |
-| `LocalIndex`, `WebSearch` | what `search_tool` searches |
-| `PathState` | the state that a tool's calls act on, one for each path |
-| `ToolError`, `ToolUnavailable` | what a tool raises to tell the model, and that its service is away |
+| `LocalIndex`, `WebSearch` | sources that `search_tool` searches |
+| `PathState` | the state that a tool's calls act on, one per path |
+| `ToolError`, `ToolUnavailable` | errors that a tool raises: a failed call, an unavailable service |
 | `HierarchicalReward`, `LLMJudge`, `math_equal`, `token_f1` | rewards |
-| `BranchRule`, `register_rule` | a branch rule of your own |
-| `Credit`, `register_credit` | a credit of your own |
-| `ScriptedEngine`, `ScriptedTurn` | an engine that writes what a script says, for tests of tools and rewards |
+| `BranchRule`, `register_rule` | custom branch rules |
+| `Credit`, `register_credit` | custom credits |
+| `ScriptedEngine`, `ScriptedTurn` | an engine that returns scripted turns, for tests of tools and rewards |
 
 Everything else is internal and may change without notice. docs/architecture.md says how to extend each part.
 """

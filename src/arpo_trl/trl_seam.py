@@ -1,14 +1,14 @@
-"""All that we import from inside TRL: names that its public package does not export, and that may move.
+"""All imports from TRL's submodules: names that the package `trl` does not export, and that may move.
 
-No other module imports from `trl.` modules, so a new version of TRL is this file's work, together with the overridden
-methods of `GRPOTrainer`. tests/test_upstream_contract.py tests each fact that we rely on.
+No other module imports from `trl.` submodules. So a new version of TRL affects only this file and the overridden
+methods of `GRPOTrainer`. tests/test_upstream_contract.py tests each upstream fact that this package relies on.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# Render a chat template so that the loss can mask it, and read a model's tool calls back: `ChatTemplateProtocol`.
+# For `ChatTemplateProtocol`: render a chat template so that the loss can mask it, and parse a model's tool calls.
 from trl.chat_template_utils import (
     add_response_schema,
     get_training_chat_template,
@@ -16,13 +16,13 @@ from trl.chat_template_utils import (
     parse_response,
 )
 
-# The way from the trained model to one that generates: unwrapped, ZeRO-3 weights gathered, hooks removed.
+# Turns the trained model into one that generates: unwrapped, ZeRO-3 weights gathered, hooks removed.
 from trl.models import unwrap_model_for_generation
 
 # `get_config_model_id`: the base model's name, for output folders and cards.
-# `get_callable_name`, `is_async_callable`: how TRL names a reward function in metrics, and whether it awaits it.
-# `pad`: the layout of a batch (side, multiple).
-# `print_prompt_completions_sample`: the table of completions that `log_completions` prints.
+# `get_callable_name`, `is_async_callable`: TRL's name of a reward function in metrics, and whether TRL awaits it.
+# `pad`: pads a batch on a side, to a multiple of a length.
+# `print_prompt_completions_sample`: prints the table of `log_completions`.
 from trl.trainer.utils import (
     get_callable_name,
     get_config_model_id,
@@ -50,7 +50,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`VLLMGeneration`, which starts vLLM and moves weights to it, on first use: its module imports vLLM."""
+    """Loads `VLLMGeneration`, which starts vLLM and moves weights to it, at first use: its module imports vLLM."""
     if name != "VLLMGeneration":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from trl.generation.vllm_generation import VLLMGeneration
