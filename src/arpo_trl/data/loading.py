@@ -207,9 +207,12 @@ def _rows_of_json(path: Path) -> Any:
         return read_json(path)
     except DataError as whole:
         try:
-            return [row for _, row in json_lines(path)]
+            rows = [row for _, row in json_lines(path)]
         except DataError:
             raise whole from None
+        if not rows:
+            raise
+        return rows
 
 
 # Converting

@@ -209,8 +209,8 @@ def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
 def check_encoding(datasets: Sequence[Any], protocol: ToolProtocol, embeddings: int) -> None:
     """Checks that the chat template takes each prompt, and that the model has an embedding for each of its tokens.
 
-    A chat template may reject roles, or their order. This tries each sequence of roles once. Streamed datasets and None
-    are not checked.
+    A chat template may reject roles, or their order. This tries each sequence of roles once. Streamed datasets and
+    None are not checked.
 
     Raises:
         DataError: A prompt cannot be used. Names the row.
