@@ -72,7 +72,7 @@ def http() -> Iterator[HttpServer]:
 
 
 def results(box: ToolBox, *calls: tuple[str, dict[str, Any]]) -> list[ToolResult]:
-    tickets = [box.submit(ToolCall(name, arguments)) for name, arguments in calls]
+    tickets = [box.submit(ToolCall(name=name, arguments=arguments)) for name, arguments in calls]
     done: dict[int, ToolResult] = {}
     while len(done) < len(tickets):
         done.update(box.poll(10))

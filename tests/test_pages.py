@@ -393,7 +393,8 @@ def test_when_the_model_fails_the_pages_own_text_is_shown(
     caplog.set_level(logging.WARNING)
     model.answer = lambda asked: reply
     visit = visit_tool(
-        allowed_hosts=["127.0.0.1"], summariser=ChatModel(model.url, "small", SUMMARY_KEY_VARIABLE, "url")
+        allowed_hosts=["127.0.0.1"],
+        summariser=ChatModel(url=model.url, model="small", key_variable=SUMMARY_KEY_VARIABLE, setting="url"),
     )
     assert "Iron melts at 1538 degrees" in visit(f"{server.url}/metals", "degrees of iron")
     assert "the page's own text is shown instead" in caplog.text

@@ -327,9 +327,9 @@ def test_a_box_runs_it_and_a_path_keeps_its_variables() -> None:
         assert tool_spec(python).is_async
         with ToolBox([python]) as box:
             states = box.create_states(0)
-            states.record(ToolCall("python", {"code": "x = 40"}), None)
-            states.record(ToolCall("python", {"code": "while True: pass"}), ToolFailure.STOPPED)
-            ticket = box.submit(ToolCall("python", {"code": "x + 2"}), states)
+            states.record(ToolCall(name="python", arguments={"code": "x = 40"}), None)
+            states.record(ToolCall(name="python", arguments={"code": "while True: pass"}), ToolFailure.STOPPED)
+            ticket = box.submit(ToolCall(name="python", arguments={"code": "x + 2"}), states)
             ((got, result),) = box.poll(timeout_s=30)
     assert (got, result.text, result.failure) == (ticket, "42", None)
 

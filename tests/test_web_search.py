@@ -247,7 +247,7 @@ def test_the_spending_cap_counts_all_searches_of_a_run_and_ends_in_a_text(
     with ToolBox([search_tool(searches[0])]) as box:
         for number in range(5):
             searches[1].search("known", 5)  # costs one request, then comes from the file
-            box.submit(ToolCall("search", {"query": f"iron {number}"}))
+            box.submit(ToolCall(name="search", arguments={"query": f"iron {number}"}))
             answers += [result for _, result in box.poll(10)]
     assert [answer.failure for answer in answers] == [None, None] + [ToolFailure.DEGRADED] * 3
     assert answers[-1].text == "Error: the search budget is spent. Go on with what is known."

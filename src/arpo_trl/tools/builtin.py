@@ -77,7 +77,7 @@ class ToolArguments:
     # Parameters that control searching with a service; its key comes from the environment
     search_provider: str | None = field(
         default=None,
-        metadata={"help": f"What searches: {', '.join([*LOCAL_SOURCES, *PROVIDERS])}. None: local or recorded, "
+        metadata={"help": f"What searches: {', '.join([*LOCAL_SOURCES, *PROVIDERS.own])}. None: local or recorded, "
                   "whichever of search_index and search_recorded is set."},
     )  # fmt: skip
     search_url: str | None = field(
@@ -192,8 +192,8 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
         return LocalIndex.open(str(arguments.search_index))
     if provider == "recorded":
         return RecordedSearch(str(arguments.search_recorded))
-    if provider not in PROVIDERS:
-        raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS]}.")
+    if provider not in PROVIDERS.names:
+        raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS.names]}.")
     return WebSearch(
         make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),
         SearchCache(arguments.search_cache),
@@ -236,7 +236,12 @@ def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
     summariser = None
     if arguments.visit_summary_url is not None:
         model = str(arguments.visit_summary_model)
-        summariser = ChatModel(arguments.visit_summary_url, model, SUMMARY_KEY_VARIABLE, "visit_summary_url")
+        summariser = ChatModel(
+            url=arguments.visit_summary_url,
+            model=model,
+            key_variable=SUMMARY_KEY_VARIABLE,
+            setting="visit_summary_url",
+        )
     return visit_tool(
         timeout_s=arguments.visit_timeout_s,
         max_chars=arguments.visit_max_chars,

@@ -37,23 +37,30 @@ _MAX_STDERR_BYTES = 1 << 20
 logging.getLogger("mcp.client").setLevel(logging.CRITICAL)  # it prints what servers send; calls that fail say enough
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class McpServer:
-    """One entry of `mcp_servers`: a command to run, or the address of a server that runs."""
+    """One entry of `mcp_servers`: a command that starts a server, or the address of a running one.
+
+    Example: `McpServer(command="uvx", args=["mcp-server-time"])`
+    """
 
     command: str | None = None
     args: Sequence[str] = ()
     env: Sequence[str] = ()
-    """Names of variables of this environment that the command gets as well; by default it gets PATH, HOME and such."""
+    """Names of environment variables that are passed to the command, besides basic ones such as PATH and HOME."""
     url: str | None = None
     token_env: str | None = None
-    """Name of the variable with the token that is sent to `url` as `Authorization: Bearer`."""
+    """Name of the environment variable with the token, which is sent to `url` as `Authorization: Bearer`."""
     tools: Sequence[str] | None = None
     """Names of the tools to offer; None: all."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], where: str) -> McpServer:
-        """The server that `settings` describe; `ConfigError`, which names `where`, when they cannot work."""
+        """Return the server that `settings` describe.
+
+        Raises:
+            ConfigError: A setting is unknown, missing or invalid. The message names `where`.
+        """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"{where} is {type(settings).__name__}; expected settings such as command or url.")
         known = [field.name for field in fields(cls)]

@@ -98,15 +98,18 @@ class NoState(PathState):
         return self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BoundTool:
-    """A tool as one call of a path runs it."""
+    """A tool, bound to the state of a path for one call.
+
+    Example: `BoundTool(run=search, key=(), turn=None)`
+    """
 
     run: Callable[..., Any]
     key: tuple[Any, ...] | None
-    """The state's."""
+    """`PathState.key` at the time of the call."""
     turn: asyncio.Lock | None
-    """Held while the call runs, where the calls of a state run one after the other."""
+    """A lock to hold while the call runs, if the calls of the state run one after the other. Else None."""
 
 
 class PathStates:
@@ -138,7 +141,7 @@ class PathStates:
         state = self._of(tool)
         key = state.key
         turn = self._turns.setdefault(self._create[tool], asyncio.Lock()) if key is None else None
-        return BoundTool(state.bind(tool), key, turn)
+        return BoundTool(run=state.bind(tool), key=key, turn=turn)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> None:
         self._of(call.name).record(call, failure)

@@ -75,16 +75,19 @@ RunIn = Literal["thread", "main"]
 _Outcome = tuple[str, ToolFailure | None]  # the model's text, and how the call failed if it did
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
-    """What came of a call."""
+    """The outcome of a call.
+
+    Example: `ToolResult(text="42", failure=None, seconds=0.1, source=CallSource.EXECUTED)`
+    """
 
     text: str
-    """What the model sees: never empty, at most `max_chars` long, always encodable as UTF-8."""
+    """What the model reads: never empty, at most `max_chars` long, always encodable as UTF-8."""
     failure: ToolFailure | None
-    """None: it ran and returned."""
+    """None: the call succeeded."""
     seconds: float
-    """Wall-clock seconds of the execution that produced the text; 0.0 when it came from the cache or was refused."""
+    """Wall-clock seconds of the execution that produced the text; 0.0 for a cached result or a refused call."""
     source: CallSource
 
     @property
@@ -92,23 +95,26 @@ class ToolResult:
         return self.failure is None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
-    """What there is to know of a tool in order to offer it and to check a call."""
+    """What is needed to offer a tool to a model and to check its calls; `tool_spec` makes it.
+
+    Example: `tool_spec(python_tool()).single_text_parameter` is "code".
+    """
 
     name: str
     parameters: tuple[str, ...]
     schema: dict[str, Any]
-    """JSON schema of the function, as chat templates take it."""
+    """JSON schema of the function, in the format of chat templates."""
     is_async: bool
     deterministic: bool
     """Identical calls may share one execution."""
     run_in: RunIn
-    """Where a sync tool runs: each call in a `thread` of its own, or all in the `main` one, which polls."""
+    """Where a sync tool runs. "thread": each call in a new thread. "main": all calls in the thread that polls."""
     create_state: CreateState | None
-    """Creates what a path's calls of the tool act on; None for a tool without state."""
+    """Creates the state that a path's calls of the tool act on; None for a tool without state."""
     single_text_parameter: str | None
-    """The one required parameter when that is a str: what stands between the tool's tags."""
+    """The only required parameter if it is a string: the text between the tool's tags. Else None."""
 
 
 def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
@@ -161,7 +167,16 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
             f"tool {name!r}: its attribute create_state is {create_state!r}; expected a function that takes the id of "
             "a group and returns a new PathState."
         )
-    return ToolSpec(name, tuple(signature.parameters), schema, is_async, deterministic, run_in, create_state, single)
+    return ToolSpec(
+        name=name,
+        parameters=tuple(signature.parameters),
+        schema=schema,
+        is_async=is_async,
+        deterministic=deterministic,
+        run_in=run_in,
+        create_state=create_state,
+        single_text_parameter=single,
+    )
 
 
 @dataclass(slots=True)
@@ -280,16 +295,25 @@ class ToolBox:
             raise RuntimeError("this ToolBox is closed")
         refusal = self._refusal(call)
         if refusal is None:
-            tool = BoundTool(self._tools[call.name], (), None) if states is None else states.bind(call.name)
+            tool = (
+                BoundTool(run=self._tools[call.name], key=(), turn=None) if states is None else states.bind(call.name)
+            )
             key = _key(call, tool)
         with self._lock:
             ticket = self._tickets
             self._tickets += 1
             self._pending += 1
             if refusal is not None:
-                self._done.put((ticket, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, CallSource.REFUSED)))
+                self._done.put(
+                    (
+                        ticket,
+                        ToolResult(text=refusal, failure=ToolFailure.BAD_CALL, seconds=0.0, source=CallSource.REFUSED),
+                    )
+                )
             elif key is not None and self._cache is not None and key in self._cache:
-                self._done.put((ticket, ToolResult(self._cache[key], None, 0.0, CallSource.CACHED)))
+                self._done.put(
+                    (ticket, ToolResult(text=self._cache[key], failure=None, seconds=0.0, source=CallSource.CACHED))
+                )
             elif key is not None and key in self._joinable:
                 self._joinable[key].tickets.append(ticket)
             else:
@@ -393,7 +417,7 @@ class ToolBox:
                     self._cache[flight.key] = text
             source = CallSource.EXECUTED
             for ticket in flight.tickets:
-                self._done.put((ticket, ToolResult(text, failure, seconds, source)))
+                self._done.put((ticket, ToolResult(text=text, failure=failure, seconds=seconds, source=source)))
                 source = CallSource.JOINED
 
     def _execute(self, flight: _Flight) -> asyncio.Future[_Outcome]:

@@ -102,7 +102,7 @@ class ChatTemplateProtocol(ToolProtocol):
         name, arguments = function["name"], function.get("arguments", {})
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
             return BadCall("malformed", f"Error: the arguments of {name[:40]!r} have to be an object.")
-        return ToolCall(name, arguments)
+        return ToolCall(name=name, arguments=arguments)
 
     def _generation_prompt(self) -> str:
         """What the template writes before a turn, for parsers that must see an opening `<think>`."""

@@ -86,19 +86,22 @@ _ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one call may use."""
+    """The limits of one call.
+
+    Example: `Limits(timeout_s=10.0, memory_mb=1024)`
+    """
 
     timeout_s: float = 5.0
-    cpu_s: float = 5.0  # of all its threads together; looked at ten times a second
-    memory_mb: int = 512  # address space on top of the warm interpreter's own
+    cpu_s: float = 5.0  # sum over all threads; checked ten times a second
+    memory_mb: int = 512  # MiB of address space on top of that of the warm interpreter
     output_bytes: int = 100_000
-    file_mb: int = 16  # each file
+    file_mb: int = 16  # MiB per file
     open_files: int = 64
-    disk_mb: int = 64  # written in all, kept or not
-    files: int = 1024  # files and folders there are at a time
-    threads: int = 64  # that run at a time
+    disk_mb: int = 64  # MiB written in total, including deleted files
+    files: int = 1024  # files and folders that exist at the same time
+    threads: int = 64  # threads that run at the same time
 
 
 class Tier(StrEnum):
@@ -126,9 +129,12 @@ class Ending(StrEnum):
     THREADS = "threads"  # stopped at `threads`
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One executed call: what it printed, at most `output_bytes` of it, and how it ended."""
+    """The outcome of one call: its output, cut to `output_bytes`, and how it ended.
+
+    Example: `Run(output="42\\n", ending=Ending.FINISHED)`
+    """
 
     output: str
     ending: Ending
@@ -231,18 +237,18 @@ class Worker:
             raise
         text = output.decode("utf-8", "replace")
         if len(output) > self._limits.output_bytes:
-            return Run(output[: self._limits.output_bytes].decode("utf-8", "ignore"), Ending.FLOOD)
+            return Run(output=output[: self._limits.output_bytes].decode("utf-8", "ignore"), ending=Ending.FLOOD)
         if excess is not None:
-            return Run(text, excess)
+            return Run(output=text, ending=excess)
         if kind == b"T":
-            return Run(text, Ending.TIMEOUT)
+            return Run(output=text, ending=Ending.TIMEOUT)
         if kind == b"C":
-            return Run(text, Ending.CPU)
+            return Run(output=text, ending=Ending.CPU)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.SUCCEEDED:
-            return Run(text, Ending.FINISHED)
+            return Run(output=text, ending=Ending.FINISHED)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.RAISED:
-            return Run(text, Ending.RAISED)
-        return Run(text, Ending.DIED)
+            return Run(output=text, ending=Ending.RAISED)
+        return Run(output=text, ending=Ending.DIED)
 
     def _read(self, deadline: float) -> tuple[bytes, bytes, int, Ending | None]:
         """(output up to just past the limit, kind, wait status, limit it was stopped at) once the fork is gone."""

@@ -65,27 +65,38 @@ class CacheMode(StrEnum):
         return self not in (CacheMode.REPLAY, CacheMode.OFFLINE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What an answer depends on."""
+    """Everything that an answer depends on.
+
+    Example: `Key.of("serper", "melting point of iron", {"results": 10})`
+    """
 
     provider: str
     query: str
-    """As `normalised` makes it."""
+    """The query after `normalised`."""
     parameters: str
     """JSON."""
     asked: str = field(compare=False)
-    """The query as it was asked."""
+    """The original query."""
 
     @classmethod
     def of(cls, provider: str, query: str, parameters: Mapping[str, Any]) -> Key:
         query = _clean(query)
-        return cls(provider, normalised(query), json.dumps(parameters, sort_keys=True), query)
+        return cls(
+            provider=provider,
+            query=normalised(query),
+            parameters=json.dumps(parameters, sort_keys=True),
+            asked=query,
+        )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What is known about a key: hits, perhaps none; or why asking failed."""
+    """What the file holds for a key: the hits, or the reason why the request failed.
+
+    Example: `Entry(hits=[], error="answered 503")`
+    """
 
     hits: list[Hit]
     error: str | None
@@ -161,7 +172,7 @@ class SearchCache:
             *(key.provider, key.query, key.parameters),
             *(() if expired else (time.time(),)),
         )
-        return Entry(_hits(rows[0][0]) if rows[0][0] else [], rows[0][1]) if rows else None
+        return Entry(hits=_hits(rows[0][0]) if rows[0][0] else [], error=rows[0][1]) if rows else None
 
     def put(self, key: Key, hits: Sequence[Hit]) -> None:
         """Write an answer; an empty one is believed for a while only."""
@@ -229,7 +240,9 @@ class SearchCache:
         """Take in a file {query: result text}, as the released code's `search_cache.json` is; how many there were."""
         recorded = read_recorded(path)
         for query, text in recorded.items():
-            self.put(Key.of(provider, query, parameters), [Hit("", "", page) for page in pages_of(text)])
+            self.put(
+                Key.of(provider, query, parameters), [Hit(title="", url="", text=page) for page in pages_of(text)]
+            )
         return len(recorded)
 
     def export_json(self, path: str | Path, provider: str | None = None) -> int:
@@ -259,8 +272,8 @@ def _hits(stored: str) -> list[Hit]:
     try:
         found = parse_json(stored, "an answer in it")
         expect(found, [[str]], "an answer in it")
-        return [Hit(*parts) for parts in found]
-    except (DataError, TypeError) as error:  # TypeError: not three texts, or bytes
+        return [Hit(title=title, url=url, text=text) for title, url, text in found]
+    except (DataError, TypeError, ValueError) as error:  # not three texts, or bytes
         raise sqlite3.DatabaseError(str(error)) from error
 
 

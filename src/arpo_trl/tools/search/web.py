@@ -148,7 +148,7 @@ class WebSearch:
             self._cache.put_error(key, error.reason)
             raise
         self._cache.put(key, hits)
-        return Entry(hits, None)
+        return Entry(hits=hits, error=None)
 
     def _ask(self, query: str, top_k: int, deadline: float) -> list[Hit]:
         """The provider's hits; raises `ToolUnavailable`."""
@@ -197,7 +197,10 @@ class WebSearch:
             raise RequestFailed(str(error)) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
-        return [Hit(without(key, hit.title), without(key, hit.url), without(key, hit.text)) for hit in hits[:results]]
+        return [
+            Hit(title=without(key, hit.title), url=without(key, hit.url), text=without(key, hit.text))
+            for hit in hits[:results]
+        ]
 
     def _hint(self, error: RequestFailed) -> str:
         if (error.status in (401, 402, 403) or error.about_account) and self._provider.key_variable:
