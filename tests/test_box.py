@@ -188,10 +188,10 @@ def named(name: str) -> Callable[[str], str]:
         (_undocumented, "docstring"),
         (_undescribed, "describes each parameter"),
         (_variadic, "Name each parameter"),
-        (named("<lambda>"), "its name is its tag"),
-        (named("two words"), "its name is its tag"),
-        (named("1st"), "its name is its tag"),
-        (named("answer"), "<answer> has a meaning of its own"),
+        (named("<lambda>"), "used as a tag"),
+        (named("two words"), "used as a tag"),
+        (named("1st"), "used as a tag"),
+        (named("answer"), "<answer> is a reserved tag"),
     ],
 )
 def test_a_tool_that_cannot_be_offered_is_refused(tool: Callable[..., Any], message: str) -> None:
@@ -204,12 +204,12 @@ def test_an_object_without_a_name_is_refused() -> None:
         def __call__(self, text: str) -> str:
             return text
 
-    with pytest.raises(ToolSpecError, match="a tool is a named function"):
+    with pytest.raises(ToolSpecError, match="A tool must be a named function"):
         tool_spec(Callable_())
 
 
 def test_two_tools_of_one_name_are_refused() -> None:
-    with pytest.raises(ToolSpecError, match="two tools are named 'echo'"):
+    with pytest.raises(ToolSpecError, match="Two tools are named 'echo'"):
         ToolBox([echo, named("echo")])
 
 
@@ -872,7 +872,7 @@ def test_calls_on_a_state_without_a_key_share_nothing_and_run_one_after_the_othe
 def test_a_create_state_that_cannot_be_one_is_refused() -> None:
     note = notebook([])
     note.create_state = "Notes"  # type: ignore[attr-defined]
-    with pytest.raises(ToolSpecError, match="tool 'note': its attribute create_state is 'Notes'; expected a function"):
+    with pytest.raises(ToolSpecError, match="tool 'note': the attribute create_state is 'Notes'; expected a function"):
         tool_spec(note)
     note.create_state = lambda group: {}  # type: ignore[attr-defined]
     with (

@@ -239,8 +239,12 @@ def test_the_papers_format_is_ten_results_of_a_thousand_characters(
         ("google", {}, "no search provider 'google'; expected one of"),
         ("searxng", {}, "Set search_url"),
         ("brightdata", {}, "needs search_zone"),
-        ("serper", {"url": "ftp://x"}, "search_url is no address like .* in the environment variable SERPER_API_KEY"),
-        ("searxng", {"url": "https://"}, "search_url is no address like .* and a host"),
+        (
+            "serper",
+            {"url": "ftp://x"},
+            "search_url must be an address like .* in the environment variable SERPER_API_KEY",
+        ),
+        ("searxng", {"url": "https://"}, "search_url must be an address like .* and a host"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_the_way_out(name: str, settings: dict[str, str], message: str) -> None:
