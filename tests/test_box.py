@@ -398,8 +398,8 @@ def test_an_exception_without_a_readable_message_is_still_text() -> None:
             ToolCall(name="echo", arguments={"text": "x", "more": 1}),
             "Error: echo: got an unexpected keyword argument 'more'.",
         ),
-        (ToolCall(name="echo", arguments={"text": 5}), "Error: echo: text has to be of type string, got int."),
-        (ToolCall(name="add", arguments={"a": True}), "Error: add: a has to be of type integer, got bool."),
+        (ToolCall(name="echo", arguments={"text": 5}), "Error: echo: text must be of type string, got int."),
+        (ToolCall(name="add", arguments={"a": True}), "Error: add: a must be of type integer, got bool."),
     ],
 )
 def test_a_bad_call_is_told_to_the_model_and_nothing_runs(call: ToolCall, text: str) -> None:

@@ -166,7 +166,7 @@ def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopb
     ],
 )
 def test_a_redirect_to_elsewhere_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
-    with pytest.raises(ToolError, match=r"public internet|web page|port 22|no address"):
+    with pytest.raises(ToolError, match=r"public internet|web page|port 22|invalid address"):
         visit(f"{server.url}/out?to={to}")
 
 
@@ -397,7 +397,7 @@ def test_when_the_model_fails_the_pages_own_text_is_shown(
         summariser=ChatModel(url=model.url, model="small", key_variable=SUMMARY_KEY_VARIABLE, setting="url"),
     )
     assert "Iron melts at 1538 degrees" in visit(f"{server.url}/metals", "degrees of iron")
-    assert "the page's own text is shown instead" in caplog.text
+    assert "The text of the page is shown instead" in caplog.text
 
 
 @pytest.mark.parametrize(

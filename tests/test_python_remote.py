@@ -339,7 +339,7 @@ def test_the_configuration_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     with executor.serving() as url:
         (python,) = build_tools(ToolArguments(tools=["python"], python_executor_url=url + "/"))
         assert asyncio.run(python("1 + 1")) == "2"
-    assert "remote executor 127.0.0.1, which has to isolate it" in capsys.readouterr().err
+    assert "remote executor 127.0.0.1, which must isolate it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -367,5 +367,5 @@ def test_a_server_that_does_not_run_python_is_an_error_at_start() -> None:
     executor = Executor()
     wrong = {"status": "Success", "run_result": FINISHED}
     executor.answer = lambda handler, _: executor.reply(handler, json.dumps(wrong).encode())
-    with executor.serving() as url, pytest.raises(ConfigError, match=r"asked for 6 \* 7 it said 'fine'"):
+    with executor.serving() as url, pytest.raises(ConfigError, match=r"for 6 \* 7 it returned 'fine'"):
         RemotePython(url, LIMITS)

@@ -393,7 +393,7 @@ class ToolBox:
             if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
                 if value is None and properties[name].get("nullable"):
                     continue
-                return f"Error: {call.name}: {name} has to be of type {expected}, got {type(value).__name__}."
+                return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
         return None
 
     async def _fly(self, flight: _Flight) -> None:
@@ -488,7 +488,7 @@ class ToolBox:
         if type(state) not in self._not_closed:
             self._not_closed.add(type(state))
             logger.warning(
-                f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run goes on, but "
+                f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run continues, but "
                 "what the state held may not be released. Further failures of its close() are not logged."
             )
 

@@ -1,4 +1,4 @@
-"""Brave Search: an index of its own."""
+"""Brave Search: results from the index of Brave."""
 
 from __future__ import annotations
 
