@@ -34,9 +34,8 @@ _MAX_TOOLS_PAGES = 100
 _SHOWN_STDERR_CHARS = 500
 _MAX_STDERR_BYTES = 1 << 20
 
-logging.getLogger("mcp.client").setLevel(
-    logging.CRITICAL
-)  # it prints what servers send; the errors of failed calls are enough
+# The library logs what servers send. The errors of failed calls are enough.
+logging.getLogger("mcp.client").setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,9 +219,8 @@ class McpSession:
             os.truncate(self._stderr.fileno(), 0)
         if self._ready is None or self._task is None or self._task.done():
             self._ready = asyncio.get_running_loop().create_future()
-            self._ready.add_done_callback(
-                lambda ready: ready.cancelled() or ready.exception()
-            )  # retrieve it, or asyncio logs it
+            # asyncio logs exceptions that nothing retrieves.
+            self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
             self._stop = asyncio.Event()
             self._task = asyncio.create_task(self._hold(self._ready, self._stop))
         return await asyncio.shield(self._ready)

@@ -5,8 +5,7 @@
 
 A scheduling thread manages slots and deadlines and never runs a tool. Each call of a sync tool runs in a new daemon
 thread. All calls of async tools run on one shared event loop. A call that misses its deadline is abandoned: its slot
-is free at once, even if its thread continues. (An async tool that blocks the event loop makes later async calls time
-out.)
+is free at once, even if its thread continues. (An async tool that blocks the loop makes later async calls time out.)
 
 A tool can set these attributes on its function:
 
@@ -183,7 +182,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
 
 
 @dataclass(slots=True)
-class _Flight:
+class _Execution:
     """One execution, and the tickets that wait for its result."""
 
     key: tuple[str, str] | None
@@ -215,7 +214,8 @@ class ToolBox:
         timeout_s: Seconds from the start of a call to its deadline; the wait for a slot does not count. Calls of tools
             with `run_in` "main" have no deadline.
         concurrency: The number of slots, that is of calls that may run at the same time.
-        per_tool: A lower limit for some tools, by name. A call that waits for its tool's limit takes no slot.
+        per_tool: For some tools, by name, the maximum number of their calls that may run at the same time. A call that
+            waits for this takes no slot.
         cache: Reuse the text of an earlier successful call with the same name and arguments. This treats every tool as
             deterministic.
         max_chars: The longest text that a model is shown. A longer text keeps its beginning and end, with a mark
@@ -262,11 +262,11 @@ class ToolBox:
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._lock = threading.Lock()  # guards everything below
-        self._joinable: dict[tuple[str, str], _Flight] = {}  # running calls of deterministic tools
+        self._joinable: dict[tuple[str, str], _Execution] = {}  # running calls of deterministic tools
         self._cache: dict[tuple[str, str], str] | None = {} if cache else None
         self._tickets = 0
         self._pending = 0
-        self._for_poller: deque[_Flight] = deque()  # of tools with run_in "main"
+        self._for_poller: deque[_Execution] = deque()  # of tools with run_in "main"
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = LoopThread("arpo-tools-scheduler")
         self._slots = asyncio.Semaphore(concurrency)
@@ -307,35 +307,31 @@ class ToolBox:
             raise RuntimeError("This ToolBox is closed. Submit calls before close().")
         refusal = self._refusal(call)
         if refusal is None:
-            tool = (
-                BoundTool(run=self._tools[call.name], key=(), turn=None) if states is None else states.bind(call.name)
-            )
+            run = self._tools[call.name]
+            tool = BoundTool(run=run, key=(), turn=None) if states is None else states.bind(call.name)
             key = _key(call, tool)
         with self._lock:
             ticket = self._tickets
             self._tickets += 1
             self._pending += 1
             if refusal is not None:
-                self._done.put(
-                    (
-                        ticket,
-                        ToolResult(text=refusal, failure=ToolFailure.BAD_CALL, seconds=0.0, source=CallSource.REFUSED),
-                    )
+                refused = ToolResult(
+                    text=refusal, failure=ToolFailure.BAD_CALL, seconds=0.0, source=CallSource.REFUSED
                 )
+                self._done.put((ticket, refused))
             elif key is not None and self._cache is not None and key in self._cache:
-                self._done.put(
-                    (ticket, ToolResult(text=self._cache[key], failure=None, seconds=0.0, source=CallSource.CACHED))
-                )
+                cached = ToolResult(text=self._cache[key], failure=None, seconds=0.0, source=CallSource.CACHED)
+                self._done.put((ticket, cached))
             elif key is not None and key in self._joinable:
                 self._joinable[key].tickets.append(ticket)
             else:
-                flight, spec = _Flight(key, call, tool, [ticket]), self.specs[call.name]
+                execution, spec = _Execution(key, call, tool, [ticket]), self.specs[call.name]
                 if key is not None and (spec.deterministic or self._cache is not None):
-                    self._joinable[key] = flight
+                    self._joinable[key] = execution
                 if spec.run_in == "main":
-                    self._for_poller.append(flight)
+                    self._for_poller.append(execution)
                 else:
-                    self._scheduler.start(self._fly(flight))
+                    self._scheduler.start(self._schedule(execution))
         return ticket
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, ToolResult]]:
@@ -346,7 +342,7 @@ class ToolBox:
         """
         start = time.perf_counter()
         while self._for_poller and time.perf_counter() - start < _POLLER_S:
-            self._fly_here(self._for_poller.popleft())
+            self._run_in_poller(self._for_poller.popleft())
         delivered = list(drained(self._done, timeout_s))
         with self._lock:
             self._pending -= len(delivered)
@@ -396,46 +392,46 @@ class ToolBox:
                 return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
         return None
 
-    async def _fly(self, flight: _Flight) -> None:
-        """Execute the flight once it has a slot. Runs on the scheduling thread."""
-        slot_of_tool = self._tool_slots.get(flight.call.name, contextlib.nullcontext())
-        async with flight.tool.turn or contextlib.nullcontext(), slot_of_tool, self._slots:
+    async def _schedule(self, execution: _Execution) -> None:
+        """Run the execution once it has a slot. Runs on the scheduling thread."""
+        slot_of_tool = self._tool_slots.get(execution.call.name, contextlib.nullcontext())
+        async with execution.tool.turn or contextlib.nullcontext(), slot_of_tool, self._slots:
             start = time.perf_counter()
             try:
-                text, failure = await asyncio.wait_for(self._execute(flight), self._timeout_s)
+                text, failure = await asyncio.wait_for(self._start(execution), self._timeout_s)
             except TimeoutError:
-                text, failure = self._overdue(flight.call.name)
+                text, failure = self._overdue(execution.call.name)
             except RuntimeError as error:  # no thread can start; without a result the caller would wait forever
-                text, failure = self._as_text(flight.call.name, _Raised(error))
+                text, failure = self._as_text(execution.call.name, _Raised(error))
             seconds = time.perf_counter() - start
-        self._land(flight, text, failure, seconds)
+        self._deliver(execution, text, failure, seconds)
 
-    def _fly_here(self, flight: _Flight) -> None:
-        """Execute the flight in this thread. Ctrl-C here comes from the user and is not a failure of the tool."""
+    def _run_in_poller(self, execution: _Execution) -> None:
+        """Run the execution in this thread. Ctrl-C here comes from the user and is not a failure of the tool."""
         start = time.perf_counter()
-        value = self._awaited(_returned(flight.tool.run, flight.call.arguments))
+        value = self._awaited(_returned(execution.tool.run, execution.call.arguments))
         if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
             raise value.error
-        text, failure = self._as_text(flight.call.name, value)
-        self._land(flight, text, failure, time.perf_counter() - start)
+        text, failure = self._as_text(execution.call.name, value)
+        self._deliver(execution, text, failure, time.perf_counter() - start)
 
-    def _land(self, flight: _Flight, text: str, failure: ToolFailure | None, seconds: float) -> None:
-        """Deliver the result to all tickets of the flight."""
+    def _deliver(self, execution: _Execution, text: str, failure: ToolFailure | None, seconds: float) -> None:
+        """Deliver the result to all tickets of the execution."""
         with self._lock:
-            if flight.key is not None:
-                self._joinable.pop(flight.key, None)
+            if execution.key is not None:
+                self._joinable.pop(execution.key, None)
                 if self._cache is not None and failure is None:
                     if len(self._cache) >= _MAX_CACHED:
                         del self._cache[next(iter(self._cache))]  # the oldest
-                    self._cache[flight.key] = text
+                    self._cache[execution.key] = text
             source = CallSource.EXECUTED
-            for ticket in flight.tickets:
+            for ticket in execution.tickets:
                 self._done.put((ticket, ToolResult(text=text, failure=failure, seconds=seconds, source=source)))
                 source = CallSource.JOINED
 
-    def _execute(self, flight: _Flight) -> asyncio.Future[_Outcome]:
+    def _start(self, execution: _Execution) -> asyncio.Future[_Outcome]:
         """Return a future of the scheduling loop with the outcome. It is computed elsewhere and never an exception."""
-        call, tool = flight.call, flight.tool.run
+        call, tool = execution.call, execution.tool.run
 
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))

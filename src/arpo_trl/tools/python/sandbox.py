@@ -173,9 +173,8 @@ class Worker:
             self._await_ready(tier)
             self._pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
             self._set_limits()
-            os.write(
-                self._stdin, REQUEST.pack(-1.0)
-            )  # now the worker may fork for the first call, which inherits the limits
+            # Let the worker fork for the first call. The fork inherits the limits.
+            os.write(self._stdin, REQUEST.pack(-1.0))
         except BaseException:
             self.close()
             raise

@@ -1,8 +1,8 @@
 """Restricts a process to the system calls that a computation needs, with seccomp, and drops its capabilities.
 
 `worker` loads this file by its path and calls `confine` in each fork before it reads any code. This closes the gaps
-that Landlock and namespaces leave, and the parts of the kernel with the most bugs. The process cannot start processes,
-open sockets, create namespaces, raise limits, or change the mode, owner, times or attributes of files.
+that Landlock and namespaces leave, and blocks the parts of the kernel with the most bugs. The process cannot start
+processes, open sockets, create namespaces, raise limits, or change the mode, owner, times or attributes of files.
 `rewards.math_worker` does the same for the expressions that it evaluates.
 
 The list holds the calls that strace showed for CPython, its standard library, numpy, sympy and pandas, and the calls

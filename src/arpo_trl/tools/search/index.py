@@ -102,9 +102,8 @@ class _StoredTexts(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         start = self._ends[index - 1] if index else 0
-        return self._bytes[start : self._ends[index]].decode(
-            "utf-8"
-        )  # a slice, because threads would share a file position
+        # Slicing is thread-safe. Threads would share the position of a file.
+        return self._bytes[start : self._ends[index]].decode("utf-8")
 
 
 class LocalIndex:

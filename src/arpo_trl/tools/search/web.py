@@ -1,5 +1,4 @@
-"""`WebSearch`: a search service behind a cache, limits and a circuit breaker, so that training never waits for it
-long.
+"""`WebSearch`: a search service behind a cache, limits and a circuit breaker, which bound the time of each search.
 
     query ─▶ cache hit? ─▶ hits                                if the mode reads the cache (`CacheMode`)
              another process asks for it? ─▶ wait for its answer

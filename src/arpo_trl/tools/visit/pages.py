@@ -144,9 +144,8 @@ class AddressGuard:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, ValueError, TypeError):
             raise ToolError("Error: that is not the address of a web page.") from None
-        host = (
-            parsed.raw_host.decode("ascii", "replace").lower().rstrip(".")
-        )  # IDNA, so that each name has one spelling
+        # In IDNA, so that each name has one spelling.
+        host = parsed.raw_host.decode("ascii", "replace").lower().rstrip(".")
         if parsed.scheme not in _PORTS or not host:
             raise ToolError("Error: that is not the address of a web page; it must begin with http:// or https://.")
         if parsed.userinfo:
