@@ -348,7 +348,7 @@ def test_the_configuration_names_it(capsys: pytest.CaptureFixture[str]) -> None:
         ("sandbox:8080", "does not begin with http"),
         ("ftp://host", "does not begin with http"),
         ("http://", "does not begin with http"),
-        ("http://host:port", "python_executor_url is no address .* cannot be read"),
+        ("http://host:port", "python_executor_url must be an address .* not a valid URL"),
         ("http://user:hush@host", "has a user name or password"),
     ],
 )
@@ -362,7 +362,7 @@ def test_an_address_that_cannot_be_one_is_an_error_at_start(url: str, message: s
 def test_a_server_that_does_not_run_python_is_an_error_at_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
-    with pytest.raises(ConfigError, match=r"does not run Python; .* cannot be reached \(ConnectError\)"):
+    with pytest.raises(ConfigError, match=r"does not run Python: .* cannot be reached \(ConnectError\)"):
         RemotePython(f"http://127.0.0.1:{port}", LIMITS)
     executor = Executor()
     wrong = {"status": "Success", "run_result": FINISHED}

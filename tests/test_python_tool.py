@@ -727,7 +727,7 @@ def no_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_isolation_the_tool_is_refused_and_the_way_out_named() -> None:
     with pytest.raises(
         SandboxError,
-        match=r"sandlock: .*code can read files, .*; namespaces: .*code can read .* set allow_unsafe: true",
+        match=r"sandlock: .*code in it can read files, .*; namespaces: .*it can read .* set allow_unsafe: true",
     ):
         python_tool()
 
