@@ -9,11 +9,12 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
+from arpo_trl import Hit, Provider, register_provider
 from arpo_trl.errors import ConfigError, ToolUnavailable
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.cache import CacheMode, SearchCache
 from arpo_trl.tools.search.index import search_tool
-from arpo_trl.tools.search.providers import PROVIDERS, Hit, Provider, make_provider, register_provider
+from arpo_trl.tools.search.providers import PROVIDERS, make_provider
 from arpo_trl.tools.search.web import WebSearch
 from loopback import Loopback, Reply
 

@@ -224,8 +224,8 @@ def python_tool(
         timeout_s: The maximum seconds of a call, in wall time and in CPU time. Output printed before is kept.
         memory_mb: The maximum address space of a call, in MiB on top of that of the warm interpreter.
         max_output_chars: A call that prints more UTF-8 bytes is stopped. Output up to the limit is kept.
-        max_workers: The number of calls that run at the same time, each in a warm interpreter (10 MB; 70 MB for code
-            that uses numpy or sympy). Default: twice the CPU count.
+        max_workers: The maximum number of calls that run at the same time, each in a warm interpreter (10 MB; 70 MB
+            for code that uses numpy or sympy). Default: twice the CPU count.
         allow_unsafe: If code cannot be isolated, warn and run it with resource limits only.
         isolation: One of `ISOLATIONS`. "auto" uses the first tier that works on this machine.
         stateful: Whether a call sees the variables of its path's earlier calls. Those calls run again before it,
