@@ -156,7 +156,7 @@ def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
         timeout_s = TIMEOUT_S if way in SLOW else 20 * TIMEOUT_S  # a busy machine must not make the others time out
         with ToolBox([chaos(tool) for tool in tools], timeout_s=timeout_s, max_chars=200) as box:
             for name, spec in box.specs.items():
-                box.submit(ToolCall(name, {str(spec.single_text_parameter): "1"}))
+                box.submit(ToolCall(name=name, arguments={str(spec.single_text_parameter): "1"}))
                 ((_, result),) = box.poll(2 * timeout_s)
                 texts[name].append(result.text)
     return texts

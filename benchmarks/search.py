@@ -107,7 +107,7 @@ def cache(arguments: argparse.Namespace) -> None:
         store = SearchCache(path)
         parameters = make_provider("searxng", url="http://127.0.0.1:9").parameters(10)
         for number in range(10_000):
-            hits = [Hit("A title", "https://example.org/", "x" * 500)] * 10
+            hits = [Hit(title="A title", url="https://example.org/", text="x" * 500)] * 10
             store.put(Key.of("searxng", f"query {number}", parameters), hits)
         for processes in (1, arguments.processes):
             context = multiprocessing.get_context("spawn")

@@ -233,15 +233,15 @@ def a_number(count: int) -> str:
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ([untyped], "tool 'untyped' cannot be described .* a type for each"),
-        ([undocumented], "tool 'undocumented' cannot be described .* needs a docstring"),
-        ([described_in_part], "tool 'described_in_part' cannot be described .* describes each parameter"),
-        ([named("not-a-tag")], "tool 'not-a-tag': its name is its tag, .* Rename"),
-        ([lambda query: query], "tool '<lambda>': its name is its tag"),
-        ([answer], "tool 'answer': <answer> has a meaning of its own"),
-        (["search"], "a tool is a named function, got 'search'"),
-        ([search, search], "two tools are named 'search'.* Rename one"),
-        ([named("search"), search], "two tools are named 'search'"),
+        ([untyped], "tool 'untyped': no schema can be built for it.* a type for each"),
+        ([undocumented], "tool 'undocumented': no schema can be built for it.* needs a docstring"),
+        ([described_in_part], "tool 'described_in_part': no schema can be built for it.* describes each parameter"),
+        ([named("not-a-tag")], "tool 'not-a-tag': the name is used as a tag, .* Rename"),
+        ([lambda query: query], "tool '<lambda>': the name is used as a tag"),
+        ([answer], "tool 'answer': <answer> is a reserved tag"),
+        (["search"], "A tool must be a named function, got 'search'"),
+        ([search, search], "Two tools are named 'search'.* Rename one"),
+        ([named("search"), search], "Two tools are named 'search'"),
     ],
 )
 def test_a_tool_that_cannot_be_offered_is_found_before_the_model_is_loaded(make, tools, message):

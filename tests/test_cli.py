@@ -138,8 +138,11 @@ def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, lo
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("judge_url: http://[::1/v1\njudge_model: wise", "ConfigError: judge_url is no address like http"),
-        ("judge_url: http://me:hunter2@h/v1\njudge_model: wise", "ConfigError: judge_url is no address like http"),
+        ("judge_url: http://[::1/v1\njudge_model: wise", "ConfigError: judge_url must be an address like http"),
+        (
+            "judge_url: http://me:hunter2@h/v1\njudge_model: wise",
+            "ConfigError: judge_url must be an address like http",
+        ),
         ("limit: " + "[" * 3000, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100 deep"),
         ("limit: " + "[" * 101 + "]" * 101, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100"),
         ("limit: 2025-13-45", r"ConfigError: .*config\.yaml is not valid YAML"),

@@ -224,7 +224,7 @@ def test_a_session_that_is_left_early_leaves_nothing_behind():
 @pytest.mark.parametrize(
     ("url", "error", "message"),
     [
-        ("localhost:8000", ConfigError, "base_url is no address like"),
+        ("localhost:8000", ConfigError, "base_url must be an address like"),
         ("http://me:pass@localhost/v1", ConfigError, "without user name, password or query"),
         (
             "http://127.0.0.1:9/v1",

@@ -243,7 +243,9 @@ def test_an_unreachable_hub_dataset_says_what_was_tried(monkeypatch: pytest.Monk
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"'someone/rows' is no local file or folder, .*ConnectionError: no network"):
+    with pytest.raises(
+        DataError, match=r"'someone/rows' is not a local file or folder, .*ConnectionError: no network"
+    ):
         load_arpo_dataset("someone/rows")
 
 

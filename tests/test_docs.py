@@ -44,9 +44,9 @@ def test_every_yaml_example_is_read(example: str, tmp_path: Path) -> None:
 
 def test_every_provider_and_mode_is_in_the_tables() -> None:
     described = set(re.findall(r"^\| `(\w+)` \|", TOOLS, re.MULTILINE)) - {"search_provider", "search_cache_mode"}
-    assert described == {"local", "recorded", *PROVIDERS, *(mode.value for mode in CacheMode)}
+    assert described == {"local", "recorded", *PROVIDERS.own, *(mode.value for mode in CacheMode)}
     assert set(re.findall(r"\b[A-Z]+_API_KEY\b", TOOLS)) - {"VISIT_SUMMARY_API_KEY", "SUMMARY_API_KEY"} == {
-        kind.key_variable for kind in PROVIDERS.values() if kind.key_variable
+        variable for name in PROVIDERS.own if (variable := PROVIDERS.get(name).key_variable)
     }
 
 

@@ -233,7 +233,7 @@ class Outcome:
 Oracle = Callable[[World, Outcome], bool]
 
 
-SERVED = Run("served\n", Ending.FINISHED)
+SERVED = Run(output="served\n", ending=Ending.FINISHED)
 
 
 def leaked(world: World, outcome: Outcome) -> bool:
@@ -1264,7 +1264,7 @@ class PlainProcess:
             )
             output.seek(0)
             shown = output.read().decode(errors="replace")
-        return Run(shown, Ending.RAISED if ended.returncode else Ending.FINISHED)
+        return Run(output=shown, ending=Ending.RAISED if ended.returncode else Ending.FINISHED)
 
 
 def needs_target(attempt: Attempt) -> bool:

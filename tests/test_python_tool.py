@@ -280,13 +280,16 @@ def test_siblings_share_the_cells_before_they_parted_and_nothing_else(cells: Cal
 def test_only_calls_that_left_something_behind_are_run_again() -> None:
     state = PastCells(lambda code, earlier: f"{code} after {earlier}")
     for failure in (None, ToolFailure.ERROR, ToolFailure.STOPPED, ToolFailure.TIMEOUT):
-        state.record(ToolCall("python", {"code": str(failure)}), failure)
+        state.record(ToolCall(name="python", arguments={"code": str(failure)}), failure)
     assert state.bind("python")(code="x") == "x after ['None', 'error']"
     assert len(state.key) == 4  # the others are told apart all the same
 
 
 def test_a_fork_of_the_cells_knows_those_before_it_and_no_later_ones() -> None:
-    before, after_fork = ToolCall("python", {"code": "x = 1"}), ToolCall("python", {"code": "x = 2"})
+    before, after_fork = (
+        ToolCall(name="python", arguments={"code": "x = 1"}),
+        ToolCall(name="python", arguments={"code": "x = 2"}),
+    )
     state = PastCells(lambda code, earlier: earlier)
     state.record(before, None)
     fork = state.fork()
@@ -752,7 +755,7 @@ def no_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_isolation_the_tool_is_refused_and_the_way_out_named() -> None:
     with pytest.raises(
         SandboxError,
-        match=r"sandlock: .*code can read files, .*; namespaces: .*code can read .* set allow_unsafe: true",
+        match=r"sandlock: .*code in it can read files, .*; namespaces: .*it can read .* set allow_unsafe: true",
     ):
         python_tool()
 
@@ -766,7 +769,7 @@ def test_allow_unsafe_runs_after_a_warning() -> None:
 
 def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sandlock", None)
-    with pytest.raises(SandboxError, match=r"sandlock is not installed here .* set allow_unsafe: true"):
+    with pytest.raises(SandboxError, match=r"sandlock is not installed .* set allow_unsafe: true"):
         python_tool(isolation="sandlock")
 
 

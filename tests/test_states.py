@@ -253,7 +253,7 @@ def test_a_state_that_cannot_be_closed_is_logged_once_and_the_rollout_goes_on(ca
         tree = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)().trees[0]
     assert len(tree.leaves()) == 4 and world.is_closed() and len(world.opened) > 1
     assert [record.getMessage() for record in caplog.records if "close()" in record.getMessage()] == [
-        "close() of Notes failed: OSError: stuck. The run goes on, but what the state held may not be released. "
+        "close() of Notes failed: OSError: stuck. The run continues, but what the state held may not be released. "
         "Further failures of its close() are not logged."
     ]
 

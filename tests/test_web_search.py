@@ -247,10 +247,10 @@ def test_the_spending_cap_counts_all_searches_of_a_run_and_ends_in_a_text(
     with ToolBox([search_tool(searches[0])]) as box:
         for number in range(5):
             searches[1].search("known", 5)  # costs one request, then comes from the file
-            box.submit(ToolCall("search", {"query": f"iron {number}"}))
+            box.submit(ToolCall(name="search", arguments={"query": f"iron {number}"}))
             answers += [result for _, result in box.poll(10)]
     assert [answer.failure for answer in answers] == [None, None] + [ToolFailure.DEGRADED] * 3
-    assert answers[-1].text == "Error: the search budget is spent. Go on with what is known."
+    assert answers[-1].text == "Error: the search budget is used up. Continue with what you know."
     assert len(service.server.asked) == 3
     assert service.search(max_requests=3, run="run/b").search("tin", 5) == ["facts about tin"]
     assert caplog.text.count("Search is degraded") == 1
@@ -272,7 +272,8 @@ def test_after_failures_in_a_row_the_service_rests_and_is_found_well_again(
         with pytest.raises(ToolUnavailable):
             search.search(f"iron {number}", 5)
     assert len(service.server.asked) == 3
-    assert caplog.text.count("Search is degraded: tavily answered 404, 3 times in a row. It rests for 0.5 s") == 1
+    warning = "Search is degraded: tavily answered 404, 3 times in a row. It gets no requests for 0.5 s"
+    assert caplog.text.count(warning) == 1
     service.server.answer = found
     time.sleep(0.6)
     assert search.search("tin", 5) == ["facts about tin"]
@@ -317,7 +318,7 @@ def test_a_refused_account_is_no_bad_query_and_is_told_once(
             search.search(f"iron {number}", 5)
     assert len(service.server.asked) == 2  # then it rests
     (told,) = [record.getMessage() for record in caplog.records if "degraded" in record.getMessage()]
-    assert "is the key in TAVILY_API_KEY valid, and has its account credits left?" in told
+    assert "is the key in TAVILY_API_KEY valid, and does its account have credits left?" in told
 
 
 def test_a_query_about_keys_that_an_error_repeats_is_still_a_bad_query(service: Service) -> None:

@@ -314,7 +314,7 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 
 def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
-    from arpo_trl.tools.search.providers import provider_kind
+    from arpo_trl.tools.search.providers import PROVIDERS
 
     match arguments.action:
         case "stats":
@@ -323,6 +323,6 @@ def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
             count = cache.export_json(arguments.file, arguments.provider)
             print(f"{count:,} queries written to {arguments.file}")
         case "import":
-            parameters = provider_kind(arguments.provider).parameters(arguments.top_k)
+            parameters = PROVIDERS.get(arguments.provider).parameters(arguments.top_k)
             count = cache.import_json(arguments.file, arguments.provider, parameters)
             print(f"{count:,} queries imported from {arguments.file}")

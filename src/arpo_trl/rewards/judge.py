@@ -113,7 +113,7 @@ class LLMJudge:
         concurrency: int = 16,
         breaker: CircuitBreaker | None = None,
     ):
-        self._model = ChatModel(url, model, KEY_VARIABLE, "judge_url", max_tokens=256)
+        self._model = ChatModel(url=url, model=model, key_variable=KEY_VARIABLE, setting="judge_url", max_tokens=256)
         self._timeout_s = timeout_s
         self._concurrency = concurrency
         self._breaker = breaker or CircuitBreaker()

@@ -507,7 +507,7 @@ class _Run:
         """Record the results of a turn's calls and submit the turn that continues from them."""
         for call in calls:
             if call.source is not CallSource.REFUSED:
-                path.states.record(ToolCall(call.name, call.arguments), call.failure)
+                path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = self.protocol.encode_observation([(call.name, call.text) for call in calls])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))

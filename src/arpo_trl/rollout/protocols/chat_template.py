@@ -103,7 +103,7 @@ class ChatTemplateProtocol(ToolProtocol):
         name, arguments = function["name"], function.get("arguments", {})
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
             return BadCall(fault="malformed", text=f"Error: the arguments of {name[:40]!r} must be an object.")
-        return ToolCall(name, arguments)
+        return ToolCall(name=name, arguments=arguments)
 
     def _generation_prompt(self) -> str:
         """The text that the template puts before a turn, for parsers that need its opening `<think>`."""

@@ -98,7 +98,7 @@ class TagProtocol(ToolProtocol):
             return BadCall(fault="nested", text=f"Error: tags must not be nested. {self._usage(name)}")
         if not body.strip():
             return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
-        return ToolCall(name, {str(self.tools[name].single_text_parameter): body.strip()})
+        return ToolCall(name=name, arguments={str(self.tools[name].single_text_parameter): body.strip()})
 
     def _missing_close(self, text: str) -> BadCall | None:
         if f"</{ANSWER}>" in text:
