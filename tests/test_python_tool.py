@@ -1,5 +1,6 @@
 """The python tool shows what a notebook shows, and the sandbox blocks everything that its docstring lists."""
 
+import json
 import os
 import platform
 import random
@@ -120,48 +121,18 @@ def await_death(*pids: int) -> None:
         ("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nP(1)", "P(x=1)"),
         ("print('before')\nraise SystemExit", "before"),
         ("__name__", "'__main__'"),
-        ("print('before')\nexit()\nprint('after')", "before"),
-        ("quit(0)", ""),
-        # The whole indented, or in one fence
-        ("    x = 2\n    if x:\n        print(x)\n", "2"),
-        ("\n# first\n\tx = 2\n\tx + 1", "3"),
-        ("```python\nx = 2\nx + 1\n```", "3"),
-        ("\n```py\n  1 + 1\n```\n", "2"),
-        ("```\n```", ""),
-        ('"""```\ntext\n```"""', "'```\\ntext\\n```'"),
-        ('print("""\n  kept\n""")', "\n  kept"),
     ],
 )
 def test_a_call_shows_output_and_last_value(tool: PythonTool, code: str, shown: str) -> None:
     assert tool(code) == shown
 
 
-@pytest.mark.parametrize(
-    ("code", "shown"),
-    [
-        (
-            "from datetime import datetime\nfrom zoneinfo import ZoneInfo\n"
-            "datetime(2024, 7, 1, tzinfo=ZoneInfo('Europe/Berlin')).isoformat()",
-            "'2024-07-01T00:00:00+02:00'\n",
-        ),
-        (
-            "import matplotlib.pyplot as plt, os\n_ = plt.plot([1, 2])\nplt.savefig('a.png')\n"
-            "print(sorted(os.listdir()))",
-            "['.matplotlib', 'a.png']\n",
-        ),
-        (
-            "from multiprocessing.pool import ThreadPool\nwith ThreadPool(4) as p:\n    print(p.map(abs, [-1, 2]))",
-            "[1, 2]\n",
-        ),
-        (
-            "import multiprocessing as m\nlock = m.RLock()\nwith lock, lock:\n    print(lock.acquire(timeout=0.01))\n"
-            "s = m.Semaphore(1)\nprint(s.acquire(), s.acquire(block=False), m.Value('i', 3).value)",
-            "True\nTrue False 3\n",
-        ),
-    ],
-)
-def test_what_libraries_need_is_there(worker: Worker, code: str, shown: str) -> None:
-    assert run(worker, code) == shown
+CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "python_code.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case['kind']}" for i, case in enumerate(CASES, 1)])
+def test_cases(worker: Worker, case: dict[str, str]) -> None:
+    assert run(worker, case["code"]).rstrip("\n") == case["shown"]
 
 
 def test_an_exception_shows_the_output_before_it_and_the_users_frames_only(tool: PythonTool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import socket
@@ -299,26 +300,27 @@ def test_a_query_that_the_service_refuses_does_not_make_it_rest(service: Service
     assert len(service.server.asked) == 4
 
 
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (422, {"type": "ErrorResponse", "error": {"detail": "The provided subscription token is invalid."}}),
-        (400, {"message": "Not enough credits", "statusCode": 400}),
-        (400, {"error": "Invalid API key."}),
-        (422, {"error": {"meta": {"errors": [{"loc": ["header", "x-api_key"]}]}}}),
-    ],
-)
-def test_a_refused_account_is_no_bad_query_and_is_told_once(
-    service: Service, caplog: pytest.LogCaptureFixture, status: int, body: dict[str, Any]
+REFUSALS = [
+    json.loads(line) for line in (Path(__file__).parent / "cases" / "search_refusals.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("case", REFUSALS, ids=[f"{i}-{case['kind']}" for i, case in enumerate(REFUSALS, 1)])
+def test_a_refused_account_is_not_a_bad_query_and_is_told_once(
+    service: Service, caplog: pytest.LogCaptureFixture, case: dict[str, Any]
 ) -> None:
-    service.server.answer = lambda asked: Reply(body, status)
+    service.server.answer = lambda asked: Reply(case["body"], case["status"])
     search = service.search(breaker=CircuitBreaker(failures=2, rest_s=60))
     for number in range(4):
         with pytest.raises(ToolUnavailable):
             search.search(f"iron {number}", 5)
-    assert len(service.server.asked) == 2  # then it rests
-    (told,) = [record.getMessage() for record in caplog.records if "degraded" in record.getMessage()]
-    assert "is the key in TAVILY_API_KEY valid, and does its account have credits left?" in told
+    told = [record.getMessage() for record in caplog.records if "degraded" in record.getMessage()]
+    if case["is_the_query"]:
+        assert (len(service.server.asked), told) == (4, [])
+    else:
+        assert len(service.server.asked) == 2  # then the service rests
+        assert len(told) == 1
+        assert "TAVILY_API_KEY valid" in told[0]
 
 
 def test_a_query_about_keys_that_an_error_repeats_is_still_a_bad_query(service: Service) -> None:
