@@ -130,7 +130,7 @@ def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, cap
             super().__init__(*arguments, **settings, away_s=0.2)
             made.append(self)
 
-    monkeypatch.setattr("arpo_trl.rollout.engines.completions.CompletionsEngine", Impatient)
+    monkeypatch.setattr("arpo_trl.rollout.build.CompletionsEngine", Impatient)
     server = Loopback(completions(answers))
     with server:
 
@@ -342,7 +342,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
     assert (done.returncode, done.stderr) == (0, "[]\n")
     for name in EvalSettings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in done.stdout
-    assert "Exit status: 0 done, 1 some samples failed, 2 usage." in " ".join(done.stdout.split())
+    assert "Exit status: 0 success, 1 some samples failed, 2 usage error." in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(

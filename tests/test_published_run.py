@@ -80,7 +80,7 @@ def finished(tmp_path_factory):
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
         )
         assert done.returncode == 0, done.stderr[-4000:]
-        yield Finished(id=folder, tree=model, error=hub, seconds=done.stdout + done.stderr)
+        yield Finished(folder, model, hub, done.stdout + done.stderr)
 
 
 def test_only_the_main_process_pushes(finished):
