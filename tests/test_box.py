@@ -831,6 +831,32 @@ def test_a_call_of_a_stateful_tool_acts_on_the_state_of_its_path() -> None:
     ]
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_identical_calls_join_until_the_first_is_polled_however_fast_the_tool_is(cache: bool) -> None:
+    executed: list[str] = []
+
+    def quick(text: str) -> str:
+        """Answers at once.
+
+        Args:
+            text: What to answer.
+        """
+        executed.append(text)
+        return text
+
+    quick.deterministic = True  # type: ignore[attr-defined]
+    with ToolBox([quick], cache=cache) as box:
+        call = ToolCall(name="quick", arguments={"text": "a"})
+        box.submit(call)
+        while not executed or box._joinable[next(iter(box._joinable))].result is None:
+            time.sleep(0.001)
+        box.submit(call)
+        assert [result.source for result in collect(box, 2).values()] == ["executed", "joined"]
+        box.submit(call)
+        assert [result.source for result in collect(box, 1).values()] == ["cached" if cache else "executed"]
+    assert executed == ["a"] * (1 if cache else 2)
+
+
 def test_calls_on_states_with_other_keys_are_other_calls_to_the_cache() -> None:
     texts: list[str] = []
     executed: list[str] = []

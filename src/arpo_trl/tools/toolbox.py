@@ -27,7 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -190,6 +190,8 @@ class _Execution:
     call: ToolCall
     tool: BoundTool
     tickets: list[int]
+    result: ToolResult | None = None
+    """What came of it; None while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +324,10 @@ class ToolBox:
             elif key is not None and self._cache is not None and key in self._cache:
                 cached = ToolResult(text=self._cache[key], failure=None, seconds=0.0, source=CallSource.CACHED)
                 self._done.put((ticket, cached))
-            elif key is not None and key in self._joinable:
-                self._joinable[key].tickets.append(ticket)
+            elif key is not None and (running := self._joinable.get(key)) is not None:
+                running.tickets.append(ticket)
+                if running.result is not None:
+                    self._done.put((ticket, replace(running.result, source=CallSource.JOINED)))
             else:
                 execution, spec = _Execution(key, call, tool, [ticket]), self.specs[call.name]
                 if key is not None and (spec.deterministic or self._cache is not None):
@@ -346,7 +350,22 @@ class ToolBox:
         delivered = list(drained(self._done, timeout_s))
         with self._lock:
             self._pending -= len(delivered)
+            self._settle({ticket for ticket, _ in delivered})
         return delivered
+
+    def _settle(self, tickets: set[int]) -> None:
+        """End the sharing of executions whose results were polled, and cache the results.
+
+        Until then identical calls join. So which of them join does not depend on how fast the tool is.
+        """
+        for key, execution in list(self._joinable.items()):
+            if execution.result is None or tickets.isdisjoint(execution.tickets):
+                continue
+            del self._joinable[key]
+            if self._cache is not None and execution.result.ok:
+                if len(self._cache) >= _MAX_CACHED:
+                    del self._cache[next(iter(self._cache))]  # the oldest
+                self._cache[key] = execution.result.text
 
     def state_dict(self) -> dict[tuple[str, str], str]:
         """Return the content of the cache, for `load_state_dict`; empty without a cache."""
@@ -417,17 +436,12 @@ class ToolBox:
 
     def _deliver(self, execution: _Execution, text: str, failure: ToolFailure | None, seconds: float) -> None:
         """Deliver the result to all tickets of the execution."""
+        result = ToolResult(text=text, failure=failure, seconds=seconds, source=CallSource.EXECUTED)
         with self._lock:
-            if execution.key is not None:
-                self._joinable.pop(execution.key, None)
-                if self._cache is not None and failure is None:
-                    if len(self._cache) >= _MAX_CACHED:
-                        del self._cache[next(iter(self._cache))]  # the oldest
-                    self._cache[execution.key] = text
-            source = CallSource.EXECUTED
+            execution.result = result
             for ticket in execution.tickets:
-                self._done.put((ticket, ToolResult(text=text, failure=failure, seconds=seconds, source=source)))
-                source = CallSource.JOINED
+                self._done.put((ticket, result))
+                result = replace(result, source=CallSource.JOINED)
 
     def _start(self, execution: _Execution) -> asyncio.Future[_Outcome]:
         """Return a future of the scheduling loop with the outcome. It is computed elsewhere and never an exception."""
