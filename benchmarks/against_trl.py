@@ -1,17 +1,18 @@
-"""A training step against TRL's own GRPOTrainer and tool loop: same model, tools, prompts and leaves, one process.
+"""A training step compared with TRL's GRPOTrainer and its tool loop: same model, tools, prompts, leaves and process.
 
     python benchmarks/against_trl.py --model runs/quickstart/sft --data runs/quickstart/data
 
-Both trainers take turns, order alternated, on the same generation batches. TRL's tool loop parses JSON calls; so that
-it speaks the quickstart's tags, its parser and its tool-result encoder are replaced here by the protocol's, and the
-closing tags, single tokens here, end its turns as EOS does. All else is TRL's: generation, tool execution, update.
+Both trainers run in alternating order on the same generation batches. TRL's tool loop parses JSON calls. To use the
+quickstart's tags, this script replaces its parser and its tool-result encoder by those of the protocol, and lets the
+closing tags, which are single tokens here, end a turn as EOS does. Everything else is TRL's: generation, tool
+execution, update.
 
-Calls made are those that trees hold, each once; executed are those that reached a tool's function, fewer where
-identical searches that are under way at the same time are one. Beside them stands the bound: a branch saves at most
-all the calls of its leaf, so N = M/2 makes at least half as many as N = M.
+"Calls made" counts each call in the trees once. "Executed" counts the calls that reached a tool's function; there are
+fewer of them, because identical concurrent searches share one execution. The bound is next to them: a branch saves at
+most all calls of its leaf, so N = M/2 makes at least half as many calls as N = M.
 
-Latencies are long-tailed (Pareto, exponent 2.5, at most ten times the mean) and belong to a call's arguments, so that
-both loops pay the same for the same call.
+Latencies have a long tail (Pareto, exponent 2.5, at most ten times the mean). They depend on the arguments of a call,
+so that the same call takes the same time in both loops.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every benchmark of speed, one after the other: `make bench`. Tables are printed and saved under runs/bench.
+"""All speed benchmarks, one after the other: `make bench`. Tables are printed and saved under runs/bench.
 
-Give it the machine for itself. It needs the quickstart's model (`make quickstart`), which loses more to threads than
-it gains: where it is sampled from and trained, that takes one.
+Run nothing else on the machine meanwhile. It needs the quickstart's model (`make quickstart`). That model is slower
+with several threads, so its sampling and training use one thread.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
                 print(line, end="", flush=True)
                 file.write(line)
         if process.wait():
-            raise SystemExit(f"{name} failed; run its command alone to see why.")
+            raise SystemExit(f"{name} failed. Run its command alone to see the error.")
         print(f"\n{time.perf_counter() - start:.0f} s, saved to {OUTPUT / name}.md", flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What the rows of gpu.sh share: the card and its peak, the memory in use, and a vLLM that starts fast."""
+"""Helpers of the rows of gpu.sh: the GPU and its peak FLOPs, the memory in use, and a vLLM that starts fast."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The quickstart's training with 30 % of the tool calls failing in seven ways, against the calm run.
+"""The quickstart's training with 30 % of the tool calls failing in seven ways, compared with a run without failures.
 
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --seed 0
 
-Both runs start from the quickstart's cold start, continued on demonstrations in which failed calls are made again, and
-have room for more calls. The chaotic run ends when it has made as many useful calls as the calm one. Prints the
-held-out accuracy of the start and of each run, measured with calm tools, and for each run whether it finished, the
-fewest and most leaves a group had, and the calls by what came of them.
+Both runs start from the quickstart's cold-started model, trained further on demonstrations that retry failed calls,
+and have a higher limit of calls. The chaotic run ends when it has made as many successful calls as the calm run. The
+script prints the held-out accuracy of the start and of each run, measured without failures. For each run it also
+prints whether it finished, the fewest and the most leaves of a group, and the calls by their outcome.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Chaos:
 
     def __call__(self, tool: Callable[..., Any]) -> Callable[..., Any]:
         if inspect.iscoroutinefunction(tool):
-            raise TypeError(f"{tool.__name__} is async; chaos is made for sync tools.")
+            raise TypeError(f"{tool.__name__} is async; expected a sync tool.")
 
         @functools.wraps(tool)
         def chaotic(*args: Any, **kwargs: Any) -> Any:
@@ -156,7 +156,7 @@ def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
         timeout_s = TIMEOUT_S if way in SLOW else 20 * TIMEOUT_S  # a busy machine must not make the others time out
         with ToolBox([chaos(tool) for tool in tools], timeout_s=timeout_s, max_chars=200) as box:
             for name, spec in box.specs.items():
-                box.submit(ToolCall(name, {str(spec.single_text_parameter): "1"}))
+                box.submit(ToolCall(name=name, arguments={str(spec.single_text_parameter): "1"}))
                 ((_, result),) = box.poll(2 * timeout_s)
                 texts[name].append(result.text)
     return texts
@@ -167,7 +167,7 @@ def teach_to_call_again(folder: Path, seed: int) -> None:
     if (folder / "taught" / "config.json").exists():
         return
     search = search_tool(LocalIndex(passages()), top_k=TOP_K)
-    failures = Failures(TAUGHT_RATE, failure_texts([search, python_tool()]))
+    failures = Failures(rate=TAUGHT_RATE, texts=failure_texts([search, python_tool()]))
     tasks, _ = make_tasks(seed, N_TRAIN, N_HELDOUT)
     rows = make_demonstrations(tasks, search, seed, TAUGHT_STEPS * SFT_BATCH, failures=failures)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in like_lengths_together(rows, seed)]
@@ -232,7 +232,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.3, help="share of the calls that fail (default: 0.3)")
     parser.add_argument("--steps", type=int, default=24, help="training steps of the calm run (default: 24)")
-    parser.add_argument("--output", type=Path, default=Path("runs/compare"), help="holds seed<N>/sft, or will")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/compare"), help="folder that has seed<N>/sft, or gets it"
+    )
     arguments = parser.parse_args()
     folder = arguments.output / f"seed{arguments.seed}"
     folder.mkdir(parents=True, exist_ok=True)

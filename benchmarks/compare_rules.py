@@ -1,10 +1,10 @@
-"""GRPO against ARPO's branch rules at equal leaves and steps, on the quickstart's task.
+"""GRPO compared with ARPO's branch rules at equal leaves and steps, on the quickstart's task.
 
     OMP_NUM_THREADS=1 python benchmarks/compare_rules.py --seeds 0 1 2 --jobs 2
 
-Each seed is cold-started once (by the quickstart's stage 1); each variant then trains from there with `train.py` and
-is measured on the held-out questions. Results are appended to <output>/results.jsonl as they come, so a run can be
-stopped and taken up again; `--table` only prints what is there.
+Each seed is cold-started once (by the quickstart's stage 1). Then each variant trains from there with `train.py` and
+is evaluated on the held-out questions. Each result is appended to <output>/results.jsonl at once, so a run can be
+stopped and resumed. `--table` only prints the existing results.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time; seconds are comparable at equal jobs only"
+        "--jobs", type=int, default=1, help="concurrent runs; compare seconds only at equal numbers of jobs"
     )
     parser.add_argument("--steps", type=int, default=16, help="training steps of each run (default: 16)")
-    parser.add_argument("--table", action="store_true", help="print the table of what is there and stop")
+    parser.add_argument("--table", action="store_true", help="only print the table of the existing results")
     parser.add_argument("--one", nargs=2, metavar=("SEED", "VARIANT"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     output: Path = arguments.output

@@ -1,8 +1,8 @@
-"""Samples per minute of an evaluation on vLLM in this process, by how many answers are under way at once.
+"""Samples per minute of an evaluation on vLLM in this process, by the number of concurrent answers.
 
     VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/evaluation.py --model runs/quickstart/rl --data runs/quickstart/data
 
-Idle is the share of the time in which the engine was not in a step: scoring, tools and the sampler's own work.
+Idle is the share of the time in which the engine ran no step: scoring, tools and the sampler's overhead.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""How cost grows with M, with the length of paths and with the calls on them: exponents and a picture.
+"""Growth of the cost with M, with the length of paths and with the number of calls: exponents and a plot.
 
     python benchmarks/growth.py --output runs/bench/growth.png
 
-The update (forward and backward of a 5 M model, rows that share the first half of their completions in pairs) along
-M, after prompts of 1,000 and of 4,000 tokens, and along path length, shared prefixes computed once and padded (but
-for the long prompt, whose 64 rows have no place in memory). The sampler's own work for a group of 16 paths along the
-calls on each path, with turns that are scripted and tools that answer at once. Exponents are slopes of log seconds
-over log x, least squares; beside them that of the tokens, below which no implementation can be for long.
+The update is forward and backward of a 5 M model; pairs of rows share the first half of their completions. It is
+measured over M, after prompts of 1,000 and of 4,000 tokens, and over path length, each with shared prefixes computed
+once and with padding. (With the long prompt, 64 padded rows do not fit into memory, so padding is left out.)
+The sampler's overhead for a group of 16 paths is measured over the calls on each path, with scripted turns and tools
+that return at once. Exponents are least-squares slopes of log seconds over log x. Next to them is the exponent of the
+tokens, a lower limit for every implementation in the long run.
 """
 
 from __future__ import annotations
@@ -100,10 +101,18 @@ def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
 
             seconds = []
             for _ in range(repeats + 1):
-                engine = ScriptedEngine(tokenizer, SamplingParams(eos, protocol.stop_strings), script)
-                settings = TreeSettings(LEAVES, LEAVES, 1 << 20, 1 << 21, calls)
+                engine = ScriptedEngine(
+                    tokenizer, SamplingParams(eos_ids=eos, stop_strings=protocol.stop_strings), script
+                )
+                settings = TreeSettings(
+                    num_generations=LEAVES,
+                    initial_rollouts=LEAVES,
+                    max_completion_length=1 << 20,
+                    max_length=1 << 21,
+                    max_tool_calls=calls,
+                )
                 sampler = TreeSampler(engine, toolbox, protocol, settings)
-                seconds.append(sampler.sample([GroupRequest(0, [1] * 100)], seed=(0,)).times.total_s)
+                seconds.append(sampler.sample([GroupRequest(id=0, prompt_ids=[1] * 100)], seed=(0,)).times.total_s)
             points.append((calls, {"one group of 16": median(seconds[1:])}))
             print(f"calls {calls}: {points[-1][1]['one group of 16']:.3f} s", flush=True)
     return Sweep("tool calls on each path", "sampler and tools, seconds", points)
@@ -128,7 +137,9 @@ def draw(sweeps: list[Sweep], output: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("runs/quickstart/sft"), help="whose tokenizer is used")
+    parser.add_argument(
+        "--model", type=Path, default=Path("runs/quickstart/sft"), help="model whose tokenizer is used"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path("runs/bench/growth.png"))
     arguments = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Instructions of the pure parts, counted by callgrind: the same number twice, whatever else the machine does.
+"""Instructions of the pure parts, counted by callgrind. The counts are reproducible under any load of the machine.
 
     python benchmarks/instructions.py            # needs valgrind; a minute for each part, more for the one with torch
 
-Each part runs twice in a fresh interpreter, once for nothing and once `TIMES` times; the difference is its own.
+Each part runs in two fresh interpreters, zero times and `TIMES` times. The difference is the cost of the part.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def grow_tree() -> None:
     from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
     from arpo_trl.tools.calls import CallSource
 
-    call = ExecutedCall("search", {"query": "iron"}, "text", None, 0.1, CallSource.EXECUTED)
+    call = ExecutedCall(
+        name="search", arguments={"query": "iron"}, text="text", failure=None, seconds=0.1, source=CallSource.EXECUTED
+    )
     ids, logprobs, seen = [1] * 100, [-0.5] * 100, [2] * 200
     tree = RolloutTree([0] * 300)
     for start in range(LEAVES // 2):
@@ -43,10 +45,13 @@ def decide() -> None:
     from arpo_trl.rollout.rules.threshold import Threshold
     from arpo_trl.rollout.tree import RolloutTree
 
-    rule, context = Threshold(), BranchContext(RolloutTree([]), 150_000, 50, lambda place: 0)
-    candidates = [Candidate(i, (i,), 1, [i / 100] * 20, [], [0.5] * 20) for i in range(100)]
+    rule = Threshold()
+    context = BranchContext(tree=RolloutTree([]), vocab_size=150_000, remaining=50, seed_of=lambda place: 0)
+    candidates = [
+        Candidate(node=i, address=(i,), depth=1, turn=[i / 100] * 20, before=[], root=[0.5] * 20) for i in range(100)
+    ]
     assert sum(decision.granted for decision in rule.decide(candidates, context)) == 49
-    assert rule.supply([LivePath(0, 1)] * 16, context) == 16
+    assert rule.supply([LivePath(node=0, results=1)] * 16, context) == 16
 
 
 def attribute() -> None:

@@ -1,8 +1,9 @@
-"""Kills an evaluation at random moments and resumes it: does it end like one that was left alone?
+"""Kills an evaluation at random times and resumes it: are the results those of an uninterrupted run?
 
     python benchmarks/kill_evaluation.py --model runs/quickstart/rl --data runs/quickstart/data
 
-Greedy decoding. A run that is done before its next kill is compared and another one begins, until all kills are spent.
+Decoding is greedy. If a run finishes before its next kill, it is compared and another run starts, until all kills are
+used.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main() -> None:
         subprocess.run(command(arguments, whole), check=True, capture_output=True)
         seconds = time.perf_counter() - start
         expected = outcome(whole)
-        print(f"left alone: {len(expected) - 1} samples, score {expected['summary']['score']:.3f}, {seconds:.0f} s")
+        print(f"uninterrupted: {len(expected) - 1} samples, score {expected['summary']['score']:.3f}, {seconds:.0f} s")
         killed, torn, runs, in_run = 0, 0, 0, 0
         while killed < arguments.kills or in_run:
             output = Path(folder) / f"killed-{runs}"

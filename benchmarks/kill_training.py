@@ -1,11 +1,11 @@
-"""Kills a training run at random moments and resumes it: does it end like one that was left alone?
+"""Kills a training run at random times and resumes it: are the results those of an uninterrupted run?
 
     python benchmarks/kill_training.py --model runs/quickstart/sft --data runs/quickstart/data
     python benchmarks/kill_training.py … --config zero3 --processes 2
-    python benchmarks/kill_training.py … --signal SIGTERM      # asked to stop instead; how long does it take?
+    python benchmarks/kill_training.py … --signal SIGTERM      # stop it gracefully instead; how long does it take?
 
-Twelve steps of the quickstart with a checkpoint after each. Every other kill waits for a checkpoint that is being
-written. A run that is done before its next kill is compared and another one begins, until all kills are spent.
+A run is twelve steps of the quickstart with a checkpoint after each. Every second kill waits until a checkpoint is
+being written. If a run finishes before its next kill, it is compared and another run starts, until all kills are used.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ def main() -> None:
             run_for([*command(arguments, folder / "first"), "--max_steps", "1"], folder / "first", None, None, number)
         start = time.time()
         if run_for(command(arguments, folder / "whole"), folder / "whole", None, None, number)[0]:
-            raise SystemExit("the run that is left alone failed")
+            raise SystemExit("the uninterrupted run failed")
         seconds = time.time() - start
         starting = (folder / "whole" / "checkpoint-1").stat().st_mtime - start
         expected = outcome(folder / "whole")
         print(
-            f"left alone: {STEPS} steps, {len(expected['trees'])} files of trees, {seconds:.0f} s, of which "
+            f"uninterrupted: {STEPS} steps, {len(expected['trees'])} files of trees, {seconds:.0f} s, of which "
             f"{starting:.0f} to the first checkpoint",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""What training takes in memory: the table of docs/distributed.md, from its formula.
+"""Memory of training: the table of docs/distributed.md, computed by its formula.
 
 python benchmarks/memory.py                                     # the table
 python benchmarks/memory.py --gpus 16 --tokens 32768 --paths 32 --length 8192
@@ -91,8 +91,10 @@ def table(gpus: int = 8, tokens: int = 8192, paths: int = 16, length: int = 5632
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=8, help="ranks (default: 8)")
-    parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch (default: 8192)")
-    parser.add_argument("--paths", type=int, default=16, help="that one rank decodes at once (default: 16)")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens of a micro-batch (default: 8192)")
+    parser.add_argument(
+        "--paths", type=int, default=16, help="paths that one rank decodes at the same time (default: 16)"
+    )
     parser.add_argument("--length", type=int, default=5632, help="prompt and completion, tokens (default: 5632)")
     arguments = parser.parse_args()
     print("\n".join(table(**vars(arguments))))

@@ -1,16 +1,18 @@
-"""What it is worth that nobody waits: the same rollouts with slow tools on one vLLM server, scheduled three ways.
+"""The gain from overlapping turns and tool calls: the same rollouts with slow tools on one vLLM server, scheduled
+in three ways.
 
     python benchmarks/overlap.py
 
-64 paths make 3 calls each. A call's latency is drawn from a log-normal distribution with mean 0.5 s and a long tail
-(σ = 1.2: half of the calls take less than 0.25 s, one in a hundred more than 4 s). A turn is 20 to 60 tokens, really
-sampled by vLLM; its last tokens are then replaced by a call, so that every schedule does the same work.
+64 paths make 3 calls each. Latencies are drawn from a log-normal distribution with mean 0.5 s and a long tail
+(σ = 1.2: half of the calls take less than 0.25 s, one in a hundred more than 4 s). A turn has 20 to 60 tokens. vLLM
+samples all of them; then a call replaces the last ones, so that every schedule does the same work.
 
-    overlap     whatever has finished is taken in at once
+    overlap     each finished turn or call continues at once
     lockstep    all turns, then all calls at the same time, then all turns again (rollout_schedule rounds)
-    TRL's loop  GRPOTrainer's own, on the same server through the same client: all turns, then one call after another
+    TRL's loop  GRPOTrainer's, on the same server through the same client: all turns, then one call after another
 
-Idle: the share of the wall time in which a path could decode, its tool having answered, but no request was under way.
+Idle: the share of the wall time in which a path could decode, because its tool had returned, but no request was
+running.
 """
 
 from __future__ import annotations
@@ -138,7 +140,11 @@ class TRLLoop(TagGRPOTrainer):
         with self.engine.session():
             for i, ids in enumerate(prompt_ids):
                 key = (i // LEAVES, i % LEAVES, self.depth)
-                self.engine.submit(TurnRequest(self.depth * len(prompt_ids) + i, ids, 60, 0, i, key))
+                self.engine.submit(
+                    TurnRequest(
+                        id=self.depth * len(prompt_ids) + i, ids=ids, max_tokens=60, probe_tokens=0, seed=i, key=key
+                    )
+                )
             turns: dict[int, Turn] = {}
             while len(turns) < len(prompt_ids):
                 turns.update({event.id: event for event in self.engine.poll(1.0) if isinstance(event, Turn)})
@@ -176,17 +182,25 @@ def by_us(url: str, model: Path, schedule: RolloutSchedule, waiting: Wait) -> tu
     tokenizer = AutoTokenizer.from_pretrained(model)
     with ToolBox([waiting.tool()], timeout_s=120.0, concurrency=GROUPS * LEAVES) as toolbox:
         protocol = TagProtocol(tokenizer, toolbox.specs)
-        settings = SamplingParams((), protocol.stop_strings)
+        settings = SamplingParams(eos_ids=(), stop_strings=protocol.stop_strings)
         waiting.engine = engine = Calling(engine_on(url, tokenizer, settings), tokenizer)
         sampler = TreeSampler(
             engine,
             toolbox,
             protocol,
-            TreeSettings(LEAVES, LEAVES, 600, 1000, CALLS, 8, schedule=schedule),
+            TreeSettings(
+                num_generations=LEAVES,
+                initial_rollouts=LEAVES,
+                max_completion_length=600,
+                max_length=1000,
+                max_tool_calls=CALLS,
+                entropy_probe_tokens=8,
+                schedule=schedule,
+            ),
         )
         prompt = protocol.encode_prompt(PROMPT)
         start = time.perf_counter()
-        rollout = sampler.sample([GroupRequest(i, prompt) for i in range(GROUPS)], seed=(0,))
+        rollout = sampler.sample([GroupRequest(id=i, prompt_ids=prompt) for i in range(GROUPS)], seed=(0,))
         wall = time.perf_counter() - start
     return wall, sum(len(node.ids) for tree in rollout.trees for node in tree.turns())
 
@@ -206,7 +220,7 @@ def by_trl(url: str, model: Path, waiting: Wait) -> tuple[float, int]:
     dataset = Dataset.from_list([{"prompt": PROMPT}] * GROUPS)
     trainer = trl_trainer(model, lambda completions, **_: [0.0] * paths, config, dataset, [waiting.tool()], TRLLoop)
     assert isinstance(trainer, TRLLoop)
-    settings = SamplingParams((), trainer.protocol.stop_strings)
+    settings = SamplingParams(eos_ids=(), stop_strings=trainer.protocol.stop_strings)
     waiting.engine = trainer.engine = Calling(engine_on(url, trainer._tokenizer, settings), trainer._tokenizer)
     trainer.model.train()
     trainer._sync_tool_dicts = [{}] * paths  # as its _generate_and_score_completions fills them in

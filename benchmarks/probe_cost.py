@@ -1,10 +1,10 @@
-"""What entropy probing costs: tokens per second of one vLLM server with it and without.
+"""The cost of entropy probing: tokens per second of one vLLM server with and without it.
 
     python benchmarks/probe_cost.py
 
-64 turns at a time, as many tokens each as `--tokens` says, from random models: one of the quickstart's size, to which
-a server's own work for each request and token is most of it, and a larger one, for which it is less. With probing a
-turn is two requests, of which the first asks for 20 logprobs at each of its 20 tokens; without, it is one request.
+64 concurrent turns of `--tokens` tokens each, from two random models: a model of the quickstart's size, for which the
+server's overhead per request and token dominates, and a larger one, for which it matters less. With probing a turn is
+two requests, and the first asks for 20 logprobs at each of its 20 tokens. Without probing it is one request.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def tokens_per_s(engine: Engine, prompt: list[int], turns: int, tokens: int, pro
     with engine.session():
         start = time.perf_counter()
         for i in range(turns):
-            engine.submit(TurnRequest(i, prompt, tokens, probe, seed * turns + i, (i, 0)))
+            engine.submit(
+                TurnRequest(id=i, ids=prompt, max_tokens=tokens, probe_tokens=probe, seed=seed * turns + i, key=(i, 0))
+            )
         finished = 0
         while finished < turns:
             done = [event for event in engine.poll(0.05) if isinstance(event, Turn)]
@@ -90,7 +92,7 @@ def main() -> None:
             save_model(folder, SIZES[name])
             tokenizer = AutoTokenizer.from_pretrained(folder)
             with running(folder, Path(folder) / "log") as server:
-                engine = engine_on(server.url, tokenizer, SamplingParams(()))
+                engine = engine_on(server.url, tokenizer, SamplingParams(eos_ids=()))
                 prompt = tokenizer.encode("the melting point of iron is what? " * 10)
                 tokens_per_s(engine, prompt, TURNS, 100, PROBE, 0)  # warms the server up
                 for tokens in arguments.tokens:

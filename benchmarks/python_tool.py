@@ -1,10 +1,10 @@
-"""The python tool against a fresh subprocess per call, with isolation on, in one run.
+"""The python tool compared with a new subprocess per call, both isolated, in one run.
 
     OMP_NUM_THREADS=1 python benchmarks/python_tool.py
 
-Prints a Markdown table. Each round makes one call of each kind by each way, the order turned round every other round,
-so that what else the machine does falls on all alike. "Calls per second" is measured afterwards: one caller who makes
-one call right after the other, so that the worker has no time between calls to make the next fork ready.
+Prints a Markdown table. Each round makes one call of each kind in each way, in an order that is reversed every second
+round, so that other load of the machine affects all equally. "Calls per second" is measured afterwards: a single
+caller makes one call after the other without a pause, so that the worker cannot prepare the next fork between calls.
 """
 
 from __future__ import annotations

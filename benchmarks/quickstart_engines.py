@@ -1,13 +1,13 @@
 """The quickstart's reinforcement learning on this device: accuracy before and after, seconds by phase, peak memory.
 
-    python benchmarks/quickstart_engines.py before          # the cold-started model, which `make quickstart` leaves
+    python benchmarks/quickstart_engines.py before          # the cold-started model of `make quickstart`
     python benchmarks/quickstart_engines.py transformers    # trained from there
-    python benchmarks/quickstart_engines.py vllm            # the same, vLLM asleep while the trainer computes
+    python benchmarks/quickstart_engines.py vllm            # the same; vLLM sleeps while the trainer computes
     python benchmarks/quickstart_engines.py vllm --device cpu --tiny
 
-`train.py` with configs/quickstart.yaml, in bfloat16 autocast and without its evaluations, in this process. Accuracy is
-on held-out questions, sampled at temperature 1 with transformers in float32, as the quickstart does it; its standard
-error is 0.02 with all 600. Phases are sums over the steps of what `arpo/time/…` logs for each.
+It runs `train.py` with configs/quickstart.yaml in this process, in bfloat16 autocast and without evaluations. As in
+the quickstart, accuracy is measured on held-out questions, sampled at temperature 1 with transformers in float32. Its
+standard error is 0.02 with all 600 questions. Phases are the sums of the metrics `arpo/time/…` over the steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train(engine: str, run: Path, output: Path, steps: int, device: torch.device
     """What training logged, step by step.
 
     Raises:
-        SystemExit: It failed; its own message stands above.
+        SystemExit: The script failed. It has printed its own error.
     """
     flags = [
         *("--config", str(RL_CONFIG), "--model_name_or_path", str(run / "sft"), "--output_dir", str(output)),
@@ -78,8 +78,10 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--tiny", action="store_true", help="a model without cold start and few questions, to try it")
-    parser.add_argument("--header", action="store_true", help="the head of the table before the row")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a quick trial: a model without cold start and few questions"
+    )
+    parser.add_argument("--header", action="store_true", help="print the head of the table before the row")
     arguments = parser.parse_args()
     out, device, run = own_stdout(), torch.device(arguments.device), arguments.run
     if arguments.header:
@@ -90,7 +92,7 @@ def main() -> None:
             run = Path(folder)
             make_tiny_run(run)
         if not (run / "sft/config.json").exists():
-            raise SystemExit(f"{run / 'sft'} is missing. Run `make quickstart` first, or bring its runs/quickstart.")
+            raise SystemExit(f"{run / 'sft'} is missing. Run `make quickstart`, or copy its runs/quickstart here.")
         model, history, seconds = run / "sft", [], 0.0
         with PeakMemory(device) as peak:
             if arguments.engine != "before":

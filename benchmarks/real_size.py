@@ -1,19 +1,19 @@
-"""A training step of a 0.6 B model against TRL's GRPOTrainer, both on colocated vLLM; and what probing costs there.
+"""A training step of a 0.6 B model compared with TRL's GRPOTrainer, both on colocated vLLM, and the cost of probing.
 
     python benchmarks/real_size.py trl          # or full (ours, N = M), half (ours, N = M/2), probing
     python benchmarks/real_size.py half --device cpu --tiny
 
-The shape of Qwen3-0.6B with its vocabulary of 151,936, random weights, and users' defaults: weights in float32,
-bfloat16 autocast, gradient checkpointing. vLLM sleeps while the trainer computes. 4 groups of 16 completions of 512
-tokens after prompts of 1,000, a group a micro-batch, one optimizer step for each generation. There are no tools for
-TRL and N = M, so TRL's tool loop, which is slow, has no part in it. For N = M/2 a path's first turn is ended half-way
-by a call of a tool that answers at once, and there it branches: leaves share the prompt, and in pairs half of the
-completion.
+The model has the shape of Qwen3-0.6B with its vocabulary of 151,936, random weights, and the defaults of users:
+weights in float32, bfloat16 autocast, gradient checkpointing. vLLM sleeps while the trainer computes. A step has 4
+groups of 16 completions of 512 tokens after prompts of 1,000. Each group is a micro-batch, with one optimizer step per
+generation. TRL and N = M have no tools, so TRL's tool loop, which is slow, plays no role. For N = M/2, a call of a
+tool that returns at once ends the first turn of a path half-way, and the path branches there: all leaves share the
+prompt, and pairs of leaves share half of the completion.
 
-Each variant is a process of its own. Phases are wall time, the card waited for: generate is TRL's `_generate` less
-sync, sync what moves weights and wakes vLLM up or puts it to sleep, logprobs the forward passes without gradient,
-update the rest of the step. Medians of the steps after the first, as many as `--budget` leaves time for; with none
-("steps" 0) those of the first.
+Each variant runs in a separate process. Phases are wall time, with the GPU synchronized: generate is TRL's `_generate`
+without sync; sync moves weights, wakes vLLM and puts it to sleep; logprobs are the forward passes without gradient;
+update is the rest of the step. The values are medians of the steps after the first, as many as fit into `--budget`. If
+none fits ("steps" 0), they are those of the first step.
 """
 
 from __future__ import annotations
@@ -284,7 +284,7 @@ def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
         sleeps=trainer.vllm_generation.enable_sleep_mode,
     )
     # Without EOS, so that every turn has its full length.
-    engine = build_engine(source, trainer._tokenizer, SamplingParams(()))
+    engine = build_engine(source, trainer._tokenizer, SamplingParams(eos_ids=()))
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt
@@ -306,12 +306,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*NAMES, "probing"])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
-    parser.add_argument("--tiny", action="store_true", help="a tiny model and short paths, to try it")
-    parser.add_argument("--steps", type=int, default=6, help="at most, the first included (default: 6)")
+    parser.add_argument("--tiny", action="store_true", help="a quick trial: a tiny model and short paths")
+    parser.add_argument("--steps", type=int, default=6, help="the most steps, the first included (default: 6)")
     parser.add_argument(
-        "--budget", type=float, default=50.0, help="seconds of the process to stay within (default: 50)"
+        "--budget", type=float, default=50.0, help="time limit of the process in seconds (default: 50)"
     )
-    parser.add_argument("--header", action="store_true", help="the head of the table before the row")
+    parser.add_argument("--header", action="store_true", help="print the head of the table before the row")
     arguments = parser.parse_args()
     out = own_stdout()
     device, size = torch.device(arguments.device), TINY if arguments.tiny else REAL

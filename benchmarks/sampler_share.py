@@ -1,12 +1,11 @@
-"""What a rollout spends outside model forwards and tools, and how that share falls with the model's size.
+"""The share of a rollout outside model forwards and tools, and how it falls with the size of the model.
 
     python benchmarks/sampler_share.py --model runs/quickstart/sft --data runs/quickstart/data
 
-The first row is the quickstart's cold-started model with its tools, 8 leaves a prompt. The others are random models,
-which call no tools; so each of their turns is replayed from the first row's, token for token. The sampler and the
-tools do the same work in every row, only the forward and the keys and values to be kept differ. Those two models share
-each key and value among several queries, as the models that people train do. N = M, since branches would follow the
-entropies.
+The first row is the quickstart's cold-started model with its tools, 8 leaves per prompt. The other rows are random
+models, which call no tools, so each of their turns replays a turn of the first row token by token. The sampler and the
+tools do the same work in every row; only the forward and the size of the KV cache differ. The random models use
+grouped-query attention, as the models that users train. N = M, because branches would depend on the entropies.
 """
 
 from __future__ import annotations
@@ -60,16 +59,27 @@ def roll(
 ) -> RolloutBatch:
     protocol = TagProtocol(tokenizer, toolbox.specs)
     eos = (int(tokenizer.eos_token_id),)
-    settings = SamplingParams(eos, protocol.stop_strings)
+    settings = SamplingParams(eos_ids=eos, stop_strings=protocol.stop_strings)
     engine = TransformersEngine(tokenizer, settings, lambda: contextlib.nullcontext(model))
     sampler = TreeSampler(
-        engine, toolbox, protocol, TreeSettings(8, 8, 208, 1024, 5, 8, schedule=RolloutSchedule.ROUNDS)
+        engine,
+        toolbox,
+        protocol,
+        TreeSettings(
+            num_generations=8,
+            initial_rollouts=8,
+            max_completion_length=208,
+            max_length=1024,
+            max_tool_calls=5,
+            entropy_probe_tokens=8,
+            schedule=RolloutSchedule.ROUNDS,
+        ),
     )
     original = engine_module.sample
     if replay is not None:
         engine_module.sample = replay(engine)
     try:
-        requests = [GroupRequest(i, protocol.encode_prompt(row["prompt"])) for i, row in enumerate(rows)]
+        requests = [GroupRequest(id=i, prompt_ids=protocol.encode_prompt(row["prompt"])) for i, row in enumerate(rows)]
         return sampler.sample(requests, seed=(0,))
     finally:
         engine_module.sample = original

@@ -1,12 +1,12 @@
-"""What a local search costs over many passages, and what a cached answer costs when many processes ask.
+"""The cost of a local search over many passages, and of a cache hit with many processes.
 
     python benchmarks/search.py build /tmp/search    # index 1,000,000 generated passages: seconds and memory
     python benchmarks/search.py query /tmp/search    # load it memory-mapped and search: seconds, memory, p50 and p95
-    python benchmarks/search.py cache                # hits in one cache file by 8 processes at once: p50 and p95
+    python benchmarks/search.py cache                # hits in one cache file by 8 concurrent processes: p50 and p95
 
-Passages are 50 words drawn with probability ∝ 1 / (rank + 30) from 200,000, which leaves out what a language's
-commonest words would be, as `tokenize` does; a query is 4 words of one passage. With numba installed, `query` also
-times bm25s's own numba retrieval.
+Passages are 50 words drawn with probability ∝ 1 / (rank + 30) from 200,000. The offset leaves out the most common
+words of a language, as `tokenize` does. A query is 4 words of one passage. With numba installed, `query` also measures
+bm25s's numba retrieval.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def cache(arguments: argparse.Namespace) -> None:
         store = SearchCache(path)
         parameters = make_provider("searxng", url="http://127.0.0.1:9").parameters(10)
         for number in range(10_000):
-            hits = [Hit("A title", "https://example.org/", "x" * 500)] * 10
+            hits = [Hit(title="A title", url="https://example.org/", text="x" * 500)] * 10
             store.put(Key.of("searxng", f"query {number}", parameters), hits)
         for processes in (1, arguments.processes):
             context = multiprocessing.get_context("spawn")

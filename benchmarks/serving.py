@@ -1,4 +1,4 @@
-"""A vLLM server on the loopback, of this environment's vLLM: for benchmarks, and for tests, which also kill it."""
+"""A vLLM server on loopback, with this environment's vLLM, for benchmarks and for tests, which may kill it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Server:
                     return self
             except httpx.ConnectError:
                 time.sleep(0.2)
-        raise AssertionError(f"no server after {UP_S} s: {self._log.read_text()[-3000:]}")
+        raise AssertionError(f"the server did not respond within {UP_S} s: {self._log.read_text()[-3000:]}")
 
     def kill(self) -> None:
         """The whole process group at once, as a machine that goes down."""

@@ -1,4 +1,4 @@
-"""How long a user waits: for `arpo-trl --help`, and for the first training step of `train.py`.
+"""Start-up times: of `arpo-trl --help`, and of the first training step of `train.py`.
 
 python benchmarks/startup.py --quickstart runs/quickstart
 """

@@ -1,11 +1,11 @@
-"""Seconds of training until the quickstart's model has a given held-out accuracy: TRL's GRPOTrainer against ours.
+"""Seconds of training until the quickstart's model has a given held-out accuracy: TRL's GRPOTrainer and ARPOTrainer.
 
     OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py --run runs/quickstart
 
-Both train from the same cold start on the same questions with the settings of configs/quickstart.yaml and one reward,
-whether the answer is right. Every few steps the clock stops and the policy answers held-out questions, sampled at
-temperature 1. Several seeds, one run after the other in one process, their order alternated; the table has medians,
-and inf where the training ended before.
+Both train from the same cold start on the same questions, with the settings of configs/quickstart.yaml and one reward:
+whether the answer is right. Every few steps the clock stops, and the policy answers held-out questions, sampled at
+temperature 1. The runs of several seeds follow each other in one process, in alternating order. The table has medians,
+and inf for a run that ended below the accuracy.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def train(name: str, folder: Path, seed: int, every: int, target: float) -> list
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="a quickstart's folder")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="of the training")
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="the output folder of a quickstart")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="seeds of the training")
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--every", type=int, default=4, help="steps between measurements (default: 4)")
     arguments = parser.parse_args()

@@ -1,13 +1,13 @@
-"""Ranks that have different amounts to do in every step, for many steps, without waiting for one another for ever.
+"""Ranks with different amounts of work in every step, for many steps, must not deadlock.
 
     OMP_NUM_THREADS=1 accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \
         --mixed_precision no benchmarks/uneven_ranks.py runs/uneven --steps 200
 
-What the model writes is dictated, rank by rank and step by step, but whenever an engine would compute, a forward of
-the real model runs: one that needs another rank would hang here. The steps take turns: one rank calls no tool and the
-other as often as it may; the other way round, all paths of one ending in their first turn; one rank's tools all hang
-until their deadline; one rank writes a word and the other all that fits. Writes <rank>.json for each rank, and prints
-the first's.
+The output of the model is scripted for each rank and step, but for each turn of the engine a forward of the real model
+runs. A forward that needs another rank would hang here. The steps cycle through four cases: one rank calls no tool and
+the other as many as allowed; the reverse, where all paths of one rank end in their first turn; all tools of one rank
+hang until their timeout; one rank writes a single word and the other as much as fits. The script writes <rank>.json
+for each rank, and prints that of the first.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def dictate(step: int, rank: int) -> Callable[[TurnRequest], ScriptedTurn]:
 
     def turn(request: TurnRequest) -> ScriptedTurn:
         entropies = [0.1 + 0.1 * request.key[-1]]
-        call = ScriptedTurn(f"<search>iron {request.key[1:]}</search>", entropies, polls=2)
-        answer = ScriptedTurn(ANSWER, entropies)
+        call = ScriptedTurn(text=f"<search>iron {request.key[1:]}</search>", entropies=entropies, polls=2)
+        answer = ScriptedTurn(text=ANSWER, entropies=entropies)
         match kind:
             case "no calls and all":
                 return answer if first else call  # the last turn, past the limit, calls in vain
@@ -83,9 +83,9 @@ def dictate(step: int, rank: int) -> Callable[[TurnRequest], ScriptedTurn]:
                 return call if first else answer
             case "tools that hang":
                 calls = request.key[-1] == 0
-                return ScriptedTurn(f"<search>{'iron' if first else 'hang'}</search>") if calls else answer
+                return ScriptedTurn(text=f"<search>{'iron' if first else 'hang'}</search>") if calls else answer
             case _:
-                return answer if first else ScriptedTurn(f"iron {request.key[1:]} " * (MAX_TOKENS // 5), polls=4)
+                return answer if first else ScriptedTurn(text=f"iron {request.key[1:]} " * (MAX_TOKENS // 5), polls=4)
 
     return turn
 
@@ -159,7 +159,9 @@ def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
 
 
 def make_engine(tokenizer: PreTrainedTokenizerBase, script: Script) -> DictatedEngine:
-    return DictatedEngine(tokenizer, SamplingParams((int(tokenizer.eos_token_id),), ("</search>",)), script)
+    return DictatedEngine(
+        tokenizer, SamplingParams(eos_ids=(int(tokenizer.eos_token_id),), stop_strings=("</search>",)), script
+    )
 
 
 def main() -> None:

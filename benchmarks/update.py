@@ -1,21 +1,22 @@
-"""The update with and without shared prefixes: forward and backward of TRL's fused logprobs, order alternated.
+"""The update with and without shared prefixes: forward and backward of TRL's fused logprobs, in alternating order.
 
     python benchmarks/update.py                      # one prompt and M for each model
     python benchmarks/update.py --grid               # every shape: hours on a CPU
     python benchmarks/update.py --grid --model '5 M' --prompt 300 1000 --leaves 4 8
     python benchmarks/update.py --device cuda --row 1000 16 half      # one row of gpu.sh
 
-Each shape is M completions after one prompt. `forks` says what they share beyond it: nothing (plain GRPO), their first
-half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio (padded ÷ packed) is
-what a perfect implementation would gain where attention is cheap; attention's own limit is the ratio of pairs of query
-and key, which is lower: the tokens that are shared come first and see few others. Tokens per second count all that
-the rows hold, both ways. Peak memory is the growth of a process that runs one step and nothing else, on CUDA that of
-its allocator. Where the padded batch has no place in memory, the packed one is timed alone.
+Each shape is M completions after one prompt. `forks` says what the completions share in addition: nothing (plain
+GRPO), their first half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio
+(padded ÷ packed) is the speed-up of a perfect implementation if attention is cheap. The limit of attention is the
+ratio of query-key pairs, which is lower, because shared tokens come first and attend to few others. Tokens per second
+count all tokens of the rows, packed and padded alike. Peak memory is the growth of a process that runs one step and
+nothing else; on CUDA it is that of the allocator. If the padded batch does not fit into memory, only the packed batch
+is measured.
 
-On a card all of a row is found in one process, in bfloat16; "first" is the very first step, packed, with all that is
-chosen or compiled in it. MFU is FLOPs that the model needs ÷ (seconds × the card's peak, card.py). A step needs
-6 · matrix parameters · tokens, the head's counted for completions only, and for attention 12 · layers · heads · head
-size · pairs of query and key; tokens and pairs are each way's own.
+On a GPU all values of a row come from one process, in bfloat16. "first" is the very first step, packed, including
+kernel selection and compilation. MFU is the FLOPs that the model needs ÷ (seconds × the GPU's peak in card.py). A step
+needs 6 · matrix parameters · tokens, where the head counts for completions only, and for attention 12 · layers · heads
+· head size · query-key pairs. Tokens and pairs are counted separately for packed and padded.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ REPEATS_S = 20.0
 FORKS = ("none", "half", "deep")
 DEVICE = torch.device("cpu")
 NO_MEMORY = 3
-"""Exit status of a task that has no place in memory."""
+"""Exit status of a task that does not fit into memory."""
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
@@ -132,19 +133,19 @@ def apart(task: str, *arguments: object) -> list[float]:
     """The numbers that a task prints in a process of its own, whose memory is gone when the next one starts.
 
     Raises:
-        MemoryError: It has no place in memory.
+        MemoryError: The task does not fit into memory.
     """
     command = [sys.executable, __file__, "--device", DEVICE.type, "--task", json.dumps([task, *arguments])]
     environment = os.environ | (KEEP_MEMORY if task == "timed" else {})
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode == NO_MEMORY:
-        raise MemoryError(f"{task} {arguments} has no place in memory.")
+        raise MemoryError(f"{task} {arguments} does not fit into memory.")
     done.check_returncode()
     return [float(number) for number in done.stdout.split()]
 
 
 def timed_apart(*shape: object, repeats: int, completion: int = COMPLETION, padded: bool = True) -> list[float]:
-    """`timed` in a process of its own; where the padded batch has no place in memory, the packed one alone.
+    """Run `timed` in a separate process; if the padded batch does not fit into memory, with the packed batch alone.
 
     Raises:
         MemoryError: Nor has the packed one.
@@ -192,7 +193,7 @@ def timed(
 ) -> tuple[float, float, float, int, int, float]:
     """Median seconds padded and shared, the median of their ratios, tokens padded and packed, and the pair ratio.
 
-    Without `padded`, for what has no place in memory, its seconds and the ratio are not a number.
+    Without `padded`, which may not fit into memory, its seconds and the ratio are not a number.
     """
     model, rows = make_model(name), make_rows(prompt, leaves, forks, completion)
     ways = (False, True) if padded else (True,)
@@ -312,13 +313,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--grid", action="store_true", help="every model, prompt, M and forks")
-    parser.add_argument("--model", choices=MODELS, help="this one's shapes only")
-    parser.add_argument("--prompt", type=int, nargs="+", default=[300, 1000, 4000], help="of the grid: tokens")
-    parser.add_argument("--leaves", type=int, nargs="+", default=[4, 8, 16, 64], help="of the grid: M")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="cuda: in bfloat16")
+    parser.add_argument("--model", choices=MODELS, help="only the shapes of this model")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[300, 1000, 4000], help="prompt tokens of the grid")
+    parser.add_argument("--leaves", type=int, nargs="+", default=[4, 8, 16, 64], help="M of the grid")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="with cuda, in bfloat16")
     parser.add_argument("--row", nargs=3, metavar=("PROMPT", "M", "FORKS"), help="one row of the 200 M model")
-    parser.add_argument("--header", action="store_true", help="with --row: the head of its table before it")
-    parser.add_argument("--tiny", action="store_true", help="with --row: a tiny model and short rows, to try it")
+    parser.add_argument("--header", action="store_true", help="with --row: print the head of the table before it")
+    parser.add_argument("--tiny", action="store_true", help="with --row: a quick trial, tiny model and short rows")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     global DEVICE

@@ -1,10 +1,11 @@
-"""The quickstart's task trained through each engine: transformers, vLLM colocated, vLLM in a server.
+"""The quickstart's task trained with each engine: transformers, colocated vLLM, and a vLLM server.
 
     OMP_NUM_THREADS=1 python benchmarks/vllm_parity.py --seeds 0 1 2
 
 Each seed is cold-started once (by the quickstart's stage 1) and then trained with each engine from there. Accuracy is
-measured on the held-out questions, by the transformers engine for all. Next to it stands the largest of the steps'
-mean |sampling − training logprob|. Results are appended to <output>/results.jsonl; `--table` prints what is there.
+measured on the held-out questions, always with the transformers engine. The next column is the largest value over the
+steps of the mean |sampling − training logprob|. Results are appended to <output>/results.jsonl; `--table` only prints
+the existing results.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--output", type=Path, default=Path("runs/parity"))
-    parser.add_argument("--table", action="store_true", help="print the table of what is there and stop")
+    parser.add_argument("--table", action="store_true", help="only print the table of the existing results")
     arguments = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     arguments.output.mkdir(parents=True, exist_ok=True)

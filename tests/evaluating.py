@@ -1,4 +1,4 @@
-"""What tests of the evaluation share: records, questions, a scripted evaluator, a completions server."""
+"""Helpers of the evaluation tests: records, questions, a scripted evaluator, a completions server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def questions(*golds: str, scorer: Scorer = Scorer.MATH, name: str = "sums", lev
         }
         for i, gold in enumerate(golds)
     ]
-    return Questions(Benchmark(name, name, None, scorer), rows, [])
+    benchmark = Benchmark(name=name, title=name, suite=None, scorer=scorer)
+    return Questions(benchmark=benchmark, rows=rows, bad=[])
 
 
 def boxed(answer: Any) -> str:

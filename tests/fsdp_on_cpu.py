@@ -1,7 +1,7 @@
 """Runs a script with FSDP on the CPU: `accelerate launch … fsdp_on_cpu.py train.py --config …`.
 
-accelerate shards by FSDP on accelerators only; on a CPU it replicates the model (DDP) without a word. PyTorch's FSDP2
-itself works on a CPU over gloo, so for tests accelerate is told that it has an accelerator, which is called "cpu".
+accelerate uses FSDP on accelerators only; on a CPU it silently replicates the model (DDP). PyTorch's FSDP2 itself
+works on a CPU over gloo. So this script makes accelerate believe that there is an accelerator called "cpu".
 """
 
 from __future__ import annotations

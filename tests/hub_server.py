@@ -1,7 +1,8 @@
-"""The part of the Hub's protocol that pushing needs, on 127.0.0.1, for the real `huggingface_hub` client.
+"""The part of the Hub's protocol that a push needs, on 127.0.0.1, for the real `huggingface_hub` client.
 
-Repositories are made, asked about and written to with a token; files go up inline or as LFS objects in one part or
-several; a commit whose LFS object never arrived is refused. xet storage is not spoken: clients set HF_HUB_DISABLE_XET.
+Clients create, query and write repositories with a token. Files are uploaded inline or as LFS objects, in one part or
+several; a commit is rejected if one of its LFS objects was not uploaded. The server does not support xet storage:
+clients set HF_HUB_DISABLE_XET.
 """
 
 from __future__ import annotations

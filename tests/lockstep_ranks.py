@@ -1,4 +1,4 @@
-"""Two ranks that share one engine: `torchrun --nproc_per_node 2 lockstep_ranks.py FOLDER`. Each writes what it saw."""
+"""Two ranks that share one engine: `torchrun --nproc_per_node 2 lockstep_ranks.py FOLDER`. Each writes its results."""
 
 from __future__ import annotations
 
@@ -35,19 +35,33 @@ def roll_out(case: str, rank: int) -> dict[str, Any]:
 
     def script(request: TurnRequest, context: str) -> ScriptedTurn:
         if case == "diverges" and rank == 1:
-            return ScriptedTurn("something else")
+            return ScriptedTurn(text="something else")
         if request.key[-1] < (1 + request.key[0] % 3):
-            return ScriptedTurn(f"<search>iron {request.key[0]}</search>", [0.1 * request.key[-1]], polls=3)
-        return ScriptedTurn(f"<answer>\\boxed{{{request.key[0]}}}</answer>", [1.0], polls=2)
+            return ScriptedTurn(
+                text=f"<search>iron {request.key[0]}</search>", entropies=[0.1 * request.key[-1]], polls=3
+            )
+        return ScriptedTurn(text=f"<answer>\\boxed{{{request.key[0]}}}</answer>", entropies=[1.0], polls=2)
 
     toolbox = ToolBox([search])
     protocol = TagProtocol(tokenizer(), toolbox.specs)
     eos = (int(tokenizer().eos_token_id),)
-    inner = ScriptedEngine(tokenizer(), SamplingParams(eos, protocol.stop_strings), script)
+    inner = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=eos, stop_strings=protocol.stop_strings), script)
     engine = LockstepEngine(inner, dist.new_group(backend="gloo"))
-    sampler = TreeSampler(engine, toolbox, protocol, TreeSettings(4, 2, 400, 1000, 3, 4))
+    sampler = TreeSampler(
+        engine,
+        toolbox,
+        protocol,
+        TreeSettings(
+            num_generations=4,
+            initial_rollouts=2,
+            max_completion_length=400,
+            max_length=1000,
+            max_tool_calls=3,
+            entropy_probe_tokens=4,
+        ),
+    )
     prompt = protocol.encode_prompt("what is the answer")
-    requests = [GroupRequest(3 * rank + i, prompt) for i in range(GROUPS[case][rank])]
+    requests = [GroupRequest(id=3 * rank + i, prompt_ids=prompt) for i in range(GROUPS[case][rank])]
     said: dict[str, Any] = {"sessions": []}
     try:
         with toolbox:

@@ -1,4 +1,4 @@
-"""A real HTTP server on 127.0.0.1 whose answers a test decides."""
+"""A real HTTP server on 127.0.0.1 with responses that a test defines."""
 
 from __future__ import annotations
 

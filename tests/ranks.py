@@ -1,13 +1,13 @@
-"""Scripts on several processes of this machine's CPU, as a user starts them: with `accelerate launch` and a shipped
-file, whose bf16 is part of it.
+"""Runs scripts on several processes on the CPU, as a user starts them: with `accelerate launch` and a shipped
+configuration, including its bf16.
 
     done = launch("zero3", "train.py", "--config", …)        # waits for all ranks; a failure or a hang fails the test
-    with launched("ddp", "train.py", …) as running:          # to do something to a rank meanwhile
+    with launched("ddp", "train.py", …) as running:          # to act on a rank while the script runs
         running.ranks()[1].kill()
         done = running.wait()
 
-Whatever happens, no process is left behind. A script finds out what a test wants to know and writes it to a file; it
-must run on the CPU (`use_cpu=True`, `--use_cpu true`).
+No process is left behind in any case. A script writes the facts that its test needs to a file. It must run on the CPU
+(`use_cpu=True`, `--use_cpu true`).
 """
 
 from __future__ import annotations

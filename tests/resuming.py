@@ -1,9 +1,9 @@
-"""A small run for tests that end it in the middle: `python resuming.py MODEL OUTPUT [--name value…]`.
+"""A small run for tests that stop it before its end: `python resuming.py MODEL OUTPUT [--name value…]`.
 
-Every setting of ARPOConfig may be given. While the file $HANG exists, what is named in it ("search", "reward") waits
-beside a process that it has started, and says so by a file $HANG.there; "deaf" is a reward that no interrupt ends.
-Where $TOOLS is set, there are also the tools that have processes, and "search" waits for a call of each.
-Where $WHOLE names a folder, a resumed run is followed by one from the start, in the same processes.
+It takes every setting of ARPOConfig. While the file $HANG exists, the functions named in it ("search", "reward")
+start a child process, create the file $HANG.there, and wait; "deaf" is a reward that ignores interrupts. If $TOOLS is
+set, the run also has the tools with processes, and a long call of each runs while "search" waits. If $WHOLE names a
+folder, the same processes do another run from the start after the resumed run.
 """
 
 from __future__ import annotations

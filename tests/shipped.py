@@ -1,7 +1,8 @@
-"""The shipped configurations on models made on the spot, in the layouts of the families that they name.
+"""Runs the shipped configurations with tiny models of the families that they name, built locally.
 
-`python shipped.py CONFIG --flag value … -- CONFIG --flag value …` runs `train.py` on one after the other in one
-process: vLLM in the trainer's process sets up torch.distributed, which no other test should inherit.
+`python shipped.py CONFIG --flag value … -- CONFIG --flag value …` runs `train.py` on one configuration after the
+other in one process. It is a separate process because vLLM in the trainer's process sets up torch.distributed, which
+no other test should inherit.
 """
 
 from __future__ import annotations

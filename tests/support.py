@@ -1,4 +1,4 @@
-"""Small things that several tests build on: a tokenizer, a tiny model, tools, and scripted rollouts."""
+"""Helpers of several test files: a tokenizer, a tiny model, tools, and scripted rollouts."""
 
 from __future__ import annotations
 
@@ -215,21 +215,21 @@ class Scripted:
         self.toolbox = ToolBox(tools, timeout_s=timeout_s)
         self.protocol = protocol(self.tokenizer, self.toolbox.specs, max_result_tokens=max_result_tokens)
         self.eos = int(self.tokenizer.eos_token_id)
-        settings = SamplingParams(self.protocol.eos_ids, self.protocol.stop_strings)
+        settings = SamplingParams(eos_ids=self.protocol.eos_ids, stop_strings=self.protocol.stop_strings)
         self.engine = ScriptedEngine(self.tokenizer, settings, script, vocab_size=vocab_size)
         self.sampler = TreeSampler(
             self.engine,
             self.toolbox,
             self.protocol,
             TreeSettings(
-                leaves,
-                at_root,
-                max_completion_length,
-                max_length,
-                max_tool_calls,
-                probe,
-                rule or Threshold(),
-                schedule,
+                num_generations=leaves,
+                initial_rollouts=at_root,
+                max_completion_length=max_completion_length,
+                max_length=max_length,
+                max_tool_calls=max_tool_calls,
+                entropy_probe_tokens=probe,
+                rule=rule or Threshold(),
+                schedule=schedule,
             ),
             score,
         )
@@ -237,7 +237,7 @@ class Scripted:
     def __call__(self, groups: int = 1, seed: int = 0) -> RolloutBatch:
         prompt = self.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
         with self.toolbox:
-            return self.sampler.sample([GroupRequest(i, prompt) for i in range(groups)], seed=(seed,))
+            return self.sampler.sample([GroupRequest(id=i, prompt_ids=prompt) for i in range(groups)], seed=(seed,))
 
 
 def events_of(engine: Engine, turns: int) -> Iterator[Event]:

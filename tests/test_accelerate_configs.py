@@ -1,4 +1,4 @@
-"""Each file of accelerate_configs is one that accelerate, and DeepSpeed, understand in full."""
+"""accelerate and DeepSpeed accept every setting of each file in accelerate_configs."""
 
 from pathlib import Path
 

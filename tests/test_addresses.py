@@ -24,12 +24,12 @@ def test_addresses_of_servers(url):
 @pytest.mark.parametrize(
     ("url", "fault"),
     [
-        ("http://[::1/v1", "It cannot be read"),
-        ("http://h:abc", "It cannot be read"),
-        ("http://h\n", "It cannot be read"),
-        ("http://me:hun/ter2@h", "It cannot be read"),
-        (5, "It cannot be read"),
-        (None, "It cannot be read"),
+        ("http://[::1/v1", "It is not a valid URL"),
+        ("http://h:abc", "It is not a valid URL"),
+        ("http://h\n", "It is not a valid URL"),
+        ("http://me:hun/ter2@h", "It is not a valid URL"),
+        (5, "It is not a valid URL"),
+        (None, "It is not a valid URL"),
         ("http://me@h", "It has a user name or password"),
         ("http://me:hunter2@h", "It has a user name or password"),
         ("http://:@h", "It has a user name or password"),
@@ -38,8 +38,8 @@ def test_addresses_of_servers(url):
         ("ftp://h", "It does not begin with http:// or https:// and a host"),
         ("http://", "It does not begin with http:// or https:// and a host"),
         ("http://a b", "It does not begin with http:// or https:// and a host"),
-        ("http://h:0", "There is no port 0"),
-        ("http://h:65536", "There is no port 65536"),
+        ("http://h:0", "Port 0 does not exist"),
+        ("http://h:65536", "Port 65536 does not exist"),
         ("http://h?", "It has a query or fragment"),
         ("http://h/v1?api_key=hunter2", "It has a query or fragment"),
         ("http://h/v1#", "It has a query or fragment"),
@@ -49,8 +49,8 @@ def test_what_is_no_address_of_a_server_says_why(url, fault):
     with pytest.raises(ConfigError) as caught:
         check_server_url(url, "judge_url", "A_KEY")
     assert str(caught.value) == (
-        f"judge_url is no address like http://host:port/v1, without user name, password or query. {fault}. "
-        "Its key, if it wants one, belongs in the environment variable A_KEY."
+        f"judge_url must be an address like http://host:port/v1, without user name, password or query. {fault}. "
+        "Put the key of the server, if it needs one, in the environment variable A_KEY."
     )
 
 
@@ -68,7 +68,7 @@ def tools(*names: str, **settings: object) -> Callable[[object], object]:
 
 SETTINGS: dict[str, Callable[[str], object]] = {
     "judge_url": lambda url: LLMJudge(url, "wise"),
-    "base_url": lambda url: CompletionsEngine(url, None, tokenizer(), SamplingParams((0,), ())),
+    "base_url": lambda url: CompletionsEngine(url, None, tokenizer(), SamplingParams(eos_ids=(0,))),
     "python_executor_url": tools("python", python_executor_url=...),
     "search_url": tools("search", search_provider="searxng", search_url=...),
     "visit_summary_url": tools("visit", visit_summary_url=..., visit_summary_model="small"),

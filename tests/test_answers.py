@@ -1,4 +1,4 @@
-"""Answers: found in the text, compared as mathematics or as words."""
+"""Answers are found in the text and compared as mathematics or as words."""
 
 import os
 import subprocess

@@ -1,6 +1,6 @@
-"""Rooms of the package and the one direction in which they import each other.
+"""Packages inside arpo_trl import each other in one direction only.
 
-docs/architecture.md draws the same picture.
+docs/architecture.md shows the same layers.
 """
 
 import ast

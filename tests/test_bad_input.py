@@ -1,10 +1,11 @@
-"""Every mistake a user can make with the trainer is an error that says so, before the first step where that can be.
+"""Every user mistake with the trainer raises an error that explains it, before the first step if possible.
 
-Settings alone are in test_config.py, datasets alone in test_data.py, tools alone in test_box.py; what the model gets
-wrong is in test_sampler.py.
+Settings alone are in test_config.py, datasets alone in test_data.py, tools alone in test_box.py, and mistakes of the
+model in test_sampler.py.
 """
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def make(model_path, tmp_path):
         given.setdefault("reward_funcs", lambda completions, **_: [0.0] * len(completions))
         given.setdefault("tools", [search, python])
         given.setdefault("train_dataset", Dataset.from_list(list(rows)))
-        engine = ScriptedEngine(tokenizer(), SamplingParams((eos,)), lambda request, context: ANSWER)
+        engine = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(eos,)), lambda request, context: ANSWER)
         return ARPOTrainer(args=args, engine=engine, **given)
 
     return made
@@ -86,7 +87,7 @@ def test_args_of_grpo_are_refused(make, tmp_path):
     ("settings", "message"),
     [
         ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
-        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* Unset it"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs sets num_beams, .* Remove it"),
     ],
 )
 def test_settings_that_the_sampler_would_ignore_are_refused(make, settings, message):
@@ -130,6 +131,38 @@ def test_text_prompts_need_no_chat_template(make, model_path):
 def test_a_tokenizer_without_eos_is_an_error(make, model_path):
     with pytest.raises(ConfigError, match=r"has no EOS token, so no turn could end. Set `tokenizer.eos_token`"):
         make(processing_class=changed_tokenizer(model_path, eos_token=None))
+
+
+GEMMA_LIKE = """{% for message in messages %}{% if (message.role == 'user') != (loop.index0 % 2 == 0) %}
+{{- raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
+{{- message.role + ': ' + message.content }}{% endfor %}"""
+
+
+def test_roles_that_the_template_refuses_are_found_before_the_model_is_loaded(make, model_path, tmp_path):
+    gemma = changed_tokenizer(model_path, chat_template=GEMMA_LIKE)
+    user, system = {"role": "user", "content": "hi"}, {"role": "system", "content": "be brief"}
+    rows = [{"prompt": [user]}, {"prompt": [user]}, {"prompt": [system, user]}]
+    with pytest.raises(
+        DataError, match=r"row 2: .* rejects its messages, whose roles are \['system', 'user'\]: .*alter"
+    ):
+        make(processing_class=gemma, rows=rows, model=str(without_weights(model_path, tmp_path)))
+
+
+def without_weights(model_path: str, folder: Path) -> Path:
+    """A copy of the model that cannot be loaded."""
+    copy = folder / "without_weights"
+    shutil.copytree(model_path, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    return copy
+
+
+def test_a_token_without_an_embedding_is_found_before_the_model_is_loaded(make, model_path, tmp_path):
+    more = changed_tokenizer(model_path)
+    more.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    rows = [{"prompt": "what"}, {"prompt": "what <|new|>"}]
+    bare = str(without_weights(model_path, tmp_path))
+    with pytest.raises(DataError, match=r"row 1: its prompt contains the token '<\|new\|>', .*resize_token_emb"):
+        make(processing_class=more, rows=rows, model=bare)
+    make(processing_class=more, rows=rows[:1])  # nothing uses it
 
 
 # Tools ---------------------------------------------------------------------------------------------------------------
@@ -200,15 +233,15 @@ def a_number(count: int) -> str:
 @pytest.mark.parametrize(
     ("tools", "message"),
     [
-        ([untyped], "tool 'untyped' cannot be described .* a type for each"),
-        ([undocumented], "tool 'undocumented' cannot be described .* needs a docstring"),
-        ([described_in_part], "tool 'described_in_part' cannot be described .* describes each parameter"),
-        ([named("not-a-tag")], "tool 'not-a-tag': its name is its tag, .* Rename"),
-        ([lambda query: query], "tool '<lambda>': its name is its tag"),
-        ([answer], "tool 'answer': <answer> has a meaning of its own"),
-        (["search"], "a tool is a named function, got 'search'"),
-        ([search, search], "two tools are named 'search'.* Rename one"),
-        ([named("search"), search], "two tools are named 'search'"),
+        ([untyped], "tool 'untyped': no schema can be built for it.* a type for each"),
+        ([undocumented], "tool 'undocumented': no schema can be built for it.* needs a docstring"),
+        ([described_in_part], "tool 'described_in_part': no schema can be built for it.* describes each parameter"),
+        ([named("not-a-tag")], "tool 'not-a-tag': the name is used as a tag, .* Rename"),
+        ([lambda query: query], "tool '<lambda>': the name is used as a tag"),
+        ([answer], "tool 'answer': <answer> is a reserved tag"),
+        (["search"], "A tool must be a named function, got 'search'"),
+        ([search, search], "Two tools are named 'search'.* Rename one"),
+        ([named("search"), search], "Two tools are named 'search'"),
     ],
 )
 def test_a_tool_that_cannot_be_offered_is_found_before_the_model_is_loaded(make, tools, message):
@@ -225,10 +258,10 @@ def test_a_tool_needs_exactly_one_text_argument(make, tool):
 # Datasets ------------------------------------------------------------------------------------------------------------
 
 BAD_ROWS = [
-    ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename yours"),
+    ([{"question": "?", "answer": "1"}], "no column 'prompt'; it has .*Rename a column"),
     ([{"prompt": "?", "answer": "1"}, {"prompt": None, "answer": "1"}], "row 1: 'prompt' is None"),
     ([{"prompt": "?", "answer": "1"}, {"prompt": " ", "answer": "1"}], "row 1: 'prompt' is ' '; expected some text"),
-    ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename yours"),
+    ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename the column"),
     ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "row 0: message 0 of 'prompt'"),
 ]
 
@@ -313,7 +346,7 @@ def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ([1.0] * 3, "returned 3 rewards for 4 completions; expected a list of one number, or None, for each"),
+        ([1.0] * 3, "returned 3 rewards for 4 completions; expected a list with one number, or None, per completion"),
         ([1.0] * 5, "returned 5 rewards for 4 completions"),
         ([], "returned 0 rewards for 4 completions"),
         (None, "returned None for 4 completions"),

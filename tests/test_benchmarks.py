@@ -259,7 +259,7 @@ def test_a_benchmark_of_ones_own_needs_no_code(tmp_path):
         ({"zzz": "a"}, "'mine' has a key 'zzz'; expected name, file"),
         ({"question": 3}, "'mine' has question 3; expected text"),
         ({"file": " "}, "'mine' has file ' '; expected text"),
-        ({"name": "gsm8k"}, "'gsm8k' has the name of one that there is"),
+        ({"name": "gsm8k"}, "'gsm8k' has the name of a built-in benchmark"),
         ({"system_prompt": "reasonning"}, "system_prompt is 'reasonning'"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The ToolBox runs calls at once, keeps deadlines, shares executions, and turns every failure into text."""
+"""The ToolBox runs calls concurrently, enforces timeouts, shares executions, and turns every failure into text."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def collect(box: ToolBox, count: int) -> dict[int, ToolResult]:
 
 def call_once(tool: Callable[..., Any], arguments: dict[str, Any] | None = None, **settings: Any) -> ToolResult:
     with ToolBox([tool], **settings) as box:
-        ticket = box.submit(ToolCall(tool.__name__, {"text": "x"} if arguments is None else arguments))
+        ticket = box.submit(ToolCall(name=tool.__name__, arguments={"text": "x"} if arguments is None else arguments))
         return collect(box, 1)[ticket]
 
 
@@ -188,10 +188,10 @@ def named(name: str) -> Callable[[str], str]:
         (_undocumented, "docstring"),
         (_undescribed, "describes each parameter"),
         (_variadic, "Name each parameter"),
-        (named("<lambda>"), "its name is its tag"),
-        (named("two words"), "its name is its tag"),
-        (named("1st"), "its name is its tag"),
-        (named("answer"), "<answer> has a meaning of its own"),
+        (named("<lambda>"), "used as a tag"),
+        (named("two words"), "used as a tag"),
+        (named("1st"), "used as a tag"),
+        (named("answer"), "<answer> is a reserved tag"),
     ],
 )
 def test_a_tool_that_cannot_be_offered_is_refused(tool: Callable[..., Any], message: str) -> None:
@@ -204,12 +204,12 @@ def test_an_object_without_a_name_is_refused() -> None:
         def __call__(self, text: str) -> str:
             return text
 
-    with pytest.raises(ToolSpecError, match="a tool is a named function"):
+    with pytest.raises(ToolSpecError, match="A tool must be a named function"):
         tool_spec(Callable_())
 
 
 def test_two_tools_of_one_name_are_refused() -> None:
-    with pytest.raises(ToolSpecError, match="two tools are named 'echo'"):
+    with pytest.raises(ToolSpecError, match="Two tools are named 'echo'"):
         ToolBox([echo, named("echo")])
 
 
@@ -226,7 +226,9 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
     with ToolBox([echo, echo_later]) as box:
         assert box.names == ("echo", "echo_later")
         tickets = {
-            box.submit(ToolCall(name, {"text": name + str(i)})): name + str(i) for i in range(5) for name in box.names
+            box.submit(ToolCall(name=name, arguments={"text": name + str(i)})): name + str(i)
+            for i in range(5)
+            for name in box.names
         }
         assert box.pending == 10
         results = collect(box, 10)
@@ -387,18 +389,24 @@ def test_an_exception_without_a_readable_message_is_still_text() -> None:
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (ToolCall("browse", {"text": "x"}), "Error: there is no tool 'browse'; the tools are: echo, add."),
-        (ToolCall("echo", {}), "Error: echo: missing a required argument: 'text'."),
-        (ToolCall("echo", {"text": "x", "more": 1}), "Error: echo: got an unexpected keyword argument 'more'."),
-        (ToolCall("echo", {"text": 5}), "Error: echo: text has to be of type string, got int."),
-        (ToolCall("add", {"a": True}), "Error: add: a has to be of type integer, got bool."),
+        (
+            ToolCall(name="browse", arguments={"text": "x"}),
+            "Error: there is no tool 'browse'; the tools are: echo, add.",
+        ),
+        (ToolCall(name="echo", arguments={}), "Error: echo: missing a required argument: 'text'."),
+        (
+            ToolCall(name="echo", arguments={"text": "x", "more": 1}),
+            "Error: echo: got an unexpected keyword argument 'more'.",
+        ),
+        (ToolCall(name="echo", arguments={"text": 5}), "Error: echo: text must be of type string, got int."),
+        (ToolCall(name="add", arguments={"a": True}), "Error: add: a must be of type integer, got bool."),
     ],
 )
 def test_a_bad_call_is_told_to_the_model_and_nothing_runs(call: ToolCall, text: str) -> None:
     with ToolBox([echo, add]) as box:
         ticket = box.submit(call)
         result = collect(box, 1)[ticket]
-    assert result == ToolResult(text, ToolFailure.BAD_CALL, 0.0, CallSource.REFUSED)
+    assert result == ToolResult(text=text, failure=ToolFailure.BAD_CALL, seconds=0.0, source=CallSource.REFUSED)
 
 
 # Deadlines and places.
@@ -442,8 +450,8 @@ def test_an_async_tool_that_blocks_holds_up_no_sync_call() -> None:
         return ""
 
     with ToolBox([block, echo], timeout_s=0.2) as box:
-        blocked = box.submit(ToolCall("block", {"text": "x"}))
-        echoed = box.submit(ToolCall("echo", {"text": "x"}))
+        blocked = box.submit(ToolCall(name="block", arguments={"text": "x"}))
+        echoed = box.submit(ToolCall(name="echo", arguments={"text": "x"}))
         results = collect(box, 2)
         released.set()
     assert (results[blocked].failure, results[echoed].text) == ("timeout", "x")
@@ -451,8 +459,8 @@ def test_an_async_tool_that_blocks_holds_up_no_sync_call() -> None:
 
 def test_hung_calls_give_their_places_back(gate: Gate) -> None:
     with ToolBox([gate.tool(), echo], timeout_s=0.3, concurrency=2) as box:
-        hung = [box.submit(ToolCall("wait", {"text": str(i)})) for i in range(6)]
-        last = box.submit(ToolCall("echo", {"text": "still served"}))
+        hung = [box.submit(ToolCall(name="wait", arguments={"text": str(i)})) for i in range(6)]
+        last = box.submit(ToolCall(name="echo", arguments={"text": "still served"}))
         results = collect(box, 7)
     assert [results[ticket].failure for ticket in hung] == ["timeout"] * 6
     assert results[last].text == "still served"
@@ -471,7 +479,7 @@ def test_waiting_for_a_place_does_not_count_towards_the_deadline() -> None:
     # One place, eight calls of 0.2 s: the last starts after 1.4 s, past the deadline of 1 s, were the wait counted.
     with ToolBox([nap], timeout_s=1.0, concurrency=1) as box:
         for i in range(8):
-            box.submit(ToolCall("nap", {"text": str(i)}))
+            box.submit(ToolCall(name="nap", arguments={"text": str(i)}))
         results = collect(box, 8)
     assert [results[ticket].failure for ticket in sorted(results)] == [None] * 8
 
@@ -479,7 +487,7 @@ def test_waiting_for_a_place_does_not_count_towards_the_deadline() -> None:
 def test_no_more_calls_run_at_once_than_there_are_places(gate: Gate) -> None:
     with ToolBox([gate.tool()], concurrency=3) as box:
         for i in range(9):
-            box.submit(ToolCall("wait", {"text": str(i)}))
+            box.submit(ToolCall(name="wait", arguments={"text": str(i)}))
         while gate.running < 3:
             time.sleep(0.001)
         gate.opened.set()
@@ -489,8 +497,10 @@ def test_no_more_calls_run_at_once_than_there_are_places(gate: Gate) -> None:
 
 def test_a_tool_with_a_limit_of_its_own_leaves_the_other_places_to_others(gate: Gate) -> None:
     with ToolBox([gate.tool(), echo], concurrency=3, per_tool={"wait": 2}) as box:
-        waiting = [box.submit(ToolCall("wait", {"text": str(i)})) for i in range(6)]
-        other = box.submit(ToolCall("echo", {"text": "served meanwhile"}))  # the third place, past the queue of `wait`
+        waiting = [box.submit(ToolCall(name="wait", arguments={"text": str(i)})) for i in range(6)]
+        other = box.submit(
+            ToolCall(name="echo", arguments={"text": "served meanwhile"})
+        )  # the third place, past the queue of `wait`
         assert collect(box, 1)[other].text == "served meanwhile"
         gate.opened.set()
         results = collect(box, 6)
@@ -513,7 +523,7 @@ def test_a_limit_that_cannot_work_is_refused(per_tool: dict[str, Any], message: 
 
 def test_polling_waits_at_most_as_long_as_told(gate: Gate) -> None:
     with ToolBox([gate.tool()]) as box:
-        box.submit(ToolCall("wait", {"text": "x"}))
+        box.submit(ToolCall(name="wait", arguments={"text": "x"}))
         assert box.poll() == []
         assert box.poll(timeout_s=0.01) == []
         assert box.pending == 1
@@ -555,7 +565,7 @@ def test_a_tool_that_needs_one_thread_and_does_not_say_so_is_named_in_the_log_on
 ) -> None:
     with ToolBox([price_tool()]) as box:
         for _ in range(2):
-            box.submit(ToolCall("price", {"metal": "tin"}))
+            box.submit(ToolCall(name="price", arguments={"metal": "tin"}))
             (result,) = collect(box, 1).values()
             assert result.text.startswith("Error: ProgrammingError: SQLite objects created in a thread")
     (record,) = caplog.records
@@ -583,9 +593,9 @@ def test_calls_in_the_main_thread_run_in_their_order_and_take_no_place(gate: Gat
         return text
 
     with ToolBox([gate.tool(), wanting(note, run_in="main")], concurrency=1) as box:
-        waiting = box.submit(ToolCall("wait", {"text": "in the only place"}))
+        waiting = box.submit(ToolCall(name="wait", arguments={"text": "in the only place"}))
         for text in "abc":
-            box.submit(ToolCall("note", {"text": text}))
+            box.submit(ToolCall(name="note", arguments={"text": text}))
         assert order == []  # nothing runs before somebody polls
         collect(box, 3)
         assert order == ["a", "b", "c"]
@@ -604,8 +614,8 @@ def test_a_call_in_the_main_thread_outlasts_its_deadline_while_those_of_threads_
         return text
 
     with ToolBox([wanting(slow, run_in="main"), gate.tool()], timeout_s=0.02) as box:
-        late = box.submit(ToolCall("slow", {"text": "late"}))
-        hung = box.submit(ToolCall("wait", {"text": "hung"}))
+        late = box.submit(ToolCall(name="slow", arguments={"text": "late"}))
+        hung = box.submit(ToolCall(name="wait", arguments={"text": "hung"}))
         results = collect(box, 2)
     assert (results[late].text, results[late].failure, results[hung].failure) == ("late", None, "timeout")
     assert results[late].seconds >= 0.1
@@ -622,7 +632,7 @@ def test_slow_calls_in_the_main_thread_leave_the_poller_time_between_them() -> N
         return text
 
     with ToolBox([wanting(slow, run_in="main")]) as box:
-        tickets = [box.submit(ToolCall("slow", {"text": str(i)})) for i in range(3)]
+        tickets = [box.submit(ToolCall(name="slow", arguments={"text": str(i)})) for i in range(3)]
         # longer than a poll goes on starting calls, so each poll runs one
         assert [[ticket for ticket, _ in box.poll()] for _ in tickets] == [[ticket] for ticket in tickets]
 
@@ -689,7 +699,7 @@ def test_identical_calls_of_a_tool_each_run_unless_it_is_deterministic_or_cached
     ):
         with ToolBox([counter(run_in=run_in, deterministic=deterministic)], cache=cache, concurrency=1) as box:
             for _ in range(4):
-                box.submit(ToolCall("count", {"text": "same"}))
+                box.submit(ToolCall(name="count", arguments={"text": "same"}))
             texts[how] = sorted(result.text for result in collect(box, 4).values())
     assert texts["plain"] == ["1", "2", "3", "4"]
     # Of threads the first may be done before the last is asked, and then the answer is no longer under way.
@@ -706,9 +716,9 @@ def test_which_of_the_built_in_tools_are_deterministic() -> None:
 
 def test_identical_calls_in_flight_of_a_deterministic_tool_share_one_execution(gate: Gate) -> None:
     with ToolBox([wanting(gate.tool(), deterministic=True)]) as box:
-        first = box.submit(ToolCall("wait", {"text": "same"}))
-        second = box.submit(ToolCall("wait", {"text": "same"}))
-        other = box.submit(ToolCall("wait", {"text": "other"}))
+        first = box.submit(ToolCall(name="wait", arguments={"text": "same"}))
+        second = box.submit(ToolCall(name="wait", arguments={"text": "same"}))
+        other = box.submit(ToolCall(name="wait", arguments={"text": "other"}))
         gate.opened.set()
         results = collect(box, 3)
     assert gate.executions == 2
@@ -720,7 +730,7 @@ def test_without_a_cache_a_later_identical_call_runs_again(gate: Gate) -> None:
     gate.opened.set()
     with ToolBox([gate.tool()]) as box:
         for _ in range(2):
-            box.submit(ToolCall("wait", {"text": "same"}))
+            box.submit(ToolCall(name="wait", arguments={"text": "same"}))
             assert [result.source for result in collect(box, 1).values()] == ["executed"]
     assert gate.executions == 2
 
@@ -731,7 +741,7 @@ def test_a_cache_gives_successes_again_and_failures_not() -> None:
         for name, sources in (("echo", ["executed", "cached"]), ("fail", ["executed", "executed"])):
             seen: list[ToolResult] = []
             for _ in range(2):
-                box.submit(ToolCall(name, {"text": "same"}))
+                box.submit(ToolCall(name=name, arguments={"text": "same"}))
                 seen += collect(box, 1).values()
             assert [result.source for result in seen] == sources
             assert seen[0].text == seen[1].text
@@ -740,7 +750,7 @@ def test_a_cache_gives_successes_again_and_failures_not() -> None:
 def test_arguments_are_compared_by_value_whatever_their_order() -> None:
     with ToolBox([add], cache=True) as box:
         for arguments in ({"a": 1, "b": 2}, {"b": 2, "a": 1}, {"a": 1, "b": 3}):
-            box.submit(ToolCall("add", arguments))
+            box.submit(ToolCall(name="add", arguments=arguments))
             (result,) = collect(box, 1).values()
             assert (result.text, result.source) == (
                 str(sum(arguments.values())),
@@ -798,7 +808,7 @@ def noted(box: ToolBox, *before: tuple[str, ToolFailure | None]) -> PathStates:
     """The states of a path of `box` that made those calls of `note`."""
     states = box.create_states(0)
     for text, failure in before:
-        states.record(ToolCall("note", {"text": text}), failure)
+        states.record(ToolCall(name="note", arguments={"text": text}), failure)
     return states
 
 
@@ -807,11 +817,11 @@ def test_a_call_of_a_stateful_tool_acts_on_the_state_of_its_path() -> None:
     assert tool_spec(echo).create_state is None
     with ToolBox([notebook([]), echo]) as box:
         states = noted(box, ("a", None), ("b", None))
-        ticket = box.submit(ToolCall("note", {"text": "c"}), states)
-        states.record(ToolCall("note", {"text": "c"}), None)
-        later = box.submit(ToolCall("note", {"text": "d"}), states)
-        stateless = box.submit(ToolCall("echo", {"text": "e"}), states)
-        of_no_path = box.submit(ToolCall("note", {"text": "f"}))
+        ticket = box.submit(ToolCall(name="note", arguments={"text": "c"}), states)
+        states.record(ToolCall(name="note", arguments={"text": "c"}), None)
+        later = box.submit(ToolCall(name="note", arguments={"text": "d"}), states)
+        stateless = box.submit(ToolCall(name="echo", arguments={"text": "e"}), states)
+        of_no_path = box.submit(ToolCall(name="note", arguments={"text": "f"}))
         results = collect(box, 4)
     assert [results[i].text for i in (ticket, later, stateless, of_no_path)] == [
         "a b c",
@@ -821,12 +831,38 @@ def test_a_call_of_a_stateful_tool_acts_on_the_state_of_its_path() -> None:
     ]
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_identical_calls_join_until_the_first_is_polled_however_fast_the_tool_is(cache: bool) -> None:
+    executed: list[str] = []
+
+    def quick(text: str) -> str:
+        """Answers at once.
+
+        Args:
+            text: What to answer.
+        """
+        executed.append(text)
+        return text
+
+    quick.deterministic = True  # type: ignore[attr-defined]
+    with ToolBox([quick], cache=cache) as box:
+        call = ToolCall(name="quick", arguments={"text": "a"})
+        box.submit(call)
+        while not executed or box._joinable[next(iter(box._joinable))].result is None:
+            time.sleep(0.001)
+        box.submit(call)
+        assert [result.source for result in collect(box, 2).values()] == ["executed", "joined"]
+        box.submit(call)
+        assert [result.source for result in collect(box, 1).values()] == ["cached" if cache else "executed"]
+    assert executed == ["a"] * (1 if cache else 2)
+
+
 def test_calls_on_states_with_other_keys_are_other_calls_to_the_cache() -> None:
     texts: list[str] = []
     executed: list[str] = []
     with ToolBox([notebook(executed)], cache=True) as box:
         for before in ([("a", None)], [("b", None)], [], [("a", None)], [("a", ToolFailure.ERROR)]):
-            ticket = box.submit(ToolCall("note", {"text": "c"}), noted(box, *before))
+            ticket = box.submit(ToolCall(name="note", arguments={"text": "c"}), noted(box, *before))
             texts.append(collect(box, 1)[ticket].text)
     assert texts == ["a c", "b c", "c", "a c", "a! c"]
     assert len(executed) == 4  # the second "a c" came from the cache
@@ -851,8 +887,8 @@ def test_calls_on_a_state_without_a_key_share_nothing_and_run_one_after_the_othe
     note.deterministic = True  # type: ignore[attr-defined]
     with ToolBox([note], cache=True) as box:
         states = box.create_states(0)
-        tickets = [box.submit(ToolCall("note", {"text": text}), states) for text in ("a", "b", "b")]
-        tickets.append(box.submit(ToolCall("note", {"text": "b"}), box.create_states(0)))
+        tickets = [box.submit(ToolCall(name="note", arguments={"text": text}), states) for text in ("a", "b", "b")]
+        tickets.append(box.submit(ToolCall(name="note", arguments={"text": "b"}), box.create_states(0)))
         results = collect(box, 4)
         assert box.state_dict() == {}
     assert [results[ticket].text for ticket in tickets] == ["a", "a b", "a b b", "b"]
@@ -862,14 +898,14 @@ def test_calls_on_a_state_without_a_key_share_nothing_and_run_one_after_the_othe
 def test_a_create_state_that_cannot_be_one_is_refused() -> None:
     note = notebook([])
     note.create_state = "Notes"  # type: ignore[attr-defined]
-    with pytest.raises(ToolSpecError, match="tool 'note': its attribute create_state is 'Notes'; expected a function"):
+    with pytest.raises(ToolSpecError, match="tool 'note': the attribute create_state is 'Notes'; expected a function"):
         tool_spec(note)
     note.create_state = lambda group: {}  # type: ignore[attr-defined]
     with (
         ToolBox([note]) as box,
         pytest.raises(ToolSpecError, match="create_state of tool 'note' returned dict; expected a PathState"),
     ):
-        box.submit(ToolCall("note", {"text": "a"}), box.create_states(0))
+        box.submit(ToolCall(name="note", arguments={"text": "a"}), box.create_states(0))
 
 
 def test_a_call_that_the_tool_cut_short_is_told_apart_from_one_that_failed() -> None:
@@ -882,7 +918,7 @@ def test_a_closed_box_takes_no_calls() -> None:
     box.close()
     box.close()
     with pytest.raises(RuntimeError, match="closed"):
-        box.submit(ToolCall("echo", {"text": "x"}))
+        box.submit(ToolCall(name="echo", arguments={"text": "x"}))
 
 
 @pytest.mark.slow
@@ -898,10 +934,10 @@ def test_hung_tools_do_not_keep_the_interpreter_from_exiting(tmp_path: Path) -> 
         '    """Hang.\n\n    Args:\n        text: Not used.\n    """\n'
         "    threading.Event().wait()\n"
         "box = ToolBox([hang, block], timeout_s=0.05)\n"
-        "for name in box.names: box.submit(ToolCall(name, {'text': ''}))\n"
+        "for name in box.names: box.submit(ToolCall(name=name, arguments={'text': ''}))\n"
         "results = []\n"
         "while len(results) < 2: results += box.poll(1.0)\n"
-        "box.submit(ToolCall('hang', {'text': 'again'}))\n"
+        "box.submit(ToolCall(name='hang', arguments={'text': 'again'}))\n"
         "print(json.dumps([result.failure for _, result in results]))\n"
         "raise KeyboardInterrupt\n"
     )

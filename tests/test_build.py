@@ -1,4 +1,4 @@
-"""Engines and samplers as training, evaluation and measurement make them."""
+"""Engines and samplers are built the same way for training, evaluation and measurement."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from loopback import Loopback
 from support import ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer
 
 EOS = int(tokenizer().eos_token_id)
-SETTINGS = SamplingParams((EOS,), ("</search>",))
+SETTINGS = SamplingParams(eos_ids=(EOS,), stop_strings=("</search>",))
 
 
 class Echo:
@@ -56,7 +56,13 @@ class Echo:
     def turn(self, request: TurnRequest) -> Turn:
         ids = [*tokenizer().encode(boxed(asked_number(tokenizer().decode(request.ids)))), EOS]
         assert len(ids) <= request.max_tokens
-        return Turn(request.id, ids, [-0.5] * len(ids), [0.1] * min(len(ids), request.probe_tokens), TurnStop.EOS)
+        return Turn(
+            id=request.id,
+            ids=ids,
+            logprobs=[-0.5] * len(ids),
+            entropies=[0.1] * min(len(ids), request.probe_tokens),
+            stop=TurnStop.EOS,
+        )
 
 
 def own_sampler(engine: Engine, **settings):

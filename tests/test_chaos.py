@@ -1,4 +1,4 @@
-"""Tools that fail in every way there is leave a rollout whole: M leaves per group, and nothing but harmless text."""
+"""Failing tools do not damage a rollout: M leaves per group, and only harmless text in the results."""
 
 import importlib.util
 import sys
@@ -34,7 +34,7 @@ def texts(benchmark) -> dict[str, list[str]]:
 def calls_twice(request, context):
     *_, depth = request.key
     text = [f"<search>iron {request.key}</search>", f"<python>{request.seed}</python>", ANSWER][min(depth, 2)]
-    return ScriptedTurn(text, entropies=[float(depth)], polls=1 + request.seed % 2)
+    return ScriptedTurn(text=text, entropies=[float(depth)], polls=1 + request.seed % 2)
 
 
 def sample(benchmark, *, groups, ways=(), rate=1.0):

@@ -118,11 +118,11 @@ def test_files_of_a_run_that_ended_are_no_trees_of_the_one_that_goes_on(model, w
 def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, caplog):
     trainer = train(model, tmp_path, "true", max_steps=1, save_strategy="no")
     assert trainer.state.global_step == 1
-    assert "starting afresh" in caplog.text
+    assert "starting a new run" in caplog.text
 
 
 def test_starting_anew_where_checkpoints_are_is_refused(model, whole):
-    with pytest.raises(ConfigError, match=r"holds checkpoint-7 of an earlier run.*resume_from_checkpoint true"):
+    with pytest.raises(ConfigError, match=r"holds checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
         train(model, whole("plain"))
 
 
@@ -176,7 +176,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named_when_asked_for(whole, tmp
         here.find(str(folder / "checkpoint-7"))
     assert str(error.value) == (
         f"{weights} has {size - 1:,} bytes; it was written with {size:,}. "
-        f"The last whole checkpoint is {folder / 'checkpoint-5'}."
+        f"The last complete checkpoint is {folder / 'checkpoint-5'}."
     )
     with pytest.raises(CheckpointError, match=r"optimizer\.pt is missing"):
         here.find(str(folder / "checkpoint-6"))
@@ -195,12 +195,12 @@ def test_without_any_whole_checkpoint_true_is_an_error(whole, tmp_path, content)
     shutil.copytree(whole("plain") / "checkpoint-7", tmp_path / "checkpoint-7")
     state = tmp_path / "checkpoint-7" / STATE_FILE
     state.unlink() if content is None else state.write_text(content, "utf-8")
-    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is whole.*arpo_state\.json"):
+    with pytest.raises(CheckpointError, match=r"No checkpoint in .* is complete.*arpo_state\.json"):
         Checkpoints(tmp_path).find(True)
 
 
 def test_a_path_that_is_no_folder_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"which is no folder\..*holds no whole one"):
+    with pytest.raises(ConfigError, match=r"expected a folder, true or false\..*holds no complete checkpoint"):
         Checkpoints(tmp_path).find("elsewhere")
 
 
@@ -271,7 +271,7 @@ def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(model, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"checkpoint-3 could not be written to {tmp_path} (" in str(error.value)
-    assert f"MB are free there. {tmp_path / 'checkpoint-2'} is whole. Make room" in str(error.value)
+    assert f"MB are free there. {tmp_path / 'checkpoint-2'} is complete. Free some space" in str(error.value)
     assert [path.name for path in tmp_path.glob("*checkpoint*")] == ["checkpoint-2"]
     assert not (tmp_path / ".unfinished").exists()
     assert Checkpoints(tmp_path).find(True).step == 2
@@ -339,13 +339,15 @@ def test_skipping_no_data_is_refused(model, whole):
 def test_a_reference_model_that_moves_is_refused(model, tmp_path):
     moving = {"sync_ref_model": True, "beta": 0.1}
     train(model, tmp_path, max_steps=1, **moving)
-    with pytest.raises(ConfigError, match=r"sync_ref_model is set, and no checkpoint holds the reference model"):
+    with pytest.raises(
+        ConfigError, match=r"sync_ref_model is set, but checkpoints do not contain the reference model"
+    ):
         train(model, tmp_path, True, max_steps=2, **moving)
 
 
 def test_a_checkpoint_of_the_model_only_is_no_place_to_go_on_from(model, tmp_path):
     train(model, tmp_path, max_steps=1, save_only_model=True)
-    with pytest.raises(CheckpointError, match=r"holds the model only \(save_only_model\)"):
+    with pytest.raises(CheckpointError, match=r"contains the model only \(save_only_model\)"):
         train(model, tmp_path, True, max_steps=2)
 
 
@@ -363,10 +365,12 @@ def test_a_checkpoint_of_more_processes_is_spread_where_nothing_is_cut(model, wh
         file.write_text(json.dumps(state), "utf-8")
 
     of_two(between_generations=False)
-    with pytest.raises(ConfigError, match=r"2 processes and this run has 1; it holds what was left of a generation"):
+    with pytest.raises(
+        ConfigError, match=r"2 processes and this run has 1; it holds the untrained rest of a generation"
+    ):
         train(model, folder, True)
     of_two(between_generations=True, sharding="DeepSpeed ZeRO-3")
-    with pytest.raises(ConfigError, match=r"DeepSpeed ZeRO-3 keeps the optimizer in as many parts. Start as many"):
+    with pytest.raises(ConfigError, match=r"ZeRO-3 saves one part of the optimizer per process\. Start 2 processes"):
         train(model, folder, True)
     of_two(sharding=None)
     assert train(model, folder, True).state.global_step == STEPS

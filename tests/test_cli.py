@@ -17,7 +17,10 @@ from support import ANSWER, Scripted
 def log(tmp_path) -> Path:
     """A log of two trees: groups 0 and 1."""
     rollout = Scripted(lambda r, c: "<search>iron</search>" if r.key[-1] == 0 else ANSWER, leaves=2, at_root=2)(2)
-    trees = [LoggedTree(4, i, f"question {i}", tree, [1.0, 0.0], [0.7, -0.7]) for i, tree in enumerate(rollout.trees)]
+    trees = [
+        LoggedTree(step=4, group=i, prompt=f"question {i}", tree=tree, rewards=[1.0, 0.0], advantages=[0.7, -0.7])
+        for i, tree in enumerate(rollout.trees)
+    ]
     path = TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write("step-000004", trees)
     assert path is not None
     return path
@@ -102,9 +105,9 @@ def test_tree_of_a_folder_is_its_last_file(monkeypatch, capsys, log):
     ("arguments", "message"),
     [
         (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Give a file or the folder"),
-        (("{folder}/empty",), "empty holds no .jsonl file. Was trajectory_log_rate 0?"),
-        (("{log}", "--index", "2"), "--index is 2 but"),
-        (("{log}", "--index", "-1"), "--index is -1 but"),
+        (("{folder}/empty",), "empty contains no .jsonl file. Train with trajectory_log_rate above 0"),
+        (("{log}", "--index", "2"), "--index is 2, but"),
+        (("{log}", "--index", "-1"), "--index is -1, but"),
         (("{folder}/broken.jsonl",), "broken.jsonl, line 1: not a logged tree"),
     ],
 )
@@ -135,8 +138,11 @@ def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, lo
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("judge_url: http://[::1/v1\njudge_model: wise", "ConfigError: judge_url is no address like http"),
-        ("judge_url: http://me:hunter2@h/v1\njudge_model: wise", "ConfigError: judge_url is no address like http"),
+        ("judge_url: http://[::1/v1\njudge_model: wise", "ConfigError: judge_url must be an address like http"),
+        (
+            "judge_url: http://me:hunter2@h/v1\njudge_model: wise",
+            "ConfigError: judge_url must be an address like http",
+        ),
         ("limit: " + "[" * 3000, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100 deep"),
         ("limit: " + "[" * 101 + "]" * 101, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100"),
         ("limit: 2025-13-45", r"ConfigError: .*config\.yaml is not valid YAML"),
@@ -195,7 +201,7 @@ def test_a_released_cache_goes_in_answers_and_comes_out_again(monkeypatch, capsy
     released, cache, out_file = tmp_path / "search_cache.json", str(tmp_path / "c.sqlite"), tmp_path / "out.json"
     released.write_text(json.dumps({"capital of france": "Page 1: Paris."}))
     status, out, err = run(monkeypatch, capsys, "cache", "import", cache, str(released), "--provider", "brightdata")
-    assert (status, out, err) == (0, f"1 queries taken in from {released}\n", "")
+    assert (status, out, err) == (0, f"1 queries imported from {released}\n", "")
     (search,) = build_tools(
         ToolArguments(
             ["search"], search_provider="brightdata", search_zone="z", search_cache=cache, search_cache_mode="offline"

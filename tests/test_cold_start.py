@@ -158,19 +158,19 @@ def test_a_system_message_belongs_to_the_prompt():
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": MESSAGES[:3]}, "ends without a turn of the model"),
-        ({"messages": QUESTION}, "ends without a turn of the model"),
-        ({"prompt": QUESTION, "text": f"{TURNS[0]}<result>cut</result>"}, "ends without a turn of the model"),
-        ({"messages": MESSAGES[1:]}, "the first message is the assistant's; expected a system or user message"),
-        ({"messages": [*MESSAGES, *QUESTION]}, "a 'user' message after the first assistant message"),
+        ({"messages": MESSAGES[:3]}, "does not end with a turn of the model"),
+        ({"messages": QUESTION}, "does not end with a turn of the model"),
+        ({"prompt": QUESTION, "text": f"{TURNS[0]}<result>cut</result>"}, "does not end with a turn of the model"),
+        ({"messages": MESSAGES[1:]}, "the first message is an assistant message; expected a system or user message"),
+        ({"messages": [*MESSAGES, *QUESTION]}, "a 'user' message follows the first assistant message"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": None}]}, "message 1 is .*'content': None"),
         ({"messages": "hello"}, "`messages` is no list of messages"),
         ({"messages": ["hello"]}, "`messages` is no list of messages"),
         ({"prompt": "hello", "text": 5}, "expected `messages`, or `prompt` and `text`"),
-        ({"messages": [{"content": "hello"}]}, "message 0 is .* expected a role and a content"),
-        ({"messages": []}, r"it has \['messages'\]; expected `messages`, or `prompt` and `text`"),
-        ({"prompt": QUESTION}, r"it has \['prompt'\]; expected `messages`, or `prompt` and `text`"),
-        ({"question": "?", "answer": "!"}, r"it has \['answer', 'question'\]"),
+        ({"messages": [{"content": "hello"}]}, "message 0 is .* expected role and content"),
+        ({"messages": []}, r"the row has \['messages'\]; expected `messages`, or `prompt` and `text`"),
+        ({"prompt": QUESTION}, r"the row has \['prompt'\]; expected `messages`, or `prompt` and `text`"),
+        ({"question": "?", "answer": "!"}, r"the row has \['answer', 'question'\]"),
     ],
 )
 def test_a_bad_row_is_an_error_that_says_what_is_wrong(row, message):
@@ -202,5 +202,5 @@ def test_if_every_row_is_too_long_that_is_an_error():
 
 def test_a_bad_row_of_a_dataset_is_named_by_number():
     rows = Dataset.from_list([{"prompt": "a", "text": "one"}, {"prompt": "b", "text": None}])
-    with pytest.raises(DataError, match="Row 1: it has"):
+    with pytest.raises(DataError, match="Row 1: the row has"):
         encode_dataset(rows, protocol(), None)

@@ -1,4 +1,4 @@
-"""The completions engine against a real server on loopback that speaks `/v1/completions` in several dialects."""
+"""The completions engine against a real server on loopback with several dialects of `/v1/completions`."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from loopback import Asked, Loopback, Reply
 from support import tokenizer
 
 EOS = int(tokenizer().eos_token_id)
-SETTINGS = SamplingParams((EOS,), ("</search>", "</python>"), temperature=0.6, top_p=0.95)
+SETTINGS = SamplingParams(eos_ids=(EOS,), stop_strings=("</search>", "</python>"), temperature=0.6, top_p=0.95)
 
 
 def encode(text: str) -> list[int]:
@@ -68,7 +68,9 @@ def event(out, data) -> None:
 
 
 def request(number: int, text: str = "what is the answer", max_tokens: int = 50) -> TurnRequest:
-    return TurnRequest(number, encode(text), max_tokens, 0, seed=2**40 + number, key=(number, 0, 0))
+    return TurnRequest(
+        id=number, ids=encode(text), max_tokens=max_tokens, probe_tokens=0, seed=2**40 + number, key=(number, 0, 0)
+    )
 
 
 def outcomes(engine: CompletionsEngine, *requests: TurnRequest, within_s: float = 20.0) -> dict:
@@ -171,13 +173,13 @@ def test_what_may_pass_is_tried_again():
 @pytest.mark.parametrize(
     ("stream", "reason"),
     [
-        (lambda out: event(out, {"choices": [{"text": "half a"}]}), "broke off its answer"),
+        (lambda out: event(out, {"choices": [{"text": "half a"}]}), "sent an incomplete answer"),
         (lambda out: out.write(b"data: {not json}\n\n"), "could not be read"),
         (lambda out: event(out, ["choices"]), "answered with an error"),
         (lambda out: event(out, {"error": {"message": "died"}}), "answered with an error"),
-        (lambda out: event(out, {"choices": ["text"]}), "another layout"),
+        (lambda out: event(out, {"choices": ["text"]}), "unexpected format"),
         (lambda out: event(out, {"choices": [{"text": 3}]}), "could not be read"),
-        (lambda out: event(out, {"choices": [{"text": "", "finish_reason": "length"}]}), "wrote nothing"),
+        (lambda out: event(out, {"choices": [{"text": "", "finish_reason": "length"}]}), "returned an empty answer"),
         (lambda out: out.write(b"data: " + b"x" * (2 << 20)), "answered with more than"),
     ],
 )
@@ -201,7 +203,7 @@ def test_a_turn_may_take_only_so_long(monkeypatch):
 def test_a_server_that_stays_away_ends_the_rollout_and_says_so():
     with Loopback(Server(lambda prompt: "fine", ids=False)) as loopback:
         made = engine(loopback, away_s=0.2)
-    with pytest.raises(EngineError, match=r"cannot be reached and has answered nothing for 0 s. Start it again"):
+    with pytest.raises(EngineError, match=r"is unreachable and has not answered for 0 s. Restart it"):
         outcomes(made, request(0))
     with made.session():
         assert made.poll(0.0) == []
@@ -222,7 +224,7 @@ def test_a_session_that_is_left_early_leaves_nothing_behind():
 @pytest.mark.parametrize(
     ("url", "error", "message"),
     [
-        ("localhost:8000", ConfigError, "base_url is no address like"),
+        ("localhost:8000", ConfigError, "base_url must be an address like"),
         ("http://me:pass@localhost/v1", ConfigError, "without user name, password or query"),
         (
             "http://127.0.0.1:9/v1",
@@ -286,5 +288,7 @@ def test_a_server_adds_the_bos_to_a_text_itself():
 
     with Loopback(server := Server(lambda prompt: "fine", ids=False)) as loopback:
         made = CompletionsEngine(loopback.url + "/v1", None, WithBos(), SETTINGS)
-        outcomes(made, TurnRequest(0, [bos, *encode("iron is")], 5, 0, 0, (0, 0, 0)))
+        outcomes(
+            made, TurnRequest(id=0, ids=[bos, *encode("iron is")], max_tokens=5, probe_tokens=0, seed=0, key=(0, 0, 0))
+        )
     assert server.bodies[0]["prompt"] == "iron is"

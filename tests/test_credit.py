@@ -179,7 +179,7 @@ def test_a_rule_and_a_credit_from_outside_train_by_name(tmp_path):
             return BranchDecision(fires=True)
 
     def script(request, context):
-        return ScriptedTurn("<search>iron</search>" if request.key[-1] == 0 else ANSWER, entropies=[1.0])
+        return ScriptedTurn(text="<search>iron</search>" if request.key[-1] == 0 else ANSWER, entropies=[1.0])
 
     eos = (tokenizer().eos_token_id,)
     args = ARPOConfig(
@@ -201,7 +201,7 @@ def test_a_rule_and_a_credit_from_outside_train_by_name(tmp_path):
         args,
         Dataset.from_list([{"prompt": [{"role": "user", "content": f"what is {i}"}]} for i in range(4)]),
         tools=[search],
-        engine=ScriptedEngine(tokenizer(), SamplingParams(eos, ("</search>",)), script),
+        engine=ScriptedEngine(tokenizer(), SamplingParams(eos_ids=eos, stop_strings=("</search>",)), script),
     )
     made.train()
     (logged,) = read_trees(next((tmp_path / "run" / "trajectories").glob("step-*")))

@@ -1,4 +1,4 @@
-"""Datasets: every layout becomes {prompt, answer, task, id}, and every bad row is named."""
+"""Datasets: every layout becomes {prompt, answer, task, id}, and errors name each bad row."""
 
 import json
 import logging
@@ -59,6 +59,11 @@ def test_a_verl_row_is_converted_and_its_backspaces_repaired(tmp_path: Path) -> 
     }
 
 
+def test_json_lines_may_be_in_a_json_file(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"question": "q", "answer": "1"}\n{"question": "r", "answer": "2"}\n')
+    assert load_arpo_dataset(str(tmp_path / "rows.json"), task="math")["answer"][:] == [["1"], ["2"]]
+
+
 def test_parquet_json_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
     rows = [verl_row(), verl_row("Essex", "qa", "Which county?\u2028In England.")]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
@@ -117,9 +122,7 @@ def test_the_system_prompt_is_kept_added_or_replaced(tmp_path: Path) -> None:
 
 
 def test_a_misspelt_system_prompt_or_task_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"system_prompt is 'reasonning'; expected a name from \['reasoning', 'deepsea"
-    ):
+    with pytest.raises(ConfigError, match=r"system_prompt is 'reasonning'; expected one of \['reasoning', 'deepsea"):
         load_arpo_dataset("rows.jsonl", system_prompt="reasonning")
     with pytest.raises(ConfigError, match="task is 'maths'; expected one of"):
         load_arpo_dataset("rows.jsonl", task="maths")
@@ -140,7 +143,7 @@ def test_silent_rows_are_judged_together_by_their_answers(tmp_path: Path, caplog
 
     # 3 of 4 are a number or LaTeX: math, all of them
     assert tasks(["-1,000.5", r"\frac{1}{2}", "x^2", "Evelyn"]) == ["math"] * 4
-    assert "4 row(s) do not say their task; taken as math, since 75 %" in caplog.text
+    assert "4 row(s) do not state their task; their task is set to math, since 75 %" in caplog.text
     # 1 of 4: qa
     assert tasks(["1999", "Essex", "Crystal Dynamics", "yes"]) == ["qa"] * 4
     # 2 of 4 tell nothing
@@ -165,20 +168,20 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
         ({"question": None, "answer": "a"}, "no prompt or question: 'question' is null"),
         ({"answer": "a"}, r"no prompt or question: the row has the fields \['answer'\]"),
         ({"question": "q", "answer": " "}, "'answer' is ' '; expected at least one answer"),
-        ({"question": "q", "answer": []}, r"'answer' holds no answer \(\[\]\); expected at least one"),
+        ({"question": "q", "answer": []}, r"'answer' contains no answer \(\[\]\); expected at least one"),
         ({"question": "q", "answer": ["a", ""]}, r"'answer' is \['a', ''\]"),
-        ({"question": "q", "answer": ["a", None]}, "'answer' holds None"),
-        ({"question": "q", "answer": True}, "'answer' holds True"),
-        ({"question": "q", "answer": {"a": 1}}, "'answer' holds {'a': 1}"),
+        ({"question": "q", "answer": ["a", None]}, "'answer' contains None"),
+        ({"question": "q", "answer": True}, "'answer' contains True"),
+        ({"question": "q", "answer": {"a": 1}}, "'answer' contains {'a': 1}"),
         ({"question": " ", "answer": "a"}, "'prompt' is .* ' '}\\]; expected some text in it"),
         ({"prompt": [user("q"), user(" ")], "answer": "a"}, "message 1 of 'prompt' has the content ' '"),
         (
             {"prompt": [user("q") | {"tool_calls": [{"function": {"name": "f"}}]}], "answer": "a"},
-            "message 0 of 'prompt' has tool_calls, which would be lost here",
+            "message 0 of 'prompt' has tool_calls, which load_arpo_dataset would drop",
         ),
         ({"prompt": [], "answer": "a"}, r"'prompt' is \[\]"),
         ({"prompt": 5, "answer": "a"}, "'prompt' is 5"),
-        ({"prompt": ["hi"], "answer": "a"}, "message 0 of 'prompt' is 'hi'; expected a role"),
+        ({"prompt": ["hi"], "answer": "a"}, "message 0 of 'prompt' is 'hi'; expected role"),
         ({"prompt": [user("q"), {"role": "user"}], "answer": "a"}, "message 1 of 'prompt' has the content None"),
         ({"question": "q", "answer": "a", "task": "code"}, "'task' is 'code'; expected one of"),
         (verl_row(ability="code"), "'ability' is 'code'; expected one of"),
@@ -196,13 +199,13 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
     [
         ("a.jsonl", b'{"question": "q", "answer": "1"}\n\n{"question"\n', "a.jsonl, line 3: not valid JSON"),
         ("a.jsonl", b"[1]\n", "a.jsonl, row 0: got a list; expected an object"),
-        ("a.jsonl", b"", "a.jsonl .* holds no rows"),
-        ("a.json", b"{}", "a.json holds a dict; expected a list of objects"),
+        ("a.jsonl", b"", "a.jsonl .* contains no rows"),
+        ("a.json", b"{}", "a.json contains a dict; expected a list of objects"),
         ("a.json", b"[", "a.json: not valid JSON"),
         ("a.json", b"[" * 100_000, "a.json: lists and mappings stand more than 100 deep"),
         ("a.jsonl", b'{"question": "\xff"}', r"a.jsonl, line 1 is not UTF-8 text \(byte 14\)"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
-        ("a.csv", b"question,answer", r"a.csv is no dataset file; expected one of \('.jsonl'"),
+        ("a.csv", b"question,answer", r"a.csv is not a dataset file; expected one of \('.jsonl'"),
     ],
 )
 def test_an_unreadable_file_says_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -222,7 +225,7 @@ def test_a_folder_gives_the_files_of_its_split_in_order(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("missing", ["missing.jsonl", "/no/where", "./folder", "a/b/c"])
 def test_a_missing_path_is_not_taken_for_a_hub_name(missing: str) -> None:
-    with pytest.raises(DataError, match=f"There is no file or folder {missing}"):
+    with pytest.raises(DataError, match=f"The file or folder {missing} does not exist"):
         load_arpo_dataset(missing)
 
 
@@ -240,7 +243,9 @@ def test_an_unreachable_hub_dataset_says_what_was_tried(monkeypatch: pytest.Monk
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(DataError, match=r"'someone/rows' is no local file or folder, .*ConnectionError: no network"):
+    with pytest.raises(
+        DataError, match=r"'someone/rows' is not a local file or folder, .*ConnectionError: no network"
+    ):
         load_arpo_dataset("someone/rows")
 
 
@@ -258,10 +263,13 @@ def test_good_rows_are_valid(tmp_path: Path) -> None:
         ({"question": ["a"], "answer": ["1"]}, "no column 'prompt'"),
         ({"prompt": [], "answer": []}, "The dataset is empty"),
         ({"prompt": ["a", None], "answer": ["1", "1"]}, "row 1: 'prompt' is None"),
-        ({"prompt": ["a"], "tool_calls": ["b"], "turns": ["c"]}, r"column\(s\) \['tool_calls', 'turns'\], but under"),
+        (
+            {"prompt": ["a"], "tool_calls": ["b"], "turns": ["c"]},
+            r"column\(s\) \['tool_calls', 'turns'\], but rewards",
+        ),
         (
             {"prompt": ["a"], "image": ["b"], "completions": ["c"]},
-            r"column\(s\) \['completions', 'image'\], whose names",
+            r"column\(s\) \['completions', 'image'\], but TRL",
         ),
         ({"prompt": ["a", "\n"]}, r"row 1: 'prompt' is '\\n'; expected some text in it"),
         ({"prompt": [[user(" ")]]}, "row 0: 'prompt' is .*; expected some text in it"),

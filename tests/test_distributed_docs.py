@@ -1,4 +1,4 @@
-"""What docs/distributed.md says is so: its memory table, its tests, its commands."""
+"""The memory table, the tests and the commands in docs/distributed.md are correct."""
 
 import re
 import subprocess

@@ -25,7 +25,10 @@ ROWS = Dataset.from_list(
 def rows_after(ids: list[list[int]], own: int) -> RowState:
     """Rows of these ids, of which the turn itself wrote the last `own`."""
     state = RowState(CPU)
-    requests = [TurnRequest(i, row[: len(row) - own], 8, 1, i, (i,)) for i, row in enumerate(ids)]
+    requests = [
+        TurnRequest(id=i, ids=row[: len(row) - own], max_tokens=8, probe_tokens=1, seed=i, key=(i,))
+        for i, row in enumerate(ids)
+    ]
     state.admit(0, requests, keep_ids=True)
     for step in range(-own, 0):
         n = len(ids)
@@ -35,7 +38,7 @@ def rows_after(ids: list[list[int]], own: int) -> RowState:
 
 
 def probabilities(rows: RowState, n: int = 1, **rules) -> list[list[float]]:
-    made = Distribution(SamplingParams((3,)), rules_of(None, rules), CPU)
+    made = Distribution(SamplingParams(eos_ids=(3,)), rules_of(None, rules), CPU)
     return [[round(value, 4) for value in row] for row in made(LOGITS.expand(n, 4).clone(), rows).tolist()]
 
 
@@ -96,7 +99,7 @@ def test_rules_about_what_was_written_read_each_rows_own_ids():
 
 def test_a_repetition_penalty_spares_what_only_a_longer_row_has_seen():
     rows = rows_after([[1], [2, 2, 2]], 0)
-    settings = SamplingParams((3,), repetition_penalty=1e9)
+    settings = SamplingParams(eos_ids=(3,), repetition_penalty=1e9)
     first, second = Distribution(settings, {}, CPU)(LOGITS.expand(2, 4).clone(), rows).tolist()
     assert [value == 0.0 for value in first] == [False, True, False, False]
     assert [value == 0.0 for value in second] == [False, False, True, False]
@@ -121,13 +124,13 @@ def test_greedy_turns_are_those_of_generate_under_its_other_rules(kwargs):
             parameter.mul_(3)
     made = TransformersEngine(
         tokenizer(),
-        SamplingParams((EOS,), temperature=0.0),
+        SamplingParams(eos_ids=(EOS,), temperature=0.0),
         lambda: contextlib.nullcontext(model),
         generation_kwargs=kwargs,
     )
     with made.session():
         for i, prompt in enumerate(PROMPTS):
-            made.submit(TurnRequest(i, prompt, 12, 4, i, (i,)))
+            made.submit(TurnRequest(id=i, ids=prompt, max_tokens=12, probe_tokens=4, seed=i, key=(i,)))
         turns = {event.id: event for event in events_of(made, len(PROMPTS)) if isinstance(event, Turn)}
     for i, prompt in enumerate(PROMPTS):
         generated = model.eval().generate(
@@ -175,13 +178,13 @@ def test_a_rule_of_the_model_that_cannot_be_applied_is_refused_at_construction(t
 
 
 def test_a_value_that_transformers_objects_to_is_an_error_before_anything_is_loaded():
-    with pytest.raises(ConfigError, match=r"set no_repeat_ngram_size, of which transformers says: .*positive"):
+    with pytest.raises(ConfigError, match=r"set no_repeat_ngram_size, and transformers rejects a value: .*positive"):
         rules_of(None, {"no_repeat_ngram_size": -1})
 
 
 def test_vllm_is_not_taken_where_it_would_leave_a_rule_out():
-    with pytest.raises(ConfigError, match=r"generation_config sets suppress_tokens, .* but vLLM is not asked for it"):
+    with pytest.raises(ConfigError, match=r"generation_config sets suppress_tokens, .* but is not passed on to vLLM"):
         refuse_rules(GenerationConfig(suppress_tokens=[1]), None, "vLLM")
-    with pytest.raises(ConfigError, match="generation_kwargs sets min_tokens, but vLLM is not asked for it"):
+    with pytest.raises(ConfigError, match="generation_kwargs sets min_tokens, which is not passed on to vLLM"):
         refuse_rules(None, {"min_tokens": 3}, "vLLM")
     refuse_rules(GenerationConfig(top_k=20, temperature=0.7, repetition_penalty=1.05), {}, "vLLM")

@@ -1,22 +1,33 @@
-"""What the documentation shows works as it stands there."""
+"""Code and commands in the documentation work as shown."""
 
+import ast
+import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
 
-from arpo_trl import cli
+import arpo_trl
+from arpo_trl import ARPOConfig, cli, errors
 from arpo_trl.cli import parse_settings
+from arpo_trl.data.layouts import MAPPABLE, convert_row
+from arpo_trl.data.loading import ROLLOUT_COLUMNS, TRL_COLUMNS
+from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.evaluation.benchmarks import BENCHMARKS, SUITES, custom_benchmark, find_benchmarks
 from arpo_trl.evaluation.report import METRIC_NAMES
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.trajectory_dataset import TRAJECTORY_SCHEMA
+from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.tools.builtin import ToolArguments
 from arpo_trl.tools.search.cache import CacheMode
 from arpo_trl.tools.search.providers import PROVIDERS
-from support import script
+from support import save_tiny_model, script, tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -33,9 +44,9 @@ def test_every_yaml_example_is_read(example: str, tmp_path: Path) -> None:
 
 def test_every_provider_and_mode_is_in_the_tables() -> None:
     described = set(re.findall(r"^\| `(\w+)` \|", TOOLS, re.MULTILINE)) - {"search_provider", "search_cache_mode"}
-    assert described == {"local", "recorded", *PROVIDERS, *(mode.value for mode in CacheMode)}
+    assert described == {"local", "recorded", *PROVIDERS.own, *(mode.value for mode in CacheMode)}
     assert set(re.findall(r"\b[A-Z]+_API_KEY\b", TOOLS)) - {"VISIT_SUMMARY_API_KEY", "SUMMARY_API_KEY"} == {
-        kind.key_variable for kind in PROVIDERS.values() if kind.key_variable
+        variable for name in PROVIDERS.own if (variable := PROVIDERS.get(name).key_variable)
     }
 
 
@@ -53,6 +64,41 @@ def test_every_yaml_example_of_an_evaluation_is_read(example: str, tmp_path: Pat
 def test_every_yaml_example_of_adapters_and_the_hub_is_read(example: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"dataset: rows.jsonl\nuse_cpu: true\n{example}")
     parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+
+
+@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", (DOCS / "data.md").read_text("utf-8"), re.DOTALL))
+def test_every_yaml_example_of_data_is_read(example: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"use_cpu: true\n{example}")
+    arguments, *_ = parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+    assert arguments.columns == {"question": "body", "answer": "meta.gold"}
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"), re.findall(r"\| `(\{.*\})` \| `(\[.*\])` \|", (DOCS / "data.md").read_text("utf-8"))
+)
+def test_every_row_in_the_table_of_layouts_has_the_answers_beside_it(row: str, answers: str) -> None:
+    converted = convert_row(json.loads(row), 0, None)
+    assert converted is not None
+    assert converted["answer"] == json.loads(answers)
+
+
+def test_the_names_that_rows_may_or_must_not_have_are_listed() -> None:
+    text = (DOCS / "data.md").read_text("utf-8")
+    sections = {section.partition("\n")[0]: set(re.findall(r"`(\w+)`", section)) for section in text.split("\n## ")}
+    assert sections["Columns"] == {"columns", *MAPPABLE}
+    assert sections["Prompts"] >= set(SYSTEM_PROMPTS)
+    assert sections["Errors"] == {"DataError", *ROLLOUT_COLUMNS, *TRL_COLUMNS}
+
+
+def test_the_public_names_and_errors_are_in_the_tables() -> None:
+    names, raised = (DOCS / "api.md").read_text("utf-8").split("\n## Errors\n")
+    described = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*)\|", names, re.MULTILINE)))
+    assert sorted(described) == sorted(arpo_trl.__all__)
+    kinds = re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`[^|]*)\|", raised, re.MULTILINE)))
+    assert set(kinds) == {
+        name for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.ArpoError) and kind is not errors.ArpoError
+    }  # fmt: skip
 
 
 def test_the_columns_of_a_trajectories_dataset_are_in_the_table(tmp_path: Path) -> None:
@@ -150,5 +196,77 @@ def test_every_script_that_is_named_is_there() -> None:
 def test_every_example_in_python_imports_what_there_is(code: str) -> None:
     """README's first one runs, in test_shipped.py."""
     compile(code, "example", "exec")
-    for line in re.findall(r"^(?:from|import) .*", code, re.MULTILINE):
-        exec(line, {})
+    for statement in ast.parse(code).body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            exec(ast.unparse(statement), {})
+
+
+def test_the_scripted_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its turns are read, its call runs, and its reward sees both: 538 = 1538 − 1000."""
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "api.md").read_text("utf-8"), re.DOTALL)
+    seen = SimpleNamespace(turns=[], calls=[])
+
+    def python(code: str) -> str:
+        """Run it.
+
+        Args:
+            code: It.
+        """
+        seen.calls.append(code)
+        return "538"
+
+    def reward(turns: list[list[str]], **_: Any) -> list[float]:
+        seen.turns += turns
+        return [0.0] * len(turns)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    rows = Dataset.from_list([{"prompt": "what is 1538 - 1000"}])
+    model = save_tiny_model(tmp_path / "model")
+    exec(code, {"tokenizer": tokenizer(), "model": model, "reward": reward, "dataset": rows, "python": python})
+    assert set(seen.calls) == {"print(1538 - 1000)"}
+    written = ["<python>print(1538 - 1000)</python>", "<answer>\\boxed{538}</answer>"]
+    assert seen.turns == [written] * 16
+
+
+def test_the_rule_and_the_credit_that_are_shown_can_be_chosen(tmp_path: Path) -> None:
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "algorithm.md").read_text("utf-8"), re.DOTALL):
+        exec(code, {"__name__": "example"})
+    config = ARPOConfig(
+        str(tmp_path), branch_rule="early", branch_rule_kwargs={"until_depth": 3}, advantage_attribution="own_turns"
+    )
+    rule: Any = config.make_branch_rule()
+    assert [rule.judge(SimpleNamespace(depth=depth), None).fires for depth in (1, 3, 4)] == [True, True, False]
+    tree = RolloutTree([9])
+    observation = tree.add_observation(tree.add_turn(0, [1, 1], "", [-0.5] * 2, []).index, [2], [], "")
+    for address in ((0,), (0, 1)):
+        turn = tree.add_turn(observation.index, [3] * len(address), "", [-0.5] * len(address), [])
+        tree.end(turn.index, address, StopReason.EOS)
+    advantages, weights = config.make_credit()([tree], torch.zeros(2), torch.tensor([1.0, -0.5]))
+    # two tokens of the first turn and one of its result are shared; then the leaves have one and two tokens
+    assert advantages[0, :4].tolist() == [0.0, 0.0, 0.0, 1.0]
+    assert advantages[1].tolist() == [0.0, 0.0, 0.0, -0.5, -0.5]
+    assert weights is None
+
+
+# Links ---------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        to = page.parent / path if path else page
+        if not to.exists() or (anchor and anchor not in anchors(to)):
+            broken.append(target)
+    assert broken == []

@@ -1,11 +1,12 @@
-"""What model-written code may try to get out of the sandbox, attempt by attempt, each with a proof of success.
+"""Attempts of model-written code to escape the sandbox, each with a check for success.
 
-An attempt is code and an oracle that looks at what the attempt would have changed or brought to light: a canary in a
-file, in another process's memory or environment, a file outside, a listening socket, a process to be killed, the next
-call. `won()` in the code is for what cannot be seen from outside, a system call that should have failed.
+An attempt is code and an oracle. The oracle looks for what the attempt would have changed or revealed: a canary in a
+file or in another process's memory or environment, a file outside, a listening socket, a killed process, the next
+call. The code calls `won()` for a success that is not visible from outside, such as a system call that should have
+failed.
 
-None succeeds on a tier that isolates. The control runs those that can do no harm in a plain process, where each does
-succeed: an attempt that cannot succeed anywhere would prove nothing.
+No attempt may succeed on a tier that isolates. As a control, the harmless attempts also run in a plain process, where
+each must succeed: an attempt that cannot succeed anywhere would prove nothing.
 """
 
 import contextlib
@@ -232,7 +233,7 @@ class Outcome:
 Oracle = Callable[[World, Outcome], bool]
 
 
-SERVED = Run("served\n", Ending.FINISHED)
+SERVED = Run(output="served\n", ending=Ending.FINISHED)
 
 
 def leaked(world: World, outcome: Outcome) -> bool:
@@ -1263,7 +1264,7 @@ class PlainProcess:
             )
             output.seek(0)
             shown = output.read().decode(errors="replace")
-        return Run(shown, Ending.RAISED if ended.returncode else Ending.FINISHED)
+        return Run(output=shown, ending=Ending.RAISED if ended.returncode else Ending.FINISHED)
 
 
 def needs_target(attempt: Attempt) -> bool:

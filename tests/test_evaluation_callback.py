@@ -20,7 +20,9 @@ def script(request, context):
 
 @pytest.fixture
 def trainer(tmp_path):
-    engine = ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), ("</search>",)), script)
+    engine = ScriptedEngine(
+        tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=("</search>",)), script
+    )
     return ARPOTrainer(
         model=save_tiny_model(tmp_path / "model"),
         reward_funcs=lambda completions, **_: [float(i % 2) for i in range(len(completions))],

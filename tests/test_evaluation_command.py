@@ -114,7 +114,7 @@ def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, ca
         status, out, _ = run(monkeypatch, capsys, *flags(here, server.url))
         assert status == 1
         assert re.search(
-            r"1 sample\(s\) failed or are missing. To try again, add to the command: --output \S+ --resume", out
+            r"1 sample\(s\) failed or are missing. To try again, run the command with: --output \S+ --resume", out
         )
         broken.clear()
         before = len(server.asked)
@@ -133,7 +133,7 @@ def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, cap
             super().__init__(*arguments, **settings, away_s=0.2)
             made.append(self)
 
-    monkeypatch.setattr("arpo_trl.rollout.engines.completions.CompletionsEngine", Impatient)
+    monkeypatch.setattr("arpo_trl.rollout.build.CompletionsEngine", Impatient)
     server = Loopback(completions(answers))
     with server:
 
@@ -141,13 +141,13 @@ def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, cap
             if asked_number(prompt) == "1":
                 threading.Thread(target=server.server.server_close).start()
                 made[0]._url = "http://127.0.0.1:9/v1"
-                made[0]._heard_s = 0.0
+                made[0]._last_answer_s = 0.0
             return answers(prompt)
 
         server.answer = completions(then_gone)
         status, out, _ = run(monkeypatch, capsys, *flags(here, server.url), "--concurrency", "1")
     assert status == 1
-    assert "EngineError: The completions server cannot be reached" in out and "Finished samples are kept" in out
+    assert "EngineError: The completions server is unreachable" in out and "Finished samples are kept" in out
     assert [one["number"] for one in read_records(here / "run/samples.jsonl")] == [0]
 
 
@@ -345,13 +345,13 @@ def test_help_is_there_in_no_time_and_names_every_setting():
     assert (done.returncode, done.stderr) == (0, "[]\n")
     for name in EvalSettings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in done.stdout
-    assert "Exit status: 0 done, 1 some samples failed, 2 usage." in " ".join(done.stdout.split())
+    assert "Exit status: 0 success, 1 some samples failed, 2 usage error." in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model", "m"), "nothing to evaluate on. Give --benchmarks, --suite or --data."),
+        (("--model", "m"), "nothing to evaluate on. Pass --benchmarks, --suite or --data."),
         (("--benchmarks", "gsm8"), "There is no benchmark 'gsm8'; did you mean gsm8k"),
         (("--suite", "maths"), "suite is 'maths'; expected one of"),
         (("--suite", "all", "--benchmarks", "gsm8k"), "benchmarks and suite are both set"),
@@ -363,10 +363,10 @@ def test_help_is_there_in_no_time_and_names_every_setting():
         (("--model", "m", "--top-p", "0"), "top_p is 0.0"),
         (("--model", "m", "--engine", "sglang"), "engine is 'sglang'; expected one of ['transformers', 'vllm']"),
         (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits holds 'python'"),
-        (("--model", "m", "--judge-url", "http://x"), "Of judge_url and judge_model one is set"),
+        (("--model", "m", "--judge-url", "http://x"), "Only one of judge_url and judge_model is set"),
         (("--model", "m", "--resume"), "resume is set without output"),
-        (("--model", "m", "--base-url", "http://x/v1", "--engine", "vllm"), "base_url names a server"),
-        (("--benchmarks", "gsm8k,math", "--data", "gsm8k.jsonl"), "2 benchmarks are asked for. Name one."),
+        (("--model", "m", "--base-url", "http://x/v1", "--engine", "vllm"), "base_url is set together with"),
+        (("--benchmarks", "gsm8k,math", "--data", "gsm8k.jsonl"), "2 benchmarks are selected; expected one. Name one"),
         (("--benchmarks", "gaia"), "GAIA could not be loaded from the Hub. It is gated"),
         (("--config", "nowhere.yaml"), "The --config file cannot be read"),
         (("--data", "broken.jsonl", "--benchmarks", "gsm8k"), "broken.jsonl, line 2: not valid JSON"),
@@ -403,7 +403,7 @@ def test_a_model_without_a_chat_template_says_so(monkeypatch, capsys, here):
     with Loopback(completions(answers)) as server:
         words = flags(here, server.url, **{"--model": str(here / "bare")})
         status, _, err = run(monkeypatch, capsys, *words)
-    assert status == 2 and "has no chat template, which turns questions into prompts" in err
+    assert status == 2 and "has no chat template; expected one, to render questions as prompts" in err
 
 
 def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
@@ -414,7 +414,7 @@ def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
         status, _, err = run(monkeypatch, capsys, *words, "--resume", "--temperature", "1")
         assert status == 2 and "holds a different run: settings.temperature is 0.6 there and 1.0 here" in err
         status, _, err = run(monkeypatch, capsys, *words)
-        assert status == 2 and "holds this run already" in err
+        assert status == 2 and "already holds this run" in err
         data(here, count=3)
         status, _, err = run(monkeypatch, capsys, *words, "--resume")
         assert status == 2 and "holds a different run: questions.gsm8k is" in err

@@ -34,7 +34,7 @@ def test_pass_at_k_is_the_published_formula_for_zeros_and_ones():
 
 @pytest.mark.parametrize("k", [0, 3])
 def test_pass_at_k_needs_k_samples(k):
-    with pytest.raises(ValueError, match=f"k is {k} but there are 2 samples"):
+    with pytest.raises(ValueError, match=f"k is {k} with 2 samples"):
         pass_at_k([1, 0], k)
 
 

@@ -141,7 +141,7 @@ def test_the_page_of_several_samples_has_pass_at_k():
 
 def test_a_page_without_a_single_good_sample_is_one():
     text = Page(page_of(record(0, None))).text
-    assert "1 sample(s) failed and count in no score: 1 × EngineError: died" in " ".join(text.split())
+    assert "1 sample(s) failed and are left out of all scores: 1 × EngineError: died" in " ".join(text.split())
 
 
 def test_only_the_first_samples_are_shown_and_long_texts_are_cut():
@@ -149,7 +149,7 @@ def test_only_the_first_samples_are_shown_and_long_texts_are_cut():
     page = page_of(*records)
     assert page.count("<details>") == report.SHOWN_SAMPLES
     assert "question-0-" in page and "question-199-" in page and "question-200-" not in page
-    assert "The first 200; all are in samples.jsonl" in page
+    assert "The first 200 samples. All samples are in samples.jsonl" in page
     cut = report.cut("a" * 5000 + "b" * 5000)
     assert len(cut) < 4100 and cut.startswith("a") and cut.endswith("b") and "6,000 characters" in cut
 

@@ -164,7 +164,10 @@ def test_a_gold_is_written_otherwise_and_made_wrong(gold, other, wrong):
 
 def test_a_gold_that_only_equal_text_matches_is_listed():
     checks, malformed, texts = check(questions("1", "36\\}", "east", r"\{x|x > 1\}"), seed=0)
-    assert texts == [TextOnly("sums", 1, "36\\}"), TextOnly("sums", 2, "east")]
+    assert texts == [
+        TextOnly(benchmark="sums", number=1, gold="36\\}"),
+        TextOnly(benchmark="sums", number=2, gold="east"),
+    ]
     assert malformed == []  # equal text does match
     assert (checks[0].rewritten, checks[0].changed) == (1.0, 0.0)
 
@@ -179,7 +182,10 @@ def test_golds_that_cannot_be_answers_are_listed():
     asked = questions("1", "{", "3")
     asked.rows[2]["answer"] = ["3", "}{"]
     checks, malformed, _ = check(asked, seed=0)
-    assert malformed == [Malformed("sums", 1, "{", ("math", "em")), Malformed("sums", 2, "}{", ("math", "em"))]
+    assert malformed == [
+        Malformed(benchmark="sums", number=1, gold="{", scorers=("math", "em")),
+        Malformed(benchmark="sums", number=2, gold="}{", scorers=("math", "em")),
+    ]
     assert checks[0].gold == pytest.approx(1 / 3)
 
 

@@ -178,7 +178,7 @@ def test_samples_are_written_as_they_finish(tmp_path):
     path = tmp_path / "run/samples.jsonl"
 
     def script(request, context):
-        return ScriptedTurn(boxed(0), polls=1 if request.key[0] == 0 or release.is_set() else 10**9)
+        return ScriptedTurn(text=boxed(0), polls=1 if request.key[0] == 0 or release.is_set() else 10**9)
 
     def watch(record):
         assert [one["number"] for one in read_records(path)] == [0]  # on the disk while the other still runs
@@ -190,7 +190,7 @@ def test_samples_are_written_as_they_finish(tmp_path):
     def poll_until_seen(timeout_s=0.0):
         if seen.is_set():
             for running in engine._running:
-                running.turn = ScriptedTurn(boxed(0))
+                running.turn = ScriptedTurn(text=boxed(0))
         return poll(timeout_s)
 
     engine.poll = poll_until_seen
@@ -280,7 +280,7 @@ def test_the_folder_of_a_different_run_is_refused_and_the_difference_named(tmp_p
 
 def test_the_folder_of_the_same_run_needs_resume(tmp_path):
     RunFolder(tmp_path / "run", IDENTITY, resume=False).log.close()
-    with pytest.raises(ConfigError, match="holds this run already"):
+    with pytest.raises(ConfigError, match="already holds this run"):
         RunFolder(tmp_path / "run", IDENTITY, resume=False)
     RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
 

@@ -1,4 +1,4 @@
-"""Real vLLM, in the evaluation's process and as a server: greedy answers are those of transformers."""
+"""Real vLLM, in process and as a server, gives the same greedy answers as transformers."""
 
 import json
 import os

@@ -1,8 +1,8 @@
-"""`ARPOTrainer` with N = M in the place of `GRPOTrainer`: what trains with one trains with the other, alike.
+"""`ARPOTrainer` with N = M is a drop-in replacement for `GRPOTrainer`: both train the same way.
 
-The cases are those a user of GRPO has: models, data sets, reward functions and settings, precision and checkpointing
-as TRL sets them. Each is trained with `ARPOTrainer`, and then with `GRPOTrainer` on the completions that were sampled,
-for sampling is the one thing in which the two may differ. `docs/from-grpo.md` has what is refused.
+The cases are those of GRPO users: models, data sets, reward functions and settings, with precision and checkpointing
+as TRL sets them. Each case is trained with `ARPOTrainer`, and then with `GRPOTrainer` on the same sampled
+completions, because only sampling may differ. `docs/from-grpo.md` lists what `ARPOTrainer` rejects.
 """
 
 from __future__ import annotations
@@ -344,7 +344,7 @@ def test_a_reward_that_names_what_there_is_not_is_told_what_there_is(models, tmp
         return [0.0] * len(completions)
 
     case = Case(given=_with(reward_funcs=wants))
-    with pytest.raises(RewardError, match=r"'wants' asks for \['gold'\], .* There are: completion_ids, completions"):
+    with pytest.raises(RewardError, match=r"'wants' requires \['gold'\], .* Available: completion_ids, completions"):
         trained(ARPOTrainer, tmp_path, case, models)
 
 
@@ -353,7 +353,7 @@ def test_a_reward_that_names_what_there_is_not_is_told_what_there_is(models, tmp
 def test_a_column_that_rollouts_fill_is_refused_by_its_name(models, tmp_path, name, streamed):
     rows = TEXT.add_column(name, TEXTS)
     case = Case(given=_with(train_dataset=rows.to_iterable_dataset() if streamed else rows))
-    with pytest.raises(DataError, match=rf"has the column\(s\) \['{name}'\], .* Rename yours"):
+    with pytest.raises(DataError, match=rf"has the column\(s\) \['{name}'\], .* Rename the column"):
         trained(ARPOTrainer, tmp_path, case, models)
 
 
@@ -386,7 +386,7 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
             return [tok(written(row, turn))["input_ids"] + [tok.eos_token_id] for row in range(len(prompt_ids))], None
 
     engine = ScriptedEngine(
-        tok, SamplingParams((tok.eos_token_id,)), lambda request, _: written(request.key[1], request.key[-1])
+        tok, SamplingParams(eos_ids=(tok.eos_token_id,)), lambda request, _: written(request.key[1], request.key[-1])
     )
     for kind, given in ((TrlsLoop, {}), (ARPOTrainer, {"engine": engine})):
 
@@ -441,7 +441,7 @@ def test_calls_by_tags_are_shown_to_rewards_in_the_same_way(models, tmp_path):
         """
         return f"{query}: a metal"
 
-    engine = ScriptedEngine(tok, SamplingParams((tok.eos_token_id,), ("</find>",)), script)
+    engine = ScriptedEngine(tok, SamplingParams(eos_ids=(tok.eos_token_id,), stop_strings=("</find>",)), script)
     given = _with(train_dataset=CHAT, tools=[find], reward_funcs=reward, engine=engine)
     trained(ARPOTrainer, tmp_path, Case({"max_completion_length": 100}, given, moves=False), models)
     completion, turns = seen[0]

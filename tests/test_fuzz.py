@@ -1,6 +1,6 @@
 """10,000 broken, nested, repeated, huge and binary model outputs through protocol, tools and reward.
 
-Nothing raises, nothing is lost, and no call and no bonus is found that an oracle with other means does not find.
+No output raises an error or gets lost, and the calls and bonuses are only those that an independent oracle finds.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def test_no_output_breaks_anything_or_earns_what_it_did_not_do() -> None:
                 arguments = {
                     rng.choice(["query", "code", "self", "\ud800"]): random_value(rng) for _ in range(rng.randrange(3))
                 }
-                odd = ToolCall(rng.choice(names), arguments)
+                odd = ToolCall(name=rng.choice(names), arguments=arguments)
                 tickets[box.submit(odd)] = (-1, odd)
         done: dict[int, ToolResult] = {}
         while len(done) < len(tickets):
@@ -252,5 +252,5 @@ def test_the_oracles_tell_right_from_wrong() -> None:
     assert is_well_formed(["<search>a</search>", "<think>b</think><answer>\\boxed{1}</answer>"])
     assert not is_well_formed(["<answer>\\boxed{1}</answer>", "more"])
     assert not is_well_formed(["<think><answer>\\boxed{1}</answer>"])
-    assert not could_succeed(ToolCall("python", {"code": "7"}))
-    assert could_succeed(ToolCall("python", {"code": "1"}))
+    assert not could_succeed(ToolCall(name="python", arguments={"code": "7"}))
+    assert could_succeed(ToolCall(name="python", arguments={"code": "1"}))

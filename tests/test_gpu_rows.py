@@ -1,4 +1,4 @@
-"""benchmarks/gpu.sh and its rows, on a CPU: every row says something, and none keeps the others from their turn."""
+"""benchmarks/gpu.sh on a CPU: every row prints a result or an error, and no row blocks the others."""
 
 import os
 import re

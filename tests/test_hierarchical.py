@@ -1,4 +1,4 @@
-"""The hierarchical reward: −1, 0, accuracy, accuracy + bonus; and a reason for every −1."""
+"""The hierarchical reward: −1, 0, accuracy or accuracy + bonus, with a reason for every −1."""
 
 import pickle
 import random
@@ -151,7 +151,7 @@ def test_the_format_reads_tags_as_the_protocol_does(case: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize(("stop_reason", "fault"), [("length", "truncated"), ("call_limit", "call_limit")])
 def test_a_path_that_did_not_end_itself_is_bad_however_it_reads(stop_reason: str, fault: str) -> None:
-    assert score(stop_reason=stop_reason) == HierarchicalScore(-1.0, None, FormatFault(fault))
+    assert score(stop_reason=stop_reason) == HierarchicalScore(reward=-1.0, accuracy=None, fault=FormatFault(fault))
 
 
 def test_a_tool_result_that_fakes_an_answer_changes_nothing() -> None:
@@ -262,7 +262,7 @@ def test_broken_outputs_never_raise_and_never_earn_an_unearned_bonus() -> None:
             assert 0.0 <= result.reward <= 1.0  # python never succeeded: no bonus
             assert sum(turn.count("<answer>") for turn in turns) == 1
         else:
-            assert result == HierarchicalScore(-1.0, None, result.fault)
+            assert result == HierarchicalScore(reward=-1.0, accuracy=None, fault=result.fault)
     assert seen == {None, *FormatFault}  # the fuzz reaches every outcome
 
 

@@ -1,4 +1,4 @@
-"""What a server says about trying again is understood, and a request takes as long as it may."""
+"""The client understands when a server allows a retry, and limits the time of a request."""
 
 from __future__ import annotations
 

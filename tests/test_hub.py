@@ -36,8 +36,8 @@ STOPS = ("</search>", "</python>")
 def one_search(request, context):
     """Each path searches once; what follows is uncertain."""
     if request.key[-1] == 0:
-        return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-    return ScriptedTurn(f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
+        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+    return ScriptedTurn(text=f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,9 @@ def trainer(model_path: str, folder: Path, *, peft_config=None, **settings) -> A
         ),
         train_dataset=ROWS,
         tools=[search, python],
-        engine=ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), STOPS), one_search),
+        engine=ScriptedEngine(
+            tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=STOPS), one_search
+        ),
         peft_config=peft_config,
     )
 
@@ -231,7 +233,7 @@ def test_a_snapshot_holds_through_rotation_and_rewriting(tmp_path, model_path):
     checkpoint = whole_run(run_folder / "checkpoint-1", model_path)
     (run_folder / "README.md").write_text("first")
     weights = (checkpoint / "model.safetensors").read_bytes()
-    with Snapshot(run_folder, checkpoint, (checkpoint, "last-checkpoint")) as folder:
+    with Snapshot(run=run_folder, model=checkpoint, checkpoint=(checkpoint, "last-checkpoint")) as folder:
         shutil.rmtree(checkpoint)
         (run_folder / "README.md").write_text("second")
         assert (folder / "model.safetensors").read_bytes() == weights
@@ -248,7 +250,7 @@ def test_a_snapshot_that_cannot_be_taken_does_not_stop_training(hub, model_path,
     monkeypatch.setattr(hub_module, "_take", full)
     made.train()
     assert made.state.global_step == 2
-    assert caplog.text.count("No space left on device. Training goes on.") == 2
+    assert caplog.text.count("No space left on device. Training continues.") == 2
     assert not list((tmp_path / "run").glob(".push-*"))
 
 
@@ -266,7 +268,7 @@ def test_a_failed_push_while_training_is_a_warning_and_the_end_makes_up_for_it(h
         made.train()
     assert made.state.global_step == 2
     assert caplog.text.count("Pushing to me/policy failed: the Hub answered 502") == 2
-    assert "Training goes on; the next save tries again." in caplog.text
+    assert "Training continues; the next save tries again." in caplog.text
     hub.fault = lambda asked: None
     made.push_to_hub()
     assert [commit.message for commit in hub.commits] == ["End of training"]
@@ -315,7 +317,7 @@ def test_a_hub_that_fails_once_anywhere_is_asked_again(hub, model_path, tmp_path
     folder = whole_run(tmp_path / "run", model_path)
     (folder / "README.md").write_text("---\ntags: [a]\n---\n")
     repo_id = prepare_repo("policy", setting="hub_model_id")
-    push_snapshot(repo_id, Snapshot(folder, folder), message="m")
+    push_snapshot(repo_id, Snapshot(run=folder, model=folder), message="m")
     assert failed
     assert len(hub.commits) == 1
     assert hub.repos["models", "me/policy"]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
@@ -370,8 +372,8 @@ def test_train_py_that_cannot_push_ends_with_one_line_and_a_status_and_the_model
     err = capsys.readouterr().err
     assert end.value.code == 2
     assert err.splitlines()[-1] == (
-        f"HubError: Pushing to me/policy failed: the Hub answered 500. The run is whole in {tmp_path / 'run'}; push "
-        f"it later with: arpo-trl push {tmp_path / 'run'} --repo me/policy"
+        f"HubError: Pushing to me/policy failed: the Hub answered 500. The run is complete in {tmp_path / 'run'}; "
+        f"push it later with: arpo-trl push {tmp_path / 'run'} --repo me/policy"
     )
     saved = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "README.md", "training_config.yaml"} <= saved
@@ -380,15 +382,15 @@ def test_train_py_that_cannot_push_ends_with_one_line_and_a_status_and_the_model
     with pytest.raises(SystemExit) as end:
         script("train").main()
     assert end.value.code == 2
-    assert "ConfigError: hub_model_id asks for the model repository 'them/policy'" in capsys.readouterr().err
+    assert "ConfigError: hub_model_id requires the model repository 'them/policy'" in capsys.readouterr().err
 
 
 def test_a_hub_that_is_gone_at_the_end_is_said(hub, model_path, tmp_path):
     folder = whole_run(tmp_path / "run", model_path)
     hub.server.server.shutdown()
     hub.server.server.server_close()
-    with pytest.raises(HubError, match=r"the Hub could not be reached \(ConnectError\)\. The run is whole in"):
-        push_snapshot("me/policy", Snapshot(folder, folder), message="m")
+    with pytest.raises(HubError, match=r"the Hub could not be reached \(ConnectError\)\. The run is complete in"):
+        push_snapshot("me/policy", Snapshot(run=folder, model=folder), message="m")
 
 
 @pytest.mark.slow
@@ -400,7 +402,7 @@ def test_a_hub_that_never_answers_is_given_up(hub, model_path, tmp_path, monkeyp
     folder = whole_run(tmp_path / "run", model_path)
     try:
         with pytest.raises(HubError, match=r"the Hub could not be reached \(ReadTimeout\)"):
-            push_snapshot("me/policy", Snapshot(folder, folder), message="m")
+            push_snapshot("me/policy", Snapshot(run=folder, model=folder), message="m")
     finally:
         released.set()
         hub_module._limit_silence.cache_clear()
@@ -420,16 +422,16 @@ def others(hub: Hub) -> None:
         (
             {"hub_model_id": "them/policy"},
             TOKEN,
-            "hub_model_id .*'them/policy', but the Hub answered 403: the token may",
+            "hub_model_id .*'them/policy', but the Hub answered 403: the token has no",
         ),
         ({"hub_model_id": "them/new"}, TOKEN, "hub_model_id .*'them/new', but the Hub answered 40[34]"),
-        ({"hub_trajectories_id": "them/trees"}, TOKEN, "hub_trajectories_id asks for the dataset repository 'them/tr"),
+        ({"hub_trajectories_id": "them/trees"}, TOKEN, "hub_trajectories_id requires the dataset repository 'them/tr"),
         ({}, "hf_anotherTokenAltogether", "but the Hub answered 401: the token is missing or not valid"),
         ({}, "", "but the Hub answered 401: the token is missing"),
         (
             {"hub_model_id": "a/b/c"},
             TOKEN,
-            "hub_model_id asks for the model repository 'a/b/c', but HFValidationError",
+            "hub_model_id requires the model repository 'a/b/c', but HFValidationError",
         ),
     ],
 )
@@ -441,7 +443,7 @@ def test_a_repository_that_cannot_be_written_to_is_known_before_the_model_is_loa
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(ConfigError, match=message) as refused:
         trainer("no such model", tmp_path / "run", **settings)
-    assert "Set HF_TOKEN to a token that may write there" in str(refused.value)
+    assert "Set HF_TOKEN to a token with write access to it" in str(refused.value)
     assert not token or token not in str(refused.value)
     assert hub.commits == []
 
@@ -478,7 +480,7 @@ def test_a_file_that_holds_a_secret_of_the_environment_stops_the_push(hub, model
     folder = whole_run(tmp_path / "run", model_path)
     (folder / "notes.md").write_text("asked with serper-0123456789")
     with pytest.raises(HubError, match=r"notes\.md contains the secret in SERPER_API_KEY") as refused:
-        push_snapshot("me/policy", Snapshot(folder, folder), message="m")
+        push_snapshot("me/policy", Snapshot(run=folder, model=folder), message="m")
     assert "0123456789" not in str(refused.value)
     assert hub.server.asked == []
 
@@ -507,8 +509,8 @@ def test_what_the_client_says_is_passed_on_without_secrets(hub, model_path, tmp_
 
     monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", fails)
     folder = whole_run(tmp_path / "run", model_path)
-    with pytest.raises(HubError, match=r"ValueError: could not send \[key\]\. The run is whole") as refused:
-        push_snapshot("me/policy", Snapshot(folder, folder), message="m")
+    with pytest.raises(HubError, match=r"ValueError: could not send \[key\]\. The run is complete") as refused:
+        push_snapshot("me/policy", Snapshot(run=folder, model=folder), message="m")
     assert TOKEN not in "".join(traceback.format_exception(refused.value))
 
 
@@ -525,13 +527,13 @@ def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{folder}/run",), "ConfigError: There is nowhere to push to. Give --repo, --trajectories or both."),
-        (("{folder}/none", "--repo", "me/a"), "DataError: {folder}/none holds no model and no adapter."),
-        (("{folder}/run", "--trajectories", "me/a"), "DataError: {folder}/run/trajectories holds no .jsonl file."),
-        (("{folder}/run", "--repo", "them/policy"), "ConfigError: --repo asks for the model repository 'them/policy'"),
+        (("{folder}/run",), "ConfigError: No repository is given to push to. Give --repo, --trajectories or both."),
+        (("{folder}/none", "--repo", "me/a"), "DataError: {folder}/none contains no model and no adapter."),
+        (("{folder}/run", "--trajectories", "me/a"), "DataError: {folder}/run/trajectories contains no .jsonl file."),
+        (("{folder}/run", "--repo", "them/policy"), "ConfigError: --repo requires the model repository 'them/policy'"),
         (
             ("{folder}/run", "--repo", "me/a", "--evaluation", "{folder}"),
-            "results.json is no result of `arpo-trl eval`",
+            "results.json is not a result of `arpo-trl eval`",
         ),
     ],
 )

@@ -98,7 +98,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(
     (saved,) = Checkpoints(tmp_path).all()
     if step is not None:
         assert saved.name == f"checkpoint-{step}"
-    assert f"is saved in {saved}. To go on, give the same command" in str(interrupted.value)
+    assert f"is saved in {saved}. To resume, run the same command" in str(interrupted.value)
     monkeypatch.setattr(resuming, "wait_while_told", lambda caller: None)
     train(model, tmp_path, True, **settings)
     assert outcome(tmp_path) == left_alone(**settings)
@@ -298,7 +298,7 @@ def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(s
     assert run.process.wait(BOUND_S) == status, run.said()
     assert commands(run.left()) == ""
     (saved,) = Checkpoints(run.output).all()
-    assert f"is saved in {saved}. To go on, give the same command with --resume_from_checkpoint true." in run.said()
+    assert f"is saved in {saved}. To resume, run the same command with --resume_from_checkpoint true." in run.said()
     assert "Traceback" not in run.said()
 
 
@@ -349,4 +349,4 @@ def test_a_run_ends_with_its_launcher(started):
     run.process.terminate()
     run.process.wait(BOUND_S)
     assert run.left() == []
-    assert "To go on, give the same command" in run.said()
+    assert "To resume, run the same command" in run.said()

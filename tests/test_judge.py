@@ -21,7 +21,7 @@ def paris(asked: Asked) -> Reply:
 
 
 def of(prediction: str, question: str = "What is the capital of France?") -> Judgement:
-    return Judgement(question, ("Paris",), prediction)
+    return Judgement(question=question, golds=("Paris",), prediction=prediction)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Mathematical answers: read whole or not at all, and equal where they mean the same."""
+"""Mathematical answers are parsed completely or not at all, and equal if they mean the same."""
 
 import json
 from collections import defaultdict

@@ -1,4 +1,4 @@
-"""Tools of a real MCP server, a process or an address, are tools of the policy."""
+"""Tools of a real MCP server, started as a process or reached by URL, are tools of the policy."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def http() -> Iterator[HttpServer]:
 
 
 def results(box: ToolBox, *calls: tuple[str, dict[str, Any]]) -> list[ToolResult]:
-    tickets = [box.submit(ToolCall(name, arguments)) for name, arguments in calls]
+    tickets = [box.submit(ToolCall(name=name, arguments=arguments)) for name, arguments in calls]
     done: dict[int, ToolResult] = {}
     while len(done) < len(tickets):
         done.update(box.poll(10))
@@ -253,7 +253,7 @@ def test_only_named_variables_reach_the_server(monkeypatch: pytest.MonkeyPatch) 
 
 def test_only_named_tools_are_offered_and_two_servers_cannot_share_a_name() -> None:
     assert list(by_name(mcp_tools([{**COMMAND, "tools": ["fail", "echo"]}]))) == ["fail", "echo"]
-    with pytest.raises(ToolSpecError, match="two tools are named 'echo'"):
+    with pytest.raises(ToolSpecError, match="Two tools are named 'echo'"):
         ToolBox(mcp_tools([{**COMMAND, "tools": ["echo"]}, {**COMMAND, "tools": ["echo"]}]))
 
 
@@ -314,14 +314,17 @@ def unused_port() -> int:
         ({"command": "no-such-command"}, r"mcp_servers\[0\]: command 'no-such-command' does not work .*PATH"),
         ({"command": "true"}, "does not work as an MCP server: Connection closed"),
         ({"command": sys.executable, "args": ["-c", "raise SystemExit('bad')"]}, "it said: bad"),
-        ({"url": f"http://127.0.0.1:{unused_port()}/mcp"}, "All connection attempts failed. Check that it runs;"),
+        (
+            {"url": f"http://127.0.0.1:{unused_port()}/mcp"},
+            "All connection attempts failed. Check that the server runs and",
+        ),
         ({**COMMAND, "tools": ["sing"]}, r"has no tools \['sing'\]; it has \['die', 'echo'"),
         ({"command": "x", "url": "y"}, "either command or url"),
         ({}, "either command or url"),
         ({"cmd": "x"}, "a setting 'cmd'; expected some of"),
-        ({"command": ["x"]}, "command has to be a text"),
-        ({"command": "x", "args": "y"}, "args has to be a list of texts"),
-        ({"command": "x", "env": {"A": "b"}}, "env has to be a list of texts"),
+        ({"command": ["x"]}, "command must be a string"),
+        ({"command": "x", "args": "y"}, "args must be a list of strings"),
+        ({"command": "x", "env": {"A": "b"}}, "env must be a list of strings"),
         ({"command": "x", "env": ["NOT_SET_ANYWHERE"]}, "environment variable NOT_SET_ANYWHERE, which is not set"),
         ({"url": "http://x/mcp", "token_env": "NOT_SET_ANYWHERE"}, "NOT_SET_ANYWHERE"),
         ("uvx server", "is str; expected settings"),

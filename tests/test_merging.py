@@ -84,24 +84,26 @@ def changed_config(adapter, **changes):
 
 def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
     output = tmp_path / "merged"
-    with pytest.raises(DataError, match=r"base\d* is no adapter: it has no adapter_config.json .* use_peft"):
+    with pytest.raises(
+        DataError, match=r"base\d* is not an adapter: it has no readable adapter_config.json\. .* use_peft"
+    ):
         merge_adapter(base, output)
-    with pytest.raises(DataError, match="nowhere is no adapter"):
+    with pytest.raises(DataError, match="nowhere is not an adapter"):
         merge_adapter(str(tmp_path / "nowhere"), output)
-    with pytest.raises(DataError, match=r"no/where:else is no adapter"):
+    with pytest.raises(DataError, match=r"no/where:else is not an adapter"):
         merge_adapter("no/where:else", output)
-    with pytest.raises(ConfigError, match="--dtype is 'float12'; expected one such as bfloat16"):
+    with pytest.raises(ConfigError, match="--dtype is 'float12'; expected a dtype such as bfloat16"):
         merge_adapter(str(adapter), output, dtype="float12")
     with pytest.raises(
-        DataError, match=r"The base model '.*gone' of .* cannot be loaded: .* Name another with --base"
+        DataError, match=r"The base model '.*gone' of .* cannot be loaded: .* Name another one with --base"
     ):
         merge_adapter(str(adapter), output, base=str(tmp_path / "gone"))
     changed_config(adapter, base_model_name_or_path=None)
-    with pytest.raises(DataError, match=r"adapter does not say what its base model is. Name it with --base"):
+    with pytest.raises(DataError, match=r"adapter does not name its base model. Name it with --base"):
         merge_adapter(str(adapter), output)
     assert not output.exists()
     output.mkdir()
-    with pytest.raises(ConfigError, match=r"merged exists\. Name a folder that does not"):
+    with pytest.raises(ConfigError, match=r"merged exists\. Give a new folder"):
         merge_adapter(str(adapter), output)
 
 

@@ -21,11 +21,13 @@ TIMES = RolloutTimes(total_s=10.0, forward_s=6.0, tool_wait_s=2.0, sync_s=1.5)
 
 def call(name: str, query: str, *, failure=None, seconds=0.0, source="executed") -> ExecutedCall:
     failed = None if failure is None else ToolFailure(failure)
-    return ExecutedCall(name, {"query": query}, "text", failed, seconds, CallSource(source))
+    return ExecutedCall(
+        name=name, arguments={"query": query}, text="text", failure=failed, seconds=seconds, source=CallSource(source)
+    )
 
 
 def decision(delta: float, *, fires: bool, granted: int = 0) -> BranchDecision:
-    return BranchDecision(1.0, delta, 0.5 + 0.2 * delta, fires, granted)
+    return BranchDecision(entropy_nats=1.0, delta=delta, probability=0.5 + 0.2 * delta, fires=fires, granted=granted)
 
 
 def tree_by_hand() -> RolloutTree:
@@ -62,7 +64,12 @@ def tree_by_hand() -> RolloutTree:
 
 def tallied(*trees: RolloutTree, topups: int = 1, chain: int = 3) -> Tally:
     tally = Tally()
-    tally_rollout(RolloutBatch(list(trees), TIMES, [topups] * len(trees), [chain] * len(trees)), tally)
+    tally_rollout(
+        RolloutBatch(
+            trees=list(trees), times=TIMES, topups=[topups] * len(trees), turns_in_sequence=[chain] * len(trees)
+        ),
+        tally,
+    )
     return tally
 
 
@@ -182,8 +189,8 @@ def test_calls_on_paths_are_those_in_the_trees_and_those_saved_by_sharing():
 def test_a_scripted_rollout_is_counted_as_it_was_sampled():
     def one_search(request, context):
         if request.key[-1] == 0:
-            return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-        return ScriptedTurn(ANSWER, entropies=[1.0 if request.key[1] == 0 else 0.05])
+            return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+        return ScriptedTurn(text=ANSWER, entropies=[1.0 if request.key[1] == 0 else 0.05])
 
     rollout = Scripted(one_search, leaves=5, at_root=2, vocab_size=10)()
     tally = Tally()
@@ -205,7 +212,7 @@ def test_a_scripted_rollout_is_counted_as_it_was_sampled():
 
 def test_paths_without_call_or_answer_are_unparsed_and_cut_ones_truncated():
     tally = Tally()
-    babble = Scripted(lambda r, c: ScriptedTurn("word " * 50, ends=False), leaves=2, max_completion_length=10)
+    babble = Scripted(lambda r, c: ScriptedTurn(text="word " * 50, ends=False), leaves=2, max_completion_length=10)
     tally_rollout(babble(), tally)
     values = tally.values()
     assert (values["alarm/unparsed"], values["alarm/truncated"]) == (1, 1)
@@ -223,7 +230,10 @@ def test_merging_two_tallies_is_tallying_both():
     def plain(request, context):
         return ANSWER
 
-    rollouts = [Scripted(plain, leaves=2)(), RolloutBatch([tree_by_hand()], TIMES, [1], [3])]
+    rollouts = [
+        Scripted(plain, leaves=2)(),
+        RolloutBatch(trees=[tree_by_hand()], times=TIMES, topups=[1], turns_in_sequence=[3]),
+    ]
     both, merged = Tally(), Tally()
     for rollout in rollouts:
         tally_rollout(rollout, both)
@@ -275,7 +285,7 @@ def test_an_alarm_rings_from_its_limit_on(share, rings):
     messages = Alarms(Threshold()).check(heard(share))
     assert len(messages) == rings
     if rings:
-        assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were cut")
+        assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were truncated")
 
 
 def test_no_alarm_rings_about_what_was_not_counted():

@@ -22,7 +22,13 @@ HISTORY = [
 
 def card(**changes) -> Card:
     settings = {"num_generations": 8, "tools": ["search"], "dataset": "someone/questions", "learning_rate": 1e-5}
-    made = Card("me/policy", settings, HISTORY, "Qwen/Qwen2.5-3B-Instruct", False)
+    made = Card(
+        repo_id="me/policy",
+        settings=settings,
+        history=HISTORY,
+        base_model="Qwen/Qwen2.5-3B-Instruct",
+        is_adapter=False,
+    )
     return dataclasses.replace(made, **changes)
 
 

@@ -1,4 +1,4 @@
-"""A model may visit the public web and nothing else, and reads the part of a page that it asked about."""
+"""A model can visit only the public web, and reads the part of a page that matches its question."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopb
     ],
 )
 def test_a_redirect_to_elsewhere_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
-    with pytest.raises(ToolError, match=r"public internet|web page|port 22|no address"):
+    with pytest.raises(ToolError, match=r"public internet|web page|port 22|invalid address"):
         visit(f"{server.url}/out?to={to}")
 
 
@@ -275,7 +275,7 @@ def test_pdf_text_is_read(server: Loopback, visit: Any) -> None:
         (Reply(b"%PDF-1.4 broken", headers={"Content-Type": "application/pdf"}), "has no text|cannot be read"),
         (Reply(b"x" * 2_000_001, headers={"Content-Type": "text/plain"}), "more than 2,000,000 bytes"),
         (Reply(gzip.compress(b"x" * 50_000_000), headers={"Content-Encoding": "gzip"}), "more than 2,000,000 bytes"),
-        (Reply(b"x", headers={"Content-Encoding": "br"}), "a compression that is not accepted"),
+        (Reply(b"x", headers={"Content-Encoding": "br"}), "an unsupported compression"),
         (Reply(b"x" * 100, headers={"Content-Encoding": "gzip"}), "answered with broken gzip"),
     ],
 )
@@ -393,10 +393,11 @@ def test_when_the_model_fails_the_pages_own_text_is_shown(
     caplog.set_level(logging.WARNING)
     model.answer = lambda asked: reply
     visit = visit_tool(
-        allowed_hosts=["127.0.0.1"], summariser=ChatModel(model.url, "small", SUMMARY_KEY_VARIABLE, "url")
+        allowed_hosts=["127.0.0.1"],
+        summariser=ChatModel(url=model.url, model="small", key_variable=SUMMARY_KEY_VARIABLE, setting="url"),
     )
     assert "Iron melts at 1538 degrees" in visit(f"{server.url}/metals", "degrees of iron")
-    assert "the page's own text is shown instead" in caplog.text
+    assert "The text of the page is shown instead" in caplog.text
 
 
 @pytest.mark.parametrize(

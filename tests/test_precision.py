@@ -1,4 +1,4 @@
-"""Sampling and training speak of the same distribution under every precision that users set."""
+"""Sampling and training use the same distribution with every precision that users set."""
 
 import pytest
 import torch

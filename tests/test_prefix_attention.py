@@ -1,6 +1,7 @@
-"""Attention of packs, on each kernel: those of CUDA are replaced, under their own names, by plain ones on the CPU.
+"""Attention over packed sequences with each kernel. On the CPU, plain functions replace the CUDA kernels by name.
 
-The plain ones take what torch's operators take (their schemas check it) and compute sequence by sequence with softmax.
+These functions take the arguments of torch's operators (their schemas are checked) and compute softmax attention
+sequence by sequence.
 """
 
 import random
@@ -270,5 +271,5 @@ def test_a_gpu_or_heads_that_the_flash_kernel_does_not_take_are_named(monkeypatc
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for head_dim in (20, 264):
-        assert f"and the model's have {head_dim}" in why_no_attention(cuda, torch.bfloat16, 4, 2, head_dim)
+        assert f"and the model's is {head_dim}" in why_no_attention(cuda, torch.bfloat16, 4, 2, head_dim)
     assert "this is 'mps'" in why_no_attention(torch.device("mps"), torch.float32, 4, 2, 64)

@@ -271,7 +271,7 @@ def test_a_model_for_which_packs_are_not_exact_is_recognised(make, reason):
 def test_a_model_that_keeps_packs_from_its_attention_is_found_out_before_training():
     model = model_of(NemotronConfig, NemotronForCausalLM)  # its layers hand no keywords on
     assert why_not_shared(model, CPU) is None  # nothing is known against it
-    assert "hands packs on to the attention of 0 of its 2 layers only" in why_packs_differ(model)
+    assert "passes packs to the attention of 0 of its 2 layers only" in why_packs_differ(model)
 
 
 def test_a_model_that_takes_packs_is_compared_with_its_padded_self(monkeypatch):
@@ -281,7 +281,7 @@ def test_a_model_that_takes_packs_is_compared_with_its_padded_self(monkeypatch):
     monkeypatch.setattr(
         "arpo_trl.training.prefix_sharing.attend", lambda *args, scaling: 2 * attend(*args, scaling=scaling)
     )
-    assert "standard deviations off those of padded rows" in why_packs_differ(model.float())
+    assert "packed and padded rows differ by" in why_packs_differ(model.float())
 
 
 # In the trainer ------------------------------------------------------------------------------------------------------
@@ -299,8 +299,10 @@ def model_path(tmp_path_factory) -> str:
 def trainer(model_path: str, folder: Path, peft_config: LoraConfig | None = None, **settings) -> ARPOTrainer:
     def script(request, context):
         if request.key[-1] == 0:
-            return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-        return ScriptedTurn(f"{request.key}{' word' * request.key[1]}<answer>\\boxed{{1}}</answer>", entropies=[1.0])
+            return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+        return ScriptedTurn(
+            text=f"{request.key}{' word' * request.key[1]}<answer>\\boxed{{1}}</answer>", entropies=[1.0]
+        )
 
     def reward(completions, **columns):
         return [float(sum(completion[-1]["content"].encode()) % 4) for completion in completions]
@@ -326,7 +328,7 @@ def trainer(model_path: str, folder: Path, peft_config: LoraConfig | None = None
         ),
         ROWS,
         tools=[search],
-        engine=ScriptedEngine(tokenizer(), SamplingParams(eos, ("</search>",)), script),
+        engine=ScriptedEngine(tokenizer(), SamplingParams(eos_ids=eos, stop_strings=("</search>",)), script),
         peft_config=peft_config,
     )
     return made

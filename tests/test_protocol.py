@@ -18,11 +18,11 @@ def protocol() -> TagProtocol:
 @pytest.mark.parametrize(
     ("text", "call"),
     [
-        ("<search>iron</search>", ToolCall("search", {"query": "iron"})),
-        ("<think>hm</think> <python>\nprint(1)\n</python>\n", ToolCall("python", {"code": "print(1)"})),
-        ("<search>a < b && c > d</search>", ToolCall("search", {"query": "a < b && c > d"})),
-        ("<python>print('<b>')</python>", ToolCall("python", {"code": "print('<b>')"})),
-        ("<answer>1</answer><search>iron</search>", ToolCall("search", {"query": "iron"})),
+        ("<search>iron</search>", ToolCall(name="search", arguments={"query": "iron"})),
+        ("<think>hm</think> <python>\nprint(1)\n</python>\n", ToolCall(name="python", arguments={"code": "print(1)"})),
+        ("<search>a < b && c > d</search>", ToolCall(name="search", arguments={"query": "a < b && c > d"})),
+        ("<python>print('<b>')</python>", ToolCall(name="python", arguments={"code": "print('<b>')"})),
+        ("<answer>1</answer><search>iron</search>", ToolCall(name="search", arguments={"query": "iron"})),
     ],
 )
 def test_a_call_is_what_stands_between_its_tags(protocol, text, call):
@@ -56,7 +56,7 @@ def test_tags_in_code_and_in_prose_are_text(protocol, case):
     (found,) = protocol.parse_turn(case["text"])
     if "call" in case:
         argument = {"search": "query", "python": "code"}[case["call"]]
-        assert found == ToolCall(case["call"], {argument: case["body"]})
+        assert found == ToolCall(name=case["call"], arguments={argument: case["body"]})
     else:
         assert found.fault == case["fault"]
         assert found.text.startswith("Error: ")
@@ -133,7 +133,7 @@ def test_a_turn_is_decoded_with_its_tags_and_without_its_end(protocol):
 
 def test_what_is_demonstrated_is_what_is_parsed(protocol):
     ids = protocol.encode_turn("<search>iron</search>", last=False)
-    assert protocol.parse_turn(protocol.decode_turn(ids)) == (ToolCall("search", {"query": "iron"}),)
+    assert protocol.parse_turn(protocol.decode_turn(ids)) == (ToolCall(name="search", arguments={"query": "iron"}),)
     assert protocol.encode_turn("x", last=True)[-1] == tokenizer().eos_token_id
 
 
@@ -213,7 +213,7 @@ FAMILIES = [
 def test_a_chat_templates_own_call_is_a_call(template, eos, text):
     protocol = chat_protocol(template, eos)
     assert protocol.stop_strings == ()
-    assert protocol.parse_turn(text) == (ToolCall("weather", {"city": "Rome", "days": 2}),)
+    assert protocol.parse_turn(text) == (ToolCall(name="weather", arguments={"city": "Rome", "days": 2}),)
     assert protocol.parse_turn("It rains. \\boxed{1}") == ()
     assert protocol.parse_turn("") == ()
 
@@ -221,8 +221,8 @@ def test_a_chat_templates_own_call_is_a_call(template, eos, text):
 def test_a_chat_template_turn_may_hold_several_calls():
     second = '<tool_call>\n{"name": "search", "arguments": {"query": "a"}}\n</tool_call>'
     assert chat_protocol().parse_turn(f"<think>both</think>\n{CALL_TEXT}\n{second}") == (
-        ToolCall("weather", {"city": "Rome", "days": 2}),
-        ToolCall("search", {"query": "a"}),
+        ToolCall(name="weather", arguments={"city": "Rome", "days": 2}),
+        ToolCall(name="search", arguments={"query": "a"}),
     )
 
 

@@ -1,6 +1,6 @@
-"""One run of train.py on two processes, pushed and tracked, with secrets planted: what reaches Hub and trackers.
+"""One run of train.py on two processes, pushed and tracked, with planted secrets: what do the Hub and trackers get?
 
-Everything is asked of this one run, since starting it is what takes the time.
+All tests use this one run, because its start takes most of the time.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The remote executor runs code over HTTP as the local one shows it, and whatever a server answers becomes text."""
+"""The remote executor shows results as the local one does, and turns every server response into text."""
 
 import asyncio
 import json
@@ -327,9 +327,9 @@ def test_a_box_runs_it_and_a_path_keeps_its_variables() -> None:
         assert tool_spec(python).is_async
         with ToolBox([python]) as box:
             states = box.create_states(0)
-            states.record(ToolCall("python", {"code": "x = 40"}), None)
-            states.record(ToolCall("python", {"code": "while True: pass"}), ToolFailure.STOPPED)
-            ticket = box.submit(ToolCall("python", {"code": "x + 2"}), states)
+            states.record(ToolCall(name="python", arguments={"code": "x = 40"}), None)
+            states.record(ToolCall(name="python", arguments={"code": "while True: pass"}), ToolFailure.STOPPED)
+            ticket = box.submit(ToolCall(name="python", arguments={"code": "x + 2"}), states)
             ((got, result),) = box.poll(timeout_s=30)
     assert (got, result.text, result.failure) == (ticket, "42", None)
 
@@ -339,7 +339,7 @@ def test_the_configuration_names_it(capsys: pytest.CaptureFixture[str]) -> None:
     with executor.serving() as url:
         (python,) = build_tools(ToolArguments(tools=["python"], python_executor_url=url + "/"))
         assert asyncio.run(python("1 + 1")) == "2"
-    assert "remote executor 127.0.0.1, which has to isolate it" in capsys.readouterr().err
+    assert "remote executor 127.0.0.1, which must isolate it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_the_configuration_names_it(capsys: pytest.CaptureFixture[str]) -> None:
         ("sandbox:8080", "does not begin with http"),
         ("ftp://host", "does not begin with http"),
         ("http://", "does not begin with http"),
-        ("http://host:port", "python_executor_url is no address .* cannot be read"),
+        ("http://host:port", "python_executor_url must be an address .* not a valid URL"),
         ("http://user:hush@host", "has a user name or password"),
     ],
 )
@@ -362,10 +362,10 @@ def test_an_address_that_cannot_be_one_is_an_error_at_start(url: str, message: s
 def test_a_server_that_does_not_run_python_is_an_error_at_start() -> None:
     with socket.create_server(("127.0.0.1", 0)) as bound:
         port = bound.getsockname()[1]
-    with pytest.raises(ConfigError, match=r"does not run Python; .* cannot be reached \(ConnectError\)"):
+    with pytest.raises(ConfigError, match=r"does not run Python: .* cannot be reached \(ConnectError\)"):
         RemotePython(f"http://127.0.0.1:{port}", LIMITS)
     executor = Executor()
     wrong = {"status": "Success", "run_result": FINISHED}
     executor.answer = lambda handler, _: executor.reply(handler, json.dumps(wrong).encode())
-    with executor.serving() as url, pytest.raises(ConfigError, match=r"asked for 6 \* 7 it said 'fine'"):
+    with executor.serving() as url, pytest.raises(ConfigError, match=r"for 6 \* 7 it returned 'fine'"):
         RemotePython(url, LIMITS)

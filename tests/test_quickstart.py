@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from collections import Counter
 from collections.abc import Callable
@@ -211,7 +212,7 @@ FAILURES = {"search": ["search: down", "search: late"], "python": ["python: down
 
 def test_a_failed_call_is_made_again_until_it_succeeds(search: Callable[[str], str]) -> None:
     tasks, _ = make_tasks(seed=0, n_train=300, n_heldout=0)
-    rows = make_demonstrations(tasks, search, 0, 300, NO_NOISE, Failures(0.3, FAILURES))
+    rows = make_demonstrations(tasks, search, 0, 300, NO_NOISE, Failures(rate=0.3, texts=FAILURES))
     made: Counter[str] = Counter()
     for row, solved in zip(tasks, rows, strict=True):
         assert boxed(solved) == row["answer"][0]
@@ -226,9 +227,10 @@ def test_a_failed_call_is_made_again_until_it_succeeds(search: Callable[[str], s
 
 
 def test_who_gives_up_on_every_failure_is_left_with_nothing(search: Callable[[str], str]) -> None:
-    noise = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0, give_up=1.0)
+    noise = dataclasses.replace(NO_NOISE, give_up=1.0)
     question = task("melting point of Wolfram minus that of Tin in °C?")
-    (row,) = make_demonstrations([question], search, 0, 1, noise, Failures(1.0, {**FAILURES, "search": ["down"]}))
+    failures = Failures(rate=1.0, texts={**FAILURES, "search": ["down"]})
+    (row,) = make_demonstrations([question], search, 0, 1, noise, failures)
     assert calls(row, "search") == ["melting point of Wolfram", "melting point of Tin"]
     assert calls(row, "python") == ["print(round(0-0))"]
     assert [m["content"] for m in row["messages"] if m["role"] == "tool"] == ["down", "down", "python: down"]
@@ -238,7 +240,8 @@ def test_who_gives_up_on_every_failure_is_left_with_nothing(search: Callable[[st
 def test_where_no_call_fails_the_demonstrations_are_those_without_failures(search: Callable[[str], str]) -> None:
     tasks, _ = make_tasks(seed=0, n_train=40, n_heldout=0)
     rows = make_demonstrations(tasks, search, 0, 40)
-    assert make_demonstrations(tasks, search, 0, 40, NoiseRates(give_up=1.0), Failures(0.0, FAILURES)) == rows
+    never = Failures(rate=0.0, texts=FAILURES)
+    assert make_demonstrations(tasks, search, 0, 40, NoiseRates(give_up=1.0), never) == rows
 
 
 def test_the_same_seed_makes_the_same_demonstrations_and_a_second_round_makes_fresh_mistakes(
@@ -336,4 +339,4 @@ def test_held_out_accuracy_counts_a_bad_format_as_wrong_and_other_answers_by_the
         {"fault": None, "scores": {"f1": 0.5, "f1_paper": 0.25, "em": 0.0}},
         {"fault": None, "scores": {"math": 0.0, "em": 0.0}},
     ]
-    assert HeldOut([], records).accuracy == 0.375  # (1 + 0 + 0.5 + 0) / 4
+    assert HeldOut(trees=[], records=records).accuracy == 0.375  # (1 + 0 + 0.5 + 0) / 4

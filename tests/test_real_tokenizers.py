@@ -1,4 +1,4 @@
-"""Tokenizers of published models, whole: what protocols make of them, and tiny random models that train with them."""
+"""Complete tokenizers of published models: protocols read their calls, and tiny random models train with them."""
 
 from functools import cache
 from pathlib import Path
@@ -100,7 +100,9 @@ def test_a_call_in_a_models_own_ids_is_read(name, turn, ends):
     protocol = ChatTemplateProtocol(made, SPECS)
     assert made.convert_ids_to_tokens(list(protocol.eos_ids)) == ends
     ids = [*made.encode(turn, add_special_tokens=False), protocol.eos_ids[0]]
-    assert protocol.parse_turn(protocol.decode_turn(ids), ids[-1]) == (ToolCall("search", {"query": "iron"}),)
+    assert protocol.parse_turn(protocol.decode_turn(ids), ids[-1]) == (
+        ToolCall(name="search", arguments={"query": "iron"}),
+    )
 
 
 def test_gemma3s_own_template_is_refused_for_what_it_lacks():

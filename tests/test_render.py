@@ -14,9 +14,16 @@ def tree(text: str = "words", failure: ToolFailure | None = None) -> RolloutTree
     └─ turn (0, 1, 0)"""
     made = RolloutTree([1])
     first = made.add_turn(0, [1], "<search>iron</search>", [-0.5], [0.25, 0.75])
-    call = ExecutedCall("search", {"query": "iron"}, "1538 degrees", failure, 0.1, CallSource.EXECUTED)
+    call = ExecutedCall(
+        name="search",
+        arguments={"query": "iron"},
+        text="1538 degrees",
+        failure=failure,
+        seconds=0.1,
+        source=CallSource.EXECUTED,
+    )
     seen = made.add_observation(first.index, [2], [call], "1538 degrees")
-    seen.decision = BranchDecision(1.0, 0.125, 0.525, True, 1)
+    seen.decision = BranchDecision(entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1)
     made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
     made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
     return made
@@ -26,7 +33,11 @@ def shown(
     made: RolloutTree, rewards: tuple[float | None, float | None] = (1.0, -1.0), prompt: str = "a prompt"
 ) -> list[str]:
     console = Console(file=io.StringIO(), width=400, color_system=None)
-    console.print(render_tree(LoggedTree(12, 3, prompt, made, list(rewards), [0.75, -0.75])))
+    console.print(
+        render_tree(
+            LoggedTree(step=12, group=3, prompt=prompt, tree=made, rewards=list(rewards), advantages=[0.75, -0.75])
+        )
+    )
     return console.file.getvalue().splitlines()
 
 

@@ -1,4 +1,4 @@
-"""Runs on two processes that are killed, or told to stop one by one, and go on."""
+"""Runs on two processes resume after a kill, or after a stop of one rank after the other."""
 
 import json
 import signal
@@ -76,7 +76,7 @@ def test_ranks_that_are_killed_or_stopped_go_on_as_if_nothing_had_been(way, mode
         ranks[1].send_signal(signal.SIGTERM)
         ended = running.wait(BOUND_S)
         assert ended.code != 0
-        assert "To go on, give the same command" in ended.output
+        assert "To resume, run the same command" in ended.output
         assert not any(rank.is_running() for rank in ranks)
     hang.unlink()
 

@@ -1,4 +1,4 @@
-"""The text of sampled ids, and the window that holds a stop string."""
+"""Decoding of sampled ids, and the window of text that can contain a stop string."""
 
 from arpo_trl.rollout.text import decode_exactly, stop_window
 from support import tokenizer

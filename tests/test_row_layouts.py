@@ -1,4 +1,4 @@
-"""Published row layouts: what each means, case by case."""
+"""Published row layouts, each converted as intended."""
 
 import json
 from pathlib import Path
@@ -32,22 +32,22 @@ def test_cases(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("gold", [float("nan"), float("inf"), [1.0, float("-inf")]])
 def test_a_gold_that_is_no_number_is_an_error(gold: Any) -> None:
-    with pytest.raises(DataError, match=r"'answer' holds -?(nan|inf); expected text or a finite number"):
+    with pytest.raises(DataError, match=r"'answer' contains -?(nan|inf); expected text or a finite number"):
         convert({"row": {"question": "q", "answer": gold}})
 
 
 def test_an_integer_with_more_digits_than_python_writes_is_an_error() -> None:
-    with pytest.raises(DataError, match="'answer' holds a number with too many digits"):
+    with pytest.raises(DataError, match="'answer' contains a number with too many digits"):
         convert({"row": {"question": "q", "answer": 10**10_000}})
 
 
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ("question", "columns is 'question'; expected names of fields"),
-        ("[1]", r"columns is '\[1\]'; expected names of fields"),
-        ({"question": 3}, "columns is {'question': 3}; expected names of fields"),
-        ({"gold": "answer"}, r"columns has \['gold'\]; expected some of"),
+        ("question", "columns is 'question'; expected a mapping to field names"),
+        ("[1]", r"columns is '\[1\]'; expected a mapping to field names"),
+        ({"question": 3}, "columns is {'question': 3}; expected a mapping to field names"),
+        ({"gold": "answer"}, r"columns has the keys \['gold'\]; expected some of"),
     ],
 )
 def test_a_column_map_is_checked(columns: Any, message: str) -> None:

@@ -38,7 +38,7 @@ class Coin(BranchContext):
     """A context whose coins all fall alike."""
 
     def __init__(self, coin: float = 0.0, *, vocab_size: int = 10, remaining: int = 1):
-        super().__init__(RolloutTree([0]), vocab_size, remaining, lambda place: 0)
+        super().__init__(tree=RolloutTree([0]), vocab_size=vocab_size, remaining=remaining, seed_of=lambda place: 0)
         self.fallen = coin
 
     def coin(self, candidate: Candidate) -> float:
@@ -46,11 +46,11 @@ class Coin(BranchContext):
 
 
 def seen(turn: Sequence[float], root: Sequence[float] = (1.0,), before: Sequence[float] = ()) -> Candidate:
-    return Candidate(2, (0,), 1, turn, before, root)
+    return Candidate(node=2, address=(0,), depth=1, turn=turn, before=before, root=root)
 
 
 def decision(delta: float, *, fires: bool = True) -> BranchDecision:
-    return BranchDecision(0.0, delta, 0.5, fires)
+    return BranchDecision(entropy_nats=0.0, delta=delta, probability=0.5, fires=fires)
 
 
 def served(decisions: Sequence[BranchDecision], remaining: int, wanted: int) -> list[int]:
@@ -120,7 +120,7 @@ def test_ranked_serves_the_highest_entropies_whatever_their_delta():
 
 
 def supply(results: Iterable[int], remaining: int, branches_per_fork: int = 1) -> int:
-    live = [LivePath(0, count) for count in results]
+    live = [LivePath(node=0, results=count) for count in results]
     return Threshold(branches_per_fork=branches_per_fork).supply(live, Coin(remaining=remaining))
 
 
@@ -216,7 +216,9 @@ class TopRounds(BranchRule):
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         siblings = len(context.tree.nodes[candidate.node].children)
-        return BranchDecision(candidate.turn[0], candidate.turn[0] / siblings, None, fires=True)
+        return BranchDecision(
+            entropy_nats=candidate.turn[0], delta=candidate.turn[0] / siblings, probability=None, fires=True
+        )
 
     def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
         judged = [self.judge(candidate, context) for candidate in candidates]
@@ -254,7 +256,7 @@ def settings(**values: Any) -> ARPOConfig:
 def two_searches(request, context):
     depth, path = request.key[-1], request.key[1]
     return ScriptedTurn(
-        f"<search>iron {path} {depth}</search>" if depth < 2 else ANSWER, entropies=[2.0 * path + depth]
+        text=f"<search>iron {path} {depth}</search>" if depth < 2 else ANSWER, entropies=[2.0 * path + depth]
     )
 
 
@@ -292,7 +294,7 @@ def test_options_are_read_from_json_text_and_checked_by_the_rule():
         ConfigError, match=r"branch_rule_kwargs has \['with'\], but .* 'surest_last' takes \['width'\]"
     ):
         settings(branch_rule="surest_last", branch_rule_kwargs={"with": 2})
-    with pytest.raises(ConfigError, match=r"The branch rule 'widths' needs \['widths'\]. Set them in"):
+    with pytest.raises(ConfigError, match=r"The branch rule 'widths' needs values for \['widths'\]. Set them in"):
         settings(branch_rule="widths")
     with pytest.raises(ConfigError, match="expected multiples of one another"):
         settings(branch_rule="widths", branch_rule_kwargs={"widths": (2, 3)})
@@ -318,7 +320,7 @@ def test_a_rule_that_waits_decides_again_whenever_its_paths_have_ended():
 
 def test_a_node_that_branches_in_two_rounds_has_branches_of_both():
     def one_search(request, context):
-        return ScriptedTurn("<search>iron</search>" if request.key[-1] == 0 else ANSWER, entropies=[1.0])
+        return ScriptedTurn(text="<search>iron</search>" if request.key[-1] == 0 else ANSWER, entropies=[1.0])
 
     run = Scripted(one_search, leaves=3, at_root=1, rule=TopRounds(width=1))
     (tree,) = run().trees
@@ -329,7 +331,7 @@ def test_a_node_that_branches_in_two_rounds_has_branches_of_both():
 
 
 def test_a_rule_that_waits_and_grants_nothing_leaves_all_to_the_root():
-    run = Scripted(lambda request, context: ScriptedTurn(ANSWER, entropies=[1.0]), leaves=3, rule=TopRounds())
+    run = Scripted(lambda request, context: ScriptedTurn(text=ANSWER, entropies=[1.0]), leaves=3, rule=TopRounds())
     assert addresses(run) == [(0,), (1,), (2,)]
 
 
@@ -348,9 +350,7 @@ def test_a_rule_reads_the_rewards_of_finished_leaves():
 
 def test_a_rule_that_reads_rewards_is_refused_where_nothing_computes_them():
     rule = settings(branch_rule="disputed").make_branch_rule()
-    with pytest.raises(
-        ConfigError, match=r"The branch rule 'disputed' reads the rewards .* ARPOTrainer rewards whole"
-    ):
+    with pytest.raises(ConfigError, match=r"The branch rule 'disputed' reads the rewards .* no `score` function"):
         Scripted(two_searches, rule=rule)
 
 
@@ -361,7 +361,9 @@ def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
         def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
             return [BranchDecision(fires=True, granted=3) for _ in candidates]
 
-    with pytest.raises(ConfigError, match=r"'disputed' granted \[3\] leaves for 1 observations; .* at most 1 in sum"):
+    with pytest.raises(
+        ConfigError, match=r"'disputed' granted \[3\] leaves for 1 observations; .* a sum of at most 1"
+    ):
         Scripted(two_searches, leaves=2, at_root=1, rule=Greedy())()
 
 
@@ -370,7 +372,7 @@ def test_alarms_ask_the_rule_whether_entropy_triggers_it():
 
 
 def test_draws_of_a_place_are_its_own_and_repeat():
-    context = BranchContext(RolloutTree([0]), 10, 1, hash)
+    context = BranchContext(tree=RolloutTree([0]), vocab_size=10, remaining=1, seed_of=hash)
     assert context.generator(0, 1).random() == context.generator(0, 1).random()
     assert context.generator(0, 1).random() != context.generator(0, 2).random()
     assert context.coin(seen([])) == context.generator(0, 1).random()

@@ -22,8 +22,8 @@ from support import ANSWER, Scripted
 def one_search(request: TurnRequest, context: str) -> ScriptedTurn:
     """Each path searches once and answers; entropy rises after the result."""
     if request.key[-1] == 0:
-        return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
-    return ScriptedTurn(ANSWER, entropies=[1.0])
+        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+    return ScriptedTurn(text=ANSWER, entropies=[1.0])
 
 
 def addresses(rollout, group=0):
@@ -64,7 +64,7 @@ def test_masks_and_logprobs_tell_the_models_tokens_from_the_tools():
 def test_when_entropy_falls_nothing_branches_and_the_rest_is_topped_up_together():
     def falls(request, context):
         turn = one_search(request, context)
-        return ScriptedTurn(turn.text, entropies=[1.0 - turn.entropies[0]])
+        return ScriptedTurn(text=turn.text, entropies=[1.0 - turn.entropies[0]])
 
     run = Scripted(falls, leaves=5, at_root=2)
     rollout = run()
@@ -80,8 +80,8 @@ def test_top_ups_start_while_the_last_turn_is_still_being_written():
     # The only possible result has been decided against: the missing leaf need not wait for the long last turn.
     def slow_end(request, context):
         if request.key[-1] == 0:
-            return ScriptedTurn("<search>iron</search>", entropies=[1.0])
-        return ScriptedTurn("a long way to the end " + ANSWER, entropies=[0.1], polls=20)
+            return ScriptedTurn(text="<search>iron</search>", entropies=[1.0])
+        return ScriptedTurn(text="a long way to the end " + ANSWER, entropies=[0.1], polls=20)
 
     run = Scripted(slow_end, leaves=2, at_root=1, max_tool_calls=1)
     rollout = run()
@@ -99,8 +99,8 @@ def test_at_equal_leaves_n_equal_to_m_never_branches():
 def test_the_budget_goes_to_the_path_where_entropy_rose_most():
     def differently(request, context):
         if request.key[-1] == 0:
-            return ScriptedTurn("<search>iron</search>", entropies=[0.1])
-        return ScriptedTurn(ANSWER, entropies=[0.5 + request.key[1]])
+            return ScriptedTurn(text="<search>iron</search>", entropies=[0.1])
+        return ScriptedTurn(text=ANSWER, entropies=[0.5 + request.key[1]])
 
     rollout = Scripted(differently, leaves=4, at_root=3)()
     assert addresses(rollout) == [(0,), (1,), (2,), (2, 1, 0)]
@@ -115,7 +115,7 @@ def test_branches_of_one_node_are_limited_to_z():
 def test_branches_inherit_the_entropy_of_their_paths_first_turn():
     def deep(request, context):
         depth = request.key[-1]
-        return ScriptedTurn("<search>iron</search>" if depth < 2 else ANSWER, entropies=[[0.5, 1.0, 1.5][depth]])
+        return ScriptedTurn(text="<search>iron</search>" if depth < 2 else ANSWER, entropies=[[0.5, 1.0, 1.5][depth]])
 
     rollout = Scripted(deep, leaves=4, at_root=1, vocab_size=10)()
     deltas = sorted(round(node.decision.delta * 2.302585, 3) for node in rollout.trees[0].observations())
@@ -127,8 +127,8 @@ def test_ranked_waits_for_the_first_paths_and_branches_where_entropy_was_highest
     def ranks(request, context):
         depth, path = request.key[-1], request.key[1]
         if depth < 2:
-            return ScriptedTurn(f"<search>iron {path} {depth}</search>", entropies=[0.1 * depth + path])
-        return ScriptedTurn(ANSWER, entropies=[0.05])
+            return ScriptedTurn(text=f"<search>iron {path} {depth}</search>", entropies=[0.1 * depth + path])
+        return ScriptedTurn(text=ANSWER, entropies=[0.05])
 
     # H after the first results: 0.1, 1.1; after the second: 0.05, 0.05. Budget 2, so both first results branch.
     run = Scripted(ranks, leaves=4, at_root=2, rule=Ranked())
@@ -149,7 +149,7 @@ def test_released_reads_the_turn_before_the_result():
         depth = request.key[-1]
         # the turn that leads to the second result is uncertain; what follows it is not
         entropy = [0.0, 5.0, 0.0][depth]
-        return ScriptedTurn("<search>iron</search>" if depth < 2 else ANSWER, entropies=[entropy])
+        return ScriptedTurn(text="<search>iron</search>" if depth < 2 else ANSWER, entropies=[entropy])
 
     run = Scripted(before, leaves=2, at_root=1, rule=Released(), vocab_size=10)
     observations = list(run().trees[0].observations())
@@ -164,7 +164,7 @@ def test_every_rule_ends_with_exactly_m_distinct_leaves(rule, leaves):
     def varied(request, context):
         calls = (request.key[1] + request.key[-1] * 2) % 3
         text = f"<search>iron {request.key}</search>" if calls else ANSWER
-        return ScriptedTurn(text, entropies=[(request.seed % 100) / 50], polls=1 + request.seed % 3)
+        return ScriptedTurn(text=text, entropies=[(request.seed % 100) / 50], polls=1 + request.seed % 3)
 
     rollout = Scripted(varied, leaves=leaves, at_root=max(1, leaves // 2), rule=RULES.get(rule)())(groups=5)
     for tree in rollout.trees:
@@ -175,7 +175,8 @@ def test_every_rule_ends_with_exactly_m_distinct_leaves(rule, leaves):
 def test_the_same_seed_gives_the_same_tree_and_another_one_another():
     def random_depth(request, context):
         return ScriptedTurn(
-            f"<search>{request.seed % 7}</search>" if request.seed % 3 else ANSWER, entropies=[request.seed % 11 / 5]
+            text=f"<search>{request.seed % 7}</search>" if request.seed % 3 else ANSWER,
+            entropies=[request.seed % 11 / 5],
         )
 
     def shape(seed):
@@ -190,7 +191,7 @@ def test_draws_do_not_depend_on_the_order_in_which_things_finish():
     def script(polls):
         def turn(request, context):
             text = f"<search>{request.seed}</search>" if request.key[-1] == 0 else f"{request.seed}{ANSWER}"
-            return ScriptedTurn(text, entropies=[0.1 + request.key[-1]], polls=polls(request))
+            return ScriptedTurn(text=text, entropies=[0.1 + request.key[-1]], polls=polls(request))
 
         return turn
 
@@ -251,7 +252,7 @@ def test_a_path_that_calls_after_the_notice_ends_there():
 def test_the_notice_of_the_limit_never_branches():
     def insists(request, context):
         text = ANSWER if "No tool calls are left" in context else "<search>more</search>"
-        return ScriptedTurn(text, entropies=[float(request.key[-1])])
+        return ScriptedTurn(text=text, entropies=[float(request.key[-1])])
 
     tree = Scripted(insists, leaves=3, at_root=1, max_tool_calls=0)().trees[0]
     assert [node.decision for node in tree.observations()] == [None] * 3
@@ -266,7 +267,9 @@ def test_each_turn_asks_only_for_the_tokens_its_path_has_left():
 
 
 def test_a_turn_that_runs_out_of_length_ends_its_path():
-    run = Scripted(lambda r, c: ScriptedTurn("word " * 50, ends=False), leaves=2, at_root=2, max_completion_length=10)
+    run = Scripted(
+        lambda r, c: ScriptedTurn(text="word " * 50, ends=False), leaves=2, at_root=2, max_completion_length=10
+    )
     for leaf in run().trees[0].leaves():
         assert leaf.stop is StopReason.LENGTH
         assert len(leaf.ids) == 10
@@ -492,7 +495,7 @@ def test_at_the_limit_each_of_several_calls_gets_the_notice():
 
 def test_a_turn_with_several_calls_branches_as_one_node():
     def uncertain(request, context):
-        return ScriptedTurn(two_calls(request, context), entropies=[float(request.key[-1])])
+        return ScriptedTurn(text=two_calls(request, context), entropies=[float(request.key[-1])])
 
     rollout = chatting(uncertain, leaves=2, at_root=1)()
     assert addresses(rollout) == [(0,), (0, 1, 0)]
@@ -529,7 +532,7 @@ def streamed(made: Scripted, requests, groups_at_once: int = 2):
 
 def prompts(made: Scripted, count: int) -> list[GroupRequest]:
     ids = made.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
-    return [GroupRequest(i, ids) for i in range(count)]
+    return [GroupRequest(id=i, prompt_ids=ids) for i in range(count)]
 
 
 def test_a_stream_gives_the_trees_that_a_batch_gives():
@@ -547,7 +550,7 @@ def test_a_stream_gives_the_trees_that_a_batch_gives():
 
 def test_a_slow_request_of_a_stream_holds_up_no_other():
     def script(request, context):
-        return ScriptedTurn(ANSWER, polls=50 if request.key[0] == 0 else 1)
+        return ScriptedTurn(text=ANSWER, polls=50 if request.key[0] == 0 else 1)
 
     made = Scripted(script, leaves=1, at_root=1)
     assert [outcome.id for outcome in streamed(made, prompts(made, 6))] == [1, 2, 3, 4, 5, 0]
@@ -572,19 +575,24 @@ def test_a_stream_asks_for_a_request_when_there_is_a_place_for_it():
 def test_what_fails_for_one_request_of_a_stream_is_its_outcome_alone():
     class Failing(ScriptedEngine):
         def poll(self, timeout_s=0.0):
-            return [TurnFailed(e.id, "it choked") if self.keys[e.id][0] == 1 else e for e in super().poll(timeout_s)]
+            return [
+                TurnFailed(id=e.id, reason="it choked") if self.keys[e.id][0] == 1 else e
+                for e in super().poll(timeout_s)
+            ]
 
         def submit(self, request):
             self.keys = {**getattr(self, "keys", {}), request.id: request.key}
             super().submit(request)
 
     made = Scripted(lambda r, c: ANSWER, leaves=2, at_root=2)
-    made.sampler.engine = Failing(made.tokenizer, SamplingParams((made.eos,)), lambda r, c: ANSWER)
-    requests = [*prompts(made, 3), GroupRequest(3, [5] * 1000)]
+    made.sampler.engine = Failing(made.tokenizer, SamplingParams(eos_ids=(made.eos,)), lambda r, c: ANSWER)
+    requests = [*prompts(made, 3), GroupRequest(id=3, prompt_ids=[5] * 1000)]
     outcomes = {outcome.id: outcome for outcome in streamed(made, requests)}
     assert {i: outcome.tree is None for i, outcome in outcomes.items()} == {0: False, 1: True, 2: False, 3: True}
     assert outcomes[1].error == "EngineError: it choked"
-    assert outcomes[3].error.startswith("ConfigError: Prompt 3 has 1000 tokens and the context is 1000: no room")
+    assert outcomes[3].error.startswith(
+        "ConfigError: Prompt 3 has 1000 tokens and the context is 1000 tokens: no room"
+    )
 
 
 def test_a_protocol_that_breaks_over_one_turn_fails_that_request_while_its_siblings_call_on():
@@ -607,7 +615,7 @@ def test_a_protocol_that_breaks_over_one_turn_fails_that_request_while_its_sibli
 
 def test_a_failed_turn_ends_a_batch():
     made = Scripted(lambda r, c: ANSWER)
-    made.engine.poll = lambda timeout_s: [TurnFailed(0, "it choked")]
+    made.engine.poll = lambda timeout_s: [TurnFailed(id=0, reason="it choked")]
     with pytest.raises(EngineError, match="it choked"):
         made(1)
 
@@ -632,8 +640,8 @@ def test_calls_beyond_a_tools_limit_get_a_notice_and_others_go_on():
 def test_a_branch_inherits_the_calls_that_were_made_of_each_tool():
     def script(request, context):
         if request.key[-1] == 0:
-            return ScriptedTurn("<python>1</python>", entropies=[0.0])
-        return ScriptedTurn("<python>2</python>" if request.key[-1] == 1 else ANSWER, entropies=[1.0])
+            return ScriptedTurn(text="<python>1</python>", entropies=[0.0])
+        return ScriptedTurn(text="<python>2</python>" if request.key[-1] == 1 else ANSWER, entropies=[1.0])
 
     made = Scripted(script, leaves=2, at_root=1)
     made.sampler.settings = replace(made.sampler.settings, max_calls_of={"python": 1})

@@ -44,7 +44,7 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
         *("--search_index", str(data / "corpus.jsonl"), "--max_steps", "2", "--per_device_train_batch_size", "16"),
         *("--eval_steps", "1", "--per_device_eval_batch_size", "64", "--trajectory_log_rate", "1"),
     )
-    assert done.stderr.count("Sampling holds keys and values of up to") == 1
+    assert done.stderr.count("During a rollout the KV cache takes up to") == 1
     history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
     summary = {
         **dict.fromkeys(("accuracy_before", "accuracy_after", "greedy_before", "greedy_after"), 0.0),

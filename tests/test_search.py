@@ -1,4 +1,4 @@
-"""Search finds passages by BM25 in a fixed order, and recorded results exactly before nearly."""
+"""Search ranks passages by BM25 in a fixed order; recorded results match exactly first, then approximately."""
 
 import json
 from collections.abc import Mapping
@@ -154,7 +154,7 @@ def test_an_index_is_opened_from_a_dataset_on_the_hub(monkeypatch: pytest.Monkey
 
 
 def test_a_dataset_that_cannot_be_had_is_an_error() -> None:
-    with pytest.raises(DataError, match="'nobody/nothing' is no local file or folder"):
+    with pytest.raises(DataError, match="'nobody/nothing' is not a local file or folder"):
         LocalIndex.open("nobody/nothing")
 
 
@@ -250,7 +250,7 @@ def test_recordings_that_found_nothing_are_a_recording(tmp_path: Path) -> None:
     [
         ({}, "holds an empty object"),
         (["a"], "holds list"),
-        ({"a query": ["x"]}, "query 'a query': the result is list, expected text"),
+        ({"a query": ["x"]}, "query 'a query': the result is list; expected a string"),
     ],
 )
 def test_a_recording_of_another_shape_is_refused(tmp_path: Path, content: object, message: str) -> None:

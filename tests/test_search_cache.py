@@ -1,4 +1,4 @@
-"""The cache file keeps answers and limits for any number of processes."""
+"""Any number of processes share the answers and the limits in one cache file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from arpo_trl.tools.search.providers import Hit, make_provider
 from arpo_trl.tools.search.web import WebSearch
 from loopback import Asked, Loopback, Reply
 
-HITS = [Hit("Iron", "https://a.test/", "melts at 1538 °C"), Hit("", "", "x\ny")]
+HITS = [Hit(title="Iron", url="https://a.test/", text="melts at 1538 °C"), Hit(title="", url="", text="x\ny")]
 
 
 @pytest.fixture
@@ -34,19 +34,19 @@ def key(query: str = "q", provider: str = "serper", **parameters: Any) -> Key:
 
 def test_what_was_put_is_found_again_by_another_process_or_object(cache: SearchCache) -> None:
     cache.put(key(), HITS)
-    assert SearchCache(cache.path).get(key()) == Entry(HITS, None)
+    assert SearchCache(cache.path).get(key()) == Entry(hits=HITS, error=None)
 
 
 def test_a_key_is_the_provider_the_normalised_query_and_the_parameters(cache: SearchCache) -> None:
     cache.put(key("Melting  point "), HITS)
-    assert cache.get(key("search query: melting point")) == Entry(HITS, None)
+    assert cache.get(key("search query: melting point")) == Entry(hits=HITS, error=None)
     assert cache.get(key("melting point", provider="brave")) is None
     assert cache.get(key("melting point", results=5)) is None
 
 
 @pytest.mark.parametrize("text", ["", "\0", "\ud800", "'; DROP TABLE results; --", "数" * 10_000])
 def test_any_text_can_be_kept(cache: SearchCache, text: str) -> None:
-    cache.put(key(text), [Hit(text, text, text)])
+    cache.put(key(text), [Hit(title=text, url=text, text=text)])
     entry = cache.get(key(text))
     assert entry is not None
     assert entry.hits[0].text == text.replace("\ud800", "?")
@@ -57,26 +57,26 @@ def test_nothing_found_and_failures_are_believed_for_a_while_only(
 ) -> None:
     cache.put(key("empty"), [])
     cache.put_error(key("failed"), "answered 503")
-    assert cache.get(key("empty")) == Entry([], None)
-    assert cache.get(key("failed")) == Entry([], "answered 503")
+    assert cache.get(key("empty")) == Entry(hits=[], error=None)
+    assert cache.get(key("failed")) == Entry(hits=[], error="answered 503")
     now = time.time()
     monkeypatch.setattr(search_cache.time, "time", lambda: now + search_cache.ERROR_TTL_S + 1)
     assert cache.get(key("failed")) is None
-    assert cache.get(key("empty")) == Entry([], None)
+    assert cache.get(key("empty")) == Entry(hits=[], error=None)
     monkeypatch.setattr(search_cache.time, "time", lambda: now + search_cache.EMPTY_TTL_S + 1)
     assert cache.get(key("empty")) is None
     # Without asking, an old answer is better than none; an old failure is not one.
-    assert cache.get(key("empty"), expired=True) == Entry([], None)
+    assert cache.get(key("empty"), expired=True) == Entry(hits=[], error=None)
     assert cache.get(key("failed"), expired=True) is None
 
 
 def test_a_failure_does_not_displace_an_answer_but_an_answer_a_failure(cache: SearchCache) -> None:
     cache.put(key(), HITS)
     cache.put_error(key(), "answered 503")
-    assert cache.get(key()) == Entry(HITS, None)
+    assert cache.get(key()) == Entry(hits=HITS, error=None)
     cache.put_error(key("other"), "answered 503")
     cache.put(key("other"), HITS)
-    assert cache.get(key("other")) == Entry(HITS, None)
+    assert cache.get(key("other")) == Entry(hits=HITS, error=None)
 
 
 def test_one_asks_at_a_time_and_who_vanishes_is_not_waited_for(cache: SearchCache) -> None:
@@ -114,7 +114,7 @@ def test_the_released_codes_json_is_read_and_written(cache: SearchCache, tmp_pat
     (tmp_path / "search_cache.json").write_text(json.dumps(released))
     assert cache.import_json(tmp_path / "search_cache.json", "brightdata", {"results": 10}) == 2
     assert cache.get(key("capital of france", "brightdata")) == Entry(
-        [Hit("", "", "Paris."), Hit("", "", "In Europe.")], None
+        hits=[Hit(title="", url="", text="Paris."), Hit(title="", url="", text="In Europe.")], error=None
     )
     cache.put(key("iron", "serper"), HITS)
     assert cache.export_json(tmp_path / "all.json") == 3
@@ -187,7 +187,7 @@ def test_eight_processes_share_a_file_without_loss_or_double_requests(tmp_path: 
     }
     for query in asked:
         entry = cache.get(key(query, "searxng", results=5))
-        assert entry == Entry([Hit("", "", query * 20)], None)
+        assert entry == Entry(hits=[Hit(title="", url="", text=query * 20)], error=None)
     with sqlite3.connect(path) as connection:
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert connection.execute("SELECT count(*) FROM leases").fetchone() == (0,)

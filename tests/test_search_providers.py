@@ -1,4 +1,4 @@
-"""Each provider asks in its service's way and reads its answers, over a real connection to a stand-in."""
+"""Each provider sends the requests of its service and parses the responses, over real HTTP to a fake server."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import httpx
 import pytest
 
+from arpo_trl import Hit, Provider, register_provider
 from arpo_trl.errors import ConfigError, ToolUnavailable
+from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.cache import CacheMode, SearchCache
 from arpo_trl.tools.search.index import search_tool
-from arpo_trl.tools.search.providers import PROVIDERS, Hit, make_provider
+from arpo_trl.tools.search.providers import PROVIDERS, make_provider
 from arpo_trl.tools.search.web import WebSearch
 from loopback import Loopback, Reply
 
@@ -89,13 +92,13 @@ TEXTS = {
 
 
 def search(name: str, server: Loopback, folder: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> WebSearch:
-    if variable := PROVIDERS[name].key_variable:
+    if variable := PROVIDERS.get(name).key_variable:
         monkeypatch.setenv(variable, KEY)
     provider = make_provider(name, url=server.url, zone="my_zone")
     return WebSearch(provider, SearchCache(folder / "cache.sqlite"), **settings)
 
 
-@pytest.mark.parametrize("name", sorted(PROVIDERS))
+@pytest.mark.parametrize("name", PROVIDERS.own)
 def test_each_service_is_asked_and_read_in_its_own_way(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,7 +133,7 @@ def test_each_service_is_asked_and_read_in_its_own_way(
         assert parse_qs(page.query) == {"q": [QUERY], "count": ["5"], "brd_json": ["1"]}
 
 
-@pytest.mark.parametrize("name", sorted(PROVIDERS))
+@pytest.mark.parametrize("name", PROVIDERS.own)
 def test_a_service_that_finds_nothing_gives_no_results(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,7 +150,7 @@ def test_a_service_that_finds_nothing_gives_no_results(
 @pytest.mark.parametrize(
     "answer", [{}, {"error": "no more credits"}, {"message": "Unauthorized.", "statusCode": 403}, {"results": None}]
 )
-@pytest.mark.parametrize("name", sorted(PROVIDERS))
+@pytest.mark.parametrize("name", PROVIDERS.own)
 def test_an_answer_without_results_is_not_no_results_and_is_not_kept(
     name: str, answer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,7 +196,9 @@ def test_the_retrieval_server_may_be_named_with_its_path() -> None:
 
 def test_the_default_addresses_are_the_services_own() -> None:
     hosts = {
-        name: make_provider(name, zone="z").request("q", 1, "k").url.host for name in PROVIDERS if name != "searxng"
+        name: make_provider(name, zone="z").request("q", 1, "k").url.host
+        for name in PROVIDERS.own
+        if name != "searxng"
     }
     assert hosts == {
         "retrieve": "127.0.0.1",
@@ -216,7 +221,7 @@ def test_the_default_addresses_are_the_services_own() -> None:
     ],
 )
 def test_the_parts_of_a_hit_that_are_shown_can_be_chosen(fields: list[str], text: str) -> None:
-    assert Hit("T", "u", "x").shown(fields) == text
+    assert Hit(title="T", url="u", text="x").shown(fields) == text
 
 
 def test_the_papers_format_is_ten_results_of_a_thousand_characters(
@@ -235,11 +240,55 @@ def test_the_papers_format_is_ten_results_of_a_thousand_characters(
         ("google", {}, "no search provider 'google'; expected one of"),
         ("searxng", {}, "Set search_url"),
         ("brightdata", {}, "needs search_zone"),
-        ("serper", {"url": "ftp://x"}, "search_url is no address like .* in the environment variable SERPER_API_KEY"),
-        ("searxng", {"url": "https://"}, "search_url is no address like .* and a host"),
+        (
+            "serper",
+            {"url": "ftp://x"},
+            "search_url must be an address like .* in the environment variable SERPER_API_KEY",
+        ),
+        ("searxng", {"url": "https://"}, "search_url must be an address like .* and a host"),
     ],
 )
 def test_what_cannot_be_asked_is_refused_with_the_way_out(name: str, settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         make_provider(name, **settings)
     assert "hunter2" not in str(error.value)
+
+
+@register_provider("wiki")
+class Wiki(Provider):
+    """A search service that the package does not know."""
+
+    key_variable = "WIKI_API_KEY"
+
+    def request(self, query: str, results: int, key: str) -> httpx.Request:
+        url = f"{self.base_url}/find"
+        return httpx.Request("GET", url, headers={"X-Key": key}, params={"q": query, "n": results})
+
+    def read(self, answer: Any) -> list[Hit]:
+        return [Hit(title=page["name"], url="", text=page["body"]) for page in answer["pages"]]
+
+
+def test_the_settings_name_a_provider_from_outside_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WIKI_API_KEY", KEY)
+    pages = [{"name": "Iron", "body": "Melts at 1538 °C."}, {"name": "Tin", "body": "Melts at 232 °C."}]
+    with Loopback(lambda asked: Reply({"pages": pages})) as server:
+        arguments = ToolArguments(
+            tools=["search"],
+            search_provider="wiki",
+            search_url=server.url,
+            search_top_k=2,
+            search_cache=str(tmp_path / "cache.sqlite"),
+        )
+        (tool,) = build_tools(arguments)
+        text = "Page 1: Iron: Melts at 1538 °C.\nPage 2: Tin: Melts at 232 °C."
+        assert (tool(QUERY), tool(QUERY)) == (text, text)
+    (asked,) = server.asked  # the cache answers the second search
+    assert (asked.path, asked.params) == ("/find", {"q": QUERY, "n": "2"})
+    assert asked.headers["x-key"] == KEY
+
+
+def test_an_unknown_provider_is_named_with_all_that_are_registered() -> None:
+    with pytest.raises(ConfigError, match=r"search_provider is 'google'; expected one of \['local', .*'wiki'\]"):
+        build_tools(ToolArguments(tools=["search"], search_provider="google"))

@@ -169,7 +169,7 @@ def test_every_number_has_a_range_and_every_setting_a_sentence(kind):
         (EvalSettings, {"top_p": 1.5}, r"top_p is 1.5; expected a number in \(0, 1\]"),
         (EvalSettings, {"tool_protocol": "xml"}, r"tool_protocol is 'xml'; expected one of \['tags', "),
         (OURS[5], {"dataset": "d", "accuracy": "f1"}, "accuracy is 'f1'; expected one of .*'paper_f1'"),
-        (OURS[5], {"dataset": "d", "judge_url": "http://x"}, "Of judge_url and judge_model one is set"),
+        (OURS[5], {"dataset": "d", "judge_url": "http://x"}, "Only one of judge_url and judge_model is set"),
         (OURS[6], {"dataset": "d", "max_tool_result_tokens": 8}, "max_tool_result_tokens is 8; expected .* 16 tokens"),
     ],
 )

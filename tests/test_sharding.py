@@ -38,9 +38,9 @@ def test_one_process_alone_needs_no_gathering():
 @pytest.mark.parametrize(
     ("accelerator", "message"),
     [
-        (launched(zero=3), r"false on 2 ranks: .* hang\. Leave it true, .* one copy of the weights"),
+        (launched(zero=3), r"false on 2 ranks: .* hang\. Set it to true, .* one copy of the weights"),
         (launched(fsdp=1), r"FSDP version 1 .* fsdp_version: 2"),
-        (launched(4, parallel=2), r"shares each sample among 2 ranks .*vllm_tensor_parallel_size"),
+        (launched(4, parallel=2), r"splits each sample over 2 ranks .*vllm_tensor_parallel_size"),
     ],
     ids=["zero3", "fsdp1", "parallel"],
 )
@@ -52,14 +52,14 @@ def test_what_would_hang_is_refused_with_the_way_out(accelerator, message):
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_launch(launched(2), gathers=True)
-    with pytest.raises(ConfigError, match=r"2 processes were started, but each .* use_cpu: true"):
+    with pytest.raises(ConfigError, match=r"2 processes were started, but .* use_cpu: true"):
         check_launch(launched(1), gathers=True)
 
 
 def test_fsdp_that_accelerate_left_out_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     check_launch(launched(fsdp=2), gathers=True)
-    with pytest.raises(ConfigError, match=r"accelerate does not shard on a cpu: .*ddp\.yaml"):
+    with pytest.raises(ConfigError, match=r"accelerate does not shard on device type cpu: .*ddp\.yaml"):
         check_launch(launched(), gathers=True)
 
 

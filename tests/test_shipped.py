@@ -1,8 +1,8 @@
-"""What is shipped runs as it is shipped: the example of the README, and one step of each file in configs/.
+"""Shipped files run unchanged: the example of the README, and one step of each file in configs/.
 
-A GPU, the Hub's models and its data are not here. So replaced are the model by one of its family's layout, the data,
-lengths and the number of steps, and `use_cpu`; vLLM is its CPU build, which has no sleep mode and takes one server
-for several.
+The tests have no GPU and no models or data from the Hub. So they replace the model by a tiny one of its family, the
+data, the lengths, the number of steps, and `use_cpu`. vLLM is its CPU build, which has no sleep mode, and one server
+stands for several.
 """
 
 import importlib.util
@@ -99,7 +99,7 @@ def test_the_example_of_the_readme_trains(models, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     if not torch.accelerator.is_available():
-        assert done.stderr.count("There is no accelerator here: training on the CPU") == 1
+        assert done.stderr.count("No accelerator was found: use_cpu is set to true") == 1
     assert "train_loss" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""States of tools over the life of a tree: who sees what, and that each is closed exactly once.
+"""Tool states during the life of a tree: each path sees its own state, and each state is closed exactly once.
 
 `Notes` stands for an environment from outside the package: an object that its tools write to and read from.
 """
@@ -100,7 +100,7 @@ def writes_and_reads(request, context):
     depth = request.key[-1]
     name = "/".join(map(str, request.key[:-1])) + f":{depth}"
     text = [f"<write>{name}</write>", f"<write>{name}</write>", "<read>all</read>", ANSWER][depth]
-    return ScriptedTurn(text, entropies=[[0.5, 1.0, 0.1, 0.1][depth]])
+    return ScriptedTurn(text=text, entropies=[[0.5, 1.0, 0.1, 0.1][depth]])
 
 
 def read_by(tree) -> dict[tuple[int, ...], str]:
@@ -109,7 +109,7 @@ def read_by(tree) -> dict[tuple[int, ...], str]:
 
 def prompts(made: Scripted, count: int) -> list[GroupRequest]:
     ids = made.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
-    return [GroupRequest(i, ids) for i in range(count)]
+    return [GroupRequest(id=i, prompt_ids=ids) for i in range(count)]
 
 
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))
@@ -151,7 +151,7 @@ def test_a_path_that_never_calls_has_no_state():
 def test_a_copy_that_no_branch_needs_is_closed():
     def falls(request, context):
         turn = writes_and_reads(request, context)
-        return ScriptedTurn(turn.text, entropies=[1.0 - turn.entropies[0] if request.key[-1] == 0 else 0.0])
+        return ScriptedTurn(text=turn.text, entropies=[1.0 - turn.entropies[0] if request.key[-1] == 0 else 0.0])
 
     world = World()
     tree = Scripted(falls, leaves=2, at_root=1, max_tool_calls=3, tools=world.tools)().trees[0]
@@ -253,7 +253,7 @@ def test_a_state_that_cannot_be_closed_is_logged_once_and_the_rollout_goes_on(ca
         tree = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)().trees[0]
     assert len(tree.leaves()) == 4 and world.is_closed() and len(world.opened) > 1
     assert [record.getMessage() for record in caplog.records if "close()" in record.getMessage()] == [
-        "close() of Notes failed: OSError: stuck. The run goes on, but what the state held may not be released. "
+        "close() of Notes failed: OSError: stuck. The run continues, but what the state held may not be released. "
         "Further failures of its close() are not logged."
     ]
 
@@ -317,7 +317,7 @@ def test_a_state_is_told_of_its_own_tools_calls_and_siblings_are_told_apart():
         _, *address, depth = request.key  # address (0,), or (0, 1, 0): a branch after the first call
         tool = "echo" if depth == 1 and len(address) > 1 else "say"
         text = f"<{tool}>{['set', 'fail', f'path{len(address)}', ''][depth]}</{tool}>" if depth < 3 else ANSWER
-        return ScriptedTurn(text, entropies=[float(depth)])
+        return ScriptedTurn(text=text, entropies=[float(depth)])
 
     tree = Scripted(script, leaves=2, at_root=1, tools=[sayer(), echo], max_tool_calls=4)().trees[0]
     assert [[call.text for call in leaf.calls] for leaf in tree.leaves()] == [

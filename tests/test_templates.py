@@ -1,6 +1,6 @@
-"""Every chat template that TRL ships, with its family's special tokens and each EOS that its models come with.
+"""Every chat template that TRL ships, with its family's special tokens and each EOS of its models.
 
-tests/cases/templates.jsonl says what is read from each, or why it is refused.
+tests/cases/templates.jsonl has the expected reading of each template, or why it is refused.
 """
 
 import copy
@@ -78,7 +78,7 @@ def test_a_turn_is_read_and_continued_as_the_template_has_it(row: dict[str, Any]
     shared = next(i for i in range(len(whole)) if whole[: i + 1] != prompt[: i + 1])
     turn = whole[whole.rfind("<", 0, shared + 1) if whole[shared - 1] == "<" else shared :]
     turn = turn.removesuffix(row["call_end"] + observation)
-    assert protocol.parse_turn(turn, end) == (ToolCall("search", {"query": "iron ore"}),)
+    assert protocol.parse_turn(turn, end) == (ToolCall(name="search", arguments={"query": "iron ore"}),)
     assert protocol.parse_turn("It rains.", made.convert_tokens_to_ids(row["answer_end"])) == ()
 
 
@@ -106,7 +106,7 @@ def test_a_call_that_ends_with_another_eos_is_one_too() -> None:
     protocol = protocol_of("llama3_1", "<|eom_id|>")
     end = protocol.tokenizer.convert_tokens_to_ids("<|eom_id|>")
     turn = '{"name": "search", "parameters": {"query": "iron"}}'
-    assert protocol.parse_turn(turn, end) == (ToolCall("search", {"query": "iron"}),)
+    assert protocol.parse_turn(turn, end) == (ToolCall(name="search", arguments={"query": "iron"}),)
     assert protocol.decode_turn([*protocol.tokenizer.encode(turn), end]) == turn
 
 
@@ -125,7 +125,7 @@ def test_a_call_that_ends_as_an_answer_does_is_told() -> None:
     protocol = protocol_of("gptoss", "<|return|>")
     turn = ' to=functions.search<|channel|>commentary json<|message|>{"query": "a"}'
     ends = {token: protocol.tokenizer.convert_tokens_to_ids(token) for token in ("<|call|>", "<|return|>")}
-    assert protocol.parse_turn(turn, ends["<|call|>"]) == (ToolCall("search", {"query": "a"}),)
+    assert protocol.parse_turn(turn, ends["<|call|>"]) == (ToolCall(name="search", arguments={"query": "a"}),)
     (bad,) = protocol.parse_turn(turn, ends["<|return|>"])
     assert isinstance(bad, BadCall)
     assert bad.fault == "malformed"

@@ -1,3 +1,4 @@
+import json
 import math
 import sys
 from pathlib import Path
@@ -48,10 +49,10 @@ def model_path(tmp_path_factory) -> str:
 def branching_script(request, context):
     """Each path searches once; what follows is uncertain; half of the answers are right."""
     if request.key[-1] == 0:
-        return ScriptedTurn(f"<search>iron {request.key[1]}</search>", entropies=[0.1])
+        return ScriptedTurn(text=f"<search>iron {request.key[1]}</search>", entropies=[0.1])
     asked = context.rpartition("what is ")[2][0]
     right = (len(request.key) + request.key[1]) % 2
-    return ScriptedTurn(f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
+    return ScriptedTurn(text=f"<answer>\\boxed{{{asked if right else 99}}}</answer>", entropies=[1.0])
 
 
 def flat_script(request, context):
@@ -60,7 +61,7 @@ def flat_script(request, context):
 
 
 def scripted(script=branching_script) -> ScriptedEngine:
-    return ScriptedEngine(tokenizer(), SamplingParams((tokenizer().eos_token_id,), STOPS), script)
+    return ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=STOPS), script)
 
 
 def config(folder: Path, kind: type[GRPOConfig] = ARPOConfig, **settings) -> GRPOConfig:
@@ -102,6 +103,23 @@ def batch_of(made: ARPOTrainer) -> dict:
     return made._generate_and_score_completions([ROWS[i // 4] for i in range(8)])
 
 
+@pytest.mark.parametrize("saved_in", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_turns_end_at_the_ids_of_the_models_generation_config(tmp_path, saved_in, loaded):
+    folder, eos = save_tiny_model(tmp_path / "model"), tokenizer().eos_token_id
+    if saved_in == "config.json":  # transformers derives the generation config from it
+        (tmp_path / "model/generation_config.json").unlink()
+    path = tmp_path / "model" / saved_in
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [7, eos]}))
+    model = AutoModelForCausalLM.from_pretrained(folder) if loaded else folder
+    made = ARPOTrainer(
+        model, HierarchicalReward(), config(tmp_path), ROWS, processing_class=tokenizer(), tools=[search, python]
+    )
+    assert sorted(made.model.generation_config.eos_token_id) == sorted([7, eos])
+    assert made.protocol.eos_ids == made.tree_sampler.engine.settings.eos_ids == (eos, 7)
+    assert made.eos_token_ids == [eos, 7]  # by them TRL recognises truncated completions
+
+
 def test_completions_that_are_printed_steer_no_terminal(model_path, tmp_path, capsys):
     made = trainer(model_path, tmp_path, engine=scripted(), log_completions=True)
     made._logs["prompt"].append([{"role": "user", "content": "ask\x1b[2J"}])
@@ -130,8 +148,22 @@ def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path
     def same_rollouts(prompts, grpo):
         toolbox = ToolBox([search, python])
         protocol = TagProtocol(tokenizer(), toolbox.specs)
-        sampler = TreeSampler(scripted(flat_script), toolbox, protocol, TreeSettings(4, 4, 120, 1024, 6, 4))
-        groups = [GroupRequest(i, protocol.encode_prompt(prompts[4 * i])) for i in range(len(prompts) // 4)]
+        sampler = TreeSampler(
+            scripted(flat_script),
+            toolbox,
+            protocol,
+            TreeSettings(
+                num_generations=4,
+                initial_rollouts=4,
+                max_completion_length=120,
+                max_length=1024,
+                max_tool_calls=6,
+                entropy_probe_tokens=4,
+            ),
+        )
+        groups = [
+            GroupRequest(id=i, prompt_ids=protocol.encode_prompt(prompts[4 * i])) for i in range(len(prompts) // 4)
+        ]
         leaves = [leaf for tree in sampler.sample(groups, seed=(0,)).trees for leaf in tree.leaves()]
         return {
             "prompt_ids": [groups[i // 4].prompt_ids for i in range(len(prompts))],
@@ -203,7 +235,7 @@ def test_hard_and_soft_have_the_same_gradient_under_a_token_level_loss(model_pat
     def mixed(request, context):
         turn = branching_script(request, context)
         if request.key[-1] and len(request.key) == 5:  # branches are wrong, so siblings differ
-            return ScriptedTurn("<answer>\\boxed{99}</answer>", entropies=[1.0])
+            return ScriptedTurn(text="<answer>\\boxed{99}</answer>", entropies=[1.0])
         return turn
 
     settings = {"loss_type": "bnpo", **EXACT}  # the two are equal in exact arithmetic
@@ -254,9 +286,9 @@ def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path
 
     def script(request, context):
         if request.key[-1]:
-            return ScriptedTurn(f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
+            return ScriptedTurn(text=f"<answer>\\boxed{{{len(request.key)}}}</answer>", entropies=[1.0])
         calls = '{"name": "search", "arguments": {"query": "iron"}}', '{"name": "python", "arguments": {"code": "1"}}'
-        return ScriptedTurn("\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls), entropies=[0.1])
+        return ScriptedTurn(text="\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls), entropies=[0.1])
 
     def reward(completions, tool_calls, turns, **columns):
         seen.update(completions=completions, tool_calls=tool_calls)
@@ -265,7 +297,7 @@ def test_a_chat_templates_own_calls_train_and_reach_the_rewards_as_data(tmp_path
     made = trainer(
         str(tmp_path / "model"),
         tmp_path / "run",
-        engine=ScriptedEngine(tok, SamplingParams((tok.eos_token_id,)), script),
+        engine=ScriptedEngine(tok, SamplingParams(eos_ids=(tok.eos_token_id,)), script),
         rewards=reward,
         tool_protocol="chat_template",
         max_completion_length=800,
@@ -320,7 +352,7 @@ def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_
     rollout = made._last.rollout
     assert [len(tree.leaves()) for tree in rollout.trees] == [1] * 6
     made.model.train()
-    with pytest.raises(ConfigError, match="6 rows that are no whole groups of 4; a tree cannot span ranks"):
+    with pytest.raises(ConfigError, match="6 rows, which are not whole groups of 4; a tree cannot span ranks"):
         made._rollout(prompts, made)
 
 
@@ -338,7 +370,7 @@ def test_what_tags_take_for_granted_is_said_where_no_prompt_tells_it(model_path,
     assert len(said) == is_said
     if is_said:
         assert "does not name <search>, <python>" in said[0]
-        assert "call a tool as <search>…</search>" in said[0] and "tags_system_prompt(tools)" in said[0]
+        assert "calls a tool with <search>…</search>" in said[0] and "tags_system_prompt(tools)" in said[0]
 
 
 @pytest.mark.slow
@@ -429,13 +461,13 @@ def test_an_adapter_trains_on_what_the_model_itself_samples(tmp_path):
 
 
 def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):
-    with pytest.raises(ConfigError, match=r"to be quantized .* Set use_peft: true, or give a peft_config"):
+    with pytest.raises(ConfigError, match=r"Quantization .* freezes .* Set use_peft: true, or give a peft_config"):
         quantized(model_path, tmp_path, None)
 
 
 def test_quantizing_without_bitsandbytes_names_the_extra(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"bitsandbytes is not installed here\..*pip install '\.\[qlora\]'"):
+    with pytest.raises(ConfigError, match=r"bitsandbytes, which is not installed\..*pip install '\.\[qlora\]'"):
         quantized(model_path, tmp_path, LoraConfig())
 
 
@@ -487,7 +519,7 @@ def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):
     def wrong(completions, **columns):
         return [-1.0] * len(completions)
 
-    endless = scripted(lambda request, context: ScriptedTurn("word " * 200, ends=False))
+    endless = scripted(lambda request, context: ScriptedTurn(text="word " * 200, ends=False))
     made = trainer(model_path, tmp_path, engine=endless, rewards=wrong, max_completion_length=20)
     made.train()
     for name in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):
@@ -539,7 +571,7 @@ def test_a_hostile_tool_result_changes_neither_format_nor_reward(model_path, tmp
 
 def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr("arpo_trl.training.preflight.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"vLLM is not installed here. Install the extra"):
+    with pytest.raises(ConfigError, match=r"vLLM is not installed. Install the extra"):
         trainer(model_path, tmp_path, use_vllm=True)
 
 

@@ -17,24 +17,38 @@ def branching(request, context):
     """A bad call, then a search, then the answer; entropy rises after each result."""
     texts = ["<search> </search>", f"<search>iron {request.key[1]}</search>", ANSWER]
     depth = request.key[-1]
-    return ScriptedTurn(texts[depth], entropies=[0.1 + 0.25 * depth, 0.5])
+    return ScriptedTurn(text=texts[depth], entropies=[0.1 + 0.25 * depth, 0.5])
 
 
 def logged(script=branching, **settings) -> LoggedTree:
     tree = Scripted(script, leaves=4, at_root=2, **settings)().trees[0]
-    return LoggedTree(7, 3, "what is the answer", tree, [1.0, None, -1.0, 0.25], [0.5, 0.0, -1.5, 1.0])
+    return LoggedTree(
+        step=7,
+        group=3,
+        prompt="what is the answer",
+        tree=tree,
+        rewards=[1.0, None, -1.0, 0.25],
+        advantages=[0.5, 0.0, -1.5, 1.0],
+    )
 
 
 def small(text: str = "hello") -> LoggedTree:
     """One leaf, made by hand: a turn, an observation, a turn."""
     tree = RolloutTree([1, 2])
     first = tree.add_turn(0, [3, 4], text, [-0.25, -1.5], [0.75])
-    call = ExecutedCall("search", {"query": text}, text, ToolFailure.TIMEOUT, 0.125, CallSource.EXECUTED)
+    call = ExecutedCall(
+        name="search",
+        arguments={"query": text},
+        text=text,
+        failure=ToolFailure.TIMEOUT,
+        seconds=0.125,
+        source=CallSource.EXECUTED,
+    )
     seen = tree.add_observation(first.index, [5], [call], text)
-    seen.decision = BranchDecision(1.5, 0.25, 0.55, True, 0)
+    seen.decision = BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
     last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
     tree.end(last.index, (0,), StopReason.EOS)
-    return LoggedTree(0, 0, text, tree, [0.0], [0.0])
+    return LoggedTree(step=0, group=0, prompt=text, tree=tree, rewards=[0.0], advantages=[0.0])
 
 
 def test_a_rollouts_trees_are_logged_with_their_own_rewards_and_advantages():
@@ -47,8 +61,15 @@ def test_a_rollouts_trees_are_logged_with_their_own_rewards_and_advantages():
         first_group=6,
         decode=lambda ids: " ".join(map(str, ids)),
     )
-    assert made[0] == LoggedTree(3, 6, made[0].prompt, four, [1.0, None, 0.0, 0.5], [0.1, 0.2, 0.3, 0.4])
-    assert made[1] == LoggedTree(3, 7, "1 2", one, [0.25], [0.0])
+    assert made[0] == LoggedTree(
+        step=3,
+        group=6,
+        prompt=made[0].prompt,
+        tree=four,
+        rewards=[1.0, None, 0.0, 0.5],
+        advantages=[0.1, 0.2, 0.3, 0.4],
+    )
+    assert made[1] == LoggedTree(step=3, group=7, prompt="1 2", tree=one, rewards=[0.25], advantages=[0.0])
 
 
 def only(path: Path | None) -> LoggedTree:
@@ -81,10 +102,17 @@ def test_every_field_of_a_node_survives(tmp_path):
     first, seen, last = tree.nodes[1:]
     assert (first.ids, first.logprobs, first.entropies, first.stop) == ([3, 4], [-0.25, -1.5], [0.75], None)
     assert seen.calls == [
-        ExecutedCall("search", {"query": "hello"}, "hello", ToolFailure.TIMEOUT, 0.125, CallSource.EXECUTED)
+        ExecutedCall(
+            name="search",
+            arguments={"query": "hello"},
+            text="hello",
+            failure=ToolFailure.TIMEOUT,
+            seconds=0.125,
+            source=CallSource.EXECUTED,
+        )
     ]
     assert type(seen.calls[0].failure) is ToolFailure and type(seen.calls[0].source) is CallSource
-    assert seen.decision == BranchDecision(1.5, 0.25, 0.55, True, 0)
+    assert seen.decision == BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
     assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
 
 

@@ -17,7 +17,17 @@ def searching(request, context):
 def log(folder, name: str, script=searching, rewards=(1.0, None, 0.0, 0.5)):
     tree = Scripted(script, leaves=4, at_root=4)().trees[0]
     return TrajectoryLog(folder, 1.0, 0, 3).write(
-        name, [LoggedTree(7, 2, "what is «it»\u2028?", tree, list(rewards), [0.5, 0.0, -1.5, 1.0])]
+        name,
+        [
+            LoggedTree(
+                step=7,
+                group=2,
+                prompt="what is «it»\u2028?",
+                tree=tree,
+                rewards=list(rewards),
+                advantages=[0.5, 0.0, -1.5, 1.0],
+            )
+        ],
     )
 
 

@@ -31,7 +31,9 @@ def engine(model, *, stop=(), eos=None, context=contextlib.nullcontext, most_row
     """An engine that has been compared with the model's plain forward."""
     made = TransformersEngine(
         tokenizer(),
-        SamplingParams((tokenizer().eos_token_id if eos is None else eos,), tuple(stop), **settings),
+        SamplingParams(
+            eos_ids=(tokenizer().eos_token_id if eos is None else eos,), stop_strings=tuple(stop), **settings
+        ),
         lambda: context(model),
         most_rows=most_rows,
         smaller=smaller or "Sample fewer turns at a time, or shorter ones.",
@@ -56,7 +58,12 @@ def finish(made, requests):
 
 
 def requests(which=range(10), max_tokens=24, probe=5):
-    return [TurnRequest(i, PROMPTS[i], max_tokens - 2 * (i % 5), probe, seed=100 + i, key=(i,)) for i in which]
+    return [
+        TurnRequest(
+            id=i, ids=PROMPTS[i], max_tokens=max_tokens - 2 * (i % 5), probe_tokens=probe, seed=100 + i, key=(i,)
+        )
+        for i in which
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +155,9 @@ def test_a_probe_comes_once_after_k_tokens_and_never_with_the_end(model):
     with made.session():
         for request in requests([0, 1], max_tokens=9, probe=4):
             made.submit(request)
-        made.submit(TurnRequest(7, PROMPTS[7], 3, 4, seed=1, key=(7,)))  # ends before its fourth token
+        made.submit(
+            TurnRequest(id=7, ids=PROMPTS[7], max_tokens=3, probe_tokens=4, seed=1, key=(7,))
+        )  # ends before its fourth token
         seen = []
         for step in range(1, 20):
             seen += [(step, event) for event in made.poll(0.0)]
@@ -163,7 +172,7 @@ def test_a_probe_comes_once_after_k_tokens_and_never_with_the_end(model):
 
 def test_eos_ends_a_turn_and_stays_in_its_ids(model):
     eos = run(model, requests([2]))[0][2].ids[3]  # make the fourth token it samples the end
-    made = TransformersEngine(tokenizer(), SamplingParams((eos,)), lambda: contextlib.nullcontext(model))
+    made = TransformersEngine(tokenizer(), SamplingParams(eos_ids=(eos,)), lambda: contextlib.nullcontext(model))
     with made.session():
         made.submit(requests([2])[0])
         turns = [event for event in events_of(made, 1) if isinstance(event, Turn)]
@@ -205,7 +214,7 @@ def test_stop_strings_are_found_however_they_are_tokenised_and_ids_stay_as_sampl
     model = tiny_model()
     made = engine(model, stop=["</search>", "</python>"], temperature=0.0)
     script(model, ids + tail)
-    turns, _ = finish(made, [TurnRequest(0, PROMPTS[0], 60, 5, 1, (0,))])
+    turns, _ = finish(made, [TurnRequest(id=0, ids=PROMPTS[0], max_tokens=60, probe_tokens=5, seed=1, key=(0,))])
     assert turns[0].stop is TurnStop.STOP_STRING
     text = tok.decode(turns[0].ids)
     # ids are exactly those sampled up to the token that completes the stop string
@@ -266,8 +275,8 @@ def test_polling_outside_a_session_says_so(model):
 
 
 def test_a_request_without_room_is_refused(model):
-    with pytest.raises(EngineError, match="must be ≥ 1"):
-        engine(model).submit(TurnRequest(0, PROMPTS[0], 0, 5, 1, (0,)))
+    with pytest.raises(EngineError, match="expected at least 1 of each"):
+        engine(model).submit(TurnRequest(id=0, ids=PROMPTS[0], max_tokens=0, probe_tokens=5, seed=1, key=(0,)))
 
 
 def test_a_session_that_fails_leaves_nothing_behind(model):
@@ -325,7 +334,10 @@ def test_a_rollout_without_room_is_an_error_before_it_that_says_what_it_needs_an
     # two layers × 2 (keys, values) × 1 head × 16 × 4 bytes: 128 bytes for each row, position and layer
     made = engine(tiny_model(), smaller="Lower this and that.")
     monkeypatch.setattr(slots, "free_bytes", lambda device: 128 * 4 * 128 - 1)
-    asked = [TurnRequest(i, PROMPTS[0], 128 - len(PROMPTS[0]), 4, i, (i,)) for i in range(4)]
+    asked = [
+        TurnRequest(id=i, ids=PROMPTS[0], max_tokens=128 - len(PROMPTS[0]), probe_tokens=4, seed=i, key=(i,))
+        for i in range(4)
+    ]
     needed = r"needs 0\.00 GiB on cpu for the keys and values of 4 rows × 128 positions × 2 layers"
     with made.session():
         for request in asked:
@@ -369,7 +381,7 @@ def test_memory_that_runs_out_on_the_way_is_an_error_with_the_way_out(model):
         hook = model.lm_head.register_forward_hook(forward)
         try:
             with pytest.raises(
-                EngineError, match=r"Memory on cpu ran out .* held \(CUDA out .*\)\. Lower this and that"
+                EngineError, match=r"Memory on cpu ran out .* GiB \(CUDA out .*\)\. Lower this and that"
             ):
                 made.poll(0.0)
         finally:
@@ -379,7 +391,9 @@ def test_memory_that_runs_out_on_the_way_is_an_error_with_the_way_out(model):
 def test_memory_that_a_cpu_does_not_have_is_the_same_error(model):
     made = engine(model)
     with made.session():
-        made.submit(TurnRequest(0, PROMPTS[0], 1 << 45, 4, 0, (0,)))  # 128 TiB for its random numbers alone
+        made.submit(
+            TurnRequest(id=0, ids=PROMPTS[0], max_tokens=1 << 45, probe_tokens=4, seed=0, key=(0,))
+        )  # 128 TiB for its random numbers alone
         with pytest.raises(
             EngineError, match=r"Memory on cpu ran out .*Sample fewer turns at a time, or shorter ones"
         ):
@@ -388,7 +402,7 @@ def test_memory_that_a_cpu_does_not_have_is_the_same_error(model):
 
 def test_what_sampling_holds_is_said_once_and_louder_where_it_is_much(model, monkeypatch, caplog):
     # 4 rows × 32 positions × 2 layers × 128 bytes = 32 KiB, and 1 GiB of finished turns at the most
-    said = r"4 rows × 32 positions × 2 layers × 128 bytes = 0\.00 GiB on cpu, and up to 1\.00 GiB of finished turns"
+    said = r"4 rows × 32 positions × 2 layers × 128 bytes = 0\.00 GiB on cpu, and finished turns .* 1\.00 GiB"
     for free, level in ((1 << 40, "INFO"), (1 << 30, "WARNING")):
         made = engine(model, most_rows=4)
         monkeypatch.setattr(transformers_engine, "free_bytes", lambda device, free=free: free)
@@ -436,7 +450,7 @@ def test_buffers_and_masks_grow_in_blocks_up_to_the_rows_that_may_be_asked_for()
 
 
 def test_prompts_of_one_token_are_sampled_together(model):
-    same = [TurnRequest(i, PROMPTS[0][:1], 6, 2, seed=i, key=(i,)) for i in range(3)]
+    same = [TurnRequest(id=i, ids=PROMPTS[0][:1], max_tokens=6, probe_tokens=2, seed=i, key=(i,)) for i in range(3)]
     turns, _ = run(model, same)
     for i in range(3):
         assert run(model, same[i : i + 1])[0][i].ids == turns[i].ids
@@ -498,7 +512,7 @@ def continued(model, monkeypatch, retained_bytes, *, by_tag=True):
             read.clear()
             ids = PROMPTS[0] + first.ids + tok.encode(" a result of some length")
             for i in (1, 2):  # the turn that goes on, and its branch
-                made.submit(TurnRequest(i, ids, 10, 5, seed=i, key=(0, i), after=0))
+                made.submit(TurnRequest(id=i, ids=ids, max_tokens=10, probe_tokens=5, seed=i, key=(0, i), after=0))
             turns = {event.id: event for event in events_of(made, 2) if isinstance(event, Turn)}
     finally:
         hook.remove()
@@ -527,7 +541,9 @@ def test_equal_prompts_are_read_once(model):
         lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     try:
-        same = [TurnRequest(i, PROMPTS[3], 12, 5, seed=100 + i, key=(i,)) for i in range(4)]
+        same = [
+            TurnRequest(id=i, ids=PROMPTS[3], max_tokens=12, probe_tokens=5, seed=100 + i, key=(i,)) for i in range(4)
+        ]
         turns, _ = finish(made, same)
     finally:
         hook.remove()

@@ -4,7 +4,9 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.tree import ExecutedCall, NodeKind, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 
-CALL = ExecutedCall("search", {"query": "iron"}, "a metal", None, 0.1, CallSource.EXECUTED)
+CALL = ExecutedCall(
+    name="search", arguments={"query": "iron"}, text="a metal", failure=None, seconds=0.1, source=CallSource.EXECUTED
+)
 
 
 def small_tree() -> RolloutTree:
@@ -60,7 +62,7 @@ def test_two_addresses_cannot_end_in_one_node():
 def test_a_turn_never_splits():
     tree = small_tree()
     tree.add_observation(1, [21], [CALL], "again")
-    with pytest.raises(EngineError, match="a turn never splits"):
+    with pytest.raises(EngineError, match="has 2 children; expected at most one"):
         tree.check(2)
 
 
@@ -73,15 +75,22 @@ def test_kinds_alternate_along_a_path():
 
 def test_a_turn_has_a_logprob_for_each_of_its_tokens_and_at_least_one():
     tree = RolloutTree([1])
-    with pytest.raises(EngineError, match="2 tokens but 1 logprobs"):
+    with pytest.raises(EngineError, match="2 tokens with 1 logprobs"):
         tree.add_turn(0, [10, 11], "", [-0.1], [])
     tree.end(tree.add_turn(0, [], "", [], []).index, (0,), StopReason.EOS)
-    with pytest.raises(EngineError, match="is empty"):
+    with pytest.raises(EngineError, match="has no tokens"):
         tree.check(1)
 
 
 def test_a_failed_call_is_not_ok_and_rows_are_plain():
-    failed = ExecutedCall("python", {"code": "1/0"}, "ZeroDivisionError", ToolFailure.ERROR, 0.2, CallSource.EXECUTED)
+    failed = ExecutedCall(
+        name="python",
+        arguments={"code": "1/0"},
+        text="ZeroDivisionError",
+        failure=ToolFailure.ERROR,
+        seconds=0.2,
+        source=CallSource.EXECUTED,
+    )
     assert (CALL.ok, failed.ok) == (True, False)
     assert failed.as_row() == {
         "name": "python",

@@ -1,6 +1,6 @@
-"""One test per fact of TRL or transformers that the trainer and the engines rely on.
+"""One test for each fact of TRL or transformers that the trainer and the engines rely on.
 
-When an upgrade breaks one of these, the test's name says what to look at before anything else is debugged.
+If an upgrade breaks one of them, the name of the test says where to start.
 """
 
 import ast

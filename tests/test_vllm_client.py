@@ -1,4 +1,4 @@
-"""Servers that are not what they should be: each is an error that names the URL and the setting to change."""
+"""A broken vLLM server raises an error that names its URL and the setting to change."""
 
 import json
 import threading
@@ -123,7 +123,7 @@ class Arrived:
 def engine(url, *, away_s=5.0, request_s=5.0) -> VLLMServerEngine:
     return VLLMServerEngine(
         tokenizer(),
-        SamplingParams((EOS,)),
+        SamplingParams(eos_ids=(EOS,)),
         Arrived(url),
         vocab_size=1000,
         top_logprobs=2,
@@ -136,7 +136,7 @@ def write(made: VLLMServerEngine, count: int = 1) -> list[Turn]:
     turns = []
     with made.session():
         for i in range(count):
-            made.submit(TurnRequest(i, [50, 51], 9, 4, i, (i, 0)))
+            made.submit(TurnRequest(id=i, ids=[50, 51], max_tokens=9, probe_tokens=4, seed=i, key=(i, 0)))
         turns += [event for event in events_of(made, count) if isinstance(event, Turn)]
     return turns
 
@@ -155,7 +155,9 @@ def test_something_else_on_the_port_is_named():
 
 def test_a_taken_port_is_named(serve):
     url, _ = serve(health=(404, "<html>a wiki</html>"))
-    with pytest.raises(ConfigError, match=rf"{url} answers /health with 404: something else .* free the port"):
+    with pytest.raises(
+        ConfigError, match=rf"{url} answers /health with 404, so it is not a vLLM server.* free the port"
+    ):
         client(url).wait(5.0)
 
 
@@ -168,7 +170,7 @@ def test_a_server_that_is_still_loading_is_waited_for(serve):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"v1__models": (404, {})}, "has no /v1/models .*This is no vLLM server"),
+        ({"v1__models": (404, {})}, "has no /v1/models .*This is not a vLLM server"),
         ({"server_info": (404, {})}, "has no /server_info .*VLLM_SERVER_DEV_MODE=1"),
         ({"weight_info": (404, {})}, "has no /weight_info .*vLLM ≥ 0.31"),
         (
@@ -176,7 +178,7 @@ def test_a_server_that_is_still_loading_is_waited_for(serve):
             "at most 5 logprobs, but entropy_top_logprobs is 20.*--max-logprobs",
         ),
         ({"server_info": info(logprobs_mode="raw_logprobs")}, "raw_logprobs.*--logprobs-mode processed_logprobs"),
-        ({"server_info": info(replicas=4)}, "4 data parallel replicas .* one server for each"),
+        ({"server_info": info(replicas=4)}, "4 data parallel replicas .* one server per replica"),
         ({"tokenize": {"tokens": [1, 2, 3]}}, "another tokenizer than the trainer.*3 tokens there.*--model"),
         ({"v1__models": (401, {})}, f"refuses access. Set the environment variable {VLLM_KEY_VARIABLE}"),
     ],
@@ -194,7 +196,7 @@ def test_no_limit_on_logprobs_is_no_lack_of_them(serve):
 
 def test_nonsense_in_place_of_json_is_named(serve):
     url, _ = serve(weight_info="not json")
-    with pytest.raises(EngineError, match=f"{url}/weight_info answered with something else than JSON"):
+    with pytest.raises(EngineError, match=f"{url}/weight_info did not answer with JSON"):
         client(url).weight_version()
 
 
@@ -209,7 +211,7 @@ def test_the_servers_key_is_sent_and_shown_nowhere(serve, monkeypatch):
 
 def test_a_prefix_cache_that_others_hold_is_an_error(serve):
     url, _ = serve(reset_prefix_cache={"success": False})
-    with pytest.raises(EngineError, match=f"{url} could not drop its prefix cache"):
+    with pytest.raises(EngineError, match=f"{url} could not reset its prefix cache"):
         client(url).mark("arpo-x-2")
 
 
@@ -226,7 +228,7 @@ def test_a_request_that_fails_for_a_while_is_sent_again_with_its_seed(serve, fai
 
 def test_a_server_that_never_completes_a_request_stops_the_rollout(serve):
     url, seen = serve(v1__completions=(500, {"error": "always"}))
-    with pytest.raises(EngineError, match=rf"{url} does not complete a request \(500: .*always"):
+    with pytest.raises(EngineError, match=rf"{url} could not complete a request \(500: .*always"):
         write(engine(url))
     assert 1 < sum(path == "/v1/completions" for path, _, _ in seen) < 10
 
@@ -243,7 +245,7 @@ def test_a_restarted_server_gets_its_weights_before_anything_else(serve):
 
 def test_a_restart_that_a_rank_could_not_notice_fails_its_rollout(serve):
     url, _ = serve(metrics=lambda number: f"process_start_time_seconds {number}")
-    with pytest.raises(EngineError, match=rf"{url} was restarted in the middle of a rollout"):
+    with pytest.raises(EngineError, match=rf"{url} was restarted during a rollout"):
         write(engine(url))
 
 
@@ -251,7 +253,7 @@ def test_a_server_that_stays_away_is_named_after_the_deadline(serve):
     url, _ = serve(
         v1__completions=None, weight_info=lambda number: {"weight_version": "arpo-x-1"} if number == 0 else (503, {})
     )
-    with pytest.raises(EngineError, match=rf"{url} has stayed away for 1 s .*vllm_server_timeout"):
+    with pytest.raises(EngineError, match=rf"{url} was unreachable for 1 s .*vllm_server_timeout"):
         write(engine(url, away_s=1.0))
 
 
@@ -285,7 +287,7 @@ def test_the_trees_of_a_batch_are_shared_out_and_each_stays_with_one_server(serv
     made._weights.facts |= other.facts
     with made.session():
         for i, key in enumerate([(0, 0), (0, 1), (1, 0), (0, 0, 1, 0), (3, 2)]):
-            made.submit(TurnRequest(i, [50 + key[0]], 9, 4, i, key))
+            made.submit(TurnRequest(id=i, ids=[50 + key[0]], max_tokens=9, probe_tokens=4, seed=i, key=key))
         list(events_of(made, 5))
 
     def prompts(seen):
@@ -338,7 +340,9 @@ def test_moving_weights_from_a_gpu_is_refused_without_one():
 def test_a_folder_for_weights_that_cannot_be_made_is_found_at_the_start(serve, tmp_path):
     url, _ = serve()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"weight_sync_dir .*file/weights cannot be made .* Choose another folder"):
+    with pytest.raises(
+        ConfigError, match=r"weight_sync_dir .*file/weights cannot be created .* Choose another folder"
+    ):
         DiskTransfer(
             tiny_model(), Accelerator(cpu=True), tokenizer(), tmp_path / "file" / "weights", [client(url).facts()]
         )

@@ -1,4 +1,4 @@
-"""Colocated vLLM: what a process with the real thing found out, and how sleeping and moving weights are ordered."""
+"""Colocated vLLM: results from a process with real vLLM, and the order of sleeping and of weight updates."""
 
 import contextlib
 from types import SimpleNamespace
@@ -111,7 +111,13 @@ def recorded(sleeps: bool, monkeypatch) -> tuple[VLLMColocateEngine, list[str], 
     monkeypatch.setattr(ColocatedWeights, "_compare", lambda self: generation.calls.append("compare"))
     weights = ColocatedWeights(generation, lambda: step.now, lambda ids: [], [], 0.05)
     engine = VLLMColocateEngine(
-        generation.llm, tokenizer(), SamplingParams((1,)), weights, vocab_size=10, top_logprobs=2, sleeps=sleeps
+        generation.llm,
+        tokenizer(),
+        SamplingParams(eos_ids=(1,)),
+        weights,
+        vocab_size=10,
+        top_logprobs=2,
+        sleeps=sleeps,
     )
     return engine, generation.calls, step
 
@@ -139,7 +145,7 @@ def test_without_sleep_mode_weights_move_once_a_step(monkeypatch):
 def test_fixed_weights_never_move():
     generation = Recorder(sleeps=False)
     engine = VLLMColocateEngine(
-        generation.llm, tokenizer(), SamplingParams((1,)), FixedWeights(), vocab_size=10, top_logprobs=0
+        generation.llm, tokenizer(), SamplingParams(eos_ids=(1,)), FixedWeights(), vocab_size=10, top_logprobs=0
     )
     for _ in range(2):
         with engine.session():

@@ -1,4 +1,4 @@
-"""vLLM's CPU build takes new weights whatever kernels the CPU has: it is told of each in a process of its own."""
+"""vLLM's CPU build takes new weights with every CPU kernel. Each kernel is simulated in a separate process."""
 
 import pytest
 import torch

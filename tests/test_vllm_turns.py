@@ -23,7 +23,13 @@ def finder(stops=STOPS) -> StopFinder:
 
 
 def draft(max_tokens=40, probe=4, seed=7, stops=STOPS) -> Draft:
-    return Draft(TurnRequest(3, PROMPT, max_tokens, probe, seed, (0, 1)), [EOS], finder(stops), 1000, 2)
+    return Draft(
+        TurnRequest(id=3, ids=PROMPT, max_tokens=max_tokens, probe_tokens=probe, seed=seed, key=(0, 1)),
+        [EOS],
+        finder(stops),
+        1000,
+        2,
+    )
 
 
 def segment(ids, *, probed=False):
@@ -36,7 +42,7 @@ def test_first_the_probe_with_top_logprobs_then_the_rest_without():
     first = made.next_segment()
     assert (first.ids, first.max_tokens, first.top_logprobs) == (PROMPT, 4, 2)
     probe = made.add(segment([60, 61, 62, 63], probed=True))
-    assert probe == Probe(3, [pytest.approx(math.log(2))] * 4)
+    assert probe == Probe(id=3, entropies=[pytest.approx(math.log(2))] * 4)
     rest = made.next_segment()
     assert (rest.ids, rest.max_tokens, rest.top_logprobs) == ([*PROMPT, 60, 61, 62, 63], 36, 0)
     turn = made.add(segment([64, EOS]))
@@ -169,12 +175,22 @@ def test_an_answer_without_tokens_or_logprobs_is_an_error(bad):
 
 
 def test_a_request_without_room_is_refused():
-    with pytest.raises(EngineError, match="must be ≥ 1"):
+    with pytest.raises(EngineError, match="expected at least 1 of each"):
         draft(max_tokens=0)
 
 
 def test_every_setting_is_sent_since_servers_fill_gaps_from_the_models_own_configuration():
-    params = sampling_params(SamplingParams((EOS,), STOPS, 0.7, 0.9, 50, None, 1.1))
+    params = sampling_params(
+        SamplingParams(
+            eos_ids=(EOS,),
+            stop_strings=STOPS,
+            temperature=0.7,
+            top_p=0.9,
+            top_k=50,
+            min_p=None,
+            repetition_penalty=1.1,
+        )
+    )
     assert (params["temperature"], params["top_p"], params["top_k"], params["min_p"]) == (0.7, 0.9, 50, 0.0)
     assert params["repetition_penalty"] == 1.1
     assert params["stop"] == list(STOPS)

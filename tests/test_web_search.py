@@ -1,7 +1,8 @@
-"""A search service that is slow, broken, closed or dear costs a text, never the run."""
+"""A slow, broken, closed or expensive search service gives an error text to the model and never stops the run."""
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import socket
@@ -247,10 +248,10 @@ def test_the_spending_cap_counts_all_searches_of_a_run_and_ends_in_a_text(
     with ToolBox([search_tool(searches[0])]) as box:
         for number in range(5):
             searches[1].search("known", 5)  # costs one request, then comes from the file
-            box.submit(ToolCall("search", {"query": f"iron {number}"}))
+            box.submit(ToolCall(name="search", arguments={"query": f"iron {number}"}))
             answers += [result for _, result in box.poll(10)]
     assert [answer.failure for answer in answers] == [None, None] + [ToolFailure.DEGRADED] * 3
-    assert answers[-1].text == "Error: the search budget is spent. Go on with what is known."
+    assert answers[-1].text == "Error: the search budget is used up. Continue with what you know."
     assert len(service.server.asked) == 3
     assert service.search(max_requests=3, run="run/b").search("tin", 5) == ["facts about tin"]
     assert caplog.text.count("Search is degraded") == 1
@@ -272,7 +273,8 @@ def test_after_failures_in_a_row_the_service_rests_and_is_found_well_again(
         with pytest.raises(ToolUnavailable):
             search.search(f"iron {number}", 5)
     assert len(service.server.asked) == 3
-    assert caplog.text.count("Search is degraded: tavily answered 404, 3 times in a row. It rests for 0.5 s") == 1
+    warning = "Search is degraded: tavily answered 404, 3 times in a row. It gets no requests for 0.5 s"
+    assert caplog.text.count(warning) == 1
     service.server.answer = found
     time.sleep(0.6)
     assert search.search("tin", 5) == ["facts about tin"]
@@ -298,26 +300,27 @@ def test_a_query_that_the_service_refuses_does_not_make_it_rest(service: Service
     assert len(service.server.asked) == 4
 
 
-@pytest.mark.parametrize(
-    ("status", "body"),
-    [
-        (422, {"type": "ErrorResponse", "error": {"detail": "The provided subscription token is invalid."}}),
-        (400, {"message": "Not enough credits", "statusCode": 400}),
-        (400, {"error": "Invalid API key."}),
-        (422, {"error": {"meta": {"errors": [{"loc": ["header", "x-api_key"]}]}}}),
-    ],
-)
-def test_a_refused_account_is_no_bad_query_and_is_told_once(
-    service: Service, caplog: pytest.LogCaptureFixture, status: int, body: dict[str, Any]
+REFUSALS = [
+    json.loads(line) for line in (Path(__file__).parent / "cases" / "search_refusals.jsonl").read_text().splitlines()
+]
+
+
+@pytest.mark.parametrize("case", REFUSALS, ids=[f"{i}-{case['kind']}" for i, case in enumerate(REFUSALS, 1)])
+def test_a_refused_account_is_not_a_bad_query_and_is_told_once(
+    service: Service, caplog: pytest.LogCaptureFixture, case: dict[str, Any]
 ) -> None:
-    service.server.answer = lambda asked: Reply(body, status)
+    service.server.answer = lambda asked: Reply(case["body"], case["status"])
     search = service.search(breaker=CircuitBreaker(failures=2, rest_s=60))
     for number in range(4):
         with pytest.raises(ToolUnavailable):
             search.search(f"iron {number}", 5)
-    assert len(service.server.asked) == 2  # then it rests
-    (told,) = [record.getMessage() for record in caplog.records if "degraded" in record.getMessage()]
-    assert "is the key in TAVILY_API_KEY valid, and has its account credits left?" in told
+    told = [record.getMessage() for record in caplog.records if "degraded" in record.getMessage()]
+    if case["is_the_query"]:
+        assert (len(service.server.asked), told) == (4, [])
+    else:
+        assert len(service.server.asked) == 2  # then the service rests
+        assert len(told) == 1
+        assert "TAVILY_API_KEY valid" in told[0]
 
 
 def test_a_query_about_keys_that_an_error_repeats_is_still_a_bad_query(service: Service) -> None:

@@ -1,4 +1,4 @@
-"""Weights that engines hold: how far logprobs may be apart."""
+"""Weights of engines: the allowed difference of logprobs."""
 
 from arpo_trl.rollout.engines.weights import mean_difference
 

@@ -1,4 +1,4 @@
-"""Words of answers to questions of fact: punctuation goes, and what changes a number or a formula stays."""
+"""Tokens of factual answers: punctuation is deleted, except in numbers and formulas."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Everything that test_ranks.py wants to know of a run on several ranks, in one start:
-`… training_ranks.py FOLDER [FLAG …]`. The flags are those of train.py, which is run last.
+"""Collects in one start everything that test_ranks.py checks about a run on several ranks:
+`… training_ranks.py FOLDER [FLAG …]`. The flags are those of train.py, which runs last.
 
-Each rank writes FOLDER/rank<i>.json. The test module makes the same runs in its own process, on one rank, to compare.
+Each rank writes FOLDER/rank<i>.json. The test module does the same runs on one rank in its own process, to compare.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Everything that the tests want to know of colocated vLLM, found out in a process of its own:
-`python … FOLDER`.
+"""Collects in a separate process everything that the tests check about colocated vLLM: `python … FOLDER`.
 
-vLLM in the trainer's process sets up torch.distributed and its environment variables, which no other test should
-inherit. Writes FOLDER/findings.json.
+It is a separate process because vLLM in the trainer's process sets up torch.distributed and its environment variables,
+which no other test should inherit. It writes FOLDER/findings.json.
 """
 
 from __future__ import annotations
@@ -33,7 +32,10 @@ ROWS = Dataset.from_list(
 
 
 def requests(max_tokens: int = 24, probe: int = 5) -> list[TurnRequest]:
-    return [TurnRequest(i, PROMPTS[i], max_tokens, probe, 100 + i, (i, 0)) for i in range(len(PROMPTS))]
+    return [
+        TurnRequest(id=i, ids=PROMPTS[i], max_tokens=max_tokens, probe_tokens=probe, seed=100 + i, key=(i, 0))
+        for i in range(len(PROMPTS))
+    ]
 
 
 def run(engine: Engine, wanted: list[TurnRequest], *, late: int = 0) -> tuple[dict[int, Turn], list[tuple[int, str]]]:
@@ -144,7 +146,7 @@ def with_all_weights(folder: Path) -> dict[str, Any]:
     stopping = VLLMColocateEngine(
         generation.llm,
         tokenizer(),
-        SamplingParams((int(tokenizer().eos_token_id),), (stop,)),
+        SamplingParams(eos_ids=(int(tokenizer().eos_token_id),), stop_strings=(stop,)),
         FixedWeights(),
         vocab_size=engine.vocab_size,
         top_logprobs=20,

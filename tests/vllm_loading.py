@@ -1,7 +1,7 @@
-"""What vLLM's CPU build makes of each kind of weight, found out in a process of its own: `python … FOLDER`.
+"""Checks in a separate process how vLLM's CPU build loads each kind of weight: `python … FOLDER`.
 
-Which kernels there are is for the CPU to say; so vLLM is told that this one has each of them in turn. Writes
-FOLDER/findings.json.
+The CPU determines which kernels are available, so the script tells vLLM in turn that this CPU has each of them. It
+writes FOLDER/findings.json.
 """
 
 from __future__ import annotations

@@ -2,18 +2,19 @@
 
     from arpo_trl import ARPOConfig, ARPOTrainer
 
-| name | what it is for |
+| name | use |
 |---|---|
 | `ARPOTrainer`, `ARPOConfig` | training: `GRPOTrainer` and `GRPOConfig` with trees |
-| `load_arpo_dataset`, `tags_system_prompt` | data: rows in published layouts, a system prompt for tools of your own |
+| `load_arpo_dataset`, `tags_system_prompt` | data: rows in published layouts, a system prompt for your tools |
 | `python_tool`, `remote_python_tool`, `search_tool`, `visit_tool`, `mcp_tools` | built-in tools |
-| `LocalIndex`, `WebSearch` | what `search_tool` searches |
-| `PathState` | the state that a tool's calls act on, one for each path |
-| `ToolError`, `ToolUnavailable` | what a tool raises to tell the model, and that its service is away |
+| `LocalIndex`, `WebSearch` | sources that `search_tool` searches |
+| `Provider`, `Hit`, `register_provider` | custom search services |
+| `PathState` | the state that a tool's calls act on, one per path |
+| `ToolError`, `ToolUnavailable` | errors that a tool raises: a failed call, an unavailable service |
 | `HierarchicalReward`, `LLMJudge`, `math_equal`, `token_f1` | rewards |
-| `BranchRule`, `register_rule` | a branch rule of your own |
-| `Credit`, `register_credit` | a credit of your own |
-| `ScriptedEngine`, `ScriptedTurn` | an engine that writes what a script says, for tests of tools and rewards |
+| `BranchRule`, `register_rule` | custom branch rules |
+| `Credit`, `register_credit` | custom credits |
+| `ScriptedEngine`, `ScriptedTurn` | an engine that returns scripted turns, for tests of tools and rewards |
 
 Everything else is internal and may change without notice. docs/architecture.md says how to extend each part.
 """
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from arpo_trl.tools.python.local import python_tool
     from arpo_trl.tools.python.remote import remote_python_tool
     from arpo_trl.tools.search.index import LocalIndex, search_tool
+    from arpo_trl.tools.search.providers import register_provider
+    from arpo_trl.tools.search.providers.base import Hit, Provider
     from arpo_trl.tools.search.web import WebSearch
     from arpo_trl.tools.state import PathState
     from arpo_trl.tools.visit.pages import visit_tool
@@ -54,9 +57,11 @@ __all__ = [
     "BranchRule",
     "Credit",
     "HierarchicalReward",
+    "Hit",
     "LLMJudge",
     "LocalIndex",
     "PathState",
+    "Provider",
     "ScriptedEngine",
     "ScriptedTurn",
     "ToolError",
@@ -67,6 +72,7 @@ __all__ = [
     "mcp_tools",
     "python_tool",
     "register_credit",
+    "register_provider",
     "register_rule",
     "remote_python_tool",
     "search_tool",
@@ -83,9 +89,11 @@ __getattr__, __dir__ = lazy_names(
         "BranchRule": "arpo_trl.rollout.rules.base",
         "Credit": "arpo_trl.rollout.credit.base",
         "HierarchicalReward": "arpo_trl.rewards.hierarchical",
+        "Hit": "arpo_trl.tools.search.providers.base",
         "LLMJudge": "arpo_trl.rewards.judge",
         "LocalIndex": "arpo_trl.tools.search.index",
         "PathState": "arpo_trl.tools.state",
+        "Provider": "arpo_trl.tools.search.providers.base",
         "ScriptedEngine": "arpo_trl.rollout.engines.scripted",
         "ScriptedTurn": "arpo_trl.rollout.engines.scripted",
         "ToolError": "arpo_trl.errors",
@@ -96,6 +104,7 @@ __getattr__, __dir__ = lazy_names(
         "mcp_tools": "arpo_trl.tools.mcp",
         "python_tool": "arpo_trl.tools.python.local",
         "register_credit": "arpo_trl.rollout.credit",
+        "register_provider": "arpo_trl.tools.search.providers",
         "register_rule": "arpo_trl.rollout.rules",
         "remote_python_tool": "arpo_trl.tools.python.remote",
         "search_tool": "arpo_trl.tools.search.index",

@@ -1,4 +1,4 @@
-"""The `arpo-trl` command. Heavy imports wait until a sub-command needs them."""
+"""The `arpo-trl` command. Each sub-command imports its heavy dependencies only when it runs."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ T = TypeVar("T")
 
 
 def report_errors(main: Callable[[], T]) -> Callable[[], T]:
-    """`main` with this package's errors as one line and exit status 2; others keep their traceback.
+    """Wraps `main`: prints this package's errors in one line and exits with status 2. Other errors keep a traceback.
 
-    A training run that was interrupted ends with one line too, and with 128 plus the signal's number.
+    An interrupted training run also prints one line, and exits with 128 plus the signal's number.
     """
 
     @functools.wraps(main)
@@ -45,30 +45,30 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
 
 
 def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None, **parser: Any) -> tuple[Any, ...]:
-    """One instance of each dataclass from the command line and the YAML file behind `--config`; flags win.
+    """Makes one instance of each dataclass from the YAML file of `--config` and the command line, which wins.
 
-    `parser` goes to the argument parser.
+    `parser` is passed to the argument parser.
 
     Raises:
-        ConfigError: The file cannot be read, a key or flag is nobody's field (the nearest one is named), or a
-            dataclass refuses its values.
+        ConfigError: The file cannot be read, a key or flag is not a field (the message names the most similar one), or
+            a dataclass rejects its values.
     """
     from trl import TrlParser
 
     words = list(sys.argv[1:] if argv is None else argv)
     fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     if "--config" in words[:-1]:
-        # Before the dataclasses see the rest of the file: they would complain of what a misspelt key left unset.
+        # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
         _check_names([key for key in _read_config(words[words.index("--config") + 1]) if key != "env"], fields)
     try:
         *settings, left = TrlParser(kinds, **parser).parse_args_and_config(words, return_remaining_strings=True)
     except ConfigError:
         raise
-    except ValueError as error:  # what TRL's own dataclasses refuse
+    except ValueError as error:  # raised by TRL's own dataclasses
         raise ConfigError(str(error)) from error
     _check_names([word[2:].partition("=")[0] for word in left if word.startswith("--")], fields)
     if left:
-        raise ConfigError(f"{left[0]!r} belongs to no setting. Write --name value.")
+        raise ConfigError(f"{left[0]!r} does not belong to a setting; expected --name value.")
     return tuple(settings)
 
 
@@ -80,7 +80,9 @@ def _read_config(path: str) -> dict[Any, Any]:
     except DataError as error:
         raise ConfigError(f"The --config file cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"The --config file {path} holds a {type(config).__name__}; expected lines of name: value.")
+        raise ConfigError(
+            f"The --config file {path} contains a {type(config).__name__}; expected lines of name: value."
+        )
     return config
 
 
@@ -97,85 +99,91 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="arpo-trl", description="Agentic Reinforced Policy Optimization with TRL.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    tree = commands.add_parser("tree", help="show the trees of a trajectory log", description="Shows logged trees.")
+    tree = commands.add_parser(
+        "tree", help="show the trees of a trajectory log", description="Shows the trees of a trajectory log."
+    )
     tree.add_argument(
         "log", type=Path, help="a .jsonl file of <output_dir>/trajectories, or that folder (its last file)"
     )
     tree.add_argument("--index", type=int, default=None, help="only this tree of the file, counted from 0")
 
-    commands.add_parser("eval", help="measure a model on benchmarks or a file of questions", add_help=False)
+    commands.add_parser("eval", help="evaluate a model on benchmarks or a file of questions", add_help=False)
 
     compare = commands.add_parser(
         "compare",
-        help="tell whether one evaluation is better than another",
+        help="test whether one evaluation is better than another",
         description="Compares two runs of `arpo-trl eval` on the questions they share: paired bootstrap and McNemar.",
     )
-    compare.add_argument("run_a", type=Path, help="the output folder of one run")
-    compare.add_argument("run_b", type=Path, help="and of another, which is compared with it")
+    compare.add_argument("run_a", type=Path, help="output folder of the first run")
+    compare.add_argument("run_b", type=Path, help="output folder of the second run")
     compare.add_argument("--plot", type=Path, help="picture to write (default: in RUN_B)")
 
     index = commands.add_parser(
         "index",
         help="build a search index",
-        description="Builds a BM25 index over passages and saves it. Two minutes per million passages.",
+        description="Builds a BM25 index over passages and saves it. Takes two minutes per million passages.",
     )
-    index.add_argument("passages", help="a .jsonl file, a folder of them, or a dataset on the Hub")
-    index.add_argument("folder", type=Path, help="where to save the index")
+    index.add_argument("passages", help="a .jsonl file, a folder of such files, or a dataset on the Hub")
+    index.add_argument("folder", type=Path, help="folder to save the index in")
 
     merge = commands.add_parser(
         "merge",
-        help="make a whole model of a LoRA adapter",
-        description="Adds an adapter to its base model and saves the sum, with tokenizer and chat template.",
+        help="merge a LoRA adapter into its base model",
+        description="Merges an adapter into its base model and saves the result with tokenizer and chat template.",
     )
     merge.add_argument("adapter", help="folder or Hub id of the adapter")
-    merge.add_argument("--output", type=Path, required=True, help="folder to make")
+    merge.add_argument("--output", type=Path, required=True, help="new folder for the merged model")
     merge.add_argument("--base", help="base model (default: the one that the adapter names)")
-    merge.add_argument("--dtype", help="such as bfloat16 (default: the base model's)")
-    merge.add_argument("--push-to-hub", metavar="REPO", help="repository to push it to")
+    merge.add_argument("--dtype", help="dtype such as bfloat16 (default: the base model's)")
+    merge.add_argument("--push-to-hub", metavar="REPO", help="repository to push the merged model to")
 
     push = commands.add_parser(
         "push",
         help="push a finished run to the Hub",
         description="Pushes a run's folder: model, card and curves, its trajectories as a dataset, or both.",
     )
-    push.add_argument("run", type=Path, help="the output_dir of the run")
+    push.add_argument("run", type=Path, help="output_dir of the run")
     push.add_argument("--repo", help="model repository")
     push.add_argument("--trajectories", metavar="REPO", help="dataset repository for the logged trajectories")
-    push.add_argument("--evaluation", type=Path, help="output folder of `arpo-trl eval`, whose table the card gets")
-    push.add_argument("--private", action="store_true", help="make repositories that do not exist yet private")
+    push.add_argument(
+        "--evaluation", type=Path, help="output folder of `arpo-trl eval`; its table is added to the card"
+    )
+    push.add_argument("--private", action="store_true", help="create new repositories as private")
 
-    cache = commands.add_parser("cache", help="look into a search cache", description="Looks into a search cache.")
+    cache = commands.add_parser(
+        "cache", help="inspect a search cache", description="Inspects, exports or fills a search cache."
+    )
     actions = cache.add_subparsers(dest="action", required=True, metavar="ACTION")
-    stats = actions.add_parser("stats", help="count what it holds")
-    export = actions.add_parser("export", help="write its results as JSON {query: result text}")
-    load = actions.add_parser("import", help="take in results from such a JSON file")
+    stats = actions.add_parser("stats", help="show statistics of the cache")
+    export = actions.add_parser("export", help="write the results as JSON {query: result text}")
+    load = actions.add_parser("import", help="add results from such a JSON file")
     for action in (stats, export, load):
         action.add_argument("cache", type=Path, help="the file that search_cache names")
-    export.add_argument("file", type=Path, help="the JSON file to write")
-    export.add_argument("--provider", help="only what this one found (default: all)")
-    load.add_argument("file", type=Path, help="the JSON file to read")
-    load.add_argument("--provider", required=True, help="the search_provider whose results they shall be")
-    load.add_argument("--top-k", type=int, default=10, help="the search_top_k they answer (default: 10)")
+    export.add_argument("file", type=Path, help="JSON file to write")
+    export.add_argument("--provider", help="only results of this search_provider (default: all)")
+    load.add_argument("file", type=Path, help="JSON file to read")
+    load.add_argument("--provider", required=True, help="search_provider to store the results under")
+    load.add_argument("--top-k", type=int, default=10, help="search_top_k to store the results under (default: 10)")
     return parser
 
 
 def _eval_parser() -> argparse.ArgumentParser:
-    """Explains `arpo-trl eval`; what is parsed is the settings themselves."""
+    """Prints the help of `arpo-trl eval`. `parse_settings` does the parsing."""
     from arpo_trl.evaluation.settings import GROUPS, EvalSettings
 
     parser = argparse.ArgumentParser(
         prog="arpo-trl eval",
         usage=EVAL_USAGE,
         description="Answers questions with the tools, as in training but without branching, and scores the answers.",
-        epilog="Tools take the settings of train.py: --tools search python, --search-index FILE, --search-top-k 10, "
-        "--search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and others "
-        "(docs/tools.md). Every setting may stand in the YAML file of --config, with _ for -; flags win. "
-        "Exit status: 0 done, 1 some samples failed, 2 usage.",
+        epilog="The settings of tools are those of train.py: --tools search python, --search-index FILE, "
+        "--search-top-k 10, --search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and "
+        "others (docs/tools.md). The YAML file of --config may contain every setting, with _ for -; flags win. "
+        "Exit status: 0 success, 1 some samples failed, 2 usage error.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     group: Any = parser
-    # A dataclass begins with the fields that it inherits, here the ones shared with training; the help ends with them.
+    # A dataclass lists inherited fields first: here those shared with training. The help lists them last.
     settings = dataclasses.fields(EvalSettings)
     for setting in sorted(settings, key=lambda setting: setting.name not in EvalSettings.__annotations__):
         if setting.name in GROUPS:
@@ -195,13 +203,13 @@ EVAL_USAGE = "arpo-trl eval --model MODEL (--benchmarks NAMES | --suite SUITE | 
 
 
 def main() -> None:
-    """Entry point: exit status 0, 1 where an evaluation lacks samples, 2 for a usage or configuration error."""
+    """Entry point. Exit status: 0 success, 1 an evaluation lacks samples, 2 a usage or configuration error."""
     raise SystemExit(_main())
 
 
 @report_errors
 def _main() -> int:
-    if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, which are slow to load
+    if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, which are slow to import
         return _eval(sys.argv[2:])
     arguments = _parser().parse_args()
     commands = {"tree": _tree, "compare": _compare, "index": _index, "cache": _cache}
@@ -219,14 +227,18 @@ def _tree(arguments: argparse.Namespace) -> None:
     if path.is_dir():
         files = sorted(path.glob("*.jsonl"))
         if not files:
-            raise DataError(f"{path} holds no .jsonl file. Was trajectory_log_rate 0?")
+            raise DataError(
+                f"{path} contains no .jsonl file. Train with trajectory_log_rate above 0 to log trajectories."
+            )
         path = files[-1]
     if not path.exists():
         raise DataError(f"{path} does not exist. Give a file or the folder <output_dir>/trajectories.")
     trees = list(read_trees(path))
     if arguments.index is not None:
         if not 0 <= arguments.index < len(trees):
-            raise DataError(f"--index is {arguments.index} but {path} holds {len(trees)} trees; they count from 0.")
+            raise DataError(
+                f"--index is {arguments.index}, but {path} contains {len(trees)} trees, which are counted from 0."
+            )
         trees = [trees[arguments.index]]
     console = Console()
     for tree in trees:
@@ -238,7 +250,7 @@ def _eval(words: Sequence[str]) -> int:
         _eval_parser().print_help()
         return 0
     if not words:
-        _eval_parser().error("give a model, and what to evaluate it on; see --help")
+        _eval_parser().error("a model and questions are required; see --help")
     from arpo_trl.evaluation.command import evaluate
     from arpo_trl.evaluation.settings import EvalSettings
     from arpo_trl.tools.builtin import ToolArguments
@@ -273,7 +285,7 @@ def _merge(arguments: argparse.Namespace) -> None:
     )
     print(f"Merged model saved in {arguments.output}")
     if arguments.push_to_hub is not None:
-        commit = push_snapshot(repo_id, Snapshot(arguments.output, arguments.output), message="Merged model")
+        commit = push_snapshot(repo_id, Snapshot(run=arguments.output, model=arguments.output), message="Merged model")
         print(f"Pushed: {commit.commit_url}")
 
 
@@ -302,7 +314,7 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 
 def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
-    from arpo_trl.tools.search.providers import provider_kind
+    from arpo_trl.tools.search.providers import PROVIDERS
 
     match arguments.action:
         case "stats":
@@ -311,6 +323,6 @@ def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
             count = cache.export_json(arguments.file, arguments.provider)
             print(f"{count:,} queries written to {arguments.file}")
         case "import":
-            parameters = provider_kind(arguments.provider).parameters(arguments.top_k)
+            parameters = PROVIDERS.get(arguments.provider).parameters(arguments.top_k)
             count = cache.import_json(arguments.file, arguments.provider, parameters)
-            print(f"{count:,} queries taken in from {arguments.file}")
+            print(f"{count:,} queries imported from {arguments.file}")

@@ -26,54 +26,54 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _OF_RULES = ("branch_probability", "entropy_weight", "branch_threshold", "branches_per_fork")
-"""The settings that a branch rule takes if it has a field of that name; its other fields are `branch_rule_kwargs`."""
+"""Settings that a branch rule receives if it has a field of that name. `branch_rule_kwargs` sets its other fields."""
 
 
 def refuse_token(args: TrainingArguments) -> None:
-    """Returns if `args` hold no token.
+    """Returns if `args` contain no token.
 
     Raises:
-        ConfigError: they do.
+        ConfigError: `hub_token` is set.
     """
     if args.hub_token is not None:
         raise ConfigError(
-            "hub_token is set, but settings are logged and kept in files. Remove it, and set the environment variable "
-            "HF_TOKEN or log in with `hf auth login`."
+            "hub_token is set, but settings are logged and saved in files. Remove it, and set the environment "
+            "variable HF_TOKEN or log in with `hf auth login`."
         )
 
 
 def take_the_cpu_if_alone(args: TrainingArguments) -> None:
-    """Sets `use_cpu` where there is no accelerator, and says so. To be called before `args` check themselves.
+    """Sets `use_cpu` if there is no accelerator, with a warning. Call it before the `__post_init__` of `args`.
 
-    transformers would do the same later on, but refuses bf16, TRL's default, unless `use_cpu` is set.
+    transformers would also train on the CPU, but rejects bf16, TRL's default, unless `use_cpu` is set.
     """
     if args.use_cpu or torch.accelerator.is_available() or is_torch_xla_available():
         return
     args.use_cpu = True
     if os.environ.get("RANK", "0") == "0":
-        logger.warning("There is no accelerator here: training on the CPU, as use_cpu: true would have it.")
+        logger.warning("No accelerator was found: use_cpu is set to true, and training runs on the CPU.")
 
 
 @dataclass
 class ARPOConfig(ToolLimits, GRPOConfig):
     """Configuration of [`ARPOTrainer`].
 
-    Every field of `GRPOConfig` is kept, and those of `ToolLimits` are added. Defaults that differ: `num_generations`
-    16, `loss_type` "grpo", `max_tool_calling_iterations` 6, all as in the paper's setting or next to it,
-    `per_device_train_batch_size` and `per_device_eval_batch_size` 16, which is one group, and
+    It has all fields of `GRPOConfig` and of `ToolLimits`, and the fields below. These defaults differ from TRL's:
+    `num_generations` 16, `loss_type` "grpo" and `max_tool_calling_iterations` 6 (equal or close to the paper's
+    values), `per_device_train_batch_size` and `per_device_eval_batch_size` 16 (one group), and
     `vllm_importance_sampling_mode` "token_truncate".
-    `use_cpu` becomes true where there is no accelerator.
+    `use_cpu` becomes true if there is no accelerator.
 
     Raises:
-        ConfigError: A setting, or two together, cannot work, TRL's own objections included. Checked here, before
-            anything is loaded.
+        ConfigError: A setting, or a combination of settings, cannot work, TRL's own checks included. Raised here,
+            before anything is loaded.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "branch_rule_kwargs",
         "tool_concurrency_per_tool",
-    ]  # also as JSON text
+    ]  # these also accept JSON text
 
     # Parameters that control the tree
     num_generations: int = field(
@@ -94,24 +94,28 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )
     entropy_probe_tokens: int = field(
         default=20,
-        metadata=described("k: model tokens at the start of a turn whose mean entropy (nats) is read.", at_least=1),
+        metadata=described(
+            "k: number of tokens at the start of a turn whose mean entropy (nats) is measured.", at_least=1
+        ),
     )
     branch_rule: str = field(
         default="threshold",
-        metadata={"help": f"What makes a tool result branch, one of {RULES.names} or a rule registered in python; "
-                  "docs/algorithm.md says what each does."},
+        metadata={"help": f"Rule that decides where paths branch: one of {RULES.names} or a rule registered in "
+                  "Python; see docs/algorithm.md."},
     )  # fmt: skip
     branch_rule_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "What branch_rule can be told besides the four settings below, as in {option: value}. None "
-                  "of the package's own rules takes any."},
+        metadata={"help": "Options of branch_rule besides the four settings below, as in {option: value}. The "
+                  "package's own rules have none."},
     )  # fmt: skip
     branch_probability: float = field(
         default=0.5, metadata=described("alpha: P = alpha + beta * dH.", at_least=0, at_most=1)
     )
     entropy_weight: float = field(
         default=0.2,
-        metadata=described("beta: weight of dH = (H_turn - H_root) / ln V. Inert under 'threshold' when alpha = tau."),
+        metadata=described(
+            "beta: weight of dH = (H_turn - H_root) / ln V. Has no effect under 'threshold' when alpha = tau."
+        ),
     )
     branch_threshold: float = field(
         default=0.5, metadata=described("tau: 'threshold' branches where P > tau.", at_least=0, at_most=1)
@@ -122,8 +126,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     rollout_schedule: str = field(
         default=RolloutSchedule.OVERLAP.value,
         metadata=described(
-            "'overlap': take in whatever has finished. 'rounds': take in tool results together once nothing is left "
-            "to decode, which repeats bit for bit whatever the tools' timing.",
+            "'overlap': process each result as soon as it is there. 'rounds': process tool results together once "
+            "nothing is left to decode; runs then repeat bit for bit, independent of the tools' timing.",
             choices=RolloutSchedule,
         ),
     )
@@ -152,30 +156,31 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     max_tool_calling_iterations: int | None = field(
         default=6,
         metadata=described(
-            "Tool results per path; then the path is told so and writes one last turn. None: no limit but the length.",
+            "Most tool results per path. After them the model is told so and writes one last turn. None: only the "
+            "length limits them.",
             at_least=0,
         ),
     )
     tool_concurrency_per_tool: dict[str, int] | str | None = field(
         default=None,
-        metadata={"help": "For some tools how many of their calls run at the same time, as in {search: 8}; besides "
+        metadata={"help": "Most calls of single tools that run at the same time, as in {search: 8}, in addition to "
                   "tool_concurrency. Each >= 1."},
     )  # fmt: skip
     tool_cache: bool = field(
         default=False,
-        metadata={"help": "Whether an identical call reuses an earlier successful result. For tools that all always "
-                  "answer alike."},
+        metadata={"help": "Whether an identical call reuses an earlier successful result. Only for tools that are "
+                  "all deterministic."},
     )  # fmt: skip
 
     # Parameters that control the credit
     loss_type: str = field(
         default="grpo",
-        metadata={"help": "TRL's loss types. 'grpo' (mean per sequence, then over the group) is the paper's."},
+        metadata={"help": "One of TRL's loss types. The paper uses 'grpo' (mean per sequence, then over the group)."},
     )
     advantage_attribution: str = field(
         default="soft",
-        metadata={"help": "What a token shared by d leaves is credited with: 'soft' (each leaf's own advantage), "
-                  "'hard' (their mean), or a credit registered in python."},
+        metadata={"help": "Advantage of a token that several leaves share: 'soft' (in each leaf that leaf's), 'hard' "
+                  "(the mean of the leaves'), or a credit registered in Python."},
     )  # fmt: skip
     shared_prefix_weight: str = field(
         default=SharedPrefixWeight.PER_LEAF.value,
@@ -186,14 +191,13 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     # Parameters that control vLLM (use_vllm, vllm_mode and the other vllm_… settings are TRL's)
     vllm_server_urls: list[str] | None = field(
         default=None,
-        metadata={"help": "vllm_mode 'server': the servers' base URLs; a tree's paths all go to one of them. None: "
-                  "vllm_server_base_url, or else vllm_server_host and vllm_server_port."},
+        metadata={"help": "Base URLs of the servers in vllm_mode 'server'. All paths of a tree go to the same server. "
+                  "None: vllm_server_base_url, or else vllm_server_host and vllm_server_port."},
     )  # fmt: skip
     vllm_request_timeout_s: float = field(
         default=1800.0,
         metadata=described(
-            "Time that a server may take over one request. For how long a server may stay away there is "
-            "vllm_server_timeout.",
+            "Timeout of one request to a server. (vllm_server_timeout limits how long a server may be unreachable.)",
             above=0,
             unit="seconds",
         ),
@@ -201,21 +205,21 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     weight_sync: str = field(
         default=WeightSync.NCCL.value,
         metadata=described(
-            "How weights reach the servers: 'nccl' (TRL's transfer from GPU to GPU), 'disk' (by way of a shared "
-            "folder; works on any hardware and survives a server's restart).",
+            "How weights are sent to the servers: 'nccl' (TRL's transfer from GPU to GPU) or 'disk' (through a shared "
+            "folder; works on any hardware and after a server's restart).",
             choices=WeightSync,
         ),
     )
     weight_sync_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder for weight_sync 'disk', which the servers must see under the same path. None: "
+        metadata={"help": "Folder for weight_sync 'disk', at the same path for trainer and servers. None: "
                   "<output_dir>/served_weights."},
     )  # fmt: skip
     weight_sync_tolerance: float = field(
         default=0.05,
         metadata=described(
-            "Most mean |difference| between vLLM's logprobs of a fixed text and the trainer's after a sync, in nats, "
-            "or in those logprobs' standard deviations where they vary by more than a nat; beyond it the run stops.",
+            "Largest mean |difference| between vLLM's and the trainer's logprobs of a fixed text after a sync. In "
+            "nats, or in standard deviations of the logprobs if that is more than a nat. Above it the run stops.",
             above=0,
             unit="nats",
         ),
@@ -223,23 +227,23 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     entropy_top_logprobs: int = field(
         default=20,
         metadata=described(
-            "Logprobs that vLLM returns for each of a turn's first k tokens; the entropy is estimated from them, the "
-            "tail included.",
+            "Number of logprobs that vLLM returns for each of a turn's first k tokens. The entropy is estimated from "
+            "them, including the tail.",
             at_least=1,
         ),
     )
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
-        metadata={"help": "TRL's correction for where vLLM's logprobs are not the trainer's. Token by token, since a "
-                  "ratio over a whole trajectory of many turns multiplies all of its noise."},
+        metadata={"help": "TRL's correction for differences between vLLM's and the trainer's logprobs. The default "
+                  "is per token, since a ratio over a whole trajectory multiplies the noise of all its tokens."},
     )  # fmt: skip
 
     # Parameters that control the forward pass of the update
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
         metadata=described(
-            "Whether tokens that rows of a micro-batch share are computed once: 'auto' (where that is exact, said "
-            "once where not, and saves time), 'on' (always, an error where not exact), 'off' (TRL's padded batch).",
+            "Whether tokens that rows of a micro-batch share are computed once: 'auto' (if that is exact and saves "
+            "time; warns once if it is not exact), 'on' (always; an error if not exact), 'off' (TRL's padded batch).",
             choices=SharedPrefixForward,
         ),
     )
@@ -254,14 +258,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     # transformers')
     hub_trajectories_id: str | None = field(
         default=None,
-        metadata={"help": "Dataset on the Hub to push the logged trajectories to at the end, one row per leaf; needs "
-                  "push_to_hub. None: they stay here."},
+        metadata={"help": "Dataset on the Hub to which the logged trajectories are pushed at the end, one row per "
+                  "leaf. Requires push_to_hub. None: they are not pushed."},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields(self)
         self._check_paths()
-        if self.generation_batch_size is None:  # else it takes the number of ranks to know the steps
+        if self.generation_batch_size is None:  # otherwise the number of steps depends on the number of ranks
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
         take_the_cpu_if_alone(self)
         try:
@@ -276,26 +280,30 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         self._check_hub()
 
     def make_branch_rule(self) -> BranchRule:
-        """The rule that `branch_rule` names, with the settings that it takes."""
+        """The rule that `branch_rule` names, with its settings."""
         options = self.branch_rule_kwargs or {}
         if not isinstance(options, dict):
             raise ConfigError(
-                f"branch_rule_kwargs is {options!r}; expected options of the branch rule and their values: "
-                "{option: value}."
+                f"branch_rule_kwargs is {options!r}; expected options of the branch rule, such as {{option: value}}."
             )
         return build_rule(self.branch_rule, {name: getattr(self, name) for name in _OF_RULES}, options)
 
     def make_credit(self) -> Credit:
-        """The credit that `advantage_attribution` and `shared_prefix_weight` name."""
+        """The credit that `advantage_attribution` and `shared_prefix_weight` choose."""
         return CREDITS.get(credit_name(self.advantage_attribution, self.shared_prefix_weight))()
 
     @property
     def tool_places(self) -> dict[str, int]:
-        """`tool_concurrency_per_tool`, read."""
+        """The checked `tool_concurrency_per_tool`: tool → most calls at the same time.
+
+        Raises:
+            ConfigError: It is not a mapping from tools to integers of at least 1.
+        """
         places = self.tool_concurrency_per_tool or {}
         if not isinstance(places, dict) or not all(isinstance(n, int) and n >= 1 for n in places.values()):
             raise ConfigError(
-                f"tool_concurrency_per_tool is {places!r}; expected tools and integers of at least 1: {{search: 8}}."
+                f"tool_concurrency_per_tool is {places!r}; expected a mapping of tools to integers of at least 1, "
+                "such as {search: 8}."
             )
         return places
 
@@ -306,7 +314,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         return self.vllm_server_urls or [one]
 
     def _check_paths(self) -> None:
-        """Gives N its default, and checks it against M."""
+        """Sets the default of N and checks it against M. Checks the names of branch rule and credit."""
         if self.initial_rollouts is None:
             self.initial_rollouts = self.num_generations // 2
         if self.initial_rollouts > self.num_generations:
@@ -319,7 +327,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
 
     def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
-        """TRL checks the global batch only; a tree lives on one rank."""
+        """Checks that a rank's batch holds whole groups: a tree cannot span ranks. TRL checks the global batch."""
         batch = self.per_device_train_batch_size * steps_per_generation
         if batch % self.num_generations:
             raise ConfigError(
@@ -335,14 +343,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             raise ConfigError("hub_trajectories_id is set without push_to_hub. Set push_to_hub: true.")
 
     def _check_supported(self) -> None:
-        """Refuses what the tree sampler would otherwise silently ignore."""
+        """Raises ConfigError for settings that the tree sampler would silently ignore."""
         for name in (
             "cache_implementation",
             "use_transformers_continuous_batching",
             "vllm_structured_outputs_regex",
         ):
             if getattr(self, name):
-                raise ConfigError(f"{name} is set, but the tree sampler does not read it. Unset it.")
+                raise ConfigError(f"{name} is set, but the tree sampler does not support it. Unset it.")
         if self.use_vllm:
             refuse_rules(None, self.generation_kwargs, "vLLM")
         else:
@@ -362,9 +370,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             return
         if not self.use_vllm or self.vllm_mode != "server":
             raise ConfigError(
-                "vllm_server_urls is set, but nothing asks those servers. Set use_vllm: true and vllm_mode: server."
+                "vllm_server_urls is set, but these servers are not used. Set use_vllm: true and vllm_mode: server."
             )
         if self.vllm_server_base_url is not None:
-            raise ConfigError("vllm_server_urls and vllm_server_base_url are both set. Put all URLs into the former.")
+            raise ConfigError(
+                "vllm_server_urls and vllm_server_base_url are both set. Put all URLs into vllm_server_urls."
+            )
         if not urls or len(set(urls)) < len(urls):
-            raise ConfigError(f"vllm_server_urls is {urls}; expected at least one URL, and none twice.")
+            raise ConfigError(f"vllm_server_urls is {urls}; expected at least one URL, without duplicates.")

@@ -1,20 +1,21 @@
 """Errors of arpo-trl, one tree.
 
     ArpoError
-    ├── ConfigError     a setting, or two together, cannot work
-    ├── DataError       a dataset, file, row or field is not what was asked for
-    ├── ToolSpecError   a tool cannot be offered to a model as it is
-    ├── SandboxError    model-written code cannot be isolated here
+    ├── ConfigError     a setting, or a combination of settings, cannot work
+    ├── DataError       a dataset, file, row or field is missing or invalid
+    ├── ToolSpecError   a tool's definition is not usable
+    ├── SandboxError    model-written code cannot be isolated on this machine
     ├── RewardError     a reward function broke its contract
-    ├── CheckpointError a checkpoint cannot be written, or is not all there
+    ├── CheckpointError a checkpoint cannot be written, or is incomplete
     ├── EngineError     an engine broke its contract or lost its server
     ├── HubError        a push to the Hub failed; the run itself is saved
-    └── ToolError       raised *by* a tool: its message is shown to the model as the result of the call
-        ├── ToolUnavailable     what the tool stands on is away, whatever the call
-        └── ToolStopped         a limit or a crash cut the call short
+    └── ToolError       raised *by* a tool: the model reads its message as the result of the call
+        ├── ToolUnavailable     a service or budget of the tool is unavailable, for every call
+        └── ToolStopped         a limit or a crash ended the call
 
-Every message names the subject, what it got, what it expected and the way out. A model's mistake is never raised: it
-becomes text the model sees. `ToolError` is what a tool raises on purpose. `Interrupted` is no error, so not in it.
+Every message names the subject, the actual value, the expected value and the way out. A mistake of the model is never
+raised: it becomes text that the model reads. Tools raise `ToolError` on purpose. `Interrupted` is not an error, so it
+is not in the tree.
 """
 
 import signal
@@ -31,15 +32,15 @@ class ArpoError(Exception):
 
 
 class ConfigError(ArpoError, ValueError):
-    """A setting, or two settings together, cannot work."""
+    """A setting, or a combination of settings, cannot work."""
 
 
 class DataError(ArpoError, ValueError):
-    """A dataset, file, row or field is not what was asked for."""
+    """A dataset, file, row or field is missing or invalid."""
 
 
 class ToolSpecError(ArpoError, ValueError):
-    """A tool cannot be offered to a model: no types, no docstring, a name that is not a tag, a name taken twice."""
+    """A tool's definition is not usable: no types, no docstring, a name that is not a valid tag, a duplicate name."""
 
 
 class SandboxError(ArpoError, RuntimeError):
@@ -51,19 +52,19 @@ class RewardError(ArpoError, ValueError):
 
 
 class CheckpointError(ArpoError, RuntimeError):
-    """A checkpoint cannot be written, or is not all there."""
+    """A checkpoint cannot be written, or is incomplete."""
 
 
 class EngineError(ArpoError, RuntimeError):
-    """An engine broke its contract, or the process behind it is gone."""
+    """An engine broke its contract, or its process or server is lost."""
 
 
 class HubError(ArpoError, RuntimeError):
-    """A push to the Hub failed; what it was to send is saved, and the message says how to push it later."""
+    """A push to the Hub failed. The files are saved, and the message says how to push them later."""
 
 
 class ToolError(ArpoError):
-    """Raised by a tool when a call fails for a reason that the model should read; the message is its result."""
+    """Raised by a tool if a call fails for a reason that the model should read. The message is the call's result."""
 
     def __str__(self) -> str:
         """The message for the model: as the tool wrote it."""
@@ -71,15 +72,15 @@ class ToolError(ArpoError):
 
 
 class ToolUnavailable(ToolError):
-    """What a tool stands on (a service, a budget) is away: no call would do better. Counted as `degraded`."""
+    """A service or budget that the tool needs is unavailable, so every call would fail. Counted as `degraded`."""
 
 
 class ToolStopped(ToolError):
-    """A limit or a crash cut the call short, so that nothing of it can be built on; the message is its result."""
+    """A limit or a crash ended the call, so its effects are incomplete. The message is the call's result."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """Training was told to stop by the signal `signum`, and did, on all ranks; the message says how to go on."""
+    """The signal `signum` stopped training, on all ranks. The message says how to resume."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or f"Interrupted by {signal.Signals(signum).name}.")
@@ -87,5 +88,5 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_status(self) -> int:
-        """What a shell expects of a process that this signal ended."""
+        """The exit status that a shell reports for a process ended by this signal."""
         return 128 + self.signum

@@ -1,20 +1,20 @@
-"""What settings choose from, and the names of environment variables. Pure: no torch, no TRL, no engine."""
+"""The values of settings with fixed choices, and names of environment variables. Pure: no torch, no TRL, no engine."""
 
 from __future__ import annotations
 
 from enum import StrEnum
 
 VLLM_KEY_VARIABLE = "VLLM_API_KEY"
-"""The environment variable that holds the servers' key, if they ask for one; vLLM's own servers read the same."""
+"""The environment variable with the servers' key, if they require one. vLLM's own servers read the same variable."""
 
 
 class RolloutSchedule(StrEnum):
-    """When the sampler takes in what has finished."""
+    """When the sampler processes finished turns and tool results."""
 
     OVERLAP = "overlap"
-    """Take in whatever has finished."""
+    """Process each result as soon as it is there."""
     ROUNDS = "rounds"
-    """Take in tool results together once nothing is left to decode: repeats bit for bit."""
+    """Process tool results together once nothing is left to decode: repeats bit for bit."""
 
 
 class ProtocolKind(StrEnum):
@@ -30,17 +30,17 @@ class SharedPrefixForward(StrEnum):
     """Whether the update computes shared tokens once."""
 
     AUTO = "auto"
-    """Where that is exact and saves time, else the padded batch; where it is not exact, the log says once why."""
+    """If that is exact and saves time; otherwise TRL's padded batch. If it is not exact, a warning says once why."""
     ON = "on"
-    """Always; an error at start-up where that is not exact."""
+    """Always; an error at start-up if that is not exact."""
     OFF = "off"
     """TRL's padded batch."""
 
 
 class WeightSync(StrEnum):
-    """How weights reach vLLM servers."""
+    """How weights are sent to vLLM servers."""
 
     NCCL = "nccl"
     """TRL's transfer from GPU to GPU."""
     DISK = "disk"
-    """Saved to a folder that trainer and servers share, and loaded from there."""
+    """The trainer saves them to a shared folder, from which the servers load them."""

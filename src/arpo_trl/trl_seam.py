@@ -1,15 +1,15 @@
-"""All that we import from inside TRL: names that its public package does not export, and that may move.
+"""All imports from TRL's submodules: names that the package `trl` does not export, and that may move.
 
-No other module imports from `trl.` modules, so a new version of TRL is this file's work, together with the overridden
-methods of `GRPOTrainer`. tests/test_upstream_contract.py tests each fact that we rely on.
+No other module imports from `trl.` submodules. So a new version of TRL affects only this file and the overridden
+methods of `GRPOTrainer`. tests/test_upstream_contract.py tests each upstream fact that this package relies on.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-# `parse_response`: a turn as the message that rewards are given. The `…_template`s: how families of models write tool
-# calls, in transformers' language of response templates.
+# `parse_response` turns a turn into the message that rewards receive. The `…_template`s are transformers response
+# templates: they describe how families of models write tool calls.
 from trl.chat_template_utils import (
     gemma4_template,
     glm4moe_template,
@@ -22,13 +22,13 @@ from trl.chat_template_utils import (
     qwen3_template,
 )
 
-# The way from the trained model to one that generates: unwrapped, ZeRO-3 weights gathered, hooks removed.
+# Turns the trained model into one that generates: unwrapped, ZeRO-3 weights gathered, hooks removed.
 from trl.models import unwrap_model_for_generation
 
 # `get_config_model_id`: the base model's name, for output folders and cards.
-# `get_callable_name`, `is_async_callable`: how TRL names a reward function in metrics, and whether it awaits it.
-# `pad`: the layout of a batch (side, multiple).
-# `print_prompt_completions_sample`: the table of completions that `log_completions` prints.
+# `get_callable_name`, `is_async_callable`: TRL's name of a reward function in metrics, and whether TRL awaits it.
+# `pad`: pads a batch on a side, to a multiple of a length.
+# `print_prompt_completions_sample`: prints the table of `log_completions`.
 from trl.trainer.utils import (
     get_callable_name,
     get_config_model_id,
@@ -61,7 +61,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`VLLMGeneration`, which starts vLLM and moves weights to it, on first use: its module imports vLLM."""
+    """Loads `VLLMGeneration`, which starts vLLM and moves weights to it, at first use: its module imports vLLM."""
     if name != "VLLMGeneration":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from trl.generation.vllm_generation import VLLMGeneration

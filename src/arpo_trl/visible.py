@@ -1,9 +1,9 @@
-"""Text of unknown origin for people: what steers a terminal or hides from a reader is a symbol, a key is left out.
+"""Makes untrusted text safe to print: replaces control and invisible characters by symbols, and removes keys in URLs.
 
-What models, tools, pages and services write may hold escape sequences that retitle a window, fill the clipboard or
-rewrite what stands above, marks that reverse the order of reading, and characters that nobody sees. Whatever prints
-such text, or puts it into a message, a log or a report, passes it through `visible` first. Messages pass through
-`for_people`, which also takes out of addresses what may be a secret.
+Text from models, tools, pages and services may hold escape sequences that change the title of a terminal, fill the
+clipboard or overwrite earlier lines. It may also hold marks that reverse the reading direction, and invisible
+characters. Code that prints such text, or puts it into a message, a log or a report, passes it through `visible`
+first. Messages pass through `for_people`, which also removes possible secrets from URLs.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import Any
 
 _LAYOUT = "\n\t"
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
-"""Controls, format characters (bidirectional controls, joiners, tags), lone surrogates, two separators of lines."""
+"""Controls, format characters (bidirectional controls, joiners, tags), lone surrogates, line and paragraph
+separators."""
 _BLANKS = frozenset((0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0))
-"""Letters and marks without ink."""
+"""Letters and marks without a visible glyph."""
 _BLANK_RANGES = (range(0x180B, 0x1810), range(0xFE00, 0xFE0E), range(0xFFF0, 0xFFF9), range(0xE0000, 0xE1000))
-"""Variation selectors (but for those of text and emoji), tags, and what is reserved for more of them."""
+"""Variation selectors (except those for text and emoji), tags, and the ranges reserved for more of them."""
 
 
 class _Symbols(dict[int, str]):
-    """By code point, for `str.translate`: what is shown; found when it is first asked for."""
+    """A table for `str.translate`: the text shown for each code point, computed at the first use."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -36,7 +37,7 @@ class _Symbols(dict[int, str]):
         if char in _LAYOUT or not hidden:
             shown = char
         elif code < 0x20:
-            shown = chr(0x2400 + code)  # ␀ to ␟, Unicode's pictures of them
+            shown = chr(0x2400 + code)  # ␀ to ␟, Unicode's control pictures
         else:
             shown = "␡" if code == 0x7F else f"‹U+{code:04X}›"
         self[code] = shown
@@ -47,12 +48,12 @@ _SYMBOLS = _Symbols()
 
 
 def visible(text: str) -> str:
-    """`text` with every control, format and invisible character as a symbol; new lines and tabs stay."""
+    """Return `text` with a symbol for every control, format and invisible character, except newlines and tabs."""
     return text.translate(_SYMBOLS)
 
 
 def visible_data(value: Any) -> Any:
-    """`value` with `visible` applied to every text in it, through lists and mappings, whose keys are texts too."""
+    """Return `value` with `visible` applied to every string in it, in lists and in keys and values of mappings."""
     if isinstance(value, str):
         return visible(value)
     if isinstance(value, Mapping):
@@ -63,25 +64,26 @@ def visible_data(value: Any) -> Any:
 
 
 _USER = re.compile(r"(?<=://)(?:[^\s/?#@]*@)+|(?<=://)[^\s/?#@:\[]*:(?!\d+(?:[/?#]|$))[^\s@]{0,2000}@")
-"""User name and password; in the second form the password holds a slash, question mark or hash.
+"""User name and password. In the second form the password holds a slash, question mark or hash.
 
-Lengths are bounded: hostile text holds many ://, each of which could be followed to the end.
+Lengths are bounded, because hostile text may hold many ://, and a search from each to the end would be slow.
 """
 _QUERY = re.compile(r"(?<=://)([^\s?#'\"<>]{1,2000})\?[^\s#'\"<>]+")
 
 
 def without_credentials(text: str) -> str:
-    """`text` with every URL in it without user name, password and query, however malformed."""
+    """Return `text` without the user name, password and query of each URL in it, even of malformed URLs."""
     return _QUERY.sub(r"\1", _USER.sub("", text))
 
 
 def for_people(text: str) -> str:
-    """A message as it may be printed and logged."""
+    """Return the message `text` in a form that is safe to print and log."""
     return without_credentials(visible(text))
 
 
 def get_logger(name: str) -> logging.Logger:
-    """The logger `name`, whose messages pass through `for_people`: many quote what a service, file or tool said."""
+    """Return the logger `name`. Its messages pass through `for_people`, because many quote services, files or
+    tools."""
     logger = logging.getLogger(name)
     logger.addFilter(_VISIBLE_MESSAGES)
     return logger

@@ -1,10 +1,10 @@
-"""Files and folders that are written whole or not at all: a reader, or a crash, never sees half of one.
+"""Atomic writes of files and folders: a reader never sees an incomplete one, even after a crash.
 
     with whole_file(Path("report.md")) as partial:
         partial.write_text("…")
 
-What is written has the final name with `.partial` after it, and takes the final name when the block ends without an
-error. After an error, or a crash, the partial one stays behind; the next writer replaces it.
+The content is written under the final name plus `.partial`, which is renamed to the final name when the block ends
+without an error. After an error or a crash the partial file remains; the next write replaces it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """The file to write, in an existing folder, which becomes `path` and replaces the file that is there."""
+    """Yields the file to write. At the end it becomes `path` and replaces an existing file. The folder must exist."""
     partial = _partial(path)
     yield partial
     partial.replace(path)
@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """The new, empty folder to fill, which becomes `path`; `path` must not exist. Makes missing parents."""
+    """Yields a new, empty folder. At the end it becomes `path`, which must not exist. Makes missing parents."""
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -34,7 +34,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Writes `text` to the file `path` in UTF-8; `errors` says what becomes of lone surrogates, as in `str.encode`."""
+    """Writes `text` to the file `path` in UTF-8. `errors` says how to treat lone surrogates, as in `str.encode`."""
     with whole_file(path) as partial:
         partial.write_text(text, "utf-8", errors=errors)
 

@@ -1,6 +1,6 @@
 """Public names that load their module at first use (PEP 562).
 
-`import arpo_trl` and `arpo-trl --help` need neither torch nor a tool's dependencies.
+So `import arpo_trl` and `arpo-trl --help` import neither torch nor the tools' dependencies.
 """
 
 from __future__ import annotations

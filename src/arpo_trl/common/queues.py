@@ -1,4 +1,4 @@
-"""Reading what a queue holds. Pure."""
+"""Draining a queue. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def drained(items: queue.SimpleQueue[T], timeout_s: float = 0.0) -> Iterator[T]:
-    """What `items` holds, one after the other; waits at most `timeout_s` for the first.
+    """Yields the items in the queue until it is empty. Waits at most `timeout_s` seconds for the first one.
 
-    Each item is taken when it is asked for, so a reader that stops early leaves the rest in the queue.
+    Each item is taken from the queue only when the iterator reaches it, so a reader that stops early leaves the rest.
     """
     with contextlib.suppress(queue.Empty):
         item = items.get(timeout=timeout_s) if timeout_s > 0 else items.get_nowait()

@@ -1,6 +1,6 @@
-"""Classes that a setting names: one per file of a package, and those registered from outside it.
+"""Classes that a setting selects by name: one per file of a package, and those that users register.
 
-The files give the names, so that listing them imports nothing. A file is imported when its name is asked for.
+The names of the package's classes are its file names, so listing them imports nothing. `get` imports the file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from arpo_trl.errors import ConfigError
 
 BASE = "base"
-"""The file of a package that holds what the others share, and no class with a name."""
+"""The file of a package for code that the others share. It defines no class with a name."""
 
 
 T = TypeVar("T", bound=type[Any])
@@ -23,8 +23,8 @@ class Registry(Generic[T]):
     """The classes of one `kind`.
 
     Args:
-        kind: What they are, for errors: "branch rule".
-        package: The package's `__name__`; its modules, `base` left out, are the names of its own classes.
+        kind: What the classes are, for error messages, such as "branch rule".
+        package: The package's `__name__`. The names of its modules except `base` are the names of its classes.
         paths: The package's `__path__`.
     """
 
@@ -38,7 +38,7 @@ class Registry(Generic[T]):
     def register(self, name: str) -> Callable[[T], T]:
         """A class decorator that makes the class available under `name`, and sets its attribute `name`.
 
-        The same class may be registered again, as a notebook does that runs a cell twice.
+        A class may be registered again, for example when a notebook cell runs twice.
 
         Raises:
             ConfigError: Another class has that name.

@@ -1,6 +1,6 @@
-"""How settings are described and checked, and the settings that training and evaluation share.
+"""Describes and checks settings, and defines the settings that training and evaluation share.
 
-A setting is a dataclass field. Its range, unit and choices are in the field's metadata, and nowhere else:
+A setting is a dataclass field. Its range, unit and choices are defined once, in the field's metadata:
 
     search_top_k: int = field(default=10, metadata=described("Results per search.", at_least=1))
 
@@ -23,9 +23,12 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.options import ProtocolKind
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """The numbers that a setting may have; always finite ones. `unit` is a plural noun, such as "tokens"."""
+    """The finite numbers that a setting accepts. `unit` is a plural noun, such as "tokens".
+
+    str(Range(at_least=16, unit="tokens"))      # "at least 16 tokens"
+    """
 
     at_least: float | None = None
     above: float | None = None
@@ -41,7 +44,7 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """Such as "at least 16 tokens", "more than 0 seconds" or "in [0, 1]"; empty where there is no limit."""
+        """Text such as "at least 16 tokens", "more than 0 seconds" or "in [0, 1]"; empty without limits."""
         low = self.at_least if self.above is None else self.above
         if self.at_most is not None:
             start = "(-inf" if low is None else f"{'[' if self.above is None else '('}{low}"
@@ -53,7 +56,7 @@ class Range:
 
 
 class _Metadata(dict[str, Any]):
-    """A field's metadata. `copy` gives argparse's part, since HfArgumentParser hands a copy to `add_argument`."""
+    """A field's metadata. `copy` returns only argparse's entries: HfArgumentParser passes a copy to `add_argument`."""
 
     def copy(self) -> dict[str, Any]:
         return {name: value for name, value in self.items() if name in ("help", "metavar")}
@@ -68,15 +71,15 @@ def described(
     unit: str = "",
     choices: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """The metadata of a field: what it means, and which values `check_fields` accepts.
+    """The metadata of a field: its meaning, and the values that `check_fields` accepts.
 
     Args:
-        help: Sentences for `--help`. The range is added to them.
-        at_least, above, at_most: Limits of a number, the first and the last inclusive.
-        unit: Plural noun of what the number counts or measures, such as "tokens".
-        choices: The texts that are accepted; in a field that is a list, of each of its entries.
+        help: Sentences for `--help`. The range is appended.
+        at_least, above, at_most: Limits of a number. `at_least` and `at_most` are inclusive.
+        unit: What the number counts or measures, as a plural noun such as "tokens".
+        choices: The accepted texts; for a list, those of its entries.
     """
-    limits = Range(at_least, above, at_most, unit)
+    limits = Range(at_least=at_least, above=above, at_most=at_most, unit=unit)
     text = str(limits)
     made = _Metadata(help=f"{help} {text[0].upper()}{text[1:]}." if text else help, range=limits)
     if names := [str(name) for name in choices]:
@@ -85,13 +88,13 @@ def described(
 
 
 def check_fields(settings: Any) -> None:
-    """Returns if every field of the dataclass instance `settings` has a value that its metadata accepts.
+    """Returns if the metadata of every field of the dataclass instance `settings` accepts its value.
 
-    A number must be of the annotated type, finite and within its range; True and False are not numbers. None is
-    accepted where the annotation has it.
+    A number must have the annotated type, be finite and lie within its range. True and False are not numbers. None is
+    accepted if the annotation allows it.
 
     Raises:
-        ConfigError: One has not; names the setting, its value, and the expected values with their unit.
+        ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
     """
     hints = get_type_hints(type(settings))
     for setting in fields(settings):
@@ -101,7 +104,7 @@ def check_fields(settings: Any) -> None:
 
 
 def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
-    """What was expected instead of `value`; None if it is accepted."""
+    """The expected values, in words, if `value` is not accepted; None if it is."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if value is None and NoneType in kinds:
         return None
@@ -126,13 +129,13 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
 
 @dataclass
 class ToolLimits:
-    """How the model calls tools and how long they may take, in training and in evaluation."""
+    """How the model calls tools, and the limits of the calls, in training and in evaluation."""
 
     tool_protocol: str = field(
         default=ProtocolKind.TAGS.value,
         metadata=described(
-            "How the model calls tools: 'tags' (<search>…</search>, the paper's, for any model) or 'chat_template' "
-            "(as the tokenizer's own template has calls and results).",
+            "How the model calls tools: 'tags' (<search>…</search>, as in the paper, for any model) or "
+            "'chat_template' (in the format of the tokenizer's chat template).",
             choices=ProtocolKind,
         ),
     )
@@ -147,14 +150,16 @@ class ToolLimits:
     tool_timeout_s: float = field(
         default=20.0,
         metadata=described(
-            "Time after which a tool call fails; the model reads that it did.", above=0, unit="seconds"
+            "Time limit of a tool call. After it the call fails, and the model is told so.", above=0, unit="seconds"
         ),
     )
-    tool_concurrency: int = field(default=32, metadata=described("Tool calls that run at the same time.", at_least=1))
+    tool_concurrency: int = field(
+        default=32, metadata=described("Most tool calls that run at the same time.", at_least=1)
+    )
     max_tool_result_tokens: int | None = field(
         default=None,
         metadata=described(
-            "Length of a tool result that the model sees; a longer one keeps its head and tail. None: no limit.",
+            "Length limit of a tool result; of a longer one the model sees head and tail. None: no limit.",
             at_least=16,
             unit="tokens",
         ),
@@ -166,24 +171,25 @@ class JudgeArguments:
     """The language model that judges answers, in training and in evaluation.
 
     Raises:
-        ConfigError: One of `judge_url` and `judge_model` is set without the other.
+        ConfigError: Only one of `judge_url` and `judge_model` is set.
     """
 
     judge_url: str | None = field(
         default=None,
         metadata={
-            "help": "OpenAI-compatible server (…/v1) of the judge; its key, if it wants one, in JUDGE_API_KEY. None: "
-            "answers are scored by rule alone."
+            "help": "OpenAI-compatible server (…/v1) of the judge. If it requires a key, set the environment variable "
+            "JUDGE_API_KEY. None: answers are scored by rule alone."
         },
     )
     judge_model: str | None = field(
-        default=None, metadata={"help": "The judge's name at that server. The paper's: Qwen/Qwen2.5-72B-Instruct."}
+        default=None,
+        metadata={"help": "The judge's name at that server. The paper uses Qwen/Qwen2.5-72B-Instruct."},
     )
     judge_cache: str | None = field(
         default=None,
-        metadata={"help": "JSONL file that keeps the judge's verdicts, for other runs too. None: for this run only."},
+        metadata={"help": "JSONL file that keeps the judge's verdicts for later runs. None: kept for this run only."},
     )
 
     def __post_init__(self) -> None:
         if (self.judge_url is None) != (self.judge_model is None):
-            raise ConfigError("Of judge_url and judge_model one is set; expected both or neither.")
+            raise ConfigError("Only one of judge_url and judge_model is set; expected both or neither.")

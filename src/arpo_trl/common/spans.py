@@ -1,4 +1,4 @@
-"""Where the time of a step goes: seconds by name, measured by `with spans("reward"):`."""
+"""Measures the time of the parts of a step, in seconds by name: `with spans("reward"):`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class Spans:
-    """Seconds in named spans. A span inside another counts for itself only, not for the one around it.
+    """Seconds spent in named spans. The time of an inner span does not count for the outer one.
 
     A span that ends with an exception is not counted.
 
@@ -19,14 +19,14 @@ class Spans:
         spans.take("update")            # 2.0
 
     Args:
-        clock: Seconds from any start.
+        clock: Returns seconds since any fixed time.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
         self._seconds: dict[str, float] = defaultdict(float)
         self._inner: list[float] = []
-        """For each open span, from the outermost on, the seconds of the spans that were inside it."""
+        """For each open span, outermost first, the seconds of the spans inside it that have ended."""
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -41,5 +41,5 @@ class Spans:
         self._seconds[name] += whole - inner
 
     def take(self, name: str) -> float:
-        """The seconds in spans of that name since the last call; 0 where there were none."""
+        """The seconds spent in spans of that name since the last call; 0 if there were none."""
         return self._seconds.pop(name, 0.0)

@@ -1,9 +1,9 @@
-"""Which tags in a model's text are only text: those inside code, and those that prose names.
+"""Finds the tags in a model's text that are only text: those inside code, and those that prose mentions.
 
-    Let me use <search> for it. <search>iron</search>        the first tag is named, the second one calls
-    <python>print("<answer>")</python>                       what stands inside code is code
+    Let me use <search> for it. <search>iron</search>        the first tag is a mention, the second one is a call
+    <python>print("<answer>")</python>                       everything inside code is code
 
-Pure. The tag protocol and the reward for the format read tags with it, so that they agree.
+Pure functions. The tag protocol and the format reward both use them, so that they agree.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import re
 from collections.abc import Collection
 
 CODE_PARAMETER = "code"
-"""A tool whose one text argument has this name takes code."""
+"""The argument name by which a tool with one text argument is known to take code."""
 
 
 def plain_spans(text: str, tools: Collection[str], code_tools: Collection[str]) -> list[tuple[int, int]]:
-    """(start, end) of the stretches of one turn whose tags are text, in order.
+    """Return the (start, end) spans of one turn in which tags are text, in order.
 
-    A code tool's body runs from its opening tag to the first closing one, or to the end of the turn. An opening tag
-    that follows words on its line is named by prose where a call comes after it: the same tag opens again before it is
-    closed, or it is never closed and another tool's call is.
+    The body of a code tool reaches from its opening tag to its first closing tag, or to the end of the turn. An
+    opening tag that follows words on its line is a mention if a call comes after it: either the same tag opens again
+    before it is closed, or it is never closed and another tool's call is.
 
     Args:
-        text: What a model wrote in one turn.
-        tools: Names of the tools.
-        code_tools: Those of them that take code.
+        text: The model's text of one turn.
+        tools: The tools' names.
+        code_tools: The names of the tools that take code.
     """
     if not tools:
         return []
@@ -55,7 +55,7 @@ def plain_spans(text: str, tools: Collection[str], code_tools: Collection[str]) 
 
 
 def without(text: str, spans: Collection[tuple[int, int]]) -> str:
-    """The text without those stretches."""
+    """Return the text without these spans."""
     kept, position = [], 0
     for start, end in spans:
         kept.append(text[position:start])
@@ -64,7 +64,7 @@ def without(text: str, spans: Collection[tuple[int, int]]) -> str:
 
 
 def _named(text: str, tags: list[re.Match[str]]) -> list[bool]:
-    """For each tag whether it is an opening one that prose names."""
+    """Return for each tag whether it is an opening tag that prose mentions."""
     named = [False] * len(tags)
     after: dict[str, str] = {}
     """Tool → its first tag after the current one: "" an opening, "/" a closing one."""
@@ -87,7 +87,7 @@ def _named(text: str, tags: list[re.Match[str]]) -> list[bool]:
 
 
 def _follows_words(text: str, position: int) -> bool:
-    """Whether something other than a tag stands before `position` on its line."""
+    """Whether text other than a tag precedes `position` on its line."""
     before = position
     while before and text[before - 1] in " \t":
         before -= 1

@@ -1,7 +1,7 @@
-"""Trajectories → token ids and labels for supervised training, through the code that parses them in RL.
+"""Converts demonstrations to token ids and labels for supervised training, with the tool protocol that RL uses.
 
-What is learned is what is parsed: a turn, a tool result and their order are encoded by the same `TagProtocol`, and
-only what the model is to write carries loss.
+`TagProtocol` encodes turns and tool results exactly as RL parses them. Only the tokens that the model writes carry
+loss.
 
     # ids:     prompt | <search>…</search> | \\n<result>…</result>\\n | <answer>…</answer> EOS
     # labels:   −100  |        ids         |          −100            |         ids
@@ -25,7 +25,7 @@ _RESULT = re.compile(rf"\s*<{RESULT}>\n?(.*?)\n?</{RESULT}>\s*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A stretch of a trajectory: a turn the model is to write, or a tool result it is shown."""
+    """A part of a trajectory: a turn that the model writes, or a tool result that it reads."""
 
     text: str
     is_turn: bool
@@ -34,15 +34,15 @@ class Segment:
 def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str, list[int]]:
     """`input_ids` and `labels` (−100 on the prompt and on tool results) of one demonstration.
 
-    A row has `messages` (system and user, then assistant and tool in turn), or `prompt` (messages or text) and
-    `text`, the whole trajectory with its `<result>…</result>`. A result inside an assistant message counts as one.
+    A row has either `messages` (system and user, then assistant and tool), or `prompt` (messages or text) and `text`,
+    the whole trajectory with its `<result>…</result>`. A `<result>` inside an assistant message is a tool result too.
 
     Raises:
         DataError: The row has neither form, or its trajectory does not end with a turn.
     """
     prompt, segments = _split(row)
     if not segments or not segments[-1].is_turn:
-        raise DataError("the trajectory ends without a turn of the model; expected its last answer there.")
+        raise DataError("the trajectory does not end with a turn of the model; expected its answer at the end.")
     ids = protocol.encode_prompt(prompt)
     labels = [IGNORED] * len(ids)
     for i, segment in enumerate(segments):
@@ -57,12 +57,12 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
 
 
 def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None) -> tuple[Dataset, int]:
-    """The encoded rows no longer than `max_length` tokens, and how many longer ones were left out.
+    """The encoded rows of at most `max_length` tokens, and the number of longer rows, which are left out.
 
-    A trajectory is never cut: without its end it would teach not to answer.
+    Trajectories are never truncated: without its end, a trajectory would teach the model not to answer.
 
     Raises:
-        DataError: A row cannot be encoded (its number is in the message), or none is short enough.
+        DataError: A row cannot be encoded (the message has its number), or all rows are too long.
     """
 
     def encode(row: dict[str, Any], number: int) -> dict[str, list[int]]:
@@ -88,10 +88,10 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
             raise DataError("`messages` is no list of messages; expected each with a role and a content, both text.")
         for position, message in enumerate(messages):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
-                raise DataError(f"message {position} is {dict(message)}; expected a role and a content, both text.")
+                raise DataError(f"message {position} is {dict(message)}; expected role and content, both text.")
         start = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         if start == 0:
-            raise DataError("the first message is the assistant's; expected a system or user message before it.")
+            raise DataError("the first message is an assistant message; expected a system or user message before it.")
         segments: list[Segment] = []
         for message in messages[start:]:
             if message["role"] == "assistant":
@@ -100,16 +100,17 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
                 segments.append(Segment(message["content"], is_turn=False))
             else:
                 raise DataError(
-                    f"a {message['role']!r} message after the first assistant message; expected tool ones."
+                    f"a {message['role']!r} message follows the first assistant message; expected assistant or tool "
+                    "messages."
                 )
         return list(messages[:start]), segments
     if row.get("prompt") and isinstance(row.get("text"), str) and row["text"]:
         return row["prompt"], list(_turns_and_results(row["text"]))
-    raise DataError(f"it has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
+    raise DataError(f"the row has {sorted(row)}; expected `messages`, or `prompt` and `text`, none of them empty.")
 
 
 def _turns_and_results(text: str) -> Iterator[Segment]:
-    """The text split at its tool results."""
+    """Splits the text at its tool results."""
     for i, part in enumerate(_RESULT.split(text)):
         if i % 2 or part.strip():
             yield Segment(part, is_turn=i % 2 == 0)

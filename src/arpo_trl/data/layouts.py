@@ -1,4 +1,4 @@
-r"""One row of a dataset, in whichever published layout → {prompt, answer, task, id, level}.
+r"""Converts one row of a dataset from a published layout to {prompt, answer, task, id, level}.
 
 | layout | question | accepted answers |
 |---|---|---|
@@ -11,7 +11,7 @@ r"""One row of a dataset, in whichever published layout → {prompt, answer, tas
 | MuSiQue | `question` | `answer` with `answer_aliases` |
 | multiple choice (MMLU, ARC, MedQA) | `question` with `choices` or `options` | the label, and the choice itself |
 
-A column map names other fields. Pure: no files, no network.
+A column map replaces the names of fields. Pure: no files, no network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TASKS: tuple[Task, ...] = get_args(Task)
 Message = dict[str, str]
 
 MAPPABLE = ("prompt", "question", "answer", "choices", "task", "id", "level")
-"""What a column map may name fields for."""
+"""The keys of a column map."""
 
 _QUESTION_FIELDS = ("question", "Question", "problem", "Problem")
 _ANSWER_FIELDS = (
@@ -58,7 +58,7 @@ _ABILITIES: dict[str, Task] = {
     "qa": "qa",
     "fact-reasoning": "qa",  # Search-R1
 }
-"""verl's `ability`, in lower case."""
+"""verl's `ability`, in lower case → task."""
 
 _WORKED_SOLUTION = re.compile(r"(?:\A|\n)####\s*([^\n]+?)\s*\Z")  # GSM8K's last line
 _LOST_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -72,13 +72,14 @@ def convert_row(
     task: Task | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
-    """The row in our layout, with `task` None where nothing says it; None if it is a verl row with a blank answer.
+    """The row in this project's layout; None if it is a verl row with a blank answer. `task` is None if not stated.
 
     Args:
-        number: The row's place in its dataset: its id where it has none.
-        system_text: Replaces the system message. None: only a bare question gets one, `SYSTEM_PROMPTS["reasoning"]`.
-        task: Overrides what the row says.
-        columns: Fields that replace the usual ones, by `MAPPABLE`; dots reach into nested fields.
+        number: The row's number in its dataset, which becomes the id of a row without one.
+        system_text: Replaces the system message. None: only a prompt that is plain text gets one,
+            `SYSTEM_PROMPTS["reasoning"]`.
+        task: Overrides the row's own task.
+        columns: Key of `MAPPABLE` → field that replaces the usual ones; dots reach into nested fields.
 
     Raises:
         DataError: The row cannot be converted; names the field.
@@ -87,11 +88,11 @@ def convert_row(
     for name, field in mapped.items():
         if (value := _at(raw, field)) is None:
             raise DataError(
-                f"no {field!r}, which the column map takes for {name}: the row has {sorted(map(str, raw))}."
+                f"the row has no field {field!r}, to which the column map maps {name}; it has {sorted(map(str, raw))}."
             )
         row[name] = value
     if "question" in mapped and "prompt" not in mapped:
-        row.pop("prompt", None)  # the map decides
+        row.pop("prompt", None)  # the map overrides the row's own prompt
     golds = _golds(row, mapped)
     if golds is None:
         return None
@@ -112,10 +113,10 @@ def convert_row(
 
 
 def read_columns(columns: Any) -> dict[str, str] | None:
-    """The column map that a setting holds, as a mapping or as JSON text.
+    """Reads a column map from a setting, which is a mapping, JSON text or None.
 
     Raises:
-        ConfigError: It is no column map.
+        ConfigError: It is not a column map.
     """
     if columns is None:
         return None
@@ -125,28 +126,32 @@ def read_columns(columns: Any) -> dict[str, str] | None:
             read = json.loads(columns)
     if not isinstance(read, Mapping) or not all(isinstance(field, str) and field for field in read.values()):
         raise ConfigError(
-            f"columns is {shown(columns)}; expected names of fields, as in {{question: problem, answer: gold}}."
+            f"columns is {shown(columns)}; expected a mapping to field names, such as {{question: problem}}."
         )
     if unknown := [name for name in read if name not in MAPPABLE]:
-        raise ConfigError(f"columns has {unknown}; expected some of {list(MAPPABLE)}.")
+        raise ConfigError(f"columns has the keys {unknown}; expected some of {list(MAPPABLE)}.")
     return dict(read)
 
 
 def system_prompt_text(system_prompt: str | None) -> str | None:
-    """The text of a system prompt that is given by name or as it is; raises ConfigError for a name that is none."""
+    """The text of a system prompt that is given by its name or as text.
+
+    Raises:
+        ConfigError: `system_prompt` is a single word that is not a name in `SYSTEM_PROMPTS`.
+    """
     if system_prompt is None:
         return None
     if system_prompt in SYSTEM_PROMPTS:
         return SYSTEM_PROMPTS[system_prompt]
-    if len(system_prompt.split()) < 2:  # a misspelt name must not become the prompt
+    if len(system_prompt.split()) < 2:  # probably a misspelt name
         raise ConfigError(
-            f"system_prompt is {system_prompt!r}; expected a name from {list(SYSTEM_PROMPTS)}, or the text itself."
+            f"system_prompt is {system_prompt!r}; expected one of {list(SYSTEM_PROMPTS)}, or a text of several words."
         )
     return system_prompt
 
 
 def check_prompt(prompt: Any) -> None:
-    """Returns if `prompt` is text or a list of messages with some text in it; see `loading.validate_rows`.
+    """Returns if `prompt` is text or a list of messages and not blank; see `loading.validate_rows`.
 
     Raises:
         DataError: It is not; names the message.
@@ -156,7 +161,7 @@ def check_prompt(prompt: Any) -> None:
         raise DataError(f"'prompt' is {shown(prompt)}; expected text or a list of messages, not empty.")
     for position, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise DataError(f"message {position} of 'prompt' is {shown(message)}; expected a role and a content.")
+            raise DataError(f"message {position} of 'prompt' is {shown(message)}; expected role and content.")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
@@ -168,7 +173,7 @@ def shown(value: Any) -> str:
     """The value's repr, short enough for a message."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python turns into text
+    except ValueError:  # an integer with more digits than Python converts to text
         text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else text[:77] + "…"
 
@@ -177,7 +182,7 @@ def shown(value: Any) -> str:
 
 
 def _at(row: Mapping[str, Any], field: str) -> Any:
-    """The value at a field, or at a path of fields with dots between; None where there is none."""
+    """The value of a field, or of nested fields with dots between their names; None if there is none."""
     if field in row:
         return row[field]
     value: Any = row
@@ -216,8 +221,8 @@ def _stated_task(row: Mapping[str, Any]) -> Task | None:
         if isinstance(stated, str) and (task := known.get(stated.lower())) is not None:
             return task
         raise DataError(
-            f"{field!r} is {shown(stated)}; expected one of {list(known)}. To have all rows taken as one task, set it "
-            "(task: math or qa)."
+            f"{field!r} is {shown(stated)}; expected one of {list(known)}. To give all rows the same task, set task "
+            "to math or qa."
         )
     return None
 
@@ -226,7 +231,7 @@ def _stated_task(row: Mapping[str, Any]) -> Task | None:
 
 
 def _golds(row: Mapping[str, Any], mapped: Mapping[str, str]) -> list[str] | None:
-    """The accepted answers, at least one; None where a verl row's is blank."""
+    """The accepted answers, at least one; None if the answer of a verl row is blank."""
     verl = row.get("reward_model")
     if "answer" in mapped:
         return _accepted(row["answer"], mapped["answer"])
@@ -242,14 +247,14 @@ def _golds(row: Mapping[str, Any], mapped: Mapping[str, str]) -> list[str] | Non
     if (solution := _first(row, _SOLUTION_FIELDS)) is not None:
         boxed = extract_answer(f"<answer>{solution}</answer>")
         if not boxed:
-            raise DataError(r"'solution' holds no \boxed{…}, and the row has no other answer; expected one of them.")
+            raise DataError(r"'solution' has no \boxed{…}, and no other field has an answer; expected one.")
         return [boxed]
     _named(row, _ANSWER_FIELDS, "answer")  # raises
     raise AssertionError
 
 
 def _accepted(value: Any, field: str) -> list[str]:
-    """The answers that a value lists, as text: numbers written out; of GSM8K's worked solutions only the result."""
+    """The answers in a value, as text. Numbers are written in full; a worked solution of GSM8K gives its result."""
     texts: list[str] = []
     for gold in _flat(value, field):
         text = _text(gold, field).strip()
@@ -259,12 +264,12 @@ def _accepted(value: Any, field: str) -> list[str]:
             raise DataError(f"{field!r} is {shown(value)}; expected at least one answer, none of them blank.")
         texts.append(text)
     if not texts:
-        raise DataError(f"{field!r} holds no answer ({shown(value)}); expected at least one.")
+        raise DataError(f"{field!r} contains no answer ({shown(value)}); expected at least one.")
     return texts
 
 
 def _flat(value: Any, field: str) -> Iterable[Any]:
-    """The single answers in a value: itself, a list's items, or what the dicts of known datasets hold."""
+    """The answers in a value: the value itself, the items of a list, or the answers in the dict of a known dataset."""
     if isinstance(value, Mapping):
         if value.get("value") is not None:  # TriviaQA
             return [value["value"], *(value.get("aliases") or ())]
@@ -275,11 +280,11 @@ def _flat(value: Any, field: str) -> Iterable[Any]:
 
 
 def _text(value: Any, field: str) -> str:
-    """A value as plain text: numbers in digits, without an exponent or an empty fraction."""
+    """A value as text. Numbers are written in digits, without an exponent and without a fraction of zero."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise DataError(f"{field!r} holds {value}; expected text or a finite number.")
+        raise DataError(f"{field!r} contains {value}; expected text or a finite number.")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        raise DataError(f"{field!r} holds {shown(value)}; expected text or a number, or a list of them.")
+        raise DataError(f"{field!r} contains {shown(value)}; expected text or a number, or a list of them.")
     if isinstance(value, float):
         digits = format(Decimal(repr(value)), "f")
         return digits.rstrip("0").rstrip(".") if "." in digits else digits
@@ -288,10 +293,10 @@ def _text(value: Any, field: str) -> str:
         text.encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"{field!r} holds half of a surrogate pair (character {error.start}), which is no text. Repair the row."
+            f"{field!r} contains a lone surrogate (character {error.start}); expected valid Unicode. Repair the row."
         ) from error
     except ValueError as error:
-        raise DataError(f"{field!r} holds a number with too many digits. Write it as text.") from error
+        raise DataError(f"{field!r} contains a number with too many digits. Write it as text.") from error
     return text
 
 
@@ -299,7 +304,7 @@ def _text(value: Any, field: str) -> str:
 
 
 def _choices(row: Mapping[str, Any]) -> dict[str, str] | None:
-    """Label → text of a multiple-choice question; None for any other."""
+    """Label → text of the choices; None if the row is not a multiple-choice question."""
     value = _first(row, _CHOICE_FIELDS)
     if value is None or (isinstance(value, list | tuple) and not value):
         return None
@@ -313,20 +318,20 @@ def _choices(row: Mapping[str, Any]) -> dict[str, str] | None:
     else:
         raise DataError(f"'choices' is {shown(value)}; expected a list of texts, or labels with texts.")
     if len(labels) != len(texts):
-        raise DataError(f"'choices' has {len(labels)} labels for {len(texts)} texts.")
+        raise DataError(f"'choices' has {len(labels)} labels for {len(texts)} texts; expected one label per text.")
     return dict(zip(labels, (_text(text, "choices").strip() for text in texts), strict=True))
 
 
 def _letters(count: int) -> list[str]:
     if count > 26:
-        raise DataError(f"'choices' holds {count} texts; expected at most 26, one for each letter.")
+        raise DataError(f"'choices' contains {count} texts; expected at most 26, one per letter.")
     return [chr(ord("A") + i) for i in range(count)]
 
 
 def _chosen(golds: Sequence[str], row: Mapping[str, Any], choices: Mapping[str, str]) -> list[str]:
-    """The label of each right choice, and its text."""
+    """The label and the text of each correct choice."""
     labels, chosen = list(choices), []
-    is_place = isinstance(_first(row, _ANSWER_FIELDS), int)  # MMLU, from 0
+    is_place = isinstance(_first(row, _ANSWER_FIELDS), int)  # an index from 0, as in MMLU
     for gold in golds:
         if gold in choices:
             label = gold
@@ -335,7 +340,7 @@ def _chosen(golds: Sequence[str], row: Mapping[str, Any], choices: Mapping[str, 
         else:
             label = next((label for label, text in choices.items() if text == gold), "")
         if not label:
-            raise DataError(f"the answer {shown(gold)} is none of the choices {shown(dict(choices))}.")
+            raise DataError(f"the answer is {shown(gold)}; expected one of the choices {shown(dict(choices))}.")
         chosen += [label, choices[label]]
     return chosen
 
@@ -352,14 +357,14 @@ def _checked_prompt(prompt: Any) -> list[Message]:
             raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
         if message.get("tool_calls"):
             raise DataError(
-                f"message {position} of 'prompt' has tool_calls, which would be lost here. Give a dataset of such "
-                "prompts to ARPOTrainer as it is."
+                f"message {position} of 'prompt' has tool_calls, which load_arpo_dataset would drop. Pass a dataset "
+                "with such prompts to ARPOTrainer directly."
             )
     return [{"role": message["role"], "content": _text(message["content"], "prompt")} for message in messages]
 
 
 def _with_system(messages: list[Message], system_text: str | None, *, is_question: bool) -> list[Message]:
-    """The messages with the asked-for system message; unasked, only a bare question gets one."""
+    """The messages with the given system message. For None, only a plain question gets one."""
     if system_text is None:
         if not is_question:
             return messages
@@ -368,5 +373,5 @@ def _with_system(messages: list[Message], system_text: str | None, *, is_questio
 
 
 def _restore_escapes(text: str) -> str:
-    r"""`\boxed` and `\frac` put back where an escape ate their backslash; other control characters dropped."""
+    r"""Restores `\boxed` and `\frac` whose backslash was read as an escape; removes other control characters."""
     return _LOST_CONTROL.sub("", text.replace("\x08oxed", r"\boxed").replace("\x0crac", r"\frac"))

@@ -1,7 +1,7 @@
-r"""Datasets → rows {prompt, answer, task, id} that `ARPOTrainer` and the rewards read.
+r"""Loads datasets as rows {prompt, answer, task, id}, which `ARPOTrainer` and the rewards read.
 
-`row_layouts` knows what a row may look like. Published texts have lost backslashes: an escape was read as a control
-character, so that `\boxed` became a backspace and `oxed`, `\frac` a form feed and `rac`. They are put back.
+`layouts` defines the layouts of rows. Some published texts have lost backslashes: `\b` and `\f` were read as escapes,
+so `\boxed` became a backspace and `oxed`, and `\frac` a form feed and `rac`. Loading restores them.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
 _MATH_SHARE, _QA_SHARE = 0.75, 0.25
 
 ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
-"""What `ARPOTrainer` hands to reward functions next to the dataset's columns, one value per completion."""
+"""Columns that `ARPOTrainer` passes to reward functions besides the dataset's, with one value per completion."""
 TRL_COLUMNS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments", "image", "images")
-"""Names under which TRL hands over something of its own, or takes a row for one with pictures."""
+"""Names that TRL uses for its own arguments of reward functions, or to detect rows with images."""
 
 
 def load_arpo_dataset(
@@ -41,27 +41,29 @@ def load_arpo_dataset(
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> datasets.Dataset:
-    """A dataset with the columns prompt (messages), answer (list of accepted answers), task and id; level where given.
+    """Loads a dataset with the columns prompt, answer, task and id, and level if the rows have it.
+
+    A prompt is a list of messages, an answer the list of accepted answers.
 
     Args:
-        path_or_hub_id: A `.jsonl`, `.json` or `.parquet` file, which is one split whatever `split` says; a folder of
-            them, of which those are read whose name starts with the split's; or a dataset on the Hub.
-        split: Which split of a folder or a Hub dataset.
-        system_prompt: None leaves prompts that are messages as they are, with or without a system message, and gives
-            `SYSTEM_PROMPTS["reasoning"]` to a bare question. A name from `SYSTEM_PROMPTS`, or a text, replaces the
-            system message in every row.
-        task: The task of all rows, whatever they say. None: each row's own `task`, or else verl's `ability`. Rows that
-            say neither are judged together by their answers, with a warning: math if at least 75 % are a number or
-            LaTeX, qa if at most 25 % are.
-        columns: Names of fields that replace the usual ones, as in `{"question": "body", "answer": "meta.gold"}`; of
-            `row_layouts.MAPPABLE`, with dots for nested fields.
+        path_or_hub_id: A `.jsonl`, `.json` or `.parquet` file (`split` is ignored); a folder of such files, of which
+            those whose name starts with the split are read; or a dataset on the Hub.
+        split: The split of a folder or a Hub dataset.
+        system_prompt: None: prompts that are messages stay unchanged, and plain questions get
+            `SYSTEM_PROMPTS["reasoning"]`. A name in `SYSTEM_PROMPTS`, or a text, replaces the system message of every
+            row.
+        task: Overrides the task of all rows. None: each row's own `task`, or else verl's `ability`. If rows state
+            neither, their answers together decide, with a warning: math if at least 75 % are a number or LaTeX, qa if
+            at most 25 % are.
+        columns: Names of fields that replace the usual ones, such as `{"question": "body", "answer": "meta.gold"}`.
+            The keys are those of `layouts.MAPPABLE`; dots reach into nested fields.
 
-    A row of the verl layout whose answer is blank is left out with a warning (the published rows have one); anywhere
-    else that is an error.
+    A row of the verl layout with a blank answer is left out with a warning (the published data has one such row). In
+    other layouts it is an error.
 
     Raises:
         ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
-        DataError: nothing readable there, or a row that cannot be converted; names the file, the row (from 0) or the
+        DataError: Nothing readable was found, or a row cannot be converted. Names the file, the row (from 0) or the
             line (from 1), and the field.
     """
     override = next((known for known in TASKS if known == task), None)
@@ -84,27 +86,27 @@ def load_arpo_dataset(
             "%s: %d row(s) with a blank answer left out: %s", path_or_hub_id, len(skipped), _listed(skipped)
         )
     if not rows:
-        raise DataError(f"{path_or_hub_id} (split {split!r}) holds no rows; expected at least one.")
+        raise DataError(f"{path_or_hub_id} (split {split!r}) contains no rows; expected at least one.")
     _guess_task(rows, path_or_hub_id)
     return _as_dataset(rows)
 
 
 def validate_rows(dataset: datasets.Dataset) -> None:
-    """Return if every row has a prompt that can be rolled out.
+    """Returns if every row has a valid prompt.
 
-    A prompt is text, or a list of messages, each with a role and a content; the content is text, a list of parts, or
-    null where the message has `tool_calls`. Somewhere in it there is text. Other columns are the reward functions' own
-    affair, but for `ROLLOUT_COLUMNS` and `TRL_COLUMNS`.
+    A prompt is text, or a list of messages, each with a role and a content. The content is text, a list of parts, or
+    null if the message has `tool_calls`. At least one message has text. Other columns are for the reward functions and
+    not checked, but must not have a name in `ROLLOUT_COLUMNS` or `TRL_COLUMNS`.
 
     Raises:
-        DataError: the dataset is empty, lacks `prompt` or has a column of a taken name, or a row does not hold this;
-            names row (from 0) and field.
+        DataError: The dataset is empty, lacks `prompt` or has a column with a reserved name, or a row has no valid
+            prompt. Names row (from 0) and field.
     """
     columns = dataset.column_names
     if "prompt" not in columns:
         raise DataError(
-            f"The dataset has no column 'prompt'; it has {columns}. Rename yours, or load the data with "
-            "load_arpo_dataset, which knows the common layouts."
+            f"The dataset has no column 'prompt'; it has {columns}. Rename a column, or load the data with "
+            "load_arpo_dataset, which supports the common layouts."
         )
     refuse_taken_columns(columns)
     if len(dataset) == 0:
@@ -117,20 +119,20 @@ def validate_rows(dataset: datasets.Dataset) -> None:
 
 
 def refuse_taken_columns(columns: Iterable[str]) -> None:
-    """Returns if no column has a name that `ARPOTrainer` or TRL uses for something else.
+    """Returns if no column has a name that `ARPOTrainer` or TRL uses for another purpose.
 
     Raises:
-        DataError: One has. It would be overwritten, or break the first step.
+        DataError: A column has. It would be overwritten, or the first step would fail.
     """
     columns = set(columns)
     if taken := sorted(columns.intersection(ROLLOUT_COLUMNS)):
         raise DataError(
-            f"The dataset has the column(s) {taken}, but under these names rewards receive what was rolled out. "
-            "Rename yours: dataset.rename_column."
+            f"The dataset has the column(s) {taken}, but rewards receive the rollouts under these names. Rename the "
+            "column(s): dataset.rename_column."
         )
     if taken := sorted(columns.intersection(TRL_COLUMNS)):
         raise DataError(
-            f"The dataset has the column(s) {taken}, whose names TRL uses itself. Rename or drop them: "
+            f"The dataset has the column(s) {taken}, but TRL uses these names itself. Rename or drop the column(s): "
             "dataset.rename_column, dataset.remove_columns."
         )
 
@@ -145,7 +147,7 @@ def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
     elif path.exists():
         files = [path]
     elif path.suffix in SUFFIXES or path.is_absolute() or path_or_hub_id.startswith(".") or len(path.parts) > 2:
-        raise DataError(f"There is no file or folder {path_or_hub_id}; expected a dataset there. Check the path.")
+        raise DataError(f"The file or folder {path_or_hub_id} does not exist; expected a dataset. Check the path.")
     else:
         yield from load_from_hub(path_or_hub_id, split)
         return
@@ -160,17 +162,17 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     if not files:
         raise DataError(
             f"The folder {folder} has no file of the split {split!r}; expected {split}*{{{','.join(SUFFIXES)}}}, got "
-            f"{_listed(path.name for path in readable) or 'no such file at all'}. Name the file itself, or another "
+            f"{_listed(path.name for path in readable) or 'no dataset file'}. Give the path of a file, or another "
             "split."
         )
     return files
 
 
 def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file, as they are.
+    """Yields the unconverted rows of a file.
 
     Args:
-        bad: What is wrong with each row that is left out for it goes here; None: the first one raises.
+        bad: Rows that cannot be read are left out, and the reasons are appended to this list. None: they raise.
 
     Raises:
         DataError: The file, or a row of it, cannot be read.
@@ -184,11 +186,11 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         case ".jsonl":
             rows = [row for _, row in json_lines(path, bad)]
         case ".json":
-            rows = read_json(path)
+            rows = _rows_of_json(path)
             if not isinstance(rows, list):
-                raise DataError(f"{path} holds a {type(rows).__name__}; expected a list of objects, one per row.")
+                raise DataError(f"{path} contains a {type(rows).__name__}; expected a list of objects, one per row.")
         case _:
-            raise DataError(f"{path} is no dataset file; expected one of {SUFFIXES}.")
+            raise DataError(f"{path} is not a dataset file; expected one of {SUFFIXES}.")
     for number, row in enumerate(rows):
         if isinstance(row, dict):
             yield row
@@ -199,11 +201,25 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         bad.append(problem)
 
 
+def _rows_of_json(path: Path) -> Any:
+    """Reads a .json file: one JSON value, or JSON Lines under that name."""
+    try:
+        return read_json(path)
+    except DataError as whole:
+        try:
+            rows = [row for _, row in json_lines(path)]
+        except DataError:
+            raise whole from None
+        if not rows:
+            raise
+        return rows
+
+
 # Converting
 
 
 def _guess_task(rows: list[dict[str, Any]], source: str) -> None:
-    """Gives rows without a task the one that most of their answers look like."""
+    """Sets the task of rows that do not state one, from the form of their answers."""
     silent = [number for number, row in enumerate(rows) if row["task"] is None]
     if not silent:
         return
@@ -211,14 +227,14 @@ def _guess_task(rows: list[dict[str, Any]], source: str) -> None:
     share = sum(_NUMBER_OR_LATEX.fullmatch(gold) is not None for gold in golds) / len(golds)
     if _QA_SHARE < share < _MATH_SHARE:
         raise DataError(
-            f"{source}: {len(silent)} row(s), the first of them row {silent[0]}, do not say their task, and their "
-            f"answers do not tell ({share:.0%} are a number or LaTeX). Set task to {' or '.join(TASKS)} (in Python: "
-            "task=), or add a `task` column."
+            f"{source}: {len(silent)} row(s), the first of them row {silent[0]}, do not state their task, and their "
+            f"answers do not decide it ({share:.0%} are a number or LaTeX). Set task to {' or '.join(TASKS)} (in "
+            "Python: task=), or add a `task` column."
         )
     task = "math" if share >= _MATH_SHARE else "qa"
     logger.warning(
-        "%s: %d row(s) do not say their task; taken as %s, since %.0f %% of their answers are a number or LaTeX. Set "
-        "task to say so yourself.",
+        "%s: %d row(s) do not state their task; their task is set to %s, since %.0f %% of their answers are a number "
+        "or LaTeX. Set task to choose it yourself.",
         source,
         len(silent),
         task,

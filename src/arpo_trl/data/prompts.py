@@ -1,9 +1,9 @@
-r"""System prompts, all of them, by name.
+r"""The system prompts, by name.
 
-`reasoning` and `deepsearch` teach the tags of `TagProtocol`: a tool's name is its tag, results come back in
-`<result>`; `tags_system_prompt` does so for tools of your own. `tools` is for `tool_protocol: chat_template`, whose
-template shows the tools itself. With all of them the answer stands in `<answer>` within `\boxed{}`, which is what the
-reward's format check and `extract_answer` look for.
+`reasoning` and `deepsearch` explain the tags of `TagProtocol`: a tool's name is its tag, and its result is in
+`<result>`. `tags_system_prompt` does the same for any tools. `tools` is for `tool_protocol: chat_template`, whose
+template describes the tools. All prompts ask for the answer as `\boxed{}` within `<answer>`, which the reward's format
+check and `extract_answer` expect.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,23 +44,23 @@ SYSTEM_PROMPTS: dict[str, str] = {
     + _TAGS,
     "tools": "Solve the task step by step. Call the tools as often as you need. " + _ANSWER,
 }
-"""`reasoning`: mathematics and questions of fact, with local search. `deepsearch`: many searches on the live web.
-`tools`: either, when the chat template says how tools are called."""
+"""`reasoning`: mathematics and factual questions, with local search. `deepsearch`: many searches on the live web.
+`tools`: both, if the chat template describes the tools."""
 
 
 def tags_system_prompt(tools: Sequence[Callable[..., Any]]) -> str:
     """A system prompt that describes `tools`, by their docstrings, and the tags of `TagProtocol`.
 
     Raises:
-        ToolSpecError: A tool cannot be offered by tags.
+        ToolSpecError: A tool does not take exactly one required `str` argument, so tags cannot call it.
     """
     calls = []
     for spec in map(tool_spec, tools):
         name, parameter, function = spec.name, spec.single_text_parameter, spec.schema["function"]
         if parameter is None:
             raise ToolSpecError(
-                f"The tool {name!r} takes {list(spec.parameters)}; between two tags there is room for exactly one "
-                'required `str` argument. Give it one, or set tool_protocol "chat_template".'
+                f"The tool {name!r} takes {list(spec.parameters)}; the tags protocol needs exactly one required `str` "
+                'argument. Change its signature, or set tool_protocol "chat_template".'
             )
         about = function["parameters"]["properties"][parameter]["description"]
         calls.append(f"<{name}>{parameter}</{name}>: {_sentence(function['description'])} {parameter}: {about}")
@@ -68,6 +68,6 @@ def tags_system_prompt(tools: Sequence[Callable[..., Any]]) -> str:
 
 
 def _sentence(text: str) -> str:
-    """The text in one line, with a full stop."""
+    """The text in one line, ending with a full stop."""
     line = " ".join(text.split())
     return line if line.endswith((".", "!", "?")) else f"{line}."

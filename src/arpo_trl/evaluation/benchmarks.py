@@ -1,4 +1,4 @@
-"""The benchmarks of the paper, and users' own: where their questions are, and how an answer is scored."""
+"""The benchmarks of the paper and of users: where the questions are, and how answers are scored."""
 
 from __future__ import annotations
 
@@ -31,123 +31,180 @@ class Scorer(StrEnum):
     QA_F1 = "qa_f1"
     """Token F1, the best over all accepted answers."""
     JUDGE = "judge"
-    """A language model; token F1, under its own name, where there is none."""
+    """A language model as judge. Without a judge, token F1 is reported, under the name of token F1."""
 
     @property
     def task(self) -> Task:
-        """How rules compare answers."""
+        """The task that tells the rules how to compare answers."""
         return "math" if self is Scorer.MATH else "qa"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A set of questions.
+    """A set of questions and how their answers are scored.
 
-    `question` and `answer` name fields; None: whichever of the usual ones there is. `size` is the number of questions
-    the paper reports on, `take` how many of the Hub's are taken, in order, None for all. `scorer` None: each row's
-    `task` decides.
+    Example: `Benchmark(name="mine", title="Mine", suite=None, scorer=Scorer.MATH, file="mine.jsonl")`.
     """
 
     name: str
+    """In commands and file names."""
     title: str
+    """In tables and reports."""
     suite: str | None
+    """One of `SUITES`, or None."""
     scorer: Scorer | None
+    """None: the `task` of each row decides."""
     size: int | None = None
+    """The number of questions that the paper reports on."""
     hub_id: str | None = None
     split: str = "test"
     config: str | None = None
+    """The configuration of the Hub's data set."""
     question: str | None = None
+    """The field with the question; None: one of the usual names."""
     answer: str | None = None
+    """The field with the answer; None: one of the usual names."""
     level: str | None = None
+    """The field with the difficulty level, if there is one."""
     take: int | None = None
+    """Use only this many rows of the Hub's data set, the first ones; None: all."""
     boxed: bool = False
-    r"""The answer is the last `\boxed{…}` of a worked solution."""
+    r"""The gold is the last `\boxed{…}` of a worked solution."""
     text_only: str | None = None
-    """A field that is not empty in rows that need more than text; those are left out."""
+    """A field that is not empty in rows that need more than text. Those rows are left out."""
     masked: bool = False
-    """Prompt and answer of a row that has a `canary` are masked with it."""
+    """The prompt and the answer of a row with a `canary` are masked with it."""
     system_prompt: str | None = None
+    """The name or the text of the system prompt."""
     note: str = ""
+    """The licence, and how the questions differ from the paper's."""
     file: str | None = None
+    """A local file with the questions. It is used instead of the Hub."""
     aliases: tuple[str, ...] = ()
+    """Other names that commands and file names may use."""
 
 
 _FLASHRAG = "RUC-NLPIR/FlashRAG_datasets"
-_FIRST_200 = "The paper reports on 200 questions that it does not list; the first 200 are taken."
+_FIRST_200 = "The paper uses 200 questions but does not list them; these are the first 200."
 
 BENCHMARKS: dict[str, Benchmark] = {
     benchmark.name: benchmark
     for benchmark in (
         Benchmark(
-            "aime24", "AIME 2024", "reasoning", Scorer.MATH, 30, "HuggingFaceH4/aime_2024", "train",
-            question="problem", system_prompt="reasoning", note="Problems © MAA.",
+            name="aime24", title="AIME 2024", suite="reasoning", scorer=Scorer.MATH, size=30,
+            hub_id="HuggingFaceH4/aime_2024", split="train",
+            question="problem",
+            system_prompt="reasoning",
+            note="Problems © MAA.",
         ),
         Benchmark(
-            "aime25", "AIME 2025", "reasoning", Scorer.MATH, 30, "math-ai/aime25",
-            question="problem", system_prompt="reasoning", note="Problems © MAA.",
+            name="aime25", title="AIME 2025", suite="reasoning", scorer=Scorer.MATH, size=30,
+            hub_id="math-ai/aime25",
+            question="problem",
+            system_prompt="reasoning",
+            note="Problems © MAA.",
         ),
         Benchmark(
-            "math500", "MATH500", "reasoning", Scorer.MATH, 500, "HuggingFaceH4/MATH-500",
-            question="problem", level="level", system_prompt="reasoning", note="MIT.",
+            name="math500", title="MATH500", suite="reasoning", scorer=Scorer.MATH, size=500,
+            hub_id="HuggingFaceH4/MATH-500",
+            question="problem", level="level",
+            system_prompt="reasoning",
+            note="MIT.",
         ),
         Benchmark(
-            "gsm8k", "GSM8K", "reasoning", Scorer.MATH, 1319, "openai/gsm8k", config="main",
-            system_prompt="reasoning", note="MIT. The gold is what follows ####.",
+            name="gsm8k", title="GSM8K", suite="reasoning", scorer=Scorer.MATH, size=1319,
+            hub_id="openai/gsm8k", config="main",
+            system_prompt="reasoning",
+            note="MIT. The gold is what follows ####.",
         ),
         Benchmark(
-            "math", "MATH", "reasoning", Scorer.MATH, 5000, "DigitalLearningGmbH/MATH-lighteval",
-            question="problem", answer="solution", level="level", boxed=True, system_prompt="reasoning",
+            name="math", title="MATH", suite="reasoning", scorer=Scorer.MATH, size=5000,
+            hub_id="DigitalLearningGmbH/MATH-lighteval",
+            question="problem", answer="solution", level="level", boxed=True,
+            system_prompt="reasoning",
             note=r"MIT. The gold is the last \boxed of the solution.",
         ),
         Benchmark(
-            "hotpotqa", "HotpotQA", "knowledge", Scorer.QA_F1, 200, _FLASHRAG, "dev", "hotpotqa",
-            answer="golden_answers", take=200, system_prompt="reasoning", note="CC BY-SA 4.0. " + _FIRST_200,
+            name="hotpotqa", title="HotpotQA", suite="knowledge", scorer=Scorer.QA_F1, size=200,
+            hub_id=_FLASHRAG, config="hotpotqa", split="dev", take=200,
+            answer="golden_answers",
+            system_prompt="reasoning",
+            note="CC BY-SA 4.0. " + _FIRST_200,
         ),
         Benchmark(
-            "2wiki", "2WikiMultihopQA", "knowledge", Scorer.QA_F1, 200, _FLASHRAG, "dev", "2wikimultihopqa",
-            answer="golden_answers", take=200, system_prompt="reasoning", note="Apache-2.0. " + _FIRST_200,
+            name="2wiki", title="2WikiMultihopQA", suite="knowledge", scorer=Scorer.QA_F1, size=200,
+            hub_id=_FLASHRAG, config="2wikimultihopqa", split="dev", take=200,
+            answer="golden_answers",
+            system_prompt="reasoning",
             aliases=("2wikimultihopqa",),
+            note="Apache-2.0. " + _FIRST_200,
         ),
         Benchmark(
-            "musique", "MuSiQue", "knowledge", Scorer.QA_F1, 200, _FLASHRAG, "dev", "musique",
-            answer="golden_answers", take=200, system_prompt="reasoning", note="CC BY 4.0. " + _FIRST_200,
+            name="musique", title="MuSiQue", suite="knowledge", scorer=Scorer.QA_F1, size=200,
+            hub_id=_FLASHRAG, config="musique", split="dev", take=200,
+            answer="golden_answers",
+            system_prompt="reasoning",
+            note="CC BY 4.0. " + _FIRST_200,
         ),
         Benchmark(
-            "bamboogle", "Bamboogle", "knowledge", Scorer.QA_F1, 125, _FLASHRAG, "test", "bamboogle",
-            answer="golden_answers", system_prompt="reasoning", note="MIT.",
+            name="bamboogle", title="Bamboogle", suite="knowledge", scorer=Scorer.QA_F1, size=125,
+            hub_id=_FLASHRAG, config="bamboogle", split="test",
+            answer="golden_answers",
+            system_prompt="reasoning",
+            note="MIT.",
         ),
         Benchmark(
-            "webwalker", "WebWalkerQA", "deepsearch", Scorer.JUDGE, 200, "callanwu/WebWalkerQA", "main",
-            take=200, system_prompt="deepsearch", note="Apache-2.0. " + _FIRST_200, aliases=("webwalkerqa",),
+            name="webwalker", title="WebWalkerQA", suite="deepsearch", scorer=Scorer.JUDGE, size=200,
+            hub_id="callanwu/WebWalkerQA", split="main", take=200,
+            system_prompt="deepsearch",
+            aliases=("webwalkerqa",),
+            note="Apache-2.0. " + _FIRST_200,
         ),
         Benchmark(
-            "gaia", "GAIA", "deepsearch", Scorer.JUDGE, 103, "gaia-benchmark/GAIA", "validation", "2023_all",
+            name="gaia", title="GAIA", suite="deepsearch", scorer=Scorer.JUDGE, size=103,
+            hub_id="gaia-benchmark/GAIA", config="2023_all", split="validation",
             question="Question", answer="Final answer", level="Level", text_only="file_name",
             system_prompt="deepsearch",
             note="Gated: accept its terms on the Hub. The paper's 103 are a subset of the text-only validation rows.",
         ),
         Benchmark(
-            "hle", "HLE", "deepsearch", Scorer.JUDGE, 500, "cais/hle", text_only="image", take=500,
+            name="hle", title="HLE", suite="deepsearch", scorer=Scorer.JUDGE, size=500,
+            hub_id="cais/hle", take=500,
+            text_only="image",
             system_prompt="deepsearch",
-            note="Gated: accept its terms on the Hub. The paper's 500 are not listed: the first text-only ones.",
+            note="Gated: accept its terms on the Hub. The paper does not list its 500; these are the first text-only.",
         ),
         Benchmark(
-            "xbench", "xbench-DeepSearch", "deepsearch", Scorer.JUDGE, 100, "xbench/DeepSearch", "train",
-            question="prompt", masked=True, system_prompt="deepsearch",
-            note="MIT. In Chinese; masked on the Hub, unmasked here.",
+            name="xbench", title="xbench-DeepSearch", suite="deepsearch", scorer=Scorer.JUDGE, size=100,
+            hub_id="xbench/DeepSearch", split="train",
+            question="prompt", masked=True,
+            system_prompt="deepsearch",
             aliases=("xbench-deepsearch",),
+            note="MIT. In Chinese; masked on the Hub, unmasked here.",
         ),
         Benchmark(
-            "simpleqa", "SimpleQA", None, Scorer.JUDGE, 4326, "basicv8vc/SimpleQA",
-            question="problem", system_prompt="deepsearch", note="MIT. Not among the paper's.",
+            name="simpleqa", title="SimpleQA", suite=None, scorer=Scorer.JUDGE, size=4326,
+            hub_id="basicv8vc/SimpleQA",
+            question="problem",
+            system_prompt="deepsearch",
+            note="MIT. The paper does not use it.",
         ),
     )
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Questions:
-    """A benchmark's rows {prompt, answer, task, id, level}, and what is wrong with those that were left out."""
+    """The questions of a benchmark.
+
+    Example: `Questions(benchmark=BENCHMARKS["gsm8k"], rows=[{"prompt": "1+1?", "answer": ["2"], "task": "math", "id":
+    "0", "level": None}], bad=[])`.
+
+    Attributes:
+        benchmark: The benchmark that they belong to.
+        rows: Dicts {prompt, answer, task, id, level}.
+        bad: One error text for each row that was left out.
+    """
 
     benchmark: Benchmark
     rows: list[dict[str, Any]]
@@ -155,15 +212,15 @@ class Questions:
 
     @property
     def fingerprint(self) -> str:
-        """Differs where a question, a gold or their order does."""
+        """A hash of the questions, the golds and their order."""
         return hashlib.blake2b(json.dumps(self.rows, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def find_benchmarks(names: Iterable[str], custom: Sequence[Benchmark] = ()) -> list[Benchmark]:
-    """The benchmarks of these names, each once.
+    """Return the benchmarks with these names, each once.
 
     Raises:
-        ConfigError: a name is unknown; the nearest ones are named.
+        ConfigError: A name is unknown. The message suggests similar names.
     """
     known = {benchmark.name: benchmark for benchmark in (*BENCHMARKS.values(), *custom)}
     by_alias = {alias: benchmark for benchmark in known.values() for alias in (benchmark.name, *benchmark.aliases)}
@@ -181,10 +238,10 @@ def find_benchmarks(names: Iterable[str], custom: Sequence[Benchmark] = ()) -> l
 
 
 def suite(name: str) -> list[Benchmark]:
-    """The benchmarks of a suite, or of "all" three.
+    """Return the benchmarks of a suite, or with "all" of the three suites.
 
     Raises:
-        ConfigError: there is no such suite.
+        ConfigError: There is no such suite.
     """
     if name not in (*SUITES, "all"):
         raise ConfigError(f"suite is {name!r}; expected one of {[*SUITES, 'all']}.")
@@ -192,10 +249,12 @@ def suite(name: str) -> list[Benchmark]:
 
 
 def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
-    """A benchmark as a YAML file describes it: name, file, question, answer, scorer; system_prompt or level if wanted.
+    """Return the benchmark that a YAML file describes.
+
+    The keys name, file, question, answer and scorer are required; system_prompt and level are optional.
 
     Raises:
-        ConfigError: a key is missing, unknown, or not text.
+        ConfigError: A key is missing or unknown, or its value is not text.
     """
     required, optional = ("name", "file", "question", "answer", "scorer"), ("level", "system_prompt")
     if not isinstance(description, Mapping):
@@ -218,20 +277,26 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
             f"{[scorer.value for scorer in Scorer]}."
         )
     if name in BENCHMARKS:
-        raise ConfigError(f"The custom benchmark {name!r} has the name of one that there is. Choose another.")
+        raise ConfigError(f"The custom benchmark {name!r} has the name of a built-in benchmark. Choose another name.")
     system_prompt_text(description.get("system_prompt"))
     return Benchmark(
-        name, name, None, Scorer(description["scorer"]), question=description["question"],
-        answer=description["answer"], level=description.get("level"),
-        system_prompt=description.get("system_prompt", "reasoning"), file=description["file"],
-    )  # fmt: skip
+        name=name,
+        title=name,
+        suite=None,
+        scorer=Scorer(description["scorer"]),
+        question=description["question"],
+        answer=description["answer"],
+        level=description.get("level"),
+        system_prompt=description.get("system_prompt", "reasoning"),
+        file=description["file"],
+    )
 
 
 def local_names(folder: Path, custom: Sequence[Benchmark] = ()) -> list[str]:
-    """Names of the benchmarks that have a file in `folder`, in the registry's order.
+    """Return the names of the benchmarks that have a file in `folder`, in the order of `BENCHMARKS`.
 
     Raises:
-        DataError: none has.
+        DataError: There is no such file.
     """
     names = [b.name for b in (*BENCHMARKS.values(), *custom) if _local_file(b, folder) is not None]
     if not names:
@@ -250,14 +315,18 @@ def load_questions(
     limit: int | None = None,
     skip_bad: bool = False,
 ) -> Questions:
-    """The benchmark's questions, from its file, from `data` (a folder with one for it, or a file), or from the Hub.
+    """Load the questions of a benchmark.
+
+    The source is the benchmark's `file`, else `data`, else the Hub.
 
     Args:
-        system_prompt: A name or a text instead of the benchmark's own.
-        skip_bad: Leave rows out that cannot be used, with a warning.
+        data: A file, or a folder with a file that is named after the benchmark.
+        system_prompt: A name or a text that replaces the benchmark's system prompt.
+        limit: The most questions to load.
+        skip_bad: Leave out rows that cannot be used, with a warning.
 
     Raises:
-        DataError: there are no questions to be had, or a row cannot be used; says how to get them.
+        DataError: There are no questions, or a row cannot be used. The message says how to get them.
     """
     bad: list[str] = []
     where, raws = _raw_rows(benchmark, data, bad if skip_bad else None)
@@ -287,7 +356,7 @@ def load_questions(
         logger.warning("Left out: %s", problem)
     if not rows:
         raise DataError(f"{where} holds no questions that can be used; expected at least one.")
-    return Questions(benchmark, rows, bad)
+    return Questions(benchmark=benchmark, rows=rows, bad=bad)
 
 
 def load_dataset_questions(
@@ -299,17 +368,18 @@ def load_dataset_questions(
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> Questions:
-    """Any dataset that `load_arpo_dataset` takes, as a benchmark named after it whose rows say how they are scored."""
+    """Load a dataset that `load_arpo_dataset` accepts as a benchmark. The `task` of each row selects its scorer."""
     dataset = load_arpo_dataset(data, split, system_prompt=system_prompt, task=task, columns=columns)
     rows = dataset.to_list()[:limit]
     name = Path(data).stem
-    return Questions(Benchmark(name, name, None, None, file=data), [{"level": None, **row} for row in rows], [])
+    benchmark = Benchmark(name=name, title=name, suite=None, scorer=None, file=data)
+    return Questions(benchmark=benchmark, rows=[{"level": None, **row} for row in rows], bad=[])
 
 
 def _raw_rows(
     benchmark: Benchmark, data: str | None, bad: list[str] | None
 ) -> tuple[str, Iterator[Mapping[str, Any]]]:
-    """Where the rows come from, and the rows."""
+    """Return the name of the source, for messages, and the rows."""
     source = benchmark.file if benchmark.file is not None else data
     if source is None:
         return str(benchmark.hub_id), _from_hub(benchmark)
@@ -342,13 +412,13 @@ def _from_hub(benchmark: Benchmark) -> Iterator[Mapping[str, Any]]:
             else ""
         )
         raise DataError(
-            f"{benchmark.title} could not be loaded from the Hub. {gated}Or get its file elsewhere and give it by "
-            f"--data FOLDER, as {benchmark.name}.jsonl. ({error})"
+            f"{benchmark.title} could not be loaded from the Hub. {gated}Or get its file elsewhere, save it as "
+            f"{benchmark.name}.jsonl in a folder, and pass --data FOLDER. ({error})"
         ) from error
 
 
 def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
-    """The row with the benchmark's fields under the names that `convert_row` knows; local files may have those."""
+    """Return the row with the field names that `convert_row` reads. Rows of local files may already have them."""
     row = dict(raw)
     if benchmark.masked and "canary" in row:
         row |= _unmasked(row)
@@ -357,17 +427,20 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
             row[ours] = row[theirs]
         elif theirs is not None and benchmark.hub_id is None and ours != "level":
             raise DataError(
-                f"no {theirs!r}: the row has the fields {sorted(row)}; expected the benchmark's {ours} there."
+                f"no {theirs!r}: the row has the fields {sorted(row)}; expected the benchmark's {ours} in {theirs!r}."
             )
     if row.get("question") is not None and isinstance(row.get("prompt"), str):
-        del row["prompt"]  # the question goes first, with the benchmark's system prompt
+        del row["prompt"]  # `question` takes precedence: it gets the benchmark's system prompt
     if benchmark.boxed and (solution := row.get("answer")) is not None and r"\boxed" in str(solution):
         row["answer"] = extract_answer(f"<answer>{solution}</answer>")
     return row
 
 
 def _unmasked(row: Mapping[str, Any]) -> dict[str, str]:
-    """Prompt and answer of an xbench row: base64 of the text's bytes xor the canary's, lest crawlers read them."""
+    """Return the prompt and the answer of an xbench row, unmasked.
+
+    They are base64 of the text's bytes XOR the canary's bytes, so that crawlers cannot read them.
+    """
     key = str(row["canary"]).encode()
     try:
         return {

@@ -1,4 +1,4 @@
-"""Benchmarks while training: every n steps on the trainer's own engine, all ranks sharing the questions.
+"""Benchmarks during training: every n steps, on the trainer's engine, with the questions split over all ranks.
 
 trainer.add_callback(EvaluationCallback(trainer, [load_questions(BENCHMARKS["gsm8k"], limit=200)], every_steps=50))
 """
@@ -27,8 +27,8 @@ logger = get_logger(__name__)
 class EvaluationCallback(TrainerCallback):
     """Evaluates the policy every `every_steps` optimizer steps.
 
-    Logs `eval/<benchmark>/<score>` and, for several `samples`, `eval/<benchmark>/pass@<k>`, and has the last table
-    written into the model card. Temperature, lengths and tool limits are the trainer's; nothing branches.
+    It logs `eval/<benchmark>/<score>` and, with several `samples`, `eval/<benchmark>/pass@<k>`. The last table goes
+    into the model card. Temperature, lengths and tool limits are the trainer's. Evaluation does not branch.
 
     Raises:
         ConfigError: `every_steps` is less than 1.
@@ -58,11 +58,11 @@ class EvaluationCallback(TrainerCallback):
         if state.global_step % self._every_steps == 0:
             try:
                 self.evaluate()
-            except Interrupted:  # raised on all ranks, and again before the next step, when this one's log is written
-                logger.warning(f"The evaluation after step {state.global_step} was cut short by an interrupt.")
+            except Interrupted:  # all ranks raise it; it is raised again before the next step, after this step's log
+                logger.warning(f"An interrupt stopped the evaluation after step {state.global_step}.")
 
     def evaluate(self) -> dict[str, Any]:
-        """The summary of each benchmark, logged; a collective."""
+        """Evaluate, log, and return the summary of each benchmark. A collective: all ranks must call it."""
         trainer = self._trainer
         rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
         summaries: dict[str, Any] = {}
@@ -83,9 +83,8 @@ class EvaluationCallback(TrainerCallback):
             values |= {f"pass@{k}": value for k, value in summary.get("pass_at_k", {}).items()}
             values["failed"] = summary["failed"]
             logs |= {f"eval/{name}/{key}": value for key, value in values.items() if value is not None}
-        Trainer.log(
-            trainer, logs
-        )  # GRPOTrainer's would mix in the means of the training step under way, and clear them
+        # GRPOTrainer.log would add the metrics of the current training step, and clear them.
+        Trainer.log(trainer, logs)
         trainer.evaluation = "\n".join(
             [f"At step {trainer.state.global_step}:", "", *table({"benchmarks": summaries})]
         )

@@ -1,4 +1,4 @@
-"""`arpo-trl eval` and `arpo-trl compare`, behind their settings."""
+"""The commands `arpo-trl eval` and `arpo-trl compare`, given their settings."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ DONE, SOME_FAILED = 0, 1
 
 
 def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
-    """Runs what `settings` ask for and prints the table; the exit status.
+    """Run the evaluation that `settings` describe, print the table, and return the exit status.
 
     Raises:
-        ArpoError: Something cannot work; found before the first sample.
+        ArpoError: The settings, the data or the model cannot be used. Raised before the first sample.
     """
     console = Console()
     if settings.list_benchmarks:
@@ -68,8 +68,11 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     tools = build_tools(tool_arguments, run=str(output))
     with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
         for name in settings.call_limits():
-            if name not in toolbox.names and name not in ("python", "search"):  # the defaults' names may be absent
-                raise ConfigError(f"tool_call_limits names {name!r}, but the tools are {list(toolbox.names)}.")
+            if name not in toolbox.names and name not in ("python", "search"):  # the defaults may have no such tool
+                raise ConfigError(
+                    f"tool_call_limits names {name!r}, but the tools are {list(toolbox.names)}. Remove it, or add the "
+                    "tool."
+                )
         sampler = make_sampler(settings, toolbox)
         _check_template(sampler, chosen)
         evaluator = Evaluator(
@@ -87,17 +90,17 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     if short:
         _print(
             console,
-            f"{short} sample(s) failed or are missing. To try again, add to the command: --output {output} --resume",
+            f"{short} sample(s) failed or are missing. To try again, run the command with: --output {output} --resume",
         )
     return SOME_FAILED if short else DONE
 
 
 def load_all(settings: EvalSettings) -> list[Questions]:
-    """The questions of every benchmark that the settings ask for.
+    """Load the questions of every benchmark in the settings.
 
     Raises:
-        ConfigError: None is asked for, or one that does not exist.
-        DataError: Questions cannot be had.
+        ConfigError: The settings name no benchmark, or one that does not exist.
+        DataError: Questions cannot be loaded.
     """
     custom = [custom_benchmark(description) for description in settings.custom]
     if settings.suite is not None:
@@ -120,15 +123,16 @@ def load_all(settings: EvalSettings) -> list[Questions]:
     elif custom:
         benchmarks = custom
     else:
-        raise ConfigError("There is nothing to evaluate on. Give --benchmarks, --suite or --data.")
+        raise ConfigError("There is nothing to evaluate on. Pass --benchmarks, --suite or --data.")
     if settings.task is not None or settings.columns is not None:
         raise ConfigError(
-            "task and columns are for data without benchmarks; a benchmark says itself how its rows are read. Leave "
-            "out the benchmarks, or describe the file under custom."
+            "task or columns is set together with benchmarks, which define how their rows are read. Remove the "
+            "benchmarks, or describe the file under custom."
         )
     if settings.data is not None and len(benchmarks) > 1 and Path(settings.data).is_file():
         raise ConfigError(
-            f"data is the file {settings.data}, but {len(benchmarks)} benchmarks are asked for. Name one."
+            f"data is the file {settings.data}, but {len(benchmarks)} benchmarks are selected; expected one. Name one "
+            "benchmark, or pass a folder."
         )
     return [
         load_questions(
@@ -143,7 +147,10 @@ def load_all(settings: EvalSettings) -> list[Questions]:
 
 
 def describe(settings: EvalSettings, tool_arguments: ToolArguments, tools: Sequence[str]) -> dict[str, Any]:
-    """What decides the samples of a run, without secrets: addresses and what MCP servers are started with stay out."""
+    """Return the settings that determine the samples of a run.
+
+    Server addresses and the commands of MCP servers are left out, because they may contain secrets.
+    """
     tool_settings = {
         name: value
         for name, value in dataclasses.asdict(tool_arguments).items()
@@ -160,7 +167,7 @@ def describe(settings: EvalSettings, tool_arguments: ToolArguments, tools: Seque
 def write_results(
     output: Path, described: dict[str, Any], chosen: Sequence[Questions], settings: EvalSettings
 ) -> dict[str, Any]:
-    """Reads the run's samples and writes results.json, report.md and report.html; the results."""
+    """Read the samples of a run, write results.json, report.md and report.html, and return the results."""
     records: dict[str, list[Record]] = {each.benchmark.name: [] for each in chosen}
     samples_file = output / "samples.jsonl"
     for record in read_records(samples_file):
@@ -196,7 +203,7 @@ def write_results(
 
 
 def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
-    """Prints how run B differs from run A, and draws it; the exit status."""
+    """Print and plot the difference of run B from run A. Return the exit status."""
     comparisons = compare(a, b)
     console = Console()
     headings = ["benchmark", "scored by", "questions", "A", "B", "B − A", "95 % interval", "p"]
@@ -212,7 +219,7 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     ]  # fmt: skip
     _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows, texts=2))
     if unpaired := sum(one.unpaired for one in comparisons):
-        _print(console, f"{unpaired} question(s) are in one run only and left out.")
+        _print(console, f"{unpaired} question(s) are in only one of the runs and are left out.")
     picture = picture or b / f"against-{a.resolve().name}.png"
     draw(comparisons, (a.name or str(a), b.name or str(b)), picture)
     _print(console, "", str(picture))
@@ -220,7 +227,7 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
 
 
 def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolder) -> str | None:
-    """Runs each benchmark in turn; what ended them early, if something did."""
+    """Run the benchmarks one after the other. Return why they stopped early, or None."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         TextColumn("{task.fields[score]}"),
@@ -229,11 +236,10 @@ def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolde
         try:
             for questions in chosen:
                 keys = evaluator.keys(questions)
-                had = sum(key in folder.done for key in keys)
-                task = progress.add_task(
-                    escape(visible(questions.benchmark.title)), total=len(keys), completed=had, score=""
-                )
-                run_benchmark(evaluator, questions, folder, _Running(progress, task, questions.benchmark).take)
+                done = sum(key in folder.done for key in keys)
+                title = escape(visible(questions.benchmark.title))
+                task = progress.add_task(title, total=len(keys), completed=done, score="")
+                run_benchmark(evaluator, questions, folder, _ProgressBar(progress, task, questions.benchmark).add)
         except EngineError as error:
             return f"EngineError: {error}"
         except KeyboardInterrupt:
@@ -241,15 +247,15 @@ def _run_all(evaluator: Evaluator, chosen: Sequence[Questions], folder: RunFolde
     return None
 
 
-class _Running:
-    """The bar of a benchmark, with the score and the failures of this invocation's samples so far."""
+class _ProgressBar:
+    """The progress bar of a benchmark, with the score and the failures of this invocation's samples so far."""
 
     def __init__(self, progress: Progress, task: TaskID, benchmark: Benchmark):
         self._progress, self._task, self._benchmark = progress, task, benchmark
         self._values: list[float] = []
         self._failed = 0
 
-    def take(self, record: Record) -> None:
+    def add(self, record: Record) -> None:
         if record["error"] is not None:
             self._failed += 1
         elif (value := record["scores"][main_metric(self._benchmark, list(record["scores"]))]) is not None:
@@ -261,7 +267,7 @@ class _Running:
 
 
 def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
-    """Finds out now, not at every question, that prompts cannot be made."""
+    """Check once that the chat template can render a prompt, so that not every question fails."""
     prompt = chosen[0].rows[0]["prompt"]
     try:
         sampler.protocol.encode_prompt(prompt)
@@ -269,7 +275,7 @@ def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
         raise
     except Exception as error:
         raise ConfigError(
-            f"The tokenizer's chat template cannot make a prompt of the first question ({type(error).__name__}: "
+            f"The tokenizer's chat template cannot render the first question as a prompt ({type(error).__name__}: "
             f"{error}). Set another template, or another system_prompt."
         ) from error
 
@@ -321,6 +327,6 @@ def _self_check(chosen: Sequence[Questions], settings: EvalSettings, console: Co
 
 
 def _print(console: Console, *lines: str) -> None:
-    """Lines as they are: nothing in them is mark-up or steers the terminal, and none is folded."""
+    """Print lines without interpreting markup and without wrapping, with hidden characters as symbols."""
     for line in lines:
         console.print(visible(line), markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Two runs on the same questions: is B better than A, or was it luck?"""
+"""Comparison of two runs on the same questions: is the difference significant?"""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import read_records
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """B against A on the questions of one benchmark that both have; `unpaired` counts those that only one has.
+    """Run B against run A on one benchmark, over the questions that both runs have.
 
-    McNemar's test takes a question as right where the mean over its samples is at least one half.
+    Example: `compare(Path("runs/eval/a"), Path("runs/eval/b"))[0].difference.mean`.
+
+    Attributes:
+        benchmark: The name of the benchmark.
+        metric: The score that both runs use for it.
+        questions: The number of questions in both runs.
+        unpaired: The number of questions in only one of the runs.
+        a: The mean score of run A.
+        b: The mean score of run B.
+        difference: B − A.
+        mcnemar: McNemar's test. A question counts as right if its mean over the samples is at least one half.
     """
 
     benchmark: str
@@ -34,7 +44,7 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
-    """The comparison of each benchmark that both runs have.
+    """Return one comparison for each benchmark that both runs have.
 
     Raises:
         DataError: A folder holds no finished run.
@@ -52,7 +62,10 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
     for name in shared:
         ours, theirs = (result["benchmarks"][name]["metric"] for result in results)
         if ours != theirs:
-            raise ConfigError(f"{name} is scored by {ours} in {a} and by {theirs} in {b}; these cannot be compared.")
+            raise ConfigError(
+                f"{name} is scored by {ours} in {a} and by {theirs} in {b}; expected the same score in both. Evaluate "
+                "one of them again with the settings of the other."
+            )
         if ours is not None:
             metrics[name] = ours
     scores_a, scores_b = (_scores(folder, metrics) for folder in (a, b))
@@ -64,21 +77,21 @@ def compare(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
         values_a, values_b = [of_a[key] for key in both], [of_b[key] for key in both]
         compared.append(
             Comparison(
-                name,
-                metric,
-                len(both),
-                len(of_a) + len(of_b) - 2 * len(both),
-                statistics.fmean(values_a),
-                statistics.fmean(values_b),
-                paired_bootstrap(values_a, values_b, seed),
-                mcnemar([value >= 0.5 for value in values_a], [value >= 0.5 for value in values_b]),
+                benchmark=name,
+                metric=metric,
+                questions=len(both),
+                unpaired=len(of_a) + len(of_b) - 2 * len(both),
+                a=statistics.fmean(values_a),
+                b=statistics.fmean(values_b),
+                difference=paired_bootstrap(values_a, values_b, seed),
+                mcnemar=mcnemar([value >= 0.5 for value in values_a], [value >= 0.5 for value in values_b]),
             )
         )
     return compared
 
 
 def draw(comparisons: list[Comparison], names: tuple[str, str], path: Path) -> None:
-    """Writes the picture: each benchmark's difference B − A with its interval."""
+    """Save a plot of each benchmark's difference B − A with its interval."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(comparisons)), layout="constrained")
@@ -91,7 +104,7 @@ def draw(comparisons: list[Comparison], names: tuple[str, str], path: Path) -> N
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(comparisons)), [f"{one.benchmark} ({one.metric})" for one in reversed(comparisons)])
     axes.set_ylim(-0.5, len(comparisons) - 0.5)
-    # What a user calls a folder is no formula.
+    # A dollar sign in a folder name must not start a formula.
     axes.set_xlabel(f"{names[1]} minus {names[0]}, 95 % interval".replace("$", r"\$"))
     figure.savefig(path, dpi=150)
 
@@ -105,14 +118,17 @@ def _results(folder: Path) -> dict[str, Any]:
             expect(summary, {"metric": str | None}, f"{path}, benchmarks.{name}")
     except DataError as error:
         raise DataError(
-            f"{folder} holds no results.json of a finished evaluation: {error} Give the output folder of "
+            f"{folder} holds no results.json of a finished evaluation: {error} Pass the output folder of "
             "`arpo-trl eval`."
         ) from error
     return dict(results)
 
 
 def _scores(folder: Path, metrics: Mapping[str, str]) -> dict[str, dict[tuple[str, str], float]]:
-    """By benchmark and question (its place and text, lest others be taken for the same): the mean over its samples."""
+    """Return the mean over the samples of each question, by benchmark and question.
+
+    A question's key is its index and its text, so that different questions never share a key.
+    """
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in read_records(folder / "samples.jsonl"):
         name = record["benchmark"]

@@ -1,4 +1,4 @@
-"""The sampler of an evaluation: the engine that the settings ask for, with protocol and tools as in training."""
+"""The sampler of an evaluation: the engine from the settings, with the protocol and the tools of training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
@@ -24,6 +24,7 @@ from arpo_trl.rollout.build import (
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocols import PROTOCOLS
+from arpo_trl.rollout.protocols.generation_ends import saved_eos_ids
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 
@@ -31,31 +32,36 @@ READ_BYTES = 1 << 20
 
 
 def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
-    """A sampler without branching for the model that `settings` name.
+    """Return a sampler without branching for the model in the settings.
 
     Raises:
-        ConfigError: The model, its tokenizer or its chat template is not there or cannot be used, or a limit is set
-            for a tool that is not offered.
-        EngineError: A server does not answer.
+        ConfigError: The model, its tokenizer or its chat template is missing or cannot be used, or a limit is set for
+            a tool that the sampler does not have.
+        EngineError: A server does not respond.
     """
     if settings.model is None:
-        raise ConfigError("model is missing. Name a folder or a Hub id; with base_url, for its tokenizer.")
+        raise ConfigError(
+            "model is missing. Set it to a folder or a Hub id; with base_url it is needed for its tokenizer."
+        )
     limits = settings.call_limits()
     tokenizer = _loaded("tokenizer", settings.model, AutoTokenizer.from_pretrained)
     if tokenizer.chat_template is None:
         raise ConfigError(
-            f"The tokenizer of {settings.model} has no chat template, which turns questions into prompts. Save one "
-            "with it (`tokenizer.chat_template = …`), or use the instruct version of the model."
+            f"The tokenizer of {settings.model} has no chat template; expected one, to render questions as prompts. "
+            "Set `tokenizer.chat_template = …` and save the tokenizer, or use the instruct version of the model."
         )
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
         tokenizer,
         toolbox.specs,
         max_result_tokens=settings.max_tool_result_tokens,
         tool_parser=settings.tool_parser,
-        eos_ids=_generation_ends(settings.model),
+        eos_ids=saved_eos_ids(settings.model),
     )
     sampling = SamplingParams(
-        protocol.eos_ids, protocol.stop_strings, temperature=settings.temperature, top_p=settings.top_p
+        eos_ids=protocol.eos_ids,
+        stop_strings=protocol.stop_strings,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
     )
     return build_sampler(
         build_engine(_source(settings, tokenizer), tokenizer, sampling),
@@ -68,19 +74,11 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
     )
 
 
-def _generation_ends(model: str) -> tuple[int, ...]:
-    """The ids at which the model's generation config stops; none where it has no such file."""
-    try:
-        ends = GenerationConfig.from_pretrained(model).eos_token_id
-    except OSError:
-        return ()
-    return () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-
-
 def fingerprint(settings: EvalSettings) -> str | None:
-    """Differs where the files in the local folders of model and adapter do; None for models on the Hub.
+    """Return a hash of the files in the local folders of model and adapter; None for models on the Hub.
 
-    Of each file its size, its beginning and its end are read: training changes all of a model's weights.
+    It covers the name, the size, the beginning and the end of each file. That is enough, because training changes all
+    weights of a model.
     """
     digest = hashlib.blake2b(digest_size=8)
     folders = [Path(name).expanduser() for name in (settings.model, settings.adapter) if name]
@@ -114,7 +112,7 @@ def _source(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> Engin
 
 
 def _load_model(settings: EvalSettings) -> Any:
-    """The model with its adapter merged in."""
+    """Load the model and merge the adapter into it."""
     from transformers import AutoModelForCausalLM
 
     assert settings.model is not None
@@ -127,7 +125,8 @@ def _load_model(settings: EvalSettings) -> Any:
 
 
 def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:
-    # In this process the engine does a step at a time, between which requests join. To be set before vLLM is imported.
+    # Run vLLM's engine in this process, step by step, so that requests can join between steps. vLLM reads the variable
+    # when it is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     try:
         from vllm import LLM
@@ -136,7 +135,7 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
     except ImportError as error:
         raise ConfigError(
             f"engine is 'vllm', but vLLM cannot be imported ({error}). Install it with pip install 'arpo-trl[vllm]', "
-            "or start a server anywhere and name it with base_url."
+            "or start a server and set base_url to its address."
         ) from error
     prepare_cpu()
     assert settings.model is not None
@@ -162,7 +161,7 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
 def _loaded(what: str, name: str, load: Any, **arguments: Any) -> Any:
     try:
         return load(name, **arguments)
-    except Exception as error:  # transformers, peft and the Hub client raise a dozen kinds
+    except Exception as error:  # transformers, peft and the Hub client raise many kinds of errors
         raise ConfigError(
             f"The {what} of {name} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]} "
             "Check the path, or the Hub id and the connection."

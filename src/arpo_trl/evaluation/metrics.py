@@ -1,4 +1,4 @@
-"""From the verdicts on samples to numbers with their uncertainty. Pure."""
+"""Statistics over the scores of samples: pass@k, majority vote, bootstrap intervals and tests. Pure functions."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 RESAMPLES = 10_000
 _CHUNK = 2_000_000
-"""Most numbers that a bootstrap holds at once."""
+"""The most numbers that a bootstrap holds in memory."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """A mean and its 95 % bootstrap interval."""
+    """A mean and its 95 % bootstrap interval. Example: `Estimate(mean=0.5, low=0.4, high=0.6)`."""
 
     mean: float
     low: float
@@ -23,22 +23,26 @@ class Estimate:
 
 
 def pass_at_k(scores: Sequence[float], k: int) -> float:
-    """The expected best of k of the n samples drawn without replacement: an unbiased estimate for k fresh samples.
+    """Return the expected best score of k samples drawn from the n without replacement.
 
-    With verdicts of 0 and 1, c of n right, it is 1 − C(n−c, k) / C(n, k). With scores between, each sorted score s_i
-    counts as often as it is the best of k: Σ s_i · C(i−1, k−1) / C(n, k).
+    It is an unbiased estimate for k new samples. If c of n scores are 1 and the others are 0, it is
+    1 − C(n−c, k) / C(n, k). For scores between 0 and 1, each sorted score s_i is weighted by how often it is the best
+    of k: Σ s_i · C(i−1, k−1) / C(n, k).
+
+    Raises:
+        ValueError: k is not in 1 … n.
     """
     n = len(scores)
     if not 1 <= k <= n:
-        raise ValueError(f"k is {k} but there are {n} samples; expected 1 ≤ k ≤ n")
+        raise ValueError(f"k is {k} with {n} samples; expected 1 ≤ k ≤ {n}.")
     best = sum(score * math.comb(i, k - 1) for i, score in enumerate(sorted(scores)))
     return best / math.comb(n, k)
 
 
 def majority(predictions: Sequence[str | None], same: Callable[[str, str], bool]) -> int | None:
-    """Index of the first sample that gave the answer most samples gave, by `same`; None if nobody answered.
+    """Return the index of the first sample with the most frequent answer; None if no sample has an answer.
 
-    Of answers that are given equally often the earliest wins.
+    `same` decides whether two answers are equal. In a tie, the answer that occurs first wins.
     """
     votes: dict[int, int] = {}
     for i, prediction in enumerate(predictions):
@@ -49,15 +53,18 @@ def majority(predictions: Sequence[str | None], same: Callable[[str, str], bool]
 
 
 def bootstrap(scores: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Estimate:
-    """The mean over questions, with the interval from resampling questions; of one question it is a point."""
+    """Return the mean over questions with the interval from resampling questions. One question gives a point."""
     values = np.asarray(scores, dtype=float)
     low, high = np.quantile(_resampled_means(values, seed, resamples), (0.025, 0.975))
-    return Estimate(float(values.mean()), float(low), float(high))
+    return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """The mean difference B − A over the same questions, its 95 % interval, and the two-sided bootstrap p-value."""
+    """The mean difference B − A over the same questions, its 95 % interval, and the two-sided bootstrap p-value.
+
+    Example: `Difference(mean=0.05, low=0.01, high=0.09, p=0.02)`.
+    """
 
     mean: float
     low: float
@@ -66,17 +73,20 @@ class Difference:
 
 
 def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Difference:
-    """How B differs from A on the same questions, in the same order."""
+    """Return the difference of B from A. Both have the same questions in the same order."""
     differences = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     means = _resampled_means(differences, seed, resamples)
     low, high = np.quantile(means, (0.025, 0.975))
     tail = min((means <= 0).mean(), (means >= 0).mean())
-    return Difference(float(differences.mean()), float(low), float(high), float(min(1.0, 2 * tail)))
+    return Difference(mean=float(differences.mean()), low=float(low), high=float(high), p=float(min(1.0, 2 * tail)))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class McNemar:
-    """Questions that only A, and that only B, got right, and the exact two-sided p-value of their being so unequal."""
+    """The number of questions that only A and that only B got right, and the exact two-sided p-value.
+
+    Example: `McNemar(only_a=1, only_b=3, p=0.625)`.
+    """
 
     only_a: int
     only_b: int
@@ -84,16 +94,16 @@ class McNemar:
 
 
 def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
-    """The exact test: where the runs disagree, either is right with probability one half."""
+    """Return McNemar's exact test. Null hypothesis: if the runs disagree, either is right with probability 1/2."""
     only_a = sum(x and not y for x, y in zip(a, b, strict=True))
     only_b = sum(y and not x for x, y in zip(a, b, strict=True))
     n = only_a + only_b
     tail = sum(math.comb(n, i) for i in range(min(only_a, only_b) + 1))
-    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**n))
+    return McNemar(only_a=only_a, only_b=only_b, p=min(1.0, 2 * tail / 2**n))
 
 
 def _resampled_means(values: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     rng, n = np.random.default_rng(seed), len(values)
-    at_once = max(1, _CHUNK // n)
-    sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    chunk = max(1, _CHUNK // n)
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
     return np.concatenate([values[rng.integers(0, n, (size, n))].mean(axis=1) for size in sizes])

@@ -1,7 +1,7 @@
-"""`report.md` and `report.html` of a run, for people.
+"""The human-readable reports of a run, `report.md` and `report.html`.
 
-What models and tools wrote is hostile: it is escaped wherever it is shown, and the page's own policy allows no script
-and no request at all, so nothing in it can act.
+The output of models and tools is untrusted. It is escaped everywhere, and the content security policy of the page
+blocks all scripts and requests.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from arpo_trl.evaluation.samples import Record
 from arpo_trl.visible import visible, visible_data
 
 SHOWN_SAMPLES = 200
-"""Samples of each benchmark that the page shows; all are in samples.jsonl."""
+"""The most samples of a benchmark that the page shows. All samples are in samples.jsonl."""
 SHOWN_CHARS = 4000
-"""Of each turn and each tool result."""
+"""The most characters of a turn or a tool result that the page shows."""
 
 METRIC_NAMES = {
     "math": "math equality",
@@ -35,7 +35,7 @@ METRIC_NAMES = {
 
 
 class ShownSamples:
-    """Collects, as records come by, what the page shows of them: the first samples of each benchmark."""
+    """Collects the first samples of each benchmark for the page, in constant memory."""
 
     def __init__(self, metrics: Mapping[str, str | None]):
         self._metrics = metrics
@@ -60,7 +60,7 @@ class ShownSamples:
 
 
 def html(results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]]) -> str:
-    """One page that needs nothing else."""
+    """Return the report as a self-contained HTML page."""
     results, samples = visible_data(results), visible_data(samples)
     source = files("arpo_trl.evaluation").joinpath("report.html.jinja").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
@@ -71,7 +71,7 @@ def html(results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The numbers as a Markdown document."""
+    """Return the report as a Markdown document, without samples."""
     results = visible_data(results)
     lines = ["# Evaluation", "", *table(results), ""]
     if results["suites"]:
@@ -87,7 +87,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def table(results: Mapping[str, Any]) -> list[str]:
-    """One row per benchmark, in Markdown."""
+    """Return the lines of a Markdown table with one row per benchmark."""
     rows = []
     for summary in results["benchmarks"].values():
         calls = sum(tool["per_sample"] for tool in summary.get("tools", {}).values())
@@ -117,7 +117,7 @@ def table(results: Mapping[str, Any]) -> list[str]:
 
 
 def saved_table(folder: Path) -> str:
-    """The same of the results in `folder`, an output folder of `arpo-trl eval`.
+    """Return the Markdown table of the results in `folder`, an output folder of `arpo-trl eval`.
 
     Raises:
         DataError: The folder holds no results.
@@ -126,22 +126,25 @@ def saved_table(folder: Path) -> str:
     try:
         return "\n".join(table(read_json(path)))
     except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is no result of `arpo-trl eval` ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"{path} is not a result of `arpo-trl eval` ({type(error).__name__}: {error}). Pass the output folder of "
+            "a finished evaluation."
+        ) from error
 
 
 def pipe_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts: int) -> list[str]:
-    """Lines of a Markdown table, the first `texts` columns of which are text and the others numbers."""
+    """Return the lines of a Markdown table. The first `texts` columns are text, the others are right-aligned."""
     marks = ["---" if i < texts else "---:" for i in range(len(headings))]
     return ["| " + " | ".join(cells) + " |" for cells in (headings, marks, *rows)]
 
 
 def score(value: float | None) -> str:
-    """A score to three digits, or a dash where there is none."""
+    """Format a score with three decimals; None as a dash."""
     return "—" if value is None else f"{value:.3f}"
 
 
 def interval(bounds: Iterable[float] | None) -> str:
-    """An interval, or a dash."""
+    """Format an interval; None as a dash."""
     return "—" if bounds is None else " – ".join(map(score, bounds))
 
 
@@ -161,12 +164,12 @@ def _details(name: str, summary: Mapping[str, Any]) -> list[str]:
     for error, count in summary["failures"].items():
         lines.append(f"- {count} failed: {cell(error)}")
     if summary["unjudged"]:
-        lines.append(f"- {summary['unjudged']} samples without a verdict of the judge are in no judge's score")
+        lines.append(f"- {summary['unjudged']} samples without a verdict of the judge, left out of the judge's score")
     return lines
 
 
 def cell(text: str) -> str:
-    """Text of unknown origin in Markdown: one line, no mark-up and no hidden character of its own."""
+    """Escape untrusted text for Markdown: one line of at most 300 characters, without markup or hidden characters."""
     line = " ".join(visible(text).split())
     return "".join(f"\\{char}" if char in "\\`*_{}[]<>()#+!|~&$" else char for char in line[:300])
 
@@ -186,7 +189,7 @@ def _shortened(record: Record) -> dict[str, Any]:
 
 
 def cut(text: str) -> str:
-    """The text, or head and tail of a long one."""
+    """Return the text, or the head and the tail of a text longer than `SHOWN_CHARS`."""
     if len(text) <= SHOWN_CHARS:
         return text
     return f"{text[: SHOWN_CHARS // 2]}\n[… {len(text) - SHOWN_CHARS:,} characters …]\n{text[-SHOWN_CHARS // 2 :]}"

@@ -1,4 +1,4 @@
-"""`results.json`: what the samples of a run amount to."""
+"""`results.json`: the aggregated results of a run's samples."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from arpo_trl.evaluation.scoring import JUDGE, main_metric
 from arpo_trl.rewards.answers import MATH, exact_match, math_equal
 
 Groups = dict[int, list[Record]]
-"""By question: its samples that are there, in order."""
+"""The finished samples of each question, in order."""
 MANY_CALLS = 10
-"""From here on numbers of calls are reported together."""
+"""Samples with at least so many calls are reported together."""
 
 
 def summarise(
     benchmark: Benchmark, records: Iterable[Record], *, questions: int, samples: int, seed: int
 ) -> dict[str, Any]:
-    """The scores of a benchmark with their intervals, and what its answers cost.
+    """Return the scores of a benchmark with their intervals, and the cost of its answers.
 
-    A sample that failed counts in no score. A question counts with its samples that are there; pass@k over questions
-    that have all `samples`.
+    Failed samples are left out of all scores. The score of a question is the mean over its finished samples. pass@k
+    covers only questions with all `samples`.
     """
     all_records = sorted(records, key=lambda record: (record["number"], record["sample"]))
     failed = [record for record in all_records if record["error"] is not None]
@@ -73,7 +73,7 @@ def summarise(
 
 
 def value_of(record: Mapping[str, Any], metric: str) -> float | None:
-    """A sample's score by `metric`; "accuracy" is that of its own task."""
+    """Return a sample's score by `metric`, where "accuracy" is the main score of the sample's task."""
     scores = record["scores"]
     if metric == "accuracy":
         metric = "math" if record["task"] == MATH else "f1"
@@ -82,7 +82,7 @@ def value_of(record: Mapping[str, Any], metric: str) -> float | None:
 
 
 def suites_of(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The mean score of each suite of which benchmarks were run, and of all of them."""
+    """Return the mean score of each suite over its benchmarks in this run."""
     found: dict[str, list[float]] = defaultdict(list)
     for summary in benchmarks.values():
         if summary["score"] is not None and summary["suite"] in SUITES:
@@ -91,7 +91,7 @@ def suites_of(benchmarks: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
 
 
 def provenance() -> dict[str, Any]:
-    """Versions of what decides results, and the commit of the source if it is a checkout."""
+    """Return the versions of the packages that affect results, and the commit if the source is a git checkout."""
     names = ("arpo-trl", "torch", "transformers", "trl", "vllm", "sympy", "peft", "numpy")
     versions = {}
     for name in names:
@@ -103,7 +103,7 @@ def provenance() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit this source is at, with "-dirty" where files differ from it; None outside a checkout of its own."""
+    """Return the commit of this source, with "-dirty" if files are modified; None if the source is not in git."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -111,7 +111,7 @@ def _git_commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", here.name)  # a virtual environment may lie in somebody else's checkout
+        git("ls-files", "--error-unmatch", here.name)  # fails in a virtual environment inside another checkout
         return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
@@ -125,7 +125,7 @@ def _by_question(records: Sequence[Record]) -> Groups:
 
 
 def _values(groups: Groups, metric: str) -> list[float]:
-    """For each question that has any, the mean over its samples' values."""
+    """Return the mean over the samples of each question that has any scored sample."""
     found = (
         [value for record in group if (value := value_of(record, metric)) is not None] for group in groups.values()
     )
@@ -140,7 +140,7 @@ def _estimate(values: Sequence[float], seed: int) -> dict[str, float | None]:
 
 
 def _over_samples(groups: Groups, metric: str, samples: int, seed: int) -> dict[str, Any]:
-    """pass@k for every k ≤ n, and the score of the answer that most samples give."""
+    """Return pass@k for every k ≤ n, and the score of the majority answer."""
     none: dict[str, Any] = {"pass_at_k": {}, "majority": None}
     if samples == 1:
         return none
@@ -172,7 +172,7 @@ def _levels(groups: Groups, metric: str, seed: int) -> dict[str, Any]:
 
 
 def _by_calls(records: Sequence[Record], metric: str) -> list[dict[str, Any]]:
-    """Score against the number of tool calls of a sample."""
+    """Return the mean score for each number of tool calls of a sample."""
     found: dict[int, list[float]] = defaultdict(list)
     for record in records:
         if (value := value_of(record, metric)) is not None:
@@ -188,7 +188,7 @@ def _by_calls(records: Sequence[Record], metric: str) -> list[dict[str, Any]]:
 
 
 def _tools(records: Sequence[Record]) -> dict[str, Any]:
-    """By tool: calls, per sample, how they failed, and seconds of those that ran."""
+    """Return for each tool its calls, calls per sample, failures, and the seconds of executed calls."""
     calls: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for record in records:
         for call in _calls(record):
@@ -209,7 +209,7 @@ def _calls(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
-    """Total, mean, median and 95th percentile."""
+    """Return the total, mean, median and 95th percentile; empty without values."""
     if not values:
         return {}
     ordered = sorted(values)

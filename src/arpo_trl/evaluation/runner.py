@@ -1,10 +1,10 @@
-"""Evaluation with the sampler that trained the model: same protocol, same tools, no branching.
+"""Evaluation with the sampler of training: the same protocol, the same tools, no branching.
 
     questions ─▶ stream of requests ─▶ TreeSampler ─▶ trees as they finish ─▶ scoring threads ─▶ samples.jsonl
                                                                                            └─▶ running scores
 
-Every sample is a request of its own, seeded by the run, its benchmark, its question's place and its own number, so
-what it draws depends on nothing else and a run can stop anywhere and go on.
+Every sample is one request. Its seed is made of the run's seed, the benchmark, the index of the question and the index
+of the sample. So a sample depends on nothing else, and a run can stop at any point and resume.
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class Evaluator:
 
     Args:
         sampler: Its settings are used without branching.
-        samples: Answers to each question.
-        judge: For scores by a language model.
-        concurrency: Answers under way at once.
-        entropy_probe_tokens: How many of a turn's first tokens have their entropies recorded in the tree. With more
-            than 0, vLLM interrupts each turn for them.
+        samples: Number of answers to each question.
+        seed: Seed of the run.
+        concurrency: The most answers that are generated at the same time.
+        judge: Adds scores by a language model.
+        entropy_probe_tokens: The tree records the entropies of this many tokens at the start of a turn. With more than
+            0, vLLM interrupts each turn for them.
     """
 
     def __init__(
@@ -59,28 +60,28 @@ class Evaluator:
         self._settings = replace(sampler.settings.without_branching(1), entropy_probe_tokens=entropy_probe_tokens)
 
     def keys(self, questions: Questions) -> list[Key]:
-        """All samples of a benchmark, in order."""
+        """Return the keys of all samples of a benchmark, in order."""
         name = questions.benchmark.name
         return [(name, i, j) for i in range(len(questions.rows)) for j in range(self.samples)]
 
     def run(self, questions: Questions, keys: Iterable[Key], sink: Callable[[Record], None]) -> None:
-        """Gives `sink`, from any thread, one record for each of `keys` as soon as it is there."""
-        under_way: set[Future[None]] = set()
+        """Sample and score `keys`. Call `sink`, from any thread, with each record as soon as it is complete."""
+        pending: set[Future[None]] = set()
         with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
             for finished in self.outcomes(questions, keys):
-                under_way.add(scoring.submit(self._deliver, questions, finished, sink))
-                done = {future for future in under_way if future.done()}
-                under_way -= done
+                pending.add(scoring.submit(self._deliver, questions, finished, sink))
+                done = {future for future in pending if future.done()}
+                pending -= done
                 for future in done:
-                    future.result()  # a full disk ends the run here and now
-        for future in under_way:
+                    future.result()  # raises at once if `sink` failed, for example because the disk is full
+        for future in pending:
             future.result()
 
     def _deliver(self, questions: Questions, finished: Finished, sink: Callable[[Record], None]) -> None:
         sink(self.record(questions, finished))
 
     def rescore(self, questions: Questions, records: Sequence[Record], sink: Callable[[Record], None]) -> None:
-        """Judges samples again whose judge had stayed away."""
+        """Score samples again whose judge gave no verdict. Call `sink` with each new record."""
         with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
             for record in scoring.map(lambda record: self._rescored(questions, record), records):
                 sink(record)
@@ -90,18 +91,20 @@ class Evaluator:
         return {**record, "scores": score(record["prediction"], row, self.judge)}
 
     def outcomes(self, questions: Questions, keys: Iterable[Key]) -> Iterator[Finished]:
-        """What came of each of `keys` as soon as it is there, not yet scored."""
-        unreadable: list[Finished] = []
+        """Yield the unscored result of each of `keys` as soon as it is complete."""
+        not_rendered: list[Finished] = []
 
         def requests() -> Iterator[GroupRequest]:
             for _, number, sample in keys:
                 name = number * self.samples + sample
                 try:
                     ids = self.sampler.protocol.encode_prompt(questions.rows[number]["prompt"])
-                except Exception as error:  # whatever a chat template raises about one prompt
-                    unreadable.append(Finished(name, None, f"{type(error).__name__}: {error}", 0.0))
+                except Exception as error:  # a chat template can raise anything for a single prompt
+                    not_rendered.append(
+                        Finished(id=name, tree=None, error=f"{type(error).__name__}: {error}", seconds=0.0)
+                    )
                 else:
-                    yield GroupRequest(name, ids)
+                    yield GroupRequest(id=name, prompt_ids=ids)
 
         yield from self.sampler.stream(
             requests(),
@@ -109,10 +112,10 @@ class Evaluator:
             groups_at_once=self.concurrency,
             settings=self._settings,
         )
-        yield from unreadable
+        yield from not_rendered
 
     def record(self, questions: Questions, finished: Finished) -> Record:
-        """The scored sample, or why there is none."""
+        """Return the record of a sample: scored, or with its error."""
         number, sample = divmod(finished.id, self.samples)
         row = questions.rows[number]
         record: Record = {
@@ -129,7 +132,7 @@ class Evaluator:
             return record
         try:
             return record | self._scored(row, finished)
-        except Exception as error:  # one answer that breaks a scorer is one failure, not the run's
+        except Exception as error:  # if a scorer fails on one answer, only this sample fails
             return record | {"error": f"{type(error).__name__}: {error}"}
 
     def _scored(self, row: dict[str, Any], finished: Finished) -> Record:
@@ -155,15 +158,16 @@ class Evaluator:
 
 
 class RunFolder:
-    """The output folder of one run: who it belongs to, and its samples.
+    """The output folder of one run: its description and its samples.
 
     Args:
-        path: Made if it is not there.
-        identity: What must be equal for two invocations to be one run, as JSON has it.
-        resume: Whether the folder may hold that run already.
+        path: Created if it does not exist.
+        identity: The values, serializable as JSON, that must be equal for two invocations to be the same run.
+        resume: Whether the folder may already hold this run.
 
     Raises:
-        ConfigError: It holds another run, or this one without `resume`, or something else.
+        ConfigError: The folder holds another run, this run without `resume`, or other files, or it cannot be written.
+        DataError: The description of the run in the folder cannot be read.
     """
 
     def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool):
@@ -196,7 +200,7 @@ class RunFolder:
                 f"{self.path} holds a different run: {'; '.join(differences[:3])}. Choose another output folder."
             )
         if not resume:
-            raise ConfigError(f"{self.path} holds this run already. To go on with it: --resume.")
+            raise ConfigError(f"{self.path} already holds this run. Pass --resume to continue it.")
 
     def __enter__(self) -> RunFolder:
         return self
@@ -208,7 +212,7 @@ class RunFolder:
 def run_benchmark(
     evaluator: Evaluator, questions: Questions, folder: RunFolder, on_record: Callable[[Record], None]
 ) -> None:
-    """Samples what the folder lacks of a benchmark; `on_record` sees each new record, one at a time."""
+    """Sample what is missing in the folder of a benchmark. Call `on_record` with each new record, one at a time."""
     lock = threading.Lock()
 
     def sink(record: Record) -> None:
@@ -216,7 +220,7 @@ def run_benchmark(
         with lock:
             on_record(record)
 
-    mine = [record for record in folder.unjudged if record["benchmark"] == questions.benchmark.name]
-    evaluator.rescore(questions, mine, sink)
-    had = folder.done | {key_of(record) for record in mine}
-    evaluator.run(questions, [key for key in evaluator.keys(questions) if key not in had], sink)
+    unjudged = [record for record in folder.unjudged if record["benchmark"] == questions.benchmark.name]
+    evaluator.rescore(questions, unjudged, sink)
+    sampled = folder.done | {key_of(record) for record in unjudged}
+    evaluator.run(questions, [key for key in evaluator.keys(questions) if key not in sampled], sink)

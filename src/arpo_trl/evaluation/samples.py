@@ -1,7 +1,7 @@
-"""`samples.jsonl`: one line per sample, written as it finishes, readable after any crash.
+"""`samples.jsonl`: one line per sample, written when the sample finishes, readable after any crash.
 
-A line is a dict: benchmark, number (of the question), sample, id, level, question, golds, task, prediction, scores,
-fault, stop, trajectory, tokens, seconds, error. A sample that failed has an error and nothing after `golds`.
+A line is a dict: benchmark, number (index of the question), sample, id, level, question, golds, task, prediction,
+scores, fault, stop, trajectory, tokens, seconds, error. A failed sample has an error and no field after `golds`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Key = tuple[str, int, int]
 
 
 def key_of(record: Mapping[str, Any]) -> Key:
-    """What tells one sample of a run from all others."""
+    """Return the unique key of a sample in its run: benchmark, index of the question, index of the sample."""
     return record["benchmark"], record["number"], record["sample"]
 
 
 class SampleLog:
-    """Appends lines to a file; safe in any thread."""
+    """Appends records to the file. Thread-safe."""
 
     def __init__(self, path: Path):
         self._file = path.open("a", encoding="utf-8", newline="\n")
@@ -37,7 +37,7 @@ class SampleLog:
 
     def write(self, record: Record) -> None:
         line = json.dumps(record, ensure_ascii=False) + "\n"
-        line = line.encode("utf-8", "replace").decode()  # a lone surrogate is no UTF-8
+        line = line.encode("utf-8", "replace").decode()  # UTF-8 cannot encode a lone surrogate
         with self._lock:
             self._file.write(line)
             self._file.flush()
@@ -47,9 +47,13 @@ class SampleLog:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """The finished lines of a log; raises `DataError` for a line that is none."""
+    """Yield the records of a log.
+
+    Raises:
+        DataError: There is no log, or a line is not a complete record.
+    """
     if not path.exists():
-        raise DataError(f"There is no {path}. Give the output folder of `arpo-trl eval`.")
+        raise DataError(f"There is no {path}. Pass the output folder of `arpo-trl eval`.")
     for number, record in json_lines(path):
         try:
             _check(record)
@@ -61,13 +65,13 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def repair(path: Path) -> tuple[set[Key], list[Record]]:
-    """Makes the log hold each sample that is done once, and nothing else.
+    """Rewrite the log so that it holds each finished sample exactly once.
 
-    A torn line, a failure and a second line for a sample go. A sample without the judge's verdict goes too and is
-    returned, to be judged again without sampling. Either way what goes will be written anew.
+    It removes incomplete lines, failed samples and duplicates, which the resumed run samples again. It also removes
+    samples without the judge's verdict and returns them; the resumed run judges them again without sampling.
 
     Returns:
-        The keys of the samples that are done, and those to be judged.
+        The keys of the finished samples, and the records to judge again.
     """
     done: set[Key] = set()
     unjudged: dict[Key, Record] = {}
@@ -126,7 +130,7 @@ def _record(line: str) -> Record | None:
 
 
 def trajectory(tree: RolloutTree) -> list[dict[str, Any]]:
-    """The one path of a tree as turns and what came of their calls."""
+    """Return the single path of a tree as a list of turns and of the results of their calls."""
     (leaf,) = tree.leaves()
     steps: list[dict[str, Any]] = []
     for node in leaf.nodes:
@@ -141,7 +145,7 @@ def trajectory(tree: RolloutTree) -> list[dict[str, Any]]:
 
 
 def counted(record: Record) -> Record:
-    """The record without texts, which a summary does not need: thousands of trajectories are gigabytes."""
+    """Return the record without its texts. Summaries do not need them; thousands of trajectories take gigabytes."""
     steps = [
         {"role": step["role"], "calls": [{**call, "text": "", "arguments": {}} for call in step.get("calls", ())]}
         for step in record.get("trajectory", ())

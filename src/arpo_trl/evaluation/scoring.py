@@ -1,11 +1,11 @@
-"""One sample's verdicts: what was predicted, and how right each way of comparing finds it.
+"""Scores of one sample: its predicted answer, compared with the golds in several ways.
 
-math        mathematical equality                                     benchmarks of mathematics
-judge       a language model's verdict; None where it stays away. Right without asking where mathematics is equal, or
-            the words of another answer are the same
-f1          token F1 by SQuAD's rules                                 the others
-f1_paper    token F1 as the paper's evaluation takes it: nothing but case and spaces is normalised
-em          the same words, with the signs, points and relations of numbers and formulas
+math        mathematical equality; for rows of the task "math"
+f1          token F1 by SQuAD's rules; for rows of the task "qa"
+f1_paper    token F1 of the paper's evaluation, which normalizes only case and spaces; for rows of the task "qa"
+em          exact match of the tokens, including signs, decimal points and relations of numbers and formulas
+judge       the verdict of a language model; None if it gives none. Without a request it is 1 if `math` (or `em`, for
+            rows of the task "qa") is 1, and 0 if there is no answer
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ JUDGE = "judge"
 
 
 def predicted(turns: Sequence[str]) -> str | None:
-    """The final answer in what a model wrote, by the paper's rule; None where there is none, or an empty one."""
+    """Return the final answer in a model's turns, by the paper's rule; None if it is missing or empty."""
     return extract_answer("\n".join(turns)) or None
 
 
 def rule_scores(prediction: str | None, golds: Sequence[str], task: str) -> dict[str, float]:
-    """The scores that need nobody, the task's own first."""
+    """Return the scores that need no judge, the main score of the task first."""
     if task == MATH:
         return {
             "math": float(prediction is not None and any(math_equal(prediction, gold) for gold in golds)),
@@ -40,7 +40,7 @@ def rule_scores(prediction: str | None, golds: Sequence[str], task: str) -> dict
 
 
 def score(prediction: str | None, row: Mapping[str, Any], judge: LLMJudge | None) -> dict[str, float | None]:
-    """All scores of a prediction for a row {prompt, answer, task}."""
+    """Return all scores of a prediction for a row {prompt, answer, task}."""
     golds = row["answer"]
     scores: dict[str, float | None] = {**rule_scores(prediction, golds, row["task"])}
     if judge is not None:
@@ -49,13 +49,14 @@ def score(prediction: str | None, row: Mapping[str, Any], judge: LLMJudge | None
         elif scores.get("math", scores["em"]) == 1.0:
             scores[JUDGE] = 1.0
         else:
-            (verdict,) = judge.verdicts([Judgement(question_of(row["prompt"]), tuple(golds), prediction)])
+            judgement = Judgement(question=question_of(row["prompt"]), golds=tuple(golds), prediction=prediction)
+            (verdict,) = judge.verdicts([judgement])
             scores[JUDGE] = None if verdict is None else float(verdict)
     return scores
 
 
 def main_metric(benchmark: Benchmark, names: Sequence[str]) -> str:
-    """Which of the scores is the benchmark's: the judge's where it asks for one that is there, else the rule's."""
+    """Return the main score of a benchmark: the judge's if the benchmark wants it and it exists, else the rule's."""
     if benchmark.scorer is Scorer.JUDGE and JUDGE in names:
         return JUDGE
     return "math" if "math" in names else "f1"

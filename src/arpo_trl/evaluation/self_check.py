@@ -1,8 +1,8 @@
-r"""Whether the scorers can be trusted on a benchmark.
+r"""A check that the scorers work on a benchmark.
 
-Golds as predictions score 1, and other questions' golds do not. Equal text is equal before anything is read, so for
-mathematics each gold is also predicted in another writing (`\dfrac{1}{2}` for `0.5`), which has to score 1, and with
-another number in it, which must not.
+A gold as the prediction must score 1, and the gold of another question must not. Equal text counts as equal without
+parsing. So for mathematics each gold is also rewritten (`\dfrac{1}{2}` for `0.5`), which must score 1, and changed to
+another number, which must not.
 """
 
 from __future__ import annotations
@@ -21,12 +21,19 @@ from arpo_trl.rewards.answers import MATH, math_equal
 from arpo_trl.rewards.math_worker import math_worker
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScorerCheck:
-    """One scorer on one benchmark: its mean over golds as predictions, and over golds of other questions.
+    """The check of one scorer on one benchmark.
 
-    `rewritten` and `changed` are the means over golds in another writing and over golds made wrong; None where the
-    scorer compares words, or no gold can be written otherwise.
+    Attributes:
+        benchmark: The name of the benchmark.
+        scorer: The name of the score.
+        items: The number of questions.
+        gold: The mean score with the golds as predictions.
+        wrong: The mean score with the golds of other questions as predictions.
+        rewritten: The mean score with rewritten golds; None if the scorer compares words or no gold can be rewritten.
+        changed: The mean score with golds whose number is changed; None if the scorer compares words or no gold has a
+            number.
     """
 
     benchmark: str
@@ -38,12 +45,12 @@ class ScorerCheck:
     changed: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Malformed:
-    """An accepted answer that a scorer gets wrong, and by which scorers.
+    """An accepted answer that `scorers` get wrong.
 
-    `prediction` is what was predicted where it is not the answer itself: the answer in another writing, which does not
-    score 1 (`equal`), or made wrong, which does.
+    `prediction` is None if the answer itself does not score 1. Otherwise it is the rewritten answer that does not
+    score 1 although it is `equal`, or the changed answer that scores 1 although it is not.
     """
 
     benchmark: str
@@ -54,9 +61,9 @@ class Malformed:
     equal: bool = True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TextOnly:
-    """An accepted answer to a question of mathematics that nothing but the same text equals."""
+    """An accepted answer to a mathematical question that only the same text equals."""
 
     benchmark: str
     number: int
@@ -64,10 +71,14 @@ class TextOnly:
 
 
 def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malformed], list[TextOnly]]:
-    """The check of every scorer that a benchmark uses; each accepted answer is predicted, in an answer's usual form.
+    r"""Check every rule that scores the benchmark, with each accepted answer as the prediction, in `\boxed{…}`.
 
-    An item's gold score is the least over its accepted answers. Wrong answers are the first golds, each moved to
-    another question by a seeded cycle through all of them; those that happen to be right make up the wrong score.
+    The gold score of a question is the lowest over its accepted answers. The wrong answers are the first golds, which
+    a seeded cycle through all questions moves to other questions. If a moved gold happens to be right, it raises the
+    wrong score.
+
+    Returns:
+        One check per scorer, the answers that a scorer gets wrong, and the answers that only the same text equals.
     """
     rows = questions.rows
     name = questions.benchmark.name
@@ -78,24 +89,34 @@ def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malf
         golds.append({key: min(each[key] for each in scored.values()) for key in next(iter(scored.values()))})
         for gold, scores in scored.items():
             if low := tuple(key for key, value in scores.items() if value < 1.0):
-                malformed.append(Malformed(name, number, gold, low))
+                malformed.append(Malformed(benchmark=name, number=number, gold=gold, scorers=low))
     wrong = [_scores_of(gold, row) for gold, row in zip(_shuffled(rows, seed), rows, strict=True)]
     mathematics = _Mathematics(name)
     for number, row in enumerate(rows):
         if row["task"] == MATH:
             for gold in row["answer"]:
-                mathematics.try_out(number, gold)
+                mathematics.check(number, gold)
     checks = []
     for scorer in dict.fromkeys(key for each in golds for key in each):
         right = [each[scorer] for each in golds if scorer in each]
         others = [each[scorer] for each in wrong if scorer in each]
-        more = mathematics.means() if scorer == "math" else (None, None)
-        checks.append(ScorerCheck(name, scorer, len(right), statistics.fmean(right), statistics.fmean(others), *more))
+        rewritten_mean, changed_mean = mathematics.means() if scorer == "math" else (None, None)
+        checks.append(
+            ScorerCheck(
+                benchmark=name,
+                scorer=scorer,
+                items=len(right),
+                gold=statistics.fmean(right),
+                wrong=statistics.fmean(others),
+                rewritten=rewritten_mean,
+                changed=changed_mean,
+            )
+        )
     return checks, malformed + mathematics.malformed, mathematics.text_only
 
 
 def rewritten(gold: str) -> str | None:
-    r"""A mathematical answer in another writing: 0.5 as \dfrac{1}{2}, (1,2) as \left( 1,2 \right); None without."""
+    r"""Return an equal answer in another notation: \dfrac{1}{2} for 0.5, \left( 1,2 \right) for (1,2); else None."""
     if re.fullmatch(r"-?\d+", gold):
         return f"{gold}.0"
     if re.fullmatch(r"-?\d*\.\d+", gold):
@@ -111,7 +132,7 @@ def rewritten(gold: str) -> str | None:
 
 
 def changed(gold: str) -> str | None:
-    """A mathematical answer made wrong: its last whole number, or part of one, is one more; None without a number."""
+    """Return the answer with its last run of digits increased by one, which makes it wrong; None without a number."""
     numbers = list(re.finditer(r"(?<![\d.])\d+", gold))
     if not numbers:
         return None
@@ -120,7 +141,7 @@ def changed(gold: str) -> str | None:
 
 
 class _Mathematics:
-    """What mathematical equality makes of the golds of one benchmark, written otherwise and made wrong."""
+    """Checks mathematical equality with the rewritten and the changed golds of one benchmark."""
 
     def __init__(self, benchmark: str):
         self._benchmark = benchmark
@@ -129,18 +150,30 @@ class _Mathematics:
         self.malformed: list[Malformed] = []
         self.text_only: list[TextOnly] = []
 
-    def try_out(self, number: int, gold: str) -> None:
+    def check(self, number: int, gold: str) -> None:
         if math_worker().is_text(gold):
-            self.text_only.append(TextOnly(self._benchmark, number, gold))
+            self.text_only.append(TextOnly(benchmark=self._benchmark, number=number, gold=gold))
             return
         if (other := rewritten(gold)) is not None:
             self._rewritten.append(math_equal(other, gold))
             if not self._rewritten[-1]:
-                self.malformed.append(Malformed(self._benchmark, number, gold, ("math",), other))
+                self._add_malformed(number, gold, other, equal=True)
         if (wrong := changed(gold)) is not None:
             self._changed.append(math_equal(wrong, gold))
             if self._changed[-1]:
-                self.malformed.append(Malformed(self._benchmark, number, gold, ("math",), wrong, equal=False))
+                self._add_malformed(number, gold, wrong, equal=False)
+
+    def _add_malformed(self, number: int, gold: str, prediction: str, *, equal: bool) -> None:
+        self.malformed.append(
+            Malformed(
+                benchmark=self._benchmark,
+                number=number,
+                gold=gold,
+                scorers=("math",),
+                prediction=prediction,
+                equal=equal,
+            )
+        )
 
     def means(self) -> tuple[float | None, float | None]:
         return (
@@ -154,7 +187,7 @@ def _scores_of(answer: str, row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _shuffled(rows: Sequence[Mapping[str, Any]], seed: int) -> list[str]:
-    """For each row the first gold of another one; with a single row its own."""
+    """Return for each row the first gold of another row; a single row gets its own first gold."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     after = {number: order[(i + 1) % len(order)] for i, number in enumerate(order)}

@@ -1,4 +1,4 @@
-"""Warnings about shares that mean a run goes wrong silently, and what to do about each."""
+"""Warnings about metrics that show that a run silently goes wrong, each with advice."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from arpo_trl.logs.metrics import Tally
 from arpo_trl.rollout.rules import BranchRule
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """A share that means something is silently wrong, and what to do about it.
+    """A limit on a metric that is a share, and advice for when it is reached.
 
-    It is looked at whenever `count` things have been counted since the last look, and rings from `limit` on (`below`:
-    from it down): once a run, or with `again` every `REPEAT_EVERY` looks at which it still rings.
+    The share is checked once `count` things have been counted since the last check. The alarm is raised if the share
+    is at least `limit` (with `below`, at most `limit`): once per run or, with `again`, repeatedly: at the
+    first and then every `REPEAT_EVERY`th check that reaches the limit.
+
+        Alarm(metric="alarm/truncated", limit=0.5, advice="{share} of the rollouts hit the length limit. Raise it.")
     """
 
     metric: str
@@ -29,44 +32,45 @@ REPEAT_EVERY = 50
 FIRE_RATE_COUNT = 200
 ALARMS = (
     Alarm(
-        "alarm/unparsed",
-        0.5,
-        "{share} of the rollouts hold neither a valid tool call nor an answer: the model does not speak the protocol. "
-        "Start from a cold-started model (sft.py), and look at what it writes (arpo-trl tree).",
+        metric="alarm/unparsed",
+        limit=0.5,
+        advice="{share} of the rollouts contain neither a valid tool call nor an answer: the model does not follow "
+        "the tool protocol. Start from a cold-started model (sft.py), and inspect its output (arpo-trl tree).",
     ),
     Alarm(
-        "alarm/truncated",
-        0.5,
-        "{share} of the rollouts were cut by the length limit and could not answer. Raise max_completion_length, or "
-        "start from a model that ends its turns (sft.py).",
+        metric="alarm/truncated",
+        limit=0.5,
+        advice="{share} of the rollouts were truncated by the length limit before they could answer. Raise "
+        "max_completion_length, or start from a model that ends its turns (sft.py).",
     ),
     Alarm(
-        "alarm/zero_variance_groups",
-        0.9,
-        "{share} of the groups earned one reward everywhere, so they teach nothing. All wrong in format: see "
-        "arpo/format and the two shares alarm/unparsed and alarm/truncated. All right: the rows are too easy.",
+        metric="alarm/zero_variance_groups",
+        limit=0.9,
+        advice="{share} of the groups have the same reward on all leaves, so they provide no learning signal. If all "
+        "answers have a wrong format, see arpo/format, alarm/unparsed and alarm/truncated. If all are right, the rows "
+        "are too easy.",
     ),
     Alarm(
-        "tools/search/degraded",
-        0.1,
-        "{share} of the searches got a notice instead of results: the service fails, is asked too fast, or "
-        "search_max_calls is spent. See the warnings above; such rollouts teach the model not to search.",
+        metric="tools/search/degraded",
+        limit=0.1,
+        advice="{share} of the searches got a notice instead of results: the service fails, its rate limit is "
+        "reached, or search_max_calls is used up. See the warnings above. Such rollouts discourage searches.",
     ),
 )
 FIRE_RATE_ALARMS = (
     Alarm(
-        "tree/fire_rate",
-        0.9,
-        "{share} of the tool results fire the branch rule, so the budget decides where branches go, not the entropy. "
-        "Raise branch_threshold, or use branch_rule ranked.",
+        metric="tree/fire_rate",
+        limit=0.9,
+        advice="{share} of the tool results fire the branch rule, so the budget, not the entropy, decides where "
+        "branches go. Raise branch_threshold, or use branch_rule ranked.",
         count=FIRE_RATE_COUNT,
         again=False,
     ),
     Alarm(
-        "tree/fire_rate",
-        0.1,
-        "Only {share} of the tool results fire the branch rule; most of the branch budget is topped up at the root. "
-        "Lower branch_threshold, or use branch_rule ranked.",
+        metric="tree/fire_rate",
+        limit=0.1,
+        advice="Only {share} of the tool results fire the branch rule, so most of the branch budget goes to top-ups "
+        "at the root. Lower branch_threshold, or use branch_rule ranked.",
         below=True,
         count=FIRE_RATE_COUNT,
         again=False,
@@ -75,34 +79,36 @@ FIRE_RATE_ALARMS = (
 
 
 class Alarms:
-    """Listens to a run's tallies and says what rings; the fire rate only under rules that an entropy triggers."""
+    """Checks a run's tallies for alarms. Checks the fire rate only under rules that the entropy triggers."""
 
     def __init__(self, rule: BranchRule):
         self._alarms = ALARMS + (FIRE_RATE_ALARMS if rule.entropy_triggers else ())
-        self._heard = {alarm: [0.0, 0.0] for alarm in self._alarms}
-        self._rung = dict.fromkeys(self._alarms, 0)
+        self._counted = {alarm: [0.0, 0.0] for alarm in self._alarms}
+        """Sum and count of each alarm's metric since its last check."""
+        self._raised = dict.fromkeys(self._alarms, 0)
 
     def state_dict(self) -> list[list[float]]:
-        """What it has heard and how often it rang, alarm by alarm, for `load_state_dict`."""
-        return [[*self._heard[alarm], self._rung[alarm]] for alarm in self._alarms]
+        """For each alarm: sum and count since its last check, and how often it was raised."""
+        return [[*self._counted[alarm], self._raised[alarm]] for alarm in self._alarms]
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
-        for alarm, (total, count, rung) in zip(self._alarms, state, strict=True):
-            self._heard[alarm], self._rung[alarm] = [total, count], int(rung)
+        """The inverse of `state_dict`."""
+        for alarm, (total, count, raised) in zip(self._alarms, state, strict=True):
+            self._counted[alarm], self._raised[alarm] = [total, count], int(raised)
 
     def check(self, tally: Tally) -> list[str]:
         """The messages to log after this rollout."""
         messages = []
         for alarm in self._alarms:
-            heard = self._heard[alarm]
+            counted = self._counted[alarm]
             for i, new in enumerate(tally.sums.get(alarm.metric, (0.0, 0.0))):
-                heard[i] += new
-            if heard[1] < alarm.count:
+                counted[i] += new
+            if counted[1] < alarm.count:
                 continue
-            share = heard[0] / heard[1]
-            self._heard[alarm] = [0.0, 0.0]
+            share = counted[0] / counted[1]
+            self._counted[alarm] = [0.0, 0.0]
             if share <= alarm.limit if alarm.below else share >= alarm.limit:
-                if self._rung[alarm] == 0 or (alarm.again and self._rung[alarm] % REPEAT_EVERY == 0):
+                if self._raised[alarm] == 0 or (alarm.again and self._raised[alarm] % REPEAT_EVERY == 0):
                     messages.append(f"arpo/{alarm.metric}: {alarm.advice.format(share=f'{share:.0%}')}")
-                self._rung[alarm] += 1
+                self._raised[alarm] += 1
         return messages

@@ -1,6 +1,7 @@
-"""The numbers a user sees under `arpo/`, from one rollout's trees; docs/metrics.md has formula and range of each.
+"""The metrics under `arpo/`, computed from a rollout's trees; docs/metrics.md gives formula and range of each.
 
-A `Tally` is a sum and a count per name, so that ranks merge by adding and a mean is right however uneven they were.
+A `Tally` holds a sum and a count per name. Tallies of ranks are merged by addition, so means are exact even if the
+ranks counted different numbers of things.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from arpo_trl.tools.calls import CallSource, ToolFailure
 
 @dataclass
 class Tally:
-    """Sums and counts by name for means, `totals` over a rollout, raw values in `spread` for percentiles."""
+    """What a rollout counted, by name: `sums` (sum and count, for means), `totals`, and `spread` (for percentiles).
+
+    tally = Tally()
+    tally.add("tools/search/failed", 1.0)
+    tally.add("tools/search/failed", 0.0)
+    tally.values()                          # {"tools/search/failed": 0.5}
+    """
 
     sums: dict[str, list[float]] = field(default_factory=lambda: defaultdict(lambda: [0.0, 0.0]))
     totals: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -32,7 +39,7 @@ class Tally:
         entry[1] += count
 
     def plain(self) -> dict[str, dict[str, Any]]:
-        """What travels between ranks."""
+        """The tally as plain data, to send to other ranks."""
         return {"sums": dict(self.sums), "totals": dict(self.totals), "spread": dict(self.spread)}
 
     def merge(self, other: Mapping[str, Mapping[str, Any]]) -> None:
@@ -45,19 +52,34 @@ class Tally:
 
     @classmethod
     def merged(cls, plain: Iterable[Mapping[str, Mapping[str, Any]]]) -> Tally:
-        """One tally of what all ranks counted, from the `plain` of each."""
+        """The sum of the tallies of all ranks, given as `plain` data."""
         whole = cls()
         for counted in plain:
             whole.merge(counted)
         return whole
 
     def values(self) -> dict[str, float]:
-        """Name → mean, ratio or total, sorted by name; means of nothing are left out."""
+        """Name → mean, ratio or total, sorted by name. A mean whose count is 0 is left out."""
         values = {name: total / count for name, (total, count) in self.sums.items() if count} | self.totals
         for name, seconds in self.spread.items():
             if seconds:
                 values[f"{name}_p50"], values[f"{name}_p95"] = (float(p) for p in np.percentile(seconds, [50, 95]))
         return {name: values[name] for name in sorted(values)}
+
+
+def tally_step(rollout: RolloutBatch, rewards: Sequence[float], seconds: Mapping[str, float]) -> Tally:
+    """The tally of one scored rollout.
+
+    Args:
+        rewards: One per leaf, tree by tree in leaf order; the trees have equally many leaves.
+        seconds: Time of other work on the rollout, by name.
+    """
+    tally, size = Tally(), len(rewards) // len(rollout.trees)
+    tally_rollout(rollout, tally)
+    for name, spent in seconds.items():
+        tally.add(f"time/{name}_s", spent)
+    tally_rewards([rewards[start : start + size] for start in range(0, len(rewards), size)], tally)
+    return tally
 
 
 def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
@@ -78,9 +100,9 @@ def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
 
 
 def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:
-    """Counts the groups whose leaves all earned the same; `groups` holds the rewards of each group's leaves.
+    """Counts the groups whose leaves all have the same reward; `groups` holds the rewards of each group's leaves.
 
-    A group of one, as in evaluation, is not counted, and NaN (no reward function applies) equals nothing.
+    Groups of one leaf, as in evaluation, are not counted. NaN (no reward function applies) differs from every reward.
     """
     for rewards in groups:
         if len(rewards) > 1:

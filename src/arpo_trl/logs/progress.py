@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: one line of progress with the numbers to watch, and its messages."""
+"""Terminal output of a run: a progress bar with the most important metrics, and the log."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ WATCHED = {
     "arpo/tree/sharing_ratio": "sharing",
     "arpo/alarm/truncated": "cut",
 }
-"""Logged name → what it is called beside the bar."""
+"""Logged metric → its label beside the bar."""
 
 
 class CompactProgress(ProgressCallback):
-    """transformers' bar with a few numbers beside it, instead of every logged one above it."""
+    """transformers' progress bar with a few metrics beside it, instead of all metrics above it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class CompactProgress(ProgressCallback):
 
 
 def show_log() -> None:
-    """Shows this package's own messages on standard error, those that merely inform included."""
+    """Shows this package's log on standard error, from level INFO on."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("arpo_trl").setLevel(logging.INFO)
 
 
 def show_compactly(trainer: Trainer) -> None:
-    """Puts the compact bar in the place of the trainer's own, if it has one; all numbers still reach `report_to`."""
+    """Replaces the trainer's progress bar, if it has one, by the compact one. `report_to` still gets all metrics."""
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(CompactProgress())

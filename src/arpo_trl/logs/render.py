@@ -15,7 +15,7 @@ MAX_CHARS = 160
 
 
 def render_tree(logged: LoggedTree) -> Tree:
-    """The tree with what was written and seen, entropies where a turn starts, forks, and the leaves' rewards."""
+    """Renders turns and tool results, entropies at the start of turns, forks, and the leaves' rewards."""
     tree = logged.tree
     results = {
         leaf.nodes[-1].index: (reward, advantage)

@@ -1,7 +1,8 @@
-"""The trajectory log: each step's trees as JSON lines, enough to rebuild every one of them.
+"""The trajectory log: sampled trees as JSON lines, from which each tree can be rebuilt.
 
-`<output_dir>/trajectories/step-000012-rank0.jsonl`, one tree per line, one file per rollout and rank: writing a step
-again after a resume replaces its file, so nothing is doubled. Which trees are kept is drawn from the run's seed.
+There is one file per rollout and rank, such as `<output_dir>/trajectories/step-000012-rank0.jsonl`, with one tree per
+line. A resumed run that repeats a step replaces its file, so no tree is logged twice. The run's seed decides which
+trees are logged.
 """
 
 from __future__ import annotations
@@ -25,9 +26,14 @@ from arpo_trl.tools.calls import CallSource, ToolFailure
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.jsonl(\.partial)?")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedTree:
-    """A tree of a log: with `rewards` and `advantages`, one per leaf in leaf order."""
+    """A tree with its step, group and prompt text, and `rewards` and `advantages`, one per leaf in leaf order.
+
+        LoggedTree(step=12, group=0, prompt="Who …?", tree=tree, rewards=[1.0, None], advantages=[0.7, -0.7])
+
+    A reward is None if no reward function applies.
+    """
 
     step: int
     group: int
@@ -46,32 +52,41 @@ def logged_trees(
     first_group: int,
     decode: Callable[[list[int]], str],
 ) -> list[LoggedTree]:
-    """The trees of a rollout as they are logged.
+    """The trees of a rollout in the form in which they are logged.
 
     Args:
-        rewards: One per leaf, tree by tree in leaf order; NaN, where no reward function applies, is logged as None.
-        advantages: Likewise.
+        rewards: One per leaf, tree by tree in leaf order; NaN, where no reward function applies, becomes None.
+        advantages: One per leaf, in the same order.
         step: The optimizer step.
-        first_group: The first tree's group; the others' follow.
+        first_group: The group number of the first tree. The other trees have the following numbers.
         decode: Token ids → text, with special tokens.
     """
     logged, start = [], 0
     for group, tree in enumerate(trees, first_group):
         rows = slice(start, start + len(tree.leaves()))
         earned = [None if math.isnan(reward) else reward for reward in rewards[rows]]
-        logged.append(LoggedTree(step, group, decode(tree.root.ids), tree, earned, list(advantages[rows])))
+        logged.append(
+            LoggedTree(
+                step=step,
+                group=group,
+                prompt=decode(tree.root.ids),
+                tree=tree,
+                rewards=earned,
+                advantages=list(advantages[rows]),
+            )
+        )
         start = rows.stop
     return logged
 
 
 class TrajectoryLog:
-    """Writes a seeded sample of the trees, `rate` of them, under `folder`."""
+    """Writes a random sample of the trees to `folder`: each with probability `rate`, drawn from `seed`."""
 
     def __init__(self, folder: Path, rate: float, seed: int, rank: int):
         self.folder, self.rate, self.seed, self.rank = folder, rate, seed, rank
 
     def write(self, name: str, trees: Sequence[LoggedTree]) -> Path | None:
-        """The file written for this rollout, None when the draw kept no tree of it."""
+        """Writes this rollout's sample. Returns the file; None if no tree was drawn."""
         draw = random.Random(f"{self.seed} {name} {self.rank}")
         kept = [tree for tree in trees if draw.random() < self.rate]
         if not kept:
@@ -82,10 +97,10 @@ class TrajectoryLog:
         return path
 
     def forget_from(self, step: int, *, evaluated: bool) -> None:
-        """Removes all ranks' files of what a run resumed at `step` repeats: this step and later ones.
+        """Removes all ranks' files of the steps that a run resumed at `step` repeats: this and later ones.
 
-        The evaluation after so many steps is repeated too unless it is `evaluated`. Most of the files would be
-        replaced anyway, but not those of more ranks, or of more steps, than there will be.
+        This includes the evaluation at `step`, unless it is complete (`evaluated`). The run would replace most of the
+        files anyway, but not those of ranks or steps that it no longer has.
         """
         for path in self.folder.glob("*-rank*"):
             if match := _FILE.fullmatch(path.name):
@@ -97,7 +112,7 @@ class TrajectoryLog:
 
 
 def read_trees(path: str | Path) -> Iterator[LoggedTree]:
-    """The trees of a log file, rebuilt.
+    """Rebuilds the trees of a log file.
 
     Raises:
         DataError: A line is not a logged tree; the message names file, line and the part of it.
@@ -166,7 +181,12 @@ def _tree_from(row: Any) -> LoggedTree:
     tree.check(len(row["leaves"]))
     rewards = [leaf["reward"] for leaf in row["leaves"]]
     return LoggedTree(
-        row["step"], row["group"], row["prompt"], tree, rewards, [leaf["advantage"] for leaf in row["leaves"]]
+        step=row["step"],
+        group=row["group"],
+        prompt=row["prompt"],
+        tree=tree,
+        rewards=rewards,
+        advantages=[leaf["advantage"] for leaf in row["leaves"]],
     )
 
 

@@ -1,4 +1,4 @@
-"""Addresses of servers that a user gives: one check for every setting that takes one."""
+"""Checks the server addresses in settings."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from arpo_trl.errors import ConfigError
 
 
 def check_server_url(url: Any, subject: str, key_variable: str | None, *, may_have_query: bool = False) -> None:
-    """Returns if `url` is the address of a server, in which no key stands that would get into logs.
+    """Check that `url` is the address of a server and holds no secret that could get into logs.
 
     Args:
-        subject: The setting, for the error.
-        key_variable: The environment variable with the server's key; None where it wants none.
-        may_have_query: Whether it may end in a query.
+        subject: The name of the setting, for the error message.
+        key_variable: The environment variable with the server's key; None if the server needs no key.
+        may_have_query: Whether the address may end in a query.
 
     Raises:
-        ConfigError: it is not; the message repeats nothing of it.
+        ConfigError: The check fails. The message quotes nothing of `url`.
     """
     if (fault := _fault(url, may_have_query)) is not None:
         without = "user name or password" if may_have_query else "user name, password or query"
-        where = f" Its key, if it wants one, belongs in the environment variable {key_variable}."
+        where = f" Put the key of the server, if it needs one, in the environment variable {key_variable}."
         raise ConfigError(
-            f"{subject} is no address like http://host:port/v1, without {without}. {fault}."
+            f"{subject} must be an address like http://host:port/v1, without {without}. {fault}."
             + (where if key_variable else "")
         )
 
 
 def _fault(url: Any, may_have_query: bool) -> str | None:
-    import httpx  # here, as settings are checked by what has to start fast
+    import httpx  # slow to import, and commands that check settings must start fast
 
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError, ValueError):
-        return "It cannot be read"
+        return "It is not a valid URL"
     if parsed.userinfo:
         return "It has a user name or password"
     if parsed.scheme not in ("http", "https") or not parsed.host or any(char.isspace() for char in url):
         return "It does not begin with http:// or https:// and a host"
     if parsed.port is not None and not 0 < parsed.port < 1 << 16:
-        return f"There is no port {parsed.port}"
+        return f"Port {parsed.port} does not exist"
     if "#" in url or ("?" in url and not may_have_query):
         return "It has a query or fragment"
     return None

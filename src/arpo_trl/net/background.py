@@ -1,4 +1,4 @@
-"""Event loops in threads: that on which this process's tools do their network work, and those of a `ToolBox`."""
+"""Event loops in threads: one for the network work of this process's tools, and those of each `ToolBox`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class LoopThread:
         self._thread.start()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        """The future of `coroutine`, which begins to run; cancelling it cancels the coroutine."""
+        """Start `coroutine` and return its future. Cancelling the future cancels the coroutine."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
-        """Cancel what runs and end the thread; one that a tool blocks is left behind."""
+        """Cancel all running coroutines and end the thread. If a tool blocks the loop, the thread is left running."""
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_STOP_TIMEOUT_S)
 
@@ -43,11 +43,11 @@ class LoopThread:
 
 
 def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-    """`LoopThread.start` on this process's own loop, which starts at first use and is never stopped."""
+    """Run `LoopThread.start` on the shared loop of this process, which starts at the first use and never stops."""
     return _network_of(os.getpid()).start(coroutine)
 
 
 @lru_cache
 def _network_of(pid: int) -> LoopThread:
-    """The loop of process `pid`: a fork inherits the loop but not the thread that runs it."""
+    """Return the loop of process `pid`. It is per process, because a fork inherits the loop but not its thread."""
     return LoopThread(f"arpo-tools-network-{pid}")

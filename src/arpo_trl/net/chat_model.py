@@ -1,4 +1,4 @@
-"""A chat model behind an OpenAI-compatible server, asked one thing at a time: judges answers, sums up pages."""
+"""A client of a chat model on an OpenAI-compatible server. It judges answers and summarises pages."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from arpo_trl.net.addresses import check_server_url
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ChatModel:
-    """The model `model` at `url`, which ends in /v1 as a rule.
+    """The model `model` on the server at `url`.
 
-    Its key, where it wants one, is read from the environment variable `key_variable` for each request, so that no
-    object holds it.
+    Each request reads the API key from the environment variable `key_variable`, which may be unset. So no object holds
+    the key.
+
+    Example: `ChatModel(url="http://127.0.0.1:8000/v1", model="m", key_variable="KEY", setting="visit_summary_url")`
 
     Raises:
         ConfigError: `url` is not the address of a server.
     """
 
     url: str
+    """Usually ends in /v1."""
     model: str
     key_variable: str
     setting: str
@@ -33,7 +36,11 @@ class ChatModel:
         check_server_url(self.url, self.setting, self.key_variable)
 
     def ask(self, prompt: str, timeout_s: float) -> str:
-        """What the model says, at temperature 0; raises `RequestFailed` when it says nothing in time."""
+        """Return the model's reply to `prompt`, sampled at temperature 0.
+
+        Raises:
+            RequestFailed: There is no reply, or an empty one, within `timeout_s`.
+        """
         key = os.environ.get(self.key_variable, "").strip()
         request = httpx.Request(
             "POST",
@@ -52,5 +59,5 @@ class ChatModel:
         except (KeyError, IndexError, TypeError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
         if not isinstance(content, str) or not content.strip():
-            raise RequestFailed("answered with nothing", status=200)
+            raise RequestFailed("answered with no text", status=200)
         return without(key, content.strip())

@@ -1,4 +1,4 @@
-"""A circuit breaker: a service that keeps failing is left alone for a while."""
+"""A circuit breaker: no calls to a failing service for a while."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import time
 
 
 class CircuitBreaker:
-    """Lets a service rest for `rest_s` after `failures` failures in a row; then one call at a time finds out."""
+    """Blocks calls for `rest_s` seconds after `failures` failures in a row, then lets single calls through as trials.
+
+    A successful trial ends the blocking. A failed one blocks calls for another `rest_s` seconds.
+    """
 
     def __init__(self, failures: int = 5, rest_s: float = 60.0) -> None:
         self.failures = failures
@@ -22,7 +25,7 @@ class CircuitBreaker:
                 return True
             if time.monotonic() < self._until:
                 return False
-            self._until = time.monotonic() + self.rest_s  # for the others, while this call tries
+            self._until = time.monotonic() + self.rest_s  # block the other calls during this trial
             return True
 
     def succeeded(self) -> None:
@@ -30,7 +33,7 @@ class CircuitBreaker:
             self._in_a_row = 0
 
     def failed(self) -> bool:
-        """Count a failure; whether the service rests from now on."""
+        """Count a failure. Return whether this one starts the blocking."""
         with self._lock:
             self._in_a_row += 1
             self._until = time.monotonic() + self.rest_s

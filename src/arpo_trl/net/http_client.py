@@ -1,7 +1,7 @@
-"""One HTTP exchange with a server that may be slow, huge or hostile: a deadline for all of it and caps on its size.
+"""HTTP requests to servers that may be slow or hostile: one deadline for the whole exchange, and limits on its size.
 
-Nothing of a request or an answer gets into an error: both can hold keys. What an answer costs this process is bounded
-by its bytes, after decompression, and by the pieces it comes in: each costs some 30 µs, and may hold a single byte.
+Errors quote nothing of a request or an answer, because both can hold keys. Two limits bound the cost of an answer: its
+bytes after decompression, and its number of pieces, since each piece costs some 30 µs and may hold a single byte.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from arpo_trl.net import background
 MAX_BYTES = 8 << 20
 MAX_JSON_BYTES = 2 << 20
 MAX_PIECES = 1 << 14
-"""Half a second's work. 8 MiB come in 6,000 pieces where each is a packet of the network."""
+"""Half a second of work. 8 MiB come in 6,000 pieces if each piece is one network packet."""
 _CODINGS = ("", "identity", "gzip")
 _HEADERS = {"User-Agent": "arpo-trl", "Accept-Encoding": "gzip"}
 _GRACE_S = 1.0
 _ERROR_BYTES = 4096
 _ACCOUNT_WORDS = re.compile(r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed")
-"""What services write when they refuse an account, some of them with the status of a bad request."""
+"""Words in the errors of services that reject an account. Some of them do it with the status of a bad request."""
 _ATTEMPTS = 3
 
 T = TypeVar("T")
 
 
 class RequestFailed(Exception):
-    """An exchange that gave no answer; the message names neither addresses nor contents.
+    """A request without a usable answer. The message contains no address and no content.
 
     Args:
-        status: What the server answered, None if it did not.
-        retry_after_s: When it asks to be tried again.
-        about_account: Its answer speaks of the key or of what the account may spend.
+        status: The HTTP status of the answer; None if there was none.
+        retry_after_s: The seconds after which the server asks to retry.
+        about_account: Whether the answer mentions the API key, or the credits or quota of the account.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class RequestFailed(Exception):
 
     @property
     def may_pass(self) -> bool:
-        """Whether the same request can succeed later: no answer, too many requests, or the server's own trouble."""
+        """Whether a retry can succeed: there was no answer, or its status is 408, 429 or a server error."""
         return self.status is None or self.status in (408, 429) or self.status >= 500
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A whole answer, of any status."""
+    """A complete HTTP response, of any status."""
 
     status: int
     headers: httpx.Headers
@@ -76,17 +76,18 @@ class Answer:
 
 
 def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTES, pooled: bool = True) -> Answer:
-    """The server's answer to `request`, redirects not followed. Blocks; safe in any thread.
+    """Return the server's answer to `request`, without following redirects. Blocks; thread-safe.
 
     Args:
-        timeout_s: For everything from connecting to the last byte.
-        max_bytes: Longest body, after decompression.
-        pooled: Use proxies of the environment and connections that are open; False for an address that was checked.
+        timeout_s: The deadline for everything from connecting to the last byte.
+        max_bytes: The longest body, after decompression.
+        pooled: Use the environment's proxies and reuse open connections. False if `request` holds a checked IP
+        address.
 
     Raises:
-        RequestFailed: no complete answer within these limits.
+        RequestFailed: There was no complete answer within these limits.
     """
-    for name, value in _HEADERS.items():  # the client adds its own only to requests that it makes itself
+    for name, value in _HEADERS.items():  # the client adds defaults only to requests that it builds
         request.headers.setdefault(name, value)
     future = background.start(_exchange(request, timeout_s, max_bytes, pooled))
     try:
@@ -98,13 +99,13 @@ def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTE
 
 
 def fetch_json(request: httpx.Request, *, timeout_s: float, sent: str = "") -> Any:
-    """The JSON of a successful answer.
+    """Return the decoded JSON of a successful answer.
 
     Args:
-        sent: Text of the request that an answer may repeat; its words do not tell what an error is about.
+        sent: Text of the request that an error may quote. Its words do not count for `RequestFailed.about_account`.
 
     Raises:
-        RequestFailed: no answer, another status than 200, or no JSON.
+        RequestFailed: There was no answer, its status is not 200, or it is not JSON.
     """
     answer = fetch(request, timeout_s=timeout_s, max_bytes=MAX_JSON_BYTES)
     if answer.status != 200:
@@ -124,10 +125,13 @@ def _account_words(text: str) -> set[str]:
 
 
 def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
-    """What `ask` returns, tried up to three times while it fails in a way that may pass and `left_s` seconds are left.
+    """Return the result of `ask`, with up to three attempts while its failure may pass and `left_s` allows a wait.
+
+    Args:
+        left_s: Returns the seconds that are left for the call.
 
     Raises:
-        RequestFailed: it failed for good, or too often.
+        RequestFailed: `ask` failed permanently, or in every attempt.
     """
 
     def pause(error: Exception) -> bool | float:
@@ -146,12 +150,12 @@ def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
 
 
 def without(secret: str, text: str) -> str:
-    """`text` with `secret` blotted out, should the server that was given it have repeated it."""
+    """Return `text` with every `secret` replaced by a mark. Servers may repeat the key that they were sent."""
     return text.replace(secret, "[key]") if secret else text
 
 
 def _too_late(timeout_s: float) -> RequestFailed:
-    # To a tenth: what is left of a call's time differs by milliseconds, and the model's text need not.
+    # Rounded, so that differences of milliseconds in the remaining time do not change the text for the model.
     return RequestFailed(f"no complete answer within {round(timeout_s, 1):g} s")
 
 
@@ -167,20 +171,20 @@ async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, po
     except (TimeoutError, httpx.TimeoutException):
         raise _too_late(timeout_s) from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
-        # Their messages can quote headers and addresses; their kinds say enough.
+        # The messages of these errors can quote headers and addresses. Their types are enough.
         raise RequestFailed(f"the connection failed ({type(error).__name__})") from None
 
 
 async def _body(response: httpx.Response, max_bytes: int) -> bytes:
     coding, status = response.headers.get("content-encoding", "").lower(), response.status_code
     if coding not in _CODINGS:
-        raise RequestFailed("answered in a compression that is not accepted", status=status)
+        raise RequestFailed("answered in an unsupported compression", status=status)
     inflater = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
     body, pieces = bytearray(), 0
     async for piece in response.aiter_raw():
         pieces += 1
         try:
-            # No more than is needed to know that it is too much: a piece may expand a thousandfold.
+            # One byte more than the limit is enough to detect an excess. A piece may expand a thousandfold.
             body += inflater.decompress(piece, max_bytes + 1 - len(body)) if inflater else piece
         except zlib.error:
             raise RequestFailed("answered with broken gzip", status=status) from None
@@ -193,17 +197,17 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
 
 @lru_cache
 def _client_of(pid: int, pooled: bool) -> httpx.AsyncClient:
-    """The client of process `pid` on its background loop."""
+    """Return the HTTP client of process `pid`, for its background loop."""
     return httpx.AsyncClient(
-        timeout=None,  # the deadline above is for everything
+        timeout=None,  # `_exchange` sets one deadline for everything
         trust_env=pooled,
-        # An open connection was checked for the name it was opened for, not for others at the same address.
+        # The certificate of an open connection was checked for one host name, not for others at the same address.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
     )
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Seconds of a Retry-After header, which gives them or a date."""
+    """Return the seconds of a Retry-After header, which holds seconds or a date."""
     if value is None:
         return None
     try:
@@ -214,4 +218,4 @@ def _retry_after_s(value: str | None) -> float | None:
         except (ValueError, OverflowError):
             return None
         seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # also what nan becomes
+    return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # nan, too, becomes this

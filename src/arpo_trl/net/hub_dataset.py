@@ -11,16 +11,16 @@ from arpo_trl.errors import DataError
 
 
 def load_from_hub(hub_id: str, split: str, config: str | None = None) -> Iterator[Mapping[str, Any]]:
-    """Yields the rows of a dataset on the Hub.
+    """Yield the rows of a dataset on the Hub.
 
     Raises:
         DataError: The dataset cannot be loaded.
     """
     try:
         dataset = datasets.load_dataset(hub_id, config, split=split)
-    except Exception as error:  # the Hub client raises its own, requests' and the file system's errors
+    except Exception as error:  # errors of the Hub client, of requests or of the file system
         raise DataError(
-            f"{hub_id!r} is no local file or folder, and loading its split {split!r} from the Hub failed: "
+            f"{hub_id!r} is not a local file or folder, and loading its split {split!r} from the Hub failed: "
             f"{type(error).__name__}: {error}. Check the name and the connection, or give a local path."
         ) from error
     yield from dataset

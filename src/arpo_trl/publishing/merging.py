@@ -1,4 +1,4 @@
-"""A LoRA adapter and its base model made into one model, which needs no peft and that every server takes."""
+"""Merges a LoRA adapter into its base model. The result needs no peft and runs on every server."""
 
 from __future__ import annotations
 
@@ -21,43 +21,43 @@ _CARRIED = (CONFIG_NAME, EVALUATION_NAME, "trainer_state.json")
 def merge_adapter(
     adapter: str, output: Path, *, base: str | None = None, dtype: str | None = None, repo_id: str | None = None
 ) -> None:
-    """Saves base + adapter in the new folder `output`, with the adapter's tokenizer, chat template and card.
+    """Saves base model + adapter to the new folder `output`, with the adapter's tokenizer, chat template and card.
 
     Args:
         adapter: Folder or Hub id.
-        base: The base model, where it is not where the adapter says.
-        dtype: That the sum is computed and saved in; None: the base model's.
-        repo_id: The repository that the card speaks of; None: the folder's name.
+        base: The base model. None: the one that the adapter's configuration names.
+        dtype: The dtype in which the sum is computed and saved. None: the base model's.
+        repo_id: The repository that the card names. None: the name of the folder.
 
     Raises:
         ConfigError: `output` exists, or there is no such dtype.
-        DataError: `adapter` is none, or its base model cannot be loaded or is another one.
+        DataError: `adapter` is not an adapter, its base model cannot be loaded, or it belongs to another base model.
     """
     if output.exists():
-        raise ConfigError(f"--output {output} exists. Name a folder that does not, or remove it.")
+        raise ConfigError(f"--output {output} exists. Give a new folder, or remove this one.")
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ConfigError(f"--dtype is {dtype!r}; expected one such as bfloat16, float16 or float32.")
+        raise ConfigError(f"--dtype is {dtype!r}; expected a dtype such as bfloat16, float16 or float32.")
     try:
         config: Any = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
         raise DataError(
-            f"{adapter} is no adapter: it has no {ADAPTER_CONFIG_NAME} that can be read. Give the output_dir of a run "
+            f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG_NAME}. Give the output_dir of a run "
             "with use_peft, or one of its checkpoints."
         ) from error
     name = base or config.base_model_name_or_path
     if not name:
-        raise DataError(f"{adapter} does not say what its base model is. Name it with --base.")
+        raise DataError(f"{adapter} does not name its base model. Name it with --base.")
     try:
-        # Not quantized, even if training was: rounding the sum to 4 bits would lose what was learned.
+        # Not quantized, even if training was: rounding the sum to 4 bits would lose the trained difference.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise DataError(
-            f"The base model {name!r} of {adapter} cannot be loaded: {str(error).splitlines()[0]} Name another with "
-            "--base."
+            f"The base model {name!r} of {adapter} cannot be loaded: {str(error).splitlines()[0]} Name another one "
+            "with --base."
         ) from error
     try:
         merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError) as error:  # other sizes, other names of layers, weights that are not finite
+    except (RuntimeError, ValueError) as error:  # different sizes or layer names, or weights that are not finite
         raise DataError(f"{adapter} does not fit its base model {name!r}: {str(error)[:300]}") from error
     folder = Path(adapter)
     has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()

@@ -1,4 +1,4 @@
-"""`Publishing`: what a trainer sends to the Hub, and when. How it is sent is in `hub.py` and `model_card.py`."""
+"""`Publishing`: decides what a trainer pushes to the Hub, and when. `push.py` and `model_card.py` do the work."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ logger = get_logger(__name__)
 
 
 class Publishing(GRPOTrainer):
-    """A `GRPOTrainer` with a card of its own, and with pushes that are known to work and that cannot harm a run.
+    """A `GRPOTrainer` with its own model card, early checks of access to the Hub, and pushes that cannot end a run.
 
-    A mixin, independent of the others. It pushes the checkpoints with which `_push_from_checkpoint` is called.
+    A mixin, independent of the others. `_push_from_checkpoint` pushes the checkpoint that it is called with.
 
-    `Trainer` pushes from threads whose exceptions nobody reads, sends everything in `output_dir`, some of it while it
-    is being written, and waits without limit for a Hub that does not answer.
+    It replaces the pushes of `Trainer`, which ignores exceptions in its push threads, sends all files in `output_dir`
+    even while they are being written, and waits for the Hub without a timeout.
     """
 
     args: ARPOConfig
     evaluation: str | None = None
-    """Markdown that the card has of the last evaluation on benchmarks."""
+    """Markdown with the last benchmark results, for the card."""
     other_settings: Sequence[Any] = ()
-    """Dataclasses besides `args` whose values are settings of this run."""
+    """Dataclasses besides `args` that hold settings of this run."""
 
     def prepare_repositories(self, args: Any, token: str | None = None, private: bool | None = None) -> None:
-        """Makes sure that the repositories which the settings name can be written to; on the main process only.
+        """Creates the repositories that the settings name and checks write access. Runs on the main process only.
 
         Raises:
-            ConfigError: one cannot.
+            ConfigError: A repository cannot be written to.
         """
         if args.process_index != 0:
             return
@@ -69,7 +69,7 @@ class Publishing(GRPOTrainer):
                 kind="dataset",
                 token=token,
             )
-        for left in Path(args.output_dir).glob(".push-*"):  # by a process that was killed; they hold old weights
+        for left in Path(args.output_dir).glob(".push-*"):  # old weights that a killed process left behind
             shutil.rmtree(left, ignore_errors=True)
         self._push = BackgroundPush()
 
@@ -87,12 +87,12 @@ class Publishing(GRPOTrainer):
         private: bool | None = None,
         **card: Any,
     ) -> Any:
-        """Saves the model and its card, then sends them and, with `hub_trajectories_id`, the trajectories.
+        """Saves the model and its card, then pushes them and, with `hub_trajectories_id`, the trajectories.
 
-        Call it on all ranks; the main process pushes. `card` goes to `create_model_card`.
+        Call it on all ranks; the main process pushes. `card` is passed to `create_model_card`.
 
         Raises:
-            HubError: The push failed; everything is saved, and the message has the command that pushes later.
+            HubError: The push failed. Everything is saved, and the message gives the command to push later.
         """
         self._say_push_begins()
         self.save_model(_internal_call=True)
@@ -107,7 +107,7 @@ class Publishing(GRPOTrainer):
         revision = revision or self.args.hub_revision
 
         def push() -> Any:
-            snapshot = Snapshot(run, run)
+            snapshot = Snapshot(run=run, model=run)
             commit = push_snapshot(
                 repo_id, snapshot, message=commit_message or "Model", token=token, revision=revision
             )
@@ -129,9 +129,9 @@ class Publishing(GRPOTrainer):
         checkpoint = (model, places[strategy]) if strategy in places else None
         self._push.wait()
         try:
-            snapshot = Snapshot(run, model, checkpoint)
+            snapshot = Snapshot(run=run, model=model, checkpoint=checkpoint)
         except HubError as error:
-            logger.warning(f"{error} Training goes on.")
+            logger.warning(f"{error} Training continues.")
             return
         message = f"Step {self.state.global_step}"
         self._push.start(lambda: push_snapshot(repo_id, snapshot, message=message, revision=self.args.hub_revision))
@@ -140,10 +140,10 @@ class Publishing(GRPOTrainer):
         try:
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
         except Exception as error:  # trackio sends its own data to the Hub at this point
-            logger.warning(f"A tracker failed before a push: {reason_of(error)}. The push goes on without it.")
+            logger.warning(f"A tracker failed before a push: {reason_of(error)}. The push continues without it.")
 
     def _finish_current_push(self) -> None:
-        """At the end of `train`, on all ranks: saves what was learned, then waits for the push of the last save."""
+        """Saves the final model, then waits for the current push. `Trainer` calls it on all ranks after training."""
         if self.args.push_to_hub and HubStrategy(self.args.hub_strategy) is not HubStrategy.END:
             self.save_model(_internal_call=True)
         if hasattr(self, "_push"):
@@ -155,7 +155,7 @@ class Publishing(GRPOTrainer):
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
-        """Writes card, training curves and settings into `output_dir`; on the main process only."""
+        """Writes card, training curves and settings to `output_dir`. Runs on the main process only."""
         if not self.is_world_process_zero():
             return
         settings = describe(*self.other_settings, self.args)
@@ -163,13 +163,13 @@ class Publishing(GRPOTrainer):
             settings["dataset"] = dataset_name
         base = get_config_model_id(self.model.config)
         settings.setdefault("model_name_or_path", base)
-        told = (tags,) if isinstance(tags, str) else tuple(tags or ())
+        given = (tags,) if isinstance(tags, str) else tuple(tags or ())
         Card(
-            self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
-            settings,
-            self.state.log_history,
-            base,
-            is_peft_model(self.model),
-            self.evaluation,
-            (*told, *(getattr(self.model, "model_tags", None) or ())),
+            repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
+            settings=settings,
+            history=self.state.log_history,
+            base_model=base,
+            is_adapter=is_peft_model(self.model),
+            evaluation=self.evaluation,
+            extra_tags=(*given, *(getattr(self.model, "model_tags", None) or ())),
         ).write(Path(self.args.output_dir))

@@ -1,11 +1,11 @@
-"""What a run's folder says of itself: model card, training curves, and the settings that made it.
+"""Writes the documentation of a run into its folder: model card, training curves and settings.
 
     README.md              the card
     curves/*.png           reward, entropy, tool calls, tree shape over steps
-    training_config.yaml   what `train.py --config` takes to do the run again, less its defaults and anything secret
-    evaluation.md          the last evaluation, where there was one
+    training_config.yaml   settings to repeat the run with `train.py --config`, without defaults and secrets
+    evaluation.md          the last evaluation, if there was one
 
-All of it is made from the folder's own files, so a card can be made again for another repository, or after a merge.
+A card can be written again from the folder's files, for another repository or after a merge.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ VERSIONS = ("arpo-trl", "trl", "transformers", "peft", "torch", "datasets", "tok
 
 SHOWN_SETTINGS = {
     "num_generations": "leaves per prompt (M)",
-    "initial_rollouts": "of them from the root (N)",
-    "branch_rule": "what branches",
-    "branch_rule_kwargs": "options of that rule",
-    "entropy_probe_tokens": "tokens whose entropy is read (k)",
+    "initial_rollouts": "paths from the root (N)",
+    "branch_rule": "branch rule",
+    "branch_rule_kwargs": "options of the branch rule",
+    "entropy_probe_tokens": "tokens whose entropy is measured (k)",
     "branch_probability": "α",
     "entropy_weight": "β",
     "branch_threshold": "τ",
@@ -46,9 +46,9 @@ SHOWN_SETTINGS = {
     "advantage_attribution": "credit of shared tokens",
     "shared_prefix_weight": "weight of shared tokens",
     "tools": "tools",
-    "tool_protocol": "how tools are called",
-    "max_tool_calling_iterations": "tool results per path, at most",
-    "max_completion_length": "tokens per path, at most",
+    "tool_protocol": "tool protocol",
+    "max_tool_calling_iterations": "most tool results per path",
+    "max_completion_length": "most tokens per path",
     "temperature": "temperature",
     "loss_type": "loss",
     "beta": "weight of the KL term",
@@ -56,7 +56,7 @@ SHOWN_SETTINGS = {
     "lora_r": "LoRA rank",
     "lora_alpha": "LoRA α",
 }
-"""Setting → what the card calls it."""
+"""Setting → its label on the card."""
 
 PANELS = {
     "reward": ("Reward and accuracy", {
@@ -75,15 +75,19 @@ PANELS = {
         "arpo/tree/sharing_ratio": "leaf tokens per sampled token",
     }),
 }  # fmt: skip
-"""Picture → its title, and the logged values it draws with their names."""
+"""Picture → its title, and the logged metrics that it shows with their labels."""
 
 _SECRET_NAME = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Card:
-    """What a card is made of. `settings` are those of `training_config.yaml`, `history` is a trainer's log history."""
+    """The content of a model card. `settings` are those of `training_config.yaml`, `history` a trainer's log history.
+
+    Card(repo_id="me/policy", settings=describe(args), history=trainer.state.log_history,
+         base_model="Qwen/Qwen3-0.6B", is_adapter=False).write(Path("output"))
+    """
 
     repo_id: str
     settings: Mapping[str, Any]
@@ -95,9 +99,10 @@ class Card:
 
     @classmethod
     def of(cls, folder: Path, repo_id: str) -> Card | None:
-        """The card of a finished run's folder; None if it holds no `training_config.yaml`.
+        """Reads the card of a finished run from its folder; None if that has no `training_config.yaml`.
 
-        Raises `DataError` where one of its files is not what a run writes.
+        Raises:
+            DataError: A file of the folder is not what a run writes.
         """
         config, state = folder / CONFIG_NAME, folder / "trainer_state.json"
         if not config.is_file():
@@ -116,16 +121,16 @@ class Card:
             expect(said, {"log_history": [dict]}, str(state))
             history = said["log_history"]
         return cls(
-            repo_id,
-            settings,
-            history,
-            base,
-            adapter.is_file(),
-            read_text(evaluation) if evaluation.is_file() else None,
+            repo_id=repo_id,
+            settings=settings,
+            history=history,
+            base_model=base,
+            is_adapter=adapter.is_file(),
+            evaluation=read_text(evaluation) if evaluation.is_file() else None,
         )
 
     def write(self, folder: Path) -> None:
-        """Writes card, curves and settings into `folder`, each whole or not at all."""
+        """Writes card, curves and settings to `folder`, each file atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         drawn = draw_curves(self.history, folder / CURVES_FOLDER)
         write_whole(folder / CONFIG_NAME, self._settings_yaml())
@@ -134,7 +139,7 @@ class Card:
         write_whole(folder / "README.md", self.text(drawn))
 
     def text(self, curves: Iterable[str]) -> str:
-        """The card in Markdown; `curves` are the pictures there are."""
+        """The card in Markdown. `curves` are the names in `PANELS` of the existing pictures."""
         import jinja2
         from huggingface_hub import ModelCardData
 
@@ -182,10 +187,10 @@ class Card:
 
 
 def describe(*groups: Any) -> dict[str, Any]:
-    """The settings in these dataclasses that differ from their defaults, as YAML can have them, without secrets.
+    """The settings in these dataclasses that differ from their defaults, as YAML values without secrets.
 
-    A value whose name says that it is a secret is left out, so are arguments of MCP servers; of URLs user name,
-    password and query are.
+    Values whose names end in token, key, secret or password are left out, and so are the arguments of MCP servers.
+    User name, password and query are removed from URLs.
     """
     described: dict[str, Any] = {}
     for group in groups:
@@ -200,7 +205,7 @@ def describe(*groups: Any) -> dict[str, Any]:
 
 
 _DERIVED = {"generation_batch_size", "model_init_kwargs", "accelerator_config", "router_mapping", "hub_model_id"}
-"""Settings that the others make, or that belong to one repository or machine."""
+"""Settings that follow from other settings, or that belong to one repository or machine."""
 
 
 def _plain(value: Any) -> Any:
@@ -220,12 +225,12 @@ def _plain(value: Any) -> Any:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether that is the name of a repository rather than a path on this machine."""
+    """Whether `name` has the form of a repository id, and no such path exists on this machine."""
     return _HUB_ID.fullmatch(name) is not None and not Path(name).exists()
 
 
 def draw_curves(history: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
-    """The names in `PANELS` of the pictures that were drawn into `folder`: those with two points or more."""
+    """Draws the pictures in `PANELS` for which `history` has two or more points into `folder`; returns their names."""
     from matplotlib.figure import Figure
 
     drawn = []

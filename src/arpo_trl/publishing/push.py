@@ -1,12 +1,12 @@
-"""Pushing a run to the Hub: known to work before training, never able to harm it, and repeatable afterwards.
+"""Pushes a run to the Hub: access is checked before training, a failed push never ends it, and can be repeated later.
 
-    start   the repository is made, or found, and may be written to; else `ConfigError`
-    saves   with `hub_strategy` other than "end": a snapshot goes up in the background; a failure is a warning
-    end     model, card and the rest are on disk before anything is sent; a failure is a `HubError` with the command
-            that pushes later
+    start   creates or finds the repository and checks write access; otherwise `ConfigError`
+    saves   with `hub_strategy` other than "end": pushes a snapshot in the background; a failure is a warning
+    end     saves model, card and the rest to disk, then pushes; a failure is a `HubError` with the command that
+            pushes later
 
-What goes up is a snapshot: files of a finished save, held by hard links, so that neither training nor the rotation of
-checkpoints changes them on the way. Nothing goes up that contains the value of a secret from the environment.
+A push sends a snapshot: copies of, or hard links to, the files of a finished save. So neither training nor the
+rotation of checkpoints changes files during a push. A push fails if a file contains a secret of the environment.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from arpo_trl.visible import get_logger
 logger = get_logger(__name__)
 
 http: Any = getattr(hub_client, "httpx2", None) or hub_client.httpx
-"""What the Hub's client is made of, and raises the errors of: httpx2 from huggingface_hub 2.0 on, httpx before."""
+"""The HTTP library of the Hub's client: httpx2 from huggingface_hub 2.0 on, httpx before. It raises its errors."""
 ANSWER_TIMEOUT_S = 180.0
-"""Longest silence of the Hub; its client would wait for ever."""
+"""Timeout in seconds for each read from the Hub. Its client has none by default."""
 ATTEMPTS = 3
 _WAIT_S = 2.0
 _KEPT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".tiktoken", ".md", ".yaml", ".py"}
 _KEPT_FOLDERS = (CURVES_FOLDER, "additional_chat_templates", "runs")  # the last is TensorBoard's
-_DROPPED = {"training_args.bin"}  # a pickle that training_config.yaml says in words
+_DROPPED = {"training_args.bin"}  # a pickle; training_config.yaml has the same settings as text
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 _SHORTEST_SECRET = 8
@@ -57,27 +57,27 @@ _SHORTEST_SECRET = 8
 def prepare_repo(
     name: str, *, setting: str, private: bool | None = None, kind: str = "model", token: str | None = None
 ) -> str:
-    """The full id of the repository `name`, which exists from now on and may be written to.
+    """Creates the repository `name` if it does not exist, and checks write access. Returns its full id.
 
     Raises:
-        ConfigError: it does not; names `setting`, which asked for it.
+        ConfigError: It cannot be created or written to. Names `setting`, which requires it.
     """
     api = HfApi(token=token)
     try:
         repo_id: str = _retried(lambda: api.create_repo(name, repo_type=kind, private=private, exist_ok=True).repo_id)
-        # Creating one that exists passes without the right to write to it.
+        # `create_repo` succeeds for an existing repository even without write access.
         _retried(lambda: api.auth_check(repo_id, repo_type=kind, write=True))
         return repo_id
-    except Exception as error:  # whatever the client comes up with: the run must not start
+    except Exception as error:  # any error of the client: the run must not start
         raise ConfigError(
-            f"{setting} asks for the {kind} repository {name!r}, but {reason_of(error)}. Set HF_TOKEN to a token that "
-            f"may write there (or log in with `hf auth login`), set {setting} to a repository of yours, or train "
+            f"{setting} requires the {kind} repository {name!r}, but {reason_of(error)}. Set HF_TOKEN to a token with "
+            f"write access to it (or log in with `hf auth login`), set {setting} to a repository of yours, or train "
             "without pushing and run `arpo-trl push` afterwards."
         ) from None
 
 
 def _retried(ask: Callable[[], Any]) -> Any:
-    """What `ask` returns, tried again while it fails in a way that may pass."""
+    """Returns what `ask` returns. Retries after temporary errors."""
     _limit_silence()
     for attempt in stamina.retry_context(
         on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_initial=_WAIT_S, wait_max=30.0
@@ -88,18 +88,18 @@ def _retried(ask: Callable[[], Any]) -> Any:
 
 
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # how the client reports a file's upload
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # the client wraps errors of file uploads
         return _may_pass(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         return status in (408, 429) or status >= 500
-    # A gateway's page in place of an answer is no JSON.
+    # A gateway may answer with an HTML page instead of JSON.
     return isinstance(error, (http.TransportError, json.JSONDecodeError))
 
 
 @functools.cache
 def _limit_silence() -> None:
-    """Gives the Hub's client, which has no time limit of its own, one for silence: once, for the whole process."""
+    """Sets a timeout on the Hub's client, which has none by default: once, for the whole process."""
 
     def make() -> Any:
         client = hub_client.default_client_factory()
@@ -110,21 +110,21 @@ def _limit_silence() -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why the Hub did not do what it was asked; without its answer's text, which can quote what it was sent."""
+    """Why a request to the Hub failed. Leaves out the text of the response, which can quote what was sent."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return reason_of(error.__cause__)
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         meaning = {
             401: "the token is missing or not valid",
-            403: "the token may not write there",
-            404: "it does not exist, or this token does not see it",
+            403: "the token has no write access to it",
+            404: "it does not exist, or this token has no access to it",
         }
         return f"the Hub answered {status}" + (f": {meaning[status]}" if status in meaning else "")
     if isinstance(error, http.TransportError):
         return f"the Hub could not be reached ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError):
-        return "the Hub answered with something else than JSON"
+        return "the Hub's response was not JSON"
     text = str(error)
     for secret in _secrets().values():
         text = without(secret, text)
@@ -132,7 +132,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _secrets() -> dict[str, str]:
-    """What must be told to nobody, by the name of where it comes from."""
+    """The secrets of this process, by the name of their source."""
     found = {name: value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
     found["HF_TOKEN or `hf auth login`"] = get_token() or ""
     return {name: value for name, value in found.items() if len(value) >= _SHORTEST_SECRET}
@@ -142,16 +142,19 @@ def _secrets() -> dict[str, str]:
 
 
 class Snapshot:
-    """A folder in `run` with what a push sends: the model in `model`, and what `run` says of itself.
+    """A folder in `run` with the files to push: the model in `model`, and the run's card, curves and settings.
+
+        with Snapshot(run=Path("output"), model=Path("output/checkpoint-20")) as folder:
+            ...
 
     Args:
-        checkpoint: A checkpoint to send whole, and the folder in the repository it goes to.
+        checkpoint: A checkpoint to push with all its files, and its folder in the repository.
 
     Raises:
-        HubError: It cannot be written, for want of space say.
+        HubError: It cannot be written, for example because the disk is full.
     """
 
-    def __init__(self, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None) -> None:
+    def __init__(self, *, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None) -> None:
         self.run = run
         try:
             self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
@@ -159,13 +162,13 @@ class Snapshot:
         except OSError as error:
             for left in run.glob(".push-*"):
                 shutil.rmtree(left, ignore_errors=True)
-            raise HubError(f"There is no snapshot of {model} to push: {error}.") from error
+            raise HubError(f"The snapshot of {model} for a push could not be written: {error}.") from error
 
     def _fill(self, model: Path, checkpoint: tuple[Path, str] | None) -> None:
         run = self.run
         for source in dict.fromkeys((model, run)):
             for path in _top_files(source):
-                # A file of the run's own folder may be of another save than the model's, which came first.
+                # Files of the model's folder take precedence. Those of the run's folder may be from another save.
                 if not (self.folder / path.name).exists() and (source == model or path.suffix not in _WEIGHTS):
                     _take(path, self.folder / path.name)
         if (run / "README.md").is_file():  # the run's card, not the one that peft writes into checkpoints
@@ -201,7 +204,7 @@ def _take_tree(source: Path, target: Path) -> None:
 
 def _take(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix in _WEIGHTS:  # large, and never written to again; other files may be, so they are copied
+    if source.suffix in _WEIGHTS:  # large, and never changed again; other files may change, so they are copied
         try:
             os.link(source, target)
             return
@@ -211,10 +214,10 @@ def _take(source: Path, target: Path) -> None:
 
 
 def refuse_secrets(paths: Iterable[Path]) -> None:
-    """Returns if none of these files, weights aside, contains a secret: the Hub's token or one of the environment.
+    """Returns if none of these files contains the Hub's token or a secret of the environment. Skips weights.
 
     Raises:
-        HubError: one does; names the file and where the secret comes from.
+        HubError: A file does. Names the file and the source of the secret.
     """
     secrets = {name: value.encode() for name, value in _secrets().items()}
     for path in paths:
@@ -223,7 +226,7 @@ def refuse_secrets(paths: Iterable[Path]) -> None:
             if value in content:
                 raise HubError(
                     f"{path.name} contains the secret in {name}, so nothing was pushed. "
-                    "Remove it from the file, and find out how it got there."
+                    "Remove it from the file, and check how it got there."
                 )
 
 
@@ -233,10 +236,10 @@ def refuse_secrets(paths: Iterable[Path]) -> None:
 def push_snapshot(
     repo_id: str, snapshot: Snapshot, *, message: str, token: str | None = None, revision: str | None = None
 ) -> Any:
-    """The commit that has the snapshot, which is then removed.
+    """Pushes the snapshot, removes it, and returns the commit.
 
     Raises:
-        HubError: It could not be made; with what to do.
+        HubError: The push failed. The message gives the command to push later.
     """
     run = snapshot.run
     try:
@@ -249,18 +252,18 @@ def push_snapshot(
             )
     except ArpoError:
         raise
-    except Exception as error:  # whatever the client comes up with: the run is whole on disk all the same
+    except Exception as error:  # any error of the client; the run is complete on disk
         raise HubError(
-            f"Pushing to {repo_id} failed: {reason_of(error)}. The run is whole in {run}; push it later with: "
+            f"Pushing to {repo_id} failed: {reason_of(error)}. The run is complete in {run}; push it later with: "
             f"arpo-trl push {shlex.quote(str(run))} --repo {shlex.quote(repo_id)}"
         ) from None
 
 
 def push_trajectories(repo_id: str, run: Path, token: str | None = None) -> Any:
-    """The commit that has the run's logged trajectories as a dataset, one row per leaf; None where none were logged.
+    """Pushes the run's logged trajectories as a dataset with one row per leaf. Returns the commit; None without a log.
 
     Raises:
-        HubError: It could not be made; with what to do.
+        HubError: The push failed. The message gives the command to push later.
     """
     folder = run / "trajectories"
     logs = sorted(folder.glob("*-rank*.jsonl"))
@@ -294,22 +297,24 @@ def push_run(
     evaluation: str | None = None,
     private: bool | None = None,
 ) -> list[str]:
-    """The addresses of the commits that have a finished run's folder in `repo`, its trajectories in `trajectories`.
+    """Pushes the folder of a finished run to `repo` and its trajectories to `trajectories`; returns the commits' URLs.
 
     Args:
         evaluation: A Markdown table of results for the card.
 
     Raises:
-        DataError: there is nothing to push, or no card to put `evaluation` into.
-        ConfigError: neither repository is named, or one cannot be written to.
-        HubError: a push failed.
+        DataError: There is nothing to push, or no card for `evaluation`.
+        ConfigError: Neither repository is given, or one cannot be written to.
+        HubError: A push failed.
     """
     if repo is None and trajectories is None:
-        raise ConfigError("There is nowhere to push to. Give --repo, --trajectories or both.")
+        raise ConfigError("No repository is given to push to. Give --repo, --trajectories or both.")
     if repo is not None and not any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
-        raise DataError(f"{run} holds no model and no adapter. Give the output_dir of a run that has been saved.")
+        raise DataError(f"{run} contains no model and no adapter. Give the output_dir of a run that has been saved.")
     if trajectories is not None and not list((run / "trajectories").glob("*.jsonl")):
-        raise DataError(f"{run / 'trajectories'} holds no .jsonl file. Was trajectory_log_rate 0?")
+        raise DataError(
+            f"{run / 'trajectories'} contains no .jsonl file. Set trajectory_log_rate above 0 to log trajectories."
+        )
     urls = []
     if repo is not None:
         repo_id = prepare_repo(repo, setting="--repo", private=private)
@@ -317,8 +322,9 @@ def push_run(
         if card is not None:
             dataclasses.replace(card, evaluation=evaluation or card.evaluation).write(run)
         elif evaluation is not None:
-            raise DataError(f"{run} holds no training_config.yaml to make a card from. Leave out --evaluation.")
-        urls.append(str(push_snapshot(repo_id, Snapshot(run, run), message="Upload a run").commit_url))
+            raise DataError(f"{run} has no training_config.yaml to write a card from. Leave out --evaluation.")
+        snapshot = Snapshot(run=run, model=run)
+        urls.append(str(push_snapshot(repo_id, snapshot, message="Upload a run").commit_url))
     if trajectories is not None:
         repo_id = prepare_repo(trajectories, setting="--trajectories", private=private, kind="dataset")
         urls.append(str(push_trajectories(repo_id, run).commit_url))
@@ -326,7 +332,7 @@ def push_run(
 
 
 class BackgroundPush:
-    """One push at a time on a thread of its own, which ends with the process and whose failure is a warning."""
+    """Runs one push at a time on a daemon thread. A failure is logged as a warning."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -339,8 +345,8 @@ class BackgroundPush:
         def run() -> None:
             try:
                 push()
-            except Exception as error:  # training goes on
-                logger.warning(f"{error} Training goes on; the next save tries again.")
+            except Exception as error:  # a failed push must not end training
+                logger.warning(f"{error} Training continues; the next save tries again.")
 
         self.wait()
         self._thread = threading.Thread(target=run, name="arpo-push", daemon=True)

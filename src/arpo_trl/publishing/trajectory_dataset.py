@@ -1,4 +1,4 @@
-"""The trajectory log as a dataset: one flat row per leaf, as a table or the Hub's viewer shows it."""
+"""Converts the trajectory log to a dataset with one flat row per leaf, for tables and the Hub's viewer."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ TRAJECTORY_SCHEMA = pa.schema(
     }
 )
 SPLITS = {"train": "step-", "evaluation": "eval-"}
-"""Split of the dataset → how the names of its log files start."""
+"""Split of the dataset → prefix of the names of its log files."""
 
 
 def export_rows(logs: Sequence[Path], folder: Path) -> list[str]:
-    """The splits that the rows of these log files were written to, as `<split>.parquet` in the new `folder`.
+    """Writes the rows of these log files to `<split>.parquet` in the new `folder`; returns the names of the splits.
 
     Raises:
-        DataError: A log file is not one.
+        DataError: A file is not a trajectory log.
     """
     folder.mkdir(parents=True)
     splits = []
@@ -52,7 +52,7 @@ def export_rows(logs: Sequence[Path], folder: Path) -> list[str]:
 
 
 def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """One flat row per leaf of a log file, as a table or a dataset viewer shows it.
+    """Yields one flat row per leaf of a log file.
 
     Raises:
         DataError: A line is not a logged tree.
@@ -65,7 +65,7 @@ def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
         for number, (leaf, reward, advantage) in enumerate(
             zip(leaves, logged.rewards, logged.advantages, strict=True)
         ):
-            # Below the root come a turn, which nothing forks, and its result, from which branches go.
+            # Below the root come a turn, which never forks, and then its tool result, at which branches start.
             first = leaf.nodes[min(1, len(leaf.nodes) - 1)].index
             yield {
                 "step": logged.step,
@@ -88,7 +88,7 @@ def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def dataset_card(repo_id: str, splits: Sequence[str]) -> str:
-    """README.md of a dataset with these splits."""
+    """The README.md of a dataset with these splits."""
     files = "".join(f"\n  - split: {split}\n    path: data/{split}.parquet" for split in splits)
     return f"""---
 tags: [arpo-trl, agent, tool-use, trajectories]
@@ -99,9 +99,9 @@ configs:
 
 # Trajectories
 
-What a policy sampled while it was trained with Agentic Reinforced Policy Optimization (`arpo-trl`): one row per leaf
-of a tree. Rows with the same `rollout` and `group` answer one prompt and were compared with one another, which is
-what their `advantage` says. `shared_with` is how many of them, itself included, go through a row's first tool result.
+Trajectories that a policy sampled during training with Agentic Reinforced Policy Optimization (`arpo-trl`): one row
+per leaf of a tree. Rows with the same `rollout` and `group` answer the same prompt, and `advantage` compares them with
+one another. `shared_with` counts the rows of the group, this one included, that share this row's first tool result.
 
 ```python
 from datasets import load_dataset

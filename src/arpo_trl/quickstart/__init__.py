@@ -1,1 +1,1 @@
-"""A task small enough to be learned on a laptop: facts to search, questions about them, a policy built on the spot."""
+"""A task that a small model learns on a laptop: facts to search, questions about them, and a model built locally."""

@@ -1,6 +1,6 @@
-"""`python -m arpo_trl.quickstart`: build, cold-start and train a small tool-using model, then say how it went.
+"""`python -m arpo_trl.quickstart`: build, cold-start and train a small tool-using model, then report the results.
 
-Stage 1 is `sft.py`, stage 2 `train.py`, with the same configurations a user would start from.
+Stage 1 runs `sft.py` and stage 2 runs `train.py`, with the configurations of configs/ that users start from.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
 
 N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
-"""Questions to train on, to measure before and after, and of those to watch while training."""
+"""Numbers of questions: for training, for the accuracy before and after, and the part of those for evaluation during
+training."""
 N_DEMONSTRATIONS, SFT_BATCH = 15_360, 16
 TOP_K = 2
 MAX_COMPLETION_LENGTH = 208
@@ -47,7 +48,7 @@ ACCELERATE_CONFIG = Path("accelerate_configs/single.yaml")
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """Writes what both stages read: the corpus, the questions, the demonstrations and an untrained model."""
+    """Write the input of both stages: the corpus, the questions, the demonstrations and an untrained model."""
     folder.mkdir(parents=True, exist_ok=True)
     corpus = passages()
     train, heldout = make_tasks(seed, N_TRAIN, N_HELDOUT)
@@ -62,9 +63,10 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """The rows so that each `SFT_BATCH` in a row are about as long as one another: a quarter less padding.
+    """Return the rows, reordered so that each batch of `SFT_BATCH` has similar lengths: a quarter less padding.
 
-    Batches stay in random order, unlike with transformers' `group_by_length`, under which this model learns much less.
+    The batches stay in random order. With transformers' `group_by_length` they do not, and this model learns much
+    less.
     """
     size, window, rng = SFT_BATCH, 50 * SFT_BATCH, random.Random(seed)
     batches = []
@@ -76,7 +78,7 @@ def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[st
 
 
 def measure(model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu") -> HeldOut:
-    """The model on the held-out questions, once each."""
+    """Sample one answer of the model to each held-out question."""
     arguments = ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=TOP_K)
     rows = [json.loads(line) for line in (data / "heldout.jsonl").read_text("utf-8").splitlines()]
     with ToolBox(build_tools(arguments), cache=True) as toolbox:
@@ -93,13 +95,13 @@ def measure(model: Path, data: Path, seed: int, *, temperature: float, device: t
 
 
 def launch(script: str, config: Path, *flags: str) -> float:
-    """Runs a training script as a user would, `accelerate launch`; returns its seconds.
+    """Run a training script with `accelerate launch`, as a user does. Return the seconds it took.
 
     Raises:
-        SystemExit: It failed; its own message stands above.
+        SystemExit: The script failed. It has printed its own error.
     """
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
-    # accelerate gives a process one thread unless told otherwise; beyond four this model gains nothing.
+    # By default accelerate gives a process one thread. This model does not get faster with more than four.
     environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
     start = time.perf_counter()
     command += [script, "--config", str(config), *flags]
@@ -114,16 +116,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m arpo_trl.quickstart", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
-    parser.add_argument("--config", type=Path, default=RL_CONFIG, help=f"of stage 2 (default: {RL_CONFIG})")
+    parser.add_argument("--config", type=Path, default=RL_CONFIG, help=f"file of stage 2 (default: {RL_CONFIG})")
     arguments = parser.parse_args()
     for needed in (Path("train.py"), Path("sft.py"), SFT_CONFIG, arguments.config, ACCELERATE_CONFIG):
         if not needed.exists():
-            raise ConfigError(f"{needed} is not here. Run the quickstart in a checkout of arpo-trl.")
+            raise ConfigError(f"{needed} does not exist. Run the quickstart in the root of a checkout of arpo-trl.")
     transformers_logging.disable_progress_bar()
     console = Console()
     output, seed = arguments.output, arguments.seed
     data, sft, rl = output / "data", output / "sft", output / "rl"
-    shutil.rmtree(rl, ignore_errors=True)  # an earlier run's trees and curves are not this one's
+    shutil.rmtree(rl, ignore_errors=True)  # an earlier run's logs must not mix with this run's
 
     console.rule("[bold]Stage 1: cold start on noisy demonstrations")
     prepare(data, seed)
@@ -178,14 +180,14 @@ def main() -> None:
 
 
 def _tree_to_show(folder: Path) -> LoggedTree | None:
-    """The last logged tree that branched and whose leaves fared differently, or the next best."""
+    """Return the last logged tree that branched and has different rewards, or the best match; None without trees."""
     trees = [tree for file in sorted(folder.glob("step-*.jsonl"), reverse=True) for tree in read_trees(file)]
 
-    def telling(tree: LoggedTree) -> tuple[bool, bool]:
+    def interest(tree: LoggedTree) -> tuple[bool, bool]:
         branched = any(node.decision and node.decision.granted for node in tree.tree.observations())
         return branched, len(set(tree.rewards)) > 1
 
-    return max(trees, key=telling, default=None)
+    return max(trees, key=interest, default=None)
 
 
 def _write_lines(path: Path, rows: Iterable[str | Mapping[str, Any]]) -> None:

@@ -1,8 +1,8 @@
 """The passages that the quickstart searches: public facts about elements, mountains and countries, one per sentence.
 
-Every entity has two passages of equal standing, the property that questions ask for and another one. A search for the
-entity finds both, in either order, so a policy has to read them. Some values stand in another unit, and an alias finds
-only a pointer to the name to search for next:
+Every entity has two similar passages: one with the property that questions ask for, and one with another property. A
+search for the entity finds both, in either order, so a policy must read them. Some values are in another unit, and a
+search for an alias finds only the name to search for next:
 
     Tin melts at 505 K.      Tin boils at 2602 °C.      Stannum is only another name; look under Tin.
 
@@ -193,7 +193,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "Sagarmatha": "Everest",
         "Tahoma": "Rainier",
         "Wyeast": "Hood",
-        # former, poetic and own names of countries
+        # former, poetic and native names of countries
         "Burma": "Myanmar",
         "Dahomey": "Benin",
         "Hellas": "Greece",
@@ -209,16 +209,16 @@ ALIASES: Mapping[str, str] = MappingProxyType(
         "Tanganyika": "Tanzania",
     }
 )
-"""Other name → the title that its facts stand under."""
+"""Alias → the title of the passages with its facts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number as a passage states it, in a unit that may not be the one asked for.
+    """A number in a passage. Its unit may differ from the unit that questions ask for.
 
     Attributes:
-        digits: As written, `505` or `2.38`.
-        unit: What follows them, with the space before it: ` °C`, ` K`, ` m`, ` ft`, ` thousand km²`, ` million km²` or
+        digits: The digits as written, `505` or `2.38`.
+        unit: The text after them, with its leading space: ` °C`, ` K`, ` m`, ` ft`, ` thousand km²`, ` million km²` or
             ` million`; empty for a year.
     """
 
@@ -230,28 +230,28 @@ class Quantity:
 
     @property
     def number(self) -> float:
-        """The value as it stands, whatever the unit."""
+        """The value without conversion."""
         return float(self.digits) if "." in self.digits else int(self.digits)
 
     @property
     def needs_conversion(self) -> bool:
-        """Whether the unit is another than the one that questions ask for."""
+        """Whether the unit differs from the unit that questions ask for."""
         return self.unit in _CONVERSIONS
 
     @property
     def expression(self) -> str:
-        """Python for this quantity in the unit that questions ask for: `(505-273)`, `12388*0.3048`, `2.38*1000`."""
+        """A Python expression of the value in the unit that questions ask for: `(505-273)`, `12388*0.3048`."""
         return _CONVERSIONS[self.unit][0].format(self.digits) if self.needs_conversion else self.digits
 
     @property
     def converted(self) -> float:
-        """The value of `expression`, computed the same way."""
+        """The value of `expression`, with the same arithmetic."""
         return _CONVERSIONS[self.unit][1](self.number) if self.needs_conversion else self.number
 
 
 _CONVERSIONS: Mapping[str, tuple[str, Callable[[float], float]]] = MappingProxyType(
     {
-        " K": ("({}-273)", lambda kelvin: kelvin - 273),  # as precise as the passages, which give whole degrees
+        " K": ("({}-273)", lambda kelvin: kelvin - 273),  # precise enough: the passages have whole degrees
         " ft": ("{}*0.3048", lambda feet: feet * 0.3048),
         " million km²": ("{}*1000", lambda millions: millions * 1000),
     }
@@ -260,15 +260,15 @@ _CONVERSIONS: Mapping[str, tuple[str, Callable[[float], float]]] = MappingProxyT
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One kind of entity: what questions ask about it and how its passages are worded.
+    """One kind of entity, with the property that questions ask for and the sentences of its passages.
 
     Attributes:
         asked: The property that questions ask for.
-        unit: The unit that they ask for.
-        asked_sentence: A passage with that property, to be filled with a title and a quantity.
-        other_sentence: The same with the property that is never asked for.
-        asked_quantities: Title → quantity of the one.
-        other_quantities: Title → quantity of the other.
+        unit: The unit that questions ask for.
+        asked_sentence: The format string of a passage with that property; takes a title and a quantity.
+        other_sentence: The same for the property that no question asks for.
+        asked_quantities: Title → quantity of the asked property.
+        other_quantities: Title → quantity of the other property.
     """
 
     asked: str
@@ -341,7 +341,7 @@ TOPICS = _make_topics()
 
 
 def passages() -> list[str]:
-    """All passages, in a fixed order that says nothing about which of an entity's two is asked for."""
+    """Return all passages in a fixed shuffled order, which does not reveal which of an entity's two is asked for."""
     texts = [f"{alias} is only another name; look under {title}." for alias, title in ALIASES.items()]
     for topic in TOPICS:
         for title in topic.titles:

@@ -1,7 +1,7 @@
-"""Noisy demonstrations: what a scripted policy writes that knows the task and makes mistakes at known rates.
+"""Noisy demonstrations from a scripted policy that solves the task and makes mistakes at known rates.
 
-A policy cold-started on them knows the format and starts reinforcement learning where it is worth most: often enough
-right to be rewarded, often enough wrong to have something to learn, and uncertain mostly right after a search.
+A model cold-started on them knows the format and is a good start for reinforcement learning. It is right often enough
+to be rewarded, wrong often enough to improve, and most uncertain right after a search.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _ASKED_VERBS = {topic.asked: topic.asked_sentence.split()[1] for topic in TOPICS
 _NOTHING = Quantity("0", "")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseRates:
-    """How often the scripted policy makes each mistake, as probabilities per occasion.
+    """Probabilities of the scripted policy's mistakes.
 
     Attributes:
-        wrong_snippet: Of an entity's two values takes the one not asked for; per entity.
-        skip_second_query: Does not follow a pointer and goes on with a number from another page; per alias.
-        forget_unit: Leaves a value in the unit it was found in; per value in another unit.
-        wrong_operation: Adds instead of subtracting, or the other way round.
+        wrong_snippet: Takes the wrong one of an entity's two values; per entity.
+        skip_second_query: Does not follow an alias to its name and uses a number from another page; per alias.
+        forget_unit: Does not convert a value; per value in another unit.
+        wrong_operation: Adds instead of subtracting, or subtracts instead of adding; per question.
         answer_directly: Answers with the value just read, without python; per entity.
-        give_up: Goes on with nothing instead of calling again; per failed call.
+        give_up: Continues without a result instead of a retry; per failed call.
     """
 
     wrong_snippet: float = 0.22
@@ -42,23 +42,30 @@ class NoiseRates:
     give_up: float = 0.05
 
 
-NO_NOISE = NoiseRates(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+NO_NOISE = NoiseRates(
+    wrong_snippet=0.0,
+    skip_second_query=0.0,
+    forget_unit=0.0,
+    wrong_operation=0.0,
+    answer_directly=0.0,
+    give_up=0.0,
+)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failures:
-    """Calls that fail, after which the scripted policy calls the same again.
+    """Failing calls. The scripted policy retries them.
 
     Attributes:
-        rate: Probability that a call fails, a repeated one too; less than 1.
-        texts: By tool, what a policy may read in the place of a result, each as likely as another.
+        rate: Probability that a call fails, also for a retry; less than 1.
+        texts: For each tool, the error texts that replace a result, all with equal probability.
     """
 
     rate: float
     texts: Mapping[str, Sequence[str]]
 
 
-NO_FAILURES = Failures(0.0, {})
+NO_FAILURES = Failures(rate=0.0, texts={})
 
 
 def make_demonstrations(
@@ -69,15 +76,15 @@ def make_demonstrations(
     noise: NoiseRates = NoiseRates(),
     failures: Failures = NO_FAILURES,
 ) -> list[dict[str, Any]]:
-    """`n` rows {messages}, going through `tasks` in order as often as needed, with fresh mistakes each time.
+    """Return `n` demonstrations, rows {messages}. They cycle through `tasks` in order, with new mistakes each time.
 
     Args:
         tasks: Rows of `make_tasks`.
-        search: The tool as the policy will have it, so that its real results stand in the demonstrations.
-        seed: Same seed, same demonstrations.
+        search: The search tool of the policy, so that the demonstrations contain its real results.
+        seed: The same seed gives the same demonstrations.
         n: Number of rows.
-        noise: How often each mistake is made; `NO_NOISE` solves every task.
-        failures: How often a call fails, and with which texts.
+        noise: Probability of each mistake; `NO_NOISE` solves every task.
+        failures: Probability that a call fails, and the error texts.
     """
     rng = random.Random(seed)
     rows = []
@@ -89,7 +96,7 @@ def make_demonstrations(
 
 
 class _Trajectory:
-    """The messages of one demonstration as it is being written."""
+    """Builds the messages of one demonstration."""
 
     def __init__(
         self,
@@ -106,20 +113,20 @@ class _Trajectory:
         self._failures = failures
 
     def search(self, query: str) -> str | None:
-        """What the search found, None if it failed and the policy gave up."""
+        """Return the search result; None if the call failed and the policy gave up."""
         result = self._search(query)
         return result if self._call("search", query, result) else None
 
     def python(self, code: str, output: str) -> bool:
-        """Whether the output came, which else the policy gave up to see."""
+        """Return whether python gave its output; False if the call failed and the policy gave up."""
         return self._call("python", code, output)
 
     def answer(self, value: str) -> None:
         self.messages.append({"role": "assistant", "content": f"<answer>\\boxed{{{value}}}</answer>"})
 
     def _call(self, tool: str, argument: str, result: str) -> bool:
-        """Whether the result came: a failed call is made again until it does or the policy gives up."""
-        # Without failures nothing is drawn for them, so that they change no other draw.
+        """Write a call and retry it while it fails. Return False if the policy gave up."""
+        # At a rate of 0 no random number is drawn, so that all other draws stay the same.
         while self._failures.rate and self._rng.random() < self._failures.rate:
             self._write(tool, argument, self._rng.choice(self._failures.texts[tool]))
             if self._rng.random() < self._noise.give_up:
@@ -151,7 +158,7 @@ def _demonstrate(trajectory: _Trajectory, rng: random.Random, noise: NoiseRates)
 def _look_up(
     trajectory: _Trajectory, question: Question, name: str, rng: random.Random, noise: NoiseRates
 ) -> tuple[Quantity | None, list[Quantity]]:
-    """The value taken for `name`, None where none was found, and the values left on its pages."""
+    """Return the value chosen for `name`, or None if none was found, and the other values on its pages."""
     result = trajectory.search(f"{question.asked} of {name}")
     if result is None:
         return None, []
@@ -159,7 +166,7 @@ def _look_up(
     pointer = next((match.group(1) for page in pages if (match := _POINTER.search(page))), None)
     if pointer is not None:
         if rng.random() < noise.skip_second_query:
-            return None, []  # a pointer has no number
+            return None, []  # the page of an alias has no number
         name = pointer
         result = trajectory.search(f"{question.asked} of {name}")
         if result is None:
@@ -178,7 +185,7 @@ def _pages_about(name: str, result: str) -> list[str]:
 
 
 def _pages(result: str) -> list[str]:
-    """The texts behind "Page 1: ", "Page 2: " …"""
+    """Return the texts after "Page 1: ", "Page 2: " …"""
     return [line.partition(": ")[2] for line in result.split("\n")]
 
 
@@ -189,7 +196,7 @@ def _quantities(pages: Sequence[str]) -> list[Quantity]:
 def _compute(
     question: Question, first: Quantity, second: Quantity, rng: random.Random, noise: NoiseRates
 ) -> tuple[str, str]:
-    """The python expression and what printing it gives."""
+    """Return the Python expression and its printed value."""
     operation = question.operation
     if rng.random() < noise.wrong_operation:
         operation = "plus" if operation == "minus" else "minus"

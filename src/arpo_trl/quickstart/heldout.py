@@ -1,4 +1,4 @@
-"""The quickstart's measurement: a model's answers to held-out questions, with every token's entropy."""
+"""The quickstart's measurement: a model's answers to held-out questions, with the entropy of every token."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
 
-BENCHMARK = Benchmark("evaluate", "Held-out questions", None, None)
+BENCHMARK = Benchmark(name="evaluate", title="Held-out questions", suite=None, scorer=None)
 """The name is part of the seed: another name would change the answers, and the numbers in docs/results.md."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """For each question, in order: the tree, which is a single path, and its record as `Evaluator` makes it."""
+    """One tree, which is a single path, and one record of `Evaluator` for each question, in the questions' order."""
 
     trees: list[RolloutTree]
     records: list[Record]
 
     @property
     def accuracy(self) -> float:
-        """Mean over the questions, in [0, 1]: equal in mathematics, else token F1; 0 for an answer in a bad format."""
+        """The mean over the questions in [0, 1]: mathematical equality or token F1, and 0 for a bad format."""
         return sum(map(_accuracy, self.records)) / len(self.records)
 
 
@@ -48,13 +48,15 @@ def answer_heldout(
     max_tool_calls: int,
     seed: int = 0,
 ) -> HeldOut:
-    """One answer to each of `rows` {prompt, answer, task, id}; temperature 0 is greedy. Repeats bit for bit.
+    """Sample one answer to each of `rows` {prompt, answer, task, id}. Deterministic, bit for bit.
+
+    A temperature of 0 is greedy decoding.
 
     Raises:
         EngineError: A question got no answer.
     """
     protocol = TagProtocol(tokenizer, toolbox.specs)
-    settings = SamplingParams(protocol.eos_ids, protocol.stop_strings, temperature=temperature)
+    settings = SamplingParams(eos_ids=protocol.eos_ids, stop_strings=protocol.stop_strings, temperature=temperature)
     sampler = build_sampler(
         build_engine(LocalModel(model=model), tokenizer, settings),
         toolbox,
@@ -67,7 +69,7 @@ def answer_heldout(
     evaluator = Evaluator(
         sampler, samples=1, seed=seed, concurrency=len(rows), entropy_probe_tokens=max_completion_length
     )
-    questions = Questions(BENCHMARK, [{"level": None, **row} for row in rows], [])
+    questions = Questions(benchmark=BENCHMARK, rows=[{"level": None, **row} for row in rows], bad=[])
     trees: list[RolloutTree] = []
     records: list[Record] = []
     for finished in sorted(evaluator.outcomes(questions, evaluator.keys(questions)), key=lambda finished: finished.id):
@@ -76,7 +78,7 @@ def answer_heldout(
             raise EngineError(f"Held-out question {finished.id} got no answer: {record['error']}")
         trees.append(finished.tree)
         records.append(record)
-    return HeldOut(trees, records)
+    return HeldOut(trees=trees, records=records)
 
 
 def _accuracy(record: Record) -> float:

@@ -1,8 +1,8 @@
-"""A tokenizer and a Qwen3-architecture model of about 0.6 million parameters, built on the spot.
+"""A tokenizer and a model of the Qwen3 architecture with about 0.6 million parameters, built locally.
 
-The weights are random, except that a few attention heads are set to copy. What a policy has to learn here is mostly to
-copy names and numbers to the right place, and a model that must first discover how attention copies at all ("induction
-heads", Olsson et al. 2022) needs several times the demonstrations. What to copy, and where to, is left to be learned.
+The weights are random, except for a few attention heads that are initialized to copy. In this task a policy mostly
+learns to copy names and numbers to the right place. A model that must first learn to copy with attention ("induction
+heads", Olsson et al. 2022) needs several times the demonstrations. Training still has to teach what to copy and where.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML without the newline between messages: every token of a prompt costs time."""
+"""ChatML without the newline between messages, to save prompt tokens."""
 
 MAX_LENGTH = 4096
 
-# Words with the space before them, digits one by one (numbers are copied digit by digit), runs of punctuation, white
-# space.
+# Words with their leading space, single digits (numbers are copied digit by digit), runs of punctuation, white space.
 _PIECES = r" ?[\p{L}°²]+|\p{N}| ?[^\s\p{L}\p{N}°²]+|\s+"
 
 _HIDDEN = 128
@@ -46,7 +45,7 @@ _HEAD_DIM = 32
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts` that can encode any text.
 
-    Tool and protocol tags are special tokens of their own; EOS is `<|im_end|>` and the padding token another one.
+    Each tool tag and protocol tag is one special token. EOS is `<|im_end|>`; the padding token differs from it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -75,7 +74,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
 
 
 def quickstart_texts() -> list[str]:
-    """What the quickstart's tokenizer is trained on; names are repeated so that nearly all become one token."""
+    """Return the training texts of the quickstart's tokenizer. Names repeat, so that almost all become one token."""
     names = [*(title for topic in TOPICS for title in topic.titles), *ALIASES]
     questions, _ = make_tasks(seed=0, n_train=400, n_heldout=0)
     return [
@@ -113,33 +112,33 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
 
 
 def save_cold_start_base(directory: str | Path, seed: int = 0) -> None:
-    """Writes the quickstart's tokenizer and its untrained model to `directory`, ready for `sft.py`."""
+    """Save the quickstart's tokenizer and its untrained model to `directory`, ready for `sft.py`."""
     tokenizer = build_tokenizer(quickstart_texts())
     tokenizer.save_pretrained(directory)
     build_model(tokenizer, seed).save_pretrained(directory)
 
 
-# How the 128 channels of the residual stream are shared out at the start:
+# The initial use of the 128 channels of the residual stream:
 #
 #     0 ……… 63 | 64 …… 83      | 84 …… 103     | 104 … 126 | 127
-#     token    | token before  | the one before| free      | constant
+#     token    | previous token| the one before| free      | constant
 #
-# Layer 0 fills the two middle parts, by heads that look one and two positions back. Layer 1 then finds where the last
-# one or two tokens occurred earlier, one position on, and adds the token found there to the prediction.
+# Layer 0 fills the two middle parts with heads that attend one and two positions back. Layer 1 attends to the position
+# after an earlier occurrence of the last one or two tokens, and adds the token there to the prediction.
 _TOKEN_BEFORE, _TWO_BEFORE, _CODE_WIDTH = 64, 84, 20
 _CONSTANT = 127
 _EMBEDDING_STD = 0.05
-_WRITE = 0.12  # twice an embedding's entries, to stand out from what other weights write
-_JITTER = 0.01  # keeps wired weights from being exactly equal or zero, which would tie their gradients
+_WRITE = 0.12  # about twice an embedding's entries, to dominate the output of the random weights
+_JITTER = 0.01  # noise, because weights that are exactly equal or zero would get tied gradients
 _POSITION_SHARPNESS, _CONTENT_SHARPNESS = 6.0, 6.0
 _FAST_PAIRS = (1.0, 0.8, 0.6, 0.4)
-"""Weights of the fastest rotary pairs: they tell neighbouring positions apart."""
+"""Weights of the rotary pairs with the highest frequencies, which distinguish neighbouring positions."""
 _SLOW_PAIRS = range(6, 16)
-"""Rotary pairs that hardly turn within a trajectory: there, only content counts."""
+"""Rotary pairs that barely rotate within a trajectory, so that they compare only content."""
 
 
 def _wire_copying(model: Qwen3ForCausalLM) -> None:
-    """Sets two heads of layer 0 and three of layer 1 so that, together, they copy."""
+    """Initialize two heads of layer 0 and three heads of layer 1 so that together they copy."""
     embedding = model.model.embed_tokens.weight
     nn.init.normal_(embedding, std=_EMBEDDING_STD)
     embedding[:, _TOKEN_BEFORE : _TWO_BEFORE + _CODE_WIDTH] = 0.0
@@ -150,7 +149,7 @@ def _wire_copying(model: Qwen3ForCausalLM) -> None:
     for head, (offset, part) in enumerate(((1, _TOKEN_BEFORE), (2, _TWO_BEFORE))):
         query, key, value, output = _head(first, head)
         for pair, weight in enumerate(_FAST_PAIRS):
-            # A key turned ahead by `offset` positions fits best the query that comes `offset` later.
+            # A key rotated by `offset` positions matches best the query `offset` positions later.
             angle = offset * inverse_frequencies[pair]
             query[pair, _CONSTANT] = weight
             key[pair, _CONSTANT] = weight * math.cos(angle)
@@ -162,8 +161,8 @@ def _wire_copying(model: Qwen3ForCausalLM) -> None:
 
     content = [*_SLOW_PAIRS, *(pair + _HEAD_DIM // 2 for pair in _SLOW_PAIRS)]
     half = _CODE_WIDTH // 2
-    # Channels to compare as (of the query, of the key): the current token with the one before the key; in the other
-    # heads also the token before with the one two before the key.
+    # The channels to compare, (query channel, key channel). One head compares the query's token with the token before
+    # the key. The others also compare the token before the query with the token two before the key.
     one_token = [(i, _TOKEN_BEFORE + i) for i in range(_CODE_WIDTH)]
     two_tokens = one_token[:half] + [(_TOKEN_BEFORE + i, _TWO_BEFORE + i) for i in range(half)]
     for head, (matches, copied) in enumerate(((one_token, 0), (two_tokens, _HEAD_DIM), (two_tokens, 0))):
@@ -182,7 +181,7 @@ def _wire_copying(model: Qwen3ForCausalLM) -> None:
 
 
 def _head(attention: Qwen3Attention, head: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of one head's query, key, value (head_dim, hidden) and output (hidden, head_dim) weights, set to zero."""
+    """Zero one head's weights and return views: query, key, value (head_dim, hidden) and output (hidden, head_dim)."""
     rows = slice(head * _HEAD_DIM, (head + 1) * _HEAD_DIM)
     views = (
         attention.q_proj.weight[rows],

@@ -1,4 +1,4 @@
-"""What the quickstart shows at its end: numbers, a table and a picture."""
+"""The quickstart's final report: numbers, a table and a plot."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.tree import RolloutTree
 
 PROBE = 8
-"""Tokens after a tool result that count as "right after" it."""
+"""The number of tokens after a tool result that count as "right after" it."""
 AVERAGED = 5
-"""Steps at either end of a run whose mean reward is its first and last."""
+"""The number of steps whose mean reward is reported as the first and the last reward of a run."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyPlaces:
-    """Mean entropy of a token, in nats: the first `PROBE` of a turn after a tool's result, and all others."""
+    """Mean entropy of a token in nats, for the first `PROBE` tokens after a tool result and for all other tokens."""
 
     after_search: float
     after_python: float
@@ -35,7 +35,7 @@ class EntropyPlaces:
 
 
 def entropy_places(trees: Iterable[RolloutTree]) -> EntropyPlaces:
-    """Where a model was uncertain when it wrote trees that hold every token's entropy."""
+    """Return the mean entropies of trees that hold the entropy of every token."""
     found: dict[str, list[float]] = {"search": [], "python": [], "elsewhere": []}
     for tree in trees:
         for turn in tree.turns():
@@ -43,11 +43,13 @@ def entropy_places(trees: Iterable[RolloutTree]) -> EntropyPlaces:
             after = tree.nodes[turn.parent].tool or "elsewhere"
             found.setdefault(after, []).extend(turn.entropies[:PROBE])
             found["elsewhere"].extend(turn.entropies[PROBE:])
-    return EntropyPlaces(mean(found["search"]), mean(found["python"]), mean(found["elsewhere"]))
+    return EntropyPlaces(
+        after_search=mean(found["search"]), after_python=mean(found["python"]), elsewhere=mean(found["elsewhere"])
+    )
 
 
 def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Totals and means over the training steps of a trainer's log history."""
+    """Return totals and means over the training steps of a trainer's log history."""
     steps = [row for row in history if "reward" in row]
     groups = [row["arpo/tree/groups"] for row in steps]
 
@@ -77,7 +79,7 @@ def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def summary_table(summary: Mapping[str, Any]) -> Table:
-    """The numbers a reader looks for first."""
+    """Return the table of the main numbers."""
     table = Table(show_header=True, header_style="bold")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -105,7 +107,7 @@ def draw(
     after: EntropyPlaces,
     path: Path,
 ) -> None:
-    """Writes the picture: reward and accuracy over steps, entropy around tool results, tool calls, tree shape."""
+    """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape."""
     from matplotlib.figure import Figure
 
     steps = [row for row in history if "reward" in row]

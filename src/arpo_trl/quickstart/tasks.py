@@ -1,7 +1,7 @@
 """Questions that need two or more searches and python: "height of Denali plus that of Hood in m?"
 
-Each names two entities of one topic, now and then one of them by an alias. Training and held-out questions share no
-unordered pair of entities, so a held-out answer cannot be remembered.
+Each question names two entities of one topic. If an entity has aliases, the question often uses one of them. Training
+and held-out questions share no unordered pair of entities, so a model cannot memorize a held-out answer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _QUESTION = re.compile(r"(.+) of (.+) (plus|minus) that of (.+) in (.+)\?")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question's parts. `first` and `second` are names as asked, which may be aliases."""
+    """The parts of a question. `first` and `second` are the names in the question, which may be aliases."""
 
     asked: str
     first: str
@@ -34,7 +34,11 @@ class Question:
 
 
 def parse_question(text: str) -> Question:
-    """The parts of a question of this module; `ValueError` for any other text."""
+    """Return the parts of a question of this module.
+
+    Raises:
+        ValueError: The text is not such a question.
+    """
     match = _QUESTION.fullmatch(text)
     if match is None:
         raise ValueError(f"Not a quickstart question: {text!r}. Expected the form {_QUESTION.pattern!r}.")
@@ -43,17 +47,17 @@ def parse_question(text: str) -> Question:
 
 
 def make_tasks(seed: int, n_train: int, n_heldout: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out rows {prompt, answer, task, id}, the same for the same arguments.
+    """Return training and held-out rows {prompt, answer, task, id}. The same arguments give the same rows.
 
     Raises:
-        ConfigError: More questions asked for than there are pairs of entities.
+        ConfigError: There are fewer pairs of entities than requested questions.
     """
     rng = random.Random(seed)
     pairs = [(topic, *pair) for topic in TOPICS for pair in itertools.combinations(topic.titles, 2)]
     if n_train + n_heldout > len(pairs):
         raise ConfigError(
-            f"n_train ({n_train}) + n_heldout ({n_heldout}) is more than the {len(pairs)} pairs of entities that the "
-            "corpus has. Ask for fewer questions."
+            f"n_train ({n_train}) + n_heldout ({n_heldout}) is more than the {len(pairs)} pairs of entities in the "
+            "corpus. Request fewer questions."
         )
     rng.shuffle(pairs)
     rows = [_make_row(rng, *pair) for pair in pairs[: n_train + n_heldout]]
@@ -67,7 +71,7 @@ def make_tasks(seed: int, n_train: int, n_heldout: int) -> tuple[list[dict[str, 
 def _make_row(rng: random.Random, topic: Topic, first: str, second: str) -> dict[str, Any]:
     operation = rng.choice(("plus", "minus"))
     values = topic.asked_quantities
-    # The larger value comes first, so that a difference is never negative.
+    # The larger value comes first, so that no difference is negative.
     if values[first].converted < values[second].converted:
         first, second = second, first
     sign = 1 if operation == "plus" else -1

@@ -1,4 +1,4 @@
-"""Rewards: how right an answer is, and what a path earns for it."""
+"""Rewards: scores of answers, and the reward of a path."""
 
 from __future__ import annotations
 

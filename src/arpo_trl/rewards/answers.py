@@ -1,6 +1,7 @@
-"""What a model's final answer is, and how right it is.
+"""The final answer of a model and its accuracy.
 
-`extract_answer` finds it, `math_equal` and `token_f1` compare it, `task_accuracy` picks the comparison by the task.
+`extract_answer` finds the answer, `math_equal` and `token_f1` compare it, and `task_accuracy` chooses the comparison
+by the task.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MATH, QA = "math", "qa"
 TASKS = (MATH, QA)
 
 MAX_MATH_CHARS = 512
-"""A longer expression equals nothing but itself. The longest mathematical gold of the published rows has 83."""
+"""A longer expression equals only the same text. The longest mathematical gold of the published rows has 83."""
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips escaped braces
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -27,16 +28,16 @@ _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def extract_answer(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` inside the last `<answer>…</answer>`, stripped; None when there is none.
+    r"""Return the content of the last `\boxed{…}` in the last `<answer>…</answer>`, stripped; None if there is none.
 
-    Braces are balanced, escaped ones (`\{`) are text, and a box that never closes is no box. `\boxed{}` gives "".
-    Linear in the length of the text.
+    Braces are matched, escaped braces (`\{`) are text, and a box without its closing brace is ignored. `\boxed{}`
+    gives "". Linear in the length of the text.
     """
     before, closed, _ = text.rpartition("</answer>")
     _, opened, block = before.rpartition("<answer>")
     if not (closed and opened):
         return None
-    starts: list[int | None] = []  # of each open brace: where its content starts if it is a box
+    starts: list[int | None] = []  # one entry per open brace: where its content starts, or None if it is no box
     last: tuple[int, int] | None = None
     for match in _BRACES.finditer(block):
         token = match.group()
@@ -51,12 +52,13 @@ def extract_answer(text: str) -> str | None:
     return None if last is None else block[slice(*last)].strip()
 
 
-@lru_cache(maxsize=16384)  # siblings of a group mostly give the same few answers
+@lru_cache(maxsize=16384)  # the paths of a group mostly give the same few answers
 def math_equal(prediction: str, gold: str) -> bool:
     """Whether two answers, LaTeX or plain, mean the same (see `rewards.mathematics`): 1/2 is 0.5, −6 is not 6.
 
-    Works in any thread and returns for any input: the comparison runs in a process with limits (see `math_worker`),
-    and what exceeds them, or `MAX_MATH_CHARS`, is not equal. Not symmetric: an assignment `x=5` may answer a gold `5`.
+    Works in any thread and returns for any input. The comparison runs in a process with limits (see `math_worker`);
+    it is False beyond those limits or beyond `MAX_MATH_CHARS`. Not symmetric: the prediction `x=5` matches the gold
+    `5`.
     """
     prediction, gold = prediction.strip(), gold.strip()
     if not prediction or not gold:
@@ -69,7 +71,7 @@ def math_equal(prediction: str, gold: str) -> bool:
 
 
 def paper_tokens(text: str) -> list[str]:
-    """Words of `text` as the paper's released reward compares them: SQuAD's rules as they are, for every task.
+    """Return the tokens of `text` that the paper's released reward compares: SQuAD's unchanged rules for every task.
 
     ASCII punctuation is deleted, signs and fraction bars included, so "-6" is "6" and "1/2" is "12".
     """
@@ -77,43 +79,45 @@ def paper_tokens(text: str) -> list[str]:
 
 
 def spaced_tokens(text: str) -> list[str]:
-    """Words of `text` as the paper's evaluation compares them: lower case, split at spaces, nothing removed."""
+    """Return the tokens of `text` that the paper's evaluation compares: lower case, split at spaces, all kept."""
     return text.lower().split()
 
 
 def token_f1(prediction: str, golds: Sequence[str]) -> float:
-    """The best F1, 0 to 1, of the prediction's words against any gold's; words by `normalized_tokens`."""
+    """Return the token F1 in [0, 1] of the prediction, the best over all golds. Tokens by `normalized_tokens`."""
     return _best_f1(prediction, golds, normalized_tokens)
 
 
 def paper_f1(prediction: str, golds: Sequence[str]) -> float:
-    """Token F1, 0 to 1, as the paper's released reward takes it; words by `paper_tokens`. For parity only."""
+    """Return the token F1 in [0, 1] of the paper's released reward. Tokens by `paper_tokens`. For parity only."""
     return _best_f1(prediction, golds, paper_tokens)
 
 
 def spaced_f1(prediction: str, golds: Sequence[str]) -> float:
-    """Token F1, 0 to 1, as the paper's evaluation takes it; words by `spaced_tokens`. For comparison with it."""
+    """Return the token F1 in [0, 1] of the paper's evaluation. Tokens by `spaced_tokens`. For comparison only."""
     return _best_f1(prediction, golds, spaced_tokens)
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> bool:
-    """Whether the prediction has the same words in the same order as any gold; words by `normalized_tokens`."""
+    """Whether the prediction has the same tokens in the same order as any gold. Tokens by `normalized_tokens`."""
     words = normalized_tokens(prediction)
     return bool(words) and any(words == normalized_tokens(gold) for gold in golds)
 
 
 def task_accuracy(prediction: str, golds: Sequence[str], task: str) -> float:
-    """How right a prediction is, 0 to 1: mathematical equality for "math", token F1 for "qa", the best over all golds.
+    """Return the accuracy of a prediction in [0, 1], the best over all golds.
+
+    It is mathematical equality for the task "math" and token F1 for "qa".
 
     Raises:
-        RewardError: `task` is neither.
+        RewardError: `task` is neither "math" nor "qa".
     """
     if task == MATH:
         return float(any(math_equal(prediction, gold) for gold in golds))
     if task == QA:
         return token_f1(prediction, golds)
     raise RewardError(
-        f"The task is {task!r}; expected one of {TASKS}, which decide how an answer is compared. Fix the dataset's "
+        f"The task is {task!r}; expected one of {TASKS}. The task selects how answers are compared. Fix the dataset's "
         "`task` column."
     )
 

@@ -1,13 +1,13 @@
-r"""The paper's reward (Eq 8): format first, then the answer, then the use of several tools.
+r"""The paper's reward (Eq 8). It scores the format, then the answer, then the use of several tools.
 
-    −1                      the format is bad
-     0                      the format is good, the answer wrong
-    accuracy               … and the answer right, wholly or in part
-    accuracy + bonus       … and every bonus tool was executed with success on that path
+    −1                 the format is bad
+     0                 the format is good, the answer is wrong
+    accuracy           the format is good, the answer is right, wholly or in part
+    accuracy + bonus   the same, and every bonus tool ran successfully on this path
 
-Everything is read from data that the trainer recorded: the text of the model's own turns, and which calls ran with
-success. The text of a tool result is never looked at, so a page full of `</result><answer>\boxed{…}</answer>` can
-change nothing. (The released code searches the whole text for `</search>` and `</python>`, results included.)
+The reward reads only what the trainer recorded: the text of the model's own turns, and which calls succeeded. It never
+reads the text of a tool result, so a page that contains `</result><answer>\boxed{…}</answer>` has no effect. (The
+released code searches the whole text, tool results included, for `</search>` and `</python>`.)
 """
 
 from __future__ import annotations
@@ -32,42 +32,48 @@ if TYPE_CHECKING:
 
 Accuracy = Literal["task", "paper_f1", "judge"]
 
-_RESULT_TAG = re.compile(r"</?(result|tool_response)>")  # of the tag protocol, and of most chat templates
+_RESULT_TAG = re.compile(r"</?(result|tool_response)>")  # tags of the tag protocol and of most chat templates
 
 
 class FormatFault(StrEnum):
-    """What is wrong with a path's format: the first of these, in this order, that holds."""
+    """The fault in a path's format. If several apply, the first one in this order is reported."""
 
     TRUNCATED = "truncated"
-    """It ran out of tokens before it ended its last turn."""
+    """The path reached the token limit before its last turn ended."""
     CALL_LIMIT = "call_limit"
-    """It called a tool again after it had been told that no calls were left."""
+    """The model called a tool again after it had been told that no calls were left."""
     WROTE_RESULT = "wrote_result"
-    """The model wrote a `<result>` or `<tool_response>` tag itself: it made up a tool's result."""
+    """The model wrote a `<result>` or `<tool_response>` tag itself: it made up a tool result."""
     NO_ANSWER = "no_answer"
-    """No `<answer>`."""
+    """There is no `<answer>`."""
     SEVERAL_ANSWERS = "several_answers"
-    """More than one `<answer>`."""
+    """There is more than one `<answer>`."""
     UNBALANCED_TAGS = "unbalanced_tags"
-    """A tag is opened and not closed, or closed and not open."""
+    """A tag is opened but not closed, or closed but not opened."""
     NESTED_TAGS = "nested_tags"
-    """A tag within another. Only a tool call within `<think>` is allowed."""
+    """A tag is inside another tag. Only a tool call inside `<think>` is allowed."""
     EARLY_ANSWER = "early_answer"
-    """The answer is not in the last turn: a tool was called after it."""
+    """The answer is not in the last turn: the model called a tool after it."""
     TEXT_AFTER_ANSWER = "text_after_answer"
-    """Something other than white space follows `</answer>`."""
+    """Text other than white space follows `</answer>`."""
     NO_BOXED = "no_boxed"
-    r"""No `\boxed{…}` with balanced braces in the answer."""
+    r"""The answer has no `\boxed{…}` with balanced braces."""
     EMPTY_ANSWER = "empty_answer"
-    r"""Nothing in the last `\boxed{}`."""
+    r"""The last `\boxed{}` is empty."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HierarchicalScore:
     """The reward of one path and its parts.
 
-    `accuracy` is in [0, 1], and None where a bad format left the answer uncompared; `fault` is None where the format
-    is good. `judged` is False where the judge was asked and a rule had to decide, None where nobody was asked.
+    Example: `HierarchicalScore(reward=1.1, accuracy=1.0, fault=None)`, a right answer with the multi-tool bonus.
+
+    Attributes:
+        reward: In [−1, 1 + bonus].
+        accuracy: In [0, 1]; None if the format is bad, because the answer is not compared then.
+        fault: None if the format is good.
+        judged: Whether the judge gave a verdict; False if it was asked and gave none, so that the rule decided. None
+            if it was not asked.
     """
 
     reward: float
@@ -79,14 +85,14 @@ class HierarchicalScore:
 def format_fault(
     turns: Sequence[str], stop_reason: str, tool_names: Sequence[str], code_tools: Collection[str] = ()
 ) -> FormatFault | None:
-    """The first fault in the format of what a model wrote, or None.
+    """Return the first format fault of a path, or None.
 
-    Tags inside code, and tool tags that prose names, are text, as for `TagProtocol`.
+    Tags inside code, and tool tags that prose mentions, are text, as in `TagProtocol`.
 
     Args:
         turns: The model's own text, turn by turn, without tool results and without the final EOS.
         stop_reason: A `StopReason`.
-        tool_names: The tools whose tags must be in order, next to `think` and `answer`.
+        tool_names: The tools whose tags are checked, in addition to `think` and `answer`.
         code_tools: The tools that take code.
 
     Raises:
@@ -102,11 +108,12 @@ def format_fault(
         case _:
             known = [str(reason) for reason in StopReason]
             raise RewardError(
-                f"stop_reason is {stop_reason!r}; expected one of {known}. It must come from the trainer's rollout."
+                f"stop_reason is {stop_reason!r}; expected one of {known}. Pass the value that the trainer's rollout "
+                "recorded."
             )
     tools = {*tool_names, *code_tools}
     turns = [without(turn, plain_spans(turn, tools, code_tools)) for turn in turns]
-    text = "\n".join(turns)  # a separator, lest the end of one turn and the start of the next make up a tag
+    text = "\n".join(turns)  # separated, so that the end of one turn and the start of the next never form a tag
     if _RESULT_TAG.search(text):
         return FormatFault.WROTE_RESULT
     if (answers := text.count("<answer>")) != 1:
@@ -147,10 +154,10 @@ def _tag_fault(text: str, tool_names: Sequence[str]) -> FormatFault | None:
 
 
 def _golds(answer: Any, task: Any) -> tuple[str, ...]:
-    """The accepted answers of a row; raises RewardError if they, or its task, cannot be compared with."""
+    """Return a row's accepted answers. Raises RewardError if they or the task are not usable."""
     golds = (answer,) if isinstance(answer, str) else tuple(answer) if isinstance(answer, Sequence) else ()
     if not golds or not all(isinstance(gold, str) and gold.strip() for gold in golds):
-        raise RewardError(f"answer is {answer!r}; expected the accepted answers, non-empty text or a list of it.")
+        raise RewardError(f"answer is {answer!r}; expected non-empty text, or a list of accepted non-empty texts.")
     if task not in TASKS:
         raise RewardError(f"task is {task!r}; expected one of {TASKS}. Fix the dataset's `task` column.")
     return golds
@@ -158,7 +165,7 @@ def _golds(answer: Any, task: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """What one path says: the fault of its format, or its answer and how right a rule finds that."""
+    """One path as read: its format fault, or its answer with the accuracy that the rule gives it."""
 
     fault: FormatFault | None
     prediction: str
@@ -170,23 +177,24 @@ class _Path:
 class HierarchicalReward:
     """A TRL reward function: the paper's Eq 8, one value in [−1, 1 + bonus] per completion.
 
-    Reads the columns that `ARPOTrainer` adds (`turns`, `tool_calls`, `stop_reason`) and the dataset's `answer` and
-    `task`. Logs the share of every `FormatFault` under `arpo/format/`, each completion's as the column `format`, and
-    the mean accuracy, a bad format counted as wrong, as `arpo/accuracy`.
+    It reads the columns that `ARPOTrainer` adds (`turns`, `tool_calls`, `stop_reason`) and the dataset's `answer` and
+    `task`. It logs the share of each `FormatFault` under `arpo/format/`, the fault of each completion as the column
+    `format`, and the mean accuracy as `arpo/accuracy`, where a bad format counts as wrong.
 
     Args:
-        accuracy: "task" compares by the row's task, mathematical equality or token F1. "paper_f1" takes the released
-            reward's token F1 for every task, mathematics too, for parity. "judge" asks `judge` about what the task's
-            comparison does not find wholly right, and falls back on it where the judge stays away.
-        multi_tool_bonus: Added to a right answer, wholly or in part, of a path that executed every bonus tool.
-        bonus_tools: Names of these tools, at least one; their tags are part of the format.
-        judge: For `accuracy="judge"`, and only then.
+        accuracy: "task" compares by the row's task, with mathematical equality or token F1. "paper_f1" uses the
+            released reward's token F1 for every task, mathematics included, for parity. "judge" asks `judge` about
+            each answer that the task's comparison does not find fully right, and keeps the result of the comparison
+            if the judge gives no verdict.
+        multi_tool_bonus: Added if the answer is right, wholly or in part, and the path executed every bonus tool.
+        bonus_tools: Names of the bonus tools, at least one. Their tags are part of the format.
+        judge: Required for `accuracy="judge"`, not allowed otherwise.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: An argument is out of its range.
     """
 
-    __name__ = "hierarchical"  # under which TRL logs it
+    __name__ = "hierarchical"  # the name that TRL logs
 
     def __init__(
         self,
@@ -206,8 +214,8 @@ class HierarchicalReward:
             )
         if (judge is not None) != (accuracy == "judge"):
             raise ConfigError(
-                f"accuracy is {accuracy!r} and there is {'no' if judge is None else 'a'} judge; expected one for "
-                '"judge" and for nothing else. Set accuracy, judge_url and judge_model together.'
+                f"accuracy is {accuracy!r} with {'no' if judge is None else 'a'} judge; expected a judge for "
+                '"judge" and none otherwise. Set accuracy, judge_url and judge_model together.'
             )
         self.judge = judge
         self.accuracy = accuracy
@@ -215,10 +223,10 @@ class HierarchicalReward:
         self.bonus_tools = tuple(bonus_tools)
 
     def check_dataset(self, dataset: Dataset) -> None:
-        """Return if every row has the gold and the task that this reward needs; asked before the model is loaded.
+        """Check that every row has the gold answers and the task that this reward needs, before the model is loaded.
 
         Raises:
-            DataError: one has not; names row (from 0) and column.
+            DataError: A row has not. The message names the row (from 0) and the column.
         """
         for name in ("answer", "task"):
             if name not in dataset.column_names:
@@ -242,10 +250,11 @@ class HierarchicalReward:
         task: Sequence[str],
         prompts: Sequence[Any] = (),
     ) -> list[HierarchicalScore]:
-        """The reward of each path and its parts; the arguments are the columns of `__call__`.
+        """Return the reward of each path and its parts. The arguments are the columns of `__call__`.
 
         Raises:
-            RewardError: A row's `task` or `stop_reason` is unknown, or there is no gold answer; names the row.
+            RewardError: A row's `task` or `stop_reason` is unknown, or it has no gold answer. The message names the
+                row.
         """
         paths: list[_Path] = []
         for row, columns in enumerate(zip(turns, tool_calls, stop_reason, answer, task, strict=True)):
@@ -257,7 +266,8 @@ class HierarchicalReward:
         judged: dict[int, bool | None] = {}
         if self.judge is not None and asked:
             judgements = [
-                Judgement(question_of(prompts[row]), paths[row].golds, paths[row].prediction) for row in asked
+                Judgement(question=question_of(prompts[row]), golds=paths[row].golds, prediction=paths[row].prediction)
+                for row in asked
             ]
             judged = dict(zip(asked, self.judge.verdicts(judgements), strict=True))
         return [self._score(path, row in judged, judged.get(row)) for row, path in enumerate(paths)]
@@ -285,7 +295,8 @@ class HierarchicalReward:
             return HierarchicalScore(reward=-1.0, accuracy=None, fault=path.fault)
         accuracy = path.accuracy if verdict is None else float(verdict)
         bonus = self.multi_tool_bonus if accuracy > 0 and path.used_all_tools else 0.0
-        return HierarchicalScore(accuracy + bonus, accuracy, None, verdict is not None if was_asked else None)
+        judged = verdict is not None if was_asked else None
+        return HierarchicalScore(reward=accuracy + bonus, accuracy=accuracy, fault=None, judged=judged)
 
     def __call__(
         self,
@@ -300,21 +311,21 @@ class HierarchicalReward:
         log_extra: Callable[[str, list[Any]], None] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """The reward of each completion.
+        """Return the reward of each completion.
 
         Args:
-            completions: Only counted; the text is read from `turns`.
+            completions: Only their number is used. The text is read from `turns`.
             answer: The accepted answers of each row, a list or one string.
             task: "math" or "qa".
-            turns: What the model wrote, turn by turn, without tool results and without the final EOS.
+            turns: The model's own text, turn by turn, without tool results and without the final EOS.
             tool_calls: The calls along the path in order, dicts with at least `name` and `ok`.
             stop_reason: Why the path ended, a `StopReason`.
-            prompts: The rows' prompts, messages or text, which a judge is shown.
+            prompts: The rows' prompts, messages or text. Only a judge needs them.
             log_metric: TRL's logger of scalars.
             log_extra: TRL's logger of columns.
 
         Raises:
-            RewardError: a column is missing, or a row of it is not as described.
+            RewardError: A column is missing, or a row of it is not as described.
         """
         given: dict[str, Sequence[Any] | None] = {
             "answer": answer,
@@ -336,7 +347,7 @@ class HierarchicalReward:
         outcomes = [score.fault or "ok" for score in scores]
         if log_metric is not None and scores:
             counts = Counter(outcomes)
-            for outcome in ("ok", *FormatFault):  # all of them, or the mean over batches would skip the zeros
+            for outcome in ("ok", *FormatFault):  # zeros too: TRL averages over the batches that logged a metric
                 log_metric(f"arpo/format/{outcome}", counts[outcome] / len(scores))
             log_metric("arpo/accuracy", sum(score.accuracy or 0.0 for score in scores) / len(scores))
             asked = [score.judged for score in scores if score.judged is not None]

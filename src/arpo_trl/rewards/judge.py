@@ -1,11 +1,11 @@
-"""Whether an answer means the same as the gold, asked of a language model.
+"""A language model as judge: does an answer mean the same as the gold?
 
-    rule says right ─▶ 1.0                          nobody is asked
-    otherwise       ─▶ asked before? ─▶ ask, with retries ─▶ a clear verdict ─▶ 1.0 or 0.0, written to the file
-                                                          ─▶ none            ─▶ None: the caller's rule decides
+    the rule finds it right ─▶ 1.0, without a request
+    otherwise ─▶ cached? ─▶ request, with retries ─▶ a clear verdict ─▶ 1.0 or 0.0, written to the cache
+                                                  ─▶ no verdict      ─▶ None: the caller's rule decides
 
-The prediction is hostile input: it is shown to the judge as a JSON string, shortened, and only the last line of the
-judge's own reply counts. A judge that stays away stops nothing; how often it did is a metric.
+The prediction is untrusted input. The judge sees it as a JSON string, truncated, and only the last line of the judge's
+reply counts. A judge that fails never stops a run; a metric counts how often it failed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ logger = get_logger(__name__)
 KEY_VARIABLE = "JUDGE_API_KEY"
 MAX_PREDICTION_CHARS = 1000
 _LAST_LINE = re.compile(r"(?:final )?(?:verdict|judge?ment)?:? ?(correct|incorrect)")
-_MARKS = str.maketrans("", "", "*_#>`'\".!")  # of Markdown, and full stops
+_MARKS = str.maketrans("", "", "*_#>`'\".!")  # Markdown, quotes and full stops
 _PROMPT = """\
 Decide whether a prediction answers a question correctly. It does if it means the same as one of the accepted \
 answers; wording, units written differently and more detail do not matter, another fact, number or name does. The \
@@ -47,9 +47,12 @@ Prediction: {prediction}
 Reply with one short sentence of reasoning, and then a last line of one word: Correct or Incorrect."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """One thing to judge: the question, the accepted answers and what was predicted."""
+    """A prediction to judge, with its question and the accepted answers.
+
+    Example: `Judgement(question="Capital of France?", golds=("Paris",), prediction="It is Paris.")`.
+    """
 
     question: str
     golds: tuple[str, ...]
@@ -57,6 +60,7 @@ class Judgement:
 
     @property
     def prompt(self) -> str:
+        """The prompt for the judge, with a prediction of at most `MAX_PREDICTION_CHARS` characters."""
         shown = self.prediction
         if len(shown) > MAX_PREDICTION_CHARS:
             shown = shown[:MAX_PREDICTION_CHARS] + "…"
@@ -68,7 +72,7 @@ class Judgement:
 
 
 def question_of(prompt: Any) -> str:
-    """The text of a prompt that a judge is shown: the last user message, or all of a plain one."""
+    """The question in a prompt: the last user message, or the whole of a plain text."""
     if isinstance(prompt, str):
         return prompt
     asked = [message["content"] for message in prompt if message.get("role") == "user"]
@@ -76,26 +80,27 @@ def question_of(prompt: Any) -> str:
 
 
 def read_verdict(reply: str) -> bool | None:
-    """The verdict in the last line of a judge's reply, None where it holds anything but one."""
+    """The verdict in the last line of a judge's reply; None if the line is anything else."""
     last_line = reply.rstrip().rpartition("\n")[2]
     match = _LAST_LINE.fullmatch(" ".join(last_line.translate(_MARKS).lower().split()))
     return match.group(1) == "correct" if match else None
 
 
 class LLMJudge:
-    """Judges with a chat model behind an OpenAI-compatible server; its key is in `JUDGE_API_KEY`.
+    """Judges answers with a chat model on an OpenAI-compatible server. The API key is in `JUDGE_API_KEY`.
 
     Args:
         url: The server, for example http://127.0.0.1:8001/v1.
-        model: Its model, for example Qwen/Qwen2.5-72B-Instruct.
-        cache: JSONL file of verdicts, read at the start and appended to; several processes may share it. None: they
-            are kept for this process only.
-        timeout_s: Seconds for one judgement, retries included.
-        concurrency: Judgements under way at once.
+        model: The model on the server, for example Qwen/Qwen2.5-72B-Instruct.
+        cache: JSONL file of verdicts, read at the start and appended to. Several processes may share it. With None,
+            verdicts are cached in this process only.
+        timeout_s: Timeout of one judgement in seconds, retries included.
+        concurrency: The most judgements that run at the same time.
+        breaker: Stops requests for a while after repeated failures; by default a new `CircuitBreaker`.
 
     Raises:
-        ConfigError: `url` is no address.
-        DataError: the file is something else.
+        ConfigError: `url` is not an address.
+        DataError: `cache` is not a readable and writable file of verdicts.
     """
 
     def __init__(
@@ -108,7 +113,7 @@ class LLMJudge:
         concurrency: int = 16,
         breaker: CircuitBreaker | None = None,
     ):
-        self._model = ChatModel(url, model, KEY_VARIABLE, "judge_url", max_tokens=256)
+        self._model = ChatModel(url=url, model=model, key_variable=KEY_VARIABLE, setting="judge_url", max_tokens=256)
         self._timeout_s = timeout_s
         self._concurrency = concurrency
         self._breaker = breaker or CircuitBreaker()
@@ -117,7 +122,7 @@ class LLMJudge:
         self._known = _read_cache(self._cache) if self._cache is not None else {}
 
     def verdicts(self, judgements: Sequence[Judgement]) -> list[bool | None]:
-        """Whether each prediction is correct, None where no clear verdict is to be had; equal ones are asked once."""
+        """Whether each prediction is correct; None without a clear verdict. Equal judgements share one request."""
         missing = [one for one in dict.fromkeys(judgements) if self._key(one) not in self._known]
         found: dict[str, bool | None] = {}
         if missing:
@@ -138,8 +143,8 @@ class LLMJudge:
         except RequestFailed as error:
             if self._breaker.failed():
                 logger.warning(
-                    "The judge %s; %d judgements failed in a row. Answers are judged by rule until it is back; it is "
-                    "asked again in %.0f s.",
+                    "The judge %s; %d judgements failed in a row. Rules score answers until it responds again. The "
+                    "next request is in %.0f s.",
                     *(error, self._breaker.failures, self._breaker.rest_s),
                 )
             return None
@@ -156,21 +161,23 @@ class LLMJudge:
         with self._lock:
             self._known[key] = verdict
             if self._cache is not None:
-                with self._cache.open("a", encoding="utf-8") as file:  # one short line: whole, whoever else appends
+                with self._cache.open("a", encoding="utf-8") as file:  # short lines stay whole if others append too
                     file.write(json.dumps({"key": key, "correct": verdict}) + "\n")
 
 
 def _read_cache(path: Path) -> dict[str, bool]:
-    """The verdicts in `path`; a line that a killed process did not finish is left out."""
+    """The verdicts in `path`, without incomplete lines, which a killed process may leave."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+", encoding="utf-8") as file:
             file.seek(0)
             text = file.read()
             if text and not text.endswith("\n"):
-                file.write("\n")  # so that what is written next stands on a line of its own
+                file.write("\n")  # ends the incomplete line, so that the next verdict starts a new one
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be used for the judge's verdicts: {error}. Name another file.") from error
+        raise DataError(
+            f"{path} cannot be used as the cache of the judge's verdicts: {error}. Name another file."
+        ) from error
     known: dict[str, bool] = {}
     for line in text.split("\n"):
         with contextlib.suppress(DataError):
@@ -178,5 +185,7 @@ def _read_cache(path: Path) -> dict[str, bool]:
             expect(row, {"key": str, "correct": bool}, "a line")
             known[row["key"]] = row["correct"]
     if text and not known:
-        raise DataError(f"{path} holds no verdicts of a judge but something else. Name another file.")
+        raise DataError(
+            f"{path} is not empty and has no verdicts of a judge; expected a cache of verdicts. Name another file."
+        )
     return known

@@ -1,11 +1,12 @@
-"""Mathematical equality decided in a process of its own, so that no answer a model writes can hang or kill training.
+"""Mathematical equality in a separate process, so that no answer of a model can hang or kill training.
 
-`rewards.mathematics` refuses what is too large to compute, but an integral or a sum may still keep sympy busy for
-hours, and a limit set in Python does not interrupt big integers in C. So a worker process, this file run as a script,
-compares under limits that the kernel enforces by ending it: processor seconds (so a busy machine changes no reward)
-and memory. The next question starts a new worker. What it reads is a model's, so on Linux it is confined as calls of
-the python tool are: no environment, no capabilities, no files to write, and no system calls but those that computing
-needs (`tools.python.syscalls`).
+`rewards.mathematics` rejects numbers that are too large, but an integral or a sum can still keep sympy busy for hours,
+and a timeout in Python does not interrupt big-integer code in C. So a worker process, which runs this file as a
+script, compares under limits that the kernel enforces: CPU time (not wall time, so that the load of the machine
+changes no reward) and memory. The kernel kills a worker that exceeds a limit. The next question starts a new worker.
+A model wrote what the worker reads. So on Linux the worker is confined as calls of the python tool are: it has no
+environment and no capabilities, writes no files, and may make only the system calls of a list
+(`tools.python.syscalls`).
 
     parent, any thread   ["1/2", "0.5"]\\n ──▶   worker
                                       1\\n ◀──
@@ -25,20 +26,20 @@ import warnings
 from functools import lru_cache
 
 CPU_LIMIT_S = 2.0
-"""Processor seconds one comparison may take. An ordinary one takes less than a millisecond."""
+"""CPU seconds that one comparison may take. A typical one takes less than a millisecond."""
 MEMORY_LIMIT_BYTES = 2 << 30
-"""Address space of the worker. sympy needs a tenth of it."""
+"""Address space of the worker in bytes. sympy needs a tenth of it."""
 OPEN_FILES = 64
-"""Descriptors of the worker."""
+"""File descriptors that the worker may have open."""
 START_PATIENCE_S = 30.0
-"""How long a machine that has no process left for the worker is asked again."""
+"""For how long the start of a worker is retried on a machine without a free process."""
 _START_WAIT_S = 0.5
 
 
 class MathWorker:
-    """A process that answers "are these two expressions equal?", started at the first question.
+    """A process that decides whether two expressions are equal. The first question starts it.
 
-    Thread-safe: questions queue up. A worker belongs to the process that made it; see `math_worker`.
+    Thread-safe: one question is answered at a time. Use a worker only in the process that made it; see `math_worker`.
     """
 
     def __init__(self, cpu_limit_s: float = CPU_LIMIT_S):
@@ -49,18 +50,18 @@ class MathWorker:
         atexit.register(self.close)
 
     def equal(self, prediction: str, gold: str) -> bool:
-        """Whether `prediction` is mathematically equal to `gold`; False when that takes too much time or memory.
+        """Whether `prediction` is mathematically equal to `gold`; False if the comparison exceeds a limit.
 
         Raises:
-            RewardError: the worker cannot start at all.
+            RewardError: The worker cannot start.
         """
         return self._answer([prediction, gold]) == "1"
 
     def is_text(self, answer: str) -> bool:
-        """Whether nothing but the same text equals `answer`: words, or what cannot be read within the limits.
+        """Whether only the same text equals `answer`: it is words, or the parser cannot read it within the limits.
 
         Raises:
-            RewardError: the worker cannot start at all.
+            RewardError: The worker cannot start.
         """
         return self._answer([answer]) != "0"
 
@@ -69,7 +70,7 @@ class MathWorker:
             process = self._running()
             try:
                 reply = _ask(process, json.dumps(question))
-            except BaseException:  # an interrupt here would leave a reply in the pipe for the next question
+            except BaseException:  # an interrupt may leave a reply in the pipe, which the next question would read
                 self._stop()
                 raise
             if not reply:
@@ -77,7 +78,7 @@ class MathWorker:
             return reply
 
     def close(self) -> None:
-        """End the worker. The next question starts another."""
+        """Stop the worker. The next question starts a new one."""
         if os.getpid() == self._owner_pid:
             with self._lock:
                 self._stop()
@@ -90,11 +91,11 @@ class MathWorker:
         assert process.stdout is not None
         if process.stdout.readline() != "ready\n":
             self._stop()
-            from arpo_trl.errors import RewardError  # here: the worker needs none of it
+            from arpo_trl.errors import RewardError  # imported late, because the worker does not need it
 
             raise RewardError(
-                f"The worker that compares mathematical answers did not start (exit code {process.returncode}); its "
-                "own message is on stderr. Check that sympy imports."
+                f"The worker that compares mathematical answers did not start (exit code {process.returncode}). Read "
+                "its error on stderr, and check that sympy can be imported."
             )
         return process
 
@@ -106,15 +107,16 @@ class MathWorker:
 
 
 def _started(cpu_limit_s: float) -> subprocess.Popen[str]:
-    """The worker process. Waits, with a warning, while the machine has no process or memory for it.
+    """Start a worker process. Retry, with a warning, while the machine has no free process or memory.
 
-    Raises RewardError when it still has none after `START_PATIENCE_S`.
+    Raises:
+        RewardError: The start still fails after `START_PATIENCE_S` seconds.
     """
     deadline = time.monotonic() + START_PATIENCE_S
     while True:
         try:
             return subprocess.Popen(
-                # Isolated, and able to import what we can.
+                # Isolated from the environment, with the import path of this process.
                 [sys.executable, "-I", "-X", "utf8", __file__, str(cpu_limit_s), *filter(None, sys.path)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -137,7 +139,7 @@ def _started(cpu_limit_s: float) -> subprocess.Popen[str]:
 
 
 def _ask(process: subprocess.Popen[str], question: str) -> str:
-    """The worker's reply, or "" when it died over the question."""
+    """The worker's reply, or "" if the worker died before it replied."""
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(question + "\n")
@@ -153,31 +155,31 @@ def _worker_of(pid: int) -> MathWorker:
 
 
 def math_worker() -> MathWorker:
-    """This process's worker. A forked process gets its own: two askers on one pipe would mix up their replies."""
+    """The worker of this process. A forked process gets a new one, because replies on a shared pipe would mix up."""
     return _worker_of(os.getpid())
 
 
 def _serve(cpu_limit_s: float) -> None:
-    """Answer questions from stdin until it closes. Runs in the worker, in its main thread."""
+    """Answer the questions on stdin until it closes. Runs in the worker's main thread."""
     import logging
     import signal
 
     from arpo_trl.rewards.mathematics.equality import equal, is_text
 
     logging.disable(logging.CRITICAL)
-    equal(r"\frac{1}{2}", "0.5")  # caches filled on first use, off the clock
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent; this process ends when its stdin does
+    equal(r"\frac{1}{2}", "0.5")  # fills caches before the CPU time of questions is measured
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process ends when stdin closes
 
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)  # whatever the parser prints is no reply
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)  # output that the parser prints must not be read as a reply
     _confine()
     replies.write("ready\n")
-    os.dup2(nowhere, 2)
+    os.dup2(null, 2)
 
     for line in sys.stdin:
         question = json.loads(line)
-        # SIGPROF has no handler here: when the timer fires the kernel ends the process, even inside C code.
+        # SIGPROF has no handler, so the kernel kills the process when the timer fires, even inside C code.
         signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
         try:
             yes = equal(*question) if len(question) == 2 else is_text(*question)
@@ -188,7 +190,7 @@ def _serve(cpu_limit_s: float) -> None:
 
 
 def _confine() -> None:
-    """Limit what this process may use and do, for good. Other systems than Linux limit its memory, if that."""
+    """Limit for good what this process may use and do. Systems other than Linux limit at most its memory."""
     import platform
     import resource
 

@@ -1,7 +1,7 @@
-"""The words of an answer to a question of fact, as SQuAD compares them, and the marks that change what it says.
+"""Tokens of an answer to a factual question, normalized as SQuAD does, except for marks that change the meaning.
 
-SQuAD deletes all punctuation, which makes 9 of -9, 35 of 3.5 and <5 of >5. Here a mark within a number or a formula
-stays: signs, decimal points, relations, and the operators of a formula. Everything else goes, as it does there.
+SQuAD deletes all punctuation, so that -9 becomes 9, 3.5 becomes 35, and <5 equals >5. Here the marks in a number or a
+formula stay: signs, decimal points, relations and operators. All other punctuation is deleted, as in SQuAD.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0
 _ONE_SPELLING = str.maketrans(
     {**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"}
 )
-# Marks that stay are written as characters of private use until the punctuation is gone.
+# The marks that stay are replaced by private-use characters while the punctuation is deleted.
 _KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
 
 _FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infty|infinity|oo)(?![A-Za-z])"
 _LEFT = rf"(?:\d|[)\]}}!]|(?<![A-Za-z])[a-z]|(?<![A-Za-z]){_FUNCTION}|\\[A-Za-z]+)"  # what an operator may follow
-_RIGHT = rf"(?:[-+]?[$€£¥]?\.?\d|[(\[{{\\|]|[a-z](?![A-Za-z])|{_FUNCTION})"  # and precede
+_RIGHT = rf"(?:[-+]?[$€£¥]?\.?\d|[(\[{{\\|]|[a-z](?![A-Za-z])|{_FUNCTION})"  # what it may precede
 
 
 def _keep(pattern: str) -> Callable[[str], str]:
@@ -33,12 +33,12 @@ def _keep(pattern: str) -> Callable[[str], str]:
 
 
 _PROSE = re.compile(rf"(?<![A-Za-z\\])(?!{_FUNCTION})[A-Za-z]{{3,}}")
-_SPACED_MINUS = _keep(rf"{_LEFT}\s*-\s*(?={_RIGHT})")  # a dash where there are words: 1633 - 16 September 1701
+_SPACED_MINUS = _keep(rf"{_LEFT}\s*-\s*(?={_RIGHT})")  # not in prose, where it is a dash: 1633 - 16 September 1701
 
 _DATE = re.compile(r"(?<![\d.])(\d+)([-/.])(\d+)\2(\d+)(?![\d.]*\d)")
 
 _MARKS: tuple[Callable[[str], str], ...] = (
-    # A date or a version: one separator, whichever.
+    # A date or a version: every separator becomes a hyphen.
     lambda text: _DATE.sub(lambda match: _KEPT["-"].join(match.group(1, 3, 4)), text),
     lambda text: re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text),  # 1,234
     lambda text: re.sub(r"(?<=\d),(?=\d)", " ", text),
@@ -48,16 +48,16 @@ _MARKS: tuple[Callable[[str], str], ...] = (
     lambda text: re.sub(r"<=|=<", "≤", re.sub(r">=", "≥", re.sub(r"!=|/=", "≠", text.replace("==", "=")))),
     _keep(r"(?<![-=])\s*[<>=](?!/?[A-Za-z]+>)\s*"),
     lambda text: re.sub(r"\s*([≤≥≠≈])\s*", r"\1", text),
-    # Between the parts of a formula, with or without spaces.
+    # Operators between the parts of a formula, with or without spaces.
     _keep(r"(?<=[\w)\]}])\s*\+\s*(?=[\w(\[{\\$.-])"),
     _keep(rf"{_LEFT}(?:\s*[*/^]\s*|-)(?={_RIGHT})"),
     lambda text: text if _PROSE.search(text) else _SPACED_MINUS(text),
-    # A sign: of a number, of a letter, of a blood group or an ion.
+    # The sign of a number, a letter, a blood group or an ion.
     _keep(rf"(?<![\w)\]}}])-(?={_RIGHT})"),
     _keep(r"(?<![A-Za-z0-9])[A-Za-z]{1,2}\d*[+-]+(?![\w+-])"),
 )  # fmt: skip
 
-# An article is followed by the word it belongs to: "Vitamin A" and "A, B or C" have none.
+# An article is followed by its word, so "Vitamin A" and "A, B or C" contain no article.
 _ARTICLE = re.compile(r"(?<![\w.'’-])(?:a|an|the)(?=\s+[^\w\s]*(?!(?:and|or)\b)\w)")
 _LETTERED = re.compile(
     r"\b(?:vitamin|hepatitis|influenza|class|type|group|grade|category|section|appendix|part|plan|team|series?|option|"
@@ -67,20 +67,21 @@ _ARTICLES = frozenset(("a", "an", "the"))
 
 
 def normalized_tokens(text: str) -> list[str]:
-    """Words of `text` as SQuAD compares them: lower case, without punctuation, without articles, split at spaces.
+    """Return the tokens of `text` by SQuAD's rules: lower case, no punctuation, no articles, split at spaces.
 
-    Beyond SQuAD, whose rules are for English in ASCII: compatibility forms are unified (NFKC), all of Unicode's
-    punctuation goes, and every Chinese or Japanese character is a token. A text of nothing but articles or punctuation
-    ("A", "The The", "!!!") keeps them, since it would equal every other such text. Signs, decimal points, relations
-    and operators within numbers and formulas stay, spaced or not: "-9" is not "9", "2n + 1" is "2n+1" and not "2n-1".
-    An "a" that no word follows is a letter: "Vitamin A" is not "Vitamin".
+    SQuAD's rules are for English in ASCII. In addition, compatibility forms are unified (NFKC), all Unicode
+    punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists of articles or
+    punctuation only ("A", "The The", "!!!") keeps them, because it would equal every other such text without them.
+    Signs, decimal points, relations and operators in numbers and formulas stay, with or without spaces around them:
+    "-9" is not "9", and "2n + 1" is "2n+1" but not "2n-1". An "a" that no word follows is a letter: "Vitamin A" is not
+    "Vitamin".
     """
     text = unicodedata.normalize("NFKC", text.translate(_ONE_SPELLING)).translate(_ONE_SPELLING)
     text = " ".join(text.split())
     marked = text
     for mark in _MARKS:
         marked = mark(marked)
-    if "\\" in marked:  # LaTeX: braces part what they enclose
+    if "\\" in marked:  # LaTeX: braces separate tokens
         marked = re.sub(r"[{}]", " ", marked)
     marked, text = marked.lower(), text.lower()
     words = _without_punctuation(marked).split()

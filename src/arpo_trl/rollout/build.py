@@ -1,8 +1,8 @@
-"""Makes the engine and the sampler, for training, evaluation and the quickstart alike.
+"""Builds the engine and the sampler, for training, evaluation and the quickstart.
 
-The caller says what to sample from: a `LocalModel`, a `LocalVLLM`, `VLLMServers` or a `CompletionsServer`.
-`build_engine` makes the engine on it, and `build_sampler` the `TreeSampler` on the engine. A new engine is a file
-under `engines/`, and a record and a case here.
+The caller chooses the source to sample from: a `LocalModel`, a `LocalVLLM`, `VLLMServers` or a `CompletionsServer`.
+`build_engine` creates its engine, and `build_sampler` the `TreeSampler` on that engine. A new engine needs a file
+under `engines/`, and a record and a case in this module.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ UNLIMITED_CALLS = 1 << 30
 class LocalModel:
     """A transformers model in this process.
 
-    `opened` opens it for a session, as `TransformersEngine` describes; None: it is used as it is. `sharded`: the
-    weights are in place only in a session, so the first one compares the engine with a plain forward; otherwise
-    `build_engine` does. `scored`: plain forwards score later what was sampled, over batches that are padded on the
-    left if `scored_padded`.
+    `opened` opens it for a session (`model_context` of `TransformersEngine`); None: the model is used as it is.
+    `sharded`: the full weights exist only within a session, so the first session compares the engine with a plain
+    forward. Otherwise `build_engine` does. `scored`: plain forwards score the sampled tokens later. `scored_padded`:
+    they do so over left-padded batches. `most_rows` and `smaller` are those of `TransformersEngine`.
+
+        LocalModel(model=model, scored=True, scored_padded=True)
     """
 
     model: PreTrainedModel
@@ -64,7 +66,10 @@ class LocalModel:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalVLLM:
-    """A vLLM instance in this process, or one that all ranks of `group` share by tensor parallelism."""
+    """A vLLM instance in this process. With `group`, all its ranks share the instance by tensor parallelism.
+
+    LocalVLLM(llm=llm, weights=FixedWeights(), vocab_size=151_936, top_logprobs=20)
+    """
 
     llm: LLM
     weights: Weights
@@ -76,7 +81,10 @@ class LocalVLLM:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VLLMServers:
-    """Native vLLM servers, whose weights move; seconds as `VLLMServerEngine` describes them."""
+    """Native vLLM servers that receive the trainer's weights. `VLLMServerEngine` documents `away_s` and `request_s`.
+
+    VLLMServers(weights=weights, vocab_size=151_936, top_logprobs=20, away_s=240.0, request_s=1800.0)
+    """
 
     weights: ServedWeights
     vocab_size: int
@@ -87,7 +95,10 @@ class VLLMServers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionsServer:
-    """Any server with OpenAI's completions, and the model's name there; None: the only one."""
+    """A server with OpenAI's completions API. `model` is the name of a model there; None: the only one it serves.
+
+    CompletionsServer(url="http://localhost:8000/v1", model="Qwen/Qwen2.5-7B-Instruct")
+    """
 
     url: str
     model: str | None = None
@@ -97,7 +108,7 @@ EngineSource = LocalModel | LocalVLLM | VLLMServers | CompletionsServer
 
 
 def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, settings: SamplingParams) -> Engine:
-    """The engine that samples from `source`.
+    """Create the engine that samples from `source`.
 
     Raises:
         ConfigError: The engine cannot sample from this model, or the server does not serve it.
@@ -118,7 +129,7 @@ def build_engine(source: EngineSource, tokenizer: PreTrainedTokenizerBase, setti
             )
             return engine if source.group is None else LockstepEngine(engine, source.group)
         case VLLMServers():
-            from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine  # imports vLLM where it is installed
+            from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine  # imports vLLM if it is installed
 
             return VLLMServerEngine(
                 tokenizer,
@@ -152,9 +163,9 @@ def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settin
         engine.check()
     if exact is not None:
         logger.warning(
-            f"Paths may become {exact} tokens long at most: beyond that the model's rotary embedding (longrope) "
-            "turns all tokens differently, and what was sampled before is not what would be trained."
-            + (" Rows are padded here, and their padding counts: leave room for it." if source.scored_padded else "")
+            f"Paths are limited to {exact} tokens. In a longer batch the model's rotary embedding (longrope) changes "
+            "the angles of all tokens, so training would not score the tokens with the sampled distribution."
+            + (" Padding counts towards that limit in training: leave room for it." if source.scored_padded else "")
         )
     return engine
 
@@ -174,23 +185,22 @@ def build_sampler(
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP,
     max_calls_of: Mapping[str, int] | None = None,
 ) -> TreeSampler:
-    """The sampler on an engine; its other settings are those of `TreeSettings`.
+    """Create the sampler on an engine. `TreeSettings` documents the other settings.
 
     Args:
-        context: Most tokens of prompt and path together, besides the engine's own bound; None: no other bound.
-        max_completion_length: None: what the context leaves.
-        max_tool_calls: None: any number.
+        context: The most tokens of prompt and path together, in addition to the engine's limit; None: no other limit.
+        max_completion_length: None: the rest of the context.
+        max_tool_calls: None: no limit.
         initial_rollouts: None: all of `num_generations`, so that nothing branches.
 
     Raises:
-        ConfigError: Neither the engine nor `context` bounds a path.
+        ConfigError: Neither the engine nor `context` limits the length of a path.
     """
     length = shortest(engine.max_length, context)
     if length is None:
         raise ConfigError(
-            "The model's configuration has no max_position_embeddings and the engine knows no bound either "
-            f"({type(engine).__name__}.max_length is None), so nothing says how long a path may become. Set "
-            "max_position_embeddings on the configuration."
+            "The length of a path has no limit: the model's configuration has no max_position_embeddings and "
+            f"{type(engine).__name__}.max_length is None. Set max_position_embeddings in the model's configuration."
         )
     return TreeSampler(
         engine,
@@ -211,10 +221,10 @@ def build_sampler(
 
 
 def context_of(model: PreTrainedModel) -> int | None:
-    """The context in tokens that the model's configuration states, None where it states none."""
+    """The context in tokens according to the model's configuration; None if it has no such entry."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def shortest(*lengths: int | None) -> int | None:
-    """The smallest of the lengths that are known, None if none is."""
+    """The smallest length that is not None; None if all are."""
     return min((length for length in lengths if length is not None), default=None)

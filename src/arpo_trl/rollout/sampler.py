@@ -1,10 +1,11 @@
 """The event loop that grows one tree per prompt.
 
-Turns and tool calls are submitted; whatever finishes first grows its tree and leads to the next submission. Nobody
-waits for a slower sibling, tools run while others decode, and each turn asks only for the tokens its path has left.
+The loop submits turns to the engine and calls to the tools. Each turn or result that finishes extends its tree and
+leads to the next submission. No path waits for a slower sibling, tools run while other paths decode, and each turn
+requests at most the tokens that its path has left.
 
-With `schedule="rounds"` tool results are taken in together, in the order of their calls, once nothing is left to
-decode. That costs some overlap and makes a run repeat bit for bit, whatever the tools' timing.
+With `schedule="rounds"` the loop takes in all tool results together, in the order of their calls, once no turn is
+decoding. This overlaps tools and decoding less, and makes a run repeat bit for bit for any timing of the tools.
 """
 
 from __future__ import annotations
@@ -30,21 +31,25 @@ from arpo_trl.tools.state import PathStates
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 
 IDLE_POLL_S = 0.05
-"""How long one wait for the tools, or for the engine, may last while only one of them has work."""
+"""Longest wait, in seconds, for the tools or the engine while only one of them has work."""
 BUSY_POLL_S = 0.002
-"""How long a wait for the engine may hold up looking at the tools."""
+"""Longest wait, in seconds, for the engine while tool calls are running too."""
 
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
-"""The rewards of a tree's finished leaves, in their order, given the id of its request."""
+"""(request id, tree) → the rewards of the finished leaves, in the order of `tree.leaves()`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSettings:
-    """How a group is sampled. Lengths are in tokens; `max_length` is the model's context, prompt included.
+    """How to sample a group. Lengths are in tokens; `max_length` is the model's context, prompt included.
 
-    `max_tool_calls` is for all tools together and ends the calling; `max_calls_of` is for single tools, whose calls
-    beyond it are answered with a notice while others go on.
+    `max_tool_calls` limits the calls of a path to all tools together. Beyond it the path must answer. `max_calls_of`
+    limits the calls to single tools. Beyond it calls to that tool get a notice, and the path can call other tools.
+
+        TreeSettings(
+            num_generations=16, initial_rollouts=8, max_completion_length=4096, max_length=8192, max_tool_calls=6
+        )
     """
 
     num_generations: int
@@ -58,21 +63,27 @@ class TreeSettings:
     max_calls_of: Mapping[str, int] = field(default_factory=dict)
 
     def without_branching(self, num_generations: int) -> TreeSettings:
-        """The same for evaluation: every path starts at the root."""
+        """The same settings for evaluation: every path starts at the root."""
         return replace(self, num_generations=num_generations, initial_rollouts=num_generations)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRequest:
-    """One prompt to be rolled out. `id` numbers the prompt within the step, over all ranks."""
+    """One prompt to roll out. `id` is its number within the step, unique over all ranks.
+
+    GroupRequest(id=0, prompt_ids=protocol.encode_prompt("When does iron melt?"))
+    """
 
     id: int
     prompt_ids: list[int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
-    """What came of one request of a stream: its tree, or why there is none, and its seconds from start to end."""
+    """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
+
+    Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
+    """
 
     id: int
     tree: RolloutTree | None
@@ -80,9 +91,12 @@ class Finished:
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutTimes:
-    """Seconds of one `sample` call: all of it, in model forwards, and waiting for tools with nothing to decode."""
+    """Seconds of one `sample` call: in total, in model forwards, waiting for tools, and syncing weights.
+
+    RolloutTimes(total_s=12.0, forward_s=9.0, tool_wait_s=2.0, sync_s=0.5).own_s  # 0.5
+    """
 
     total_s: float
     forward_s: float
@@ -91,76 +105,79 @@ class RolloutTimes:
 
     @property
     def own_s(self) -> float:
-        """The sampler's own: everything but forwards, waiting for tools and getting the weights in place."""
+        """Seconds in the sampler itself: the total without forwards, waiting for tools and syncing weights."""
         return self.total_s - self.forward_s - self.tool_wait_s - self.sync_s
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutBatch:
-    """The finished trees, in the order of their requests, and what was counted on the way, one number per tree."""
+    """The finished trees, in the order of their requests, with one count per tree in each list.
+
+    RolloutBatch(trees=[tree], times=times, topups=[0], turns_in_sequence=[3])
+    """
 
     trees: list[RolloutTree]
     times: RolloutTimes
     topups: list[int]
-    """Leaves that were started at the root because no branch could supply them any more."""
+    """Leaves that started at the root because branches could no longer supply them."""
     turns_in_sequence: list[int]
-    """The longest chain of turns that had to follow one another; what started late counts after what it waited for."""
+    """The longest chain of turns that ran one after another, including the turns that a late path waited for."""
 
 
 @dataclass(slots=True)
 class _Group:
-    """Everything about one prompt that lives and dies with it."""
+    """The state of one prompt's rollout."""
 
     id: int
     tree: RolloutTree
     context: BranchContext
     branches: bool
-    """Whether there was a budget to begin with; without one nothing is decided."""
+    """Whether the group started with a branch budget. Without one the rule decides nothing."""
     started_s: float = field(default_factory=time.perf_counter)
     error: Exception | None = None
-    """What ended it early, in a stream."""
+    """The error that ended the group, in a stream."""
     starts: int = 0
     topups: int = 0
     longest_chain: int = 0
     live: dict[Address, LivePath] = field(default_factory=dict)
     candidates: list[tuple[_Path, Candidate]] = field(default_factory=list)
-    """Observations that the rule has not decided on yet, or may decide on again, and the paths that continue them."""
+    """Observations that the rule has still to decide on, or may decide on again, with the paths that continue them."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """A live path: what its current turn continues, and what it may still do."""
+    """A live path: the prefix of its current turn, and its counts and limits."""
 
     group: _Group
     address: Address
     parent: int
-    """The root or the observation that the current turn hangs under; the turn itself once that is written."""
+    """The root or observation above the current turn; once the turn is finished, the turn itself."""
     ids: list[int]
-    """Prompt and path up to and with `parent`."""
+    """The ids of the prompt and of the path down to `parent`, inclusive."""
     states: PathStates
-    """What the path's tool calls act on."""
+    """The state that the path's tool calls read and change."""
     states_for_branches: PathStates | None = None
-    """A fork as of the observation above the current turn; None where nothing branches, or that has been decided."""
+    """A fork of the states at the observation above the current turn; None if it cannot branch or is decided."""
     depth: int = 0
-    """Turns above `parent` and with it, inherited ones included."""
+    """Turns down to `parent`, inclusive, inherited ones included."""
     waited: int = 0
-    """Turns in sequence that this path had to wait for besides its own."""
+    """Turns that ran one after another before this path could start, besides those of the path."""
     results: int = 0
-    """Tool results received, refusals of malformed calls included."""
+    """Tool results received, including the replies to malformed calls."""
     calls_of: Mapping[str, int] = field(default_factory=dict)
-    """How often each tool was called, refusals left out."""
+    """Number of calls to each tool, without calls that were not run."""
     may_call: bool = True
     decides: bool = False
-    """Whether the observation above the current turn has still to be offered to the branch rule."""
+    """Whether the branch rule has yet to see the observation above the current turn."""
     root_entropies: Sequence[float] = ()
     last_entropies: Sequence[float] = ()
     last_request: int | None = None
-    """The request of the last turn above the current one."""
+    """The request id of the last turn above the current one."""
 
 
 @dataclass(slots=True)
 class _Calling:
-    """The calls of a turn: its path goes on when the last one is answered."""
+    """The calls of one turn. Its path continues once all have an answer."""
 
     path: _Path
     calls: Sequence[ToolCall | BadCall]
@@ -172,7 +189,7 @@ class _Calling:
 
 
 class TreeSampler:
-    """Rolls prompts out into trees with one engine, one protocol and one set of tools."""
+    """Rolls prompts out into trees, with one engine, one protocol and one set of tools."""
 
     def __init__(
         self,
@@ -182,10 +199,10 @@ class TreeSampler:
         settings: TreeSettings,
         score: Score | None = None,
     ):
-        """`score` is for branch rules that read the rewards of finished leaves.
+        """Store the parts. `score` computes rewards for branch rules that read those of finished leaves.
 
         Raises:
-            ConfigError: The branch rule reads rewards, and there is no `score`.
+            ConfigError: The branch rule reads rewards and `score` is None.
         """
         self.engine = engine
         self.toolbox = toolbox
@@ -193,8 +210,8 @@ class TreeSampler:
         self.settings = settings
         self.score = score
         self._check_score(settings)
-        self.between_events: Callable[[], None] = _nothing
-        """Called between any two events; what it raises ends the rollout, as an interrupt does."""
+        self.between_events: Callable[[], None] = _do_nothing
+        """Called before each wait for events. An exception that it raises, as on an interrupt, ends the rollout."""
 
     def sample(
         self,
@@ -203,15 +220,16 @@ class TreeSampler:
         seed: tuple[int | str, ...],
         settings: TreeSettings | None = None,
     ) -> RolloutBatch:
-        """One finished tree of exactly `num_generations` leaves per request.
+        """Return one finished tree of exactly `num_generations` leaves per request.
 
         Args:
-            seed: With the request's id and a turn's place in its tree, seeds every draw: same seed, same tree.
-            settings: Others than the sampler's own, for this call.
+            seed: Seeds every random draw, together with the request's id and the place in its tree: the same seed
+                gives the same tree.
+            settings: Replaces the sampler's settings for this call.
 
         Raises:
-            ConfigError: A prompt leaves no room for a completion, or the branch rule broke its contract.
-            EngineError: The engine broke its contract.
+            ConfigError: A prompt leaves no room for a completion, or the branch rule violates its contract.
+            EngineError: The engine violates its contract.
         """
         return self._run(settings, seed)(requests)
 
@@ -223,13 +241,13 @@ class TreeSampler:
         groups_at_once: int,
         settings: TreeSettings | None = None,
     ) -> Iterator[Finished]:
-        """Each request's outcome as soon as it is there; a new one starts whenever fewer than `groups_at_once` are on.
+        """Yield the outcome of each request as soon as it is finished. At most `groups_at_once` groups run at a time.
 
-        What fails for one request, a prompt without room included, is its outcome and stops no other. A request is
-        asked for when there is a place for it, so `requests` may be as long as it likes.
+        An error in one request, for example a prompt that leaves no room, becomes its outcome and does not stop the
+        others. `requests` is read only when a new group can start, so it may be of any length.
 
         Raises:
-            EngineError: The engine as a whole broke its contract or lost its server.
+            EngineError: The engine violates its contract outside a single request, or lost its server.
         """
         return self._run(settings, seed).stream(requests, groups_at_once)
 
@@ -241,14 +259,14 @@ class TreeSampler:
     def _check_score(self, settings: TreeSettings) -> None:
         if settings.rule.moment is Moment.LEAVES_SCORED and self.score is None:
             raise ConfigError(
-                f"The branch rule {settings.rule.name!r} reads the rewards of finished leaves while their tree grows, "
-                "but nothing computes them here: ARPOTrainer rewards whole trees. Choose another branch_rule, or give "
-                "TreeSampler a `score`."
+                f"The branch rule {settings.rule.name!r} reads the rewards of finished leaves during the rollout, but "
+                "this sampler has no `score` function to compute them. ARPOTrainer cannot use such a rule, because it "
+                "computes rewards after the rollout. Choose another branch_rule, or pass `score` to TreeSampler."
             )
 
 
 class _Run:
-    """One call of `sample`: all state that must not outlive it."""
+    """The state of one call of `sample` or `stream`."""
 
     def __init__(self, sampler: TreeSampler, settings: TreeSettings, seed: tuple[int | str, ...]):
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
@@ -258,11 +276,11 @@ class _Run:
         self.writing: dict[int, _Path] = {}
         self.calling: dict[int, tuple[_Calling, int]] = {}
         self.open_states: dict[PathStates, None] = {}
-        """To be closed; ordered."""
+        """The states that are not closed yet, as an ordered set."""
         self.requests = 0
         self.tool_wait_s = 0.0
         self.isolates = False
-        """Whether what goes wrong in a group ends that group alone."""
+        """Whether an error in a group ends only that group."""
 
     def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
         start, forward_before = time.perf_counter(), self.engine.forward_s
@@ -278,10 +296,12 @@ class _Run:
             group.tree.check(self.settings.num_generations)
         forward_s = self.engine.forward_s - forward_before
         return RolloutBatch(
-            [group.tree for group in groups],
-            RolloutTimes(end - start, forward_s, self.tool_wait_s, sync_s + end - closing),
-            [group.topups for group in groups],
-            [group.longest_chain for group in groups],
+            trees=[group.tree for group in groups],
+            times=RolloutTimes(
+                total_s=end - start, forward_s=forward_s, tool_wait_s=self.tool_wait_s, sync_s=sync_s + end - closing
+            ),
+            topups=[group.topups for group in groups],
+            turns_in_sequence=[group.longest_chain for group in groups],
         )
 
     def stream(self, requests: Iterable[GroupRequest], groups_at_once: int) -> Iterator[Finished]:
@@ -295,14 +315,14 @@ class _Run:
                         self._start(request)
                     except Exception as error:
                         self._forget(request.id)
-                        yield Finished(request.id, None, _described(error), 0.0)
+                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0)
                     else:
                         live.add(request.id)
                 if not live:
                     return
                 for group in self._advance():
                     if group.error is None:
-                        self._isolated(group, partial(self._branch, group))
+                        self._run_isolated(group, partial(self._branch, group))
                     if group.error is not None or not group.live:
                         live.discard(group.id)
                         yield self._finished(group)
@@ -310,13 +330,13 @@ class _Run:
     def _finished(self, group: _Group) -> Finished:
         seconds = time.perf_counter() - group.started_s
         if group.error is None:
-            self._isolated(group, partial(group.tree.check, self.settings.num_generations))
+            self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(group.id, None, _described(group.error), seconds)
-        return Finished(group.id, group.tree, None, seconds)
+            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds)
+        return Finished(id=group.id, tree=group.tree, error=None, seconds=seconds)
 
-    def _isolated(self, group: _Group, step: Callable[[], None]) -> None:
-        """Does `step`; in a stream what it raises ends only its group."""
+    def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
+        """Run `step`. In a stream an error ends only its group."""
         try:
             step()
         except Exception as error:
@@ -326,7 +346,7 @@ class _Run:
             self._forget(group.id)
 
     def _forget(self, group: int) -> None:
-        """Drops what is under way for a group, and closes its states; what comes of it will be nobody's."""
+        """Drop a group's running turns and calls and close its states. `_advance` ignores their later results."""
         self.writing = {id: path for id, path in self.writing.items() if path.group.id != group}
         self.calling = {ticket: call for ticket, call in self.calling.items() if call[0].path.group.id != group}
         for states in [states for states in self.open_states if states.group == group]:
@@ -336,7 +356,7 @@ class _Run:
 
     @contextmanager
     def _closing_states(self) -> Iterator[None]:
-        """In the end, however it comes, closes the states that are open."""
+        """Close all open states at the end, also after an error."""
         try:
             yield
         finally:
@@ -352,23 +372,23 @@ class _Run:
         states.close()
 
     def _write_branch(self, path: _Path, address: Address) -> None:
-        """Submits an extra turn under the observation above the path's turn, with a fork of the states as of there."""
-        assert path.states_for_branches is not None  # kept as long as there was something to grant
+        """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
+        assert path.states_for_branches is not None  # kept while the budget lasts
         states = self._opened(path.states_for_branches.fork())
         self._write(replace(path, address=address, states=states, states_for_branches=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> list[_Group]:
-        """The groups in which something happened, after waiting if nothing had."""
+        """Wait for events, take them in, and return the groups that they belong to."""
         self.between_events()
         touched: dict[int, _Group] = {}
         if self.writing:
             for event in self.engine.poll(BUSY_POLL_S if self.calling else IDLE_POLL_S):
                 if (path := self.writing.get(event.id)) is None:
-                    continue  # its group has failed
+                    continue  # its group failed earlier
                 touched[path.group.id] = path.group
-                self._isolated(path.group, partial(self._take, path, event))
+                self._run_isolated(path.group, partial(self._take_event, path, event))
         for ticket, result in self._tool_results():
             if (waited_for := self.calling.pop(ticket, None)) is None:
                 continue
@@ -376,27 +396,32 @@ class _Run:
             call = calling.calls[i]
             assert isinstance(call, ToolCall)
             calling.answered[i] = ExecutedCall(
-                call.name, call.arguments, result.text, result.failure, result.seconds, result.source
+                name=call.name,
+                arguments=call.arguments,
+                text=result.text,
+                failure=result.failure,
+                seconds=result.seconds,
+                source=result.source,
             )
             touched[calling.path.group.id] = calling.path.group
             if len(calling.answered) == len(calling.calls):
-                self._isolated(calling.path.group, partial(self._observe, calling.path, calling.in_order))
+                self._run_isolated(calling.path.group, partial(self._observe, calling.path, calling.in_order))
         return list(touched.values())
 
-    def _take(self, path: _Path, event: Event) -> None:
+    def _take_event(self, path: _Path, event: Event) -> None:
         if isinstance(event, Probe):
             self.writing[event.id] = self._probed(path, event.entropies)
             return
         del self.writing[event.id]
         if isinstance(event, TurnFailed):
             raise EngineError(event.reason)
-        self._wrote(path, event)
+        self._turn_finished(path, event)
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
         if not self.calling or (rounds and self.writing):
             return []
-        start = time.perf_counter()  # while paths are written too: tools that run in this thread run here
+        start = time.perf_counter()  # counts while turns decode too: this poll runs the tools that run in this thread
         results = self.toolbox.poll(0.0 if self.writing else IDLE_POLL_S)
         while rounds and len(results) < len(self.calling):
             self.between_events()
@@ -405,13 +430,13 @@ class _Run:
         return sorted(results, key=lambda result: result[0])
 
     def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:
-        """The path after the first tokens of its current turn are known."""
+        """The path once the entropies of its current turn's first tokens are known."""
         if path.depth == 0 and not path.root_entropies:
             path = replace(path, root_entropies=entropies)
-        return self._offered(path, entropies) if path.decides else self._alive(path)
+        return self._as_candidate(path, entropies) if path.decides else self._record_live(path)
 
-    def _wrote(self, path: _Path, turn: Turn) -> None:
-        path = self._probed(path, turn.entropies)  # changes nothing where a Probe came before
+    def _turn_finished(self, path: _Path, turn: Turn) -> None:
+        path = self._probed(path, turn.entropies)  # changes nothing after a Probe
         text = self.protocol.decode_turn(turn.ids)
         node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
         path = replace(
@@ -439,7 +464,7 @@ class _Run:
             self._call(path, calls)
 
     def _call(self, path: _Path, calls: Sequence[ToolCall | BadCall]) -> None:
-        """Sends off a turn's calls; those that are none, or one too many, are answered at once."""
+        """Submit a turn's calls. Malformed calls and calls beyond a limit get their answer at once."""
         limits, made = self.settings.max_calls_of, Counter(path.calls_of)
         path = replace(path, calls_of=made)
         calling = _Calling(path, calls)
@@ -447,7 +472,12 @@ class _Run:
             notice = None
             if isinstance(call, BadCall):
                 calling.answered[i] = ExecutedCall(
-                    call.fault, {}, call.text, ToolFailure.BAD_CALL, 0.0, CallSource.REFUSED
+                    name=call.fault,
+                    arguments={},
+                    text=call.text,
+                    failure=ToolFailure.BAD_CALL,
+                    seconds=0.0,
+                    source=CallSource.REFUSED,
                 )
                 continue
             if path.results + i >= self.settings.max_tool_calls:
@@ -456,7 +486,12 @@ class _Run:
                 notice = self.protocol.tool_limit_notice(call.name)
             if notice is not None:
                 calling.answered[i] = ExecutedCall(
-                    call.name, call.arguments, notice, ToolFailure.CALL_LIMIT, 0.0, CallSource.REFUSED
+                    name=call.name,
+                    arguments=call.arguments,
+                    text=notice,
+                    failure=ToolFailure.CALL_LIMIT,
+                    seconds=0.0,
+                    source=CallSource.REFUSED,
                 )
             else:
                 made[call.name] += 1
@@ -464,19 +499,19 @@ class _Run:
         if len(calling.answered) == len(calls):
             self._observe(path, calling.in_order)
         else:
-            self._alive(path)
+            self._record_live(path)
 
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
-        """Shows the path, and its states, what came of its calls and lets it write on."""
+        """Record the results of a turn's calls and submit the turn that continues from them."""
         for call in calls:
             if call.source is not CallSource.REFUSED:
-                path.states.record(ToolCall(call.name, call.arguments), call.failure)
+                path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = self.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
 
     def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
-        """Adds an observation and submits the turn under it, if the path has room for both."""
+        """Add an observation and submit the turn under it; end the path if it has no room for both."""
         if self._room(path.group, len(path.ids) + len(ids)) < 1:
             self._end(path, StopReason.LENGTH)
             return
@@ -485,7 +520,7 @@ class _Run:
         states = self._opened(path.states.fork()) if may_branch else None
         path = replace(path, parent=node.index, ids=path.ids + ids, states_for_branches=states)
         if path.decides and self.settings.rule.moment is Moment.RESULT:
-            path = self._offered(path, ())
+            path = self._as_candidate(path, ())
         self._write(path)
 
     # Paths -----------------------------------------------------------------------------------------------------------
@@ -493,17 +528,17 @@ class _Run:
     def _start(self, request: GroupRequest) -> _Group:
         settings = self.settings
         context = BranchContext(
-            RolloutTree(request.prompt_ids),
-            self.engine.vocab_size,
-            settings.num_generations - settings.initial_rollouts,
-            lambda place: self._draw("branch", (request.id, *place)),
+            tree=RolloutTree(request.prompt_ids),
+            vocab_size=self.engine.vocab_size,
+            remaining=settings.num_generations - settings.initial_rollouts,
+            seed_of=lambda place: self._draw("branch", (request.id, *place)),
         )
         context.state = settings.rule.start(context)
         group = _Group(request.id, context.tree, context, branches=context.remaining > 0)
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
-                f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length}: "
-                "no room for a completion. Shorten or drop the prompt."
+                f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length} "
+                "tokens: no room for a completion. Shorten or drop the prompt."
             )
         self._start_at_root(group, settings.initial_rollouts, waited=0)
         return group
@@ -516,25 +551,25 @@ class _Run:
             self._write(path)
 
     def _write(self, path: _Path) -> None:
-        """Submits the path's next turn."""
+        """Submit the path's next turn."""
         key = (path.group.id, *path.address, path.depth)
         request = TurnRequest(
-            self.requests,
-            path.ids,
-            self._room(path.group, len(path.ids)),
-            self.settings.entropy_probe_tokens,
-            self._draw("turn", key),
-            key,
-            path.last_request,
+            id=self.requests,
+            ids=path.ids,
+            max_tokens=self._room(path.group, len(path.ids)),
+            probe_tokens=self.settings.entropy_probe_tokens,
+            seed=self._draw("turn", key),
+            key=key,
+            after=path.last_request,
         )
         self.requests += 1
-        self.writing[request.id] = self._alive(path)
+        self.writing[request.id] = self._record_live(path)
         self.engine.submit(request)
 
-    def _alive(self, path: _Path) -> _Path:
-        """The path itself, its group told how many tool results it may still branch at."""
+    def _record_live(self, path: _Path) -> _Path:
+        """Record how many more tool results the path may branch at, and return the path."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
-        path.group.live[path.address] = LivePath(path.parent, to_come + path.decides)
+        path.group.live[path.address] = LivePath(node=path.parent, results=to_come + path.decides)
         return path
 
     def _end(self, path: _Path, reason: StopReason) -> None:
@@ -543,20 +578,27 @@ class _Run:
         self._close(path.states)
 
     def _room(self, group: _Group, length: int) -> int:
-        """Tokens left for a path whose ids, prompt included, are `length` long."""
+        """Tokens left for a path of `length` ids, prompt included."""
         settings = self.settings
         return min(len(group.tree.root.ids) + settings.max_completion_length, settings.max_length) - length
 
     # Branching -------------------------------------------------------------------------------------------------------
 
-    def _offered(self, path: _Path, turn: Sequence[float]) -> _Path:
-        """The path after the observation above its current turn was offered to the rule."""
-        candidate = Candidate(path.parent, path.address, path.depth, turn, path.last_entropies, path.root_entropies)
+    def _as_candidate(self, path: _Path, turn: Sequence[float]) -> _Path:
+        """Make the observation above the path's current turn a candidate, and return the updated path."""
+        candidate = Candidate(
+            node=path.parent,
+            address=path.address,
+            depth=path.depth,
+            turn=turn,
+            before=path.last_entropies,
+            root=path.root_entropies,
+        )
         path.group.candidates.append((path, candidate))
-        return self._alive(replace(path, decides=False, states_for_branches=None))
+        return self._record_live(replace(path, decides=False, states_for_branches=None))
 
     def _branch(self, group: _Group) -> None:
-        """Decides what can be decided by now, branches, and tops up what can no longer be spent."""
+        """Let the rule decide on its candidates, start the branches, and start top-ups for budget they cannot use."""
         rule, context = self.settings.rule, group.context
         if rule.moment.waits and (group.live or not context.remaining):
             return
@@ -574,7 +616,7 @@ class _Run:
             for j in range(before, after):
                 self._write_branch(path, (*path.address, path.depth, j))
         topups = max(0, context.remaining - rule.supply(group.live.values(), context))
-        if not group.live and not topups:  # then there will be no other decision
+        if not group.live and not topups:  # no further decision will follow
             topups = context.remaining
         context.remaining -= topups
         if not rule.moment.waits or not context.remaining:
@@ -586,25 +628,25 @@ class _Run:
         self._start_at_root(group, topups, waited=group.longest_chain)
 
     def _decisions(self, candidates: Sequence[Candidate], context: BranchContext) -> Sequence[BranchDecision]:
-        """The rule's decisions, their leaves taken from the budget."""
+        """Return the rule's decisions and subtract the granted leaves from the budget."""
         rule = self.settings.rule
         decisions = rule.decide(candidates, context) if candidates or rule.moment.waits else []
         granted = [decision.granted for decision in decisions]
         if len(granted) != len(candidates) or min(granted, default=0) < 0 or sum(granted) > context.remaining:
             raise ConfigError(
                 f"The branch rule {rule.name!r} granted {granted} leaves for {len(candidates)} observations; expected "
-                f"one number for each, none negative, and at most {context.remaining} in sum."
+                f"one number ≥ 0 for each, with a sum of at most {context.remaining}. Correct its `decide`."
             )
         context.remaining -= sum(granted)
         return decisions
 
     def _draw(self, what: str, key: tuple[int, ...]) -> int:
-        """A seed that is this rollout's, and this place's in it, alone."""
+        """A seed specific to this rollout, to `what` and to the place `key` in the tree."""
         digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
 
 
-def _nothing() -> None:
+def _do_nothing() -> None:
     pass
 
 

@@ -1,4 +1,4 @@
-"""The text of sampled ids, and how many of them may hold a stop string."""
+"""Decoding of sampled ids, and the number of ids in which to look for a stop string."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from transformers import PreTrainedTokenizerBase
 
 
 def decode_exactly(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of `ids` with special tokens in it and no space removed: what stop strings and tags are searched in."""
+    """Decode `ids` with special tokens, without cleaning up spaces, to search the text for stop strings and tags."""
     return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def stop_window(stop_strings: Sequence[str]) -> int:
-    """How many of the newest tokens surely hold a stop string that the newest one completes.
+    """The number of last tokens whose text holds any stop string that the last token completes.
 
-    A token covers at least one byte; two more for a character that the window's first token begins in.
+    A token covers at least one byte. Two more tokens are for a character that the window's first token may split.
     """
     return 2 + max((len(stop.encode()) for stop in stop_strings), default=0)

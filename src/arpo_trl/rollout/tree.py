@@ -1,17 +1,17 @@
 """A group's rollouts as one tree that stores every token once.
 
     root ──┬─ turn ── observation ──┬─ turn ── …           root: the prompt
-           │                        └─ turn (a branch)     turn: what the model wrote until it called, ended or ran out
+           │                        └─ turn (a branch)     turn: model tokens up to a call, the end or the length limit
            └─ turn ── …                                    observation: the tokens of a turn's tool results
 
 Invariants, checked by `RolloutTree.check`:
 
-- A turn's parent is the root or an observation; an observation's parent is a turn, which has no other child. Branches
-  are extra turns under one observation, so a node never splits.
+- A turn's parent is the root or an observation. An observation's parent is a turn that has no other child. Branches
+  are extra turns under one observation, so the tokens of a node are never split.
 - A node holds only the tokens it adds. Concatenating the nodes of a path gives exactly the ids the model saw.
-- Model tokens have mask 1 and a sampling logprob, observation tokens mask 0.
-- A finished tree has exactly M leaves, distinct turn nodes, in a fixed order: that of their addresses, which do not
-  depend on the order in which things happened to finish.
+- Model tokens have mask 1 and a sampling logprob. Observation tokens have mask 0.
+- A finished tree has exactly M leaves, which are distinct turns, sorted by address. Addresses do not depend on the
+  order in which turns and tool calls finish.
 
 Pure: no trl, no engine, no network.
 """
@@ -29,8 +29,8 @@ from arpo_trl.tools.calls import CallSource, ToolFailure
 T = TypeVar("T")
 
 Address = tuple[int, ...]
-"""Where a path started: `(i,)` for the i-th at the root; a branch appends `(depth, j)`, the j-th extra turn under the
-observation that follows `depth` turns of its parent path."""
+"""Where a path starts: `(i,)` for the i-th path at the root. A branch appends `(depth, j)` to the address of its
+parent path: it is the j-th extra turn under the observation that follows `depth` turns of that path."""
 
 
 class NodeKind(StrEnum):
@@ -43,18 +43,23 @@ class StopReason(StrEnum):
     """Why a path ended."""
 
     EOS = "eos"
-    """The model ended its last turn itself."""
+    """The model ended its last turn without a tool call."""
     LENGTH = "length"
-    """No room was left for another token, or for the tool result it had asked for."""
+    """The token limit left no room for another token, or for the requested tool result."""
     CALL_LIMIT = "call_limit"
-    """It called a tool again after it had been told that it could not."""
+    """The model called a tool again after the notice that no calls are left."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutedCall:
-    """One tool call of a path and what came of it, as rewards and logs receive it.
+    """One tool call of a path and its result, as rewards and logs receive it.
 
-    `failure` is None when the tool ran and returned; `seconds` is the wall time of the execution (0.0 from a cache).
+    `failure` is None if the tool ran and returned. `seconds` is the wall time of the execution (0.0 from a cache).
+
+        ExecutedCall(
+            name="search", arguments={"query": "iron"}, text="Iron melts at 1,538 °C.", failure=None, seconds=0.4,
+            source=CallSource.EXECUTED,
+        )
     """
 
     name: str
@@ -81,11 +86,13 @@ class ExecutedCall:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BranchDecision:
-    """What a branch rule decided for one observation. `granted` < Z on a firing decision means the budget ran out.
+    """A branch rule's decision on one observation. If it fires and `granted` < Z, the budget ran out.
 
-    `entropy_nats`, `delta` (ΔH) and `probability` (P) are None under a rule that does not read or compute them.
+    `entropy_nats`, `delta` (ΔH) and `probability` (P) are None under a rule that does not compute them.
+
+        BranchDecision(entropy_nats=1.2, delta=0.05, probability=0.51, fires=True, granted=1)
     """
 
     entropy_nats: float | None = None
@@ -95,13 +102,15 @@ class BranchDecision:
     granted: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Node:
-    """The tokens one event adds to its path. Fields after `text` are None or empty where the kind has no use for them.
+    """The tokens that one turn or observation adds to its path. Fields that the kind does not use are None or empty.
 
-    `logprobs` are natural-log probabilities under the distribution sampled from, one per id of a turn; `entropies` are
-    in nats and cover a turn's first probe tokens only. `stop` is set on the turn that ends a path. `calls` are those
-    of the turn above an observation, one unless the model wrote several at once.
+    A turn has `logprobs`, the natural-log probabilities under the sampling distribution, one per id. Its `entropies`
+    are in nats and cover its first k tokens only. `stop` is set on the turn that ends a path. An observation has the
+    `calls` of the turn above it: one, or several if the model made several calls in that turn.
+
+        Node(index=2, parent=1, kind=NodeKind.OBSERVATION, ids=[50, 51], text="Iron melts at 1,538 °C.", calls=[call])
     """
 
     index: int
@@ -118,43 +127,46 @@ class Node:
 
     @property
     def tool(self) -> str | None:
-        """The tool whose result this is, `several` if they differ, `refusal` for calls that were not made, or None."""
+        """The tool that gave this result, or None. Several tools: "several". Calls that were not run: "refusal"."""
         tools = {"refusal" if call.source is CallSource.REFUSED else call.name for call in self.calls}
         return None if not tools else tools.pop() if len(tools) == 1 else "several"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Leaf:
-    """One finished path, a view: the nodes after the root, in order, ending in the turn where it stopped."""
+    """One finished path: a view of the nodes below the root, in order, up to the turn where the path stopped.
+
+    Leaf(address=(0,), nodes=tree.path(3)).ids
+    """
 
     address: Address
     nodes: tuple[Node, ...]
 
     @property
     def ids(self) -> list[int]:
-        """Completion ids: every token after the prompt, the model's and the tools'."""
+        """Completion ids: every token after the prompt, model and tool tokens alike."""
         return _end_to_end(node.ids for node in self.nodes)
 
     @property
     def mask(self) -> list[int]:
-        """1 where the model sampled the token, 0 where a tool result brought it."""
+        """1 for each token that the model sampled, 0 for each token of a tool result."""
         return _end_to_end([int(node.kind is NodeKind.TURN)] * len(node.ids) for node in self.nodes)
 
     @property
     def logprobs(self) -> list[float]:
-        """Sampling logprobs; 0.0 on observation tokens, which nobody sampled."""
+        """Sampling logprobs; 0.0 for observation tokens, which the model did not sample."""
         return _end_to_end(
             node.logprobs if node.kind is NodeKind.TURN else [0.0] * len(node.ids) for node in self.nodes
         )
 
     @property
     def token_nodes(self) -> list[int]:
-        """For each completion token the index of the node that holds it."""
+        """The index of the node that holds each completion token."""
         return _end_to_end([node.index] * len(node.ids) for node in self.nodes)
 
     @property
     def turns(self) -> list[str]:
-        """What the model wrote, turn by turn, without the end-of-sequence token."""
+        """The text of each turn, without the end-of-sequence token."""
         return [node.text for node in self.nodes if node.kind is NodeKind.TURN]
 
     @property
@@ -164,7 +176,7 @@ class Leaf:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The path as TRL's tool loop gives it to rewards: assistant and tool messages in turn."""
+        """The path as alternating assistant and tool messages, as TRL's tool loop passes it to rewards."""
         messages = []
         for node in self.nodes:
             if node.calls:
@@ -177,15 +189,15 @@ class Leaf:
     @property
     def stop(self) -> StopReason:
         stop = self.nodes[-1].stop
-        assert stop is not None  # RolloutTree.end is the only way to become a leaf
+        assert stop is not None  # RolloutTree.end sets it on every leaf
         return stop
 
 
 class RolloutTree:
-    """The tree of one group. Grown by the sampler, read by everyone else."""
+    """The tree of one group. Only the sampler adds nodes to it."""
 
     def __init__(self, prompt_ids: Sequence[int]):
-        self.nodes: list[Node] = [Node(0, None, NodeKind.ROOT, list(prompt_ids), "")]
+        self.nodes: list[Node] = [Node(index=0, parent=None, kind=NodeKind.ROOT, ids=list(prompt_ids), text="")]
         self._leaves: dict[Address, int] = {}
 
     @property
@@ -195,31 +207,38 @@ class RolloutTree:
     def add_turn(
         self, parent: int, ids: list[int], text: str, logprobs: list[float], entropies: Sequence[float]
     ) -> Node:
-        """The new turn under `parent`, which is the root or an observation."""
+        """Add a turn under `parent`, the root or an observation, and return it.
+
+        Raises:
+            EngineError: The numbers of ids and logprobs differ.
+        """
         if len(logprobs) != len(ids):
             raise EngineError(
-                f"A turn came with {len(ids)} tokens but {len(logprobs)} logprobs; an engine must return one logprob "
+                f"The engine returned a turn of {len(ids)} tokens with {len(logprobs)} logprobs; expected one logprob "
                 "per sampled token."
             )
         return self._add(parent, NodeKind.TURN, ids, text, logprobs=logprobs, entropies=list(entropies))
 
     def add_observation(self, parent: int, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> Node:
-        """The new observation under the turn `parent`; `calls` is empty for the notice that no calls are left."""
+        """Add an observation under the turn `parent` and return it.
+
+        `calls` is empty for the notice that no calls are left.
+        """
         return self._add(parent, NodeKind.OBSERVATION, ids, text, calls=list(calls))
 
     def _add(self, parent: int, kind: NodeKind, ids: list[int], text: str, **fields: Any) -> Node:
-        node = Node(len(self.nodes), parent, kind, ids, text, **fields)
+        node = Node(index=len(self.nodes), parent=parent, kind=kind, ids=ids, text=text, **fields)
         self.nodes.append(node)
         self.nodes[parent].children.append(node.index)
         return node
 
     def end(self, node: int, address: Address, reason: StopReason) -> None:
-        """Marks the turn `node` as the leaf of the path that started at `address`."""
+        """Mark the turn `node` as the leaf of the path that starts at `address`."""
         self.nodes[node].stop = reason
         self._leaves[address] = node
 
     def path(self, node: int) -> tuple[Node, ...]:
-        """The nodes from just below the root down to `node`."""
+        """The nodes of the path to `node`, without the root."""
         path: list[Node] = []
         current: int | None = node
         while current:  # 0 is the root
@@ -228,12 +247,12 @@ class RolloutTree:
         return tuple(reversed(path))
 
     def ids_to(self, node: int) -> list[int]:
-        """Everything the model sees before it writes under `node`: the prompt and the path, observations included."""
+        """The model's input for a turn under `node`: the ids of the prompt and of the path down to `node`."""
         return _end_to_end([self.root.ids, *(step.ids for step in self.path(node))])
 
     def leaves(self) -> list[Leaf]:
         """The finished paths in address order."""
-        return [Leaf(address, self.path(self._leaves[address])) for address in sorted(self._leaves)]
+        return [Leaf(address=address, nodes=self.path(self._leaves[address])) for address in sorted(self._leaves)]
 
     def turns(self) -> Iterator[Node]:
         return (node for node in self.nodes if node.kind is NodeKind.TURN)
@@ -242,19 +261,26 @@ class RolloutTree:
         return (node for node in self.nodes if node.kind is NodeKind.OBSERVATION)
 
     def check(self, num_leaves: int) -> None:
-        """Raises EngineError if an invariant of the module's docstring is broken."""
+        """Check the invariants in the module's docstring.
+
+        Raises:
+            EngineError: The tree breaks one of them.
+        """
         expected_parent = {NodeKind.TURN: {NodeKind.ROOT, NodeKind.OBSERVATION}, NodeKind.OBSERVATION: {NodeKind.TURN}}
         for node in self.nodes[1:]:
             assert node.parent is not None
             if self.nodes[node.parent].kind not in expected_parent[node.kind]:
-                raise EngineError(f"Node {node.index} is a {node.kind} under a {self.nodes[node.parent].kind}.")
+                raise EngineError(
+                    f"Node {node.index} is a {node.kind} under a {self.nodes[node.parent].kind}; expected turns under "
+                    "the root or an observation, and observations under a turn."
+                )
             if node.kind is NodeKind.TURN and len(node.children) > 1:
-                raise EngineError(f"Turn {node.index} has {len(node.children)} children; a turn never splits.")
+                raise EngineError(f"Turn {node.index} has {len(node.children)} children; expected at most one.")
             if node.kind is NodeKind.TURN and not node.ids:
-                raise EngineError(f"Turn {node.index} is empty; an engine must sample at least one token.")
+                raise EngineError(f"Turn {node.index} has no tokens; an engine must sample at least one.")
         ends = list(self._leaves.values())
         if len(ends) != num_leaves or len(set(ends)) != num_leaves:
-            raise EngineError(f"A group ended with {len(set(ends))} distinct leaves; expected {num_leaves}.")
+            raise EngineError(f"The tree of a group has {len(set(ends))} distinct leaves; expected {num_leaves}.")
 
 
 def _end_to_end(parts: Iterable[list[T]]) -> list[T]:

@@ -1,11 +1,11 @@
-"""The checkpoints of an output folder: whole or not there, and refused by a run that is not their own.
+"""The checkpoints of an output folder: each is complete or absent, and only the run that wrote it can resume from it.
 
-A checkpoint is written in `<output_dir>/.unfinished`. Once all ranks are done, the first one lists the files and their
-sizes in `arpo_state.json`, has everything reach the disk, and renames the folder into its place. So a folder named
-`checkpoint-…` was whole when it got that name, whoever looks for one; a later loss is found by the sizes.
+A checkpoint is written to `<output_dir>/.unfinished`. When all ranks are done, rank 0 lists the files and their sizes
+in `arpo_state.json`, flushes everything to disk and renames the folder to its final name. So a folder named
+`checkpoint-…` was complete when it got that name. If a file is lost or cut later, the sizes show it.
 
-`arpo_state.json` also says what run the checkpoint belongs to: the settings that decide what a step computes, the
-model's shape, the dataset's content, the tools and rewards. A run that differs in one of them is refused.
+`arpo_state.json` also identifies the run: the settings that affect what a step computes, the model's shape, the
+dataset's content, the tools and rewards. A run that differs in one of them cannot resume from the checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DECIDING_TRAINING_ARGUMENTS = frozenset(
     adam_beta2 adam_epsilon optim_target_modules max_grad_norm bf16 fp16 neftune_noise_alpha seed data_seed
     per_device_train_batch_size gradient_accumulation_steps""".split()
 )
-"""Of transformers' own settings those that decide what a step computes; the others log, save, report or place."""
+"""The settings of transformers that affect what a step computes. The others control logging, saving or placement."""
 _FREE_SETTINGS = frozenset(
     """num_generations_eval ds3_gather_for_generation cache_implementation use_vllm vllm_mode vllm_model_impl
     vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
@@ -54,13 +54,13 @@ _FREE_SETTINGS = frozenset(
     weight_sync weight_sync_dir weight_sync_tolerance shared_prefix_forward trajectory_log_rate
     hub_trajectories_id""".split()
 )
-"""Of TRL's and our settings those that may change: they say where and how fast, or round otherwise."""
+"""The settings of TRL and of this package that may change: they affect placement, speed or rounding only."""
 _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"})
-"""What another number of processes has to change for the global batches to stay the same."""
+"""The settings that must change with the number of processes to keep the global batches the same."""
 
 
 def deciding_settings(args: ARPOConfig) -> dict[str, Any]:
-    """The settings that decide what a step computes, as JSON has them."""
+    """The settings that affect what a step computes, as JSON values."""
     of_transformers = {field.name for field in fields(TrainingArguments)}
     all_values = args.to_dict()
     return _plain(
@@ -74,7 +74,7 @@ def deciding_settings(args: ARPOConfig) -> dict[str, Any]:
 
 
 def dataset_identity(dataset: Any) -> dict[str, Any] | None:
-    """Rows, and a digest of their content in order; None for a streamed dataset, which nobody has seen whole."""
+    """The number of rows and a digest of their content in order; None for a streamed dataset."""
     if not isinstance(dataset, Dataset):
         return None
     digest = hashlib.sha256()
@@ -88,10 +88,10 @@ def dataset_identity(dataset: Any) -> dict[str, Any] | None:
 
 
 def model_identity(model: Any) -> dict[str, Any]:
-    """The model's class, size and a digest of its parameters' names, shapes and types, trainable or not."""
+    """The model's class, its number of parameters, and a digest of their names, shapes, dtypes and `requires_grad`."""
     digest, count = hashlib.sha256(), 0
     for name, parameter in model.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty one behind
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # under ZeRO-3 `shape` is empty
         size = 1
         for length in shape:
             size *= length
@@ -100,9 +100,13 @@ def model_identity(model: Any) -> dict[str, Any]:
     return {"type": type(model).__name__, "parameters": count, "shapes": digest.hexdigest()[:16]}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunIdentity:
-    """What must be equal for a run to go on from a checkpoint."""
+    """What a run and a checkpoint must have in common for the run to resume from it.
+
+    RunIdentity(settings=deciding_settings(args), model=model_identity(model), dataset=dataset_identity(rows),
+                tools=["search"], rewards=["accuracy"], processes=2, sharding=None)
+    """
 
     settings: dict[str, Any]
     model: dict[str, Any]
@@ -111,7 +115,10 @@ class RunIdentity:
     rewards: list[str]
     processes: int
     sharding: str | None
-    """What spreads one optimizer over the processes, as DeepSpeed does; its files fit that number of them only."""
+    """What shards the optimizer over the processes, such as DeepSpeed; None if nothing does.
+
+    The files of a sharded optimizer can be loaded by the same number of processes only.
+    """
 
     def as_dict(self) -> dict[str, Any]:
         return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
@@ -123,38 +130,48 @@ _STATE = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SavedState:
-    """What `arpo_state.json` says of a checkpoint."""
+    """The content of a checkpoint's `arpo_state.json`.
 
-    def __init__(self, folder: Path, values: Mapping[str, Any]):
-        self.folder = folder
-        self.step: int = values["step"]
-        self.written: float = values["written"]
-        self.between_generations: bool = values["between_generations"]
-        """No rows of a generation batch were left to train on."""
-        self.owes_evaluation: bool = values["owes_evaluation"]
-        """It was written when an evaluation at its step was cut short."""
-        self.identity: dict[str, Any] = values["identity"]
-        self.versions: dict[str, str] = values["versions"]
-        self.files: dict[str, int] = values["files"]
+    state = SavedState.of(Path("output/checkpoint-20"))
+    state.step, state.files["model.safetensors"]        # 20, 988097824
+    """
+
+    folder: Path
+    step: int
+    written: float
+    """Seconds since the epoch."""
+    between_generations: bool
+    """Whether all rows of the generation batch were trained on."""
+    owes_evaluation: bool
+    """Whether it was written during an evaluation at its step, which then has to be repeated."""
+    identity: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, int]
+    """Path in the folder → size in bytes."""
 
     @classmethod
     def of(cls, folder: Path) -> SavedState:
-        """Raises CheckpointError where the file is missing, or is not what this module writes."""
+        """Reads `arpo_state.json` in `folder`.
+
+        Raises:
+            CheckpointError: The file is missing, or this module did not write it.
+        """
         file = folder / STATE_FILE
         try:
             if not file.exists():
                 raise CheckpointError(
-                    f"{folder} has no {STATE_FILE}: it is not a checkpoint of ARPOTrainer, or not a whole one."
+                    f"{folder} has no {STATE_FILE}: it is not a checkpoint of ARPOTrainer, or it is incomplete."
                 )
             values = read_json(file)
             expect(values, _STATE, str(file))
         except DataError as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        return cls(folder, values)
+        return cls(folder=folder, **{name: values[name] for name in _STATE})
 
     def check_files(self) -> None:
-        """Raises CheckpointError where a file is missing or has another size than when it was written."""
+        """Raises CheckpointError if a file is missing, or its size is not the one it was written with."""
         for name, size in self.files.items():
             try:
                 found = (self.folder / name).stat().st_size
@@ -164,7 +181,7 @@ class SavedState:
                 raise CheckpointError(f"{self.folder / name} has {found:,} bytes; it was written with {size:,}.")
 
     def check_same_run(self, now: RunIdentity) -> None:
-        """Raises ConfigError where the run that wants to go on is another one; names what, then and now."""
+        """Raises ConfigError if another run wrote the checkpoint; names the differences."""
         then, here = dict(self.identity), now.as_dict()
         if then["processes"] != here["processes"]:
             self._check_can_spread(then, here)
@@ -175,19 +192,22 @@ class SavedState:
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             raise ConfigError(
-                f"{self.folder} was written by another run: {'; '.join(differences[:3])}{more}. Set it back to go on. "
-                f"Or start a new run from its weights, in another output_dir: model_name_or_path {self.folder}."
+                f"{self.folder} was written by another run: {'; '.join(differences[:3])}{more}. To resume, restore "
+                f"the old value. To start a new run from its weights, set model_name_or_path to {self.folder} and "
+                "choose another output_dir."
             )
 
     def _check_can_spread(self, then: dict[str, Any], here: dict[str, Any]) -> None:
         told = f"{self.folder} was written by {then['processes']} processes and this run has {here['processes']}"
+        way_out = f"Start {then['processes']} processes"
         if then["sharding"] is not None or here["sharding"] is not None:
             raise ConfigError(
-                f"{told}; {then['sharding'] or here['sharding']} keeps the optimizer in as many parts. Start as many."
+                f"{told}; {then['sharding'] or here['sharding']} saves one part of the optimizer per process. "
+                f"{way_out}."
             )
         if not self.between_generations:
             raise ConfigError(
-                f"{told}; it holds what was left of a generation batch, which is spread over them. Start as many, or "
+                f"{told}; it holds the untrained rest of a generation batch, one part per process. {way_out}, or "
                 "resume from a checkpoint at a multiple of the steps per generation batch."
             )
 
@@ -208,7 +228,7 @@ class Checkpoints:
         return [self.place(step) for step in sorted(steps)]
 
     def last(self) -> tuple[SavedState | None, list[str]]:
-        """The whole checkpoint that was written last, and what is wrong with those that are not whole."""
+        """The complete checkpoint that was written last, and what is wrong with the incomplete ones."""
         whole, faults = [], []
         for path in self.all():
             try:
@@ -221,45 +241,50 @@ class Checkpoints:
         return max(whole, key=lambda state: (state.written, state.step), default=None), faults
 
     def find(self, wanted: str | bool | None) -> SavedState | None:
-        """The checkpoint to go on from; None to start afresh.
+        """The checkpoint to resume from; None to start a new run.
 
         Args:
-            wanted: True: the last whole one, if there is one. A path: that one. None or False: none. Also as text,
-                as a command line has it.
+            wanted: True: the last complete checkpoint, if there is one. A path: that checkpoint. None or False: none.
+                Each also as text, as on a command line.
 
         Raises:
-            CheckpointError: The one asked for is not whole, or none of those that are there is.
-            ConfigError: It does not exist; or none was asked for, and the folder holds some.
+            CheckpointError: The checkpoint at the path is incomplete, or all in the folder are.
+            ConfigError: The path does not exist; or `wanted` is None or False, and the folder holds checkpoints.
         """
         if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
             wanted = wanted.strip().lower() == "true"
         if not wanted:
             if there := self.all():
                 raise ConfigError(
-                    f"{self.folder} holds {there[-1].name} of an earlier run, and starting anew would mix the two. To "
-                    "go on with that run: resume_from_checkpoint true. Else choose another output_dir, or delete it."
+                    f"{self.folder} holds {there[-1].name} of an earlier run. A new run would mix with it. To "
+                    "continue the earlier run, set resume_from_checkpoint to true. To start a new one, choose another "
+                    "output_dir or delete this folder."
                 )
             return None
         last, faults = self.last()
         if wanted is True:
             if last is None and faults:
                 raise CheckpointError(
-                    f"No checkpoint in {self.folder} is whole. {faults[-1]} Delete them to start anew."
+                    f"No checkpoint in {self.folder} is complete. {faults[-1]} Delete them to start a new run."
                 )
             return last
         state = None
         try:
             if not Path(wanted).is_dir():
-                raise ConfigError(f"resume_from_checkpoint is {wanted}, which is no folder.")
+                raise ConfigError(f"resume_from_checkpoint is {wanted}; expected a folder, true or false.")
             state = SavedState.of(Path(wanted))
             state.check_files()
         except (CheckpointError, ConfigError) as error:
-            way_out = f"The last whole checkpoint is {last.folder}." if last else f"{self.folder} holds no whole one."
+            way_out = (
+                f"The last complete checkpoint is {last.folder}."
+                if last
+                else f"{self.folder} holds no complete checkpoint."
+            )
             raise type(error)(f"{error} {way_out}") from error
         return state
 
     def clear(self) -> None:
-        """Removes what a killed run left half written; finishes what it had only not yet renamed."""
+        """Removes the incomplete checkpoints of a killed run. Renames complete ones to their final names."""
         for path in self.unfinished.glob("checkpoint-*"):
             try:
                 SavedState.of(path).check_files()
@@ -270,7 +295,7 @@ class Checkpoints:
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def finish(self, step: int, *, identity: RunIdentity, between_generations: bool, owes_evaluation: bool) -> Path:
-        """Makes the unfinished checkpoint of that step one: its new path."""
+        """Completes the unfinished checkpoint of that step and moves it to its final path, which is returned."""
         folder, place = self.unfinished / f"checkpoint-{step}", self.place(step)
         state = {
             "step": step,
@@ -283,18 +308,18 @@ class Checkpoints:
         }
         (folder / STATE_FILE).write_text(json.dumps(state, indent=2) + "\n", "utf-8")
         for path in [*folder.rglob("*"), folder]:
-            _reach_the_disk(path)
+            _flush_to_disk(path)
         replaced = self.unfinished / f"replaced-{step}"
         if place.exists():
             place.rename(replaced)
         folder.rename(place)
-        _reach_the_disk(self.folder)
+        _flush_to_disk(self.folder)
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return place
 
 
 def changed_versions(then: Mapping[str, str]) -> list[str]:
-    """What is installed in another version than a checkpoint was written with."""
+    """The packages whose installed version differs from `then`, each as "name old → new"."""
     return [
         f"{name} {then[name]} → {_version(name)}" for name in VERSIONS if name in then and then[name] != _version(name)
     ]
@@ -304,7 +329,7 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _reach_the_disk(path: Path) -> None:
+def _flush_to_disk(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""In what two descriptions of a run differ, for the error that refuses to go on with another run."""
+"""Lists the differences between two run identities, for error messages."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def differences_between(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """`name.of.key is … there and … here` for each value that differs, in the order of the keys."""
+    """Yields "name.of.key is … there and … here" for each value that differs, sorted by key."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in sorted({*there, *here}):
             yield from differences_between(there.get(key), here.get(key), f"{name}.{key}" if name else key)

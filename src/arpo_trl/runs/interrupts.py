@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C as a request to stop at the next safe place; a second Ctrl-C as an order to stop at once.
+"""Handles SIGTERM and Ctrl-C: the first stops the run at the next safe point, a second Ctrl-C stops it at once.
 
-A signal may come anywhere: between two collectives, or in the middle of writing a checkpoint. Its handler only takes
-note of it. Whatever waits (a rollout between two events, a reward function) looks at the note through `check`, and the
-trainer at the places that all ranks pass, where they decide together.
+A signal may arrive anywhere: between two collectives, or while a checkpoint is written. The handler only records it.
+Code that waits (a rollout between two events, a reward function) polls the record with `check`. The trainer polls it
+at points that all ranks pass, where they decide together.
 
     SIGTERM, Ctrl-C ─▶ told ─┬─▶ check()      ends a wait of this rank: `Interrupted`
                              └─▶ the trainer  asks all ranks, and all raise `Interrupted` at the same place
@@ -32,43 +32,43 @@ from arpo_trl.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _END = b"\0"
-"""No signal's number: ends the thread that reads them."""
+"""Not the number of a signal: ends the thread that reads them."""
 SAME_S = 1.0
-"""A second SIGINT within this many seconds is the first one again: a terminal and a launcher both send it."""
+"""A second SIGINT within this many seconds counts as the same one: the terminal and a launcher both send it."""
 EXIT_S = 3.0
-"""How long an interrupted process may take to close what it opened."""
+"""Seconds that an interrupted process may take for its cleanup."""
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
-"""Variables by which `accelerate launch` and torchrun are known."""
+"""Environment variables that `accelerate launch` and torchrun set."""
 _PR_SET_PDEATHSIG = 1
 ASK_EVERY_S = 0.5
-"""How often a rank looks whether another one was told to stop."""
+"""Seconds between a rank's checks whether another rank received a signal."""
 
 
 class Interrupts:
-    """What this process was told while `listening`."""
+    """Records the signals that this process receives while `listening`."""
 
     stopped = False
-    """Whether training was ended by a signal, in this process."""
+    """Whether a signal has ended training in this process."""
     exit_status: int | None = None
-    """What this process leaves with, once that is decided."""
+    """The exit status of this process, once it is decided."""
 
     def __init__(self) -> None:
         self.active = False
         self.told: int | None = None
-        """The signal that asked to stop, None while there was none."""
+        """The first signal that asked to stop; None if there was none."""
         self._told_at = 0.0
         self._raises = False
-        self._board: _Board | None = None
+        self._shared: _SharedFlag | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Takes the signals over until it closes; outside the main thread, where Python forbids it, nothing."""
+        """Handles the signals within it. Does nothing outside the main thread, where Python allows no handlers."""
         if threading.current_thread() is not threading.main_thread() or self.active:
             yield
             return
-        self.told, self.active, self._board = None, True, _Board.of_this_run()
-        # Python's handlers wait for the main thread to come back from whatever library it is in. The second Ctrl-C
-        # must not, so a thread reads of it where the interpreter's own handler writes.
+        self.told, self.active, self._shared = None, True, _SharedFlag.of_this_run()
+        # Python runs handlers only when the main thread returns from library code. The second Ctrl-C must not wait
+        # for that, so a thread reads the pipe to which the interpreter writes each signal's number.
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
@@ -81,20 +81,20 @@ class Interrupts:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            os.write(writer, _END)  # closing alone does not end it: a forked child may hold the pipe open
+            os.write(writer, _END)  # closing the pipe is not enough: a forked child may hold it open
             watcher.join()
             os.close(writer)
             os.close(reader)
             self.active = False
 
     def check(self) -> None:
-        """Raises `Interrupted` once this rank was told to stop, or has heard that another one was."""
+        """Raises `Interrupted` once this rank has received a signal, or has learned that another rank has."""
         if self.active and self.told is not None:
             raise Interrupted(self.told)
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Within it a signal raises `Interrupted` wherever the main thread is: for code without a `check`."""
+        """Within it, a signal raises `Interrupted` at any point of the main thread. For code that does not `check`."""
         self._raises = True
         try:
             self.check()
@@ -103,36 +103,36 @@ class Interrupts:
             self._raises = False
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        self._note(signum)
+        self._record(signum)
         if self._raises:
             raise Interrupted(signum)
 
     def _watch(self, reader: int) -> None:
-        poller = select.poll()  # which, unlike select, takes descriptors above 1,023
+        poller = select.poll()  # unlike `select`, it accepts descriptors above 1,023
         poller.register(reader, select.POLLIN)
         while True:
-            if not poller.poll(ASK_EVERY_S * 1000 if self._board else None):
-                self._ask_the_others()
+            if not poller.poll(ASK_EVERY_S * 1000 if self._shared else None):
+                self._sync_with_ranks()
                 continue
             if (read := os.read(reader, 1)) == _END:
                 return
             signum = read[0]
-            if signum not in SIGNALS:  # that of a child that ended, which torch listens to once it has workers
+            if signum not in SIGNALS:  # SIGCHLD, which torch handles once it has data loader workers
                 continue
             if self.told is None:
-                self._note(signum)
+                self._record(signum)
             elif signum == signal.SIGINT and time.monotonic() - self._told_at > SAME_S:
                 stop_at_once(128 + signum)
 
-    def _ask_the_others(self) -> None:
-        assert self._board is not None
+    def _sync_with_ranks(self) -> None:
+        assert self._shared is not None
         if self.told is not None:
-            self._board.post(self.told)
-        elif (signum := self._board.read()) is not None:
-            self._note(signum)
-            signal.pthread_kill(threading.main_thread().ident or 0, signum)  # ends what it waits for here, too
+            self._shared.post(self.told)
+        elif (signum := self._shared.read()) is not None:
+            self._record(signum)
+            signal.pthread_kill(threading.main_thread().ident or 0, signum)  # also ends a wait of the main thread
 
-    def _note(self, signum: int) -> None:
+    def _record(self, signum: int) -> None:
         if self.told is None:
             self._told_at = time.monotonic()
             self.told = signum
@@ -141,13 +141,13 @@ class Interrupts:
 
 
 def stop_at_once(exit_status: int) -> None:
-    """Ends this process and all that it started, with nothing saved and nothing closed."""
+    """Ends this process and all its children, without saving or closing anything."""
     kill_children()
     os._exit(exit_status)
 
 
 def leave(exit_status: int) -> NoReturn:
-    """Exits as usual, with what is registered for that; at once if that takes longer than `EXIT_S`."""
+    """Exits normally and runs `atexit` functions; stops at once if that takes longer than `EXIT_S`."""
     Interrupts.exit_status = exit_status
     timer = threading.Timer(EXIT_S, stop_at_once, (exit_status,))
     timer.daemon = True
@@ -156,33 +156,33 @@ def leave(exit_status: int) -> NoReturn:
 
 
 def kill_children() -> None:
-    """Kills every process that this one started, and theirs."""
+    """Kills all child processes and their descendants."""
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             child.kill()
 
 
 def follow_launcher() -> None:
-    """Has this process told to stop when the launcher that started it is gone; without one, and off Linux, nothing.
+    """Sends this process SIGTERM when its launcher ends. Does nothing without a launcher, or outside Linux.
 
-    `accelerate launch` hands no signal on to a single process, and cannot when it is killed.
+    `accelerate launch` does not forward signals to a single process, and cannot if it is killed.
     """
     if sys.platform == "linux" and LAUNCHED & os.environ.keys():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
-@atexit.register  # at import, so that it runs after what trackers and tools have registered
-def _end_what_is_left() -> None:
+@atexit.register  # at import, so that it runs after the functions that trackers and tools register
+def _end_process() -> None:
     if Interrupts.stopped:
         kill_children()
-    if Interrupts.exit_status is not None:  # nothing is left but seconds of collecting garbage
+    if Interrupts.exit_status is not None:  # skips seconds of garbage collection
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(Interrupts.exit_status)
 
 
-class _Board:
-    """The ranks' common store, where a rank that was told to stop leaves word for those that wait elsewhere."""
+class _SharedFlag:
+    """The signal number that the first interrupted rank puts into the ranks' common store for the others."""
 
     _runs = 0
 
@@ -191,7 +191,8 @@ class _Board:
         self._posted = False
 
     @classmethod
-    def of_this_run(cls) -> _Board | None:
+    def of_this_run(cls) -> _SharedFlag | None:
+        """None if this process is the only rank."""
         if not distributed.is_initialized() or distributed.get_world_size() == 1:
             return None
         cls._runs += 1

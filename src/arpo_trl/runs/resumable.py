@@ -1,4 +1,4 @@
-"""`Resumable`: a trainer that may end anywhere, and continues as if it had not."""
+"""`Resumable`: a trainer that can stop at any point and later continue with the same results."""
 
 from __future__ import annotations
 
@@ -35,52 +35,51 @@ logger = get_logger(__name__)
 
 
 class Resumable(GRPOTrainer):
-    """A `GRPOTrainer` whose checkpoints are whole, hold all that the next step depends on, and know their run.
+    """A `GRPOTrainer` with complete checkpoints that contain all state of the next step and identify their run.
 
-    A mixin, independent of the others. It hands each checkpoint over once, when it is whole, to `Trainer`'s own
-    `_push_from_checkpoint`, whoever overrides that.
+    A mixin, independent of the others. When a checkpoint is complete, it calls `_push_from_checkpoint` once.
 
-    What it changes in `GRPOTrainer`, and nothing else:
+    It changes the following parts of `GRPOTrainer`, and no others:
 
-    - `train`: finds and checks the checkpoint to go on from; SIGTERM and Ctrl-C end it with a checkpoint.
-    - `training_step`, `_evaluate`: the places where an interrupt is heard, besides those of a subclass.
-    - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: a checkpoint is written aside, and takes its
-      place and is sent to the Hub when it is whole.
-    - `_save_rng_state`, `_load_rng_state`: also what the trainer has in memory between two steps.
-    - `_run_epoch`: a resumed epoch shuffles as that epoch does, and a run that is done stays done.
+    - `train`: finds and checks the checkpoint to resume from. SIGTERM and Ctrl-C end it with a checkpoint.
+    - `training_step`, `_evaluate`: check for interrupts. A subclass may check at more places.
+    - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
+      move it to its final path and push it.
+    - `_save_rng_state`, `_load_rng_state`: also save and load the trainer's state in memory between two steps.
+    - `_run_epoch`: a resumed epoch has the same order of rows, and a finished run takes no further step.
     """
 
     args: ARPOConfig
     _interrupts: Interrupts
-    """To be made before `__init__` runs, for functions that are passed to it."""
+    """Set before `__init__` runs, since functions that are passed to `__init__` use it."""
     _buffered_inputs: list[dict[str, Any]] | None
     _evaluation_is_owed = False
     _is_restored = True
     _starts_epoch = False
     _epoch_generators: dict[str, Any] | None = None
-    """As they were before the epoch's first batch was drawn: a checkpoint between two epochs holds them so."""
+    """The random generators' states before the epoch's first batch: a checkpoint between two epochs holds these."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._checkpoints = Checkpoints(Path(self.args.output_dir))
         self._resumed: SavedState | None = None
         self._model_identity = model_identity(self.model)
-        """Before the model is prepared for training: FSDP2 gives it another class, and perhaps another dtype."""
+        """Computed before the model is prepared for training: FSDP2 changes its class and perhaps its dtype."""
         self._dataset_identity: dict[str, Any] | None = None
-        """Made when first needed: it reads every row, which stay the same for all checkpoints of a training."""
+        """Computed once per training, when first needed, since it reads every row."""
         self._moment: dict[str, Any] | None = None
         self._saved_step: int | None = None
         self._writing = False
         self.add_callback(_StepBegins(self._remember_moment))
 
-    # A subclass has more to remember ---------------------------------------------------------------------------------
+    # State that a subclass extends -----------------------------------------------------------------------------------
 
     @property
     def tool_names(self) -> list[str]:
         return []
 
     def state_dict(self) -> dict[str, Any]:
-        """What this trainer has in memory between two steps that no file of transformers holds; plain data."""
+        """The state in memory between two steps that transformers does not save, as plain data."""
         memory: dict[str, Any] = {
             "micro_step": self._step,
             "buffered": None if self._is_between_generations() else self._buffered_inputs,
@@ -117,22 +116,26 @@ class Resumable(GRPOTrainer):
                 log.extend(column)
 
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
-        """Removes what a run that ended left of steps that are about to be repeated."""
+        """Removes the log files of steps, from `step` on, that the resumed run repeats. A subclass overrides it.
+
+        Args:
+            evaluated: Whether the evaluation at `step` is complete, and not repeated.
+        """
 
     # Training --------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`.
+        """Trains, like `Trainer.train`.
 
         Args:
-            resume_from_checkpoint: True: go on from the last whole checkpoint in `output_dir`, or start afresh where
-                there is none, so that a job that is started again is started with the same command. A path: go on
-                from that checkpoint. None or False: start afresh, in a folder without checkpoints.
+            resume_from_checkpoint: True: resume from the last complete checkpoint in `output_dir`, or start a new run
+                if there is none. So a job can be restarted with the same command. A path: resume from that
+                checkpoint. None or False: start a new run; `output_dir` must not hold checkpoints.
 
         Raises:
-            CheckpointError: The checkpoint is not whole.
-            ConfigError: It is another run's, or does not exist.
-            Interrupted: SIGTERM or Ctrl-C came; a checkpoint of the last finished step is written.
+            CheckpointError: The checkpoint is incomplete.
+            ConfigError: Another run wrote the checkpoint, or it does not exist.
+            Interrupted: SIGTERM or Ctrl-C was received. A checkpoint of the last finished step is written.
         """
         if self.args.should_save:
             self._checkpoints.clear()
@@ -145,9 +148,9 @@ class Resumable(GRPOTrainer):
             self._check_resumable(self._resumed)
             if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
                 self._saved_step = self._resumed.step
-            logger.info(f"Going on from {self._resumed.folder}.", main_process_only=True)
+            logger.info(f"Resuming from {self._resumed.folder}.", main_process_only=True)
         elif resume_from_checkpoint:
-            logger.warning(f"No checkpoint in {self.args.output_dir} yet: starting afresh.")
+            logger.warning(f"There is no checkpoint in {self.args.output_dir} yet: starting a new run.")
         if resume_from_checkpoint and self.args.should_save:
             step = self._resumed.step if self._resumed else 0
             self._forget_from(step, evaluated=self._resumed is not None and not self._resumed.owes_evaluation)
@@ -164,21 +167,21 @@ class Resumable(GRPOTrainer):
         state.check_same_run(self._identity())
         if self.args.ignore_data_skip:
             raise ConfigError(
-                "ignore_data_skip is set, but a resumed run has to know its place in the data. Unset it."
+                "ignore_data_skip is set, but a resumed run must skip the rows that were already used. Unset it."
             )
         if self.args.sync_ref_model:
             raise ConfigError(
-                "sync_ref_model is set, and no checkpoint holds the reference model that it moves. Start a new run "
-                f"from the weights instead: model_name_or_path {state.folder}."
+                "sync_ref_model is set, but checkpoints do not contain the reference model that it updates. Start a "
+                f"new run from the weights instead: model_name_or_path {state.folder}."
             )
         if self._memory_file(state.folder, 0).name not in state.files:
             raise CheckpointError(
-                f"{state.folder} holds the model only (save_only_model), so no run can go on from it. Start a new one "
-                f"from its weights: model_name_or_path {state.folder}."
+                f"{state.folder} contains the model only (save_only_model), so a run cannot resume from it. Start a "
+                f"new run from its weights: model_name_or_path {state.folder}."
             )
         if changes := changed_versions(state.versions):
             logger.warning(
-                f"{state.folder} was written with other versions ({', '.join(changes)}): numbers may differ."
+                f"{state.folder} was written with other versions ({', '.join(changes)}): results may differ."
             )
 
     def _identity(self) -> RunIdentity:
@@ -199,11 +202,11 @@ class Resumable(GRPOTrainer):
     def _run_epoch(self, **loop: Any) -> None:
         resumed, epoch = self._resumed, loop["epoch"]
         if resumed is not None and epoch == loop["epochs_trained"]:
-            # The sampler draws each epoch's order from a generator of its own, which has not seen the earlier epochs.
+            # The sampler draws each epoch's order from a separate generator. Advance it past the earlier epochs.
             sampler = self._sampler
             for _ in range(epoch if getattr(sampler, "shuffle", False) else 0):
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
-        if self.state.global_step >= self.state.max_steps:  # transformers would train one step more
+        if self.state.global_step >= self.state.max_steps:  # transformers would train one more step
             if resumed is not None:
                 self._load_rng_state(str(resumed.folder))
             self.control.should_training_stop = True
@@ -223,7 +226,7 @@ class Resumable(GRPOTrainer):
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         self._evaluation_is_owed = True
-        if self._is_restored:  # not so in a resumed run's `eval_on_start`
+        if self._is_restored:  # False in a resumed run's `eval_on_start`
             self._remember_moment()
         metrics = super()._evaluate(*args, **kwargs)
         self._evaluation_is_owed = False
@@ -233,13 +236,13 @@ class Resumable(GRPOTrainer):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """What runs here may be cut short on any rank; all ranks then raise `Interrupted` at its end. A collective."""
+        """If code within it is interrupted on a rank, all ranks raise `Interrupted` at its end. A collective."""
         with suppress(Interrupted):
             yield
         self.stop_together()
 
     def stop_together(self) -> None:
-        """Raises `Interrupted` on all ranks if one of them was told to stop. A collective."""
+        """Raises `Interrupted` on all ranks if one of them has received a signal. A collective."""
         if not self._interrupts.active:
             return
         told = self._interrupts.told or 0
@@ -249,7 +252,7 @@ class Resumable(GRPOTrainer):
             raise Interrupted(told)
 
     def _remember_moment(self) -> None:
-        """Keeps what an interrupt of what follows has to go back to."""
+        """Keeps the state to which an interrupt of the next step, or evaluation, returns."""
         self._moment = {
             "memory": self.state_dict(),
             "generators": self._epoch_generators or _generators(),
@@ -261,13 +264,13 @@ class Resumable(GRPOTrainer):
         self._epoch_generators = None
 
     def _stop(self, interrupted: Interrupted) -> str:
-        """Saves the last finished step; says where, and how to go on."""
+        """Saves the last finished step. Returns a message that says where, and how to resume."""
         told = str(interrupted)
         moment, step = self._moment, self.state.global_step
         if moment is None and self._resumed is not None:
-            return f"{told} No step was finished since {self._resumed.folder}; to go on, give the same command again."
+            return f"{told} No step was finished since {self._resumed.folder}. To resume, run the same command again."
         if moment is None or step == 0:
-            return f"{told} No step was finished yet, so there is nothing to go on from."
+            return f"{told} No step was finished yet, so there is no checkpoint to resume from."
         if self._saved_step != step or moment["owed"]:
             self.load_state_dict(moment["memory"])
             _set_generators(moment["generators"])
@@ -279,7 +282,7 @@ class Resumable(GRPOTrainer):
             self._save_checkpoint(self.model_wrapped, None)
             self.args.save_only_model = only_model
         return (
-            f"{told} Step {step} is saved in {self._checkpoints.place(step)}. To go on, give the same command with "
+            f"{told} Step {step} is saved in {self._checkpoints.place(step)}. To resume, run the same command with "
             "--resume_from_checkpoint true."
         )
 
@@ -295,7 +298,7 @@ class Resumable(GRPOTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             self._writing = False
-            if self.state.best_global_step == step:  # it was written, and noted, aside
+            if self.state.best_global_step == step:  # transformers recorded the temporary path
                 self.state.best_model_checkpoint = str(self._checkpoints.place(step))
             if self.args.should_save:
                 self.state.save_to_json(
@@ -330,10 +333,11 @@ class Resumable(GRPOTrainer):
         shutil.rmtree(self._checkpoints.unfinished, ignore_errors=True)
         free = shutil.disk_usage(self.args.output_dir).free
         last, _ = self._checkpoints.last()
-        kept = f"{last.folder} is whole" if last else "There is no earlier one"
+        kept = f"{last.folder} is complete" if last else "There is no earlier checkpoint"
         return CheckpointError(
             f"checkpoint-{step} could not be written to {self.args.output_dir} ({type(error).__name__}: {error}); "
-            f"{free / 1e6:,.0f} MB are free there. {kept}. Make room, then go on with --resume_from_checkpoint true."
+            f"{free / 1e6:,.0f} MB are free there. {kept}. Free some space, then resume with "
+            "--resume_from_checkpoint true."
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -354,7 +358,7 @@ class Resumable(GRPOTrainer):
         torch.save(self.state_dict(), self._memory_file(Path(output_dir), self.accelerator.process_index))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once, right before the first step: what is restored here is as the last step left it."""
+        """Also restores the trainer's state in memory. transformers calls it once, right before the first step."""
         super()._load_rng_state(checkpoint)
         self._epoch_generators = None
         state = self._resumed
@@ -381,7 +385,7 @@ def _on_a_numbered_cpu(storage: Any, location: str) -> Any:
     return storage if location.startswith("cpu:") else None
 
 
-# Ranks on a CPU are said to be on "cpu:0", where transformers loads the optimizer to; torch knows no such place.
+# On a CPU, the device of a rank is "cpu:0". transformers loads the optimizer to it, but torch does not know that name.
 torch.serialization.register_package(100, lambda storage: None, _on_a_numbered_cpu)
 
 
@@ -394,7 +398,7 @@ class _StepBegins(TrainerCallback):
 
 
 def _generators() -> dict[str, Any]:
-    """The states of the process's random generators."""
+    """The states of this process's random generators."""
     states: dict[str, Any] = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),

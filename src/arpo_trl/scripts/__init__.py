@@ -1,1 +1,1 @@
-"""The programs behind `train.py` and `sft.py`: `accelerate launch -m arpo_trl.scripts.train` without a checkout."""
+"""The programs of `train.py` and `sft.py`. Without a checkout: `accelerate launch -m arpo_trl.scripts.train`."""

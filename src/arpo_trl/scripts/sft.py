@@ -2,8 +2,8 @@
 
 Without a checkout of the project: `accelerate launch -m arpo_trl.scripts.sft`.
 
-TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only what the model is to write carries loss; prompts and
-tool results are masked, and turns are encoded by the protocol that RL parses.
+Runs TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only the tokens that the model writes carry loss:
+prompts and tool results are masked. Turns are encoded by the tool protocol that RL uses.
 """
 
 from __future__ import annotations
@@ -28,14 +28,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ColdStartArguments:
-    """What to learn from."""
+    """The trajectories to learn from."""
 
-    dataset: str = field(metadata={"help": "Hub id, or .jsonl or .parquet file, of trajectories."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
+    dataset: str = field(metadata={"help": "Trajectories: Hub id, or .jsonl or .parquet file."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of dataset."})
     max_tool_result_tokens: int | None = field(
         default=None,
         metadata=described(
-            "As in training: a longer tool result keeps its head and tail. None: no limit.", at_least=16, unit="tokens"
+            "Length limit of a tool result, as in training; of a longer one head and tail are kept. None: no limit.",
+            at_least=16,
+            unit="tokens",
         ),
     )
 
@@ -45,7 +47,7 @@ class ColdStartArguments:
 
 @dataclass
 class ColdStartConfig(SFTConfig):
-    """TRL's, on the CPU where there is nothing else."""
+    """TRL's `SFTConfig`, with `use_cpu` set if there is no accelerator."""
 
     def __post_init__(self) -> None:
         take_the_cpu_if_alone(self)
@@ -72,7 +74,10 @@ def main() -> None:
         raise DataError(f"dataset {arguments.dataset} cannot be read ({type(error).__name__}: {error}).") from error
     dataset, too_long = encode_dataset(rows, protocol, config.max_length)
     if too_long:
-        logger.warning(f"{too_long} of {len(rows)} trajectories are longer than {config.max_length} tokens: left out.")
+        logger.warning(
+            f"{too_long} of {len(rows)} trajectories are longer than max_length ({config.max_length} tokens) and are "
+            "left out."
+        )
     config.dataset_kwargs = {"skip_prepare_dataset": True}  # ids and labels are final
     config.model_init_kwargs = {
         **(config.model_init_kwargs or {}),
@@ -90,7 +95,7 @@ def main() -> None:
     show_compactly(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=arguments.dataset)  # which saves first
+        trainer.push_to_hub(dataset_name=arguments.dataset)  # also saves the model
     else:
         trainer.save_model(config.output_dir)
 

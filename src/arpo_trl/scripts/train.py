@@ -2,8 +2,8 @@
 
 Without a checkout of the project: `accelerate launch -m arpo_trl.scripts.train`.
 
-Every key of the YAML file is a field of one of `TrainArguments`, `ToolArguments`, `arpo_trl.ARPOConfig` or TRL's
-`ModelConfig`; an unknown key is an error. Flags win over the file.
+Every key of the YAML file is a field of `TrainArguments`, `ToolArguments`, `arpo_trl.ARPOConfig` or TRL's
+`ModelConfig`; an unknown key is an error. Flags override the file.
 """
 
 from __future__ import annotations
@@ -26,30 +26,33 @@ from arpo_trl.tools.builtin import ToolArguments, build_tools
 
 @dataclass(kw_only=True)
 class TrainArguments(JudgeArguments):
-    """What to train on and for."""
+    """The data to train on, and how answers are scored."""
 
-    dataset: str = field(metadata={"help": "Hub id, folder, or .jsonl, .json or .parquet file of questions."})
-    dataset_split: str = field(default="train", metadata={"help": "Its split."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "The same for evaluation while training."})
-    eval_split: str = field(default="validation", metadata={"help": "Its split."})
+    dataset: str = field(metadata={"help": "Questions: Hub id, folder, or .jsonl, .json or .parquet file."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of dataset."})
+    eval_dataset: str | None = field(
+        default=None, metadata={"help": "Questions for evaluation during training; forms as for dataset."}
+    )
+    eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "A name of arpo_trl.data.prompts.SYSTEM_PROMPTS or a text that replaces the rows' own."},
-    )
+        metadata={"help": "Replaces the rows' system messages: a name in arpo_trl.data.prompts.SYSTEM_PROMPTS, or a "
+                  "text."},
+    )  # fmt: skip
     task: str | None = field(
         default=None,
-        metadata=described("What all rows are, whatever they say. None: as each row says.", choices=list(TASKS)),
+        metadata=described("Overrides the task of all rows. None: each row's own task.", choices=list(TASKS)),
     )
     columns: dict[str, str] | str | None = field(
         default=None,
-        metadata={"help": f"Fields of the rows that replace the usual ones: {{question: body, answer: meta.gold}}, of "
-                  f"{list(MAPPABLE)}; dots reach into nested fields."},
+        metadata={"help": "Names of fields that replace the usual ones, such as {question: body, answer: meta.gold}. "
+                  f"Keys: {list(MAPPABLE)}; dots reach into nested fields."},
     )  # fmt: skip
     accuracy: str = field(
         default="task",
         metadata=described(
-            "How answers are compared: 'task' (math equality or token F1), 'judge' (a language model where that finds "
-            "them not wholly right), 'paper_f1' for parity.",
+            "How answers are compared: 'task' (math equality or token F1), 'judge' (by a language model if 'task' "
+            "does not find them fully right), 'paper_f1' (as in the paper's code).",
             choices=["task", "judge", "paper_f1"],
         ),
     )
@@ -99,7 +102,7 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_state()
     if config.push_to_hub:
-        trainer.push_to_hub()  # which saves first
+        trainer.push_to_hub()  # also saves the model
     else:
         trainer.save_model(config.output_dir)
         trainer.create_model_card()

@@ -1,4 +1,4 @@
-"""Tools that a policy can call, and the box that runs the calls."""
+"""Tools that a policy can call, and `ToolBox`, which runs the calls."""
 
 from __future__ import annotations
 

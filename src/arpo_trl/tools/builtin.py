@@ -1,4 +1,4 @@
-"""The tools that a configuration file names, built."""
+"""Builds the tools that a configuration file names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from arpo_trl.tools.search.web import WebSearch
 
 BUILT_IN = ("search", "python", "visit")
 LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
-"""Search providers that ask no service, and the setting each stands on."""
+"""Search providers that need no service, and the setting that each of them requires."""
 
 
 @dataclass
 class ToolArguments:
-    """Which tools the policy has, and what they stand on.
+    """The tools of the policy, and their settings.
 
     Raises:
         ConfigError: A value is not of its field's type, range or choices.
@@ -32,7 +32,7 @@ class ToolArguments:
 
     tools: list[str] = field(
         default_factory=lambda: ["search", "python"],
-        metadata=described("Built-in tools to offer.", choices=BUILT_IN),
+        metadata=described("Built-in tools to offer to the model.", choices=BUILT_IN),
     )
     search_index: str | None = field(
         default=None,
@@ -47,86 +47,91 @@ class ToolArguments:
     )
     search_max_chars: int = field(
         default=1000,
-        metadata=described("Length of a search result. The paper's setting is 1,000.", at_least=10, unit="characters"),
+        metadata=described(
+            "Maximum length of a search result. The paper's setting is 1,000.", at_least=10, unit="characters"
+        ),
     )
     python_timeout_s: float = field(
         default=5.0,
-        metadata=described("Time that a python call may run, wall and CPU time each.", above=0, unit="seconds"),
+        metadata=described("Maximum time of a python call, in wall time and in CPU time.", above=0, unit="seconds"),
     )
     python_isolation: str = field(
         default="auto",
         metadata=described(
-            "How model-written python is kept apart: 'auto' takes the first of the others that holds on this machine.",
+            "How model-written python is isolated. 'auto' takes the first other choice that works here.",
             choices=ISOLATIONS,
         ),
     )
     python_stateful: bool = field(
         default=False,
-        metadata={"help": "Whether a python call sees the variables of its path's earlier calls. They are run again "
-                  "before it, within the same python_timeout_s."},
+        metadata={"help": "Whether a python call sees the variables of its path's earlier calls. Those calls run "
+                  "again before it, within the same python_timeout_s."},
     )  # fmt: skip
     python_executor_url: str | None = field(
         default=None,
-        metadata={"help": "Run python at this SandboxFusion server instead of on this machine: http://HOST:PORT."},
+        metadata={"help": "Run python on this SandboxFusion server instead of this machine: http://HOST:PORT."},
     )
     allow_unsafe: bool = field(
         default=False,
-        metadata={"help": "Run model-written python without a sandbox where none can be had. Dangerous."},
+        metadata={"help": "Run model-written python without a sandbox if this machine supports none. Dangerous."},
     )
 
-    # Parameters that control searching with a service; its key comes from the environment
+    # Parameters that control searching with a service, whose key comes from the environment
     search_provider: str | None = field(
         default=None,
-        metadata={"help": f"What searches: {', '.join([*LOCAL_SOURCES, *PROVIDERS])}. None: local or recorded, "
-                  "whichever of search_index and search_recorded is set."},
+        metadata={"help": f"What searches: {', '.join([*LOCAL_SOURCES, *PROVIDERS.own])}, or a registered name. None: "
+                  "local if search_index is set, recorded if search_recorded is set."},
     )  # fmt: skip
     search_url: str | None = field(
         default=None,
-        metadata={"help": "The service's address, where it is not its usual one (a gateway, your server)."},
+        metadata={"help": "Address of the search service, if it is not the default one (a gateway, your server)."},
     )
     search_zone: str | None = field(default=None, metadata={"help": "Bright Data: the name of your SERP API zone."})
     search_fields: list[str] = field(
         default_factory=lambda: list(FIELDS),
-        metadata=described("Parts of a result that are shown.", choices=FIELDS),
+        metadata=described("Parts of a result that the model is shown.", choices=FIELDS),
     )
     search_cache: str = field(
         default="search_cache.sqlite",
-        metadata={"help": "File that keeps a service's answers and counts requests, shared by all processes of a "
-                  "machine. On a local disk."},
+        metadata={"help": "File that caches a service's answers and counts requests. All processes of a machine share "
+                  "it. Keep it on a local disk."},
     )  # fmt: skip
     search_cache_mode: str = field(
         default=CacheMode.CACHE.value,
         metadata=described(
-            "'cache': ask what the file lacks. 'live': always ask. 'record': always ask, and write. 'replay': never "
-            "ask, the nearest recorded query answers. 'offline': never ask, an unrecorded query fails.",
+            "'cache': ask for what the file lacks. 'live': always ask. 'record': always ask, and write the answer. "
+            "'replay': never ask, answer with the nearest recorded query. 'offline': never ask, an unrecorded query "
+            "fails.",
             choices=CacheMode,
         ),
     )
     search_timeout_s: float = field(
         default=15.0,
         metadata=described(
-            "Time that a search may take, retries included; less than tool_timeout_s.", above=0, unit="seconds"
+            "Maximum time of a search, including retries. It should be less than tool_timeout_s.",
+            above=0,
+            unit="seconds",
         ),
     )
     search_rate: float | None = field(
         default=None,
-        metadata=described("Requests per second to the service, all processes together.", above=0),
+        metadata=described("Maximum requests per second to the service, summed over all processes.", above=0),
     )
     search_max_calls: int | None = field(
         default=None,
         metadata=described(
-            "Requests to the service per run (output_dir), all processes together; then searches are answered with a "
-            "notice.",
+            "Maximum requests to the service per run (output_dir), summed over all processes. Then the model gets "
+            "a notice instead of results.",
             at_least=1,
         ),
     )
 
     # Parameters that control reading pages
     visit_timeout_s: float = field(
-        default=15.0, metadata=described("Time that a visit may take.", above=0, unit="seconds")
+        default=15.0, metadata=described("Maximum time of a visit.", above=0, unit="seconds")
     )
     visit_max_chars: int = field(
-        default=4000, metadata=described("Length of a page that is shown.", at_least=200, unit="characters")
+        default=4000, metadata=described("Maximum length of the text of a page.", at_least=200, unit="characters")
     )
     visit_allowed_hosts: list[str] = field(
         default_factory=list,
@@ -134,19 +139,21 @@ class ToolArguments:
     )
     visit_summary_url: str | None = field(
         default=None,
-        metadata={"help": "OpenAI-compatible server (…/v1) whose model sums pages up; its key, if it wants one, in "
-                  "VISIT_SUMMARY_API_KEY."},
+        metadata={"help": "OpenAI-compatible server (…/v1) whose model summarises pages. Put its key, if it needs it, "
+                  "in VISIT_SUMMARY_API_KEY."},
     )  # fmt: skip
-    visit_summary_model: str | None = field(default=None, metadata={"help": "That model's name."})
+    visit_summary_model: str | None = field(
+        default=None, metadata={"help": "Name of the model that summarises pages."}
+    )
 
     # Parameters that control the tools of MCP servers
     mcp_servers: list[dict[str, Any]] | None = field(
         default=None,
-        metadata={"help": "Servers whose tools are offered as well: command, args and env (names of variables), or "
-                  "url and token_env; and tools, to offer only some."},
+        metadata={"help": "MCP servers whose tools are also offered. Each has command, args and env (names of "
+                  "variables), or url and token_env. tools limits which of its tools are offered."},
     )  # fmt: skip
     mcp_timeout_s: float = field(
-        default=15.0, metadata=described("Time that a call of an MCP tool may take.", above=0, unit="seconds")
+        default=15.0, metadata=described("Maximum time of a call of an MCP tool.", above=0, unit="seconds")
     )
 
     def __post_init__(self) -> None:
@@ -154,15 +161,15 @@ class ToolArguments:
 
 
 def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Callable[..., Any]]:
-    """The tools as functions, in the order they were named, then those of MCP servers.
+    """Return the tools as functions, in the order of `tools`, then the tools of MCP servers.
 
     Args:
-        run: Name under which `search_max_calls` counts; the same on all ranks.
+        run: The name under which requests are counted for `search_max_calls`; the same on all ranks.
 
     Raises:
-        ConfigError: A setting is missing, settings do not go together, a key is not in the environment, or an MCP
+        ConfigError: A setting is missing, settings contradict each other, a key is not in the environment, or an MCP
             server does not start.
-        SandboxError: python was asked for and cannot be isolated.
+        SandboxError: The python tool is on and its code cannot be isolated.
     """
     makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
     makers["visit"] = lambda: _build_visit(arguments)
@@ -186,14 +193,14 @@ def _search_source(arguments: ToolArguments, run: str) -> Searchable:
         raise ConfigError(
             f"The search tool has search_provider={arguments.search_provider!r}, search_index="
             f"{arguments.search_index!r} and search_recorded={arguments.search_recorded!r}; expected exactly one of "
-            "them, or search_provider with the setting of its kind. Set one, or take search out of tools."
+            "them, or search_provider with the setting that it requires. Set one, or remove search from tools."
         )
     if provider == "local":
         return LocalIndex.open(str(arguments.search_index))
     if provider == "recorded":
         return RecordedSearch(str(arguments.search_recorded))
-    if provider not in PROVIDERS:
-        raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS]}.")
+    if provider not in PROVIDERS.names:
+        raise ConfigError(f"search_provider is {provider!r}; expected one of {[*LOCAL_SOURCES, *PROVIDERS.names]}.")
     return WebSearch(
         make_provider(provider, url=arguments.search_url, zone=arguments.search_zone),
         SearchCache(arguments.search_cache),
@@ -219,7 +226,7 @@ def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
             isolation=arguments.python_isolation,
             stateful=arguments.python_stateful,
         )
-    if os.environ.get("RANK", "0") == "0":  # once, however many processes train
+    if os.environ.get("RANK", "0") == "0":  # once per run, not once per process
         print(python.isolation, file=sys.stderr)
     return python
 
@@ -236,7 +243,12 @@ def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
     summariser = None
     if arguments.visit_summary_url is not None:
         model = str(arguments.visit_summary_model)
-        summariser = ChatModel(arguments.visit_summary_url, model, SUMMARY_KEY_VARIABLE, "visit_summary_url")
+        summariser = ChatModel(
+            url=arguments.visit_summary_url,
+            model=model,
+            key_variable=SUMMARY_KEY_VARIABLE,
+            setting="visit_summary_url",
+        )
     return visit_tool(
         timeout_s=arguments.visit_timeout_s,
         max_chars=arguments.visit_max_chars,

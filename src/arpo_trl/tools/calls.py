@@ -1,4 +1,4 @@
-"""A call of a tool: what the model asked for, how it failed, and where its result came from. Pure."""
+"""A tool call: what the model asked for, how it failed, and where its result came from. Pure."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ class ToolFailure(StrEnum):
     ERROR = "error"
     """The tool raised."""
     DEGRADED = "degraded"
-    """The tool raised `ToolUnavailable`: a service that it needs is away, whatever the call."""
+    """The tool raised `ToolUnavailable`: a service that it needs is down. Any other call would fail too."""
     TIMEOUT = "timeout"
     """The call missed its deadline."""
     STOPPED = "stopped"
-    """The tool raised `ToolStopped`: a limit of its own, or a crash."""
+    """The tool raised `ToolStopped`: the call hit a limit of the tool, or crashed."""
     NOT_TEXT = "not_text"
-    """The tool returned something that has no text."""
+    """The tool returned a value that cannot be written as text."""
     BAD_CALL = "bad_call"
-    """The model wrote no valid call: no such tool, wrong arguments, or not readable as a call."""
+    """The call is invalid: unknown tool, wrong arguments, or text that does not parse as a call."""
     CALL_LIMIT = "call_limit"
-    """The path had used up its calls, of all tools or of this one."""
+    """The path had already made all calls that it may make, in total or to this tool."""
 
 
 class CallSource(StrEnum):
@@ -32,16 +32,19 @@ class CallSource(StrEnum):
     EXECUTED = "executed"
     """The call ran."""
     JOINED = "joined"
-    """The call shared the execution of an identical call in flight."""
+    """The call shared the execution of an identical call that was still running."""
     CACHED = "cached"
     """The cache held the result of an identical call."""
     REFUSED = "refused"
-    """Nothing ran: a bad call, or one beyond a limit."""
+    """Nothing ran: the call was invalid or exceeded a limit."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """What the model asked for."""
+    """A call that the model wrote.
+
+    Example: `ToolCall(name="search", arguments={"query": "melting point of iron"})`
+    """
 
     name: str
     arguments: dict[str, Any]

@@ -1,9 +1,9 @@
-"""Tools of MCP servers as tools of the policy, through the official client library.
+"""Offers the tools of MCP servers to the policy, through the official client library.
 
     server (a process, or an address) ── one session ── its tools as async functions ─▶ ToolBox
 
-A session lives on the tools' background loop. When its server goes away, the calls under way fail with a text, and the
-next call starts it again. Servers that were started here end with this process.
+Sessions run on the background event loop of the tools. If a server stops, its running calls fail with an error text,
+and the next call reconnects. Servers that this process started end with it.
 """
 
 from __future__ import annotations
@@ -34,26 +34,34 @@ _MAX_TOOLS_PAGES = 100
 _SHOWN_STDERR_CHARS = 500
 _MAX_STDERR_BYTES = 1 << 20
 
-logging.getLogger("mcp.client").setLevel(logging.CRITICAL)  # it prints what servers send; calls that fail say enough
+# The library logs what servers send. The errors of failed calls are enough.
+logging.getLogger("mcp.client").setLevel(logging.CRITICAL)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class McpServer:
-    """One entry of `mcp_servers`: a command to run, or the address of a server that runs."""
+    """One entry of `mcp_servers`: a command that starts a server, or the address of a running one.
+
+    Example: `McpServer(command="uvx", args=["mcp-server-time"])`
+    """
 
     command: str | None = None
     args: Sequence[str] = ()
     env: Sequence[str] = ()
-    """Names of variables of this environment that the command gets as well; by default it gets PATH, HOME and such."""
+    """Names of environment variables that are passed to the command, besides basic ones such as PATH and HOME."""
     url: str | None = None
     token_env: str | None = None
-    """Name of the variable with the token that is sent to `url` as `Authorization: Bearer`."""
+    """Name of the environment variable with the token, which is sent to `url` as `Authorization: Bearer`."""
     tools: Sequence[str] | None = None
     """Names of the tools to offer; None: all."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], where: str) -> McpServer:
-        """The server that `settings` describe; `ConfigError`, which names `where`, when they cannot work."""
+        """Return the server that `settings` describe.
+
+        Raises:
+            ConfigError: A setting is unknown, missing or invalid. The message names `where`.
+        """
         if not isinstance(settings, Mapping):
             raise ConfigError(f"{where} is {type(settings).__name__}; expected settings such as command or url.")
         known = [field.name for field in fields(cls)]
@@ -63,12 +71,12 @@ class McpServer:
             if name in ("args", "env", "tools") and not (
                 isinstance(value, list) and all(isinstance(item, str) for item in value)
             ):
-                raise ConfigError(f"{where}: {name} has to be a list of texts, got {type(value).__name__}.")
+                raise ConfigError(f"{where}: {name} must be a list of strings, got {type(value).__name__}.")
             if name in ("command", "url", "token_env") and not isinstance(value, str):
-                raise ConfigError(f"{where}: {name} has to be a text, got {type(value).__name__}.")
+                raise ConfigError(f"{where}: {name} must be a string, got {type(value).__name__}.")
         server = cls(**settings)
         if (server.command is None) == (server.url is None):
-            raise ConfigError(f"{where} has to have either command or url.")
+            raise ConfigError(f"{where} must have either command or url.")
         if server.url is not None:
             check_server_url(server.url, f"{where}: url", "that token_env names", may_have_query=True)
         for name in (*server.env, *([server.token_env] if server.token_env else [])):
@@ -78,18 +86,21 @@ class McpServer:
 
     @property
     def shown(self) -> str:
-        """For messages: without arguments and query, which may hold secrets."""
+        """The server as messages name it, without arguments and query, which may hold secrets."""
         return f"command {self.command!r}" if self.command is not None else f"url {without_credentials(str(self.url))}"
 
 
 def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) -> list[Callable[..., Any]]:
-    """The tools of `servers` (see `McpServer` for their settings) as async functions that a `ToolBox` takes.
+    """Return the tools of `servers` as async functions for a `ToolBox`.
 
-    A name that is no tag becomes one (`get-page` → `get_page`). A call that takes longer than `timeout_s` fails.
+    Names that cannot be tags are changed (`get-page` → `get_page`). A call that takes longer than `timeout_s` fails.
+
+    Args:
+        servers: The settings of each server; `McpServer` lists them.
 
     Raises:
-        ConfigError: a setting that cannot work, the library is not installed, a server does not start or lacks a tool.
-        ToolSpecError: a tool needs a parameter that a function cannot have.
+        ConfigError: A setting is invalid, the library is not installed, or a server does not start or lacks a tool.
+        ToolSpecError: A tool has a parameter that a function cannot have.
     """
     if not timeout_s > 0:
         raise ConfigError(f"mcp_timeout_s is {timeout_s}; expected more than 0.")
@@ -113,56 +124,56 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
 
 
 class McpSession:
-    """A connection to one server, made again when it was lost."""
+    """A connection to one server, which reconnects after a loss."""
 
     def __init__(self, server: McpServer, timeout_s: float) -> None:
         self._server = server
         self._timeout_s = timeout_s
         self._task: asyncio.Task[None] | None = None
-        self._ready: asyncio.Future[Any] | None = None  # the client, once it is connected
+        self._ready: asyncio.Future[Any] | None = None  # of the connected client
         self._stop = asyncio.Event()
         self._starting: asyncio.Timeout | None = None
-        self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (a server's log is no part of ours)
+        self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed in `close`)
         atexit.register(self.close)
 
     def open(self, where: str) -> list[Any]:
-        """The tools that the server has.
+        """Connect, and return the tools of the server.
 
         Raises:
-            ConfigError: it does not start or answer.
+            ConfigError: The server does not start or does not answer.
         """
         try:
             return background.start(self._list_tools()).result(START_TIMEOUT_S + _STOP_TIMEOUT_S)
-        except Exception as error:  # whatever the library, the system or the server comes up with
+        except Exception as error:  # of the library, the system or the server
             reason = self._reason(error)
             self.close()
             raise ConfigError(
                 f"{where}: {self._server.shown} does not work as an MCP server: {reason}. "
                 + (
-                    "Check that it runs by itself; it is looked up in PATH, and its arguments belong in args."
+                    "Check that the command runs by itself, that PATH has it and that its arguments are in args."
                     if self._server.command is not None
-                    else "Check that it runs; a path such as /mcp belongs to it."
+                    else "Check that the server runs and that the url includes its path, such as /mcp."
                 )
             ) from None
 
     async def call(self, name: str, arguments: dict[str, Any]) -> str:
-        """The text of the tool's result.
+        """Call a tool of the server and return the text of its result.
 
         Raises:
-            ToolError: the tool reports an error, or does not answer in time.
-            ToolUnavailable: the server is gone and does not come back.
+            ToolError: The tool reports an error, or does not answer in time.
+            ToolUnavailable: The server stopped and does not restart.
         """
         future = background.start(self._call(name, arguments))
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """End the session, and the server if it was started here. May be called again."""
+        """End the session, and the server if this process started it. May be called repeatedly."""
         atexit.unregister(self.close)
         with contextlib.suppress(TimeoutError, CancelledError):
             background.start(self._shut()).result(_STOP_TIMEOUT_S)
         self._stderr.close()
 
-    # What follows runs on the background loop.
+    # All methods below run on the background loop.
 
     async def _list_tools(self) -> list[Any]:
         async with asyncio.timeout(START_TIMEOUT_S):
@@ -192,9 +203,9 @@ class McpSession:
         except TimeoutError:
             raise ToolError(f"Error: the {name} call took longer than {self._timeout_s:g} s.") from None
         except MCPError as error:
-            if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # the latter: it knows no such session
+            if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
                 raise ToolError(without_credentials(f"Error: {error.message}")) from None
-            if session is self._ready:  # else another call noticed first, and this is the next session
+            if session is self._ready:  # else another call has reconnected already
                 await self._shut()
             raise ToolUnavailable("Error: the server of this tool went away during the call.") from None
         text = _text_of(result)
@@ -203,18 +214,19 @@ class McpSession:
         return text
 
     async def _connected(self) -> Any:
-        """The client; a start under way is waited for, and goes on when the waiting call's time is up."""
+        """Return the connected client. A start continues even when the call that waits for it times out."""
         if os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
             os.truncate(self._stderr.fileno(), 0)
         if self._ready is None or self._task is None or self._task.done():
             self._ready = asyncio.get_running_loop().create_future()
-            self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())  # somebody looked
+            # asyncio logs exceptions that nothing retrieves.
+            self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
             self._stop = asyncio.Event()
             self._task = asyncio.create_task(self._hold(self._ready, self._stop))
         return await asyncio.shield(self._ready)
 
     async def _hold(self, ready: asyncio.Future[Any], stop: asyncio.Event) -> None:
-        """Keep a session open until `stop`: the library wants it closed by the task that opened it."""
+        """Keep a session open until `stop`. The library requires that the task that opened it also closes it."""
         try:
             async with contextlib.AsyncExitStack() as stack:
                 async with asyncio.timeout(START_TIMEOUT_S) as self._starting:
@@ -253,8 +265,9 @@ class McpSession:
         self._stop.set()
         if task is not None and ready is not None:
             if not ready.done() and self._starting is not None:
-                # One cancellation, the timeout's own: a second would keep the library from ending the process.
-                with contextlib.suppress(RuntimeError):  # it has expired and is at it
+                # Cancel through the timeout, only once: a second cancellation stops the library from ending the
+                # process.
+                with contextlib.suppress(RuntimeError):  # the timeout has already expired
                     self._starting.reschedule(asyncio.get_running_loop().time())
             await asyncio.wait([task])
 
@@ -272,7 +285,7 @@ class McpSession:
 
 
 async def _bound(response: Any) -> None:
-    """Makes reading `response` fail where it is too long or compressed; the library bounds the events of a stream."""
+    """Make reading `response` fail if it is too long or compressed. The library itself limits events of a stream."""
     import httpx2
 
     if response.headers.get("content-type", "").startswith("text/event-stream"):
@@ -285,7 +298,7 @@ async def _bound(response: Any) -> None:
             async for piece in stream:
                 left -= len(piece)
                 if left < 0:
-                    raise httpx2.StreamError(f"it is compressed or longer than {MAX_ANSWER_BYTES:,} bytes")
+                    raise httpx2.StreamError(f"the answer is compressed or longer than {MAX_ANSWER_BYTES:,} bytes")
                 yield piece
 
         async def aclose(self) -> None:
@@ -295,18 +308,18 @@ async def _bound(response: Any) -> None:
 
 
 def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:
-    """`tool` as a function with its name, signature, docstring and schema."""
+    """Return `tool` as a function with the tool's name, signature, docstring and schema."""
     properties: dict[str, Any] = tool.input_schema.get("properties") or {}
     required = [name for name in tool.input_schema.get("required") or () if name in properties]
     parameters = []
-    for name in sorted(properties, key=lambda name: name not in required):  # those without a default first
+    for name in sorted(properties, key=lambda name: name not in required):  # parameters without a default first
         default = inspect.Parameter.empty if name in required else None
         try:
             parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
         except ValueError as error:
             raise ToolSpecError(
-                f"tool {tool.name!r} of an MCP server has a parameter that a function cannot have: {error}. Leave it "
-                "out: name the tools to offer in the server's `tools`."
+                f"tool {tool.name!r} of an MCP server has a parameter that a function cannot have: {error}. Exclude "
+                "the tool: list the tools to offer in the server's `tools`."
             ) from error
 
     async def call(**arguments: Any) -> str:
@@ -327,7 +340,7 @@ def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:
 
 
 def _text_of(result: Any) -> str:
-    """The texts of a result; what is none is named in its place."""
+    """Return the texts of a result, with a note for each part that is not text."""
     parts = [_part_text(part) for part in result.content]
     if not parts and result.structured_content is not None:
         return json.dumps(result.structured_content, ensure_ascii=False)

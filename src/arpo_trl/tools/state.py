@@ -1,16 +1,16 @@
-"""What the tools of one path act on.
+"""The state that the tool calls of one path act on.
 
-    create_state(group) ─▶ state ── calls ──▶ … ── calls ──▶ close     one for a path that starts at the root
-                                       └─ fork ─▶ state ── calls ─▶ close     one for a branch, as of its observation
+    create_state(group) ─▶ state ── calls ──▶ … ── calls ──▶ close     for a path that starts at the root
+                                       └─ fork ─▶ state ── calls ─▶ close     for a branch, from its observation on
 
-A tool whose calls depend on the path's earlier calls has an attribute `create_state`, a function of one argument that
-returns a new `PathState`; tools with the same `create_state` share a path's state. It gets the id of the path's group
-(`GroupRequest.id`). All other tools have no state.
+If the calls of a tool depend on the path's earlier calls, the tool has an attribute `create_state`. This function
+takes the id of the path's group (`GroupRequest.id`) and returns a new `PathState`. Tools with the same `create_state`
+share the state of a path. All other tools have no state.
 
 A state is created before the first call that needs it, forked where a branch may start, and closed when its path ends.
-All of that runs in the thread that samples, so decoding waits for it. Each state that was created or forked is closed
-exactly once, also when its group fails or the rollout is interrupted. An exception of `create_state`, `bind`, `record`
-or `fork` is the failure of the group; one of `close` is logged once, and the rollout goes on.
+All of that runs in the thread that samples, so decoding waits for it. Each state is closed exactly once, even if its
+group fails or the rollout is interrupted. An exception in `create_state`, `bind`, `record` or `fork` fails the group.
+An exception in `close` is logged once, and the rollout continues.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 class PathState(ABC):
-    """What the calls of one path to one or several tools act on.
+    """The state that the calls of one path act on, for one or several tools.
 
-    Example: a store of values, which `put` writes and `get` reads.
+    Example: a store of values that the tool `put` writes and the tool `get` reads.
 
         class Store(PathState):
             def __init__(self, values):
@@ -52,39 +52,40 @@ class PathState(ABC):
 
     @property
     def key(self) -> tuple[Any, ...] | None:
-        """What a result depends on besides the tool and the arguments, as JSON values; None if calls use the state.
+        """What a result depends on besides the tool and its arguments, as JSON values; None if calls change the state.
 
-        With a key, a call of this path may get the result of a call with the same key (`ToolBox` says when), and calls
-        of one turn run at once. With None each call runs, and the calls of the path run one after the other.
+        With a key, a call may reuse the result of an identical call with the same key (see `ToolBox`), and the calls
+        of one turn run concurrently. With None, every call runs, and the calls of the path run one after the other.
         """
         return None
 
     def bind(self, tool: str) -> Callable[..., Any]:
-        """The function that runs the next call of `tool`: async if the tool is. By default the method of that name.
+        """Return the function that runs the next call of `tool`. By default it is the method with that name.
 
-        Asked for when the call is made; the calls of one turn are all made before any of them is recorded.
+        It must be async if and only if the tool is. `bind` runs when the call is submitted. All calls of a turn are
+        submitted before any of them is recorded.
         """
         return getattr(self, tool)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> None:  # noqa: B027
-        """Told of each call that was made, in the order of the path, before the path's next turn.
+        """Take note of a finished call. Runs for each call in the order of the path, before the path's next turn.
 
-        Not of calls that were refused. A call that missed its deadline (`TIMEOUT`) may still be running.
+        It does not run for refused calls. A call that missed its deadline (`TIMEOUT`) may still be running.
         """
 
     @abstractmethod
     def fork(self) -> PathState:
-        """An independent copy for a branch that starts here."""
+        """Return an independent copy for a branch that starts here."""
 
     def close(self) -> None:  # noqa: B027
-        """Releases what the state holds. A call that was abandoned may still be running, or start; nobody sees it."""
+        """Release the resources of the state. An abandoned call may still run, or start; its result is dropped."""
 
 
 CreateState = Callable[[int], PathState]
 
 
 class NoState(PathState):
-    """The state of tools that have none: each call is the function's own."""
+    """The state of tools without state: each call runs the tool's function."""
 
     key = ()
 
@@ -98,25 +99,28 @@ class NoState(PathState):
         return self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BoundTool:
-    """A tool as one call of a path runs it."""
+    """A tool, bound to the state of a path for one call.
+
+    Example: `BoundTool(run=search, key=(), turn=None)`
+    """
 
     run: Callable[..., Any]
     key: tuple[Any, ...] | None
-    """The state's."""
+    """`PathState.key` at the time of the call."""
     turn: asyncio.Lock | None
-    """Held while the call runs, where the calls of a state run one after the other."""
+    """A lock to hold while the call runs, if the calls of the state run one after the other. Else None."""
 
 
 class PathStates:
-    """All states of one path: one for each `create_state` among the tools, and one for the tools without.
+    """All states of one path: one for each distinct `create_state`, and one for the tools without state.
 
     Args:
         group: The id of the path's group.
-        create: The tools with a state, by name.
-        no_state: The state of all others.
-        close_failed: Told of a state whose `close` raised.
+        create: The `create_state` of each tool that has one, by the tool's name.
+        no_state: The state of all other tools.
+        close_failed: Called with a state whose `close` raised, and the exception.
     """
 
     def __init__(
@@ -134,17 +138,17 @@ class PathStates:
         self._turns: dict[CreateState, asyncio.Lock] = {}
 
     def bind(self, tool: str) -> BoundTool:
-        """The tool as the path's next call runs it."""
+        """Return the tool, bound to its state for the path's next call."""
         state = self._of(tool)
         key = state.key
         turn = self._turns.setdefault(self._create[tool], asyncio.Lock()) if key is None else None
-        return BoundTool(state.bind(tool), key, turn)
+        return BoundTool(run=state.bind(tool), key=key, turn=turn)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> None:
         self._of(call.name).record(call, failure)
 
     def fork(self) -> PathStates:
-        """The states of a branch that starts here. When one cannot be forked, those that were are closed."""
+        """Return the states of a branch that starts here. If a fork fails, the states forked before it are closed."""
         branch = PathStates(self.group, self._create, self._no_state, self._close_failed)
         try:
             for create, state in self._states.items():
@@ -155,7 +159,7 @@ class PathStates:
         return branch
 
     def close(self) -> None:
-        """Closes each state once, however often this is called."""
+        """Close each state once. May be called repeatedly."""
         while self._states:
             _, state = self._states.popitem()
             try:
@@ -173,5 +177,7 @@ class PathStates:
 
 def _checked(state: Any, made_by: str) -> PathState:
     if not isinstance(state, PathState):
-        raise ToolSpecError(f"{made_by} returned {type(state).__name__}; expected a PathState. Derive it from that.")
+        raise ToolSpecError(
+            f"{made_by} returned {type(state).__name__}; expected a PathState. Derive its class from PathState."
+        )
     return state

@@ -1,19 +1,18 @@
-"""Runs the model's tool calls: many at once, each with a deadline, and every failure as text for the model.
+"""Runs the model's tool calls concurrently. Each call has a deadline, and every failure becomes text for the model.
 
-    submit(call) ─▶ cached? joined to an identical call in flight? else queued ─▶ place free ─▶ thread or event loop
-    poll()       ◀─ (ticket, ToolResult) ◀───────────── text, or what went wrong as text ◀── done, or deadline
+    submit(call) ─▶ cached? identical call running? else queued ─▶ slot free ─▶ thread or event loop
+    poll()       ◀─ (ticket, ToolResult) ◀───────── result or error as text ◀── done or timed out
 
-A scheduling thread owns places and deadlines and never runs a tool. A call of a sync tool runs in a daemon thread of
-its own, one of an async tool on an event loop that all async tools share. A call that misses its deadline is
-abandoned: its place is free at once, whatever its thread still does. (An async tool that blocks that loop makes the
-async calls after it miss theirs.)
+A scheduling thread manages slots and deadlines and never runs a tool. Each call of a sync tool runs in a new daemon
+thread. All calls of async tools run on one shared event loop. A call that misses its deadline is abandoned: its slot
+is free at once, even if its thread continues. (An async tool that blocks the loop makes later async calls time out.)
 
-What a tool says of itself, as attributes of its function:
+A tool can set these attributes on its function:
 
-    tool.deterministic = True   identical calls that are under way at once may be one, and all get its result
-    tool.run_in = "main"        a sync tool runs in the thread that polls: one call after the other, in their order,
-                                without a place, and without a deadline, since nothing can end it there
-    tool.create_state = create  its calls act on a state that each path has for itself; see `arpo_trl.tools.state`
+    tool.deterministic = True   identical calls that run at the same time may share one execution and its result
+    tool.run_in = "main"        calls of this sync tool run in the thread that polls, one after the other, in order;
+                                they need no slot and have no deadline, because nothing can stop them there
+    tool.create_state = create  its calls act on a state that each path has; see `arpo_trl.tools.state`
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -55,9 +54,9 @@ _MIN_MAX_CHARS = 100
 _MAX_ERROR_CHARS = 300
 _MAX_CACHED = 100_000
 _POLLER_S = 0.05
-"""For how long `poll` goes on starting calls in its own thread; then the engine has its turn."""
+"""How long `poll` keeps starting calls in its thread before it returns, so that the engine can decode."""
 _NAMES_THREADS = re.compile(r"\bthreads?\b", re.IGNORECASE)
-"""What libraries say that want one thread: sqlite3, asyncio, signal, Playwright."""
+"""Found in the errors of libraries that must be used from one thread: sqlite3, asyncio, signal, Playwright."""
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -68,23 +67,26 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
-"""Values that have one way to be written as text."""
+"""Types with one obvious text form."""
 
 RunIn = Literal["thread", "main"]
 
-_Outcome = tuple[str, ToolFailure | None]  # the model's text, and how the call failed if it did
+_Outcome = tuple[str, ToolFailure | None]  # text for the model, failure of the call
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolResult:
-    """What came of a call."""
+    """The outcome of a call.
+
+    Example: `ToolResult(text="42", failure=None, seconds=0.1, source=CallSource.EXECUTED)`
+    """
 
     text: str
-    """What the model sees: never empty, at most `max_chars` long, always encodable as UTF-8."""
+    """What the model reads: never empty, at most `max_chars` long, always encodable as UTF-8."""
     failure: ToolFailure | None
-    """None: it ran and returned."""
+    """None: the call succeeded."""
     seconds: float
-    """Wall-clock seconds of the execution that produced the text; 0.0 when it came from the cache or was refused."""
+    """Wall-clock seconds of the execution that produced the text; 0.0 for a cached result or a refused call."""
     source: CallSource
 
     @property
@@ -92,53 +94,59 @@ class ToolResult:
         return self.failure is None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
-    """What there is to know of a tool in order to offer it and to check a call."""
+    """What is needed to offer a tool to a model and to check its calls; `tool_spec` makes it.
+
+    Example: `tool_spec(python_tool()).single_text_parameter` is "code".
+    """
 
     name: str
     parameters: tuple[str, ...]
     schema: dict[str, Any]
-    """JSON schema of the function, as chat templates take it."""
+    """JSON schema of the function, in the format of chat templates."""
     is_async: bool
     deterministic: bool
     """Identical calls may share one execution."""
     run_in: RunIn
-    """Where a sync tool runs: each call in a `thread` of its own, or all in the `main` one, which polls."""
+    """Where a sync tool runs. "thread": each call in a new thread. "main": all calls in the thread that polls."""
     create_state: CreateState | None
-    """Creates what a path's calls of the tool act on; None for a tool without state."""
+    """Creates the state that a path's calls of the tool act on; None for a tool without state."""
     single_text_parameter: str | None
-    """The one required parameter when that is a str: what stands between the tool's tags."""
+    """The only required parameter if it is a string: the text between the tool's tags. Else None."""
 
 
 def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
-    """The specification of a typed, documented function.
+    """Return the specification of a typed, documented function.
 
-    A function whose parameters are known at run time only (a tool of an MCP server) carries its own schema, as chat
-    templates take it, in the attribute `json_schema`. What the attributes `deterministic`, `run_in` and `create_state`
-    mean is said at the top of this module.
+    If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
+    `json_schema` holds the schema in the format of chat templates. This module's docstring explains the attributes
+    `deterministic`, `run_in` and `create_state`.
 
-    Raises `ToolSpecError` for a name that cannot be a tag, for `*args` or `**kwargs`, for a missing docstring, type or
-    description of a parameter, and for an attribute that means nothing.
+    Raises:
+        ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
+            parameter's type or description, is missing; or an attribute has an invalid value.
     """
     name = getattr(tool, "__name__", None)
     if name is None:
-        raise ToolSpecError(f"a tool is a named function, got {tool!r}. Wrap it in a `def` that has the tool's name.")
+        raise ToolSpecError(f"A tool must be a named function, got {tool!r}. Wrap it in a `def` with the tool's name.")
     if not _TAG.fullmatch(name):
         raise ToolSpecError(
-            f"tool {name!r}: its name is its tag, so it has to match {_TAG.pattern}. Rename the function."
+            f"tool {name!r}: the name is used as a tag, so it must match {_TAG.pattern}. Rename the function."
         )
     if name in RESERVED_TAGS:
-        raise ToolSpecError(f"tool {name!r}: <{name}> has a meaning of its own in a rollout. Rename the function.")
+        raise ToolSpecError(f"tool {name!r}: <{name}> is a reserved tag in rollouts. Rename the function.")
     signature = inspect.signature(tool)
     for parameter in signature.parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ToolSpecError(f"tool {name!r}: a model cannot be offered {str(parameter)!r}. Name each parameter.")
+            raise ToolSpecError(
+                f"tool {name!r}: a model cannot use the parameter {str(parameter)!r}. Name each parameter."
+            )
     try:
         schema = getattr(tool, "json_schema", None) or get_json_schema(tool)
-    except Exception as error:  # its own parsing errors, and whatever unusual annotations raise in it
+    except Exception as error:  # parsing errors, and any exception that unusual annotations cause
         raise ToolSpecError(
-            f"tool {name!r} cannot be described to a model: {error} "
+            f"tool {name!r}: no schema can be built for it: {error} "
             "It needs a docstring with an `Args:` section that describes each parameter, and a type for each."
         ) from error
     properties = schema["function"]["parameters"]["properties"]
@@ -149,59 +157,75 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     run_in: Any = getattr(tool, "run_in", "thread")
     create_state: Any = getattr(tool, "create_state", None)
     if not isinstance(deterministic, bool):
-        raise ToolSpecError(f"tool {name!r}: its attribute deterministic is {deterministic!r}; expected a bool.")
+        raise ToolSpecError(f"tool {name!r}: the attribute deterministic is {deterministic!r}; expected a bool.")
     if run_in not in get_args(RunIn):
-        raise ToolSpecError(f"tool {name!r}: its attribute run_in is {run_in!r}; expected one of {get_args(RunIn)}.")
+        raise ToolSpecError(f"tool {name!r}: the attribute run_in is {run_in!r}; expected one of {get_args(RunIn)}.")
     if is_async and run_in == "main":
         raise ToolSpecError(
             f"tool {name!r} is async and runs on an event loop, but its run_in is 'main'. Make it a sync function."
         )
     if create_state is not None and not callable(create_state):
         raise ToolSpecError(
-            f"tool {name!r}: its attribute create_state is {create_state!r}; expected a function that takes the id of "
+            f"tool {name!r}: the attribute create_state is {create_state!r}; expected a function that takes the id of "
             "a group and returns a new PathState."
         )
-    return ToolSpec(name, tuple(signature.parameters), schema, is_async, deterministic, run_in, create_state, single)
+    return ToolSpec(
+        name=name,
+        parameters=tuple(signature.parameters),
+        schema=schema,
+        is_async=is_async,
+        deterministic=deterministic,
+        run_in=run_in,
+        create_state=create_state,
+        single_text_parameter=single,
+    )
 
 
 @dataclass(slots=True)
-class _Flight:
-    """One execution and the tickets that wait for it."""
+class _Execution:
+    """One execution, and the tickets that wait for its result."""
 
     key: tuple[str, str] | None
-    """Its tool, and its arguments and its state's key as text: of identical calls the same. None: like no other."""
+    """The tool's name, and its arguments and state key as JSON; equal for identical calls. None: never shared."""
     call: ToolCall
     tool: BoundTool
     tickets: list[int]
+    result: ToolResult | None = None
+    """What came of it; None while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
-    """What a tool raised, as a value: some exceptions change the course of the thread or loop they travel through."""
+    """An exception of a tool, wrapped in a value. Raised as it is, it might end the thread or the event loop."""
 
     error: BaseException
 
 
 class _Overdue(Exception):
-    """What a sync tool returned is an awaitable whose result did not come in time."""
+    """A sync tool returned an awaitable that did not finish in time."""
 
 
 class ToolBox:
-    """The tools of a run, and the calls to them that are under way.
+    """The tools of a run, and their pending calls.
+
+    One thread submits and polls. Close the box, or use it as a context manager. Threads of hanging calls do not keep
+    the interpreter from exiting.
 
     Args:
-        tools: Typed, documented functions, sync or async; a function's name is its tag.
-        timeout_s: Seconds from a call's start to its deadline; waiting for a place does not count. Calls of tools with
-            `run_in` "main" have none.
-        concurrency: Places, that is calls that run at once.
-        per_tool: For some tools, by name, how many of their calls may run at once; besides `concurrency`, which a call
-            does not take part of while it waits for its tool.
-        cache: Give the text of an earlier successful call with the same name and arguments again; so every tool is
-            taken to be deterministic.
-        max_chars: Longest text a model is shown; of a longer one head and tail are kept and the cut is marked.
+        tools: Typed, documented functions, sync or async. A function's name is its tag.
+        timeout_s: Seconds from the start of a call to its deadline; the wait for a slot does not count. Calls of tools
+            with `run_in` "main" have no deadline.
+        concurrency: The number of slots, that is of calls that may run at the same time.
+        per_tool: For some tools, by name, the maximum number of their calls that may run at the same time. A call that
+            waits for this takes no slot.
+        cache: Reuse the text of an earlier successful call with the same name and arguments. This treats every tool as
+            deterministic.
+        max_chars: The longest text that a model is shown. A longer text keeps its beginning and end, with a mark
+            between them.
 
-    One thread submits and polls. Close it, or use it as a context manager; threads of calls that hang never keep the
-    interpreter from exiting.
+    Raises:
+        ConfigError: A number is out of range, or `per_tool` names an unknown tool.
+        ToolSpecError: A function cannot be a tool (see `tool_spec`), or two have the same name.
     """
 
     def __init__(
@@ -224,34 +248,34 @@ class ToolBox:
         for tool in tools:
             spec = tool_spec(tool)
             if spec.name in self.specs:
-                raise ToolSpecError(f"two tools are named {spec.name!r}; a tag has to name one. Rename one of them.")
+                raise ToolSpecError(f"Two tools are named {spec.name!r}, but a tag must name one. Rename one of them.")
             self.specs[spec.name] = spec
             self._tools[spec.name] = tool
         self._no_state = NoState(self._tools)
         self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
-        for name, places in (per_tool or {}).items():
+        for name, limit in (per_tool or {}).items():
             if name not in self.specs:
                 raise ConfigError(
                     f"The per-tool limits of a ToolBox name {name!r}, which is not a tool; the tools are: "
                     f"{', '.join(self.names)}."
                 )
-            if not isinstance(places, int) or places < 1:
-                raise ConfigError(f"The limit of tool {name!r} is {places!r}; expected an integer of at least 1.")
+            if not isinstance(limit, int) or limit < 1:
+                raise ConfigError(f"The limit of tool {name!r} is {limit!r}; expected an integer of at least 1.")
         self._timeout_s = timeout_s
         self._max_chars = max_chars
         self._lock = threading.Lock()  # guards everything below
-        self._joinable: dict[tuple[str, str], _Flight] = {}  # those under way, of deterministic tools
+        self._joinable: dict[tuple[str, str], _Execution] = {}  # running calls of deterministic tools
         self._cache: dict[tuple[str, str], str] | None = {} if cache else None
         self._tickets = 0
         self._pending = 0
-        self._for_poller: deque[_Flight] = deque()  # of tools with run_in "main"
+        self._for_poller: deque[_Execution] = deque()  # of tools with run_in "main"
         self._done: queue.SimpleQueue[tuple[int, ToolResult]] = queue.SimpleQueue()
         self._scheduler = LoopThread("arpo-tools-scheduler")
-        self._places = asyncio.Semaphore(concurrency)
-        self._tool_places = {name: asyncio.Semaphore(places) for name, places in (per_tool or {}).items()}
+        self._slots = asyncio.Semaphore(concurrency)
+        self._tool_slots = {name: asyncio.Semaphore(limit) for name, limit in (per_tool or {}).items()}
         self._async_tools = LoopThread("arpo-tools-async")
-        self._thread_bound: set[str] = set()  # tools that were said to look so
-        self._not_closed: set[type] = set()  # states that were said to fail so
+        self._thread_bound: set[str] = set()  # tools that a warning was logged for
+        self._not_closed: set[type] = set()  # types of states that a warning was logged for
         self._closed = False
 
     @property
@@ -261,73 +285,101 @@ class ToolBox:
 
     @property
     def pending(self) -> int:
-        """Tickets that `poll` has not delivered yet."""
+        """The number of tickets that `poll` has not delivered yet."""
         with self._lock:
             return self._pending
 
     def create_states(self, group: int) -> PathStates:
-        """What the calls of a path act on that starts at the root of that group, for `submit`; close it in the end."""
+        """Return the states for the calls of a path that starts at the root of `group`. The caller closes them."""
         return PathStates(group, self._create, self._no_state, self._notice_not_closed)
 
     def submit(self, call: ToolCall, states: PathStates | None = None) -> int:
-        """The ticket under which `poll` delivers this call's result; never blocks, and never raises for a bad call.
+        """Start a call and return its ticket, under which `poll` delivers the result.
+
+        This never blocks, and never raises for an invalid call.
 
         Args:
-            states: Those of the path that calls; what they raise is raised. None: the call runs the tool as it was
-                given to the box.
+            states: The states of the calling path. Their exceptions propagate. None: the call runs the function that
+                was passed to the box.
+
+        Raises:
+            RuntimeError: The box is closed.
         """
         if self._closed:
-            raise RuntimeError("this ToolBox is closed")
+            raise RuntimeError("This ToolBox is closed. Submit calls before close().")
         refusal = self._refusal(call)
         if refusal is None:
-            tool = BoundTool(self._tools[call.name], (), None) if states is None else states.bind(call.name)
+            run = self._tools[call.name]
+            tool = BoundTool(run=run, key=(), turn=None) if states is None else states.bind(call.name)
             key = _key(call, tool)
         with self._lock:
             ticket = self._tickets
             self._tickets += 1
             self._pending += 1
             if refusal is not None:
-                self._done.put((ticket, ToolResult(refusal, ToolFailure.BAD_CALL, 0.0, CallSource.REFUSED)))
+                refused = ToolResult(
+                    text=refusal, failure=ToolFailure.BAD_CALL, seconds=0.0, source=CallSource.REFUSED
+                )
+                self._done.put((ticket, refused))
             elif key is not None and self._cache is not None and key in self._cache:
-                self._done.put((ticket, ToolResult(self._cache[key], None, 0.0, CallSource.CACHED)))
-            elif key is not None and key in self._joinable:
-                self._joinable[key].tickets.append(ticket)
+                cached = ToolResult(text=self._cache[key], failure=None, seconds=0.0, source=CallSource.CACHED)
+                self._done.put((ticket, cached))
+            elif key is not None and (running := self._joinable.get(key)) is not None:
+                running.tickets.append(ticket)
+                if running.result is not None:
+                    self._done.put((ticket, replace(running.result, source=CallSource.JOINED)))
             else:
-                flight, spec = _Flight(key, call, tool, [ticket]), self.specs[call.name]
+                execution, spec = _Execution(key, call, tool, [ticket]), self.specs[call.name]
                 if key is not None and (spec.deterministic or self._cache is not None):
-                    self._joinable[key] = flight
+                    self._joinable[key] = execution
                 if spec.run_in == "main":
-                    self._for_poller.append(flight)
+                    self._for_poller.append(execution)
                 else:
-                    self._scheduler.start(self._fly(flight))
+                    self._scheduler.start(self._schedule(execution))
         return ticket
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, ToolResult]]:
-        """The (ticket, result) pairs that are there, first done first; waits at most `timeout_s` for the first.
+        """Return the (ticket, result) pairs that are done, in order of completion.
 
-        Before that it runs calls of tools with `run_in` "main": the first, and more for as long as they are quick.
+        This waits up to `timeout_s` for the first pair. Before that, it runs calls of tools with `run_in` "main": at
+        least one if there is any, and more until some 50 ms have passed.
         """
         start = time.perf_counter()
         while self._for_poller and time.perf_counter() - start < _POLLER_S:
-            self._fly_here(self._for_poller.popleft())
+            self._run_in_poller(self._for_poller.popleft())
         delivered = list(drained(self._done, timeout_s))
         with self._lock:
             self._pending -= len(delivered)
+            self._settle({ticket for ticket, _ in delivered})
         return delivered
 
+    def _settle(self, tickets: set[int]) -> None:
+        """End the sharing of executions whose results were polled, and cache the results.
+
+        Until then identical calls join. So which of them join does not depend on how fast the tool is.
+        """
+        for key, execution in list(self._joinable.items()):
+            if execution.result is None or tickets.isdisjoint(execution.tickets):
+                continue
+            del self._joinable[key]
+            if self._cache is not None and execution.result.ok:
+                if len(self._cache) >= _MAX_CACHED:
+                    del self._cache[next(iter(self._cache))]  # the oldest
+                self._cache[key] = execution.result.text
+
     def state_dict(self) -> dict[tuple[str, str], str]:
-        """What its cache holds, for `load_state_dict`; empty without one."""
+        """Return the content of the cache, for `load_state_dict`; empty without a cache."""
         with self._lock:
             return dict(self._cache or {})
 
     def load_state_dict(self, texts: Mapping[tuple[str, str], str]) -> None:
-        """Puts what `state_dict` gave in the place of what the cache holds, if there is one."""
+        """Replace the content of the cache with that of `state_dict`. Without a cache, do nothing."""
         with self._lock:
             if self._cache is not None:
                 self._cache = dict(texts)
 
     def close(self) -> None:
-        """Stop; results that were not polled are lost. May be called again."""
+        """Stop. Results that were not polled are lost. May be called repeatedly."""
         if not self._closed:
             self._closed = True
             self._scheduler.stop()
@@ -340,7 +392,7 @@ class ToolBox:
         self.close()
 
     def _refusal(self, call: ToolCall) -> str | None:
-        """Text for the model when the call cannot be made, else None."""
+        """Return the error text for the model if the call is invalid, else None."""
         spec = self.specs.get(call.name)
         if spec is None:
             return self._presentable(f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.names)}.")
@@ -352,53 +404,48 @@ class ToolBox:
         for name, value in call.arguments.items():
             expected = properties[name].get("type")
             types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
-            # bool is an int to Python, not to a schema
+            # In Python a bool is an int, in a JSON schema it is not.
             if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
                 if value is None and properties[name].get("nullable"):
                     continue
-                return f"Error: {call.name}: {name} has to be of type {expected}, got {type(value).__name__}."
+                return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
         return None
 
-    async def _fly(self, flight: _Flight) -> None:
-        """Execute the flight once it has a place. Runs on the scheduling thread."""
-        place_of_tool = self._tool_places.get(flight.call.name, contextlib.nullcontext())
-        async with flight.tool.turn or contextlib.nullcontext(), place_of_tool, self._places:
+    async def _schedule(self, execution: _Execution) -> None:
+        """Run the execution once it has a slot. Runs on the scheduling thread."""
+        slot_of_tool = self._tool_slots.get(execution.call.name, contextlib.nullcontext())
+        async with execution.tool.turn or contextlib.nullcontext(), slot_of_tool, self._slots:
             start = time.perf_counter()
             try:
-                text, failure = await asyncio.wait_for(self._execute(flight), self._timeout_s)
+                text, failure = await asyncio.wait_for(self._start(execution), self._timeout_s)
             except TimeoutError:
-                text, failure = self._overdue(flight.call.name)
-            except RuntimeError as error:  # no thread to be had: a lost ticket would be waited for in vain
-                text, failure = self._as_text(flight.call.name, _Raised(error))
+                text, failure = self._overdue(execution.call.name)
+            except RuntimeError as error:  # no thread can start; without a result the caller would wait forever
+                text, failure = self._as_text(execution.call.name, _Raised(error))
             seconds = time.perf_counter() - start
-        self._land(flight, text, failure, seconds)
+        self._deliver(execution, text, failure, seconds)
 
-    def _fly_here(self, flight: _Flight) -> None:
-        """Execute the flight in this thread, where Ctrl-C is the user's and no failure of the tool."""
+    def _run_in_poller(self, execution: _Execution) -> None:
+        """Run the execution in this thread. Ctrl-C here comes from the user and is not a failure of the tool."""
         start = time.perf_counter()
-        value = self._awaited(_returned(flight.tool.run, flight.call.arguments))
+        value = self._awaited(_returned(execution.tool.run, execution.call.arguments))
         if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
             raise value.error
-        text, failure = self._as_text(flight.call.name, value)
-        self._land(flight, text, failure, time.perf_counter() - start)
+        text, failure = self._as_text(execution.call.name, value)
+        self._deliver(execution, text, failure, time.perf_counter() - start)
 
-    def _land(self, flight: _Flight, text: str, failure: ToolFailure | None, seconds: float) -> None:
-        """Deliver to all tickets of the flight."""
+    def _deliver(self, execution: _Execution, text: str, failure: ToolFailure | None, seconds: float) -> None:
+        """Deliver the result to all tickets of the execution."""
+        result = ToolResult(text=text, failure=failure, seconds=seconds, source=CallSource.EXECUTED)
         with self._lock:
-            if flight.key is not None:
-                self._joinable.pop(flight.key, None)
-                if self._cache is not None and failure is None:
-                    if len(self._cache) >= _MAX_CACHED:
-                        del self._cache[next(iter(self._cache))]  # the oldest
-                    self._cache[flight.key] = text
-            source = CallSource.EXECUTED
-            for ticket in flight.tickets:
-                self._done.put((ticket, ToolResult(text, failure, seconds, source)))
-                source = CallSource.JOINED
+            execution.result = result
+            for ticket in execution.tickets:
+                self._done.put((ticket, result))
+                result = replace(result, source=CallSource.JOINED)
 
-    def _execute(self, flight: _Flight) -> asyncio.Future[_Outcome]:
-        """A future of the scheduling loop with the outcome, which is computed off that loop and never an exception."""
-        call, tool = flight.call, flight.tool.run
+    def _start(self, execution: _Execution) -> asyncio.Future[_Outcome]:
+        """Return a future of the scheduling loop with the outcome. It is computed elsewhere and never an exception."""
+        call, tool = execution.call, execution.tool.run
 
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))
@@ -417,15 +464,15 @@ class ToolBox:
             if isinstance(value, _Raised):
                 self._notice_bound_to_thread(call.name, value.error)
             outcome = self._as_text(call.name, value)
-            with contextlib.suppress(RuntimeError):  # the box was closed meanwhile
+            with contextlib.suppress(RuntimeError):  # the box has been closed
                 loop.call_soon_threadsafe(settle, outcome)
 
-        # A thread per call costs some 50 µs, and one that hangs is nobody else's.
+        # A thread per call costs some 50 µs, and a hanging call blocks no other call.
         threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
         return future
 
     def _awaited(self, value: Any) -> Any:
-        """What a sync tool returned; where that is an awaitable, what comes of it on the loop of the async tools."""
+        """Return `value`, the return value of a sync tool. If it is awaitable, await it on the loop of async tools."""
         if not inspect.isawaitable(value):
             return value
         future = self._async_tools.start(_result_of(value))
@@ -437,21 +484,21 @@ class ToolBox:
             future.cancel()
 
     def _notice_bound_to_thread(self, name: str, error: BaseException) -> None:
-        """Says once if a tool seems to want one thread: else only the model would ever read so."""
+        """Warn once if a tool seems to need a single thread. Otherwise only the model would read the error."""
         described = _describe(error)
         if name not in self._thread_bound and not isinstance(error, ToolError) and _NAMES_THREADS.search(described):
             self._thread_bound.add(name)
             logger.warning(
-                f"A call of tool {name!r} failed: {described.removeprefix('Error: ')} Each call runs in a thread of "
-                f"its own. If the tool needs the one it was made in, set its attribute: {name}.run_in = 'main'."
+                f"A call of tool {name!r} failed: {described.removeprefix('Error: ')} Each call runs in a new thread. "
+                f"If the tool must run in the thread that created it, set its attribute: {name}.run_in = 'main'."
             )
 
     def _notice_not_closed(self, state: PathState, error: Exception) -> None:
-        """Says once of each kind of state that closing it failed."""
+        """Warn once for each type of state that its `close` failed."""
         if type(state) not in self._not_closed:
             self._not_closed.add(type(state))
             logger.warning(
-                f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run goes on, but "
+                f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run continues, but "
                 "what the state held may not be released. Further failures of its close() are not logged."
             )
 
@@ -474,8 +521,8 @@ class ToolBox:
         return message, ToolFailure.NOT_TEXT
 
     def _presentable(self, text: str) -> str:
-        """`text` as a model can be shown it: encodable, not empty, not too long."""
-        # Surrogate pairs become their character; lone ones, which no tokenizer encodes, U+FFFD, and so does NUL.
+        """Return `text` in a form that a model can read: encodable, not empty, not too long."""
+        # Surrogate pairs become their character. Lone surrogates, which no tokenizer encodes, and NUL become U+FFFD.
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
         if not text.strip():
             return "(no output)"
@@ -514,12 +561,12 @@ async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -
 
 
 def _is_array(value: Any) -> bool:
-    """Whether it is an array or scalar of numpy, or of a library with its interface."""
+    """Return whether `value` is an array or scalar of numpy, or of a library with the same interface."""
     return callable(getattr(value, "tolist", None)) and hasattr(value, "dtype")
 
 
 def _jsonable(value: Any) -> Any:
-    """What JSON can hold in the place of a value it cannot."""
+    """Return a replacement that JSON can hold for a value that it cannot."""
     if isinstance(value, _WRITTEN_OUT):
         return str(value)
     if _is_array(value):
@@ -534,11 +581,11 @@ def _failure_of(error: BaseException) -> ToolFailure:
 
 
 def _describe(error: BaseException) -> str:
-    """The message of a `ToolError`; of anything else one short line that gives no path of this machine away."""
+    """Return the message of a `ToolError`; for other exceptions one short line without paths of this machine."""
     if isinstance(error, ToolError):
         return str(error)
     message: str | None = None
-    with contextlib.suppress(Exception):  # a message that cannot be made into text is no message
+    with contextlib.suppress(Exception):  # str() may fail; then there is no message
         message = error.strerror if isinstance(error, OSError) else str(error)
     first_line = (message or "").strip().partition("\n")[0][:_MAX_ERROR_CHARS]
     return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"

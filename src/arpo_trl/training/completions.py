@@ -1,4 +1,4 @@
-"""A path as reward functions receive it in `completions` when its tools were called."""
+"""Sampled leaves in the forms that TRL and the reward functions take."""
 
 from __future__ import annotations
 
@@ -6,11 +6,47 @@ from collections.abc import Sequence
 from typing import Any
 
 from arpo_trl.rollout.protocols import ToolProtocol
+from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import Leaf, NodeKind
 
 
+def rollout_output(requests: Sequence[GroupRequest], leaves: Sequence[Leaf], *, logprobs: bool) -> dict[str, Any]:
+    """What TRL expects of a `rollout_func`, one value per leaf, and the columns that reward functions receive.
+
+    Args:
+        requests: One per tree.
+        leaves: Tree by tree, equally many of each.
+        logprobs: Whether TRL gets the sampling logprobs.
+    """
+    size = len(leaves) // len(requests)
+    return {
+        "prompt_ids": [request.prompt_ids for request in requests for _ in range(size)],
+        "completion_ids": [leaf.ids for leaf in leaves],
+        "logprobs": [leaf.logprobs for leaf in leaves] if logprobs else None,
+        "turns": [leaf.turns for leaf in leaves],
+        "tool_calls": [[call.as_row() for call in leaf.calls] for leaf in leaves],
+        "stop_reason": [leaf.stop.value for leaf in leaves],
+    }
+
+
+def tool_loop_output(
+    leaves: Sequence[Leaf],
+    completion_ids: list[list[int]],
+    completions: list[Any],
+    logprobs: list[list[float]] | None,
+) -> tuple[Any, ...]:
+    """What TRL's `_tool_call_loop` returns, for leaves whose tools were called during the rollout."""
+    calls = [call for leaf in leaves for call in leaf.calls]
+    failures = sum(not call.ok for call in calls)
+    masks = [leaf.mask for leaf in leaves]
+    return masks, completions, completion_ids, logprobs, len(calls), failures, [[] for _ in leaves]
+
+
 def completion_messages(prompt_ids: Sequence[int], leaf: Leaf, protocol: ToolProtocol) -> list[dict[str, Any]]:
-    """Assistant and tool messages in turn, as TRL's own tool loop gives them: see `ToolProtocol.as_message`."""
+    """The leaf's path as assistant and tool messages, as TRL's own tool loop gives them to reward functions.
+
+    `ToolProtocol.as_message` says what an assistant message holds.
+    """
     messages: list[dict[str, Any]] = []
     seen = list(prompt_ids)
     for node in leaf.nodes:

@@ -1,14 +1,14 @@
-"""How a batch's rows make trees, and how whole trees get into one micro-batch.
+"""Which rows of a batch form a tree, and how the rows of a tree get into the same micro-batch.
 
-Rows that share a prefix save work only in the same forward. TRL shuffles the rows of a generation batch, then cuts it
-into micro-batches. The micro-batches of one optimizer step may be dealt anew: where its loss is a sum over rows, it
-does not matter in which micro-batch a row stands.
+Rows that share a prefix save work only in the same forward. TRL shuffles the rows of a generation batch and then
+splits it into micro-batches. `deal_trees` redistributes rows among the micro-batches of one optimizer step. This does
+not change the step if its loss is a sum over rows.
 
-    # 2 trees of 2 leaves; leaf = tree · 2 + its place in the tree
+    # 2 trees of 2 leaves; leaf = tree · 2 + its position in the tree
     # TRL's micro-batches:   leaves 2 1 | 0 3
-    # dealt:                 leaves 2 3 | 0 1
+    # redistributed:         leaves 2 3 | 0 1
 
-Pure: torch and our errors.
+Pure: torch and this package's errors.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import torch
 from arpo_trl.errors import ConfigError
 
 LEAF = "leaf"
-"""The column of a batch that tells its rows' leaves (B,), numbered tree by tree over the rank's generation batch."""
+"""The batch's column of leaf numbers (B,), counted tree by tree over the rank's generation batch."""
 
 
 def leaves_per_tree(prompts: Sequence[Any], size: int, *, branches: bool) -> int:
-    """How many of a rank's rows make one tree.
+    """The number of a rank's rows that form one tree.
 
     Args:
-        prompts: Of the rows in order, group after group.
-        size: The rows of a group.
-        branches: Whether the rollout branches, so that a tree needs its whole group. Evaluation does not, and its
-            groups may lie on several ranks: each row is then a tree of its own.
+        prompts: One per row, group after group.
+        size: Rows per group.
+        branches: Whether the rollout branches, which needs a whole group on one rank. An evaluation does not branch,
+            and its groups may be spread over ranks: then each row is a separate tree.
 
     Raises:
         ConfigError: A tree would span ranks.
@@ -42,32 +42,32 @@ def leaves_per_tree(prompts: Sequence[Any], size: int, *, branches: bool) -> int
     if not branches:
         return 1
     raise ConfigError(
-        f"This rank was dealt {len(prompts)} rows that are no whole groups of {size}; a tree cannot span ranks. "
+        f"This rank received {len(prompts)} rows, which are not whole groups of {size}; a tree cannot span ranks. "
         f"Set per_device_train_batch_size × steps_per_generation to a multiple of {size}, and leave "
         "accelerator_config.split_batches false."
     )
 
 
 def micro_batches_of_one_step(steps_per_generation: int, gradient_accumulation_steps: int) -> int:
-    """How many micro-batches in a row surely belong to one optimizer step, from any multiple of that number on.
+    """The largest block size for which every block of micro-batches lies within one optimizer step.
 
     Optimizer steps end at multiples of `gradient_accumulation_steps`, generation batches at multiples of
-    `steps_per_generation`. Blocks of their greatest common divisor cross neither.
+    `steps_per_generation`. Blocks of the greatest common divisor cross neither boundary.
     """
     return math.gcd(steps_per_generation, gradient_accumulation_steps)
 
 
 def deal_trees(batches: Sequence[Mapping[str, Any]], size: int, leaves_of_tree: int) -> list[dict[str, Any]]:
-    """The micro-batches, in blocks of `size` whose rows are dealt anew so that trees stand together; without `LEAF`.
+    """The micro-batches after moving rows within blocks of `size`, so that trees stay together; without `LEAF`.
 
-    Trees come in the order of their first rows in the block, rows of a tree in leaf order, that is by address:
-    where a tree does not fit, what branched off together stays together.
+    Trees keep the order of their first rows in the block. The rows of a tree are in leaf order, which is the order of
+    their addresses: if a tree spans two micro-batches, leaves that branched off together still stay together.
 
     Args:
-        batches: Micro-batches of equally many rows: tensors (B, …), of which `LEAF` is one, and values without rows
-            (numbers, None), of which a block's first batch has those of all.
-        size: Micro-batches in a block, a divisor of their number: `micro_batches_of_one_step`.
-        leaves_of_tree: How many leaves share a tree.
+        batches: Micro-batches with equal numbers of rows: tensors (B, …), among them `LEAF`, and values without rows
+            (numbers, None), which are equal in all batches of a block.
+        size: Micro-batches per block, a divisor of their number: `micro_batches_of_one_step`.
+        leaves_of_tree: Leaves per tree.
     """
     return [
         batch

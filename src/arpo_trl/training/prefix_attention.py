@@ -1,16 +1,16 @@
 """Attention inside a pack of rows that share prefixes: one variable-length kernel call per depth of the trie.
 
-An edge of the trie is a run of tokens that the same rows hold. The rows that go through an edge follow it in the pack
-without a gap, so a query has exactly one ancestor edge at each depth above its own. That makes few calls enough:
+An edge of the trie is a run of tokens that the same rows contain. The rows below an edge follow it in the pack without
+a gap, so a query has exactly one ancestor edge at each depth above its own edge. Therefore few calls are enough:
 
     # pack:      a a b b c d d e     edges: a a (depth 0), b b (1), c (2), d d (2), e (1)
-    # own edge:  [a a] [b b] [c] [d d] [e]        each sees itself, causally: one call for all edges
-    # depth 0:   b b c d d e  see  a a            all of it
-    # depth 1:   c d d        see  b b
+    # own edge:  [a a] [b b] [c] [d d] [e]        each attends to itself, causally: one call for all edges
+    # depth 0:   b b c d d e  attend to  a a      all of it
+    # depth 1:   c d d        attend to  b b
 
-What a query sees in one call is weighed against the rest by the logarithms of the sums of exponentials. The backward
-of a call, given the merged output and log-sums, finds its part of the gradients, as in ring attention
-(arXiv 2310.01889). A pack of depth d takes d + 1 calls each way, no mask, and nothing is compiled for its shape.
+The results of the calls are merged with weights from their logsumexps ("log-sums"). The backward of a call takes the
+merged output and log-sums and computes this call's part of the gradients, as in ring attention (arXiv 2310.01889). A
+pack of depth d takes d + 1 calls in each direction. It needs no mask and compiles nothing for its shape.
 
 Queries, keys, values and outputs are (tokens, heads, dim) here, log-sums (heads, tokens) in float32.
 """
@@ -28,25 +28,29 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
 Edge = tuple[int, int, int]
-"""(start, stop, end): a run of tokens, and where the rows that hold it end."""
+"""(start, stop, end): tokens [start, stop) of the pack; the rows that contain them reach up to `end`."""
 Index = slice | torch.Tensor
 Span = tuple[int, int, int, int]
-"""(start and stop of the queries, start and stop of the keys) of one sequence, counted in the call."""
+"""(query start, query stop, key start, key stop) of one sequence, as positions in the call."""
 
 FLASH_CAPABILITY = (8, 0)
-"""The oldest GPUs that torch's flash kernel runs on: Ampere."""
+"""The lowest compute capability that torch's flash kernel supports: Ampere."""
 FLASH_HEAD_DIM = 256
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative difference of packed and padded attention, forward and backward, that is rounding."""
+"""Largest relative difference of packed and padded attention, forward and backward, that counts as rounding."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One call of a variable-length kernel: the queries of each sequence see the keys of the same sequence.
+    """One call of a variable-length kernel: the queries of each sequence attend to the keys of the same sequence.
 
-    `queries` and `keys` say where in the pack they stand. `spans` are the sequences, one after the other;
-    `query_starts` and `key_starts` (sequences + 1,) the same as int32 on the pack's device. A `causal` call's
-    sequences have as many queries as keys, and a query sees the keys up to itself.
+    `queries` and `keys` are positions in the pack. `spans` are the sequences in order; `query_starts` and
+    `key_starts` (sequences + 1,) are their boundaries as int32 on the pack's device. The sequences of a `causal` call
+    have as many queries as keys, and a query attends to the keys up to itself.
+
+        # "depth 1" of the example above: c d d attend to b b
+        Call(queries=slice(4, 7), keys=slice(2, 4), spans=((0, 3, 0, 2),), query_starts=tensor([0, 3]),
+             key_starts=tensor([0, 2]), longest_query=3, longest_key=2, causal=False)
     """
 
     queries: Index
@@ -60,8 +64,8 @@ class Call:
 
 
 def plan_calls(edges: tuple[Edge, ...], device: torch.device) -> tuple[Call, ...]:
-    """The calls that together let every token of a pack see its own path: own edges first, then depth by depth."""
-    above: list[int] = []  # ends of the edges that the current one is below
+    """The calls that let every token attend to its own path: first all edges themselves, then one call per depth."""
+    above: list[int] = []  # ends of the edges above the current one
     by_depth: list[list[Edge]] = []
     for start, stop, end in edges:
         while above and above[-1] <= start:
@@ -83,19 +87,19 @@ def _call(ranges: list[tuple[tuple[int, int], tuple[int, int]]], causal: bool, d
     spans = zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False)
     query_starts, key_starts = (torch.tensor(side, dtype=torch.int32, device=device) for side in starts)
     return Call(
-        _index(queries, device),
-        _index(keys, device),
-        tuple(spans),
-        query_starts,
-        key_starts,
-        max(sizes[0]),
-        max(sizes[1]),
-        causal,
+        queries=_index(queries, device),
+        keys=_index(keys, device),
+        spans=tuple(spans),
+        query_starts=query_starts,
+        key_starts=key_starts,
+        longest_query=max(sizes[0]),
+        longest_key=max(sizes[1]),
+        causal=causal,
     )
 
 
 def _index(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Index:
-    """A slice where the ranges follow each other without a gap, which copies nothing; else their places."""
+    """A slice, which copies nothing, if the ranges are contiguous; otherwise a tensor of positions."""
     if all(stop == start for (_, stop), (start, _) in pairwise(ranges)):
         return slice(ranges[0][0], ranges[-1][1])
     return torch.from_numpy(np.concatenate([np.arange(*of) for of in ranges])).to(device)
@@ -104,7 +108,7 @@ def _index(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Index:
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query, key and value."""
 Result = tuple[torch.Tensor, torch.Tensor, Any]
-"""Output, log-sums, and whatever else a kernel's backward wants to have back from its forward."""
+"""Output, log-sums, and other values that the kernel's backward needs from its forward."""
 
 
 class Kernel(Protocol):
@@ -118,7 +122,7 @@ class Kernel(Protocol):
     def backward(
         self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
     ) -> tuple[torch.Tensor, ...]:
-        """Gradients of query, key and value; output and log-sums are those over all that the queries see."""
+        """Gradients of query, key and value. Output and log-sums in `result` are the merged ones of all calls."""
 
 
 class FlashKernel:
@@ -144,8 +148,8 @@ class FlashKernel:
 
     @staticmethod
     def _lengths(call: Call) -> tuple[Any, ...]:
-        # One query a sequence would be taken for decoding, where grouped heads change places with queries. The
-        # longest lengths are upper bounds, so two does no harm.
+        # With a longest query of 1, torch assumes decoding and swaps grouped heads with queries. The longest lengths
+        # are only upper bounds, so 2 is safe.
         return call.query_starts, call.key_starts, max(call.longest_query, 2), call.longest_key
 
 
@@ -154,7 +158,7 @@ class EfficientKernel:
 
     grouped = False
     ALIGNED = 32
-    """What it rounds the longest sequence's log-sums up to."""
+    """The kernel rounds the width of its log-sums up to a multiple of this."""
 
     def forward(self, states: States, call: Call, scaling: float | None) -> Result:
         output, padded, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
@@ -188,7 +192,7 @@ class EfficientKernel:
 
     @staticmethod
     def _places(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sequence, place in it) of each query."""
+        """(sequence, position in the sequence) of each query."""
         starts = call.query_starts.long()
         queries = torch.arange(call.spans[-1][1], device=starts.device)
         sequence = torch.searchsorted(starts, queries, right=True) - 1
@@ -196,7 +200,7 @@ class EfficientKernel:
 
 
 class CPUKernel:
-    """torch's flash kernel on a CPU, which is SDPA's there, sequence by sequence: it has no call for several."""
+    """torch's flash kernel on a CPU, the one that SDPA uses. It runs once per sequence, as it takes only one."""
 
     grouped = False
 
@@ -230,7 +234,7 @@ class CPUKernel:
 
 
 def _one(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """(tokens, heads, dim) as the (1, heads, tokens, dim) that SDPA knows, without a copy."""
+    """Views each (tokens, heads, dim) tensor as (1, heads, tokens, dim), SDPA's layout."""
     return tuple(of.transpose(0, 1).unsqueeze(0) for of in states)
 
 
@@ -276,7 +280,7 @@ class _Attend(torch.autograd.Function):
             at, of = call.queries, call.keys
             states, result = (query[at], key[of], value[of]), (output[at], logsums[:, at], rest)
             parts = ctx.kernel.backward(grads[0][at], states, result, call, ctx.scaling)
-            if not sums:  # own edges, which are all of the pack
+            if not sums:  # the own edges, which cover the whole pack
                 sums = [part.to(logsums.dtype) for part in parts]
                 continue
             for total, places, part in zip(sums, (at, of, of), parts, strict=True):
@@ -285,7 +289,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _weights(part: torch.Tensor, all_of: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, 1): what a part of the keys weighs among all."""
+    """(tokens, heads, 1) weights of a part of the keys among all keys, from the log-sums of both."""
     return (part - all_of).exp().t().unsqueeze(-1)
 
 
@@ -296,12 +300,12 @@ def attend(
 
     Args:
         query: (1, heads, N, dim).
-        key, value: The same, or with fewer heads.
-        calls: What `plan_calls` made of the pack.
-        scaling: None: 1 / √dim.
+        key, value: The same shape, or with fewer heads.
+        calls: The pack's calls, from `plan_calls`.
+        scaling: Factor of the attention scores. None: 1 / √dim.
     """
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # as SDPA does; a norm may have left queries and keys in float32
+    if torch.is_autocast_enabled(device):  # like SDPA; a norm may have left queries and keys in float32
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     kernel = kernel_for(query.device, query.dtype)
@@ -318,9 +322,9 @@ def attend(
 def why_no_attention(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int
 ) -> str | None:
-    """Why packs of such heads cannot be attended on the device, or None where they can; found out once, by trying."""
+    """Why attention over packs does not work with such heads on the device; None if it does. Tries it out once."""
     if device.type not in ("cpu", "cuda"):
-        return f"packs are attended on CPUs and CUDA devices only, and this is {device.type!r}"
+        return f"attention over packs needs a CPU or a CUDA device, and this is {device.type!r}"
     if device.type == "cuda" and dtype != torch.float32:
         capability = torch.cuda.get_device_capability(device)
         if capability < FLASH_CAPABILITY:
@@ -328,19 +332,20 @@ def why_no_attention(
             return f"torch's flash kernel needs a GPU of compute capability {needed} or more, and this one has {found}"
         if head_dim % 8 or head_dim > FLASH_HEAD_DIM:
             return (
-                f"torch's flash kernel takes heads of 8, 16 … {FLASH_HEAD_DIM} values, and the model's have {head_dim}"
+                f"torch's flash kernel needs a head dimension of 8, 16 … {FLASH_HEAD_DIM}, and the model's is "
+                f"{head_dim}"
             )
     subject = f"packed attention in {dtype} on {device}"
     try:
         error = _difference(device, dtype, heads, key_heads, head_dim)
-    except Exception as fault:  # whatever torch, a kernel or a driver raises is the answer, and is told in full
+    except Exception as fault:  # an error of torch, a kernel or a driver is the reason to report
         return f"{subject} failed: {type(fault).__name__}: {fault}"
     limit = TOLERANCE[dtype]
     return None if error <= limit else f"{subject} differs from padded by {error:.1e}, more than rounding ({limit})"
 
 
 def _difference(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int) -> float:
-    """Largest relative difference between three rows attended as a pack and padded: output and gradients."""
+    """Largest relative difference of outputs and gradients between three rows computed as a pack and padded."""
     # The rows are A B C, A B D and A E.
     edges = ((0, 40, 110), (40, 60, 100), (60, 80, 80), (80, 100, 100), (100, 110, 110))
     rows = [[*range(80)], [*range(60), *range(80, 100)], [*range(40), *range(100, 110)]]

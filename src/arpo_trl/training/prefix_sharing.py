@@ -1,19 +1,19 @@
-"""Logprobs of rows that share prefixes, each shared token computed once.
+"""Logprobs of rows that share prefixes, with each shared token computed once.
 
-The rows of a micro-batch (prompt and completion) often start alike: leaves of one tree by construction, siblings of a
-well-trained policy by habit. Where two rows hold the same tokens up to some position, a causal model computes the same
-thing up to there. So the rows are laid out as a trie, one after another without what an earlier row already holds:
+The rows of a micro-batch (prompt and completion) often share a prefix: leaves of one tree always do, and separate
+samples of a well-trained policy often do. A causal model computes the same values for a shared prefix in each row. So
+the rows are laid out as a trie, one after another, each without the tokens that an earlier row already holds:
 
     # rows:    p p a a t b b          pack:      p p a a t b b t c p d d d
     #          p p a a t c            position:  0 1 2 3 4 5 6 4 5 1 2 3 4
     #          p p d d d
 
-The last token before rows part is repeated (`t`, `p`), so that each position of the pack has one next token at most
-and the language-model head runs once per edge of the trie. The rows that go through an edge follow it in the pack
-without a gap, and attend to all of it. Rows that are equal cost nothing; padding is gone.
+The last token before two rows diverge is repeated (`t`, `p`). So each position of the pack has at most one next token,
+and the language-model head runs once per position. The rows below an edge of the trie follow it in the pack without a
+gap, and attend to all of it. Equal rows cost nothing, and there is no padding.
 
-Logprobs and entropies are read back per row, so gradients of shared tokens add up by themselves: the result is that of
-the padded batch up to rounding. Sharing is found from the token ids alone, whatever tree they came from.
+Logprobs and entropies are read back per row, so autograd sums the gradients of shared tokens. The result equals that
+of the padded batch up to rounding. Shared prefixes are found from the token ids alone, independent of the trees.
 """
 
 from __future__ import annotations
@@ -33,26 +33,30 @@ from arpo_trl.training.prefix_attention import Call, Edge, attend, plan_calls, w
 
 NO_LABEL = -100
 PREFIX = "shared_prefix+"
-"""Before the name of a model's own attention implementation: the one that also takes packs."""
+"""This, followed by the name of an attention implementation, names its variant that also takes packs."""
 EXTENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class _Takers:
-    """The attention modules that were given a pack: no container, since FSDP copies those that it passes on."""
+    """The attention modules that received a pack. Not a plain set, since FSDP copies containers among its inputs."""
 
     def __init__(self) -> None:
         self.ids: set[int] = set()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """Rows laid out as a trie of N tokens, and the way back to them.
+    """Rows laid out as a trie of N tokens, and the indices that lead back to the rows.
 
-    `ids`, `positions` and `labels` are (1, N); a label is the next token, −100 where no completion wants it. `sources`
-    (B, T) holds for each completion token the pack index of the token before it; it means nothing where `real` (B, T)
-    is False, on padding and on tokens that are not wanted. `edges` are the trie's, in the order of the pack, and
-    `calls` what they ask of an attention kernel. `leaf_tokens` is what the rows hold together, padding not counted,
-    `padded_tokens` what the batch they came in holds.
+    `ids`, `positions` and `labels` are (1, N). A label is the next token, or −100 if its logprob is not wanted.
+    `sources` (B, T) holds for each completion token the pack index of the token before it. It is undefined where
+    `real` (B, T) is False: on padding and on tokens whose logprobs are not wanted. `edges` are the trie's edges in the
+    order of the pack, and `calls` are the attention calls for them. `leaf_tokens` counts the tokens of all rows
+    without padding, `padded_tokens` those of the padded batch.
+
+        # Rows 5 6 7 and 5 6 8, prompt 5, T = 2. The repeated 6 is the last token before they diverge.
+        pack_rows(tensor([[5, 6, 7], [5, 6, 8]]), torch.ones(2, 3), 2)
+        # ids 5 6 7 6 8, positions 0 1 2 1 2, labels 6 7 −100 8 −100, sources [[0, 1], [0, 3]]
     """
 
     ids: torch.Tensor
@@ -83,9 +87,9 @@ def pack_rows(
     Args:
         input_ids: (B, P + T), prompts padded on the left and completions on the right.
         attention_mask: (B, P + T), 1 on real tokens.
-        logits_to_keep: T, the completion columns, whose logprobs may be wanted.
-        wanted: (B, T), nonzero on those that are: tokens that carry loss. None: all that are real.
-        multiple_of: What to fill the pack up to a multiple of, with tokens that nobody reads.
+        logits_to_keep: T, the number of completion columns.
+        wanted: (B, T), nonzero on the tokens whose logprobs are wanted: those that carry loss. None: all real ones.
+        multiple_of: The pack's length is padded to a multiple of this, with tokens that no row uses.
 
     Raises:
         ValueError: A row has no token, or padding between its tokens.
@@ -104,8 +108,8 @@ def pack_rows(
     index = np.zeros(ids.shape, dtype=np.int64)  # (B, P + T): each row's tokens in the pack, from column 0 on
     added: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    path: list[tuple[int, int]] = []  # slices of the pack that make up the row before
-    left: list[tuple[int, int, int]] = []  # slices of the pack, and where the rows that hold them end
+    path: list[tuple[int, int]] = []  # slices of the pack that make up the previous row
+    left: list[tuple[int, int, int]] = []  # slices of the pack, and the end of the rows that contain them
     size = 0
     for before, at in zip([None, *order], order, strict=False):
         row = rows[at]
@@ -120,7 +124,7 @@ def pack_rows(
             path.append((size, size + new))
             size += new
 
-    if fill := -size % multiple_of:  # an edge of its own, which sees nothing else
+    if fill := -size % multiple_of:  # a separate edge, which attends only to itself
         added.append(np.zeros(fill, dtype=np.int64))
         positions.append(np.arange(fill))
         left += [(*part, size) for part in path]
@@ -137,7 +141,7 @@ def pack_rows(
         real &= wanted.cpu().numpy().astype(bool)
     for at, row in enumerate(rows):
         kept = real[at].nonzero()[0]
-        places = kept + width - logits_to_keep - starts[at]  # in the row; its first token has none before it
+        places = kept + width - logits_to_keep - starts[at]  # in the row; at least 1, so `places - 1` exists
         sources[at, kept] = index[at, places - 1]
         labels[sources[at, kept]] = row[places]
 
@@ -146,29 +150,29 @@ def pack_rows(
 
     edges = tuple((start, stop, int(ends[start])) for start, stop in pairwise([*starts_of_edges, size]))
     return Pack(
-        tensor(np.concatenate(added).astype(np.int64))[None],
-        tensor(np.concatenate(positions))[None],
-        tensor(labels)[None],
-        tensor(sources),
-        tensor(real),
-        edges,
-        plan_calls(edges, input_ids.device),
-        int(lengths.sum()),
-        ids.size,
+        ids=tensor(np.concatenate(added).astype(np.int64))[None],
+        positions=tensor(np.concatenate(positions))[None],
+        labels=tensor(labels)[None],
+        sources=tensor(sources),
+        real=tensor(real),
+        edges=edges,
+        calls=plan_calls(edges, input_ids.device),
+        leaf_tokens=int(lengths.sum()),
+        padded_tokens=ids.size,
     )
 
 
 def _shared_positions(before: np.ndarray, row: np.ndarray) -> int:
-    """How many first positions of `row` the row sorted before it already holds, next token included."""
+    """How many leading positions `row` shares with the row sorted before it, their next tokens included."""
     shorter = min(len(before), len(row))
     differ = before[:shorter] != row[:shorter]
     common = int(differ.argmax()) if differ.any() else shorter
-    # Where one row ends in the other its last token has no next one to disagree about.
+    # If one row is a prefix of the other, its last token has no next token that could differ.
     return common if common == shorter else max(common - 1, 0)
 
 
 def _split(path: list[tuple[int, int]], tokens: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """The slices that hold the first `tokens` tokens of `path`, and those that hold the others."""
+    """The slices with the first `tokens` tokens of `path`, and the slices with the other tokens."""
     first, rest = [], []
     for start, stop in path:
         middle = min(max(start + tokens, start), stop)
@@ -181,7 +185,7 @@ def _split(path: list[tuple[int, int]], tokens: int) -> tuple[list[tuple[int, in
 
 
 def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function of transformers that also takes packs, as the keyword `shared_prefix_pack`."""
+    """Extends an attention function of transformers: it also takes a pack, as the keyword `shared_prefix_pack`."""
 
     def forward(
         module: torch.nn.Module,
@@ -203,26 +207,26 @@ def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
 
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations call the number of experts that a router chooses from."""
+"""Names of configuration fields for the number of experts."""
 
 
 def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why packs would not be exact with this model on this device, or None when they are.
+    """Why packs are not exact with this model on this device; None if they are.
 
-    `dtype` is that of its attention: autocast's, or by default the weights'.
+    `dtype` is the dtype of the attention: autocast's, or by default the weights'.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"}:
-        return f"it has layers of type {sorted(kinds)}; only full attention sees a path the same way in a pack"
+        return f"it has layers of type {sorted(kinds)}; only full attention gives the same results in a pack"
     if getattr(config, "use_sliding_window", False) or (
         getattr(config, "sliding_window", None) is not None and not hasattr(config, "use_sliding_window")
     ):
-        return "it attends through a sliding window"
+        return "it uses sliding-window attention"
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return "it caps its attention's logits, which no kernel for packs does"
+        return "it caps its attention logits, which no kernel for packs supports"
     if not getattr(model, "_supports_attention_backend", False):
-        return "its attention cannot be replaced (transformers' AttentionInterface)"
+        return "it does not support replacing its attention (transformers' AttentionInterface)"
     if any(getattr(config, name, None) for name in EXPERTS):
         return "it routes tokens to experts, whose load would be counted differently"
     if getattr(config, "v_head_dim", None) or getattr(config, "kv_lora_rank", None):
@@ -232,7 +236,7 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
         return f"its attention implementation is {attention!r}; set attn_implementation to one of {list(EXTENDS)}"
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
     if any(dropouts) or getattr(config, "attention_dropout", None):
-        return "it drops out at random, which shared tokens would do alike for all their rows; set dropout to 0"
+        return "it uses dropout, and all rows would share the dropout of a shared token; set dropout to 0"
     heads = config.num_attention_heads
     return why_no_attention(
         device,
@@ -244,15 +248,18 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
 
 
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
-"""Most difference of packed and padded logprobs, root mean square in their own standard deviations, by type."""
+"""Largest difference of packed and padded logprobs that counts as rounding, by dtype.
+
+It is the root mean square of the difference, in standard deviations of the logprobs.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What decides on a kind of device whether a pack pays, for the padded batch where unsure.
+    """The speed of a device type, from which `pays` decides. In doubt the values favour the padded batch.
 
-    `operations` a second that a large matrix product reaches. `call_s` and `sequence_s`, what one more call of the
-    attention takes, and one more sequence in a call, forward and backward.
+    `operations`: operations per second of a large matrix product. `call_s` and `sequence_s`: seconds for one more
+    attention call, and for one more sequence in a call, forward and backward together.
     """
 
     operations: float
@@ -261,17 +268,17 @@ class Costs:
 
 
 COSTS = {
-    "cuda": Costs(4e14, 3e-4, 0.0),  # some 30 launches a call, with gathering and merging
-    "cpu": Costs(1e11, 0.0, 1e-4),  # where a call takes its sequences one by one
+    "cuda": Costs(4e14, 3e-4, 0.0),  # about 30 kernel launches per call, gathering and merging included
+    "cpu": Costs(1e11, 0.0, 1e-4),  # a call computes its sequences one by one
 }
 LAYER_OPERATIONS = 72
-"""A layer has about 12 · hidden² weights, each used in two operations forward and four backward for every token."""
+"""A layer has about 12 · hidden² weights, each used in two operations forward and four backward per token."""
 
 
 def pays(pack: Pack, hidden_size: int) -> bool:
-    """Whether a layer's work on the tokens that the pack saves takes longer than what its attention adds.
+    """Whether a pack saves time: a layer's work on the saved tokens takes longer than the additional attention calls.
 
-    A rule on the shape alone, not a stopwatch: the same run takes the same way each time.
+    Depends on the pack's shape alone, not on measured times, so that a repeated run decides the same way.
     """
     costs = COSTS[pack.ids.device.type]
     saved_s = (pack.padded_tokens - len(pack)) * LAYER_OPERATIONS * hidden_size**2 / costs.operations
@@ -280,7 +287,7 @@ def pays(pack: Pack, hidden_size: int) -> bool:
 
 
 def share_prefixes(model: PreTrainedModel) -> None:
-    """Makes `model` take packs, next to ordinary batches, which it computes as before."""
+    """Makes `model` accept packs. It computes ordinary batches as before."""
     attention = model.config._attn_implementation
     if attention.startswith(PREFIX):
         return
@@ -291,16 +298,16 @@ def share_prefixes(model: PreTrainedModel) -> None:
 
 
 def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, T) logprobs of the completion tokens and, if the head gives them, entropies; 0 where not `pack.real`.
+    """(B, T) logprobs of the completion tokens and, if the head returns them, entropies; 0 where not `pack.real`.
 
-    `model` has TRL's fused language-model head, in whatever wrapping, and went through `share_prefixes`.
+    `model` has TRL's fused language-model head, went through `share_prefixes`, and may be wrapped.
 
     Raises:
-        ConfigError: Not all of its layers were given the pack, so that tokens saw other paths.
+        ConfigError: Some layers did not receive the pack, so their tokens attended to other paths.
     """
     outputs = model(
         input_ids=pack.ids,
-        attention_mask=torch.ones(1, 1, 1, 1, device=pack.ids.device),  # 4-D: no mask is made, and none is used
+        attention_mask=torch.ones(1, 1, 1, 1, device=pack.ids.device),  # 4-D: transformers builds no mask from it
         position_ids=pack.positions,
         shift_labels=pack.labels,
         fused_lm_head=True,
@@ -310,8 +317,8 @@ def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torc
     layers = inner.config.get_text_config().num_hidden_layers
     if len(pack.takers.ids) != layers:
         raise ConfigError(
-            f"The model hands packs on to the attention of {len(pack.takers.ids)} of its {layers} layers only, so "
-            "shared prefixes cannot be computed once. Set shared_prefix_forward: off."
+            f"The model passes packs to the attention of {len(pack.takers.ids)} of its {layers} layers only, so it "
+            "cannot compute shared prefixes once. Set shared_prefix_forward: off."
         )
     logprobs, entropies = (
         None if values is None else values[0][pack.sources].masked_fill(~pack.real, 0.0)
@@ -329,36 +336,43 @@ def pack_batches(
     *,
     size: int,
     multiple_of: int = 1,
+    must_pay_at: int | None = None,
 ) -> list[Pack]:
-    """A pack for each `size` rows, in order; the arguments are those of `pack_rows`.
+    """One pack per `size` rows, in order; an empty list where padded batches are faster.
 
-    There are as many packs as TRL would take padded forwards, so that ranks agree on their number whatever their rows
-    share.
+    There are as many packs as TRL would run padded forwards, so that all ranks run equally many.
+
+    Args:
+        must_pay_at: The model's hidden size: the list is empty if a pack does not pay (`pays`). None: packs are
+            returned whether or not they pay.
+
+    The other arguments are those of `pack_rows`.
     """
     batches = zip(*(torch.split(rows, size) for rows in (input_ids, attention_mask, wanted)), strict=True)
-    return [pack_rows(ids, mask, logits_to_keep, loss, multiple_of=multiple_of) for ids, mask, loss in batches]
+    packs = [pack_rows(ids, mask, logits_to_keep, loss, multiple_of=multiple_of) for ids, mask, loss in batches]
+    return [] if must_pay_at is not None and not all(pays(pack, must_pay_at) for pack in packs) else packs
 
 
 def forward_packs(model: torch.nn.Module, packs: Sequence[Pack]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, T) logprobs and, if the head gives them, entropies of the rows of all packs: `forward_pack` of each."""
+    """(B, T) logprobs and, if the head returns them, entropies of the rows of all packs: `forward_pack` of each."""
     values = [forward_pack(model, pack) for pack in packs]
     entropies = [entropies for _, entropies in values if entropies is not None]
     return torch.cat([logprobs for logprobs, _ in values]), torch.cat(entropies) if entropies else None
 
 
 def sharing_ratio(packs: Sequence[Pack]) -> float:
-    """How many tokens the rows hold for each token that is computed."""
+    """Tokens of the rows per token that is computed."""
     return sum(pack.leaf_tokens for pack in packs) / sum(map(len, packs))
 
 
 @torch.no_grad()
 def why_packs_differ(model: PreTrainedModel) -> str | None:
-    """Why logprobs of a few rows differ packed and padded, beyond rounding; None where they do not.
+    """How packed and padded logprobs of a few rows differ beyond rounding; None if they do not.
 
-    `model` is as for `forward_pack`, with its weights in place, under the autocast that it trains with.
+    `model` is as for `forward_pack`, with all weights on this rank. Call it under the autocast of training.
     """
     device = model.get_input_embeddings().weight.device
-    # Three rows that start alike, of ids all over the vocabulary: equal tokens would hide what attention does.
+    # Three rows with a shared prefix, their ids spread over the vocabulary: equal tokens would hide attention errors.
     drawn = torch.arange(1, 41, device=device) * 7919 % model.config.get_text_config().vocab_size
     rows = torch.stack([torch.cat([drawn[:20], drawn[start : start + 8]]) for start in (20, 24, 32)])
     labels, keep = rows.clone(), 16
@@ -368,7 +382,7 @@ def why_packs_differ(model: PreTrainedModel) -> str | None:
     try:
         padded = model(input_ids=rows, attention_mask=torch.ones_like(rows), labels=labels, fused_lm_head=True)
         packed, _ = forward_pack(model, pack_rows(rows, torch.ones_like(rows), keep))
-    except Exception as fault:  # whatever the model's own code raises at a pack is the answer, and is told in full
+    except Exception as fault:  # an error of the model's own code is the reason to report
         return f"a forward over a pack failed: {type(fault).__name__}: {fault}"
     finally:
         model.train(training)
@@ -377,4 +391,4 @@ def why_packs_differ(model: PreTrainedModel) -> str | None:
     limit = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in computed_in(model, device))
     if difference <= limit:
         return None
-    return f"a pack's logprobs are {difference:.2g} standard deviations off those of padded rows; {limit} is rounding"
+    return f"logprobs of packed and padded rows differ by {difference:.2g} standard deviations, more than {limit}"

@@ -1,9 +1,9 @@
-"""What can be known to fail, or has to be said, before the first step."""
+"""Checks and warnings at start-up, before the first step."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,16 +14,17 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import validate_rows
-from arpo_trl.errors import ConfigError
-from arpo_trl.options import SharedPrefixForward
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.rollout.engines.base import Engine
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
+from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.training.prefix_sharing import share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
 
@@ -31,14 +32,18 @@ logger = get_logger(__name__)
 
 
 def refuse_own_rollouts(**given: Any) -> None:
-    """Fails where one of GRPOTrainer's arguments that replace its rollouts was given."""
+    """Raises ConfigError if one of these arguments of GRPOTrainer, which replace its rollouts, is not None."""
     for name, value in given.items():
         if value is not None:
             raise ConfigError(f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
 
 
 def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
-    """`args`; without any, the defaults, with the output folder named after the model as TRL does."""
+    """Returns `args`. For None, returns the defaults, with the output folder named after the model as in TRL.
+
+    Raises:
+        ConfigError: `args` is not an ARPOConfig.
+    """
     if args is None:
         name = model if isinstance(model, str) else get_config_model_id(model.config) or model.config.model_type
         args = ARPOConfig(f"{name.split('/')[-1]}-ARPO")
@@ -48,48 +53,51 @@ def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
 
 
 def check_writable(folder: Path) -> None:
-    """Fails now rather than at the first checkpoint."""
+    """Raises ConfigError if `folder` cannot be written to, which would fail only at the first checkpoint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # a name of its own: other ranks look at the same time
+        with tempfile.TemporaryFile(dir=folder):  # with a unique name, since other ranks check at the same time
             pass
     except OSError as error:
         raise ConfigError(f"output_dir {folder} cannot be written ({error}). Choose another folder.") from error
 
 
 def check_quantized_training(peft_config: Any) -> None:
-    """Fails where quantized weights could not be trained, or would not be without a word."""
+    """Raises ConfigError if training a quantized model would fail, or would silently change nothing."""
     if peft_config is None:
         raise ConfigError(
-            "The model is to be quantized (load_in_4bit, load_in_8bit or quantization_config), which freezes its "
-            "weights, and nothing else is there to train. Set use_peft: true, or give a peft_config."
+            "Quantization (load_in_4bit, load_in_8bit or quantization_config) freezes the model's weights, and there "
+            "is no adapter to train. Set use_peft: true, or give a peft_config."
         )
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
-            "The model is to be quantized, but bitsandbytes is not installed here. Install the extra: pip install "
-            "'.[qlora]'."
+            "Quantization needs bitsandbytes, which is not installed. Install the extra: pip install '.[qlora]'."
         )
     from bitsandbytes.functional import has_avx512bf16
 
     if not torch.accelerator.is_available() and has_avx512bf16():
-        # It packs the weights anew for inference, and the packed ones pass no gradient on: adapters would stay zero.
+        # On such CPUs it repacks the weights for inference. No gradient passes through them: adapters would stay zero.
         raise ConfigError(
-            "The model is to be quantized, but there is no GPU, and bitsandbytes does not train on this CPU. Use a "
-            "machine with a GPU, or leave quantization out."
+            "The model is quantized, but there is no GPU, and bitsandbytes does not train on this CPU. Use a machine "
+            "with a GPU, or do not quantize."
         )
 
 
-def check_rows(dataset: Any, reward_funcs: Collection[Any]) -> None:
-    """Fails where a row cannot be rolled out, or lacks what a reward needs; a streamed dataset is checked as it comes.
+def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
+    """Returns if all rows have a usable prompt and what the reward functions need. Skips streamed datasets and None.
 
-    A reward function that needs something of a row has a method `check_dataset`, which raises `DataError`.
+    A reward function that needs a column has a method `check_dataset(dataset)`, which raises `DataError`.
+
+    Raises:
+        DataError: A row has no usable prompt, or lacks what a reward function needs.
     """
-    if not isinstance(dataset, Dataset):
-        return
-    validate_rows(dataset)
-    for function in reward_funcs:
-        if (check := getattr(function, "check_dataset", None)) is not None:
-            check(dataset)
+    for dataset in datasets:
+        if not isinstance(dataset, Dataset):
+            continue
+        validate_rows(dataset)
+        for function in reward_funcs:
+            if (check := getattr(function, "check_dataset", None)) is not None:
+                check(dataset)
 
 
 @contextmanager
@@ -97,18 +105,16 @@ def without_trls_vllm_client(args: ARPOConfig, engine: Engine | None) -> Iterato
     """Stops TRL's `__init__` from opening its own vLLM client. In colocate mode TRL still starts vLLM.
 
     Args:
-        engine: The engine that replaces the one that `args` would choose; with one, TRL starts nothing.
+        engine: Replaces the engine that `args` choose. With one, TRL does not start vLLM either.
 
     Raises:
-        ConfigError: vLLM is to be started, but is not installed.
+        ConfigError: TRL has to start vLLM, and vLLM is not installed.
     """
     use_vllm = args.use_vllm
     args.use_vllm = use_vllm and args.vllm_mode == "colocate" and engine is None
     if args.use_vllm:
         if find_spec("vllm") is None:
-            raise ConfigError(
-                "use_vllm is set, but vLLM is not installed here. Install the extra: pip install '.[vllm]'."
-            )
+            raise ConfigError("use_vllm is set, but vLLM is not installed. Install the extra: pip install '.[vllm]'.")
         prepare_cpu()
     try:
         yield
@@ -124,15 +130,16 @@ def prepare_prefix_sharing(
     aux_loss: bool,
     sharded: bool,
 ) -> bool:
-    """Makes `models` take packs. Where packs are not wanted or not exact it leaves them as they are and returns False.
+    """Makes `models` accept packs and returns True. Returns False, with `models` unchanged, if packs are not used.
 
     Args:
-        models: The trained model, perhaps with an adapter, and the reference model if there is one; unwrapped.
-        aux_loss: Whether the loss has the router's auxiliary loss.
-        sharded: Whether ranks hold parts of the weights, which are not in place yet.
+        models: The unwrapped trained model, perhaps with an adapter, and the reference model if there is one.
+        wanted: OFF: packs are not used. AUTO: not used, with a warning, if they are not exact.
+        aux_loss: Whether the loss includes the router's auxiliary loss.
+        sharded: Whether each rank holds only a part of the weights. A trial forward is then not possible yet.
 
     Raises:
-        ConfigError: Packs must be taken ("on"), and are not exact.
+        ConfigError: `wanted` is ON, and packs are not exact.
     """
     if wanted is SharedPrefixForward.OFF:
         return False
@@ -144,7 +151,7 @@ def prepare_prefix_sharing(
         before = [base.config._attn_implementation for base in bases]
         for base in bases:
             share_prefixes(base)
-        # Sharded weights are not in place yet; there `forward_pack` sees to it that all layers take packs.
+        # Sharded weights cannot run a trial forward yet. There, `forward_pack` checks that all layers took the pack.
         if not sharded:
             with accelerator.autocast():
                 reasons = [reason for model in models if (reason := why_packs_differ(model))]
@@ -152,10 +159,10 @@ def prepare_prefix_sharing(
             return True
         for base, attention in zip(bases, before, strict=True):
             base.set_attn_implementation(attention)
-    told = f"Shared prefixes cannot be computed once for this model: {reasons[0]}."
+    told = f"This model cannot compute shared prefixes once: {reasons[0]}."
     if wanted is SharedPrefixForward.ON:
         raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
-    logger.warning(f"{told} The update takes TRL's padded batches, which compute them once per row.")
+    logger.warning(f"{told} The update uses TRL's padded batches, which compute shared prefixes once per row.")
     return False
 
 
@@ -171,41 +178,136 @@ def _why_no_packs(models: Sequence[Any], bases: Sequence[Any], accelerator: Acce
     return reasons
 
 
-def check_prompts_fit(dataset: Any, protocol: ToolProtocol, context: int, advice: str) -> None:
-    """Fails where a prompt leaves no room in a context of that many tokens; a streamed dataset is checked as it comes.
+def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARPOConfig) -> PreTrainedTokenizerBase:
+    """Returns `processing_class`, or the tokenizer that TRL would load. Does not load the model.
+
+    Raises:
+        ConfigError: The processing class is multimodal.
+    """
+    if processing_class is None:
+        processing_class = AutoProcessor.from_pretrained(
+            model if isinstance(model, str) else get_config_model_id(model.config),
+            revision=(args.model_init_kwargs or {}).get("revision"),
+            truncation_side="left",
+            padding_side="left",
+            trust_remote_code=args.trust_remote_code,
+        )
+    if isinstance(processing_class, ProcessorMixin):
+        raise ConfigError("The processing class is multimodal; ARPOTrainer trains text-only models.")
+    return processing_class
+
+
+def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
+    """The number of token ids that the model has embeddings for."""
+    if not isinstance(model, str):
+        return int(model.get_input_embeddings().num_embeddings)
+    config = AutoConfig.from_pretrained(
+        model, revision=(args.model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+    )
+    return int(config.get_text_config().vocab_size)
+
+
+def generation_ends(model: str | PreTrainedModel, args: ARPOConfig) -> tuple[int, ...]:
+    """Return the ids at which the model's generation config stops. Does not load the model."""
+    if not isinstance(model, str):
+        return eos_ids_of(model.generation_config)
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return saved_eos_ids(model, revision=revision, trust_remote_code=args.trust_remote_code)
+
+
+def check_encoding(datasets: Sequence[Any], protocol: ToolProtocol, embeddings: int) -> None:
+    """Checks that the chat template takes each prompt, and that the model has an embedding for each of its tokens.
+
+    A chat template may reject roles, or their order. This tries each sequence of roles once. Streamed datasets and
+    None are not checked.
+
+    Raises:
+        DataError: A prompt cannot be used. Names the row.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, Dataset):
+            _check_roles(dataset, protocol)
+            _check_embeddings(dataset, protocol, embeddings)
+
+
+def _check_roles(dataset: Dataset, protocol: ToolProtocol) -> None:
+    tried = set()
+    for i, prompt in enumerate(dataset["prompt"]):
+        messages = [] if isinstance(prompt, str) else prompt
+        roles = tuple((message["role"], type(message["content"])) for message in messages)
+        if roles in tried:
+            continue
+        tried.add(roles)
+        try:
+            protocol.encode_prompt(prompt)
+        except ConfigError:
+            raise
+        except Exception as error:  # a template can raise anything
+            raise DataError(
+                f"Dataset row {i}: the tokenizer's chat template rejects its messages, whose roles are "
+                f"{[role for role, _ in roles]}: {error}. Use roles that the template accepts (for example, put the "
+                "system message at the start of the first user message), or set `tokenizer.chat_template`."
+            ) from error
+
+
+def _check_embeddings(dataset: Dataset, protocol: ToolProtocol, embeddings: int) -> None:
+    names = {token_id: token for token, token_id in protocol.tokenizer.get_vocab().items() if token_id >= embeddings}
+    for i, prompt in enumerate(dataset["prompt"] if names else ()):
+        if without := [names[token_id] for token_id in protocol.encode_prompt(prompt) if token_id in names]:
+            raise DataError(
+                f"Dataset row {i}: its prompt contains the token {without[0]!r}, but the model has only {embeddings} "
+                f"embeddings and the tokenizer {len(protocol.tokenizer)} tokens. Call `model.resize_token_embeddings("
+                "len(tokenizer))` before training, or use the model's own tokenizer."
+            )
+
+
+LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's --max-model-len)"
+
+
+def check_prompts(
+    datasets: Sequence[Any], args: ARPOConfig, protocol: ToolProtocol, context: int, tools: Collection[str]
+) -> None:
+    """Checks that each prompt fits the context. Warns if the training prompts do not explain the tools' tags.
 
     Args:
-        advice: What to do about it besides changing the row.
+        datasets: The training dataset first, then those for evaluation. Streamed ones and None are not checked.
+        context: Most tokens of prompt and completion together.
+        tools: The tools' names.
+
+    Raises:
+        ConfigError: A prompt leaves no token for a completion.
     """
-    if not isinstance(dataset, Dataset):
-        return
-    room = context - 1
+    for dataset in datasets:
+        if isinstance(dataset, Dataset):
+            _check_prompts_fit(dataset, protocol, context, LONGER if args.use_vllm else "")
+    if args.tool_protocol == ProtocolKind.TAGS:
+        _warn_of_unexplained_tags(tools, datasets[0])
+
+
+def _check_prompts_fit(dataset: Dataset, protocol: ToolProtocol, context: int, advice: str) -> None:
+    most = context - 1
     template = len(protocol.encode_prompt(dataset[0]["prompt"]))
     for i, prompt in enumerate(dataset["prompt"]):
         parts = [prompt] if isinstance(prompt, str) else [str(message) for message in prompt]
-        # A token covers at least one byte, so only texts this long need to be tokenised to know.
+        # A token covers at least one byte, so only prompts with that many bytes need to be tokenised.
         longest = sum(len(part.encode()) + template for part in parts)
-        if longest > room and (length := len(protocol.encode_prompt(prompt))) > room:
+        if longest > most and (length := len(protocol.encode_prompt(prompt))) > most:
             raise ConfigError(
                 f"Dataset row {i}: its prompt has {length} tokens, but the context is {context}, which leaves no room "
                 f"for a completion. Shorten or drop the row{advice}."
             )
 
 
-def untold_tags(tools: Collection[str], dataset: Any) -> str | None:
-    """What the model must know already, where tags call the tools and the first prompt does not name them; else None.
-
-    Of a streamed dataset nothing is known yet, so it is said.
-    """
+def _warn_of_unexplained_tags(tools: Collection[str], dataset: Any) -> None:
+    """Warns if the first prompt does not name all tools as tags. A streamed dataset counts as naming none."""
     prompt = str(dataset[0]["prompt"]) if isinstance(dataset, Dataset) else ""
-    untold = [name for name in tools if f"<{name}>" not in prompt]
-    if not untold:
-        return None
-    return (
-        f"tool_protocol is 'tags', which puts no tool into a prompt, and the first prompt does not name "
-        f"{', '.join(f'<{name}>' for name in untold)}. The model must have been taught to call a tool as "
-        f"<{untold[0]}>…</{untold[0]}> and to read what it answers in <result>…</result>: by demonstrations (sft.py), "
-        "or by a system prompt. arpo_trl.data.prompts.tags_system_prompt(tools) writes one for these tools; "
-        "load_arpo_dataset takes it as system_prompt. A model that calls tools in its own way wants tool_protocol "
-        "'chat_template' instead."
-    )
+    missing = [name for name in tools if f"<{name}>" not in prompt]
+    if missing:
+        logger.warning(
+            f"tool_protocol is 'tags', which adds no tools to the prompt, and the first prompt does not name "
+            f"{', '.join(f'<{name}>' for name in missing)}. The model must already know that it calls a tool with "
+            f"<{missing[0]}>…</{missing[0]}> and reads the result in <result>…</result>: from demonstrations (sft.py) "
+            "or from a system prompt. arpo_trl.data.prompts.tags_system_prompt(tools) writes one for these tools; "
+            "pass it to load_arpo_dataset as system_prompt. For a model that was trained to call tools in its own "
+            "format, set tool_protocol to 'chat_template'."
+        )

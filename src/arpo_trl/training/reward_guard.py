@@ -1,4 +1,4 @@
-"""A reward function as the trainer calls it: given what it names, checked, and interruptible; and the rewards' sum."""
+"""Wraps reward functions: selects their arguments, checks their results, makes them interruptible; sums rewards."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
 REWARD_POLL_S = 0.2
-"""How often waiting for an async reward function looks for an interrupt."""
+"""Seconds between checks for an interrupt while an async reward function runs."""
 
 
 def checked_reward(function: Any, interrupts: Interrupts) -> Any:
-    """`function` as TRL may call it; reward models, and names of them, are TRL's own affair and returned as they are.
+    """Wraps a reward function for TRL. Returns reward models, and names of reward models, unchanged.
 
-    - A function without `**kwargs` is given what it names. TRL hands over all there is, and we add columns to that.
-    - What it returns is checked: TRL reads a NaN as "not applicable" and goes on without a word.
-    - An interrupt ends it with rewards of nothing, so that this rank still comes to where all ranks decide to stop.
+    - TRL passes all columns, and ARPO adds more. The wrapper passes a function without `**kwargs` only the arguments
+      that it names.
+    - The wrapper checks the rewards. TRL would silently treat NaN as "not applicable".
+    - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
 
     Raises:
-        RewardError: From the result: something asked for is not there, or it did not return one finite number, or
-            None, for each completion.
+        RewardError: Raised by the wrapper if a required argument is missing, or if the function does not return one
+            finite number, or None, per completion.
     """
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
@@ -61,16 +62,16 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
 
 def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """(B,) sums of (B, F) rewards, weighted by (F,). NaN rewards do not apply; the sum is NaN where none applies."""
+    """(B,) sums of (B, F) rewards, weighted by (F,). NaN rewards are skipped; a sum is NaN if all its rewards are."""
     total = (rewards * weights.to(rewards.device)).nansum(dim=1)
     return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
 
 
 def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """What picks the arguments for `function` from all that there are."""
+    """Returns a function that picks the arguments of `function` from all available ones."""
     try:
         parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of a function written in C
+    except (TypeError, ValueError):  # a function written in C has no signature
         return lambda given: given
     kinds = {parameter.kind for parameter in parameters}
     named = [parameter.name for parameter in parameters if parameter.kind not in (_VAR_KEYWORD, _VAR_POSITIONAL)]
@@ -79,8 +80,8 @@ def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mappin
     def select(given: Mapping[str, Any]) -> Mapping[str, Any]:
         if missing := [needed for needed in required if needed not in given]:
             raise RewardError(
-                f"The reward function {name!r} asks for {missing}, which is no column of the dataset. There are: "
-                f"{', '.join(sorted(given))}."
+                f"The reward function {name!r} requires {missing}, but the dataset has no such column. Available: "
+                f"{', '.join(sorted(given))}. Rename the argument or add the column."
             )
         return given if _VAR_KEYWORD in kinds else {key: given[key] for key in named if key in given}
 
@@ -97,8 +98,8 @@ def _checked(rewards: Any, name: str, count: int) -> Any:
     if listed is None or len(listed) != count:
         got = repr(rewards)[:80] if listed is None else f"{len(listed)} rewards"
         raise RewardError(
-            f"The reward function {name!r} returned {got} for {count} completions; expected a list of one number, or "
-            "None, for each."
+            f"The reward function {name!r} returned {got} for {count} completions; expected a list with one number, "
+            "or None, per completion."
         )
     for i, reward in enumerate(listed):
         if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):

@@ -1,4 +1,4 @@
-"""The weights in vLLM that a trainer's settings ask for, checked against the trainer before the first step."""
+"""Sets up the transfer of weights to vLLM, and checks vLLM against the trainer before the first step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def colocated_weights(
     trained: Callable[[], Hashable],
     reference: Callable[[Sequence[int]], list[float]],
 ) -> ColocatedWeights:
-    """The weights of the vLLM that TRL has started; warns if it computes in another type than the trainer."""
+    """The weights of the vLLM that TRL has started. Warns if vLLM computes in another dtype than the trainer."""
     dtype = str(generation.llm.llm_engine.model_config.dtype).removeprefix("torch.")
     way_out = "another dtype in the model's config.json, which vLLM takes unless it is float32"
     warn_of_other_dtype(generation.model, generation.accelerator, {"vLLM": dtype}, way_out)
@@ -39,7 +39,7 @@ def colocated_weights(
 
 
 def ranks_together(size: int) -> ProcessGroup | None:
-    """This rank's group of `size` that share one vLLM by tensor parallelism, None where each has its own.
+    """The group of `size` ranks, this one included, that share a vLLM by tensor parallelism. None if `size` is 1.
 
     A collective.
     """
@@ -59,11 +59,11 @@ def served_weights(
     trained: Callable[[], Hashable],
     reference: Callable[[Sequence[int]], list[float]],
 ) -> ServedWeights:
-    """The weights of the servers that the settings name, once these are up and known to serve the trainer's model.
+    """The weights of the servers that the settings name. Waits for the servers and checks that they fit the trainer.
 
     Raises:
-        ConfigError: A server lacks something that is needed, or serves another model than the trainer's.
-        EngineError: A server does not come up.
+        ConfigError: A server lacks a required feature, or serves another model than the trainer's.
+        EngineError: A server does not start within `vllm_server_timeout`.
     """
     clients = [ServerClient(url, timeout_s=args.vllm_request_timeout_s) for url in args.server_urls]
     for client in clients:
@@ -91,7 +91,7 @@ def served_weights(
 
 
 def warn_of_other_distribution(settings: SamplingParams) -> None:
-    """Says so where sampling draws from something else than the distribution whose logprobs are trained."""
+    """Warns if a setting makes vLLM sample from another distribution than the one that is trained."""
     narrowed = {
         "top_p": settings.top_p < 1.0,
         "top_k": settings.top_k > 0,
@@ -100,9 +100,9 @@ def warn_of_other_distribution(settings: SamplingParams) -> None:
     }
     if names := [name for name, narrows in narrowed.items() if narrows]:
         logger.warning(
-            f"{', '.join(names)} make vLLM sample from another distribution than the one that is trained. Its "
-            "logprobs are those of what was sampled from, so the importance sampling correction counts the "
-            "difference, tokens that were ruled out excepted. The paper trains with top_p 1 and without the others."
+            f"{', '.join(names)} make vLLM sample from another distribution than the one that is trained. vLLM's "
+            "logprobs belong to that distribution. The importance sampling correction accounts for the difference, "
+            "except for tokens that were excluded from sampling. The paper uses top_p 1 and none of the others."
         )
 
 

@@ -1,7 +1,8 @@
-"""Final answers to mathematical questions: read whole, or not at all, and compared as what they mean.
+"""Comparison of final answers to mathematical questions by their meaning.
 
     text.clean ─▶ reading.readings (parser.Parser) ─▶ equality.equal
 
-Imports sympy, and nothing of the rest of this package. What is read is hostile text: nothing is evaluated as Python,
-and what would grow beyond `tokens.MAX_DIGITS` is refused. Time is bounded by the caller (`rewards.math_worker`).
+The parser reads a whole answer or rejects it. This package imports sympy and no other part of arpo_trl. Answers are
+untrusted text: nothing is evaluated as Python, and numbers with more than `tokens.MAX_DIGITS` digits are rejected. The
+caller limits the time (`rewards.math_worker`).
 """

@@ -1,4 +1,4 @@
-"""Numbers and formulas that are equal: exactly, or to the digits that a decimal fraction has."""
+"""Equality of numbers and formulas: exact, or to the number of digits of a decimal fraction."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from sympy import Expr, Rational, S, Symbol
 from sympy.core.function import AppliedUndef
 
 ROUNDED_DIGITS = 6
-"""A decimal fraction of so many significant digits stands for the number it is the rounding of: 0.333333 for 1/3."""
+"""A decimal fraction with at least so many significant digits equals the number that it rounds: 0.333333 and 1/3."""
 FLOAT_DIGITS = 15
-"""One of so many is what a float prints, the last of which are noise: 0.30000000000000004."""
+"""A decimal fraction with at least so many digits is a printed float, whose last digits are noise:
+0.30000000000000004."""
 _FLOAT_NOISE = 1e-13
-_PRECISION = 120  # decimal digits that numbers are compared at
+_PRECISION = 120  # decimal digits of numeric evaluation
 _EXACT = Rational(1, 10**100)
 _SAMPLES = 8
-_WHOLE = frozenset("n k m N".split())  # letters that mostly stand for whole numbers
+_WHOLE = frozenset("n k m N".split())  # names that mostly stand for integers
 
 
 def close(a: Expr, b: Expr, a_digits: int = 0, b_digits: int = 0) -> bool:
-    """Whether two expressions are equal: exactly, or to the digits that the decimal fractions in one of them have."""
+    """Whether two expressions are equal: exactly, or to the digits of the decimal fractions in one of them."""
     if a.has(S.NaN, S.ComplexInfinity) or b.has(S.NaN, S.ComplexInfinity):
         return False
     if a == b:
@@ -39,7 +40,7 @@ def close(a: Expr, b: Expr, a_digits: int = 0, b_digits: int = 0) -> bool:
 
 
 def without_functions(value: Expr) -> Expr:
-    """Unknown functions as symbols of their own: f(x) is some number."""
+    """Replace each application of an unknown function, such as f(x), by a symbol."""
     applied = sorted(value.atoms(AppliedUndef), key=lambda f: -len(str(f)))
     return value.xreplace({f: Symbol(str(f), real=True) for f in applied}) if applied else value
 
@@ -55,7 +56,7 @@ def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
         size = max(abs(part) for pair in parts for part in pair)
         if all(abs(one - other) <= _EXACT * size for one, other in parts):
             return True
-    if a_digits == b_digits < FLOAT_DIGITS:  # neither is the other's rounding
+    if a_digits == b_digits < FLOAT_DIGITS:  # with the same precision, neither is a rounding of the other
         return False
     return any(
         digits >= ROUNDED_DIGITS and all(_is_rounding(*pair, digits) for pair in ordered)
@@ -68,7 +69,7 @@ def _rational(value: Expr) -> Rational:
 
 
 def _is_rounding(decimal: Rational, exact: Rational, digits: int) -> bool:
-    """Whether a decimal of so many significant digits is the other number, rounded, cut off or printed as a float."""
+    """Whether a decimal with `digits` significant digits is `exact`, rounded, truncated or printed as a float."""
     gap = abs(decimal - exact)
     if gap == 0:
         return True
@@ -81,16 +82,16 @@ def _is_rounding(decimal: Rational, exact: Rational, digits: int) -> bool:
 
 
 def _exponent(value: Rational) -> int:
-    """e with 10^e ≤ value < 10^(e+1)."""
+    """The e for which 10^e ≤ value < 10^(e+1)."""
     guess = len(str(value.p)) - len(str(value.q))
     return guess if value >= Rational(10) ** guess else guess - 1
 
 
 def _close_formulas(a: Expr, b: Expr, symbols: Sequence[Symbol], digits: int) -> bool:
-    """Formulas are equal where they agree at random points, positive and negative ones, where both are defined.
+    """Whether two formulas agree at random points, positive and negative, where both are defined.
 
-    At rational points polynomials and fractions are compared exactly. By Schwartz and Zippel's lemma a wrong formula
-    passes with a probability that is negligible.
+    Polynomials and fractions are compared exactly, because the points are rational. By the Schwartz–Zippel lemma, a
+    wrong formula passes with negligible probability.
     """
     tolerance = Rational(1, 2) / Rational(10) ** (digits - 1) if digits >= ROUNDED_DIGITS else _EXACT
     draw = random.Random(0)

@@ -1,4 +1,4 @@
-"""Whether two answers mean the same: structure by structure, numbers by value, decimals to their own digits."""
+"""Equality of two answers: structures part by part, numbers by value, decimal fractions to the digits they have."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ from arpo_trl.rewards.mathematics.values import (
 
 
 def equal(prediction: str, gold: str) -> bool:
-    """Whether a prediction means the same as a gold, both LaTeX or plain.
+    """Whether a prediction means the same as a gold. Both are LaTeX or plain text.
 
-    Not symmetric: brackets around two numbers in the gold are kept, where a prediction's may be a printed list.
+    Not symmetric: square brackets around two numbers may be a printed list in the prediction, but not in the gold.
     """
     if unspaced(clean(prediction)) == unspaced(clean(gold)):
         return True
@@ -42,12 +42,12 @@ def equal(prediction: str, gold: str) -> bool:
 
 
 def is_text(answer: str) -> bool:
-    """Whether an answer is one that nothing but the same text equals: words, or what cannot be read."""
+    """Whether only the same text equals an answer: it is words, or the parser rejects it."""
     return all(isinstance(value, Text) for value in readings(answer))
 
 
 def _same(p: Value, g: Value) -> bool:
-    """Whether a prediction's value is the gold's."""
+    """Whether a prediction's value equals a gold's value."""
     if type(p) is type(g):
         return _COMPARE[type(p)](p, g)
     if isinstance(g, Choice):
@@ -108,7 +108,7 @@ def _same_quantities(p: Quantity, g: Quantity) -> bool:
 
 
 def _is_letter_of(p: Expr, g: Expr) -> bool:
-    """c for C, and e for E: a lone letter is an option, or the same name."""
+    """Whether both are the same single letter in any case (c and C), as names or as multiple-choice options."""
     names = [_letter_name(value) for value in (p, g)]
     return names[0] is not None and names[1] is not None and names[0].lower() == names[1].lower()
 
@@ -127,7 +127,7 @@ def _is_letter(value: Value, letter: str) -> bool:
 
 
 def _same_letters(p: Value, g: Value) -> bool:
-    """A word against a product that is written as one."""
+    """Whether a word, read as the product of its letters, equals a formula."""
     word, other = (p, g) if isinstance(p, Text) else (g, p)
     if not isinstance(word, Text) or not isinstance(other, Quantity):
         return False
@@ -135,7 +135,7 @@ def _same_letters(p: Value, g: Value) -> bool:
 
 
 def _are_options(group: Group, written_together: Text | Quantity) -> bool:
-    """A, C, D against ACD."""
+    """Whether a list of options equals the options written as one word: A, C, D and ACD."""
     letters = [item.value for item in group.items if isinstance(item, Quantity) and isinstance(item.value, Symbol)]
     if (
         group.opening
@@ -180,7 +180,7 @@ def _same_tables(p: Table, g: Table) -> bool:
 
 
 def _is_vector(table: Table, group: Group) -> bool:
-    """A row or column against a tuple, a matrix against a list of its rows."""
+    """Whether a row or a column equals a tuple, or a matrix equals a list of its rows."""
     if table.cases or group.opening == "{":
         return False
     if all(len(row) == 1 for row in table.rows) or len(table.rows) == 1:
@@ -201,7 +201,7 @@ def _in_order(p: Sequence[Value], g: Sequence[Value]) -> bool:
 
 
 def _covered(p: Sequence[Value], g: Sequence[Value]) -> bool:
-    """Whether they are the same set, whatever is repeated."""
+    """Whether both have the same elements, regardless of order and repetition."""
     return all(any(_same(one, other) for other in g) for one in p) and all(
         any(_same(one, other) for one in p) for other in g
     )
@@ -248,7 +248,7 @@ def _same_lists(p: Group, g: Group) -> bool:
         return False
     if all(_is_name(item) for item in (*p.items, *g.items)):
         if not (p.joiner or g.joiner):
-            return _in_order(p.items, g.items)  # an order of names
+            return _in_order(p.items, g.items)  # names may be a ranking, so their order matters
         if p.joiner and g.joiner and p.joiner != g.joiner:
             return False
     return matched(_components(p.items), _components(g.items), _same)
@@ -259,7 +259,7 @@ def _is_name(value: Value) -> bool:
 
 
 def _components(items: Sequence[Value]) -> list[Value]:
-    """(a, b) = (1, 2) as a = 1, b = 2, where it is not one of several solutions."""
+    """Return the items; split a single equation of tuples, (a, b) = (1, 2), into a = 1, b = 2."""
     if len(items) != 1:
         return list(items)
     return _split_equation(items[0])
@@ -281,9 +281,9 @@ def _assigned(value: Value) -> list[Value]:
 
 
 def _values_of(relation: Relation, is_gold: bool) -> list[Value]:
-    """What is on the right of a name, for an answer without it: x = 5 is 5. Empty for an equation that is the answer.
+    """Return the values that a relation assigns to a name: 5 for x = 5. Empty if the equation itself is the answer.
 
-    Where the chain ends in an approximation that holds, both of its sides.
+    If the chain ends in a correct approximation, return both sides of it.
     """
     if any(op not in ("=", "≈") for op in relation.ops):
         return []
@@ -317,9 +317,9 @@ def _has_letters(value: Value) -> bool:
 
 
 def _is_quantity_name(side: Value, is_gold: bool, right: Value) -> bool:
-    """Whether the left side of an equation names what was asked for, rather than being part of the answer.
+    """Whether the left side of an equation is a name for the answer and not a part of it.
 
-    3x + 4y = 12 is an answer; x, P(A), sin x, ab and a/b are names. A prediction may also name a sum.
+    3x + 4y = 12 is an answer; x, P(A), sin x, ab and a/b are names. In a prediction, a sum may also be a name.
     """
     if isinstance(side, Group):
         return all(isinstance(item, Quantity) and bool(item.value.free_symbols) for item in side.items)
@@ -387,7 +387,7 @@ def _same_side(one: Value | None, other: Value | None) -> bool:
         and isinstance(one.value, Symbol)
         and isinstance(other.value, Symbol)
     ):
-        return bool(one.value == other.value)  # the case of a name counts
+        return bool(one.value == other.value)  # names in a relation are case-sensitive
     return _same(one, other)
 
 
@@ -398,7 +398,7 @@ def _flip(relation: Relation) -> Relation | None:
 
 
 def _is_proportional(p: Relation, g: Relation) -> bool:
-    """2x + 2 = 0 is x + 1 = 0, and −x > 1 is x < −1: the differences of the sides have a constant ratio."""
+    """Whether the differences of the sides have a constant ratio: 2x + 2 = 0 and x + 1 = 0, −x > 1 and x < −1."""
     if len(p.ops) != 1 or len(g.ops) != 1 or p.ops[0] not in ("=", "≠", *ORDER) or g.ops[0] not in FLIPPED:
         return False
     ends = [side.value for r in (p, g) for side in r.sides if isinstance(side, Quantity) and not side.unit]
@@ -429,7 +429,7 @@ def _is_proportional(p: Relation, g: Relation) -> bool:
 
 
 def _same_ends(p: Relation, g: Relation) -> bool:
-    """x = 2/4 = 1/2 is x = 1/2: chains of equations by their first and last sides."""
+    """Whether chains of equations have the same first and last sides: x = 2/4 = 1/2 and x = 1/2."""
     if set(p.ops) | set(g.ops) != {"="} or len(p.ops) == len(g.ops):
         return False
     return _sides_agree((p.sides[0], p.sides[-1]), (g.sides[0], g.sides[-1]))

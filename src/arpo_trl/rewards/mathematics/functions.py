@@ -1,4 +1,4 @@
-"""The functions and constants that answers may use, guarded: what would grow too large is refused unmade."""
+"""The functions and constants that answers may use. They reject arguments whose result would be too large."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from sympy import Expr, Integer, Rational, S
 from arpo_trl.rewards.mathematics.tokens import MAX_DIGITS, Unreadable
 
 MAX_ROOT_DIGITS = 300
-"""Decimal digits of the largest number whose root is taken: sympy looks for its factors."""
+"""The most decimal digits of a number whose root is computed, because sympy factors the number."""
 _SQUARE = Integer(2)
 
 
 def expr(value: Any) -> Expr:
     if isinstance(value, Expr):
         return value
-    raise Unreadable(f"{type(value).__name__} within a formula")
+    raise Unreadable(f"a {type(value).__name__} in a formula")
 
 
 def digits(value: Expr) -> float:
-    """Decimal digits of the integers that a number is made of; 1 for what has none."""
+    """The most decimal digits of the rational numbers in an expression; 1 if there are none."""
     return max((abs(n.p).bit_length() + n.q.bit_length() for n in value.atoms(Rational)), default=1) * math.log10(2)
 
 
@@ -113,4 +113,4 @@ CONSTANTS: dict[str, Expr] = {
     "Infinity": S.Infinity, "oo": S.Infinity,
 }  # fmt: skip
 SPLIT_OFF = tuple("sqrt arcsin arccos arctan sin cos tan cot sec csc log ln lg exp pi".split())
-"""Names that are cut off letters they are written together with: sinx, kpi."""
+"""Names that are split from adjacent letters: sinx, kpi."""

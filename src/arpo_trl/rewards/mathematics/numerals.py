@@ -1,4 +1,4 @@
-"""Numbers as they are written: mixed, repeating, scientific, complex, in another base."""
+"""Parsing of numbers: mixed, repeating, scientific, complex, or in another base."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from arpo_trl.rewards.mathematics.vocabulary import BASES
 
 
 class Numerals(Cursor):
-    """Reads one number, and how many digits its decimal fractions have."""
+    """A cursor that reads numbers and tracks the digits of their decimal fractions."""
 
     def __init__(self, tokens: list[Token]):
         super().__init__(tokens)
-        self.digits = 0  # of the longest decimal fraction in the quantity being read
+        self.digits = 0  # significant digits of the longest decimal fraction in the current quantity
         self.has_i = any(token.text == "i" for token in tokens)
 
     def number(self, mixed: bool) -> Expr:
@@ -41,7 +41,7 @@ class Numerals(Cursor):
         return Rational(token.rstrip(".") if "e" not in token.lower() else token)
 
     def _fraction_ahead(self) -> Expr | None:
-        """The proper fraction of a mixed number: 3 1/2, 3\\frac{1}{2}."""
+        """Read the proper fraction of a mixed number, 3 1/2 or 3\\frac{1}{2}; None if there is none."""
         start, tokens = self.pos, list(self.tokens)
         if self.spaced() and self.kind() == "number" and self.peek(1) == "/" and self.kind(2) == "number":
             over, under = self.peek(), self.peek(2)
@@ -61,7 +61,7 @@ class Numerals(Cursor):
         return None
 
     def _repetend(self) -> str:
-        r"""The digits that repeat: 0.\overline{27}, 0.\dot{1}4\dot{2}, 0.(3); "" where none do."""
+        r"""Read the repeating digits of 0.\overline{27}, 0.\dot{1}4\dot{2} or 0.(3); "" if there are none."""
         if self.peek() in (r"\overline", r"\bar") and self.peek(1) == "{" and self.peek(2).isdecimal():
             self.pos += 1
             return self.raw_group()
@@ -80,7 +80,7 @@ class Numerals(Cursor):
         return ""
 
     def _continued(self, token: str) -> Expr:
-        """0.333… is 1/3; without a repeating end, as many digits as are there."""
+        """Return the value of a decimal with an ellipsis: 1/3 for 0.333…; without a repeating end, its digits."""
         whole, _, fraction = token.partition(".")
         for length in range(1, len(fraction) // 2 + 1):
             block = fraction[-length:]
@@ -95,10 +95,10 @@ class Numerals(Cursor):
 
 
 def based_numeral(text: str) -> Based:
-    """A numeral with its base, 2516_8 or 0x1F.
+    """Return a numeral with its base, from 2516_8 or 0x1F.
 
     Raises:
-        Unreadable: the base does not have one of the digits.
+        Unreadable: The base is not in 2 … 36, or a digit does not exist in it.
     """
     if text[:2] in ("0x", "0X", "0b"):
         numeral, base = text[2:].upper(), 16 if text[1] in "xX" else 2
@@ -108,12 +108,12 @@ def based_numeral(text: str) -> Based:
         numeral = numeral.strip()
         base = BASES.get(name, 0) if name.isalpha() else int(name[:4])
     if not 2 <= base <= 36 or any(int(digit, 36) >= base for digit in numeral):
-        raise Unreadable("a numeral that its base does not have")
+        raise Unreadable("a base that is not supported, or a digit that does not exist in it")
     return Based(numeral.lstrip("0") or "0", base)
 
 
 def _repeating(token: str, block: str) -> Expr:
-    """token is the part before the repeating digits: 0.1 and 6 are 1/6."""
+    """Return the value of `token`, the digits before the repetition, and the repeating `block`: 1/6 for 0.1 and 6."""
     if not block.isdecimal():
         raise Unreadable("a repeating decimal")
     places = len(token.partition(".")[2])

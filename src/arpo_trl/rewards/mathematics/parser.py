@@ -1,15 +1,15 @@
-r"""The grammar of answers: reads the whole of a cleaned text as a `Value`, or raises `Unreadable`.
+r"""The grammar of answers: it parses a whole normalized text to a `Value`, or raises `Unreadable`.
 
-LaTeX and what Python prints are one grammar here, by recursive descent:
+One recursive-descent grammar covers LaTeX and the notation of printed Python objects:
 
     items     item , item and item               item      side = side < side …
     side      ratio ∪ ratio ∖ ratio              ratio     quantity : quantity
     quantity  sum unit                           sum       term + term − term
     term      unary · unary / unary, or side by side      power     atom ! ^ ° '
 
-Nothing is evaluated but by the sympy constructors named here, and no number of more than `MAX_DIGITS` digits is made.
-math-verify's reader (ANTLR) is not used: it drops what it does not know (degrees, relations, tails) and reads words as
-products.
+Only the sympy constructors named here evaluate anything, and no number gets more than `MAX_DIGITS` digits. The parser
+of math-verify (ANTLR) is not used, because it drops unknown parts (degrees, relations, trailing text) and reads words
+as products.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from arpo_trl.rewards.mathematics.vocabulary import (
 
 MAX_DEPTH = 30
 MAX_SIGNS = 3
-"""Independent ± in one item; each doubles the items."""
+"""The most independent ± in one item. Each one doubles the number of items."""
 
 DEGREE = Symbol("°", positive=True)
 
@@ -88,17 +88,17 @@ _CONSTRUCTORS = frozenset(
 
 
 class Parser(Numerals, Units):
-    """One reading of one text. Tokens are consumed from `pos` on; every method leaves it after what it read."""
+    """Parses one text. Each method reads tokens from `pos` and sets `pos` to the token after them."""
 
     def __init__(self, text: str, scientific: bool = True, points: bool = True):
         super().__init__(tokenize(text, scientific))
         self.points = points
         self.depth = 0
-        self.bars = 0  # open |
+        self.bars = 0  # the number of open |
         self.units = True  # whether a word after a number may be its unit
         self.currency = ""
-        self.named = False  # the last atom was a word, which multiplies nothing without a sign
-        self.bound: list[str] = []  # names of running indices: i is no imaginary unit there
+        self.named = False  # the last atom was a word, which needs an explicit multiplication sign
+        self.bound: list[str] = []  # names of sum indices, where i is not the imaginary unit
         self.signs: tuple[int, ...] = ()
         self.signs_used = 0
 
@@ -111,7 +111,7 @@ class Parser(Numerals, Units):
         return value
 
     def _items(self, closers: tuple[str, ...], opening: str = "", expand: bool = True) -> Value:
-        """Items up to a closer, which is consumed: a `Group`, or the single item of a bare list."""
+        """Read items up to a closing bracket and the bracket. Return a `Group`, or a single item without brackets."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unreadable("too deep")
@@ -143,7 +143,7 @@ class Parser(Numerals, Units):
         return Group(opening, tuple(items), closing, joiner)
 
     def _signed_items(self) -> list[Value]:
-        """One item, or what it stands for where it has ±."""
+        """Read one item. With ±, return one item for each combination of signs."""
         start, outer = self.pos, (self.signs, self.signs_used)
         tokens = list(self.tokens)
         self.signs, self.signs_used = (), 0
@@ -229,7 +229,7 @@ class Parser(Numerals, Units):
             value = binomial(expr(value), expr(self._sum()))
         unit = ""
         if isinstance(value, Expr) and self.units and (read := self.unit_at(self.pos)) is not None:
-            if value.free_symbols - {DEGREE}:  # 2x + 3 m has no unit
+            if value.free_symbols - {DEGREE}:  # in a formula, 2x + 3 m, the m is a variable
                 self.tokens, self.pos, self.units, self.digits, self.signs_used = tokens, start, False, 0, outer[3]
                 value = self._sum()
             else:
@@ -245,7 +245,7 @@ class Parser(Numerals, Units):
     # Formulas ------------------------------------------------------------------------------------------------------
 
     def _sum(self) -> Any:
-        """An `Expr`, or another value where there is nothing to add."""
+        """Return an `Expr`, or a value of another kind if there is nothing to add."""
         left = self._term()
         while (op := self.peek()) in ("+", "-", r"\pm", r"\mp"):
             if isinstance(left, NumberSet | SetOperation):  # ℝ − {0}
@@ -279,7 +279,7 @@ class Parser(Numerals, Units):
                 return left
 
     def _enclose_word(self) -> None:
-        """Letters that are written together divide together: a/bc is a/(bc)."""
+        """Enclose the next word in brackets, because adjacent letters are one divisor: a/bc is a/(bc)."""
         word = self.tokens[self.pos]
         if not self.is_mathematical(word.text):
             self.tokens[self.pos : self.pos + 1] = [Token("op", "(", word.spaced), word, Token("op", ")", False)]
@@ -373,7 +373,7 @@ class Parser(Numerals, Units):
             sign = -1 if self.next().text == "-" else 1
             value = sign * expr(self._powered() if python else self._atom())
         elif python:
-            return expr(self._powered())  # which binds to the right
+            return expr(self._powered())  # right-associative
         else:
             if self.kind() == "word" and len(self.peek()) > 1 and not self.is_mathematical(self.peek()):
                 self.split(1)
@@ -383,7 +383,7 @@ class Parser(Numerals, Units):
         return value
 
     def _argument(self) -> Any:
-        """A braced group, or as TeX has it the one digit, letter or command ahead."""
+        """Read a braced group or, by TeX's rule, a single digit, letter or command."""
         if self.peek() == "{":
             return self._braces()
         if self.kind() in ("number", "word") and len(self.peek()) > 1:
@@ -447,7 +447,7 @@ class Parser(Numerals, Units):
         return self._applied(symbol_of(name))
 
     def _divide_word(self, word: str) -> None:
-        """Cuts a run of letters where it is no name: xy is x·y, sinx is sin x, kpi is k·pi."""
+        """Split a run of letters that is not a name: xy is x·y, sinx is sin x, kpi is k·pi."""
         if word in ("re", "im") and self.peek(1) != "(":
             return self.split(1)
         if self.is_mathematical(word) or word in _CONSTRUCTORS:
@@ -467,7 +467,7 @@ class Parser(Numerals, Units):
             self.split(1)
 
     def _counted(self, name: str) -> Expr | None:
-        """C_5^2, A_5^2, C(5, 2): how many selections or arrangements; None where that is something else."""
+        """Read a number of combinations or permutations, C_5^2, A_5^2, C(5, 2); None if the text is not one."""
         start = self.pos
         ways = binomial if name in ("C", "binom") else permutations
         if self.peek() == "(" and name != "A" and not (name == "P" and self.points):
@@ -490,7 +490,7 @@ class Parser(Numerals, Units):
         return None
 
     def _applied(self, symbol: Symbol) -> Any:
-        """The symbol, or where arguments follow the unknown function or the point of that name."""
+        """Return the symbol, or if arguments follow, the unknown function or the point with that name."""
         base = symbol.name.rstrip("'").partition("_")[0]
         if base in ("E", "P") and self.take("["):
             end = self.closing("[", "]")
@@ -575,7 +575,7 @@ class Parser(Numerals, Units):
         return value if exponent is None else power(value, exponent)
 
     def _loose_argument(self) -> Expr:
-        r"""What follows a function without brackets: \sin 2x, up to the next function or operator."""
+        r"""Read the argument of a function without brackets, \sin 2x, up to the next function or operator."""
         if self.take("-"):
             return -self._loose_argument()
         value = expr(self._powered())
@@ -628,7 +628,7 @@ class Parser(Numerals, Units):
         return group
 
     def _single(self, item: Value) -> Any:
-        """What brackets around one value are: its formula, where it is one."""
+        """Return the content of brackets around a single value: its formula if it is one, else the value."""
         if isinstance(item, Quantity) and item.unit in ("", "degree"):
             return item.value * DEGREE if item.unit else item.value
         return item
@@ -663,12 +663,12 @@ class Parser(Numerals, Units):
         return (binomial if name == "C" else permutations)(Integer(n), Integer(k))
 
     def _is_builder(self) -> bool:
-        """Whether plain braces that were just opened hold {element | condition}, or a dictionary of Python's."""
+        """Whether the plain braces just opened contain {element | condition} or a Python dictionary."""
         texts = [token.text for token in self.tokens[self.pos : self.closing("{", "}")]]
         return ("|" in texts and texts.count("|") % 2 == 1) or ":" in texts
 
     def _set(self, opening: str, closing: str) -> Value:
-        r"""After \{ or {: a set, {element | condition}, or a dictionary {name: value}."""
+        r"""Read, after \{ or {, a set, {element | condition}, or a dictionary {name: value}."""
         end = self.closing(opening, closing)
         bars = [at for at in range(self.pos, end) if self.tokens[at].text == "|"]
         colons = [at for at in range(self.pos, end) if self.tokens[at].text == ":"]
@@ -687,7 +687,7 @@ class Parser(Numerals, Units):
         return Builder(element, self._part(tail))
 
     def _part(self, tokens: list[Token]) -> Value:
-        """A stretch of tokens, read as a whole of its own."""
+        """Parse a list of tokens as a separate whole text."""
         outer = (self.tokens, self.pos)
         self.tokens, self.pos = list(tokens), 0
         value = self.whole()
@@ -782,7 +782,7 @@ class Parser(Numerals, Units):
     # Calculus ------------------------------------------------------------------------------------------------------
 
     def _limits(self) -> tuple[Any, Any]:
-        """The two limits of a sum or an integral, in either order: below as tokens, above as a value."""
+        """Read the lower and the upper limit of a sum or an integral, in either order, as tokens."""
         below: list[Token] = []
         above: list[Token] = []
         for _ in range(2):
@@ -914,14 +914,14 @@ _NOT_FACTORS = frozenset(
 
 
 def _entry(item: Value) -> Value:
-    """An entry of a dictionary, x: 2, as an equation."""
+    """Return an entry of a dictionary, x: 2, as an equation."""
     if isinstance(item, Ratio) and len(item.parts) == 2 and item.parts[0].free_symbols:
         return Relation((Quantity(item.parts[0]), Quantity(item.parts[1])), ("=",))
     raise Unreadable("an entry of no dictionary")
 
 
 def _times(left: Expr, right: Any) -> Any:
-    """A product, of a number and a matrix too."""
+    """Return the product of two expressions, or of a number and a matrix."""
     if isinstance(right, Table) and not right.cases:
         return Table(tuple(tuple(Quantity(left * _formula(cell)) for cell in row) for row in right.rows))
     return left * expr(right)
@@ -934,7 +934,7 @@ def _formula(value: Any) -> Expr:
 
 
 def _named_once(items: list[Value]) -> list[Value]:
-    """(a, b) = (1, 2) or (2, 1): the name holds for what follows it without one."""
+    """Repeat the left side of a first equation for the items after it: (a, b) = (1, 2) or (2, 1)."""
     first = items[0]
     if not (isinstance(first, Relation) and first.ops == ("=",)) or any(
         isinstance(item, Relation) for item in items[1:]

@@ -1,4 +1,4 @@
-"""What an answer may mean: words, an option, or what the grammar reads."""
+"""The possible meanings of an answer: words, a multiple-choice option, or a value that the grammar accepts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from arpo_trl.rewards.mathematics.tokens import Unreadable
 from arpo_trl.rewards.mathematics.values import Choice, Group, Quantity, Text, Value
 from arpo_trl.rewards.mathematics.vocabulary import GREEK, WORDS
 
-_SCIENTIFIC_OR_E = re.compile(r"(?<![\d.])\d+e[+-]\d(?!\d)")  # 2e-1: a fifth, or 2e − 1
-_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # neither a difference nor a quotient
-_POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2): a point, or 20 permutations
+_SCIENTIFIC_OR_E = re.compile(r"(?<![\d.])\d+e[+-]\d(?!\d)")  # 2e-1 is 0.2 or 2e − 1
+_DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # not a difference and not a quotient
+_POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2) is a point or 20 permutations
 
 
 def readings(text: str) -> list[Value]:
-    """What an answer may mean, at least one value; several only where its writing is ambiguous."""
+    """Return the possible values of an answer: at least one, and several only if its notation is ambiguous."""
     cleaned = clean(text)
     if label := re.fullmatch(r"\(?([A-J])\s*(?:\)|[.:](?=\s|$))\s*(.*)", cleaned, re.DOTALL):
         letter = Quantity(symbol_of(label[1]))
@@ -40,14 +40,14 @@ def readings(text: str) -> list[Value]:
     ):
         try:
             found.append(Parser(cleaned, scientific, points).whole())
-        # Besides the grammar's own refusal: what sympy raises over values that do not go together.
+        # `Unreadable` comes from the grammar; sympy raises the others for values that it cannot combine.
         except (Unreadable, RecursionError, ArithmeticError, TypeError, ValueError, NotImplementedError):
             continue
     return found or [_listed(cleaned) or Text(canonical(cleaned))]
 
 
 def _words(cleaned: str) -> Value | None:
-    """The text as words; None where it may be a formula."""
+    """Return the text as words; None if it may be a formula."""
     if not re.fullmatch(r"[^\W\d_]+(?:[ '-]+[^\W\d_]+)*", cleaned):
         return None
     words = re.findall(r"[^\W\d_]+", cleaned)
@@ -69,7 +69,7 @@ def _words(cleaned: str) -> Value | None:
 
 
 def _listed(cleaned: str) -> Value | None:
-    """Several texts: "red and blue"; None where it is one."""
+    """Return a list of several texts, "red and blue", as a group; None if the text is not a list."""
     if re.search(r"[\\(\[{|]", cleaned):
         return None
     parts = [part for part in re.split(r"\s*(?:[,;]|\band\b|\bor\b)\s*", cleaned) if part]

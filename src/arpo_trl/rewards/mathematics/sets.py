@@ -1,4 +1,4 @@
-"""Sets of numbers: what intervals, relations, unions and {x | …} are, and when they are equal."""
+"""Sets of numbers: conversion of intervals, relations, unions and {x | …} to sympy sets, and equality of sets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def is_set(value: Value) -> bool:
 
 
 def as_set(value: Value | None) -> sympy.Set | None:
-    """The set of numbers that a value is or may be read as; None where it is none."""
+    """Return the set of numbers that a value is or may stand for; None if it is not a set."""
     if isinstance(value, NumberSet):
         return value.value
     if isinstance(value, Quantity) and isinstance(value.value, Symbol) and value.value.name in ("R", "Z", "Q", "N"):
@@ -48,7 +48,7 @@ def as_set(value: Value | None) -> sympy.Set | None:
     if isinstance(value, SetOperation):
         left, right = (
             sympy.FiniteSet(side.value) if isinstance(side, Quantity) and side.value.is_number else as_set(side)
-            for side in (value.left, value.right)  # ℝ∖{0} in plain braces
+            for side in (value.left, value.right)  # a single number: {0} in plain braces parses as 0, as in ℝ∖{0}
         )
         if left is None or right is None:
             return None
@@ -90,7 +90,7 @@ def _interval(low: Expr, high: Expr, left_open: bool, right_open: bool) -> sympy
 
 
 def variable(value: Value) -> Expr | None:
-    """What a relation bounds, for −1 < x ≤ 2; None where it is unwritten."""
+    """Return the variable that a relation bounds, x for −1 < x ≤ 2; None if there is not exactly one."""
     if isinstance(value, Relation):
         sides = [side.value for side in value.sides if isinstance(side, Quantity)]
         names = [side for side in sides if isinstance(side, Symbol) or side == S.Exp1]
@@ -123,7 +123,7 @@ def _set_of_relation(relation: Relation) -> sympy.Set | None:
     parts = []
     for i, op in enumerate(relation.ops):
         bound = sides[i] if i != at else sides[i + 1]
-        seen = op if i == at else FLIPPED[op]  # as if the name stood on the left
+        seen = op if i == at else FLIPPED[op]  # the operator with the name on the left
         if bound is None or bound.is_extended_real is False:
             return None
         part = {
@@ -144,7 +144,7 @@ def _set_of_relation(relation: Relation) -> sympy.Set | None:
 
 
 def same_pieces(a: sympy.Set | None, b: sympy.Set | None) -> bool:
-    """Whether two sets are equal, ends compared as numbers."""
+    """Whether two sets are equal. End points are compared as numbers."""
     if a is None or b is None:
         return False
     if a == b:
@@ -166,7 +166,7 @@ def _same_piece(a: sympy.Set, b: sympy.Set) -> bool:
 
 
 def matched(p: Sequence[T], g: Sequence[T], same: Callable[[T, T], bool]) -> bool:
-    """Whether each has a partner of its own, in any order."""
+    """Whether the items of `p` and `g` can be paired one to one, in any order."""
     left = list(g)
     for one in p:
         at = next((i for i, other in enumerate(left) if same(one, other)), None)

@@ -1,6 +1,6 @@
-r"""The text of an answer without what only decorates it: one alphabet, no mark-up, no typesetting.
+r"""Normalization of an answer's text: it unifies characters and removes markup, typesetting and filler words.
 
-The result is LaTeX or plain text, still unread. Whatever could mean something stays.
+The result is LaTeX or plain text, not yet parsed. Text that may carry meaning stays.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ _BOUNDS = tuple(
         (r"(?:is )?(?:approximately|about|roughly|around)(?= *[-\d.$\\])", r"\\approx "),
     )
 )  # fmt: skip
-# "The value is 7": words up to an "is", none of which negates or bounds.
+# "The value is 7": introductory words up to a verb. They are removed unless one of them negates or bounds.
 _LEAD = re.compile(
     r"((?:[A-Za-z']+[ ,]+)*?)(?:(?:is|are|equals|be)(?:\s*[:=]\s*|\s+)"
     r"|(?:answer|result|solution|option|choice|value)(?:\s*[:=]\s*|\s+(?!of |for |is )))(?=\S)",
@@ -124,7 +124,7 @@ _NEGATIONS = re.compile(
 
 
 def clean(text: str) -> str:
-    """The answer without decoration, in one alphabet. Linear in its length but for nested wrappers."""
+    """Return the normalized text of an answer. Linear in its length, except for nested wrappers."""
     text = _unicode(text).strip()
     for pattern, to in _REWRITES:
         text = pattern.sub(to, text)
@@ -151,7 +151,10 @@ def clean(text: str) -> str:
 
 
 def canonical(cleaned: str) -> str:
-    """A form that spellings of the same text share, for answers that nothing can read: no spaces, no case in words."""
+    """Return a form that equivalent spellings of a text share, for answers that the parser rejects.
+
+    It has no optional spaces, and its words are in lower case.
+    """
     text = re.sub(r"\{(\w)\}", r"\1", cleaned)
     words = re.sub(r"(?<![\\A-Za-z])[A-Za-z]{2,}", lambda m: m[0].lower(), text)
     for one, other in ((r"\leq", r"\le"), (r"\geq", r"\ge"), (r"\neq", r"\ne"), ("<=", r"\le"), (">=", r"\ge")):
@@ -160,7 +163,7 @@ def canonical(cleaned: str) -> str:
 
 
 def unspaced(text: str) -> str:
-    """The text without the spaces that are not between two digits or two words."""
+    """Return the text without its spaces, except those between two letters or digits."""
     return re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", text)
 
 
@@ -198,7 +201,7 @@ def _bare(text: str) -> str:
         if (match := wrapper.fullmatch(text)) and _balanced(match[1]):
             text = match[1].strip()
     text = re.sub(r"\*\*$|^\*\*", "", text)
-    if text.count("$") - text.count(r"\$") > 1:  # mathematics within a sentence; a single dollar is money
+    if text.count("$") - text.count(r"\$") > 1:  # formulas in a sentence; a single dollar is a currency sign
         text = re.sub(r"(?<!\\)\$", " ", text)
     text = re.sub(r"\\\(|\\\)|(?<!\\)\\\[|(?<!\\)\\\](?!\d)", " ", text)
     text = re.sub(r"^=(?!=)\s*", "", text.strip())

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 MAX_DIGITS = 12_000
-"""Decimal digits of the largest number that is computed."""
+"""The most decimal digits of a number that is computed."""
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+|")
@@ -25,7 +25,7 @@ _EXPONENT = re.compile(r"[eE]([+-]?\d+)(?![\d.])")
 
 
 class Unreadable(Exception):
-    """The text is no answer that this grammar knows, or too large a one."""
+    """The grammar does not accept the text, or a number in it is too large."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,10 @@ class Token:
 
 
 def tokenize(text: str, scientific: bool = True) -> list[Token]:
-    """The tokens of a text. `scientific`: whether 2e-1 is one number.
+    """Return the tokens of a text. `scientific` says whether 2e-1 is one number.
 
     Raises:
-        Unreadable: a character belongs to none, or an exponent is too large to compute.
+        Unreadable: A character starts no token, or an exponent is too large to compute.
     """
     tokens: list[Token] = []
     at, depth, spaced = 0, 0, False
@@ -104,7 +104,7 @@ class Cursor:
             raise Unreadable(f"{self.peek()!r} instead of {texts}")
 
     def split(self, first: int) -> None:
-        """Cuts the token ahead in two."""
+        """Split the next token in two after its first `first` characters."""
         token = self.tokens[self.pos]
         self.tokens[self.pos : self.pos + 1] = [
             Token(token.kind, token.text[:first], token.spaced),
@@ -112,7 +112,7 @@ class Cursor:
         ]
 
     def closing(self, opened: str, closed: str) -> int:
-        """Where the bracket that was just opened closes."""
+        """Return the position of the bracket that closes the one just read."""
         depth = 1
         for at in range(self.pos, len(self.tokens)):
             depth += {opened: 1, closed: -1}.get(self.tokens[at].text, 0)
@@ -121,7 +121,7 @@ class Cursor:
         raise Unreadable("a bracket that does not close")
 
     def raw_group(self) -> str:
-        """The text of a braced group, or of the one token ahead."""
+        """Read a braced group or a single token and return its text."""
         if self.take("{"):
             end = self.closing("{", "}")
             text = "".join(token.text for token in self.tokens[self.pos : end])

@@ -22,19 +22,19 @@ from arpo_trl.rewards.mathematics.vocabulary import (
 
 
 class Units(Cursor):
-    """Tells units from letters and names."""
+    """A cursor that distinguishes units from variables and names."""
 
     def __init__(self, tokens: list[Token]):
         super().__init__(tokens)
         words = {token.text for token in tokens if token.kind == "word"}
         self.constants: dict[str, Expr] = CONSTANTS
-        if any(token.text in ("*", "**") for token in tokens):  # as Python prints it
+        if any(token.text in ("*", "**") for token in tokens):  # Python notation, where I and E are constants
             self.constants = CONSTANTS | {"I": S.ImaginaryUnit, "E": S.Exp1}
         elif words - FUNCTIONS.keys() - CONSTANTS.keys() == {"I"}:
             self.constants = CONSTANTS | {"I": S.ImaginaryUnit}
 
     def unit_at(self, pos: int) -> tuple[str, int] | None:
-        """The unit that starts at a token and ends the quantity, with the position after it."""
+        """Return the unit that starts at a token, with the position after it; None unless it ends the quantity."""
         parts: list[str] = []
         start, exponent_of_next, divide = pos, 1, False
         while pos < len(self.tokens):

@@ -1,4 +1,4 @@
-"""What an answer can be. A `Value` is one of the classes below; sympy has what is inside them."""
+"""The values that an answer can have. A `Value` is one of the classes below; they contain sympy expressions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sympy
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number or a formula, with its unit ("" where none is written, "%" for a percentage).
+    """A number or a formula, with its unit ("" without a unit, "%" for a percentage).
 
-    `digits`: significant digits of the longest decimal fraction in it, which is then an approximation; 0 without one.
+    `digits`: the significant digits of its longest decimal fraction, which makes it an approximation; 0 without one.
     """
 
     value: sympy.Expr
@@ -22,7 +22,7 @@ class Quantity:
 
 @dataclass(frozen=True, slots=True)
 class Based:
-    """A numeral in a base that is written with it: 2516_8."""
+    """A numeral with an explicit base: 2516_8."""
 
     numeral: str
     base: int
@@ -30,7 +30,7 @@ class Based:
 
 @dataclass(frozen=True, slots=True)
 class Ratio:
-    """3 : 4 : 5. `clock`: it is written as a time of day is, 9:05, and may be one."""
+    """A ratio such as 3 : 4 : 5. `clock`: its notation is also that of a time of day, 9:05."""
 
     parts: tuple[sympy.Expr, ...]
     unit: str = ""
@@ -39,7 +39,7 @@ class Ratio:
 
 @dataclass(frozen=True, slots=True)
 class Residue:
-    """A number up to multiples of the modulus."""
+    """A number modulo `modulus`."""
 
     value: sympy.Expr
     modulus: sympy.Expr
@@ -47,11 +47,11 @@ class Residue:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Several values between two brackets.
+    """Several values, mostly in brackets.
 
-    `opening` and `closing`: "{" "}" for a set; "(", "[" and their partners for tuples, lists and intervals, which only
-    the other answer tells apart; "" for a bare list, whose order says nothing. `joiner` is "or" or "and" where one is
-    written.
+    `opening` and `closing`: "{" and "}" for a set; "(" or "[" with ")" or "]" for a tuple, a list or an interval,
+    which only the other answer can distinguish; "" for a list without brackets, where the order does not matter.
+    `joiner` is "or" or "and" if the text has one, else "".
     """
 
     opening: str
@@ -62,7 +62,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """A chain: sides[0] ops[0] sides[1] ops[1] …; ops are = ≠ < ≤ > ≥ ≈ ∈ ≡. An unwritten left side is None."""
+    """A chain sides[0] ops[0] sides[1] ops[1] … of = ≠ < ≤ > ≥ ≈ ∈ ≡ and others. A missing left side is None."""
 
     sides: tuple[Value | None, ...]
     ops: tuple[str, ...]
@@ -70,7 +70,7 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class NumberSet:
-    """A set of numbers that sympy knows: ℝ, a union of intervals, ∅."""
+    """A set of numbers as a sympy set: ℝ, a union of intervals, ∅."""
 
     value: sympy.Set
 
@@ -86,7 +86,7 @@ class SetOperation:
 
 @dataclass(frozen=True, slots=True)
 class Builder:
-    """{element | condition}."""
+    """A set {element | condition}."""
 
     element: Value
     condition: Value
@@ -94,7 +94,7 @@ class Builder:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A matrix, or the rows of a function given by cases (`cases`: value, condition)."""
+    """A matrix, or with `cases` a piecewise function, whose rows are (value, condition)."""
 
     rows: tuple[tuple[Value, ...], ...]
     cases: bool = False
@@ -102,7 +102,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """An option with its letter and its content: "C. 7"."""
+    """A multiple-choice option with its letter and its content: "C. 7"."""
 
     letter: str
     content: Value
@@ -110,7 +110,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Words, or what cannot be read: equal to the same text only. `letters`: its reading as a product, if any."""
+    """Words, or a text that the parser rejects. Only the same text equals it.
+
+    `letters`: the product of its letters, if the text can also be read as one.
+    """
 
     canonical: str
     letters: Quantity | None = field(default=None, compare=False)

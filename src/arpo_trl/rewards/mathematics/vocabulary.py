@@ -1,4 +1,4 @@
-"""The words and commands that answers are made of, with their one name."""
+"""The words and LaTeX commands of the grammar, mapped to canonical names."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ DECORATIONS = frozenset(
 )
 NUMBER_SETS = {"R": S.Reals, "Q": S.Rationals, "Z": S.Integers, "N": S.Naturals, "C": S.Complexes}
 APPLIED = frozenset("f g h F G H O P E T Theta Omega Phi".split())
-# Short words of English that are no products of letters.
+# Short English words that must not be read as products of letters.
 WORDS = frozenset(
     "no or on of in is it at as to so up us we he me my by be do go if an am all any but for not yes the one two "
     "six ten odd red day set sum man men min max per out its are was has had can may new old big low top end".split()
 )
-# Words after a number that change it, and are no unit.
+# Words after a number that change its value, so they are not units.
 CHANGING = frozenset(
     "squared cubed plus minus factorial less more fewer above below over under up out of to than".split()
 )

@@ -1,11 +1,16 @@
-"""Credit: what each token of a tree is trained with. One way is one file; docs/algorithm.md has the table.
+"""Credits, which set the advantage and weight of each token. Each credit is one file; docs/algorithm.md has a table.
 
-A way from outside the package is registered by name, and `advantage_attribution` then takes that name:
+Register a credit from outside the package under a name, and set `advantage_attribution` to that name:
 
     from arpo_trl.rollout.credit import register_credit
-    from arpo_trl.rollout.credit.base import Credit, token_nodes
+    from arpo_trl.rollout.credit.base import Credit
 
-Listing the names imports no torch; `base` and the ways themselves do.
+    @register_credit("halved")
+    class Halved(Credit):
+        def __call__(self, trees, rewards, advantages):
+            return advantages / 2, None
+
+Listing the names does not import torch; `base` and the credits do.
 """
 
 from __future__ import annotations
@@ -25,19 +30,19 @@ register_credit = CREDITS.register
 
 
 class SharedPrefixWeight(StrEnum):
-    """How often a shared token is trained."""
+    """In how many leaves a shared token is trained."""
 
     PER_LEAF = "per_leaf"
-    """Once in each of its d leaves, as in the paper."""
+    """In each of its d leaves, as in the paper."""
     ONCE = "once"
-    """In the first of its leaves only, with the mean advantage of all of them."""
+    """Only in the first of its leaves, with the mean advantage of all d."""
 
 
 def attributions() -> list[str]:
-    """What `advantage_attribution` may be: every credit but that of `shared_prefix_weight`."""
+    """The choices for `advantage_attribution`: all credits but "once", which `shared_prefix_weight` selects."""
     return [name for name in CREDITS.names if name != SharedPrefixWeight.ONCE]
 
 
 def credit_name(attribution: str, weight: str) -> str:
-    """The credit that the two settings choose: "once" wins, since the attributions coincide under it."""
+    """The name of the credit that the two settings select. "once" wins: attributions do not differ under it."""
     return weight if weight == SharedPrefixWeight.ONCE else attribution

@@ -1,6 +1,6 @@
-"""The mean of the d leaves' advantages on a token that d leaves share, in each of them.
+"""A token that d leaves share gets the mean of their d advantages, in each of them.
 
-Of two leaves with advantages (1.0, −0.5), which share two nodes of two tokens each:
+Example: two leaves with advantages (1.0, −0.5) that share two nodes of two tokens each:
 
     # hard:  0.25 0.25 0.25 0.25 1.0 1.0 / 0.25 0.25 0.25 0.25 −0.5
 """

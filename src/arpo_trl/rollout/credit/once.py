@@ -1,4 +1,4 @@
-"""A shared token is trained in the first of its leaves only, with the mean advantage of all of them."""
+"""A shared token is trained only in the first of its leaves, with the mean advantage of all of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Once(Credit):
 
 
 def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: True on the tokens of each node in the first row that holds it, False elsewhere and on padding."""
+    """(B, T) bool: True for each node's tokens in the first row that holds it; False elsewhere and on padding."""
     real = token_nodes >= 0
     _, node = torch.unique(token_nodes[real], return_inverse=True)
     rows = torch.arange(token_nodes.size(0), device=token_nodes.device).unsqueeze(1).expand_as(token_nodes)[real]

@@ -1,4 +1,4 @@
-"""Each leaf's own advantage, everywhere. Equal ratios on shared tokens average them. The paper's default."""
+"""Every token gets its leaf's advantage; equal ratios average them on shared tokens. The paper's default."""
 
 from __future__ import annotations
 

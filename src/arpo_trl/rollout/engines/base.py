@@ -1,9 +1,9 @@
-"""The seam between the sampler and whatever produces tokens.
+"""The interface between the sampler and an engine, which produces tokens.
 
-An engine takes requests for single turns and reports events: a `Probe` once the first k tokens of a turn are there,
-and the `Turn` when it ended, or `TurnFailed` where one request can fail by itself. It knows nothing of trees, tools or
-branching. Inside a session it may need no other rank, so a rank with no live path and one with two hundred both just
-run.
+An engine takes requests for single turns and reports events: a `Probe` after the first k tokens of a turn, and a
+`Turn` when the turn has ended. An engine whose requests can fail one by one reports `TurnFailed` in that case. An
+engine does not know trees, tools or branching. Within a session its methods are not collectives, so ranks need not
+have the same number of live paths.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ class TurnStop(StrEnum):
     LENGTH = "length"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """The distribution to sample from, in transformers' terms; temperature 0 is greedy.
+    """The distribution to sample from, with transformers' names; temperature 0 is greedy.
 
-    `stop_strings` end a turn as soon as its text contains one; the ids stay exactly as sampled, also where the last
-    token carries characters beyond the stop string.
+    A turn ends as soon as its text contains one of `stop_strings`. Its ids stay exactly as sampled, even if the last
+    token has characters after the stop string.
+
+        SamplingParams(eos_ids=(tokenizer.eos_token_id,), stop_strings=("</search>",), temperature=0.7)
     """
 
     eos_ids: tuple[int, ...]
@@ -40,13 +42,15 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnRequest:
-    """One turn to be written after `ids` (prompt and path so far), of at most `max_tokens` tokens.
+    """A request for one turn of at most `max_tokens` tokens after `ids`, the prompt and the path so far.
 
-    `probe_tokens` is k. `seed` alone determines the random numbers of the turn, whatever else is in the batch. `key`
-    is the turn's place, (group, *address, depth), for scripts and logs. `after` is the id of the earlier turn that
-    `ids` continues, None at the root: an engine that still has that turn's state need not read it again.
+    `probe_tokens` is k. `seed` alone determines the random numbers of the turn, independent of the rest of the batch.
+    `key` is the turn's place in its tree, (group, *address, depth), for scripts and logs. `after` is the request id of
+    the earlier turn that `ids` continues, None at the root: an engine can reuse that turn's KV cache.
+
+        TurnRequest(id=7, ids=[50, 51], max_tokens=256, probe_tokens=20, seed=1, key=(0, 0, 0))
     """
 
     id: int
@@ -58,17 +62,23 @@ class TurnRequest:
     after: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """The first k tokens of a turn are written; their entropies in nats. Sent only while the turn goes on."""
+    """The entropies in nats of a turn's first k tokens. Sent only if the turn continues after them.
+
+    Probe(id=7, entropies=[1.3, 0.2])
+    """
 
     id: int
     entropies: list[float]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """A finished turn: at least one token, one logprob per token, entropies of the first k (or fewer) tokens."""
+    """A finished turn: at least one token, one logprob per token, entropies of the first k (or fewer) tokens.
+
+    Turn(id=7, ids=[60, 2], logprobs=[-0.4, -0.1], entropies=[1.3, 0.2], stop=TurnStop.EOS)
+    """
 
     id: int
     ids: list[int]
@@ -77,9 +87,12 @@ class Turn:
     stop: TurnStop
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TurnFailed:
-    """A turn that was given up, while others go on: the server cannot answer this one request."""
+    """A request that the engine gave up, for example because the server refuses it. Other turns continue.
+
+    TurnFailed(id=7, reason="The server answered 400.")
+    """
 
     id: int
     reason: str
@@ -89,22 +102,22 @@ Event = Probe | Turn | TurnFailed
 
 
 class Engine(Protocol):
-    """What the sampler needs."""
+    """The interface that the sampler needs."""
 
     vocab_size: int
-    """V of ln V, the width of the distribution sampled from."""
+    """V in ln V: the number of tokens in the distribution sampled from."""
     forward_s: float
-    """Seconds spent in model forwards since the engine was made."""
+    """Seconds spent in model forwards since the engine was created."""
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens of prompt and path together that the engine can hold; None: it knows of no bound."""
+        """The most tokens of prompt and path together that the engine can hold; None if it has no such limit."""
 
     def session(self) -> AbstractContextManager[None]:
-        """Weights in place until it closes: synced or gathered once, the only collective of a rollout."""
+        """Open a rollout: sync or gather the weights once and keep them until the end. A rollout's only collective."""
 
     def submit(self, request: TurnRequest) -> None:
-        """Queues a turn; never blocks."""
+        """Queue a turn, without blocking."""
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
-        """What happened since the last call, waiting at most about `timeout_s` for the first event."""
+        """Return the events since the last call. Waits at most about `timeout_s` seconds for the first one."""

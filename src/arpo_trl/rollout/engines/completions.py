@@ -3,12 +3,13 @@
     the sampler's thread    submit ─▶ ┐                              ┌ ─▶ poll
     background loop                   └ one stream per turn: Turn ───┘
 
-Token ids go in and come out where the server knows how; elsewhere text does, and is tokenised here. Answers are
-streamed and cut here: OpenAI's `stop` hides which of its strings was met, or whether the model ended by itself. There
-are no logprobs and no entropies, so this engine is for evaluation only.
+If the server supports it, requests and answers contain token ids. Otherwise they contain text, which the engine
+tokenizes. The engine streams the answers and cuts them at stop strings itself, since OpenAI's `stop` does not tell
+which string was met or whether the model ended the text. It has no logprobs and no entropies, so it is for evaluation
+only.
 
-A lost connection is tried again until the server has been away for `away_s`; then the whole rollout fails. What the
-server refuses, or breaks off several times, fails that one turn.
+The engine retries a lost connection until the server has been unreachable for `away_s`. Then the whole rollout fails.
+A request that the server refuses, or fails to complete several times, fails only its turn.
 """
 
 from __future__ import annotations
@@ -38,25 +39,26 @@ from arpo_trl.rollout.text import decode_exactly, stop_window
 
 KEY_VARIABLE = "COMPLETIONS_API_KEY"
 ATTEMPTS = 4
-"""How often a turn is asked for before it counts as failed."""
+"""Attempts per turn before it counts as failed."""
 RETRY_S = 0.5
+"""Seconds before a retry; each failure of the turn doubles them."""
 MAX_BYTES, MAX_LINE_BYTES = 64 << 20, 1 << 20
-"""Of one streamed answer, and of one event in it."""
+"""Size limits of one streamed answer and of one event in it."""
 SEEDS = 1 << 31
-"""Servers differ in how wide a seed may be."""
+"""Seeds are sent modulo this, since the largest allowed seed differs between servers."""
 
 
-class _BrokenOff(Exception):
-    """An answer that did not come to its end; another try may fare better."""
+class _Incomplete(Exception):
+    """The answer is incomplete; a retry may succeed."""
 
 
 class _Refused(Exception):
-    """An answer that another try will not change."""
+    """The answer is an error that a retry does not change."""
 
 
 @dataclass(slots=True)
-class _Written:
-    """What has come of one turn so far."""
+class _PartialTurn:
+    """The part of a turn received so far."""
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -67,16 +69,17 @@ class CompletionsEngine:
     """An engine on a completions server.
 
     Args:
-        url: The server, which ends in /v1 as a rule. Its key, if it wants one, is in `COMPLETIONS_API_KEY`.
-        model: The model's name there; None for the only one it lists.
-        tokenizer: The model's own.
+        url: The server's base URL, which usually ends in /v1. The environment variable `COMPLETIONS_API_KEY` has the
+            key, if the server requires one.
+        model: The model's name on the server; None: the only one it lists.
+        tokenizer: The model's tokenizer.
         settings: The distribution to sample from.
-        timeout_s: Seconds for one turn.
-        away_s: Seconds for which the server may be unreachable.
+        timeout_s: The timeout of one turn, in seconds.
+        away_s: The seconds for which the server may be unreachable.
 
     Raises:
-        ConfigError: `url` is no address, the server refuses access, or it serves no such model.
-        EngineError: The server cannot be reached, or does not answer as such a server does.
+        ConfigError: `url` is not a URL, the server refuses access, or it does not serve the model.
+        EngineError: The server is unreachable, or its answers do not follow the completions API.
     """
 
     def __init__(
@@ -99,14 +102,14 @@ class CompletionsEngine:
         self._window = stop_window(settings.stop_strings)
         self.model, self.max_length = self._served(model)
         self.speaks_ids = self._takes_ids()
-        """Whether token ids go in and come out; else text."""
+        """Whether requests and answers contain token ids instead of text."""
         self._turns: dict[int, Future[None]] = {}
         self._events: queue.SimpleQueue[Turn | TurnFailed | EngineError] = queue.SimpleQueue()
 
     @contextmanager
     def session(self) -> Iterator[None]:
         self._events = queue.SimpleQueue()
-        self._heard_s = time.monotonic()
+        self._last_answer_s = time.monotonic()
         self._http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
         try:
             yield
@@ -130,52 +133,52 @@ class CompletionsEngine:
         self.forward_s += time.perf_counter() - start
         return events
 
-    # Asking ----------------------------------------------------------------------------------------------------------
+    # Requests --------------------------------------------------------------------------------------------------------
 
     async def _turn(self, request: TurnRequest) -> None:
-        """Reports the turn, or that it, or the server, has failed."""
+        """Report the finished turn, the failure of this turn, or the failure of the server."""
         failures = 0
         while True:
             try:
                 written = await self._ask(request)
-                self._heard_s = time.monotonic()
+                self._last_answer_s = time.monotonic()
                 self._events.put(self._as_turn(request, written))
                 return
             except _Refused as error:
-                self._events.put(TurnFailed(request.id, f"The server {error}."))
+                self._events.put(TurnFailed(id=request.id, reason=f"The server {error}."))
                 return
             except httpx.ConnectError:
-                if time.monotonic() - self._heard_s > self._away_s:
+                if time.monotonic() - self._last_answer_s > self._away_s:
                     self._events.put(
                         EngineError(
-                            "The completions server cannot be reached and has answered nothing for "
-                            f"{self._away_s:.0f} s. Start it again and resume."
+                            "The completions server is unreachable and has not answered for "
+                            f"{self._away_s:.0f} s. Restart it and resume."
                         )
                     )
                     return
-            except (_BrokenOff, httpx.HTTPError, TimeoutError, OSError) as error:
+            except (_Incomplete, httpx.HTTPError, TimeoutError, OSError) as error:
                 failures += 1
                 if failures == ATTEMPTS:
-                    reason = str(error) if isinstance(error, _BrokenOff) else f"failed ({type(error).__name__})"
-                    self._events.put(TurnFailed(request.id, f"The server {reason}, {ATTEMPTS} times."))
+                    reason = str(error) if isinstance(error, _Incomplete) else f"failed ({type(error).__name__})"
+                    self._events.put(TurnFailed(id=request.id, reason=f"The server {reason}, {ATTEMPTS} times."))
                     return
-            except (
-                Exception
-            ) as error:  # whatever a server's answer provokes: a turn without an event would be waited for
-                self._events.put(TurnFailed(request.id, f"The answer could not be read ({type(error).__name__})."))
+            except Exception as error:  # any other error in an answer; without an event the sampler would wait forever
+                self._events.put(
+                    TurnFailed(id=request.id, reason=f"The answer could not be read ({type(error).__name__}).")
+                )
                 return
             await asyncio.sleep(RETRY_S * 2**failures)
 
-    async def _ask(self, request: TurnRequest) -> _Written:
-        """What the server writes, up to and with the token or the text that completes a stop string."""
+    async def _ask(self, request: TurnRequest) -> _PartialTurn:
+        """Stream one answer, up to and including the token or text that completes a stop string."""
         body = self._body(request.ids, request.max_tokens) | {"stream": True, "seed": request.seed % SEEDS}
-        written = _Written()
+        written = _PartialTurn()
         async with (
             asyncio.timeout(self._timeout_s),
             self._http.stream("POST", self._url + "/completions", json=body, headers=_headers()) as response,
         ):
             if response.status_code != 200:
-                kind = _BrokenOff if response.status_code in (408, 429) or response.status_code >= 500 else _Refused
+                kind = _Incomplete if response.status_code in (408, 429) or response.status_code >= 500 else _Refused
                 raise kind(f"answered {response.status_code}")
             async for data in _events_of(response):
                 if data == "[DONE]":
@@ -190,11 +193,14 @@ class CompletionsEngine:
                 if self._cut(written, before):
                     return written
         if written.finish is None:
-            raise _BrokenOff("broke off its answer")
+            raise _Incomplete("sent an incomplete answer")
         return written
 
-    def _cut(self, written: _Written, before: int) -> bool:
-        """Whether a stop string is complete now; what follows it is dropped. `before`: what was there a chunk ago."""
+    def _cut(self, written: _PartialTurn, before: int) -> bool:
+        """Cut the turn after the first complete stop string, and return whether there is one.
+
+        `before` is the number of ids or characters before the newest chunk.
+        """
         stops = self._settings.stop_strings
         if not self.speaks_ids:
             found = [
@@ -211,7 +217,7 @@ class CompletionsEngine:
                 return True
         return False
 
-    def _as_turn(self, request: TurnRequest, written: _Written) -> Turn:
+    def _as_turn(self, request: TurnRequest, written: _PartialTurn) -> Turn:
         ids, eos_ids = written.ids, self._settings.eos_ids
         if not self.speaks_ids:
             ids = self._tokenizer.encode(written.text.removesuffix(self._eos), add_special_tokens=False)
@@ -222,11 +228,11 @@ class CompletionsEngine:
             case "length" if end is None:
                 stop = TurnStop.LENGTH
                 if not ids:
-                    raise _Refused("wrote nothing")
+                    raise _Refused("returned an empty answer")
             case _:
                 stop = TurnStop.EOS
                 ids = [*ids[:end], eos_ids[0] if end is None else ids[end]]
-        return Turn(request.id, ids, [math.nan] * len(ids), [], stop)
+        return Turn(id=request.id, ids=ids, logprobs=[math.nan] * len(ids), entropies=[], stop=stop)
 
     def _body(self, ids: list[int], max_tokens: int) -> dict[str, Any]:
         settings = self._settings
@@ -237,26 +243,26 @@ class CompletionsEngine:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
         }
-        if self.speaks_ids:  # such a server knows vLLM's extensions; others may refuse what they do not know
+        if self.speaks_ids:  # such a server has vLLM's extensions; others may refuse unknown fields
             body |= {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": list(settings.eos_ids)}
         return body
 
     def _as_text(self, ids: list[int]) -> str:
-        """The prompt, without the BOS that a server adds to a text itself."""
+        """The prompt as text, without the BOS that the server adds."""
         bos = self._tokenizer.bos_token_id
         adds_bos = bos is not None and self._tokenizer("")["input_ids"][:1] == [bos]
         return decode_exactly(self._tokenizer, ids[1:] if adds_bos and ids[:1] == [bos] else ids)
 
-    # What the server is ----------------------------------------------------------------------------------------------
+    # The server's properties -----------------------------------------------------------------------------------------
 
     def _served(self, model: str | None) -> tuple[str, int | None]:
-        """The model's name there, and its context in tokens where the server tells."""
+        """The model's name on the server, and its context in tokens, None if the server does not state it."""
         try:
             listed = self._request("GET", "/models")["data"]
             lengths = {str(entry["id"]): entry.get("max_model_len") for entry in listed}
         except (LookupError, TypeError, AttributeError) as error:
             raise EngineError(
-                "The completions server lists no models under /models. Does base_url end in /v1?"
+                "The completions server lists no models under /models. Check that base_url ends in /v1."
             ) from error
         if model is None and len(lengths) == 1:
             (model,) = lengths
@@ -268,7 +274,7 @@ class CompletionsEngine:
         return model, length if isinstance(length, int) else None
 
     def _takes_ids(self) -> bool:
-        """Whether the server answers token ids with token ids."""
+        """Whether the server accepts and returns token ids."""
         ids = self._tokenizer.encode("1", add_special_tokens=False)
         self.speaks_ids = True
         try:
@@ -277,7 +283,7 @@ class CompletionsEngine:
             return False
         except RequestFailed as error:
             if error.may_pass:
-                raise EngineError(f"The completions server {error} to a first request. Look at its log.") from None
+                raise EngineError(f"The completions server {error} to the first request. Check its log.") from None
             return False
         return choice is not None and bool(choice.get("token_ids"))
 
@@ -295,7 +301,7 @@ class CompletionsEngine:
             key = os.environ.get(KEY_VARIABLE, "").strip()
             raise EngineError(
                 f"The completions server {without(key, self._url)} did not list its models: {error}. Start it, or "
-                "correct base_url, which ends in /v1 as a rule."
+                "correct base_url, which usually ends in /v1."
             ) from None
 
 
@@ -305,19 +311,19 @@ def _headers() -> dict[str, str]:
 
 
 def _choice(answer: Any) -> dict[str, Any] | None:
-    """The choice of an answer or of a chunk, None where it has none (a report of usage)."""
+    """The choice of an answer or of a chunk; None if it has none, as a usage report does."""
     if not isinstance(answer, dict) or "error" in answer:
         raise _Refused("answered with an error")
     choices = answer.get("choices")
     if not choices:
         return None
     if not isinstance(choices, list) or not isinstance(choices[0], dict):
-        raise _Refused("answered in another layout than expected")
+        raise _Refused("answered in an unexpected format")
     return choices[0]
 
 
 async def _events_of(response: httpx.Response) -> AsyncIterator[str]:
-    """The data of a stream of server-sent events."""
+    """Yield the data of each server-sent event in a stream."""
     received, rest = 0, b""
     async for chunk in response.aiter_bytes():
         received += len(chunk)

@@ -1,11 +1,11 @@
-"""From a model's logits to the probabilities that a turn is sampled from.
+"""Turns a model's logits into the probabilities that a turn is sampled from.
 
-That is `generate`'s distribution for the same settings, by transformers' own processors in its own order: the settings
-of a run (temperature, top_k, top_p, min_p, repetition_penalty), and the rules of `generation_rules.py`. Rows have no
-padding here, so a rule that counts tokens counts a row's own; each turn is a `generate` of its own to them, after a
-prompt that ends in the tool result.
+This is the distribution of `generate` for the same settings. It applies transformers' processors in the order of
+`generate`: those for the settings of a run (temperature, top_k, top_p, min_p, repetition_penalty), and those for the
+rules of `generation_rules.py`. Rows have no padding here, so a rule that counts tokens counts only the row's tokens.
+For these rules each turn is a separate call of `generate`, with a prompt that ends in the tool result.
 
-Training scores tokens by the model's logits over the temperature, as TRL does: no other processor is in it.
+Training scores tokens by the model's logits divided by the temperature, as TRL does, without the other processors.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ _Step = Callable[[torch.Tensor, RowState], torch.Tensor]
 
 
 class Distribution:
-    """Probabilities of the next token, row by row.
+    """Computes the probabilities of each row's next token.
 
     Args:
-        settings: Of the run.
-        rules: What `generate` would apply besides.
-        device: Where the logits are.
+        settings: The settings of the run.
+        rules: The other rules that `generate` would apply.
+        device: The device of the logits.
     """
 
     def __init__(self, settings: SamplingParams, rules: Rules, device: torch.device):
         self.needs_ids = settings.repetition_penalty != 1.0
-        """Whether rows must keep the ids of their prompts."""
+        """Whether `RowState` must keep each row's ids, prompt included."""
         made = processors(rules, settings.eos_ids, device)
         no_eos = SuppressTokensLogitsProcessor(list(settings.eos_ids), device)
         steps: list[_Step] = []
@@ -65,7 +65,7 @@ class Distribution:
         if "begin_suppress_tokens" in made:
             steps.append(_without(made["begin_suppress_tokens"], lambda rows: rows.written == 0))
         min_p = settings.min_p if settings.min_p is not None else rules.get("min_p")
-        sampled = settings.temperature != 0.0  # else `generate` would have no warpers
+        sampled = settings.temperature != 0.0  # greedy `generate` has no warpers
         warpers = (
             (settings.temperature not in (0.0, 1.0), lambda: TemperatureLogitsWarper(float(settings.temperature))),
             (sampled and "top_h" in made, lambda: made["top_h"]),
@@ -79,13 +79,13 @@ class Distribution:
         self._steps = [*steps, *(_everywhere(make()) for wanted, make in warpers if wanted)]
 
     def __call__(self, logits: torch.Tensor, rows: RowState) -> torch.Tensor:
-        """(rows, vocabulary) probabilities of float32 `logits` (rows, vocabulary), of the first rows of `rows`."""
+        """(n, vocabulary) probabilities for float32 `logits` (n, vocabulary) of the first n rows in `rows`."""
         for step in self._steps:
             logits = step(logits, rows)
         return torch.softmax(logits, dim=-1)
 
     def _row_by_row(self, processor: LogitsProcessor) -> _Step:
-        """A processor that reads the ids, each row's without padding."""
+        """Apply a processor that reads ids to each row separately, without padding."""
         self.needs_ids = True
 
         def step(logits: torch.Tensor, rows: RowState) -> torch.Tensor:
@@ -95,7 +95,7 @@ class Distribution:
 
 
 def _without(suppress: LogitsProcessor, where: Callable[[RowState], torch.Tensor]) -> _Step:
-    """`suppress` in the rows that `where` (rows,) names."""
+    """Apply `suppress` to the rows for which `where` (rows,) is true."""
 
     def step(logits: torch.Tensor, rows: RowState) -> torch.Tensor:
         named = where(rows)[: len(logits)].unsqueeze(1)
@@ -105,22 +105,23 @@ def _without(suppress: LogitsProcessor, where: Callable[[RowState], torch.Tensor
 
 
 def _everywhere(processor: LogitsProcessor) -> _Step:
-    """A processor that reads no ids."""
+    """Apply a processor that reads no ids to all rows."""
     return lambda logits, rows: processor(None, logits)
 
 
 def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    """(rows,) token ids, the inverse of each row's cumulative distribution at `uniform` in [0, 1).
+    """(rows,) token ids: the inverse of each row's cumulative distribution at `uniform` in [0, 1).
 
-    A token of probability zero is never drawn: its cumulative sum equals its predecessor's, and the search goes right.
+    Tokens of probability zero are never drawn: their cumulative sum equals their predecessor's, and the search returns
+    the position to the right of equal sums.
     """
     cumulative = probs.cumsum(dim=-1)
-    # The last sum may fall short of 1 by rounding; scaling by it keeps every draw inside.
+    # Rounding can make the last sum less than 1. Scaling by it keeps every draw in range.
     target = (uniform * cumulative[:, -1]).unsqueeze(1)
     return torch.searchsorted(cumulative, target, right=True).squeeze(1).clamp(max=probs.size(1) - 1)
 
 
 def entropy(probs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Entropies in nats of the distributions that `rows` (bool) selects; 0·log 0 counts as 0."""
+    """Entropies in nats of the distributions in `rows`, a (n,) bool mask; 0·log 0 counts as 0."""
     selected = probs[rows]
     return -(selected * selected.clamp(min=torch.finfo(selected.dtype).tiny).log()).sum(dim=-1)

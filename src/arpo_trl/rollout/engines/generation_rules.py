@@ -1,8 +1,8 @@
-"""What `generate` would apply to the logits besides a run's own settings: which rules, and transformers' processors.
+"""The rules that `generate` would apply to the logits besides a run's settings, and their transformers processors.
 
-Rules come from the run's `generation_kwargs` and, for what these leave open, from the model's
-`generation_config.json`. `distribution.py` applies them row by row; a rule that cannot be applied so is refused by
-name. No torch is imported here, so that a configuration can check its rules.
+Rules come from the run's `generation_kwargs` and, for names that these do not set, from the model's
+`generation_config.json`. `distribution.py` applies them row by row. A rule that it cannot apply is an error that names
+the rule. This module does not import torch, so that a configuration can check its rules.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ HONOURED = {
     "epsilon_cutoff": 0.0,
     "eta_cutoff": 0.0,
 }
-"""Rules of `generate` that are applied, with the value at which they do nothing; None does nothing for any."""
+"""The rules of `generate` that are applied, each with the value that disables it. None disables every rule."""
 REFUSED = {
     "forced_bos_token_id": None,
     "forced_eos_token_id": None,
@@ -63,7 +63,7 @@ REFUSED = {
     "stop_strings": None,
     "max_time": None,
 }
-"""Rules that change what is drawn and are not applied, likewise."""
+"""The rules that would change the distribution but are not applied, each with the value that disables it."""
 ELSEWHERE = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -73,10 +73,10 @@ ELSEWHERE = {
     "max_new_tokens": "max_completion_length",
     "max_length": "max_completion_length",
 }
-"""What `generation_kwargs` may not say again, with the setting that says it."""
+"""Names that `generation_kwargs` must not set, each with the setting to use instead."""
 
 Rules = dict[str, Any]
-"""Of `HONOURED`, those that do something."""
+"""The rules in `HONOURED` that are enabled, with their values."""
 
 _PROCESSORS: dict[str, Callable[[Any, list[int], Any], LogitsProcessor]] = {
     "sequence_bias": lambda value, eos_ids, device: SequenceBiasLogitsProcessor(value),
@@ -91,18 +91,18 @@ _PROCESSORS: dict[str, Callable[[Any, list[int], Any], LogitsProcessor]] = {
     "epsilon_cutoff": lambda value, eos_ids, device: EpsilonLogitsWarper(value),
     "eta_cutoff": lambda value, eos_ids, device: EtaLogitsWarper(value, device=str(device)),
 }
-"""How each of `HONOURED` is made from its value; the two that compare lengths need no processor."""
+"""Creates the processor of each rule in `HONOURED`; the two that compare lengths need none."""
 
 
 def processors(rules: Rules, eos_ids: Sequence[int] = (0,), device: Any = "cpu") -> dict[str, LogitsProcessor]:
-    """transformers' processors of `rules`, by name.
+    """transformers' processors for `rules`, by name.
 
     Args:
         eos_ids: The tokens that end a turn.
-        device: Where the logits are, a `torch.device` or its name.
+        device: The device of the logits, a `torch.device` or its name.
 
     Raises:
-        TypeError, ValueError: transformers objects to a value.
+        TypeError, ValueError: transformers rejects a value.
     """
     return {
         name: _PROCESSORS[name](value, list(eos_ids), device) for name, value in rules.items() if name in _PROCESSORS
@@ -110,33 +110,34 @@ def processors(rules: Rules, eos_ids: Sequence[int] = (0,), device: Any = "cpu")
 
 
 def rules_of(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, min_p: float | None = None) -> Rules:
-    """What `generate` would apply besides a run's own settings.
+    """The rules that `generate` would apply besides a run's settings.
 
     Args:
-        model: The model's; it has a say where `kwargs` have none.
-        kwargs: `generation_kwargs` of the run.
-        min_p: The run's own, which goes before the model's.
+        model: The model's generation config, for the names that `kwargs` do not set.
+        kwargs: The run's `generation_kwargs`.
+        min_p: The run's setting, which overrides the model's.
 
     Raises:
-        ConfigError: Something that would change the distribution cannot be applied.
+        ConfigError: A rule that would change the distribution cannot be applied, or transformers rejects its value.
     """
     for name, value in (kwargs or {}).items():
         if setting := ELSEWHERE.get(name):
             raise ConfigError(
-                f"generation_kwargs sets {name}, which {setting} says. Set {setting} to {value!r} instead."
+                f"generation_kwargs sets {name}, but the setting for this is {setting}. Set {setting} to {value!r} "
+                "instead."
             )
         if name not in HONOURED and not (name in REFUSED and _inert(value, REFUSED[name])):
             raise ConfigError(
-                f"generation_kwargs sets {name}, but the tree sampler does not read it. Unset it; it reads "
+                f"generation_kwargs sets {name}, which the tree sampler does not support. Remove it. Supported are "
                 f"{', '.join(name for name in HONOURED if name not in ELSEWHERE)}."
             )
     theirs = {} if model is None else model.to_dict()
     for name, without in REFUSED.items():
         if (kwargs or {}).get(name) is None and not _inert(theirs.get(name), without):
             raise ConfigError(
-                f"The model's generation_config sets {name} to {theirs[name]!r}, which changes what is sampled, but "
-                f"the tree sampler does not apply it. Set model.generation_config.{name} to {without!r}, or take it "
-                "out of generation_config.json."
+                f"The model's generation_config sets {name} to {theirs[name]!r}, which would change the sampling, but "
+                f"the tree sampler does not support it. Set model.generation_config.{name} to {without!r}, or remove "
+                "it from generation_config.json."
             )
     found = {}
     for name, without in HONOURED.items():
@@ -149,28 +150,28 @@ def rules_of(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, m
         processors(found)
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"generation_kwargs, or the model's generation_config, set {', '.join(found)}, of which transformers "
-            f"says: {error}"
+            f"generation_kwargs or the model's generation_config set {', '.join(found)}, and transformers rejects a "
+            f"value: {error}. Correct or remove it."
         ) from error
     return found
 
 
 def refuse_rules(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, engine: str) -> None:
-    """Returns if there is nothing that `engine`, which is not told of it, would leave out.
+    """Check that no rule is set, since `engine` would ignore it.
 
     Raises:
-        ConfigError: There is.
+        ConfigError: `kwargs` or the model's generation config sets a rule.
     """
     if kwargs:
         raise ConfigError(
-            f"generation_kwargs sets {', '.join(kwargs)}, but {engine} is not asked for it. Unset it, or sample with "
-            "transformers (use_vllm: false), which applies what it can and names what it cannot."
+            f"generation_kwargs sets {', '.join(kwargs)}, which is not passed on to {engine}. Remove it, or sample "
+            "with transformers (use_vllm: false), which applies the rules that it supports and names the others."
         )
     if rules := rules_of(model, None):
         raise ConfigError(
-            f"The model's generation_config sets {', '.join(rules)}, which changes what is sampled, but {engine} is "
-            "not asked for it. Take it out of generation_config.json (or set it to None in model.generation_config), "
-            "or sample with transformers (use_vllm: false)."
+            f"The model's generation_config sets {', '.join(rules)}, which would change the sampling, but is not "
+            f"passed on to {engine}. Remove it from generation_config.json (or set it to None in "
+            "model.generation_config), or sample with transformers (use_vllm: false)."
         )
 
 

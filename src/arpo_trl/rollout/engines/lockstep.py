@@ -1,14 +1,15 @@
-"""Several ranks that share one engine, as a tensor parallel group does, each with rollouts of its own.
+"""An engine that several ranks share, as in a tensor parallel group, while each rank samples different rollouts.
 
-Such an engine must see the same requests in the same order, step by step, on every rank, but the ranks' samplers go
-their own ways: one waits for a tool while another has turns to write. So each rank runs the engine in a thread, and
-the threads go in rounds:
+Such an engine must get the same requests in the same order, step by step, on every rank. But the ranks' samplers run
+independently: one waits for a tool while another has turns to decode. So each rank runs the engine in a thread, and
+the threads run in rounds:
 
-    gather    every rank's new requests, whether it is done, and what the last step brought
-    submit    all of them to the engine, in rank order: the same on every rank
-    step      the engine; what came of it on the group's first rank holds for all, and goes to whoever asked for it
+    gather    each rank's new requests, its "done" flag, and the events of the last step
+    submit    all requests to the engine, in rank order, so that the order is the same on every rank
+    step      the engine; the events of the group's first rank count, and each goes to the rank that made the request
 
-A rank without live paths, or whose tools all run, so keeps up with the others, and a session closes when all are done.
+So a rank without live paths, or one whose paths all wait for tools, still takes part in every step. A session closes
+when all ranks are done.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnRequest
 
 IDLE_S = 0.002
-"""Pause between two rounds in which nobody has anything to write."""
+"""Seconds between two rounds while no rank has a turn to decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Round:
-    """What one rank tells the others."""
+    """What one rank sends to the others in a round."""
 
     requests: list[TurnRequest]
     events: Sequence[Event]
@@ -42,7 +43,7 @@ class _Round:
 
 
 class LockstepEngine:
-    """An engine whose steps all ranks of `group` take together; `group` must carry objects (gloo)."""
+    """An engine whose steps all ranks of `group` run together. `group` must support objects (gloo)."""
 
     def __init__(self, inner: Engine, group: dist.ProcessGroup):
         self.vocab_size, self.max_length = inner.vocab_size, inner.max_length
@@ -72,7 +73,7 @@ class LockstepEngine:
                 self._done = True
                 thread.join()
                 self._pending = 0
-        for event in drained(self._events):  # another rank's failure after this one was done
+        for event in drained(self._events):  # another rank may fail after this one is done
             if isinstance(event, EngineError):
                 raise event
 
@@ -95,26 +96,26 @@ class LockstepEngine:
 
     def _run(self, device: int | None) -> None:
         if device is not None:
-            torch.cuda.set_device(device)  # which device is current is a thread's own matter
+            torch.cuda.set_device(device)  # the current device is a property of the thread
         mine: Sequence[Event] = []
         writing = 0  # turns of all ranks that the engine has not finished
         while True:
-            done = self._done  # before the requests are taken: nothing is submitted after it
+            done = self._done  # read before the requests: after `done` no more are submitted
             rounds: list[_Round | None] = [None] * self._size
             requests = list(drained(self._requests))
             dist.all_gather_object(rounds, _Round(requests, mine, done, self._problem), self._group)
-            told = [each for each in rounds if each is not None]
-            if problems := [each.problem for each in told if each.problem is not None]:
+            gathered = [each for each in rounds if each is not None]
+            if problems := [each.problem for each in gathered if each.problem is not None]:
                 self._events.put(EngineError(f"The tensor parallel group stopped: {problems[0]}"))
                 return
-            self._deliver(told[0].events)
-            if _ids(told[0].events) != _ids(mine):
-                self._problem = f"rank {dist.get_rank()} sampled other tokens than the group's first"
-            if all(each.done for each in told):
+            self._deliver(gathered[0].events)
+            if _ids(gathered[0].events) != _ids(mine):
+                self._problem = f"rank {dist.get_rank()} sampled other tokens than the group's first rank"
+            if all(each.done for each in gathered):
                 return
             mine = []
             try:
-                for rank, each in enumerate(told):
+                for rank, each in enumerate(gathered):
                     for request in each.requests:
                         self._inner.submit(self._shared(request, rank))
                         writing += 1
@@ -124,11 +125,11 @@ class LockstepEngine:
                     self.forward_s = self._inner.forward_s
                 else:
                     time.sleep(IDLE_S)
-            except Exception as error:  # told to all in the next round
+            except Exception as error:  # sent to all ranks in the next round
                 self._problem = f"{type(error).__name__} on rank {dist.get_rank()}: {error}"
 
     def _shared(self, request: TurnRequest, rank: int) -> TurnRequest:
-        """The request under a number that is its own among all ranks'."""
+        """The request with ids that are unique over all ranks."""
         after = None if request.after is None else request.after * self._size + rank
         return replace(request, id=request.id * self._size + rank, after=after)
 

@@ -1,4 +1,4 @@
-"""What the live turns of a transformers model wrote, where they are, and their random numbers: a row each."""
+"""The state of the live turns of a transformers model, one row each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from arpo_trl.rollout.engines.base import TurnRequest
 
 
 class RowState:
-    """Per-row tensors of the live turns: what they wrote, where they are, their random numbers."""
+    """Tensors with one row per live turn: sampled tokens, positions, limits and random numbers."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -22,7 +22,7 @@ class RowState:
         self.logprobs = torch.zeros(0, 0, device=device)
         self.entropies = torch.zeros(0, 0, device=device)
         self.uniforms = torch.zeros(0, 0, device=device)
-        self.seen = torch.zeros(0, 0, dtype=torch.long, device=device)  # prompt and completion, where asked for
+        self.seen = torch.zeros(0, 0, dtype=torch.long, device=device)  # prompt and completion; only with `keep_ids`
 
     def admit(self, first: int, requests: list[TurnRequest], *, keep_ids: bool) -> None:
         rows = first + len(requests)
@@ -54,7 +54,7 @@ class RowState:
         return self.written[:n] < self.probe[:n]
 
     def history(self, n: int) -> torch.Tensor:
-        """(n, longest) ids of prompt and completion; a shorter row is filled up with its own first id."""
+        """(n, longest) ids of prompt and completion. A shorter row is padded with its first id."""
         columns = torch.arange(self.longest(n) + 1, device=self.device)
         seen = self.seen[:n, : len(columns)]
         return torch.where(columns <= self.position[:n].unsqueeze(1), seen, seen[:, :1])
@@ -87,7 +87,7 @@ class RowState:
 
 
 def _grown(tensor: torch.Tensor, rows: int, columns: int | None = None) -> torch.Tensor:
-    """`tensor` with at least that many rows (and columns), new places zero; the same object where it is large."""
+    """`tensor`, zero-padded to at least `rows` (and `columns`); the same object if it is large enough."""
     shape = [max(tensor.size(0), rows)]
     if columns is not None:
         shape.append(max(tensor.size(1), columns))

@@ -1,8 +1,8 @@
-"""An engine that replays texts: to try tools, protocols and rewards without a model. A public fake, not a test helper.
+"""An engine that returns scripted texts, to try tools, protocols and rewards without a model. Part of the public API.
 
     engine = ScriptedEngine(tokenizer, settings, lambda request, context: "<search>iron</search>")
 
-The script sees each request and the text so far and returns what "the model" writes.
+The script receives each request and the text so far, and returns the text of the turn.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnReque
 from arpo_trl.rollout.text import decode_exactly
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptedTurn:
-    """What is written, the entropies (nats) of its first tokens (the last one repeats), and how many polls it takes.
+    """A turn's text, the entropies in nats of its first tokens (the last one repeats), and the polls until it is done.
 
-    `ends=False` leaves out the EOS that closes a text without a stop string, as if the length had run out.
+    A text without a stop string ends with EOS. `ends=False` omits that EOS, as if the turn had hit its length limit.
+
+        ScriptedTurn(text="<search>iron</search>", entropies=[1.0, 0.2], polls=2)
     """
 
     text: str
@@ -41,7 +43,7 @@ class _Running:
 
 
 class ScriptedEngine:
-    """Replays `script(request, context)`; `context` is the decoded text the turn continues. Logprobs are all −0.5."""
+    """Returns the turns of `script(request, context)`; `context` is the prefix as text. Every logprob is −0.5."""
 
     LOGPROB = -0.5
 
@@ -58,7 +60,7 @@ class ScriptedEngine:
         self.max_length = max_length
         self.forward_s = 0.0
         self.requests: list[TurnRequest] = []
-        """Every request so far, for tests to look at."""
+        """All requests so far, for tests."""
         self.sessions = 0
         self._tokenizer = tokenizer
         self._settings = settings
@@ -74,7 +76,7 @@ class ScriptedEngine:
     def submit(self, request: TurnRequest) -> None:
         self.requests.append(request)
         turn = self._script(request, decode_exactly(self._tokenizer, request.ids))
-        self._running.append(_Running(request, turn if isinstance(turn, ScriptedTurn) else ScriptedTurn(turn)))
+        self._running.append(_Running(request, turn if isinstance(turn, ScriptedTurn) else ScriptedTurn(text=turn)))
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
         events: list[Probe | Turn] = []
@@ -85,7 +87,7 @@ class ScriptedEngine:
                 events.append(turn)
                 self._running.remove(running)
             elif running.polls == 1 and len(turn.ids) > running.request.probe_tokens > 0:
-                events.append(Probe(running.request.id, turn.entropies))
+                events.append(Probe(id=running.request.id, entropies=turn.entropies))
         return events
 
     def _finish(self, running: _Running) -> Turn:
@@ -105,4 +107,4 @@ class ScriptedEngine:
             ids, stop = ids[: request.max_tokens], TurnStop.LENGTH
         probed = min(len(ids), request.probe_tokens)
         padded = [*script.entropies[:probed], *[script.entropies[-1]] * max(0, probed - len(script.entropies))]
-        return Turn(request.id, ids, [self.LOGPROB] * len(ids), padded, stop)
+        return Turn(id=request.id, ids=ids, logprobs=[self.LOGPROB] * len(ids), entropies=padded, stop=stop)

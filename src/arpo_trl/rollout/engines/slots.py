@@ -1,9 +1,9 @@
-"""Keys and values of the live turns of a transformers model, a row each, and of finished ones that others continue.
+"""KV cache of a transformers model: one row per live turn, and the states of finished turns for their continuations.
 
-The buffers are as long as the longest turn may become and are made when a turn first asks for them, so that a rollout
-which has no room ends there, with what to lower, and not hours later. They are emptied by `SlotCache.clear`, not left
-to Python's garbage collector: layers and cache refer to each other, and a collector that counts objects may not come
-by before the next rollout's buffers are made.
+The buffers have the maximum length of the longest turn and are allocated when a turn first needs them. So a rollout
+that does not fit into memory fails at once, with an error that names the setting to lower, and not hours later.
+`SlotCache.clear` frees the buffers. Python's garbage collector might not do so before the next rollout allocates its
+buffers, because layers and cache refer to each other.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from arpo_trl.errors import EngineError
 
 BLOCK = 32
-"""Positions are reserved and attended to in blocks: fewer sizes, aligned for kernels.
+"""Positions are reserved and attended to in blocks of this size: fewer distinct sizes, aligned for kernels.
 
-An allocator that keeps what it has given out (CUDA's) can use a block again only for what is no larger. Tensors that
-grow by a position a step would leave a block behind for nearly each."""
+A caching allocator (CUDA's) can reuse a block only for tensors that are no larger. Tensors that grow by one position
+per step would leave an unused block behind at nearly every step."""
 GIB = 1 << 30
 
 RowStates = tuple[torch.Tensor, torch.Tensor]
@@ -28,7 +28,7 @@ RowStates = tuple[torch.Tensor, torch.Tensor]
 
 
 class KVCacheLayer(CacheLayerMixin):
-    """One layer's keys and values, (rows, heads, positions, dim), written at each row's own positions."""
+    """One layer's keys and values, (rows, heads, positions, dim). Each row is written at its current positions."""
 
     is_sliding = False
     is_initialized: bool
@@ -51,7 +51,7 @@ class KVCacheLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         self._make_room(key_states, value_states)
         rows, length = self._cache.rows, self._cache.length
-        positions = self._cache.positions.to(key_states.device)  # layers may lie on several devices
+        positions = self._cache.positions.to(key_states.device)  # layers may be on several devices
         index = torch.arange(rows.start, rows.stop, device=key_states.device).unsqueeze(1)
         # Advanced indices around a slice put the indexed axes first: (rows, queries, heads, dim).
         self.keys[index, :, positions] = key_states.transpose(1, 2)
@@ -78,10 +78,10 @@ class KVCacheLayer(CacheLayerMixin):
             self.is_initialized = False
 
     def _make_room(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Grows the buffers to what the cache has reserved; `keys` and `values` are (any, heads, any, dim).
+        """Grow the buffers to the size that the cache has reserved; `keys` and `values` are (any, heads, any, dim).
 
-        Each keeps the type and the width it comes in: under autocast a model's rotary embedding or norm may leave keys
-        in float32 where values are bfloat16, and latent attention has keys that are wider than values.
+        Keys and values can differ in dtype and dim. Under autocast a model's rotary embedding or norm may produce
+        float32 keys with bfloat16 values, and latent attention has wider keys than values.
         """
         rows, positions = self._cache.max_rows, self._cache.max_positions
         if self.is_initialized and (self.keys.size(0), self.keys.size(2)) == (rows, positions):
@@ -105,12 +105,12 @@ class KVCacheLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The layers, and the rows and positions that the next forward writes to.
+    """The cache layers, and the rows and positions that the next forward writes to.
 
     Args:
-        num_layers: Layers that keep keys and values.
-        most_rows: Rows that will be needed at most, where that is known: growth stops there.
-        way_out: What to do where there is no room, a sentence.
+        num_layers: The number of layers with keys and values.
+        most_rows: The most rows that will be needed, which limits growth; None if unknown.
+        way_out: A sentence for errors that says how to need less memory.
     """
 
     def __init__(self, num_layers: int, *, most_rows: int | None, way_out: str):
@@ -121,31 +121,31 @@ class SlotCache(Cache):
         super().__init__(layers=[KVCacheLayer(self) for _ in range(num_layers)])
 
     def aim(self, rows: slice, positions: torch.Tensor, longest: int) -> None:
-        """Points the next forward at `rows`, its queries at `positions` (rows, queries), all below `longest`."""
+        """Set the rows and the positions (rows, queries) of the next forward. All positions are below `longest`."""
         self.rows, self.positions = rows, positions
         self.length = min(_blocks(longest), self.max_positions)
 
     def copy(self, sources: list[int], targets: list[int], length: int) -> None:
-        """Gives the rows `targets` the first `length` positions of the rows `sources`."""
+        """Copy the first `length` positions of the rows `sources` to the rows `targets`."""
         for layer in self._filled if length else []:
             layer.copy(sources, targets, length)
 
     def read(self, row: int, length: int) -> list[RowStates]:
-        """The row's first `length` keys and values, layer by layer, copied."""
+        """A copy of the row's first `length` keys and values, per layer."""
         return [layer.read(row, length) for layer in self._filled]
 
     def write(self, row: int, layers: list[RowStates]) -> None:
-        """Puts what `read` gave into the row's first positions."""
+        """Write the keys and values that `read` returned to the row's first positions."""
         for layer, states in zip(self._filled, layers, strict=True):
             layer.write(row, states)
 
     @property
     def _filled(self) -> list[KVCacheLayer]:
-        """The layers that have keys and values; some models share those of a few layers."""
+        """The layers that have keys and values. In some models several layers share those of one."""
         return [layer for layer in self.layers if layer.is_initialized]
 
     def reserve(self, rows: int, positions: int) -> None:
-        """Makes room, in powers of two for rows so that growth stays rare."""
+        """Reserve rows and positions. Rows grow in powers of two, so that growth is rare."""
         if rows > self.max_rows:
             doubled = 1 << (rows - 1).bit_length()
             most = self._most_rows or 0
@@ -153,7 +153,7 @@ class SlotCache(Cache):
         self.max_positions = max(self.max_positions, _blocks(positions))
 
     def clear(self) -> None:
-        """Lets go of all buffers, whoever still refers to the cache: a traceback may."""
+        """Free all buffers, even if something, for example a traceback, still refers to the cache."""
         for layer in self.layers:
             layer.clear()
 
@@ -163,12 +163,12 @@ class SlotCache(Cache):
 
     @property
     def most_bytes(self) -> int:
-        """What the buffers take with as many rows as will be needed at most; 0 before the first forward."""
+        """The size of the buffers in bytes with the most rows that will be needed; 0 before the first forward."""
         rows = max(self.max_rows, self._most_rows or 0)
         return self.nbytes * rows // self.max_rows if self.max_rows else 0
 
     def described(self) -> str:
-        """The size of the buffers and what it consists of."""
+        """The size of the buffers and its factors, as text."""
         rows = max(self.max_rows, self._most_rows or 0)
         each = self.most_bytes // max(1, rows * self.max_positions * len(self.layers))
         return (
@@ -177,37 +177,40 @@ class SlotCache(Cache):
         )
 
     def check_room(self, bytes_each: int, device: torch.device) -> None:
-        """Returns if a layer of `bytes_each` a row and position has room on `device`, next to what it grows from.
+        """Check that a new layer buffer fits on `device` while the old one still exists.
+
+        Args:
+            bytes_each: The layer's bytes per row and position.
 
         Raises:
-            EngineError: It has not.
+            EngineError: The buffer does not fit.
         """
         layer = self.max_rows * self.max_positions * bytes_each
         free = free_bytes(device)
         if free is not None and layer > free:
             raise EngineError(
                 f"Sampling needs {layer * len(self.layers) / GIB:.2f} GiB on {device} for the keys and values of "
-                f"{self.max_rows} rows × {self.max_positions} positions × {len(self.layers)} layers, a layer at a "
-                f"time; the next takes {layer / GIB:.2f} GiB, and {free / GIB:.2f} GiB are free. {self._way_out}"
+                f"{self.max_rows} rows × {self.max_positions} positions × {len(self.layers)} layers. The next layer "
+                f"takes {layer / GIB:.2f} GiB, but only {free / GIB:.2f} GiB are free. {self._way_out}"
             )
 
 
 class PrefixCache:
-    """Keys and values of finished turns, the newest that fit into `max_bytes`."""
+    """Keys and values of the newest finished turns, up to `max_bytes`."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self._bytes = max_bytes, 0
         self._states: dict[int, list[RowStates]] = {}
 
     def keep(self, request: int, layers: list[RowStates]) -> None:
-        """Keeps one pair per layer for the turn `request`, dropping the oldest turns."""
+        """Keep the keys and values of the turn `request`, one pair per layer. Evicts the oldest turns if necessary."""
         self._states[request] = layers
         self._bytes += _bytes_of(layers)
         while self._bytes > self._max_bytes:
             self._bytes -= _bytes_of(self._states.pop(next(iter(self._states))))
 
     def length(self, request: int) -> int:
-        """Positions that are kept of a turn and what it continued, 0 if nothing is."""
+        """The number of positions kept for a turn, its prefix included; 0 if it is not in the cache."""
         layers = self._states.get(request)
         return layers[0][0].size(1) if layers else 0
 
@@ -220,18 +223,18 @@ class PrefixCache:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Bytes that a new tensor may take on `device`; None where nobody can be asked."""
+    """The bytes available for new tensors on `device`; None if they cannot be determined."""
     if device.type == "cpu":
         return psutil.virtual_memory().available
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        # What torch holds without using it, it gives back before it gives up.
+        # torch frees the memory that it has reserved but does not use before it raises an error.
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether that is what `error` says; for a CPU's memory torch has no class."""
+    """Whether `error` means that memory ran out. torch has no class for this on a CPU."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 

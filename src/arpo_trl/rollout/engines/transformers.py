@@ -1,14 +1,14 @@
-"""Turns from a transformers model: continuous batching over one key/value buffer.
+"""Turns from a transformers model: continuous batching over one KV cache.
 
-Every live turn owns a row. A decode step feeds each row its newest token at the row's own position, so rows of
-different lengths need no padding tokens, new rows join between two steps, and finished ones are replaced by the last
-row. The widest tensor is one step's (rows, vocabulary); nothing of shape (rows, length, vocabulary) ever exists.
+Each live turn has a row. A decode step passes each row's newest token at the row's position, so rows of different
+lengths need no padding tokens. New rows join between two steps, and the last row replaces a finished one. The largest
+tensor of logits is that of one step, (rows, vocabulary); none of shape (rows, length, vocabulary) exists.
 
-What a turn that called a tool has computed is kept for the turns that continue it, branches included, so only the tool
-result between them is read; turns with the same ids are read once.
+The KV cache of a turn that called a tool is kept for the turns that continue it, branches included, so that only the
+tool result between them needs prefill. Turns with the same ids are prefilled once.
 
-Random numbers are drawn per turn from its own seed, ahead of time, and tokens come from the inverse of the cumulative
-distribution. What a turn samples does not depend on its neighbours, up to the rounding of the model's forward.
+Each turn's random numbers are drawn in advance from the turn's seed, and tokens come from the inverse of the
+cumulative distribution. So a turn's tokens do not depend on other rows, up to the rounding of the model's forward.
 """
 
 from __future__ import annotations
@@ -44,36 +44,36 @@ from arpo_trl.rollout.text import decode_exactly, stop_window
 logger = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 16_384
-"""Most tokens, padding included, that one prefill forward takes; bounds its activations."""
+"""The most tokens, padding included, in one prefill forward. Limits its activations."""
 PREFILL_PAIRS = 1 << 24
-"""Most pairs of a query and a key in one prefill forward: the size of its mask. Attention that holds the scores of all
-heads at once (eager, or SDPA where no fused kernel fits) takes that many for each head, 4 bytes or more each."""
+"""The most pairs of a query and a key in one prefill forward, which is the size of its mask. Attention without a fused
+kernel (eager, or SDPA's fallback) also stores that many scores for each head, at 4 bytes or more per score."""
 RETAINED_BYTES = 1 << 30
-"""Most memory for the keys and values of finished turns; beyond it the oldest go, and would be computed again."""
+"""The most bytes for the KV cache of finished turns. Beyond it the oldest are evicted, and recomputed if needed."""
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""What transformers calls the keys and values that a model is given: the former in 5.24, the latter in 5.17."""
+"""The name of the cache argument in transformers: "cache" in 5.24, "past_key_values" in 5.17."""
 
 
 class TransformersEngine:
-    """An engine on a `PreTrainedModel`, on whatever device that is and under whatever autocast its context opens.
+    """An engine on a `PreTrainedModel`, on the model's device and under the autocast that `model_context` opens.
 
     Args:
         tokenizer: Decodes the end of a turn to find stop strings.
         settings: The distribution to sample from.
-        model_context: Opens the model for one session: a context manager that yields it with its weights in place
-            (gathered, unwrapped). A plain model needs `lambda: contextlib.nullcontext(model)`.
-        max_length: The model's context in tokens, where it has a bound.
-        generation_kwargs: What `generate` would be given besides `settings`; the model's own `generation_config` says
-            what they leave open.
-        scored_padded: Whether rows are scored by forwards over batches padded on the left, as TRL does: then a model
-            must give the same there.
-        most_rows: How many turns will be live at once at most, where that is known.
-        smaller: How to ask for less at a time, a sentence, for errors.
+        model_context: Opens the model for one session: a context manager that yields it unwrapped, with full weights.
+            For a plain model, pass `lambda: contextlib.nullcontext(model)`.
+        max_length: The model's context in tokens; None if unlimited.
+        generation_kwargs: Other arguments that `generate` would get, besides `settings`. They override the model's
+            `generation_config`.
+        scored_padded: Whether forwards over left-padded batches score the rows, as in TRL. The model must then give
+            the same logits with padding.
+        most_rows: The most turns that will be live at once; None if unknown.
+        smaller: A sentence for errors that says how to sample less at a time.
 
     Raises:
-        ConfigError: From `check`, or else the first session: the model is one that this engine cannot sample from, or
-            `generation_kwargs` ask for what it does not apply.
-        EngineError: From `poll`: there is no memory for the turns.
+        ConfigError: From `check`, or without it from the first session: the engine cannot sample from the model, or
+            does not support one of `generation_kwargs`.
+        EngineError: From `poll`: the turns do not fit into memory.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class TransformersEngine:
         self._scored_padded = scored_padded
         self._most_rows, self._smaller = most_rows, smaller
         self._stop_tail = stop_window(settings.stop_strings)
-        # Which turns others continue: those that called a tool, which without stop strings also end by EOS.
+        # How the turns end that others continue: they called a tool. Without stop strings these also end with EOS.
         self._continued = TurnStop.STOP_STRING if settings.stop_strings else TurnStop.EOS
         self._can_stop = self._is_eos = torch.empty(0, dtype=torch.bool)
         self._waiting: deque[TurnRequest] = deque()
@@ -107,10 +107,10 @@ class TransformersEngine:
         self._checked = self._described = False
 
     def refuse(self, model: PreTrainedModel) -> None:
-        """Returns if nothing is known against sampling from `model`; its weights are not looked at.
+        """Check, by class and configuration only, that the engine can sample from `model`.
 
         Raises:
-            ConfigError: Something is.
+            ConfigError: It cannot.
         """
         if reason := why_not_sampled(model):
             raise ConfigError(
@@ -120,10 +120,10 @@ class TransformersEngine:
         rules_of(model.generation_config, self._generation_kwargs, self.settings.min_p)
 
     def check(self) -> None:
-        """Compares the engine with a plain forward of the model on a few tokens, which a first session does else.
+        """Compare the engine with a plain forward of the model on a few tokens. Otherwise the first session does this.
 
         Raises:
-            ConfigError: They differ.
+            ConfigError: The logits differ.
         """
         with self._model_context() as model:
             self._check(model)
@@ -168,7 +168,7 @@ class TransformersEngine:
         self._model = model
 
     def _close(self) -> None:
-        """Frees what the session held, for the update: after an error too, whose traceback refers to all of it."""
+        """Free the session's memory for the update, also after an error, whose traceback still refers to it."""
         self._model = None
         self._waiting.clear()
         self._rows.clear()
@@ -176,17 +176,18 @@ class TransformersEngine:
         self._retained.clear()
         del self._cache, self._state, self._retained, self._distribution
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # blocks of a rollout's sizes would be of little use to an update
+            torch.cuda.empty_cache()  # the update needs blocks of other sizes
 
     def submit(self, request: TurnRequest) -> None:
         if request.max_tokens < 1 or not request.ids:
             raise EngineError(
-                f"Turn {request.key} asks for {request.max_tokens} tokens after {len(request.ids)}; both must be ≥ 1."
+                f"Turn {request.key} requests {request.max_tokens} tokens after {len(request.ids)}; expected at least "
+                "1 of each."
             )
         self._waiting.append(request)
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
-        """One decode step for all rows (`timeout_s` has no use here: the step is the wait)."""
+        """Run one decode step for all rows. `timeout_s` is ignored, since the step itself takes the time."""
         if self._model is None:
             raise EngineError("poll() outside a session: wrap the rollout in `with engine.session():`.")
         try:
@@ -197,8 +198,8 @@ class TransformersEngine:
             if not is_out_of_memory(error):
                 raise
             raise EngineError(
-                f"Memory on {self._device} ran out while sampling, with keys and values of {self._cache.described()} "
-                f"held ({str(error).partition(chr(10))[0][:200]}). {self._smaller}"
+                f"Memory on {self._device} ran out while sampling. The KV cache takes {self._cache.described()} "
+                f"({str(error).partition(chr(10))[0][:200]}). {self._smaller}"
             ) from error
         if not self._described and self._cache.nbytes:
             self._described = True
@@ -206,23 +207,23 @@ class TransformersEngine:
         return events
 
     def _describe(self) -> None:
-        """Says once what sampling holds, and says it louder where that is more than half of what is there."""
+        """Log the memory that sampling uses; as a warning if it is more than half of the available memory."""
         free = free_bytes(self._device)
         held = self._cache.most_bytes + RETAINED_BYTES
         tight = free is not None and 2 * held > free + self._cache.nbytes
         logger.log(
             logging.WARNING if tight else logging.INFO,
-            f"Sampling holds keys and values of up to {self._cache.described()} on {self._device}, and up to "
-            f"{RETAINED_BYTES / GIB:.2f} GiB of finished turns that others continue, until the rollout is over; "
-            f"{'unknown' if free is None else f'{free / GIB:.2f} GiB'} more are free.",
+            f"During a rollout the KV cache takes up to {self._cache.described()} on {self._device}, and finished "
+            f"turns that others continue up to {RETAINED_BYTES / GIB:.2f} GiB more. Free memory besides: "
+            f"{'unknown' if free is None else f'{free / GIB:.2f} GiB'}.",
         )
 
     # Rows ------------------------------------------------------------------------------------------------------------
 
     def _admit(self) -> None:
-        """Gives every waiting turn a row and computes the keys and values of all its ids but the last.
+        """Give every waiting turn a row and prefill all its ids except the last.
 
-        The last id becomes the first decode step's input, so prefill needs no logits at all.
+        The last id is the input of the first decode step, so prefill needs no logits.
         """
         first_with: dict[tuple[int, ...], TurnRequest] = {}
         copies: list[TurnRequest] = []
@@ -231,7 +232,8 @@ class TransformersEngine:
                 copies.append(request)
         self._waiting.clear()
         unread = {request.id: len(request.ids) - 1 - self._known(request) for request in first_with.values()}
-        unique = sorted(first_with.values(), key=lambda request: unread[request.id])  # like with like: less padding
+        # Rows of similar length are prefilled together, with little padding.
+        unique = sorted(first_with.values(), key=lambda request: unread[request.id])
         first, new = len(self._rows), [*unique, *copies]
         self._rows.extend(new)
         self._cache.reserve(len(self._rows), max(len(request.ids) + request.max_tokens for request in new))
@@ -250,7 +252,7 @@ class TransformersEngine:
             self._cache.copy(sources, targets, max(len(request.ids) for request in copies) - 1)
 
     def _known(self, request: TurnRequest) -> int:
-        """How many of the request's ids an earlier turn's retained state covers."""
+        """The number of the request's ids whose keys and values are in the cache of finished turns."""
         return 0 if request.after is None else self._retained.length(request.after)
 
     def _prefill(self, first: int, requests: list[TurnRequest]) -> None:
@@ -263,7 +265,7 @@ class TransformersEngine:
         ids = torch.zeros(len(requests), width, dtype=torch.long)
         for i, row_ids in enumerate(read):
             ids[i, : len(row_ids)] = torch.tensor(row_ids)
-        # Right padding all goes where the row's next token will, which overwrites it before it can be seen.
+        # Right padding goes to the position of the row's next token, which overwrites it before it is read.
         ends = torch.tensor([len(request.ids) - 1 for request in requests]).unsqueeze(1)
         positions = (torch.tensor(known).unsqueeze(1) + torch.arange(width)).minimum(ends)
         ids, positions = ids.to(self._device), positions.to(self._device)
@@ -274,7 +276,7 @@ class TransformersEngine:
             self._forward(ids[:, queries], rows, positions[:, queries], min(longest, max(known) + start + span))
 
     def _remove(self, finished: list[int]) -> None:
-        """Frees rows, moving the last live ones into the gaps so that the live ones stay contiguous."""
+        """Free rows. The last live rows move into the gaps, so that live rows stay contiguous."""
         live = len(self._rows) - len(finished)
         gone = set(finished)
         targets = [row for row in finished if row < live]
@@ -316,7 +318,7 @@ class TransformersEngine:
         maybe = (out_of_room | ended | can_stop | (count == probe)).nonzero().flatten().tolist()
         events: list[Probe | Turn] = []
         finished: list[int] = []
-        # One transfer for all rows that may have something to say, not one a row.
+        # One transfer for all rows that may have an event, instead of one per row.
         facts = torch.stack((count, position, ended, can_stop, out_of_room))[:, maybe].T.tolist()
         ids, entropies = state.ids[maybe].tolist(), state.entropies[maybe].tolist()
         logprobs = state.logprobs[maybe].tolist()
@@ -330,10 +332,18 @@ class TransformersEngine:
                 stop = TurnStop.LENGTH
             else:
                 if written == request.probe_tokens:
-                    events.append(Probe(request.id, entropies[i][:written]))
+                    events.append(Probe(id=request.id, entropies=entropies[i][:written]))
                 continue
             probed = min(written, request.probe_tokens)
-            events.append(Turn(request.id, ids[i][:written], logprobs[i][:written], entropies[i][:probed], stop))
+            events.append(
+                Turn(
+                    id=request.id,
+                    ids=ids[i][:written],
+                    logprobs=logprobs[i][:written],
+                    entropies=entropies[i][:probed],
+                    stop=stop,
+                )
+            )
             finished.append(row)
             if stop is self._continued:
                 self._retained.keep(request.id, self._cache.read(row, length))
@@ -348,7 +358,7 @@ class TransformersEngine:
         return any(stop in text for stop in self.settings.stop_strings)
 
     def _tokens_that_can_stop(self, vocab_size: int) -> torch.Tensor:
-        """(V,) bool: tokens whose text holds the last character of a stop string; only they can complete one."""
+        """(V,) bool: tokens whose text has the last character of a stop string. Only these can complete one."""
         last = {stop[-1] for stop in self.settings.stop_strings}
         texts = self._tokenizer.batch_decode([[i] for i in range(min(vocab_size, len(self._tokenizer)))])
         can = torch.zeros(vocab_size, dtype=torch.bool)
@@ -359,7 +369,7 @@ class TransformersEngine:
 def _forward(
     model: PreTrainedModel, cache: SlotCache, ids: torch.Tensor, rows: slice, positions: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """(rows, vocabulary) logits of the last query of each row; no position is `longest` or beyond."""
+    """(rows, vocabulary) logits of each row's last query. All positions are below `longest`."""
     cache.aim(rows, positions, longest)
     logits: torch.Tensor = model(
         input_ids=ids,

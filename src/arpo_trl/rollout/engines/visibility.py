@@ -1,9 +1,9 @@
-"""Which models the transformers engine can sample from, and what their queries see.
+"""Checks which models the transformers engine can sample from, and computes their attention masks.
 
-A row's keys lie in one buffer at their positions, so what a query sees is a comparison of positions: all before it, or
-those in its window or chunk, kind by kind where a model's layers differ. A model whose attention, positions or state
-is something else is refused: by name where its configuration says so, and otherwise by a comparison of a few tokens
-with the model's own forward, the one that training scores with.
+A row's keys are in one buffer, at their positions. So a mask is a comparison of positions: a query sees the keys up to
+its own, or those in its window or chunk. Models with several kinds of layers have one mask per kind. The engine cannot
+sample from models with another kind of attention, positions or state. Their configuration shows most of them. The
+others fail a comparison, on a few tokens, with the model's plain forward, which training uses to score tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attenti
 ATTENTION = ("sdpa", "eager")
 """Attention implementations that take a 4-D mask."""
 LENGTHS = (13, 6)
-"""Tokens of the two rows that the comparison reads; then each writes one, and the first reads `MORE`."""
+"""The prefill lengths of the comparison's two rows. Then each row decodes one token, and the first reads `MORE`."""
 MORE = 3
 PADDING = 5
-"""Tokens of padding on the left of a row that is compared with as TRL scores it."""
+"""Left padding, in tokens, of the rows in the comparison with padded scoring, as TRL does it."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03}
-"""Most difference of two logits in standard deviations of a distribution's logits, by type; else `COARSE`."""
+"""Largest allowed difference of logits, in standard deviations over the vocabulary, by dtype; else `COARSE`."""
 COARSE = 0.1
 
 Mask = torch.Tensor | dict[str, torch.Tensor]
@@ -39,7 +39,7 @@ Forward = Callable[[SlotCache, torch.Tensor, slice, torch.Tensor], torch.Tensor]
 
 
 def why_not_sampled(model: PreTrainedModel) -> str | None:
-    """Why the engine cannot sample from the model, by its configuration and its class; None if nothing is known."""
+    """Why the engine cannot sample from the model, by configuration and class; None if no reason is known."""
     if is_peft_model(model):
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             return "its adapter puts virtual tokens before the prompt (prompt learning)"
@@ -48,18 +48,18 @@ def why_not_sampled(model: PreTrainedModel) -> str | None:
     if getattr(model.config, "is_encoder_decoder", False):
         return "it has an encoder"
     if getattr(model, "_is_stateful", False):
-        return "it keeps a recurrent state, which cannot go back to an earlier token"
+        return "it has a recurrent state, which cannot return to an earlier token"
     if other := sorted(set(attention_kinds(config)) - {FULL, SLIDING, CHUNKED}):
-        return f"it has layers of type {other}, which keep something else than keys and values"
+        return f"it has layers of type {other}, whose state is not keys and values"
     if "local" in (getattr(config, "attention_layers", None) or []):
         return "its local attention counts from the end of the batch, not from a row's own position"
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
-        return "its positions are those in the batch (no position_ids), and rows of different lengths have their own"
+        return "it takes no position_ids, so it cannot decode rows of different lengths at their own positions"
     return None
 
 
 def attention_kinds(config: Any) -> tuple[str, ...]:
-    """The kinds of attention in the model's layers, each once, in transformers' names."""
+    """The distinct kinds of attention in the model's layers, by transformers' names."""
     if kinds := getattr(config, "layer_types", None):
         return tuple(dict.fromkeys(kinds))
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
@@ -67,10 +67,10 @@ def attention_kinds(config: Any) -> tuple[str, ...]:
 
 
 def mask_for(config: Any, positions: torch.Tensor, length: int, additive: torch.dtype | None) -> Mask:
-    """What queries at `positions` (rows, queries) see of `length` keys, (rows, 1, queries, keys).
+    """The attention mask (rows, 1, queries, keys) of queries at `positions` (rows, queries) over `length` keys.
 
-    True where visible; with `additive` zero there, and the type's lowest number elsewhere. Where layers differ in kind
-    one mask for each, by name, as transformers' models take them.
+    Bool, True for visible keys. With a dtype `additive`: 0 for visible keys, the dtype's lowest number for others.
+    A model with several kinds of layers gets one mask per kind, by name, as transformers' models accept.
     """
     masks = {kind: _visible(kind, config, positions, length) for kind in attention_kinds(config)}
     if additive is not None:
@@ -93,10 +93,10 @@ def _visible(kind: str, config: Any, positions: torch.Tensor, length: int) -> to
 
 
 def exact_length(config: Any) -> int | None:
-    """Tokens up to which a path sampled token by token is what a forward over it gives; None: any number.
+    """The most tokens for which sampling token by token equals one forward over the path; None: no limit.
 
-    The rotary embedding "longrope" turns all positions of a batch by other angles once the longest row is beyond some
-    length, except those whose keys were computed before.
+    Once the longest row of a batch exceeds a certain length, the rotary embedding "longrope" uses other angles for all
+    positions of the batch, but not for keys that are already in the cache.
     """
     rope = getattr(config, "rope_parameters", None) or {}
     nested = [each for each in rope.values() if isinstance(each, dict)]  # one for each kind of layer
@@ -108,7 +108,7 @@ def exact_length(config: Any) -> int | None:
 
 @contextmanager
 def fit_for_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """The model in evaluation mode with an attention that takes a 4-D mask; as it was afterwards."""
+    """Put the model in evaluation mode, with an attention that takes 4-D masks, and restore both at the end."""
     training, attention = model.training, model.config._attn_implementation
     if attention not in ATTENTION:
         base = model.get_base_model() if is_peft_model(model) else model
@@ -123,7 +123,7 @@ def fit_for_decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def mask_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """The type of an additive mask, None where attention takes one of truth values."""
+    """The dtype of an additive mask; None if the attention takes a bool mask."""
     if model.config._attn_implementation != "eager":
         return None
     dtype = model.get_input_embeddings().weight.dtype
@@ -134,21 +134,21 @@ def mask_dtype(model: PreTrainedModel) -> torch.dtype | None:
 def compare_with_plain_forward(
     model: PreTrainedModel, make_cache: Callable[[], SlotCache], forward: Forward, *, padded: bool
 ) -> None:
-    """Returns if `forward` row by row and step by step gives the logits of the model's plain forward.
+    """Check that `forward`, row by row and step by step, gives the logits of the model's plain forward.
 
-    Two rows of different lengths are read together, each then writes a token, and the first reads several more, as
-    after a tool result. Random numbers are not touched.
+    The check prefills two rows of different lengths together, decodes one token in each, and prefills several more
+    tokens in the first, as after a tool result. It uses no random numbers.
 
     Args:
-        padded: Compares with rows that are padded on the left and have no positions, as TRL scores them.
+        padded: Compare also with left-padded rows without position ids, as TRL scores them.
 
     Raises:
-        ConfigError: It does not, or fails; with the figures.
-        EngineError: There is no memory for it.
+        ConfigError: The logits differ or `forward` fails; the message has the figures.
+        EngineError: The check does not fit into memory.
     """
     vocabulary = model.config.get_text_config().vocab_size
     device = model.get_input_embeddings().weight.device
-    # Ids all over the vocabulary, none twice where it has so many: equal tokens would hide what attention does.
+    # Ids from the whole vocabulary, all different if it is large enough: equal tokens would hide attention errors.
     ids = torch.arange(1, sum(LENGTHS) + 2 + MORE + 1, device=device) * 7919 % vocabulary
     first, second = ids[: LENGTHS[0] + 1 + MORE], ids[LENGTHS[0] + 1 + MORE :]
     plain = _plain_logits(model, [first, second], 0)
@@ -168,10 +168,10 @@ def compare_with_plain_forward(
                 forward(cache, first[None, LENGTHS[0] + 1 :], slice(0, 1), more[None]),
             ]
         except EngineError:
-            raise  # there is no memory, which has its own way out
-        except Exception as error:  # whatever the model's own code raises at a mask, a cache or positions like these
+            raise  # out of memory; the message says how to need less
+        except Exception as error:  # the model's code can raise anything for these masks, caches and positions
             raise ConfigError(
-                f"The transformers engine cannot sample from {kind}: a forward with a mask and positions for each row "
+                f"The transformers engine cannot sample from {kind}: a forward with a mask and positions per row "
                 f"failed ({type(error).__name__}: {str(error).partition(chr(10))[0][:300]}). {WAY_OUT}"
             ) from error
         finally:
@@ -190,15 +190,15 @@ def compare_with_plain_forward(
         )
     if padded and not (distance := off(_plain_logits(model, [first, second], PADDING))) <= most:
         raise ConfigError(
-            f"The transformers engine cannot sample what training scores with {kind}: it counts the padding before a "
-            f"prompt, which moves its logits by {distance:.2g} standard deviations; expected at most {most:.2g}. "
-            "Training scores prompts of different lengths in one padded batch. Train a model whose positions are "
-            "relative (rotary), or read off the attention mask."
+            f"Training cannot score what the transformers engine samples from {kind}: the model counts the padding "
+            f"before a prompt, which changes its logits by {distance:.2g} standard deviations; expected at most "
+            f"{most:.2g}. Training scores prompts of different lengths in one padded batch. Train a model with "
+            "relative (rotary) positions, or one that computes positions from the attention mask."
         )
 
 
 def _plain_logits(model: PreTrainedModel, rows: list[torch.Tensor], padding: int) -> list[torch.Tensor]:
-    """Each row's (length, vocabulary) logits, computed by itself after `padding` tokens of padding."""
+    """Each row's (length, vocabulary) logits, from a separate forward with `padding` tokens of left padding."""
     training = model.training
     model.eval()
     try:
@@ -213,13 +213,13 @@ def _plain_logits(model: PreTrainedModel, rows: list[torch.Tensor], padding: int
         model.train(training)
 
 
-WAY_OUT = "Let vLLM sample (use_vllm), if it supports the model, or train another one."
+WAY_OUT = "Sample with vLLM (use_vllm), if it supports the model, or train another model."
 
 
 def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
     """Median over positions of the root mean square difference, in standard deviations over the vocabulary.
 
-    The median: where a router sends one token to another expert by a rounding, that is not the engine's doing.
+    The median ignores single positions where rounding makes a router choose another expert.
     """
     found, wanted = (logits - logits.mean(dim=-1, keepdim=True) for logits in (found, wanted))
     each = (found - wanted).square().mean(dim=-1).sqrt() / wanted.square().mean(dim=-1).sqrt()

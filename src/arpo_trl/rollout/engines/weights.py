@@ -1,4 +1,4 @@
-"""How an engine gets the weights that training changes, and the check that they have arrived."""
+"""How an engine gets the weights that training changes, and the comparison that checks them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Protocol
 
 
 class Weights(Protocol):
-    """An engine's own copy of the weights that training changes."""
+    """An engine's copy of the weights that training changes."""
 
     def sync(self) -> None:
-        """Returns once the engine holds the trainer's current weights; moves nothing where it does already.
+        """Give the engine the trainer's current weights, unless it already has them.
 
         A collective: every rank calls it when its session opens.
 
         Raises:
-            EngineError: The weights could not be moved, or the engine's logprobs differ from the trainer's afterwards.
+            EngineError: The transfer failed, or the engine's logprobs differ from the trainer's after it.
         """
 
 
 class FixedWeights:
-    """Weights that stay what the engine was started with, as in an evaluation."""
+    """The weights that the engine was started with. They do not change, as in an evaluation."""
 
     def sync(self) -> None:
-        """There is nothing to move."""
+        """Do nothing."""
 
 
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The mean |difference| of logprobs, in nats, or in their standard deviations where those are larger than a nat.
+    """The mean absolute difference of logprobs, in nats, or in standard deviations of `ours` if that exceeds 1 nat.
 
-    Rounding grows with the logits: a model that is very sure of itself, or reads a text it finds very unlikely,
-    differs from itself in another precision by more nats than one that spreads its probability.
+    Rounding errors grow with the logits. With a very confident model or a very unlikely text, two precisions of the
+    same model differ by more nats than with a model that spreads its probability.
     """
     scale = max(1.0, pstdev(ours))
     return sum(abs(a - b) for a, b in zip(ours, theirs, strict=True)) / len(ours) / scale

@@ -1,4 +1,4 @@
-"""How a model calls tools and how it sees their results: one way is one file."""
+"""Tool protocols: how a model calls tools and how it sees their results. Each protocol is one file."""
 
 from __future__ import annotations
 

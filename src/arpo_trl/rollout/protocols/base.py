@@ -1,7 +1,7 @@
-"""What every way of calling tools has in common.
+"""The base class of the tool protocols.
 
-A result's wrapper and its content are encoded apart, and the content by an encoder that knows no special or added
-token: whatever a page contains, `<|im_end|>` and `</result><answer>` included, stays text.
+The wrapper and the content of a tool result are encoded separately. The content's encoder has no special or added
+tokens, so any content stays text, also if a page contains `<|im_end|>` or `</result><answer>`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,26 @@ from arpo_trl.tools.toolbox import ToolSpec
 from arpo_trl.trl_seam import parse_response
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BadCall:
-    """Something meant as a tool call that is none: what is wrong with it, and the text that tells the model."""
+    """A malformed tool call: the kind of fault, and the text that explains it to the model.
+
+    BadCall(fault="empty", text="Error: the search call is empty. Write <search>…</search>.")
+    """
 
     fault: str
     text: str
 
 
 class ContentEncoder:
-    """Text → ids that are never a special or added token, whatever the text."""
+    """Encodes any text to ids without special or added tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ConfigError(
-                f"The tokenizer {type(tokenizer).__name__} has no fast backend, so control tokens in tool results "
-                "could not be kept apart from text. Use a fast tokenizer."
+                f"The tokenizer {type(tokenizer).__name__} has no fast backend, so text in tool results could become "
+                "control tokens. Use a fast tokenizer."
             )
         state = json.loads(backend.to_str())
         state["added_tokens"] = []
@@ -51,7 +54,7 @@ class ContentEncoder:
 
     def __call__(self, text: str) -> list[int]:
         ids = self._encode(text)
-        if not self._control_ids.isdisjoint(ids):  # a vocabulary may hold its control tokens as plain words too
+        if not self._control_ids.isdisjoint(ids):  # a vocabulary may also have its control tokens as plain words
             ids = [token for char in text for token in self._encode(char)]
         return ids
 
@@ -60,25 +63,25 @@ class ContentEncoder:
 
 
 class ToolProtocol(ABC):
-    """What the sampler needs to know of a way of calling tools.
+    """The interface of a tool protocol.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template (for conversational prompts) and an EOS token.
+        tokenizer: A fast tokenizer with an EOS token and, for conversational prompts, a chat template.
         tools: The tools by name.
-        max_result_tokens: Longer results keep their head and tail, with the cut marked. None: no limit.
+        max_result_tokens: Longer results are truncated in the middle, with a mark at the cut. None: no limit.
         chat_template_kwargs: Passed to the chat template with every prompt.
-        eos_ids: The ids at which the model stops besides the tokenizer's EOS, as its generation config has them.
-        tool_parser: What reads the calls of a chat template, as `parsers.py` names it.
+        eos_ids: The ids at which the model stops, in addition to the tokenizer's EOS: those of its generation config.
+        tool_parser: Name of the parser for the calls of a chat template, see `parsers.py`.
 
     Raises:
-        ConfigError: The tokenizer has no EOS token or no fast backend, or loses a part of the protocol's own text.
+        ConfigError: The tokenizer has no EOS token or no fast backend, or changes text of the protocol.
     """
 
     stop_strings: tuple[str, ...] = ()
-    """What ends a turn besides `eos_ids`."""
+    """Strings that end a turn, besides `eos_ids`."""
     eos_ids: tuple[int, ...]
-    """The ids that end a turn: the tokenizer's, the model's, and the one with which the chat template ends an answer.
-    The first one closes a turn where an engine cannot tell which id ended it."""
+    """Ids that end a turn: the tokenizer's EOS, the model's, and the token with which the chat template ends answers.
+    The first one closes a turn if an engine cannot tell which id ended it."""
 
     def __init__(
         self,
@@ -111,50 +114,50 @@ class ToolProtocol(ABC):
 
     @abstractmethod
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids a path starts from."""
+        """Return the prompt's ids, with which each path starts."""
 
     @abstractmethod
     def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
-        """What the turn `text` asks for, in order; empty when it asks for nothing.
+        """Return the tool calls in the turn `text`, in order; empty if there are none.
 
         `end` is the last id of the turn. None, or an id outside `eos_ids`: the turn ended without one.
         """
 
     @abstractmethod
     def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
-        """What a model sees after a turn: one (tool name, text) for each thing that `parse_turn` returned of it.
+        """Return the ids that the model sees after a turn. `results`: (tool name, text) for each call in the turn.
 
-        `end` is the last id of the turn, which `parse_turn` was given.
+        `end` is the last id of the turn, as in `parse_turn`.
         """
 
     def decode_turn(self, ids: Sequence[int]) -> str:
-        """What the model wrote, tags and other special tokens included, without a final id of `eos_ids`."""
+        """Return the turn's text with tags and special tokens, without a final id of `eos_ids`."""
         end = len(ids) - (1 if ids and ids[-1] in self.eos_ids else 0)
         return decode_exactly(self.tokenizer, ids[:end])
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        """A turn as TRL's tool loop gives it to rewards: role, content, and `tool_calls` where it called.
+        """Return the turn as TRL's tool loop passes it to rewards: role, content and, if it has calls, `tool_calls`.
 
-        Special tokens are left out of the content, a final EOS too. `before` is what the model saw before the turn.
+        The content has no special tokens and no final EOS. `before` are the ids that the model saw before the turn.
         """
         if any(getattr(self._parser, name, None) is not None for name in ("response_template", "response_schema")):
             return parse_response(self._parser, list(ids), prefix=list(before), tools=self._schemas or None)
         return {"role": "assistant", "content": self.tokenizer.decode(ids, skip_special_tokens=True)}
 
     def limit_notice(self) -> str:
-        """The text that tells a path to answer without further calls."""
+        """The text that tells the model to answer without further calls."""
         return "No tool calls are left. Write the final answer now."
 
     def tool_limit_notice(self, name: str) -> str:
-        """The text that tells a path to go on without the tool `name`."""
+        """The text that tells the model to go on without the tool `name`."""
         return f"No {name} calls are left. Go on without them."
 
     def _encode(self, text: str) -> list[int]:
-        """Our own text, special tokens on."""
+        """Encode text of the protocol, with special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_exactly(self, text: str) -> list[int]:
-        """As `_encode`, for text that a turn or its result surely has.
+        """As `_encode`, for text that every turn or result contains.
 
         Raises:
             ConfigError: The tokenizer changes the text on its way to ids and back.
@@ -169,7 +172,7 @@ class ToolProtocol(ABC):
         return ids
 
     def _encode_content(self, text: str) -> list[int]:
-        """A tool's text, special tokens off, capped."""
+        """Encode text of a tool, without special tokens, truncated to `max_result_tokens`."""
         content = self._encode_text(text)
         if self.max_result_tokens is not None and len(content) > self.max_result_tokens:
             kept = max(self.max_result_tokens - len(self._cut_mark), 2)

@@ -1,7 +1,7 @@
-"""`ChatTemplateProtocol`, for models trained to call tools their own way.
+"""`ChatTemplateProtocol`, for models that were trained to call tools with their chat template.
 
-Calls and results are as the tokenizer's chat template has them, several calls in a turn if the model writes so. What
-the template does is read from a sample conversation that it renders (`sample.py`), never from its text.
+Calls and results have the format of the tokenizer's chat template. A turn can contain several calls. The protocol
+learns the template from a sample conversation that it renders (`sample.py`), never from the template's source.
 
     prompt | <tool_call>{…}</tool_call><|im_end|> | \\n<|im_start|>user\\n<tool_response>… | answer <|im_end|>
             a turn with the id that ended it       an observation: all that follows        the last turn
@@ -29,13 +29,13 @@ RESULT = "[result]"
 
 
 class ChatTemplateProtocol(ToolProtocol):
-    """Tool calls and results as the tokenizer's chat template has them.
+    """Tool calls and results in the format of the tokenizer's chat template.
 
-    The tools' schemas go into the prompt. A tool may take any arguments that its schema can describe.
+    The tools' schemas are part of the prompt. A tool can take any arguments that its schema can describe.
 
     Raises:
         ConfigError: The tokenizer has no chat template, or one that does not show calls or results, whose calls no
-            parser reads, or whose ids differ from those that a rollout has.
+            parser can read, or whose ids differ from those of a rollout.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
@@ -53,7 +53,7 @@ class ChatTemplateProtocol(ToolProtocol):
             self._call_end = self._end_of_call()
             self.eos_ids = tuple(dict.fromkeys((self._id(self._call_end), *self.eos_ids)))
             self.tool_parser: ToolParser = fitting_parser(
-                self._wanted_parser, tokenizer, Rendered(self._sample_turn(), self._opening)
+                self._wanted_parser, tokenizer, Rendered(turn=self._sample_turn(), opening=self._opening)
             )
             self._suffix = cache(self._render_suffix)
             for name in tools or (sample.NAME,):
@@ -61,7 +61,7 @@ class ChatTemplateProtocol(ToolProtocol):
                 self._compare(name)
         except ConfigError:
             raise
-        except Exception as error:  # a template is a program of the model's authors
+        except Exception as error:  # a template is foreign code and can raise anything
             raise ConfigError(
                 f"The tokenizer's chat template does not work for tool calls ({type(error).__name__}: {error}). Use a "
                 'model whose template does, or set tool_protocol "tags".'
@@ -72,7 +72,7 @@ class ChatTemplateProtocol(ToolProtocol):
             self._parser.response_template = self.tool_parser.template
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """The messages through the chat template, the tools' schemas included."""
+        """Apply the chat template to the messages and the tools' schemas."""
         if isinstance(prompt, str):
             raise ConfigError(
                 f'tool_protocol is "chat_template" but a prompt is plain text ({prompt[:40]!r}…). Give prompts as '
@@ -87,33 +87,33 @@ class ChatTemplateProtocol(ToolProtocol):
         )
 
     def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
-        """The calls of a turn, as `tool_parser` reads them.
+        """Return the calls of a turn, read by `tool_parser`.
 
-        Parsers know the ends that the template writes. Any other id that ended the turn, such as `<|endoftext|>` of a
-        base model, counts as the end of a call.
+        Parsers know only the ends that the template writes. Any other id at the end of a turn, such as
+        `<|endoftext|>` of a base model, is replaced by the end of a call.
         """
         ended = text + self._written_end(end)
         try:
             message = self.tool_parser.parse(ended, self._opening, self._schemas)
             calls = message.get("tool_calls") or ()
-        except Exception as error:  # a parser that others wrote meets text that a model made up
+        except Exception as error:  # the parser is foreign code, and the model may write anything
             reason = str(error).partition("\n")[0][:200]
-            return (BadCall("malformed", f"Error: the tool call could not be read: {reason}"),)
+            return (BadCall(fault="malformed", text=f"Error: the tool call could not be read: {reason}"),)
         if not calls and not message.get("content") and self._calls_in_thought(message):
             return (
                 BadCall(
-                    "in_thought",
-                    "Error: the tool call was not made, because it stands inside a thought that was not closed. Close "
-                    "the thought, then call the tool.",
+                    fault="in_thought",
+                    text="Error: the tool call was not made, because it stands inside a thought that was not closed. "
+                    "Close the thought, then call the tool.",
                 ),
             )
         return tuple(map(self._checked, calls))
 
     def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
-        """All that the template writes after the token that ended the turn, up to and with the next turn's opening.
+        """Return everything that the template writes from after the token that ended the turn to the next turn.
 
-        Some families end a call with the token that opens the result (`<|observation|>`). Where another id ended the
-        turn, that token comes first.
+        In some families the token that starts the result also ends the call (`<|observation|>`). If another id ended
+        the turn, that token comes first.
         """
         wrappers, escaped = self._suffix(tuple(name for name, _ in results))
         opens_result = self._call_end != self._answer_end
@@ -132,7 +132,7 @@ class ChatTemplateProtocol(ToolProtocol):
             return super().as_message(ids, before)
         try:
             message = dict(self.tool_parser.parse(decode_exactly(self.tokenizer, ids), self._opening, self._schemas))
-        except Exception:  # others' parser, and text that a model made up
+        except Exception:  # the parser is foreign code, and the model may write anything
             return super().as_message(ids, before)
         shown = self.tokenizer.encode(message["content"], add_special_tokens=False)
         message["content"] = self.tokenizer.decode(shown, skip_special_tokens=True)
@@ -141,7 +141,7 @@ class ChatTemplateProtocol(ToolProtocol):
         return message
 
     def _written_end(self, end: int | None) -> str:
-        """The token that ended a turn where the template writes it too, else that of a call."""
+        """Return the token that ended the turn if the template ends answers with it, otherwise the end of a call."""
         written = self._call_end if end is None else str(self.tokenizer.convert_ids_to_tokens(end))
         return written if written == self._answer_end else self._call_end
 
@@ -151,22 +151,22 @@ class ChatTemplateProtocol(ToolProtocol):
             return False
         try:
             return bool(self.tool_parser.parse(thought, "", self._schemas).get("tool_calls"))
-        except Exception:  # not even a call
+        except Exception:  # no call
             return False
 
     def _checked(self, call: Any) -> ToolCall | BadCall:
         function = call.get("function") if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            return BadCall("malformed", "Error: a tool call needs a name and arguments.")
+            return BadCall(fault="malformed", text="Error: a tool call needs a name and arguments.")
         name, arguments = function["name"], function.get("arguments", {})
         if not isinstance(arguments, dict) or not all(isinstance(key, str) for key in arguments):
-            return BadCall("malformed", f"Error: the arguments of {name[:40]!r} have to be an object.")
-        return ToolCall(name, arguments)
+            return BadCall(fault="malformed", text=f"Error: the arguments of {name[:40]!r} must be an object.")
+        return ToolCall(name=name, arguments=arguments)
 
     # What the template does ------------------------------------------------------------------------------------------
 
     def _argument_form(self) -> sample.Arguments:
-        """How the template wants arguments: as they are, or as JSON text, as DeepSeek's does."""
+        """Return the form in which the template takes arguments: unchanged, or as JSON text (DeepSeek)."""
         shown, error = False, None
         for form in sample.ARGUMENT_FORMS:
             try:
@@ -215,18 +215,18 @@ class ChatTemplateProtocol(ToolProtocol):
         return self._template.render(messages, opens_turn=True)
 
     def _sample_turn(self, name: str = sample.NAME) -> str:
-        """The turn of a sample call: what follows the prompt, or what a past turn shares of it."""
+        """Return the turn of a sample call: the text after its common prefix with the prompt."""
         text = self._exchange((name,), [RESULT], self._form)
         return text[self._template.shared(text, self._prompt) : self._cut(text)]
 
     def _cut(self, text: str) -> int:
-        """Where the last calling turn in `text` ends."""
+        """Return the end of the last turn with calls in `text`."""
         last = max(text.rfind(words) for words in sample.WORDS)
         return text.index(self._call_end, last) + len(self._call_end)
 
     def _render_suffix(self, names: tuple[str, ...]) -> tuple[list[list[int]], bool]:
-        """The wrappers around the results of the calls `names`, and whether the template shows results as JSON."""
-        marks = [f'[result "{i}"]' for i in range(len(names))]  # the quotes tell whether it is escaped
+        """Return the ids around the results of the calls `names`, and whether the template renders results as JSON."""
+        marks = [f'[result "{i}"]' for i in range(len(names))]  # the quotes show whether the template escapes it
         calling = names if self._several else names[:1]
         messages = [sample.user(), sample.calls(calling, self._form), *sample.results(names, marks)]
         text = self._template.render(messages, opens_turn=True)
@@ -244,10 +244,12 @@ class ChatTemplateProtocol(ToolProtocol):
         return [self._encode(part) for part in (*parts, rest)], escaped
 
     def _compare(self, name: str) -> None:
-        """Fails where a call of `name` and its result have other ids in a rollout than in the template's text.
+        """Check that a call of `name` and its result have the same ids in a rollout as in the template's text.
 
-        The text is encoded in the stretches that differ by nature: what the model writes, a result's content, and what
-        stands between them.
+        The text is encoded in parts, as in a rollout: the model's turn, the result's content, and the text around it.
+
+        Raises:
+            ConfigError: The ids differ.
         """
         turn = self._sample_turn(name)
         text = self._exchange((name,), [RESULT], self._form)
@@ -274,5 +276,5 @@ def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 
 
 def _inside_json(text: str) -> str:
-    """The text as it stands between the quotes of a JSON string."""
+    """The text as it appears between the quotes of a JSON string."""
     return json.dumps(text, ensure_ascii=False)[1:-1]

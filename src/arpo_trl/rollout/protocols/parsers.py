@@ -1,7 +1,7 @@
-"""The parsers that read tool calls out of a turn, by name, and the one that fits a chat template.
+"""The parsers of tool calls, by name, and the choice of the parser that fits a chat template.
 
-All are others' work: transformers' response parsing with TRL's descriptions of the families, and vLLM's parsers where
-vLLM is installed. A parser fits if it reads a call back that the template has rendered, name and arguments.
+None is our own: transformers' response parsing with TRL's templates for families of models, and vLLM's parsers if vLLM
+is installed. A parser fits if it reads back the name and the arguments of a call that the chat template rendered.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from arpo_trl.trl_seam import (
 
 AUTO = "auto"
 OWN = "tokenizer"
-"""The response template that the tokenizer brings."""
+"""The tokenizer's own response template."""
 RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
     "hermes": qwen3_template,
     "qwen3_xml": qwen3_5_template,
@@ -40,43 +40,49 @@ RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
     "gemma4": gemma4_template,
     "lfm2": lfm2_2_5_template,
 }
-"""Named as vLLM names its parsers of the same formats."""
+"""The names are those of vLLM's parsers for the same formats."""
 VLLM_FAMILIES = {
     "mistral": "[TOOL_CALLS]",
     "deepseek_v3": "<｜tool▁calls▁begin｜>",
     "deepseek_v31": "<｜tool▁calls▁begin｜>",
     "muse_glimmer": "<atem:function_calls>",
 }
-"""Families without a response template, and the mark of their calls. vLLM's parsers are tried where a call has it,
-since the import takes seconds; its other parsers have to be named."""
+"""Families without a response template, and the text that marks their calls. Importing vLLM's parsers takes seconds,
+so they are tried only if a call contains the mark. vLLM's other parsers are used only by name."""
 
 Parse = Callable[[str, str, Sequence[Mapping[str, Any]]], Mapping[str, Any]]
-"""(turn with its ending token, what the template writes before a turn, the tools' schemas) → the message: `content`,
-and `tool_calls` if it has any. Raises whatever others' code raises on text that it cannot read."""
+"""(turn with its last token, text that the template puts before a turn, the tools' schemas) → the message: `content`
+and, if there are any, `tool_calls`. It is foreign code, and may raise any exception on text that it cannot read."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ToolParser:
-    """A parser and its name; `template` is the response template behind it, None for one of vLLM's."""
+    """A parser and its name. `template` is its response template; None for vLLM's parsers.
+
+    ToolParser(name="hermes", parse=parse, template=qwen3_template)
+    """
 
     name: str
     parse: Parse
     template: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A turn with one sample call as the template renders it, with its ending token; `opening` stands before it."""
+    """A turn with one sample call as the template renders it, with its last token, and the text before the turn.
+
+    Rendered(turn="<tool_call>…</tool_call><|im_end|>", opening="<|im_start|>assistant\\n")
+    """
 
     turn: str
     opening: str
 
 
 def fitting_parser(wanted: str, tokenizer: PreTrainedTokenizerBase, sample: Rendered) -> ToolParser:
-    """The parser named `wanted`, or for "auto" the first of all that reads the call in `sample`.
+    """Return the parser `wanted`, or for "auto" the first parser that reads the call in `sample`.
 
     Raises:
-        ConfigError: None does, or there is none of that name.
+        ConfigError: No parser reads it, or none has that name.
     """
     tried = []
     for parser in _candidates(wanted, tokenizer, sample.turn):
@@ -96,19 +102,19 @@ def _candidates(wanted: str, tokenizer: PreTrainedTokenizerBase, turn: str) -> I
     has_vllm = importlib.util.find_spec("vllm") is not None
     if wanted != AUTO:
         if wanted in known:
-            yield ToolParser(wanted, _by_template(tokenizer, known[wanted]), known[wanted])
+            yield ToolParser(name=wanted, parse=_by_template(tokenizer, known[wanted]), template=known[wanted])
             return
         names = _vllm_names() if has_vllm else []
         if wanted not in names:
             others = names or ["with vLLM installed, any of its parsers"]
             raise ConfigError(f"tool_parser is {wanted!r}; expected {AUTO}, {', '.join([*_names(), *others])}.")
-        yield ToolParser(wanted, _by_vllm(wanted, tokenizer))
+        yield ToolParser(name=wanted, parse=_by_vllm(wanted, tokenizer))
         return
     for name, template in known.items():
-        yield ToolParser(name, _by_template(tokenizer, template), template)
+        yield ToolParser(name=name, parse=_by_template(tokenizer, template), template=template)
     for name, mark in VLLM_FAMILIES.items():
         if has_vllm and mark in turn:
-            yield ToolParser(name, _by_vllm(name, tokenizer))
+            yield ToolParser(name=name, parse=_by_vllm(name, tokenizer))
 
 
 def _names() -> list[str]:
@@ -116,7 +122,7 @@ def _names() -> list[str]:
 
 
 def _why_not(parse: Parse, sample: Rendered) -> str | None:
-    """What the parser made of the sample call instead; None if it read it."""
+    """Return what the parser made of the sample call; None if it read it correctly."""
     try:
         message = parse(sample.turn, sample.opening, [TOOL])
     except Exception as error:

@@ -1,7 +1,7 @@
-"""A short conversation as a chat template renders it: what the template does is read from it.
+"""A short conversation, rendered by a chat template to find out what the template does.
 
-Templates differ in every revision and fine-tune, so none is known by its text. The conversation has a question, a tool
-call and its result, or a question and its answer.
+Templates differ in every revision and fine-tune, so none is recognised by its source. The conversation has a question,
+a tool call and its result, or a question and its answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 QUESTION, ANSWER = "[question]", "[answer]"
 WORDS = ("some words", "other words")
-"""The last argument of the first and the second call. `count` comes before it in the order given and by alphabet."""
+"""The last argument of the first and of the second call. `count` precedes it, as given and in alphabetical order."""
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -33,17 +33,17 @@ TOOL: dict[str, Any] = {
         },
     },
 }
-"""The sample calls' tool, for parsers that cast arguments by a schema."""
+"""The tool of the sample calls, for parsers that convert arguments by their schema."""
 NAME: str = TOOL["function"]["name"]
 
 Message = dict[str, Any]
 Arguments = Callable[[Mapping[str, Any]], Any]
-"""How a template wants a call's arguments: as they are, or as JSON text."""
+"""The form in which a template takes a call's arguments: unchanged, or as JSON text."""
 ARGUMENT_FORMS: tuple[Arguments, ...] = (dict, json.dumps)
 
 
 def arguments_of(number: int) -> dict[str, Any]:
-    """The arguments of the sample call `number`, 0 or more."""
+    """Return the arguments of the sample call `number`, counted from 0."""
     return {"count": 3 + number, "text": WORDS[min(number, 1)]}
 
 
@@ -52,7 +52,7 @@ def user() -> Message:
 
 
 def calls(names: Sequence[str], form: Arguments) -> Message:
-    """A turn that calls each of `names`. Some templates ask for ids of nine letters or digits."""
+    """Return a turn that calls each of `names`. Some templates require ids of nine letters or digits."""
     made = [
         {
             "id": f"call{i:05d}",
@@ -65,7 +65,7 @@ def calls(names: Sequence[str], form: Arguments) -> Message:
 
 
 def results(names: Sequence[str], texts: Sequence[str]) -> list[Message]:
-    """The results of `calls(names, …)`, one message each."""
+    """Return the results of `calls(names, …)`, one message each."""
     return [
         {"role": "tool", "name": name, "tool_call_id": f"call{i:05d}", "content": text}
         for i, (name, text) in enumerate(zip(names, texts, strict=True))
@@ -74,14 +74,14 @@ def results(names: Sequence[str], texts: Sequence[str]) -> list[Message]:
 
 @dataclass(frozen=True)
 class Template:
-    """A tokenizer's chat template with what every prompt gives it, and the tokenizer's added tokens."""
+    """A tokenizer's chat template, with the tools and settings of every prompt, and the tokenizer's added tokens."""
 
     tokenizer: PreTrainedTokenizerBase
     tools: Sequence[Mapping[str, Any]]
     settings: Mapping[str, Any]
 
     def render(self, messages: Sequence[Message], *, opens_turn: bool = False) -> str:
-        """The text of `messages`, with the opening of the next turn if `opens_turn`. Raises what the template does."""
+        """Render `messages`, with the start of the next turn if `opens_turn`. The template can raise any exception."""
         return self.tokenizer.apply_chat_template(
             list(messages),
             tools=list(self.tools) or None,
@@ -91,11 +91,11 @@ class Template:
         )
 
     def tokens_in(self, text: str) -> list[str]:
-        """The added tokens in `text`, in order, each as often as it occurs."""
+        """Return the added tokens in `text`, in order, with repetitions."""
         return [match.group() for match in self._added.finditer(text)]
 
     def shared(self, text: str, other: str) -> int:
-        """How many characters `text` and `other` share from the start, an added token as a whole or not at all."""
+        """Return the length of the common prefix of `text` and `other`. It never ends inside an added token."""
         length = 0
         for piece, counterpart in zip(self._pieces(text), self._pieces(other), strict=False):
             if piece != counterpart:
@@ -104,19 +104,19 @@ class Template:
         return length
 
     def _pieces(self, text: str) -> list[str]:
-        """The added tokens and, between them, the characters."""
+        """Split `text` into added tokens and single characters."""
         return re.findall(rf"{self._added.pattern}|.", text, re.DOTALL)
 
     def end_of_answer(self, eos: Sequence[str]) -> str | None:
-        """The token that ends an answer: one of `eos`, else the first added one; None where the template has none.
+        """Return the token that ends an answer: one of `eos`, otherwise the first added token; None if there is none.
 
-        Some templates end an answer with the next message's opening (GLM), so one with a question after it is looked
-        at too. The last message goes first: of earlier answers gpt-oss shows another end.
+        Some templates end an answer only with the start of the next message (GLM), so an answer followed by a question
+        is tried too. The final answer is tried first, because gpt-oss ends earlier answers differently.
         """
         for following in ([], [user()]):
             try:
                 text = self.render([user(), {"role": "assistant", "content": ANSWER}, *following])
-            except Exception:  # a template is a program of the model's authors, and may refuse this conversation
+            except Exception:  # the template is foreign code and may reject this conversation
                 continue
             tokens = self.tokens_in(text.partition(ANSWER)[2].partition(QUESTION)[0])
             if tokens:
@@ -124,13 +124,13 @@ class Template:
         return None
 
     def end_of_call(self, after_call: str, between_calls: str, eos: Sequence[str], end_of_answer: str | None) -> str:
-        """The token that ends a turn which calls; "" where there is none.
+        """Return the token that ends a turn with calls; "" if there is none.
 
         Args:
-            after_call: What the template writes between the last argument and the result.
-            between_calls: What it writes between the last arguments of two calls in one turn: tokens that belong to
-                the syntax of calls. "" where a turn holds one call.
-            eos: The known ends.
+            after_call: The text between the last argument and the result.
+            between_calls: The text between the last arguments of two calls in one turn. Its tokens belong to the
+                syntax of calls. "" if a turn has only one call.
+            eos: The tokens that are known to end turns.
         """
         tokens = self.tokens_in(after_call)
         known = [token for token in tokens if token in eos] or [token for token in tokens if token == end_of_answer]

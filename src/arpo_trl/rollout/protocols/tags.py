@@ -1,8 +1,8 @@
-"""`TagProtocol`, the paper's way of calling tools, for any model: the tool's name is a tag.
+"""`TagProtocol`, the paper's tool protocol, for any model: the tool's name is a tag.
 
 the model writes   <search>melting point of iron</search>          a turn, ended by a stop string
 it then sees       <result> … </result>                            an observation
-and in the end     <answer>… \\boxed{1811} …</answer> and EOS       the last turn
+and finally writes <answer>… \\boxed{1811} …</answer> and EOS       the last turn
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ ANSWER, RESULT = "answer", "result"
 
 
 class TagProtocol(ToolProtocol):
-    """Tool calls as tags: the tool's name is the tag, its one text argument stands between them.
+    """Tool calls as tags: the tool's name is the tag, and its one text argument is the text between the tags.
 
     Raises:
         ToolSpecError: A tool does not have exactly one required text argument.
-        ConfigError: A `tool_parser` was named, which is for chat templates, or the tokenizer changes text.
+        ConfigError: `tool_parser` is set, which is only for chat templates, or the tokenizer changes text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
         for name, spec in tools.items():
             if spec.single_text_parameter is None:
                 raise ToolSpecError(
-                    f"The tool {name!r} takes {list(spec.parameters)}; between two tags there is room for exactly one "
-                    "required `str` argument. Give it one."
+                    f"The tool {name!r} takes {list(spec.parameters)}; a call between tags has exactly one required "
+                    "`str` argument. Change the tool's signature to that."
                 )
         super().__init__(tokenizer, tools, **settings)
         if self._wanted_parser != AUTO:
@@ -60,7 +60,7 @@ class TagProtocol(ToolProtocol):
         self._unknown_call = re.compile(rf"<(?!/|(?:{known})>)([A-Za-z_]\w*)>[^<]*</\1>")
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """The ids a path starts from: messages through the chat template, plain text as it is."""
+        """Return the prompt's ids: messages with the chat template, plain text unchanged."""
         if isinstance(prompt, str):
             return self.tokenizer(prompt)["input_ids"]
         if self.tokenizer.chat_template is None:
@@ -73,7 +73,7 @@ class TagProtocol(ToolProtocol):
         )
 
     def encode_turn(self, text: str, *, last: bool) -> list[int]:
-        """A demonstration's turn as the model should write it: special tokens on, EOS after the last turn."""
+        """Return the ids of a demonstration's turn, with special tokens, and with EOS after the last turn."""
         return self._encode(text) + ([self.tokenizer.eos_token_id] if last else [])
 
     def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
@@ -83,12 +83,12 @@ class TagProtocol(ToolProtocol):
         return ids
 
     def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
-        """The call that `text` ends in: a turn holds one at most, since its closing tag stops it."""
+        """Return the call at the end of `text`. A turn has at most one, since the closing tag ends the turn."""
         call = self._parse_call(text)
         return () if call is None else (call,)
 
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
-        """As a tokenizer's own calls are given, except that the content keeps the tags; they are text to it."""
+        """Return the turn as TRL's tool loop does, but with the tags in the content: they are plain text here."""
         message = super().as_message(ids, before)
         calls = self.parse_turn(decode_exactly(self.tokenizer, ids))
         if made := [call for call in calls if isinstance(call, ToolCall)]:
@@ -108,32 +108,35 @@ class TagProtocol(ToolProtocol):
         close, name = tags[last], tags[last].group(2)
         first = next((i for i in range(last - 1, -1, -1) if tags[i].groups() == ("", name)), None)
         if first is None:
-            return BadCall("unopened", f"Error: </{name}> came without <{name}>. {self._usage(name)}")
+            return BadCall(fault="unopened", text=f"Error: </{name}> came without <{name}>. {self._usage(name)}")
         body = text[tags[first].end() : close.start()]
         open_before = Counter(tag.group(2) for tag in tags[:first] if not tag.group(1))
         open_before.subtract(tag.group(2) for tag in tags[:first] if tag.group(1))
         if outer := next((outer for outer, count in open_before.items() if count > 0), None):
             return BadCall(
-                "nested", f"Error: <{name}> stands inside <{outer}>, which was not closed. {self._usage(name)}"
+                fault="nested",
+                text=f"Error: <{name}> stands inside <{outer}>, which was not closed. {self._usage(name)}",
             )
         if name not in self._code_tools and (inner := self._known_tag.search(body)):
-            return BadCall("nested", f"Error: {inner.group()} stands inside <{name}>. {self._usage(name)}")
+            return BadCall(fault="nested", text=f"Error: {inner.group()} stands inside <{name}>. {self._usage(name)}")
         if not body.strip():
-            return BadCall("empty", f"Error: the {name} call is empty. {self._usage(name)}")
-        return ToolCall(name, {str(self.tools[name].single_text_parameter): body.strip()})
+            return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
+        return ToolCall(name=name, arguments={str(self.tools[name].single_text_parameter): body.strip()})
 
     def _missing_close(self, text: str, tags: Sequence[re.Match[str]]) -> BadCall | None:
-        """What is wrong with a turn without a closing tag of a tool; `tags` are the opening ones that count."""
+        """Return the fault of a turn in which no tool's closing tag counts. `tags`: the opening tags that count."""
         ending = next((tag.group() for tag in self._tool_tag.finditer(text) if tag.group(1)), None)
         if ending is None and f"</{ANSWER}>" in text:
             return None
         if tags:
             name = tags[0].group(2)
             cause = "" if ending is None else f": {ending} inside it ended the turn"
-            return BadCall("unclosed", f"Error: <{name}> was not closed{cause}. {self._usage(name)}")
+            return BadCall(fault="unclosed", text=f"Error: <{name}> was not closed{cause}. {self._usage(name)}")
         if self.tools and (unknown := self._unknown_call.search(text)) is not None:
             names = ", ".join(self.tools)
-            return BadCall("unknown_tool", f"Error: there is no tool {unknown.group(1)[:40]!r}. Tools: {names}.")
+            return BadCall(
+                fault="unknown_tool", text=f"Error: there is no tool {unknown.group(1)[:40]!r}. Tools: {names}."
+            )
         return None
 
     def _usage(self, name: str) -> str:
@@ -141,6 +144,6 @@ class TagProtocol(ToolProtocol):
 
 
 def _within(tag: re.Match[str], spans: Sequence[tuple[int, int]]) -> bool:
-    """Whether one of `spans`, which are in order, holds the tag."""
+    """Whether one of the sorted `spans` contains the tag."""
     place = bisect_right(spans, tag.start(), key=itemgetter(0)) - 1
     return place >= 0 and tag.end() <= spans[place][1]

@@ -1,16 +1,16 @@
-"""Branch rules: what makes an observation branch. One rule is one file; docs/algorithm.md has the table.
+"""Branch rules, which decide whether an observation branches. Each rule is one file; docs/algorithm.md has a table.
 
-A rule from outside the package is registered by name, and `branch_rule` then takes that name:
+Register a rule from outside the package under a name, and set `branch_rule` to that name:
 
     from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, register_rule
 
     @register_rule("always")
-    @dataclass(frozen=True)
+    @dataclass(frozen=True, kw_only=True)
     class Always(BranchRule):
         def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
             return BranchDecision(fires=True)
 
-Pure: no trl, no engine, no network.
+Pure: imports no trl, no engine and no network code.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ register_rule = RULES.register
 
 
 def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any]) -> BranchRule:
-    """The rule of that name.
+    """Create the rule registered as `name`.
 
     Args:
-        settings: Values that several rules share; a rule takes those it has a field for.
+        settings: Values that several rules share. The rule gets those that it has fields for.
         options: Values for the rule's other fields.
 
     Raises:
-        ConfigError: There is no such rule; an option is none of its fields, or one is missing.
+        ConfigError: The rule does not exist, has no field for an option, or has a required field without a value.
     """
     kind = RULES.get(name)
     known = {field.name: field for field in fields(kind) if field.init}
@@ -58,10 +58,10 @@ def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any
     if unknown := [option for option in options if option not in own]:
         raise ConfigError(
             f"branch_rule_kwargs has {unknown}, but the branch rule {name!r} takes {own or 'no options'}. "
-            "Remove or rename what it does not take."
+            "Remove or rename the others."
         )
     values = {field: value for field, value in settings.items() if field in known} | dict(options)
     needed = [field.name for field in known.values() if field.default is MISSING and field.default_factory is MISSING]
     if missing := [field for field in needed if field not in values]:
-        raise ConfigError(f"The branch rule {name!r} needs {missing}. Set them in branch_rule_kwargs.")
+        raise ConfigError(f"The branch rule {name!r} needs values for {missing}. Set them in branch_rule_kwargs.")
     return kind(**values)

@@ -1,4 +1,4 @@
-"""A coin that falls on "branch" with probability P."""
+"""A random decision: branch with probability P."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from arpo_trl.rollout.tree import BranchDecision
 
 
 @register_rule("probability")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Probability(BranchRule):
-    """Fires with probability clip(α + β·ΔH, 0, 1): α `branch_probability`, β `entropy_weight`."""
+    """Fires with probability clip(α + β·ΔH, 0, 1), with α `branch_probability` and β `entropy_weight`.
+
+    Probability(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2)
+    """
 
     entropy_triggers: ClassVar[bool] = True
 
@@ -24,4 +27,6 @@ class Probability(BranchRule):
         entropy = mean(candidate.turn)
         delta = rise(entropy, mean(candidate.root), context.vocab_size)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
-        return BranchDecision(entropy, delta, probability, context.coin(candidate) < probability)
+        return BranchDecision(
+            entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability
+        )

@@ -1,4 +1,4 @@
-"""A coin with probability α, blind to entropy: the control."""
+"""The control: branch with probability α, independent of entropy."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from arpo_trl.rollout.tree import BranchDecision
 
 
 @register_rule("random")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Random(BranchRule):
-    """Fires with probability α, `branch_probability`. ΔH is recorded, and says who is served first."""
+    """Fires with probability α, `branch_probability`. ΔH is recorded and sets the priority for the budget.
+
+    Random(branches_per_fork=1, branch_probability=0.5)
+    """
 
     branch_probability: float = 0.5
 
@@ -20,4 +23,6 @@ class Random(BranchRule):
         entropy = mean(candidate.turn)
         delta = rise(entropy, mean(candidate.root), context.vocab_size)
         probability = clipped(self.branch_probability)
-        return BranchDecision(entropy, delta, probability, context.coin(candidate) < probability)
+        return BranchDecision(
+            entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability
+        )

@@ -1,4 +1,4 @@
-"""Wait until the first N paths are done, then branch where H_turn was highest, wherever that is."""
+"""Wait until the first N paths have ended, then branch where H_turn is highest in the tree."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from arpo_trl.rollout.tree import BranchDecision
 
 
 @register_rule("ranked")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Ranked(BranchRule):
-    """The highest `entropy_nats` fire until the budget is spent. ΔH and P are recorded only."""
+    """Fires on the highest `entropy_nats` first, until the budget is spent. ΔH and P are only recorded.
+
+    Ranked(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2)
+    """
 
     moment: ClassVar[Moment] = Moment.PATHS_DONE
 
@@ -25,7 +28,7 @@ class Ranked(BranchRule):
         entropy = mean(candidate.turn)
         delta = rise(entropy, mean(candidate.root), context.vocab_size)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
-        return BranchDecision(entropy, delta, probability, fires=True)
+        return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=True)
 
     def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
         judged = [self.judge(candidate, context) for candidate in candidates]

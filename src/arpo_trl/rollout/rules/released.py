@@ -1,4 +1,4 @@
-"""The public code's rule: a coin with P from the turn *before* the tool result, entropies summed over k tokens."""
+"""The released code's rule: branch with probability P from the turn *before* the tool result, entropies summed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from arpo_trl.rollout.tree import BranchDecision
 
 
 @register_rule("released")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Released(BranchRule):
-    """Fires with probability clip(α + β·ΔH′, 0, 1): α `branch_probability`, β `entropy_weight`."""
+    """Fires with probability clip(α + β·ΔH′, 0, 1), with α `branch_probability` and β `entropy_weight`.
+
+    ΔH′ compares entropies summed over at most k tokens: of the turn before the result, and of the path's first turn.
+
+        Released(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2)
+    """
 
     moment: ClassVar[Moment] = Moment.RESULT
 
@@ -25,4 +30,6 @@ class Released(BranchRule):
         entropy = math.fsum(candidate.before)
         delta = rise(entropy, math.fsum(candidate.root), context.vocab_size)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
-        return BranchDecision(entropy, delta, probability, context.coin(candidate) < probability)
+        return BranchDecision(
+            entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability
+        )

@@ -1,4 +1,4 @@
-"""P > τ, the paper's rule. With α = τ it says ΔH > 0."""
+"""The paper's rule: branch if P > τ. With α = τ this is ΔH > 0."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from arpo_trl.rollout.tree import BranchDecision
 
 
 @register_rule("threshold")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Threshold(BranchRule):
-    """Fires if P = α + β·ΔH is above τ: α `branch_probability`, β `entropy_weight`, τ `branch_threshold`."""
+    """Fires if P = α + β·ΔH > τ, with α `branch_probability`, β `entropy_weight` and τ `branch_threshold`.
+
+    Threshold(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2, branch_threshold=0.5)
+    """
 
     entropy_triggers: ClassVar[bool] = True
 
@@ -25,4 +28,6 @@ class Threshold(BranchRule):
         entropy = mean(candidate.turn)
         delta = rise(entropy, mean(candidate.root), context.vocab_size)
         probability = self.branch_probability + self.entropy_weight * delta
-        return BranchDecision(entropy, delta, probability, probability > self.branch_threshold)
+        return BranchDecision(
+            entropy_nats=entropy, delta=delta, probability=probability, fires=probability > self.branch_threshold
+        )

@@ -1,7 +1,7 @@
-"""Runs Python code as a notebook runs its cells: what is printed, the last value, or the end of a traceback.
+"""Runs Python code like the cells of a notebook. It prints the output, the last value, and the end of a traceback.
 
-Used in two places that cannot import arpo_trl: inside the sandbox, by `worker`, and at a remote executor, to
-which this file's text is sent in front of the call. So it imports the standard library only.
+Two places that cannot import arpo_trl use it: `worker` inside the sandbox, and a remote executor, to which this file's
+text is sent in front of the code. So it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _FENCE = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
 
 
 def run_cells(cells: list[str]) -> int:
-    """`SUCCEEDED` or `RAISED`, as the last cell ended; what the cells before it print is not shown.
+    """Run `cells` in order. Return `SUCCEEDED` or `RAISED` for the last one.
 
-    They run for what they leave behind: a cell that raises stops there and the next one runs all the same.
+    The earlier cells run only to set variables: their output is hidden, and after an exception the next cell still
+        runs.
     """
-    random.seed(0)  # a run that is repeated sees the same numbers
+    random.seed(0)  # repeated runs see the same numbers
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(0)
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # of the site module, which is not loaded
+    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # usually set by the site module, which is not loaded
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     *earlier, last = cells
@@ -59,7 +60,7 @@ def _flush() -> None:
 
 
 def _plain(source: str) -> str:
-    """The code itself: without one Markdown fence around all of it, and without an indentation that all of it has."""
+    """Return the code without a Markdown fence around all of it, and without indentation that all lines share."""
     fenced = _FENCE.fullmatch(source)
     if fenced is not None and "```" not in fenced[1]:
         source = fenced[1]
@@ -95,7 +96,7 @@ def _run(source: str, main: types.ModuleType, name: str) -> int:
 
 
 def _print_traceback(error: BaseException) -> None:
-    """Print the last lines of the traceback with the frames of the cells' own code only."""
+    """Print the last lines of the traceback, with only the frames of the cells' code."""
     trace = traceback.TracebackException.from_exception(error)
     own = [frame for frame in trace.stack if frame.filename.startswith(SHOWN_NAME[:-1])]
     trace.stack = traceback.StackSummary.from_list(own)

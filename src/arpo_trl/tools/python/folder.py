@@ -1,7 +1,7 @@
-"""The folder in which model-written code works: how much it holds, and its removal, whatever the code has made of it.
+"""Measures and removes the working folder of model-written code, which may hold anything.
 
-Code may nest folders deeper than a path can name and more than a process can open, and take its own rights from them.
-So nothing here recurses, and removal holds two descriptors at a time.
+Code may nest folders deeper than a path can name or a process can open, and remove its own access rights from them.
+So nothing here recurses, and the removal holds at most two descriptors at a time.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import warnings
 from pathlib import Path
 
 _REMOVAL_ATTEMPTS = 50
-_REMOVAL_WAIT_S = 0.02  # a process that was killed may write for a moment yet
+_REMOVAL_WAIT_S = 0.02  # a killed process may still write for a moment
 
 _BLOCK_BYTES = 512  # of `st_blocks`, on every file system
 
 
 def holds_more(folder: Path, *, files: int, size: int) -> bool:
-    """Whether `folder` holds more than `files` files and folders, or they take more than `size` bytes on the disk.
+    """Return whether `folder` holds more than `files` files and folders, or uses more than `size` bytes on disk.
 
-    Whoever made them may go on meanwhile. A folder that cannot be looked into counts as too much.
+    Its content may change at the same time. A folder that cannot be read counts as too much.
     """
     folders = [str(folder)]
-    for place in folders:
+    for path in folders:
         try:
-            with os.scandir(place) as entries:
+            with os.scandir(path) as entries:
                 for entry in entries:
                     files -= 1
                     if entry.is_dir(follow_symlinks=False):
@@ -43,19 +43,19 @@ def holds_more(folder: Path, *, files: int, size: int) -> bool:
 
 
 def empty(folder: Path) -> None:
-    """Remove what is in `folder`. Raises OSError where that fails."""
+    """Remove the content of `folder`. Raises OSError on failure."""
     folder.chmod(0o700)
     here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    way: list[tuple[str, tuple[int, int]]] = []  # the folders below `folder` down to `here`: name, identity of parent
+    way: list[tuple[str, tuple[int, int]]] = []  # the folders from `folder` down to `here`: name, identity of parent
     try:
         while True:
             name = _remove_files(here)
-            if name is not None:  # a folder: go down
+            if name is not None:  # a folder: descend
                 os.chmod(name, 0o700, dir_fd=here)
                 way.append((name, _identity(here)))
                 flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
                 below = os.open(name, flags, dir_fd=here)
-            elif way:  # empty: go up and remove it
+            elif way:  # empty: ascend and remove it
                 below = os.open("..", os.O_RDONLY | os.O_DIRECTORY, dir_fd=here)
             else:
                 return
@@ -64,19 +64,19 @@ def empty(folder: Path) -> None:
             if name is None:
                 name, parent = way.pop()
                 if _identity(here) != parent:
-                    raise OSError(f"{folder}: somebody moves its folders while they are removed")
+                    raise OSError(f"{folder}: a process moves its folders while they are removed")
                 os.rmdir(name, dir_fd=here)
     finally:
         os.close(here)
 
 
 def _identity(fd: int) -> tuple[int, int]:
-    of = os.fstat(fd)
-    return of.st_dev, of.st_ino
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def _remove_files(fd: int) -> str | None:
-    """The name of a folder in the folder `fd`, before which the files are removed; None where it has no folder."""
+    """Remove files in the folder `fd` up to its first folder, and return that one's name; None if it has no folder."""
     with os.scandir(fd) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -86,7 +86,7 @@ def _remove_files(fd: int) -> str | None:
 
 
 def remove(folder: Path) -> None:
-    """Remove `folder` and what is in it. Warns where that fails, since it is called at exit, too."""
+    """Remove `folder` and its content. On failure it warns instead of raising, because it also runs at exit."""
     fault: OSError | None = None
     for _ in range(_REMOVAL_ATTEMPTS):
         try:

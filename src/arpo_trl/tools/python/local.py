@@ -1,4 +1,4 @@
-"""The `python` tool: model-written code in a sandboxed interpreter, its output as a notebook would show it."""
+"""The `python` tool: runs model-written code in a sandboxed interpreter, with the output of a notebook."""
 
 from __future__ import annotations
 
@@ -19,27 +19,32 @@ from arpo_trl.tools.state import PathState
 ISOLATIONS = ("auto", *(str(tier) for tier in ISOLATING))
 
 _COVERS = {
-    Tier.SANDLOCK: "isolated by sandlock (Landlock, seccomp): no files, processes or network but its own; limits on "
-    "time, memory, disk, threads and output",
-    Tier.NAMESPACES: "isolated by user namespaces and seccomp: no files, processes or network but its own; limits on "
-    "time, memory, disk, threads and output",
-    Tier.UNSAFE: "NOT isolated: limits on time, memory, disk, threads and output only",
+    Tier.SANDLOCK: "isolated by sandlock (Landlock, seccomp): no access to other files, processes or the network; "
+    "limits on time, memory, disk, threads and output",
+    Tier.NAMESPACES: "isolated by user namespaces and seccomp: no access to other files, processes or the network; "
+    "limits on time, memory, disk, threads and output",
+    Tier.UNSAFE: "NOT isolated: only limits on time, memory, disk, threads and output",
 }
 
 
 class PythonTool:
-    """Runs code in workers of its own, at most `max_workers` at once; safe to call from many threads.
+    """Runs code in at most `max_workers` workers at the same time. Thread-safe.
 
-    Isolation is tried, not assumed: the first tier that holds on this machine is taken. Where code can break out of
-    each, construction raises `SandboxError`, unless `allow_unsafe`, which warns once and runs code in a plain process
-    with resource limits. `arpo_trl.tools.python.sandbox` lists what each tier stops.
+    Construction tests the isolation and uses the first tier that passes on this machine.
+    `arpo_trl.tools.python.sandbox` lists what each tier stops.
+
+    Args:
+        allow_unsafe: If no tier passes, warn and run code in a plain process with resource limits.
+
+    Raises:
+        SandboxError: No tier passes and `allow_unsafe` is false.
     """
 
     def __init__(self, limits: Limits, *, max_workers: int, allow_unsafe: bool, isolation: str = "auto") -> None:
         if isolation not in ISOLATIONS:
             raise ConfigError(f"The isolation of the python tool is {isolation!r}; expected one of {ISOLATIONS}.")
         self._limits = limits
-        self._places = threading.BoundedSemaphore(max_workers)
+        self._slots = threading.BoundedSemaphore(max_workers)
         self._lock = threading.Lock()
         self._idle: dict[bool, list[Worker]] = {False: [], True: []}  # by `preload`
         self._pid = os.getpid()
@@ -49,7 +54,7 @@ class PythonTool:
         except SandboxError as error:
             if not allow_unsafe:
                 raise SandboxError(
-                    f"{error}. Use a machine where it can be isolated, or a remote executor (python_executor_url), or "
+                    f"{error}. Use a machine that supports isolation, or a remote executor (python_executor_url), or "
                     "set allow_unsafe: true to run the model's code as your user, with your files and network."
                 ) from error
             warnings.warn(f"{error}. The model's code runs as your user, with your files and network.", stacklevel=3)
@@ -59,29 +64,31 @@ class PythonTool:
         self._close = weakref.finalize(self, _close_all, self._idle, self._lock)
 
     def __str__(self) -> str:
-        """How the model's code is kept apart, in a line."""
+        """Return one line that says how the model's code is isolated."""
         return f"Model-written Python runs {_COVERS[self.tier]}."
 
     def __call__(self, code: str, earlier: Sequence[str] = ()) -> str:
-        """What `code` prints, run after the cells `earlier`, whose output is not shown.
+        """Return the output of `code`, which runs after the cells `earlier`, whose output is hidden.
 
-        Raises `ToolError` with the output so far when it fails, `ToolStopped` when a limit or a crash ended it.
+        Raises:
+            ToolError: The code raised; the message is its output, with the traceback.
+            ToolStopped: A limit or a crash ended the code; the message is the output so far, with the reason.
         """
         ran = self._run(code, earlier)
         reason = stop_reason(ran.ending, self._limits, earlier)
         return shown(ran.output, ran.ending, reason)
 
     def _run(self, code: str, earlier: Sequence[str]) -> Run:
-        # Decides the speed only: numpy and sympy can be imported either way, and forking their 70 MB takes 2 ms.
+        # This affects only the speed. numpy and sympy can always be imported, and forking their 70 MB takes 2 ms.
         preload = any(name in cell for cell in (*earlier, code) for name in ("numpy", "sympy"))
-        with self._places:
+        with self._slots:
             worker = self._take_idle(preload)
             if worker is not None:
-                with contextlib.suppress(WorkerLost):  # it may have been dead for long: a fresh one gets its chance
+                with contextlib.suppress(WorkerLost):  # it may have died earlier, so try a new one
                     return self._run_in(worker, code, earlier, preload)
             try:
                 worker = Worker(self._limits, tier=self.tier, preload=preload)
-            except (SandboxError, OSError) as error:  # the first one could: this machine is short of something now
+            except (SandboxError, OSError) as error:  # the first worker started, so resources are short now
                 warnings.warn(f"A call of the python tool fails: {error}.", stacklevel=2)
                 raise ToolStopped("Error: the python process could not be started") from None
             try:
@@ -97,7 +104,7 @@ class PythonTool:
 
     def _take_idle(self, preload: bool) -> Worker | None:
         with self._lock:
-            if self._pid != os.getpid():  # in a fork of the trainer: the pipes are the trainer's
+            if self._pid != os.getpid():  # in a fork of the trainer, which owns the pipes
                 self._pid = os.getpid()
                 for workers in self._idle.values():
                     workers.clear()
@@ -105,7 +112,7 @@ class PythonTool:
             return workers.pop() if workers else None
 
     def close(self) -> None:
-        """End the idle workers; also done when the tool is garbage and at exit."""
+        """End the idle workers. This also happens at exit and when the tool is garbage-collected."""
         self._close()
 
 
@@ -117,8 +124,8 @@ def _close_all(idle: dict[bool, list[Worker]], lock: threading.Lock) -> None:
 
 
 def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
-    """The line that tells the model why its call was stopped; empty where a traceback says it, or nothing has to."""
-    cells = ", the cells before it included" if earlier else ""
+    """Return the line that tells the model why its call was stopped; empty if the code finished or raised."""
+    cells = ", including the cells before it" if earlier else ""
     return {
         Ending.FINISHED: "",
         Ending.RAISED: "",
@@ -133,7 +140,11 @@ def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
 
 
 def shown(output: str, ending: Ending, reason: str) -> str:
-    """What a call that finished shows. Raises `ToolError`, or `ToolStopped`, with what any other shows."""
+    """Return the text for the model of a call that finished.
+
+    Raises:
+        ToolError, ToolStopped: The call raised or was stopped; the message is its text for the model.
+    """
     output = output.rstrip("\n")
     if ending is Ending.FINISHED:
         return output
@@ -142,13 +153,13 @@ def shown(output: str, ending: Ending, reason: str) -> str:
 
 
 class PastCells(PathState):
-    """The calls that a path has made. Each new call runs them again before its own code.
+    """The earlier calls of a path. Each new call runs them again before its code.
 
-    The calls are an immutable tuple: siblings share those before they parted, and nothing after.
+    The calls are an immutable tuple, so siblings share only the calls before their branch.
 
     Args:
-        run: Runs `code` after the cells `earlier`, sync or async.
-        calls: Each call's arguments, and its failure if it failed; oldest first.
+        run: Runs `code` after the cells `earlier`; sync or async.
+        calls: The arguments of each call, and its failure or None; oldest first.
     """
 
     def __init__(
@@ -163,9 +174,10 @@ class PastCells(PathState):
 
     @property
     def cells(self) -> list[str]:
-        """The code of the calls that left something behind: those that finished, and those that raised.
+        """The code of the calls whose variables later calls see: those that finished and those that raised.
 
-        A call that was stopped is left out: it would be stopped again, and a notebook whose kernel died forgets.
+        Stopped calls are left out, because they would be stopped again. A notebook, too, loses state if its kernel
+        dies.
         """
         return [str(arguments["code"]) for arguments, failure in self._calls if failure in (None, ToolFailure.ERROR)]
 
@@ -180,9 +192,9 @@ class PastCells(PathState):
 
 
 def offer(python: Any, run: Callable[..., Any], *, stateful: bool) -> Any:
-    """The function `python`, documented for a model and, if stateful, with a state of `PastCells`.
+    """Return the function `python` with a docstring for the model and, if stateful, a state of `PastCells`.
 
-    Its attribute `isolation` says in a line how `run` keeps the code apart.
+    Its attribute `isolation` is one line that says how `run` isolates the code.
     """
     kept = "variables are kept between calls" if stateful else "nothing is kept between calls"
     python.__doc__ = f"""Run Python code and return what it prints and the value of a last line that is an expression.
@@ -206,20 +218,21 @@ def python_tool(
     isolation: str = "auto",
     stateful: bool = False,
 ) -> Callable[[str], str]:
-    """A function `python(code: str) -> str` to offer to a model; its `isolation` says how the code is kept apart.
+    """Return a function `python(code: str) -> str` to offer to a model. Its `isolation` says how the code is isolated.
 
     Args:
-        timeout_s: Seconds a call may run, of wall time and of CPU time; what it printed before is kept.
-        memory_mb: MiB of address space a call may take on top of the warm interpreter's own.
-        max_output_chars: A call that prints more (in UTF-8 bytes) is stopped; what it printed up to there is kept.
-        max_workers: Calls that run at once, each in a warm interpreter (10 MB; 70 MB for code that uses numpy or
-            sympy); default twice the CPU count.
-        allow_unsafe: Where code cannot be isolated, run it anyway with resource limits only, after a warning.
-        isolation: "auto" takes the first tier that holds on this machine; or the name of one, of `ISOLATIONS`.
-        stateful: A call sees the variables of its path's earlier calls, which are run again before it, within the
-            same `timeout_s`. Sibling paths never share anything.
+        timeout_s: The maximum seconds of a call, in wall time and in CPU time. Output printed before is kept.
+        memory_mb: The maximum address space of a call, in MiB on top of that of the warm interpreter.
+        max_output_chars: A call that prints more UTF-8 bytes is stopped. Output up to the limit is kept.
+        max_workers: The maximum number of calls that run at the same time, each in a warm interpreter (10 MB; 70 MB
+            for code that uses numpy or sympy). Default: twice the CPU count.
+        allow_unsafe: If code cannot be isolated, warn and run it with resource limits only.
+        isolation: One of `ISOLATIONS`. "auto" uses the first tier that works on this machine.
+        stateful: Whether a call sees the variables of its path's earlier calls. Those calls run again before it,
+            within the same `timeout_s`. Sibling paths never share state.
 
-    Raises `SandboxError` where code cannot be isolated and `allow_unsafe` is false.
+    Raises:
+        SandboxError: Code cannot be isolated and `allow_unsafe` is false.
     """
     limits = Limits(timeout_s=timeout_s, cpu_s=timeout_s, memory_mb=memory_mb, output_bytes=max_output_chars)
     workers = max_workers or 2 * (os.cpu_count() or 1)

@@ -1,16 +1,16 @@
-"""A process with a file system, process ids and network of its own, made from Linux namespaces; no root, no library.
+"""Isolates a process with Linux namespaces: separate file system, process ids and network. Needs no root, no library.
 
-`worker` loads this file by its path, and filters system calls besides. `enter` moves the worker into
+`worker` loads this file by its path, and also filters system calls. `enter` moves the worker into these namespaces:
 
-    user       one user id, without rights outside; capabilities that hold inside only
-    mount      an empty read-only root with Python and the system's libraries, read-only; what is set-user-id is not
-    pid        nothing outside can be named, and so not signalled, traced or changed
+    user       one user id, without rights outside; capabilities apply only inside
+    mount      an empty read-only root with Python and the system's libraries, read-only; set-user-id is ignored
+    pid        processes outside have no id here, so they cannot be signalled, traced or changed
     network    no interface is up
     ipc, uts   no shared memory segments, no host name
 
-and `fork_call` makes each call a process that is alone in a pid namespace and a mount namespace of its own: when it
-ends the kernel ends whatever it started and drops the files it wrote, which lay in memory. Its capabilities hold until
-`syscalls` takes them away.
+`fork_call` starts each call alone in a new pid namespace and a new mount namespace. When the call ends, the kernel
+kills the processes that it started and drops its files, which are in memory. The call has capabilities until
+`syscalls` drops them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _PR_SET_PDEATHSIG = 1
 _MOUNT_SETATTR = 442  # Linux 5.12; the same number on every architecture
-_USER_ID = 1000  # inside; an id like any other, so that nothing takes itself for root
+_USER_ID = 1000  # inside; not 0, so that programs do not behave as if they were root
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -48,9 +48,10 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 
 def enter(folder: str, readable: list[str]) -> None:
-    """Go on, in a forked process, in new namespaces that show `readable` and `folder`, which is the working directory.
+    """Fork a process into new namespaces that contain only `readable` and `folder`, and return in that process.
 
-    The calling process stays outside, waits for that process and exits as it does; each dies with the other.
+    Its working directory is `folder`. The calling process stays outside, waits for the new process and exits with its
+    status. Each of the two dies with the other.
     """
     user, group = os.getuid(), os.getgid()
     _checked("new namespaces", _libc.unshare(_NAMESPACES))
@@ -63,7 +64,7 @@ def enter(folder: str, readable: list[str]) -> None:
             file.write(text)
     inner = os.fork()
     if inner:
-        for fd in (0, 1, 2):  # the pipes are the inner process's alone, so that its end is their end
+        for fd in (0, 1, 2):  # only the inner process holds the pipes, so they close when it exits
             os.close(fd)
         _, status = os.waitpid(inner, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -73,12 +74,12 @@ def enter(folder: str, readable: list[str]) -> None:
 
 
 def _change_root(folder: str, readable: list[str]) -> None:
-    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)  # nothing mounted here is seen outside
+    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)  # mounts made here are not visible outside
     shown = os.open(folder, os.O_PATH)
-    root = folder  # hidden from here on, in this mount namespace alone
+    root = folder  # the mount below hides its content, in this mount namespace only
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=0755")
     for path in sorted(readable, key=len):
-        if not os.path.lexists(target := root + path):  # else a folder above it is there already
+        if not os.path.lexists(target := root + path):  # else a parent folder is already mounted
             _bind(os.path.realpath(path), target, read_only=True)
     _bind(f"/proc/self/fd/{shown}", root + folder, read_only=False)
     os.close(shown)
@@ -86,7 +87,7 @@ def _change_root(folder: str, readable: list[str]) -> None:
     os.chdir(root)
     pivot_root = {"x86_64": 155, "aarch64": 41}[platform.machine()]
     _checked("pivot_root", _libc.syscall(pivot_root, b".", b"."))
-    _checked("umount", _libc.umount2(b".", _MNT_DETACH))  # the old root, which the new one was stacked on
+    _checked("umount", _libc.umount2(b".", _MNT_DETACH))  # the old root, below the new one
     os.chdir(folder)
 
 
@@ -96,21 +97,21 @@ def _bind(source: str, target: str, *, read_only: bool) -> None:
     else:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY))
-    # Without what is mounted below for the folder: on that lies the root that is being built.
+    # Not recursive for the folder, because the new root is mounted on it.
     _mount(source, target, None, _MS_BIND | (_MS_REC if read_only else 0))
     if read_only:
         _restrict(target, _AT_RECURSIVE)
 
 
 def _restrict(path: str, flags: int) -> None:
-    """Make what is mounted there read-only and without set-user-id; mounts below it too with `_AT_RECURSIVE`."""
+    """Make the mount at `path` read-only and ignore set-user-id; with `_AT_RECURSIVE`, also all mounts below it."""
     attributes = struct.pack("=QQQQ", _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID, 0, 0, 0)
     value = _libc.syscall(_MOUNT_SETATTR, _AT_FDCWD, os.fsencode(path), flags, attributes, len(attributes))
     _checked(f"read-only mount of {path}", value)
 
 
 def fork_call() -> int:
-    """`os.fork` into a pid namespace of its own. The calling process stays where it is."""
+    """Run `os.fork` into a new pid namespace. The calling process stays in its namespace."""
     own = os.pidfd_open(os.getpid())
     _checked("new pid namespace", _libc.unshare(_CLONE_NEWPID))
     pid = os.fork()
@@ -121,7 +122,7 @@ def fork_call() -> int:
 
 
 def lock(scratch: str) -> None:
-    """Give this process an empty working directory of its own, bounded by `scratch`: options of a tmpfs."""
+    """Give this process a private empty working directory, limited by `scratch`, the options of its tmpfs."""
     folder = os.getcwd()
     _checked("new mount namespace", _libc.unshare(_CLONE_NEWNS))
     _mount("tmpfs", folder, "tmpfs", _MS_NOSUID | _MS_NODEV, f"{scratch},mode=0700")

@@ -1,13 +1,13 @@
-"""The `python` tool at a remote executor that speaks SandboxFusion's HTTP API, for machines that cannot isolate code.
+"""The `python` tool on a remote executor with SandboxFusion's HTTP API, for machines that cannot isolate code.
 
     POST <url>/run_code   {"code", "language": "python", "compile_timeout", "run_timeout", "memory_limit_MB"}
     reply                 {"status": "Success" | "Failed" | "SandboxError", "message",
                            "run_result": {"status": "Finished" | "Error" | "TimeLimitExceeded",
                                           "execution_time", "return_code", "stdout", "stderr"}}
 
-The code is sent behind the text of `cell`, so a call shows what it would show in the sandbox here. What keeps
-code from its machine, and its memory and processes within limits, is the executor's business; the deadline, the cap on
-the reply and the shape of what the model reads are enforced here, whatever it answers.
+The request holds the text of `cell` in front of the code, so the output is the same as in the local sandbox. The
+executor must isolate the code and limit its memory and processes. This module enforces the deadline, the maximum size
+of the reply and the format of the text for the model.
 """
 
 from __future__ import annotations
@@ -29,20 +29,23 @@ from arpo_trl.tools.python.local import offer, shown, stop_reason
 from arpo_trl.tools.python.sandbox import Ending, Limits
 
 _ATTEMPTS = 3
-_BACK_OFF_S = 0.2  # doubled with each attempt, and up to half as much again by chance
-_GRACE_S = 5.0  # beyond a call's own deadline, for the way and the queue of the executor
-_JSON_BYTES = 6  # a character of the output takes at most as many bytes per byte of its own: \u0000
-_OTHER_BYTES = 1 << 16  # of a reply, besides stdout
+_BACK_OFF_S = 0.2  # doubled with each attempt, plus up to 50 % at random
+_GRACE_S = 5.0  # beyond the deadline of a call, for the network and the queue of the executor
+_JSON_BYTES = 6  # per byte of output, at most: \u0000
+_OTHER_BYTES = 1 << 16  # of a reply, without stdout
 
 
 class _Retry(Exception):
-    """The executor was not reached, or is not well: worth another attempt."""
+    """The executor is unreachable or reports a temporary failure, so a retry may succeed."""
 
 
 class RemotePython:
-    """Runs code at `url`, each call on its own; an instance may be used from several event loops.
+    """Runs code on the executor at `url`. Calls are independent. An instance may be used from several event loops.
 
-    The first call is made on construction: raises `ConfigError` if `url` is none, or does not run Python.
+    Construction makes a first call.
+
+    Raises:
+        ConfigError: `url` is not an address, or the executor does not run Python.
     """
 
     def __init__(self, url: str, limits: Limits) -> None:
@@ -51,24 +54,28 @@ class RemotePython:
         self._url = parsed.copy_with(path=parsed.path.rstrip("/") + "/run_code")
         self._limits = limits
         self._cell = inspect.getsource(python_cell)
-        self._ssl = httpx.create_ssl_context()  # takes longer to make than a call
-        with ThreadPoolExecutor(1) as thread:  # there may be an event loop in this one
+        self._ssl = httpx.create_ssl_context()  # takes longer to create than a call
+        with ThreadPoolExecutor(1) as thread:  # this thread may run an event loop
             try:
                 said = thread.submit(asyncio.run, self("6 * 7")).result()
             except ToolError as error:
                 said = str(error)
         if said != "42":
             raise ConfigError(
-                f"The python executor at {parsed.host} does not run Python; asked for 6 * 7 it said {said[:300]!r}. "
-                "Start a SandboxFusion server there, or mend python_executor_url."
+                f"The python executor at {parsed.host} does not run Python: for 6 * 7 it returned {said[:300]!r}. "
+                "Start a SandboxFusion server there, or correct python_executor_url."
             )
 
     def __str__(self) -> str:
-        """How the model's code is kept apart, in a line."""
-        return f"Model-written Python runs at the remote executor {self._url.host}, which has to isolate it."
+        """Return one line that says how the model's code is isolated."""
+        return f"Model-written Python runs on the remote executor {self._url.host}, which must isolate it."
 
     async def __call__(self, code: str, earlier: Sequence[str] = ()) -> str:
-        """What `code` prints, run after the cells `earlier`; raises `ToolError` with what to show when it fails."""
+        """Return the output of `code`, which runs after the cells `earlier`.
+
+        Raises:
+            ToolError: The call failed; the message is the text for the model.
+        """
         cells = [cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)]
         request = {
             "code": f"{self._cell}\nsys.stderr = sys.stdout\nsys.exit(run_cells({cells!r}))\n",
@@ -88,7 +95,7 @@ class RemotePython:
         return shown(output, ending, stop_reason(ending, self._limits, earlier))
 
     async def _ask(self, request: dict[str, Any]) -> Any:
-        """The decoded reply, after as many attempts as it takes and there are."""
+        """Return the decoded reply, after up to `_ATTEMPTS` attempts."""
         for attempt in range(_ATTEMPTS):
             try:
                 return await self._ask_once(request)
@@ -100,7 +107,7 @@ class RemotePython:
     async def _ask_once(self, request: dict[str, Any]) -> Any:
         body = bytearray()
         most = self._limits.output_bytes * _JSON_BYTES + _OTHER_BYTES
-        # A client of its own, as each belongs to one event loop. The deadline of the whole call is the caller's.
+        # A new client, because a client belongs to one event loop. The caller sets the deadline of the whole call.
         async with (
             httpx.AsyncClient(verify=self._ssl, timeout=None) as client,
             client.stream("POST", self._url, json=request, headers={"Accept-Encoding": "identity"}) as response,
@@ -123,7 +130,11 @@ _NOT_UNDERSTOOD = "Error: the python executor's reply cannot be understood"
 
 
 def _read(reply: Any) -> tuple[str, Ending]:
-    """What the code printed and how it ended. Raises `ToolError` for anything that is not a reply, or says so."""
+    """Return what the code printed and how it ended.
+
+    Raises:
+        ToolError: `reply` is invalid, or reports a failure of the executor.
+    """
     if not isinstance(reply, dict):
         raise ToolError(_NOT_UNDERSTOOD)
     if reply.get("status") == "SandboxError":
@@ -149,9 +160,12 @@ def remote_python_tool(
     max_output_chars: int = 100_000,
     stateful: bool = False,
 ) -> Callable[[str], Awaitable[str]]:
-    """An async function `python(code: str) -> str` that runs code at a SandboxFusion server; see `python_tool`.
+    """Return an async function `python(code: str) -> str` that runs code on a SandboxFusion server.
 
-    Raises `ConfigError` when `url` does not run Python, as tried.
+    `python_tool` explains the arguments.
+
+    Raises:
+        ConfigError: A test call to `url` does not run Python.
     """
     run = RemotePython(url, Limits(timeout_s=timeout_s, memory_mb=memory_mb, output_bytes=max_output_chars))
 

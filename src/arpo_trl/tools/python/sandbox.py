@@ -1,24 +1,24 @@
 """A warm Python interpreter that runs one piece of code after another, isolated from this machine and from each other.
 
-What the tiers stop (each line has a test for each tier):
+What each tier stops (every line has a test for each tier):
 
     | model-written code tries to                              | sandlock | namespaces | unsafe |
     |----------------------------------------------------------|----------|------------|--------|
     | run past its deadline, in wall or in CPU time            | yes      | yes        | yes    |
-    | flood the output (stopped while it is read)              | yes      | yes        | yes    |
+    | print too much output (stopped while it is read)         | yes      | yes        | yes    |
     | take too much memory                                     | yes      | yes        | yes    |
     | write a huge file; open very many                        | yes      | yes        | yes    |
-    | write very much in all; leave very many files            | yes      | yes        | yes    |
+    | write very much in total; leave very many files          | yes      | yes        | yes    |
     | run very many threads                                    | yes      | yes        | yes    |
     | see the environment of the trainer                       | yes      | yes        | yes    |
     | leave files or variables for the next call               | yes      | yes        | yes    |
-    | use what root may do and others may not                  | yes      | yes        | yes    |
+    | use rights that only root has                            | yes      | yes        | yes    |
     | raise its limits                                         | yes      | yes        | no     |
     | read files outside Python's and the system's libraries   | yes      | yes        | no     |
     | write, chmod or touch files outside its own folder       | yes      | yes        | no     |
     | read or change attributes, flags, access lists of files  | yes      | yes        | no     |
     | lock, lease or watch files; change the pipe of its calls | yes      | yes        | no     |
-    | reach the network, this machine's own included           | yes      | yes        | no     |
+    | reach the network, including this machine's ports        | yes      | yes        | no     |
     | start processes, and so leave some behind                | yes      | yes        | no     |
     | signal or trace the worker that runs later calls         | yes      | yes        | no     |
     | change limits or priority of other processes             | yes      | yes        | no     |
@@ -29,21 +29,21 @@ What the tiers stop (each line has a test for each tier):
     | and where a link points                                  | no       | yes        | no     |
     | see the machine's kernel, uptime, memory and load        | no       | no         | no     |
 
-- sandlock: Landlock and seccomp around the worker, and more of both around each call. Linux 6.12 or newer.
-- namespaces: `namespaces` around the worker and each call, seccomp around the call. Linux 5.12 or newer where
-  this user may make user namespaces; some distributions and most containers do not let one. (bubblewrap makes the same
-  ones, and where it may, this may.)
-- unsafe: a child process with resource limits and without capabilities, nothing more.
+- sandlock: Landlock and seccomp around the worker, and stricter ones around each call. Needs Linux 6.12 or newer.
+- namespaces: `namespaces` around the worker and each call, and seccomp around each call. Needs Linux 5.12 or newer and
+  the right to create user namespaces, which some distributions and most containers deny. (bubblewrap needs the same
+  right.)
+- unsafe: only a child process with resource limits and without capabilities.
 
-`syscalls` has the system calls that a call may make in the first two. The kernel keeps no limit on the threads
-of one process, nor, under sandlock and unsafe, on its folder: these are looked at fifty times a second, and a call
-beyond them is stopped. So for some hundredths of a second there may be some thousand threads, or files. In unsafe the
-threads of the call's own process count, and not those of processes that it starts.
+`syscalls` lists the system calls that are allowed in the first two tiers. The kernel cannot limit the threads of one
+process or, under sandlock and unsafe, the size of its folder. So these are checked fifty times a second, and a call
+that exceeds a limit is stopped. For some hundredths of a second there may be some thousand threads or files. In
+unsafe, only the threads of the call's process count, not those of processes that it starts.
 
-No tier stops code from using every core until its deadline. Attacks on the kernel itself need a virtual machine.
+No tier stops code from using all cores until its deadline. Only a virtual machine protects from attacks on the kernel.
 
-Starting an interpreter, and importing sympy, costs more than most calls. So a worker does it once and forks for each
-call; `worker` says how calls are kept apart. A worker runs one call at a time: take one per thread.
+Starting an interpreter and importing sympy takes longer than most calls. So a worker does it once and forks for each
+call; `worker` says how calls are isolated from each other. A worker runs one call at a time, so use one per thread.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ import sys
 import tempfile
 import time
 import weakref
+import zoneinfo
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -69,40 +70,45 @@ from arpo_trl.errors import SandboxError
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python import folder as python_folder
 from arpo_trl.tools.python import namespaces as python_namespaces
+from arpo_trl.tools.python import semaphores as python_semaphores
 from arpo_trl.tools.python import syscalls as python_syscalls
 from arpo_trl.tools.python import worker as python_worker
 from arpo_trl.tools.python.worker import REPLY, REQUEST
 
 _START_TIMEOUT_S = 60.0
-_GRACE_S = 5.0  # beyond a call's deadline, before the worker itself is given up
-_LOOK_S = 0.02  # between looks at what a call holds
+_GRACE_S = 5.0  # beyond the deadline of a call, before the worker counts as lost
+_CHECK_S = 0.02  # between checks of the limits that the kernel does not enforce
 _READ_BYTES = 1 << 16
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
-    "PYTHONHASHSEED": "0",  # a set printed twice is printed in the same order
-    "OMP_NUM_THREADS": "1",  # a fork keeps only the thread that forked
+    "PYTHONHASHSEED": "0",  # sets print in the same order each time
+    "OMP_NUM_THREADS": "1",  # a fork keeps only the thread that called fork
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "MPLBACKEND": "Agg",  # there is no display
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one call may use."""
+    """The limits of one call.
+
+    Example: `Limits(timeout_s=10.0, memory_mb=1024)`
+    """
 
     timeout_s: float = 5.0
-    cpu_s: float = 5.0  # of all its threads together; looked at ten times a second
-    memory_mb: int = 512  # address space on top of the warm interpreter's own
+    cpu_s: float = 5.0  # sum over all threads; checked ten times a second
+    memory_mb: int = 512  # MiB of address space on top of that of the warm interpreter
     output_bytes: int = 100_000
-    file_mb: int = 16  # each file
+    file_mb: int = 16  # MiB per file
     open_files: int = 64
-    disk_mb: int = 64  # written in all, kept or not
-    files: int = 1024  # files and folders there are at a time
-    threads: int = 64  # that run at a time
+    disk_mb: int = 64  # MiB written in total, including deleted files
+    files: int = 1024  # files and folders that exist at the same time
+    threads: int = 64  # threads that run at the same time
 
 
 class Tier(StrEnum):
-    """How a worker is kept apart from this machine; the module says what each stops."""
+    """How a worker is isolated from this machine; the module docstring says what each tier stops."""
 
     SANDLOCK = "sandlock"
     NAMESPACES = "namespaces"
@@ -110,7 +116,7 @@ class Tier(StrEnum):
 
 
 ISOLATING = (Tier.SANDLOCK, Tier.NAMESPACES)
-"""The tiers that isolate, the preferred first."""
+"""The tiers that isolate, in order of preference."""
 
 
 class Ending(StrEnum):
@@ -118,7 +124,7 @@ class Ending(StrEnum):
 
     FINISHED = "finished"
     RAISED = "raised"  # the traceback is the end of the output
-    DIED = "died"  # the process went without a traceback: a crash in C code, or a limit
+    DIED = "died"  # the process ended without a traceback: a crash in C code, or a limit
     TIMEOUT = "timeout"
     CPU = "cpu"  # stopped at `cpu_s`
     FLOOD = "flood"  # stopped at `output_bytes`
@@ -126,32 +132,38 @@ class Ending(StrEnum):
     THREADS = "threads"  # stopped at `threads`
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One executed call: what it printed, at most `output_bytes` of it, and how it ended."""
+    """The outcome of one call: its output, cut to `output_bytes`, and how it ended.
+
+    Example: `Run(output="42\\n", ending=Ending.FINISHED)`
+    """
 
     output: str
     ending: Ending
 
 
 class WorkerLost(Exception):
-    """The worker is gone or no longer answers; the call has no result and the worker is closed."""
+    """The worker has exited or does not answer. The call has no result, and the worker is closed."""
 
 
 class Worker:
-    """A warm interpreter in a process of its own; `run` gives each call a fresh fork of it.
+    """A warm interpreter in a separate process. `run` executes each call in a new fork of it. Not thread-safe.
 
-    `preload` imports numpy and sympy before the first call. Raises `SandboxError` when the process cannot be started
-    with the isolation asked for. Not thread-safe.
+    Args:
+        preload: Import numpy and sympy before the first call.
+
+    Raises:
+        SandboxError: The process cannot be started with the isolation of `tier`.
     """
 
     def __init__(self, limits: Limits, *, tier: Tier, preload: bool) -> None:
         if not sys.platform.startswith("linux"):
-            raise SandboxError(f"Python code runs in a sandbox on Linux only, this is {sys.platform}")
+            raise SandboxError(f"The sandbox for Python code needs Linux, but this is {sys.platform}")
         self.tier = tier
         self._limits = limits
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
-        # At exit too, when a call may still be running; only a killed trainer leaves the folder behind.
+        # Also runs at exit, when a call may still be running. Only a killed trainer leaves the folder behind.
         self._remove_folder = weakref.finalize(self, python_folder.remove, self._folder)
         self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait
         try:
@@ -160,11 +172,12 @@ class Worker:
                 stream.fileno() for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
             )
             os.set_blocking(self._stdout, False)
-            self._ending = False  # the fork of the last call may still be there
+            self._ending = False  # whether the fork of the last call may still exist
             self._await_ready(tier)
             self._pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
             self._set_limits()
-            os.write(self._stdin, REQUEST.pack(-1.0))  # the fork for the first call may be made: it inherits them
+            # Let the worker fork for the first call. The fork inherits the limits.
+            os.write(self._stdin, REQUEST.pack(-1.0))
         except BaseException:
             self.close()
             raise
@@ -179,14 +192,14 @@ class Worker:
             if not chunk:
                 raise SandboxError(
                     f"the Python worker ({tier}) did not start: "
-                    f"{said.decode(errors='replace').strip()[-500:] or 'it said nothing'}"
+                    f"{said.decode(errors='replace').strip()[-500:] or 'it printed nothing'}"
                 )
 
     def _set_limits(self) -> None:
-        """Set, from outside, what the worker's forks inherit and cannot raise."""
+        """Set limits on the worker from outside. Its forks inherit them and cannot raise them."""
         pid, limits = self._pid, self._limits
         if not _children_of(pid).exists():
-            raise SandboxError(f"this kernel has no {_children_of(pid)}, so calls cannot be watched")
+            raise SandboxError(f"this kernel has no {_children_of(pid)}, so calls cannot be monitored")
         pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
         memory = pages * os.sysconf("SC_PAGE_SIZE") + (limits.memory_mb << 20)
         for kind, value in (
@@ -199,7 +212,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """Process id of the worker."""
+        """The process id of the worker."""
         return self._pid
 
     @property
@@ -208,11 +221,10 @@ class Worker:
         return self._folder
 
     def run(self, code: str, earlier: Sequence[str] = ()) -> Run:
-        """What `code` printed and how it ended, run after the cells `earlier`, whose own output is not shown.
+        """Run `code` after the cells `earlier`, whose output is hidden. All cells share one deadline.
 
-        All of them share one deadline.
-
-        Raises `WorkerLost` when the worker broke, whether by this call's doing or before it.
+        Raises:
+            WorkerLost: The worker failed during this call or before it.
         """
         deadline = time.monotonic() + self._limits.timeout_s + _GRACE_S
         try:
@@ -221,38 +233,38 @@ class Worker:
             (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
             os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
             output, kind, status, excess = self._read(deadline)
-            with contextlib.suppress(OSError):  # again before the next call, when nothing can be in the way
+            with contextlib.suppress(OSError):  # a failure is fine: it runs again before the next call
                 python_folder.empty(self._folder)
         except OSError as error:
             self.close()
             raise WorkerLost(str(error)) from error
-        except BaseException:  # for example KeyboardInterrupt: the reply would be taken for the next call's
+        except BaseException:  # such as KeyboardInterrupt; the next call would read the reply of this one
             self.close()
             raise
         text = output.decode("utf-8", "replace")
         if len(output) > self._limits.output_bytes:
-            return Run(output[: self._limits.output_bytes].decode("utf-8", "ignore"), Ending.FLOOD)
+            return Run(output=output[: self._limits.output_bytes].decode("utf-8", "ignore"), ending=Ending.FLOOD)
         if excess is not None:
-            return Run(text, excess)
+            return Run(output=text, ending=excess)
         if kind == b"T":
-            return Run(text, Ending.TIMEOUT)
+            return Run(output=text, ending=Ending.TIMEOUT)
         if kind == b"C":
-            return Run(text, Ending.CPU)
+            return Run(output=text, ending=Ending.CPU)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.SUCCEEDED:
-            return Run(text, Ending.FINISHED)
+            return Run(output=text, ending=Ending.FINISHED)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.RAISED:
-            return Run(text, Ending.RAISED)
-        return Run(text, Ending.DIED)
+            return Run(output=text, ending=Ending.RAISED)
+        return Run(output=text, ending=Ending.DIED)
 
     def _read(self, deadline: float) -> tuple[bytes, bytes, int, Ending | None]:
-        """(output up to just past the limit, kind, wait status, limit it was stopped at) once the fork is gone."""
+        """Return (output up to just beyond the limit, reply kind, wait status, limit that stopped it) of a call."""
         output = bytearray()
         excess: Ending | None = None
-        next_look = time.monotonic() + _LOOK_S
+        next_check = time.monotonic() + _CHECK_S
         while True:
-            # When it is stopped the pipe may stay full and readable: wait for the reply alone.
+            # After a stop, the pipe may stay full and readable, so wait only for the reply.
             awaited = (self._control,) if excess else (self._stdout, self._control)
-            until = deadline if excess else min(deadline, next_look)
+            until = deadline if excess else min(deadline, next_check)
             ready = _poll(max(0.0, until - time.monotonic()) * 1000, *awaited)
             if self._control in ready:
                 kind, status = self._reply()
@@ -266,24 +278,24 @@ class Worker:
                 continue
             if len(output) > self._limits.output_bytes:
                 excess = Ending.FLOOD
-            elif time.monotonic() >= next_look:
+            elif time.monotonic() >= next_check:
                 excess = self._excess()
-                next_look = time.monotonic() + _LOOK_S
+                next_check = time.monotonic() + _CHECK_S
             if excess:
                 os.write(self._stdin, REQUEST.pack(-1.0))
-        # The call is over: what it printed is in the pipe.
+        # The call has ended. The rest of its output is in the pipe.
         with contextlib.suppress(BlockingIOError):
             while len(output) <= self._limits.output_bytes and (chunk := os.read(self._stdout, _READ_BYTES)):
                 output += chunk
         return bytes(output), kind, status, excess
 
     def _excess(self) -> Ending | None:
-        """The limit that the call which runs now is beyond, of those that the kernel cannot keep for one process."""
-        with contextlib.suppress(OSError, SandboxError):  # it has just ended
+        """Return the limit that the running call exceeds, among those that the kernel cannot enforce, or None."""
+        with contextlib.suppress(OSError, SandboxError):  # the call has just ended
             call = Path(f"/proc/{_only_child(self._pid)}")
             if (call / "task").stat().st_nlink - 2 > self._limits.threads:
                 return Ending.THREADS
-            if self.tier is not Tier.NAMESPACES:  # which has a file system of its own, of that size
+            if self.tier is not Tier.NAMESPACES:  # a call there has a private file system of limited size
                 accounts = dict(line.split(": ") for line in (call / "io").read_text().splitlines())
                 size = self._limits.disk_mb << 20
                 if max(int(accounts["wchar"]), int(accounts["write_bytes"])) > size or python_folder.holds_more(
@@ -295,12 +307,12 @@ class Worker:
     def _reply(self) -> tuple[bytes, int]:
         reply = os.read(self._control, REPLY.size)
         if len(reply) < REPLY.size:
-            raise OSError("the worker is gone")
+            raise OSError("the worker has exited")
         kind, status = REPLY.unpack(reply)
         return kind, status
 
     def _await_end(self, deadline: float) -> None:
-        """Return when the fork of the last call is gone, and with it whatever it still printed or wrote."""
+        """Wait until the fork of the last call has exited, and discard what it still printed or wrote."""
         if self._ending:
             if not _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control):
                 raise OSError("the worker does not answer")
@@ -312,10 +324,10 @@ class Worker:
             self._ending = False
 
     def close(self) -> None:
-        """End the worker and whatever it runs, and remove its folder. May be called again."""
+        """End the worker and its call, and remove its folder. May be called repeatedly."""
         process, self._process = self._process, None
         if process is not None:
-            process.stdin.close()  # the worker ends its fork, then itself
+            process.stdin.close()  # then the worker kills its fork and exits
             with contextlib.suppress(OSError):
                 process.kill()
             process.wait()
@@ -336,7 +348,7 @@ def _children_of(pid: int) -> Path:
 
 
 def _only_child(pid: int) -> int:
-    """The process that `pid` waits for."""
+    """Return the process id of the only child of `pid`."""
     try:
         return int(_children_of(pid).read_text())
     except (OSError, ValueError) as error:
@@ -344,14 +356,14 @@ def _only_child(pid: int) -> int:
 
 
 def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
-    """The started worker process with three pipes."""
-    # The real executable: a virtual environment's own needs files that the sandbox does not show.
+    """Start the worker process with three pipes and return it."""
+    # The resolved executable, because that of a virtual environment needs files that the sandbox hides.
     executable = os.path.realpath(sys.executable)
     site_packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    modules = (python_worker, python_cell, python_syscalls, python_namespaces)
+    modules = (python_worker, python_cell, python_syscalls, python_namespaces, python_semaphores)
     scripts = [os.path.realpath(str(module.__file__)) for module in modules]
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib"]
-    readable = [executable, *scripts, *libraries, *site_packages, "/dev/null", "/dev/urandom"]
+    readable = [executable, *scripts, *libraries, *site_packages, *zoneinfo.TZPATH, "/dev/null", "/dev/urandom"]
     readable = [path for path in readable if os.path.exists(path)]
     command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
     scratch = f"size={limits.disk_mb}m,nr_inodes={limits.files}"
@@ -375,7 +387,7 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
         import sandlock
         from sandlock.sandbox import StdioMode
     except (ImportError, OSError) as error:
-        raise SandboxError(f"sandlock is not installed here ({error}), so Python code cannot be isolated") from error
+        raise SandboxError(f"sandlock is not installed ({error}), so it cannot isolate Python code") from error
     sandbox = sandlock.Sandbox(
         fs_readable=readable,
         fs_writable=[str(folder), "/dev/null"],
@@ -389,11 +401,11 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     except (RuntimeError, sandlock.SandlockError) as error:
         raise SandboxError(
             f"sandlock cannot isolate Python code here ({error}): it needs Landlock ABI "
-            f"{sandlock.min_landlock_abi()}, this kernel has {sandlock.landlock_abi_version()}"
+            f"{sandlock.min_landlock_abi()}, but this kernel has {sandlock.landlock_abi_version()}"
         ) from error
 
 
-# Each attempt leaves its name in the output when it succeeds.
+# Each attempt that succeeds prints its name.
 _PROBE = """
 import os, socket, sys
 def read_files(): open("/etc/passwd").read()
@@ -417,7 +429,11 @@ print("probed")
 
 
 def check_isolation(worker: Worker) -> None:
-    """Return if code in `worker` fails to break out, having tried; else raise `SandboxError` with what it could do."""
+    """Test whether code in `worker` can break out.
+
+    Raises:
+        SandboxError: It can; the message lists how. Or the test did not run.
+    """
     variable = next(iter(os.environ.keys() - _ENVIRONMENT.keys()), "NO_SUCH_VARIABLE")
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as elsewhere:
         outside = str(Path(elsewhere, "probe"))
@@ -427,13 +443,14 @@ def check_isolation(worker: Worker) -> None:
     if ran.ending is not Ending.FINISHED or last != "probed":
         raise SandboxError(f"the sandbox does not run Python code here: {ran.ending}, {ran.output.strip()[-500:]!r}")
     if escapes:
-        raise SandboxError(f"the sandbox does not isolate Python code here: in it, code can {', '.join(escapes)}")
+        raise SandboxError(f"the sandbox does not isolate Python code here: code in it can {', '.join(escapes)}")
 
 
 def isolated_worker(limits: Limits, tiers: Sequence[Tier], *, preload: bool) -> tuple[Worker, Tier]:
-    """A worker of the first of `tiers` that isolates on this machine, as tried, and that tier.
+    """Return a worker of the first of `tiers` that passes `check_isolation` on this machine, and that tier.
 
-    Raises `SandboxError` with what is wrong with each when none does.
+    Raises:
+        SandboxError: None passes. The message gives the reason for each.
     """
     faults = []
     for tier in tiers:

@@ -1,13 +1,13 @@
-"""Allows a process the system calls that a computation needs, by capabilities and seccomp, and no other.
+"""Restricts a process to the system calls that a computation needs, with seccomp, and drops its capabilities.
 
-`worker` loads this file by its path and calls `confine` in each fork before it reads any code. What Landlock or
-namespaces leave open is then out of reach, and so are the parts of the kernel in which most faults are found: there is
-no process to start, no socket to open, no namespace to make, no limit to raise, and no mode, owner, time or attribute
-of a file to change. `rewards.math_worker` does the same for the expressions it evaluates.
+`worker` loads this file by its path and calls `confine` in each fork before it reads any code. This closes the gaps
+that Landlock and namespaces leave, and blocks the parts of the kernel with the most bugs. The process cannot start
+processes, open sockets, create namespaces, raise limits, or change the mode, owner, times or attributes of files.
+`rewards.math_worker` does the same for the expressions that it evaluates.
 
-The list holds what CPython, its standard library, numpy, sympy and pandas were seen to call (with strace) and what the
-C libraries use instead on other machines. A system call that is not on it does not exist for the process (ENOSYS), so
-that a C library falls back on an older one. The rules of `WITH_ARGUMENTS` allow a call with some arguments only.
+The list holds the calls that strace showed for CPython, its standard library, numpy, sympy and pandas, and the calls
+that C libraries use instead on other machines. All other calls fail with ENOSYS, as if the kernel did not have them,
+so C libraries fall back on older calls. `WITH_ARGUMENTS` allows some calls only with certain arguments.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# System calls by their numbers on x86-64 and on arm64 (None: not there).
+# The numbers of a system call on x86-64 and on arm64; None: it does not exist there.
 _Numbers = tuple[int | None, int | None]
 # fmt: off
 ALLOWED: Mapping[str, _Numbers] = {
@@ -63,9 +63,12 @@ ALLOWED: Mapping[str, _Numbers] = {
 
 @dataclass(frozen=True)
 class Rule:
-    """Lets a system call pass where argument number `argument` is one of `values`, or has none of the bits outside
-    `mask` and all of `bits`; refuses it with `errno` otherwise. Looks at the lower 32 bits, as the kernel does for
-    these arguments, and at all 64 where `pointer`."""
+    """Allows a system call only for certain values of one argument; otherwise the call fails with `errno`.
+
+    Argument number `argument` must be one of `values`. With `mask`, it must instead have all of `bits` and no bit
+    outside `mask`. The rule checks the lower 32 bits, as the kernel does for these arguments, or all 64 with
+    `pointer`.
+    """
 
     numbers: _Numbers
     argument: int = 0
@@ -77,19 +80,19 @@ class Rule:
 
 
 _ENOSYS, _ENOTTY = 38, 25
-_OWN_PROCESS = -1  # in `values`: the id of the process that is confined
-# CLONE_VM, FS, FILES, SIGHAND, THREAD: a thread with descriptors of its own could open as many again
+_OWN_PROCESS = -1  # in `values`: stands for the id of the confined process
+# CLONE_VM, FS, FILES, SIGHAND, THREAD: a thread with a separate descriptor table could exceed the limit of open files
 _THREAD_NEEDS = 0x00010F00
-# besides, SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED
+# also allowed: SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED
 _THREAD_FLAGS = 0x007D0F00
-_CLOCKS = tuple(range(12))  # the machine's and the own ones; those of other processes have negative numbers
+_CLOCKS = tuple(range(12))  # of the machine and this process; the clocks of other processes have negative numbers
 
 WITH_ARGUMENTS: Mapping[str, tuple[Rule, ...]] = {
     "clone": (Rule((56, 220), 0, mask=_THREAD_FLAGS, bits=_THREAD_NEEDS),),  # no process, no namespace
     "close_range": (Rule((436, 436), 2, (0, 4), errno=22),),  # CLOEXEC, not UNSHARE
     "kill": (Rule((62, 129), 0, (_OWN_PROCESS,)),),
     "tgkill": (Rule((234, 131), 0, (_OWN_PROCESS,)),),
-    "prlimit64": (Rule((302, 261), 0, (0,)), Rule((302, 261), 2, (0,), pointer=True)),  # to read the own
+    "prlimit64": (Rule((302, 261), 0, (0,)), Rule((302, 261), 2, (0,), pointer=True)),  # to read its own limits
     "sched_getaffinity": (Rule((204, 123), 0, (0, _OWN_PROCESS), errno=_ENOSYS),),
     "clock_gettime": (Rule((228, 113), 0, _CLOCKS, errno=22),),
     "clock_getres": (Rule((229, 114), 0, _CLOCKS, errno=22),),
@@ -103,38 +106,41 @@ WITH_ARGUMENTS: Mapping[str, tuple[Rule, ...]] = {
     "madvise": (Rule((28, 233), 2, (0, 1, 2, 3, 4, 8, 14, 15, 16, 17), errno=22),),
     "renameat2": (Rule((316, 276), 4, (0,), errno=22),),
     "socketpair": (Rule((53, 199), 0, (1,)),),  # AF_UNIX
-    "sendto": (Rule((44, 206), 4, (0,), pointer=True),),  # on a pair, to nowhere else
-    # Never; but PermissionError tells more than "Function not implemented" of what programs ask for most.
+    "sendto": (Rule((44, 206), 4, (0,), pointer=True),),  # only on a socket pair
+    # Never allowed. For these common calls, PermissionError is clearer than "Function not implemented".
     "socket": (Rule((41, 198), 0),),
     "execve": (Rule((59, 221), 0),),
 }
 
 ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
-"""By `platform.machine()`: the column of the tables, and the number that the kernel's audit has for it."""
+"""By `platform.machine()`: the column of the tables, and the architecture number of the kernel's audit."""
 
 _LOAD, _JUMP, _EQUAL, _AT_LEAST, _ANY_BIT, _GIVE = 0x20, 0x05, 0x15, 0x35, 0x45, 0x06
-_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # where they are in `struct seccomp_data`
+_NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in `struct seccomp_data`
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 
 _PR_CAPBSET_DROP, _PR_SET_SECUREBITS, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 28, 47, 4
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 22, 38
-_SECUREBITS = 0xEF  # NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE; these and KEEP_CAPS locked
+_SECUREBITS = 0xEF  # NOROOT, NO_SETUID_FIXUP, NO_CAP_AMBIENT_RAISE; locks these and KEEP_CAPS
 _CAPABILITY_VERSION = 0x20080522
 
-_Instruction = tuple[int, int, int, int]  # code, instructions to skip where true, where false, operand
+_Instruction = tuple[int, int, int, int]  # code, instructions to skip if true, if false, operand
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def drop_capabilities() -> None:
-    """Take every capability from this process and from what it may become, for good. Raises OSError if it keeps one.
+    """Drop all capabilities of this process permanently, including those that it could gain later.
 
     A process without CAP_SETPCAP keeps its bounding set, which `no_new_privs` makes useless.
+
+    Raises:
+        OSError: The process keeps a capability.
     """
     _libc.prctl(_PR_SET_SECUREBITS, _SECUREBITS, 0, 0, 0)
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     capability = 0
-    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # up to the last one that this kernel has
+    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # up to the last capability of this kernel
         capability += 1
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)  # this process
     if _libc.capset(header, bytes(24)) or _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -143,9 +149,12 @@ def drop_capabilities() -> None:
 
 
 def confine() -> None:
-    """Leave this process the system calls of the list, for good. Raises OSError where that cannot be had.
+    """Restrict this process permanently to the system calls of the list.
 
-    `drop_capabilities` comes before it: this cannot be undone, and does not allow that any more.
+    Call `drop_capabilities` before it, because the list does not allow the calls that it makes.
+
+    Raises:
+        OSError: The system or its architecture does not support this.
     """
     if platform.machine() not in ARCHITECTURES or sys.byteorder != "little":
         raise OSError(f"there is no list of system calls for {platform.machine()}")
@@ -159,7 +168,7 @@ def confine() -> None:
 
 
 def program(machine: str, pid: int) -> list[_Instruction]:
-    """Classic BPF over `struct seccomp_data {int nr; u32 arch; u64 ip; u64 args[6]}` for process `pid`."""
+    """Return classic BPF over `struct seccomp_data {int nr; u32 arch; u64 ip; u64 args[6]}` for process `pid`."""
     column, audit = ARCHITECTURES[machine]
     unknown = [_give(_ENOSYS)]
     blocks: dict[int, list[_Instruction]] = {}
@@ -170,7 +179,7 @@ def program(machine: str, pid: int) -> list[_Instruction]:
         if (number := rules[0].numbers[column]) is not None:
             blocks[number] = [instruction for rule in rules for instruction in _check(rule, pid)]
             blocks[number].append((_GIVE, 0, 0, _ALLOW))
-    starts: list[tuple[int, list[_Instruction]]] = []  # each block holds from its number up to the next one
+    starts: list[tuple[int, list[_Instruction]]] = []  # each block applies from its number up to the next one
     for number in sorted({0, *blocks, *(number + 1 for number in blocks)}):
         block = blocks.get(number, unknown)
         if not starts or starts[-1][1] != block:
@@ -178,14 +187,14 @@ def program(machine: str, pid: int) -> list[_Instruction]:
     return [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_EQUAL, 1, 0, audit),
-        _give(_ENOSYS),  # of another architecture, whose calls have other numbers
+        _give(_ENOSYS),  # a call of another architecture, where numbers differ
         (_LOAD, 0, 0, _NUMBER),
-        *_search(starts),  # x32's calls have numbers beyond all of the list
+        *_search(starts),  # the numbers of x32 calls are above all numbers of the list
     ]
 
 
 def _search(starts: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
-    """A binary search for the block of the loaded number: some seven comparisons."""
+    """Return a binary search for the block of the loaded number, with about seven comparisons."""
     if len(starts) == 1:
         return starts[0][1]
     middle = len(starts) // 2
@@ -194,7 +203,7 @@ def _search(starts: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
 
 
 def _check(rule: Rule, pid: int) -> list[_Instruction]:
-    """Go on behind these instructions where the rule lets the call pass."""
+    """Return instructions that refuse the call, or continue after the last of them if the rule allows it."""
     low = _ARGUMENTS + 8 * rule.argument
     refuse = _give(rule.errno)
     if rule.mask is not None:

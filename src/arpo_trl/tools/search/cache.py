@@ -1,13 +1,12 @@
-"""What searches found, on disk, and the limits that all processes of a run share: one sqlite file.
+"""An sqlite file that caches search results and keeps the limits that all processes of a run share.
 
-    results    (provider, query, parameters) ─▶ hits, or what went wrong, and until when that is believed
-    leases     the query that somebody is asking right now; others wait for the answer instead of asking too
-    slots      when a provider may be asked next
-    spending   requests made so far, per run
+    results    (provider, query, parameters) ─▶ hits or error, and when the entry expires
+    leases     queries that a process is asking right now; other processes wait for the answer
+    slots      the time of the next allowed request per provider
+    spending   the requests made so far per run
 
-Safe for any number of threads and processes on one machine (write-ahead log, every change one statement). Not for a
-network file system, which has no shared memory: give each machine its own file, and remember that each then counts for
-itself.
+It is safe for any number of threads and processes on one machine (write-ahead log, one statement per change). It does
+not work on a network file system, which has no shared memory. Use one file per machine; limits then apply per machine.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from arpo_trl.tools.search.providers import Hit
 
 FILE_VERSION = 1
 EMPTY_TTL_S = 600.0
-"""Seconds for which "nothing found" is believed."""
+"""Seconds after which a result without hits expires."""
 ERROR_TTL_S = 30.0
-"""Seconds for which a query that failed is not asked again."""
+"""Seconds after which a failed query may be asked again."""
 
 _BUSY_TIMEOUT_S = 30.0
 _SCHEMA = """
@@ -51,41 +50,52 @@ CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, requests INTEGER) WIT
 
 
 class CacheMode(StrEnum):
-    """When the file answers, and when it is written."""
+    """When searches read the file, and when they write it."""
 
-    LIVE = "live"  # ask every time; the file only keeps the limits
-    CACHE = "cache"  # answer from the file; what it lacks is asked for and written
-    RECORD = "record"  # ask every time, and write the answer over the old one
-    REPLAY = "replay"  # answer from the file only; what it lacks gets the results of the nearest query in it
-    OFFLINE = "offline"  # answer from the file only; what it lacks is a failed call that says so
+    LIVE = "live"  # always ask; the file only keeps the limits
+    CACHE = "cache"  # answer from the file; on a miss, ask and write the answer
+    RECORD = "record"  # always ask, and overwrite the old answer
+    REPLAY = "replay"  # answer from the file only; on a miss, with the results of the nearest query
+    OFFLINE = "offline"  # answer from the file only; on a miss, the call fails
 
     @property
     def asks(self) -> bool:
-        """Whether the provider is ever asked."""
+        """Whether this mode sends requests to the provider."""
         return self not in (CacheMode.REPLAY, CacheMode.OFFLINE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """What an answer depends on."""
+    """Everything that an answer depends on.
+
+    Example: `Key.of("serper", "melting point of iron", {"results": 10})`
+    """
 
     provider: str
     query: str
-    """As `normalised` makes it."""
+    """The query after `normalised`."""
     parameters: str
     """JSON."""
     asked: str = field(compare=False)
-    """The query as it was asked."""
+    """The original query."""
 
     @classmethod
     def of(cls, provider: str, query: str, parameters: Mapping[str, Any]) -> Key:
         query = _clean(query)
-        return cls(provider, normalised(query), json.dumps(parameters, sort_keys=True), query)
+        return cls(
+            provider=provider,
+            query=normalised(query),
+            parameters=json.dumps(parameters, sort_keys=True),
+            asked=query,
+        )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What is known about a key: hits, perhaps none; or why asking failed."""
+    """What the file holds for a key: the hits, or the reason why the request failed.
+
+    Example: `Entry(hits=[], error="answered 503")`
+    """
 
     hits: list[Hit]
     error: str | None
@@ -96,10 +106,12 @@ def _is_locked(error: Exception) -> bool:
 
 
 class SearchCache:
-    """The file at `path`, made if it is missing.
+    """The cache file at `path`, created if it is missing.
 
-    Raises `DataError` when it is something else, or of another version. A method raises `sqlite3.Error` when it finds
-    the file damaged, locked for long or the disk full.
+    All methods raise `sqlite3.Error` if the file is damaged or locked for long, or if the disk is full.
+
+    Raises:
+        DataError: The file is not a search cache, or has another version.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -115,20 +127,20 @@ class SearchCache:
             raise self.unusable(error) from error
 
     def unusable(self, error: Exception) -> DataError:
-        """What to say of `error`, which a method raised because the file is damaged or something else."""
+        """Return a `DataError` with a way out, for an `error` that a method raised."""
         return DataError(f"{self.path} cannot be used as a search cache: {error}. Name another file.")
 
     @stamina.retry(
         on=_is_locked, attempts=None, timeout=_BUSY_TIMEOUT_S, wait_initial=0.02, wait_max=0.5, wait_jitter=0.1
     )
     def _connect(self) -> None:
-        # Many processes may be making the file at once; turning on the log does not wait for its lock by itself.
+        # Many processes may create the file at once, and switching to the write-ahead log does not wait for the lock.
         connection = sqlite3.connect(
             self.path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False, cached_statements=32
         )
         try:
             connection.execute("PRAGMA journal_mode=WAL")
-            connection.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last answers, nothing else
+            connection.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose only the last answers
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
                 connection.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={FILE_VERSION}; COMMIT;")
@@ -144,27 +156,27 @@ class SearchCache:
 
     def _run(self, statement: str, *values: Any) -> list[Any]:
         with self._lock:
-            if self._pid != os.getpid():  # in a fork: a connection must not be used from two processes
+            if self._pid != os.getpid():  # after a fork: two processes must not share a connection
                 self._connect()
             return self._connection.execute(statement, values).fetchall()
 
     def close(self) -> None:
-        """May be called again; afterwards nothing else may."""
+        """Close the file. May be called repeatedly. No other method may be called afterwards."""
         with self._lock:
             self._connection.close()
 
     def get(self, key: Key, *, expired: bool = False) -> Entry | None:
-        """What is known about `key`; with `expired` also hits that are believed no longer, but no error."""
+        """Return the entry for `key`, or None. With `expired`, return also expired hits, but never an error."""
         rows = self._run(
             "SELECT hits, error FROM results WHERE provider=? AND query=? AND parameters=? AND "
             + ("hits IS NOT NULL" if expired else "(expires IS NULL OR expires > ?)"),
             *(key.provider, key.query, key.parameters),
             *(() if expired else (time.time(),)),
         )
-        return Entry(_hits(rows[0][0]) if rows[0][0] else [], rows[0][1]) if rows else None
+        return Entry(hits=_hits(rows[0][0]) if rows[0][0] else [], error=rows[0][1]) if rows else None
 
     def put(self, key: Key, hits: Sequence[Hit]) -> None:
-        """Write an answer; an empty one is believed for a while only."""
+        """Write an answer. An empty one expires after `EMPTY_TTL_S`."""
         self._run(
             "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, NULL, ?)",
             *(key.provider, key.query, key.parameters, key.asked),
@@ -173,7 +185,7 @@ class SearchCache:
         )
 
     def put_error(self, key: Key, error: str) -> None:
-        """Write that asking failed, for a short while; never over an answer."""
+        """Write that a request failed, for `ERROR_TTL_S`. This never overwrites an answer."""
         self._run(
             "INSERT INTO results VALUES (?, ?, ?, ?, NULL, ?, ?) ON CONFLICT DO UPDATE "
             "SET error=excluded.error, expires=excluded.expires WHERE hits IS NULL",
@@ -183,13 +195,13 @@ class SearchCache:
         )
 
     def nearest(self, provider: str, fields: Sequence[str]) -> NearestQuery:
-        """The answers of one provider as they are now, whatever their parameters; `fields` as in `Hit.shown`."""
+        """Return the current answers of one provider, for all parameters; `fields` as in `Hit.shown`."""
         rows = self._run("SELECT query, hits FROM results WHERE provider=? AND hits IS NOT NULL", provider)
         return NearestQuery((query, [hit.shown(fields) for hit in _hits(hits)]) for query, hits in rows)
 
     @contextlib.contextmanager
     def lease(self, key: Key, seconds: float) -> Iterator[bool]:
-        """Whether the caller is the one to ask for `key`, until the block ends or at most for `seconds`."""
+        """Yield whether only the caller may ask for `key`, until the block ends or `seconds` have passed."""
         name = "\n".join((key.provider, key.query, key.parameters))
         owner = f"{self._owner}-{os.getpid()}-{threading.get_ident()}"
         now = time.time()
@@ -207,7 +219,7 @@ class SearchCache:
                 self._run("DELETE FROM leases WHERE key=? AND owner=?", name, owner)
 
     def reserve(self, provider: str, per_second: float, latest: float) -> float | None:
-        """The time (as `time.time`) at which the caller may ask, all callers evenly spaced; None if after `latest`."""
+        """Return the `time.time` at which the caller may ask, or None if that is after `latest`. Evenly spaced."""
         gap, now = 1 / per_second, time.time()
         rows = self._run(
             "INSERT INTO slots VALUES (?1, ?2 + ?3) ON CONFLICT DO UPDATE SET next = max(next, ?2) + ?3 "
@@ -217,7 +229,7 @@ class SearchCache:
         return float(rows[0][0]) if rows else None
 
     def spend(self, run: str, most: int | None) -> bool:
-        """Count one request of `run`; False, and not counted, when it has made `most` already."""
+        """Count one request of `run` and return True; return False if it has already made `most`."""
         rows = self._run(
             "INSERT INTO spending VALUES (?1, 1) ON CONFLICT DO UPDATE SET requests = requests + 1 "
             "WHERE ?2 IS NULL OR requests < ?2 RETURNING requests",
@@ -226,14 +238,19 @@ class SearchCache:
         return bool(rows)
 
     def import_json(self, path: str | Path, provider: str, parameters: Mapping[str, Any]) -> int:
-        """Take in a file {query: result text}, as the released code's `search_cache.json` is; how many there were."""
+        """Import a file {query: result text}, the format of the released code's `search_cache.json`.
+
+        Returns the number of queries.
+        """
         recorded = read_recorded(path)
         for query, text in recorded.items():
-            self.put(Key.of(provider, query, parameters), [Hit("", "", page) for page in pages_of(text)])
+            self.put(
+                Key.of(provider, query, parameters), [Hit(title="", url="", text=page) for page in pages_of(text)]
+            )
         return len(recorded)
 
     def export_json(self, path: str | Path, provider: str | None = None) -> int:
-        """Write such a file with what one provider, or any, found; how many queries it has."""
+        """Write such a file with the results of one provider, or of all. Return the number of queries."""
         rows = self._run(
             "SELECT asked, hits FROM results WHERE hits IS NOT NULL AND (?1 IS NULL OR provider = ?1) "
             "ORDER BY query, provider, parameters",
@@ -244,7 +261,7 @@ class SearchCache:
         return len(found)
 
     def stats(self) -> dict[str, Any]:
-        """Counts of answers, empty ones and errors by provider, and requests by run."""
+        """Return the numbers of answers, empty answers and errors per provider, and of requests per run."""
         rows = self._run(
             "SELECT provider, sum(hits IS NOT NULL AND hits != '[]'), sum(hits = '[]'), sum(hits IS NULL) "
             "FROM results GROUP BY provider ORDER BY provider"
@@ -259,11 +276,11 @@ def _hits(stored: str) -> list[Hit]:
     try:
         found = parse_json(stored, "an answer in it")
         expect(found, [[str]], "an answer in it")
-        return [Hit(*parts) for parts in found]
-    except (DataError, TypeError) as error:  # TypeError: not three texts, or bytes
+        return [Hit(title=title, url=url, text=text) for title, url, text in found]
+    except (DataError, TypeError, ValueError) as error:  # not three texts, or bytes
         raise sqlite3.DatabaseError(str(error)) from error
 
 
 def _clean(text: str) -> str:
-    """`text` without lone surrogates, which fit no database."""
+    """Return `text` without lone surrogates, which sqlite cannot store."""
     return text.encode("utf-8", "replace").decode()

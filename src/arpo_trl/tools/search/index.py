@@ -1,7 +1,7 @@
-"""The `search` tool: BM25 over passages of one's own, results recorded earlier, or a service (`web_search`).
+"""The `search` tool: BM25 over local passages, recorded results, or a search service (`WebSearch`).
 
-All give the model the same text, `Page 1: …` and so on, one line per result, best first. Equal scores keep the order
-of the passages, so a run that is repeated sees the same pages.
+The model always reads the same format: `Page 1: …` and so on, one line per result, best first. Passages with equal
+scores keep their order, so a repeated run sees the same pages.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from arpo_trl.tools.search.words import tokenize
 
 NOTHING_FOUND = "No search results found."
 MAX_QUERY_CHARS = 2000
-"""Of a query the rest is not looked at: it is a model's, and may be made to take long."""
+"""The rest of a longer query is ignored, because a model may write a query that takes very long to search."""
 
 _QUERY_PREFIX = re.compile(r"^(?:search )?query\s*:\s*", re.IGNORECASE)
 _CUT = " …"
 
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index it builds
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index that it builds
 
 
 class Searchable(Protocol):
-    """What `search_tool` searches: `LocalIndex`, `RecordedSearch` or `WebSearch`."""
+    """A source for `search_tool`: `LocalIndex`, `RecordedSearch`, `WebSearch` or another class with this method."""
 
     def search(self, query: str, top_k: int) -> list[str]:
-        """At most `top_k` texts that answer `query`, best first; empty when nothing does."""
+        """Return at most `top_k` texts that match `query`, best first."""
         ...
 
 
@@ -47,24 +47,24 @@ class _Ranking:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> _Ranking:
-        """The ranking of `texts`, of which at least one has a word."""
+        """Return the ranking of `texts`. At least one of them must contain a search word."""
         vocabulary: dict[str, int] = {}
-        # Numbers, not words: each occurrence of a word would be a string of its own.
+        # Numbers instead of words, because each occurrence of a word would be a separate string.
         numbered = [[vocabulary.setdefault(word, len(vocabulary)) for word in tokenize(text)] for text in texts]
-        # numpy: over a million passages numba's version saves half a millisecond a query, takes seconds to compile,
-        # and leaves open which of equal scores comes first.
+        # numpy: with a million passages, numba saves half a millisecond per query, but takes seconds to compile and
+        # leaves the order of equal scores undefined.
         index = bm25s.BM25(backend="numpy")
         index.index((numbered, vocabulary), show_progress=False)
         return cls(index)
 
     def best(self, query: str, k: int) -> list[int]:
-        """Positions of the at most `k` texts that share a word with `query`, best first, ties in order of position."""
+        """Return the positions of the `k` best texts that share a word with `query`; ties by position."""
         known = [word for word in tokenize(query) if word in self._index.vocab_dict]
         if not known:
             return []
         scores = self._index.get_scores(known)
         hits = np.flatnonzero(scores > 0)
-        if len(hits) > k:  # keep every text that ties with the k-th: which of them stays is decided by position below
+        if len(hits) > k:  # keep all texts that tie with the k-th; the stable sort below drops the last ones
             hits = hits[scores[hits] >= np.partition(scores[hits], -k)[-k]]
         return [int(hit) for hit in hits[np.argsort(-scores[hits], kind="stable")][:k]]
 
@@ -77,7 +77,7 @@ class _Ranking:
 
 
 class _StoredTexts(Sequence[str]):
-    """Texts in a folder, memory-mapped: all of them end to end in one file, and where each ends in another."""
+    """Memory-mapped texts in a folder: one file holds all texts end to end, another the position where each ends."""
 
     TEXTS, ENDS = "passages.txt", "passage_ends.npy"
 
@@ -86,7 +86,7 @@ class _StoredTexts(Sequence[str]):
         with (folder / self.TEXTS).open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self._ends) == 0 or self._ends[-1] != len(self._bytes):
-            raise ValueError(f"{self.TEXTS} and {self.ENDS} do not belong together")
+            raise ValueError(f"{self.TEXTS} and {self.ENDS} do not match")
 
     @classmethod
     def write(cls, folder: Path, texts: Iterable[str]) -> None:
@@ -102,21 +102,23 @@ class _StoredTexts(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         start = self._ends[index - 1] if index else 0
-        return self._bytes[start : self._ends[index]].decode("utf-8")  # a slice: a shared file position would race
+        # Slicing is thread-safe. Threads would share the position of a file.
+        return self._bytes[start : self._ends[index]].decode("utf-8")
 
 
 class LocalIndex:
     """A BM25 index over passages.
 
     Args:
-        passages: Texts, or mappings with `text` and perhaps `title`, which is searched and shown before the text, or
-            with `contents`, whose first line is the title.
+        passages: Texts, or mappings. A mapping has `text` and optionally `title`, which is searched and shown before
+            the text, or `contents`, whose first line is the title.
 
-    Raises `DataError` when there is none, or one is of another shape.
+    Raises:
+        DataError: There is no passage, none has a search word, or one has another shape.
     """
 
     FORMAT = 1
-    """Of the folder that `save` writes and of the words that `tokenize` makes; another one cannot be loaded."""
+    """The version of the folder that `save` writes and of `tokenize`. Folders of other versions cannot be loaded."""
 
     _HEADER = "search_index.json"
 
@@ -125,16 +127,19 @@ class LocalIndex:
             _shown(passage, f"passage {number}") for number, passage in enumerate(passages)
         ]
         if not self._passages:
-            raise DataError("a search index needs at least one passage, got none")
+            raise DataError("A search index needs at least one passage, got none. Add passages.")
         if not any(map(tokenize, self._passages)):
-            raise DataError(f"none of the {len(self)} passages of the search index has a word to search for")
+            raise DataError(
+                f"None of the {len(self)} passages of the search index has a word to search for. Check them."
+            )
         self._ranking = _Ranking.of(self._passages)
 
     @classmethod
     def open(cls, source: str | Path) -> LocalIndex:
-        """The index of a `.jsonl` file, of a folder of them, of one that `save` wrote, or of a dataset on the Hub.
+        """Return the index of a `.jsonl` file, a folder of such files, a folder written by `save`, or a Hub dataset.
 
-        Of a Hub dataset the split train is read. Building takes two minutes per million passages: `save` large ones.
+        It reads the split train of a Hub dataset. Building an index takes two minutes per million passages, so `save`
+        large ones.
         """
         path = Path(source)
         if path.suffix == ".jsonl":
@@ -149,19 +154,19 @@ class LocalIndex:
 
     @classmethod
     def from_jsonl(cls, path: str | Path) -> LocalIndex:
-        """The index of a file with one passage per line, each a JSON string or object as above."""
+        """Return the index of a file with one passage per line, each a JSON string or an object as above."""
         return cls._of_files([Path(path)])
 
     @classmethod
     def _of_files(cls, files: Sequence[Path]) -> LocalIndex:
         passages = [passage for file in files for passage in _passages(file)]
         if not passages:
-            raise DataError(f"{' and '.join(map(str, files))} has no passages; expected one per line")
+            raise DataError(f"{' and '.join(map(str, files))} has no passages; expected one per line.")
         return cls(passages)
 
     @classmethod
     def load(cls, folder: str | Path) -> LocalIndex:
-        """The index that `save` wrote, memory-mapped: passages are read from the disk when they are found."""
+        """Return the memory-mapped index in `folder`, which `save` wrote. Passages are read from disk on demand."""
         folder = Path(folder)
         again = "Build it again: LocalIndex.open(PASSAGES).save(FOLDER), or arpo-trl index PASSAGES FOLDER."
         try:
@@ -179,28 +184,28 @@ class LocalIndex:
         return loaded
 
     def save(self, folder: str | Path) -> None:
-        """Write index and passages to `folder`, which is made if it is missing."""
+        """Write the index and its passages to `folder`, which is created if it is missing."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._ranking.save(folder)
         _StoredTexts.write(folder, self._passages)
-        # Last: an index without it was not written to the end.
+        # Written last: an index without this file is incomplete.
         (folder / self._HEADER).write_text(json.dumps({"format": self.FORMAT}), "utf-8")
 
     def __len__(self) -> int:
         return len(self._passages)
 
     def search(self, query: str, top_k: int) -> list[str]:
-        """The at most `top_k` passages that share a word with `query`, best first."""
+        """Return the `top_k` best passages that share a word with `query`, best first."""
         return [self._passages[hit] for hit in self._ranking.best(query, top_k)]
 
 
 class NearestQuery:
-    """Recorded results by query, of which another query gets the nearest one's.
+    """Recorded results by query. A query that was not recorded gets the result of the nearest recorded query.
 
-    Queries are compared without case, surplus white space or a leading `search query:` (which some recordings carry
-    because a model wrote it). A query that was not recorded gets the result of the recorded one nearest by BM25, if
-    they share a word; recorded queries that had found nothing stand for themselves alone.
+    The comparison ignores case, extra white space and a leading `search query:`, which models wrote in some
+    recordings. The nearest query is the best one by BM25, and must share a word with the query. Recorded queries
+    without results are never the nearest.
     """
 
     def __init__(self, results: Iterable[tuple[str, list[str]]]) -> None:
@@ -214,7 +219,7 @@ class NearestQuery:
         return len(self._results)
 
     def pages(self, query: str) -> list[str]:
-        """The pages recorded for `query`, or else for the nearest recorded query."""
+        """Return the pages recorded for `query`, or else for the nearest recorded query."""
         query = normalised(query)
         if query in self._results:
             return self._results[query]
@@ -223,9 +228,12 @@ class NearestQuery:
 
 
 class RecordedSearch:
-    """Results recorded earlier, for training without a search service: a JSON object {query: result text}.
+    """Recorded results, for training without a search service. The file is a JSON object {query: result text}.
 
-    Looked up as in `NearestQuery`. Raises `DataError` when the file is missing, empty or of another shape.
+    `NearestQuery` says which recorded query answers.
+
+    Raises:
+        DataError: The file is missing, empty or has another shape.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -235,24 +243,28 @@ class RecordedSearch:
         return len(self._recorded)
 
     def search(self, query: str, top_k: int) -> list[str]:
-        """The at most `top_k` pages recorded for `query`, or else for the nearest recorded query."""
+        """Return at most `top_k` pages recorded for `query`, or else for the nearest recorded query."""
         return self._recorded.pages(query)[:top_k]
 
 
 def read_recorded(path: str | Path) -> dict[str, str]:
-    """The recorded results of a JSON file {query: result text}; `DataError` when it is missing or of another shape."""
+    """Return the recorded results of a JSON file {query: result text}.
+
+    Raises:
+        DataError: The file is missing, empty or has another shape.
+    """
     recorded = read_json(Path(path))
     if not isinstance(recorded, dict) or not recorded:
         got = "an empty object" if recorded == {} else type(recorded).__name__
-        raise DataError(f"{path} holds {got}; expected an object {{query: result text}}")
+        raise DataError(f"{path} holds {got}; expected an object {{query: result text}}.")
     for query, result in recorded.items():
         if not isinstance(result, str):
-            raise DataError(f"{path}, query {query!r}: the result is {type(result).__name__}, expected text")
+            raise DataError(f"{path}, query {query!r}: the result is {type(result).__name__}; expected a string.")
     return recorded
 
 
 def pages_of(result: str) -> list[str]:
-    """The pages of a recorded result text; text that is not in pages is one."""
+    """Return the pages of a recorded result text. Text without page marks is one page."""
     if result.strip() == NOTHING_FOUND:
         return []
     parts = re.split(r"^Page \d+: ?", result, flags=re.MULTILINE)
@@ -260,18 +272,18 @@ def pages_of(result: str) -> list[str]:
 
 
 def as_text(pages: Sequence[str]) -> str:
-    """What a model, or a recording, is given of `pages`: `Page 1: …`, one a line."""
+    """Return `pages` in the format of results and recordings: `Page 1: …`, one page per line."""
     lines = (f"Page {number}: {' '.join(page.split())}" for number, page in enumerate(pages, start=1))
     return "\n".join(lines) or NOTHING_FOUND
 
 
 def search_tool(source: Searchable, *, top_k: int = 5, max_chars: int = 1000) -> Callable[[str], str]:
-    """A function `search(query: str) -> str` to offer to a model.
+    """Return a function `search(query: str) -> str` to offer to a model.
 
     Args:
-        source: What is searched: `LocalIndex`, `RecordedSearch`, `WebSearch` or your own.
-        top_k: Results shown at most.
-        max_chars: Longest text of one result; a longer one is cut.
+        source: A `LocalIndex`, `RecordedSearch`, `WebSearch` or another object with their method `search`.
+        top_k: The maximum number of results.
+        max_chars: The maximum characters of one result; a longer one is cut.
     """
 
     def search(query: str) -> str:
@@ -293,7 +305,7 @@ def _passages(path: Path) -> Iterator[str]:
 
 
 def _shown(passage: Any, where: str) -> str:
-    """The text of a passage with its title before it."""
+    """Return the text of a passage, preceded by its title."""
     match passage:
         case str():
             return passage
@@ -304,11 +316,11 @@ def _shown(passage: Any, where: str) -> str:
             return f"{title.strip().strip(chr(34))}: {text}" if text else contents
     got = f"keys {sorted(map(str, passage))}" if isinstance(passage, Mapping) else type(passage).__name__
     raise DataError(
-        f"{where}: expected a string, or an object with the string `text` and perhaps `title`, or with `contents`, "
+        f"{where}: expected a string, or an object with the string `text` and optionally `title`, or with `contents`, "
         f"got {got}"
     )
 
 
 def normalised(query: str) -> str:
-    """`query` as recordings and caches know it: without case, surplus white space or a leading `search query:`."""
+    """Return `query` in the form used to compare queries: lower case, without extra spaces or `search query:`."""
     return _QUERY_PREFIX.sub("", " ".join(query.casefold().split()))

@@ -1,13 +1,13 @@
-"""`WebSearch`: a search service behind a cache, limits and a circuit breaker, so that training waits for none.
+"""`WebSearch`: a search service behind a cache, limits and a circuit breaker, which bound the time of each search.
 
-    query ─▶ in the file? ─▶ hits                              what the mode allows (`CacheMode`)
-             being asked by another? ─▶ wait for its answer
-             provider resting? no place before the deadline? cap reached? ─▶ `ToolUnavailable`, at once
-             ask, with retries ─▶ hits, written to the file
-                               ─▶ `ToolUnavailable`; after several in a row the provider rests
+    query ─▶ cache hit? ─▶ hits                                if the mode reads the cache (`CacheMode`)
+             another process asks for it? ─▶ wait for its answer
+             circuit open? rate limit beyond the deadline? cap reached? ─▶ `ToolUnavailable`, at once
+             ask, with retries ─▶ hits, written to the cache
+                               ─▶ `ToolUnavailable`; several in a row open the circuit
 
-A service that fails is no reason to stop a run and nothing a model can help: it reads that search is unavailable, and
-the share of such calls is logged as `arpo/tools/search/degraded`.
+A failing service does not stop a run, and the model cannot fix it. So the model reads that search is unavailable, and
+the metric `arpo/tools/search/degraded` shows the share of such calls.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
-_WAIT_S = 0.05  # between looks at an answer that another process is asking for
-_UNAVAILABLE = "Error: search is unavailable at the moment. Go on without it, or try again later."
+_WAIT_S = 0.05  # between checks for an answer that another process is asking for
+_UNAVAILABLE = "Error: search is unavailable at the moment. Continue without it, or try again later."
 
 
 class WebSearch:
-    """Searches with `provider` and keeps what it finds in `cache`.
+    """Searches with `provider` and stores the results in `cache`.
 
     Args:
-        fields: Parts of a hit that are shown, of title, url and text.
-        timeout_s: Seconds a search may take, retries and waiting included. Below the tool deadline, or the model reads
-            of a missed deadline instead.
-        per_second: Requests a second to the provider, of all processes that share the file; None: no limit.
-        max_requests: Requests, retries included, that all processes with this `run` and file may make; None: no limit.
-        run: Name under which they are counted.
+        fields: The parts of a hit that the model is shown: title, url, text.
+        timeout_s: The maximum seconds of a search, including retries and waiting. It should be less than the deadline
+            of the tool. Otherwise the model reads that the call timed out.
+        per_second: The maximum requests per second to the provider, of all processes that share the file; None: no
+            limit.
+        max_requests: The maximum requests, including retries, of all processes that share this `run` and the file;
+            None: no limit.
+        run: The name under which the requests are counted.
 
-    Raises `ConfigError` when a setting cannot work, or the mode asks and the provider's key is not in the environment;
-    `DataError` when the mode is replay and the file is damaged.
+    Raises:
+        ConfigError: A setting is invalid, or the mode sends requests and the provider's key is not in the environment.
+        DataError: The mode is replay and the file is damaged.
     """
 
     def __init__(
@@ -65,7 +68,10 @@ class WebSearch:
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} is {value}; expected more than 0.")
         if max_requests is not None and max_requests < 1:
-            raise ConfigError(f"search_max_calls is {max_requests}; expected at least 1. To ask nobody: mode offline.")
+            raise ConfigError(
+                f"search_max_calls is {max_requests}; expected at least 1. "
+                "To send no requests, set search_cache_mode: offline."
+            )
         if mode.asks:
             _check_key(provider)
         self._provider = provider
@@ -86,17 +92,17 @@ class WebSearch:
         self._capped = False
 
     def search(self, query: str, top_k: int) -> list[str]:
-        """At most `top_k` texts that the service, or the cache, has for `query`, best first.
+        """Return at most `top_k` texts for `query`, from the cache or the service, best first.
 
         Raises:
-            ToolUnavailable: the service cannot answer now.
-            ToolError: the mode is offline and the query is not in the cache.
+            ToolUnavailable: The service cannot answer now.
+            ToolError: The mode is offline and the query is not in the cache.
         """
         if self._recorded is not None:
             return self._recorded.pages(query)[:top_k]
         try:
             hits = self._search(query, top_k)
-        except sqlite3.Error as error:  # a full disk, say; it is said each time, for it will not pass by itself
+        except sqlite3.Error as error:  # such as a full disk; logged each time, because it persists
             logger.warning("Search is degraded: the cache file %s: %s", self._cache.path, error)
             raise ToolUnavailable(_UNAVAILABLE) from None
         return [hit.shown(self._fields) for hit in hits[:top_k]]
@@ -129,7 +135,7 @@ class WebSearch:
             entry = self._cache.get(key)
             if entry is None:
                 with self._cache.lease(key, self._timeout_s) as granted:
-                    # Once more: it may have been written between the look and the lease.
+                    # Check again: another process may have written it before the lease was granted.
                     entry = self._cache.get(key) if granted else None
                     if granted and entry is None:
                         entry = self._asked(key, query, top_k, deadline)
@@ -148,10 +154,10 @@ class WebSearch:
             self._cache.put_error(key, error.reason)
             raise
         self._cache.put(key, hits)
-        return Entry(hits, None)
+        return Entry(hits=hits, error=None)
 
     def _ask(self, query: str, top_k: int, deadline: float) -> list[Hit]:
-        """The provider's hits; raises `ToolUnavailable`."""
+        """Return the hits of the provider; raises `ToolUnavailable`."""
         if not self._breaker.lets_pass():
             raise ToolUnavailable(_UNAVAILABLE)
         try:
@@ -160,12 +166,13 @@ class WebSearch:
                 lambda: deadline - time.time(),
             )
         except RequestFailed as error:
-            # This query's fault, not the service's: but some refuse a key, or an empty account, with these too.
+            # These statuses blame the query, not the service. But some services also use them for a bad key or
+            # account.
             at_query = error.status in (400, 414, 422) and not error.about_account
             if not at_query and self._breaker.failed():
                 logger.warning(
-                    "Search is degraded: %s %s, %d times in a row%s. It rests for %g s, and searches are answered "
-                    "with a notice; see arpo/tools/search/degraded.",
+                    "Search is degraded: %s %s, %d times in a row%s. It gets no requests for %g s, and the model gets "
+                    "a notice instead of results; see arpo/tools/search/degraded.",
                     *(self._provider.name, error, self._breaker.failures, self._hint(error), self._breaker.rest_s),
                 )
             raise _Refused(str(error)) from None
@@ -173,7 +180,7 @@ class WebSearch:
         return hits
 
     def _request(self, query: str, results: int, deadline: float) -> list[Hit]:
-        """The hits of one request, made when the limits allow it."""
+        """Return the hits of one request, which is sent as soon as the limits allow it."""
         if self._per_second is not None:
             start = self._cache.reserve(self._provider.name, self._per_second, deadline)
             if start is None:
@@ -183,11 +190,11 @@ class WebSearch:
             if not self._capped:
                 self._capped = True
                 logger.warning(
-                    "Search is degraded: the %s requests of search_max_calls are spent by run %r; searches that the "
-                    "cache cannot answer are answered with a notice. Raise search_max_calls to go on.",
-                    *(self._max_requests, self._run),
+                    "Search is degraded: run %r has made the %s requests of search_max_calls. The model gets a notice "
+                    "instead of results that are not in the cache. To continue, increase search_max_calls.",
+                    *(self._run, self._max_requests),
                 )
-            raise ToolUnavailable("Error: the search budget is spent. Go on with what is known.")
+            raise ToolUnavailable("Error: the search budget is used up. Continue with what you know.")
         key = _key(self._provider)
         request = self._provider.request(query, results, key)
         answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), sent=query)
@@ -197,16 +204,19 @@ class WebSearch:
             raise RequestFailed(str(error)) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             raise RequestFailed("answered in another layout than expected", status=200) from None
-        return [Hit(without(key, hit.title), without(key, hit.url), without(key, hit.text)) for hit in hits[:results]]
+        return [
+            Hit(title=without(key, hit.title), url=without(key, hit.url), text=without(key, hit.text))
+            for hit in hits[:results]
+        ]
 
     def _hint(self, error: RequestFailed) -> str:
         if (error.status in (401, 402, 403) or error.about_account) and self._provider.key_variable:
-            return f" (is the key in {self._provider.key_variable} valid, and has its account credits left?)"
+            return f" (is the key in {self._provider.key_variable} valid, and does its account have credits left?)"
         return ""
 
 
 def _key(provider: Provider) -> str:
-    """Read whenever it is needed: no object, and so no log of one, holds it."""
+    """Return the API key. It is read for each use, so that no object or log holds it."""
     return os.environ.get(provider.key_variable, "").strip() if provider.key_variable else ""
 
 
@@ -215,14 +225,16 @@ def _check_key(provider: Provider) -> None:
     if provider.key_variable and not key:
         raise ConfigError(
             f"search_provider {provider.name} needs a key in the environment variable {provider.key_variable}, which "
-            "is not set. Set it, or answer from the cache alone: search_cache_mode offline or replay."
+            "is not set. Set it, or use only the cache: search_cache_mode offline or replay."
         )
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{provider.key_variable} holds characters that no key has. Set it to the key alone.")
+        raise ConfigError(
+            f"{provider.key_variable} holds characters that no key contains. Set it to the key and nothing else."
+        )
 
 
 class _Refused(ToolUnavailable):
-    """The service was asked and did not answer; `reason`, for the cache, says why."""
+    """A request to the service failed. The cache stores `reason`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(_UNAVAILABLE)

@@ -1,4 +1,4 @@
-"""The parts of a long text that a question is about. Light, as a page's worker imports it."""
+"""Selects the parts of a long text that match a question. Imports little, because a page's worker imports it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from arpo_trl.tools.search.words import tokenize
 _WINDOW_CHARS = 600
 _GAP = "\n[…]\n"
 _CUT = " …"
-_SATURATION, _LENGTH_WEIGHT = 1.5, 0.75  # BM25's k1 and b, as bm25s has them
+_SATURATION, _LENGTH_WEIGHT = 1.5, 0.75  # BM25's k1 and b, with the values of bm25s
 
 
 def excerpt(text: str, goal: str, max_chars: int) -> str:
-    """At most `max_chars` of `text`: the windows that fit `goal` best, in their order; without any, its beginning."""
+    """Return at most `max_chars` of `text`: the windows that match `goal` best, in text order, or else its
+    beginning."""
     text = text.strip()
     if len(text) <= max_chars:
         return text
@@ -38,11 +39,11 @@ def excerpt(text: str, goal: str, max_chars: int) -> str:
 
 
 def _windows(text: str) -> list[str]:
-    """`text` in pieces of whole lines, or of words where a line is long, of about `_WINDOW_CHARS` each."""
+    """Split `text` into pieces of about `_WINDOW_CHARS`, between lines, or between words of long lines."""
     pieces = (piece for line in text.split("\n") for piece in re.findall(rf".{{1,{_WINDOW_CHARS}}}(?:\s|$)|\S+", line))
     windows: list[str] = []
     for piece in filter(None, map(str.strip, pieces)):
-        for start in range(0, len(piece), _WINDOW_CHARS):  # a word of that length is a blob
+        for start in range(0, len(piece), _WINDOW_CHARS):  # a longer word is encoded data
             part = piece[start : start + _WINDOW_CHARS]
             if windows and len(windows[-1]) + len(part) < _WINDOW_CHARS:
                 windows[-1] += "\n" + part
@@ -52,7 +53,8 @@ def _windows(text: str) -> list[str]:
 
 
 def _best(windows: Sequence[str], goal: str) -> list[int]:
-    """Positions of the windows that share a word with `goal`, best first by BM25 (Lucene's), ties in their order."""
+    """Return the positions of the windows that share a word with `goal`, best first by Lucene's BM25; ties in
+    order."""
     wanted = Counter(tokenize(goal))
     if not wanted:
         return []

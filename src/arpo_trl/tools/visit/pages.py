@@ -1,14 +1,15 @@
-"""The `visit` tool: a page of the web, or the parts of it that a question is about.
+"""The `visit` tool: reads a web page, or the parts of it that match a question.
 
-    url ─▶ public address? ─▶ fetch (deadline, size) ─▶ redirect? then from the start, at most 5 times
-        ─▶ in a process of its own (`page_worker`): text ─▶ the windows of it that fit the goal best
-        ─▶ perhaps a model's summary of them
+    url ─▶ public address? ─▶ fetch (deadline, size) ─▶ redirect? back to the start, at most 5 times
+        ─▶ in a separate process (`page_worker`): text ─▶ the windows of it that match the goal best
+        ─▶ optionally a model's summary of them
 
-The model chooses the address, so it is hostile: only http and https on their usual ports, and only hosts whose every
-address is on the public internet. A name is resolved once, what it resolves to is checked, and that very address is
-connected to, so that a name server cannot show one address to the check and another to the connection.
+The model chooses the URL, so the URL is untrusted. Only http and https on their default ports are allowed, and only
+hosts with none but public addresses. A host name is resolved once, all its addresses are checked, and the connection
+uses a checked address. So a name server cannot give one address to the check and another to the connection.
 
-What the page holds is hostile too: this process only moves its bytes, and the deadline kills the one that reads them.
+The content of the page is untrusted too. This process only passes its bytes on. The deadline kills the process that
+parses them.
 """
 
 from __future__ import annotations
@@ -71,17 +72,18 @@ def visit_tool(
     summariser: ChatModel | None = None,
     resolve: Resolve | None = None,
 ) -> Callable[..., str]:
-    """A function `visit(url: str, goal: str = "") -> str` to offer to a model.
+    """Return a function `visit(url: str, goal: str = "") -> str` to offer to a model.
 
     Args:
-        timeout_s: Seconds a visit may take, redirects and summary included (not the system's look-up of names).
-        max_chars: Longest text shown.
-        max_bytes: Longest page fetched.
-        allowed_hosts: `host` or `host:port` that may be visited whatever its address and port: a wiki of yours.
-        summariser: Sums up the page where there is a goal; when it fails, the page's own text is shown.
-        resolve: The addresses of a (host, port), if not the system's.
+        timeout_s: The maximum seconds of a visit, including redirects and summary, but not name resolution.
+        max_chars: The maximum characters of the text.
+        max_bytes: The maximum bytes of a page.
+        allowed_hosts: `host` or `host:port` that may be visited with any address and port, such as a local wiki.
+        summariser: The model that summarises a page if there is a goal. If it fails, the text of the page is shown.
+        resolve: Returns the addresses of (host, port). Default: the resolver of the system.
 
-    Raises `ConfigError` when a setting cannot work or the libraries that read pages are missing.
+    Raises:
+        ConfigError: A setting is invalid, or the libraries that read pages are missing.
     """
     if not timeout_s > 0:
         raise ConfigError(f"visit_timeout_s is {timeout_s}; expected more than 0.")
@@ -93,7 +95,7 @@ def visit_tool(
     for number, host in enumerate(allowed_hosts):
         if not isinstance(host, str) or not _HOST.fullmatch(host):
             raise ConfigError(
-                f"visit_allowed_hosts[{number}] is no host or host:port; expected one like wiki.local:8080."
+                f"visit_allowed_hosts[{number}] is not a host or host:port; expected a value like wiki.local:8080."
             )
     guard = AddressGuard(allowed_hosts, resolve or _resolve)
 
@@ -116,7 +118,7 @@ def visit_tool(
             try:
                 return summariser.ask(_PROMPT.format(goal=goal, text=longer[0]), deadline - time.monotonic())
             except RequestFailed as error:
-                logger.warning("The model that sums pages up %s; the page's own text is shown instead.", error)
+                logger.warning("The model that summarises pages %s. The text of the page is shown instead.", error)
         return text
 
     visit.deterministic = True  # type: ignore[attr-defined]
@@ -124,27 +126,28 @@ def visit_tool(
 
 
 class AddressGuard:
-    """Decides where a request may go, and which addresses it may connect to."""
+    """Decides which hosts may be visited and which addresses a request may connect to."""
 
     def __init__(self, allowed_hosts: Collection[str], resolve: Resolve) -> None:
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
         self._resolve = resolve
 
     def request(self, url: str) -> httpx.Request:
-        """A GET request for `url` to an address that was checked, with the host's name in header and certificate.
+        """Return a GET request for `url` to a checked IP address. Host header and certificate check use the host name.
 
         Raises:
-            ToolError: it is no web address, or not one that may be visited.
+            ToolError: `url` is not a web address, or must not be visited.
         """
         if len(url) > _MAX_ADDRESS_CHARS:
-            raise ToolError(f"Error: that address is longer than {_MAX_ADDRESS_CHARS} characters.")
+            raise ToolError(f"Error: the address is longer than {_MAX_ADDRESS_CHARS} characters.")
         try:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, ValueError, TypeError):
             raise ToolError("Error: that is not the address of a web page.") from None
-        host = parsed.raw_host.decode("ascii", "replace").lower().rstrip(".")  # IDNA, so one spelling per name
+        # In IDNA, so that each name has one spelling.
+        host = parsed.raw_host.decode("ascii", "replace").lower().rstrip(".")
         if parsed.scheme not in _PORTS or not host:
-            raise ToolError("Error: that is not the address of a web page; it has to begin with http:// or https://.")
+            raise ToolError("Error: that is not the address of a web page; it must begin with http:// or https://.")
         if parsed.userinfo:
             raise ToolError("Error: an address with a user name or password cannot be visited.")
         port = parsed.port or _PORTS[parsed.scheme]
@@ -173,29 +176,29 @@ def _resolve(host: str, port: int) -> list[str]:
 
 
 def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> tuple[str, bytes]:
-    """The page at `url`, redirects followed, and its kind: html, pdf or text."""
+    """Return the kind (html, pdf or text) and the content of the page at `url`, after redirects."""
     for _ in range(MAX_REDIRECTS + 1):
         request = guard.request(url)
         left = deadline - time.monotonic()
         try:
             answer = fetch(request, timeout_s=max(0.1, left), max_bytes=max_bytes, pooled=False)
         except RequestFailed as error:
-            raise ToolError(f"Error: the page cannot be had: {error}.") from None
+            raise ToolError(f"Error: the page could not be fetched: {error}.") from None
         location = answer.headers.get("location")
         if answer.status in (301, 302, 303, 307, 308) and location:
             url = _joined(url, location)
         elif answer.status != 200:
-            raise ToolError(f"Error: the page cannot be had: the server answered {answer.status}.")
+            raise ToolError(f"Error: the page could not be fetched: the server answered {answer.status}.")
         else:
             return _kind_of(answer), answer.body
-    raise ToolError(f"Error: the page cannot be had: more than {MAX_REDIRECTS} redirects.")
+    raise ToolError(f"Error: the page could not be fetched: more than {MAX_REDIRECTS} redirects.")
 
 
 def _joined(url: str, location: str) -> str:
     try:
         return urljoin(url, location[: _MAX_ADDRESS_CHARS + 1])
     except ValueError:
-        raise ToolError("Error: the page cannot be had: it redirects to what is no address.") from None
+        raise ToolError("Error: the page could not be fetched: it redirects to an invalid address.") from None
 
 
 def _kind_of(answer: Answer) -> str:
@@ -209,15 +212,15 @@ def _kind_of(answer: Answer) -> str:
 
 
 def _excerpts(page: bytes, kind: str, goal: str, sizes: Sequence[int], timeout_s: float) -> list[str]:
-    """What the page says about `goal` in at most so many characters, for each of `sizes`."""
+    """Return the excerpt of `page` that matches `goal`, once for each maximum number of characters in `sizes`."""
     try:
         done = subprocess.run(
             [sys.executable, "-P", page_worker.__file__, kind, *map(str, sizes)],
             input=json.dumps(goal).encode() + b"\n" + page,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=max(0.1, timeout_s),  # after which it is killed
-            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # what we can import, but none of our keys
+            timeout=max(0.1, timeout_s),  # kills the process
+            env={"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},  # our modules, but no API keys
         )
     except subprocess.TimeoutExpired:
         raise ToolError("Error: the page takes too long to read.") from None

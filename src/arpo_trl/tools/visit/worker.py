@@ -1,11 +1,11 @@
-"""Reads a hostile page: a script, run in a process of its own under limits of the kernel.
+"""A script that reads an untrusted page in a separate process, under limits of the kernel.
 
-Parsers have bugs, and a page can be made to need hours or all memory, in a parser or while the windows that fit a goal
-are looked for; here that costs this process. It imports little, so that it starts in a tenth of a second.
+Parsers have bugs, and a hostile page can make a parser, or the search for the best windows, need hours or all memory.
+Here that ends only this process. It imports little, so that it starts in a tenth of a second.
 
-    argv = html | pdf | text, most characters of each excerpt…
+    argv = html | pdf | text, maximum characters of each excerpt…
     stdin = the goal as a line of JSON, then the page
-      ──▶  stdout = JSON: for each number of characters what the page says about the goal
+      ──▶  stdout = JSON: for each maximum, the excerpt of the page that matches the goal
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def of_html(page: bytes) -> str:
     import trafilatura
 
     document = trafilatura.bare_extraction(page, include_comments=False, favor_recall=True, with_metadata=True)
-    parts = (getattr(document, "title", None), getattr(document, "text", None))  # None where it finds no text
+    parts = (getattr(document, "title", None), getattr(document, "text", None))  # None if it finds no text
     return "\n".join(part for part in parts if part)
 
 
@@ -36,7 +36,7 @@ def of_pdf(page: bytes) -> str:
     import pypdf
 
     texts: list[str] = []
-    with contextlib.suppress(pypdf.errors.PyPdfError):  # what came before a broken page is text all the same
+    with contextlib.suppress(pypdf.errors.PyPdfError):  # keep the text before a broken page
         for part in pypdf.PdfReader(io.BytesIO(page)).pages[:MAX_PDF_PAGES]:
             texts.append(part.extract_text())
             if sum(map(len, texts)) > MAX_TEXT_CHARS:
@@ -52,7 +52,7 @@ def main() -> None:
     import resource
 
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT_S, CPU_LIMIT_S))
-    with contextlib.suppress(ValueError, OSError):  # not every system can limit its address space
+    with contextlib.suppress(ValueError, OSError):  # some systems cannot limit the address space
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     logging.disable(logging.CRITICAL)
     kind, *sizes = sys.argv[1:]

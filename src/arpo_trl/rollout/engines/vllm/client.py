@@ -1,6 +1,6 @@
-"""One vLLM server's endpoints besides generation: what it is, which weights it serves, how to give it others.
+"""The endpoints of a vLLM server, besides generation: its properties, the weights it serves, and how to update them.
 
-Every error names the server's URL and the setting, the trainer's or the server's, that is to be changed.
+Every error names the server's URL and the setting of the trainer or the server to change.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import VLLM_KEY_VARIABLE
 
 FRESH = "default"
-"""The weight version of a server that still serves what it was started with."""
+"""The weight version of a server that still serves the weights it was started with."""
 CANARY_TEXT = (
     "Iron melts at 1,538 °C. <search>melting point of tin</search>\n\ndef area(r):\n    return 3.14159 * r**2\n"
     "Warum? 因为 x² + y² = z², \\boxed{42}."
 )
-"""Words, digits, code and several scripts: what tokenizers disagree about, and what logprobs are compared on."""
+"""Words, digits, code and several scripts, which tokenizers split differently. Logprobs are compared on it too."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server says of itself. `max_lora_rank` is None without `--enable-lora`; `max_logprobs` −1 is no limit."""
+    """A server's properties. `max_lora_rank` is None without `--enable-lora`; `max_logprobs` is −1 without a limit."""
 
     model: str
     max_model_len: int
@@ -41,23 +41,28 @@ class ServerFacts:
 
 
 def headers() -> dict[str, str]:
-    """The authorization that servers started with a key ask for."""
+    """The authorization header for servers that were started with a key."""
     key = os.environ.get(VLLM_KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class ServerClient:
-    """Talks to one server, waiting for each answer. Raises EngineError when it is away or fails, naming its URL."""
+    """A blocking client for one server. Its methods raise EngineError with the URL if the server is down or fails."""
 
     def __init__(self, url: str, *, timeout_s: float):
         self.url = url.rstrip("/").removesuffix("/v1")
-        # Loading weights takes as long as it takes; being connected does not.
+        # Loading weights may take long, connecting may not.
         self._http = httpx.Client(
             base_url=self.url, headers=headers(), timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
         )
 
     def wait(self, away_s: float) -> None:
-        """Returns once the server is up; after `away_s` seconds without it, raises."""
+        """Wait until the server is up.
+
+        Raises:
+            ConfigError: Something other than a vLLM server answers.
+            EngineError: The server is not up after `away_s` seconds.
+        """
         deadline = time.monotonic() + away_s
         while True:
             try:
@@ -69,8 +74,8 @@ class ServerClient:
                     return
                 if status < 500:
                     raise ConfigError(
-                        f"{self.url} answers /health with {status}: something else than a vLLM server listens there. "
-                        "Correct vllm_server_urls, or free the port."
+                        f"{self.url} answers /health with {status}, so it is not a vLLM server. Correct "
+                        "vllm_server_urls, or free the port."
                     )
                 problem = f"it answers {status}"
             if time.monotonic() >= deadline:
@@ -81,16 +86,16 @@ class ServerClient:
             time.sleep(0.5)
 
     def facts(self) -> ServerFacts:
-        """Asks the server what it is.
+        """Ask the server for its properties.
 
         Raises:
-            ConfigError: It lacks an endpoint that is needed.
+            ConfigError: The server lacks a required endpoint.
         """
-        models = self._json("GET", "/v1/models", "This is no vLLM server. Correct vllm_server_urls.")["data"]
+        models = self._json("GET", "/v1/models", "This is not a vLLM server. Correct vllm_server_urls.")["data"]
         information = self._json(
             "GET",
             "/server_info?config_format=json",
-            "Start the server with VLLM_SERVER_DEV_MODE=1 in its environment: weights cannot be updated otherwise.",
+            "Start the server with VLLM_SERVER_DEV_MODE=1 in its environment, which weight updates require.",
         )["vllm_config"]
         lora = information.get("lora_config")
         return ServerFacts(
@@ -109,7 +114,7 @@ class ServerClient:
         return str(answer["weight_version"])
 
     def boot(self) -> str | None:
-        """When the server's process started; None if it does not tell."""
+        """The metrics line with the start time of the server's process; None if the server does not report it."""
         try:
             lines = self._http.get("/metrics").text.splitlines()
         except httpx.TransportError:
@@ -118,43 +123,43 @@ class ServerClient:
 
     def tokenize(self, text: str, model: str) -> list[int]:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
-        return self._json("POST", "/tokenize", "The server's /tokenize is needed to compare tokenizers.", body)[
+        return self._json("POST", "/tokenize", "The comparison of tokenizers needs the server's /tokenize.", body)[
             "tokens"
         ]
 
     def logprobs(self, ids: Sequence[int], model: str) -> list[float]:
-        """The model's logprob of each id but the first, given those before it; at temperature 1."""
+        """The model's logprob of each id except the first, given the ids before it, at temperature 1."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         choices = self._json("POST", "/v1/completions", "The server must serve /v1/completions.", body)["choices"]
         given = choices[0]["prompt_logprobs"]
         return [position[str(token)]["logprob"] for position, token in zip(given[1:], ids[1:], strict=True)]
 
     def load_weights(self, folder: str) -> None:
-        """Has the server load the safetensors files of `folder`, as the server's own machine sees it.
+        """Make the server load the safetensors files in `folder`, a path on the server's machine.
 
-        vLLM's engine does not survive a folder that it cannot read.
+        vLLM's engine crashes if it cannot read the folder.
         """
-        hint = f"The server must see the folder {folder}: set weight_sync_dir to one that is shared with it."
+        hint = f"The server must be able to read {folder}. Set weight_sync_dir to a folder shared with the server."
         self._json("POST", "/collective_rpc", hint, {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
     def load_adapter(self, name: str, folder: str) -> None:
         hint = (
             "Start the server with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora, and share the folder "
-            f"{folder} with it (weight_sync_dir)."
+            f"{folder} (weight_sync_dir) with it."
         )
         self._request("POST", "/v1/load_lora_adapter", hint, {"lora_name": name, "lora_path": folder})
 
     def unload_adapter(self, name: str) -> None:
-        """Drops an adapter; one that a restarted server does not know is gone already."""
+        """Unload an adapter, if the server has it; a restarted server does not."""
         if name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"]):
             self._request("POST", "/v1/unload_lora_adapter", "", {"lora_name": name})
 
     def mark(self, version: str) -> None:
-        """Forgets the prefixes computed with other weights, and names those that are served now."""
+        """Reset the prefix cache, which has states from other weights, and set the version of the weights."""
         if not self._json("POST", "/reset_prefix_cache", "Start the server with VLLM_SERVER_DEV_MODE=1.")["success"]:
             raise EngineError(
-                f"{self.url} could not drop its prefix cache, which other requests hold. A server that is trained "
-                "against must serve nobody else."
+                f"{self.url} could not reset its prefix cache, because other requests use it. A server used for "
+                "training must not serve other clients. Stop them and resume."
             )
         self._json("POST", "/update_weight_version", "The server needs vLLM ≥ 0.31.", {"new_version": version})
 
@@ -163,14 +168,15 @@ class ServerClient:
         try:
             return response.json()
         except ValueError as error:
-            raise EngineError(f"{self.url}{path} answered with something else than JSON. {hint}") from error
+            raise EngineError(f"{self.url}{path} did not answer with JSON. {hint}") from error
 
     def _request(self, method: str, path: str, hint: str, body: dict[str, Any] | None = None) -> httpx.Response:
         try:
             response = self._http.request(method, path, json=body)
         except httpx.TransportError as error:
             raise EngineError(
-                f"The vLLM server {self.url} was lost at {path} ({type(error).__name__}). Look at its log."
+                f"The connection to the vLLM server {self.url} failed at {path} ({type(error).__name__}). Check its "
+                "log."
             ) from error
         if response.status_code in (401, 403):
             raise ConfigError(
@@ -184,16 +190,17 @@ class ServerClient:
 
 
 def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_logprobs: int) -> ServerFacts:
-    """The facts of a server that can be sampled from and updated.
+    """Check that the server can sample and be updated, and return its properties.
 
     Raises:
-        ConfigError: It lacks an endpoint, logprobs of the right kind, enough of them, or the trainer's tokenizer.
+        ConfigError: The server lacks an endpoint, has the wrong kind or number of logprobs, has several data parallel
+            replicas, or has another tokenizer than the trainer.
     """
     facts = client.facts()
     if facts.logprobs_mode != "processed_logprobs":
         raise ConfigError(
-            f"{client.url} returns {facts.logprobs_mode}, which are not those of the distribution that it samples "
-            "from. Start it with --logprobs-mode processed_logprobs."
+            f"{client.url} returns {facts.logprobs_mode}, which are not the logprobs of the distribution that it "
+            "samples from. Start it with --logprobs-mode processed_logprobs."
         )
     if 0 <= facts.max_logprobs < top_logprobs:
         raise ConfigError(
@@ -202,15 +209,15 @@ def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_l
         )
     if facts.replicas > 1:
         raise ConfigError(
-            f"{client.url} has {facts.replicas} data parallel replicas behind one URL: a tree's paths would be spread "
-            "over their prefix caches, and a comparison of logprobs would see one of them. Start one server for each, "
-            "and list all in vllm_server_urls."
+            f"{client.url} has {facts.replicas} data parallel replicas behind one URL. The paths of a tree would not "
+            "share a prefix cache, and the comparison of logprobs would check only one replica. Start one server per "
+            "replica, and list all in vllm_server_urls."
         )
     ours = tokenizer.encode(CANARY_TEXT, add_special_tokens=False)
     theirs = client.tokenize(CANARY_TEXT, facts.model)
     if ours != theirs:
         raise ConfigError(
             f"{client.url} has another tokenizer than the trainer: the same text has {len(theirs)} tokens there and "
-            f"{len(ours)} here. Start it with --model, or --tokenizer, of the model that is trained."
+            f"{len(ours)} here. Start it with the --model or --tokenizer of the trained model."
         )
     return facts

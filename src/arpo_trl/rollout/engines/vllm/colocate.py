@@ -1,10 +1,10 @@
 """Turns from a vLLM engine inside this process, driven step by step.
 
-Requests join between two steps, so a path whose tool has answered decodes with the others at once. In training, TRL's
-`VLLMGeneration` starts vLLM and moves the weights; its `generate`, which waits for a whole batch, is not used.
+Requests join between two steps, so a path decodes with the others as soon as its tool has answered. In training, TRL's
+`VLLMGeneration` starts vLLM and moves the weights. Its `generate` is not used, because it waits for a whole batch.
 
-Sleep mode (`vllm_enable_sleep_mode`): vLLM wakes up once when a session opens, with one sync of the weights that
-sleeping has discarded, and sleeps again when the session closes, never in between.
+Sleep mode (`vllm_enable_sleep_mode`): vLLM wakes up when a session opens and sleeps again when it closes. Sleeping
+discards the weights, so each session starts with a sync.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class VLLMColocateEngine:
     """An engine on a vLLM instance in this process.
 
     Args:
-        llm: The instance.
+        llm: The vLLM instance.
         tokenizer: Decodes turns to find stop strings that straddle two requests.
         settings: The distribution to sample from.
         weights: How the instance gets the trainer's weights at the start of each session.
-        vocab_size: V, the width of the distribution sampled from.
-        top_logprobs: Logprobs asked for at each of a turn's first k tokens, from which its entropies are estimated.
-        sleeps: Whether the instance sleeps between sessions, from which `weights` wakes it up.
+        vocab_size: V, the number of tokens in the distribution sampled from.
+        top_logprobs: The number of logprobs requested for each of a turn's first k tokens, to estimate entropies.
+        sleeps: Whether the instance sleeps between sessions. `weights` wakes it up.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class VLLMColocateEngine:
         self._sleeps = sleeps
         self._top_logprobs = top_logprobs
         self._drafts: dict[str, tuple[Draft, int]] = {}
-        """The turns being written, by request, and how many of the largest logprobs were asked for."""
+        """The running turns by vLLM request, with the number of top logprobs requested."""
         self._requests = 0
 
     @contextmanager
@@ -72,7 +72,7 @@ class VLLMColocateEngine:
             yield
         finally:
             self._engine.abort_request(list(self._drafts))
-            while self._engine.has_unfinished_requests():  # what an abort leaves to be taken note of
+            while self._engine.has_unfinished_requests():  # vLLM processes the abort in a step
                 self._engine.step()
             self._drafts.clear()
             if self._sleeps:
@@ -82,7 +82,7 @@ class VLLMColocateEngine:
         self._send(Draft(request, self._settings.eos_ids, self._stops, self.vocab_size, self._top_logprobs))
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
-        """One step for all requests (`timeout_s` has no use here: the step is the wait)."""
+        """Run one step for all requests. `timeout_s` is ignored, since the step itself takes the time."""
         if not self._drafts:
             return []
         start = time.perf_counter()
@@ -112,14 +112,14 @@ class VLLMColocateEngine:
 
 
 class ColocatedWeights:
-    """The weights of the vLLM instance that TRL has started in the trainer's process.
+    """The weights of the vLLM instance that TRL started in the trainer's process.
 
     Args:
         generation: TRL's object, in mode "colocate".
-        trained: What changes when the trainer's weights do.
-        reference: The trainer's logprobs of ids, each but the first; a collective.
-        canary: The ids that logprobs are compared on after a sync.
-        tolerance: Most `mean_difference` of logprobs between trainer and vLLM.
+        trained: Returns a value that changes whenever the trainer's weights do.
+        reference: Returns the trainer's logprobs of all ids except the first; a collective.
+        canary: The ids whose logprobs are compared after a sync.
+        tolerance: The largest allowed `mean_difference` of logprobs between trainer and vLLM.
     """
 
     def __init__(
@@ -133,20 +133,20 @@ class ColocatedWeights:
         self._generation = generation
         self._trained = trained
         self._synced: Hashable = None
-        """What `trained` returned when vLLM last got the weights."""
+        """The value of `trained` at the last sync."""
         self._reference, self._canary, self._tolerance = reference, list(canary), tolerance
 
     def sync(self) -> None:
-        """Moves the weights if they changed or vLLM sleeps, wakes vLLM up, and compares logprobs.
+        """Move the weights if they changed or vLLM sleeps, wake vLLM up and compare logprobs.
 
         Raises:
-            EngineError: vLLM's logprobs are not the trainer's: the weights did not arrive, or broke.
+            EngineError: vLLM's logprobs differ from the trainer's, so the weights were not updated or are corrupt.
         """
         sleeps = self._generation.enable_sleep_mode
         if not sleeps and self._trained() == self._synced:
             return
-        self._synced = None  # should the sync fail
-        self._generation.sync_weights()  # wakes the weights up first
+        self._synced = None  # in case the sync fails
+        self._generation.sync_weights()  # first wakes up the memory of the weights
         if sleeps:
             self._generation.llm.wake_up(tags=["kv_cache"])
         self._compare()
@@ -156,13 +156,13 @@ class ColocatedWeights:
         difference = mean_difference(self._reference(self._canary), self._logprobs())
         if not difference <= self._tolerance:
             raise EngineError(
-                f"vLLM does not hold the trainer's weights after a sync: logprobs of one text differ by "
-                f"{difference:.3g} on average, at most {self._tolerance} is expected. Raise weight_sync_tolerance if "
-                "its precision is lower than the trainer's; otherwise vLLM and this model do not fit together."
+                f"vLLM does not hold the trainer's weights after a sync: the logprobs of a text differ by "
+                f"{difference:.3g} on average; expected at most {self._tolerance}. Raise weight_sync_tolerance if "
+                "vLLM has a lower precision than the trainer. Otherwise vLLM does not support updates of this model."
             )
 
     def _logprobs(self) -> list[float]:
-        """vLLM's logprobs of the canary's ids, each but the first."""
+        """vLLM's logprobs of the canary's ids, except the first."""
         engine, name = self._generation.llm.llm_engine, "canary"
         _add(engine, name, self._canary, {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0})
         outputs: list[RequestOutput] = []
@@ -173,7 +173,7 @@ class ColocatedWeights:
 
 
 def _add(engine: Any, name: str, ids: list[int], params: dict[str, Any]) -> None:
-    """Sends a request whose output comes when it is whole."""
+    """Submit a request that returns its output only when it is finished."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -183,10 +183,10 @@ def _add(engine: Any, name: str, ids: list[int], params: dict[str, Any]) -> None
 
 
 def _read(output: RequestOutput, top_logprobs: int) -> Segment:
-    """A finished request as a segment."""
+    """Convert a finished request to a segment."""
     written = output.outputs[0]
     ids, given = list(written.token_ids), written.logprobs or []
-    # The sampled token is listed too where it is not among the likeliest: it is none of the k.
+    # vLLM adds the sampled token if it is not among the k most likely. It is not one of the k.
     top = [sorted((entry.logprob for entry in place.values()), reverse=True)[:top_logprobs] for place in given]
     return Segment(
         ids,

@@ -1,11 +1,14 @@
-"""Weights that stay where new ones are loaded, for vLLM 0.31 on a CPU.
+"""Keeps weights unpacked for vLLM 0.31 on a CPU, so that they can be updated.
 
-vLLM packs weights when it loads a model, into the layout of the kernel that suits the CPU: linear layers and the
-vocabulary's into oneDNN's, SGL's (with AMX) or zentorch's (AMD), latent attention's where there is AMX, convolutions'
-where there is AVX-512 BF16, experts' everywhere. What is loaded later does not reach the packed copy, or is taken for
-packed: TRL's sync raises, and a server's `reload_weights` answers 200 and serves something else. So weights stay as
-they are loaded, and kernels that take packed ones only pack them at each use. That is somewhat slower. Quantized
-layers stay packed: a trainer's weights reach one only by a server's reload, which quantizes and packs anew.
+When vLLM loads a model, it packs weights into the layout of the CPU's kernel: those of linear layers and of the
+vocabulary for oneDNN, SGL (with AMX) or zentorch (AMD), those of latent attention if the CPU has AMX, those of
+convolutions if it has AVX-512 BF16, and those of experts always. Weights loaded later do not update the packed copy,
+or are read as if they were packed: TRL's sync raises, and a server's `reload_weights` answers 200 but the server's
+outputs are wrong.
+
+So this module keeps weights in the layout in which they are loaded. Kernels that require packed weights pack them at
+each use, which is somewhat slower. Quantized layers stay packed: only a server's reload can update them, and it
+quantizes and packs them again.
 """
 
 from __future__ import annotations
@@ -17,12 +20,12 @@ import torch
 
 
 def keep_weights_unpacked() -> None:
-    """Has the layers that vLLM loads from now on in this process keep their weights as they are loaded."""
+    """Patch vLLM in this process so that layers it loads afterwards keep their weights unpacked."""
     from vllm import _custom_ops
     from vllm.model_executor.layers import utils
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
-    # Every layer that is not quantized asks this function for its kernel; which there are changes with the CPU.
+    # Every layer that is not quantized gets its kernel from this function. The kernels depend on the CPU.
     utils.dispatch_cpu_unquantized_gemm = _multiply_unpacked
     for name in ("causal_conv1d_fwd_cpu", "causal_conv1d_update_cpu"):
         setattr(_custom_ops, name, _taking_unpacked(getattr(_custom_ops, name)))
@@ -36,7 +39,7 @@ def _multiply_unpacked(layer: Any, remove_weight: bool) -> None:
 
 
 def _taking_unpacked(convolve: Callable[..., Any]) -> Callable[..., Any]:
-    """The same convolution for a weight of shape (channels, 1, width), as it is loaded."""
+    """The same convolution, for an unpacked weight of shape (channels, 1, width)."""
 
     def convolve_unpacked(*, weight: torch.Tensor, is_vnni: bool, **rest: Any) -> Any:
         return convolve(weight=weight.flatten(1), is_vnni=False, **rest)
@@ -45,14 +48,14 @@ def _taking_unpacked(convolve: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _choose_kernel_only(self: Any, layer: torch.nn.Module) -> None:
-    """In place of padding and packing an experts layer: zentorch's kernel takes weights as they are."""
+    """Choose the kernel of an experts layer without padding and packing it. zentorch's takes unpacked weights."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     self._use_zentorch = cpu_moe.is_zentorch_moe_supported(layer)
 
 
 def _packing_experts(compute: Callable[..., None]) -> Callable[..., None]:
-    """The same computation for experts' weights as they are loaded: padded and packed here, where they are used."""
+    """The same computation for unpacked experts' weights, which are padded and packed at each use."""
     from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
     def pack_and_compute(self: Any, *, w1: torch.Tensor, w2: torch.Tensor, **rest: Any) -> None:
@@ -77,7 +80,7 @@ def _packing_experts(compute: Callable[..., None]) -> Callable[..., None]:
 
 
 def _pad_gate_and_up(tensor: torch.Tensor, missing: int) -> torch.Tensor:
-    """(experts, 2 × size, …), gate above up, to (experts, 2 × (size + missing), …) with zeros."""
+    """Pad (experts, 2 × size, …), gate before up, with zeros to (experts, 2 × (size + missing), …)."""
     if missing == 0:
         return tensor
     gate, up = tensor.chunk(2, dim=1)
@@ -94,6 +97,6 @@ def _pack_latents_at_use() -> None:
         pack(self, q.dtype)
         attend(self, q, *args, **rest)
 
-    AMXMLAImpl.uses_amx_bmm = False  # else the layer drops the weights; decoding now reads them unpacked
+    AMXMLAImpl.uses_amx_bmm = False  # else the layer deletes the weights, which decoding reads
     AMXMLAImpl.process_weights_after_loading = lambda self, act_dtype: None
     AMXMLAImpl.forward_mha = pack_and_attend

@@ -1,12 +1,12 @@
-"""Turns from native vLLM servers, over HTTP with token ids in and out. Every rank asks for its own and waits for none.
+"""Turns from native vLLM servers, over HTTP, with token ids in and out. Each rank sends its requests independently.
 
     trainer thread     submit ─▶ ┐                         ┌ ─▶ poll
     loop thread                  └ one task per turn: probe, Probe event, rest, Turn event
 
-The turns of one tree go to one server, whose prefix cache then holds what they share. A request that is cut off by a
-lost connection or a server's failure is sent again, with the same seed, once the server is back. A server that was
-restarted meanwhile serves the weights it was started with, so before anything is sent to it again it is given the
-current ones, if `weight_sync` can do that, and the comparison of logprobs is made anew.
+All turns of a tree go to the same server, so that they share its prefix cache. If the connection or the server fails
+during a request, the request is sent again, with the same seed, once the server is back. A restarted server serves the
+weights it was started with. So before the retry it gets the current weights, if `weight_sync` supports that, and the
+logprobs are compared again.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, 
 from arpo_trl.rollout.engines.vllm.weights import ServedWeights
 from arpo_trl.visible import get_logger
 
-logger = get_logger(__name__)  # not accelerate's: a restart is news on whichever rank it is noticed
+logger = get_logger(__name__)  # not accelerate's: any rank may log that a server was restarted
 
 ATTEMPTS = 4
-"""How often one request is sent before its server counts as unable to answer it."""
+"""Attempts per request before the rollout fails."""
 RETRY_S = 0.5
-"""Seconds between two looks at a server that is away."""
+"""Seconds between two checks whether a server is back."""
 KEEP_ALIVE = [
-    # A machine that vanishes sends no goodbye: ask after 30 s of silence, and give up when four are left unanswered.
+    # A machine that goes down may not close its connections: probe after 30 s of silence, fail after 4 lost probes.
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
     *(
         (socket.IPPROTO_TCP, getattr(socket, name), value)
@@ -51,25 +51,25 @@ KEEP_ALIVE = [
 
 @dataclass(slots=True)
 class _Server:
-    """One server during one session."""
+    """The state of one server during a session."""
 
     client: ServerClient
     boot: str | None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the one task that brings it back."""
+    """Held by the task that waits for the server and restores its weights."""
 
 
 class VLLMServerEngine:
-    """An engine on one or several vLLM servers that `weights` keeps up to date.
+    """An engine on one or more vLLM servers whose weights `weights` updates.
 
     Args:
         tokenizer: Decodes turns to find stop strings that straddle two requests.
         settings: The distribution to sample from.
         weights: The servers, and how they get the trainer's weights at the start of each session.
-        vocab_size: V, the width of the distribution sampled from.
-        top_logprobs: Logprobs asked for at each of a turn's first k tokens, from which its entropies are estimated.
-        away_s: How long a server may stay away before the rollout fails.
-        request_s: How long a server may take over one request.
+        vocab_size: V, the number of tokens in the distribution sampled from.
+        top_logprobs: The number of logprobs requested for each of a turn's first k tokens, to estimate entropies.
+        away_s: The seconds for which a server may be unreachable before the rollout fails.
+        request_s: The timeout of one request, in seconds.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class VLLMServerEngine:
     # In the loop's thread --------------------------------------------------------------------------------------------
 
     async def _write(self, draft: Draft, server: _Server) -> None:
-        """Writes one turn; whatever goes wrong is raised by `poll`."""
+        """Run one turn. `poll` raises its errors."""
         try:
             event: Probe | Turn | None = None
             while not isinstance(event, Turn):
@@ -172,7 +172,7 @@ class VLLMServerEngine:
             except httpx.ReadTimeout as error:
                 raise EngineError(
                     f"{url} has not answered a request for {segment.max_tokens} tokens within {self._request_s:.0f} "
-                    "s. Look at its log, or raise vllm_request_timeout_s."
+                    "s. Check its log, or raise vllm_request_timeout_s."
                 ) from error
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -180,24 +180,24 @@ class VLLMServerEngine:
             if response.status_code == 200:
                 return _read(response, url, segment.top_logprobs)
             problem = f"{response.status_code}: {response.text[:300]}"
-            # An adapter that is not there (404) was lost in a restart; what else a server refuses, it always will.
+            # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
             if response.status_code < 500 and response.status_code != 404:
                 break
-        raise EngineError(f"{url} does not complete a request ({problem}). Look at its log.")
+        raise EngineError(f"{url} could not complete a request ({problem}). Check its log.")
 
     async def _bring_back(self, server: _Server, problem: str) -> None:
-        """Returns once the server answers and serves the current weights."""
+        """Wait until the server answers, and restore its weights if it was restarted."""
         deadline = time.monotonic() + self._away_s
         async with server.lock:
             while (version := await self._served_version(server)) is None:
                 if time.monotonic() > deadline:
                     raise EngineError(
-                        f"The vLLM server {server.client.url} has stayed away for {self._away_s:.0f} s ({problem}). "
+                        f"The vLLM server {server.client.url} was unreachable for {self._away_s:.0f} s ({problem}). "
                         "Restart it and resume from the last checkpoint, or raise vllm_server_timeout."
                     )
                 await asyncio.sleep(RETRY_S)
             if version != self._weights.version:
-                logger.warning(f"{server.client.url} was restarted; it is given the current weights.")
+                logger.warning(f"{server.client.url} was restarted. It now gets the current weights.")
                 await asyncio.to_thread(self._weights.restore, server.client)
                 server.boot = await asyncio.to_thread(server.client.boot)
 
@@ -214,28 +214,31 @@ class VLLMServerEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.aclose()
-        # Connections of cancelled requests close in the finalisers of their responses, and one turn of the loop later.
+        # The finalizers of cancelled responses close their connections, one iteration of the loop later.
         await asyncio.get_running_loop().shutdown_asyncgens()
         await asyncio.sleep(0)
 
     def _check_not_replaced(self) -> None:
-        """Raises if a server was restarted without this rank's noticing: it may have sampled from initial weights."""
+        """Check that no server was restarted unnoticed, since it could have sampled with its initial weights.
+
+        Raises:
+            EngineError: A server was restarted.
+        """
         for server in self._servers:
             boot = server.client.boot()
             if boot is not None and boot != server.boot:
                 raise EngineError(
-                    f"{server.client.url} was restarted in the middle of a rollout while no request of this rank was "
-                    "under way, so later ones may have been answered with its initial weights. Resume from the last "
-                    "checkpoint."
+                    f"{server.client.url} was restarted during a rollout, between two requests of this rank. It may "
+                    "have answered later requests with its initial weights. Resume from the last checkpoint."
                 )
 
 
 def _read(response: httpx.Response, url: str, top_logprobs: int) -> Segment:
-    """A server's answer as a segment."""
+    """Convert a server's answer to a segment."""
     try:
         choice: dict[str, Any] = response.json()["choices"][0]
         given = choice["logprobs"]
-        # The sampled token is listed too where it is not among the likeliest: it is none of the k.
+        # vLLM adds the sampled token if it is not among the k most likely. It is not one of the k.
         places = given["top_logprobs"] if top_logprobs else []
         return Segment(
             choice["token_ids"],
@@ -244,6 +247,6 @@ def _read(response: httpx.Response, url: str, top_logprobs: int) -> Segment:
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise EngineError(
-            f"{url} answered /v1/completions without {error} in the expected place: token ids and logprobs were asked "
-            "for. It must be a vLLM server, ≥ 0.31."
+            f"{url} answered /v1/completions without the expected token ids and logprobs ({error}). It must be a vLLM "
+            "server, ≥ 0.31."
         ) from error

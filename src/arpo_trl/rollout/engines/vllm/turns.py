@@ -1,15 +1,16 @@
-"""A turn written by vLLM in segments: a short probe with top-k logprobs, then the rest with one logprob a token.
+"""Samples a turn from vLLM in segments: a short probe with top-k logprobs, then the rest with one logprob per token.
 
-    probe        the first k tokens, with their top-k logprobs: their entropies decide about branches
-    bridge       only where the probe ends inside what may become a stop string: just enough tokens to know
-    rest         everything else; vLLM reads the prompt and the earlier segments from its prefix cache
+    probe        the first k tokens, with their top-k logprobs, whose entropies branch rules read
+    bridge       if the probe ends within a possible stop string: as many tokens as it takes to complete it
+    rest         all other tokens; vLLM has the prompt and the earlier segments in its prefix cache
 
-Where a turn ends is decided here, from its ids, and not by the reason that vLLM gives. It looks for stop strings
-within one request, so it misses those that straddle two segments. And where a request begins in the middle of a
-character, it takes its prompt for part of what it wrote and stops after one token at a stop string of an earlier turn;
-the turn then just goes on. Ids are kept exactly as sampled, up to and with the token that completes a stop string.
+This module finds the end of a turn from its ids and ignores vLLM's finish reason. vLLM searches for stop strings only
+within one request, so it misses those that straddle two segments. And if a request starts within a character, vLLM
+takes its prompt for output, and stops after one token because of the stop string of an earlier turn. The turn then
+continues with another segment. Ids stay exactly as sampled, up to and including the token that completes a stop
+string.
 
-Pure: shared by the engine in the trainer's process and the one that asks servers; imports no vLLM.
+Pure: imports no vLLM. Both vLLM engines use it.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.text import decode_exactly, stop_window
 
 SEED_STEP = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio: sets the seeds of a turn's segments far apart."""
+"""2^64 divided by the golden ratio: the distance between the seeds of a turn's segments."""
 SEEDS = 1 << 63
-"""vLLM takes seeds up to 2^63 − 1."""
+"""The number of seeds: vLLM accepts them up to 2^63 − 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentRequest:
-    """What to ask vLLM for next: at most `max_tokens` tokens after `ids`, with `top_logprobs` besides the sampled."""
+    """The next request to vLLM: at most `max_tokens` tokens after `ids`, with `top_logprobs` logprobs per position."""
 
     ids: list[int]
     max_tokens: int
@@ -44,7 +45,7 @@ class SegmentRequest:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What vLLM wrote: ids, their logprobs, and each position's largest logprobs (empty where none were asked for)."""
+    """vLLM's output: ids, their logprobs, and each position's largest logprobs (empty if none were requested)."""
 
     ids: list[int]
     logprobs: list[float]
@@ -52,7 +53,7 @@ class Segment:
 
 
 class StopFinder:
-    """Where stop strings end in a sequence of ids, and whether one may be about to."""
+    """Finds complete and incomplete stop strings in a sequence of ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str]):
         self._tokenizer = tokenizer
@@ -72,8 +73,8 @@ class StopFinder:
         return bisect_left(range(start + 1, len(ids)), True, key=holds) + start + 1
 
     def missing(self, ids: list[int]) -> int:
-        """Characters that would complete the stop string that `ids` ends in the middle of; 0 if it does not."""
-        # Without the end of it, a character of which only some bytes are written.
+        """The number of characters that complete the partial stop string at the end of `ids`; 0 if there is none."""
+        # Without an incomplete character at the end.
         text = decode_exactly(self._tokenizer, ids[-self._window :]).rstrip("\ufffd")
         return max(
             (
@@ -85,14 +86,15 @@ class StopFinder:
 
 
 class Draft:
-    """One turn in the making. Ask for `next_segment()`, hand what came back to `add`, until that returns a `Turn`."""
+    """An unfinished turn. Send `next_segment()` to vLLM and pass the result to `add`, until `add` returns a `Turn`."""
 
     def __init__(
         self, request: TurnRequest, eos_ids: Sequence[int], stops: StopFinder, vocab_size: int, top_logprobs: int
     ):
         if request.max_tokens < 1 or not request.ids:
             raise EngineError(
-                f"Turn {request.key} asks for {request.max_tokens} tokens after {len(request.ids)}; both must be ≥ 1."
+                f"Turn {request.key} requests {request.max_tokens} tokens after {len(request.ids)}; expected at least "
+                "1 of each."
             )
         self.request = request
         self._eos_ids = frozenset(eos_ids)
@@ -117,7 +119,7 @@ class Draft:
         )
 
     def add(self, segment: Segment) -> Probe | Turn | None:
-        """Takes the segment in: the turn if that ended it, the probe if its k tokens are there now, else None."""
+        """Append the segment. Returns the turn if it is finished, the probe if it has k tokens now, else None."""
         if not segment.ids or len(segment.logprobs) != len(segment.ids):
             raise EngineError(
                 f"vLLM answered turn {self.request.key} with {len(segment.ids)} tokens and {len(segment.logprobs)} "
@@ -130,12 +132,16 @@ class Draft:
         self._entropies += [entropy_from_top_k(top, self._vocab_size).nats for top in segment.top_logprobs]
         stop = self._stop(start)
         if stop is None:
-            return Probe(self.request.id, list(self._entropies)) if start < probe <= len(self._ids) else None
+            return (
+                Probe(id=self.request.id, entropies=list(self._entropies)) if start < probe <= len(self._ids) else None
+            )
         probed = min(len(self._ids), probe)
-        return Turn(self.request.id, self._ids, self._logprobs, self._entropies[:probed], stop)
+        return Turn(
+            id=self.request.id, ids=self._ids, logprobs=self._logprobs, entropies=self._entropies[:probed], stop=stop
+        )
 
     def _stop(self, start: int) -> TurnStop | None:
-        """Why the turn is over, cut where it ended; None if it is not."""
+        """Cut the turn at its end and return why it ended; None if it has not ended."""
         end = self._stops.end(self._ids, start)
         eos = next((i + 1 for i in range(start, len(self._ids)) if self._ids[i] in self._eos_ids), None)
         ends = [n for n in (end, eos) if n is not None]
@@ -146,10 +152,10 @@ class Draft:
 
 
 def sampling_params(settings: SamplingParams) -> dict[str, Any]:
-    """The settings under vLLM's names, for `SamplingParams` and for a request's body alike.
+    """The settings by vLLM's names, for vLLM's `SamplingParams` and for a request's body.
 
-    All of them, since a server fills gaps from the model's generation_config.json. EOS goes by token ids alone:
-    `ignore_eos` keeps vLLM from adding the ids it finds in the model's configuration.
+    All of them are set, since a server takes missing ones from the model's generation_config.json. EOS is set by token
+    ids: `ignore_eos` stops vLLM from adding the EOS ids of the model's configuration.
     """
     return {
         "temperature": settings.temperature,

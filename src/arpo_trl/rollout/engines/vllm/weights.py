@@ -1,8 +1,8 @@
-"""The trainer's weights in vLLM servers: moved there, named, and compared with the trainer's own after each move.
+"""Moves the trainer's weights to vLLM servers and compares logprobs after each sync.
 
-A server may answer 200 and go on with its old weights, or with broken ones. So after each sync it is asked for the
-logprobs of a fixed prompt: they must be the trainer's within a tolerance, and must have moved if the trainer's have.
-Each sync also gives the server's weights a version, which a server that was restarted does not know.
+A server may answer 200 and still have its old weights, or corrupt ones. So after each sync the servers compute the
+logprobs of a fixed prompt. These must equal the trainer's within a tolerance, and must change if the trainer's do.
+Each sync also sets the version of the server's weights, by which a restart of the server is detected.
 """
 
 from __future__ import annotations
@@ -28,36 +28,40 @@ from arpo_trl.rollout.engines.weights import mean_difference
 from arpo_trl.trl_seam import VLLMGeneration
 
 SHARD_BYTES = 4 << 30
-"""Most of a model that is held in memory at once while it is written."""
+"""The most bytes of a model that are held in memory at once while it is written to disk."""
 
 
 class Transfer(Protocol):
-    """A way for weights to travel."""
+    """A way to move weights to servers."""
 
     def prepare(self, version: str) -> None:
-        """A collective: what has to happen on every rank."""
+        """Do the part of the transfer that needs every rank. A collective."""
 
     def deliver(self, client: ServerClient, version: str) -> None:
-        """Has one server serve the prepared version. On one rank only, in any number of servers at the same time."""
+        """Make one server serve the prepared version. Called on one rank only, for several servers in parallel."""
 
     def restore(self, client: ServerClient, version: str) -> None:
-        """Gives a restarted server the version again, from any rank alone; EngineError where that is not possible."""
+        """Give a restarted server the version again. Any rank can call this alone.
+
+        Raises:
+            EngineError: This transfer cannot restore weights.
+        """
 
     def discard(self, client: ServerClient, version: str) -> None:
-        """Takes back what a delivery left behind in a server, once it serves a newer version."""
+        """Remove an old version from a server that serves a newer one."""
 
     def served_as(self, facts: ServerFacts, version: str) -> str:
-        """The model's name to ask that server for."""
+        """The model name to use in requests to that server."""
 
 
 class ServedWeights:
-    """The weights that a set of servers serves.
+    """The weights of a set of servers.
 
     Args:
-        trained: What changes when the trainer's weights do.
-        reference: The trainer's logprobs of ids, each but the first; a collective.
-        canary: The ids that logprobs are compared on.
-        tolerance: Most `mean_difference` of logprobs between trainer and server.
+        trained: Returns a value that changes whenever the trainer's weights do.
+        reference: Returns the trainer's logprobs of all ids except the first; a collective.
+        canary: The ids whose logprobs are compared.
+        tolerance: The largest allowed `mean_difference` of logprobs between trainer and server.
     """
 
     def __init__(
@@ -78,7 +82,7 @@ class ServedWeights:
         self._accelerator = accelerator
         self._trained = trained
         self._synced: Hashable = None
-        """What `trained` returned when the servers last got the weights."""
+        """The value of `trained` at the last sync."""
         self._reference = reference
         self._canary = list(canary)
         self._tolerance = tolerance
@@ -86,16 +90,19 @@ class ServedWeights:
         self._syncs = 0
         self._ours: list[float] = []
         self._last_move: dict[str, tuple[list[float], list[float]]] = {}
-        """For each server its logprobs when they last changed, and the trainer's at that time."""
+        """For each server, its logprobs when they last changed, and the trainer's at that time."""
 
     def model(self, url: str) -> str:
-        """What to ask the server for."""
+        """The model name to use in requests to the server."""
         return self._transfer.served_as(self.facts[url], self.version)
 
     def check_model(self) -> None:
-        """Compares servers that still serve what they were started with to the trainer, before anything is sent.
+        """Check, before the first sync, that servers with their initial weights serve the trainer's model.
 
-        A collective. Weights of another model would not load, and take the server down.
+        A collective. Weights of another model would crash the server when it loads them.
+
+        Raises:
+            ConfigError: A server's logprobs differ from the trainer's.
         """
         ours = self._reference(self._canary)
 
@@ -106,22 +113,22 @@ class ServedWeights:
             difference = mean_difference(ours, client.logprobs(self._canary, facts.model))
             if not difference <= self._tolerance:
                 raise ConfigError(
-                    f"{client.url} serves {facts.model!r}, which is another model than the trainer's: logprobs of one "
-                    f"text differ by {difference:.3g} on average (weight_sync_tolerance {self._tolerance}). Start it "
-                    "with --model set to what model_name_or_path is."
+                    f"{client.url} serves {facts.model!r}, which is another model than the trainer's: the logprobs of "
+                    f"a text differ by {difference:.3g} on average; expected at most weight_sync_tolerance "
+                    f"{self._tolerance}. Start it with --model set to the trainer's model_name_or_path."
                 )
 
         self._on_main(compare)
 
     def sync(self) -> None:
-        """A collective: the trainer's weights to every server, and a comparison of logprobs, if the weights changed.
+        """Move the weights to every server and compare logprobs, if the weights have changed. A collective.
 
         Raises:
-            EngineError: A server was lost, could not load, or serves something else than the trainer's weights.
+            EngineError: A server is down, could not load the weights, or does not serve the trainer's weights.
         """
         if (trained := self._trained()) == self._synced:
             return
-        self._synced = None  # should the move fail
+        self._synced = None  # in case the move fails
         self._move()
         self._synced = trained
 
@@ -142,7 +149,7 @@ class ServedWeights:
         self.version = version
 
     def restore(self, client: ServerClient) -> None:
-        """Gives a restarted server the current weights; by any rank, alone."""
+        """Give a restarted server the current weights. Any rank can call this alone."""
         self._transfer.restore(client, self.version)
         client.mark(self.version)
         self._compare(client, self.version)
@@ -153,22 +160,22 @@ class ServedWeights:
         difference = mean_difference(ours, theirs)
         if not difference <= self._tolerance:
             raise EngineError(
-                f"{url} does not serve the trainer's weights, though it said that it loaded them: logprobs of one "
-                f"text differ by {difference:.3g} on average, at most {self._tolerance} is expected. Restart it with "
-                "the model and precision that are trained, or raise weight_sync_tolerance if its precision is lower."
+                f"{url} does not serve the trainer's weights, although it reported that it loaded them: logprobs "
+                f"of a text differ by {difference:.3g} on average; expected at most {self._tolerance}. Restart it "
+                "with the trainer's model and precision, or raise weight_sync_tolerance if its precision is lower."
             )
         before, ours_then = self._last_move.get(url, ([], ours))
         if theirs != before:
             self._last_move[url] = (theirs, ours)
         elif (moved := mean_difference(ours, ours_then)) > self._tolerance / 10:
             raise EngineError(
-                f"{url} still serves old weights, though it said that it loaded new ones: the trainer's logprobs of a "
-                f"text have moved by {moved:.3g} on average, the server's not at all. On a CPU, the server's "
-                "environment must have arpo-trl installed."
+                f"{url} still serves old weights, although it reported that it loaded new ones: the trainer's "
+                f"logprobs of a text have changed by {moved:.3g} on average, but the server's have not. On a CPU, "
+                "arpo-trl must be installed in the server's environment."
             )
 
     def _on_main(self, work: Callable[[ServerClient], None]) -> None:
-        """Does the work for every server from one rank; its error is raised on all."""
+        """Run `work` for every server on the main rank, and raise its error on all ranks."""
         problem: ArpoError | None = None
         if self._accelerator.is_main_process:
             with ThreadPoolExecutor(len(self.clients)) as pool:
@@ -182,7 +189,7 @@ class ServedWeights:
 
 
 def _from_main(accelerator: Accelerator, value: Any) -> Any:
-    """The main process's value, on every rank."""
+    """Broadcast the main process's value to every rank."""
     values = [value]
     if accelerator.num_processes > 1:
         broadcast_object_list(values, from_process=0)
@@ -190,20 +197,20 @@ def _from_main(accelerator: Accelerator, value: Any) -> Any:
 
 
 class _Parameters(VLLMGeneration):
-    """TRL's walk over a model's full parameters, whatever shards them, under the names that vLLM knows.
+    """TRL's iteration over a model's full parameters, for any sharding, with vLLM's parameter names.
 
-    TRL's object without TRL's connection: `_init_vllm` would ask for a GPU and one server's NCCL group.
+    Overrides `_init_vllm`, which would require a GPU and open an NCCL group with one server.
     """
 
     def _init_vllm(self) -> None:
         pass
 
     def named(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """A collective; LoRA adapters are merged meanwhile."""
+        """Iterate over the names and full parameters, with LoRA adapters merged. A collective."""
         yield from self._iter_named_params()
 
     def gathered(self, parameters: list[torch.nn.Parameter]) -> Any:
-        """A collective: those parameters in full, on every rank, while the context is open."""
+        """A context in which every rank has `parameters` in full. A collective."""
         return self._dist.gather_params(parameters) if not self._dist.is_fsdp else nullcontext()
 
     @property
@@ -212,10 +219,10 @@ class _Parameters(VLLMGeneration):
 
 
 class DiskTransfer:
-    """Weights by way of a folder that trainer and servers share. Needs no GPU, and survives a server's restart.
+    """Moves weights through a folder that trainer and servers share. Needs no GPU, and survives a server's restart.
 
-    Where the model is a LoRA adapter on a frozen base and every server can hold adapters of its rank, only the adapter
-    travels. Otherwise the whole model does, adapters merged.
+    If the model is a LoRA adapter on a frozen base and every server supports adapters of its rank, only the adapter is
+    written. Otherwise the whole model is written, with adapters merged.
     """
 
     def __init__(
@@ -228,7 +235,9 @@ class DiskTransfer:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"weight_sync_dir {folder} cannot be made ({error}). Choose another folder.") from error
+            raise ConfigError(
+                f"weight_sync_dir {folder} cannot be created ({error}). Choose another folder."
+            ) from error
         self._dtype = getattr(torch, facts[0].dtype)
         self.sends_adapter = not self._parameters.sharded_by_fsdp and _is_plain_adapter(model, facts)
 
@@ -242,23 +251,23 @@ class DiskTransfer:
         else:
             named = self._parameters.named()
             problem = self._write(version, lambda folder: write_shards(folder, named, self._dtype))
-            for _ in named:  # takes part in gathering what is not written here, or could not be
+            for _ in named:  # takes part in the collectives that remain, if this rank does not write or failed
                 pass
         problem = _from_main(self._accelerator, problem)
         if problem is not None:
             raise EngineError(
-                f"The weights cannot be written to weight_sync_dir {self._folder} ({problem}). Make room, or choose "
-                "another folder, and resume from the last checkpoint."
+                f"The weights cannot be written to weight_sync_dir {self._folder} ({problem}). Free disk space, or "
+                "choose another folder, and resume from the last checkpoint."
             )
 
     def _write(self, version: str, write: Callable[[Path], None]) -> str | None:
-        """Writes the version, whole or not at all, and removes older ones; on one rank. Returns what failed."""
+        """Write the version atomically and remove older ones, on the main rank. Returns the error as text, or None."""
         if not self._accelerator.is_main_process:
             return None
         try:
             with whole_folder(self._folder / version) as partial:
                 write(partial)
-        except (OSError, SafetensorError) as error:  # told to all ranks, which would wait for this one
+        except (OSError, SafetensorError) as error:  # sent to all ranks, which would otherwise wait for this one
             return f"{type(error).__name__}: {error}"
         for old in self._folder.glob("arpo-*"):
             if old.name != version:
@@ -284,9 +293,9 @@ class DiskTransfer:
 
 
 class NcclTransfer:
-    """TRL's own transfer, GPU to GPU, to servers started with `--weight-transfer-config '{"backend": "nccl"}'`.
+    """TRL's GPU-to-GPU transfer to servers that were started with `--weight-transfer-config '{"backend": "nccl"}'`.
 
-    One NCCL group for each server, on ports from `group_port` on. A group does not outlive its server.
+    Each server has one NCCL group, on consecutive ports from `group_port`. A restarted server loses its group.
     """
 
     def __init__(
@@ -294,7 +303,7 @@ class NcclTransfer:
     ):
         if accelerator.device.type != "cuda":
             raise ConfigError(
-                f"weight_sync is 'nccl', which moves weights from a GPU, but the trainer runs on "
+                f"weight_sync is 'nccl', which needs a GPU, but the trainer runs on "
                 f"{accelerator.device.type!r}. Set weight_sync: disk."
             )
         self._groups = [
@@ -315,23 +324,23 @@ class NcclTransfer:
             group.sync_weights()
 
     def deliver(self, client: ServerClient, version: str) -> None:
-        """Nothing is left to do."""
+        """Do nothing: `prepare` has moved the weights."""
 
     def restore(self, client: ServerClient, version: str) -> None:
         raise EngineError(
             f"{client.url} was restarted and has lost its weights and its NCCL group. Resume from the last "
-            "checkpoint; with weight_sync: disk a run survives this."
+            "checkpoint. With weight_sync: disk a run continues after a server's restart."
         )
 
     def discard(self, client: ServerClient, version: str) -> None:
-        """Weights are overwritten in place."""
+        """Do nothing: the new weights overwrite the old ones."""
 
     def served_as(self, facts: ServerFacts, version: str) -> str:
         return facts.model
 
 
 def write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> None:
-    """Writes the tensors to safetensors files in `folder`, floating-point ones as `dtype`."""
+    """Write the tensors to safetensors files in `folder`, floating-point tensors as `dtype`."""
     shard: dict[str, torch.Tensor] = {}
     size = count = 0
 
@@ -342,7 +351,7 @@ def write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype:
 
     for name, tensor in named:
         kind = dtype if tensor.is_floating_point() else tensor.dtype
-        # A copy in any case: what comes next may change the tensor, as unmerging an adapter does.
+        # Always a copy, because a later step, such as unmerging an adapter, may change the tensor.
         shard[name] = tensor.detach().to("cpu", kind, copy=True).contiguous()
         size += shard[name].nbytes
         if size >= SHARD_BYTES:
@@ -352,7 +361,7 @@ def write_shards(folder: Path, named: Iterable[tuple[str, torch.Tensor]], dtype:
 
 
 def _is_plain_adapter(model: Any, facts: Sequence[ServerFacts]) -> bool:
-    """Whether the model is one LoRA adapter, of a kind that vLLM serves, on a base that stays as it is."""
+    """Whether the model is one LoRA adapter, of a kind and rank that all servers support, on a frozen base."""
     if not is_peft_model(model) or len(model.peft_config) != 1:
         return False
     config = next(iter(model.peft_config.values()))

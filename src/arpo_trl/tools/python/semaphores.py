@@ -1,0 +1,80 @@
+"""A stand-in for the semaphores of `multiprocessing`, made of threads' locks.
+
+The operating system's semaphores are files in /dev/shm, which the sandbox does not show. Code in the sandbox starts no
+process, so threads are all that a lock can keep apart: `multiprocessing.pool.ThreadPool`, `multiprocessing.Lock` and
+`multiprocessing.Value` work with this one. `worker` loads this file by its path; it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import threading
+
+RECURSIVE_MUTEX = 0  # the other kind, 1, is a semaphore
+
+
+class SemLock:
+    """As `_multiprocessing.SemLock`."""
+
+    SEM_VALUE_MAX = 2**31 - 1
+
+    def __init__(self, kind: int, value: int, maxvalue: int, name: str, unlink: bool):
+        self.kind, self.maxvalue = kind, maxvalue
+        self.name = None  # it is no file, so there is nothing to remove
+        self.handle = 0
+        self._value = value
+        self._changed = threading.Condition(threading.Lock())
+        self._owner: int | None = None
+        self._held = 0
+
+    def acquire(self, block: bool = True, timeout: float | None = None) -> bool:
+        with self._changed:
+            if not (self.kind == RECURSIVE_MUTEX and self._is_mine()):
+                if not self._changed.wait_for(lambda: self._value > 0, timeout if block else 0):
+                    return False
+                self._value -= 1
+                self._owner = threading.get_ident()
+            self._held += 1
+            return True
+
+    def release(self) -> None:
+        with self._changed:
+            if self.kind == RECURSIVE_MUTEX and not self._is_mine():
+                raise AssertionError("attempt to release recursive lock not owned by thread")
+            if self.kind != RECURSIVE_MUTEX and self._value >= self.maxvalue:
+                raise ValueError("semaphore or lock released too many times")
+            self._held -= 1
+            if self.kind == RECURSIVE_MUTEX and self._held:
+                return
+            self._value += 1
+            self._changed.notify()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def _count(self) -> int:
+        return self._held
+
+    def _is_mine(self) -> bool:
+        return self._held > 0 and self._owner == threading.get_ident()
+
+    def _get_value(self) -> int:
+        return self._value
+
+    def _is_zero(self) -> bool:
+        return self._value == 0
+
+    def _after_fork(self) -> None:
+        """There is no fork."""
+
+
+def install() -> None:
+    """Makes `multiprocessing` take this class, and keep shared values in files of the current folder."""
+    import _multiprocessing
+
+    _multiprocessing.SemLock = SemLock
+    import multiprocessing.heap
+
+    multiprocessing.heap.Arena._dir_candidates = []  # type: ignore[attr-defined]

@@ -1,0 +1,58 @@
+"""Search services over HTTP: how to ask each one and how to read its answer. One service is one file.
+
+A service from outside the package is registered by name, and `search_provider` then takes that name:
+
+    import httpx
+    from arpo_trl import Hit, Provider, register_provider
+
+    @register_provider("wiki")
+    class Wiki(Provider):
+        default_url = "http://127.0.0.1:9000"
+
+        def request(self, query, results, key):
+            return httpx.Request("GET", f"{self.base_url}/find", params={"q": query, "n": results})
+
+        def read(self, answer):
+            return [Hit(title=page["name"], url=page["href"], text=page["body"]) for page in answer["pages"]]
+
+`WebSearch` sends the requests. It adds the cache, the limits and the retries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from arpo_trl.common.registry import Registry
+from arpo_trl.errors import ConfigError
+from arpo_trl.net.addresses import check_server_url
+from arpo_trl.tools.search.providers.base import FIELDS, Hit, Provider, Unanswered
+
+__all__ = ["FIELDS", "PROVIDERS", "Hit", "Provider", "Unanswered", "make_provider", "register_provider"]
+
+PROVIDERS: Registry[type[Provider]] = Registry("search provider", __name__, __path__)
+register_provider = PROVIDERS.register
+
+
+def make_provider(name: str, *, url: str | None = None, zone: str | None = None) -> Provider:
+    """Return the provider called `name`.
+
+    Args:
+        url: The address of the service; None: the provider's `default_url`.
+        zone: The value of the field `zone`, for a provider that has one, such as Bright Data.
+
+    Raises:
+        ConfigError: There is no such provider, its address is missing or malformed, or its zone is missing.
+    """
+    kind = PROVIDERS.get(name)
+    base_url = (url or kind.default_url).rstrip("/")
+    if not base_url:
+        raise ConfigError(
+            f"search_provider {name} has no default address. Set search_url to the address of your server."
+        )
+    check_server_url(base_url, "search_url", kind.key_variable)
+    settings = {"base_url": base_url}
+    if "zone" in {field.name for field in fields(kind)}:
+        if not zone:
+            raise ConfigError(f"search_provider {name} needs search_zone: the name of your SERP API zone.")
+        settings["zone"] = zone
+    return kind(**settings)

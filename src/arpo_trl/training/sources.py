@@ -1,0 +1,195 @@
+"""What a trainer samples with, from its settings: toolbox, engine source and sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_sampler
+from arpo_trl.rollout.engines.base import Engine, SamplingParams
+from arpo_trl.rollout.engines.generation_rules import refuse_rules
+from arpo_trl.rollout.protocols import ToolProtocol
+from arpo_trl.rollout.sampler import TreeSampler
+from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.training.vllm_setup import (
+    colocated_weights,
+    ranks_together,
+    served_weights,
+    warn_of_other_distribution,
+)
+from arpo_trl.trl_seam import VLLMGeneration
+
+
+def toolbox_for(args: ARPOConfig, tools: Sequence[Callable[..., Any]]) -> ToolBox:
+    """The toolbox of `tools`, with the limits in `args`."""
+    return ToolBox(
+        tools,
+        timeout_s=args.tool_timeout_s,
+        concurrency=args.tool_concurrency,
+        per_tool=args.tool_places,
+        cache=args.tool_cache,
+    )
+
+
+def sampling_params(args: ARPOConfig, protocol: ToolProtocol) -> SamplingParams:
+    """How the engine draws tokens, and where a turn ends."""
+    return SamplingParams(
+        eos_ids=protocol.eos_ids,
+        stop_strings=protocol.stop_strings,
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+
+
+def sampler_for(
+    args: ARPOConfig,
+    engine: Engine,
+    toolbox: ToolBox,
+    protocol: ToolProtocol,
+    context: int | None,
+) -> TreeSampler:
+    """The tree sampler on `engine`, with the tree that `args` describe; `context` is the model's, in tokens."""
+    return build_sampler(
+        engine,
+        toolbox,
+        protocol,
+        context=context,
+        num_generations=args.num_generations,
+        initial_rollouts=args.initial_rollouts,
+        max_completion_length=args.max_completion_length,
+        max_tool_calls=args.max_tool_calling_iterations,
+        entropy_probe_tokens=args.entropy_probe_tokens,
+        rule=args.make_branch_rule(),
+        schedule=RolloutSchedule(args.rollout_schedule),
+    )
+
+
+def transformers_source(
+    args: ARPOConfig,
+    model: PreTrainedModel,
+    opened: Callable[[], AbstractContextManager[PreTrainedModel]],
+    *,
+    sharded: bool,
+    may_pad: bool,
+    evaluates: bool,
+) -> LocalModel:
+    """The trained model, which later scores what it sampled.
+
+    Args:
+        opened: Opens the model for a session.
+        sharded: Whether ranks hold parts of the weights.
+        may_pad: Whether the model may score a batch padded.
+        evaluates: Whether there is a dataset to evaluate on.
+    """
+    rows = args.per_device_train_batch_size * args.steps_per_generation
+    return LocalModel(
+        model=model,
+        opened=opened,
+        sharded=sharded,
+        scored=True,
+        scored_padded=may_pad,
+        generation_kwargs=args.generation_kwargs,
+        most_rows=max(rows, args.per_device_eval_batch_size if evaluates else 0),
+        smaller=(
+            f"Lower per_device_train_batch_size × steps_per_generation ({args.per_device_train_batch_size} × "
+            f"{args.steps_per_generation} completions are sampled at once), per_device_eval_batch_size "
+            f"({args.per_device_eval_batch_size}) or max_completion_length ({args.max_completion_length}), or let "
+            "vLLM sample (use_vllm)."
+        ),
+    )
+
+
+def colocated_source(
+    args: ARPOConfig,
+    settings: SamplingParams,
+    model: Any,
+    generation: VLLMGeneration,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Callable[[], Hashable],
+    reference: Callable[[Sequence[int]], list[float]],
+) -> LocalVLLM:
+    """The vLLM that TRL has started in this process.
+
+    Args:
+        generation: TRL's, which started vLLM.
+        trained: Returns another value once the trained weights have changed.
+        reference: The trained model's logprob of each id but the first. A collective.
+
+    Raises:
+        ConfigError: vLLM does not apply a rule of the model's generation config.
+    """
+    _check_distribution(model, settings)
+    return LocalVLLM(
+        llm=generation.llm,
+        weights=colocated_weights(args, generation, tokenizer, trained, reference),
+        vocab_size=model.config.get_text_config().vocab_size,
+        top_logprobs=args.entropy_top_logprobs,
+        sleeps=generation.enable_sleep_mode,
+        group=ranks_together(args.vllm_tensor_parallel_size),
+    )
+
+
+def served_source(
+    args: ARPOConfig,
+    settings: SamplingParams,
+    model: Any,
+    accelerator: Accelerator,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: Callable[[], Hashable],
+    reference: Callable[[Sequence[int]], list[float]],
+) -> VLLMServers:
+    """The vLLM servers that the settings name, once they are up and serve the trained model.
+
+    Args:
+        trained: Returns another value once the trained weights have changed.
+        reference: The trained model's logprob of each id but the first. A collective.
+
+    Raises:
+        ConfigError: vLLM does not apply a rule of the model's generation config, or a server serves another model.
+        EngineError: A server does not come up.
+    """
+    _check_distribution(model, settings)
+    return VLLMServers(
+        weights=served_weights(args, model, accelerator, tokenizer, trained, reference),
+        vocab_size=model.config.get_text_config().vocab_size,
+        top_logprobs=args.entropy_top_logprobs,
+        away_s=args.vllm_server_timeout,
+        request_s=args.vllm_request_timeout_s,
+    )
+
+
+def _check_distribution(model: Any, settings: SamplingParams) -> None:
+    refuse_rules(model.generation_config, None, "vLLM")
+    warn_of_other_distribution(settings)
+
+
+def logprobs_of(
+    model: PreTrainedModel,
+    opened: Callable[[], AbstractContextManager[PreTrainedModel]],
+    ids: Sequence[int],
+) -> list[float]:
+    """The logprob of each id but the first, given those before it. A collective.
+
+    Args:
+        model: The trained model; in evaluation mode meanwhile, so that an adapter's dropout is off.
+        opened: Opens the model for a forward on this rank alone.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), opened() as whole:
+            row = torch.tensor([list(ids)], device=next(whole.parameters()).device)
+            logits = whole(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False).logits[0, :-1]
+    finally:
+        model.train(training)
+    return logits.float().log_softmax(dim=-1).gather(1, row[0, 1:].unsqueeze(1)).squeeze(1).tolist()
