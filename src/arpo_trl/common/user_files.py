@@ -101,16 +101,16 @@ def expect(value: Any, shape: Shape, name: str) -> None:
     """Returns if `value`, called `name`, has `shape`; `DataError`, which names the part, where it has not."""
     if isinstance(shape, dict):
         if not isinstance(value, Mapping):
-            raise DataError(f"{name} is {_short(value)}; expected named values.")
+            raise DataError(f"{name} is {shown(value)}; expected named values.")
         for key, part in shape.items():
             key, is_optional = key.removesuffix("?"), key.endswith("?")
             if key in value:
                 expect(value[key], part, f"{name}.{key}")
             elif not is_optional:
-                raise DataError(f"{name} has no {key!r}; it has {_short(list(value))}.")
+                raise DataError(f"{name} has no {key!r}; it has {shown(list(value))}.")
     elif isinstance(shape, list):
         if not isinstance(value, list):
-            raise DataError(f"{name} is {_short(value)}; expected a list.")
+            raise DataError(f"{name} is {shown(value)}; expected a list.")
         (part,) = shape
         for number, item in enumerate(value):
             if isinstance(part, type) and type(item) is part:  # most items are numbers: without a name for each
@@ -118,7 +118,7 @@ def expect(value: Any, shape: Shape, name: str) -> None:
             expect(item, part, f"{name}[{number}]")
     elif not _is_a(value, shape):
         expected = shape.__name__ if isinstance(shape, type) else str(shape)
-        raise DataError(f"{name} is {_short(value)}; expected {expected}.")
+        raise DataError(f"{name} is {shown(value)}; expected {expected}.")
 
 
 def _is_a(value: Any, kind: type | UnionType) -> bool:
@@ -152,6 +152,10 @@ def _check_depth(value: Any, where: str) -> None:
     raise _too_deep(where)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
+def shown(value: Any) -> str:
+    """The value's repr, short enough for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python converts to text
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= 80 else text[:77] + "…"

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal, get_args
 
+from arpo_trl.common.user_files import shown
 from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.rewards.answers import extract_answer
@@ -167,15 +168,6 @@ def check_prompt(prompt: Any) -> None:
             raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
     if not any(message.get("content") and str(message["content"]).strip() for message in messages):
         raise DataError(f"'prompt' is {shown(prompt)}; expected some text in it.")
-
-
-def shown(value: Any) -> str:
-    """The value's repr, short enough for a message."""
-    try:
-        text = repr(value)
-    except ValueError:  # an integer with more digits than Python converts to text
-        text = f"a {type(value).__name__} too long to show"
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 # Fields

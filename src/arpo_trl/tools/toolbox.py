@@ -348,9 +348,10 @@ class ToolBox:
         while self._for_poller and time.perf_counter() - start < _POLLER_S:
             self._run_in_poller(self._for_poller.popleft())
         delivered = list(drained(self._done, timeout_s))
-        with self._lock:
-            self._pending -= len(delivered)
-            self._settle({ticket for ticket, _ in delivered})
+        if delivered:  # most polls find nothing
+            with self._lock:
+                self._pending -= len(delivered)
+                self._settle({ticket for ticket, _ in delivered})
         return delivered
 
     def _settle(self, tickets: set[int]) -> None:
