@@ -109,14 +109,43 @@ class Writer:
         return f"<{name}>" * depth + self.word() + f"</{name}>" * (depth - self.rng.randrange(2))
 
 
+def is_mention(text: str, start: int, end: int, name: str) -> bool:
+    """Whether words precede this opening tag on its line, and a call that this tag does not open follows it."""
+    words = text[text.rfind("\n", 0, start) + 1 : start].rstrip(" \t")
+    if not words or words.endswith(">"):
+        return False
+    reopens, closes = text.find(f"<{name}>", end), text.find(f"</{name}>", end)
+    if closes >= 0:
+        return 0 <= reopens < closes
+    others = [tool for tool in TOOLS if tool != name]
+    return any(0 <= text.find(f"<{tool}>", end) < text.rfind(f"</{tool}>") for tool in others)
+
+
+def tags_that_count(text: str) -> list[tuple[int, int, bool, str]]:
+    """(start, end, closing, name) of each known tag but mentions and the tags in code."""
+    found = [(m.start(), m.end(), m[1] == "/", m[2]) for m in re.finditer(r"<(/?)([a-z]+)>", text) if m[2] in KNOWN]
+    kept, is_open = [], ""
+    for start, end, closing, name in found:
+        if is_open == "python" and (closing, name) != (True, "python"):
+            continue
+        if name in TOOLS and not closing and is_mention(text, start, end, name):
+            continue
+        if name in TOOLS and closing == (is_open == name) and (closing or not is_open):
+            is_open = "" if closing else name
+        kept.append((start, end, closing, name))
+    return kept
+
+
 def expected_call(text: str) -> tuple[str, str] | None:
     """(tool, argument) if `text` ends in a call: found by walking its tags, where the protocol searches and counts."""
-    tags = [(m.start(), m.end(), m[1] == "/", m[2]) for m in re.finditer(r"<(/?)([a-z]+)>", text) if m[2] in KNOWN]
+    tags = tags_that_count(text)
     closes = [i for i, (_, _, closing, name) in enumerate(tags) if closing and name in TOOLS]
     if not closes:
         return None
     last = closes[-1]
-    _, _, _, name = tags[last]
+    _, end, _, name = tags[last]
+    if any(f"</{tool}>" in text[end:] for tool in TOOLS):  # the turn ended later, in code that is not closed
+        return None
     if last == 0 or tags[last - 1][2] or tags[last - 1][3] != name:  # what stands before it has to be its opening
         return None
     depth: Counter[str] = Counter()
@@ -130,14 +159,14 @@ def expected_call(text: str) -> tuple[str, str] | None:
 
 def is_well_formed(turns: list[str]) -> bool:
     """The format as the paper has it: one closed answer with something boxed, at the end of the last turn."""
-    everything = "\n".join(turns)
-    if everything.count("<answer>") != 1 or re.search(r"</?result>", everything):
+    tags = [(closing, name) for turn in turns for _, _, closing, name in tags_that_count(turn)]
+    if tags.count((False, "answer")) != 1 or any(name == "result" for _, name in tags):
         return False
     end = re.search(r"<answer>(.*)</answer>\s*\Z", turns[-1], re.DOTALL)
     if end is None or "\\boxed{" not in end[1]:
         return False
     open_tags: list[str] = []
-    for closing, name in re.findall(r"<(/?)(search|python|think|answer)>", everything):
+    for closing, name in tags:
         if not closing:
             open_tags.append(name)
         elif not open_tags or open_tags.pop() != name:

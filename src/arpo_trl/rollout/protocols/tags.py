@@ -101,13 +101,15 @@ class TagProtocol(ToolProtocol):
 
     def _parse_call(self, text: str) -> ToolCall | BadCall | None:
         spans = plain_spans(text, self.tools, self._code_tools)
-        tags = [tag for tag in self._tool_tag.finditer(text) if not _within(tag, spans)]
-        last = next((i for i in range(len(tags) - 1, -1, -1) if tags[i].group(1)), None)
-        if last is None:
-            return self._missing_close(text, tags)
+        found = list(self._tool_tag.finditer(text))
+        ending = next((tag for tag in reversed(found) if tag.group(1)), None)
+        tags = [tag for tag in found if not _within(tag, spans)]
+        last = next((i for i in range(len(tags) - 1, -1, -1) if tags[i].group(1)), -1)
+        if last < 0 or tags[last] is not ending:
+            return self._missing_close(text, tags[last + 1 :], ending)
         close, name = tags[last], tags[last].group(2)
-        first = next((i for i in range(last - 1, -1, -1) if tags[i].groups() == ("", name)), None)
-        if first is None:
+        first = next((i for i in range(last - 1, -1, -1) if tags[i].group(2) == name), None)
+        if first is None or tags[first].group(1):
             return BadCall(fault="unopened", text=f"Error: </{name}> came without <{name}>. {self._usage(name)}")
         body = text[tags[first].end() : close.start()]
         open_before = Counter(tag.group(2) for tag in tags[:first] if not tag.group(1))
@@ -123,14 +125,21 @@ class TagProtocol(ToolProtocol):
             return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
         return ToolCall(name=name, arguments={str(self.tools[name].single_text_parameter): body.strip()})
 
-    def _missing_close(self, text: str, tags: Sequence[re.Match[str]]) -> BadCall | None:
-        """Return the fault of a turn in which no tool's closing tag counts. `tags`: the opening tags that count."""
-        ending = next((tag.group() for tag in self._tool_tag.finditer(text) if tag.group(1)), None)
+    def _missing_close(
+        self, text: str, opened: Sequence[re.Match[str]], ending: re.Match[str] | None
+    ) -> BadCall | None:
+        """Return the fault of a turn whose end closes no call.
+
+        Args:
+            text: The turn.
+            opened: The opening tags that count and were not closed.
+            ending: The last closing tag of a tool, which is inside code; None if there is none.
+        """
         if ending is None and f"</{ANSWER}>" in text:
             return None
-        if tags:
-            name = tags[0].group(2)
-            cause = "" if ending is None else f": {ending} inside it ended the turn"
+        if opened:
+            name = opened[0].group(2)
+            cause = "" if ending is None else f": {ending.group()} inside it ended the turn"
             return BadCall(fault="unclosed", text=f"Error: <{name}> was not closed{cause}. {self._usage(name)}")
         if self.tools and (unknown := self._unknown_call.search(text)) is not None:
             names = ", ".join(self.tools)
