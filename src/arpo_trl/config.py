@@ -15,7 +15,7 @@ from trl import GRPOConfig
 from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
-from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, SharedPrefixForward, WeightSync
+from arpo_trl.options import VLLM_KEY_VARIABLE, AdvantageBaseline, RolloutSchedule, SharedPrefixForward, WeightSync
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
@@ -177,6 +177,26 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         default="grpo",
         metadata={"help": "One of TRL's loss types. The paper uses 'grpo' (mean per sequence, then over the group)."},
     )
+    advantage_baseline: str = field(
+        default=AdvantageBaseline.MEAN.value,
+        metadata=described(
+            "What is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of its group, "
+            "weighted by the squared score norms of the leaves), 'batch' (the mean of the batch), 'running' (a moving "
+            "average over earlier batches). scale_rewards says what divides the difference.",
+            choices=AdvantageBaseline,
+        ),
+    )
+    score_norm_cap: float | None = field(
+        default=None,
+        metadata=described(
+            "Largest weight of a leaf under 'score_norm', as a multiple of the median of its group. None: no limit.",
+            at_least=1,
+        ),
+    )
+    running_baseline_decay: float = field(
+        default=0.9,
+        metadata=described("Share of the old value in each update under 'running'.", at_least=0, at_most=0.999),
+    )
     advantage_attribution: str = field(
         default="soft",
         metadata={"help": "Advantage of a token that several leaves share: 'soft' (in each leaf that leaf's), 'hard' "
@@ -277,6 +297,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         _ = self.tool_places  # raises
         self.make_branch_rule()  # raises
         self._check_supported()
+        self._check_baseline()
         self._check_hub()
 
     def make_branch_rule(self) -> BranchRule:
@@ -335,6 +356,20 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} × steps_per_generation "
                 f"{steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
                 f"{self.num_generations}."
+            )
+
+    def _check_baseline(self) -> None:
+        if self.score_norm_cap is not None and self.advantage_baseline != AdvantageBaseline.SCORE_NORM:
+            raise ConfigError(
+                f"score_norm_cap is {self.score_norm_cap}, but advantage_baseline is {self.advantage_baseline!r}, "
+                "which has no weights. Set advantage_baseline: score_norm, or unset score_norm_cap."
+            )
+        own = self.advantage_baseline != AdvantageBaseline.MEAN
+        if own and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ConfigError(
+                f"advantage_baseline is {self.advantage_baseline!r}, but multi_objective_aggregation is "
+                f"{self.multi_objective_aggregation!r}, which normalises each reward by its group's mean. Set "
+                "multi_objective_aggregation: sum_then_normalize, or advantage_baseline: mean."
             )
 
     def _check_hub(self) -> None:

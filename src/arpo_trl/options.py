@@ -17,6 +17,19 @@ class RolloutSchedule(StrEnum):
     """Process tool results together once nothing is left to decode: repeats bit for bit."""
 
 
+class AdvantageBaseline(StrEnum):
+    """What is subtracted from the reward of a leaf."""
+
+    MEAN = "mean"
+    """The mean of its group, by TRL."""
+    SCORE_NORM = "score_norm"
+    """The mean of its group, weighted by estimates of the leaves' squared score norms."""
+    BATCH = "batch"
+    """The mean of the batch."""
+    RUNNING = "running"
+    """A moving average over earlier batches."""
+
+
 class ProtocolKind(StrEnum):
     """How a model calls tools."""
 

@@ -33,6 +33,13 @@ from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
+from arpo_trl.training.baselines import (
+    ScoredLeaves,
+    advantages_of,
+    check_baseline,
+    make_baseline,
+    tally_baseline,
+)
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of_one_step
 from arpo_trl.training.prefix_sharing import Pack, forward_packs, pack_batches, sharing_ratio
@@ -182,6 +189,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
         )
         self.tree_sampler = self._make_sampler(engine)
+        self._baseline = make_baseline(args)
+        check_baseline(self._baseline, self.tree_sampler.engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         check_prompts(
             (train_dataset, *evaluated), args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names
@@ -192,6 +201,9 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         self._last: _LastRollout | None = None
         self._last_rewards: torch.Tensor | None = None
         """(B,) rewards of the last rollout's leaves; NaN where no reward function applies."""
+        self._rewards_of_all_ranks: torch.Tensor | None = None
+        self._counted = Tally()
+        """What was counted of this rollout before `_log_rollout`."""
         self._loss_mask: torch.Tensor | None = None
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
@@ -286,12 +298,35 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             refuse_taken_columns(inputs[0])  # a streamed dataset shows its columns only now
             with self._scoring:
                 batch = super()._generate_and_score_completions(inputs)
+            self._subtract_baseline(batch)
             advantages = batch["advantages"]
             self._attribute(batch)
             if self.model.training and self._micro_batches_dealt_together > 1:
                 batch[LEAF] = torch.arange(len(advantages), device=advantages.device)
             self._log_rollout(advantages)
         return batch
+
+    def _subtract_baseline(self, batch: dict[str, Any]) -> None:
+        """In training, replaces `batch["advantages"]` (B,) by those of `advantage_baseline`, unless it is TRL's."""
+        if self._baseline is None or not self.model.training:
+            return
+        assert self._last is not None and self._last_rewards is not None and self._rewards_of_all_ranks is not None
+        scored = ScoredLeaves(
+            leaves=self._last.leaves,
+            rewards=self._last_rewards,
+            of_all_ranks=self._rewards_of_all_ranks,
+            trained=batch["completion_mask"].any(dim=1).cpu(),  # TRL takes truncated completions out by it
+            size=self.num_generations,
+        )
+        baselines = self._baseline(scored)
+        advantages = advantages_of(scored, baselines, self.scale_rewards)
+        tally_baseline(scored, baselines, advantages, self._counted)
+        batch["advantages"] = advantages.to(batch["advantages"].device)
+        logged = self._logs["advantages"]  # TRL has appended its own, of all ranks
+        everyones = self.accelerator.gather(batch["advantages"]).tolist()
+        kept = list(logged)[: -len(everyones)]
+        logged.clear()
+        logged.extend([*kept, *everyones])
 
     def _attribute(self, batch: dict[str, Any]) -> None:
         """Replaces `batch["advantages"]` (B,) by the credit's, which are (B, T) where leaves share nodes."""
@@ -312,7 +347,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self.stop_together()  # an interrupted reward function returned placeholders
         first = self.accelerator.process_index * len(prompts)  # `rewards` has the rows of all ranks
-        self._last_rewards = total_rewards(rewards, self.reward_weights)[first : first + len(prompts)].cpu()
+        self._rewards_of_all_ranks = total_rewards(rewards, self.reward_weights).cpu()
+        self._last_rewards = self._rewards_of_all_ranks[first : first + len(prompts)]
         return rewards
 
     # Update ----------------------------------------------------------------------------------------------------------
@@ -415,6 +451,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
+            "baseline": None if self._baseline is None else self._baseline.state,
             "bell": self.alarms.state_dict(),
             "evaluation": self.evaluation,
             "tool_cache": self.toolbox.state_dict(),
@@ -423,6 +460,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     def load_state_dict(self, memory: dict[str, Any]) -> None:
         super().load_state_dict(memory)
         self._names.load_state_dict(memory["rollouts_at"])
+        if self._baseline is not None:
+            self._baseline.state = memory["baseline"]
         self.alarms.load_state_dict(memory["bell"])
         self.evaluation = memory["evaluation"]
         self.toolbox.load_state_dict(memory["tool_cache"])
@@ -454,6 +493,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
         tally = tally_step(last.rollout, rewards.tolist(), seconds)
+        tally.merge(self._counted.plain())
+        self._counted = Tally()
         merged = Tally.merged(gather_object([tally.plain()]))
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
