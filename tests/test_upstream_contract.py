@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -471,6 +472,30 @@ def test_the_tool_mask_takes_tokens_out_of_the_loss(trainer):
     mask = torch.tensor([[0, 0, 1]] * 8)
     loss = trainer._compute_loss(trainer.model, made | {"advantages": advantages, "tool_mask": mask})
     assert loss.item() == pytest.approx(-2.0 / 2)
+
+
+def test_the_loss_reads_advantages_and_old_logprobs_after_it_has_computed_logprobs(trainer, monkeypatch):
+    made = batch(trainer)
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def changing(*args, **kwargs):
+        logprobs, *others = compute(*args, **kwargs)
+        made["old_per_token_logps"] = logprobs.detach() - math.log(1.1)
+        made["advantages"] = torch.full((8,), 3.0)
+        return logprobs, *others
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", changing)
+    loss = trainer._compute_loss(trainer.model, made)
+    assert loss.item() == pytest.approx(-3.0 * 1.1 / 2)  # halved by the two accumulation steps
+    assert trainer.importance_sampling_level == "token"
+    assert trainer.epsilon_high == 0.2
+
+
+def test_advantages_are_logged_for_all_ranks_after_those_of_earlier_rollouts(trainer):
+    assert trainer.scale_rewards == "group"
+    made = batch(trainer)
+    logged = trainer._logs["advantages"]
+    assert isinstance(logged, deque) and list(logged)[-8:] == made["advantages"].tolist()
 
 
 def test_logps_come_as_a_triple_of_the_completions_width(trainer):

@@ -30,6 +30,17 @@ class AdvantageBaseline(StrEnum):
     """A moving average over earlier batches."""
 
 
+class ImportanceSamplingLevel(StrEnum):
+    """What shares one importance ratio."""
+
+    TOKEN = "token"
+    """Each token has its own."""
+    TURN = "turn"
+    """The tokens of a turn: its mean log-ratio."""
+    SEQUENCE = "sequence"
+    """The tokens of a path: its mean log-ratio."""
+
+
 class ProtocolKind(StrEnum):
     """How a model calls tools."""
 

@@ -21,7 +21,7 @@ from arpo_trl.data.loading import refuse_taken_columns
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally, tally_step
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
-from arpo_trl.options import ProtocolKind, SharedPrefixForward
+from arpo_trl.options import ImportanceSamplingLevel, ProtocolKind, SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.rollout.build import EngineSource, build_engine, context_of
 from arpo_trl.rollout.credit.base import attribute
@@ -42,6 +42,7 @@ from arpo_trl.training.baselines import (
 )
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of_one_step
+from arpo_trl.training.loss_terms import LossTerms
 from arpo_trl.training.prefix_sharing import Pack, forward_packs, pack_batches, sharing_ratio
 from arpo_trl.training.preflight import (
     check_encoding,
@@ -181,6 +182,13 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         self.use_vllm = args.use_vllm
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL recognises truncated completions by them
         self._credit = args.make_credit()
+        per_turn = args.importance_sampling_level == ImportanceSamplingLevel.TURN
+        if per_turn:  # TRL then takes each token's ratio, which `_loss_terms` makes its turn's
+            self.importance_sampling_level = ImportanceSamplingLevel.TOKEN.value
+        keeps_above = 1 + self.epsilon_high if args.clip_keeps_gradient else None
+        self._loss_terms = LossTerms(credit=self._credit, per_turn=per_turn, keeps_above=keeps_above)
+        self._loss_batch: dict[str, Any] | None = None
+        """The micro-batch while `_compute_loss` works on it, if there are loss terms."""
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
             self.accelerator,
@@ -383,6 +391,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
                 result = super()._get_per_token_logps_and_entropies(
                     model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
                 )
+        if self._loss_batch is not None and result[1] is not None:
+            self._apply_loss_terms(self._loss_batch, result[0], result[1])
         if updates and self._shares_prefixes:
             self._metrics["train"]["arpo/update/packed"].append(float(bool(packs)))
             if packs:
@@ -407,8 +417,22 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         )
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        with self._loss_tokens(inputs["completion_mask"] * inputs["tool_mask"]):
-            return super()._compute_loss(model, inputs)
+        if self._loss_terms:
+            inputs = self._loss_batch = dict(inputs)  # TRL reads what `_apply_loss_terms` puts there
+        try:
+            with self._loss_tokens(inputs["completion_mask"] * inputs["tool_mask"]):
+                return super()._compute_loss(model, inputs)
+        finally:
+            self._loss_batch = None
+
+    def _apply_loss_terms(self, batch: dict[str, Any], logprobs: torch.Tensor, entropies: torch.Tensor) -> None:
+        kept = self._loss_terms.apply(batch, logprobs, entropies)
+        if self._loss_terms.keeps_above is None or kept is None or not self.model.training:
+            return
+        tokens = (batch["completion_mask"] * batch["tool_mask"]).count_nonzero()
+        kept_and_all = self.accelerator.reduce(torch.stack([kept.sum(), tokens]), reduction="sum")
+        share = float(kept_and_all[0] / kept_and_all[1].clamp(min=1))
+        self._metrics["train"]["arpo/update/kept_above_clip"].append(share)
 
     @contextmanager
     def _loss_tokens(self, mask: torch.Tensor) -> Iterator[None]:
@@ -432,7 +456,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     def _micro_batches_dealt_together(self) -> int:
         """How many micro-batches may swap rows; 1 where a row's loss depends on the rest of its micro-batch."""
         by_batch = self.args.loss_type == "bnpo" or self.top_entropy_quantile < 1.0 or self._entropy_bonus_enabled
-        if by_batch or not self._shares_prefixes:
+        if by_batch or self._credit.reads_entropies or not self._shares_prefixes:
             return 1
         return micro_batches_of_one_step(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
 
