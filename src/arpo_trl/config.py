@@ -15,7 +15,7 @@ from trl import GRPOConfig
 from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
-from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, SharedPrefixForward, WeightSync
+from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, ShareCalls, SharedPrefixForward, WeightSync
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
@@ -171,6 +171,15 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         metadata={"help": "Whether an identical call reuses an earlier successful result. Only for tools that are "
                   "all deterministic."},
     )  # fmt: skip
+
+    share_calls: str = field(
+        default=ShareCalls.OFF.value,
+        metadata=described(
+            "'history': paths of a prompt with the same history of calls share one execution of the next identical "
+            "call. Only for tools that are declared deterministic or depends_on_calls_only. 'off': they do not.",
+            choices=ShareCalls,
+        ),
+    )
 
     # Parameters that control the credit
     loss_type: str = field(
