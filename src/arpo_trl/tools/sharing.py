@@ -65,7 +65,7 @@ def check_shareable(specs: Mapping[str, ToolSpec]) -> None:
             raise ConfigError(
                 f"share_calls is 'history', but tool {name!r} has neither of the attributes deterministic and "
                 "depends_on_calls_only; expected one of them to be True. If its results depend only on the path's "
-                f"calls and on chance, set {name}.depends_on_calls_only = True. Otherwise set share_calls: 'off', or "
+                f"calls and on chance, set {name}.depends_on_calls_only = True. Otherwise set share_calls: off, or "
                 "remove the tool."
             )
 
