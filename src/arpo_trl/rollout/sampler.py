@@ -551,10 +551,10 @@ class _Run:
                 made = self.calling[self.toolbox.submit(call, path.states)] = SubmittedCall()
                 if key is not None:
                     path.group.made[key] = made
-            if made.result is None:
-                made.waiting.append((calling, i))
-            else:
-                calling.answer(i, as_shared(made.result))
+            elif made.result is not None:  # comes from `poll` like the others, so that `schedule` applies
+                ticket = self.toolbox.submit_answered(as_shared(made.result))
+                made = self.calling[ticket] = SubmittedCall()
+            made.waiting.append((calling, i))
 
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
         """Record the results of a turn's calls and submit the turn that continues from them."""

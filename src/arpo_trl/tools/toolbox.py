@@ -345,6 +345,15 @@ class ToolBox:
                     self._scheduler.start(self._schedule(execution))
         return ticket
 
+    def submit_answered(self, result: ToolResult) -> int:
+        """Return a ticket under which `poll` delivers `result`, which the caller already has."""
+        with self._lock:
+            ticket = self._tickets
+            self._tickets += 1
+            self._pending += 1
+            self._done.put((ticket, result))
+        return ticket
+
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, ToolResult]]:
         """Return the (ticket, result) pairs that are done, in order of completion.
 
