@@ -16,6 +16,7 @@ from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import validate_rows
 from arpo_trl.errors import ConfigError, DataError
@@ -182,11 +183,13 @@ def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARP
     """Returns `processing_class`, or the tokenizer that TRL would load. Does not load the model.
 
     Raises:
-        ConfigError: The processing class is multimodal.
+        ConfigError: There is none that can be loaded, or the processing class is multimodal.
     """
     if processing_class is None:
-        processing_class = AutoProcessor.from_pretrained(
+        processing_class = load_pretrained(
+            "tokenizer",
             model if isinstance(model, str) else get_config_model_id(model.config),
+            AutoProcessor.from_pretrained,
             revision=(args.model_init_kwargs or {}).get("revision"),
             truncation_side="left",
             padding_side="left",
@@ -201,8 +204,12 @@ def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
     """The number of token ids that the model has embeddings for."""
     if not isinstance(model, str):
         return int(model.get_input_embeddings().num_embeddings)
-    config = AutoConfig.from_pretrained(
-        model, revision=(args.model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+    config = load_pretrained(
+        "configuration",
+        model,
+        AutoConfig.from_pretrained,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+        trust_remote_code=args.trust_remote_code,
     )
     return int(config.get_text_config().vocab_size)
 
