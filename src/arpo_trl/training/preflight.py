@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOConfig
 
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
@@ -51,6 +53,20 @@ def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
     if not isinstance(args, ARPOConfig):
         raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
     return args
+
+
+def log_defaults(args: ARPOConfig) -> None:
+    """Logs which of TRL's settings have this package's default instead of TRL's."""
+    trls = {setting.name: setting.default for setting in fields(GRPOConfig)}
+    changed = [
+        f"{setting.name} {setting.default} (TRL's: {trls[setting.name]})"
+        for setting in fields(args)
+        if setting.name in trls
+        and setting.default != trls[setting.name]
+        and getattr(args, setting.name) == setting.default
+    ]
+    if changed:
+        logger.info(f"Defaults that differ from TRL's (docs/from-grpo.md): {', '.join(changed)}.")
 
 
 def check_writable(folder: Path) -> None:
