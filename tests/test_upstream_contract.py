@@ -498,6 +498,30 @@ def test_advantages_are_logged_for_all_ranks_after_those_of_earlier_rollouts(tra
     assert isinstance(logged, deque) and list(logged)[-8:] == made["advantages"].tolist()
 
 
+def test_what_reward_functions_log_waits_for_the_end_of_scoring_and_can_be_dropped_before(trainer):
+    trainer.reward_funcs = [
+        lambda completions, log_metric, log_extra, **_: (
+            log_metric("mark", 1.0) or log_extra("note", ["x"] * len(completions)) or [0.0] * len(completions)
+        )
+    ]
+    given = ([dict(ROWS[0])] * 2, ["what is"] * 2, ["a"] * 2, [[20]] * 2)
+    assert trainer._calculate_rewards(*given).shape == (2, 1)
+    assert dict(trainer._pending_metrics) == {"mark": [1.0]}
+    assert dict(trainer._pending_extra_logs) == {"note": ["x", "x"]}
+    trainer._pending_metrics.clear()
+    trainer._pending_extra_logs.clear()
+    assert "mark" not in trainer._metrics["train"]
+
+
+def test_generating_appends_to_the_metrics_and_counts_tokens_in_the_state(trainer):
+    trainer._generate(["what is", "what is"])
+    lengths = trainer._metrics["train"]["completions/mean_length"]
+    seen = trainer.state.num_input_tokens_seen
+    trainer._generate(["what is", "what is"])
+    assert trainer._metrics["train"]["completions/mean_length"] is lengths and len(lengths) == 2
+    assert trainer.state.num_input_tokens_seen == 2 * seen > 0
+
+
 def test_logps_come_as_a_triple_of_the_completions_width(trainer):
     ids = torch.tensor([[20, 21, 22, 23, 24]])
     logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(

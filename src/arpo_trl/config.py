@@ -144,6 +144,15 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         ),
     )
 
+    dynamic_sampling_rounds: int = field(
+        default=0,
+        metadata=described(
+            "Most times that a prompt is rolled out again because all its leaves have the same reward (DAPO's dynamic "
+            "sampling, with the same prompt). 0: never.",
+            at_least=0,
+        ),
+    )
+
     # Parameters that control the batch
     per_device_train_batch_size: int = field(
         default=16,

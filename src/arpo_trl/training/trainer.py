@@ -28,7 +28,7 @@ from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.protocols import PROTOCOLS
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
@@ -57,6 +57,7 @@ from arpo_trl.training.preflight import (
     tokenizer_for,
     without_trls_vllm_client,
 )
+from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
 from arpo_trl.training.sharding import check_launch, model_for_generation
@@ -86,7 +87,7 @@ class _LastRollout:
     """The number of the first tree's group, over all ranks."""
 
 
-class ARPOTrainer(OwnLoss, Resumable, Publishing, GRPOTrainer):
+class ARPOTrainer(OwnLoss, Resampling, Resumable, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` and `environment_factory` (docs/from-grpo.md). Reward
@@ -103,7 +104,7 @@ class ARPOTrainer(OwnLoss, Resumable, Publishing, GRPOTrainer):
       share nodes. Where no leaves share nodes, the batch is TRL's, bit for bit.
       `advantage_baseline` replaces the group's mean before that.
     - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
-    - the loss, with some settings: see `OwnLoss`.
+    - the loss, with some settings: see `OwnLoss`. Groups that are rolled out again: see `Resampling`.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
@@ -263,7 +264,6 @@ class ARPOTrainer(OwnLoss, Resumable, Publishing, GRPOTrainer):
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`. `prompts` repeats each prompt once per leaf of its group, group after group."""
         training = self.model.training
-        name = self._names.next("step" if training else "eval", self.state.global_step)
         size = self.num_generations if training else self.num_generations_eval
         size = leaves_per_tree(prompts, size, branches=training)
         groups = [prompts[i] for i in range(0, len(prompts), size)]
@@ -273,12 +273,16 @@ class ARPOTrainer(OwnLoss, Resumable, Publishing, GRPOTrainer):
             for i, prompt in enumerate(groups)
         ]
         settings = self.tree_sampler.settings
-        with self.interruptible():
-            rollout = self.tree_sampler.sample(
-                requests,
-                seed=(self.args.seed, name),
-                settings=settings if training else settings.without_branching(size),
-            )
+        settings = settings if training else settings.without_branching(size)
+        if self._again is None:
+            name = self._names.next("step" if training else "eval", self.state.global_step)
+            rollout = self._sample(requests, name, settings)
+        else:
+            assert self._last is not None
+            name, before, again = self._last.name, self._last.rollout, self._again
+            tally_discarded([before.trees[i] for i in again.groups], self._counted)
+            new = self._sample([requests[i] for i in again.groups], f"{name} again {again.number}", settings)
+            rollout = with_new_trees(before, new, again.groups)
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = _LastRollout(name, rollout, leaves, first_group)
         written = pad(
@@ -292,12 +296,17 @@ class ARPOTrainer(OwnLoss, Resumable, Publishing, GRPOTrainer):
         # another distribution than the loss's, and `off_policy_mask_threshold` would take the difference for drift.
         return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
 
+    def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
+        with self.interruptible():
+            return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
+
     # Credit ----------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._spans("generate_and_score"):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             refuse_taken_columns(inputs[0])  # a streamed dataset shows its columns only now
+            self._rows = inputs
             with self._scoring:
                 batch = super()._generate_and_score_completions(inputs)
             self._subtract_baseline(batch)
