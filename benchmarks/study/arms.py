@@ -27,6 +27,7 @@ BASELINES: Mapping[str, dict[str, Any]] = {
     "running": {"advantage_baseline": "running"},
 }
 """Baselines, and their settings in `ARPOConfig`."""
+MAIN_BASELINES = ("mean", "score_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +80,17 @@ class Arm:
             raise ConfigError(f"ARPOConfig has no settings {missing}.")
         return chosen
 
+    def config(self, calls: int) -> ARPOConfig:
+        """The configuration of one group a step, with at most `calls` results on a path."""
+        return ARPOConfig(
+            "runs/study",
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=self.leaves,
+            max_tool_calling_iterations=calls,
+            **self.settings(),
+        )
+
     def as_row(self) -> dict[str, Any]:
         return asdict(self) | {"sampling": self.sampling, "name": self.name}
 
@@ -94,7 +106,7 @@ def branching(rule: str) -> list[dict[str, Any]]:
 
 
 def tabular_arms() -> list[Arm]:
-    """All rules × credits × baselines, and GRPO with M = 8 and M = 4 × baselines."""
+    """All rules × credits × the main baselines, the other baselines with the credit "soft", and GRPO × baselines."""
     whole = [Arm(**grpo(leaves), baseline=baseline) for leaves in (LEAVES, LEAVES // 2) for baseline in BASELINES]
     return whole + [
         Arm(**sampling, credit=credit, baseline=baseline)
@@ -102,17 +114,18 @@ def tabular_arms() -> list[Arm]:
         for sampling in branching(rule)
         for credit in CREDITS.names
         for baseline in BASELINES
+        if credit == "soft" or baseline in MAIN_BASELINES
     ]
 
 
-TRAINED = ("mean", "score_norm", "score_norm, capped")
+TRAINED = (*MAIN_BASELINES, "score_norm, capped")
 _TRAINED_RULES = (COIN, "threshold", "ranked", "schedule")
 _SAMPLINGS = (grpo(LEAVES), grpo(LEAVES // 2), *(branching(rule)[0] for rule in _TRAINED_RULES))
 
 
 def frozen_arms() -> list[Arm]:
     """The samplings that are trained × the baselines, and the coin with every credit."""
-    crossed = [Arm(**sampling, baseline=baseline) for sampling in _SAMPLINGS for baseline in TRAINED[:2]]
+    crossed = [Arm(**sampling, baseline=baseline) for sampling in _SAMPLINGS for baseline in MAIN_BASELINES]
     return crossed + [Arm(credit=credit) for credit in CREDITS.names if credit != "soft"]
 
 
@@ -125,4 +138,4 @@ def trained_arms() -> list[Arm]:
 def seeds_of(arm: Arm, most: int, least: int) -> int:
     """How many seeds train an arm: `most` for the comparisons that the study is about, `least` for the others."""
     compared = arm.roots == arm.leaves or arm.rule in (COIN, "schedule")
-    return most if compared and not arm.dynamic and arm.baseline in TRAINED[:2] else least
+    return most if compared and not arm.dynamic and arm.baseline in MAIN_BASELINES else least

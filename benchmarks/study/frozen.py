@@ -20,12 +20,13 @@ from transformers import TrainerCallback
 
 from .arms import LEAVES, Arm, grpo
 from .files import interval
-from .training import STEPS, trainer_of
+from .training import trainer_of
 
 CHECKPOINTS = (0, 10, 20)
 """Steps of training after the cold start."""
-BATCHES, REFERENCE_BATCHES, PROMPTS = 40, 80, 8
-"""Batches of an arm and of the reference, and prompts in each."""
+BATCHES, PROMPTS = 40, 4
+"""The batches of an arm, and the prompts in each."""
+REFERENCE_BATCHES, REFERENCE_PROMPTS = 60, 16
 _REFERENCE_SEED = 10_000
 
 
@@ -60,9 +61,10 @@ def make_checkpoints(seed_folder: Path, folder: Path) -> None:
     arm = Arm(**grpo(LEAVES))
     with (
         TemporaryDirectory() as output,
-        trainer_of(seed_folder / "sft", seed_folder / "data", Path(output), arm, 0, max_steps=STEPS) as trainer,
+        trainer_of(
+            seed_folder / "sft", seed_folder / "data", Path(output), arm, 0, max_steps=max(CHECKPOINTS)
+        ) as trainer,
     ):
-        trainer.args.max_steps = max(CHECKPOINTS)
         trainer.model.save_pretrained(folder / "0")
         trainer.add_callback(_SaveAt(folder))
         trainer.train()
@@ -70,11 +72,13 @@ def make_checkpoints(seed_folder: Path, folder: Path) -> None:
             trainer.processing_class.save_pretrained(folder / str(step))
 
 
-def gradients(model: Path, data: Path, arm: Arm, seed: int, batches: int, **others: Any) -> _Gradients:
+def gradients(
+    model: Path, data: Path, arm: Arm, *, seed: int, batches: int, prompts: int, **others: Any
+) -> _Gradients:
     """The gradients of `batches` batches of an arm, at the weights of `model`."""
     collected = _Gradients()
     settings = {"max_steps": batches, "learning_rate": 0.0, "max_grad_norm": 0.0, **others}
-    settings["per_device_train_batch_size"] = PROMPTS * arm.leaves
+    settings["per_device_train_batch_size"] = prompts * arm.leaves
     with TemporaryDirectory() as output, trainer_of(model, data, Path(output), arm, seed, **settings) as trainer:
         trainer.add_callback(collected)
         trainer.train()
@@ -83,8 +87,17 @@ def gradients(model: Path, data: Path, arm: Arm, seed: int, batches: int, **othe
 
 def reference(model: Path, data: Path, batches: int = REFERENCE_BATCHES) -> tuple[torch.Tensor, float]:
     """The reference gradient, and the cosine of its two halves, which bounds what an arm can reach."""
-    others = {"scale_rewards": "none", "loss_type": "dr_grpo"}
-    found = torch.stack(gradients(model, data, Arm(**grpo(LEAVES)), _REFERENCE_SEED, batches, **others).found)
+    collected = gradients(
+        model,
+        data,
+        Arm(**grpo(LEAVES)),
+        seed=_REFERENCE_SEED,
+        batches=batches,
+        prompts=REFERENCE_PROMPTS,
+        scale_rewards="none",
+        loss_type="dr_grpo",
+    )
+    found = torch.stack(collected.found)
     halves = found[::2].mean(dim=0), found[1::2].mean(dim=0)
     return found.mean(dim=0), _cosine(*halves)
 
@@ -96,10 +109,10 @@ def measure(model: Path, data: Path, arm: Arm, target: torch.Tensor, batches: in
     cos² / (1 − cos²) by n, so this is what a call buys at any size of a batch.
     """
     start = time.perf_counter()
-    collected = gradients(model, data, arm, 0, batches)
-    cosines = [_cosine(gradient, target) for gradient in collected.found if gradient.norm() > 0]
+    collected = gradients(model, data, arm, seed=0, batches=batches, prompts=PROMPTS)
+    cosines = [_cosine(gradient, target) for gradient in collected.found]  # 0 where no group has different rewards
     found = interval(cosines)
-    calls = mean(collected.calls[: len(collected.found)])
+    calls = mean(collected.calls)
     signal = found.mean**2 / max(1.0 - found.mean**2, 1e-9)
     return {
         **arm.as_row(),
@@ -107,7 +120,7 @@ def measure(model: Path, data: Path, arm: Arm, target: torch.Tensor, batches: in
         "half_width": None if math.isnan(found.half) else found.half,
         "cosines": cosines,
         "calls": calls,
-        "signal_per_call": signal / calls,
+        "signal_per_call": signal / calls if calls else None,
         "seconds": time.perf_counter() - start,
     }
 

@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from arpo_trl import ARPOConfig
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.credit import CREDITS
-from arpo_trl.rollout.rules import build_rule
 from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
 
 from . import files
 from .arms import Arm
-from .baselines import group_advantages
+from .baselines import GroupAdvantages
 from .task import SCENARIOS, TURN, TabularEngine, TabularProtocol, Task, compute, executed_calls, look_up
 
 
@@ -35,9 +34,9 @@ from .task import SCENARIOS, TURN, TabularEngine, TabularProtocol, Task, compute
 class Budget:
     """The length of a tabular run: steps, executed calls in each, and Adam's learning rate."""
 
-    steps: int = 12
+    steps: int = 10
     calls_per_step: int = 50
-    learning_rate: float = 0.1
+    learning_rate: float = 0.12
 
 
 @dataclass
@@ -61,17 +60,17 @@ class _Adam:
 class _Run:
     """The sampler of one arm, and the calls that it has executed."""
 
-    def __init__(self, task: Task, arm: Arm, seed: int, toolbox: ToolBox):
-        self.task, self.arm, self.seed = task, arm, seed
+    def __init__(self, task: Task, config: ARPOConfig, seed: int, toolbox: ToolBox):
+        self.task, self.seed = task, seed
         self.engine = TabularEngine(task)
         settings = TreeSettings(
-            num_generations=arm.leaves,
-            initial_rollouts=arm.roots,
+            num_generations=config.num_generations,
+            initial_rollouts=config.initial_rollouts,
             max_completion_length=1000,
             max_length=1001,
             max_tool_calls=task.calls,
             entropy_probe_tokens=1,
-            rule=build_rule(arm.rule, {}, arm.options),
+            rule=config.make_branch_rule(),
             schedule=RolloutSchedule.ROUNDS,
         )
         self.sampler = TreeSampler(
@@ -96,18 +95,20 @@ class _Run:
         return trees
 
 
-def train(task: Task, arm: Arm, seed: int, budget: Budget) -> dict[str, Any]:
-    """Train one arm from the task's first policy. Returns its exact accuracies and its costs."""
-    arm.settings()  # raises for what the package does not have
-    start, credit = time.process_time(), CREDITS.get(arm.credit)()
+def train(task: Task, config: ARPOConfig, seed: int, budget: Budget) -> dict[str, Any]:
+    """Train with these settings from the task's first policy. Returns its exact accuracies and its costs."""
+    start, credit, advantages_of = time.process_time(), config.make_credit(), GroupAdvantages(config)
     logits, adam, accuracies = task.logits, _Adam(budget.learning_rate), [task.value(task.logits)]
     prompts = 0
     with ToolBox([look_up, compute]) as toolbox:
-        run = _Run(task, arm, seed, toolbox)
+        run = _Run(task, config, seed, toolbox)
+        rule = run.sampler.settings.rule
         for step in range(budget.steps):
             trees = run.sample(logits, step, (step + 1) * budget.calls_per_step)
             rewards = torch.tensor([reward for tree in trees for reward in scores(task, tree)])
-            per_token, weights = credit(trees, rewards, group_advantages(arm, trees, rewards))
+            per_token, weights = credit(trees, rewards, advantages_of(trees, rewards))
+            if getattr(rule, "learns", False):
+                rule.learn([rule.lesson(trees, rewards.tolist())])
             logits = logits + adam(policy_gradient(task, logits, trees, per_token, weights))
             accuracies.append(task.value(logits))
             prompts += len(trees)
@@ -130,7 +131,9 @@ def finished(path: Path, budget: Budget) -> dict[str, Any]:
 def run(path: Path, scenario: str, arm: Arm, seeds: Iterable[str], budget: Budget) -> None:
     """Train an arm with these seeds and add the results to its file."""
     torch.set_num_threads(1)
-    made = {seed: train(SCENARIOS[scenario], arm, int(seed), budget) for seed in sorted(seeds, key=int)}
+    task = SCENARIOS[scenario]
+    config = arm.config(task.calls)
+    made = {seed: train(task, config, int(seed), budget) for seed in sorted(seeds, key=int)}
     runs = finished(path, budget) | made
     files.write(path, {"arm": arm.as_row(), "scenario": scenario, "budget": asdict(budget), "runs": runs})
 
