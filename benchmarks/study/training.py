@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from transformers import PrinterCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.common.files import whole_folder
@@ -75,7 +75,6 @@ def trainer_of(model: Path, data: Path, output: Path, arm: Arm, seed: int, **oth
         load_arpo_dataset(str(data / "train.jsonl"), "train"),
         tools=build_tools(tools),
     )
-    trainer.remove_callback(PrinterCallback)
     with trainer.toolbox:
         yield trainer
 
