@@ -143,7 +143,10 @@ def _node_row(node: Node) -> dict[str, Any]:
     return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
 
 
-_CALL = {"name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str}
+_CALL = {
+    "name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str,
+    "changed?": str | None,
+}  # fmt: skip
 _KNOWN = float | None
 _DECISION = {"entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int}
 _NODE = {

@@ -188,6 +188,13 @@ class _Calling:
         return [self.answered[i] for i in range(len(self.calls))]
 
 
+@dataclass(frozen=True, slots=True)
+class _Opening:
+    """A path whose first turn waits until its states are open."""
+
+    path: _Path
+
+
 class TreeSampler:
     """Rolls prompts out into trees, with one engine, one protocol and one set of tools."""
 
@@ -274,7 +281,9 @@ class _Run:
         self.settings = settings
         self.seed = seed
         self.writing: dict[int, _Path] = {}
-        self.calling: dict[int, tuple[_Calling, int]] = {}
+        self.calling: dict[int, tuple[_Calling | _Opening, int]] = {}
+        self.waiting: list[_Path] = []
+        """Paths whose states may not open yet, in the order in which they came."""
         self.open_states: dict[PathStates, None] = {}
         """The states that are not closed yet, as an ordered set."""
         self.requests = 0
@@ -349,6 +358,7 @@ class _Run:
         """Drop a group's running turns and calls and close its states. `_advance` ignores their later results."""
         self.writing = {id: path for id, path in self.writing.items() if path.group.id != group}
         self.calling = {ticket: call for ticket, call in self.calling.items() if call[0].path.group.id != group}
+        self.waiting = [path for path in self.waiting if path.group.id != group]
         for states in [states for states in self.open_states if states.group == group]:
             self._close(states)
 
@@ -371,11 +381,36 @@ class _Run:
         del self.open_states[states]
         states.close()
 
+    def _begin(self, path: _Path) -> None:
+        """Submit the first turn of a path once its states are open."""
+        if not path.states.opening_steps:
+            self._write(path)
+            return
+        self._record_live(path)
+        self.waiting.append(path)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Open the states of the paths that have waited longest, as far as they may open."""
+        while self.waiting and self.waiting[0].states.admit():
+            path = self.waiting.pop(0)
+            self.calling[self.toolbox.open(path.states)] = (_Opening(path), 0)
+
+    def _opened_path(self, path: _Path, result: ToolResult) -> None:
+        """Submit the first turn of a path whose states are open. If they could not be, another path replaces it."""
+        if path.states.opened(result.failure, result.text):
+            self._write(path)
+            return
+        del path.group.live[path.address]
+        self._close(path.states)
+        path.group.topups += 1
+        self._start_at_root(path.group, 1, waited=path.waited)
+
     def _write_branch(self, path: _Path, address: Address) -> None:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
         assert path.states_for_branches is not None  # kept while the budget lasts
         states = self._opened(path.states_for_branches.fork())
-        self._write(replace(path, address=address, states=states, states_for_branches=None))
+        self._begin(replace(path, address=address, states=states, states_for_branches=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -393,6 +428,10 @@ class _Run:
             if (waited_for := self.calling.pop(ticket, None)) is None:
                 continue
             calling, i = waited_for
+            if isinstance(calling, _Opening):
+                touched[calling.path.group.id] = calling.path.group
+                self._run_isolated(calling.path.group, partial(self._opened_path, calling.path, result))
+                continue
             call = calling.calls[i]
             assert isinstance(call, ToolCall)
             calling.answered[i] = ExecutedCall(
@@ -503,9 +542,15 @@ class _Run:
 
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
         """Record the results of a turn's calls and submit the turn that continues from them."""
-        for call in calls:
-            if call.source is not CallSource.REFUSED:
-                path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
+        calls = [
+            call
+            if call.source is CallSource.REFUSED
+            else replace(
+                call,
+                changed=path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure),
+            )
+            for call in calls
+        ]
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = self.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
@@ -546,9 +591,10 @@ class _Run:
     def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
         for _ in range(count):
             states = self._opened(self.toolbox.create_states(group.id))
+            states.start()
             path = _Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
             group.starts += 1
-            self._write(path)
+            self._begin(path)
 
     def _write(self, path: _Path) -> None:
         """Submit the path's next turn."""
@@ -575,7 +621,9 @@ class _Run:
     def _end(self, path: _Path, reason: StopReason) -> None:
         path.group.tree.end(path.parent, path.address, reason)
         del path.group.live[path.address]
-        self._close(path.states)
+        del self.open_states[path.states]
+        path.states.finish(path.address)
+        self._admit()
 
     def _room(self, group: _Group, length: int) -> int:
         """Tokens left for a path of `length` ids, prompt included."""
