@@ -369,6 +369,10 @@ class Instances:
             self.close(made)
 
     def finished(self, value: Any) -> Any:
+        """Do the same as `result_of`, with the deadline of a call."""
+        return self.result_of(value, self.timeout_s + _GRACE_S)
+
+    def result_of(self, value: Any, timeout_s: float | None) -> Any:
         """Return `value`; if it is awaitable, what it returns. Awaitables of a class run on one loop of their own."""
         if not inspect.isawaitable(value):
             return value
@@ -376,7 +380,7 @@ class Instances:
             self._loop = self._loop or LoopThread("arpo-environments")
         future = self._loop.start(_awaited(value))
         try:
-            return future.result(self.timeout_s + _GRACE_S)
+            return future.result(timeout_s)
         except TimeoutError:
             future.cancel()
             raise
@@ -462,12 +466,6 @@ class Instances:
         """Wait until no instance is being made or closed, and return whether that is so before the deadline."""
         with self.changed:
             return self.changed.wait_for(lambda: not (self._making or self._closing), 2 * self.timeout_s)
-
-    def stop(self) -> None:
-        """End the loop of async methods."""
-        if self._loop is not None:
-            self._loop.stop()
-            self._loop = None
 
     # Counts ----------------------------------------------------------------------------------------------------------
 
