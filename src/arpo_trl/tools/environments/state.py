@@ -77,6 +77,8 @@ class Environments:
             while opening:
                 between_events()
                 for ticket, result in toolbox.poll(_POLL_S):
+                    if ticket not in opening:
+                        continue  # of a rollout that was interrupted
                     group, state = opening.pop(ticket)
                     state.opened(result.failure, result.text)
                     if state.has_instance:
