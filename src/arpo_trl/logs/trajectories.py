@@ -140,6 +140,9 @@ def _tree_row(logged: LoggedTree) -> dict[str, Any]:
 def _node_row(node: Node) -> dict[str, Any]:
     row = dataclasses.asdict(node)
     row.pop("children")
+    for call in row["calls"]:
+        if call["changed"] is None:
+            del call["changed"]
     return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
 
 

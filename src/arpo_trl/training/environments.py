@@ -34,7 +34,7 @@ def environments_for(
 
     Args:
         reward_funcs: Those of the user. A function with an argument `environments`, or with `**kwargs`, may read them.
-        datasets: For training and evaluation. Streamed ones and None are not checked.
+        datasets: The one for training first, then those for evaluation. Streamed ones and None are not checked.
 
     Raises:
         ConfigError: The factory or its class cannot be used, or `environment_concurrency` is too small.
@@ -52,7 +52,7 @@ def environments_for(
         if isinstance(dataset, Dataset):
             kind.check_row(dataset.column_names)
     keeps = kind.offers("get_reward") or any(_may_read_environments(function) for function in reward_funcs)
-    _check_concurrency(args, keeps=keeps)
+    _check_concurrency(args, keeps=keeps, evaluates=any(dataset is not None for dataset in datasets[1:]))
     if kind.forking is Forking.NONE and args.initial_rollouts != args.num_generations:
         logger.warning(
             f"The environment {kind.name} has no fork(), is not copyable and not replayable, so no branch can get its "
@@ -73,10 +73,13 @@ def _may_read_environments(function: Any) -> bool:
     return any(of.kind is of.VAR_KEYWORD or of.name == "environments" for of in parameters)
 
 
-def _check_concurrency(args: ARPOConfig, *, keeps: bool) -> None:
-    assert args.steps_per_generation is not None and args.num_generations is not None
-    rows = max(args.per_device_train_batch_size * args.steps_per_generation, args.per_device_eval_batch_size)
-    least, of = (rows, "completions") if keeps else (rows // args.num_generations or 1, "prompts")
+def _check_concurrency(args: ARPOConfig, *, keeps: bool, evaluates: bool) -> None:
+    assert args.steps_per_generation is not None
+    batches = [(args.per_device_train_batch_size * args.steps_per_generation, args.num_generations)]
+    if evaluates:
+        batches.append((args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations))
+    of = "completions" if keeps else "prompts"
+    least = max(rows if keeps else rows // size or rows for rows, size in batches)
     if args.environment_concurrency is not None and args.environment_concurrency < least:
         until = (
             "Rewards may read the environment of each completion, so all are open until the rewards are computed"
