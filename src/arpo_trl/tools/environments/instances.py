@@ -200,7 +200,7 @@ class Instances:
         start = time.perf_counter()
         instance = self._adopted(self.finished(self.kind.factory()), group, "environment_factory")
         try:
-            row = dict(self._rows[group])
+            row = dict(self._rows.get(group, {}))  # environments of tools have no row
             text = self.finished(instance.value.reset(**copy.deepcopy(row)))
             self._check_text(group, text)
             self.observe(instance)
@@ -248,8 +248,11 @@ class Instances:
         else:
             value, made_by = copy.deepcopy(source.value), f"a deepcopy of {self.kind.name}"
         if not isinstance(value, self.kind.type):
-            raise ToolSpecError(
-                f"{made_by} returned {type(value).__name__}; expected another {self.kind.name} with the same state."
+            raise self._final(
+                ToolSpecError(
+                    f"{made_by} returned {type(value).__name__}; expected another {self.kind.name} with the same "
+                    "state."
+                )
             )
         instance = self._adopted(value, point.group, made_by)
         try:
@@ -287,28 +290,32 @@ class Instances:
 
     def _adopted(self, value: Any, group: int, made_by: str) -> Instance:
         if not callable(getattr(value, "reset", None)):
-            raise ToolSpecError(f"{made_by} returned {type(value).__name__}; expected a {self.kind.name}.")
+            error = ToolSpecError(f"{made_by} returned {type(value).__name__}; expected a {self.kind.name}.")
+            raise self._final(error)
         with self.changed:
             if id(value) in self._objects:
-                raise ToolSpecError(
-                    f"{made_by} returned an object that another path has, and both would share its state. It must "
-                    f"return a new {self.kind.name} at each call."
+                raise self._final(
+                    ToolSpecError(
+                        f"{made_by} returned an object that another path has, and both would share its state. It must "
+                        f"return a new {self.kind.name} at each call."
+                    )
                 )
             self._objects[id(value)] = value
         return Instance(value, group)
 
     def _check_text(self, group: int, text: Any) -> None:
         if text is not None and not isinstance(text, str):
-            raise DataError(
-                f"reset() of {self.kind.name} returned {type(text).__name__}; expected text for the prompt, or None."
-            )
+            got = f"reset() of {self.kind.name} returned {type(text).__name__}"
+            raise self._final(DataError(f"{got}; expected text for the prompt, or None."))
         with self.changed:
             first = self.texts.setdefault(group, text)
         if text != first:
-            raise DataError(
-                f"reset() of {self.kind.name} returned different texts for the same row: {first!r:.200} and "
-                f"{text!r:.200}. All paths of a group share one prompt. Let the text depend on the row alone: put a "
-                "seed into a column, and draw from random.Random(seed)."
+            raise self._final(
+                DataError(
+                    f"reset() of {self.kind.name} returned different texts for the same row: {first!r:.200} and "
+                    f"{text!r:.200}. All paths of a group share one prompt. Let the text depend on the row alone: put "
+                    "a seed into a column, and draw from random.Random(seed)."
+                )
             )
 
     def _check_digest(self, instance: Instance, point: Point, made_by: str) -> None:
@@ -358,7 +365,7 @@ class Instances:
                 made = self._forked(instance, point)
             except BaseException as error:
                 self.release()
-                point.doubt = self.reason(error)
+                point.doubt = as_reason(error)
         with self.changed:
             instance.point = point.origin = None
             if made is not None and point.users:
@@ -454,7 +461,7 @@ class Instances:
         except BaseException as error:
             self.tell_once(
                 f"close() of the environment {self.kind.name} failed",
-                f"{_as_reason(error)}. What it held may not be released.",
+                f"{as_reason(error)}. What it held may not be released.",
             )
         finally:
             if held:
@@ -487,11 +494,10 @@ class Instances:
             f"{reason}. The model reads that at each call. Such paths are counted as environments/failed.",
         )
 
-    def reason(self, error: BaseException) -> str:
-        """Return an exception as part of a sentence. An error of the class is kept in `fatal`."""
-        if isinstance(error, ArpoError) and not isinstance(error, ToolError):
-            self.fatal = self.fatal or error
-        return _as_reason(error)
+    def _final(self, error: ArpoError) -> ArpoError:
+        """Keep an error after which no run can continue, and return it."""
+        self.fatal = self.fatal or error
+        return error
 
     def tell_once(self, subject: str, reason: str) -> None:
         if subject not in self._told:
@@ -505,7 +511,8 @@ class Instances:
             return taken
 
 
-def _as_reason(error: BaseException) -> str:
+def as_reason(error: BaseException) -> str:
+    """Return an exception as part of a sentence."""
     if isinstance(error, ForkRefused | ToolError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -9,7 +9,7 @@ from typing import Any
 
 from arpo_trl.errors import ConfigError, ToolUnavailable
 from arpo_trl.tools.calls import ToolCall, ToolFailure
-from arpo_trl.tools.environments.instances import Instance, Instances, Point
+from arpo_trl.tools.environments.instances import Instance, Instances, Point, as_reason
 from arpo_trl.tools.environments.kind import EnvironmentKind
 from arpo_trl.tools.state import PathState
 from arpo_trl.tools.toolbox import ToolBox
@@ -150,7 +150,7 @@ class EnvironmentState(PathState):
             try:
                 made = instances.fresh(self._group) if point is None else instances.branch(point)
             except BaseException as error:
-                self._failure = instances.reason(error)
+                self._failure = as_reason(error)
                 instances.release()
                 return
             with instances.changed:
@@ -206,7 +206,7 @@ class EnvironmentState(PathState):
                 instances.observe(instance)
                 change.append(_difference(before, instance.description))
             except BaseException as error:
-                instance.doubt = f"digest() or describe() raised {instances.reason(error)}"
+                instance.doubt = f"digest() or describe() raised {as_reason(error)}"
         return result()
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:
