@@ -299,6 +299,11 @@ class _Run:
             while self.writing or self.calling:
                 for group in self._advance():
                     self._branch(group)
+            if self.waiting:
+                raise EngineError(
+                    f"{len(self.waiting)} paths wait for room to open their states, and no path is left that would make "
+                    "room: states that hang hold it. Raise environment_concurrency, or lower tool_timeout_s."
+                )
             closing = time.perf_counter()
         end = time.perf_counter()
         for group in groups:
@@ -361,6 +366,7 @@ class _Run:
         self.waiting = [path for path in self.waiting if path.group.id != group]
         for states in [states for states in self.open_states if states.group == group]:
             self._close(states)
+        self._admit()
 
     # States of tools -------------------------------------------------------------------------------------------------
 
