@@ -253,6 +253,11 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(model_path, tmp_path):
         ({"kind": {"a": Shop}}, ConfigError, "environment_factory is a dict of .*; expected one class or function"),
         ({"kind": lambda: None}, ConfigError, "returned the same NoneType twice"),
         ({"kind": object}, ToolSpecError, "has no method reset"),
+        (
+            {"settings": {"share_calls": "history"}},
+            ConfigError,
+            "share_calls is 'history', but there is an ",
+        ),
     ],
 )
 def test_a_factory_that_cannot_work_is_an_error_at_the_start(model_path, tmp_path, given, error, message):

@@ -14,6 +14,7 @@ from datasets import Dataset
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.metrics import Tally
+from arpo_trl.options import ShareCalls
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.environments.instances import Counts
 from arpo_trl.tools.environments.kind import Forking, environment_kind
@@ -46,6 +47,11 @@ def environments_for(
         raise ConfigError(
             f"environment_factory is a dict of {sorted(factory)}; expected one class or function. Write one class "
             "whose reset(**row) chooses by a column of the row."
+        )
+    if args.share_calls != ShareCalls.OFF:
+        raise ConfigError(
+            f"share_calls is {args.share_calls!r}, but there is an environment_factory, and each path makes its calls "
+            "in its own environment. Set share_calls to 'off'."
         )
     kind = environment_kind(factory, args.tool_timeout_s)
     for dataset in datasets:

@@ -54,6 +54,7 @@ from arpo_trl.training.preflight import (
     checked_args,
     embedding_rows,
     generation_ends,
+    log_defaults,
     prepare_prefix_sharing,
     refuse_own_rollouts,
     tokenizer_for,
@@ -186,6 +187,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
                 peft_config=peft_config,
             )
         self.tools = tools  # set here, since TRL's __init__ requires a chat template with tools, which tags do without
+        log_defaults(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
         self.use_vllm = args.use_vllm
