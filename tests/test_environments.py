@@ -470,7 +470,8 @@ def test_a_path_whose_environment_cannot_be_made_is_told_so(hangs, caplog):
     broken = [leaf for leaf in leaves if environments.kept[0, leaf.address] is None]
     assert len(broken) == 1
     reason = "the opening of the states call took longer than 0.3 s" if hangs else "OSError: sold out"
-    assert broken[0].calls[0].text == f"Error: the environment of this conversation is not available ({reason})."
+    assert broken[0].calls[0].text == "Error: the environment of this conversation is not available."
+    assert f"The environment Rare of a path could not be made: {reason}." in caplog.text
     assert broken[0].calls[0].failure is ToolFailure.DEGRADED
     assert environments.instances.take_counts().failed == 1
     release.set()

@@ -194,11 +194,10 @@ class EnvironmentState(PathState):
     def _run(self, tool: str, arguments: Mapping[str, Any], change: list[str]) -> Any:
         instances, instance = self._instances, self._instance
         if instance is None:
-            reason = self._given_up or "it is closed"
-            raise ToolUnavailable(f"Error: the environment of this conversation is not available ({reason}).")
+            raise ToolUnavailable("Error: the environment of this conversation is not available.")
         with instance.turn(instances.timeout_s):
             if instance.closed:
-                raise ToolUnavailable("Error: the environment of this conversation is closed.")
+                raise ToolUnavailable("Error: the environment of this conversation is not available.")
             instances.leave_point(instance)
             before = instance.description
             _, result = instances.called(instance, tool, arguments)
