@@ -169,6 +169,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         metadata={"help": "Most calls of single tools that run at the same time, as in {search: 8}, in addition to "
                   "tool_concurrency. Each >= 1."},
     )  # fmt: skip
+    environment_concurrency: int | None = field(
+        default=None,
+        metadata=described(
+            "Most environments of environment_factory that exist at the same time, on this rank. None: as many as the "
+            "paths need.",
+            at_least=1,
+        ),
+    )
     tool_cache: bool = field(
         default=False,
         metadata={"help": "Whether an identical call reuses an earlier successful result. Only for tools that are "

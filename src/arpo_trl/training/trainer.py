@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,6 +34,17 @@ from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
+from arpo_trl.training.environments import (
+    NO_PROMPT,
+    environments_for,
+    of_leaves,
+    owned_reward,
+    tally_environments,
+    weighted,
+    with_prompts,
+    with_text,
+    without_rows,
+)
 from arpo_trl.training.preflight import (
     check_encoding,
     check_prompts,
@@ -82,16 +93,16 @@ class _LastRollout:
 class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
-    Takes the arguments of `GRPOTrainer` except `rollout_func` and `environment_factory` (docs/from-grpo.md). Reward
-    functions receive TRL's arguments, the dataset's columns, and three columns with one value per completion: `turns`
-    (the model's text turn by turn, special tokens included), `tool_calls` (the calls along the path, as dicts) and
-    `stop_reason`.
+    Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
+    arguments, the dataset's columns, and three columns with one value per completion: `turns` (the model's text turn
+    by turn, special tokens included), `tool_calls` (the calls along the path, as dicts) and `stop_reason`.
 
     It changes the following parts of `GRPOTrainer`, and no others:
 
     - `_generate`: samples trees, as TRL's `rollout_func`, so that TRL's metrics and decoding stay. `_tool_call_loop`
       calls no tools: it returns the results of the calls that the rollout made.
     - vLLM: in colocate mode TRL starts it. An engine generates and moves the weights, in both modes.
+    - `environment_factory`: each path has an environment, and branches fork it (docs/environments.md).
     - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) where leaves
       share nodes. Where no leaves share nodes, the batch is TRL's, bit for bit.
     - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
@@ -125,12 +136,12 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         peft_config: Any = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         rollout_func: None = None,
-        environment_factory: None = None,
+        environment_factory: Callable[[], Any] | None = None,
         *,
         engine: Engine | None = None,
     ):
         """Takes `GRPOTrainer`'s arguments; `engine` replaces the engine that `args` choose (tests, scripted runs)."""
-        refuse_own_rollouts(rollout_func=rollout_func, environment_factory=environment_factory)
+        refuse_own_rollouts(rollout_func)
         args = checked_args(args, model)
         check_writable(Path(args.output_dir))
         if quantization_config is not None:
@@ -139,8 +150,16 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             self.prepare_repositories(args)  # before the model is loaded
         functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_rows((train_dataset, *evaluated), functions)
+        datasets = [train_dataset, *evaluated]
+        self._environments = environments_for(args, environment_factory, functions, datasets)
+        if self._environments is not None:
+            datasets = with_prompts(datasets)
+            train_dataset = without_rows(args) if train_dataset is None else train_dataset
+        check_rows(datasets, functions)
         tools = list(tools or ())
+        if self._environments is not None:
+            tools += self._environments.tools
+        owned = owned_reward(self._environments)
         self.toolbox = toolbox_for(args, tools)
         tokenizer = tokenizer_for(model, processing_class, args)
         self.protocol = PROTOCOLS[ProtocolKind(args.tool_protocol)](
@@ -151,12 +170,12 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             tool_parser=args.tool_parser,
             eos_ids=generation_ends(model, args),
         )
-        check_encoding((train_dataset, *evaluated), self.protocol, embedding_rows(model, args))
+        check_encoding(datasets, self.protocol, embedding_rows(model, args))
         self._interrupts = Interrupts()
-        with without_trls_vllm_client(args, engine):
+        with without_trls_vllm_client(args, engine), weighted(args, owned):
             super().__init__(
                 model=model,
-                reward_funcs=[checked_reward(function, self._interrupts) for function in functions],
+                reward_funcs=[checked_reward(function, self._interrupts) for function in [*functions, *owned]],
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -183,9 +202,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         )
         self.tree_sampler = self._make_sampler(engine)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
-        check_prompts(
-            (train_dataset, *evaluated), args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names
-        )
+        check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
@@ -249,10 +266,8 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         """TRL's `rollout_func`. `prompts` repeats each prompt once per leaf of its group, group after group."""
         training = self.model.training
         name = self._names.next("step" if training else "eval", self.state.global_step)
-        size = self.num_generations if training else self.num_generations_eval
-        size = leaves_per_tree(prompts, size, branches=training)
+        first_group, size = self._places(prompts)
         groups = [prompts[i] for i in range(0, len(prompts), size)]
-        first_group = self.accelerator.process_index * len(groups)
         requests = [
             GroupRequest(id=first_group + i, prompt_ids=self.protocol.encode_prompt(prompt))
             for i, prompt in enumerate(groups)
@@ -266,6 +281,8 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             )
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = _LastRollout(name, rollout, leaves, first_group)
+        if self._environments is not None:
+            self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(
             [torch.tensor(leaf.mask) for leaf in leaves],
             padding_side="right",
@@ -277,13 +294,38 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         # another distribution than the loss's, and `off_policy_mask_threshold` would take the difference for drift.
         return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
 
+    def _places(self, prompts: list[Any]) -> tuple[int, int]:
+        """The number of this rank's first group, over all ranks, and the number of rows that form one tree."""
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        size = leaves_per_tree(prompts, size, branches=self.model.training)
+        return self.accelerator.process_index * (len(prompts) // size), size
+
+    @contextmanager
+    def _with_environments(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """Within it, paths have environments, which rewards can read. Yields the rows with what `reset` returned."""
+        if self._environments is None:
+            yield rows
+            return
+        prompts = [row.get("prompt", NO_PROMPT) for row in rows]
+        first, size = self._places(prompts)
+        of_groups = {first + i: rows[i * size] for i in range(len(rows) // size)}
+        texts: dict[int, str | None] = {}
+        try:
+            with self.interruptible():
+                texts = self._environments.begin(of_groups, self.toolbox, self._interrupts.check)
+            shown = [with_text(prompt, texts[first + i // size]) for i, prompt in enumerate(prompts)]
+            yield [row | {"prompt": prompt} for row, prompt in zip(rows, shown, strict=True)]
+        finally:
+            self.environments = None
+            self._environments.close_kept()
+
     # Credit ----------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._spans("generate_and_score"):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             refuse_taken_columns(inputs[0])  # a streamed dataset shows its columns only now
-            with self._scoring:
+            with self._with_environments(inputs) as inputs, self._scoring:
                 batch = super()._generate_and_score_completions(inputs)
             advantages = batch["advantages"]
             self._attribute(batch)
@@ -370,6 +412,8 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
         tally = tally_step(last.rollout, rewards.tolist(), seconds)
+        if self._environments is not None:
+            tally_environments(self._environments.instances.take_counts(), tally)
         merged = Tally.merged(gather_object([tally.plain()]))
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
