@@ -120,7 +120,7 @@ def test_ranked_serves_the_highest_entropies_whatever_their_delta():
 
 
 def supply(results: Iterable[int], remaining: int, branches_per_fork: int = 1) -> int:
-    live = [LivePath(node=0, results=count) for count in results]
+    live = [LivePath(address=(i,), node=0, results=count) for i, count in enumerate(results)]
     return Threshold(branches_per_fork=branches_per_fork).supply(live, Coin(remaining=remaining))
 
 
@@ -141,7 +141,10 @@ def test_every_extra_turn_per_fork_raises_what_branches_can_take():
 
 
 def test_every_file_of_the_package_registers_the_rule_of_its_name():
-    assert RULES.own == ["probability", "random", "ranked", "released", "threshold"]
+    assert RULES.own == [
+        *("aepo", "cbpo", "probability", "random", "ranked"),
+        *("released", "schedule", "surprisal", "threshold", "uniform"),
+    ]
     assert [RULES.get(name).name for name in RULES.own] == RULES.own
 
 

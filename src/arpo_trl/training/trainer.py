@@ -30,7 +30,7 @@ from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
-from arpo_trl.rollout.tree import Leaf
+from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
@@ -416,6 +416,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
             "bell": self.alarms.state_dict(),
+            "branch_rule": self.tree_sampler.settings.rule.state_dict(),
             "evaluation": self.evaluation,
             "tool_cache": self.toolbox.state_dict(),
         }
@@ -424,6 +425,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         super().load_state_dict(memory)
         self._names.load_state_dict(memory["rollouts_at"])
         self.alarms.load_state_dict(memory["bell"])
+        self.tree_sampler.settings.rule.load_state_dict(memory["branch_rule"])
         self.evaluation = memory["evaluation"]
         self.toolbox.load_state_dict(memory["tool_cache"])
 
@@ -447,6 +449,14 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
                 extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
             )
 
+    def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
+        """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""
+        rule = self.tree_sampler.settings.rule
+        if rule.learns:
+            rule.learn(gather_object([rule.lesson(trees, rewards)]))
+        for name, value in rule.metrics().items():
+            tally.add(name, value)
+
     def _log_rollout(self, advantages: torch.Tensor) -> None:
         """Logs metrics over all ranks, this rank's trees and, in training, alarms."""
         last, rewards = self._last, self._last_rewards
@@ -455,6 +465,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
         tally = tally_step(last.rollout, rewards.tolist(), seconds)
         merged = Tally.merged(gather_object([tally.plain()]))
+        if mode == "train":
+            self._learn(last.rollout.trees, rewards.tolist(), merged)
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
         trees = logged_trees(
