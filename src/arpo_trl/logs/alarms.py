@@ -62,6 +62,7 @@ ALARMS = (
         advice="At equal calls the best widths give at most {share} of what independent paths give, so branching "
         "cannot pay. Set initial_rollouts to num_generations (GRPO).",
         below=True,
+        count=10,
     ),
 )
 FIRE_RATE_ALARMS = (

@@ -94,7 +94,9 @@ class AEPO(BranchRule):
         """m, from the turns that the tree has."""
         tree = context.tree
         at_root = mean([mean(tree.nodes[turn].entropies) for turn in tree.root.children])
-        after = [mean(tree.nodes[turn].entropies) for node in tree.observations() for turn in node.children]
+        after = [
+            mean(tree.nodes[turn].entropies) for node in tree.observations() if node.calls for turn in node.children
+        ]
         difference = rise(at_root, mean(after) if after else at_root, context.vocab_size)
         share = context.state.leaves / (1 + math.exp(-self.split_weight * difference))
         return round(share) if self.form == "paper" else int(share) + 1

@@ -31,7 +31,6 @@ class CBPO(BranchRule):
     """
 
     sets_branches: ClassVar[bool] = True
-    entropy_triggers: ClassVar[bool] = True
 
     base: float = field(default=0.2, metadata=described("P at ΔH = 0, without branches.", at_least=0, at_most=1))
     slope: float = field(default=2.0, metadata=described("Weight of ΔH."))
