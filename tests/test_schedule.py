@@ -1,21 +1,22 @@
 import io
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.engines.base import SamplingParams
-from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.schedule import Schedule
-from arpo_trl.training.trainer import ARPOTrainer
-from support import ANSWER, ON_CPU, Scripted, save_tiny_model, search, tokenizer
+from learning_ranks import trainer
+from ranks import EXACT, launch
+from support import ANSWER, ON_CPU, Scripted, save_tiny_model
 
 
 def searches(count: int):
@@ -229,35 +230,23 @@ def test_estimates_survive_a_checkpoint():
 
 
 @pytest.mark.slow
-def test_a_run_learns_logs_and_saves_the_estimates(tmp_path):
-    def trainer(folder) -> ARPOTrainer:
-        eos = (tokenizer().eos_token_id,)
-        return ARPOTrainer(
-            save_tiny_model(tmp_path / "model"),
-            lambda completions, **_: [float(i % 2) for i in range(len(completions))],
-            ARPOConfig(
-                str(folder),
-                num_generations=4,
-                per_device_train_batch_size=4,
-                max_completion_length=120,
-                max_steps=2,
-                branch_rule="schedule",
-                branch_rule_kwargs={"widths": [1, 4]},
-                save_strategy="no",
-                **ON_CPU,
-            ),
-            Dataset.from_list([{"prompt": [{"role": "user", "content": f"what is {i}"}]} for i in range(4)]),
-            tools=[search],
-            engine=ScriptedEngine(tokenizer(), SamplingParams(eos_ids=eos, stop_strings=("</search>",)), searches(1)),
-        )
-
-    made = trainer(tmp_path / "run")
+def test_a_run_logs_its_estimates_and_a_resumed_one_has_them(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    made = trainer(model, tmp_path / "run", save_strategy="steps", save_steps=1)
     made.train()
     row = made.state.log_history[0]
-    # rewards 0, 1, 0, 1 under one result: of 6 pairs 4 differ, ½ · 4 / 6; a call per leaf; widths 1, 4
-    assert row["arpo/schedule/variance_depth_1"] == pytest.approx(1 / 3)
-    assert row["arpo/schedule/calls_depth_0"] == 1.0
-    assert row["arpo/schedule/width_depth_1"] == 4
-    other = trainer(tmp_path / "other")
-    other.load_state_dict(made.state_dict())
-    assert other.tree_sampler.settings.rule.metrics() == made.tree_sampler.settings.rule.metrics()
+    assert {"arpo/schedule/variance_depth_0", "arpo/schedule/calls_depth_0"} <= set(row)
+    assert row["arpo/schedule/score_norm_depth_0"] > 0
+    resumed = trainer(model, tmp_path / "run", save_strategy="steps", save_steps=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    known = [each.tree_sampler.settings.rule.state_dict() for each in (made, resumed)]
+    assert known[0] == known[1]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_learn_the_same(tmp_path):
+    launch("ddp", Path(__file__).with_name("learning_ranks.py"), str(tmp_path), launcher=EXACT)
+    known = [json.loads((tmp_path / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
+    assert known[0] == known[1]
+    assert set(known[0]["variance"]) == {"0", "1"}

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from arpo_trl.rollout.tree import Leaf, NodeKind, RolloutTree
+from arpo_trl.rollout.tree import Leaf, Node, NodeKind, RolloutTree
 from arpo_trl.tools.calls import CallSource
 
 
@@ -148,12 +148,13 @@ def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[s
     for tree in trees:
         group = tree.leaves()
         leaves += len(group)
+        squares = {turn.index: math.fsum((1 - math.exp(p)) ** 2 for p in turn.logprobs) for turn in tree.turns()}
         for leaf in group:
-            for m, (squares, made) in enumerate(_segments(leaf)):
+            for m, (turn, made) in enumerate(_segments(leaf)):
                 if m == len(score):
                     score.append(0.0)
                     calls.append(0.0)
-                score[m] += squares
+                score[m] += squares[turn.index]
                 calls[m] += made
         for (one, r), (other, s) in combinations([(leaf, next(left)) for leaf in group], 2):
             if not math.isnan(r - s):
@@ -163,13 +164,12 @@ def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[s
     return {"trees": len(trees), "leaves": leaves, "score": score, "calls": calls, "pairs": pairs}
 
 
-def _segments(leaf: Leaf) -> Iterator[tuple[float, int]]:
-    """Σ (1 − p)² and the valid calls of each turn of the path."""
+def _segments(leaf: Leaf) -> Iterator[tuple[Node, int]]:
+    """Each turn of the path, with the number of its valid calls."""
     for i, node in enumerate(leaf.nodes):
         if node.kind is NodeKind.TURN:
             results = leaf.nodes[i + 1].calls if i + 1 < len(leaf.nodes) else []
-            made = sum(call.source is not CallSource.REFUSED for call in results)
-            yield math.fsum((1 - math.exp(logprob)) ** 2 for logprob in node.logprobs), made
+            yield node, sum(call.source is not CallSource.REFUSED for call in results)
 
 
 def _common_depth(one: Leaf, other: Leaf) -> int:
