@@ -25,7 +25,7 @@ def tree_of_three() -> RolloutTree:
 
 def estimates(score: list[float], calls: list[float], variance: dict[int, float]) -> DepthEstimates:
     made = DepthEstimates()
-    made.load_state_dict({"score": score, "calls": calls, "variance": variance, "leaves": 8})
+    made.load_state_dict({"score": score, "calls": calls, "variance": variance, "leaves": 8, "spent": None})
     return made
 
 
@@ -35,7 +35,7 @@ def test_sums_are_per_leaf_and_a_path_that_ended_earlier_adds_nothing():
     # depth 0: B and C each 2 · (1 − .5)² = .5, D (1 − .9)² = .01; depth 1: (1 − .8)² + (1 − .2)² = .04 + .64
     assert sums["score"] == pytest.approx([1.01, 0.68])
     # the one valid call is on the paths of B and C; the refused one costs nothing
-    assert sums["calls"] == [2, 0]
+    assert (sums["calls"], sums["made"]) == ([2, 0], 1)
     # B and C part below the result: ½ (1 − 0)²; D parts from them at the root: ½ (1 − 0)² + ½ (0 − 0)²
     assert sums["pairs"] == {0: (0.5, 2), 1: (0.5, 1)}
 

@@ -328,7 +328,8 @@ def test_every_alarm_listens_to_a_mean_that_exists(alarm):
     tally = Tally()
     tally_rewards([[0.0, 1.0]], tally)
     rule = Schedule()
-    rule.load_state_dict({"score": [1.0, 1.0], "calls": [1.0, 0.0], "variance": {0: 0.2, 1: 0.1}, "leaves": 4})
+    other = {"leaves": 4, "spent": None, "planned": []}
+    rule.load_state_dict({"score": [1.0, 1.0], "calls": [1.0, 0.0], "variance": {0: 0.2, 1: 0.1}} | other)
     for name, value in rule.metrics().items():
         tally.add(name, value)
     assert alarm.metric in {*tallied(tree_by_hand()).sums, *tally.sums}

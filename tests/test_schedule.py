@@ -42,7 +42,8 @@ def settings(**values: Any) -> ARPOConfig:
 
 def with_estimates(score: list[float], calls: list[float], variance: dict[int, float], **values: Any) -> Schedule:
     rule = Schedule(**values)
-    rule.load_state_dict({"score": score, "calls": calls, "variance": variance, "leaves": 8})
+    known = {"score": score, "calls": calls, "variance": variance, "leaves": 8, "spent": 0.6, "planned": []}
+    rule.load_state_dict(known)
     return rule
 
 
@@ -124,6 +125,16 @@ def test_exploration_adds_a_child_and_keeps_a_leaf_for_it():
     assert [leaf.address for leaf in tree.leaves()][:2] == [(0,), (0, 1, 0)]
 
 
+def test_what_is_spent_too_much_is_planned_less():
+    # widths (1, 2): 1 call for the 2 on the paths, .5 as wanted; then .4 is wanted: .4 − .2 · (.5 − .4) each step
+    tree = Scripted(searches(1), leaves=2, at_root=1, rule=Schedule(widths=[1, 2]))().trees[0]
+    for share, planned in ((0.5, [0.5, 0.5]), (0.4, [0.38, 0.36])):
+        rule = Schedule(calls_share=share)
+        for expected in planned:
+            rule.learn([rule.lesson([tree], [1.0, 0.0])])
+            assert rule.planned == pytest.approx([expected])
+
+
 RULES_OF_ANY_ORDER = [Schedule(widths=[2, 2, 2]), Schedule(), with_estimates(*BY_HAND, calls_share=0.6)]
 
 
@@ -202,6 +213,7 @@ def test_metrics_are_the_estimates_and_what_follows_from_them():
             "schedule/variance_depth_1": 0.15,
             "schedule/gain": 1.60852,
             "schedule/gain_of_widths": 1.6,
+            "schedule/calls_share": 0.6,
         },
         rel=1e-5,
     )

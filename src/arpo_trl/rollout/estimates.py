@@ -44,6 +44,8 @@ class DepthEstimates:
         """v by depth, for the depths that have had forks."""
         self.leaves = 0
         """M of the last step."""
+        self.spent: float | None = None
+        """Calls made in the last step's trees, as a share of those on all paths; None if there were none."""
 
     def update(self, sums: Sequence[Mapping[str, Any]], memory: float) -> None:
         """Add one step's `depth_sums` of all ranks; `memory` is the weight of the average so far."""
@@ -51,6 +53,8 @@ class DepthEstimates:
         if not leaves:
             return
         self.leaves = leaves // sum(part["trees"] for part in sums)
+        on_paths = math.fsum(math.fsum(part["calls"]) for part in sums)
+        self.spent = sum(part["made"] for part in sums) / on_paths if on_paths else None
         for name in ("score", "calls"):
             old: list[float] = getattr(self, name)
             depths = range(max(len(old), *(len(part[name]) for part in sums)))
@@ -114,11 +118,12 @@ class DepthEstimates:
             "calls": list(self.calls),
             "variance": dict(self.variance),
             "leaves": self.leaves,
+            "spent": self.spent,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.score, self.calls = list(state["score"]), list(state["calls"])
-        self.variance, self.leaves = dict(state["variance"]), state["leaves"]
+        self.variance, self.leaves, self.spent = dict(state["variance"]), state["leaves"], state["spent"]
 
 
 def pooled(a: Sequence[float], c: Sequence[float]) -> list[tuple[float, float, int]]:
@@ -144,10 +149,11 @@ def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[s
     calls: list[float] = []
     pairs: dict[int, tuple[float, int]] = {}
     left = iter(rewards)
-    leaves = 0
+    leaves = made_in_trees = 0
     for tree in trees:
         group = tree.leaves()
         leaves += len(group)
+        made_in_trees += sum(_made(node) for node in tree.observations())
         squares = {turn.index: math.fsum((1 - math.exp(p)) ** 2 for p in turn.logprobs) for turn in tree.turns()}
         for leaf in group:
             for m, (turn, made) in enumerate(_segments(leaf)):
@@ -161,15 +167,20 @@ def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[s
                 m = _common_depth(one, other)
                 total, count = pairs.get(m, (0.0, 0))
                 pairs[m] = total + (r - s) ** 2 / 2, count + 1
-    return {"trees": len(trees), "leaves": leaves, "score": score, "calls": calls, "pairs": pairs}
+    counts = {"trees": len(trees), "leaves": leaves, "made": made_in_trees}
+    return {**counts, "score": score, "calls": calls, "pairs": pairs}
 
 
 def _segments(leaf: Leaf) -> Iterator[tuple[Node, int]]:
     """Each turn of the path, with the number of its valid calls."""
     for i, node in enumerate(leaf.nodes):
         if node.kind is NodeKind.TURN:
-            results = leaf.nodes[i + 1].calls if i + 1 < len(leaf.nodes) else []
-            yield node, sum(call.source is not CallSource.REFUSED for call in results)
+            yield node, _made(leaf.nodes[i + 1]) if i + 1 < len(leaf.nodes) else 0
+
+
+def _made(observation: Node) -> int:
+    """The valid calls among those whose results it has."""
+    return sum(call.source is not CallSource.REFUSED for call in observation.calls)
 
 
 def _common_depth(one: Leaf, other: Leaf) -> int:

@@ -20,7 +20,7 @@ from arpo_trl.common.settings import check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.estimates import DepthEstimates, depth_sums
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment, clipped
 from arpo_trl.rollout.tree import Address, BranchDecision, NodeKind, RolloutTree
 
 
@@ -66,6 +66,9 @@ class Schedule(BranchRule):
         default=0.8, metadata=described("Weight of earlier steps in the estimates.", at_least=0, at_most=1)
     )
     estimates: DepthEstimates = field(default_factory=DepthEstimates, init=False, repr=False, compare=False)
+    planned: list[float] = field(default_factory=list, init=False, repr=False, compare=False)
+    """The share of calls to plan for, so that `calls_share` is spent although paths that end early lead to more calls.
+    At most one number; empty before the first step."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -121,7 +124,11 @@ class Schedule(BranchRule):
         return factors if len(widths) == 1 else [*factors[:-1], leaves]
 
     def _estimated(self, leaves: int) -> list[float] | None:
-        return self.estimates.widths(leaves, 0.5 if self.calls_share is None else self.calls_share)
+        return self.estimates.widths(leaves, self.planned[0] if self.planned else self._share)
+
+    @property
+    def _share(self) -> float:
+        return 0.5 if self.calls_share is None else self.calls_share
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         plan: _Plan = context.state
@@ -152,6 +159,9 @@ class Schedule(BranchRule):
 
     def learn(self, lessons: Sequence[Any]) -> None:
         self.estimates.update(lessons, self.memory)
+        before, spent = (*self.planned, self._share)[0], self.estimates.spent
+        if spent is not None:
+            self.planned[:] = [clipped(before + (1 - self.memory) * (self._share - spent))]
 
     def metrics(self) -> Mapping[str, float]:
         now = self.estimates
@@ -159,15 +169,20 @@ class Schedule(BranchRule):
         by_depth = {"score_norm": now.score, "calls": now.calls, "width": widths}
         values = {f"{name}_depth_{m}": value for name, column in by_depth.items() for m, value in enumerate(column)}
         values |= {f"variance_depth_{m}": value for m, value in now.variance.items()}
-        gains = {"gain": now.gain(), "gain_of_widths": now.gain_of(widths) if widths else None}
-        values |= {name: gain for name, gain in gains.items() if gain is not None}
+        others = {
+            "gain": now.gain(),
+            "gain_of_widths": now.gain_of(widths) if widths else None,
+            "calls_share": now.spent,
+        }
+        values |= {name: value for name, value in others.items() if value is not None}
         return {f"schedule/{name}": value for name, value in values.items()}
 
     def state_dict(self) -> Any:
-        return self.estimates.state_dict()
+        return self.estimates.state_dict() | {"planned": list(self.planned)}
 
     def load_state_dict(self, state: Any) -> None:
         self.estimates.load_state_dict(state)
+        self.planned[:] = state["planned"]
 
 
 def _split(leaves: int, parts: int) -> list[int]:
