@@ -23,7 +23,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.options import RolloutSchedule
+from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingParams
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
@@ -203,6 +203,7 @@ class Scripted:
         max_length: int = 1000,
         max_tool_calls: int = 3,
         schedule: RolloutSchedule = RolloutSchedule.ROUNDS,
+        share_calls: ShareCalls = ShareCalls.OFF,
         probe: int = 4,
         vocab_size: int | None = None,
         timeout_s: float = 20.0,
@@ -230,6 +231,7 @@ class Scripted:
                 entropy_probe_tokens=probe,
                 rule=rule or Threshold(),
                 schedule=schedule,
+                share_calls=share_calls,
             ),
             score,
         )

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -39,6 +40,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import DataError, RewardError
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from arpo_trl.training.preflight import log_defaults
 from support import small_model, with_template
 
 M = 3
@@ -485,3 +487,11 @@ def test_the_defaults_that_differ_are_in_the_table():
     assert described == {
         name: (str(default), str(ours[name])) for name, default in theirs.items() if ours[name] != default
     }
+
+
+def test_the_defaults_that_are_used_and_differ_are_logged(tmp_path, caplog):
+    PartialState()  # accelerate's logger needs it
+    with caplog.at_level("INFO", logger="arpo_trl"):
+        log_defaults(ARPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True))
+    assert "loss_type grpo (TRL's: dapo)" in caplog.text
+    assert "num_generations" not in caplog.text

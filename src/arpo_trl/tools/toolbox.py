@@ -10,6 +10,8 @@ is free at once, even if its thread continues. (An async tool that blocks the lo
 A tool can set these attributes on its function:
 
     tool.deterministic = True   identical calls that run at the same time may share one execution and its result
+    tool.depends_on_calls_only = True   a result depends on the path's calls and on chance only, so that paths with
+                                the same history of calls may share it; see `arpo_trl.tools.sharing`
     tool.run_in = "main"        calls of this sync tool run in the thread that polls, one after the other, in order;
                                 they need no slot and have no deadline, because nothing can stop them there
     tool.create_state = create  its calls act on a state that each path has; see `arpo_trl.tools.state`
@@ -108,6 +110,8 @@ class ToolSpec:
     is_async: bool
     deterministic: bool
     """Identical calls may share one execution."""
+    depends_on_calls_only: bool
+    """A result depends on the calls of the path and on chance only, not on the moment or on other paths."""
     run_in: RunIn
     """Where a sync tool runs. "thread": each call in a new thread. "main": all calls in the thread that polls."""
     create_state: CreateState | None
@@ -121,7 +125,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
 
     If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
     `json_schema` holds the schema in the format of chat templates. This module's docstring explains the attributes
-    `deterministic`, `run_in` and `create_state`.
+    `deterministic`, `depends_on_calls_only`, `run_in` and `create_state`.
 
     Raises:
         ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
@@ -153,11 +157,14 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]
     single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
     is_async = inspect.iscoroutinefunction(tool)
-    deterministic: Any = getattr(tool, "deterministic", False)
+    declared: dict[str, Any] = {
+        attribute: getattr(tool, attribute, False) for attribute in ("deterministic", "depends_on_calls_only")
+    }
     run_in: Any = getattr(tool, "run_in", "thread")
     create_state: Any = getattr(tool, "create_state", None)
-    if not isinstance(deterministic, bool):
-        raise ToolSpecError(f"tool {name!r}: the attribute deterministic is {deterministic!r}; expected a bool.")
+    for attribute, value in declared.items():
+        if not isinstance(value, bool):
+            raise ToolSpecError(f"tool {name!r}: the attribute {attribute} is {value!r}; expected a bool.")
     if run_in not in get_args(RunIn):
         raise ToolSpecError(f"tool {name!r}: the attribute run_in is {run_in!r}; expected one of {get_args(RunIn)}.")
     if is_async and run_in == "main":
@@ -174,7 +181,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         parameters=tuple(signature.parameters),
         schema=schema,
         is_async=is_async,
-        deterministic=deterministic,
+        **declared,
         run_in=run_in,
         create_state=create_state,
         single_text_parameter=single,
@@ -336,6 +343,15 @@ class ToolBox:
                     self._for_poller.append(execution)
                 else:
                     self._scheduler.start(self._schedule(execution))
+        return ticket
+
+    def submit_answered(self, result: ToolResult) -> int:
+        """Return a ticket under which `poll` delivers `result`, which the caller already has."""
+        with self._lock:
+            ticket = self._tickets
+            self._tickets += 1
+            self._pending += 1
+            self._done.put((ticket, result))
         return ticket
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, ToolResult]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOConfig
 
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import validate_rows
 from arpo_trl.errors import ConfigError, DataError
@@ -50,6 +53,20 @@ def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
     if not isinstance(args, ARPOConfig):
         raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
     return args
+
+
+def log_defaults(args: ARPOConfig) -> None:
+    """Logs which of TRL's settings have this package's default instead of TRL's."""
+    trls = {setting.name: setting.default for setting in fields(GRPOConfig)}
+    changed = [
+        f"{setting.name} {setting.default} (TRL's: {trls[setting.name]})"
+        for setting in fields(args)
+        if setting.name in trls
+        and setting.default != trls[setting.name]
+        and getattr(args, setting.name) == setting.default
+    ]
+    if changed:
+        logger.info(f"Defaults that differ from TRL's (docs/from-grpo.md): {', '.join(changed)}.")
 
 
 def check_writable(folder: Path) -> None:
@@ -182,11 +199,13 @@ def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARP
     """Returns `processing_class`, or the tokenizer that TRL would load. Does not load the model.
 
     Raises:
-        ConfigError: The processing class is multimodal.
+        ConfigError: There is none that can be loaded, or the processing class is multimodal.
     """
     if processing_class is None:
-        processing_class = AutoProcessor.from_pretrained(
+        processing_class = load_pretrained(
+            "tokenizer",
             model if isinstance(model, str) else get_config_model_id(model.config),
+            AutoProcessor.from_pretrained,
             revision=(args.model_init_kwargs or {}).get("revision"),
             truncation_side="left",
             padding_side="left",
@@ -201,8 +220,12 @@ def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
     """The number of token ids that the model has embeddings for."""
     if not isinstance(model, str):
         return int(model.get_input_embeddings().num_embeddings)
-    config = AutoConfig.from_pretrained(
-        model, revision=(args.model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+    config = load_pretrained(
+        "configuration",
+        model,
+        AutoConfig.from_pretrained,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+        trust_remote_code=args.trust_remote_code,
     )
     return int(config.get_text_config().vocab_size)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,15 +27,13 @@ from arpo_trl.rollout.build import EngineSource, build_engine, context_of
 from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
-from arpo_trl.rollout.engines.visibility import exact_length
 from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
 from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
-from arpo_trl.training.dealing import LEAF, deal_trees, leaves_per_tree, micro_batches_of_one_step
-from arpo_trl.training.prefix_sharing import Pack, forward_packs, pack_batches, sharing_ratio
+from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.preflight import (
     check_encoding,
     check_prompts,
@@ -45,6 +43,7 @@ from arpo_trl.training.preflight import (
     checked_args,
     embedding_rows,
     generation_ends,
+    log_defaults,
     prepare_prefix_sharing,
     refuse_own_rollouts,
     tokenizer_for,
@@ -53,6 +52,7 @@ from arpo_trl.training.preflight import (
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
 from arpo_trl.training.sharding import check_launch, model_for_generation
+from arpo_trl.training.shared_update import SharedPrefixUpdate
 from arpo_trl.training.sources import (
     colocated_source,
     logprobs_of,
@@ -79,7 +79,7 @@ class _LastRollout:
     """The number of the first tree's group, over all ranks."""
 
 
-class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
+class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` and `environment_factory` (docs/from-grpo.md). Reward
@@ -94,8 +94,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
     - vLLM: in colocate mode TRL starts it. An engine generates and moves the weights, in both modes.
     - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) where leaves
       share nodes. Where no leaves share nodes, the batch is TRL's, bit for bit.
-    - `_get_per_token_logps_and_entropies`: computes tokens that rows of a micro-batch share once. For this
-      `_prepare_inputs` keeps the rows of a tree together. `shared_prefix_forward="off"` leaves both to TRL.
+    - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
@@ -169,6 +168,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
                 peft_config=peft_config,
             )
         self.tools = tools  # set here, since TRL's __init__ requires a chat template with tools, which tags do without
+        log_defaults(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
         self.use_vllm = args.use_vllm
@@ -192,7 +192,6 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         self._last: _LastRollout | None = None
         self._last_rewards: torch.Tensor | None = None
         """(B,) rewards of the last rollout's leaves; NaN where no reward function applies."""
-        self._loss_mask: torch.Tensor | None = None
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
         self.alarms = Alarms(self.tree_sampler.settings.rule)
@@ -316,89 +315,6 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         return rewards
 
     # Update ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def _may_pad(self) -> bool:
-        """Whether the update may compute a micro-batch padded: packs are not exact, or a pack may not pay."""
-        config = self.model.config.get_text_config()
-        # In a model whose results depend on the length (`exact_length`), padding counts as length, so it takes packs
-        # even where they do not pay.
-        chosen = self.args.shared_prefix_forward == SharedPrefixForward.AUTO and exact_length(config) is None
-        return chosen or not self._shares_prefixes
-
-    def _get_per_token_logps_and_entropies(
-        self,
-        model: torch.nn.Module,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        logits_to_keep: int,
-        batch_size: int | None = None,
-        compute_entropy: bool = False,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        updates = torch.is_grad_enabled()
-        with nullcontext() if updates else self._spans("logprobs"):
-            packs = self._packs(input_ids, attention_mask, logits_to_keep, batch_size or len(input_ids))
-            if packs:
-                with self.accelerator.autocast():
-                    logprobs, entropies = forward_packs(model, packs)
-                result = logprobs, entropies if compute_entropy else None, None
-            else:
-                result = super()._get_per_token_logps_and_entropies(
-                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
-                )
-        if updates and self._shares_prefixes:
-            self._metrics["train"]["arpo/update/packed"].append(float(bool(packs)))
-            if packs:
-                self._metrics["train"]["arpo/update/sharing_ratio"].append(sharing_ratio(packs))
-        return result
-
-    def _packs(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, size: int
-    ) -> list[Pack]:
-        """The rows as packs; an empty list where they are to be computed padded."""
-        if not self._shares_prefixes:
-            return []
-        assert self._loss_mask is not None
-        return pack_batches(
-            input_ids,
-            attention_mask,
-            logits_to_keep,
-            self._loss_mask,
-            size=size,
-            multiple_of=self.pad_to_multiple_of or 1,
-            must_pay_at=self.model.config.get_text_config().hidden_size if self._may_pad else None,
-        )
-
-    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        with self._loss_tokens(inputs["completion_mask"] * inputs["tool_mask"]):
-            return super()._compute_loss(model, inputs)
-
-    @contextmanager
-    def _loss_tokens(self, mask: torch.Tensor) -> Iterator[None]:
-        """Within it, packs compute logprobs only of the tokens that the loss uses: where `mask` (B, T) is nonzero."""
-        before, self._loss_mask = self._loss_mask, mask
-        try:
-            yield
-        finally:
-            self._loss_mask = before
-
-    def _prepare_inputs(self, generation_batch: Any) -> Any:
-        """Returns TRL's micro-batch after regrouping the rows of each optimizer step, so that trees stay together."""
-        inputs = super()._prepare_inputs(generation_batch)
-        batches = self._buffered_inputs
-        if not self.model.training or batches is None or LEAF not in inputs:
-            return inputs
-        self._buffered_inputs = deal_trees(batches, self._micro_batches_dealt_together, self.num_generations)
-        return self._buffered_inputs[self._step % len(batches)]
-
-    @property
-    def _micro_batches_dealt_together(self) -> int:
-        """How many micro-batches may swap rows; 1 where a row's loss depends on the rest of its micro-batch."""
-        by_batch = self.args.loss_type == "bnpo" or self.top_entropy_quantile < 1.0 or self._entropy_bonus_enabled
-        if by_batch or not self._shares_prefixes:
-            return 1
-        return micro_batches_of_one_step(self.args.steps_per_generation, self.args.gradient_accumulation_steps)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._spans("update"):
