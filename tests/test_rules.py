@@ -370,6 +370,30 @@ def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
         Scripted(two_searches, leaves=2, at_root=1, rule=Greedy())()
 
 
+@pytest.mark.parametrize("roots", [0, 4])
+def test_a_rule_that_starts_no_path_or_too_many_is_an_error_that_says_so(roots):
+    class Rootless(Disputed):
+        moment = Moment.PROBE
+
+        def roots(self, planned: int, context: BranchContext) -> int:
+            return roots
+
+    with pytest.raises(ConfigError, match=rf"'disputed' starts {roots} paths at the root; expected 1 to 3"):
+        Scripted(two_searches, leaves=3, at_root=1, rule=Rootless())()
+
+
+def test_a_rule_may_decide_how_many_paths_start_at_the_root():
+    class AllAtOnce(Disputed):
+        moment = Moment.PROBE
+
+        def roots(self, planned: int, context: BranchContext) -> int:
+            return planned + context.remaining  # M
+
+    rollout = Scripted(two_searches, leaves=3, at_root=1, rule=AllAtOnce())()
+    assert [leaf.address for leaf in rollout.trees[0].leaves()] == [(0,), (1,), (2,)]
+    assert rollout.topups == [0]
+
+
 def test_alarms_ask_the_rule_whether_entropy_triggers_it():
     assert len(Alarms(Threshold()).state_dict()) == len(Alarms(Widths(widths=(1,))).state_dict()) + 2
 

@@ -123,7 +123,6 @@ class BranchRule(ABC):
     moment: ClassVar[Moment] = Moment.PROBE
     entropy_triggers: ClassVar[bool] = False
     """Whether the rule fires on entropy, so that an alarm on the share of observations that fire makes sense."""
-
     sets_branches: ClassVar[bool] = False
     """Whether the rule itself sets the number of branches of an observation, so that Z has no effect."""
     learns: ClassVar[bool] = False
@@ -193,10 +192,9 @@ class BranchRule(ABC):
         leaves, since every branch inherits the results that are left. A rule that waits has already granted all the
         leaves it wants.
         """
-        each = self.most_branches
         if self.moment.waits:
             return 0
-        total = 0
+        total, each = 0, self.most_branches
         for path in live:
             if path.results > context.remaining:  # enough, as (1 + Z)^r − 1 ≥ r; avoids huge powers
                 return context.remaining
