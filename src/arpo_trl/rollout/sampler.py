@@ -647,14 +647,29 @@ class _Run:
             seed_of=lambda place: self._draw("branch", (request.id, *place)),
         )
         context.state = settings.rule.start(context)
+        roots = self._roots(context)
         group = _Group(request.id, context.tree, context, branches=context.remaining > 0)
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
                 f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length} "
                 "tokens: no room for a completion. Shorten or drop the prompt."
             )
-        self._start_at_root(group, settings.initial_rollouts, waited=0)
+        self._start_at_root(group, roots, waited=0)
         return group
+
+    def _roots(self, context: BranchContext) -> int:
+        """The number of paths that start at the root at first; the rest of the leaves is the budget."""
+        leaves, planned, rule = self.settings.num_generations, self.settings.initial_rollouts, self.settings.rule
+        if planned == leaves:
+            return leaves
+        roots = rule.roots(planned, context)
+        if not 1 <= roots <= leaves:
+            raise ConfigError(
+                f"The branch rule {rule.name!r} starts {roots} paths at the root; expected 1 to {leaves}. Correct its "
+                "`roots`."
+            )
+        context.remaining = leaves - roots
+        return roots
 
     def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
         for _ in range(count):
@@ -683,7 +698,8 @@ class _Run:
     def _record_live(self, path: _Path) -> _Path:
         """Record how many more tool results the path may branch at, and return the path."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
-        path.group.live[path.address] = LivePath(node=path.parent, results=to_come + path.decides)
+        results = to_come + path.decides
+        path.group.live[path.address] = LivePath(address=path.address, node=path.parent, results=results)
         return path
 
     def _end(self, path: _Path, reason: StopReason) -> None:
@@ -731,7 +747,8 @@ class _Run:
             path = replace(path, decides=False, waited=waited)
             for j in range(before, after):
                 self._write_branch(path, (*path.address, path.depth, j))
-        topups = max(0, context.remaining - rule.supply(group.live.values(), context))
+        supply = rule.supply(group.live.values(), context) if context.remaining else 0
+        topups = max(0, context.remaining - supply)
         if not group.live and not topups:  # no further decision will follow
             topups = context.remaining
         context.remaining -= topups

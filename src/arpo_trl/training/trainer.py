@@ -29,7 +29,7 @@ from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
-from arpo_trl.rollout.tree import Leaf
+from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
@@ -374,6 +374,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
             "bell": self.alarms.state_dict(),
+            "branch_rule": self.tree_sampler.settings.rule.state_dict(),
             "evaluation": self.evaluation,
             "tool_cache": self.toolbox.state_dict(),
         }
@@ -382,6 +383,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         super().load_state_dict(memory)
         self._names.load_state_dict(memory["rollouts_at"])
         self.alarms.load_state_dict(memory["bell"])
+        self.tree_sampler.settings.rule.load_state_dict(memory["branch_rule"])
         self.evaluation = memory["evaluation"]
         self.toolbox.load_state_dict(memory["tool_cache"])
 
@@ -405,6 +407,14 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
                 extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
             )
 
+    def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
+        """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""
+        rule = self.tree_sampler.settings.rule
+        if rule.learns:
+            rule.learn(gather_object([rule.lesson(trees, rewards)]))
+        for name, value in rule.metrics().items():
+            tally.add(name, value)
+
     def _log_rollout(self, advantages: torch.Tensor) -> None:
         """Logs metrics over all ranks, this rank's trees and, in training, alarms."""
         last, rewards = self._last, self._last_rewards
@@ -415,6 +425,8 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         if self._environments is not None:
             tally_environments(self._environments.instances.take_counts(), tally)
         merged = Tally.merged(gather_object([tally.plain()]))
+        if mode == "train":
+            self._learn(last.rollout.trees, rewards.tolist(), merged)
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
         trees = logged_trees(
