@@ -100,7 +100,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         default=None,
         metadata=described(
             "N: paths started at the root, at most M; the other M - N leaves are branches. N = M is GRPO. "
-            "None: M // 2.",
+            "None: M // 2, or what the branch rule says.",
             at_least=1,
         ),
     )
@@ -117,8 +117,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )  # fmt: skip
     branch_rule_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Options of branch_rule besides the four settings below, as in {option: value}. The "
-                  "package's own rules have none."},
+        metadata={"help": "Options of branch_rule besides the four settings below, as in {option: value}; see "
+                  "docs/algorithm.md."},
     )  # fmt: skip
     branch_probability: float = field(
         default=0.5, metadata=described("alpha: P = alpha + beta * dH.", at_least=0, at_most=1)
@@ -187,6 +187,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         metadata={"help": "Most calls of single tools that run at the same time, as in {search: 8}, in addition to "
                   "tool_concurrency. Each >= 1."},
     )  # fmt: skip
+    environment_concurrency: int | None = field(
+        default=None,
+        metadata=described(
+            "Most environments of environment_factory that exist at the same time, on this rank. None: as many as the "
+            "paths need.",
+            at_least=1,
+        ),
+    )
     tool_cache: bool = field(
         default=False,
         metadata={"help": "Whether an identical call reuses an earlier successful result. Only for tools that are "
@@ -347,7 +355,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         assert self.steps_per_generation is not None
         self._check_groups_fit_rank(self.steps_per_generation)
         _ = self.tool_places  # raises
-        self.make_branch_rule()  # raises
+        self._check_branches()
         self.make_credit()  # raises
         self._check_supported()
         self._check_baseline()
@@ -395,10 +403,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         return self.vllm_server_urls or [one]
 
     def _check_paths(self) -> None:
-        """Sets the default of N and checks it against M. Checks the names of branch rule and credit."""
-        if self.initial_rollouts is None:
-            self.initial_rollouts = self.num_generations // 2
-        if self.initial_rollouts > self.num_generations:
+        """Checks N against M, and the names of branch rule and credit."""
+        if self.initial_rollouts is not None and self.initial_rollouts > self.num_generations:
             raise ConfigError(
                 f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {self.num_generations}; "
                 "expected an integer with 1 ≤ N ≤ M. N = M is plain GRPO."
@@ -406,6 +412,13 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         for name, known in (("branch_rule", RULES.names), ("advantage_attribution", attributions())):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
+
+    def _check_branches(self) -> None:
+        """Sets the default of N and checks that the branch rule can spend the other leaves."""
+        rule = self.make_branch_rule()
+        if self.initial_rollouts is None:
+            self.initial_rollouts = rule.first_paths(self.num_generations)
+        rule.check(self.num_generations, self.initial_rollouts, self.max_tool_calling_iterations)
 
     def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
         """Checks that a rank's batch holds whole groups: a tree cannot span ranks. TRL checks the global batch."""

@@ -34,11 +34,10 @@ from arpo_trl.trl_seam import get_config_model_id
 logger = get_logger(__name__)
 
 
-def refuse_own_rollouts(**given: Any) -> None:
-    """Raises ConfigError if one of these arguments of GRPOTrainer, which replace its rollouts, is not None."""
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
+def refuse_own_rollouts(rollout_func: Any) -> None:
+    """Raises ConfigError if this argument of GRPOTrainer, which replaces its rollouts, is not None."""
+    if rollout_func is not None:
+        raise ConfigError("rollout_func was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
 
 
 def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
