@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.training.resampling import equal_groups, tally_discarded, with_new_trees
+from ranks import launch
 from support import save_tiny_model, tokenizer
 from test_baselines import ROWS, trainer
 
@@ -128,3 +130,16 @@ def test_another_round_draws_other_random_numbers_and_repeats(model_path, tmp_pa
 
     once = trainer(model_path, tmp_path / "once", max_completion_length=16)
     assert completions("a") == completions("b") != made_batch(once)["completion_ids"].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_with_different_groups_to_roll_out_again_stay_together(model_path, tmp_path):
+    launch("ddp", "tests/resampling_ranks.py", model_path, str(tmp_path))
+    first, second = (json.loads((tmp_path / f"seen-{rank}.json").read_text("utf-8")) for rank in (0, 1))
+    assert first["rounds"] == second["rounds"] == 4
+    # in each rollout the mean reward is .5 in the end
+    assert first["baseline"] == second["baseline"] == 0.5
+    assert first["log"]["arpo/resampling/left"] == 0.0
+    assert first["log"]["arpo/resampling/groups"] in (0.0, 1.0, 2.0)
+    assert first["log"]["arpo/tree/groups"] == 2
