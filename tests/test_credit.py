@@ -224,6 +224,22 @@ def test_a_leaf_without_reward_does_not_spoil_its_siblings():
             assert made.isfinite().all(), name
 
 
+def test_igpo_gives_a_turn_what_it_and_later_turns_earned():
+    credit = build_credit("igpo", {"gamma": 0.5}, SharedPrefixWeight.PER_LEAF)
+    assert credit.reads_answers
+    credit.answer_probabilities = [{0: 0.1, 2: 0.3, 5: 0.2}]
+    made, weights = credit([forked()], REWARDS, REWARDS)
+    assert weights is None
+    # by leaf: (.2, 1), (.2, −.1, 2), (.2, −.1, 6), (0)
+    earned = torch.tensor([0.2, 1, 0.2, -0.1, 2, 0.2, -0.1, 6, 0], dtype=torch.float64)
+    z = ((earned - earned.mean()) / earned.std()).tolist()
+    assert made[0, [0, 2]].tolist() == pytest.approx([z[0] + 0.5 * z[1], z[1]], abs=1e-5)
+    expected = [z[5] + 0.5 * z[6] + 0.25 * z[7], z[6] + 0.5 * z[7], z[7]]
+    assert made[2, [0, 2, 4]].tolist() == pytest.approx(expected, abs=1e-5)
+    assert made[3, 0].tolist() == pytest.approx(z[8], abs=1e-5)
+    assert made[:3, 1].tolist() == [0.0] * 3  # the result
+
+
 def test_aepo_enlarges_the_advantages_of_uncertain_tokens():
     credit = build_credit("aepo", {}, SharedPrefixWeight.PER_LEAF)
     assert credit.reads_entropies
@@ -256,7 +272,7 @@ def test_naming_the_credits_imports_no_torch():
         "import sys; from arpo_trl.rollout.credit import attributions; print(attributions(), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    names = "['aepo', 'cbpo', 'gigpo', 'hard', 'siblings', 'soft', 'tree', 'tree_grpo']"
+    names = "['aepo', 'cbpo', 'gigpo', 'hard', 'igpo', 'siblings', 'soft', 'tree', 'tree_grpo']"
     assert done.stdout.strip() == f"{names} False"
 
 
@@ -288,6 +304,7 @@ def test_once_wraps_the_credit_that_gives_the_advantages():
         ("siblings", {"omega": 1.0}, r"the credit 'siblings' takes \['decay'\]"),
         ("siblings", {"decay": 1.5}, r"decay is 1.5; expected a number in \(0, 1\]"),
         ("tree", {"average": "median"}, r"average is 'median'; expected one of"),
+        ("igpo", {"template": "<answer>"}, "template is '<answer>'; expected a text with {answer} in it"),
         ("aepo", {"reads_entropies": False}, r"takes \['weight'\]"),
     ],
 )

@@ -100,6 +100,11 @@ class Gradients:
 
     def _gradient(self, tree, leaves, credit, advantages_of) -> torch.Tensor:
         rewards = torch.tensor([REWARD[first][second] for first, second in leaves], dtype=torch.float64)
+        # After the result of first action 0 the answer is likely, although action 1 has the higher value.
+        after = {
+            leaf.nodes[1].index: (0.9, 0.1)[first] for leaf, (first, _) in zip(tree.leaves(), leaves, strict=True)
+        }
+        credit.answer_probabilities = [{0: 0.5, **after}] if credit.reads_answers else ()
         given, weights = credit([tree], rewards, advantages_of(tree, rewards))
         given = (given if given.dim() == 2 else given.unsqueeze(1)).expand(len(leaves), 3)
         entropies = torch.tensor([[_entropy(FIRST), 0.0, _entropy(SECOND[first])] for first, _ in leaves])
@@ -156,6 +161,7 @@ BIASED = [
     ("tree_grpo", {}),
     ("cbpo", {"weight": 1.0}),  # with its default of .2 the bias is at most a tenth, about what 20,000 samples resolve
     ("aepo", {}),
+    ("igpo", {}),
 ]
 
 
@@ -220,6 +226,11 @@ def test_cbpo_overweighs_forks_of_varied_ends_within_its_limits():
 def test_aepo_overweighs_uncertain_decisions():
     first, certain, uncertain = ratio("aepo")  # entropies .67, .50 and .69
     assert certain < first < uncertain
+
+
+def test_igpo_follows_what_makes_the_answer_likely():
+    first, *_ = ratio("igpo")
+    assert first < 0  # towards action 0, against the reward
 
 
 # Baselines -----------------------------------------------------------------------------------------------------------

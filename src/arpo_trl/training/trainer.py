@@ -32,6 +32,7 @@ from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, Tr
 from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import Resumable
+from arpo_trl.training.answers import answer_probabilities, check_answers, texts
 from arpo_trl.training.baselines import (
     ScoredLeaves,
     advantages_of,
@@ -204,6 +205,8 @@ class ARPOTrainer(OwnLoss, Resampling, Resumable, Publishing, GRPOTrainer):
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL recognises truncated completions by them
         self._credit = args.make_credit()
         self._prepare_loss(self._credit)
+        if self._credit.reads_answers:
+            check_answers(datasets, args.advantage_attribution)
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
             self.accelerator,
@@ -386,12 +389,31 @@ class ARPOTrainer(OwnLoss, Resampling, Resumable, Publishing, GRPOTrainer):
         last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
         assert last is not None and self._last_rewards is not None
         rewards = self._last_rewards.to(advantages.device)
+        if self._credit.reads_answers:
+            self._credit.answer_probabilities = self._answer_probabilities() if self.model.training else ()
         batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
         if weights is not None:
             batch["tool_mask"] = batch["tool_mask"] * weights
         if self._credit.weighs:  # on every rank, with weights or without: the count is a sum over all ranks
             trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
             batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
+
+    def _answer_probabilities(self) -> list[dict[int, float]]:
+        """The policy's probabilities of the reference answers in the trees of the last rollout. A collective."""
+        assert self._last is not None
+        trees = self._last.rollout.trees
+
+        def score(ids: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor, answer_mask: torch.Tensor) -> Any:
+            device, size = self.accelerator.device, self.args.per_device_train_batch_size
+            both = (torch.cat(pair, dim=1).to(device) for pair in ((ids, answer), (mask, answer_mask)))
+            with torch.no_grad(), self._loss_tokens(answer_mask.to(device)):
+                return self._get_per_token_logps_and_entropies(self.model, *both, answer.size(1), size)[0]
+
+        rows = self._rows[:: self.num_generations]
+        written = texts(self._credit.template, rows)
+        return answer_probabilities(
+            trees, written, self._tokenizer, score, lambda number: max(gather_object([number]))
+        )
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]

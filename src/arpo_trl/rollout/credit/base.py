@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -36,6 +36,13 @@ class Credit(ABC):
     """Whether the credit may return weights. The trainer then counts each batch's tokens again, over all ranks."""
     reads_entropies: bool = False
     """Whether the update calls `refine`. Rows of different micro-batches then stay apart."""
+    reads_answers: bool = False
+    """Whether the trainer sets `answer_probabilities` before each call in training, which takes a forward pass. The
+    credit then has a `template`: what the model would write to give the answer, with {answer} in its place."""
+    template: str = ""
+    answer_probabilities: Sequence[Mapping[int, float]] = ()
+    """For each tree of the next call: the probability of the row's reference answer after the root and after each
+    observation, by node: exp of the mean logprob of its tokens. Empty in evaluation."""
 
     @abstractmethod
     def __call__(
@@ -180,6 +187,20 @@ def by_segment(
     for segments in cut:
         for row, leaf in enumerate(segments.tree.leaves(), segments.first_row):
             values = [value(segments, segments.of[node.index], row) for node in leaf.nodes]
+            lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
+            rows.append(torch.tensor(values, dtype=advantages.dtype).repeat_interleave(lengths))
+    return pad_sequence(rows, batch_first=True).to(advantages.device)
+
+
+def by_leaf(
+    trees: Sequence[RolloutTree], advantages: torch.Tensor, of_turns: Sequence[Sequence[float]]
+) -> torch.Tensor:
+    """(B, T): the tokens of each leaf's turns have its values in `of_turns`; 0 elsewhere."""
+    rows: list[torch.Tensor] = []
+    for tree in trees:
+        for leaf in tree.leaves():
+            turns = iter(of_turns[len(rows)])
+            values = [next(turns) if node.kind is NodeKind.TURN else 0.0 for node in leaf.nodes]
             lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
             rows.append(torch.tensor(values, dtype=advantages.dtype).repeat_interleave(lengths))
     return pad_sequence(rows, batch_first=True).to(advantages.device)

@@ -23,10 +23,13 @@ class Once(Credit):
         """`credit` gives the advantages; None: "soft". Weights that it returns are those of the first copies."""
         self._credit = credit or Soft()
         self.reads_entropies = self._credit.reads_entropies
+        self.reads_answers = self._credit.reads_answers
+        self.template = self._credit.template
 
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._credit.answer_probabilities = self.answer_probabilities
         made, weights = self._credit(trees, rewards, advantages)
         if not shares_nodes(trees):
             return made, weights
