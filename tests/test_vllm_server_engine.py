@@ -599,3 +599,45 @@ def test_another_model_is_refused_before_weights_are_sent(server, model_path, mo
     shift(model, 0.2)
     with pytest.raises(ConfigError, match=rf"{server.url} serves .* another model than the trainer's"):
         Setup(model, tmp_path, server).weights.check_model()
+
+
+# Weights that arrive during a rollout ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
+def test_turns_go_on_with_new_weights_and_every_token_has_the_logprob_of_its_version(
+    server, model_path, model, tmp_path, adapter
+):
+    ServerClient(server.url, timeout_s=60.0).load_weights(model_path)  # another test has left its own
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"]))
+    setup = Setup(model, tmp_path, server)
+    before = copy.deepcopy(model).eval()
+    moved = []
+
+    def move_once(turns):
+        if not moved:
+            moved.append(True)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if not adapter or "lora_B" in name:
+                        parameter.add_(0.05 * torch.randn(parameter.shape))
+            setup.step = 1
+            setup.engine.sync()
+
+    wanted = [
+        TurnRequest(id=i, ids=PROMPTS[i], max_tokens=600, probe_tokens=5, seed=i, key=(i, 0)) for i in range(12)
+    ]
+    turns, probes = setup.run(wanted, during=move_once)
+    assert moved and len(turns) == 12
+    versions = {version for turn in turns.values() for version in turn.versions}
+    assert versions == {0, 1}
+    for i, turn in turns.items():
+        assert len(turn.versions) == len(turn.ids) == len(turn.logprobs)
+        assert turn.versions == sorted(turn.versions)
+        assert len(turn.entropies) == min(5, len(turn.ids))
+        for version, by in ((0, before), (1, model)):
+            of = [n for n, sampled_by in enumerate(turn.versions) if sampled_by == version]
+            expected = full_forward(by, PROMPTS[i], turn.ids)
+            chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(turn.logprobs)[of], chosen[of], atol=2e-3, rtol=2e-3)

@@ -82,6 +82,8 @@ class GroupRequest:
 class Finished:
     """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
 
+    `cause` is the exception that `error` describes. `RolloutBatch` explains the other two.
+
     Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
     """
 
@@ -89,6 +91,9 @@ class Finished:
     tree: RolloutTree | None
     error: str | None
     seconds: float
+    cause: Exception | None = None
+    topups: int = 0
+    turns_in_sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,7 +240,7 @@ class TreeSampler:
 
     def stream(
         self,
-        requests: Iterable[GroupRequest],
+        requests: Iterable[GroupRequest | None],
         *,
         seed: tuple[int | str, ...],
         groups_at_once: int,
@@ -244,7 +249,8 @@ class TreeSampler:
         """Yield the outcome of each request as soon as it is finished. At most `groups_at_once` groups run at a time.
 
         An error in one request, for example a prompt that leaves no room, becomes its outcome and does not stop the
-        others. `requests` is read only when a new group can start, so it may be of any length.
+        others. `requests` is read only when a new group can start, so it may be of any length. It may yield None as
+        long as groups run: there is no request yet, and the stream asks again after the next events.
 
         Raises:
             EngineError: The engine violates its contract outside a single request, or lost its server.
@@ -304,7 +310,7 @@ class _Run:
             turns_in_sequence=[group.longest_chain for group in groups],
         )
 
-    def stream(self, requests: Iterable[GroupRequest], groups_at_once: int) -> Iterator[Finished]:
+    def stream(self, requests: Iterable[GroupRequest | None], groups_at_once: int) -> Iterator[Finished]:
         self.isolates = True
         waiting = iter(requests)
         live: set[int] = set()
@@ -315,7 +321,7 @@ class _Run:
                         self._start(request)
                     except Exception as error:
                         self._forget(request.id)
-                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0)
+                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0, cause=error)
                     else:
                         live.add(request.id)
                 if not live:
@@ -332,8 +338,17 @@ class _Run:
         if group.error is None:
             self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds)
-        return Finished(id=group.id, tree=group.tree, error=None, seconds=seconds)
+            return Finished(
+                id=group.id, tree=None, error=_described(group.error), seconds=seconds, cause=group.error
+            )
+        return Finished(
+            id=group.id,
+            tree=group.tree,
+            error=None,
+            seconds=seconds,
+            topups=group.topups,
+            turns_in_sequence=group.longest_chain,
+        )
 
     def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
         """Run `step`. In a stream an error ends only its group."""
@@ -438,7 +453,7 @@ class _Run:
     def _turn_finished(self, path: _Path, turn: Turn) -> None:
         path = self._probed(path, turn.entropies)  # changes nothing after a Probe
         text = self.protocol.decode_turn(turn.ids)
-        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
+        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies, turn.versions)
         path = replace(
             path,
             parent=node.index,
