@@ -601,7 +601,7 @@ def test_another_model_is_refused_before_weights_are_sent(server, model_path, mo
         Setup(model, tmp_path, server).weights.check_model()
 
 
-# Weights that arrive during a rollout ---------------------------------------------------------------------------------
+# Weights that arrive during a rollout --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
@@ -628,7 +628,7 @@ def test_turns_go_on_with_new_weights_and_every_token_has_the_logprob_of_its_ver
     wanted = [
         TurnRequest(id=i, ids=PROMPTS[i], max_tokens=600, probe_tokens=5, seed=i, key=(i, 0)) for i in range(12)
     ]
-    turns, probes = setup.run(wanted, during=move_once)
+    turns, _ = setup.run(wanted, during=move_once)
     assert moved and len(turns) == 12
     versions = {version for turn in turns.values() for version in turn.versions}
     assert versions == {0, 1}

@@ -215,6 +215,8 @@ class TreeSampler:
         self.settings = settings
         self.score = score
         self._check_score(settings)
+        self.tool_wait_s = 0.0
+        """Seconds spent waiting for tools since the sampler was created."""
         self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception that it raises, as on an interrupt, ends the rollout."""
 
@@ -275,6 +277,7 @@ class _Run:
     """The state of one call of `sample` or `stream`."""
 
     def __init__(self, sampler: TreeSampler, settings: TreeSettings, seed: tuple[int | str, ...]):
+        self.sampler = sampler
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
         self.between_events, self.score = sampler.between_events, sampler.score
         self.settings = settings
@@ -284,12 +287,11 @@ class _Run:
         self.open_states: dict[PathStates, None] = {}
         """The states that are not closed yet, as an ordered set."""
         self.requests = 0
-        self.tool_wait_s = 0.0
         self.isolates = False
         """Whether an error in a group ends only that group."""
 
     def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
-        start, forward_before = time.perf_counter(), self.engine.forward_s
+        start, forward_before, tool_wait_before = time.perf_counter(), self.engine.forward_s, self.sampler.tool_wait_s
         with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
             groups = [self._start(request) for request in requests]
@@ -301,10 +303,11 @@ class _Run:
         for group in groups:
             group.tree.check(self.settings.num_generations)
         forward_s = self.engine.forward_s - forward_before
+        tool_wait_s = self.sampler.tool_wait_s - tool_wait_before
         return RolloutBatch(
             trees=[group.tree for group in groups],
             times=RolloutTimes(
-                total_s=end - start, forward_s=forward_s, tool_wait_s=self.tool_wait_s, sync_s=sync_s + end - closing
+                total_s=end - start, forward_s=forward_s, tool_wait_s=tool_wait_s, sync_s=sync_s + end - closing
             ),
             topups=[group.topups for group in groups],
             turns_in_sequence=[group.longest_chain for group in groups],
@@ -441,7 +444,7 @@ class _Run:
         while rounds and len(results) < len(self.calling):
             self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)
-        self.tool_wait_s += time.perf_counter() - start
+        self.sampler.tool_wait_s += time.perf_counter() - start
         return sorted(results, key=lambda result: result[0])
 
     def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:

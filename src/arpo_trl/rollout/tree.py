@@ -108,8 +108,8 @@ class Node:
 
     A turn has `logprobs`, the natural-log probabilities under the sampling distribution, one per id. Its `entropies`
     are in nats and cover its first k tokens only. `versions` holds for each id the trainer's step whose weights
-    sampled it, or is empty if the engine does not tell. `stop` is set on the turn that ends a path. An observation has the
-    `calls` of the turn above it: one, or several if the model made several calls in that turn.
+    sampled it, or is empty if the engine does not tell. `stop` is set on the turn that ends a path. An observation has
+    the `calls` of the turn above it: one, or several if the model made several calls in that turn.
 
         Node(index=2, parent=1, kind=NodeKind.OBSERVATION, ids=[50, 51], text="Iron melts at 1,538 °C.", calls=[call])
     """

@@ -134,7 +134,7 @@ class EngineAhead(Engine, Protocol):
     """
 
     def sync(self) -> None:
-        """Give the engine the trainer's current weights, unless it has them, within a session or outside. A collective.
+        """Give the engine the trainer's current weights, unless it has them. Within a session too. A collective.
 
         Unfinished turns continue with the new weights after the tokens that they have.
         """

@@ -289,7 +289,7 @@ class VLLMServerEngine:
 
 
 def _read(response: httpx.Response, url: str, top_logprobs: int, version: int | None) -> Segment:
-    """Convert a server's answer to a segment; to one without ids if `sync` ended the request before its first token."""
+    """Convert a server's answer to a segment. It has no ids if `sync` ended the request before its first token."""
     try:
         choice: dict[str, Any] = response.json()["choices"][0]
         if choice["finish_reason"] == "abort" and not choice["token_ids"]:
