@@ -625,9 +625,7 @@ def test_turns_go_on_with_new_weights_and_every_token_has_the_logprob_of_its_ver
             setup.step = 1
             setup.engine.sync()
 
-    wanted = [
-        TurnRequest(id=i, ids=PROMPTS[i], max_tokens=600, probe_tokens=5, seed=i, key=(i, 0)) for i in range(12)
-    ]
+    wanted = [TurnRequest(id=i, ids=PROMPTS[i], max_tokens=600, probe_tokens=5, seed=i, key=(i, 0)) for i in range(12)]
     turns, _ = setup.run(wanted, during=move_once)
     assert moved and len(turns) == 12
     versions = {version for turn in turns.values() for version in turn.versions}

@@ -341,9 +341,7 @@ class _Run:
         if group.error is None:
             self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(
-                id=group.id, tree=None, error=_described(group.error), seconds=seconds, cause=group.error
-            )
+            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds, cause=group.error)
         return Finished(
             id=group.id,
             tree=group.tree,
