@@ -134,7 +134,7 @@ class SamplesAhead(Resumable):
         return batch
 
     def _start_rollouts(self, rows: Rows) -> float:
-        """Move the weights, and start this batch, unless it was, and those ahead. Returns how many were put off."""
+        """Move the weights, and start this batch, unless it was, and those ahead. Returns how many have to wait."""
         engine = self.tree_sampler.engine
         assert isinstance(engine, EngineAhead)  # checked at start-up
         with self._spans("sync"):
@@ -148,18 +148,17 @@ class SamplesAhead(Resumable):
             self._start_rollout(number, rows)
         started = self._ahead.rows(number)
         assert [row["prompt"] for row in started] == [row["prompt"] for row in rows]
-        for i in range(1, self.args.rollouts_ahead + 1):
-            steps = self._steps_until(number + i)
-            if self.state.global_step + steps >= self.state.max_steps:
+        delayed = 0.0
+        for coming in range(number + 1, number + 1 + self.args.rollouts_ahead):
+            steps = self._steps_until(coming)
+            rows_of_it = None if self._coming is None else self._coming.at(coming * self._every)
+            if rows_of_it is None or self.state.global_step + steps >= self.state.max_steps:
                 break
             if self.args.stale_tokens == StaleTokens.WAIT and steps > (self.args.max_staleness or steps):
-                return float(self.args.rollouts_ahead + 1 - i)
-            coming = None if self._coming is None else self._coming.at((number + i) * self._every)
-            if coming is None:
-                break
-            if number + i not in self._ahead:
-                self._start_rollout(number + i, coming)
-        return 0.0
+                delayed += 1
+            elif coming not in self._ahead:
+                self._start_rollout(coming, rows_of_it)
+        return delayed
 
     def _steps_until(self, number: int) -> int:
         """Optimizer steps from now until the batch is first trained on."""
