@@ -374,13 +374,14 @@ def test_rows_can_be_looked_at_before_they_are_handed_out_once_each_in_order():
             read.append(i)
             yield [{"prompt": i}]
 
-    rows = RowsAhead(source(), 10)
-    assert rows.at(12) == [{"prompt": 2}]
+    rows = RowsAhead(source())
+    assert rows.at(2) == [{"prompt": 2}]
     assert read == [0, 1, 2]  # only as far as asked
     assert [next(rows)[0]["prompt"] for _ in range(2)] == [0, 1]
-    assert rows.at(11) == [{"prompt": 1}]  # handed out, and still there
-    rows.forget_before(12)
-    assert rows.at(15) is None  # 5 micro-batches: 10 to 14
+    rows.trained = 1
+    rows.forget_trained()
+    assert rows.at(1) == [{"prompt": 1}]  # handed out, and still there
+    assert rows.at(5) is None  # 5 micro-batches: 0 to 4
     assert [batch[0]["prompt"] for batch in rows] == [2, 3, 4]
     assert list(rows) == []
 

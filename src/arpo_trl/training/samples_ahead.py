@@ -29,12 +29,13 @@ class RowsAhead:
 
     Args:
         source: The iterator of the data loader. It is read on demand.
-        position: The number of its first micro-batch.
     """
 
-    def __init__(self, source: Iterator[Rows], position: int):
+    def __init__(self, source: Iterator[Rows]):
         self.source = source
-        self._next = self._read = position
+        self.trained = 0
+        """How many of the micro-batches were trained on: the number of the current one."""
+        self._next = self._read = 0
         self._rows: dict[int, Rows] = {}
 
     def __iter__(self) -> RowsAhead:
@@ -48,7 +49,7 @@ class RowsAhead:
         return rows
 
     def at(self, position: int) -> Rows | None:
-        """The micro-batch with that number, which is not forgotten yet; None if the epoch ends before it."""
+        """The micro-batch with that number, counted from 0; None if the epoch ends before it."""
         while self._read <= position:
             rows = next(self.source, None)
             if rows is None:
@@ -57,9 +58,9 @@ class RowsAhead:
             self._read += 1
         return self._rows[position]
 
-    def forget_before(self, position: int) -> None:
-        """Drop the micro-batches before `position`."""
-        for old in [number for number in self._rows if number < position]:
+    def forget_trained(self) -> None:
+        """Drop the micro-batches before the current one."""
+        for old in [number for number in self._rows if number < self.trained]:
             del self._rows[old]
 
 
@@ -96,8 +97,8 @@ class SamplesAhead(Resumable):
         if not self.args.rollouts_ahead:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         if self._coming is None or self._coming.source is not epoch_iterator:
-            self._coming = RowsAhead(epoch_iterator, self._step)
-        self._coming.forget_before(self._step)
+            self._coming = RowsAhead(epoch_iterator)
+        self._coming.forget_trained()
         return super().get_batch_samples(self._coming, num_batches, device)
 
     def _run_epoch(self, **loop: Any) -> None:
@@ -148,10 +149,12 @@ class SamplesAhead(Resumable):
             self._start_rollout(number, rows)
         started = self._ahead.rows(number)
         assert [row["prompt"] for row in started] == [row["prompt"] for row in rows]
-        delayed = 0.0
+        delayed, epoch = 0.0, self._coming
         for coming in range(number + 1, number + 1 + self.args.rollouts_ahead):
-            steps = self._steps_until(coming)
-            rows_of_it = None if self._coming is None else self._coming.at(coming * self._every)
+            later = coming * self._every - self._step  # micro-batches
+            rows_of_it = None if epoch is None else epoch.at(epoch.trained + later)
+            accumulated = 0 if epoch is None else epoch.trained % self.args.gradient_accumulation_steps
+            steps = (accumulated + later) // self.args.gradient_accumulation_steps
             if rows_of_it is None or self.state.global_step + steps >= self.state.max_steps:
                 break
             if self.args.stale_tokens == StaleTokens.WAIT and steps > (self.args.max_staleness or steps):
@@ -159,11 +162,6 @@ class SamplesAhead(Resumable):
             elif coming not in self._ahead:
                 self._start_rollout(coming, rows_of_it)
         return delayed
-
-    def _steps_until(self, number: int) -> int:
-        """Optimizer steps from now until the batch is first trained on."""
-        accumulated = self.args.gradient_accumulation_steps
-        return int((self._step % accumulated + number * self._every - self._step) // accumulated)
 
     def _start_rollout(self, number: int, rows: Rows) -> None:
         prompts = [row["prompt"] for row in rows]
@@ -191,7 +189,10 @@ class SamplesAhead(Resumable):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if self._ahead is not None:
             self._ahead.raise_error()
-        return super().training_step(*args, **kwargs)
+        loss = super().training_step(*args, **kwargs)
+        if self._coming is not None:
+            self._coming.trained += 1
+        return loss
 
     # Rewards ---------------------------------------------------------------------------------------------------------
 
