@@ -242,7 +242,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     rollouts_ahead: int = field(
         default=0,
         metadata=described(
-            "k: generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
+            "Generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
             "vllm_mode 'server'.",
             at_least=0,
         ),
