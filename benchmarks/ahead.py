@@ -47,7 +47,7 @@ QUESTIONS, LEAVES = 4, 8
 
 def slow_search(run: Path, mean_s: float) -> Callable[[str], str]:
     """The quickstart's search. The same query always takes as long."""
-    found = search_tool(LocalIndex(run / "data/corpus.jsonl"), top_k=2)
+    found = search_tool(LocalIndex.open(run / "data/corpus.jsonl"), top_k=2)
 
     def search(query: str) -> str:
         """Search for facts.

@@ -1,10 +1,12 @@
 """Training on an engine that can sample ahead, without a server; `python ahead_run.py MODEL OUTPUT` is one run.
 
-The run resumes if there is a checkpoint. It prints the number of each step as it begins.
+The run resumes if there is a checkpoint. It prints the number of each step as it begins. Several ranks can run it; all
+but the first are slow.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,11 +18,14 @@ from transformers import TrainerCallback
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import report_errors
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn
-from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
+from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTurn
+from arpo_trl.runs.interrupts import follow_launcher
 from support import ON_CPU, search, tokenizer
 
 ROWS = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(24)])
 STOPS = ("</search>",)
+STEPS = 12
+"""Of a run as a program: an epoch, or two with two ranks."""
 
 
 class EngineWithVersions(ScriptedEngine):
@@ -54,6 +59,10 @@ class EngineWithVersions(ScriptedEngine):
 def searching(request: Any, context: str) -> str:
     """Each path searches once and then answers."""
     return "<search>iron</search>" if request.key[-1] == 0 else f"it is {request.key[1]}"
+
+
+def slowly(request: Any, context: str) -> ScriptedTurn:
+    return ScriptedTurn(text=searching(request, context), polls=40)
 
 
 def by_length(completions: list[Any], **_: Any) -> list[float]:
@@ -94,16 +103,21 @@ def make_trainer(model: Any, output: Path, script: Script = searching, **setting
 
 class Tell(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        print("step", state.global_step, flush=True)
+        if state.is_world_process_zero:
+            print("step", state.global_step, flush=True)
 
 
 @report_errors
 def main() -> None:
+    follow_launcher()
     model, output = sys.argv[1:]
-    made = make_trainer(model, Path(output), save_strategy="steps", save_steps=1, rollouts_ahead=2, max_steps=30)
+    script = searching if os.environ.get("RANK", "0") == "0" else slowly
+    saved = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+    made = make_trainer(model, Path(output), script, rollouts_ahead=2, max_steps=STEPS, **saved)
     made.add_callback(Tell())
     made.train(resume_from_checkpoint=True)
-    print("done", flush=True)
+    if made.accelerator.is_main_process:
+        print("done", flush=True)
 
 
 if __name__ == "__main__":
