@@ -72,7 +72,7 @@ def by_length(completions: list[Any], **_: Any) -> list[float]:
 def make_trainer(model: Any, output: Path, script: Script = searching, **settings: Any) -> ARPOTrainer:
     """A trainer of 2 prompts × 4 leaves a step: 12 steps an epoch."""
     engine = EngineWithVersions(script)
-    names = ("reward_funcs", "eval_dataset", "train_dataset")
+    names = ("reward_funcs", "eval_dataset", "train_dataset", "environment_factory")
     others = {name: settings.pop(name) for name in names if name in settings}
     made = ARPOTrainer(
         model=model,

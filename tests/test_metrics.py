@@ -104,6 +104,7 @@ EXPECTED = {
     "tools/calls_made": 2,
     "tools/calls_executed": 2,
     "tools/calls_distinct": 2,
+    "tools/calls_shared": 0,
     "tools/calls_saved_by_cache": 0,
     "tools/refused": 1,
     "tools/search/failed": 0,

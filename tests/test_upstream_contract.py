@@ -385,6 +385,18 @@ def test_extra_fields_reach_the_reward_functions_next_to_the_columns(trainer, re
     assert {"log_metric", "log_extra", "trainer_state", "completion_ids"} <= set(call)
 
 
+def test_environments_that_are_set_while_completions_are_generated_reach_the_reward_functions(trainer, reward):
+    assert trainer.environments is None and trainer.environment_factories is None
+
+    def sets(prompts, of):
+        of.environments = list(range(8))
+        return rollout(prompts, of)
+
+    trainer.rollout_func = sets
+    batch(trainer)
+    assert reward.calls[0]["environments"] == list(range(8))
+
+
 def test_extra_fields_are_written_into_the_rows_that_were_passed(trainer):
     # which is why ours passes copies
     rows = [dict(ROWS[0]), dict(ROWS[0])]

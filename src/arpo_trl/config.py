@@ -15,7 +15,14 @@ from trl import GRPOConfig
 from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
-from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, SharedPrefixForward, StaleTokens, WeightSync
+from arpo_trl.options import (
+    VLLM_KEY_VARIABLE,
+    RolloutSchedule,
+    ShareCalls,
+    SharedPrefixForward,
+    StaleTokens,
+    WeightSync,
+)
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
@@ -24,6 +31,9 @@ if TYPE_CHECKING:
     from arpo_trl.rollout.credit.base import Credit
 
 logger = logging.getLogger(__name__)
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo")
+"""TRL's. TRL itself notices a wrong one only in the first update."""
 
 _OF_RULES = ("branch_probability", "entropy_weight", "branch_threshold", "branches_per_fork")
 """Settings that a branch rule receives if it has a field of that name. `branch_rule_kwargs` sets its other fields."""
@@ -166,16 +176,35 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         metadata={"help": "Most calls of single tools that run at the same time, as in {search: 8}, in addition to "
                   "tool_concurrency. Each >= 1."},
     )  # fmt: skip
+    environment_concurrency: int | None = field(
+        default=None,
+        metadata=described(
+            "Most environments of environment_factory that exist at the same time, on this rank. None: as many as the "
+            "paths need.",
+            at_least=1,
+        ),
+    )
     tool_cache: bool = field(
         default=False,
         metadata={"help": "Whether an identical call reuses an earlier successful result. Only for tools that are "
                   "all deterministic."},
     )  # fmt: skip
 
+    share_calls: str = field(
+        default=ShareCalls.OFF.value,
+        metadata=described(
+            "'history': paths of a prompt with the same history of calls share one execution of the next identical "
+            "call. Only for tools that are declared deterministic or depends_on_calls_only. 'off': they do not.",
+            choices=ShareCalls,
+        ),
+    )
+
     # Parameters that control the credit
     loss_type: str = field(
         default="grpo",
-        metadata={"help": "One of TRL's loss types. The paper uses 'grpo' (mean per sequence, then over the group)."},
+        metadata=described(
+            "TRL's loss type. The paper uses 'grpo' (mean per sequence, then over the group).", choices=LOSS_TYPES
+        ),
     )
     advantage_attribution: str = field(
         default="soft",
@@ -234,9 +263,12 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )
     vllm_importance_sampling_mode: str = field(
         default="token_truncate",
-        metadata={"help": "TRL's correction for differences between vLLM's and the trainer's logprobs. The default "
-                  "is per token, since a ratio over a whole trajectory multiplies the noise of all its tokens."},
-    )  # fmt: skip
+        metadata=described(
+            "TRL's correction for differences between vLLM's and the trainer's logprobs. The default is per token, "
+            "since a ratio over a whole trajectory multiplies the noise of all its tokens.",
+            choices=("token_truncate", "token_mask", "sequence_truncate", "sequence_mask"),
+        ),
+    )
 
     # Parameters that control rollouts during the update (docs/vllm.md)
     rollouts_ahead: int = field(

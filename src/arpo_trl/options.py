@@ -17,6 +17,15 @@ class RolloutSchedule(StrEnum):
     """Process tool results together once nothing is left to decode: repeats bit for bit."""
 
 
+class ShareCalls(StrEnum):
+    """Whether paths of one prompt share the executions of tool calls."""
+
+    OFF = "off"
+    """Each call of a path runs, unless the cache or an identical call in flight answers it."""
+    HISTORY = "history"
+    """Paths with the same history of calls share one execution of the next identical call."""
+
+
 class ProtocolKind(StrEnum):
     """How a model calls tools."""
 

@@ -140,10 +140,16 @@ def _tree_row(logged: LoggedTree) -> dict[str, Any]:
 def _node_row(node: Node) -> dict[str, Any]:
     row = dataclasses.asdict(node)
     row.pop("children")
+    for call in row["calls"]:
+        if call["changed"] is None:
+            del call["changed"]
     return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
 
 
-_CALL = {"name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str}
+_CALL = {
+    "name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str,
+    "changed?": str | None,
+}  # fmt: skip
 _KNOWN = float | None
 _DECISION = {"entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int}
 _NODE = {

@@ -68,6 +68,8 @@ class ExecutedCall:
     failure: ToolFailure | None
     seconds: float
     source: CallSource
+    changed: str | None = None
+    """What the call changed in the environment of its path, if that can describe itself; only for the log."""
 
     @property
     def ok(self) -> bool:
