@@ -15,7 +15,14 @@ from trl import GRPOConfig
 from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
-from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, ShareCalls, SharedPrefixForward, WeightSync
+from arpo_trl.options import (
+    VLLM_KEY_VARIABLE,
+    RolloutSchedule,
+    ShareCalls,
+    SharedPrefixForward,
+    StaleTokens,
+    WeightSync,
+)
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
@@ -263,6 +270,33 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         ),
     )
 
+    # Parameters that control rollouts during the update (docs/vllm.md)
+    rollouts_ahead: int = field(
+        default=0,
+        metadata=described(
+            "Generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
+            "vllm_mode 'server'.",
+            at_least=0,
+        ),
+    )
+    max_staleness: int | None = field(
+        default=None,
+        metadata=described(
+            "Most optimizer steps between the weights that sampled a token and the step that first trains on it. "
+            "Requires rollouts_ahead. None: what rollouts_ahead leads to.",
+            at_least=1,
+            unit="steps",
+        ),
+    )
+    stale_tokens: str = field(
+        default=StaleTokens.WAIT.value,
+        metadata=described(
+            "What happens to tokens that would be above max_staleness: 'wait' (rollouts start later, so that there "
+            "are none), 'drop' (they are not trained).",
+            choices=StaleTokens,
+        ),
+    )
+
     # Parameters that control the forward pass of the update
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
@@ -302,6 +336,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         _ = self.tool_places  # raises
         self._check_branches()
         self._check_supported()
+        self._check_ahead()
         self._check_hub()
 
     def make_branch_rule(self) -> BranchRule:
@@ -365,6 +400,41 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} × steps_per_generation "
                 f"{steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
                 f"{self.num_generations}."
+            )
+
+    def _check_ahead(self) -> None:
+        """Raises ConfigError for settings that rollouts ahead contradict."""
+        if not self.rollouts_ahead:
+            if self.max_staleness is not None:
+                raise ConfigError(
+                    "max_staleness is set, but rollouts_ahead is 0, so that no token is stale. Unset it."
+                )
+            return
+        told = f"rollouts_ahead is {self.rollouts_ahead}"
+        if not self.use_vllm or self.vllm_mode != "server":
+            engine = "vLLM shares the device with the update" if self.use_vllm else "the model that is updated samples"
+            raise ConfigError(
+                f"{told}, but {engine}, so that a rollout cannot run meanwhile. Set use_vllm: true and vllm_mode: "
+                "server, or rollouts_ahead: 0."
+            )
+        if self.rollout_schedule == RolloutSchedule.ROUNDS:
+            raise ConfigError(
+                f"{told}, but rollout_schedule is 'rounds', whose rollouts repeat bit for bit: new weights reach a "
+                "rollout ahead at any moment. Set rollout_schedule: overlap."
+            )
+        assert self.steps_per_generation is not None
+        every, step = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        if every % step and step % every:
+            raise ConfigError(
+                f"{told}, but a rollout would begin in the middle of an optimizer step: steps_per_generation "
+                f"{self.steps_per_generation} × num_iterations {self.num_iterations} is neither a multiple nor a "
+                f"divisor of gradient_accumulation_steps {step}. Change one of them."
+            )
+        if self.max_staleness is not None and self.max_staleness < every // step:
+            raise ConfigError(
+                f"{told} and max_staleness is {self.max_staleness}, but the next rollout is first trained "
+                f"{every // step} steps later (steps_per_generation {self.steps_per_generation} × num_iterations "
+                f"{self.num_iterations} / gradient_accumulation_steps {step}). Set max_staleness to at least that."
             )
 
     def _check_hub(self) -> None:

@@ -31,7 +31,6 @@ from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
 from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
-from arpo_trl.runs.resumable import Resumable
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
@@ -46,6 +45,7 @@ from arpo_trl.training.environments import (
     without_rows,
 )
 from arpo_trl.training.preflight import (
+    check_ahead,
     check_encoding,
     check_prompts,
     check_quantized_training,
@@ -62,6 +62,7 @@ from arpo_trl.training.preflight import (
 )
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
+from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
 from arpo_trl.training.shared_update import SharedPrefixUpdate
 from arpo_trl.training.sources import (
@@ -90,7 +91,7 @@ class _LastRollout:
     """The number of the first tree's group, over all ranks."""
 
 
-class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
+class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
@@ -108,6 +109,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
     - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
+    - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
 
     Raises:
@@ -201,6 +203,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
         )
         self.tree_sampler = self._make_sampler(engine)
+        check_ahead(args, self.tree_sampler.engine, train_dataset, self._environments)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
@@ -274,11 +277,14 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         ]
         settings = self.tree_sampler.settings
         with self.interruptible():
-            rollout = self.tree_sampler.sample(
-                requests,
-                seed=(self.args.seed, name),
-                settings=settings if training else settings.without_branching(size),
-            )
+            if training and self.args.rollouts_ahead:
+                rollout = self.rollout_ahead()
+            else:
+                rollout = self.tree_sampler.sample(
+                    requests,
+                    seed=(self.args.seed, name),
+                    settings=settings if training else settings.without_branching(size),
+                )
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = _LastRollout(name, rollout, leaves, first_group)
         if self._environments is not None:
