@@ -4,6 +4,8 @@ import math
 import pytest
 import torch
 
+from arpo_trl import ARPOConfig
+from arpo_trl.errors import ConfigError
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.base import SamplingParams
@@ -12,7 +14,7 @@ from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.training.resampling import equal_groups, tally_discarded, with_new_trees
 from ranks import launch
-from support import save_tiny_model, tokenizer
+from support import ON_CPU, save_tiny_model, tokenizer
 from test_baselines import ROWS, trainer
 
 
@@ -56,6 +58,12 @@ def test_what_is_discarded_is_counted():
         "resampling/calls_executed": 0,
         "resampling/generated_tokens": 5,
     }
+
+
+def test_rollouts_ahead_have_no_further_rounds(tmp_path):
+    served = {"use_vllm": True, "vllm_mode": "server", "rollouts_ahead": 1}
+    with pytest.raises(ConfigError, match="rollouts_ahead is 1 and dynamic_sampling_rounds is 2"):
+        ARPOConfig(str(tmp_path), dynamic_sampling_rounds=2, **served, **ON_CPU)
 
 
 class Luck:

@@ -44,7 +44,7 @@ class Arm:
     credit: str = "soft"
     baseline: str = "mean"
     dynamic: bool = False
-    """DAPO's dynamic sampling: groups in which all rewards are equal are replaced."""
+    """DAPO's dynamic sampling: groups in which all rewards are equal are rolled out again."""
 
     @property
     def sampling(self) -> str:
@@ -74,7 +74,7 @@ class Arm:
             chosen["shared_prefix_weight"] = "once"
         elif self.credit != "soft":
             chosen["advantage_attribution"] = self.credit
-        chosen |= BASELINES[self.baseline] | ({"dynamic_sampling": True} if self.dynamic else {})
+        chosen |= BASELINES[self.baseline] | ({"dynamic_sampling_rounds": 3} if self.dynamic else {})
         known = {one.name for one in fields(ARPOConfig)}
         if missing := sorted(chosen.keys() - known):
             raise ConfigError(f"ARPOConfig has no settings {missing}.")

@@ -22,6 +22,7 @@ from arpo_trl.options import (
     RolloutSchedule,
     ShareCalls,
     SharedPrefixForward,
+    StaleTokens,
     WeightSync,
 )
 from arpo_trl.rollout.credit import SharedPrefixWeight, attributions, build_credit
@@ -318,6 +319,33 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         ),
     )
 
+    # Parameters that control rollouts during the update (docs/vllm.md)
+    rollouts_ahead: int = field(
+        default=0,
+        metadata=described(
+            "Generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
+            "vllm_mode 'server'.",
+            at_least=0,
+        ),
+    )
+    max_staleness: int | None = field(
+        default=None,
+        metadata=described(
+            "Most optimizer steps between the weights that sampled a token and the step that first trains on it. "
+            "Requires rollouts_ahead. None: what rollouts_ahead leads to.",
+            at_least=1,
+            unit="steps",
+        ),
+    )
+    stale_tokens: str = field(
+        default=StaleTokens.WAIT.value,
+        metadata=described(
+            "What happens to tokens that would be above max_staleness: 'wait' (rollouts start later, so that there "
+            "are none), 'drop' (they are not trained).",
+            choices=StaleTokens,
+        ),
+    )
+
     # Parameters that control the forward pass of the update
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
@@ -360,6 +388,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         self._check_supported()
         self._check_baseline()
         self._check_loss_terms()
+        self._check_ahead()
         self._check_hub()
 
     def make_branch_rule(self) -> BranchRule:
@@ -457,6 +486,46 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             raise ConfigError(
                 "importance_sampling_level is 'turn', but loss_type 'vespo' weighs whole paths. Set "
                 "importance_sampling_level: token, or another loss_type."
+            )
+
+    def _check_ahead(self) -> None:
+        """Raises ConfigError for settings that rollouts ahead contradict."""
+        if not self.rollouts_ahead:
+            if self.max_staleness is not None:
+                raise ConfigError(
+                    "max_staleness is set, but rollouts_ahead is 0, so that no token is stale. Unset it."
+                )
+            return
+        told = f"rollouts_ahead is {self.rollouts_ahead}"
+        if not self.use_vllm or self.vllm_mode != "server":
+            engine = "vLLM shares the device with the update" if self.use_vllm else "the model that is updated samples"
+            raise ConfigError(
+                f"{told}, but {engine}, so that a rollout cannot run meanwhile. Set use_vllm: true and vllm_mode: "
+                "server, or rollouts_ahead: 0."
+            )
+        if self.rollout_schedule == RolloutSchedule.ROUNDS:
+            raise ConfigError(
+                f"{told}, but rollout_schedule is 'rounds', whose rollouts repeat bit for bit: new weights reach a "
+                "rollout ahead at any moment. Set rollout_schedule: overlap."
+            )
+        if self.dynamic_sampling_rounds:
+            raise ConfigError(
+                f"{told} and dynamic_sampling_rounds is {self.dynamic_sampling_rounds}, but a further round would "
+                "begin when the rollout is needed. Set one of them to 0."
+            )
+        assert self.steps_per_generation is not None
+        every, step = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        if every % step and step % every:
+            raise ConfigError(
+                f"{told}, but a rollout would begin in the middle of an optimizer step: steps_per_generation "
+                f"{self.steps_per_generation} × num_iterations {self.num_iterations} is neither a multiple nor a "
+                f"divisor of gradient_accumulation_steps {step}. Change one of them."
+            )
+        if self.max_staleness is not None and self.max_staleness < every // step:
+            raise ConfigError(
+                f"{told} and max_staleness is {self.max_staleness}, but the next rollout is first trained "
+                f"{every // step} steps later (steps_per_generation {self.steps_per_generation} × num_iterations "
+                f"{self.num_iterations} / gradient_accumulation_steps {step}). Set max_staleness to at least that."
             )
 
     def _check_hub(self) -> None:

@@ -31,7 +31,6 @@ from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
 from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
-from arpo_trl.runs.resumable import Resumable
 from arpo_trl.training.answers import answer_probabilities, check_answers, texts
 from arpo_trl.training.baselines import (
     ScoredLeaves,
@@ -55,6 +54,7 @@ from arpo_trl.training.environments import (
 )
 from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
+    check_ahead,
     check_encoding,
     check_prompts,
     check_quantized_training,
@@ -72,6 +72,7 @@ from arpo_trl.training.preflight import (
 from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
+from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
 from arpo_trl.training.sources import (
     colocated_source,
@@ -99,7 +100,7 @@ class _LastRollout:
     """The number of the first tree's group, over all ranks."""
 
 
-class ARPOTrainer(OwnLoss, Resampling, Resumable, Publishing, GRPOTrainer):
+class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
@@ -119,6 +120,7 @@ class ARPOTrainer(OwnLoss, Resampling, Resumable, Publishing, GRPOTrainer):
     - the loss, with some settings: see `OwnLoss`. Groups that are rolled out again: see `Resampling`.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
+    - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
 
     Raises:
@@ -217,6 +219,7 @@ class ARPOTrainer(OwnLoss, Resampling, Resumable, Publishing, GRPOTrainer):
         self.tree_sampler = self._make_sampler(engine)
         self._baseline = make_baseline(args)
         check_baseline(self._baseline, self.tree_sampler.engine)
+        check_ahead(args, self.tree_sampler.engine, train_dataset, self._environments)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
@@ -317,7 +320,10 @@ class ARPOTrainer(OwnLoss, Resampling, Resumable, Publishing, GRPOTrainer):
         return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
 
     def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
+        """The trees of `requests`. In training with `rollouts_ahead`, those that were sampled ahead."""
         with self.interruptible():
+            if self.model.training and self.args.rollouts_ahead:
+                return self.rollout_ahead()
             return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
 
     def _places(self, prompts: list[Any]) -> tuple[int, int]:
