@@ -106,16 +106,25 @@ def branching(rule: str) -> list[dict[str, Any]]:
 
 
 def tabular_arms() -> list[Arm]:
-    """All rules × credits × the main baselines, the other baselines with the credit "soft", and GRPO × baselines."""
+    """All rules × credits × the main baselines, the other baselines with the credit "soft", and GRPO × baselines.
+
+    Credits that read entropies of the update, or answers, are not among them: the task has neither.
+    """
+    credits = [name for name in CREDITS.names if not _reads_the_model(name)]
     whole = [Arm(**grpo(leaves), baseline=baseline) for leaves in (LEAVES, LEAVES // 2) for baseline in BASELINES]
     return whole + [
         Arm(**sampling, credit=credit, baseline=baseline)
         for rule in RULES.names
         for sampling in branching(rule)
-        for credit in CREDITS.names
+        for credit in credits
         for baseline in BASELINES
         if credit == "soft" or baseline in MAIN_BASELINES
     ]
+
+
+def _reads_the_model(credit: str) -> bool:
+    kind = CREDITS.get(credit)
+    return kind.reads_entropies or kind.reads_answers
 
 
 TRAINED = (*MAIN_BASELINES, "score_norm, capped")
