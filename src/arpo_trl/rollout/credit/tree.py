@@ -43,9 +43,8 @@ class Tree(Credit):
 
         def value(segments: Segments, segment: int, row: int) -> float:
             above = segments.above(segment) if self.difference else None
-            return self._value(segments, segment, of_leaf) - (
-                0.0 if above is None else self._value(segments, above, of_leaf)
-            )
+            base = 0.0 if above is None else self._value(segments, above, of_leaf)
+            return self._value(segments, segment, of_leaf) - base
 
         return by_segment(cut_into_segments(trees), advantages, value), None
 
@@ -53,9 +52,8 @@ class Tree(Credit):
         children = segments.below(segment)
         if self.average == "leaves" or not children:
             return mean([of_leaf[row] for row in segments.rows[segment]])
-        surprise = [-mean(segments.tree.nodes[child].logprobs) for child in children]
         weigh = {"children": lambda h: 1.0, "entropy": lambda h: h, "softmax": math.exp}[self.average]
-        weights = [weigh(h) for h in surprise]
+        weights = [weigh(-mean(segments.tree.nodes[child].logprobs)) for child in children]
         if not math.fsum(weights) > 0:  # all certain, or without logprobs
             weights = [1.0] * len(children)
         values = [self._value(segments, child, of_leaf) for child in children]
