@@ -31,7 +31,7 @@ def load_callable(path: str, setting: str) -> Any:
         raise ConfigError(f"{setting} contains {path!r}; expected an import path such as my_package.my_module:name.")
     module_name, _, name = path.partition(":")
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())
+        sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code can raise anything
