@@ -14,8 +14,8 @@ from arpo_trl.commands.project.my_tools import CAPITALS, lookup
 from arpo_trl.errors import ConfigError
 
 TEMPLATE = Path(__file__).with_name("project")
-DEMONSTRATIONS, STEPS = 600, 100
-GUESSED, MISTAKEN = 0.35, 0.25
+DEMONSTRATIONS, STEPS = 600, 250
+GUESSED, MISTAKEN = 0.25, 0.15
 """Shares of the demonstrations that answer without a look-up, and that look up another country."""
 
 
