@@ -1,6 +1,6 @@
 """Cold start on tool-using trajectories: `accelerate launch sft.py --config configs/quickstart_sft.yaml`.
 
-Without a checkout of the project: `accelerate launch -m arpo_trl.scripts.sft`.
+Without a checkout of the project: `arpo-trl sft --config quickstart_sft`.
 
 Runs TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only the tokens that the model writes carry loss:
 prompts and tool results are masked. Turns are encoded by the tool protocol that RL uses.

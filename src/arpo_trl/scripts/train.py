@@ -1,6 +1,6 @@
 """Train a tool-using policy: `accelerate launch train.py --config configs/quickstart.yaml`.
 
-Without a checkout of the project: `accelerate launch -m arpo_trl.scripts.train`.
+Without a checkout of the project: `arpo-trl train --config quickstart`.
 
 Every key of the YAML file is a field of `TrainArguments`, `ToolArguments`, `arpo_trl.ARPOConfig` or TRL's
 `ModelConfig`; an unknown key is an error. Flags override the file.
