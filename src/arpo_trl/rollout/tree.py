@@ -32,6 +32,9 @@ Address = tuple[int, ...]
 """Where a path starts: `(i,)` for the i-th path at the root. A branch appends `(depth, j)` to the address of its
 parent path: it is the j-th extra turn under the observation that follows `depth` turns of that path."""
 
+Span = tuple[float, float]
+"""When a node was requested and when it was complete, in seconds since the start of its rollout."""
+
 
 class NodeKind(StrEnum):
     ROOT = "root"

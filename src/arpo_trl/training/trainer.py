@@ -290,7 +290,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             self._attribute(batch)
             if self.model.training and self._micro_batches_dealt_together > 1:
                 batch[LEAF] = torch.arange(len(advantages), device=advantages.device)
-            self._log_rollout(advantages)
+            self._log_rollout(advantages, [row.get("answer") for row in inputs])
         return batch
 
     def _attribute(self, batch: dict[str, Any]) -> None:
@@ -447,8 +447,8 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
                 extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
             )
 
-    def _log_rollout(self, advantages: torch.Tensor) -> None:
-        """Logs metrics over all ranks, this rank's trees and, in training, alarms."""
+    def _log_rollout(self, advantages: torch.Tensor, answers: Sequence[Any]) -> None:
+        """Logs metrics over all ranks, this rank's trees and, in training, alarms. `answers` are those of the rows."""
         last, rewards = self._last, self._last_rewards
         assert last is not None and rewards is not None
         mode = "train" if self.model.training else "eval"
@@ -464,6 +464,9 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
             step=self.state.global_step,
             first_group=last.first_group,
             decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
+            rule=self.tree_sampler.settings.rule,
+            answers=answers[:: len(answers) // len(last.rollout.trees)],
+            spans=last.rollout.spans,
         )
         self._trajectories.write(last.name, trees)
         if mode == "train":
