@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
+from arpo_trl.viewing.command import add_commands as add_viewing_commands
 
 if TYPE_CHECKING:
     from arpo_trl.tools.search.cache import SearchCache
@@ -106,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         "log", type=Path, help="a .jsonl file of <output_dir>/trajectories, or that folder (its last file)"
     )
     tree.add_argument("--index", type=int, default=None, help="only this tree of the file, counted from 0")
+
+    add_viewing_commands(commands)
 
     commands.add_parser("eval", help="evaluate a model on benchmarks or a file of questions", add_help=False)
 
@@ -212,6 +215,8 @@ def _main() -> int:
     if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, which are slow to import
         return _eval(sys.argv[2:])
     arguments = _parser().parse_args()
+    if hasattr(arguments, "call"):
+        return arguments.call(arguments) or 0
     commands = {"tree": _tree, "compare": _compare, "index": _index, "cache": _cache}
     commands |= {"merge": _merge, "push": _push}
     return commands[arguments.command](arguments) or 0

@@ -1,0 +1,67 @@
+"""The commands that show a run: `view`, `tree`, `plot` and `timeline`. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.common.files import write_whole
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands to the sub-parsers of `arpo-trl`. Each sets `call` to its function."""
+    view = commands.add_parser(
+        "view",
+        help="show a run in the browser: curves, groups, trees",
+        description="Writes one self-contained page with a run's curves, groups and trees, or serves it (--serve).",
+    )
+    view.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
+    view.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/view.html)")
+    view.add_argument(
+        "--leaves", type=int, default=20_000, metavar="N", help="most leaves, newest first (default: %(default)s)"
+    )
+    view.add_argument(
+        "--serve", action="store_true", help="serve the page on 127.0.0.1 and follow the run; Ctrl-C ends it"
+    )
+    view.add_argument("--port", type=int, default=8123, help="port of --serve; 0: a free one (default: %(default)s)")
+    view.add_argument("--open", action="store_true", help="open the page in a browser")
+    view.set_defaults(call=view_run)
+
+
+def view_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl view`."""
+    from arpo_trl.viewing.page import page
+    from arpo_trl.viewing.run import RunReader, required_log_files
+
+    run: Path = arguments.run_folder
+    reader = RunReader(run)
+    if arguments.serve:
+        return _serve(reader, arguments)
+    required_log_files(run)
+    reader.refresh()
+    output: Path = arguments.output or run / "view.html"
+    write_whole(output, page(reader, max_leaves=arguments.leaves))
+    print(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
+    if arguments.open:
+        _open(output.resolve().as_uri())
+
+
+def _serve(reader: Any, arguments: argparse.Namespace) -> None:
+    from arpo_trl.viewing.server import ViewServer
+
+    reader.refresh()
+    with ViewServer(reader, arguments.port, arguments.leaves) as server:
+        print(f"{server.url} shows {reader.run} and follows it. Ctrl-C ends this.", flush=True)
+        if arguments.open:
+            _open(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def _open(url: str) -> None:
+    import webbrowser
+
+    webbrowser.open(url)
