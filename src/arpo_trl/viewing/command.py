@@ -11,6 +11,19 @@ from arpo_trl.common.files import write_whole
 
 def add_commands(commands: Any) -> None:
     """Adds the commands to the sub-parsers of `arpo-trl`. Each sets `call` to its function."""
+    tree = commands.add_parser(
+        "tree",
+        help="list the steps of a run, and show logged trees",
+        description="Lists the steps of a run of which trees are logged, or shows the trees of one step as text.",
+    )
+    tree.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="output_dir of the run, or a .jsonl file of its trajectories"
+    )
+    tree.add_argument("--step", type=int, help="show the trees of this step")
+    tree.add_argument("--group", type=int, help="only the trees of this group")
+    tree.add_argument("--full", action="store_true", help="show whole texts")
+    tree.set_defaults(call=tree_run)
+
     view = commands.add_parser(
         "view",
         help="show a run in the browser: curves, groups, trees",
@@ -27,6 +40,13 @@ def add_commands(commands: Any) -> None:
     view.add_argument("--port", type=int, default=8123, help="port of --serve; 0: a free one (default: %(default)s)")
     view.add_argument("--open", action="store_true", help="open the page in a browser")
     view.set_defaults(call=view_run)
+
+
+def tree_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl tree`."""
+    from arpo_trl.viewing.terminal import show_trees
+
+    show_trees(arguments.run_folder, step=arguments.step, group=arguments.group, full=arguments.full)
 
 
 def view_run(arguments: argparse.Namespace) -> None:
