@@ -11,15 +11,15 @@ from rich.tree import Tree
 
 from arpo_trl.logs.trajectories import LoggedTree
 from arpo_trl.rollout.rules import mean
-from arpo_trl.rollout.tree import BranchDecision, Leaf, Node, NodeKind
+from arpo_trl.rollout.tree import BranchDecision, Node, NodeKind, address_text
 from arpo_trl.visible import visible
 
 MAX_CHARS = 160
 
 LEGEND = (
-    "A path is a list of turns (▸) and tool results (◂). H: mean entropy of a turn's first tokens, in nats. A fork (+) "
-    "starts extra turns under a result; ΔH and P are what the branch rule computed. ■ ends a path, with its reward and "
-    "advantage A."
+    "A path is a list of turns (▸) and tool results (◂). H: mean entropy of a turn's first tokens, in nats. A fork "
+    "(+) starts extra turns under a result; ΔH and P are what the branch rule computed. ■ ends a path, with its "
+    "reward and advantage A."
 )
 
 
@@ -37,13 +37,12 @@ def render_tree(logged: LoggedTree, *, full: bool = False, title: str = "") -> T
         leaf.nodes[-1].index: (reward, advantage)
         for leaf, reward, advantage in zip(leaves, logged.rewards, logged.advantages, strict=True)
     }
-    names = _path_names(leaves)
-    nodes = logged.tree.nodes
+    writers, nodes = logged.tree.writers(), logged.tree.nodes
     waiting = [(child, picture, 0) for child in reversed(nodes[0].children)]
     while waiting:
         start, above, number = waiting.pop()
         kind = "branch" if number else "path"
-        path = above.add(Text(f"{kind} {names[start]}", style="bold yellow" if number else "bold"))
+        path = above.add(Text(f"{kind} {address_text(writers[start])}", style="bold yellow" if number else "bold"))
         node = nodes[start]
         while True:
             path.add(_label(node, results, full))
@@ -53,15 +52,6 @@ def render_tree(logged: LoggedTree, *, full: bool = False, title: str = "") -> T
         forks = list(enumerate(node.children))
         waiting += [(child, path, order) for order, child in reversed(forks)]
     return picture
-
-
-def _path_names(leaves: list[Leaf]) -> dict[int, str]:
-    """Node → the address of the first path that it belongs to, which is the path that wrote it."""
-    names: dict[int, str] = {}
-    for leaf in leaves:
-        for node in leaf.nodes:
-            names.setdefault(node.index, ",".join(map(str, leaf.address)))
-    return names
 
 
 def _label(node: Node, results: dict[int, tuple[float | None, float]], full: bool) -> Text:

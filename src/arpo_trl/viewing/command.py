@@ -8,6 +8,9 @@ from typing import Any
 
 from arpo_trl.common.files import write_whole
 
+KINDS_OF_PLOTS = ("reward", "entropy", "tools", "sharing", "phases")
+"""The names of `curves.PANELS`."""
+
 
 def add_commands(commands: Any) -> None:
     """Adds the commands to the sub-parsers of `arpo-trl`. Each sets `call` to its function."""
@@ -41,6 +44,26 @@ def add_commands(commands: Any) -> None:
     view.add_argument("--open", action="store_true", help="open the page in a browser")
     view.set_defaults(call=view_run)
 
+    plot = commands.add_parser(
+        "plot",
+        help="draw curves of one or more runs",
+        description="Draws curves of one or more runs as PNG, SVG or PDF.",
+    )
+    plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="output_dir of a run")
+    plot.add_argument("--kind", choices=KINDS_OF_PLOTS, default="reward", help="what to draw (default: %(default)s)")
+    plot.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: RUN/KIND.png)")
+    plot.set_defaults(call=plot_run)
+
+    timeline = commands.add_parser(
+        "timeline",
+        help="write the timeline of a rollout for Perfetto",
+        description="Writes when each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.",
+    )
+    timeline.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
+    timeline.add_argument("--step", type=int, help="step of the rollout (default: the newest)")
+    timeline.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: in RUN)")
+    timeline.set_defaults(call=timeline_run)
+
 
 def tree_run(arguments: argparse.Namespace) -> None:
     """`arpo-trl tree`."""
@@ -65,6 +88,21 @@ def view_run(arguments: argparse.Namespace) -> None:
     print(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
         _open(output.resolve().as_uri())
+
+
+def plot_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl plot`."""
+    from arpo_trl.viewing.plot import draw_plot
+
+    print(draw_plot(arguments.runs, arguments.kind, arguments.output))
+
+
+def timeline_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl timeline`."""
+    from arpo_trl.viewing.timeline import write_timeline
+
+    path = write_timeline(arguments.run_folder, arguments.step, arguments.output)
+    print(f"{path} (open it in https://ui.perfetto.dev, which reads it in the browser)")
 
 
 def _serve(reader: Any, arguments: argparse.Namespace) -> None:

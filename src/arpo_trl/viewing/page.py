@@ -21,7 +21,7 @@ import jinja2
 
 from arpo_trl.logs.trajectories import LoggedTree
 from arpo_trl.rollout.rules.base import mean
-from arpo_trl.rollout.tree import Leaf, Node, NodeKind
+from arpo_trl.rollout.tree import Node, NodeKind, address_text
 from arpo_trl.viewing.curves import PANELS, curves, whole_history
 from arpo_trl.viewing.run import LogFile, RunReader
 from arpo_trl.visible import visible, visible_data
@@ -151,25 +151,16 @@ def tree_data(logged: LoggedTree) -> dict[str, Any]:
         }
         for leaf, reward, advantage in zip(leaves, logged.rewards, logged.advantages, strict=True)
     }
-    starts = _path_starts(leaves)
+    writers = {node: address_text(address) for node, address in tree.writers().items()}
     return {
         "prompt": logged.prompt,
         "prompt_tokens": len(tree.root.ids),
         "answers": logged.answers,
         "rule": dict(logged.rule),
         "leaf_tokens": sum(len(leaf.ids) for leaf in leaves),
-        "nodes": [_node_data(node, logged) | {"end": ends.get(node.index), "path": starts.get(node.index)}
+        "nodes": [_node_data(node, logged) | {"end": ends.get(node.index), "path": writers.get(node.index)}
                   for node in tree.nodes],
     }  # fmt: skip
-
-
-def _path_starts(leaves: Sequence[Leaf]) -> dict[int, str]:
-    """Node → the address of the path that starts with it."""
-    starts: dict[int, str] = {}
-    for leaf in leaves:  # a path's address sorts before those of its branches, so it takes its nodes first
-        for node in leaf.nodes:
-            starts.setdefault(node.index, ",".join(map(str, leaf.address)))
-    return starts
 
 
 def _node_data(node: Node, logged: LoggedTree) -> dict[str, Any]:

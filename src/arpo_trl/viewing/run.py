@@ -13,6 +13,8 @@ from arpo_trl.errors import DataError
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 
 FOLDER = "trajectories"
+KINDS = {"step": "training", "eval": "evaluation"}
+"""Start of a log file's name → what its rollouts are."""
 _STATE = "trainer_state.json"
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.(?P<part>\d+))?-rank(?P<rank>\d+)\.jsonl")
 

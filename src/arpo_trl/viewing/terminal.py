@@ -12,9 +12,7 @@ from rich.text import Text
 from arpo_trl.errors import DataError
 from arpo_trl.logs.render import LEGEND, render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
-from arpo_trl.viewing.run import LogFile, required_log_files
-
-KINDS = {"step": "training", "eval": "evaluation"}
+from arpo_trl.viewing.run import KINDS, LogFile, required_log_files
 
 
 def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -> None:
