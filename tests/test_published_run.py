@@ -173,6 +173,17 @@ def test_trackio_has_the_metrics(finished):
     assert {name for name, _ in rows} == {"the-run"}
 
 
+def test_trackio_has_a_tree_of_each_rollout_as_traces(finished):
+    (file,) = (finished.folder / "trackio").rglob("planting.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("SELECT metadata, messages FROM traces").fetchall()
+    steps = sorted(json.loads(metadata)["step"] for metadata, _ in rows)
+    assert steps == [0] * 4 + [1] * 4  # a tree has four leaves
+    assert all(
+        [message["role"] for message in json.loads(messages)][:2] == ["user", "assistant"] for _, messages in rows
+    )
+
+
 # Secrets -------------------------------------------------------------------------------------------------------------
 
 

@@ -101,10 +101,14 @@ class TrajectoryLog:
     def __init__(self, folder: Path, rate: float, seed: int, rank: int):
         self.folder, self.rate, self.seed, self.rank = folder, rate, seed, rank
 
+    def sample(self, name: str, trees: Sequence[LoggedTree]) -> list[LoggedTree]:
+        """The trees of this rollout that are logged."""
+        draw = random.Random(f"{self.seed} {name} {self.rank}")
+        return [tree for tree in trees if draw.random() < self.rate]
+
     def write(self, name: str, trees: Sequence[LoggedTree]) -> Path | None:
         """Writes this rollout's sample. Returns the file; None if no tree was drawn."""
-        draw = random.Random(f"{self.seed} {name} {self.rank}")
-        kept = [tree for tree in trees if draw.random() < self.rate]
+        kept = self.sample(name, trees)
         if not kept:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import refuse_taken_columns
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally, tally_step
+from arpo_trl.logs.traces import send_traces
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
@@ -470,5 +471,7 @@ class ARPOTrainer(Resumable, Publishing, GRPOTrainer):
         )
         self._trajectories.write(last.name, trees)
         if mode == "train":
+            if self.accelerator.is_main_process and "trackio" in self.args.report_to:
+                send_traces(self._trajectories.sample(last.name, trees))
             for message in self.alarms.check(merged):
                 logger.warning(f"Step {self.state.global_step}: {message}")
