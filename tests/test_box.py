@@ -726,6 +726,15 @@ def test_identical_calls_in_flight_of_a_deterministic_tool_share_one_execution(g
     assert results[first].seconds == results[second].seconds > 0
 
 
+def test_a_result_that_the_caller_has_is_polled_like_the_others() -> None:
+    known = ToolResult(text="known", failure=None, seconds=0.5, source=CallSource.SHARED)
+    with ToolBox([echo]) as box:
+        first, second = box.submit_answered(known), box.submit(ToolCall(name="echo", arguments={"text": "run"}))
+        assert box.pending == 2
+        results = collect(box, 2)
+    assert (results[first], results[second].text) == (known, "run")
+
+
 def test_without_a_cache_a_later_identical_call_runs_again(gate: Gate) -> None:
     gate.opened.set()
     with ToolBox([gate.tool()]) as box:

@@ -311,3 +311,30 @@ def test_a_system_prompt_teaches_its_tags_and_no_control_character(name: str) ->
         assert f"<{tag}>" in text and f"</{tag}>" in text
     assert r"\boxed{" in text
     assert all(char.isprintable() or char == "\n" for char in text)
+
+
+def test_a_plain_question_gets_a_system_prompt_that_is_logged_and_can_be_replaced_or_left_out(tmp_path, caplog):
+    file = tmp_path / "questions.jsonl"
+    file.write_text('{"question": "What is 1 + 1?", "answer": "2", "task": "math"}\n', "utf-8")
+    question = {"role": "user", "content": "What is 1 + 1?"}
+
+    with caplog.at_level("INFO", logger="arpo_trl"):
+        assert load_arpo_dataset(str(file))[0]["prompt"] == [
+            {"role": "system", "content": SYSTEM_PROMPTS["reasoning"]},
+            question,
+        ]
+    assert '1 row(s) have the system prompt "reasoning"' in caplog.text
+
+    caplog.clear()
+    with caplog.at_level("INFO", logger="arpo_trl"):
+        assert load_arpo_dataset(str(file), system_prompt="")[0]["prompt"] == [question]
+        own = load_arpo_dataset(str(file), system_prompt="Answer briefly.")[0]["prompt"]
+    assert own == [{"role": "system", "content": "Answer briefly."}, question]
+    assert "system prompt" not in caplog.text
+
+
+def test_an_empty_system_prompt_removes_that_of_messages(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 1 + 1?"}]
+    file.write_text(json.dumps({"prompt": messages, "answer": "2", "task": "math"}), "utf-8")
+    assert load_arpo_dataset(str(file), system_prompt="")[0]["prompt"] == messages[1:]

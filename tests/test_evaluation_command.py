@@ -359,7 +359,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
         (("--suite", "maths"), "suite is 'maths'; expected one of"),
         (("--suite", "all", "--benchmarks", "gsm8k"), "benchmarks and suite are both set"),
         (("--data", "gsm8k.jsonl"), "model is missing"),
-        (("--model", "nowhere", "--data", "gsm8k.jsonl"), "The tokenizer of nowhere cannot be loaded"),
+        (("--model", "nowhere", "--data", "gsm8k.jsonl"), "The tokenizer of 'nowhere' cannot be loaded"),
         (("--model", "m", "--tempratur", "1"), "There is no setting 'tempratur'; did you mean 'temperature'"),
         (("--model", "m", "--samples", "0"), "samples is 0; expected an integer of at least 1"),
         (("--model", "m", "--temperature", "-1"), "temperature is -1.0"),

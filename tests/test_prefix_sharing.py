@@ -362,7 +362,7 @@ def test_training_with_shared_prefixes_is_training_without(model_path, tmp_path,
 def test_tool_results_get_no_logits(model_path, tmp_path, monkeypatch):
     packs = []
     monkeypatch.setattr(
-        "arpo_trl.training.trainer.forward_packs",
+        "arpo_trl.training.shared_update.forward_packs",
         lambda model, given: packs.extend(given) or forward_packs(model, given),
     )
     made = trainer(model_path, tmp_path, shared_prefix_forward="on", num_iterations=2, max_steps=1)
@@ -473,7 +473,7 @@ def test_how_often_micro_batches_are_packed_is_logged(model_path, tmp_path, way,
 def test_packs_are_filled_up_as_trl_pads(model_path, tmp_path, monkeypatch):
     packs = []
     monkeypatch.setattr(
-        "arpo_trl.training.trainer.forward_packs",
+        "arpo_trl.training.shared_update.forward_packs",
         lambda model, given: packs.extend(given) or forward_packs(model, given),
     )
     made = trainer(model_path, tmp_path, shared_prefix_forward="on", pad_to_multiple_of=64, max_steps=1)

@@ -13,6 +13,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from arpo_trl import options
+from arpo_trl.cli import parse_settings
 from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, check_fields, described
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
@@ -178,6 +179,14 @@ def test_every_class_checks_its_fields(kind: type, given: dict[str, Any], messag
         kind(**given)
 
 
+@pytest.mark.parametrize("name", ["share_calls", "shared_prefix_forward"])
+def test_a_bare_off_of_yaml_is_a_choice_not_a_bool(name: str, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(f"dataset: rows.jsonl\nuse_cpu: true\n{name}: off\n")
+    settings = parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+    (config,) = (each for each in settings if isinstance(each, ARPOConfig))
+    assert getattr(config, name) == "off"
+
+
 def test_training_and_evaluation_have_the_same_limits_of_tools():
     shared = {setting.name for setting in dataclasses.fields(ToolLimits)}
     assert shared == {"tool_protocol", "tool_parser", "tool_timeout_s", "tool_concurrency", "max_tool_result_tokens"}
@@ -220,4 +229,4 @@ def test_options_and_settings_load_at_once():
 
 def test_every_option_explains_itself():
     kinds = [kind for kind in vars(options).values() if isinstance(kind, type) and kind.__module__ == options.__name__]
-    assert len(kinds) == 4 and all(kind.__doc__ for kind in kinds)
+    assert len(kinds) == 5 and all(kind.__doc__ for kind in kinds)

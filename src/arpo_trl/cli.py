@@ -54,7 +54,7 @@ def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None
         ConfigError: The file cannot be read, a key or flag is not a field (the message names the most similar one), or
             a dataclass rejects its values.
     """
-    from trl import TrlParser
+    from arpo_trl.common.parser import SettingsParser
 
     words = list(sys.argv[1:] if argv is None else argv)
     fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
@@ -62,7 +62,7 @@ def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None
         # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
         _check_names([key for key in _read_config(words[words.index("--config") + 1]) if key != "env"], fields)
     try:
-        *settings, left = TrlParser(kinds, **parser).parse_args_and_config(words, return_remaining_strings=True)
+        *settings, left = SettingsParser(kinds, **parser).parse_args_and_config(words, return_remaining_strings=True)
     except ConfigError:
         raise
     except ValueError as error:  # raised by TRL's own dataclasses

@@ -17,6 +17,15 @@ class RolloutSchedule(StrEnum):
     """Process tool results together once nothing is left to decode: repeats bit for bit."""
 
 
+class ShareCalls(StrEnum):
+    """Whether paths of one prompt share the executions of tool calls."""
+
+    OFF = "off"
+    """Each call of a path runs, unless the cache or an identical call in flight answers it."""
+    HISTORY = "history"
+    """Paths with the same history of calls share one execution of the next identical call."""
+
+
 class ProtocolKind(StrEnum):
     """How a model calls tools."""
 
@@ -35,6 +44,15 @@ class SharedPrefixForward(StrEnum):
     """Always; an error at start-up if that is not exact."""
     OFF = "off"
     """TRL's padded batch."""
+
+
+class StaleTokens(StrEnum):
+    """What happens to tokens of rollouts ahead that would be staler than `max_staleness`."""
+
+    WAIT = "wait"
+    """They are not sampled: the rollout starts later."""
+    DROP = "drop"
+    """They are sampled, but not trained."""
 
 
 class WeightSync(StrEnum):

@@ -91,7 +91,8 @@ def check_fields(settings: Any) -> None:
     """Returns if the metadata of every field of the dataclass instance `settings` accepts its value.
 
     A number must have the annotated type, be finite and lie within its range. True and False are not numbers. None is
-    accepted if the annotation allows it.
+    accepted if the annotation allows it. Where "on" or "off" is a choice, True and False become it, because YAML reads
+    a bare `on` or `off` as a bool.
 
     Raises:
         ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
@@ -99,6 +100,8 @@ def check_fields(settings: Any) -> None:
     hints = get_type_hints(type(settings))
     for setting in fields(settings):
         value = getattr(settings, setting.name)
+        if isinstance(value, bool) and (word := "on" if value else "off") in setting.metadata.get("choices", ()):
+            setattr(settings, setting.name, value := word)
         if expected := _unmet(setting.metadata, hints[setting.name], value):
             raise ConfigError(f"{setting.name} is {value!r}; expected {expected}.")
 

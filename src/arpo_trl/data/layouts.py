@@ -65,6 +65,10 @@ _WORKED_SOLUTION = re.compile(r"(?:\A|\n)####\s*([^\n]+?)\s*\Z")  # GSM8K's last
 _LOST_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
+DEFAULT_SYSTEM_PROMPT = SYSTEM_PROMPTS["reasoning"]
+"""The system message of a plain question, if no other one is set."""
+
+
 def convert_row(
     raw: Mapping[str, Any],
     number: int,
@@ -140,8 +144,8 @@ def system_prompt_text(system_prompt: str | None) -> str | None:
     Raises:
         ConfigError: `system_prompt` is a single word that is not a name in `SYSTEM_PROMPTS`.
     """
-    if system_prompt is None:
-        return None
+    if not system_prompt:
+        return system_prompt
     if system_prompt in SYSTEM_PROMPTS:
         return SYSTEM_PROMPTS[system_prompt]
     if len(system_prompt.split()) < 2:  # probably a misspelt name
@@ -356,12 +360,13 @@ def _checked_prompt(prompt: Any) -> list[Message]:
 
 
 def _with_system(messages: list[Message], system_text: str | None, *, is_question: bool) -> list[Message]:
-    """The messages with the given system message. For None, only a plain question gets one."""
+    """The messages with the given system message, for "" without one. For None, only a plain question gets one."""
     if system_text is None:
         if not is_question:
             return messages
-        system_text = SYSTEM_PROMPTS["reasoning"]
-    return [{"role": "system", "content": system_text}, *messages[messages[0]["role"] == "system" :]]
+        system_text = DEFAULT_SYSTEM_PROMPT
+    others = messages[messages[0]["role"] == "system" :]
+    return [{"role": "system", "content": system_text}, *others] if system_text else others
 
 
 def _restore_escapes(text: str) -> str:

@@ -16,7 +16,14 @@ import pyarrow
 import pyarrow.parquet
 
 from arpo_trl.common.user_files import json_lines, read_json
-from arpo_trl.data.layouts import TASKS, check_prompt, convert_row, read_columns, system_prompt_text
+from arpo_trl.data.layouts import (
+    DEFAULT_SYSTEM_PROMPT,
+    TASKS,
+    check_prompt,
+    convert_row,
+    read_columns,
+    system_prompt_text,
+)
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
 from arpo_trl.visible import get_logger
@@ -50,8 +57,8 @@ def load_arpo_dataset(
             those whose name starts with the split are read; or a dataset on the Hub.
         split: The split of a folder or a Hub dataset.
         system_prompt: None: prompts that are messages stay unchanged, and plain questions get
-            `SYSTEM_PROMPTS["reasoning"]`. A name in `SYSTEM_PROMPTS`, or a text, replaces the system message of every
-            row.
+            `SYSTEM_PROMPTS["reasoning"]`, which is logged. A name in `SYSTEM_PROMPTS`, or a text, replaces the system
+            message of every row. "": no row has a system message.
         task: Overrides the task of all rows. None: each row's own `task`, or else verl's `ability`. If rows state
             neither, their answers together decide, with a warning: math if at least 75 % are a number or LaTeX, qa if
             at most 25 % are.
@@ -88,6 +95,13 @@ def load_arpo_dataset(
     if not rows:
         raise DataError(f"{path_or_hub_id} (split {split!r}) contains no rows; expected at least one.")
     _guess_task(rows, path_or_hub_id)
+    if system_text is None and (told := sum(row["prompt"][0]["content"] == DEFAULT_SYSTEM_PROMPT for row in rows)):
+        logger.info(
+            '%s: %d row(s) have the system prompt "reasoning", which explains the tools and the answer format; plain '
+            'questions get it. Set system_prompt for another one, or to "" for none.',
+            path_or_hub_id,
+            told,
+        )
     return _as_dataset(rows)
 
 

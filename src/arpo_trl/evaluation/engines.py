@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
 from arpo_trl.options import ProtocolKind
@@ -44,7 +45,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
             "model is missing. Set it to a folder or a Hub id; with base_url it is needed for its tokenizer."
         )
     limits = settings.call_limits()
-    tokenizer = _loaded("tokenizer", settings.model, AutoTokenizer.from_pretrained)
+    tokenizer = load_pretrained("tokenizer", settings.model, AutoTokenizer.from_pretrained)
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"The tokenizer of {settings.model} has no chat template; expected one, to render questions as prompts. "
@@ -116,12 +117,13 @@ def _load_model(settings: EvalSettings) -> Any:
     from transformers import AutoModelForCausalLM
 
     assert settings.model is not None
-    model = _loaded("model", settings.model, AutoModelForCausalLM.from_pretrained, dtype=settings.dtype)
+    model = load_pretrained("weights", settings.model, AutoModelForCausalLM.from_pretrained, dtype=settings.dtype)
     if settings.adapter is None:
         return model
     from peft import PeftModel
 
-    return _loaded("adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name)).merge_and_unload()
+    adapted = load_pretrained("adapter", settings.adapter, lambda name: PeftModel.from_pretrained(model, name))
+    return adapted.merge_and_unload()
 
 
 def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVLLM:
@@ -139,15 +141,15 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
         ) from error
     prepare_cpu()
     assert settings.model is not None
-    config = _loaded("configuration", settings.model, AutoConfig.from_pretrained).get_text_config()
+    config = load_pretrained("configuration", settings.model, AutoConfig.from_pretrained).get_text_config()
     with tempfile.TemporaryDirectory() as folder:
         path = settings.model
         if settings.adapter is not None:
             path = folder
             _load_model(settings).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        llm = _loaded(
-            "model",
+        llm = load_pretrained(
+            "weights",
             path,
             LLM,
             dtype=settings.dtype,
@@ -156,13 +158,3 @@ def _vllm(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> LocalVL
             seed=settings.seed,
         )
     return LocalVLLM(llm=llm, weights=FixedWeights(), vocab_size=config.vocab_size, top_logprobs=0)
-
-
-def _loaded(what: str, name: str, load: Any, **arguments: Any) -> Any:
-    try:
-        return load(name, **arguments)
-    except Exception as error:  # transformers, peft and the Hub client raise many kinds of errors
-        raise ConfigError(
-            f"The {what} of {name} cannot be loaded: {type(error).__name__}: {str(error).partition(chr(10))[0][:300]} "
-            "Check the path, or the Hub id and the connection."
-        ) from error

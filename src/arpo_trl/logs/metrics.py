@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from arpo_trl.logs.exchangeability import effective_leaves, tally_exchangeability
 from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
@@ -61,6 +62,7 @@ class Tally:
     def values(self) -> dict[str, float]:
         """Name → mean, ratio or total, sorted by name. A mean whose count is 0 is left out."""
         values = {name: total / count for name, (total, count) in self.sums.items() if count} | self.totals
+        values |= effective_leaves(values)
         for name, seconds in self.spread.items():
             if seconds:
                 values[f"{name}_p50"], values[f"{name}_p95"] = (float(p) for p in np.percentile(seconds, [50, 95]))
@@ -78,7 +80,10 @@ def tally_step(rollout: RolloutBatch, rewards: Sequence[float], seconds: Mapping
     tally_rollout(rollout, tally)
     for name, spent in seconds.items():
         tally.add(f"time/{name}_s", spent)
-    tally_rewards([rewards[start : start + size] for start in range(0, len(rewards), size)], tally)
+    groups = [rewards[start : start + size] for start in range(0, len(rewards), size)]
+    tally_rewards(groups, tally)
+    for tree, group in zip(rollout.trees, groups, strict=True):
+        tally_exchangeability(tree, group, tally)
     return tally
 
 
@@ -163,6 +168,7 @@ def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
     made = [call for call in calls if call.source is not CallSource.REFUSED]
     tally.totals["tools/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in made)
     tally.totals["tools/calls_distinct"] += len({(call.name, repr(sorted(call.arguments.items()))) for call in made})
+    tally.totals["tools/calls_shared"] += sum(call.source is CallSource.SHARED for call in made)
     tally.totals["tools/calls_saved_by_cache"] += sum(
         call.source in (CallSource.CACHED, CallSource.JOINED) for call in made
     )

@@ -35,7 +35,7 @@ class LoggedTree:
 
     A reward is None if no reward function applies. `rule` holds the name and the settings of the branch rule.
     `answers` are the expected answers of the row. `spans` has, for each node but the root, the seconds since the start
-    of the rollout at which it was requested and at which it was complete. All three are empty in logs that lack them.
+    of the group at which it was requested and at which it was complete. All three are empty in logs that lack them.
     """
 
     step: int
@@ -180,15 +180,21 @@ _PLAIN = str | int | float | bool | None
 def _node_row(node: Node) -> dict[str, Any]:
     row = dataclasses.asdict(node)
     row.pop("children")
+    for call in row["calls"]:
+        if call["changed"] is None:
+            del call["changed"]
     return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
 
 
-_CALL = {"name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str}
+_CALL = {
+    "name": str, "arguments": dict, "text": str, "failure": str | None, "seconds": float, "source": str,
+    "changed?": str | None,
+}  # fmt: skip
 _KNOWN = float | None
 _DECISION = {"entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int}
 _NODE = {
     "kind": str, "parent": int, "ids": [int], "text": str, "entropies?": [float], "stop?": str, "calls?": [_CALL],
-    "decision?": _DECISION,
+    "decision?": _DECISION, "versions?": [int],
 }  # fmt: skip
 _LEAF = {"address": [int], "node": int, "reward": float | None, "advantage": float}
 _SPAN = {"node": int, "start_s": float, "end_s": float}
@@ -210,7 +216,12 @@ def _tree_from(row: Any) -> LoggedTree:
         if NodeKind(node["kind"]) is NodeKind.TURN:
             expect(node, {"logprobs": [float]}, f"nodes[{number}]")
             grown = tree.add_turn(
-                node["parent"], node["ids"], node["text"], node["logprobs"], node.get("entropies", [])
+                node["parent"],
+                node["ids"],
+                node["text"],
+                node["logprobs"],
+                node.get("entropies", []),
+                node.get("versions", []),
             )
             grown.stop = StopReason(node["stop"]) if "stop" in node else None
         else:

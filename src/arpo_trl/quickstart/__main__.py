@@ -27,7 +27,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.quickstart.corpus import passages
-from arpo_trl.quickstart.demonstrations import make_demonstrations
+from arpo_trl.quickstart.demonstrations import PLAIN_QUERIES, VARIED_QUERIES, make_demonstrations
 from arpo_trl.quickstart.heldout import HeldOut, answer_heldout
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
@@ -47,13 +47,20 @@ SFT_CONFIG, RL_CONFIG = Path("configs/quickstart_sft.yaml"), Path("configs/quick
 ACCELERATE_CONFIG = Path("accelerate_configs/single.yaml")
 
 
-def prepare(folder: Path, seed: int) -> None:
-    """Write the input of both stages: the corpus, the questions, the demonstrations and an untrained model."""
+def prepare(
+    folder: Path, seed: int, *, hard: bool = False, n_heldout: int = N_HELDOUT, n_train: int = N_TRAIN
+) -> None:
+    """Write the input of both stages: the corpus, the questions, the demonstrations and an untrained model.
+
+    `hard` selects the variant of the task in which queries have many forms (`VARIED_QUERIES`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     corpus = passages()
-    train, heldout = make_tasks(seed, N_TRAIN, N_HELDOUT)
+    train, heldout = make_tasks(seed, n_train, n_heldout)
     search = search_tool(LocalIndex(corpus), top_k=TOP_K)
-    demonstrations = like_lengths_together(make_demonstrations(train, search, seed, N_DEMONSTRATIONS), seed)
+    queries = VARIED_QUERIES if hard else PLAIN_QUERIES
+    made = make_demonstrations(train, search, seed, N_DEMONSTRATIONS, queries=queries)
+    demonstrations = like_lengths_together(made, seed)
     _write_lines(folder / "corpus.jsonl", corpus)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "heldout.jsonl", heldout)
@@ -116,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m arpo_trl.quickstart", description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
+    parser.add_argument("--hard", action="store_true", help="the harder variant: search queries have many forms")
     parser.add_argument("--config", type=Path, default=RL_CONFIG, help=f"file of stage 2 (default: {RL_CONFIG})")
     arguments = parser.parse_args()
     for needed in (Path("train.py"), Path("sft.py"), SFT_CONFIG, arguments.config, ACCELERATE_CONFIG):
@@ -128,7 +136,7 @@ def main() -> None:
     shutil.rmtree(rl, ignore_errors=True)  # an earlier run's logs must not mix with this run's
 
     console.rule("[bold]Stage 1: cold start on noisy demonstrations")
-    prepare(data, seed)
+    prepare(data, seed, hard=arguments.hard)
     seconds_sft = launch(
         "sft.py",
         SFT_CONFIG,
@@ -167,6 +175,7 @@ def main() -> None:
         "seconds_sft": seconds_sft,
         "seconds_rl": seconds_rl,
         "seed": seed,
+        "hard": arguments.hard,
         "config": str(arguments.config),
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")

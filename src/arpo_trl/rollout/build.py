@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.options import RolloutSchedule
+from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
@@ -183,6 +183,7 @@ def build_sampler(
     entropy_probe_tokens: int = 0,
     rule: BranchRule | None = None,
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP,
+    share_calls: ShareCalls = ShareCalls.OFF,
     max_calls_of: Mapping[str, int] | None = None,
 ) -> TreeSampler:
     """Create the sampler on an engine. `TreeSettings` documents the other settings.
@@ -194,7 +195,8 @@ def build_sampler(
         initial_rollouts: None: all of `num_generations`, so that nothing branches.
 
     Raises:
-        ConfigError: Neither the engine nor `context` limits the length of a path.
+        ConfigError: Neither the engine nor `context` limits the length of a path, or calls are to be shared of a tool
+            that is not declared so.
     """
     length = shortest(engine.max_length, context)
     if length is None:
@@ -215,6 +217,7 @@ def build_sampler(
             entropy_probe_tokens=entropy_probe_tokens,
             rule=rule or Threshold(),
             schedule=schedule,
+            share_calls=share_calls,
             max_calls_of=max_calls_of or {},
         ),
     )

@@ -14,19 +14,20 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 from arpo_trl.errors import ConfigError, EngineError
-from arpo_trl.options import RolloutSchedule
+from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, RolloutTree, Span, StopReason
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
+from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
 from arpo_trl.tools.state import PathStates
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 
@@ -60,11 +61,17 @@ class TreeSettings:
     entropy_probe_tokens: int = 20
     rule: BranchRule = field(default_factory=Threshold)
     schedule: RolloutSchedule = RolloutSchedule.OVERLAP
+    share_calls: ShareCalls = ShareCalls.OFF
     max_calls_of: Mapping[str, int] = field(default_factory=dict)
 
     def without_branching(self, num_generations: int) -> TreeSettings:
-        """The same settings for evaluation: every path starts at the root."""
-        return replace(self, num_generations=num_generations, initial_rollouts=num_generations)
+        """The same settings for evaluation: every path starts at the root and makes its own calls."""
+        return replace(
+            self,
+            num_generations=num_generations,
+            initial_rollouts=num_generations,
+            share_calls=ShareCalls.OFF,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +89,8 @@ class GroupRequest:
 class Finished:
     """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
 
+    `cause` is the exception that `error` describes. `RolloutBatch` explains the other three.
+
     Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
     """
 
@@ -89,6 +98,10 @@ class Finished:
     tree: RolloutTree | None
     error: str | None
     seconds: float
+    cause: Exception | None = None
+    topups: int = 0
+    turns_in_sequence: int = 0
+    spans: dict[int, Span] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +158,10 @@ class _Group:
     live: dict[Address, LivePath] = field(default_factory=dict)
     candidates: list[tuple[_Path, Candidate]] = field(default_factory=list)
     """Observations that the rule has still to decide on, or may decide on again, with the paths that continue them."""
+    made: dict[Hashable, SubmittedCall[tuple[_Calling, int]]] = field(default_factory=dict)
+    """The calls that paths with the same history may share, by `sharing_keys`."""
+    states_after: dict[bytes, PathStates] = field(default_factory=dict)
+    """A fork of the states after each shareable turn that acted on them, by the history up to and with that turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +186,8 @@ class _Path:
     """Tool results received, including the replies to malformed calls."""
     calls_of: Mapping[str, int] = field(default_factory=dict)
     """Number of calls to each tool, without calls that were not run."""
+    history: bytes = b""
+    """`history_after` the calls made so far; empty if calls are not shared."""
     may_call: bool = True
     decides: bool = False
     """Whether the branch rule has yet to see the observation above the current turn."""
@@ -177,7 +196,7 @@ class _Path:
     last_request: int | None = None
     """The request id of the last turn above the current one."""
     since_s: float = 0.0
-    """When the current turn, or the calls under it, were submitted, in seconds since the start of the rollout."""
+    """When the current turn, or the calls under it, were submitted, in seconds since the start of the group."""
 
 
 @dataclass(slots=True)
@@ -191,6 +210,22 @@ class _Calling:
     @property
     def in_order(self) -> list[ExecutedCall]:
         return [self.answered[i] for i in range(len(self.calls))]
+
+    @property
+    def done(self) -> bool:
+        return len(self.answered) == len(self.calls)
+
+    def answer(self, i: int, result: ToolResult) -> None:
+        call = self.calls[i]
+        assert isinstance(call, ToolCall)
+        self.answered[i] = ExecutedCall(
+            name=call.name,
+            arguments=call.arguments,
+            text=result.text,
+            failure=result.failure,
+            seconds=result.seconds,
+            source=result.source,
+        )
 
 
 class TreeSampler:
@@ -207,14 +242,17 @@ class TreeSampler:
         """Store the parts. `score` computes rewards for branch rules that read those of finished leaves.
 
         Raises:
-            ConfigError: The branch rule reads rewards and `score` is None.
+            ConfigError: The branch rule reads rewards and `score` is None, or calls are to be shared of a tool that is
+                not declared so.
         """
         self.engine = engine
         self.toolbox = toolbox
         self.protocol = protocol
         self.settings = settings
         self.score = score
-        self._check_score(settings)
+        self._check(settings)
+        self.tool_wait_s = 0.0
+        """Seconds spent waiting for tools since the sampler was created."""
         self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception that it raises, as on an interrupt, ends the rollout."""
 
@@ -240,7 +278,7 @@ class TreeSampler:
 
     def stream(
         self,
-        requests: Iterable[GroupRequest],
+        requests: Iterable[GroupRequest | None],
         *,
         seed: tuple[int | str, ...],
         groups_at_once: int,
@@ -249,7 +287,8 @@ class TreeSampler:
         """Yield the outcome of each request as soon as it is finished. At most `groups_at_once` groups run at a time.
 
         An error in one request, for example a prompt that leaves no room, becomes its outcome and does not stop the
-        others. `requests` is read only when a new group can start, so it may be of any length.
+        others. `requests` is read only when a new group can start, so it may be of any length. It may yield None as
+        long as groups run: there is no request yet, and the stream asks again after the next events.
 
         Raises:
             EngineError: The engine violates its contract outside a single request, or lost its server.
@@ -258,10 +297,12 @@ class TreeSampler:
 
     def _run(self, settings: TreeSettings | None, seed: tuple[int | str, ...]) -> _Run:
         if settings is not None:
-            self._check_score(settings)
+            self._check(settings)
         return _Run(self, settings or self.settings, seed)
 
-    def _check_score(self, settings: TreeSettings) -> None:
+    def _check(self, settings: TreeSettings) -> None:
+        if settings.share_calls is ShareCalls.HISTORY:
+            check_shareable(self.toolbox.specs)
         if settings.rule.moment is Moment.LEAVES_SCORED and self.score is None:
             raise ConfigError(
                 f"The branch rule {settings.rule.name!r} reads the rewards of finished leaves during the rollout, but "
@@ -274,44 +315,56 @@ class _Run:
     """The state of one call of `sample` or `stream`."""
 
     def __init__(self, sampler: TreeSampler, settings: TreeSettings, seed: tuple[int | str, ...]):
+        self.sampler = sampler
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
         self.between_events, self.score = sampler.between_events, sampler.score
         self.settings = settings
         self.seed = seed
         self.writing: dict[int, _Path] = {}
-        self.calling: dict[int, tuple[_Calling, int]] = {}
+        self.calling: dict[int, SubmittedCall[tuple[_Calling, int]]] = {}
+        self.opening: dict[int, _Path] = {}
+        """Paths whose first turn waits until their states are open."""
+        self.waiting: list[_Path] = []
+        """Paths whose states may not open yet, in the order in which they came."""
         self.open_states: dict[PathStates, None] = {}
         """The states that are not closed yet, as an ordered set."""
         self.requests = 0
-        self.tool_wait_s = 0.0
-        self.started_s = time.perf_counter()
+        self.shares_calls = settings.share_calls is ShareCalls.HISTORY
         self.isolates = False
         """Whether an error in a group ends only that group."""
 
     def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
-        start, forward_before = time.perf_counter(), self.engine.forward_s
+        start, forward_before, tool_wait_before = time.perf_counter(), self.engine.forward_s, self.sampler.tool_wait_s
         with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
             groups = [self._start(request) for request in requests]
-            while self.writing or self.calling:
+            while self.writing or self.calling or self.opening:
                 for group in self._advance():
                     self._branch(group)
+                    if not group.live:
+                        self._release(group)
+            if self.waiting:
+                raise EngineError(
+                    f"{len(self.waiting)} paths wait for room to open their states, and no path is left that would "
+                    "make room: states that hang hold it. Raise environment_concurrency, or lower tool_timeout_s."
+                )
             closing = time.perf_counter()
         end = time.perf_counter()
         for group in groups:
             group.tree.check(self.settings.num_generations)
         forward_s = self.engine.forward_s - forward_before
+        tool_wait_s = self.sampler.tool_wait_s - tool_wait_before
         return RolloutBatch(
             trees=[group.tree for group in groups],
             times=RolloutTimes(
-                total_s=end - start, forward_s=forward_s, tool_wait_s=self.tool_wait_s, sync_s=sync_s + end - closing
+                total_s=end - start, forward_s=forward_s, tool_wait_s=tool_wait_s, sync_s=sync_s + end - closing
             ),
             topups=[group.topups for group in groups],
             turns_in_sequence=[group.longest_chain for group in groups],
             spans=[group.spans for group in groups],
         )
 
-    def stream(self, requests: Iterable[GroupRequest], groups_at_once: int) -> Iterator[Finished]:
+    def stream(self, requests: Iterable[GroupRequest | None], groups_at_once: int) -> Iterator[Finished]:
         self.isolates = True
         waiting = iter(requests)
         live: set[int] = set()
@@ -322,7 +375,7 @@ class _Run:
                         self._start(request)
                     except Exception as error:
                         self._forget(request.id)
-                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0)
+                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0, cause=error)
                     else:
                         live.add(request.id)
                 if not live:
@@ -337,10 +390,19 @@ class _Run:
     def _finished(self, group: _Group) -> Finished:
         seconds = time.perf_counter() - group.started_s
         if group.error is None:
+            self._release(group)
             self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds)
-        return Finished(id=group.id, tree=group.tree, error=None, seconds=seconds)
+            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds, cause=group.error)
+        return Finished(
+            id=group.id,
+            tree=group.tree,
+            error=None,
+            seconds=seconds,
+            topups=group.topups,
+            turns_in_sequence=group.longest_chain,
+            spans=group.spans,
+        )
 
     def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
         """Run `step`. In a stream an error ends only its group."""
@@ -355,9 +417,14 @@ class _Run:
     def _forget(self, group: int) -> None:
         """Drop a group's running turns and calls and close its states. `_advance` ignores their later results."""
         self.writing = {id: path for id, path in self.writing.items() if path.group.id != group}
-        self.calling = {ticket: call for ticket, call in self.calling.items() if call[0].path.group.id != group}
+        self.calling = {
+            ticket: call for ticket, call in self.calling.items() if call.waiting[0][0].path.group.id != group
+        }
+        self.opening = {ticket: path for ticket, path in self.opening.items() if path.group.id != group}
+        self.waiting = [path for path in self.waiting if path.group.id != group]
         for states in [states for states in self.open_states if states.group == group]:
             self._close(states)
+        self._admit()
 
     # States of tools -------------------------------------------------------------------------------------------------
 
@@ -378,11 +445,42 @@ class _Run:
         del self.open_states[states]
         states.close()
 
+    def _release(self, group: _Group) -> None:
+        """Drop what the paths of a finished group shared."""
+        group.made.clear()
+        while group.states_after:
+            self._close(group.states_after.popitem()[1])
+
+    def _begin(self, path: _Path) -> None:
+        """Submit the first turn of a path once its states are open."""
+        if not path.states.opening_steps:
+            self._write(path)
+            return
+        self._record_live(path)
+        self.waiting.append(path)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Open the states of the paths that have waited longest, as far as they may open."""
+        while self.waiting and self.waiting[0].states.admit():
+            path = self.waiting.pop(0)
+            self.opening[self.toolbox.open(path.states)] = path
+
+    def _opened_path(self, path: _Path, result: ToolResult) -> None:
+        """Submit the first turn of a path whose states are open. If they could not be, another path replaces it."""
+        if path.states.opened(result.failure, result.text):
+            self._write(path)
+            return
+        del path.group.live[path.address]
+        self._close(path.states)
+        path.group.topups += 1
+        self._start_at_root(path.group, 1, waited=path.waited)
+
     def _write_branch(self, path: _Path, address: Address) -> None:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
         assert path.states_for_branches is not None  # kept while the budget lasts
         states = self._opened(path.states_for_branches.fork())
-        self._write(replace(path, address=address, states=states, states_for_branches=None))
+        self._begin(replace(path, address=address, states=states, states_for_branches=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -391,28 +489,24 @@ class _Run:
         self.between_events()
         touched: dict[int, _Group] = {}
         if self.writing:
-            for event in self.engine.poll(BUSY_POLL_S if self.calling else IDLE_POLL_S):
+            for event in self.engine.poll(BUSY_POLL_S if self.calling or self.opening else IDLE_POLL_S):
                 if (path := self.writing.get(event.id)) is None:
                     continue  # its group failed earlier
                 touched[path.group.id] = path.group
                 self._run_isolated(path.group, partial(self._take_event, path, event))
         for ticket, result in self._tool_results():
-            if (waited_for := self.calling.pop(ticket, None)) is None:
+            if (path := self.opening.pop(ticket, None)) is not None:
+                touched[path.group.id] = path.group
+                self._run_isolated(path.group, partial(self._opened_path, path, result))
                 continue
-            calling, i = waited_for
-            call = calling.calls[i]
-            assert isinstance(call, ToolCall)
-            calling.answered[i] = ExecutedCall(
-                name=call.name,
-                arguments=call.arguments,
-                text=result.text,
-                failure=result.failure,
-                seconds=result.seconds,
-                source=result.source,
-            )
-            touched[calling.path.group.id] = calling.path.group
-            if len(calling.answered) == len(calling.calls):
-                self._run_isolated(calling.path.group, partial(self._observe, calling.path, calling.in_order))
+            if (call := self.calling.pop(ticket, None)) is None:
+                continue  # its group failed earlier
+            for (calling, i), delivered in call.deliver(result):
+                group = calling.path.group
+                touched[group.id] = group
+                calling.answer(i, delivered)
+                if calling.done and group.error is None:
+                    self._run_isolated(group, partial(self._observe, calling.path, calling.in_order))
         return list(touched.values())
 
     def _take_event(self, path: _Path, event: Event) -> None:
@@ -426,14 +520,14 @@ class _Run:
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
-        if not self.calling or (rounds and self.writing):
+        if not (self.calling or self.opening) or (rounds and self.writing):
             return []
         start = time.perf_counter()  # counts while turns decode too: this poll runs the tools that run in this thread
         results = self.toolbox.poll(0.0 if self.writing else IDLE_POLL_S)
-        while rounds and len(results) < len(self.calling):
+        while rounds and len(results) < len(self.calling) + len(self.opening):
             self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)
-        self.tool_wait_s += time.perf_counter() - start
+        self.sampler.tool_wait_s += time.perf_counter() - start
         return sorted(results, key=lambda result: result[0])
 
     def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:
@@ -445,7 +539,7 @@ class _Run:
     def _turn_finished(self, path: _Path, turn: Turn) -> None:
         path = self._probed(path, turn.entropies)  # changes nothing after a Probe
         text = self.protocol.decode_turn(turn.ids)
-        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
+        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies, turn.versions)
         path = replace(
             path,
             since_s=self._record_span(path, node.index),
@@ -474,8 +568,7 @@ class _Run:
     def _call(self, path: _Path, calls: Sequence[ToolCall | BadCall]) -> None:
         """Submit a turn's calls. Malformed calls and calls beyond a limit get their answer at once."""
         limits, made = self.settings.max_calls_of, Counter(path.calls_of)
-        path = replace(path, calls_of=made)
-        calling = _Calling(path, calls)
+        calling, submitted = _Calling(path, calls), dict[int, ToolCall]()
         for i, call in enumerate(calls):
             notice = None
             if isinstance(call, BadCall):
@@ -503,20 +596,57 @@ class _Run:
                 )
             else:
                 made[call.name] += 1
-                self.calling[self.toolbox.submit(call, path.states)] = (calling, i)
-        if len(calling.answered) == len(calls):
-            self._observe(path, calling.in_order)
+                submitted[i] = call
+        calling.path = path = replace(path, calls_of=made)
+        self._submit(calling, submitted)
+        if calling.done:
+            self._observe(calling.path, calling.in_order)
         else:
-            self._record_live(path)
+            self._record_live(calling.path)
+
+    def _submit(self, calling: _Calling, calls: Mapping[int, ToolCall]) -> None:
+        """Submit calls of a turn. With sharing, take the results of those that a path with the same history made."""
+        path, in_order = calling.path, list(calls.values())
+        keys: Sequence[Hashable] = [None] * len(calls)
+        if self.shares_calls and calls:
+            keys = sharing_keys(path.history, in_order, self.toolbox.specs)
+            calling.path = replace(path, history=history_after(path.history, in_order))
+        for (i, call), key in zip(calls.items(), keys, strict=True):
+            made = path.group.made.get(key)
+            if made is None:
+                made = self.calling[self.toolbox.submit(call, path.states)] = SubmittedCall()
+                if key is not None:
+                    path.group.made[key] = made
+            elif made.result is not None:  # comes from `poll` like the others, so that `schedule` applies
+                ticket = self.toolbox.submit_answered(as_shared(made.result))
+                made = self.calling[ticket] = SubmittedCall()
+            made.waiting.append((calling, i))
 
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
         """Record the results of a turn's calls and submit the turn that continues from them."""
-        for call in calls:
-            if call.source is not CallSource.REFUSED:
-                path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
+        path, calls = self._with_calls_recorded(path, calls)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = self.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
+
+    def _with_calls_recorded(self, path: _Path, calls: Sequence[ExecutedCall]) -> tuple[_Path, Sequence[ExecutedCall]]:
+        """Record a turn's calls in the states of the path. If another path made them, take a fork of its states.
+
+        The returned calls hold what they changed.
+        """
+        made = [call for call in calls if call.source is not CallSource.REFUSED]
+        on_state = [call for call in made if self.toolbox.specs[call.name].create_state is not None]
+        if any(call.source is CallSource.SHARED for call in on_state):
+            states = self._opened(path.group.states_after[path.history].fork())
+            self._close(path.states)
+            return replace(path, states=states), calls
+        changes = {
+            id(call): path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
+            for call in made
+        }
+        if on_state and self.shares_calls:
+            path.group.states_after[path.history] = self._opened(path.states.fork())
+        return path, [replace(call, changed=changes.get(id(call))) for call in calls]
 
     def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
         """Add an observation and submit the turn under it; end the path if it has no room for both."""
@@ -543,21 +673,37 @@ class _Run:
             seed_of=lambda place: self._draw("branch", (request.id, *place)),
         )
         context.state = settings.rule.start(context)
+        roots = self._roots(context)
         group = _Group(request.id, context.tree, context, branches=context.remaining > 0)
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
                 f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length} "
                 "tokens: no room for a completion. Shorten or drop the prompt."
             )
-        self._start_at_root(group, settings.initial_rollouts, waited=0)
+        self._start_at_root(group, roots, waited=0)
         return group
+
+    def _roots(self, context: BranchContext) -> int:
+        """The number of paths that start at the root at first; the rest of the leaves is the budget."""
+        leaves, planned, rule = self.settings.num_generations, self.settings.initial_rollouts, self.settings.rule
+        if planned == leaves:
+            return leaves
+        roots = rule.roots(planned, context)
+        if not 1 <= roots <= leaves:
+            raise ConfigError(
+                f"The branch rule {rule.name!r} starts {roots} paths at the root; expected 1 to {leaves}. Correct its "
+                "`roots`."
+            )
+        context.remaining = leaves - roots
+        return roots
 
     def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
         for _ in range(count):
             states = self._opened(self.toolbox.create_states(group.id))
+            states.start()
             path = _Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
             group.starts += 1
-            self._write(path)
+            self._begin(path)
 
     def _write(self, path: _Path) -> None:
         """Submit the path's next turn."""
@@ -572,25 +718,28 @@ class _Run:
             after=path.last_request,
         )
         self.requests += 1
-        self.writing[request.id] = self._record_live(replace(path, since_s=time.perf_counter() - self.started_s))
+        self.writing[request.id] = self._record_live(replace(path, since_s=time.perf_counter() - path.group.started_s))
         self.engine.submit(request)
 
     def _record_span(self, path: _Path, node: int) -> float:
         """Record that the node is complete now, and return the time."""
-        now = time.perf_counter() - self.started_s
+        now = time.perf_counter() - path.group.started_s
         path.group.spans[node] = (path.since_s, now)
         return now
 
     def _record_live(self, path: _Path) -> _Path:
         """Record how many more tool results the path may branch at, and return the path."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
-        path.group.live[path.address] = LivePath(node=path.parent, results=to_come + path.decides)
+        results = to_come + path.decides
+        path.group.live[path.address] = LivePath(address=path.address, node=path.parent, results=results)
         return path
 
     def _end(self, path: _Path, reason: StopReason) -> None:
         path.group.tree.end(path.parent, path.address, reason)
         del path.group.live[path.address]
-        self._close(path.states)
+        del self.open_states[path.states]
+        path.states.finish(path.address)
+        self._admit()
 
     def _room(self, group: _Group, length: int) -> int:
         """Tokens left for a path of `length` ids, prompt included."""
@@ -630,7 +779,8 @@ class _Run:
             path = replace(path, decides=False, waited=waited)
             for j in range(before, after):
                 self._write_branch(path, (*path.address, path.depth, j))
-        topups = max(0, context.remaining - rule.supply(group.live.values(), context))
+        supply = rule.supply(group.live.values(), context) if context.remaining else 0
+        topups = max(0, context.remaining - supply)
         if not group.live and not topups:  # no further decision will follow
             topups = context.remaining
         context.remaining -= topups

@@ -16,12 +16,14 @@ from transformers import AutoTokenizer
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.config import refuse_token, take_the_cpu_if_alone
 from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
+from arpo_trl.scripts.start import required_model, start_errors
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,8 @@ SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
 def main() -> None:
     arguments, config, model_config = parse_settings(SETTINGS)
     refuse_token(config)
-    tokenizer = AutoTokenizer.from_pretrained(model_config.model_name_or_path, revision=model_config.model_revision)
+    name = required_model(model_config)
+    tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
     loader = {".jsonl": "json", ".parquet": "parquet"}.get("." + arguments.dataset.rpartition(".")[2])
     try:
@@ -85,13 +88,14 @@ def main() -> None:
         "attn_implementation": model_config.attn_implementation,
         "dtype": model_config.dtype,
     }
-    trainer = SFTTrainer(
-        model=model_config.model_name_or_path,
-        args=config,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_config),
-    )
+    with start_errors():
+        trainer = SFTTrainer(
+            model=name,
+            args=config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+            peft_config=get_peft_config(model_config),
+        )
     show_compactly(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if config.push_to_hub:

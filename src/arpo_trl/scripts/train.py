@@ -21,6 +21,7 @@ from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.logs.progress import show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
+from arpo_trl.scripts.start import required_model, start_errors
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 
 
@@ -71,6 +72,7 @@ def main() -> None:
     follow_launcher()
     show_log()
     arguments, tool_arguments, config, model_config = parse_settings(SETTINGS)
+    name = required_model(model_config)
     config.model_init_kwargs = {
         **(config.model_init_kwargs or {}),
         "revision": model_config.model_revision,
@@ -87,16 +89,17 @@ def main() -> None:
     if arguments.judge_url is not None and arguments.judge_model is not None:
         judge = LLMJudge(arguments.judge_url, arguments.judge_model, cache=arguments.judge_cache)
     evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
-    trainer = ARPOTrainer(
-        model=model_config.model_name_or_path,
-        reward_funcs=HierarchicalReward(arguments.accuracy, judge=judge),
-        args=config,
-        train_dataset=load(arguments.dataset, arguments.dataset_split),
-        eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if evaluates else None,
-        tools=build_tools(tool_arguments, run=config.output_dir),
-        quantization_config=get_quantization_config(model_config),
-        peft_config=get_peft_config(model_config),
-    )
+    with start_errors():
+        trainer = ARPOTrainer(
+            model=name,
+            reward_funcs=HierarchicalReward(arguments.accuracy, judge=judge),
+            args=config,
+            train_dataset=load(arguments.dataset, arguments.dataset_split),
+            eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if evaluates else None,
+            tools=build_tools(tool_arguments, run=config.output_dir),
+            quantization_config=get_quantization_config(model_config),
+            peft_config=get_peft_config(model_config),
+        )
     trainer.other_settings = (model_config, arguments, tool_arguments)
     show_compactly(trainer)
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -33,6 +33,8 @@ class CallSource(StrEnum):
     """The call ran."""
     JOINED = "joined"
     """The call shared the execution of an identical call that was still running."""
+    SHARED = "shared"
+    """A path of the same group with the same history of calls made the call, and its result is used."""
     CACHED = "cached"
     """The cache held the result of an identical call."""
     REFUSED = "refused"

@@ -10,6 +10,8 @@ is free at once, even if its thread continues. (An async tool that blocks the lo
 A tool can set these attributes on its function:
 
     tool.deterministic = True   identical calls that run at the same time may share one execution and its result
+    tool.depends_on_calls_only = True   a result depends on the path's calls and on chance only, so that paths with
+                                the same history of calls may share it; see `arpo_trl.tools.sharing`
     tool.run_in = "main"        calls of this sync tool run in the thread that polls, one after the other, in order;
                                 they need no slot and have no deadline, because nothing can stop them there
     tool.create_state = create  its calls act on a state that each path has; see `arpo_trl.tools.state`
@@ -69,6 +71,9 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
 """Types with one obvious text form."""
 
+_OPENING = "opening of the states"
+"""Stands for a tool's name where the states of a path are opened. No tool has a name with spaces."""
+
 RunIn = Literal["thread", "main"]
 
 _Outcome = tuple[str, ToolFailure | None]  # text for the model, failure of the call
@@ -108,6 +113,8 @@ class ToolSpec:
     is_async: bool
     deterministic: bool
     """Identical calls may share one execution."""
+    depends_on_calls_only: bool
+    """A result depends on the calls of the path and on chance only, not on the moment or on other paths."""
     run_in: RunIn
     """Where a sync tool runs. "thread": each call in a new thread. "main": all calls in the thread that polls."""
     create_state: CreateState | None
@@ -121,7 +128,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
 
     If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
     `json_schema` holds the schema in the format of chat templates. This module's docstring explains the attributes
-    `deterministic`, `run_in` and `create_state`.
+    `deterministic`, `depends_on_calls_only`, `run_in` and `create_state`.
 
     Raises:
         ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
@@ -153,11 +160,14 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]
     single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
     is_async = inspect.iscoroutinefunction(tool)
-    deterministic: Any = getattr(tool, "deterministic", False)
+    declared: dict[str, Any] = {
+        attribute: getattr(tool, attribute, False) for attribute in ("deterministic", "depends_on_calls_only")
+    }
     run_in: Any = getattr(tool, "run_in", "thread")
     create_state: Any = getattr(tool, "create_state", None)
-    if not isinstance(deterministic, bool):
-        raise ToolSpecError(f"tool {name!r}: the attribute deterministic is {deterministic!r}; expected a bool.")
+    for attribute, value in declared.items():
+        if not isinstance(value, bool):
+            raise ToolSpecError(f"tool {name!r}: the attribute {attribute} is {value!r}; expected a bool.")
     if run_in not in get_args(RunIn):
         raise ToolSpecError(f"tool {name!r}: the attribute run_in is {run_in!r}; expected one of {get_args(RunIn)}.")
     if is_async and run_in == "main":
@@ -174,7 +184,7 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         parameters=tuple(signature.parameters),
         schema=schema,
         is_async=is_async,
-        deterministic=deterministic,
+        **declared,
         run_in=run_in,
         create_state=create_state,
         single_text_parameter=single,
@@ -190,6 +200,7 @@ class _Execution:
     call: ToolCall
     tool: BoundTool
     tickets: list[int]
+    timeout_s: float
     result: ToolResult | None = None
     """What came of it; None while it runs."""
 
@@ -293,6 +304,26 @@ class ToolBox:
         """Return the states for the calls of a path that starts at the root of `group`. The caller closes them."""
         return PathStates(group, self._create, self._no_state, self._notice_not_closed)
 
+    def open(self, states: PathStates | PathState) -> int:
+        """Open the states of a path in a thread, and return the ticket under which `poll` says how that ended.
+
+        Each of the `opening_steps` of the states may take as long as a call.
+        """
+
+        def run() -> str:
+            states.open()
+            return ""
+
+        tool = BoundTool(run=run, key=None, turn=None)
+        with self._lock:
+            ticket = self._tickets
+            self._tickets += 1
+            self._pending += 1
+        call = ToolCall(name=_OPENING, arguments={})
+        execution = _Execution(None, call, tool, [ticket], self._timeout_s * states.opening_steps)
+        self._scheduler.start(self._schedule(execution))
+        return ticket
+
     def submit(self, call: ToolCall, states: PathStates | None = None) -> int:
         """Start a call and return its ticket, under which `poll` delivers the result.
 
@@ -329,13 +360,23 @@ class ToolBox:
                 if running.result is not None:
                     self._done.put((ticket, replace(running.result, source=CallSource.JOINED)))
             else:
-                execution, spec = _Execution(key, call, tool, [ticket]), self.specs[call.name]
+                execution = _Execution(key, call, tool, [ticket], self._timeout_s)
+                spec = self.specs[call.name]
                 if key is not None and (spec.deterministic or self._cache is not None):
                     self._joinable[key] = execution
                 if spec.run_in == "main":
                     self._for_poller.append(execution)
                 else:
                     self._scheduler.start(self._schedule(execution))
+        return ticket
+
+    def submit_answered(self, result: ToolResult) -> int:
+        """Return a ticket under which `poll` delivers `result`, which the caller already has."""
+        with self._lock:
+            ticket = self._tickets
+            self._tickets += 1
+            self._pending += 1
+            self._done.put((ticket, result))
         return ticket
 
     def poll(self, timeout_s: float = 0.0) -> list[tuple[int, ToolResult]]:
@@ -418,9 +459,9 @@ class ToolBox:
         async with execution.tool.turn or contextlib.nullcontext(), slot_of_tool, self._slots:
             start = time.perf_counter()
             try:
-                text, failure = await asyncio.wait_for(self._start(execution), self._timeout_s)
+                text, failure = await asyncio.wait_for(self._start(execution), execution.timeout_s)
             except TimeoutError:
-                text, failure = self._overdue(execution.call.name)
+                text, failure = self._overdue(execution.call.name, execution.timeout_s)
             except RuntimeError as error:  # no thread can start; without a result the caller would wait forever
                 text, failure = self._as_text(execution.call.name, _Raised(error))
             seconds = time.perf_counter() - start
@@ -451,7 +492,7 @@ class ToolBox:
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))
 
-        if self.specs[call.name].is_async:
+        if call.name in self.specs and self.specs[call.name].is_async:
             return asyncio.wrap_future(self._async_tools.start(work_async()))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Outcome] = loop.create_future()
@@ -503,12 +544,12 @@ class ToolBox:
                 "what the state held may not be released. Further failures of its close() are not logged."
             )
 
-    def _overdue(self, name: str) -> _Outcome:
-        return f"Error: the {name} call took longer than {self._timeout_s:g} s.", ToolFailure.TIMEOUT
+    def _overdue(self, name: str, timeout_s: float) -> _Outcome:
+        return f"Error: the {name} call took longer than {timeout_s:g} s.", ToolFailure.TIMEOUT
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
         if isinstance(value, _Raised) and isinstance(value.error, _Overdue):
-            return self._overdue(name)
+            return self._overdue(name, self._timeout_s)
         if isinstance(value, _Raised):
             return self._presentable(_describe(value.error)), _failure_of(value.error)
         if isinstance(value, str):

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -95,30 +95,78 @@ def pack_rows(
         ValueError: A row has no token, or padding between its tokens.
     """
     ids, mask = input_ids.cpu().numpy(), attention_mask.cpu().numpy().astype(bool)
-    width = ids.shape[1]
+    first_column = ids.shape[1] - logits_to_keep
+    rows, starts = _rows(ids, mask)
+    trie = _trie(rows, multiple_of)
+    size = len(trie.ids)
+    labels = np.full(size, NO_LABEL, dtype=np.int64)
+    sources = np.zeros((len(rows), logits_to_keep), dtype=np.int64)
+    real = mask[:, first_column:] & (np.arange(first_column, ids.shape[1]) > starts[:, None])
+    if wanted is not None:
+        real &= wanted.cpu().numpy().astype(bool)
+    for at, row in enumerate(rows):
+        kept = real[at].nonzero()[0]
+        places = kept + first_column - starts[at]  # in the row; at least 1, so `places - 1` exists
+        sources[at, kept] = trie.places[at][places - 1]
+        labels[sources[at, kept]] = row[places]
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(input_ids.device)
+
+    return Pack(
+        ids=tensor(trie.ids)[None],
+        positions=tensor(trie.positions)[None],
+        labels=tensor(labels)[None],
+        sources=tensor(sources),
+        real=tensor(real),
+        edges=trie.edges,
+        calls=plan_calls(trie.edges, input_ids.device),
+        leaf_tokens=sum(map(len, rows)),
+        padded_tokens=ids.size,
+    )
+
+
+def _rows(ids: np.ndarray, mask: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """The rows without padding, and the column at which each of them starts."""
     starts, lengths = mask.argmax(axis=1), mask.sum(axis=1)
     stops = starts + lengths
-    columns = np.arange(width)
+    columns = np.arange(ids.shape[1])
     if not lengths.all() or not np.array_equal(mask, (columns >= starts[:, None]) & (columns < stops[:, None])):
         raise ValueError("A row has no token, or padding between its tokens; expected padding at its ends only.")
-    rows = [row[start:stop] for row, start, stop in zip(ids, starts, stops, strict=True)]
+    return [row[start:stop] for row, start, stop in zip(ids, starts, stops, strict=True)], starts
+
+
+class _Trie(NamedTuple):
+    """Rows laid out as a trie of N tokens."""
+
+    ids: np.ndarray
+    """(N,)"""
+    positions: np.ndarray
+    """(N,): each token's position in its rows."""
+    places: list[np.ndarray]
+    """For each row, the places of its tokens in the trie."""
+    edges: tuple[Edge, ...]
+
+
+def _trie(rows: Sequence[np.ndarray], multiple_of: int) -> _Trie:
+    """The rows as a trie, filled up to a multiple of `multiple_of` tokens."""
     # Big-endian bytes of non-negative numbers sort like the numbers.
     order = sorted(range(len(rows)), key=[row.astype(">i8").tobytes() for row in rows].__getitem__)
-
-    index = np.zeros(ids.shape, dtype=np.int64)  # (B, P + T): each row's tokens in the pack, from column 0 on
+    index = [np.zeros(0, dtype=np.int64)] * len(rows)
     added: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    path: list[tuple[int, int]] = []  # slices of the pack that make up the previous row
-    left: list[tuple[int, int, int]] = []  # slices of the pack, and the end of the rows that contain them
+    path: list[tuple[int, int]] = []  # slices of the trie that make up the previous row
+    left: list[tuple[int, int, int]] = []  # slices of the trie, and the end of the rows that contain them
     size = 0
     for before, at in zip([None, *order], order, strict=False):
         row = rows[at]
         shared = 0 if before is None else _shared_positions(rows[before], row)
-        index[at, :shared] = index[before, :shared] if before is not None else 0
-        index[at, shared : len(row)] = np.arange(size, size + len(row) - shared)
+        new = len(row) - shared
+        prefix = index[at] if before is None else index[before][:shared]
+        index[at] = np.concatenate([prefix, np.arange(size, size + new)])
         path, gone = _split(path, shared)
         left += [(*part, size) for part in gone]
-        if new := len(row) - shared:
+        if new:
             added.append(row[shared:])
             positions.append(np.arange(shared, len(row)))
             path.append((size, size + new))
@@ -133,33 +181,9 @@ def pack_rows(
     ends = np.full(size, size, dtype=np.int64)
     for start, stop, end in left:
         ends[start:stop] = end
-    starts_of_edges = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist()]
-    labels = np.full(size, NO_LABEL, dtype=np.int64)
-    sources = np.zeros((len(rows), logits_to_keep), dtype=np.int64)
-    real = mask[:, width - logits_to_keep :] & (columns[width - logits_to_keep :] > starts[:, None])
-    if wanted is not None:
-        real &= wanted.cpu().numpy().astype(bool)
-    for at, row in enumerate(rows):
-        kept = real[at].nonzero()[0]
-        places = kept + width - logits_to_keep - starts[at]  # in the row; at least 1, so `places - 1` exists
-        sources[at, kept] = index[at, places - 1]
-        labels[sources[at, kept]] = row[places]
-
-    def tensor(values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(values).to(input_ids.device)
-
-    edges = tuple((start, stop, int(ends[start])) for start, stop in pairwise([*starts_of_edges, size]))
-    return Pack(
-        ids=tensor(np.concatenate(added).astype(np.int64))[None],
-        positions=tensor(np.concatenate(positions))[None],
-        labels=tensor(labels)[None],
-        sources=tensor(sources),
-        real=tensor(real),
-        edges=edges,
-        calls=plan_calls(edges, input_ids.device),
-        leaf_tokens=int(lengths.sum()),
-        padded_tokens=ids.size,
-    )
+    starts = [0, *(np.flatnonzero(np.diff(ends)) + 1).tolist()]
+    edges = tuple((start, stop, int(ends[start])) for start, stop in pairwise([*starts, size]))
+    return _Trie(np.concatenate(added).astype(np.int64), np.concatenate(positions), index, edges)
 
 
 def _shared_positions(before: np.ndarray, row: np.ndarray) -> int:

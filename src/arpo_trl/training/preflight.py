@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from trl import GRPOConfig
 
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
-from arpo_trl.rollout.engines.base import Engine
+from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
@@ -31,11 +34,10 @@ from arpo_trl.trl_seam import get_config_model_id
 logger = get_logger(__name__)
 
 
-def refuse_own_rollouts(**given: Any) -> None:
-    """Raises ConfigError if one of these arguments of GRPOTrainer, which replace its rollouts, is not None."""
-    for name, value in given.items():
-        if value is not None:
-            raise ConfigError(f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
+def refuse_own_rollouts(rollout_func: Any) -> None:
+    """Raises ConfigError if this argument of GRPOTrainer, which replaces its rollouts, is not None."""
+    if rollout_func is not None:
+        raise ConfigError("rollout_func was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
 
 
 def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
@@ -50,6 +52,20 @@ def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
     if not isinstance(args, ARPOConfig):
         raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
     return args
+
+
+def log_defaults(args: ARPOConfig) -> None:
+    """Logs which of TRL's settings have this package's default instead of TRL's."""
+    trls = {setting.name: setting.default for setting in fields(GRPOConfig)}
+    changed = [
+        f"{setting.name} {setting.default} (TRL's: {trls[setting.name]})"
+        for setting in fields(args)
+        if setting.name in trls
+        and setting.default != trls[setting.name]
+        and getattr(args, setting.name) == setting.default
+    ]
+    if changed:
+        logger.info(f"Defaults that differ from TRL's (docs/from-grpo.md): {', '.join(changed)}.")
 
 
 def check_writable(folder: Path) -> None:
@@ -98,6 +114,39 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
         for function in reward_funcs:
             if (check := getattr(function, "check_dataset", None)) is not None:
                 check(dataset)
+
+
+def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any, environments: Any) -> None:
+    """Returns if rollouts can run ahead, or are not to.
+
+    Raises:
+        ConfigError: The engine cannot change its weights during a rollout, an epoch has too few rows, or paths have
+            environments.
+    """
+    if not args.rollouts_ahead:
+        return
+    if environments is not None:
+        raise ConfigError(
+            f"rollouts_ahead is {args.rollouts_ahead}, but an environment_factory was given: the environments of one "
+            "rollout are closed before those of the next are made. Set rollouts_ahead: 0."
+        )
+    if not isinstance(engine, EngineAhead):
+        raise ConfigError(
+            f"rollouts_ahead is {args.rollouts_ahead}, but {type(engine).__name__} gets new weights only while "
+            "nothing is sampled: it has no method `sync`. Set rollouts_ahead: 0, or use vLLM servers."
+        )
+    if not args.vllm_importance_sampling_correction:
+        logger.warning(
+            "rollouts_ahead is set without vllm_importance_sampling_correction: tokens that older weights sampled are "
+            "trained as if the current ones had sampled them."
+        )
+    prompts = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) // prompts <= args.rollouts_ahead:
+        raise ConfigError(
+            f"rollouts_ahead is {args.rollouts_ahead}, but an epoch has only {len(dataset) // prompts} generation "
+            f"batches ({len(dataset)} rows, {prompts} prompts per batch); expected more than that. Lower "
+            "rollouts_ahead, or use more rows."
+        )
 
 
 @contextmanager
@@ -182,11 +231,13 @@ def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARP
     """Returns `processing_class`, or the tokenizer that TRL would load. Does not load the model.
 
     Raises:
-        ConfigError: The processing class is multimodal.
+        ConfigError: There is none that can be loaded, or the processing class is multimodal.
     """
     if processing_class is None:
-        processing_class = AutoProcessor.from_pretrained(
+        processing_class = load_pretrained(
+            "tokenizer",
             model if isinstance(model, str) else get_config_model_id(model.config),
+            AutoProcessor.from_pretrained,
             revision=(args.model_init_kwargs or {}).get("revision"),
             truncation_side="left",
             padding_side="left",
@@ -201,8 +252,12 @@ def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
     """The number of token ids that the model has embeddings for."""
     if not isinstance(model, str):
         return int(model.get_input_embeddings().num_embeddings)
-    config = AutoConfig.from_pretrained(
-        model, revision=(args.model_init_kwargs or {}).get("revision"), trust_remote_code=args.trust_remote_code
+    config = load_pretrained(
+        "configuration",
+        model,
+        AutoConfig.from_pretrained,
+        revision=(args.model_init_kwargs or {}).get("revision"),
+        trust_remote_code=args.trust_remote_code,
     )
     return int(config.get_text_config().vocab_size)
 

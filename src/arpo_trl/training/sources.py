@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.config import ARPOConfig
-from arpo_trl.options import RolloutSchedule
+from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_sampler
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
@@ -71,6 +71,7 @@ def sampler_for(
         entropy_probe_tokens=args.entropy_probe_tokens,
         rule=args.make_branch_rule(),
         schedule=RolloutSchedule(args.rollout_schedule),
+        share_calls=ShareCalls(args.share_calls),
     )
 
 
@@ -145,7 +146,7 @@ def served_source(
     model: Any,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    trained: Callable[[], Hashable],
+    trained: Callable[[], int],
     reference: Callable[[Sequence[int]], list[float]],
 ) -> VLLMServers:
     """The vLLM servers that the settings name, once they are up and serve the trained model.

@@ -40,7 +40,8 @@ class TagProtocol(ToolProtocol):
             if spec.single_text_parameter is None:
                 raise ToolSpecError(
                     f"The tool {name!r} takes {list(spec.parameters)}; a call between tags has exactly one required "
-                    "`str` argument. Change the tool's signature to that."
+                    '`str` argument. Change the signature to that, or set tool_protocol to "chat_template", where a '
+                    "tool may take several arguments."
                 )
         super().__init__(tokenizer, tools, **settings)
         if self._wanted_parser != AUTO:

@@ -203,6 +203,7 @@ def offer(python: Any, run: Callable[..., Any], *, stateful: bool) -> Any:
             code: The Python code to run. numpy and sympy can be imported; {kept}.
         """
     python.isolation = str(run)
+    python.depends_on_calls_only = True  # each call starts from a fresh interpreter; a state is the path's cells
     if stateful:
         python.create_state = lambda group: PastCells(run)
     return python

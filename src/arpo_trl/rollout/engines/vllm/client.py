@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import httpx
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError, EngineError
@@ -63,27 +64,30 @@ class ServerClient:
             ConfigError: Something other than a vLLM server answers.
             EngineError: The server is not up after `away_s` seconds.
         """
-        deadline = time.monotonic() + away_s
-        while True:
-            try:
-                status = self._http.get("/health").status_code
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-            else:
-                if status == 200:
-                    return
-                if status < 500:
-                    raise ConfigError(
-                        f"{self.url} answers /health with {status}, so it is not a vLLM server. Correct "
-                        "vllm_server_urls, or free the port."
+        started = time.monotonic()
+        # A bar, since nothing else is printed meanwhile. It appears after five seconds.
+        with tqdm(total=round(away_s), desc=f"Waiting for vLLM at {self.url}", unit="s", delay=5, leave=False) as bar:
+            while True:
+                try:
+                    status = self._http.get("/health").status_code
+                except httpx.TransportError as error:
+                    problem = f"{type(error).__name__}: {error}"
+                else:
+                    if status == 200:
+                        return
+                    if status < 500:
+                        raise ConfigError(
+                            f"{self.url} answers /health with {status}, so it is not a vLLM server. Correct "
+                            "vllm_server_urls, or free the port."
+                        )
+                    problem = f"it answers {status}"
+                if (waited_s := time.monotonic() - started) >= away_s:
+                    raise EngineError(
+                        f"The vLLM server {self.url} did not come up within {away_s:.0f} s ({problem}). Start it, "
+                        "correct vllm_server_urls, or raise vllm_server_timeout."
                     )
-                problem = f"it answers {status}"
-            if time.monotonic() >= deadline:
-                raise EngineError(
-                    f"The vLLM server {self.url} did not come up within {away_s:.0f} s ({problem}). Start it, correct "
-                    "vllm_server_urls, or raise vllm_server_timeout."
-                )
-            time.sleep(0.5)
+                time.sleep(0.5)
+                bar.update(round(waited_s) - bar.n)
 
     def facts(self) -> ServerFacts:
         """Ask the server for its properties.
@@ -153,6 +157,11 @@ class ServerClient:
         """Unload an adapter, if the server has it; a restarted server does not."""
         if name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"]):
             self._request("POST", "/v1/unload_lora_adapter", "", {"lora_name": name})
+
+    def abort(self) -> None:
+        """End all running requests early. They are answered with the tokens that they have."""
+        hint = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
+        self._request("POST", "/abort_requests", hint, {})
 
     def mark(self, version: str) -> None:
         """Reset the prefix cache, which has states from other weights, and set the version of the weights."""

@@ -1,0 +1,23 @@
+"""TRL's parser of settings, with errors of one line."""
+
+from __future__ import annotations
+
+import re
+from typing import NoReturn
+
+from trl import TrlParser
+
+from arpo_trl.errors import ConfigError
+
+
+class SettingsParser(TrlParser):
+    """TRL's parser, which raises where argparse prints all flags and exits."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ConfigError with `message`, put into this package's words if it is about a value."""
+        wrong = re.fullmatch(r"argument --([\w-]+)\S*: invalid (\S+) value: (.+)", message, re.DOTALL)
+        if wrong is None:
+            raise ConfigError(message.replace("argument --", "", 1))
+        name, kind, value = wrong.groups()
+        kinds = {"int": "an integer", "float": "a number"}
+        raise ConfigError(f"{name.replace('-', '_')} is {value}; expected {kinds.get(kind, kind)}.")

@@ -1,0 +1,44 @@
+"""Loads models and tokenizers by folder or Hub id, and explains in one sentence why one cannot be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from arpo_trl.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: Any) -> T:
+    """Return `load(name, **arguments)`.
+
+    Args:
+        what: The kind of thing that is loaded, for the message.
+        name: A folder or a Hub id.
+
+    Raises:
+        ConfigError: It cannot be loaded. For a folder without the files of a model the message names the newest
+            checkpoint in it.
+    """
+    try:
+        return load(name, **arguments)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers, peft and the Hub client raise many kinds of errors
+        raise ConfigError(f"The {what} of {name!r} cannot be loaded: {_reason(name, error)}") from error
+
+
+def _reason(name: str, error: Exception) -> str:
+    folder = Path(name)
+    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if not folder.exists():
+        if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+            return "there is no such folder. Check the path."
+        return f"there is no such folder, and the Hub does not provide it ({told}). Check the name and the connection."
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
+    if checkpoints and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
+        newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+        return f"the folder has checkpoints, but no finished model. Give the newest checkpoint: {newest}."
+    return f"{told}. Expected a folder that save_pretrained wrote, or a Hub id."
