@@ -123,6 +123,8 @@ def test_the_trajectories_of_all_ranks_are_in_the_dataset(finished):
     assert {log.stem.rpartition("-")[2] for log in logs} == {"rank0", "rank1"}
     leaves = sum(len(tree.tree.leaves()) for log in logs for tree in read_trees(log))
     assert leaves == 2 * 2 * 4  # steps × ranks × leaves
+    for tree in (tree for log in logs for tree in read_trees(log)):
+        assert f"what is {tree.answers[0]}" in tree.prompt  # each tree has its own row's answer
     import pyarrow.parquet as pq
 
     (finished.folder / "train.parquet").write_bytes(finished.hub.repos["datasets", "me/trees"]["data/train.parquet"])
