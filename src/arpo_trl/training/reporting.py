@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from accelerate.logging import get_logger
@@ -11,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from arpo_trl.common.spans import Spans
+from arpo_trl.config import ARPOConfig
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally, tally_step
+from arpo_trl.logs.traces import send_traces
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import RolloutTree
@@ -31,6 +34,7 @@ class Reporting(GRPOTrainer):
     A mixin. A subclass calls `_log_rollout` once per scored rollout, and sets the attributes below.
     """
 
+    args: ARPOConfig
     tree_sampler: TreeSampler
     alarms: Alarms
     _tokenizer: PreTrainedTokenizerBase
@@ -65,8 +69,8 @@ class Reporting(GRPOTrainer):
         for name, value in rule.metrics().items():
             tally.add(name, value)
 
-    def _log_rollout(self, advantages: torch.Tensor) -> None:
-        """Logs metrics over all ranks, this rank's trees and, in training, alarms."""
+    def _log_rollout(self, advantages: torch.Tensor, answers: Sequence[Any]) -> None:
+        """Logs metrics over all ranks, this rank's trees and, in training, alarms. `answers` are those of the rows."""
         last, rewards = self._last, self._last_rewards
         assert last is not None and rewards is not None
         mode = "train" if self.model.training else "eval"
@@ -88,8 +92,13 @@ class Reporting(GRPOTrainer):
             step=self.state.global_step,
             first_group=last.first_group,
             decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
+            rule=self.tree_sampler.settings.rule,
+            answers=answers[:: len(answers) // len(last.rollout.trees)],
+            spans=last.rollout.spans,
         )
         self._trajectories.write(last.name, trees)
         if mode == "train":
+            if self.accelerator.is_main_process and "trackio" in self.args.report_to:
+                send_traces(self._trajectories.sample(last.name, trees))
             for message in self.alarms.check(merged):
                 logger.warning(f"Step {self.state.global_step}: {message}")

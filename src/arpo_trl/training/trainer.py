@@ -348,7 +348,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             self._attribute(batch)
             if self.model.training and self._micro_batches_dealt_together > 1:
                 batch[LEAF] = torch.arange(len(advantages), device=advantages.device)
-            self._log_rollout(advantages)
+            self._log_rollout(advantages, [row.get("answer") for row in inputs])
         return batch
 
     def _calculate_rewards(
