@@ -13,6 +13,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[2]
+_TERMINAL = re.compile(r"\x1b\[[0-9;]*m|\r")
 _LOG_LINE = re.compile(r"^\[\d{4}-\d\d-\d\d .*\n", re.MULTILINE)
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -34,7 +35,7 @@ def executed(path: Path, folder: Path, timeout_s: int = 240) -> Any:
 
 
 def keep_text(notebook: Any) -> None:
-    """Leaves of the outputs only the printed text: no warnings, log lines, progress bars, counts and pictures."""
+    """Leaves of the outputs only the printed text: no warnings, log lines, colours, counts and pictures."""
     for cell in notebook.cells:
         cell.metadata.clear()
         if cell.cell_type != "code":
@@ -43,7 +44,7 @@ def keep_text(notebook: Any) -> None:
         kept = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in kept:
             if "text" in output:
-                output.text = _LOG_LINE.sub("", output.text)
+                output.text = _LOG_LINE.sub("", _TERMINAL.sub("", output.text))
             if "data" in output:
                 output.data = {"text/plain": output.data["text/plain"]}
                 output.metadata.clear()
