@@ -51,7 +51,7 @@ def decide() -> None:
         Candidate(node=i, address=(i,), depth=1, turn=[i / 100] * 20, before=[], root=[0.5] * 20) for i in range(100)
     ]
     assert sum(decision.granted for decision in rule.decide(candidates, context)) == 49
-    assert rule.supply([LivePath(node=0, results=1)] * 16, context) == 16
+    assert rule.supply([LivePath(address=(0,), node=0, results=1)] * 16, context) == 16
 
 
 def attribute() -> None:

@@ -53,6 +53,16 @@ def process(text: str) -> str:
     return str(os.getpid())
 
 
+LINES: list[str] = []
+
+
+@server.tool()
+def note(text: str) -> str:
+    """Write a line, and read all lines."""
+    LINES.append(text)
+    return " ".join(LINES)
+
+
 @server.tool()
 def die(text: str) -> str:
     """Crash the server."""

@@ -27,6 +27,8 @@ from typing import IO
 
 import psutil
 
+from support import child_environment
+
 ROOT = Path(__file__).parent.parent
 EXACT = ("--mixed_precision", "no")
 """Flags of `accelerate launch` for a run with `bf16=False`, which the shipped files' bf16 would win over."""
@@ -117,6 +119,7 @@ def launched(
     if (before := os.environ.get("PYTHONPATH")) is not None:
         paths.append(before)
     variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
+    variables = child_environment(command, variables)
     started = time.time()
     with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
         process = subprocess.Popen(

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -83,6 +83,17 @@ def small_settings() -> dict[str, Any]:
         "eos_token_id": tokenizer().eos_token_id,
         "pad_token_id": tokenizer().pad_token_id,
     }
+
+
+def child_environment(command: Sequence[str | Path], environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` for a process that runs `command`. It finds vLLM only if the command names vLLM.
+
+    Many users have none, and without it a process starts a third faster.
+    """
+    paths = [environment.get("PYTHONPATH")]
+    if not any("vllm" in str(word) for word in command):
+        paths.insert(0, str(Path(__file__).with_name("without_vllm")))
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def found_with_vllm(script: str, folder: Path) -> Any:

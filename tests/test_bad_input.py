@@ -71,7 +71,7 @@ def test_what_the_bad_ones_are_made_from_trains(make):
 # Arguments of the trainer --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["rollout_func", "environment_factory"])
+@pytest.mark.parametrize("name", ["rollout_func"])
 def test_other_ways_to_roll_out_are_refused(make, name):
     with pytest.raises(ConfigError, match=f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools`"):
         make(**{name: lambda *_: None})

@@ -34,6 +34,7 @@ from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
+from transformers.utils.chat_template_utils import get_json_schema
 from trl import GRPOConfig, GRPOTrainer
 
 from arpo_trl import ARPOConfig, ARPOTrainer
@@ -422,6 +423,111 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
     # What a model reads of its mistakes is our own text.
     assert "error" in str(theirs[1][1].pop("content")).lower() and "Error" in ours[1][1].pop("content")
     assert ours[1] == theirs[1]
+
+
+class Counter:
+    """An environment as TRL's users write them: a row's start value, and a method that adds to it."""
+
+    def reset(self, start: int, **row: Any) -> str:
+        self.total = start
+        return f" from {start}"
+
+    def add(self, a: int) -> int:
+        """Adds to the total.
+
+        Args:
+            a: How much.
+        """
+        self.total += a
+        return self.total
+
+    async def double(self) -> int:
+        """Doubles the total."""
+        self.total *= 2
+        return self.total
+
+    def get_reward(self) -> float:
+        return float(self.total)
+
+
+def counted(row: int, turn: int) -> str:
+    """Row 0 adds 3 and doubles in one turn, row 1 adds 5, row 2 calls nothing; then the last turn."""
+    calls = [['{"name": "add", "arguments": {"a": 3}}', '{"name": "double", "arguments": {}}']]
+    calls += [['{"name": "add", "arguments": {"a": 5}}'], []]
+    return "so" if turn else "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls[row]) or "so"
+
+
+def test_an_environment_is_used_as_by_trls_own_loop(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    tok = AutoTokenizer.from_pretrained(models["qwen3"])
+    seen: dict[str, Any] = {}
+    schemas = []
+
+    class TrlsLoop(GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):
+            turn = int(len(prompt_ids) < M)  # the second has but the rows that called
+            return [tok(counted(row, turn))["input_ids"] + [tok.eos_token_id] for row in range(len(prompt_ids))], None
+
+    engine = ScriptedEngine(
+        tok, SamplingParams(eos_ids=(tok.eos_token_id,)), lambda request, _: counted(request.key[1], request.key[-1])
+    )
+    for kind, given in ((TrlsLoop, {}), (ARPOTrainer, {"engine": engine})):
+
+        def reward(prompts, completions, environments, name=kind.__name__, **kwargs):
+            totals = [environment.total for environment in environments]
+            seen[name] = (prompts, completions, totals, sorted(kwargs))
+            return [0.5 * total for total in totals]
+
+        protocol = {"tool_protocol": "chat_template"} if kind is ARPOTrainer else {}
+        case = Case(
+            {"max_completion_length": 400, "reward_weights": [2.0], **protocol},
+            _with(
+                model=models["qwen3"],
+                train_dataset=CHAT.add_column("start", [2] * len(CHAT)),
+                tools=[multiply],
+                environment_factory=Counter,
+                reward_funcs=reward,
+                **given,
+            ),
+            moves=False,
+        )
+        made = trained(kind, tmp_path / kind.__name__, case, models)
+        log = made.state.log_history[0]
+        assert [tool.__name__ for tool in made.tools] == ["multiply", "add", "double"]
+        schemas.append([get_json_schema(tool) for tool in made.tools])
+        # Totals (2 + 3) · 2 = 10, 2 + 5 = 7 and 2, mean 19 / 3; weights 2 and 1 on half of it and on it
+        assert log["rewards/Counter/mean"] == pytest.approx(19 / 3)
+        assert log["rewards/reward/mean"] == pytest.approx(19 / 6)
+        assert log["reward"] == pytest.approx(2 * 19 / 3)
+        assert log["tools/call_frequency"] == pytest.approx(1)
+        seen[f"{kind.__name__} loss"] = log["loss"]
+    assert schemas[0] == schemas[1]
+    theirs, ours = seen["TrlsLoop"], seen["ARPOTrainer"]
+    assert ours[0] == theirs[0]
+    assert [prompt[-1]["content"][-7:] for prompt in ours[0]] == [" from 2"] * 3
+    assert ours[1] == theirs[1]
+    assert ours[2] == theirs[2] == [10, 7, 2]
+    assert set(theirs[3]) <= set(ours[3])
+    assert seen["ARPOTrainer loss"] == pytest.approx(seen["TrlsLoop loss"], rel=0.03, abs=0.01)
+
+
+def test_an_environment_may_own_the_data(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    prompts = []
+
+    class Owner(Counter):
+        def reset(self, start: int = 3, **row: Any) -> str:
+            self.given = sorted(row)
+            prompts.append(self.given)
+            return super().reset(start, **row)
+
+    case = Case({"tool_protocol": "chat_template"}, _with(reward_funcs=None, environment_factory=Owner), moves=False)
+    for rows, given in ((None, ["prompt"]), (Dataset.from_dict({"start": [1, 2]}), [])):
+        prompts.clear()
+        case.given = _with(model=models["qwen3"], reward_funcs=None, train_dataset=rows, environment_factory=Owner)
+        made = trained(ARPOTrainer, tmp_path / str(rows is None), case, models)
+        assert prompts == [given] * M
+        assert made.state.log_history[0]["rewards/Owner/mean"] > 0
 
 
 def test_calls_by_tags_are_shown_to_rewards_in_the_same_way(models, tmp_path):

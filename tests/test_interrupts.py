@@ -18,7 +18,7 @@ from arpo_trl.errors import Interrupted
 from arpo_trl.runs.checkpoints import Checkpoints
 from arpo_trl.runs.interrupts import Interrupts
 from resuming import BOUND_S, make_trainer, outcome, save_calling_model
-from support import save_sharp_model
+from support import child_environment, save_sharp_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -222,7 +222,11 @@ class Run:
         environment = {**os.environ, "HANG": str(self.hang), "PYTHONPATH": os.pathsep.join(paths), **variables}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *words], env=environment, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, *words],
+                env=child_environment(words, environment),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.until(lambda: list(self.output.glob("trajectories/step-000001*")))
         self.hang.write_text(waits, "utf-8")

@@ -18,13 +18,14 @@ import pytest
 
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.net import background
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, mcp_tools
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from loopback import Asked, Loopback, Reply
-from support import tokenizer
+from support import ANSWER, Scripted, tokenizer
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -350,3 +351,29 @@ def test_the_token_is_sent_to_the_address(http: HttpServer, monkeypatch: pytest.
     assert server.asked[0].headers["authorization"] == "Bearer sk-PLANTED"
     assert "sk-PLANTED" not in str(error.value)
     assert "hidden" not in str(error.value)
+
+
+# A session per path --------------------------------------------------------------------------------------------------
+
+
+def test_with_per_path_each_path_has_a_session_and_a_branch_repeats_its_prefix() -> None:
+    def writes(request: Any, context: str) -> ScriptedTurn:
+        name = "/".join(map(str, request.key[1:]))
+        text = f"<note>{name}</note>" if request.key[-1] < 2 else ANSWER
+        return ScriptedTurn(text=text, entropies=[float(request.key[-1] == 1)])
+
+    children = set(psutil.Process().children(recursive=True))
+    tools = mcp_tools([COMMAND | {"per_path": True, "tools": ["note"]}])
+    batch = Scripted(writes, tools=tools, leaves=3, at_root=2, timeout_s=60.0)()
+    assert {leaf.address: leaf.calls[-1].text for leaf in batch.trees[0].leaves()} == {
+        (0,): "0/0 0/1",
+        (0, 1, 0): "0/0 0/1/0/1",
+        (1,): "1/0 1/1",
+    }
+    for child in set(psutil.Process().children(recursive=True)) - children:
+        child.wait(20)  # each server ends with its path
+
+
+def test_per_path_does_not_offer_what_an_environment_has_itself() -> None:
+    with pytest.raises(ConfigError, match=r"mcp_servers\[0\]: per_path must be true or false, got 1"):
+        mcp_tools([COMMAND | {"per_path": 1}])

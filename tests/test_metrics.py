@@ -10,6 +10,7 @@ from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
+from arpo_trl.rollout.rules.schedule import Schedule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
@@ -327,6 +328,11 @@ def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
 def test_every_alarm_listens_to_a_mean_that_exists(alarm):
     tally = Tally()
     tally_rewards([[0.0, 1.0]], tally)
+    rule = Schedule()
+    other = {"leaves": 4, "spent": None, "planned": []}
+    rule.load_state_dict({"score": [1.0, 1.0], "calls": [1.0, 0.0], "variance": {0: 0.2, 1: 0.1}} | other)
+    for name, value in rule.metrics().items():
+        tally.add(name, value)
     assert alarm.metric in {*tallied(tree_by_hand()).sums, *tally.sums}
     assert "{" not in alarm.advice.format(share="95%")
 

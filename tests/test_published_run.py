@@ -23,7 +23,7 @@ from wandb.proto.wandb_internal_pb2 import Record
 
 from arpo_trl.logs.trajectories import read_trees
 from hub_server import TOKEN, Hub
-from support import save_tiny_model
+from support import child_environment, save_tiny_model
 
 ROOT = Path(__file__).parents[1]
 SECRETS = {
@@ -77,7 +77,13 @@ def finished(tmp_path_factory):
             *("train.py", "--config", str(folder / "run.yaml")),
         ]
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=240
+            command,
+            cwd=ROOT,
+            env=child_environment(command, environment),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         yield Finished(folder, model, hub, done.stdout + done.stderr)

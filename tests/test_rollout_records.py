@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from inspect import isabstract
 from types import ModuleType
 
 import pytest
@@ -30,12 +31,12 @@ RECORDS = [
         for module in (build, engines, protocols, rules, sampler, scripted, tree)
         for record in public_records(module)
     ),
-    *(RULES.get(name) for name in ("threshold", "probability", "random", "ranked", "released")),
+    *(RULES.get(name) for name in RULES.own),
 ]
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.__name__)
 def test_a_public_record_takes_its_fields_by_name_and_shows_an_example(record):
     assert all(field.kw_only for field in fields(record))
-    example = "Always(" if record is rules.BranchRule else f"{record.__name__}("
+    example = f"({record.__name__})" if isabstract(record) else f"{record.__name__}("
     assert example in record.__doc__

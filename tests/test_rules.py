@@ -120,7 +120,7 @@ def test_ranked_serves_the_highest_entropies_whatever_their_delta():
 
 
 def supply(results: Iterable[int], remaining: int, branches_per_fork: int = 1) -> int:
-    live = [LivePath(node=0, results=count) for count in results]
+    live = [LivePath(address=(i,), node=0, results=count) for i, count in enumerate(results)]
     return Threshold(branches_per_fork=branches_per_fork).supply(live, Coin(remaining=remaining))
 
 
@@ -141,7 +141,10 @@ def test_every_extra_turn_per_fork_raises_what_branches_can_take():
 
 
 def test_every_file_of_the_package_registers_the_rule_of_its_name():
-    assert RULES.own == ["probability", "random", "ranked", "released", "threshold"]
+    assert RULES.own == [
+        *("aepo", "cbpo", "probability", "random", "ranked"),
+        *("released", "schedule", "surprisal", "threshold", "uniform"),
+    ]
     assert [RULES.get(name).name for name in RULES.own] == RULES.own
 
 
@@ -365,6 +368,30 @@ def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
         ConfigError, match=r"'disputed' granted \[3\] leaves for 1 observations; .* a sum of at most 1"
     ):
         Scripted(two_searches, leaves=2, at_root=1, rule=Greedy())()
+
+
+@pytest.mark.parametrize("roots", [0, 4])
+def test_a_rule_that_starts_no_path_or_too_many_is_an_error_that_says_so(roots):
+    class Rootless(Disputed):
+        moment = Moment.PROBE
+
+        def roots(self, planned: int, context: BranchContext) -> int:
+            return roots
+
+    with pytest.raises(ConfigError, match=rf"'disputed' starts {roots} paths at the root; expected 1 to 3"):
+        Scripted(two_searches, leaves=3, at_root=1, rule=Rootless())()
+
+
+def test_a_rule_may_decide_how_many_paths_start_at_the_root():
+    class AllAtOnce(Disputed):
+        moment = Moment.PROBE
+
+        def roots(self, planned: int, context: BranchContext) -> int:
+            return planned + context.remaining  # M
+
+    rollout = Scripted(two_searches, leaves=3, at_root=1, rule=AllAtOnce())()
+    assert [leaf.address for leaf in rollout.trees[0].leaves()] == [(0,), (1,), (2,)]
+    assert rollout.topups == [0]
 
 
 def test_alarms_ask_the_rule_whether_entropy_triggers_it():

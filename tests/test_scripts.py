@@ -1,6 +1,7 @@
 """The scripts as a user starts them: cold start, training, and the paper's configuration on rows of its layout."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.quickstart.__main__ import measure, prepare
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from shipped import replacements, run, save_data
-from support import save_tiny_model
+from support import child_environment, save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
@@ -19,7 +20,10 @@ pytestmark = pytest.mark.slow
 
 def launch(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
-    done = subprocess.run([*command, script, *flags], cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = child_environment([script, *flags], os.environ)
+    done = subprocess.run(
+        [*command, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -16,7 +17,9 @@ import run_notebooks
 import settings_page
 from arpo_trl.cli import parse_settings
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset
+from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.protocols import TagProtocol
+from arpo_trl.tools.builtin import ToolArguments
 from support import script, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,12 @@ def test_the_page_of_settings_is_what_the_code_says() -> None:
     outdated = [title for title in generated if title in page and page[title].strip() != generated[title].strip()]
     assert outdated == [], "run: python docs/_build/settings_page.py"
     assert [title for title, *_ in settings_page.OURS if title not in page] == []
+
+
+def test_every_setting_of_a_command_is_on_the_page() -> None:
+    listed = set(re.findall(r"^\| `(\w+)` \|", settings_page.page(), re.MULTILINE))
+    kinds = {*script("train").SETTINGS, *script("sft").SETTINGS, EvalSettings, ToolArguments}
+    assert {field.name for kind in kinds for field in dataclasses.fields(kind)} - listed == set()
 
 
 def test_a_setting_has_its_range_in_its_own_column() -> None:

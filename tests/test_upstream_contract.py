@@ -236,6 +236,7 @@ def test_a_sampler_draws_each_epochs_order_from_a_generator_of_its_own():
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("_evaluate", ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]),
         ("_get_train_sampler", ["self", "dataset"]),
@@ -270,6 +271,42 @@ def test_the_trainer_holds_the_attributes_that_ours_reads(trainer):
     assert trainer.max_completion_length == trainer.args.max_completion_length
     assert isinstance(trainer.reward_weights, torch.Tensor)
     assert trainer.model_wrapped is trainer.model
+    assert trainer.num_iterations == 1
+    assert (trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max) == (None, 3.0)
+
+
+def test_micro_batches_are_taken_from_the_epochs_iterator_with_next_and_no_further_than_asked(trainer):
+    rows = iter([[{"prompt": i}] for i in range(5)])
+    batches, count = trainer.get_batch_samples(rows, 3, trainer.args.device)
+    assert batches == [[{"prompt": i}] for i in range(3)] and count is None
+    assert next(rows) == [{"prompt": 3}]
+
+
+def test_reward_functions_are_read_at_each_call_and_get_the_columns_and_the_two_logs(trainer):
+    """So that results which were computed before can take their place."""
+    seen = []
+
+    def reward(*, prompts, completions, completion_ids, log_extra, log_metric, trainer_state, **columns):
+        log_extra("seen", list(completions))
+        log_metric("count", float(len(completions)))
+        seen.append((prompts, completions, completion_ids, trainer_state, columns))
+        return [0.5, None]
+
+    trainer.reward_funcs = [reward]
+    rows = [{"prompt": "a", "answer": i, "marks": i, "completion": "no"} for i in range(2)]
+    rewards = trainer._calculate_rewards(rows, ["a", "a"], ["b", "c"], [[1], [2]])
+    assert rewards[0].item() == 0.5 and rewards[1].isnan()
+    assert seen == [(["a", "a"], ["b", "c"], [[1], [2]], trainer.state, {"answer": [0, 1], "marks": [0, 1]})]
+    assert trainer._pending_extra_logs == {"seen": ["b", "c"]} and trainer._pending_metrics == {"count": [2.0]}
+
+
+def test_async_reward_functions_run_on_a_loop_of_the_trainer(model_path, tmp_path):
+    async def reward(completions, **_):
+        return [0.0] * len(completions)
+
+    settings = GRPOConfig(str(tmp_path), num_generations=M, per_device_train_batch_size=M, use_cpu=True)
+    made = GRPOTrainer(model=model_path, reward_funcs=reward, args=settings, train_dataset=ROWS)
+    assert made.async_loop.is_running()
 
 
 # TRL: rollouts -------------------------------------------------------------------------------------------------------
@@ -346,6 +383,18 @@ def test_extra_fields_reach_the_reward_functions_next_to_the_columns(trainer, re
     assert call["answer"] == [[str(i // M)] for i in range(8)]
     assert len(call["completions"]) == len(call["prompts"]) == 8
     assert {"log_metric", "log_extra", "trainer_state", "completion_ids"} <= set(call)
+
+
+def test_environments_that_are_set_while_completions_are_generated_reach_the_reward_functions(trainer, reward):
+    assert trainer.environments is None and trainer.environment_factories is None
+
+    def sets(prompts, of):
+        of.environments = list(range(8))
+        return rollout(prompts, of)
+
+    trainer.rollout_func = sets
+    batch(trainer)
+    assert reward.calls[0]["environments"] == list(range(8))
 
 
 def test_extra_fields_are_written_into_the_rows_that_were_passed(trainer):
@@ -570,6 +619,16 @@ def test_use_vllm_alone_turns_on_the_correction_from_sampling_logprobs(trainer):
     trained = (made["completion_mask"] * made["tool_mask"]).bool()
     assert torch.allclose(made["importance_sampling_ratio"][trained], expected[trained])
     assert trainer._metrics["train"]["sampling/sampling_logp_difference/mean"][0] > 0
+
+
+# vLLM's server: what ends requests early. tests/test_vllm_server_engine.py relies on what it answers -----------------
+
+
+@pytest.mark.vllm
+def test_a_server_can_end_all_requests_and_takes_a_salt_for_its_prefix_cache():
+    routes = (vllm_folder() / "entrypoints/serve/dev/rlhf/api_router.py").read_text("utf-8")
+    assert '@router.post("/abort_requests")' in routes
+    assert "cache_salt" in (vllm_folder() / "entrypoints/openai/completion/protocol.py").read_text("utf-8")
 
 
 # vLLM on a CPU: where it packs weights, and how it asks for the kernel -----------------------------------------------

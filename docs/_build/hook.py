@@ -19,7 +19,7 @@ import arpo_trl
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
-_LINK = re.compile(r"\]\(([^)\s#]+)(#[^)\s]*)?\)")
+_LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -32,17 +32,20 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replaces links to files of the repository by links to their pages. Links to other files become code."""
+    """Replaces links to files of the repository by links to their pages. Of links to other files the text remains."""
     home = Path(page.file.src_uri).parent
 
     def in_site(found: re.Match[str]) -> str:
-        target, anchor = found[1], found[2] or ""
-        if "://" in target or not (path := repository_path(page.file.src_uri, target)):
+        text, target, anchor = found[1], found[2], found[3] or ""
+        path = None if "://" in target else repository_path(page.file.src_uri, target)
+        if path is None:
             return found[0]
         uri = site_uri(path)
-        return f"]({relative(uri, home)}{anchor})" if files.get_file_from_path(uri) else f"]({target}{anchor})"
+        if files.get_file_from_path(uri):
+            return f"[{text}]({relative(uri, home)}{anchor})"
+        return text if (ROOT / path).exists() else found[0]  # what is missing is reported by the build
 
-    return _LINK.sub(in_site, re.sub(r"\[([^\]]*)\]\(LICENSE\)", r"\1", markdown))
+    return _LINK.sub(in_site, markdown)
 
 
 def repository_path(page: str, target: str) -> str | None:

@@ -19,18 +19,15 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 def executed(path: Path, folder: Path, timeout_s: int = 240) -> Any:
-    """The notebook with its outputs, run in `folder`/notebooks, as if `folder` were the repository.
+    """The notebook with its outputs, run in `folder`. No cell may take longer than `timeout_s` seconds.
 
     Raises:
         nbclient.exceptions.CellExecutionError: A cell raised an error.
     """
-    here = folder / "notebooks"
-    here.mkdir(exist_ok=True)
-    (folder / "configs").symlink_to(ROOT / "configs")
     commands = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=timeout_s, resources={"metadata": {"path": str(here)}})
-    client.execute(env={**os.environ, "PATH": commands, "TERM": "dumb", "OMP_NUM_THREADS": "1"})
+    client = NotebookClient(notebook, timeout=timeout_s, resources={"metadata": {"path": str(folder)}})
+    client.execute(env={**os.environ, "PATH": commands, "OMP_NUM_THREADS": "1"})
     return notebook
 
 

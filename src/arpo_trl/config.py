@@ -15,7 +15,14 @@ from trl import GRPOConfig
 from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
-from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, ShareCalls, SharedPrefixForward, WeightSync
+from arpo_trl.options import (
+    VLLM_KEY_VARIABLE,
+    RolloutSchedule,
+    ShareCalls,
+    SharedPrefixForward,
+    StaleTokens,
+    WeightSync,
+)
 from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
@@ -91,7 +98,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         default=None,
         metadata=described(
             "N: paths started at the root, at most M; the other M - N leaves are branches. N = M is GRPO. "
-            "None: M // 2.",
+            "None: M // 2, or what the branch rule says.",
             at_least=1,
         ),
     )
@@ -108,8 +115,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )  # fmt: skip
     branch_rule_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Options of branch_rule besides the four settings below, as in {option: value}. The "
-                  "package's own rules have none."},
+        metadata={"help": "Options of branch_rule besides the four settings below, as in {option: value}; see "
+                  "docs/algorithm.md."},
     )  # fmt: skip
     branch_probability: float = field(
         default=0.5, metadata=described("alpha: P = alpha + beta * dH.", at_least=0, at_most=1)
@@ -169,6 +176,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         metadata={"help": "Most calls of single tools that run at the same time, as in {search: 8}, in addition to "
                   "tool_concurrency. Each >= 1."},
     )  # fmt: skip
+    environment_concurrency: int | None = field(
+        default=None,
+        metadata=described(
+            "Most environments of environment_factory that exist at the same time, on this rank. None: as many as the "
+            "paths need.",
+            at_least=1,
+        ),
+    )
     tool_cache: bool = field(
         default=False,
         metadata={"help": "Whether an identical call reuses an earlier successful result. Only for tools that are "
@@ -255,6 +270,33 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         ),
     )
 
+    # Parameters that control rollouts during the update (docs/vllm.md)
+    rollouts_ahead: int = field(
+        default=0,
+        metadata=described(
+            "Generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
+            "vllm_mode 'server'.",
+            at_least=0,
+        ),
+    )
+    max_staleness: int | None = field(
+        default=None,
+        metadata=described(
+            "Most optimizer steps between the weights that sampled a token and the step that first trains on it. "
+            "Requires rollouts_ahead. None: what rollouts_ahead leads to.",
+            at_least=1,
+            unit="steps",
+        ),
+    )
+    stale_tokens: str = field(
+        default=StaleTokens.WAIT.value,
+        metadata=described(
+            "What happens to tokens that would be above max_staleness: 'wait' (rollouts start later, so that there "
+            "are none), 'drop' (they are not trained).",
+            choices=StaleTokens,
+        ),
+    )
+
     # Parameters that control the forward pass of the update
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
@@ -292,8 +334,9 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         assert self.steps_per_generation is not None
         self._check_groups_fit_rank(self.steps_per_generation)
         _ = self.tool_places  # raises
-        self.make_branch_rule()  # raises
+        self._check_branches()
         self._check_supported()
+        self._check_ahead()
         self._check_hub()
 
     def make_branch_rule(self) -> BranchRule:
@@ -331,10 +374,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         return self.vllm_server_urls or [one]
 
     def _check_paths(self) -> None:
-        """Sets the default of N and checks it against M. Checks the names of branch rule and credit."""
-        if self.initial_rollouts is None:
-            self.initial_rollouts = self.num_generations // 2
-        if self.initial_rollouts > self.num_generations:
+        """Checks N against M, and the names of branch rule and credit."""
+        if self.initial_rollouts is not None and self.initial_rollouts > self.num_generations:
             raise ConfigError(
                 f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {self.num_generations}; "
                 "expected an integer with 1 ≤ N ≤ M. N = M is plain GRPO."
@@ -342,6 +383,13 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         for name, known in (("branch_rule", RULES.names), ("advantage_attribution", attributions())):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected one of {known}.")
+
+    def _check_branches(self) -> None:
+        """Sets the default of N and checks that the branch rule can spend the other leaves."""
+        rule = self.make_branch_rule()
+        if self.initial_rollouts is None:
+            self.initial_rollouts = rule.first_paths(self.num_generations)
+        rule.check(self.num_generations, self.initial_rollouts, self.max_tool_calling_iterations)
 
     def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
         """Checks that a rank's batch holds whole groups: a tree cannot span ranks. TRL checks the global batch."""
@@ -352,6 +400,41 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} × steps_per_generation "
                 f"{steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
                 f"{self.num_generations}."
+            )
+
+    def _check_ahead(self) -> None:
+        """Raises ConfigError for settings that rollouts ahead contradict."""
+        if not self.rollouts_ahead:
+            if self.max_staleness is not None:
+                raise ConfigError(
+                    "max_staleness is set, but rollouts_ahead is 0, so that no token is stale. Unset it."
+                )
+            return
+        told = f"rollouts_ahead is {self.rollouts_ahead}"
+        if not self.use_vllm or self.vllm_mode != "server":
+            engine = "vLLM shares the device with the update" if self.use_vllm else "the model that is updated samples"
+            raise ConfigError(
+                f"{told}, but {engine}, so that a rollout cannot run meanwhile. Set use_vllm: true and vllm_mode: "
+                "server, or rollouts_ahead: 0."
+            )
+        if self.rollout_schedule == RolloutSchedule.ROUNDS:
+            raise ConfigError(
+                f"{told}, but rollout_schedule is 'rounds', whose rollouts repeat bit for bit: new weights reach a "
+                "rollout ahead at any moment. Set rollout_schedule: overlap."
+            )
+        assert self.steps_per_generation is not None
+        every, step = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        if every % step and step % every:
+            raise ConfigError(
+                f"{told}, but a rollout would begin in the middle of an optimizer step: steps_per_generation "
+                f"{self.steps_per_generation} × num_iterations {self.num_iterations} is neither a multiple nor a "
+                f"divisor of gradient_accumulation_steps {step}. Change one of them."
+            )
+        if self.max_staleness is not None and self.max_staleness < every // step:
+            raise ConfigError(
+                f"{told} and max_staleness is {self.max_staleness}, but the next rollout is first trained "
+                f"{every // step} steps later (steps_per_generation {self.steps_per_generation} × num_iterations "
+                f"{self.num_iterations} / gradient_accumulation_steps {step}). Set max_staleness to at least that."
             )
 
     def _check_hub(self) -> None:

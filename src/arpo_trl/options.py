@@ -46,6 +46,15 @@ class SharedPrefixForward(StrEnum):
     """TRL's padded batch."""
 
 
+class StaleTokens(StrEnum):
+    """What happens to tokens of rollouts ahead that would be staler than `max_staleness`."""
+
+    WAIT = "wait"
+    """They are not sampled: the rollout starts later."""
+    DROP = "drop"
+    """They are sampled, but not trained."""
+
+
 class WeightSync(StrEnum):
     """How weights are sent to vLLM servers."""
 

@@ -56,6 +56,14 @@ ALARMS = (
         advice="{share} of the searches got a notice instead of results: the service fails, its rate limit is "
         "reached, or search_max_calls is used up. See the warnings above. Such rollouts discourage searches.",
     ),
+    Alarm(
+        metric="schedule/gain",
+        limit=1.1,
+        advice="At equal calls the best widths give at most {share} of what independent paths give, so branching "
+        "cannot pay. Set initial_rollouts to num_generations (GRPO).",
+        below=True,
+        count=10,
+    ),
 )
 FIRE_RATE_ALARMS = (
     Alarm(

@@ -1,6 +1,6 @@
-"""`python -m arpo_trl.quickstart`: build, cold-start and train a small tool-using model, then report the results.
+"""`arpo-trl quickstart`: build, cold-start and train a small tool-using model, then report the results.
 
-Stage 1 runs `sft.py` and stage 2 runs `train.py`, with the configurations of configs/ that users start from.
+Stage 1 runs `arpo_trl.scripts.sft` and stage 2 `arpo_trl.scripts.train`, with configurations that users start from.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
@@ -23,15 +22,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from arpo_trl.cli import report_errors
-from arpo_trl.errors import ConfigError
+from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.quickstart.corpus import passages
-from arpo_trl.quickstart.demonstrations import make_demonstrations
+from arpo_trl.quickstart.demonstrations import PLAIN_QUERIES, VARIED_QUERIES, make_demonstrations
 from arpo_trl.quickstart.heldout import HeldOut, answer_heldout
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.runs.output_folder import prepare_output
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
@@ -43,17 +43,24 @@ N_DEMONSTRATIONS, SFT_BATCH = 15_360, 16
 TOP_K = 2
 MAX_COMPLETION_LENGTH = 208
 MAX_TOOL_CALLS = 5
-SFT_CONFIG, RL_CONFIG = Path("configs/quickstart_sft.yaml"), Path("configs/quickstart.yaml")
-ACCELERATE_CONFIG = Path("accelerate_configs/single.yaml")
+SFT_CONFIG, RL_CONFIG = shipped_file(CONFIGS, "quickstart_sft"), shipped_file(CONFIGS, "quickstart")
+ACCELERATE_CONFIG = shipped_file(ACCELERATE_CONFIGS, "single")
 
 
-def prepare(folder: Path, seed: int) -> None:
-    """Write the input of both stages: the corpus, the questions, the demonstrations and an untrained model."""
+def prepare(
+    folder: Path, seed: int, *, hard: bool = False, n_heldout: int = N_HELDOUT, n_train: int = N_TRAIN
+) -> None:
+    """Write the input of both stages: the corpus, the questions, the demonstrations and an untrained model.
+
+    `hard` selects the variant of the task in which queries have many forms (`VARIED_QUERIES`).
+    """
     folder.mkdir(parents=True, exist_ok=True)
     corpus = passages()
-    train, heldout = make_tasks(seed, N_TRAIN, N_HELDOUT)
+    train, heldout = make_tasks(seed, n_train, n_heldout)
     search = search_tool(LocalIndex(corpus), top_k=TOP_K)
-    demonstrations = like_lengths_together(make_demonstrations(train, search, seed, N_DEMONSTRATIONS), seed)
+    queries = VARIED_QUERIES if hard else PLAIN_QUERIES
+    made = make_demonstrations(train, search, seed, N_DEMONSTRATIONS, queries=queries)
+    demonstrations = like_lengths_together(made, seed)
     _write_lines(folder / "corpus.jsonl", corpus)
     _write_lines(folder / "train.jsonl", train)
     _write_lines(folder / "heldout.jsonl", heldout)
@@ -95,7 +102,7 @@ def measure(model: Path, data: Path, seed: int, *, temperature: float, device: t
 
 
 def launch(script: str, config: Path, *flags: str) -> float:
-    """Run a training script with `accelerate launch`, as a user does. Return the seconds it took.
+    """Run a program of `arpo_trl.scripts` with `accelerate launch`. Return the seconds it took.
 
     Raises:
         SystemExit: The script failed. It has printed its own error.
@@ -104,7 +111,7 @@ def launch(script: str, config: Path, *flags: str) -> float:
     # By default accelerate gives a process one thread. This model does not get faster with more than four.
     environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
     start = time.perf_counter()
-    command += [script, "--config", str(config), *flags]
+    command += ["--module", f"arpo_trl.scripts.{script}", "--config", str(config), *flags]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
@@ -113,24 +120,29 @@ def launch(script: str, config: Path, *flags: str) -> float:
 
 @report_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m arpo_trl.quickstart", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="arpo-trl quickstart",
+        description="Builds a tiny model, teaches it the format of tool calls on demonstrations, trains it with ARPO "
+        "and reports the results. Takes a few minutes on a CPU and downloads nothing.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
-    parser.add_argument("--config", type=Path, default=RL_CONFIG, help=f"file of stage 2 (default: {RL_CONFIG})")
+    parser.add_argument("--hard", action="store_true", help="the harder variant: search queries have many forms")
+    parser.add_argument("--config", default="quickstart", help="name or file of stage 2's settings")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="remove an earlier quickstart in --output")
     arguments = parser.parse_args()
-    for needed in (Path("train.py"), Path("sft.py"), SFT_CONFIG, arguments.config, ACCELERATE_CONFIG):
-        if not needed.exists():
-            raise ConfigError(f"{needed} does not exist. Run the quickstart in the root of a checkout of arpo-trl.")
+    config = file_or_shipped(CONFIGS, arguments.config)
     transformers_logging.disable_progress_bar()
     console = Console()
     output, seed = arguments.output, arguments.seed
     data, sft, rl = output / "data", output / "sft", output / "rl"
-    shutil.rmtree(rl, ignore_errors=True)  # an earlier run's logs must not mix with this run's
+    for folder in (sft, rl):
+        prepare_output(str(folder), resume=None, overwrite=arguments.overwrite_output_dir)
 
     console.rule("[bold]Stage 1: cold start on noisy demonstrations")
-    prepare(data, seed)
+    prepare(data, seed, hard=arguments.hard)
     seconds_sft = launch(
-        "sft.py",
+        "sft",
         SFT_CONFIG,
         *("--model_name_or_path", str(data / "base")),
         *("--dataset", str(data / "demonstrations.jsonl")),
@@ -146,8 +158,8 @@ def main() -> None:
 
     console.rule("[bold]Stage 2: reinforcement learning")
     seconds_rl = launch(
-        "train.py",
-        arguments.config,
+        "train",
+        config,
         *("--model_name_or_path", str(sft)),
         *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
         *("--search_index", str(data / "corpus.jsonl")),
@@ -167,7 +179,8 @@ def main() -> None:
         "seconds_sft": seconds_sft,
         "seconds_rl": seconds_rl,
         "seed": seed,
-        "config": str(arguments.config),
+        "hard": arguments.hard,
+        "config": config.name,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     draw(history, summary, places, entropy_places(after.trees), output / "quickstart.png")

@@ -20,6 +20,15 @@ _POINTER = re.compile(r"look under (.+)\.")
 _ASKED_VERBS = {topic.asked: topic.asked_sentence.split()[1] for topic in TOPICS}
 _NOTHING = Quantity("0", "")
 
+PLAIN_QUERIES = ("{asked} of {name}",)
+"""The form of a search query in the quickstart."""
+VARIED_QUERIES = tuple(
+    opening + body
+    for opening in ("", "find ", "give ", "what ")
+    for body in ("{asked} of {name}", "{asked} for {name}", "{name} {asked}")
+)
+"""Forms with the same results, since no passage has their other words. Rollouts of a prompt rarely repeat a query."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoiseRates:
@@ -75,6 +84,7 @@ def make_demonstrations(
     n: int,
     noise: NoiseRates = NoiseRates(),
     failures: Failures = NO_FAILURES,
+    queries: Sequence[str] = PLAIN_QUERIES,
 ) -> list[dict[str, Any]]:
     """Return `n` demonstrations, rows {messages}. They cycle through `tasks` in order, with new mistakes each time.
 
@@ -85,11 +95,12 @@ def make_demonstrations(
         n: Number of rows.
         noise: Probability of each mistake; `NO_NOISE` solves every task.
         failures: Probability that a call fails, and the error texts.
+        queries: Forms of a search query, all with equal probability.
     """
     rng = random.Random(seed)
     rows = []
     for i in range(n):
-        trajectory = _Trajectory(tasks[i % len(tasks)]["prompt"], search, rng, noise, failures)
+        trajectory = _Trajectory(tasks[i % len(tasks)]["prompt"], search, rng, noise, failures, queries)
         _demonstrate(trajectory, rng, noise)
         rows.append({"messages": trajectory.messages})
     return rows
@@ -105,15 +116,20 @@ class _Trajectory:
         rng: random.Random,
         noise: NoiseRates,
         failures: Failures,
+        queries: Sequence[str],
     ):
         self.messages: list[dict[str, str]] = [dict(message) for message in prompt]
         self._search = search
         self._rng = rng
         self._noise = noise
         self._failures = failures
+        self._queries = queries
 
-    def search(self, query: str) -> str | None:
+    def search(self, asked: str, name: str) -> str | None:
         """Return the search result; None if the call failed and the policy gave up."""
+        # With one form no random number is drawn, so that all other draws stay the same.
+        form = self._rng.choice(self._queries) if len(self._queries) > 1 else self._queries[0]
+        query = form.format(asked=asked, name=name)
         result = self._search(query)
         return result if self._call("search", query, result) else None
 
@@ -159,7 +175,7 @@ def _look_up(
     trajectory: _Trajectory, question: Question, name: str, rng: random.Random, noise: NoiseRates
 ) -> tuple[Quantity | None, list[Quantity]]:
     """Return the value chosen for `name`, or None if none was found, and the other values on its pages."""
-    result = trajectory.search(f"{question.asked} of {name}")
+    result = trajectory.search(question.asked, name)
     if result is None:
         return None, []
     pages = _pages_about(name, result)
@@ -168,7 +184,7 @@ def _look_up(
         if rng.random() < noise.skip_second_query:
             return None, []  # the page of an alias has no number
         name = pointer
-        result = trajectory.search(f"{question.asked} of {name}")
+        result = trajectory.search(question.asked, name)
         if result is None:
             return None, []
         pages = _pages_about(name, result)

@@ -89,6 +89,8 @@ class GroupRequest:
 class Finished:
     """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
 
+    `cause` is the exception that `error` describes. `RolloutBatch` explains the other two.
+
     Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
     """
 
@@ -96,6 +98,9 @@ class Finished:
     tree: RolloutTree | None
     error: str | None
     seconds: float
+    cause: Exception | None = None
+    topups: int = 0
+    turns_in_sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +245,8 @@ class TreeSampler:
         self.settings = settings
         self.score = score
         self._check(settings)
+        self.tool_wait_s = 0.0
+        """Seconds spent waiting for tools since the sampler was created."""
         self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception that it raises, as on an interrupt, ends the rollout."""
 
@@ -265,7 +272,7 @@ class TreeSampler:
 
     def stream(
         self,
-        requests: Iterable[GroupRequest],
+        requests: Iterable[GroupRequest | None],
         *,
         seed: tuple[int | str, ...],
         groups_at_once: int,
@@ -274,7 +281,8 @@ class TreeSampler:
         """Yield the outcome of each request as soon as it is finished. At most `groups_at_once` groups run at a time.
 
         An error in one request, for example a prompt that leaves no room, becomes its outcome and does not stop the
-        others. `requests` is read only when a new group can start, so it may be of any length.
+        others. `requests` is read only when a new group can start, so it may be of any length. It may yield None as
+        long as groups run: there is no request yet, and the stream asks again after the next events.
 
         Raises:
             EngineError: The engine violates its contract outside a single request, or lost its server.
@@ -301,45 +309,55 @@ class _Run:
     """The state of one call of `sample` or `stream`."""
 
     def __init__(self, sampler: TreeSampler, settings: TreeSettings, seed: tuple[int | str, ...]):
+        self.sampler = sampler
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
         self.between_events, self.score = sampler.between_events, sampler.score
         self.settings = settings
         self.seed = seed
         self.writing: dict[int, _Path] = {}
         self.calling: dict[int, SubmittedCall[tuple[_Calling, int]]] = {}
+        self.opening: dict[int, _Path] = {}
+        """Paths whose first turn waits until their states are open."""
+        self.waiting: list[_Path] = []
+        """Paths whose states may not open yet, in the order in which they came."""
         self.open_states: dict[PathStates, None] = {}
         """The states that are not closed yet, as an ordered set."""
         self.requests = 0
-        self.tool_wait_s = 0.0
         self.shares_calls = settings.share_calls is ShareCalls.HISTORY
         self.isolates = False
         """Whether an error in a group ends only that group."""
 
     def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
-        start, forward_before = time.perf_counter(), self.engine.forward_s
+        start, forward_before, tool_wait_before = time.perf_counter(), self.engine.forward_s, self.sampler.tool_wait_s
         with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
             groups = [self._start(request) for request in requests]
-            while self.writing or self.calling:
+            while self.writing or self.calling or self.opening:
                 for group in self._advance():
                     self._branch(group)
                     if not group.live:
                         self._release(group)
+            if self.waiting:
+                raise EngineError(
+                    f"{len(self.waiting)} paths wait for room to open their states, and no path is left that would "
+                    "make room: states that hang hold it. Raise environment_concurrency, or lower tool_timeout_s."
+                )
             closing = time.perf_counter()
         end = time.perf_counter()
         for group in groups:
             group.tree.check(self.settings.num_generations)
         forward_s = self.engine.forward_s - forward_before
+        tool_wait_s = self.sampler.tool_wait_s - tool_wait_before
         return RolloutBatch(
             trees=[group.tree for group in groups],
             times=RolloutTimes(
-                total_s=end - start, forward_s=forward_s, tool_wait_s=self.tool_wait_s, sync_s=sync_s + end - closing
+                total_s=end - start, forward_s=forward_s, tool_wait_s=tool_wait_s, sync_s=sync_s + end - closing
             ),
             topups=[group.topups for group in groups],
             turns_in_sequence=[group.longest_chain for group in groups],
         )
 
-    def stream(self, requests: Iterable[GroupRequest], groups_at_once: int) -> Iterator[Finished]:
+    def stream(self, requests: Iterable[GroupRequest | None], groups_at_once: int) -> Iterator[Finished]:
         self.isolates = True
         waiting = iter(requests)
         live: set[int] = set()
@@ -350,7 +368,7 @@ class _Run:
                         self._start(request)
                     except Exception as error:
                         self._forget(request.id)
-                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0)
+                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0, cause=error)
                     else:
                         live.add(request.id)
                 if not live:
@@ -368,8 +386,15 @@ class _Run:
             self._release(group)
             self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds)
-        return Finished(id=group.id, tree=group.tree, error=None, seconds=seconds)
+            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds, cause=group.error)
+        return Finished(
+            id=group.id,
+            tree=group.tree,
+            error=None,
+            seconds=seconds,
+            topups=group.topups,
+            turns_in_sequence=group.longest_chain,
+        )
 
     def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
         """Run `step`. In a stream an error ends only its group."""
@@ -387,8 +412,11 @@ class _Run:
         self.calling = {
             ticket: call for ticket, call in self.calling.items() if call.waiting[0][0].path.group.id != group
         }
+        self.opening = {ticket: path for ticket, path in self.opening.items() if path.group.id != group}
+        self.waiting = [path for path in self.waiting if path.group.id != group]
         for states in [states for states in self.open_states if states.group == group]:
             self._close(states)
+        self._admit()
 
     # States of tools -------------------------------------------------------------------------------------------------
 
@@ -415,11 +443,36 @@ class _Run:
         while group.states_after:
             self._close(group.states_after.popitem()[1])
 
+    def _begin(self, path: _Path) -> None:
+        """Submit the first turn of a path once its states are open."""
+        if not path.states.opening_steps:
+            self._write(path)
+            return
+        self._record_live(path)
+        self.waiting.append(path)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Open the states of the paths that have waited longest, as far as they may open."""
+        while self.waiting and self.waiting[0].states.admit():
+            path = self.waiting.pop(0)
+            self.opening[self.toolbox.open(path.states)] = path
+
+    def _opened_path(self, path: _Path, result: ToolResult) -> None:
+        """Submit the first turn of a path whose states are open. If they could not be, another path replaces it."""
+        if path.states.opened(result.failure, result.text):
+            self._write(path)
+            return
+        del path.group.live[path.address]
+        self._close(path.states)
+        path.group.topups += 1
+        self._start_at_root(path.group, 1, waited=path.waited)
+
     def _write_branch(self, path: _Path, address: Address) -> None:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
         assert path.states_for_branches is not None  # kept while the budget lasts
         states = self._opened(path.states_for_branches.fork())
-        self._write(replace(path, address=address, states=states, states_for_branches=None))
+        self._begin(replace(path, address=address, states=states, states_for_branches=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -428,12 +481,16 @@ class _Run:
         self.between_events()
         touched: dict[int, _Group] = {}
         if self.writing:
-            for event in self.engine.poll(BUSY_POLL_S if self.calling else IDLE_POLL_S):
+            for event in self.engine.poll(BUSY_POLL_S if self.calling or self.opening else IDLE_POLL_S):
                 if (path := self.writing.get(event.id)) is None:
                     continue  # its group failed earlier
                 touched[path.group.id] = path.group
                 self._run_isolated(path.group, partial(self._take_event, path, event))
         for ticket, result in self._tool_results():
+            if (path := self.opening.pop(ticket, None)) is not None:
+                touched[path.group.id] = path.group
+                self._run_isolated(path.group, partial(self._opened_path, path, result))
+                continue
             if (call := self.calling.pop(ticket, None)) is None:
                 continue  # its group failed earlier
             for (calling, i), delivered in call.deliver(result):
@@ -455,14 +512,14 @@ class _Run:
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
-        if not self.calling or (rounds and self.writing):
+        if not (self.calling or self.opening) or (rounds and self.writing):
             return []
         start = time.perf_counter()  # counts while turns decode too: this poll runs the tools that run in this thread
         results = self.toolbox.poll(0.0 if self.writing else IDLE_POLL_S)
-        while rounds and len(results) < len(self.calling):
+        while rounds and len(results) < len(self.calling) + len(self.opening):
             self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)
-        self.tool_wait_s += time.perf_counter() - start
+        self.sampler.tool_wait_s += time.perf_counter() - start
         return sorted(results, key=lambda result: result[0])
 
     def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:
@@ -474,7 +531,7 @@ class _Run:
     def _turn_finished(self, path: _Path, turn: Turn) -> None:
         path = self._probed(path, turn.entropies)  # changes nothing after a Probe
         text = self.protocol.decode_turn(turn.ids)
-        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
+        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies, turn.versions)
         path = replace(
             path,
             parent=node.index,
@@ -558,23 +615,29 @@ class _Run:
 
     def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
         """Record the results of a turn's calls and submit the turn that continues from them."""
-        path = self._with_calls_recorded(path, [call for call in calls if call.source is not CallSource.REFUSED])
+        path, calls = self._with_calls_recorded(path, calls)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = self.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
 
-    def _with_calls_recorded(self, path: _Path, calls: Sequence[ExecutedCall]) -> _Path:
-        """Record a turn's calls in the states of the path. If another path made them, take a fork of its states."""
-        on_state = [call for call in calls if self.toolbox.specs[call.name].create_state is not None]
+    def _with_calls_recorded(self, path: _Path, calls: Sequence[ExecutedCall]) -> tuple[_Path, Sequence[ExecutedCall]]:
+        """Record a turn's calls in the states of the path. If another path made them, take a fork of its states.
+
+        The returned calls hold what they changed.
+        """
+        made = [call for call in calls if call.source is not CallSource.REFUSED]
+        on_state = [call for call in made if self.toolbox.specs[call.name].create_state is not None]
         if any(call.source is CallSource.SHARED for call in on_state):
             states = self._opened(path.group.states_after[path.history].fork())
             self._close(path.states)
-            return replace(path, states=states)
-        for call in calls:
-            path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
+            return replace(path, states=states), calls
+        changes = {
+            id(call): path.states.record(ToolCall(name=call.name, arguments=call.arguments), call.failure)
+            for call in made
+        }
         if on_state and self.shares_calls:
             path.group.states_after[path.history] = self._opened(path.states.fork())
-        return path
+        return path, [replace(call, changed=changes.get(id(call))) for call in calls]
 
     def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
         """Add an observation and submit the turn under it; end the path if it has no room for both."""
@@ -600,21 +663,37 @@ class _Run:
             seed_of=lambda place: self._draw("branch", (request.id, *place)),
         )
         context.state = settings.rule.start(context)
+        roots = self._roots(context)
         group = _Group(request.id, context.tree, context, branches=context.remaining > 0)
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
                 f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length} "
                 "tokens: no room for a completion. Shorten or drop the prompt."
             )
-        self._start_at_root(group, settings.initial_rollouts, waited=0)
+        self._start_at_root(group, roots, waited=0)
         return group
+
+    def _roots(self, context: BranchContext) -> int:
+        """The number of paths that start at the root at first; the rest of the leaves is the budget."""
+        leaves, planned, rule = self.settings.num_generations, self.settings.initial_rollouts, self.settings.rule
+        if planned == leaves:
+            return leaves
+        roots = rule.roots(planned, context)
+        if not 1 <= roots <= leaves:
+            raise ConfigError(
+                f"The branch rule {rule.name!r} starts {roots} paths at the root; expected 1 to {leaves}. Correct its "
+                "`roots`."
+            )
+        context.remaining = leaves - roots
+        return roots
 
     def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
         for _ in range(count):
             states = self._opened(self.toolbox.create_states(group.id))
+            states.start()
             path = _Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
             group.starts += 1
-            self._write(path)
+            self._begin(path)
 
     def _write(self, path: _Path) -> None:
         """Submit the path's next turn."""
@@ -635,13 +714,16 @@ class _Run:
     def _record_live(self, path: _Path) -> _Path:
         """Record how many more tool results the path may branch at, and return the path."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
-        path.group.live[path.address] = LivePath(node=path.parent, results=to_come + path.decides)
+        results = to_come + path.decides
+        path.group.live[path.address] = LivePath(address=path.address, node=path.parent, results=results)
         return path
 
     def _end(self, path: _Path, reason: StopReason) -> None:
         path.group.tree.end(path.parent, path.address, reason)
         del path.group.live[path.address]
-        self._close(path.states)
+        del self.open_states[path.states]
+        path.states.finish(path.address)
+        self._admit()
 
     def _room(self, group: _Group, length: int) -> int:
         """Tokens left for a path of `length` ids, prompt included."""
@@ -681,7 +763,8 @@ class _Run:
             path = replace(path, decides=False, waited=waited)
             for j in range(before, after):
                 self._write_branch(path, (*path.address, path.depth, j))
-        topups = max(0, context.remaining - rule.supply(group.live.values(), context))
+        supply = rule.supply(group.live.values(), context) if context.remaining else 0
+        topups = max(0, context.remaining - supply)
         if not group.live and not topups:  # no further decision will follow
             topups = context.remaining
         context.remaining -= topups

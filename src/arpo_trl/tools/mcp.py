@@ -4,6 +4,8 @@
 
 Sessions run on the background event loop of the tools. If a server stops, its running calls fail with an error text,
 and the next call reconnects. Servers that this process started end with it.
+
+With `per_path` each path has a session, which is an environment: a branch repeats the calls of its prefix in its own.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from typing import IO, Any
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolUnavailable
 from arpo_trl.net import background
 from arpo_trl.net.addresses import check_server_url
+from arpo_trl.tools.environments.kind import NOT_TOOLS, environment_kind
+from arpo_trl.tools.environments.state import Environments
 from arpo_trl.visible import without_credentials
 
 START_TIMEOUT_S = 60.0
@@ -54,6 +58,8 @@ class McpServer:
     """Name of the environment variable with the token, which is sent to `url` as `Authorization: Bearer`."""
     tools: Sequence[str] | None = None
     """Names of the tools to offer; None: all."""
+    per_path: bool = False
+    """Whether each path has a session of its own, for servers whose tools keep a state in the session."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], where: str) -> McpServer:
@@ -74,6 +80,8 @@ class McpServer:
                 raise ConfigError(f"{where}: {name} must be a list of strings, got {type(value).__name__}.")
             if name in ("command", "url", "token_env") and not isinstance(value, str):
                 raise ConfigError(f"{where}: {name} must be a string, got {type(value).__name__}.")
+            if name == "per_path" and not isinstance(value, bool):
+                raise ConfigError(f"{where}: per_path must be true or false, got {value!r}.")
         server = cls(**settings)
         if (server.command is None) == (server.url is None):
             raise ConfigError(f"{where} must have either command or url.")
@@ -118,9 +126,39 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
         if missing:
             session.close()
             raise ConfigError(f"{where} ({server.shown}) has no tools {missing}; it has {sorted(offered)}.")
-        wanted = offered if server.tools is None else server.tools
-        tools += [_as_function(session, offered[name]) for name in wanted]
+        wanted = [offered[name] for name in (offered if server.tools is None else server.tools)]
+        if server.per_path:
+            session.close()
+            tools += _tools_per_path(server, timeout_s, where, wanted)
+        else:
+            tools += [_as_function(session, tool) for tool in wanted]
     return tools
+
+
+def _tools_per_path(server: McpServer, timeout_s: float, where: str, tools: Sequence[Any]) -> list[Callable[..., Any]]:
+    """Return the tools of a server as those of an environment that opens a session for each path."""
+
+    class Session:
+        def __init__(self) -> None:
+            self.session = McpSession(server, timeout_s)
+
+        def reset(self, **row: Any) -> None:
+            self.session.open(where)
+
+        def close(self) -> None:
+            self.session.close()
+
+    for tool in tools:
+        method = _as_method(tool)
+        if method.__name__ in NOT_TOOLS or method.__name__.startswith("_"):
+            raise ConfigError(
+                f"{where} ({server.shown}) has a tool {tool.name!r}, a name that per_path cannot offer. Exclude it: "
+                "list the tools to offer in `tools`."
+            )
+        setattr(Session, method.__name__, method)
+    Session.__name__ = f"session of {server.shown}"
+    kind = environment_kind(Session, START_TIMEOUT_S)
+    return Environments(kind, timeout_s=timeout_s).tools
 
 
 class McpSession:
@@ -309,9 +347,26 @@ async def _bound(response: Any) -> None:
 
 def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:
     """Return `tool` as a function with the tool's name, signature, docstring and schema."""
+
+    async def call(**arguments: Any) -> str:
+        return await session.call(tool.name, arguments)
+
+    return _like(tool, call, [])
+
+
+def _as_method(tool: Any) -> Callable[..., Any]:
+    """Return `tool` as a method of an object that has a `session`."""
+
+    async def call(self: Any, **arguments: Any) -> str:
+        return str(await self.session.call(tool.name, arguments))
+
+    return _like(tool, call, [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)])
+
+
+def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
+    """Give `call` the tool's name, docstring and schema, and its signature after `parameters`; return it."""
     properties: dict[str, Any] = tool.input_schema.get("properties") or {}
     required = [name for name in tool.input_schema.get("required") or () if name in properties]
-    parameters = []
     for name in sorted(properties, key=lambda name: name not in required):  # parameters without a default first
         default = inspect.Parameter.empty if name in required else None
         try:
@@ -321,10 +376,6 @@ def _as_function(session: McpSession, tool: Any) -> Callable[..., Any]:
                 f"tool {tool.name!r} of an MCP server has a parameter that a function cannot have: {error}. Exclude "
                 "the tool: list the tools to offer in the server's `tools`."
             ) from error
-
-    async def call(**arguments: Any) -> str:
-        return await session.call(tool.name, arguments)
-
     call.__name__ = call.__qualname__ = re.sub(r"\W", "_", tool.name, flags=re.ASCII)
     call.__doc__ = tool.description or tool.name
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -11,6 +11,9 @@ A state is created before the first call that needs it, forked where a branch ma
 All of that runs in the thread that samples, so decoding waits for it. Each state is closed exactly once, even if its
 group fails or the rollout is interrupted. An exception in `create_state`, `bind`, `record` or `fork` fails the group.
 An exception in `close` is logged once, and the rollout continues.
+
+A state that takes time to make has `create_state.at_start = True`. Then it is created with its path, and `open` runs
+in a thread of the tools before the path's first turn, for a path from the root and for a branch.
 """
 
 from __future__ import annotations
@@ -67,11 +70,13 @@ class PathState(ABC):
         """
         return getattr(self, tool)
 
-    def record(self, call: ToolCall, failure: ToolFailure | None) -> None:  # noqa: B027
+    def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:
         """Take note of a finished call. Runs for each call in the order of the path, before the path's next turn.
 
-        It does not run for refused calls. A call that missed its deadline (`TIMEOUT`) may still be running.
+        It does not run for refused calls. A call that missed its deadline (`TIMEOUT`) may still be running. The result
+        is what the call changed, for the trajectory log; None if that is not known.
         """
+        return None
 
     @abstractmethod
     def fork(self) -> PathState:
@@ -79,6 +84,33 @@ class PathState(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Release the resources of the state. An abandoned call may still run, or start; its result is dropped."""
+
+    def finish(self, address: tuple[int, ...]) -> None:
+        """Take note, instead of `close`, that the path with this address is complete. By default the state closes."""
+        self.close()
+
+    # Only for states that are created with their path (`at_start`)
+
+    @property
+    def opening_steps(self) -> int:
+        """How many steps `open` has, each with the deadline of a call; 0: the path can start at once."""
+        return 0
+
+    def admit(self) -> bool:
+        """Whether the state may open now. If not, its path waits, and this is asked again when a path has ended."""
+        return True
+
+    def open(self) -> None:  # noqa: B027
+        """Do what has to be done before the path's first turn. Runs in a thread of the tools."""
+
+    def opened(self, failure: ToolFailure | None, text: str) -> bool:
+        """Whether the path may start; if not, it is given up. Runs in the thread that samples, after `open`.
+
+        Args:
+            failure: None: `open` returned. Else it raised, or missed its deadline and may still be running.
+            text: What happened, for people.
+        """
+        return failure is None
 
 
 CreateState = Callable[[int], PathState]
@@ -144,8 +176,8 @@ class PathStates:
         turn = self._turns.setdefault(self._create[tool], asyncio.Lock()) if key is None else None
         return BoundTool(run=state.bind(tool), key=key, turn=turn)
 
-    def record(self, call: ToolCall, failure: ToolFailure | None) -> None:
-        self._of(call.name).record(call, failure)
+    def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:
+        return self._of(call.name).record(call, failure)
 
     def fork(self) -> PathStates:
         """Return the states of a branch that starts here. If a fork fails, the states forked before it are closed."""
@@ -160,10 +192,38 @@ class PathStates:
 
     def close(self) -> None:
         """Close each state once. May be called repeatedly."""
+        self._end(lambda state: state.close())
+
+    def finish(self, address: tuple[int, ...]) -> None:
+        """Do the same as `close` for a path that is complete."""
+        self._end(lambda state: state.finish(address))
+
+    def start(self) -> None:
+        """Create the states that are created with their path."""
+        for tool, create in self._create.items():
+            if getattr(create, "at_start", False):
+                self._of(tool)
+
+    @property
+    def opening_steps(self) -> int:
+        return sum(state.opening_steps for state in self._states.values())
+
+    def admit(self) -> bool:
+        return all(state.admit() for state in self._states.values())
+
+    def open(self) -> None:
+        for state in list(self._states.values()):
+            state.open()
+
+    def opened(self, failure: ToolFailure | None, text: str) -> bool:
+        outcomes = [state.opened(failure, text) for state in self._states.values()]
+        return all(outcomes)
+
+    def _end(self, end: Callable[[PathState], None]) -> None:
         while self._states:
             _, state = self._states.popitem()
             try:
-                state.close()
+                end(state)
             except Exception as error:
                 self._close_failed(state, error)
 

@@ -71,6 +71,9 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
 """Types with one obvious text form."""
 
+_OPENING = "opening of the states"
+"""Stands for a tool's name where the states of a path are opened. No tool has a name with spaces."""
+
 RunIn = Literal["thread", "main"]
 
 _Outcome = tuple[str, ToolFailure | None]  # text for the model, failure of the call
@@ -197,6 +200,7 @@ class _Execution:
     call: ToolCall
     tool: BoundTool
     tickets: list[int]
+    timeout_s: float
     result: ToolResult | None = None
     """What came of it; None while it runs."""
 
@@ -300,6 +304,26 @@ class ToolBox:
         """Return the states for the calls of a path that starts at the root of `group`. The caller closes them."""
         return PathStates(group, self._create, self._no_state, self._notice_not_closed)
 
+    def open(self, states: PathStates | PathState) -> int:
+        """Open the states of a path in a thread, and return the ticket under which `poll` says how that ended.
+
+        Each of the `opening_steps` of the states may take as long as a call.
+        """
+
+        def run() -> str:
+            states.open()
+            return ""
+
+        tool = BoundTool(run=run, key=None, turn=None)
+        with self._lock:
+            ticket = self._tickets
+            self._tickets += 1
+            self._pending += 1
+        call = ToolCall(name=_OPENING, arguments={})
+        execution = _Execution(None, call, tool, [ticket], self._timeout_s * states.opening_steps)
+        self._scheduler.start(self._schedule(execution))
+        return ticket
+
     def submit(self, call: ToolCall, states: PathStates | None = None) -> int:
         """Start a call and return its ticket, under which `poll` delivers the result.
 
@@ -336,7 +360,8 @@ class ToolBox:
                 if running.result is not None:
                     self._done.put((ticket, replace(running.result, source=CallSource.JOINED)))
             else:
-                execution, spec = _Execution(key, call, tool, [ticket]), self.specs[call.name]
+                execution = _Execution(key, call, tool, [ticket], self._timeout_s)
+                spec = self.specs[call.name]
                 if key is not None and (spec.deterministic or self._cache is not None):
                     self._joinable[key] = execution
                 if spec.run_in == "main":
@@ -434,9 +459,9 @@ class ToolBox:
         async with execution.tool.turn or contextlib.nullcontext(), slot_of_tool, self._slots:
             start = time.perf_counter()
             try:
-                text, failure = await asyncio.wait_for(self._start(execution), self._timeout_s)
+                text, failure = await asyncio.wait_for(self._start(execution), execution.timeout_s)
             except TimeoutError:
-                text, failure = self._overdue(execution.call.name)
+                text, failure = self._overdue(execution.call.name, execution.timeout_s)
             except RuntimeError as error:  # no thread can start; without a result the caller would wait forever
                 text, failure = self._as_text(execution.call.name, _Raised(error))
             seconds = time.perf_counter() - start
@@ -467,7 +492,7 @@ class ToolBox:
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))
 
-        if self.specs[call.name].is_async:
+        if call.name in self.specs and self.specs[call.name].is_async:
             return asyncio.wrap_future(self._async_tools.start(work_async()))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Outcome] = loop.create_future()
@@ -519,12 +544,12 @@ class ToolBox:
                 "what the state held may not be released. Further failures of its close() are not logged."
             )
 
-    def _overdue(self, name: str) -> _Outcome:
-        return f"Error: the {name} call took longer than {self._timeout_s:g} s.", ToolFailure.TIMEOUT
+    def _overdue(self, name: str, timeout_s: float) -> _Outcome:
+        return f"Error: the {name} call took longer than {timeout_s:g} s.", ToolFailure.TIMEOUT
 
     def _as_text(self, name: str, value: Any) -> _Outcome:
         if isinstance(value, _Raised) and isinstance(value.error, _Overdue):
-            return self._overdue(name)
+            return self._overdue(name, self._timeout_s)
         if isinstance(value, _Raised):
             return self._presentable(_describe(value.error)), _failure_of(value.error)
         if isinstance(value, str):

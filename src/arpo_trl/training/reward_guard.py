@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import torch
@@ -23,6 +23,8 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
     - TRL passes all columns, and ARPO adds more. The wrapper passes a function without `**kwargs` only the arguments
       that it names.
+    - A completion whose environment could not be made (None among `environments`) has no reward of a function that
+      names `environments`; the wrapper passes the other completions.
     - The wrapper checks the rewards. TRL would silently treat NaN as "not applicable".
     - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
 
@@ -34,27 +36,30 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
         return function
     name = get_callable_name(function)
     select = _selection(function, name)
+    reads_environments = "environments" in _named(function)
 
     if is_async_callable(function):
 
         async def checked_async(*, completions: Sequence[Any], **columns: Any) -> Any:
-            task = asyncio.ensure_future(function(**select({"completions": completions, **columns})))
+            given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
+            task = asyncio.ensure_future(function(**select(given)))
             while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
                 if interrupts.told is not None:
                     task.cancel()
                     return [0.0] * len(completions)
-            return _checked(task.result(), name, len(completions))
+            return _spread(_checked(task.result(), name, len(rows)), rows, len(completions))
 
         wrapper: Any = checked_async
     else:
 
         def checked(*, completions: Sequence[Any], **columns: Any) -> Any:
+            given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
             try:
                 with interrupts.raising():
-                    rewards = function(**select({"completions": completions, **columns}))
+                    rewards = function(**select(given))
             except Interrupted:
                 return [0.0] * len(completions)
-            return _checked(rewards, name, len(completions))
+            return _spread(_checked(rewards, name, len(rows)), rows, len(completions))
 
         wrapper = checked
     wrapper.__name__ = name
@@ -86,6 +91,32 @@ def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mappin
         return given if _VAR_KEYWORD in kinds else {key: given[key] for key in named if key in given}
 
     return select
+
+
+def _named(function: Any) -> Collection[str]:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a function written in C has no signature
+        return ()
+
+
+def _with_environment(columns: Mapping[str, Any], reads_environments: bool) -> tuple[Mapping[str, Any], list[int]]:
+    """Returns the columns of the rows that the function rewards, and the numbers of these rows."""
+    count = len(columns["completions"])
+    environments = columns.get("environments")
+    if not reads_environments or environments is None or all(each is not None for each in environments):
+        return columns, list(range(count))
+    rows = [i for i, each in enumerate(environments) if each is not None]
+    return {
+        name: [column[i] for i in rows] if isinstance(column, list) and len(column) == count else column
+        for name, column in columns.items()
+    }, rows
+
+
+def _spread(rewards: Any, rows: Sequence[int], count: int) -> Any:
+    """Returns `count` rewards: those of `rows`, and None for the others."""
+    of_rows = dict(zip(rows, rewards, strict=True))
+    return [of_rows.get(i) for i in range(count)] if len(rows) < count else rewards
 
 
 _VAR_KEYWORD, _VAR_POSITIONAL = inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,12 +29,23 @@ from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
-from arpo_trl.rollout.tree import Leaf
+from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
-from arpo_trl.runs.resumable import Resumable
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
+from arpo_trl.training.environments import (
+    NO_PROMPT,
+    environments_for,
+    of_leaves,
+    owned_reward,
+    tally_environments,
+    weighted,
+    with_prompts,
+    with_text,
+    without_rows,
+)
 from arpo_trl.training.preflight import (
+    check_ahead,
     check_encoding,
     check_prompts,
     check_quantized_training,
@@ -51,6 +62,7 @@ from arpo_trl.training.preflight import (
 )
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
+from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
 from arpo_trl.training.shared_update import SharedPrefixUpdate
 from arpo_trl.training.sources import (
@@ -79,24 +91,25 @@ class _LastRollout:
     """The number of the first tree's group, over all ranks."""
 
 
-class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
+class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
-    Takes the arguments of `GRPOTrainer` except `rollout_func` and `environment_factory` (docs/from-grpo.md). Reward
-    functions receive TRL's arguments, the dataset's columns, and three columns with one value per completion: `turns`
-    (the model's text turn by turn, special tokens included), `tool_calls` (the calls along the path, as dicts) and
-    `stop_reason`.
+    Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
+    arguments, the dataset's columns, and three columns with one value per completion: `turns` (the model's text turn
+    by turn, special tokens included), `tool_calls` (the calls along the path, as dicts) and `stop_reason`.
 
     It changes the following parts of `GRPOTrainer`, and no others:
 
     - `_generate`: samples trees, as TRL's `rollout_func`, so that TRL's metrics and decoding stay. `_tool_call_loop`
       calls no tools: it returns the results of the calls that the rollout made.
     - vLLM: in colocate mode TRL starts it. An engine generates and moves the weights, in both modes.
+    - `environment_factory`: each path has an environment, and branches fork it (docs/environments.md).
     - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) where leaves
       share nodes. Where no leaves share nodes, the batch is TRL's, bit for bit.
     - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
+    - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
 
     Raises:
@@ -125,12 +138,12 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         peft_config: Any = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         rollout_func: None = None,
-        environment_factory: None = None,
+        environment_factory: Callable[[], Any] | None = None,
         *,
         engine: Engine | None = None,
     ):
         """Takes `GRPOTrainer`'s arguments; `engine` replaces the engine that `args` choose (tests, scripted runs)."""
-        refuse_own_rollouts(rollout_func=rollout_func, environment_factory=environment_factory)
+        refuse_own_rollouts(rollout_func)
         args = checked_args(args, model)
         check_writable(Path(args.output_dir))
         if quantization_config is not None:
@@ -139,8 +152,16 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             self.prepare_repositories(args)  # before the model is loaded
         functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_rows((train_dataset, *evaluated), functions)
+        datasets = [train_dataset, *evaluated]
+        self._environments = environments_for(args, environment_factory, functions, datasets)
+        if self._environments is not None:
+            datasets = with_prompts(datasets)
+            train_dataset = without_rows(args) if train_dataset is None else train_dataset
+        check_rows(datasets, functions)
         tools = list(tools or ())
+        if self._environments is not None:
+            tools += self._environments.tools
+        owned = owned_reward(self._environments)
         self.toolbox = toolbox_for(args, tools)
         tokenizer = tokenizer_for(model, processing_class, args)
         self.protocol = PROTOCOLS[ProtocolKind(args.tool_protocol)](
@@ -151,12 +172,12 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             tool_parser=args.tool_parser,
             eos_ids=generation_ends(model, args),
         )
-        check_encoding((train_dataset, *evaluated), self.protocol, embedding_rows(model, args))
+        check_encoding(datasets, self.protocol, embedding_rows(model, args))
         self._interrupts = Interrupts()
-        with without_trls_vllm_client(args, engine):
+        with without_trls_vllm_client(args, engine), weighted(args, owned):
             super().__init__(
                 model=model,
-                reward_funcs=[checked_reward(function, self._interrupts) for function in functions],
+                reward_funcs=[checked_reward(function, self._interrupts) for function in [*functions, *owned]],
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
@@ -182,10 +203,9 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
         )
         self.tree_sampler = self._make_sampler(engine)
+        check_ahead(args, self.tree_sampler.engine, train_dataset, self._environments)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
-        check_prompts(
-            (train_dataset, *evaluated), args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names
-        )
+        check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
@@ -249,23 +269,26 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         """TRL's `rollout_func`. `prompts` repeats each prompt once per leaf of its group, group after group."""
         training = self.model.training
         name = self._names.next("step" if training else "eval", self.state.global_step)
-        size = self.num_generations if training else self.num_generations_eval
-        size = leaves_per_tree(prompts, size, branches=training)
+        first_group, size = self._places(prompts)
         groups = [prompts[i] for i in range(0, len(prompts), size)]
-        first_group = self.accelerator.process_index * len(groups)
         requests = [
             GroupRequest(id=first_group + i, prompt_ids=self.protocol.encode_prompt(prompt))
             for i, prompt in enumerate(groups)
         ]
         settings = self.tree_sampler.settings
         with self.interruptible():
-            rollout = self.tree_sampler.sample(
-                requests,
-                seed=(self.args.seed, name),
-                settings=settings if training else settings.without_branching(size),
-            )
+            if training and self.args.rollouts_ahead:
+                rollout = self.rollout_ahead()
+            else:
+                rollout = self.tree_sampler.sample(
+                    requests,
+                    seed=(self.args.seed, name),
+                    settings=settings if training else settings.without_branching(size),
+                )
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = _LastRollout(name, rollout, leaves, first_group)
+        if self._environments is not None:
+            self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(
             [torch.tensor(leaf.mask) for leaf in leaves],
             padding_side="right",
@@ -277,13 +300,38 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         # another distribution than the loss's, and `off_policy_mask_threshold` would take the difference for drift.
         return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
 
+    def _places(self, prompts: list[Any]) -> tuple[int, int]:
+        """The number of this rank's first group, over all ranks, and the number of rows that form one tree."""
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        size = leaves_per_tree(prompts, size, branches=self.model.training)
+        return self.accelerator.process_index * (len(prompts) // size), size
+
+    @contextmanager
+    def _with_environments(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """Within it, paths have environments, which rewards can read. Yields the rows with what `reset` returned."""
+        if self._environments is None:
+            yield rows
+            return
+        prompts = [row.get("prompt", NO_PROMPT) for row in rows]
+        first, size = self._places(prompts)
+        of_groups = {first + i: rows[i * size] for i in range(len(rows) // size)}
+        texts: dict[int, str | None] = {}
+        try:
+            with self.interruptible():
+                texts = self._environments.begin(of_groups, self.toolbox, self._interrupts.check)
+            shown = [with_text(prompt, texts[first + i // size]) for i, prompt in enumerate(prompts)]
+            yield [row | {"prompt": prompt} for row, prompt in zip(rows, shown, strict=True)]
+        finally:
+            self.environments = None
+            self._environments.close_kept()
+
     # Credit ----------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._spans("generate_and_score"):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             refuse_taken_columns(inputs[0])  # a streamed dataset shows its columns only now
-            with self._scoring:
+            with self._with_environments(inputs) as inputs, self._scoring:
                 batch = super()._generate_and_score_completions(inputs)
             advantages = batch["advantages"]
             self._attribute(batch)
@@ -332,6 +380,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
             "bell": self.alarms.state_dict(),
+            "branch_rule": self.tree_sampler.settings.rule.state_dict(),
             "evaluation": self.evaluation,
             "tool_cache": self.toolbox.state_dict(),
         }
@@ -340,6 +389,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         super().load_state_dict(memory)
         self._names.load_state_dict(memory["rollouts_at"])
         self.alarms.load_state_dict(memory["bell"])
+        self.tree_sampler.settings.rule.load_state_dict(memory["branch_rule"])
         self.evaluation = memory["evaluation"]
         self.toolbox.load_state_dict(memory["tool_cache"])
 
@@ -363,6 +413,14 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
                 extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
             )
 
+    def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
+        """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""
+        rule = self.tree_sampler.settings.rule
+        if rule.learns:
+            rule.learn(gather_object([rule.lesson(trees, rewards)]))
+        for name, value in rule.metrics().items():
+            tally.add(name, value)
+
     def _log_rollout(self, advantages: torch.Tensor) -> None:
         """Logs metrics over all ranks, this rank's trees and, in training, alarms."""
         last, rewards = self._last, self._last_rewards
@@ -370,7 +428,11 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
         tally = tally_step(last.rollout, rewards.tolist(), seconds)
+        if self._environments is not None:
+            tally_environments(self._environments.instances.take_counts(), tally)
         merged = Tally.merged(gather_object([tally.plain()]))
+        if mode == "train":
+            self._learn(last.rollout.trees, rewards.tolist(), merged)
         for name, value in merged.values().items():
             self._metrics[mode][f"arpo/{name}"].append(value)
         trees = logged_trees(

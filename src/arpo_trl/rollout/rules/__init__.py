@@ -21,7 +21,7 @@ from typing import Any
 
 from arpo_trl.common.registry import Registry
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment, grant, mean
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment, Rounds, grant, mean
 from arpo_trl.rollout.tree import BranchDecision
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Candidate",
     "LivePath",
     "Moment",
+    "Rounds",
     "build_rule",
     "grant",
     "mean",

@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
 
-from arpo_trl.rollout.tree import Address, BranchDecision, RolloutTree
+from arpo_trl.common.settings import check_fields, described
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.tree import Address, BranchDecision, Node, RolloutTree
 
 
 class Moment(Enum):
@@ -62,11 +65,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePath:
-    """An unfinished path: its last node, and the number of further tool results that it may branch at.
+    """An unfinished path: its address, its last node, and the number of further tool results that it may branch at.
 
-    LivePath(node=3, results=2)
+    LivePath(address=(0,), node=3, results=2)
     """
 
+    address: Address
     node: int
     results: int
 
@@ -102,7 +106,8 @@ class BranchContext:
 class BranchRule(ABC):
     """A branch rule: a frozen dataclass whose fields are its settings. One object serves all groups of a run.
 
-    Most rules define only `judge`. A rule that spends the budget differently also overrides `decide` and `supply`.
+    Most rules define only `judge`. A rule that spends the budget differently also overrides `decide`, `supply` or
+    `roots`. A rule that estimates something over the run sets `learns` and overrides the methods from `lesson` on.
 
         @register_rule("always")
         @dataclass(frozen=True, kw_only=True)
@@ -118,13 +123,53 @@ class BranchRule(ABC):
     moment: ClassVar[Moment] = Moment.PROBE
     entropy_triggers: ClassVar[bool] = False
     """Whether the rule fires on entropy, so that an alarm on the share of observations that fire makes sense."""
+    sets_branches: ClassVar[bool] = False
+    """Whether the rule itself sets the number of branches of an observation, so that Z has no effect."""
+    learns: ClassVar[bool] = False
+    """Whether the rule learns from finished trees with rewards."""
 
     branches_per_fork: int = 1
     """Z: the number of extra turns under an observation that branches."""
 
+    @property
+    def most_branches(self) -> int:
+        """The most branches of one observation."""
+        return self.branches_per_fork
+
+    def first_paths(self, leaves: int) -> int:
+        """Return the default of N for groups of `leaves` leaves."""
+        return leaves // 2
+
+    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
+        """Return if the rule can spend the budget of a run.
+
+        Args:
+            leaves: M.
+            first_paths: N.
+            results: The most tool results of a path; None: any number.
+
+        Raises:
+            ConfigError: It cannot, or a setting has no effect.
+        """
+        if self.sets_branches and self.branches_per_fork != 1:
+            raise ConfigError(
+                f"branches_per_fork is {self.branches_per_fork}, but the branch rule {self.name!r} sets the number of "
+                "branches itself. Remove branches_per_fork."
+            )
+
     def start(self, context: BranchContext) -> Any:
         """Return the rule's state for a new group. It is stored in `context.state`."""
         return None
+
+    def roots(self, planned: int, context: BranchContext) -> int:
+        """Return how many paths start at the root at first; from 1 to M.
+
+        The sampler calls this once per group with N < M, after `start`.
+
+        Args:
+            planned: N. `context.remaining` is M − N.
+        """
+        return planned
 
     @abstractmethod
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
@@ -149,14 +194,106 @@ class BranchRule(ABC):
         """
         if self.moment.waits:
             return 0
-        total = 0
+        total, each = 0, self.most_branches
         for path in live:
             if path.results > context.remaining:  # enough, as (1 + Z)^r − 1 ≥ r; avoids huge powers
                 return context.remaining
-            total += (1 + self.branches_per_fork) ** path.results - 1
+            total += (1 + each) ** path.results - 1
             if total >= context.remaining:
                 return context.remaining
         return total
+
+    def lesson(self, trees: Sequence[RolloutTree], rewards: Sequence[float]) -> Any:
+        """Return what the rule learns from one rank's trees of a training step, as plain data. Changes nothing.
+
+        Args:
+            trees: The finished trees.
+            rewards: One per leaf, tree by tree in leaf order; NaN where no reward function applies.
+        """
+        return None
+
+    def learn(self, lessons: Sequence[Any]) -> None:
+        """Learn from the lessons of all ranks. Every rank gets the same ones, so that rules of ranks stay equal."""
+        return
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return values to log under `arpo/`, by name; alarms can read them too."""
+        return {}
+
+    def state_dict(self) -> Any:
+        """Return a copy of what the rule has learned, as plain data for a checkpoint."""
+        return None
+
+    def load_state_dict(self, state: Any) -> None:
+        """The inverse of `state_dict`."""
+        return
+
+
+@dataclass(slots=True, kw_only=True)
+class Round:
+    """The state of a group under `Rounds`: branches per round, and how many paths the last round starts at the root.
+
+    Round(size=4, at_root=1)
+    """
+
+    size: int
+    at_root: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds(BranchRule):
+    """A rule that waits, and then adds the M − N other leaves in rounds of equal size, below the root or observations.
+
+    A round starts when all paths of the round before have ended. A subclass defines `pick`:
+
+        @register_rule("at_the_root")
+        @dataclass(frozen=True, kw_only=True)
+        class AtTheRoot(Rounds):
+            def pick(self, places: Sequence[Node], count: int, context: BranchContext) -> Sequence[int]:
+                return [0] * count
+
+        AtTheRoot(rounds=2)
+    """
+
+    moment: ClassVar[Moment] = Moment.PATHS_DONE
+    sets_branches: ClassVar[bool] = True
+
+    rounds: int = field(default=1, metadata=described("Rounds of branches.", at_least=1))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
+        super().check(leaves, first_paths, results)
+        if first_paths < leaves < first_paths + self.rounds:
+            raise ConfigError(
+                f"rounds is {self.rounds}, but only {leaves - first_paths} leaves are left for branches (M − N = "
+                f"{leaves} − {first_paths}). Lower rounds in branch_rule_kwargs, or initial_rollouts."
+            )
+
+    @abstractmethod
+    def pick(self, places: Sequence[Node], count: int, context: BranchContext) -> Sequence[int]:
+        """Return where up to `count` paths start: an index into `places` for each, at least one.
+
+        Args:
+            places: The root, then the observations that may branch, sorted by place in the tree.
+        """
+
+    def start(self, context: BranchContext) -> Round:
+        return Round(size=math.ceil(context.remaining / self.rounds))
+
+    def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+        return BranchDecision(fires=True)
+
+    def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
+        nodes = context.tree.nodes
+        places = [context.tree.root, *(nodes[candidate.node] for candidate in candidates)]
+        picked = Counter(self.pick(places, min(context.state.size, context.remaining), context))
+        context.state.at_root = picked[0]
+        return [BranchDecision(fires=picked[i] > 0, granted=picked[i]) for i in range(1, len(places))]
+
+    def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
+        return context.remaining - int(context.state.at_root)
 
 
 def grant(

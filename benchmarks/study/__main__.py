@@ -1,0 +1,210 @@
+"""The study of branch rules, credits and baselines. Run it in the root of a checkout:
+
+    OMP_NUM_THREADS=1 python -m benchmarks.study a b c --jobs 2
+
+Part a trains on a tabular task with exact accuracies, part b measures gradients of frozen policies, part c trains the
+quickstart's model. Each result is a file under --output. A run that was stopped goes on where it was, and what has
+its file is not run again. At the end, and with no part, the page and its figure are written from the files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+from arpo_trl.errors import ConfigError
+
+from . import files, frozen, page, tabular, training
+from .arms import LEAVES, Arm, frozen_arms, grpo, seeds_of, tabular_arms, trained_arms
+from .task import SCENARIOS
+
+SEEDS = {"a": 20, "c": 8}
+FEW_SEEDS = 3
+COLD_START_S, TRAINED_ARM_S, FROZEN_ARM_S, TABULAR_RUN_S = 230.0, 170.0, 30.0, 0.09
+"""CPU seconds of one cold start, arm and seed, arm and checkpoint, and tabular run, for the estimate at the start."""
+
+
+def available(arms: Sequence[Arm], errors: list[str]) -> list[Arm]:
+    """The arms that the package can run. Adds a message to `errors` for each reason why others cannot."""
+    found, refused = [], defaultdict[str, list[str]](list)
+    for arm in arms:
+        try:
+            arm.settings()
+            found.append(arm)
+        except ConfigError as error:
+            refused[str(error)].append(arm.name)
+    errors += [f"{reason} So these arms cannot run: {'; '.join(names)}." for reason, names in refused.items()]
+    return found
+
+
+def announce(part: str, jobs: int, seconds: float, workers: int) -> None:
+    minutes = seconds / workers / 60
+    print(f"Part {part}: {jobs} to run, about {minutes:.0f} minutes on {workers} idle cores.", flush=True)
+
+
+# Part a --------------------------------------------------------------------------------------------------------------
+
+
+def tabular_file(output: Path, scenario: str, arm: Arm) -> Path:
+    return output / "a" / files.slug(scenario) / f"{files.slug(arm.name)}.json"
+
+
+def part_a(options: argparse.Namespace, errors: list[str]) -> None:
+    arms, seeds, budget = available(tabular_arms(), errors), options.seeds or SEEDS["a"], tabular.Budget()
+    jobs = []
+    for scenario in SCENARIOS:
+        for arm in arms:
+            path = tabular_file(options.output, scenario, arm)
+            if missing := {*map(str, range(seeds))} - tabular.finished(path, budget).keys():
+                jobs.append((path, scenario, arm, missing, budget))
+    announce("a", len(jobs), sum(len(job[3]) for job in jobs) * TABULAR_RUN_S, options.jobs)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
+        for (path, *_), future in [(job, pool.submit(tabular.run, *job)) for job in jobs]:
+            if (error := future.exception()) is not None:
+                errors.append(f"{path.stem}: {type(error).__name__}: {error}")
+
+
+# Part b --------------------------------------------------------------------------------------------------------------
+
+
+def frozen_file(output: Path, step: int, arm: Arm) -> Path:
+    return output / "b" / str(step) / f"{files.slug(arm.name)}.json"
+
+
+def one_checkpoint(output: Path, step: int) -> None:
+    """Measure the reference and all missing arms at one checkpoint, in this process."""
+    model, data = output / "b" / "models" / str(step), output / "seed0" / "data"
+    target, halves = None, output / "b" / str(step) / "reference.json"
+    for arm in available(frozen_arms(), []):
+        path = frozen_file(output, step, arm)
+        if path.exists():
+            continue
+        if target is None:
+            target, cosine = frozen.reference(model, data)
+            files.write(halves, {"cosine_of_halves": cosine, "batches": frozen.REFERENCE_BATCHES})
+        files.write(path, frozen.measure(model, data, arm, target) | {"step": step})
+
+
+def part_b(options: argparse.Namespace, errors: list[str]) -> None:
+    arms = available(frozen_arms(), errors)
+    missing = {
+        step: sum(not frozen_file(options.output, step, arm).exists() for arm in arms) for step in frozen.CHECKPOINTS
+    }
+    reference_s = FROZEN_ARM_S * frozen.REFERENCE_BATCHES / frozen.BATCHES
+    seconds = sum(FROZEN_ARM_S * count + reference_s * (count > 0) for count in missing.values())
+    announce("b", sum(missing.values()), seconds, options.jobs)
+    if any(missing.values()):
+        training.cold_start(options.output / "seed0", 0)
+        frozen.make_checkpoints(options.output / "seed0", options.output / "b" / "models")
+    run_all([("b", str(step)) for step, count in missing.items() if count], options, errors)
+
+
+# Part c --------------------------------------------------------------------------------------------------------------
+
+
+def trained_file(output: Path, seed: int, arm: Arm) -> Path:
+    return output / f"seed{seed}" / "arms" / f"{files.slug(arm.name)}.json"
+
+
+def one_training(output: Path, seed: int, arm: Arm, steps: int) -> None:
+    calls = None
+    if arm.dynamic:  # at the calls of GRPO without it
+        equal = files.read(trained_file(output, seed, Arm(**grpo(LEAVES), baseline=arm.baseline)))
+        if equal is None:
+            raise ConfigError(f"{arm.name} trains for the calls of GRPO M = {LEAVES}, which has no result yet.")
+        calls = equal["tool_calls_made"]
+    result = training.train(output / f"seed{seed}", arm, seed, steps, calls)
+    files.write(trained_file(output, seed, arm), result | {"planned_steps": steps})
+
+
+def part_c(options: argparse.Namespace, errors: list[str]) -> None:
+    most, jobs = options.seeds or SEEDS["c"], []
+    for arm in available(trained_arms(), errors):
+        for seed in range(seeds_of(arm, most, min(FEW_SEEDS, most))):
+            found = files.read(trained_file(options.output, seed, arm))
+            if found is None or found["planned_steps"] != options.steps:
+                jobs.append((seed, arm))
+    jobs.sort(key=lambda job: job[1].dynamic)  # last, since they need the calls of others
+    cold = sorted({seed for seed, _ in jobs if not (options.output / f"seed{seed}" / "sft").exists()})
+    seconds = len(cold) * COLD_START_S + len(jobs) * TRAINED_ARM_S * options.steps / training.STEPS
+    announce("c", len(jobs), seconds, options.jobs)
+    run_all([("cold", str(seed)) for seed in cold], options, errors)
+    names = [arm.name for arm in trained_arms()]
+    for dynamic in (False, True):
+        now = [("c", str(seed), str(names.index(arm.name))) for seed, arm in jobs if arm.dynamic == dynamic]
+        run_all(now, options, errors)
+
+
+def run_all(commands: Sequence[tuple[str, ...]], options: argparse.Namespace, errors: list[str]) -> None:
+    """Run this program once for each command, `--jobs` at a time, with one thread each. Their output is in logs."""
+    logs = options.output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+
+    def run(words: tuple[str, ...]) -> None:
+        start, log = time.perf_counter(), logs / f"{'-'.join(words)}.log"
+        command = [sys.executable, "-m", __spec__.name.removesuffix(".__main__"), "--output", str(options.output)]
+        command += ["--steps", str(options.steps), "--one", *words]
+        with log.open("w") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            status = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False).returncode
+        if status:
+            errors.append(f"{' '.join(words)} failed; see {log}")
+        state = "failed" if status else "done"
+        print(
+            f"{time.strftime('%H:%M:%S')} {' '.join(words)}: {state}, {time.perf_counter() - start:.0f} s", flush=True
+        )
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(run, commands))
+
+
+def run_one(words: Sequence[str], options: argparse.Namespace) -> None:
+    match words:
+        case ["cold", seed]:
+            training.cold_start(options.output / f"seed{seed}", int(seed))
+        case ["b", step]:
+            one_checkpoint(options.output, int(step))
+        case ["c", seed, number]:
+            one_training(options.output, int(seed), trained_arms()[int(number)], options.steps)
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, list[str]], None]] = {"a": part_a, "b": part_b, "c": part_c}
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="part", help="a, b, c; none: only write the page")
+    parser.add_argument("--output", type=Path, default=Path("runs/study"), help="default: runs/study")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
+    parser.add_argument("--seeds", type=int, help=f"seeds of a, and of c's main comparisons (default: {SEEDS})")
+    parser.add_argument("--steps", type=int, default=training.STEPS, help=f"of c (default: {training.STEPS})")
+    parser.add_argument("--page", type=Path, default=Path("docs/study.md"), help="default: docs/study.md")
+    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args(given)
+    if unknown := sorted(set(options.parts) - PARTS.keys()):
+        parser.error(f"there is no part {unknown[0]!r}; expected a, b or c")
+    if options.one:
+        run_one(options.one, options)
+        return 0
+    errors: list[str] = []
+    for part in sorted(set(options.parts)):
+        PARTS[part](options, errors)
+    page.write(options.output, options.page)
+    print(f"Page: {options.page}")
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if errors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

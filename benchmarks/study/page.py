@@ -1,0 +1,247 @@
+"""The study's page and figure, from the files of its parts and from nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from . import files
+from .arms import COIN, LEAVES, Arm, branching, frozen_arms, grpo, tabular_arms, trained_arms
+from .files import Interval, interval, paired
+from .frozen import CHECKPOINTS
+from .task import SCENARIOS
+
+Row = dict[str, Any]
+NOT_RUN = "not run"
+FIGURE = "study.png"
+_GRPO, _HALF = Arm(**grpo(LEAVES)).sampling, Arm(**grpo(LEAVES // 2)).sampling
+_COIN = Arm(**branching(COIN)[0]).sampling
+
+INTRODUCTION = f"""# The study
+
+Which branch rule, credit and baseline earn their place, measured in this package. The command below writes this page
+from the files of its runs; what has no file is "{NOT_RUN}". Differences are paired by seed, with the half width of
+their 95 % interval (Student's t) and the number of seeds in parentheses.
+
+```
+OMP_NUM_THREADS=1 python -m benchmarks.study a b c --jobs 2
+```
+"""
+PART_A = """## a. Tabular
+
+A softmax policy over a few states plays the quickstart's task: two look-ups, a computation, an answer. Its accuracy is
+exact. All arms take as many steps and execute as many calls in each. A row compares one rule, credit or baseline with
+another one, as the mean over all arms that differ in nothing else.
+"""
+PART_B = """## b. Frozen policies
+
+The cosine of one batch's gradient with that of many batches, at three checkpoints of the quickstart's model, and
+cos² / (1 − cos²) per call made, relative to GRPO with the mean baseline, as the mean over the checkpoints.
+"""
+PART_C = f"""## c. Training
+
+The quickstart's model on the harder task (`--hard`), from one cold start per seed. Accuracy on 1,000 held-out
+questions at temperature 1. Calls and turns in sequence are relative to {_GRPO} with the mean baseline and the same
+seed.
+"""
+
+
+def write(output: Path, path: Path) -> None:
+    """Write the page to `path` and the figure next to it. `output` is the folder of the runs."""
+    effects, frozen, trained = tabular_effects(output), frozen_rows(output), trained_rows(output)
+    parts = [
+        INTRODUCTION,
+        "## Goals\n",
+        _table(["goal", "found", ""], goals(effects, trained)),
+        f"\n![Effects with their 95 % intervals]({FIGURE})\n",
+        PART_A,
+        _table(["", *SCENARIOS], [[name, *map(_shown, found)] for name, found in effects.items()]),
+        "\n" + PART_B,
+        _table(["", *(f"step {step}" for step in CHECKPOINTS), "signal per call"], frozen),
+        "\n" + PART_C,
+        _table(
+            ["", "seeds", "accuracy", f"− {_GRPO}, mean", f"− {_HALF}, same baseline", "calls", "turns in sequence"],
+            _trained_table(trained),
+        ),
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(parts) + "\n", "utf-8")
+    draw(effects, trained, path.parent / FIGURE)
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def _shown(found: Interval | None) -> str:
+    return NOT_RUN if found is None else str(found)
+
+
+# Part a --------------------------------------------------------------------------------------------------------------
+
+
+def tabular_effects(output: Path) -> dict[str, list[Interval | None]]:
+    """What each rule, credit and baseline changes in accuracy, in each scenario."""
+    found = [_tabular_accuracies(output / "a" / files.slug(scenario)) for scenario in SCENARIOS]
+    arms = tabular_arms()
+    samplings = dict.fromkeys(arm.sampling for arm in arms)
+    effects: dict[str, list[Interval | None]] = {}
+
+    def compare(axis: str, names: Iterable[str], base: str, only: Callable[[Arm], bool] = lambda arm: True) -> None:
+        pairs = {name: _pairs([arm for arm in arms if only(arm)], axis, name, base) for name in names if name != base}
+        effects.update(
+            {f"{name} − {base}": [_effect(of, pairs[name]) for of in found] for name in pairs if pairs[name]}
+        )
+
+    compare("sampling", samplings, _COIN)
+    compare("sampling", [name for name in samplings if name != _GRPO], _HALF, lambda arm: arm.credit == "soft")
+    compare("credit", dict.fromkeys(arm.credit for arm in arms), "soft", lambda arm: arm.sampling != _GRPO)
+    compare("baseline", dict.fromkeys(arm.baseline for arm in arms), "mean")
+    return effects
+
+
+def _tabular_accuracies(folder: Path) -> dict[str, dict[str, float]]:
+    """Arm → seed → accuracy."""
+    contents = [files.read(path) or {} for path in sorted(folder.glob("*.json"))]
+    return {of["arm"]["name"]: {seed: run["accuracy"] for seed, run in of["runs"].items()} for of in contents}
+
+
+def _pairs(arms: Sequence[Arm], axis: str, name: str, base: str) -> list[tuple[str, str]]:
+    """The names of all pairs of arms that have `name` and `base` on `axis` and are equal otherwise."""
+    by_rest: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
+    for arm in arms:
+        rest = tuple(getattr(arm, other) for other in ("sampling", "credit", "baseline") if other != axis)
+        by_rest[rest][getattr(arm, axis)] = arm.name
+    return [(of[name], of[base]) for of in by_rest.values() if name in of and base in of]
+
+
+def _effect(accuracies: Mapping[str, Mapping[str, float]], pairs: Sequence[tuple[str, str]]) -> Interval | None:
+    """The mean difference over the pairs that have run, as an interval over the seeds that all of these have."""
+    run = [(accuracies[ours], accuracies[theirs]) for ours, theirs in pairs if {ours, theirs} <= accuracies.keys()]
+    seeds = sorted(set.intersection(*(ours.keys() & theirs.keys() for ours, theirs in run))) if run else []
+    return interval([mean(ours[seed] - theirs[seed] for ours, theirs in run) for seed in seeds]) if seeds else None
+
+
+# Part b --------------------------------------------------------------------------------------------------------------
+
+
+def frozen_rows(output: Path) -> list[list[str]]:
+    folders = [output / "b" / str(step) for step in CHECKPOINTS]
+    base = Arm(**grpo(LEAVES)).name
+    rows = []
+    for arm in frozen_arms():
+        found = [files.read(folder / f"{files.slug(arm.name)}.json") for folder in folders]
+        bases = [files.read(folder / f"{files.slug(base)}.json") for folder in folders]
+        ratios = [
+            of["signal_per_call"] / to["signal_per_call"] for of, to in zip(found, bases, strict=True) if of and to
+        ]
+        cells = [NOT_RUN if of is None else f"{of['cosine']:.3f} ± {of['half_width'] or math.nan:.3f}" for of in found]
+        rows.append([arm.name, *cells, f"{mean(ratios):.2f}" if ratios else NOT_RUN])
+    halves = [files.read(folder / "reference.json") for folder in folders]
+    cells = [NOT_RUN if of is None else f"{of['cosine_of_halves']:.3f}" for of in halves]
+    return [*rows, ["two halves of the reference", *cells, ""]]
+
+
+# Part c --------------------------------------------------------------------------------------------------------------
+
+
+def trained_rows(output: Path) -> dict[str, dict[str, Row]]:
+    """Arm → seed → its file."""
+    found: dict[str, dict[str, Row]] = defaultdict(dict)
+    for path in sorted(output.glob("seed*/arms/*.json")):
+        row = files.read(path)
+        assert row is not None
+        found[row["name"]][str(row["seed"])] = row
+    return found
+
+
+def column(rows: Mapping[str, Row], name: str) -> dict[str, float]:
+    """Seed → value."""
+    return {seed: row[name] for seed, row in rows.items()}
+
+
+def _ratio(ours: Mapping[str, Row], theirs: Mapping[str, Row], name: str) -> float | None:
+    seeds = ours.keys() & theirs.keys()
+    return mean(ours[seed][name] / theirs[seed][name] for seed in seeds) if seeds else None
+
+
+def _trained_table(trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
+    base, rows = trained.get(Arm(**grpo(LEAVES)).name, {}), []
+    for arm in trained_arms():
+        if not (ours := trained.get(arm.name)):
+            rows.append([arm.name, "0", *[NOT_RUN] * 5])
+            continue
+        accuracy = column(ours, "accuracy")
+        half = trained.get(Arm(**grpo(LEAVES // 2), baseline=arm.baseline).name, {})
+        ratios = [_ratio(ours, base, name) for name in ("tool_calls_executed", "turns_in_sequence")]
+        rows.append(
+            [
+                arm.name,
+                str(len(ours)),
+                f"{mean(accuracy.values()):.3f}",
+                _shown(paired(accuracy, column(base, "accuracy"))),
+                _shown(paired(accuracy, column(half, "accuracy"))),
+                *(NOT_RUN if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            ]
+        )
+    return rows
+
+
+# Goals and figure ----------------------------------------------------------------------------------------------------
+
+
+def goals(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
+    base, rows = trained.get(Arm(**grpo(LEAVES)).name, {}), []
+    for arm in trained_arms():
+        ours = trained.get(arm.name, {})
+        found = paired(column(ours, "accuracy"), column(base, "accuracy"))
+        calls, turns = (_ratio(ours, base, name) for name in ("tool_calls_executed", "turns_in_sequence"))
+        if found is None or calls is None or turns is None or calls > 0.5 or turns > 1.1:
+            continue
+        met = found.mean >= -0.01 and found.mean - found.half >= -0.03
+        rows.append([f"{arm.name} against {_GRPO} at ≤ .5 of its calls", str(found), "met" if met else "missed"])
+    if not rows:
+        rows.append([f"an arm against {_GRPO} at ≤ .5 of its calls and ≤ 1.1 × its turns in sequence", NOT_RUN, ""])
+    for name, found_in in effects.items():
+        if name.endswith(f" − {_COIN}") and (first := found_in[0]) is not None:
+            rows.append(
+                [f"tabular, as is: {name}", str(first), "resolved" if abs(first.mean) > first.half else "open"]
+            )
+    return rows
+
+
+def draw(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Mapping[str, Row]], path: Path) -> None:
+    """Save the figure: the tabular effects in each scenario, and the trained arms against GRPO."""
+    from matplotlib.figure import Figure
+
+    base = column(trained.get(Arm(**grpo(LEAVES)).name, {}), "accuracy")
+    against = {name: paired(column(rows, "accuracy"), base) for name, rows in trained.items()}
+    figure = Figure(figsize=(12, max(4.0, 0.22 * len(effects) + 1)), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for number, scenario in enumerate(SCENARIOS):
+        _intervals(left, {name: found[number] for name, found in effects.items()}, scenario, 0.2 * (number - 1))
+    _intervals(right, against, None, 0.0)
+    left.set(title="a. Tabular: change of the exact accuracy")
+    left.legend(fontsize=8)
+    right.set(title=f"c. Training: accuracy − {_GRPO}, mean")
+    figure.savefig(path, dpi=120)
+
+
+def _intervals(axes: Any, found: Mapping[str, Interval | None], label: str | None, offset: float) -> None:
+    places = {name: len(found) - i for i, name in enumerate(found)}
+    known = {name: of for name, of in found.items() if of is not None}
+    axes.errorbar(
+        [of.mean for of in known.values()],
+        [places[name] - offset for name in known],
+        xerr=[0.0 if math.isnan(of.half) else of.half for of in known.values()],
+        fmt="o",
+        markersize=3,
+        label=label,
+    )
+    axes.axvline(0.0, color="grey", linewidth=0.8)
+    axes.set_yticks(list(places.values()), list(places), fontsize=7)

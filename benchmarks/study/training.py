@@ -1,0 +1,122 @@
+"""Part c: training the quickstart's model on the harder task; each arm and seed is one process and one file.
+
+A seed has its own cold start, from which all its arms train. The tools' cache is off, and queries have many forms, so
+that calls cost what they cost where they do not repeat.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import yaml
+from transformers import TrainerCallback
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.common.files import whole_folder
+from arpo_trl.data.loading import load_arpo_dataset
+from arpo_trl.quickstart.__main__ import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
+from arpo_trl.quickstart.report import summarise
+from arpo_trl.rewards import HierarchicalReward
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+
+from .arms import Arm
+
+N_TRAIN, N_HELDOUT = 2100, 1000
+PROMPTS, STEPS = 16, 40
+_OF_FILES = {"model_name_or_path", "dataset", "eval_dataset", "search_index", "search_top_k", "tools"}
+"""Keys of the quickstart's configuration that are not settings of `ARPOConfig`."""
+
+
+def cold_start(folder: Path, seed: int) -> None:
+    """Make `folder/data` and `folder/sft`: the harder task and the model that knows its format. Once per seed."""
+    if (folder / "sft" / "config.json").exists():
+        return
+    prepare(folder / "data", seed, hard=True, n_train=N_TRAIN, n_heldout=N_HELDOUT)
+    start = time.perf_counter()
+    with whole_folder(folder / "sft") as partial:
+        launch(
+            "sft.py",
+            SFT_CONFIG,
+            *("--model_name_or_path", str(folder / "data/base")),
+            *("--dataset", str(folder / "data/demonstrations.jsonl")),
+            *("--output_dir", str(partial), "--seed", str(seed)),
+        )
+        (partial / "seconds.json").write_text(json.dumps(time.perf_counter() - start) + "\n", "utf-8")
+
+
+@contextmanager
+def trainer_of(model: Path, data: Path, output: Path, arm: Arm, seed: int, **others: Any) -> Iterator[ARPOTrainer]:
+    """A trainer with the quickstart's settings, those of the arm and `others`, the last of which win."""
+    quickstart = yaml.safe_load(RL_CONFIG.read_text("utf-8"))
+    settings = {key: value for key, value in quickstart.items() if key not in _OF_FILES}
+    settings |= {
+        "output_dir": str(output),
+        "seed": seed,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "eval_strategy": "no",
+        "tool_cache": False,
+        "trajectory_log_rate": 0.0,
+        "per_device_train_batch_size": PROMPTS * arm.leaves,
+        "max_steps": STEPS,
+    }
+    tools = ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=quickstart["search_top_k"])
+    trainer = ARPOTrainer(
+        str(model),
+        HierarchicalReward("task"),
+        ARPOConfig(**settings | arm.settings() | others),
+        load_arpo_dataset(str(data / "train.jsonl"), "train"),
+        tools=build_tools(tools),
+    )
+    with trainer.toolbox:
+        yield trainer
+
+
+@dataclass
+class StopAtCalls(TrainerCallback):
+    """Ends the training once so many calls have been made: the budget of another arm."""
+
+    calls: float
+    made: float = 0.0
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        self.made += (logs or {}).get("arpo/tools/calls_made", 0.0)
+        control.should_training_stop = control.should_training_stop or self.made >= self.calls
+
+
+def train(folder: Path, arm: Arm, seed: int, steps: int, calls: float | None = None) -> dict[str, Any]:
+    """Train one arm from the seed's cold start and evaluate it on the held-out questions, sampled at temperature 1.
+
+    Args:
+        folder: Of the seed, after `cold_start`.
+        calls: End before `steps` once so many calls have been made. None: never.
+    """
+    start, data = time.perf_counter(), folder / "data"
+    with (
+        TemporaryDirectory() as output,
+        trainer_of(folder / "sft", data, Path(output), arm, seed, max_steps=steps) as trainer,
+    ):
+        if calls is not None:
+            trainer.add_callback(StopAtCalls(calls))
+        trainer.train()
+        trained = time.perf_counter()
+        trainer.save_model(output)
+        heldout = measure(Path(output), data, seed, temperature=1.0)
+    steps_logged = [row for row in trainer.state.log_history if "reward" in row]
+    return {
+        **arm.as_row(),
+        "seed": seed,
+        "accuracy": heldout.accuracy,
+        "answers": len(heldout.records),
+        **summarise(trainer.state.log_history),
+        "rewards": [row["reward"] for row in steps_logged],
+        "seconds_training": trained - start,
+        "seconds": time.perf_counter() - start,
+    }

@@ -1,0 +1,193 @@
+"""Running estimates of each depth's share of the gradient's variance and of its cost, and widths that follow.
+
+The segment of depth m is a path's turn after m tool results. One segment at depth m of each path is planned; a path
+that ended earlier adds 0. Over a group of M leaves, with R the reward and B the group's mean:
+
+    S_m = E Σ_t (1 − p_t)²      squared score of the segment's tokens, from the sampling logprobs
+    v_m = ½ E (R_i − R_j)²      over pairs of leaves whose last common node has depth m
+    c_m                         valid tool calls at the end of the segment
+    δ_m² = v_m − v_{m+1}        variance of the value that the segment adds; v is 0 after the last depth
+    b_m² = v_0 − v_m            E (V_m − B)², V_m the value of a node of depth m
+    a_m = S_m·b_m² + δ_m²·Σ_{l≤m} S_l
+
+n_m segments at depth m give a gradient of variance Σ a_m / n_m for Σ c_m·n_m calls. At a given number of calls this is
+least for n_m ∝ √(a_m / c_m). Where n would fall with m, the depths are pooled (pool adjacent violators).
+
+Pure: no torch, no engine, no network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, combinations
+from typing import Any
+
+import numpy as np
+
+from arpo_trl.rollout.tree import Leaf, Node, NodeKind, RolloutTree
+from arpo_trl.tools.calls import CallSource
+
+
+class DepthEstimates:
+    """Exponential moving averages of S, v and c by depth. They start with the first step's values.
+
+    estimates = DepthEstimates()
+    estimates.update([depth_sums(trees, rewards)], memory=0.8)
+    estimates.widths(16, 0.5)  # [4.1, 9.7, 16.0], say
+    """
+
+    def __init__(self) -> None:
+        self.score: list[float] = []
+        self.calls: list[float] = []
+        self.variance: dict[int, float] = {}
+        """v by depth, for the depths that have had forks."""
+        self.leaves = 0
+        """M of the last step."""
+        self.spent: float | None = None
+        """Calls made in the last step's trees, as a share of those on all paths; None if there were none."""
+
+    def update(self, sums: Sequence[Mapping[str, Any]], memory: float) -> None:
+        """Add one step's `depth_sums` of all ranks; `memory` is the weight of the average so far."""
+        leaves = sum(part["leaves"] for part in sums)
+        if not leaves:
+            return
+        self.leaves = leaves // sum(part["trees"] for part in sums)
+        on_paths = math.fsum(math.fsum(part["calls"]) for part in sums)
+        self.spent = sum(part["made"] for part in sums) / on_paths if on_paths else None
+        for name in ("score", "calls"):
+            old: list[float] = getattr(self, name)
+            depths = range(max(len(old), *(len(part[name]) for part in sums)))
+            new = [math.fsum(part[name][m] for part in sums if m < len(part[name])) / leaves for m in depths]
+            before = [old[m] if m < len(old) else 0.0 for m in depths] if old else new
+            setattr(self, name, [memory * a + (1 - memory) * b for a, b in zip(before, new, strict=True)])
+        for m in sorted({m for part in sums for m in part["pairs"]}):
+            total, count = (math.fsum(part["pairs"].get(m, (0.0, 0))[i] for part in sums) for i in (0, 1))
+            self.variance[m] = memory * self.variance.get(m, total / count) + (1 - memory) * total / count
+
+    def variance_shares(self) -> list[float]:
+        """a_m. A v that no fork has shown yet is interpolated between those of other depths."""
+        if not self.variance:
+            return []
+        ends = len(self.score)
+        known = {m: v for m, v in sorted(self.variance.items()) if m < ends} | {ends: 0.0}
+        v = np.interp(range(ends + 1), list(known), list(known.values())).tolist()
+        added = [max(0.0, v[m] - v[m + 1]) for m in range(ends)]
+        above = list(accumulate(self.score))
+        return [self.score[m] * max(0.0, v[0] - v[m]) + added[m] * above[m] for m in range(ends)]
+
+    def gain(self) -> float | None:
+        """η = (Σ a)(Σ c) / (Σ √(a·c))² over pooled depths: independent paths' variance over the least, at equal calls.
+
+        None as long as a or c is 0. It is an upper limit: it sets none on the number of leaves.
+        """
+        blocks = pooled(self.variance_shares(), self.calls)
+        root = math.fsum(math.sqrt(a * c) for a, c, _ in blocks)
+        return math.fsum(a for a, _, _ in blocks) * math.fsum(c for _, c, _ in blocks) / root**2 if root else None
+
+    def gain_of(self, widths: Sequence[float]) -> float | None:
+        """Like `gain`, for these widths n_m. Depths after the last one have its width."""
+        shares = self.variance_shares()
+        n = [widths[min(m, len(widths) - 1)] for m in range(len(shares))]
+        variance = math.fsum(a / width for a, width in zip(shares, n, strict=True))
+        calls = math.fsum(c * width for c, width in zip(self.calls, n, strict=True))
+        return math.fsum(shares) * math.fsum(self.calls) / (variance * calls) if variance and calls else None
+
+    def widths(self, leaves: int, share: float) -> list[float] | None:
+        """n_m for each depth, in [1, `leaves`] and not falling; the last is `leaves`. None without estimates.
+
+        Args:
+            leaves: M.
+            share: Σ c_m·n_m as a share of the calls of M independent paths.
+        """
+        blocks = pooled(self.variance_shares(), self.calls)
+        if not any(a for a, _, _ in blocks):
+            return None
+        ratios = [math.sqrt(a / c) if c else math.inf for a, c, size in blocks for _ in range(size)]
+        low, high = 0.0, leaves / min(ratio for ratio in ratios if ratio)
+        for _ in range(60):
+            scale = (low + high) / 2
+            n = [min(max(scale * ratio, 1.0), float(leaves)) for ratio in ratios]
+            spent = math.fsum(c * width for c, width in zip(self.calls, n, strict=True))
+            low, high = (low, scale) if spent > share * leaves * math.fsum(self.calls) else (scale, high)
+        return [*n[:-1], float(leaves)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "score": list(self.score),
+            "calls": list(self.calls),
+            "variance": dict(self.variance),
+            "leaves": self.leaves,
+            "spent": self.spent,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.score, self.calls = list(state["score"]), list(state["calls"])
+        self.variance, self.leaves, self.spent = dict(state["variance"]), state["leaves"], state["spent"]
+
+
+def pooled(a: Sequence[float], c: Sequence[float]) -> list[tuple[float, float, int]]:
+    """Blocks (Σ a, Σ c, number of depths) of adjacent depths, such that a / c does not fall from block to block."""
+    blocks: list[tuple[float, float, int]] = []
+    for block in zip(a, c, [1] * len(a), strict=True):
+        while blocks and blocks[-1][0] * block[1] > block[0] * blocks[-1][1]:
+            last = blocks.pop()
+            block = last[0] + block[0], last[1] + block[1], last[2] + block[2]
+        blocks.append(block)
+    return blocks
+
+
+def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[str, Any]:
+    """Sums over one rank's trees, as plain data: what `DepthEstimates.update` needs.
+
+    Leaves whose reward is NaN form no pairs.
+
+    Args:
+        rewards: One per leaf, tree by tree in leaf order.
+    """
+    score: list[float] = []
+    calls: list[float] = []
+    pairs: dict[int, tuple[float, int]] = {}
+    left = iter(rewards)
+    leaves = made_in_trees = 0
+    for tree in trees:
+        group = tree.leaves()
+        leaves += len(group)
+        made_in_trees += sum(_made(node) for node in tree.observations())
+        squares = {turn.index: math.fsum((1 - math.exp(p)) ** 2 for p in turn.logprobs) for turn in tree.turns()}
+        for leaf in group:
+            for m, (turn, made) in enumerate(_segments(leaf)):
+                if m == len(score):
+                    score.append(0.0)
+                    calls.append(0.0)
+                score[m] += squares[turn.index]
+                calls[m] += made
+        for (one, r), (other, s) in combinations([(leaf, next(left)) for leaf in group], 2):
+            if not math.isnan(r - s):
+                m = _common_depth(one, other)
+                total, count = pairs.get(m, (0.0, 0))
+                pairs[m] = total + (r - s) ** 2 / 2, count + 1
+    counts = {"trees": len(trees), "leaves": leaves, "made": made_in_trees}
+    return {**counts, "score": score, "calls": calls, "pairs": pairs}
+
+
+def _segments(leaf: Leaf) -> Iterator[tuple[Node, int]]:
+    """Each turn of the path, with the number of its valid calls."""
+    for i, node in enumerate(leaf.nodes):
+        if node.kind is NodeKind.TURN:
+            yield node, _made(leaf.nodes[i + 1]) if i + 1 < len(leaf.nodes) else 0
+
+
+def _made(observation: Node) -> int:
+    """The valid calls among those whose results it has."""
+    return sum(call.source is not CallSource.REFUSED for call in observation.calls)
+
+
+def _common_depth(one: Leaf, other: Leaf) -> int:
+    """The number of observations that two leaves share."""
+    shared = 0
+    for a, b in zip(one.nodes, other.nodes, strict=False):
+        if a.index != b.index:
+            break
+        shared += a.kind is NodeKind.OBSERVATION
+    return shared

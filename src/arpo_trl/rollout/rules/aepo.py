@@ -1,0 +1,113 @@
+"""AEPO's budget split and penalty for consecutive branches (arXiv 2510.14545).
+
+Reads the entropies of the first k tokens of turns, and the decisions above, after the k tokens under an observation.
+N first paths (1 unless `initial_rollouts` says otherwise) are only measured and do not branch. Once they have ended,
+more paths start at the root until there are m; at least one does, since it has to supply the branches. In the metrics
+they count as top-ups.
+
+Approximations: H_root and H_tool come from these few paths and from the first k tokens of turns, and are divided by
+ln V. Consecutive branches are counted along the path in both forms: the released code counts rounds of the whole
+prompt, which would make decisions depend on the order in which paths finish.
+
+Bias: multiplicity, look-ahead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from arpo_trl.common.settings import check_fields, described
+from arpo_trl.rollout.rules import register_rule
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, clipped, mean, rise
+from arpo_trl.rollout.tree import BranchDecision, NodeKind
+
+
+@dataclass(slots=True)
+class _Split:
+    """One group's first paths, and whether they are still being measured."""
+
+    leaves: int
+    first: int
+    measuring: bool = True
+
+
+@register_rule("aepo")
+@dataclass(frozen=True, kw_only=True)
+class AEPO(BranchRule):
+    """With l consecutive branchings above, s = max(0, 1 − `penalty`·l), γ `entropy_weight` and τ `branch_threshold`:
+
+        form     fires if                      roots m, with ΔH' = (H_root − mean H_tool) / ln V
+        paper    (α + γ·ΔH)·s > τ              round(M·σ(`split_weight`·ΔH'))
+        coded    (u + γ·ΔH)·s ≥ τ              ⌊M·σ(`split_weight`·ΔH')⌋ + 1
+
+    u is uniform in [0, 1) and α is `branch_probability`, which "coded" does not use.
+
+        AEPO(form="paper", split_weight=0.5, penalty=0.05)
+    """
+
+    entropy_triggers: ClassVar[bool] = True
+
+    branch_probability: float = 0.5
+    entropy_weight: float = 0.2
+    branch_threshold: float = 0.5
+    form: str = field(default="paper", metadata=described("Which formulas.", choices=("paper", "coded")))
+    split_weight: float = field(default=0.5, metadata=described("Weight of entropies in m.", at_least=0))
+    penalty: float = field(default=0.05, metadata=described("What a consecutive branching costs.", at_least=0))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def first_paths(self, leaves: int) -> int:
+        return 1
+
+    def roots(self, planned: int, context: BranchContext) -> int:
+        context.state = _Split(planned + context.remaining, planned)
+        return planned
+
+    def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+        entropy = mean(candidate.turn)
+        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        left = max(0.0, 1 - self.penalty * consecutive(candidate, context))
+        change = self.entropy_weight * delta
+        if self.form == "paper":
+            probability = (self.branch_probability + change) * left
+            fires = probability > self.branch_threshold
+        else:
+            probability = clipped(1 + change - self.branch_threshold / left) if left else 0.0
+            fires = (context.coin(candidate) + change) * left >= self.branch_threshold
+        fires = fires and candidate.address[0] >= context.state.first
+        return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires)
+
+    def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
+        split: _Split = context.state
+        if not split.measuring:
+            return super().supply(live, context)
+        if any(path.address[0] < split.first for path in live):
+            return context.remaining
+        split.measuring = False
+        return context.remaining - min(max(1, self.split(context) - split.first), context.remaining)
+
+    def split(self, context: BranchContext) -> int:
+        """m, from the turns that the tree has."""
+        tree = context.tree
+        at_root = mean([mean(tree.nodes[turn].entropies) for turn in tree.root.children])
+        after = [
+            mean(tree.nodes[turn].entropies) for node in tree.observations() if node.calls for turn in node.children
+        ]
+        difference = rise(at_root, mean(after) if after else at_root, context.vocab_size)
+        share = context.state.leaves / (1 + math.exp(-self.split_weight * difference))
+        return round(share) if self.form == "paper" else int(share) + 1
+
+
+def consecutive(candidate: Candidate, context: BranchContext) -> int:
+    """How many observations right above on the path have branched in a row."""
+    count = 0
+    for node in reversed(context.tree.path(candidate.node)[:-1]):
+        if node.kind is NodeKind.OBSERVATION:
+            if node.decision is None or not node.decision.granted:
+                break
+            count += 1
+    return count

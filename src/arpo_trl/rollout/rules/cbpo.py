@@ -1,0 +1,77 @@
+"""CBPO's balanced probability (arXiv 2608.24300): branch where entropy rose, less so on paths that branched before.
+
+Reads the entropies of the first k tokens under an observation and of the path's first turn, and the branches above,
+after those k tokens. The paper also branches inside turns, every 64 tokens; here branches start at observations only.
+Its entropies cover the ten most likely tokens; ours cover all.
+
+Bias: multiplicity, look-ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from arpo_trl.common.settings import check_fields, described
+from arpo_trl.rollout.rules import register_rule
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, grant, mean, rise
+from arpo_trl.rollout.tree import BranchDecision
+
+
+@register_rule("cbpo")
+@dataclass(frozen=True, kw_only=True)
+class CBPO(BranchRule):
+    """Fires if P = clip(`base` + `slope`·ΔH, 0, 1) / ((1 + L)^`power` · (1 + l)^`power`) > `least`.
+
+    l is the number of branches that the observation has, L that of the path including it. Each further branch of the
+    observation needs P > `least` anew, up to `per_node`, and up to `per_path` on a path.
+
+        CBPO(base=0.2, slope=2.0, power=0.2, least=0.25, per_node=3, per_path=4)
+    """
+
+    sets_branches: ClassVar[bool] = True
+
+    base: float = field(default=0.2, metadata=described("P at ΔH = 0, without branches.", at_least=0, at_most=1))
+    slope: float = field(default=2.0, metadata=described("Weight of ΔH."))
+    power: float = field(default=0.2, metadata=described("How much earlier branches lower P.", at_least=0))
+    least: float = field(default=0.25, metadata=described("An observation branches if P is more.", at_least=0))
+    per_node: int = field(default=3, metadata=described("Most branches of an observation.", at_least=1))
+    per_path: int = field(default=4, metadata=described("Most branches along a path.", at_least=1))
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def most_branches(self) -> int:
+        return self.per_node
+
+    def first_paths(self, leaves: int) -> int:
+        return max(1, leaves * 6 // 16)  # the paper's 6 of 16
+
+    def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+        entropy = mean(candidate.turn)
+        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        above = self.branches_above(candidate, context)
+        probability = self.probability(delta, above, 0)
+        fires = probability > self.least and above < self.per_path
+        return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires)
+
+    def probability(self, delta: float, path: int, node: int) -> float:
+        """P with L = `path` and l = `node`."""
+        return clipped(self.base + self.slope * delta) / ((1 + path) * (1 + node)) ** self.power
+
+    def branches_above(self, candidate: Candidate, context: BranchContext) -> int:
+        """The branches of the observations above on the path."""
+        above = context.tree.path(candidate.node)[:-1]
+        return sum(node.decision.granted for node in above if node.decision is not None)
+
+    def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
+        judged = [self.judge(candidate, context) for candidate in candidates]
+        deltas = [decision.delta or 0.0 for decision in judged]
+        wanted = []
+        for candidate, delta in zip(candidates, deltas, strict=True):
+            above = self.branches_above(candidate, context)
+            most = range(min(self.per_node, self.per_path - above))
+            wanted.append(sum(self.probability(delta, above + j, j) > self.least for j in most))  # P falls with j
+        return grant(judged, wanted, deltas, context.remaining)

@@ -1,0 +1,522 @@
+"""Makes, forks, counts and closes the instances of an environment's class. Each path has an instance of its own.
+
+A branch starts from a `Point`: the state of an instance between two of its calls. While the instance stays there, a
+branch forks it directly. Before the instance's next call it is copied, but only if a branch may still start there, and
+only if the class can fork or copy. Without a copy, a branch replays the calls on a new instance.
+
+    instance ── call ── point ── call ──▶ …
+                          ├─ fork ─▶ instance of a branch       the instance is still there
+                          └─ copy ── fork ─▶ another branch     the instance has moved on
+
+Everything that calls a user's code runs in threads of the tools. Each instance runs one method at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from arpo_trl.errors import ArpoError, DataError, ToolError, ToolSpecError
+from arpo_trl.net.background import LoopThread
+from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
+
+
+_GRACE_S = 1.0
+"""How much longer an async method may take than the deadline of its call, which is to pass first."""
+
+
+class ForkRefused(Exception):
+    """A branch cannot get the state of its prefix. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A call that an instance ran, and its outcome as text that can be compared."""
+
+    name: str
+    arguments: dict[str, Any]
+    outcome: str
+
+
+@dataclass(eq=False, slots=True)
+class Instance:
+    """An object of the user's class."""
+
+    value: Any
+    group: int
+    log: list[Done] = field(default_factory=list)
+    """The calls since the reset, also those of the path before the instance was forked."""
+    digest: Any = None
+    """The value of `digest()` after the last call; None if the class does not offer it."""
+    description: str = ""
+    """The same of `describe()`."""
+    doubt: str = ""
+    """Why the state is not known; empty: it is known."""
+    point: Point | None = None
+    """Where the instance is, if a branch may start there."""
+    closed: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a method of the object runs."""
+
+    @contextmanager
+    def turn(self, timeout_s: float) -> Iterator[None]:
+        """Hold the lock. Raises `ToolError` if an earlier call still runs after `timeout_s`."""
+        if not self.lock.acquire(timeout=timeout_s):
+            raise ToolError("Error: an earlier call of this environment is still running.")
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+
+@dataclass(eq=False, slots=True)
+class Point:
+    """The state of an instance between two calls, from which branches may start."""
+
+    group: int
+    log: list[Done]
+    digest: Any
+    doubt: str
+    origin: Instance | None
+    """The instance, while it is at the point."""
+    copy: Instance | None = None
+    """A copy of it, made when it moved on."""
+    users: int = 0
+    """How many states may still start a branch here."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What happened to the instances since the counts were taken; seconds are sums over threads."""
+
+    resets: int = 0
+    forks: int = 0
+    replays: int = 0
+    refused_forks: int = 0
+    failed: int = 0
+    reset_s: float = 0.0
+    fork_s: float = 0.0
+    replay_s: float = 0.0
+    live_max: int = 0
+
+
+class Instances:
+    """The live instances of one class.
+
+    Args:
+        rows: The row of each group, by the group's id. The caller fills it before paths of the group start.
+        timeout_s: Longest wait for an earlier call of an instance, for an async method, and for closing.
+        limit: The maximum number of live instances; None: no maximum.
+    """
+
+    def __init__(
+        self, kind: EnvironmentKind, rows: Mapping[int, Mapping[str, Any]], timeout_s: float, limit: int | None
+    ):
+        self.kind = kind
+        self.timeout_s = timeout_s
+        self.texts: dict[int, str | None] = {}
+        """What `reset` returned, by the group's id."""
+        self._rows = rows
+        self._limit = limit
+        self.changed = threading.Condition()
+        """Guards everything below, the fields of points, and those of states that several threads use."""
+        self._live = 0
+        self._closing = 0
+        self._making = 0
+        self._objects: dict[int, Any] = {}  # the objects of live instances by their id(), which also keeps them alive
+        self._copies: dict[Point, None] = {}  # the points that hold a copy, oldest first
+        self._counts = Counts()
+        self._loop: LoopThread | None = None
+        self._told: set[str] = set()
+        self.fatal: ArpoError | None = None
+        """An error of the class after which no run can continue: paths would share a state, or differ in prompt."""
+
+    # Room ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def live(self) -> int:
+        """The number of instances that are not closed, and of those that are being made."""
+        with self.changed:
+            return self._live
+
+    def reserve(self, *, for_copy: bool = False) -> bool:
+        """Reserve room for one instance, and return whether there was room.
+
+        For a path, copies for branches give way, and this waits for instances that are being closed. So the answer
+        does not depend on how long closing takes. A copy takes only room that is free.
+        """
+        with self.changed:
+            if self._limit is not None and self._live >= self._limit and not for_copy:
+                if self._copies:
+                    self._drop_copy(next(iter(self._copies)))
+                self.changed.wait_for(lambda: self._has_room or not self._closing, self.timeout_s)
+            if not self._has_room:
+                return False
+            self._live += 1
+            self._counts.live_max = max(self._counts.live_max, self._live)
+            return True
+
+    @property
+    def _has_room(self) -> bool:
+        return self._limit is None or self._live < self._limit
+
+    @contextmanager
+    def making(self) -> Iterator[None]:
+        """Within it, `settle` waits."""
+        with self.changed:
+            self._making += 1
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._making -= 1
+                self.changed.notify_all()
+
+    def release(self) -> None:
+        """Give back room for which no instance was made."""
+        with self.changed:
+            self._live -= 1
+            self.changed.notify_all()
+
+    # Making and forking, in threads of the tools. The caller has reserved the room -----------------------------------
+
+    def fresh(self, group: int) -> Instance:
+        """Return a new instance, reset with the group's row.
+
+        Raises:
+            ToolSpecError: The factory returned an object that another path has.
+            DataError: `reset` returned another text than for the group's first path, or something that is not text.
+        """
+        start = time.perf_counter()
+        instance = self._adopted(self.finished(self.kind.factory()), group, "environment_factory")
+        try:
+            row = dict(self._rows.get(group, {}))  # environments of tools have no row
+            text = self.finished(instance.value.reset(**copy.deepcopy(row)))
+            self._check_text(group, text)
+            self.observe(instance)
+        except BaseException:
+            self._discard(instance)
+            raise
+        with self.changed:
+            self._counts.resets += 1
+            self._counts.reset_s += time.perf_counter() - start
+        return instance
+
+    def branch(self, point: Point) -> Instance:
+        """Return an instance in the state of `point`.
+
+        Raises:
+            ForkRefused: There is none.
+            ToolSpecError: `fork` returned an object that another path has.
+        """
+        if point.doubt:
+            raise ForkRefused(point.doubt)
+        while self._copies_instances:
+            with self.changed:
+                source = point.copy or point.origin
+            if source is None:
+                break
+            with source.turn(self.timeout_s):
+                with self.changed:
+                    is_there = source in (point.copy, point.origin)
+                if is_there:
+                    return self._forked(source, point)
+        if point.doubt:  # what the copy for it met
+            raise ForkRefused(point.doubt)
+        if not self.kind.replayable:
+            raise ForkRefused("there was no room for a copy (environment_concurrency), and it is not replayable")
+        return self._replayed(point)
+
+    @property
+    def _copies_instances(self) -> bool:
+        return self.kind.forking in (Forking.FORK, Forking.COPY)
+
+    def _forked(self, source: Instance, point: Point) -> Instance:
+        start = time.perf_counter()
+        if self.kind.forking is Forking.FORK:
+            value, made_by = self.finished(source.value.fork()), f"fork() of {self.kind.name}"
+        else:
+            value, made_by = copy.deepcopy(source.value), f"a deepcopy of {self.kind.name}"
+        if not isinstance(value, self.kind.type):
+            raise self._final(
+                ToolSpecError(
+                    f"{made_by} returned {type(value).__name__}; expected another {self.kind.name} with the same "
+                    "state."
+                )
+            )
+        instance = self._adopted(value, point.group, made_by)
+        try:
+            instance.log = list(point.log)
+            self.observe(instance)
+            self._check_digest(instance, point, made_by)
+        except BaseException:
+            self._discard(instance)
+            raise
+        with self.changed:
+            self._counts.forks += 1
+            self._counts.fork_s += time.perf_counter() - start
+        return instance
+
+    def _replayed(self, point: Point) -> Instance:
+        start = time.perf_counter()
+        instance = self.fresh(point.group)
+        try:
+            for call in point.log:
+                outcome, _ = self.called(instance, call.name, call.arguments)
+                if outcome != call.outcome:
+                    raise ForkRefused(
+                        f"the replayed call {call.name} returned {outcome[:200]}, and the recorded one "
+                        f"{call.outcome[:200]}"
+                    )
+            self.observe(instance)
+            self._check_digest(instance, point, "a replay")
+        except BaseException:
+            self._discard(instance)
+            raise
+        with self.changed:
+            self._counts.replays += 1
+            self._counts.replay_s += time.perf_counter() - start
+        return instance
+
+    def _adopted(self, value: Any, group: int, made_by: str) -> Instance:
+        if not callable(getattr(value, "reset", None)):
+            error = ToolSpecError(f"{made_by} returned {type(value).__name__}; expected a {self.kind.name}.")
+            raise self._final(error)
+        with self.changed:
+            if id(value) in self._objects:
+                raise self._final(
+                    ToolSpecError(
+                        f"{made_by} returned an object that another path has, and both would share its state. It must "
+                        f"return a new {self.kind.name} at each call."
+                    )
+                )
+            self._objects[id(value)] = value
+        return Instance(value, group)
+
+    def _check_text(self, group: int, text: Any) -> None:
+        if text is not None and not isinstance(text, str):
+            got = f"reset() of {self.kind.name} returned {type(text).__name__}"
+            raise self._final(DataError(f"{got}; expected text for the prompt, or None."))
+        with self.changed:
+            first = self.texts.setdefault(group, text)
+        if text != first:
+            raise self._final(
+                DataError(
+                    f"reset() of {self.kind.name} returned different texts for the same row: {first!r:.200} and "
+                    f"{text!r:.200}. All paths of a group share one prompt. Let the text depend on the row alone: put "
+                    "a seed into a column, and draw from random.Random(seed)."
+                )
+            )
+
+    def _check_digest(self, instance: Instance, point: Point, made_by: str) -> None:
+        if instance.digest != point.digest:
+            raise ForkRefused(
+                f"{made_by} has the digest {instance.digest!r:.100}, and the original {point.digest!r:.100}"
+            )
+
+    # Calls, with the lock of the instance held -----------------------------------------------------------------------
+
+    def called(self, instance: Instance, name: str, arguments: Mapping[str, Any]) -> tuple[str, Callable[[], Any]]:
+        """Call a method and log the call. Return its outcome as comparable text, and a function that gives it."""
+        given = copy.deepcopy(dict(arguments))
+        error: BaseException | None = None
+        value: Any = None
+        try:
+            value = self.finished(getattr(instance.value, name)(**copy.deepcopy(given)))
+            outcome = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+        except BaseException as raised:
+            error, outcome = raised, f"{type(raised).__name__}: {raised}"
+        instance.log.append(Done(name, given, outcome))
+
+        def result() -> Any:
+            if error is not None:
+                raise error
+            return value
+
+        return outcome, result
+
+    def observe(self, instance: Instance) -> None:
+        """Update the digest and the description of an instance, for which the class may offer methods."""
+        if self.kind.offers("digest"):
+            instance.digest = self.finished(instance.value.digest())
+        if self.kind.offers("describe"):
+            instance.description = str(self.finished(instance.value.describe()))
+
+    def leave_point(self, instance: Instance) -> None:
+        """Copy the instance for the branches that may still start where it is. Runs before its next call."""
+        point = instance.point
+        if point is None:
+            return
+        with self.changed:
+            wanted = point.users > 0 and self._copies_instances and not point.doubt
+        made = None
+        if wanted and self.reserve(for_copy=True):
+            try:
+                made = self._forked(instance, point)
+            except BaseException as error:
+                self.release()
+                point.doubt = as_reason(error)
+        with self.changed:
+            instance.point = point.origin = None
+            if made is not None and point.users:
+                point.copy = made
+                self._copies[point] = None
+                made = None
+        if made is not None:
+            self.close(made)
+
+    def finished(self, value: Any) -> Any:
+        """Do the same as `result_of`, with the deadline of a call."""
+        return self.result_of(value, self.timeout_s + _GRACE_S)
+
+    def result_of(self, value: Any, timeout_s: float | None) -> Any:
+        """Return `value`; if it is awaitable, what it returns. Awaitables of a class run on one loop of their own."""
+        if not inspect.isawaitable(value):
+            return value
+        with self.changed:
+            self._loop = self._loop or LoopThread("arpo-environments")
+        future = self._loop.start(_awaited(value))
+        try:
+            return future.result(timeout_s)
+        except TimeoutError:
+            future.cancel()
+            raise
+
+    # Points ----------------------------------------------------------------------------------------------------------
+
+    def point_of(self, instance: Instance) -> Point:
+        """Return the point at which the instance is. No call of it is running."""
+        with self.changed:
+            if instance.point is None:
+                instance.point = Point(
+                    instance.group, list(instance.log), instance.digest, instance.doubt, origin=instance
+                )
+            return instance.point
+
+    def use(self, point: Point) -> Point:
+        """Note that one more state may start a branch at the point."""
+        with self.changed:
+            point.users += 1
+        return point
+
+    def leave(self, point: Point) -> None:
+        """Note that a state of the point is gone. With the last one its copy is closed."""
+        with self.changed:
+            point.users -= 1
+            if not point.users and point in self._copies:
+                self._drop_copy(point)
+
+    def _drop_copy(self, point: Point) -> None:
+        del self._copies[point]
+        made, point.copy = point.copy, None
+        assert made is not None
+        self.close(made)
+
+    # Closing ---------------------------------------------------------------------------------------------------------
+
+    def close(self, instance: Instance) -> None:
+        """Close an instance in a thread, once its running call has ended. Its room is free after that.
+
+        If a branch may still start where the instance is, it becomes the copy of that point and stays open.
+        """
+        with self.changed:
+            if (point := instance.point) is not None:
+                instance.point = point.origin = None
+                if point.users and self._copies_instances and not point.doubt:
+                    point.copy = instance
+                    self._copies[point] = None
+                    return
+            self._closing += 1
+        threading.Thread(target=self._close, args=(instance,), name="arpo-environment-close", daemon=True).start()
+
+    def _close(self, instance: Instance) -> None:
+        try:
+            self._close_value(instance)
+        finally:
+            with self.changed:
+                self._closing -= 1
+                self._live -= 1
+                self.changed.notify_all()
+
+    def _discard(self, instance: Instance) -> None:
+        """Close an instance that no path got. The caller still has its room."""
+        self._close_value(instance)
+
+    def _close_value(self, instance: Instance) -> None:
+        held = instance.lock.acquire(timeout=self.timeout_s)
+        instance.closed = True
+        try:
+            if self.kind.offers("close"):
+                self.finished(instance.value.close())
+        except BaseException as error:
+            self.tell_once(
+                f"close() of the environment {self.kind.name} failed",
+                f"{as_reason(error)}. What it held may not be released.",
+            )
+        finally:
+            if held:
+                instance.lock.release()
+            with self.changed:
+                del self._objects[id(instance.value)]
+
+    def settle(self) -> bool:
+        """Wait until no instance is being made or closed, and return whether that is so before the deadline."""
+        with self.changed:
+            return self.changed.wait_for(lambda: not (self._making or self._closing), 2 * self.timeout_s)
+
+    # Counts ----------------------------------------------------------------------------------------------------------
+
+    def count_refused(self, reason: str) -> None:
+        """Count a branch that did not get its state, and log the first one."""
+        with self.changed:
+            self._counts.refused_forks += 1
+        self.tell_once(
+            f"A branch could not get the state of its prefix in the environment {self.kind.name}",
+            f"{reason}. A path from the root replaces it. Such branches are counted as environments/refused_forks.",
+        )
+
+    def count_failed(self, reason: str) -> None:
+        """Count a path whose environment could not be made, and log the first one."""
+        with self.changed:
+            self._counts.failed += 1
+        self.tell_once(
+            f"The environment {self.kind.name} of a path could not be made",
+            f"{reason}. The model reads that at each call. Such paths are counted as environments/failed.",
+        )
+
+    def _final(self, error: ArpoError) -> ArpoError:
+        """Keep an error after which no run can continue, and return it."""
+        self.fatal = self.fatal or error
+        return error
+
+    def tell_once(self, subject: str, reason: str) -> None:
+        if subject not in self._told:
+            self._told.add(subject)
+            logger.warning(f"{subject}: {reason}")
+
+    def take_counts(self) -> Counts:
+        """Return the counts since the last call."""
+        with self.changed:
+            taken, self._counts = self._counts, Counts(live_max=self._live)
+            return taken
+
+
+def as_reason(error: BaseException) -> str:
+    """Return an exception as part of a sentence."""
+    if isinstance(error, ForkRefused | ToolError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+async def _awaited(value: Awaitable[Any]) -> Any:
+    return await value

@@ -1,0 +1,190 @@
+"""The environments of a trainer, from its arguments: checks before the first step, prompts and rewards."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from datasets import Dataset
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import ConfigError
+from arpo_trl.logs.metrics import Tally
+from arpo_trl.options import ShareCalls
+from arpo_trl.rollout.tree import RolloutTree
+from arpo_trl.tools.environments.instances import Counts
+from arpo_trl.tools.environments.kind import Forking, environment_kind
+from arpo_trl.tools.environments.state import Environments
+
+logger = get_logger(__name__)
+
+NO_PROMPT = [{"role": "user", "content": ""}]
+"""The prompt of rows that have none, to which the text of `reset` is appended, as in TRL."""
+
+
+def environments_for(
+    args: ARPOConfig, factory: Any, reward_funcs: Collection[Any], datasets: Sequence[Any]
+) -> Environments | None:
+    """Return the environments that `factory` makes, after checking all that can be checked; None without a factory.
+
+    If the class offers no way to fork, this sets N = M in `args` and warns.
+
+    Args:
+        reward_funcs: Those of the user. A function with an argument `environments`, or with `**kwargs`, may read them.
+        datasets: The one for training first, then those for evaluation. Streamed ones and None are not checked.
+
+    Raises:
+        ConfigError: The factory or its class cannot be used, or `environment_concurrency` is too small.
+        ToolSpecError: A method of the class cannot be a tool.
+    """
+    if factory is None:
+        return None
+    if isinstance(factory, dict):
+        raise ConfigError(
+            f"environment_factory is a dict of {sorted(factory)}; expected one class or function. Write one class "
+            "whose reset(**row) chooses by a column of the row."
+        )
+    if args.share_calls != ShareCalls.OFF:
+        raise ConfigError(
+            f"share_calls is {args.share_calls!r}, but there is an environment_factory, and each path makes its calls "
+            "in its own environment. Set share_calls to 'off'."
+        )
+    kind = environment_kind(factory, args.tool_timeout_s)
+    for dataset in datasets:
+        if isinstance(dataset, Dataset):
+            kind.check_row(dataset.column_names)
+    keeps = kind.offers("get_reward") or any(_may_read_environments(function) for function in reward_funcs)
+    _check_concurrency(args, keeps=keeps, evaluates=any(dataset is not None for dataset in datasets[1:]))
+    if kind.forking is Forking.NONE and args.initial_rollouts != args.num_generations:
+        logger.warning(
+            f"The environment {kind.name} has no fork(), is not copyable and not replayable, so no branch can get its "
+            f"state. All {args.num_generations} paths of a group start at the prompt (initial_rollouts = "
+            "num_generations)."
+        )
+        args.initial_rollouts = args.num_generations
+    return Environments(kind, timeout_s=args.tool_timeout_s, limit=args.environment_concurrency, keeps=keeps)
+
+
+def _may_read_environments(function: Any) -> bool:
+    if not callable(function) or isinstance(function, torch.nn.Module):
+        return False
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a function written in C has no signature
+        return True
+    return any(of.kind is of.VAR_KEYWORD or of.name == "environments" for of in parameters)
+
+
+def _check_concurrency(args: ARPOConfig, *, keeps: bool, evaluates: bool) -> None:
+    assert args.steps_per_generation is not None
+    batches = [(args.per_device_train_batch_size * args.steps_per_generation, args.num_generations)]
+    if evaluates:
+        batches.append((args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations))
+    of = "completions" if keeps else "prompts"
+    least = max(rows if keeps else rows // size or rows for rows, size in batches)
+    if args.environment_concurrency is not None and args.environment_concurrency < least:
+        until = (
+            "Rewards may read the environment of each completion, so all are open until the rewards are computed"
+            if keeps
+            else "One environment of each prompt is open before the paths start"
+        )
+        raise ConfigError(
+            f"environment_concurrency is {args.environment_concurrency}, but a rollout has {least} {of}. {until}. "
+            f"Set it to at least {least}, or lower the batch size or steps_per_generation"
+            + (
+                ", or let the reward functions name their arguments, without environments and **kwargs."
+                if keeps
+                else "."
+            )
+        )
+
+
+def with_prompts(datasets: Sequence[Any]) -> list[Any]:
+    """Return the datasets with None for those without a column of prompts, which environments give."""
+    return [
+        None if isinstance(dataset, Dataset) and "prompt" not in dataset.column_names else dataset
+        for dataset in datasets
+    ]
+
+
+def without_rows(args: ARPOConfig) -> Dataset:
+    """Return a dataset for a run without one, as TRL: rows with the prompt `NO_PROMPT`, for `max_steps` steps.
+
+    Raises:
+        ConfigError: `max_steps` does not say how long to train.
+    """
+    if args.max_steps <= 0:
+        raise ConfigError(
+            f"There is no train_dataset, and max_steps is {args.max_steps}. Set max_steps to the number of steps to "
+            "train, or give a dataset."
+        )
+    assert args.generation_batch_size is not None and args.num_generations is not None
+    return Dataset.from_dict({"prompt": [NO_PROMPT] * (args.generation_batch_size // args.num_generations)})
+
+
+def with_text(prompt: Any, text: str | None) -> Any:
+    """Return the prompt with the text of `reset` at the end of its last message, or of its text."""
+    if text is None:
+        return prompt
+    if isinstance(prompt, str):
+        return prompt + text
+    content = prompt[-1]["content"]
+    added: Any = text if isinstance(content, str) else [{"type": "text", "text": text}]
+    return [*prompt[:-1], {**prompt[-1], "content": content + added}]
+
+
+def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_group: int) -> list[Any] | None:
+    """Return the object of each leaf, tree by tree, for the rewards; None if no reward reads them.
+
+    An object that could not be made is None.
+    """
+    if not environments.keeps:
+        return None
+    kept = [
+        environments.kept[group, leaf.address]
+        for group, tree in enumerate(trees, first_group)
+        for leaf in tree.leaves()
+    ]
+    return [None if instance is None else instance.value for instance in kept]
+
+
+def owned_reward(environments: Environments | None) -> list[Callable[..., Any]]:
+    """Return the reward function that asks each environment for its `get_reward`, if there is one.
+
+    It is named after the class, as in TRL.
+    """
+    if environments is None or not environments.kind.offers("get_reward"):
+        return []
+    instances = environments.instances
+
+    def reward(environments: Sequence[Any]) -> list[Any]:
+        return [instances.result_of(each.get_reward(), None) for each in environments]
+
+    reward.__name__ = environments.kind.name
+    return [reward]
+
+
+@contextmanager
+def weighted(args: ARPOConfig, owned: Sequence[Any]) -> Iterator[None]:
+    """Within it, `reward_weights` has a weight of 1 for each of `owned`, besides those of the user's functions."""
+    weights = args.reward_weights
+    if weights is not None:
+        args.reward_weights = [*weights, *(1.0 for _ in owned)]
+    try:
+        yield
+    finally:
+        args.reward_weights = weights
+
+
+def tally_environments(counts: Counts, tally: Tally) -> None:
+    """Count what happened to a rollout's environments into `tally`."""
+    for name in ("resets", "forks", "replays", "refused_forks", "failed"):
+        tally.totals[f"environments/{name}"] += getattr(counts, name)
+    for name, count in (("reset", counts.resets), ("fork", counts.forks), ("replay", counts.replays)):
+        if count:
+            tally.add(f"environments/{name}_s", getattr(counts, f"{name}_s"), count)
+    tally.add("environments/live_max", counts.live_max)

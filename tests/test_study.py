@@ -1,0 +1,194 @@
+"""The study: exact values and a gradient by hand, paired intervals, the page, and a tiny run of each part."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.rollout.credit import CREDITS
+from arpo_trl.rollout.rules import RULES
+from arpo_trl.tools.toolbox import ToolBox
+from study import __main__ as command
+from study import files, frozen, page, training
+from study.arms import Arm, grpo, seeds_of, tabular_arms, trained_arms
+from study.tabular import Budget, _Run, policy_gradient, scores, train
+from study.task import SCENARIOS, Task, compute, look_up
+
+LOOK, ANSWER = 0, 1
+
+
+def two_states(look: float, look_again: float, calls: int = 2) -> Task:
+    """Nothing found, and found. A look-up finds; an answer is right once something was found."""
+    chances = np.array([[look, 1 - look], [look_again, 1 - look_again]])
+    return Task(
+        shares=np.array([1.0]),
+        moves=np.array([[[1], [1]]]),
+        rewards=np.array([0.0, 1.0]),
+        seen=np.array([0, 1]),
+        tools=["look_up"],
+        calls=calls,
+        logits=np.log(chances),
+        offsets=np.zeros((1, 2, 2)),
+    )
+
+
+def test_the_value_of_two_states_is_that_by_hand():
+    # Look with 0.8. Then answer with 0.75, or look again with 0.25 and answer with 0.75; or look once more, which gets
+    # the notice, and answer with 0.75 in the last turn: 0.8 · (0.75 + 0.25 · (0.75 + 0.25 · 0.75)) = 0.7875.
+    task = two_states(0.8, 0.25)
+    assert task.value(task.logits) == pytest.approx(0.7875)
+
+
+def test_without_calls_only_the_last_turn_after_the_notice_answers():
+    # No result may come, so nothing is ever found.
+    task = two_states(0.8, 0.25, calls=0)
+    assert task.value(task.logits) == 0.0
+
+
+def test_the_sampler_earns_the_exact_value_in_the_mean():
+    # 3,000 paths with success probability 0.7875: a standard error of 0.0075, and 4 of them.
+    task = two_states(0.8, 0.25)
+    with ToolBox([look_up, compute]) as toolbox:
+        trees = _Run(task, Arm(leaves=100, roots=100).config(2), 0, toolbox).sample(task.logits, 0, 4500)
+    earned = [reward for tree in trees for reward in scores(task, tree)]
+    assert len(earned) >= 3000
+    assert np.mean(earned) == pytest.approx(0.7875, abs=0.03)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_path_of_each_scenario_starts_between_a_tenth_and_a_third(scenario):
+    task = SCENARIOS[scenario]
+    assert 0.1 < task.value(task.logits) < 0.33
+    assert task.probabilities(task.logits).sum(axis=-1) == pytest.approx(1.0)
+
+
+def test_the_gradient_of_one_leaf_is_that_by_hand():
+    # The first of two leaves: look, answer. Two tokens, each with advantage 3, weight 1/2 in its leaf and 1/2 in the
+    # batch: factors 0.75. The gradient of log p by the logits is one-hot − p: (1 − 0.8, −0.2) in the first state,
+    # (−0.25, 1 − 0.75) in the second. The second leaf has advantage 0.
+    task = two_states(0.8, 0.25)
+    with ToolBox([look_up, compute]) as toolbox:
+        for seed in range(50):
+            trees = _Run(task, Arm(leaves=2, roots=2).config(2), seed, toolbox).sample(task.logits, 0, 0)
+            if len(trees[0].leaves()[0].turns) == 2:
+                break
+    gradient = policy_gradient(task, task.logits, trees, torch.tensor([3.0, 0.0]), None)
+    assert gradient == pytest.approx(0.75 * np.array([[0.2, -0.2], [-0.25, 0.25]]))
+
+
+def test_an_arm_learns_and_the_same_seed_repeats():
+    budget = Budget(steps=4, calls_per_step=40)
+    first, again = (train(SCENARIOS["as is"], Arm().config(6), 0, budget) for _ in range(2))
+    assert first["accuracies"] == again["accuracies"]
+    assert first["accuracy"] > first["accuracies"][0] + 0.05
+    # A step never stops before its calls are spent, and only the last prompt exceeds them.
+    assert 160 <= first["calls"] < 160 + 8 * 7
+
+
+# Arms ----------------------------------------------------------------------------------------------------------------
+
+
+def test_all_rules_and_credits_of_the_registries_take_part():
+    arms = tabular_arms()
+    assert {arm.rule for arm in arms} == set(RULES.names)
+    assert {arm.credit for arm in arms} == set(CREDITS.names)
+    assert len({arm.name for arm in arms}) == len(arms)
+    assert len({files.slug(arm.name) for arm in arms}) == len(arms)
+
+
+def test_an_arm_whose_rule_does_not_exist_is_an_error_that_names_it():
+    with pytest.raises(ConfigError, match="There is no branch rule 'best'"):
+        Arm(rule="best").settings()
+    errors: list[str] = []
+    assert command.available([Arm(), Arm(rule="best"), Arm(rule="best", credit="hard")], errors) == [Arm()]
+    (error,) = errors
+    assert error.endswith("So these arms cannot run: best N = 2, soft, mean; best N = 2, hard, mean.")
+
+
+def test_the_main_comparisons_have_more_seeds():
+    assert seeds_of(Arm(**grpo(4)), 8, 3) == seeds_of(Arm(baseline="score_norm"), 8, 3) == 8
+    assert seeds_of(Arm(rule="threshold"), 8, 3) == seeds_of(Arm(**grpo(8), dynamic=True), 8, 3) == 3
+    assert sum(seeds_of(arm, 8, 3) for arm in trained_arms()) == 8 * 8 + 11 * 3
+
+
+# Intervals and the page ----------------------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_seed_with_students_t():
+    # Differences .1, .2, .3: mean .2, standard deviation .1, t(2) = 4.303: half width 4.303 · .1 / √3 = .2484.
+    found = files.paired({"0": 0.5, "1": 0.6, "2": 0.8, "9": 1.0}, {"0": 0.4, "1": 0.4, "2": 0.5})
+    assert found is not None
+    assert (found.mean, found.half, found.n) == (pytest.approx(0.2), pytest.approx(0.2484, abs=1e-4), 3)
+    assert str(found) == "+0.200 ± 0.248 (3)"
+    assert math.isnan(files.interval([0.5]).half)
+    assert files.paired({"0": 0.5}, {"1": 0.5}) is None
+
+
+def trained_row(arm: Arm, seed: int, accuracy: float, calls: int) -> dict:
+    return {**arm.as_row(), "seed": seed, "accuracy": accuracy, "tool_calls_executed": calls, "turns_in_sequence": 4.0}
+
+
+def test_the_page_has_what_ran_and_says_what_did_not(tmp_path):
+    for seed, (whole, coin) in enumerate([(0.70, 0.71), (0.60, 0.61), (0.65, 0.66)]):
+        for arm, accuracy, calls in ((Arm(**grpo(8)), whole, 1000), (Arm(), coin, 480)):
+            files.write(command.trained_file(tmp_path, seed, arm), trained_row(arm, seed, accuracy, calls))
+    page.write(tmp_path, tmp_path / "study.md")
+    text = (tmp_path / "study.md").read_text("utf-8")
+    # All differences are .01, so the interval is a point; no GRPO with M = 4 has run.
+    assert "| random N = 2, soft, mean | 3 | 0.660 | +0.010 ± 0.000 (3) | not run | 0.48 | 1.00 |" in text
+    assert "| random N = 2, soft, mean against GRPO M = 8 at ≤ .5 of its calls | +0.010 ± 0.000 (3) | met |" in text
+    assert "| threshold N = 2, soft, mean | 0 | not run |" in text
+    assert (tmp_path / "study.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_tiny_tabular_study_is_resumed_and_shown(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "tabular_arms", lambda: [Arm(**grpo(4)), Arm(), Arm(rule="best")])
+    monkeypatch.setattr(command, "SCENARIOS", {"as is": SCENARIOS["as is"]})
+    given = ["a", "--seeds", "2", "--jobs", "1", "--output", str(tmp_path), "--page", str(tmp_path / "study.md")]
+    assert command.main(given) == 1
+    shown = capsys.readouterr()
+    assert "Part a: 2 to run" in shown.out
+    assert "There is no branch rule 'best'" in shown.err
+    first = command.tabular_file(tmp_path, "as is", Arm()).read_text("utf-8")
+    assert sorted(json.loads(first)["runs"]) == ["0", "1"]
+    assert re.search(r"\| GRPO M = 4 − random N = 2 \| [+-]0", (tmp_path / "study.md").read_text("utf-8"))
+    command.main([*given[:2], "3", *given[3:]])  # only the third seed is new
+    assert "Part a: 2 to run" in capsys.readouterr().out
+    later = json.loads(command.tabular_file(tmp_path, "as is", Arm()).read_text("utf-8"))["runs"]
+    assert {seed: later[seed] for seed in ("0", "1")} == json.loads(first)["runs"]
+
+
+@pytest.mark.slow
+def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
+    """The model is untrained: this is about the files, not about its accuracy."""
+    monkeypatch.setattr(training, "PROMPTS", 2)
+    folder = tmp_path / "seed0"
+    training.prepare(folder / "data", 0, hard=True, n_train=8, n_heldout=2)
+    save_cold_start_base(folder / "sft")
+    command.one_training(tmp_path, 0, Arm(), steps=1)
+    (row,) = page.trained_rows(tmp_path)[Arm().name].values()
+    assert (row["seed"], row["steps"], row["planned_steps"], row["answers"], row["leaves"]) == (0, 1, 1, 2, 16)
+    dynamic = Arm(**grpo(8), dynamic=True)
+    with pytest.raises(ConfigError, match="trains for the calls of GRPO M = 8, which has no result yet"):
+        command.one_training(tmp_path, 0, dynamic, steps=1)
+
+
+@pytest.mark.slow
+def test_gradients_of_a_frozen_policy_are_compared_with_the_mean_of_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(frozen, "REFERENCE_PROMPTS", 2)
+    data, model = tmp_path / "data", tmp_path / "sft"
+    training.prepare(data, 0, hard=True, n_train=8, n_heldout=2)
+    save_cold_start_base(model)
+    target, halves = frozen.reference(model, data, batches=2)
+    row = frozen.measure(model, data, Arm(), target, batches=2)
+    # An untrained model earns the same everywhere, so all gradients are 0.
+    assert (target.norm(), halves) == (0.0, 0.0)
+    assert (row["cosine"], row["cosines"]) == (0.0, [0.0, 0.0])
