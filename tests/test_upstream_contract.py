@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -520,6 +521,54 @@ def test_the_tool_mask_takes_tokens_out_of_the_loss(trainer):
     mask = torch.tensor([[0, 0, 1]] * 8)
     loss = trainer._compute_loss(trainer.model, made | {"advantages": advantages, "tool_mask": mask})
     assert loss.item() == pytest.approx(-2.0 / 2)
+
+
+def test_the_loss_reads_advantages_and_old_logprobs_after_it_has_computed_logprobs(trainer, monkeypatch):
+    made = batch(trainer)
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def changing(*args, **kwargs):
+        logprobs, *others = compute(*args, **kwargs)
+        made["old_per_token_logps"] = logprobs.detach() - math.log(1.1)
+        made["advantages"] = torch.full((8,), 3.0)
+        return logprobs, *others
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", changing)
+    loss = trainer._compute_loss(trainer.model, made)
+    assert loss.item() == pytest.approx(-3.0 * 1.1 / 2)  # halved by the two accumulation steps
+    assert trainer.importance_sampling_level == "token"
+    assert trainer.epsilon_high == 0.2
+
+
+def test_advantages_are_logged_for_all_ranks_after_those_of_earlier_rollouts(trainer):
+    assert trainer.scale_rewards == "group"
+    made = batch(trainer)
+    logged = trainer._logs["advantages"]
+    assert isinstance(logged, deque) and list(logged)[-8:] == made["advantages"].tolist()
+
+
+def test_what_reward_functions_log_waits_for_the_end_of_scoring_and_can_be_dropped_before(trainer):
+    trainer.reward_funcs = [
+        lambda completions, log_metric, log_extra, **_: (
+            log_metric("mark", 1.0) or log_extra("note", ["x"] * len(completions)) or [0.0] * len(completions)
+        )
+    ]
+    given = ([dict(ROWS[0])] * 2, ["what is"] * 2, ["a"] * 2, [[20]] * 2)
+    assert trainer._calculate_rewards(*given).shape == (2, 1)
+    assert dict(trainer._pending_metrics) == {"mark": [1.0]}
+    assert dict(trainer._pending_extra_logs) == {"note": ["x", "x"]}
+    trainer._pending_metrics.clear()
+    trainer._pending_extra_logs.clear()
+    assert "mark" not in trainer._metrics["train"]
+
+
+def test_generating_appends_to_the_metrics_and_counts_tokens_in_the_state(trainer):
+    trainer._generate(["what is", "what is"])
+    lengths = trainer._metrics["train"]["completions/mean_length"]
+    seen = trainer.state.num_input_tokens_seen
+    trainer._generate(["what is", "what is"])
+    assert trainer._metrics["train"]["completions/mean_length"] is lengths and len(lengths) == 2
+    assert trainer.state.num_input_tokens_seen == 2 * seen > 0
 
 
 def test_logps_come_as_a_triple_of_the_completions_width(trainer):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
@@ -19,18 +17,22 @@ from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import refuse_taken_columns
 from arpo_trl.logs.alarms import Alarms
-from arpo_trl.logs.metrics import Tally, tally_step
-from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
+from arpo_trl.logs.metrics import Tally
+from arpo_trl.logs.trajectories import TrajectoryLog
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.rollout.build import EngineSource, build_engine, context_of
-from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.protocols import PROTOCOLS
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
-from arpo_trl.rollout.tree import Leaf, RolloutTree
+from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
 from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.training.advantages import Advantages
+from arpo_trl.training.answers import check_answers
+from arpo_trl.training.baselines import (
+    check_baseline,
+    make_baseline,
+)
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
@@ -38,12 +40,13 @@ from arpo_trl.training.environments import (
     environments_for,
     of_leaves,
     owned_reward,
-    tally_environments,
     weighted,
     with_prompts,
     with_text,
     without_rows,
 )
+from arpo_trl.training.last_rollout import LastRollout
+from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
     check_ahead,
     check_encoding,
@@ -60,11 +63,12 @@ from arpo_trl.training.preflight import (
     tokenizer_for,
     without_trls_vllm_client,
 )
+from arpo_trl.training.reporting import Reporting
+from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
 from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
-from arpo_trl.training.shared_update import SharedPrefixUpdate
 from arpo_trl.training.sources import (
     colocated_source,
     logprobs_of,
@@ -74,24 +78,12 @@ from arpo_trl.training.sources import (
     toolbox_for,
     transformers_source,
 )
-from arpo_trl.trl_seam import pad, print_prompt_completions_sample
-from arpo_trl.visible import visible, visible_data
+from arpo_trl.trl_seam import pad
 
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _LastRollout:
-    """The last rollout, kept for the rest of its step."""
-
-    name: str
-    rollout: RolloutBatch
-    leaves: list[Leaf]
-    first_group: int
-    """The number of the first tree's group, over all ranks."""
-
-
-class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
+class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
@@ -106,7 +98,9 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
     - `environment_factory`: each path has an environment, and branches fork it (docs/environments.md).
     - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) where leaves
       share nodes. Where no leaves share nodes, the batch is TRL's, bit for bit.
+      `advantage_baseline` replaces the group's mean before that.
     - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
+    - the loss, with some settings: see `OwnLoss`. Groups that are rolled out again: see `Resampling`.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
     - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
@@ -195,6 +189,9 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
         self.use_vllm = args.use_vllm
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL recognises truncated completions by them
         self._credit = args.make_credit()
+        self._prepare_loss(self._credit)
+        if self._credit.reads_answers:
+            check_answers(datasets, args.advantage_attribution)
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
             self.accelerator,
@@ -203,15 +200,20 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
             sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
         )
         self.tree_sampler = self._make_sampler(engine)
+        self._baseline = make_baseline(args)
+        check_baseline(self._baseline, self.tree_sampler.engine)
         check_ahead(args, self.tree_sampler.engine, train_dataset, self._environments)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
-        self._last: _LastRollout | None = None
+        self._last: LastRollout | None = None
         self._last_rewards: torch.Tensor | None = None
         """(B,) rewards of the last rollout's leaves; NaN where no reward function applies."""
+        self._rewards_of_all_ranks: torch.Tensor | None = None
+        self._counted = Tally()
+        """What was counted of this rollout before `_log_rollout`."""
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
         self.alarms = Alarms(self.tree_sampler.settings.rule)
@@ -268,7 +270,6 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`. `prompts` repeats each prompt once per leaf of its group, group after group."""
         training = self.model.training
-        name = self._names.next("step" if training else "eval", self.state.global_step)
         first_group, size = self._places(prompts)
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         requests = [
@@ -276,17 +277,18 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
             for i, prompt in enumerate(groups)
         ]
         settings = self.tree_sampler.settings
-        with self.interruptible():
-            if training and self.args.rollouts_ahead:
-                rollout = self.rollout_ahead()
-            else:
-                rollout = self.tree_sampler.sample(
-                    requests,
-                    seed=(self.args.seed, name),
-                    settings=settings if training else settings.without_branching(size),
-                )
+        settings = settings if training else settings.without_branching(size)
+        if self._again is None:
+            name = self._names.next("step" if training else "eval", self.state.global_step)
+            rollout = self._sample(requests, name, settings)
+        else:
+            assert self._last is not None
+            name, before, again = self._last.name, self._last.rollout, self._again
+            tally_discarded([before.trees[i] for i in again.groups], self._counted)
+            new = self._sample([requests[i] for i in again.groups], f"{name} again {again.number}", settings)
+            rollout = with_new_trees(before, new, again.groups)
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
-        self._last = _LastRollout(name, rollout, leaves, first_group)
+        self._last = LastRollout(name, rollout, leaves, first_group)
         if self._environments is not None:
             self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(
@@ -299,6 +301,13 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
         # Like TRL, return sampling logprobs for vLLM only. Under top-k or top-p, those of transformers belong to
         # another distribution than the loss's, and `off_policy_mask_threshold` would take the difference for drift.
         return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
+
+    def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
+        """The trees of `requests`. In training with `rollouts_ahead`, those that were sampled ahead."""
+        with self.interruptible():
+            if self.model.training and self.args.rollouts_ahead:
+                return self.rollout_ahead()
+            return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
 
     def _places(self, prompts: list[Any]) -> tuple[int, int]:
         """The number of this rank's first group, over all ranks, and the number of rows that form one tree."""
@@ -332,25 +341,15 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             refuse_taken_columns(inputs[0])  # a streamed dataset shows its columns only now
             with self._with_environments(inputs) as inputs, self._scoring:
+                self._rows = inputs
                 batch = super()._generate_and_score_completions(inputs)
+            self._subtract_baseline(batch)
             advantages = batch["advantages"]
             self._attribute(batch)
             if self.model.training and self._micro_batches_dealt_together > 1:
                 batch[LEAF] = torch.arange(len(advantages), device=advantages.device)
             self._log_rollout(advantages)
         return batch
-
-    def _attribute(self, batch: dict[str, Any]) -> None:
-        """Replaces `batch["advantages"]` (B,) by the credit's, which are (B, T) where leaves share nodes."""
-        last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
-        assert last is not None and self._last_rewards is not None
-        rewards = self._last_rewards.to(advantages.device)
-        batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
-        if weights is not None:
-            batch["tool_mask"] = batch["tool_mask"] * weights
-        if self._credit.weighs:  # on every rank, with weights or without: the count is a sum over all ranks
-            trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
-            batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -359,7 +358,8 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self.stop_together()  # an interrupted reward function returned placeholders
         first = self.accelerator.process_index * len(prompts)  # `rewards` has the rows of all ranks
-        self._last_rewards = total_rewards(rewards, self.reward_weights)[first : first + len(prompts)].cpu()
+        self._rewards_of_all_ranks = total_rewards(rewards, self.reward_weights).cpu()
+        self._last_rewards = self._rewards_of_all_ranks[first : first + len(prompts)]
         return rewards
 
     # Update ----------------------------------------------------------------------------------------------------------
@@ -379,6 +379,7 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
+            "baseline": None if self._baseline is None else self._baseline.state,
             "bell": self.alarms.state_dict(),
             "branch_rule": self.tree_sampler.settings.rule.state_dict(),
             "evaluation": self.evaluation,
@@ -388,6 +389,8 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
     def load_state_dict(self, memory: dict[str, Any]) -> None:
         super().load_state_dict(memory)
         self._names.load_state_dict(memory["rollouts_at"])
+        if self._baseline is not None:
+            self._baseline.state = memory["baseline"]
         self.alarms.load_state_dict(memory["bell"])
         self.tree_sampler.settings.rule.load_state_dict(memory["branch_rule"])
         self.evaluation = memory["evaluation"]
@@ -395,55 +398,3 @@ class ARPOTrainer(SharedPrefixUpdate, SamplesAhead, Publishing, GRPOTrainer):
 
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
         self._trajectories.forget_from(step, evaluated=evaluated)
-
-    # Logs ------------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, but what `log_completions` prints of prompts and completions steers no terminal."""
-        number = self.args.num_completions_to_print
-        self.num_completions_to_print = 0  # TRL prints none
-        try:
-            super().log(logs, start_time)
-        finally:
-            self.num_completions_to_print = number
-        if self.accelerator.is_main_process and self.log_completions and self._logs["prompt"]:
-            print_prompt_completions_sample(
-                *(visible_data(list(self._logs[name])) for name in ("prompt", "completion")),
-                *(self._logs["rewards"], self._logs["advantages"], self.state.global_step, number),
-                extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
-            )
-
-    def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
-        """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""
-        rule = self.tree_sampler.settings.rule
-        if rule.learns:
-            rule.learn(gather_object([rule.lesson(trees, rewards)]))
-        for name, value in rule.metrics().items():
-            tally.add(name, value)
-
-    def _log_rollout(self, advantages: torch.Tensor) -> None:
-        """Logs metrics over all ranks, this rank's trees and, in training, alarms."""
-        last, rewards = self._last, self._last_rewards
-        assert last is not None and rewards is not None
-        mode = "train" if self.model.training else "eval"
-        seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
-        tally = tally_step(last.rollout, rewards.tolist(), seconds)
-        if self._environments is not None:
-            tally_environments(self._environments.instances.take_counts(), tally)
-        merged = Tally.merged(gather_object([tally.plain()]))
-        if mode == "train":
-            self._learn(last.rollout.trees, rewards.tolist(), merged)
-        for name, value in merged.values().items():
-            self._metrics[mode][f"arpo/{name}"].append(value)
-        trees = logged_trees(
-            last.rollout.trees,
-            rewards.tolist(),
-            advantages.tolist(),
-            step=self.state.global_step,
-            first_group=last.first_group,
-            decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
-        )
-        self._trajectories.write(last.name, trees)
-        if mode == "train":
-            for message in self.alarms.check(merged):
-                logger.warning(f"Step {self.state.global_step}: {message}")

@@ -109,6 +109,8 @@ class Engine(Protocol):
 
     vocab_size: int
     """V in ln V: the number of tokens in the distribution sampled from."""
+    has_logprobs: bool
+    """Whether turns have sampling logprobs. Otherwise all of them are NaN."""
     forward_s: float
     """Seconds spent in model forwards since the engine was created."""
 

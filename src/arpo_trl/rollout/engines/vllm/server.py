@@ -95,6 +95,7 @@ class VLLMServerEngine:
         self.vocab_size = vocab_size
         self.max_length = min(facts.max_model_len for facts in weights.facts.values())
         self.forward_s = 0.0
+        self.has_logprobs = True
         self._settings = settings
         self._stops = StopFinder(tokenizer, settings.stop_strings)
         self._params = sampling_params(settings) | {"return_token_ids": True, "return_tokens_as_token_ids": True}
