@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import html
 import re
@@ -66,7 +67,9 @@ def changed() -> set[str]:
 def own_fields(kind: type[Any]) -> list[dataclasses.Field[Any]]:
     """The fields that a dataclass itself defines, in their order."""
     own = kind.__annotations__
-    by_name = {field.name: field for field in dataclasses.fields(kind)}
+    by_name = {field.name: copy.copy(field) for field in dataclasses.fields(kind)}
+    for name in own.keys() & by_name.keys():
+        by_name[name].type = own[name]  # transformers' parser of arguments changes the type of a field
     return [by_name[name] for name in own if name in by_name]
 
 
