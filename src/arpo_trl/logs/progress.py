@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,9 +40,14 @@ class CompactProgress(ProgressCallback):
 
 
 def show_log() -> None:
-    """Shows this package's log on standard error, from level INFO on."""
+    """Shows this package's log on standard error, from level INFO on, and hides what says nothing to a user on a CPU.
+
+    Hidden: DeepSpeed's report that there is no accelerator, and PyTorch's that it does not pin memory without one.
+    """
     logging.basicConfig(format="%(message)s")
     logging.getLogger("arpo_trl").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true but no accelerator")
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def show_compactly(trainer: Trainer) -> None:
