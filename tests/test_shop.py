@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from arpo_trl.logs.trajectories import read_trees
+from arpo_trl.quickstart.model import build_tokenizer
 from arpo_trl.quickstart.shop.demonstrations import (
     END,
     NO_MISTAKES,
@@ -43,11 +44,11 @@ def shop(**changes: Any) -> Shop:
 
 def test_an_order_within_the_budget_is_rewarded_once_it_is_paid() -> None:
     made = Shop()
-    assert made.reset(**ORDER) == "Order\ncheese\nbread\nBudget 10"
-    assert made.look("cheese") == "Feta 2\nBrie 7"
+    assert made.reset(**ORDER) == "Order: cheese, bread. Budget 10"
+    assert made.look("cheese") == "2 Feta, 7 Brie"
     assert made.add("Feta") == "Cart 2"
-    assert made.look("bread") == "Pita 2\nRye 8"
-    assert made.add("Pita") == "Pita is sold out\nRye 8"
+    assert made.look("bread") == "2 Pita, 8 Rye"
+    assert made.add("Pita") == "Pita is sold out, try Rye"
     assert made.add("Rye") == "Cart 10"  # 2 + 8
     assert made.get_reward() == 0.0
     assert made.buy("9") == "The cart costs 10"
@@ -153,10 +154,11 @@ def test_demonstrations_cycle_through_the_orders_with_new_mistakes() -> None:
     assert len({json.dumps(row) for row in rows}) > 8
 
 
-def test_names_are_distinct_and_in_the_texts_of_the_tokenizer() -> None:
-    products = [product for shelf in CATALOGUE.values() for product in shelf]
-    assert len(set(products) | set(CATALOGUE)) == len(products) + len(CATALOGUE)
-    assert all(name in tokenizer_texts()[0].split("\n") for name in [*products, *CATALOGUE])
+def test_names_are_distinct_and_each_is_one_token() -> None:
+    names = [*CATALOGUE, *(product for shelf in CATALOGUE.values() for product in shelf)]
+    assert len(set(names)) == len(names)
+    tokenizer = build_tokenizer(tokenizer_texts())
+    assert all(tokenizer.tokenize(f" {name}, 3 {name}") == [f"Ġ{name}", ",", "Ġ", "3", f"Ġ{name}"] for name in names)
 
 
 # The task ------------------------------------------------------------------------------------------------------------
@@ -200,4 +202,4 @@ def test_the_shop_runs_from_cold_start_to_measurement(tmp_path: Path) -> None:
         assert step["arpo/environments/replays"] == step["arpo/environments/refused_forks"] == 0
         assert 0 <= step["reward"] <= 1
     trees = [tree for file in sorted((rl / "trajectories").glob("step-*.jsonl")) for tree in read_trees(file)]
-    assert trees[0].prompt.startswith("<|im_start|>user\nOrder\n")
+    assert trees[0].prompt.startswith("<|im_start|>user\nOrder: ")

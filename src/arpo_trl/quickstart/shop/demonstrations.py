@@ -45,14 +45,16 @@ def demonstrate(shop: Shop, order: Mapping[str, Any], rng: random.Random, mistak
 
     def call(tool: str, argument: str) -> str:
         result: str = getattr(shop, tool)(argument)
-        messages.append({"role": "assistant", "content": f"<{tool}>{argument}</{tool}>"})
+        # With the space before it, a name is the same token here as in orders and results.
+        space = "" if argument.isdecimal() else " "
+        messages.append({"role": "assistant", "content": f"<{tool}>{space}{argument}</{tool}>"})
         messages.append({"role": "tool", "name": tool, "content": result})
         return result
 
     cart = ""
     for kind in order["kinds"]:
-        shelf = dict(line.rsplit(" ", 1) for line in call("look", kind).splitlines())
-        first, second = sorted(shelf, key=lambda product: int(shelf[product]))
+        prices = dict(reversed(entry.split(" ")) for entry in call("look", kind).split(", "))
+        first, second = sorted(prices, key=lambda product: int(prices[product]))
         if rng.random() < mistakes.dearer:
             first, second = second, first
         result = call("add", first)
@@ -68,7 +70,13 @@ def demonstrate(shop: Shop, order: Mapping[str, Any], rng: random.Random, mistak
 def tokenizer_texts() -> list[str]:
     """Return the training texts of the tokenizer. Names repeat, so that each becomes one token."""
     names = [*CATALOGUE, *(product for products in CATALOGUE.values() for product in products)]
-    words = ["system", "user", "assistant", "tool", "Order", "Budget", "Cart", "Paid", END]
-    sentences = ["Order\ntea\nbread\nBudget 12", "Rye is sold out", "There is no Rye", "The cart is paid"]
-    sentences += ["The cart is empty", "The cart costs 12", "The budget is 12", "Paid 12"]
-    return ["\n".join([*names, *words, *sentences])] * 50
+    sentences = ["Order: tea, bread. Budget 12", "3 Rye, 7 Pita", "Rye is sold out, try Pita", "There is no Rye"]
+    sentences += [
+        "Cart 12",
+        "The cart is paid",
+        "The cart is empty",
+        "The cart costs 12",
+        "The budget is 12",
+        "Paid 12",
+    ]
+    return [*(f" {name}" for name in names), "system\nuser\nassistant\ntool", *sentences, END] * 50

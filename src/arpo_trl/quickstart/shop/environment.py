@@ -1,9 +1,11 @@
 """A shop, an environment with a state: shelves with prices, stock, a cart and a budget.
 
-    Order            look ▶ tea      add ▶ Assam             add ▶ Sencha     …    buy ▶ 9
-    tea              Assam 3         Assam is sold out       Cart 7                Paid 9
-    bread            Sencha 7        Sencha 7
-    Budget 9
+    Order: tea, bread. Budget 9
+    look ▶ tea       3 Assam, 7 Sencha
+    add ▶ Assam      Assam is sold out, try Sencha
+    add ▶ Sencha     Cart 7
+    …
+    buy ▶ 9          Paid 9
 
 Prices and stock differ from row to row, and whether a product is sold out shows only when it is added. The shop takes
 nothing back, so that a wrong choice costs the reward.
@@ -69,7 +71,7 @@ class Shop:
         self._kinds, self._budget = tuple(kinds), budget
         self._prices, self._stock = _shelves(seed)
         self._cart, self._paid = [], False
-        return "\n".join(["Order", *self._kinds, f"Budget {budget}"])
+        return f"Order: {', '.join(self._kinds)}. Budget {budget}"
 
     def look(self, kind: str) -> str:
         """Shows the shelf of a kind of product, with prices.
@@ -77,7 +79,9 @@ class Shop:
         Args:
             kind: The kind, such as tea.
         """
-        return _priced(self._prices[kind]) if kind in self._prices else f"There is no {kind}"
+        if kind not in self._prices:
+            return f"There is no {kind}"
+        return ", ".join(f"{price} {product}" for product, price in self._prices[kind].items())
 
     def add(self, product: str) -> str:
         """Puts one piece of a product into the cart. The shop takes nothing back.
@@ -91,8 +95,8 @@ class Shop:
             return "The cart is paid"
         if self._stock[product] == 0:
             shelf = next(shelf for shelf in self._prices.values() if product in shelf)
-            left = {other: price for other, price in shelf.items() if self._stock[other]}
-            return f"{product} is sold out\n{_priced(left)}".rstrip()
+            left = next((other for other in shelf if self._stock[other]), None)
+            return f"{product} is sold out" + (f", try {left}" if left else "")
         self._stock[product] -= 1
         self._cart.append(product)
         return f"Cart {self._total}"
@@ -145,10 +149,6 @@ def least_cost(kinds: Sequence[str], seed: int) -> int:
     """Return what an order costs that takes the cheapest product in stock of each kind, in a shop of this seed."""
     prices, stock = _shelves(seed)
     return sum(min(price for product, price in prices[kind].items() if stock[product]) for kind in kinds)
-
-
-def _priced(shelf: Mapping[str, int]) -> str:
-    return "\n".join(f"{product} {price}" for product, price in shelf.items())
 
 
 def _shelves(seed: int) -> tuple[dict[str, dict[str, int]], dict[str, int]]:

@@ -26,7 +26,7 @@ from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.training.environments import NO_PROMPT, of_leaves, with_text
 
 N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
-SFT_STEPS = 480
+SFT_STEPS = 600
 MAX_COMPLETION_LENGTH = 128
 MAX_TOOL_CALLS = 8
 _TIMEOUT_S = 20.0
