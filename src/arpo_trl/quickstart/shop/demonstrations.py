@@ -53,8 +53,8 @@ def demonstrate(shop: Shop, order: Mapping[str, Any], rng: random.Random, mistak
 
     cart = ""
     for kind in order["kinds"]:
-        prices = dict(reversed(entry.split(" ")) for entry in call("look", kind).split(", "))
-        first, second = sorted(prices, key=lambda product: int(prices[product]))
+        shelf = [entry.split(" ") for entry in call("look", kind).split(", ")]
+        (_, first), (_, second) = sorted(shelf, key=lambda entry: int(entry[0]))
         if rng.random() < mistakes.dearer:
             first, second = second, first
         result = call("add", first)
@@ -70,13 +70,6 @@ def demonstrate(shop: Shop, order: Mapping[str, Any], rng: random.Random, mistak
 def tokenizer_texts() -> list[str]:
     """Return the training texts of the tokenizer. Names repeat, so that each becomes one token."""
     names = [*CATALOGUE, *(product for products in CATALOGUE.values() for product in products)]
-    sentences = ["Order: tea, bread. Budget 12", "3 Rye, 7 Pita", "Rye is sold out, try Pita", "There is no Rye"]
-    sentences += [
-        "Cart 12",
-        "The cart is paid",
-        "The cart is empty",
-        "The cart costs 12",
-        "The budget is 12",
-        "Paid 12",
-    ]
-    return [*(f" {name}" for name in names), "system\nuser\nassistant\ntool", *sentences, END] * 50
+    orders = ["Order: tea, bread. Budget 12", "3 Rye, 7 Pita", "Rye is sold out, try Pita", "There is no Rye"]
+    carts = ["Cart 12", "The cart is paid", "The cart is empty", "The cart costs 12", "The budget is 12", "Paid 12"]
+    return [*(f" {name}" for name in names), "system\nuser\nassistant\ntool", *orders, *carts, END] * 50
