@@ -172,7 +172,7 @@ def teach_to_call_again(folder: Path, seed: int) -> None:
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in like_lengths_together(rows, seed)]
     (folder / "failures.jsonl").write_text("".join(lines), "utf-8")
     launch(
-        "sft.py",
+        "sft",
         SFT_CONFIG,
         *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "failures.jsonl")),
         *("--output_dir", str(folder / "taught"), "--seed", str(seed)),

@@ -50,7 +50,7 @@ def cold_start(folder: Path, seed: int) -> None:
         return
     prepare(folder / "data", seed)
     launch(
-        "sft.py",
+        "sft",
         SFT_CONFIG,
         *("--model_name_or_path", str(folder / "data/base"), "--dataset", str(folder / "data/demonstrations.jsonl")),
         *("--output_dir", str(folder / "sft"), "--seed", str(seed)),
@@ -60,7 +60,7 @@ def cold_start(folder: Path, seed: int) -> None:
 def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
     output = folder / variant.replace(" ", "_").replace("/", "-")
     seconds = launch(
-        "train.py",
+        "train",
         RL_CONFIG,
         *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "data/train.jsonl")),
         *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),

@@ -42,7 +42,7 @@ def cold_start(folder: Path) -> None:
         return
     prepare(folder / "data", seed=0)
     launch(
-        "sft.py",
+        "sft",
         SFT_CONFIG,
         *("--model_name_or_path", str(folder / "data/base"), "--dataset", str(folder / "data/demonstrations.jsonl")),
         *("--output_dir", str(folder / "sft"), *SHOP.cold_start),

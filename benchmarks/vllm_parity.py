@@ -43,7 +43,7 @@ def train(folder: Path, seed: int, engine: str, steps: int) -> dict[str, Any]:
     output = folder / engine
     with flags(engine, folder) as chosen:
         seconds = launch(
-            "train.py",
+            "train",
             RL_CONFIG,
             *("--model_name_or_path", str(folder / "sft"), "--dataset", str(folder / "data/train.jsonl")),
             *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),

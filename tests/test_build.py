@@ -160,7 +160,7 @@ def _shipped() -> Iterator[list[tuple[Engine, int | None]]]:
 
 def test_every_shipped_engine_has_what_the_sampler_reads_and_states_its_context():
     members = [name for name in (*Engine.__annotations__, *vars(Engine)) if not name.startswith("_")]
-    assert sorted(members) == ["forward_s", "max_length", "poll", "session", "submit", "vocab_size"]
+    assert sorted(members) == ["forward_s", "has_logprobs", "max_length", "poll", "session", "submit", "vocab_size"]
     with _shipped() as engines:
         for engine, length in engines:
             assert [name for name in members if not hasattr(engine, name)] == [], type(engine)

@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from datasets import Dataset
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import read_trees
-from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name, register_credit
+from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, build_credit, register_credit
 from arpo_trl.rollout.credit.base import Credit, attribute, mean_over_leaves, token_nodes
 from arpo_trl.rollout.credit.once import Once, first_copies
 from arpo_trl.rollout.engines.base import SamplingParams
@@ -131,6 +132,124 @@ def test_credits_of_a_tree_are_what_one_works_out_by_hand():
     assert weights.tolist() == [[True, True, True, True, False], [False, False, False, True, True]]
 
 
+# Credits that compare branches ---------------------------------------------------------------------------------------
+
+
+def forked() -> RolloutTree:
+    """Two paths from the root, of which the first branches twice.
+
+    root ─┬─ 1 ── 2 ─┬─ 3                     rows 0
+          │          └─ 4 ── 5 ─┬─ 6               1
+          │                     └─ 7               2
+          └─ 8                                     3
+    """
+    made = RolloutTree([9])
+    made.add_turn(0, [1], "", [-0.5], [])
+    made.add_observation(1, [2], [], "")
+    made.add_turn(2, [3], "", [-1.0], [])
+    made.add_turn(2, [3], "", [-3.0], [])
+    made.add_observation(4, [2], [], "")
+    made.add_turn(5, [3], "", [-1.0], [])
+    made.add_turn(5, [3], "", [-2.0], [])
+    made.add_turn(0, [1], "", [-0.5], [])
+    for node, address in ((3, (0,)), (6, (0, 1, 0)), (7, (0, 1, 0, 2, 0)), (8, (1,))):
+        made.end(node, address, StopReason.EOS)
+    return made
+
+
+REWARDS = torch.tensor([1.0, 2.0, 6.0, 0.0])
+
+
+def credited(name: str, **options: object) -> list[list[float]]:
+    """What a credit gives the turns of `forked`, leaf by leaf, with the rewards as advantages."""
+    made, weights = build_credit(name, options, SharedPrefixWeight.PER_LEAF)([forked()], REWARDS, REWARDS)
+    assert weights is None
+    turns = [[0, 2], [0, 2, 4], [0, 2, 4], [0]]  # columns of a row
+    assert made.shape == (4, 5)
+    return [[round(float(made[row, i]), 5) for i in columns] for row, columns in enumerate(turns)]
+
+
+def test_a_turns_value_is_the_mean_of_its_leaves():
+    # turn 1: (1 + 2 + 6) / 3 = 3; turn 4: (2 + 6) / 2 = 4
+    assert credited("tree") == [[3, 1], [3, 4, 2], [3, 4, 6], [0]]
+    # minus the value above: turn 3: 1 − 3, turn 4: 4 − 3, turns 6 and 7: 2 − 4 and 6 − 4
+    assert credited("tree", difference=True) == [[3, -2], [3, 1, -2], [3, 1, 2], [0]]
+
+
+def test_a_turns_value_is_an_average_of_its_children():
+    # turn 4: 4; turn 1: (1 + 4) / 2 = 2.5
+    assert credited("tree", average="children") == [[2.5, 1], [2.5, 4, 2], [2.5, 4, 6], [0]]
+    # by entropies 1 and 2: turn 4 = (2 + 2 · 6) / 3 = 14/3; 1 and 3: turn 1 = (1 + 3 · 14/3) / 4 = 3.75
+    assert credited("tree", average="entropy") == [[3.75, 1], [3.75, 4.66667, 2], [3.75, 4.66667, 6], [0]]
+    # softmax: turn 4 = (2 + e · 6) / (1 + e) = 4.92423; turn 1 = (1 + e² · 4.92423) / (1 + e²) = 4.45645
+    assert credited("tree", average="softmax") == [[4.45645, 1], [4.45645, 4.92423, 2], [4.45645, 4.92423, 6], [0]]
+
+
+def test_siblings_are_compared_without_the_turn_itself():
+    # turn 1: its mean 3, at the root nothing is compared; turn 3: 1 − 4; turn 4: 4 − 1; turn 6: 2 − 6; turn 7: 6 − 2
+    assert credited("siblings") == [[3, -3], [3, 3, -4], [3, 3, 4], [0]]
+    # turn 1 has one later fork in row 0 and two in rows 1 and 2
+    assert credited("siblings", decay=0.5) == [[1.5, -3], [0.75, 1.5, -4], [0.75, 1.5, 4], [0]]
+
+
+def test_gigpo_adds_the_z_score_among_the_leaves_of_an_observation():
+    # γ 1: under node 2 rewards 1, 2, 6 with mean 3 and deviation √((4 + 1 + 9) / 2) = 2.64575; under node 5 2 and 6
+    # with mean 4 and deviation 2.82843
+    a, b, c, d = -2 / 2.64575, -1 / 2.64575, 3 / 2.64575, 2 / 2.82843
+    expected = [[1, 1 + a], [2, 2 + b, 2 - d], [6, 6 + c, 6 + d], [0]]
+    assert credited("gigpo", gamma=1.0) == [pytest.approx(row, abs=1e-4) for row in expected]
+    # γ .5: under node 2 the leaves of turn 4 end one turn later than that of turn 3: returns .5, .5 and 1.5
+    z = 1 / math.sqrt(3)  # mean 5/6, deviation 1/√3: −1/3 · √3 = −.57735 and 2/3 · √3 = 1.15470
+    assert [row[1] for row in credited("gigpo", gamma=0.5)[:3]] == pytest.approx([1 - z, 2 - z, 6 + 2 * z], abs=1e-4)
+
+
+def test_tree_grpo_adds_the_z_score_within_the_turns_subtree_at_the_root():
+    # rows 0 to 2 as in the test above, row 3 is alone in its subtree
+    a, b, c = -2 / 2.64575, -1 / 2.64575, 3 / 2.64575
+    expected = [[1 + a] * 2, [2 + b] * 3, [6 + c] * 3, [0]]
+    assert credited("tree_grpo") == [pytest.approx(row, abs=1e-4) for row in expected]
+
+
+def test_cbpo_enlarges_what_follows_a_fork_of_varied_ends():
+    # CBV: node 2 √(14/3) = 2.16025, node 5 2; z of two values: ±1/√2 = ±.70711, within |A|/2 but for A = 1
+    expected = [[1, 1 + 0.2 * 0.5], [2, 2 + 0.2 * 0.70711, 2 - 0.2 * 0.70711]]
+    assert credited("cbpo")[:2] == [pytest.approx(row, abs=1e-4) for row in expected]
+
+
+def test_a_leaf_without_reward_does_not_spoil_its_siblings():
+    rewards = torch.tensor([1.0, math.nan, 6.0, 0.0])
+    for name in attributions():
+        if name in CREDITS.own:
+            made, _ = build_credit(name, {}, SharedPrefixWeight.PER_LEAF)([forked()], rewards, rewards.nan_to_num())
+            assert made.isfinite().all(), name
+
+
+def test_igpo_gives_a_turn_what_it_and_later_turns_earned():
+    credit = build_credit("igpo", {"gamma": 0.5}, SharedPrefixWeight.PER_LEAF)
+    assert credit.reads_answers
+    credit.answer_probabilities = [{0: 0.1, 2: 0.3, 5: 0.2}]
+    made, weights = credit([forked()], REWARDS, REWARDS)
+    assert weights is None
+    # by leaf: (.2, 1), (.2, −.1, 2), (.2, −.1, 6), (0)
+    earned = torch.tensor([0.2, 1, 0.2, -0.1, 2, 0.2, -0.1, 6, 0], dtype=torch.float64)
+    z = ((earned - earned.mean()) / earned.std()).tolist()
+    assert made[0, [0, 2]].tolist() == pytest.approx([z[0] + 0.5 * z[1], z[1]], abs=1e-5)
+    expected = [z[5] + 0.5 * z[6] + 0.25 * z[7], z[6] + 0.5 * z[7], z[7]]
+    assert made[2, [0, 2, 4]].tolist() == pytest.approx(expected, abs=1e-5)
+    assert made[3, 0].tolist() == pytest.approx(z[8], abs=1e-5)
+    assert made[:3, 1].tolist() == [0.0] * 3  # the result
+
+
+def test_aepo_enlarges_the_advantages_of_uncertain_tokens():
+    credit = build_credit("aepo", {}, SharedPrefixWeight.PER_LEAF)
+    assert credit.reads_entropies
+    entropies, mask = torch.tensor([[1.0, 9.0, 3.0]]), torch.tensor([[1, 0, 1]])
+    # z of 1 and 3: −/+ 1/√2; the masked token has no part in it
+    made = credit.refine(torch.tensor([2.0]), entropies, mask)
+    assert made.tolist() == [pytest.approx([2 * (1 - 0.2 * 0.70711), 2.0, 2 * (1 + 0.2 * 0.70711)], abs=1e-4)]
+    assert credit.refine(torch.tensor([2.0]), entropies, torch.tensor([[1, 0, 0]])).tolist() == [2.0]
+
+
 def test_what_a_credit_returns_is_padded_to_the_batch():
     advantages = torch.tensor([1.0, -0.5])
     made, weights = attribute(Once(), [tree()], advantages, advantages, width=8)
@@ -153,22 +272,45 @@ def test_naming_the_credits_imports_no_torch():
         "import sys; from arpo_trl.rollout.credit import attributions; print(attributions(), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['hard', 'soft'] False"
+    names = "['aepo', 'cbpo', 'gigpo', 'hard', 'igpo', 'siblings', 'soft', 'tree', 'tree_grpo']"
+    assert done.stdout.strip() == f"{names} False"
 
 
-def test_once_is_chosen_by_the_weight_alone():
-    chosen = {
-        (attribution, weight): credit_name(attribution, weight)
-        for attribution in attributions()
-        for weight in SharedPrefixWeight
-        if attribution in CREDITS.own
-    }
-    assert chosen == {
-        ("hard", "per_leaf"): "hard",
-        ("hard", "once"): "once",
-        ("soft", "per_leaf"): "soft",
-        ("soft", "once"): "once",
-    }
+def test_once_wraps_the_credit_that_gives_the_advantages():
+    advantages = torch.tensor([1.0, -0.5])
+    for attribution in attributions():
+        if attribution not in CREDITS.own:
+            continue
+        alone = build_credit(attribution, {}, SharedPrefixWeight.PER_LEAF)
+        wrapped = build_credit(attribution, {}, SharedPrefixWeight.ONCE)
+        assert (alone.name, wrapped.name) == (attribution, "once")
+        assert wrapped.reads_entropies == alone.reads_entropies
+        made, weights = wrapped([tree()], advantages, advantages)
+        given, _ = alone([tree()], advantages, advantages)
+        assert weights is not None
+        assert weights.tolist() == [[True, True, True, True, False], [False, False, False, True, True]]
+        per_token = given if given.dim() == 2 else given.unsqueeze(1).expand(2, 5)
+        torch.testing.assert_close(made[0, :3], per_token[:, :3].mean(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("attribution", "options", "message"),
+    [
+        (
+            "soft",
+            {"decay": 1.0},
+            r"_kwargs has \['decay'\], but the credit 'soft' takes no options",
+        ),
+        ("siblings", {"omega": 1.0}, r"the credit 'siblings' takes \['decay'\]"),
+        ("siblings", {"decay": 1.5}, r"decay is 1.5; expected a number in \(0, 1\]"),
+        ("tree", {"average": "median"}, r"average is 'median'; expected one of"),
+        ("igpo", {"template": "<answer>"}, "template is '<answer>'; expected a text with {answer} in it"),
+        ("aepo", {"reads_entropies": False}, r"takes \['weight'\]"),
+    ],
+)
+def test_options_that_a_credit_does_not_take_are_errors(tmp_path, attribution, options, message):
+    with pytest.raises(ConfigError, match=message):
+        ARPOConfig(str(tmp_path), advantage_attribution=attribution, advantage_attribution_kwargs=options, **ON_CPU)
 
 
 def test_a_rule_and_a_credit_from_outside_train_by_name(tmp_path):

@@ -1,6 +1,7 @@
 """Code and commands in the documentation work as shown."""
 
 import ast
+import importlib
 import json
 import re
 import shlex
@@ -16,6 +17,7 @@ from datasets import Dataset
 import arpo_trl
 from arpo_trl import ARPOConfig, cli, errors
 from arpo_trl.cli import parse_settings
+from arpo_trl.commands.launch import split_words
 from arpo_trl.data.layouts import MAPPABLE, convert_row
 from arpo_trl.data.loading import ROLLOUT_COLUMNS, TRL_COLUMNS
 from arpo_trl.data.prompts import SYSTEM_PROMPTS
@@ -179,6 +181,11 @@ def test_every_command_of_arpo_trl_parses(where: str, words: list[str], readers_
     given = [readers_own.get(word, word) for word in words[1:]]
     if given[0] == "eval":
         parse_settings((EvalSettings, ToolArguments), given[1:])
+    elif given[0] in ("train", "sft") and given[1:] != ["--help"]:
+        _, rest = split_words([readers_own["my.yaml"] if word == "config.yaml" else word for word in given[1:]])
+        parse_settings(script(given[0]).SETTINGS, [*rest, "--use_cpu", "true"])
+    elif given[0] in cli.COMMANDS:
+        importlib.import_module(f"arpo_trl.commands.{cli.COMMANDS[given[0]][0].partition(':')[0]}")
     else:
         cli._parser().parse_args(given)
 

@@ -258,6 +258,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(model_path, tmp_path):
             ConfigError,
             "share_calls is 'history', but there is an ",
         ),
+        ({"settings": {"dynamic_sampling_rounds": 1}}, ConfigError, "dynamic_sampling_rounds is 1, but there is an "),
     ],
 )
 def test_a_factory_that_cannot_work_is_an_error_at_the_start(model_path, tmp_path, given, error, message):

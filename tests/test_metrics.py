@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from arpo_trl.logs.alarms import ALARMS, FIRE_RATE_ALARMS, FIRE_RATE_COUNT, REPEAT_EVERY, Alarms
 from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
@@ -15,6 +16,7 @@ from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
+from arpo_trl.training.baselines import ScoredLeaves, tally_baseline
 from support import ANSWER, Scripted
 
 TIMES = RolloutTimes(total_s=10.0, forward_s=6.0, tool_wait_s=2.0, sync_s=1.5)
@@ -328,6 +330,9 @@ def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
 def test_every_alarm_listens_to_a_mean_that_exists(alarm):
     tally = Tally()
     tally_rewards([[0.0, 1.0]], tally)
+    rewards = torch.tensor([0.0, 1.0])
+    scored = ScoredLeaves(leaves=(), rewards=rewards, of_all_ranks=rewards, trained=rewards > 0, size=2)
+    tally_baseline(scored, rewards, rewards, tally)
     rule = Schedule()
     other = {"leaves": 4, "spent": None, "planned": []}
     rule.load_state_dict({"score": [1.0, 1.0], "calls": [1.0, 0.0], "variance": {0: 0.2, 1: 0.1}} | other)

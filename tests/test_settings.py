@@ -229,4 +229,4 @@ def test_options_and_settings_load_at_once():
 
 def test_every_option_explains_itself():
     kinds = [kind for kind in vars(options).values() if isinstance(kind, type) and kind.__module__ == options.__name__]
-    assert len(kinds) == 5 and all(kind.__doc__ for kind in kinds)
+    assert len(kinds) >= 5 and all(kind.__doc__ for kind in kinds)

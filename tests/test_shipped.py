@@ -35,7 +35,8 @@ COLOCATED = sorted(file.name for file in CONFIGS.glob("vllm_*.yaml") if "_lora" 
 SERVED = sorted(file.name for file in CONFIGS.glob("vllm_*_lora.yaml"))
 ALONE = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 1]
 IN_PAIRS = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 2]
-HERE = ["quickstart.yaml", "quickstart_grpo.yaml", "quickstart_sft.yaml", "reasoning_10k.yaml"]
+BASELINES = [f"quickstart_{name}.yaml" for name in ("dapo", "dr_grpo", "grpo", "reinforce_plus_plus")]
+HERE = ["quickstart.yaml", *BASELINES, "quickstart_sft.yaml", "reasoning_10k.yaml"]
 SHOP = "quickstart_shop.yaml"
 """tests/test_shop.py runs it."""
 QUANTIZED = "reasoning_qwen2.5_7b_qlora.yaml"
@@ -127,7 +128,7 @@ def school(tmp_path_factory) -> tuple[Path, Path]:
     return folder, folder / "sft"
 
 
-@pytest.mark.parametrize("config", ["quickstart.yaml", "quickstart_grpo.yaml"])
+@pytest.mark.parametrize("config", ["quickstart.yaml", *BASELINES])
 def test_the_quickstart_trains(school, config, tmp_path):
     data, model = school
     run(

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -236,6 +237,7 @@ def test_a_sampler_draws_each_epochs_order_from_a_generator_of_its_own():
         ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
         ("_compute_loss", ["self", "model", "inputs"]),
         ("training_step", ["self", "model", "inputs", "num_items_in_batch"]),
+        ("get_batch_samples", ["self", "epoch_iterator", "num_batches", "device"]),
         ("train", ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"]),
         ("_evaluate", ["self", "trial", "ignore_keys_for_eval", "skip_scheduler"]),
         ("_get_train_sampler", ["self", "dataset"]),
@@ -270,6 +272,42 @@ def test_the_trainer_holds_the_attributes_that_ours_reads(trainer):
     assert trainer.max_completion_length == trainer.args.max_completion_length
     assert isinstance(trainer.reward_weights, torch.Tensor)
     assert trainer.model_wrapped is trainer.model
+    assert trainer.num_iterations == 1
+    assert (trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max) == (None, 3.0)
+
+
+def test_micro_batches_are_taken_from_the_epochs_iterator_with_next_and_no_further_than_asked(trainer):
+    rows = iter([[{"prompt": i}] for i in range(5)])
+    batches, count = trainer.get_batch_samples(rows, 3, trainer.args.device)
+    assert batches == [[{"prompt": i}] for i in range(3)] and count is None
+    assert next(rows) == [{"prompt": 3}]
+
+
+def test_reward_functions_are_read_at_each_call_and_get_the_columns_and_the_two_logs(trainer):
+    """So that results which were computed before can take their place."""
+    seen = []
+
+    def reward(*, prompts, completions, completion_ids, log_extra, log_metric, trainer_state, **columns):
+        log_extra("seen", list(completions))
+        log_metric("count", float(len(completions)))
+        seen.append((prompts, completions, completion_ids, trainer_state, columns))
+        return [0.5, None]
+
+    trainer.reward_funcs = [reward]
+    rows = [{"prompt": "a", "answer": i, "marks": i, "completion": "no"} for i in range(2)]
+    rewards = trainer._calculate_rewards(rows, ["a", "a"], ["b", "c"], [[1], [2]])
+    assert rewards[0].item() == 0.5 and rewards[1].isnan()
+    assert seen == [(["a", "a"], ["b", "c"], [[1], [2]], trainer.state, {"answer": [0, 1], "marks": [0, 1]})]
+    assert trainer._pending_extra_logs == {"seen": ["b", "c"]} and trainer._pending_metrics == {"count": [2.0]}
+
+
+def test_async_reward_functions_run_on_a_loop_of_the_trainer(model_path, tmp_path):
+    async def reward(completions, **_):
+        return [0.0] * len(completions)
+
+    settings = GRPOConfig(str(tmp_path), num_generations=M, per_device_train_batch_size=M, use_cpu=True)
+    made = GRPOTrainer(model=model_path, reward_funcs=reward, args=settings, train_dataset=ROWS)
+    assert made.async_loop.is_running()
 
 
 # TRL: rollouts -------------------------------------------------------------------------------------------------------
@@ -485,6 +523,54 @@ def test_the_tool_mask_takes_tokens_out_of_the_loss(trainer):
     assert loss.item() == pytest.approx(-2.0 / 2)
 
 
+def test_the_loss_reads_advantages_and_old_logprobs_after_it_has_computed_logprobs(trainer, monkeypatch):
+    made = batch(trainer)
+    compute = trainer._get_per_token_logps_and_entropies
+
+    def changing(*args, **kwargs):
+        logprobs, *others = compute(*args, **kwargs)
+        made["old_per_token_logps"] = logprobs.detach() - math.log(1.1)
+        made["advantages"] = torch.full((8,), 3.0)
+        return logprobs, *others
+
+    monkeypatch.setattr(trainer, "_get_per_token_logps_and_entropies", changing)
+    loss = trainer._compute_loss(trainer.model, made)
+    assert loss.item() == pytest.approx(-3.0 * 1.1 / 2)  # halved by the two accumulation steps
+    assert trainer.importance_sampling_level == "token"
+    assert trainer.epsilon_high == 0.2
+
+
+def test_advantages_are_logged_for_all_ranks_after_those_of_earlier_rollouts(trainer):
+    assert trainer.scale_rewards == "group"
+    made = batch(trainer)
+    logged = trainer._logs["advantages"]
+    assert isinstance(logged, deque) and list(logged)[-8:] == made["advantages"].tolist()
+
+
+def test_what_reward_functions_log_waits_for_the_end_of_scoring_and_can_be_dropped_before(trainer):
+    trainer.reward_funcs = [
+        lambda completions, log_metric, log_extra, **_: (
+            log_metric("mark", 1.0) or log_extra("note", ["x"] * len(completions)) or [0.0] * len(completions)
+        )
+    ]
+    given = ([dict(ROWS[0])] * 2, ["what is"] * 2, ["a"] * 2, [[20]] * 2)
+    assert trainer._calculate_rewards(*given).shape == (2, 1)
+    assert dict(trainer._pending_metrics) == {"mark": [1.0]}
+    assert dict(trainer._pending_extra_logs) == {"note": ["x", "x"]}
+    trainer._pending_metrics.clear()
+    trainer._pending_extra_logs.clear()
+    assert "mark" not in trainer._metrics["train"]
+
+
+def test_generating_appends_to_the_metrics_and_counts_tokens_in_the_state(trainer):
+    trainer._generate(["what is", "what is"])
+    lengths = trainer._metrics["train"]["completions/mean_length"]
+    seen = trainer.state.num_input_tokens_seen
+    trainer._generate(["what is", "what is"])
+    assert trainer._metrics["train"]["completions/mean_length"] is lengths and len(lengths) == 2
+    assert trainer.state.num_input_tokens_seen == 2 * seen > 0
+
+
 def test_logps_come_as_a_triple_of_the_completions_width(trainer):
     ids = torch.tensor([[20, 21, 22, 23, 24]])
     logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
@@ -582,6 +668,16 @@ def test_use_vllm_alone_turns_on_the_correction_from_sampling_logprobs(trainer):
     trained = (made["completion_mask"] * made["tool_mask"]).bool()
     assert torch.allclose(made["importance_sampling_ratio"][trained], expected[trained])
     assert trainer._metrics["train"]["sampling/sampling_logp_difference/mean"][0] > 0
+
+
+# vLLM's server: what ends requests early. tests/test_vllm_server_engine.py relies on what it answers -----------------
+
+
+@pytest.mark.vllm
+def test_a_server_can_end_all_requests_and_takes_a_salt_for_its_prefix_cache():
+    routes = (vllm_folder() / "entrypoints/serve/dev/rlhf/api_router.py").read_text("utf-8")
+    assert '@router.post("/abort_requests")' in routes
+    assert "cache_salt" in (vllm_folder() / "entrypoints/openai/completion/protocol.py").read_text("utf-8")
 
 
 # vLLM on a CPU: where it packs weights, and how it asks for the kernel -----------------------------------------------

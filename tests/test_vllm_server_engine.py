@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from collections import Counter
 
 import httpx
 import pytest
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.transformers import TransformersEngine
@@ -121,7 +123,7 @@ ROWS = Dataset.from_list(
 )
 
 
-def trainer(model_path, folder, server, *, rows=ROWS, peft_config=None, **settings) -> ARPOTrainer:
+def trainer(model_path, folder, server, *, rows=ROWS, eval_dataset=None, peft_config=None, **settings) -> ARPOTrainer:
     """One that samples through the server, 8 leaves a step, rewarded so that something is learned."""
     settings = {"max_steps": 2, "save_strategy": "no", "vllm_server_timeout": 60.0, **settings}
     return ARPOTrainer(
@@ -141,6 +143,7 @@ def trainer(model_path, folder, server, *, rows=ROWS, peft_config=None, **settin
             **{**ON_CPU, **settings},
         ),
         train_dataset=rows,
+        eval_dataset=eval_dataset,
         tools=[search, python],
         peft_config=peft_config,
     )
@@ -599,3 +602,89 @@ def test_another_model_is_refused_before_weights_are_sent(server, model_path, mo
     shift(model, 0.2)
     with pytest.raises(ConfigError, match=rf"{server.url} serves .* another model than the trainer's"):
         Setup(model, tmp_path, server).weights.check_model()
+
+
+# Weights that arrive during a rollout --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
+def test_turns_go_on_with_new_weights_and_every_token_has_the_logprob_of_its_version(
+    server, model_path, model, tmp_path, adapter
+):
+    ServerClient(server.url, timeout_s=60.0).load_weights(model_path)  # another test has left its own
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "v_proj"]))
+    setup = Setup(model, tmp_path, server)
+    before = copy.deepcopy(model).eval()
+    moved = []
+
+    def move_once(turns):
+        if not moved:
+            moved.append(True)
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if not adapter or "lora_B" in name:
+                        parameter.add_(0.05 * torch.randn(parameter.shape))
+            setup.step = 1
+            setup.engine.sync()
+
+    wanted = [TurnRequest(id=i, ids=PROMPTS[i], max_tokens=600, probe_tokens=5, seed=i, key=(i, 0)) for i in range(12)]
+    turns, _ = setup.run(wanted, during=move_once)
+    assert moved and len(turns) == 12
+    versions = {version for turn in turns.values() for version in turn.versions}
+    assert versions == {0, 1}
+    for i, turn in turns.items():
+        assert len(turn.versions) == len(turn.ids) == len(turn.logprobs)
+        assert turn.versions == sorted(turn.versions)
+        assert len(turn.entropies) == min(5, len(turn.ids))
+        for version, by in ((0, before), (1, model)):
+            of = [n for n, sampled_by in enumerate(turn.versions) if sampled_by == version]
+            expected = full_forward(by, PROMPTS[i], turn.ids)
+            chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(torch.tensor(turn.logprobs)[of], chosen[of], atol=2e-3, rtol=2e-3)
+
+
+class RestartsServer(TrainerCallback):
+    """Kills and restarts the server during the updates before some steps, while rollouts run ahead."""
+
+    def __init__(self, server, steps):
+        self.server, self.steps = server, steps
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            self.server.kill()
+            self.server.start()
+
+
+@pytest.mark.timeout(600)  # a start of a server
+def test_rollouts_run_ahead_through_weight_updates_an_evaluation_and_a_restart(server, model_path, tmp_path):
+    ServerClient(server.url, timeout_s=60.0).load_weights(model_path)  # another test has left its own
+    rows = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(16)])
+    made = trainer(
+        model_path,
+        tmp_path,
+        server,
+        rows=rows,
+        eval_dataset=rows.select(range(2)),
+        rollouts_ahead=2,
+        max_steps=8,
+        vllm_server_timeout=170.0,
+        eval_strategy="steps",
+        eval_steps=3,
+        trajectory_log_rate=1.0,
+        **EXACT,
+    )
+    made.add_callback(RestartsServer(server, [4]))
+    made.train()
+    log = [row for row in made.state.log_history if "loss" in row]
+    assert [row["step"] for row in log] == list(range(1, 9))
+    assert log[0]["arpo/ahead/staleness_max"] == 0.0
+    assert max(row["arpo/ahead/staleness_max"] for row in log) == 2.0
+    assert len([row for row in made.state.log_history if "eval_reward" in row]) == 3  # steps 3, 6 and 8
+    trees = [tree for file in sorted((tmp_path / "trajectories").glob("step-*")) for tree in read_trees(file)]
+    assert Counter(tree.prompt for tree in trees) == {tree.prompt: 1 for tree in trees}  # 16 rows, each once
+    assert len(trees) == 16
+    for logged in trees:
+        for node in logged.tree.turns():
+            assert len(node.versions) == len(node.ids)
+            assert all(logged.step - 2 <= version <= logged.step for version in node.versions)

@@ -44,7 +44,7 @@ class Arm:
     credit: str = "soft"
     baseline: str = "mean"
     dynamic: bool = False
-    """DAPO's dynamic sampling: groups in which all rewards are equal are replaced."""
+    """DAPO's dynamic sampling: groups in which all rewards are equal are rolled out again."""
 
     @property
     def sampling(self) -> str:
@@ -74,7 +74,7 @@ class Arm:
             chosen["shared_prefix_weight"] = "once"
         elif self.credit != "soft":
             chosen["advantage_attribution"] = self.credit
-        chosen |= BASELINES[self.baseline] | ({"dynamic_sampling": True} if self.dynamic else {})
+        chosen |= BASELINES[self.baseline] | ({"dynamic_sampling_rounds": 3} if self.dynamic else {})
         known = {one.name for one in fields(ARPOConfig)}
         if missing := sorted(chosen.keys() - known):
             raise ConfigError(f"ARPOConfig has no settings {missing}.")
@@ -106,16 +106,25 @@ def branching(rule: str) -> list[dict[str, Any]]:
 
 
 def tabular_arms() -> list[Arm]:
-    """All rules × credits × the main baselines, the other baselines with the credit "soft", and GRPO × baselines."""
+    """All rules × credits × the main baselines, the other baselines with the credit "soft", and GRPO × baselines.
+
+    Credits that read entropies of the update, or answers, are not among them: the task has neither.
+    """
+    credits = [name for name in CREDITS.names if not _reads_the_model(name)]
     whole = [Arm(**grpo(leaves), baseline=baseline) for leaves in (LEAVES, LEAVES // 2) for baseline in BASELINES]
     return whole + [
         Arm(**sampling, credit=credit, baseline=baseline)
         for rule in RULES.names
         for sampling in branching(rule)
-        for credit in CREDITS.names
+        for credit in credits
         for baseline in BASELINES
         if credit == "soft" or baseline in MAIN_BASELINES
     ]
+
+
+def _reads_the_model(credit: str) -> bool:
+    kind = CREDITS.get(credit)
+    return kind.reads_entropies or kind.reads_answers
 
 
 TRAINED = (*MAIN_BASELINES, "score_norm, capped")

@@ -8,6 +8,7 @@ import torch
 
 from arpo_trl import ARPOConfig
 from arpo_trl.rollout.tree import RolloutTree
+from arpo_trl.training.baselines import ScoredLeaves, advantages_of, make_baseline
 
 _EPSILON = 1e-4
 """TRL's: added to the standard deviation of a group."""
@@ -17,17 +18,12 @@ class GroupAdvantages:
     """(reward − baseline) / standard deviation of the group, with the baseline that the settings choose."""
 
     def __init__(self, config: ARPOConfig):
-        self._size, self._scale, self._baseline = config.num_generations, config.scale_rewards, None
-        if getattr(config, "advantage_baseline", "mean") != "mean":
-            from arpo_trl.training.baselines import make_baseline
-
-            self._baseline = make_baseline(config)
+        self._size, self._scale = config.num_generations, config.scale_rewards
+        self._baseline = make_baseline(config)
 
     def __call__(self, trees: Sequence[RolloutTree], rewards: torch.Tensor) -> torch.Tensor:
         """(B,): one advantage per leaf."""
         if self._baseline is not None:
-            from arpo_trl.training.baselines import ScoredLeaves, advantages_of
-
             scored = ScoredLeaves(
                 leaves=[leaf for tree in trees for leaf in tree.leaves()],
                 rewards=rewards,

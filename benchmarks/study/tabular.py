@@ -107,7 +107,7 @@ def train(task: Task, config: ARPOConfig, seed: int, budget: Budget) -> dict[str
             trees = run.sample(logits, step, (step + 1) * budget.calls_per_step)
             rewards = torch.tensor([reward for tree in trees for reward in scores(task, tree)])
             per_token, weights = credit(trees, rewards, advantages_of(trees, rewards))
-            if getattr(rule, "learns", False):
+            if rule.learns:
                 rule.learn([rule.lesson(trees, rewards.tolist())])
             logits = logits + adam(policy_gradient(task, logits, trees, per_token, weights))
             accuracies.append(task.value(logits))

@@ -6,19 +6,31 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import arpo_trl
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 
 if TYPE_CHECKING:
     from arpo_trl.tools.search.cache import SearchCache
 
 T = TypeVar("T")
+
+COMMANDS = {
+    "train": ("launch:train", "train a tool-using policy, through accelerate"),
+    "sft": ("launch:sft", "cold start: supervised training on demonstrations, through accelerate"),
+    "quickstart": ("launch:quickstart", "teach a tiny model to search and compute, on a CPU, in minutes"),
+    "new": ("new:main", "create a project: configuration, tool, reward and data, ready to run"),
+    "doctor": ("doctor:main", "show what works on this machine, and what does not and why"),
+    "ask": ("ask:main", "ask a trained model one question, with its tools"),
+}
+"""Command → its function in `arpo_trl.commands`, which parses its own words, and its line in the help."""
 
 
 def report_errors(main: Callable[[], T]) -> Callable[[], T]:
@@ -44,10 +56,15 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
     return wrapped
 
 
-def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None, **parser: Any) -> tuple[Any, ...]:
+def parse_settings(
+    kinds: Sequence[type[Any]],
+    argv: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **parser: Any,
+) -> tuple[Any, ...]:
     """Makes one instance of each dataclass from the YAML file of `--config` and the command line, which wins.
 
-    `parser` is passed to the argument parser.
+    `defaults` replace the fields' own. `parser` is passed to the argument parser.
 
     Raises:
         ConfigError: The file cannot be read, a key or flag is not a field (the message names the most similar one), or
@@ -61,7 +78,9 @@ def parse_settings(kinds: Sequence[type[Any]], argv: Sequence[str] | None = None
         # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
         _check_names([key for key in _read_config(words[words.index("--config") + 1]) if key != "env"], fields)
     try:
-        *settings, left = SettingsParser(kinds, **parser).parse_args_and_config(words, return_remaining_strings=True)
+        reader = SettingsParser(kinds, **parser)
+        reader.set_defaults_with_config(**(defaults or {}))
+        *settings, left = reader.parse_args_and_config(words, return_remaining_strings=True)
     except ConfigError:
         raise
     except ValueError as error:  # raised by TRL's own dataclasses
@@ -97,7 +116,10 @@ def _check_names(names: Sequence[Any], fields: Sequence[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="arpo-trl", description="Agentic Reinforced Policy Optimization with TRL.")
+    parser.add_argument("--version", action="version", version=f"arpo-trl {arpo_trl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False)
 
     tree = commands.add_parser(
         "tree", help="show the trees of a trajectory log", description="Shows the trees of a trajectory log."
@@ -211,6 +233,9 @@ def main() -> None:
 def _main() -> int:
     if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, which are slow to import
         return _eval(sys.argv[2:])
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        module, _, function = COMMANDS[sys.argv[1]][0].partition(":")
+        return int(getattr(importlib.import_module(f"arpo_trl.commands.{module}"), function)(sys.argv[2:]))
     arguments = _parser().parse_args()
     commands = {"tree": _tree, "compare": _compare, "index": _index, "cache": _cache}
     commands |= {"merge": _merge, "push": _push}
@@ -252,11 +277,27 @@ def _eval(words: Sequence[str]) -> int:
     if not words:
         _eval_parser().error("a model and questions are required; see --help")
     from arpo_trl.evaluation.command import evaluate
+
+    return evaluate(*parse_evaluation(words))
+
+
+def parse_evaluation(words: Sequence[str]) -> tuple[Any, Any]:
+    """The `EvalSettings` and `ToolArguments` of a command line, with a run's own settings as defaults.
+
+    Says in a line on standard error which settings those are.
+    """
     from arpo_trl.evaluation.settings import EvalSettings
+    from arpo_trl.publishing.trained_settings import EvaluationSettings
     from arpo_trl.tools.builtin import ToolArguments
 
     settings, tool_arguments = parse_settings((EvalSettings, ToolArguments), words, usage=EVAL_USAGE)
-    return evaluate(settings, tool_arguments)
+    run = settings.adapter or settings.model
+    found = None if run is None else EvaluationSettings.of_run(run)
+    if found is None:
+        return settings, tool_arguments
+    settings, tool_arguments = parse_settings((EvalSettings, ToolArguments), words, found.values, usage=EVAL_USAGE)
+    print(f"{run}: {found.summary(vars(settings) | vars(tool_arguments))}", file=sys.stderr)
+    return settings, tool_arguments
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -15,8 +15,17 @@ from trl import GRPOConfig
 from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
-from arpo_trl.options import VLLM_KEY_VARIABLE, RolloutSchedule, ShareCalls, SharedPrefixForward, WeightSync
-from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, attributions, credit_name
+from arpo_trl.options import (
+    VLLM_KEY_VARIABLE,
+    AdvantageBaseline,
+    ImportanceSamplingLevel,
+    RolloutSchedule,
+    ShareCalls,
+    SharedPrefixForward,
+    StaleTokens,
+    WeightSync,
+)
+from arpo_trl.rollout.credit import SharedPrefixWeight, attributions, build_credit
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
 
@@ -75,6 +84,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [
         *GRPOConfig._VALID_DICT_FIELDS,
         "branch_rule_kwargs",
+        "advantage_attribution_kwargs",
         "tool_concurrency_per_tool",
     ]  # these also accept JSON text
 
@@ -132,6 +142,15 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             "'overlap': process each result as soon as it is there. 'rounds': process tool results together once "
             "nothing is left to decode; runs then repeat bit for bit, independent of the tools' timing.",
             choices=RolloutSchedule,
+        ),
+    )
+
+    dynamic_sampling_rounds: int = field(
+        default=0,
+        metadata=described(
+            "Most times that a prompt is rolled out again because all its leaves have the same reward (DAPO's dynamic "
+            "sampling, with the same prompt). 0: never.",
+            at_least=0,
         ),
     )
 
@@ -199,10 +218,47 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             "TRL's loss type. The paper uses 'grpo' (mean per sequence, then over the group).", choices=LOSS_TYPES
         ),
     )
+    importance_sampling_level: str = field(
+        default=ImportanceSamplingLevel.TOKEN.value,
+        metadata=described(
+            "What shares an importance ratio: 'token' (nothing), 'turn' (the tokens of a turn, by their mean "
+            "log-ratio) or 'sequence' (those of a path). 'token' and 'sequence' are TRL's.",
+            choices=ImportanceSamplingLevel,
+        ),
+    )
+    clip_keeps_gradient: bool = field(
+        default=False,
+        metadata={"help": "Whether a token with a positive advantage and a ratio above 1 + epsilon_high has the "
+                  "gradient of the ratio 1 + epsilon_high, as in AEPO, in place of none, as in PPO."},
+    )  # fmt: skip
+    advantage_baseline: str = field(
+        default=AdvantageBaseline.MEAN.value,
+        metadata=described(
+            "What is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of its group, "
+            "weighted by the squared score norms of the leaves), 'batch' (the mean of the batch), 'running' (a moving "
+            "average over earlier batches). scale_rewards says what divides the difference.",
+            choices=AdvantageBaseline,
+        ),
+    )
+    score_norm_cap: float | None = field(
+        default=None,
+        metadata=described(
+            "Largest weight of a leaf under 'score_norm', as a multiple of the median of its group. None: no limit.",
+            at_least=1,
+        ),
+    )
+    running_baseline_decay: float = field(
+        default=0.9,
+        metadata=described("Share of the old value in each update under 'running'.", at_least=0, at_most=0.999),
+    )
     advantage_attribution: str = field(
         default="soft",
-        metadata={"help": "Advantage of a token that several leaves share: 'soft' (in each leaf that leaf's), 'hard' "
-                  "(the mean of the leaves'), or a credit registered in Python."},
+        metadata={"help": "Advantage of each token: 'soft' (its leaf's), 'hard' (the mean of the leaves that share "
+                  f"it), or another of {attributions()} or a credit registered in Python; see docs/algorithm.md."},
+    )  # fmt: skip
+    advantage_attribution_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "Options of advantage_attribution, as in {option: value}; docs/algorithm.md lists them."},
     )  # fmt: skip
     shared_prefix_weight: str = field(
         default=SharedPrefixWeight.PER_LEAF.value,
@@ -263,6 +319,33 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         ),
     )
 
+    # Parameters that control rollouts during the update (docs/vllm.md)
+    rollouts_ahead: int = field(
+        default=0,
+        metadata=described(
+            "Generation batches that the servers sample while the update of an earlier one runs. 0: none. Requires "
+            "vllm_mode 'server'.",
+            at_least=0,
+        ),
+    )
+    max_staleness: int | None = field(
+        default=None,
+        metadata=described(
+            "Most optimizer steps between the weights that sampled a token and the step that first trains on it. "
+            "Requires rollouts_ahead. None: what rollouts_ahead leads to.",
+            at_least=1,
+            unit="steps",
+        ),
+    )
+    stale_tokens: str = field(
+        default=StaleTokens.WAIT.value,
+        metadata=described(
+            "What happens to tokens that would be above max_staleness: 'wait' (rollouts start later, so that there "
+            "are none), 'drop' (they are not trained).",
+            choices=StaleTokens,
+        ),
+    )
+
     # Parameters that control the forward pass of the update
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
@@ -301,7 +384,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         self._check_groups_fit_rank(self.steps_per_generation)
         _ = self.tool_places  # raises
         self._check_branches()
+        self.make_credit()  # raises
         self._check_supported()
+        self._check_baseline()
+        self._check_loss_terms()
+        self._check_ahead()
         self._check_hub()
 
     def make_branch_rule(self) -> BranchRule:
@@ -314,8 +401,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         return build_rule(self.branch_rule, {name: getattr(self, name) for name in _OF_RULES}, options)
 
     def make_credit(self) -> Credit:
-        """The credit that `advantage_attribution` and `shared_prefix_weight` choose."""
-        return CREDITS.get(credit_name(self.advantage_attribution, self.shared_prefix_weight))()
+        """The credit that `advantage_attribution` and `shared_prefix_weight` choose, with its options."""
+        options = self.advantage_attribution_kwargs or {}
+        if not isinstance(options, dict):
+            raise ConfigError(
+                f"advantage_attribution_kwargs is {options!r}; expected options of the credit, such as "
+                "{option: value}."
+            )
+        return build_credit(self.advantage_attribution, options, SharedPrefixWeight(self.shared_prefix_weight))
 
     @property
     def tool_places(self) -> dict[str, int]:
@@ -365,6 +458,74 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"per_device_train_batch_size {self.per_device_train_batch_size} × steps_per_generation "
                 f"{steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
                 f"{self.num_generations}."
+            )
+
+    def _check_baseline(self) -> None:
+        if self.score_norm_cap is not None and self.advantage_baseline != AdvantageBaseline.SCORE_NORM:
+            raise ConfigError(
+                f"score_norm_cap is {self.score_norm_cap}, but advantage_baseline is {self.advantage_baseline!r}, "
+                "which has no weights. Set advantage_baseline: score_norm, or unset score_norm_cap."
+            )
+        own = self.advantage_baseline != AdvantageBaseline.MEAN
+        if own and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ConfigError(
+                f"advantage_baseline is {self.advantage_baseline!r}, but multi_objective_aggregation is "
+                f"{self.multi_objective_aggregation!r}, which normalises each reward by its group's mean. Set "
+                "multi_objective_aggregation: sum_then_normalize, or advantage_baseline: mean."
+            )
+
+    def _check_loss_terms(self) -> None:
+        level, clipped = self.importance_sampling_level, ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+        if self.clip_keeps_gradient and (self.loss_type not in clipped or level == ImportanceSamplingLevel.SEQUENCE):
+            raise ConfigError(
+                f"clip_keeps_gradient is set, but loss_type is {self.loss_type!r} and importance_sampling_level "
+                f"{level!r}; expected a loss that clips the ratio of tokens or turns: one of {list(clipped)}, with "
+                "'token' or 'turn'."
+            )
+        if level == ImportanceSamplingLevel.TURN and self.loss_type == "vespo":
+            raise ConfigError(
+                "importance_sampling_level is 'turn', but loss_type 'vespo' weighs whole paths. Set "
+                "importance_sampling_level: token, or another loss_type."
+            )
+
+    def _check_ahead(self) -> None:
+        """Raises ConfigError for settings that rollouts ahead contradict."""
+        if not self.rollouts_ahead:
+            if self.max_staleness is not None:
+                raise ConfigError(
+                    "max_staleness is set, but rollouts_ahead is 0, so that no token is stale. Unset it."
+                )
+            return
+        told = f"rollouts_ahead is {self.rollouts_ahead}"
+        if not self.use_vllm or self.vllm_mode != "server":
+            engine = "vLLM shares the device with the update" if self.use_vllm else "the model that is updated samples"
+            raise ConfigError(
+                f"{told}, but {engine}, so that a rollout cannot run meanwhile. Set use_vllm: true and vllm_mode: "
+                "server, or rollouts_ahead: 0."
+            )
+        if self.rollout_schedule == RolloutSchedule.ROUNDS:
+            raise ConfigError(
+                f"{told}, but rollout_schedule is 'rounds', whose rollouts repeat bit for bit: new weights reach a "
+                "rollout ahead at any moment. Set rollout_schedule: overlap."
+            )
+        if self.dynamic_sampling_rounds:
+            raise ConfigError(
+                f"{told} and dynamic_sampling_rounds is {self.dynamic_sampling_rounds}, but a further round would "
+                "begin when the rollout is needed. Set one of them to 0."
+            )
+        assert self.steps_per_generation is not None
+        every, step = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
+        if every % step and step % every:
+            raise ConfigError(
+                f"{told}, but a rollout would begin in the middle of an optimizer step: steps_per_generation "
+                f"{self.steps_per_generation} × num_iterations {self.num_iterations} is neither a multiple nor a "
+                f"divisor of gradient_accumulation_steps {step}. Change one of them."
+            )
+        if self.max_staleness is not None and self.max_staleness < every // step:
+            raise ConfigError(
+                f"{told} and max_staleness is {self.max_staleness}, but the next rollout is first trained "
+                f"{every // step} steps later (steps_per_generation {self.steps_per_generation} × num_iterations "
+                f"{self.num_iterations} / gradient_accumulation_steps {step}). Set max_staleness to at least that."
             )
 
     def _check_hub(self) -> None:

@@ -17,6 +17,30 @@ class RolloutSchedule(StrEnum):
     """Process tool results together once nothing is left to decode: repeats bit for bit."""
 
 
+class AdvantageBaseline(StrEnum):
+    """What is subtracted from the reward of a leaf."""
+
+    MEAN = "mean"
+    """The mean of its group, by TRL."""
+    SCORE_NORM = "score_norm"
+    """The mean of its group, weighted by estimates of the leaves' squared score norms."""
+    BATCH = "batch"
+    """The mean of the batch."""
+    RUNNING = "running"
+    """A moving average over earlier batches."""
+
+
+class ImportanceSamplingLevel(StrEnum):
+    """What shares one importance ratio."""
+
+    TOKEN = "token"
+    """Each token has its own."""
+    TURN = "turn"
+    """The tokens of a turn: its mean log-ratio."""
+    SEQUENCE = "sequence"
+    """The tokens of a path: its mean log-ratio."""
+
+
 class ShareCalls(StrEnum):
     """Whether paths of one prompt share the executions of tool calls."""
 
@@ -44,6 +68,15 @@ class SharedPrefixForward(StrEnum):
     """Always; an error at start-up if that is not exact."""
     OFF = "off"
     """TRL's padded batch."""
+
+
+class StaleTokens(StrEnum):
+    """What happens to tokens of rollouts ahead that would be staler than `max_staleness`."""
+
+    WAIT = "wait"
+    """They are not sampled: the rollout starts later."""
+    DROP = "drop"
+    """They are sampled, but not trained."""
 
 
 class WeightSync(StrEnum):

@@ -27,12 +27,14 @@ from trl.models import unwrap_model_for_generation
 
 # `get_config_model_id`: the base model's name, for output folders and cards.
 # `get_callable_name`, `is_async_callable`: TRL's name of a reward function in metrics, and whether TRL awaits it.
+# `nanstd`: the standard deviation of rewards, NaN skipped.
 # `pad`: pads a batch on a side, to a multiple of a length.
 # `print_prompt_completions_sample`: prints the table of `log_completions`.
 from trl.trainer.utils import (
     get_callable_name,
     get_config_model_id,
     is_async_callable,
+    nanstd,
     pad,
     print_prompt_completions_sample,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "is_async_callable",
     "lfm2_2_5_template",
     "llama3_template",
+    "nanstd",
     "nemotron_3_template",
     "pad",
     "parse_response",

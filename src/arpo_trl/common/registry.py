@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 
+from arpo_trl.common.settings import check_fields
 from arpo_trl.errors import ConfigError
 
 BASE = "base"
@@ -75,3 +77,36 @@ class Registry(Generic[T]):
         if name not in self._classes:
             importlib.import_module(f"{self._package}.{name}")
         return self._classes[name]
+
+    def build(
+        self, name: str, options: Mapping[str, Any], setting: str, shared: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Create an object of the class of that name. The fields of a dataclass are its options; others have none.
+
+        Args:
+            options: Values for fields.
+            setting: The setting that holds `options`, for error messages.
+            shared: Values that several classes share. The class gets those that it has fields for.
+
+        Raises:
+            ConfigError: The class does not exist, has no field for an option, has a required field without a value, or
+                does not accept a value.
+        """
+        made, shared = self.get(name), shared or {}
+        known = {field.name: field for field in fields(made) if field.init} if is_dataclass(made) else {}
+        own = [field for field in known if field not in shared]
+        if unknown := [option for option in options if option not in own]:
+            raise ConfigError(
+                f"{setting} has {unknown}, but the {self.kind} {name!r} takes {own or 'no options'}. "
+                "Remove or rename the others."
+            )
+        values = {field: value for field, value in shared.items() if field in known} | dict(options)
+        needed = [
+            field.name for field in known.values() if field.default is MISSING and field.default_factory is MISSING
+        ]
+        if missing := [field for field in needed if field not in values]:
+            raise ConfigError(f"The {self.kind} {name!r} needs values for {missing}. Set them in {setting}.")
+        built = made(**values)
+        if known:
+            check_fields(built)
+        return built

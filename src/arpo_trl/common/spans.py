@@ -40,6 +40,10 @@ class Spans:
                 self._inner[-1] += whole
         self._seconds[name] += whole - inner
 
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that were measured elsewhere."""
+        self._seconds[name] += seconds
+
     def take(self, name: str) -> float:
         """The seconds spent in spans of that name since the last call; 0 if there were none."""
         return self._seconds.pop(name, 0.0)

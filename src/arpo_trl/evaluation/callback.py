@@ -65,6 +65,7 @@ class EvaluationCallback(TrainerCallback):
         """Evaluate, log, and return the summary of each benchmark. A collective: all ranks must call it."""
         trainer = self._trainer
         rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
+        trainer.pause_rollouts()
         summaries: dict[str, Any] = {}
         for questions in self._benchmarks:
             mine: list[Record] = []

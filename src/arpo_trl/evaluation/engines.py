@@ -55,6 +55,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
         tokenizer,
         toolbox.specs,
         max_result_tokens=settings.max_tool_result_tokens,
+        chat_template_kwargs=settings.chat_template_kwargs,
         tool_parser=settings.tool_parser,
         eos_ids=saved_eos_ids(settings.model),
     )

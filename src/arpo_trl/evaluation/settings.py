@@ -120,12 +120,17 @@ class EvalSettings(ToolLimits, JudgeArguments):
         default_factory=lambda: ["python=5", "search=10"],
         metadata={"help": "NAME=N: the most calls of one tool per answer."},
     )
-    max_tool_calls: int = field(
-        default=20, metadata=described("The most tool results per answer, refused calls included.", at_least=0)
+    max_tool_calls: int | None = field(
+        default=20,
+        metadata=described("The most tool results per answer, refused calls included. None: no limit.", at_least=0),
     )
     system_prompt: str | None = field(
         default=None,
         metadata={"help": "Name or text of the system prompt. Default: the benchmark's."},
+    )
+    chat_template_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "YAML only: arguments for the chat template, such as {enable_thinking: false}."},
     )
     seed: int = field(default=0, metadata=described("Seed of sampling and of the bootstrap."))
 

@@ -51,6 +51,14 @@ ALARMS = (
         "are too easy.",
     ),
     Alarm(
+        metric="baseline/reinforced_below_mean",
+        limit=0.25,
+        advice="{share} of the leaves with less reward than their group's mean have a positive advantage: the "
+        "baseline lies below wrong answers, and the policy drifts towards them. Set score_norm_cap (3), or "
+        "advantage_baseline mean, and watch entropy.",
+        count=100,
+    ),
+    Alarm(
         metric="tools/search/degraded",
         limit=0.1,
         advice="{share} of the searches got a notice instead of results: the service fails, its rate limit is "

@@ -154,7 +154,7 @@ _KNOWN = float | None
 _DECISION = {"entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int}
 _NODE = {
     "kind": str, "parent": int, "ids": [int], "text": str, "entropies?": [float], "stop?": str, "calls?": [_CALL],
-    "decision?": _DECISION,
+    "decision?": _DECISION, "versions?": [int],
 }  # fmt: skip
 _LEAF = {"address": [int], "node": int, "reward": float | None, "advantage": float}
 _TREE = {"step": int, "group": int, "prompt": str, "nodes": [{"ids?": [int]}], "leaves": [_LEAF]}
@@ -172,7 +172,12 @@ def _tree_from(row: Any) -> LoggedTree:
         if NodeKind(node["kind"]) is NodeKind.TURN:
             expect(node, {"logprobs": [float]}, f"nodes[{number}]")
             grown = tree.add_turn(
-                node["parent"], node["ids"], node["text"], node["logprobs"], node.get("entropies", [])
+                node["parent"],
+                node["ids"],
+                node["text"],
+                node["logprobs"],
+                node.get("entropies", []),
+                node.get("versions", []),
             )
             grown.stop = StopReason(node["stop"]) if "stop" in node else None
         else:

@@ -24,9 +24,9 @@ import yaml
 
 from arpo_trl.common.files import whole_file, write_whole
 from arpo_trl.common.user_files import expect, read_json, read_text, read_yaml
+from arpo_trl.publishing.trained_settings import CONFIG_NAME, EvaluationSettings
 from arpo_trl.visible import without_credentials
 
-CONFIG_NAME = "training_config.yaml"
 EVALUATION_NAME = "evaluation.md"
 CURVES_FOLDER = "curves"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -165,6 +165,7 @@ class Card:
             datasets=datasets,
             steps=max((row["step"] for row in self.history if "reward" in row), default=0),
             settings={label: _cell(value) for label, value in self._shown()},
+            evaluation_flags=EvaluationSettings.of(self.settings).flags(),
             curves={name: PANELS[name][0] for name in curves},
             folder=CURVES_FOLDER,
             evaluation=self.evaluation,
@@ -204,8 +205,11 @@ def describe(*groups: Any) -> dict[str, Any]:
     return described
 
 
-_DERIVED = {"generation_batch_size", "model_init_kwargs", "accelerator_config", "router_mapping", "hub_model_id"}
-"""Settings that follow from other settings, or that belong to one repository or machine."""
+_DERIVED = {
+    "generation_batch_size", "model_init_kwargs", "accelerator_config", "router_mapping", "hub_model_id",
+    "overwrite_output_dir", "resume_from_checkpoint",
+}  # fmt: skip
+"""Settings that follow from other settings, or that belong to one repository, machine or start of a run."""
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,6 @@
-"""`python -m arpo_trl.quickstart`: build, cold-start and train a small tool-using model, then report the results.
+"""`arpo-trl quickstart`: build, cold-start and train a small tool-using model, then report the results.
 
-Stage 1 runs `sft.py` and stage 2 runs `train.py`, with the configurations of configs/ that users start from.
+Stage 1 runs `arpo_trl.scripts.sft` and stage 2 `arpo_trl.scripts.train`, with configurations that users start from.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from arpo_trl.cli import report_errors
+from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
@@ -33,6 +33,7 @@ from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_
 from arpo_trl.quickstart.shop.task import SHOP
 from arpo_trl.quickstart.task import Task, like_lengths_together, read_lines, write_lines
 from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.runs.output_folder import prepare_output
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
@@ -44,8 +45,8 @@ N_DEMONSTRATIONS = 15_360
 TOP_K = 2
 MAX_COMPLETION_LENGTH = 208
 MAX_TOOL_CALLS = 5
-SFT_CONFIG, RL_CONFIG = Path("configs/quickstart_sft.yaml"), Path("configs/quickstart.yaml")
-ACCELERATE_CONFIG = Path("accelerate_configs/single.yaml")
+SFT_CONFIG, RL_CONFIG = shipped_file(CONFIGS, "quickstart_sft"), shipped_file(CONFIGS, "quickstart")
+ACCELERATE_CONFIG = shipped_file(ACCELERATE_CONFIGS, "single")
 
 
 def prepare(
@@ -88,7 +89,10 @@ def measure(model: Path, data: Path, seed: int, *, temperature: float, device: t
 
 
 def launch(script: str, config: Path, *flags: str) -> float:
-    """Run a training script, a file or a module, with `accelerate launch`. Return the seconds it took.
+    """Run a program with `accelerate launch`. Return the seconds it took.
+
+    Args:
+        script: A program of `arpo_trl.scripts`, or the full name of another module.
 
     Raises:
         SystemExit: The script failed. It has printed its own error.
@@ -97,8 +101,8 @@ def launch(script: str, config: Path, *flags: str) -> float:
     # By default accelerate gives a process one thread. This model does not get faster with more than four.
     environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
     start = time.perf_counter()
-    module = [] if script.endswith(".py") else ["--module"]
-    command += [*module, script, "--config", str(config), *flags]
+    module = script if "." in script else f"arpo_trl.scripts.{script}"
+    command += ["--module", module, "--config", str(config), *flags]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
@@ -110,7 +114,7 @@ SEARCH = Task(
     prepare=prepare,
     measure=measure,
     tools=("search", "python"),
-    script="train.py",
+    script="train",
     config=RL_CONFIG,
     flags=lambda data: ("--search_index", str(data / "corpus.jsonl")),
 )
@@ -119,8 +123,12 @@ TASKS = {"search": SEARCH, "shop": SHOP}
 
 @report_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m arpo_trl.quickstart", description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="arpo-trl quickstart",
+        description="Builds a tiny model, teaches it the format of tool calls on demonstrations, trains it with ARPO "
+        "and reports the results. Takes a few minutes on a CPU and downloads nothing.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
         "--task",
         choices=list(TASKS),
@@ -128,25 +136,27 @@ def main() -> None:
         help="search: questions for search and python; shop: orders in a shop, an environment (default: search)",
     )
     parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_shop")
-    parser.add_argument("--hard", action="store_true", help="the harder variant: search queries have many forms")
-    parser.add_argument("--config", type=Path, help="file of stage 2 (default: the task's in configs/)")
+    parser.add_argument("--hard", action="store_true", help="search only: queries have many forms, which is harder")
+    parser.add_argument("--config", help="name or file of stage 2's settings; default: the task's")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="remove an earlier quickstart in --output")
     arguments = parser.parse_args()
     task = TASKS[arguments.task]
     if arguments.hard:
-        task = replace(SEARCH, prepare=partial(prepare, hard=True))
-    config, output, seed = arguments.config or task.config, arguments.output or task.output, arguments.seed
-    for needed in (Path("train.py"), Path("sft.py"), SFT_CONFIG, config, ACCELERATE_CONFIG):
-        if not needed.exists():
-            raise ConfigError(f"{needed} does not exist. Run the quickstart in the root of a checkout of arpo-trl.")
+        if task is not SEARCH:
+            raise ConfigError(f"--hard is a variant of --task search, but the task is {arguments.task}. Leave it out.")
+        task = replace(task, prepare=partial(prepare, hard=True))
+    config = file_or_shipped(CONFIGS, arguments.config) if arguments.config else task.config
+    output, seed = arguments.output or task.output, arguments.seed
     transformers_logging.disable_progress_bar()
     console = Console()
     data, sft, rl = output / "data", output / "sft", output / "rl"
-    shutil.rmtree(rl, ignore_errors=True)  # an earlier run's logs must not mix with this run's
+    for folder in (sft, rl):
+        prepare_output(str(folder), resume=None, overwrite=arguments.overwrite_output_dir)
 
     console.rule("[bold]Stage 1: cold start on noisy demonstrations")
     task.prepare(data, seed)
     seconds_sft = launch(
-        "sft.py",
+        "sft",
         SFT_CONFIG,
         *("--model_name_or_path", str(data / "base")),
         *("--dataset", str(data / "demonstrations.jsonl")),
@@ -183,7 +193,7 @@ def main() -> None:
         "seconds_rl": seconds_rl,
         "seed": seed,
         "hard": arguments.hard,
-        "config": str(config),
+        "config": config.name,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
     draw(history, summary, places, entropy_places(after.trees, task.tools), output / "quickstart.png")

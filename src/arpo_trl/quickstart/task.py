@@ -41,7 +41,7 @@ class Task:
         measure: Samples and scores answers to heldout.jsonl.
         tools: The tools after whose results the report shows entropies.
         cold_start: Flags of stage 1, besides those of every task.
-        script: The script of stage 2: a file, or a module.
+        script: The program of stage 2: one of `arpo_trl.scripts`, or the full name of another module.
         config: The settings of stage 2.
         flags: Flags of stage 2 for a folder of data, besides those of every task.
     """

@@ -89,6 +89,8 @@ class GroupRequest:
 class Finished:
     """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
 
+    `cause` is the exception that `error` describes. `RolloutBatch` explains the other two.
+
     Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
     """
 
@@ -96,6 +98,9 @@ class Finished:
     tree: RolloutTree | None
     error: str | None
     seconds: float
+    cause: Exception | None = None
+    topups: int = 0
+    turns_in_sequence: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,6 +245,8 @@ class TreeSampler:
         self.settings = settings
         self.score = score
         self._check(settings)
+        self.tool_wait_s = 0.0
+        """Seconds spent waiting for tools since the sampler was created."""
         self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception that it raises, as on an interrupt, ends the rollout."""
 
@@ -265,7 +272,7 @@ class TreeSampler:
 
     def stream(
         self,
-        requests: Iterable[GroupRequest],
+        requests: Iterable[GroupRequest | None],
         *,
         seed: tuple[int | str, ...],
         groups_at_once: int,
@@ -274,7 +281,8 @@ class TreeSampler:
         """Yield the outcome of each request as soon as it is finished. At most `groups_at_once` groups run at a time.
 
         An error in one request, for example a prompt that leaves no room, becomes its outcome and does not stop the
-        others. `requests` is read only when a new group can start, so it may be of any length.
+        others. `requests` is read only when a new group can start, so it may be of any length. It may yield None as
+        long as groups run: there is no request yet, and the stream asks again after the next events.
 
         Raises:
             EngineError: The engine violates its contract outside a single request, or lost its server.
@@ -301,6 +309,7 @@ class _Run:
     """The state of one call of `sample` or `stream`."""
 
     def __init__(self, sampler: TreeSampler, settings: TreeSettings, seed: tuple[int | str, ...]):
+        self.sampler = sampler
         self.engine, self.toolbox, self.protocol = sampler.engine, sampler.toolbox, sampler.protocol
         self.between_events, self.score = sampler.between_events, sampler.score
         self.settings = settings
@@ -314,13 +323,12 @@ class _Run:
         self.open_states: dict[PathStates, None] = {}
         """The states that are not closed yet, as an ordered set."""
         self.requests = 0
-        self.tool_wait_s = 0.0
         self.shares_calls = settings.share_calls is ShareCalls.HISTORY
         self.isolates = False
         """Whether an error in a group ends only that group."""
 
     def __call__(self, requests: Sequence[GroupRequest]) -> RolloutBatch:
-        start, forward_before = time.perf_counter(), self.engine.forward_s
+        start, forward_before, tool_wait_before = time.perf_counter(), self.engine.forward_s, self.sampler.tool_wait_s
         with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
             groups = [self._start(request) for request in requests]
@@ -339,16 +347,17 @@ class _Run:
         for group in groups:
             group.tree.check(self.settings.num_generations)
         forward_s = self.engine.forward_s - forward_before
+        tool_wait_s = self.sampler.tool_wait_s - tool_wait_before
         return RolloutBatch(
             trees=[group.tree for group in groups],
             times=RolloutTimes(
-                total_s=end - start, forward_s=forward_s, tool_wait_s=self.tool_wait_s, sync_s=sync_s + end - closing
+                total_s=end - start, forward_s=forward_s, tool_wait_s=tool_wait_s, sync_s=sync_s + end - closing
             ),
             topups=[group.topups for group in groups],
             turns_in_sequence=[group.longest_chain for group in groups],
         )
 
-    def stream(self, requests: Iterable[GroupRequest], groups_at_once: int) -> Iterator[Finished]:
+    def stream(self, requests: Iterable[GroupRequest | None], groups_at_once: int) -> Iterator[Finished]:
         self.isolates = True
         waiting = iter(requests)
         live: set[int] = set()
@@ -359,7 +368,7 @@ class _Run:
                         self._start(request)
                     except Exception as error:
                         self._forget(request.id)
-                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0)
+                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0, cause=error)
                     else:
                         live.add(request.id)
                 if not live:
@@ -377,8 +386,15 @@ class _Run:
             self._release(group)
             self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds)
-        return Finished(id=group.id, tree=group.tree, error=None, seconds=seconds)
+            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds, cause=group.error)
+        return Finished(
+            id=group.id,
+            tree=group.tree,
+            error=None,
+            seconds=seconds,
+            topups=group.topups,
+            turns_in_sequence=group.longest_chain,
+        )
 
     def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
         """Run `step`. In a stream an error ends only its group."""
@@ -503,7 +519,7 @@ class _Run:
         while rounds and len(results) < len(self.calling) + len(self.opening):
             self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)
-        self.tool_wait_s += time.perf_counter() - start
+        self.sampler.tool_wait_s += time.perf_counter() - start
         return sorted(results, key=lambda result: result[0])
 
     def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:
@@ -515,7 +531,7 @@ class _Run:
     def _turn_finished(self, path: _Path, turn: Turn) -> None:
         path = self._probed(path, turn.entropies)  # changes nothing after a Probe
         text = self.protocol.decode_turn(turn.ids)
-        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies)
+        node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies, turn.versions)
         path = replace(
             path,
             parent=node.index,

@@ -109,8 +109,9 @@ class Node:
     """The tokens that one turn or observation adds to its path. Fields that the kind does not use are None or empty.
 
     A turn has `logprobs`, the natural-log probabilities under the sampling distribution, one per id. Its `entropies`
-    are in nats and cover its first k tokens only. `stop` is set on the turn that ends a path. An observation has the
-    `calls` of the turn above it: one, or several if the model made several calls in that turn.
+    are in nats and cover its first k tokens only. `versions` holds for each id the trainer's step whose weights
+    sampled it, or is empty if the engine does not tell. `stop` is set on the turn that ends a path. An observation has
+    the `calls` of the turn above it: one, or several if the model made several calls in that turn.
 
         Node(index=2, parent=1, kind=NodeKind.OBSERVATION, ids=[50, 51], text="Iron melts at 1,538 °C.", calls=[call])
     """
@@ -122,6 +123,7 @@ class Node:
     text: str
     logprobs: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
     stop: StopReason | None = None
     calls: list[ExecutedCall] = field(default_factory=list)
     decision: BranchDecision | None = None
@@ -207,7 +209,13 @@ class RolloutTree:
         return self.nodes[0]
 
     def add_turn(
-        self, parent: int, ids: list[int], text: str, logprobs: list[float], entropies: Sequence[float]
+        self,
+        parent: int,
+        ids: list[int],
+        text: str,
+        logprobs: list[float],
+        entropies: Sequence[float],
+        versions: Sequence[int] = (),
     ) -> Node:
         """Add a turn under `parent`, the root or an observation, and return it.
 
@@ -219,7 +227,9 @@ class RolloutTree:
                 f"The engine returned a turn of {len(ids)} tokens with {len(logprobs)} logprobs; expected one logprob "
                 "per sampled token."
             )
-        return self._add(parent, NodeKind.TURN, ids, text, logprobs=logprobs, entropies=list(entropies))
+        return self._add(
+            parent, NodeKind.TURN, ids, text, logprobs=logprobs, entropies=list(entropies), versions=list(versions)
+        )
 
     def add_observation(self, parent: int, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> Node:
         """Add an observation under the turn `parent` and return it.

@@ -30,6 +30,7 @@ from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.runs.identity import differences_between
+from arpo_trl.runs.output_folder import wants_to_resume
 
 STATE_FILE = "arpo_state.json"
 UNFINISHED = ".unfinished"
@@ -251,8 +252,7 @@ class Checkpoints:
             CheckpointError: The checkpoint at the path is incomplete, or all in the folder are.
             ConfigError: The path does not exist; or `wanted` is None or False, and the folder holds checkpoints.
         """
-        if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
-            wanted = wanted.strip().lower() == "true"
+        wanted = wants_to_resume(wanted)
         if not wanted:
             if there := self.all():
                 raise ConfigError(

@@ -94,7 +94,14 @@ class Interrupts:
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Within it, a signal raises `Interrupted` at any point of the main thread. For code that does not `check`."""
+        """Within it, a signal raises `Interrupted` at any point of the main thread. For code that does not `check`.
+
+        In another thread it only calls `check`, since the main thread does something else meanwhile.
+        """
+        self.check()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         self._raises = True
         try:
             self.check()

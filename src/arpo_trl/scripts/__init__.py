@@ -1,1 +1,1 @@
-"""The programs of `train.py` and `sft.py`. Without a checkout: `accelerate launch -m arpo_trl.scripts.train`."""
+"""The programs of `train.py` and `sft.py`. Without a checkout: `arpo-trl train`."""

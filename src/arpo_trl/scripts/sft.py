@@ -1,6 +1,6 @@
 """Cold start on tool-using trajectories: `accelerate launch sft.py --config configs/quickstart_sft.yaml`.
 
-Without a checkout of the project: `accelerate launch -m arpo_trl.scripts.sft`.
+Without a checkout of the project: `arpo-trl sft --config quickstart_sft`.
 
 Runs TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only the tokens that the model writes carry loss:
 prompts and tool results are masked. Turns are encoded by the tool protocol that RL uses.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from datasets import load_dataset
 from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from arpo_trl.cli import parse_settings, report_errors
@@ -23,6 +24,7 @@ from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
+from arpo_trl.runs.output_folder import prepare_output, wants_to_resume
 from arpo_trl.scripts.start import required_model, start_errors
 
 logger = logging.getLogger(__name__)
@@ -42,6 +44,11 @@ class ColdStartArguments:
             unit="tokens",
         ),
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Remove the model and the checkpoints of an earlier run from output_dir. Without it, such a "
+                  "folder is refused."},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -63,6 +70,12 @@ SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
 def main() -> None:
     arguments, config, model_config = parse_settings(SETTINGS)
     refuse_token(config)
+    prepare_output(
+        config.output_dir,
+        resume=config.resume_from_checkpoint,
+        overwrite=arguments.overwrite_output_dir,
+        model=model_config.model_name_or_path,
+    )
     name = required_model(model_config)
     tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
@@ -97,7 +110,10 @@ def main() -> None:
             peft_config=get_peft_config(model_config),
         )
     show_compactly(trainer)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    resume = wants_to_resume(config.resume_from_checkpoint)
+    if resume is True and get_last_checkpoint(config.output_dir) is None:
+        resume = False
+    trainer.train(resume_from_checkpoint=resume)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset)  # also saves the model
     else:

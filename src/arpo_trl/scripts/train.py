@@ -1,6 +1,6 @@
 """Train a tool-using policy: `accelerate launch train.py --config configs/quickstart.yaml`.
 
-Without a checkout of the project: `accelerate launch -m arpo_trl.scripts.train`.
+Without a checkout of the project: `arpo-trl train --config quickstart`.
 
 Every key of the YAML file is a field of `TrainArguments`, `ToolArguments`, `arpo_trl.ARPOConfig` or TRL's
 `ModelConfig`; an unknown key is an error. Flags override the file.
@@ -9,18 +9,22 @@ Every key of the YAML file is a field of `TrainArguments`, `ToolArguments`, `arp
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.common.imports import load_callable
 from arpo_trl.common.settings import JudgeArguments, check_fields, described
 from arpo_trl.data.layouts import MAPPABLE, TASKS, read_columns
 from arpo_trl.data.loading import load_arpo_dataset
+from arpo_trl.errors import ConfigError
 from arpo_trl.logs.progress import show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
+from arpo_trl.runs.output_folder import prepare_output
 from arpo_trl.scripts.start import required_model, start_errors
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 
@@ -49,6 +53,11 @@ class TrainArguments(JudgeArguments):
         metadata={"help": "Names of fields that replace the usual ones, such as {question: body, answer: meta.gold}. "
                   f"Keys: {list(MAPPABLE)}; dots reach into nested fields."},
     )  # fmt: skip
+    reward: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Import paths of your own reward functions, such as my_rewards:exact, instead of the "
+                  "hierarchical reward, which accuracy and the judge belong to."},
+    )  # fmt: skip
     accuracy: str = field(
         default="task",
         metadata=described(
@@ -58,10 +67,35 @@ class TrainArguments(JudgeArguments):
         ),
     )
 
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Remove the model, the checkpoints and the trajectories of an earlier run from output_dir. "
+                  "Without it, such a folder is refused."},
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fields(self)
+        given: Any = self.reward
+        self.reward = [given] if isinstance(given, str) else given  # in YAML possibly a single text
+        if self.reward and (self.judge_url is not None or self.accuracy != "task"):
+            raise ConfigError("reward is set, so accuracy and the judge are not used. Unset them, or unset reward.")
         self.columns = read_columns(self.columns)
+
+
+def make_rewards(arguments: TrainArguments) -> list[Any]:
+    """The reward functions that the settings name, or the hierarchical reward.
+
+    Raises:
+        ConfigError: A function cannot be imported.
+    """
+    if arguments.reward:
+        return [load_callable(path, "reward") for path in arguments.reward]
+    judge = None
+    if arguments.judge_url is not None and arguments.judge_model is not None:
+        judge = LLMJudge(arguments.judge_url, arguments.judge_model, cache=arguments.judge_cache)
+    accuracy: Any = arguments.accuracy  # one of its choices
+    return [HierarchicalReward(accuracy, judge=judge)]
 
 
 SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)
@@ -72,6 +106,12 @@ def main() -> None:
     follow_launcher()
     show_log()
     arguments, tool_arguments, config, model_config = parse_settings(SETTINGS)
+    prepare_output(
+        config.output_dir,
+        resume=config.resume_from_checkpoint,
+        overwrite=arguments.overwrite_output_dir,
+        model=model_config.model_name_or_path,
+    )
     name = required_model(model_config)
     config.model_init_kwargs = {
         **(config.model_init_kwargs or {}),
@@ -85,14 +125,11 @@ def main() -> None:
             name, split, system_prompt=arguments.system_prompt, task=arguments.task, columns=arguments.columns
         )
 
-    judge = None
-    if arguments.judge_url is not None and arguments.judge_model is not None:
-        judge = LLMJudge(arguments.judge_url, arguments.judge_model, cache=arguments.judge_cache)
     evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
     with start_errors():
         trainer = ARPOTrainer(
             model=name,
-            reward_funcs=HierarchicalReward(arguments.accuracy, judge=judge),
+            reward_funcs=make_rewards(arguments),
             args=config,
             train_dataset=load(arguments.dataset, arguments.dataset_split),
             eval_dataset=load(arguments.eval_dataset, arguments.eval_split) if evaluates else None,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from arpo_trl.common.imports import is_import_path, load_callable
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.python.local import ISOLATIONS, python_tool
@@ -32,8 +33,9 @@ class ToolArguments:
 
     tools: list[str] = field(
         default_factory=lambda: ["search", "python"],
-        metadata=described("Built-in tools to offer to the model.", choices=BUILT_IN),
-    )
+        metadata={"help": f"Tools to offer to the model: {', '.join(BUILT_IN)}, or the import path of a function, "
+                  "such as my_tools:weather."},
+    )  # fmt: skip
     search_index: str | None = field(
         default=None,
         metadata={"help": "Local BM25 search: a JSONL file of passages, a folder of them, a Hub dataset, or a folder "
@@ -158,6 +160,11 @@ class ToolArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not isinstance(self.tools, list) or not all(t in BUILT_IN or is_import_path(str(t)) for t in self.tools):
+            raise ConfigError(
+                f"tools is {self.tools!r}; expected a list of some of {list(BUILT_IN)} and of import paths of "
+                "functions, such as my_tools:weather."
+            )
 
 
 def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Callable[..., Any]]:
@@ -167,13 +174,13 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
         run: The name under which requests are counted for `search_max_calls`; the same on all ranks.
 
     Raises:
-        ConfigError: A setting is missing, settings contradict each other, a key is not in the environment, or an MCP
-            server does not start.
+        ConfigError: A setting is missing, settings contradict each other, a key is not in the environment, a function
+            cannot be imported, or an MCP server does not start.
         SandboxError: The python tool is on and its code cannot be isolated.
     """
     makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
     makers["visit"] = lambda: _build_visit(arguments)
-    tools = [makers[name]() for name in arguments.tools]
+    tools = [makers[name]() if name in makers else load_callable(name, "tools") for name in arguments.tools]
     if arguments.mcp_servers:
         from arpo_trl.tools.mcp import mcp_tools
 

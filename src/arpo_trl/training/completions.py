@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import Leaf, NodeKind
+from arpo_trl.trl_seam import parse_response
 
 
 def rollout_output(requests: Sequence[GroupRequest], leaves: Sequence[Leaf], *, logprobs: bool) -> dict[str, Any]:
@@ -40,6 +43,34 @@ def tool_loop_output(
     failures = sum(not call.ok for call in calls)
     masks = [leaf.mask for leaf in leaves]
     return masks, completions, completion_ids, logprobs, len(calls), failures, [[] for _ in leaves]
+
+
+def completions_of(
+    prompts: Sequence[Any],
+    prompt_ids: Sequence[list[int]],
+    leaves: Sequence[Leaf],
+    protocol: ToolProtocol,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    tools: bool,
+) -> list[Any]:
+    """The completions as TRL gives them to reward functions: texts, or messages if the prompts are messages.
+
+    Args:
+        tools: Whether the trainer has tools.
+    """
+    ids = [leaf.ids for leaf in leaves]
+    if not isinstance(prompts[0], list):
+        return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
+    if tools:
+        return [completion_messages(before, leaf, protocol) for before, leaf in zip(prompt_ids, leaves, strict=True)]
+    if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
+        return [
+            [parse_response(tokenizer, of_leaf, prefix=before, tools=[])]
+            for before, of_leaf in zip(prompt_ids, ids, strict=True)
+        ]
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def completion_messages(prompt_ids: Sequence[int], leaf: Leaf, protocol: ToolProtocol) -> list[dict[str, Any]]:

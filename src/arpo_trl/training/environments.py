@@ -53,6 +53,11 @@ def environments_for(
             f"share_calls is {args.share_calls!r}, but there is an environment_factory, and each path makes its calls "
             "in its own environment. Set share_calls to 'off'."
         )
+    if args.dynamic_sampling_rounds:
+        raise ConfigError(
+            f"dynamic_sampling_rounds is {args.dynamic_sampling_rounds}, but there is an environment_factory, and the "
+            "environments of a prompt are open for one round. Set dynamic_sampling_rounds to 0."
+        )
     kind = environment_kind(factory, args.tool_timeout_s)
     for dataset in datasets:
         if isinstance(dataset, Dataset):

@@ -23,7 +23,7 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
-from arpo_trl.rollout.engines.base import Engine
+from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
@@ -114,6 +114,39 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
         for function in reward_funcs:
             if (check := getattr(function, "check_dataset", None)) is not None:
                 check(dataset)
+
+
+def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any, environments: Any) -> None:
+    """Returns if rollouts can run ahead, or are not to.
+
+    Raises:
+        ConfigError: The engine cannot change its weights during a rollout, an epoch has too few rows, or paths have
+            environments.
+    """
+    if not args.rollouts_ahead:
+        return
+    if environments is not None:
+        raise ConfigError(
+            f"rollouts_ahead is {args.rollouts_ahead}, but an environment_factory was given: the environments of one "
+            "rollout are closed before those of the next are made. Set rollouts_ahead: 0."
+        )
+    if not isinstance(engine, EngineAhead):
+        raise ConfigError(
+            f"rollouts_ahead is {args.rollouts_ahead}, but {type(engine).__name__} gets new weights only while "
+            "nothing is sampled: it has no method `sync`. Set rollouts_ahead: 0, or use vLLM servers."
+        )
+    if not args.vllm_importance_sampling_correction:
+        logger.warning(
+            "rollouts_ahead is set without vllm_importance_sampling_correction: tokens that older weights sampled are "
+            "trained as if the current ones had sampled them."
+        )
+    prompts = args.generation_batch_size // args.num_generations
+    if isinstance(dataset, Dataset) and len(dataset) // prompts <= args.rollouts_ahead:
+        raise ConfigError(
+            f"rollouts_ahead is {args.rollouts_ahead}, but an epoch has only {len(dataset) // prompts} generation "
+            f"batches ({len(dataset)} rows, {prompts} prompts per batch); expected more than that. Lower "
+            "rollouts_ahead, or use more rows."
+        )
 
 
 @contextmanager

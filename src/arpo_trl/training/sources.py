@@ -146,7 +146,7 @@ def served_source(
     model: Any,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    trained: Callable[[], Hashable],
+    trained: Callable[[], int],
     reference: Callable[[Sequence[int]], list[float]],
 ) -> VLLMServers:
     """The vLLM servers that the settings name, once they are up and serve the trained model.

@@ -28,10 +28,17 @@ from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.protocols import PROTOCOLS
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
+from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
 from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
-from arpo_trl.runs.resumable import Resumable
+from arpo_trl.training.answers import answer_probabilities, check_answers, texts
+from arpo_trl.training.baselines import (
+    ScoredLeaves,
+    advantages_of,
+    check_baseline,
+    make_baseline,
+    tally_baseline,
+)
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
@@ -45,7 +52,9 @@ from arpo_trl.training.environments import (
     with_text,
     without_rows,
 )
+from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
+    check_ahead,
     check_encoding,
     check_prompts,
     check_quantized_training,
@@ -60,10 +69,11 @@ from arpo_trl.training.preflight import (
     tokenizer_for,
     without_trls_vllm_client,
 )
+from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
+from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
-from arpo_trl.training.shared_update import SharedPrefixUpdate
 from arpo_trl.training.sources import (
     colocated_source,
     logprobs_of,
@@ -90,7 +100,7 @@ class _LastRollout:
     """The number of the first tree's group, over all ranks."""
 
 
-class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
+class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
@@ -105,9 +115,12 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
     - `environment_factory`: each path has an environment, and branches fork it (docs/environments.md).
     - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) where leaves
       share nodes. Where no leaves share nodes, the batch is TRL's, bit for bit.
+      `advantage_baseline` replaces the group's mean before that.
     - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
+    - the loss, with some settings: see `OwnLoss`. Groups that are rolled out again: see `Resampling`.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
+    - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
 
     Raises:
@@ -193,6 +206,9 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         self.use_vllm = args.use_vllm
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL recognises truncated completions by them
         self._credit = args.make_credit()
+        self._prepare_loss(self._credit)
+        if self._credit.reads_answers:
+            check_answers(datasets, args.advantage_attribution)
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
             self.accelerator,
@@ -201,6 +217,9 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
         )
         self.tree_sampler = self._make_sampler(engine)
+        self._baseline = make_baseline(args)
+        check_baseline(self._baseline, self.tree_sampler.engine)
+        check_ahead(args, self.tree_sampler.engine, train_dataset, self._environments)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
@@ -209,6 +228,9 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         self._last: _LastRollout | None = None
         self._last_rewards: torch.Tensor | None = None
         """(B,) rewards of the last rollout's leaves; NaN where no reward function applies."""
+        self._rewards_of_all_ranks: torch.Tensor | None = None
+        self._counted = Tally()
+        """What was counted of this rollout before `_log_rollout`."""
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
         self.alarms = Alarms(self.tree_sampler.settings.rule)
@@ -265,7 +287,6 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
     def _rollout(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
         """TRL's `rollout_func`. `prompts` repeats each prompt once per leaf of its group, group after group."""
         training = self.model.training
-        name = self._names.next("step" if training else "eval", self.state.global_step)
         first_group, size = self._places(prompts)
         groups = [prompts[i] for i in range(0, len(prompts), size)]
         requests = [
@@ -273,12 +294,16 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             for i, prompt in enumerate(groups)
         ]
         settings = self.tree_sampler.settings
-        with self.interruptible():
-            rollout = self.tree_sampler.sample(
-                requests,
-                seed=(self.args.seed, name),
-                settings=settings if training else settings.without_branching(size),
-            )
+        settings = settings if training else settings.without_branching(size)
+        if self._again is None:
+            name = self._names.next("step" if training else "eval", self.state.global_step)
+            rollout = self._sample(requests, name, settings)
+        else:
+            assert self._last is not None
+            name, before, again = self._last.name, self._last.rollout, self._again
+            tally_discarded([before.trees[i] for i in again.groups], self._counted)
+            new = self._sample([requests[i] for i in again.groups], f"{name} again {again.number}", settings)
+            rollout = with_new_trees(before, new, again.groups)
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = _LastRollout(name, rollout, leaves, first_group)
         if self._environments is not None:
@@ -293,6 +318,13 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         # Like TRL, return sampling logprobs for vLLM only. Under top-k or top-p, those of transformers belong to
         # another distribution than the loss's, and `off_policy_mask_threshold` would take the difference for drift.
         return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
+
+    def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
+        """The trees of `requests`. In training with `rollouts_ahead`, those that were sampled ahead."""
+        with self.interruptible():
+            if self.model.training and self.args.rollouts_ahead:
+                return self.rollout_ahead()
+            return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
 
     def _places(self, prompts: list[Any]) -> tuple[int, int]:
         """The number of this rank's first group, over all ranks, and the number of rows that form one tree."""
@@ -326,7 +358,9 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
             refuse_taken_columns(inputs[0])  # a streamed dataset shows its columns only now
             with self._with_environments(inputs) as inputs, self._scoring:
+                self._rows = inputs
                 batch = super()._generate_and_score_completions(inputs)
+            self._subtract_baseline(batch)
             advantages = batch["advantages"]
             self._attribute(batch)
             if self.model.training and self._micro_batches_dealt_together > 1:
@@ -334,17 +368,58 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             self._log_rollout(advantages)
         return batch
 
+    def _subtract_baseline(self, batch: dict[str, Any]) -> None:
+        """In training, replaces `batch["advantages"]` (B,) by those of `advantage_baseline`, unless it is TRL's."""
+        if self._baseline is None or not self.model.training:
+            return
+        assert self._last is not None and self._last_rewards is not None and self._rewards_of_all_ranks is not None
+        scored = ScoredLeaves(
+            leaves=self._last.leaves,
+            rewards=self._last_rewards,
+            of_all_ranks=self._rewards_of_all_ranks,
+            trained=batch["completion_mask"].any(dim=1).cpu(),  # TRL takes truncated completions out by it
+            size=self.num_generations,
+        )
+        baselines = self._baseline(scored)
+        advantages = advantages_of(scored, baselines, self.scale_rewards)
+        tally_baseline(scored, baselines, advantages, self._counted)
+        batch["advantages"] = advantages.to(batch["advantages"].device)
+        logged = self._logs["advantages"]  # TRL has appended its own, of all ranks
+        everyones = self.accelerator.gather(batch["advantages"]).tolist()
+        kept = list(logged)[: -len(everyones)]
+        logged.clear()
+        logged.extend([*kept, *everyones])
+
     def _attribute(self, batch: dict[str, Any]) -> None:
         """Replaces `batch["advantages"]` (B,) by the credit's, which are (B, T) where leaves share nodes."""
         last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
         assert last is not None and self._last_rewards is not None
         rewards = self._last_rewards.to(advantages.device)
+        if self._credit.reads_answers:
+            self._credit.answer_probabilities = self._answer_probabilities() if self.model.training else ()
         batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
         if weights is not None:
             batch["tool_mask"] = batch["tool_mask"] * weights
         if self._credit.weighs:  # on every rank, with weights or without: the count is a sum over all ranks
             trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
             batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
+
+    def _answer_probabilities(self) -> list[dict[int, float]]:
+        """The policy's probabilities of the reference answers in the trees of the last rollout. A collective."""
+        assert self._last is not None
+        trees = self._last.rollout.trees
+
+        def score(ids: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor, answer_mask: torch.Tensor) -> Any:
+            device, size = self.accelerator.device, self.args.per_device_train_batch_size
+            both = (torch.cat(pair, dim=1).to(device) for pair in ((ids, answer), (mask, answer_mask)))
+            with torch.no_grad(), self._loss_tokens(answer_mask.to(device)):
+                return self._get_per_token_logps_and_entropies(self.model, *both, answer.size(1), size)[0]
+
+        rows = self._rows[:: self.num_generations]
+        written = texts(self._credit.template, rows)
+        return answer_probabilities(
+            trees, written, self._tokenizer, score, lambda number: max(gather_object([number]))
+        )
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -353,7 +428,8 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
             self.stop_together()  # an interrupted reward function returned placeholders
         first = self.accelerator.process_index * len(prompts)  # `rewards` has the rows of all ranks
-        self._last_rewards = total_rewards(rewards, self.reward_weights)[first : first + len(prompts)].cpu()
+        self._rewards_of_all_ranks = total_rewards(rewards, self.reward_weights).cpu()
+        self._last_rewards = self._rewards_of_all_ranks[first : first + len(prompts)]
         return rewards
 
     # Update ----------------------------------------------------------------------------------------------------------
@@ -373,6 +449,7 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
+            "baseline": None if self._baseline is None else self._baseline.state,
             "bell": self.alarms.state_dict(),
             "branch_rule": self.tree_sampler.settings.rule.state_dict(),
             "evaluation": self.evaluation,
@@ -382,6 +459,8 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
     def load_state_dict(self, memory: dict[str, Any]) -> None:
         super().load_state_dict(memory)
         self._names.load_state_dict(memory["rollouts_at"])
+        if self._baseline is not None:
+            self._baseline.state = memory["baseline"]
         self.alarms.load_state_dict(memory["bell"])
         self.tree_sampler.settings.rule.load_state_dict(memory["branch_rule"])
         self.evaluation = memory["evaluation"]
@@ -422,6 +501,8 @@ class ARPOTrainer(SharedPrefixUpdate, Resumable, Publishing, GRPOTrainer):
         mode = "train" if self.model.training else "eval"
         seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
         tally = tally_step(last.rollout, rewards.tolist(), seconds)
+        tally.merge(self._counted.plain())
+        self._counted = Tally()
         if self._environments is not None:
             tally_environments(self._environments.instances.take_counts(), tally)
         merged = Tally.merged(gather_object([tally.plain()]))

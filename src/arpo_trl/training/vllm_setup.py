@@ -56,7 +56,7 @@ def served_weights(
     model: Any,
     accelerator: Accelerator,
     tokenizer: PreTrainedTokenizerBase,
-    trained: Callable[[], Hashable],
+    trained: Callable[[], int],
     reference: Callable[[Sequence[int]], list[float]],
 ) -> ServedWeights:
     """The weights of the servers that the settings name. Waits for the servers and checks that they fit the trainer.

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from arpo_trl.common.shipped import CONFIGS, shipped_file
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.quickstart.model import build_tokenizer, save_cold_start_base, tags_of
 from arpo_trl.quickstart.shop.demonstrations import make_demonstrations, tokenizer_texts
@@ -114,5 +115,5 @@ SHOP = Task(
     tools=("look", "add"),
     cold_start=("--max_steps", str(SFT_STEPS)),
     script="arpo_trl.quickstart.shop.train",
-    config=Path("configs/quickstart_shop.yaml"),
+    config=shipped_file(CONFIGS, "quickstart_shop"),
 )

@@ -10,20 +10,22 @@ Register a credit from outside the package under a name, and set `advantage_attr
         def __call__(self, trees, rewards, advantages):
             return advantages / 2, None
 
+The fields of a credit that is a dataclass are its options, which `advantage_attribution_kwargs` sets.
 Listing the names does not import torch; `base` and the credits do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from arpo_trl.common.registry import Registry
 
 if TYPE_CHECKING:
     from arpo_trl.rollout.credit.base import Credit
 
-__all__ = ["CREDITS", "SharedPrefixWeight", "attributions", "credit_name", "register_credit"]
+__all__ = ["CREDITS", "SharedPrefixWeight", "attributions", "build_credit", "register_credit"]
 
 CREDITS: Registry[type[Credit]] = Registry("credit", __name__, __path__)
 register_credit = CREDITS.register
@@ -43,6 +45,15 @@ def attributions() -> list[str]:
     return [name for name in CREDITS.names if name != SharedPrefixWeight.ONCE]
 
 
-def credit_name(attribution: str, weight: str) -> str:
-    """The name of the credit that the two settings select. "once" wins: attributions do not differ under it."""
-    return weight if weight == SharedPrefixWeight.ONCE else attribution
+def build_credit(attribution: str, options: Mapping[str, Any], weight: SharedPrefixWeight) -> Credit:
+    """Create the credit registered as `attribution`, with options; under "once" its result is trained once per node.
+
+    Raises:
+        ConfigError: The credit does not exist, or does not take an option.
+    """
+    credit: Credit = CREDITS.build(attribution, options, "advantage_attribution_kwargs")
+    if weight is SharedPrefixWeight.PER_LEAF:
+        return credit
+    from arpo_trl.rollout.credit.once import Once  # imports torch
+
+    return Once(credit)

@@ -1,5 +1,8 @@
 """The interface of a credit, and the layout of a batch's tokens.
 
+Credits that compare branches read a tree as segments. A segment starts at a turn at the root or under an observation
+that branches, and ends before the next such turn. All its nodes have the same leaves.
+
 The layout of two leaves that share their first turn `a` and its tool result `t`:
 
     # ids:   a a t t b b      token_nodes: 1 1 2 2 3 3
@@ -11,15 +14,17 @@ Pure: imports only torch and the tree.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.tree import RolloutTree
+from arpo_trl.rollout.tree import NodeKind, RolloutTree
 
 
 class Credit(ABC):
@@ -29,6 +34,15 @@ class Credit(ABC):
     """The credit's name in the settings; `register_credit` sets it."""
     weighs: ClassVar[bool] = False
     """Whether the credit may return weights. The trainer then counts each batch's tokens again, over all ranks."""
+    reads_entropies: bool = False
+    """Whether the update calls `refine`. Rows of different micro-batches then stay apart."""
+    reads_answers: bool = False
+    """Whether the trainer sets `answer_probabilities` before each call in training, which takes a forward pass. The
+    credit then has a `template`: what the model would write to give the answer, with {answer} in its place."""
+    template: str = ""
+    answer_probabilities: Sequence[Mapping[int, float]] = ()
+    """For each tree of the next call: the probability of the row's reference answer after the root and after each
+    observation, by node: exp of the mean logprob of its tokens. Empty in evaluation."""
 
     @abstractmethod
     def __call__(
@@ -42,8 +56,18 @@ class Credit(ABC):
         Args:
             trees: Trees with B leaves in total. The rows are `tree.leaves()` of each tree in turn.
             rewards: (B,), weighted and summed over the reward functions; NaN if none applied to a leaf.
-            advantages: (B,), as GRPO computes them.
+            advantages: (B,), as GRPO computes them, or with the chosen `advantage_baseline`.
         """
+
+    def refine(self, advantages: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Return the advantages of one micro-batch in the update, when the policy's entropies are known.
+
+        Args:
+            advantages: (B,) or (B, T), as `__call__` returned them.
+            entropies: (B, T), in nats, of the policy as it is now, detached.
+            mask: (B, T), nonzero where a token is trained.
+        """
+        return advantages
 
 
 def attribute(
@@ -91,13 +115,107 @@ def token_nodes(trees: Sequence[RolloutTree]) -> torch.Tensor:
 
 
 def mean_over_leaves(advantages: torch.Tensor, token_nodes: torch.Tensor) -> torch.Tensor:
-    """(B, T) advantages: each token has the mean over the leaves that share its node; 0 on padding."""
+    """(B, T) advantages: each token has the mean over the leaves that share its node; 0 on padding.
+
+    `advantages` are (B,), or (B, T) with one value per leaf and node.
+    """
     real = token_nodes >= 0
     _, node = torch.unique(token_nodes[real], return_inverse=True)
-    per_token = advantages.unsqueeze(1).expand_as(token_nodes)[real]
+    per_token = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(token_nodes)[real]
     # A node has the same number of tokens in each of its leaves, so the mean over tokens equals the mean over leaves.
     count = torch.bincount(node)
     total = torch.zeros(len(count), dtype=per_token.dtype, device=per_token.device).index_add_(0, node, per_token)
     result = torch.zeros_like(token_nodes, dtype=advantages.dtype)
     result[real] = (total / count)[node]
     return result
+
+
+class Segments:
+    """One tree cut into segments. A segment is named by the index of its first turn.
+
+    Segments(tree, first_row=8).rows[1]      # the batch's rows of the leaves below turn 1
+    """
+
+    def __init__(self, tree: RolloutTree, first_row: int):
+        self.tree = tree
+        self.first_row = first_row
+        self.rows: dict[int, list[int]] = defaultdict(list)
+        """Segment → the rows of its leaves, in order."""
+        self.of: dict[int, int] = {}
+        """Node → the segment that it lies in."""
+        self.paths: list[list[int]] = []
+        """For each leaf, the segments from the root down to it."""
+        for row, leaf in enumerate(tree.leaves(), first_row):
+            path: list[int] = []
+            for node in leaf.nodes:
+                if node.kind is NodeKind.TURN and (node.parent == 0 or self.siblings(node.index)):
+                    path.append(node.index)
+                    self.rows[node.index].append(row)
+                self.of[node.index] = path[-1]
+            self.paths.append(path)
+
+    def siblings(self, segment: int) -> list[int]:
+        """The other segments under the observation above `segment`; none at the root, where the group is compared."""
+        parent = self.tree.nodes[segment].parent
+        return [child for child in self.tree.nodes[parent].children if child != segment] if parent else []
+
+    def below(self, segment: int) -> list[int]:
+        """The segments right under `segment`; none if it ends in a leaf."""
+        return [other for other in self.rows if self.above(other) == segment]
+
+    def above(self, segment: int) -> int | None:
+        """The segment above `segment`; None at the root."""
+        parent = self.tree.nodes[segment].parent
+        return self.of[parent] if parent else None
+
+
+def cut_into_segments(trees: Sequence[RolloutTree]) -> list[Segments]:
+    """The segments of each tree, with the rows of its leaves in the batch."""
+    made: list[Segments] = []
+    first_row = 0
+    for tree in trees:
+        made.append(Segments(tree, first_row))
+        first_row += len(made[-1].paths)
+    return made
+
+
+def by_segment(
+    cut: Sequence[Segments], advantages: torch.Tensor, value: Callable[[Segments, int, int], float]
+) -> torch.Tensor:
+    """(B, T): each token has `value(segments of its tree, its segment, its row)`; 0 on padding."""
+    rows: list[torch.Tensor] = []
+    for segments in cut:
+        for row, leaf in enumerate(segments.tree.leaves(), segments.first_row):
+            values = [value(segments, segments.of[node.index], row) for node in leaf.nodes]
+            lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
+            rows.append(torch.tensor(values, dtype=advantages.dtype).repeat_interleave(lengths))
+    return pad_sequence(rows, batch_first=True).to(advantages.device)
+
+
+def by_leaf(
+    trees: Sequence[RolloutTree], advantages: torch.Tensor, of_turns: Sequence[Sequence[float]]
+) -> torch.Tensor:
+    """(B, T): the tokens of each leaf's turns have its values in `of_turns`; 0 elsewhere."""
+    rows: list[torch.Tensor] = []
+    for tree in trees:
+        for leaf in tree.leaves():
+            turns = iter(of_turns[len(rows)])
+            values = [next(turns) if node.kind is NodeKind.TURN else 0.0 for node in leaf.nodes]
+            lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
+            rows.append(torch.tensor(values, dtype=advantages.dtype).repeat_interleave(lengths))
+    return pad_sequence(rows, batch_first=True).to(advantages.device)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of one value or more."""
+    return math.fsum(values) / len(values)
+
+
+def z_scores(values: Sequence[float]) -> list[float]:
+    """Distances to the mean in sample standard deviations; 0 if there is no deviation. NaN is skipped and gets 0."""
+    known = [value for value in values if not math.isnan(value)]
+    if len(known) < 2 or max(known) == min(known):
+        return [0.0] * len(values)
+    middle = mean(known)
+    deviation = math.sqrt(math.fsum((value - middle) ** 2 for value in known) / (len(known) - 1))
+    return [0.0 if math.isnan(value) else (value - middle) / deviation for value in values]

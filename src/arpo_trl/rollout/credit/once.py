@@ -1,28 +1,44 @@
-"""A shared token is trained only in the first of its leaves, with the mean advantage of all of them."""
+"""A shared token is trained only in the first of its leaves, with the mean advantage of all of them.
+
+It wraps the credit that gives the advantages: `shared_prefix_weight: once` selects it for any credit.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 
 from arpo_trl.rollout.credit import register_credit
 from arpo_trl.rollout.credit.base import Credit, mean_over_leaves, shares_nodes, token_nodes
+from arpo_trl.rollout.credit.soft import Soft
 from arpo_trl.rollout.tree import RolloutTree
 
 
 @register_credit("once")
 class Once(Credit):
-    weighs: ClassVar[bool] = True
+    weighs = True
+
+    def __init__(self, credit: Credit | None = None):
+        """`credit` gives the advantages; None: "soft". Weights that it returns are those of the first copies."""
+        self._credit = credit or Soft()
+        self.reads_entropies = self._credit.reads_entropies
+        self.reads_answers = self._credit.reads_answers
+        self.template = self._credit.template
 
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self._credit.answer_probabilities = self.answer_probabilities
+        made, weights = self._credit(trees, rewards, advantages)
         if not shares_nodes(trees):
-            return advantages, None
+            return made, weights
         nodes = token_nodes(trees).to(advantages.device)
-        return mean_over_leaves(advantages, nodes), first_copies(nodes)
+        kept = first_copies(nodes)
+        return mean_over_leaves(made, nodes), kept if weights is None else kept * weights
+
+    def refine(self, advantages: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self._credit.refine(advantages, entropies, mask)
 
 
 def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:

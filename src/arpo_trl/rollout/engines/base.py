@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class TurnStop(StrEnum):
@@ -77,6 +77,8 @@ class Probe:
 class Turn:
     """A finished turn: at least one token, one logprob per token, entropies of the first k (or fewer) tokens.
 
+    `versions` holds for each token the trainer's step whose weights sampled it; empty if the engine does not tell.
+
     Turn(id=7, ids=[60, 2], logprobs=[-0.4, -0.1], entropies=[1.3, 0.2], stop=TurnStop.EOS)
     """
 
@@ -85,6 +87,7 @@ class Turn:
     logprobs: list[float]
     entropies: list[float]
     stop: TurnStop
+    versions: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +109,8 @@ class Engine(Protocol):
 
     vocab_size: int
     """V in ln V: the number of tokens in the distribution sampled from."""
+    has_logprobs: bool
+    """Whether turns have sampling logprobs. Otherwise all of them are NaN."""
     forward_s: float
     """Seconds spent in model forwards since the engine was created."""
 
@@ -121,3 +126,17 @@ class Engine(Protocol):
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """Return the events since the last call. Waits at most about `timeout_s` seconds for the first one."""
+
+
+@runtime_checkable
+class EngineAhead(Engine, Protocol):
+    """An engine whose weights can be replaced while turns are written, so that rollouts can run during the update.
+
+    One thread may use the session while another one calls `sync`. Its turns have `versions`.
+    """
+
+    def sync(self) -> None:
+        """Give the engine the trainer's current weights, unless it has them. Within a session too. A collective.
+
+        Unfinished turns continue with the new weights after the tokens that they have.
+        """

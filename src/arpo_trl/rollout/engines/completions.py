@@ -95,6 +95,7 @@ class CompletionsEngine:
         check_server_url(url, "base_url", KEY_VARIABLE)
         self.vocab_size = len(tokenizer)
         self.forward_s = 0.0
+        self.has_logprobs = False
         self._url = url.rstrip("/")
         self._tokenizer, self._settings = tokenizer, settings
         self._timeout_s, self._away_s = timeout_s, away_s

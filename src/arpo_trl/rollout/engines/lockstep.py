@@ -48,6 +48,7 @@ class LockstepEngine:
     def __init__(self, inner: Engine, group: dist.ProcessGroup):
         self.vocab_size, self.max_length = inner.vocab_size, inner.max_length
         self.forward_s = 0.0
+        self.has_logprobs = True
         self._inner = inner
         self._group = group
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)

@@ -59,6 +59,7 @@ class ScriptedEngine:
         self.vocab_size = len(tokenizer) if vocab_size is None else vocab_size
         self.max_length = max_length
         self.forward_s = 0.0
+        self.has_logprobs = True
         self.requests: list[TurnRequest] = []
         """All requests so far, for tests."""
         self.sessions = 0

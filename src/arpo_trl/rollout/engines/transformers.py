@@ -91,6 +91,7 @@ class TransformersEngine:
         self.settings = settings
         self.max_length = max_length
         self.forward_s = 0.0
+        self.has_logprobs = True
         self.vocab_size = 0
         self._tokenizer = tokenizer
         self._model_context = model_context

@@ -16,11 +16,9 @@ Pure: imports no trl, no engine and no network code.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
 from typing import Any
 
 from arpo_trl.common.registry import Registry
-from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment, Rounds, grant, mean
 from arpo_trl.rollout.tree import BranchDecision
 
@@ -53,16 +51,5 @@ def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any
     Raises:
         ConfigError: The rule does not exist, has no field for an option, or has a required field without a value.
     """
-    kind = RULES.get(name)
-    known = {field.name: field for field in fields(kind) if field.init}
-    own = [field for field in known if field not in settings]
-    if unknown := [option for option in options if option not in own]:
-        raise ConfigError(
-            f"branch_rule_kwargs has {unknown}, but the branch rule {name!r} takes {own or 'no options'}. "
-            "Remove or rename the others."
-        )
-    values = {field: value for field, value in settings.items() if field in known} | dict(options)
-    needed = [field.name for field in known.values() if field.default is MISSING and field.default_factory is MISSING]
-    if missing := [field for field in needed if field not in values]:
-        raise ConfigError(f"The branch rule {name!r} needs values for {missing}. Set them in branch_rule_kwargs.")
-    return kind(**values)
+    rule: BranchRule = RULES.build(name, options, "branch_rule_kwargs", settings)
+    return rule

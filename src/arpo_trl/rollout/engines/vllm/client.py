@@ -158,6 +158,11 @@ class ServerClient:
         if name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"]):
             self._request("POST", "/v1/unload_lora_adapter", "", {"lora_name": name})
 
+    def abort(self) -> None:
+        """End all running requests early. They are answered with the tokens that they have."""
+        hint = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
+        self._request("POST", "/abort_requests", hint, {})
+
     def mark(self, version: str) -> None:
         """Reset the prefix cache, which has states from other weights, and set the version of the weights."""
         if not self._json("POST", "/reset_prefix_cache", "Start the server with VLLM_SERVER_DEV_MODE=1.")["success"]:

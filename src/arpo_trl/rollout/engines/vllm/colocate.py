@@ -53,6 +53,7 @@ class VLLMColocateEngine:
         self.vocab_size = vocab_size
         self.max_length = int(llm.llm_engine.model_config.max_model_len)
         self.forward_s = 0.0
+        self.has_logprobs = True
         self._llm = llm
         self._engine = llm.llm_engine
         self._settings = settings

@@ -7,6 +7,11 @@ All turns of a tree go to the same server, so that they share its prefix cache. 
 during a request, the request is sent again, with the same seed, once the server is back. A restarted server serves the
 weights it was started with. So before the retry it gets the current weights, if `weight_sync` supports that, and the
 logprobs are compared again.
+
+Within a session `sync` replaces the weights between two decode steps. All ranks hold their new requests back, and end
+the running ones early, with the tokens that they have. Once the idle servers have the new weights, the turns continue
+with new requests, which compute their prefix again. So every request has one version of the weights, and no key or
+value of an older version is read.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,6 +43,8 @@ ATTEMPTS = 4
 """Attempts per request before the rollout fails."""
 RETRY_S = 0.5
 """Seconds between two checks whether a server is back."""
+ABORT_S = 0.02
+"""Seconds between two attempts to end the running requests: one may reach the server after an attempt."""
 KEEP_ALIVE = [
     # A machine that goes down may not close its connections: probe after 30 s of silence, fail after 4 lost probes.
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -57,6 +64,8 @@ class _Server:
     boot: str | None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by the task that waits for the server and restores its weights."""
+    answered: bool = False
+    """Whether it has answered a request since `boot` was read."""
 
 
 class VLLMServerEngine:
@@ -86,6 +95,7 @@ class VLLMServerEngine:
         self.vocab_size = vocab_size
         self.max_length = min(facts.max_model_len for facts in weights.facts.values())
         self.forward_s = 0.0
+        self.has_logprobs = True
         self._settings = settings
         self._stops = StopFinder(tokenizer, settings.stop_strings)
         self._params = sampling_params(settings) | {"return_token_ids": True, "return_tokens_as_token_ids": True}
@@ -93,6 +103,8 @@ class VLLMServerEngine:
         self._top_logprobs = top_logprobs
         self._away_s, self._request_s = away_s, request_s
         self._pending = 0
+        self._sent = 0
+        """Requests that the servers have not answered yet."""
         self._events: queue.SimpleQueue[Probe | Turn | Exception] = queue.SimpleQueue()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -101,6 +113,9 @@ class VLLMServerEngine:
         self._weights.sync()
         self._servers = [_Server(client, client.boot()) for client in self._weights.clients]
         self._events = queue.SimpleQueue()
+        self._sent = 0
+        self._may_send = asyncio.Event()
+        self._may_send.set()
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="vllm-server-engine", daemon=True)
         thread.start()
@@ -120,6 +135,35 @@ class VLLMServerEngine:
             thread.join()
             self._loop.close()
             self._loop, self._pending = None, 0
+
+    def sync(self) -> None:
+        if self._loop is None or self._weights.is_current:
+            self._weights.sync()
+            return
+        with self._weights.lock, self._idle_servers(self._loop):
+            self._weights.sync()
+            for server in self._servers:  # one that was restarted meanwhile now has the weights
+                server.boot, server.answered = server.client.boot(), False
+
+    @contextmanager
+    def _idle_servers(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        """Within it, no rank has requests at the servers, which are all up. A collective."""
+        self._check_not_replaced()
+        loop.call_soon_threadsafe(self._may_send.clear)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()  # the event is cleared now
+        try:
+            self._weights.wait_for_ranks()
+            while self._sent:
+                for client in self._weights.clients:
+                    with suppress(EngineError):  # a server that is down fails its requests by itself
+                        client.abort()
+                time.sleep(ABORT_S)
+            for client in self._weights.clients:
+                client.wait(self._away_s)
+            self._weights.wait_for_ranks()
+            yield
+        finally:
+            loop.call_soon_threadsafe(self._may_send.set)
 
     def submit(self, request: TurnRequest) -> None:
         if self._loop is None:
@@ -149,8 +193,8 @@ class VLLMServerEngine:
         try:
             event: Probe | Turn | None = None
             while not isinstance(event, Turn):
-                event = draft.add(await self._ask(server, draft.next_segment()))
-                if event is not None:
+                segment = await self._ask(server, draft.next_segment())
+                if segment.ids and (event := draft.add(segment)) is not None:
                     self._events.put(event)
         except Exception as error:
             self._events.put(error)
@@ -160,13 +204,18 @@ class VLLMServerEngine:
         for attempt in range(ATTEMPTS):
             if attempt:
                 await self._bring_back(server, problem)
+            while not self._may_send.is_set():
+                await self._may_send.wait()
+            version = self._weights.step
             body = self._params | {
                 "model": self._weights.model(url),
+                "cache_salt": self._weights.version,
                 "prompt": segment.ids,
                 "max_tokens": segment.max_tokens,
                 "seed": segment.seed,
                 "logprobs": segment.top_logprobs,
             }
+            self._sent += 1
             try:
                 response = await self._http.post(f"{url}/v1/completions", json=body)
             except httpx.ReadTimeout as error:
@@ -177,8 +226,11 @@ class VLLMServerEngine:
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
+            finally:
+                self._sent -= 1
             if response.status_code == 200:
-                return _read(response, url, segment.top_logprobs)
+                server.answered = True
+                return _read(response, url, segment.top_logprobs, version)
             problem = f"{response.status_code}: {response.text[:300]}"
             # 404: the adapter was lost in a restart. Other errors below 500 are permanent.
             if response.status_code < 500 and response.status_code != 404:
@@ -199,7 +251,7 @@ class VLLMServerEngine:
             if version != self._weights.version:
                 logger.warning(f"{server.client.url} was restarted. It now gets the current weights.")
                 await asyncio.to_thread(self._weights.restore, server.client)
-                server.boot = await asyncio.to_thread(server.client.boot)
+                server.boot, server.answered = await asyncio.to_thread(server.client.boot), False
 
     async def _served_version(self, server: _Server) -> str | None:
         try:
@@ -222,21 +274,27 @@ class VLLMServerEngine:
         """Check that no server was restarted unnoticed, since it could have sampled with its initial weights.
 
         Raises:
-            EngineError: A server was restarted.
+            EngineError: A server was restarted, and has answered requests since the last check.
         """
         for server in self._servers:
+            answered, server.answered = server.answered, False
             boot = server.client.boot()
-            if boot is not None and boot != server.boot:
+            if boot is None or boot == server.boot or server.lock.locked():  # down, the same, or being restored
+                continue
+            server.boot, before = boot, server.boot
+            if answered and before is not None:
                 raise EngineError(
                     f"{server.client.url} was restarted during a rollout, between two requests of this rank. It may "
                     "have answered later requests with its initial weights. Resume from the last checkpoint."
                 )
 
 
-def _read(response: httpx.Response, url: str, top_logprobs: int) -> Segment:
-    """Convert a server's answer to a segment."""
+def _read(response: httpx.Response, url: str, top_logprobs: int, version: int | None) -> Segment:
+    """Convert a server's answer to a segment. It has no ids if `sync` ended the request before its first token."""
     try:
         choice: dict[str, Any] = response.json()["choices"][0]
+        if choice["finish_reason"] == "abort" and not choice["token_ids"]:
+            return Segment([], [])
         given = choice["logprobs"]
         # vLLM adds the sampled token if it is not among the k most likely. It is not one of the k.
         places = given["top_logprobs"] if top_logprobs else []
@@ -244,6 +302,7 @@ def _read(response: httpx.Response, url: str, top_logprobs: int) -> Segment:
             choice["token_ids"],
             given["token_logprobs"],
             [sorted(place.values(), reverse=True)[:top_logprobs] for place in places],
+            version,
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise EngineError(

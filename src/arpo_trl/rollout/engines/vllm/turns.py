@@ -4,6 +4,9 @@
     bridge       if the probe ends within a possible stop string: as many tokens as it takes to complete it
     rest         all other tokens; vLLM has the prompt and the earlier segments in its prefix cache
 
+vLLM may also end a segment early, when new weights arrive. The turn then continues with another segment, so the tokens
+of a segment all have the same weights.
+
 This module finds the end of a turn from its ids and ignores vLLM's finish reason. vLLM searches for stop strings only
 within one request, so it misses those that straddle two segments. And if a request starts within a character, vLLM
 takes its prompt for output, and stops after one token because of the stop string of an earlier turn. The turn then
@@ -45,11 +48,15 @@ class SegmentRequest:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """vLLM's output: ids, their logprobs, and each position's largest logprobs (empty if none were requested)."""
+    """vLLM's output: ids, their logprobs, and each position's largest logprobs (empty if none were requested).
+
+    `version` is the trainer's step whose weights sampled it; None if it is not known.
+    """
 
     ids: list[int]
     logprobs: list[float]
     top_logprobs: list[list[float]] = field(default_factory=list)
+    version: int | None = None
 
 
 class StopFinder:
@@ -104,6 +111,7 @@ class Draft:
         self._ids: list[int] = []
         self._logprobs: list[float] = []
         self._entropies: list[float] = []
+        self._versions: list[int] = []
         self._segments = 0
 
     def next_segment(self) -> SegmentRequest:
@@ -129,6 +137,8 @@ class Draft:
         self._segments += 1
         self._ids += segment.ids
         self._logprobs += segment.logprobs
+        if segment.version is not None:
+            self._versions += [segment.version] * len(segment.ids)
         self._entropies += [entropy_from_top_k(top, self._vocab_size).nats for top in segment.top_logprobs]
         stop = self._stop(start)
         if stop is None:
@@ -137,7 +147,12 @@ class Draft:
             )
         probed = min(len(self._ids), probe)
         return Turn(
-            id=self.request.id, ids=self._ids, logprobs=self._logprobs, entropies=self._entropies[:probed], stop=stop
+            id=self.request.id,
+            ids=self._ids,
+            logprobs=self._logprobs,
+            entropies=self._entropies[:probed],
+            stop=stop,
+            versions=self._versions[: len(self._ids)],
         )
 
     def _stop(self, start: int) -> TurnStop | None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -58,7 +59,7 @@ class ServedWeights:
     """The weights of a set of servers.
 
     Args:
-        trained: Returns a value that changes whenever the trainer's weights do.
+        trained: Returns the trainer's step, a number that changes whenever the weights do.
         reference: Returns the trainer's logprobs of all ids except the first; a collective.
         canary: The ids whose logprobs are compared.
         tolerance: The largest allowed `mean_difference` of logprobs between trainer and server.
@@ -70,7 +71,7 @@ class ServedWeights:
         facts: Sequence[ServerFacts],
         transfer: Transfer,
         accelerator: Accelerator,
-        trained: Callable[[], Hashable],
+        trained: Callable[[], int],
         reference: Callable[[Sequence[int]], list[float]],
         canary: Sequence[int],
         tolerance: float,
@@ -81,8 +82,10 @@ class ServedWeights:
         self._transfer = transfer
         self._accelerator = accelerator
         self._trained = trained
-        self._synced: Hashable = None
-        """The value of `trained` at the last sync."""
+        self.step: int | None = None
+        """The value of `trained` at the last sync; None before it, and while the weights move."""
+        self.lock = threading.Lock()
+        """Held by the thread that changes what a server serves: the trainer's, or one that restores a server."""
         self._reference = reference
         self._canary = list(canary)
         self._tolerance = tolerance
@@ -126,11 +129,21 @@ class ServedWeights:
         Raises:
             EngineError: A server is down, could not load the weights, or does not serve the trainer's weights.
         """
-        if (trained := self._trained()) == self._synced:
+        if self.is_current:
             return
-        self._synced = None  # in case the move fails
+        trained = self._trained()
+        self.step = None  # in case the move fails
         self._move()
-        self._synced = trained
+        self.step = trained
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the servers have the trainer's weights, so that `sync` has nothing to do."""
+        return self._trained() == self.step
+
+    def wait_for_ranks(self) -> None:
+        """Wait until every rank is here."""
+        self._accelerator.wait_for_everyone()
 
     def _move(self) -> None:
         previous, self._syncs = self.version, self._syncs + 1
@@ -149,10 +162,13 @@ class ServedWeights:
         self.version = version
 
     def restore(self, client: ServerClient) -> None:
-        """Give a restarted server the current weights. Any rank can call this alone."""
-        self._transfer.restore(client, self.version)
-        client.mark(self.version)
-        self._compare(client, self.version)
+        """Give a restarted server the current weights, unless it has got them meanwhile. Any rank can call this."""
+        with self.lock:
+            if client.weight_version() == self.version:
+                return
+            self._transfer.restore(client, self.version)
+            client.mark(self.version)
+            self._compare(client, self.version)
 
     def _compare(self, client: ServerClient, version: str) -> None:
         ours, url = self._ours, client.url

@@ -1,0 +1,57 @@
+"""`arpo-trl ask RUN "question"`: a trained model answers one question with its tools, and its path is shown."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from arpo_trl.cli import parse_evaluation
+
+ENTROPY_TOKENS = 20
+"""Tokens at the start of a turn whose mean entropy is shown."""
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="arpo-trl ask",
+        usage='arpo-trl ask RUN "QUESTION" [options of arpo-trl eval]',
+        description="Asks a trained model one question, with the tools, lengths and protocol of its training.",
+        epilog="Every option of `arpo-trl eval` about the model, sampling and tools can follow, such as "
+        "--temperature 0, --search-index FILE or --system-prompt NAME.",
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or any model")
+    parser.add_argument("question", metavar="QUESTION", help="the question")
+    arguments, options = parser.parse_known_args(words)
+    settings, tool_arguments = parse_evaluation(["--model", arguments.run, *options])
+    from rich.console import Console
+
+    from arpo_trl.data.layouts import system_prompt_text
+    from arpo_trl.evaluation.engines import make_sampler
+    from arpo_trl.logs.render import render_tree
+    from arpo_trl.logs.trajectories import LoggedTree
+    from arpo_trl.rewards.answers import extract_answer
+    from arpo_trl.rollout.sampler import GroupRequest
+    from arpo_trl.tools.builtin import build_tools
+    from arpo_trl.tools.toolbox import ToolBox
+    from arpo_trl.visible import visible
+
+    system = system_prompt_text(settings.system_prompt)
+    messages = [] if not system else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": arguments.question})
+    tools = build_tools(tool_arguments, run=arguments.run)
+    with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
+        sampler = make_sampler(settings, toolbox)
+        rollout = sampler.sample(
+            [GroupRequest(id=0, prompt_ids=sampler.protocol.encode_prompt(messages))],
+            seed=(settings.seed, "ask"),
+            settings=replace(sampler.settings.without_branching(1), entropy_probe_tokens=ENTROPY_TOKENS),
+        )
+    (tree,) = rollout.trees
+    (leaf,) = tree.leaves()
+    console = Console()
+    path = LoggedTree(step=0, group=0, prompt=arguments.question, tree=tree, rewards=[None], advantages=[0.0])
+    console.print(render_tree(path))
+    answer = extract_answer("".join(leaf.turns))
+    console.print(f"Answer: {visible(answer)}" if answer is not None else "No answer in <answer>.", markup=False)
+    return 0

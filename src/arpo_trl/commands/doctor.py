@@ -1,0 +1,173 @@
+"""`arpo-trl doctor`: what works on this machine, and what does not and why."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import metadata, util
+from pathlib import Path
+
+from arpo_trl.errors import ArpoError
+
+GB = 1e9
+LEAST_MEMORY_GB, LEAST_DISK_GB = 2, 2
+EXTRAS = {
+    "vllm": "rollouts on vLLM (use_vllm)",
+    "deepspeed": "ZeRO (--accelerate zero2, zero3)",
+    "bitsandbytes": "QLoRA (load_in_4bit)",
+    "trafilatura": "the visit tool",
+    "mcp": "tools of MCP servers",
+    "trackio": "report_to: trackio",
+    "wandb": "report_to: wandb",
+    "tensorboard": "report_to: tensorboard",
+}
+"""Package → what needs it."""
+
+
+class Verdict(StrEnum):
+    GOOD = "ok"
+    LIMITED = "note"
+    """Something works only in part, or a feature is missing."""
+    BAD = "error"
+    """Training cannot work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    subject: str
+    verdict: Verdict
+    text: str
+
+
+def main(words: Sequence[str]) -> int:
+    argparse.ArgumentParser(
+        prog="arpo-trl doctor",
+        description="Shows versions, devices, the python tool's sandbox, vLLM, which keys are set (never their "
+        "values), free memory and disk, and what will not work here and why. Exit status: 1 if training cannot work.",
+    ).parse_args(words)
+    worst = 0
+    for check in CHECKS:
+        for finding in check():
+            print(f"{finding.verdict:<5}  {finding.subject:<18} {finding.text}", flush=True)
+            worst = max(worst, int(finding.verdict is Verdict.BAD))
+    return worst
+
+
+def packages() -> Iterator[Finding]:
+    """The required packages, against the ranges that this package declares; then what optional ones are for."""
+    from packaging.requirements import Requirement
+
+    yield Finding("python", Verdict.GOOD, f"{platform.python_version()} on {platform.platform()}")
+    yield Finding("arpo-trl", Verdict.GOOD, f"{metadata.version('arpo-trl')} in {Path(__file__).parents[1]}")
+    shown = {"torch", "transformers", "trl", "accelerate", "peft"}
+    for requirement in map(Requirement, metadata.requires("arpo-trl") or ()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        found = _version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            has = "is not installed" if found is None else f"is {found}"
+            text = f"{has}; expected {requirement}. To install it: pip install '{requirement}'"
+            yield Finding(requirement.name, Verdict.BAD, text)
+        elif requirement.name in shown:
+            yield Finding(requirement.name, Verdict.GOOD, found)
+    for name, use in EXTRAS.items():
+        found = _version(name)
+        if found is None:
+            yield Finding(name, Verdict.LIMITED, f"is not installed: no {use}")
+        else:
+            yield Finding(name, Verdict.GOOD, f"{found}: {use}")
+
+
+def devices() -> Iterator[Finding]:
+    """The accelerators, with their memory and whether they compute in bfloat16."""
+    if util.find_spec("torch") is None:
+        return
+    import torch
+
+    if not torch.accelerator.is_available():
+        yield Finding("devices", Verdict.LIMITED, f"no accelerator: training runs on {os.cpu_count()} CPU cores")
+        return
+    if not torch.cuda.is_available():
+        yield Finding("devices", Verdict.GOOD, str(torch.accelerator.current_accelerator()))
+        return
+    count = torch.cuda.device_count()
+    for index in range(count):
+        free, total = torch.cuda.mem_get_info(index)
+        text = f"{torch.cuda.get_device_name(index)}, {free / GB:.0f} of {total / GB:.0f} GB free"
+        works = torch.cuda.is_bf16_supported(including_emulation=False)
+        more = "" if works else "; no bfloat16: set bf16: false and fp16: true"
+        yield Finding(f"GPU {index}", Verdict.GOOD if works else Verdict.LIMITED, text + more)
+    if count > 1:
+        yield Finding(
+            "GPUs", Verdict.GOOD, f"to use all: arpo-trl train --accelerate zero3 --num_processes {count} --config …"
+        )
+
+
+def sandbox() -> Iterator[Finding]:
+    """Whether code of the model can be isolated, tried with a worker."""
+    try:
+        from arpo_trl.tools.python.sandbox import ISOLATING, Limits, isolated_worker
+
+        worker, tier = isolated_worker(
+            Limits(timeout_s=5, cpu_s=5, memory_mb=256, output_bytes=1000), ISOLATING, preload=False
+        )
+        worker.close()
+    except (ArpoError, ImportError, OSError) as error:
+        yield Finding(
+            "python tool",
+            Verdict.LIMITED,
+            f"cannot isolate code here: {error}. Leave python out of tools, or set python_executor_url",
+        )
+    else:
+        yield Finding("python tool", Verdict.GOOD, f"isolates code by {tier}")
+
+
+def keys() -> Iterator[Finding]:
+    """Which keys are set. Never their values."""
+    from arpo_trl.tools.search.providers import PROVIDERS
+
+    of_search = [variable for name in PROVIDERS.own if (variable := PROVIDERS.get(name).key_variable)]
+    names = [*of_search, "JUDGE_API_KEY", "VISIT_SUMMARY_API_KEY", "COMPLETIONS_API_KEY", "VLLM_API_KEY"]
+    names += ["HF_TOKEN", "WANDB_API_KEY"]
+    given = [name for name in names if os.environ.get(name)]
+    yield Finding("keys set", Verdict.GOOD, ", ".join(given) or "none")
+    if not set(given) & set(of_search):
+        yield Finding(
+            "web search",
+            Verdict.LIMITED,
+            f"none of {', '.join(of_search)} is set: search with search_index, or with a service without a key",
+        )
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        yield Finding("Hub", Verdict.LIMITED, "HF_HUB_OFFLINE is 1: only models and data on this disk")
+
+
+def space() -> Iterator[Finding]:
+    """Free memory and free disk, here and where models are cached."""
+    import psutil
+
+    yield _enough("memory", psutil.virtual_memory().available / GB, LEAST_MEMORY_GB, "free")
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    for subject, folder in (("disk, here", Path.cwd()), ("disk, model cache", cache)):
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        yield _enough(subject, shutil.disk_usage(there).free / GB, LEAST_DISK_GB, f"free in {folder}")
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (packages, devices, sandbox, keys, space)
+
+
+def _enough(subject: str, gigabytes: float, least: float, where: str) -> Finding:
+    if gigabytes >= least:
+        return Finding(subject, Verdict.GOOD, f"{gigabytes:.1f} GB {where}")
+    return Finding(subject, Verdict.BAD, f"{gigabytes:.1f} GB {where}; expected at least {least:g} GB")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,124 @@
+"""Starts a training program through accelerate, as `accelerate launch` does, from any folder.
+
+    launch("arpo_trl.scripts.train", ["--config", "quickstart", "--num_processes", "4", "--seed", "1"])
+
+`--accelerate NAME` chooses a shipped accelerate configuration. The flags in `LAUNCH_FLAGS` go to accelerate, all
+others to the program.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
+from arpo_trl.errors import ConfigError
+
+LAUNCH_FLAGS = {
+    "config_file": "accelerate configuration of your own, instead of --accelerate",
+    "num_processes": "processes, of all nodes together: one for each GPU",
+    "num_machines": "nodes",
+    "machine_rank": "number of this node, counted from 0",
+    "main_process_ip": "address of node 0",
+    "main_process_port": "port of node 0",
+    "gpu_ids": "the GPUs to use, such as 0,1",
+    "mixed_precision": "no, fp16 or bf16",
+}
+"""Flag of `accelerate launch` → its meaning. Everything else of accelerate is set in a --config_file."""
+
+DEFAULT = "single"
+MOST_THREADS = 4
+"""A small model on a CPU does not get faster with more threads. OMP_NUM_THREADS overrides it."""
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words for `accelerate launch` and those for the program, with the names of shipped files resolved.
+
+    Raises:
+        ConfigError: A named file does not exist, a flag lacks its value, or --accelerate and --config_file are both
+            set.
+    """
+    for_accelerate: list[str] = []
+    for_program: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.removeprefix("--").replace("-", "_").partition("=")
+        known = word.startswith("--") and name in {"accelerate", "config", *LAUNCH_FLAGS}
+        if not known:
+            for_program.append(word)
+            continue
+        if equals:
+            value = word.partition("=")[2]
+        elif rest:
+            value = rest.pop(0)
+        else:
+            raise ConfigError(f"--{name} is set without a value.")
+        if name == "config":
+            for_program += ["--config", str(file_or_shipped(CONFIGS, value))]
+        elif name == "accelerate":
+            for_accelerate += ["--config_file", str(shipped_file(ACCELERATE_CONFIGS, value))]
+        else:
+            for_accelerate += [f"--{name}", value]
+    if for_accelerate.count("--config_file") > 1:
+        raise ConfigError("--accelerate and --config_file are both set, or set twice; expected one configuration.")
+    return for_accelerate, for_program
+
+
+def launch(program: str, words: Sequence[str]) -> int:
+    """Runs the module `program` with `words` under accelerate and returns its exit status.
+
+    Without --accelerate and --config_file, the user's default configuration of accelerate is used if there is one,
+    and the shipped "single" otherwise.
+
+    Raises:
+        ConfigError: See `split_words`.
+    """
+    for_accelerate, for_program = split_words(words)
+    from accelerate.commands.config.config_args import default_config_file
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "--config_file" not in for_accelerate and not os.path.isfile(default_config_file):
+        for_accelerate = ["--config_file", str(shipped_file(ACCELERATE_CONFIGS, DEFAULT)), *for_accelerate]
+        # By default accelerate gives a process one thread.
+        os.environ.setdefault("OMP_NUM_THREADS", str(min(MOST_THREADS, os.cpu_count() or 1)))
+    arguments = launch_command_parser().parse_args([*for_accelerate, "--module", program, *for_program])
+    # The terminal sends Ctrl-C to the program as well, which then writes a checkpoint. This process waits for it.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        launch_command(arguments)
+    except subprocess.CalledProcessError as ended:
+        return _status(ended.returncode)
+    except ChildFailedError as failed:  # raised by torchrun
+        return _status(failed.get_first_failure()[1].exitcode)
+    return 0
+
+
+def _status(code: int) -> int:
+    """A shell's exit status for the exit code of a process, which is negative after a signal."""
+    return code if code >= 0 else 128 - code
+
+
+def train(words: Sequence[str]) -> int:
+    from arpo_trl.commands.training_help import print_help
+
+    if print_help("train", words):
+        return 0
+    return launch("arpo_trl.scripts.train", words)
+
+
+def sft(words: Sequence[str]) -> int:
+    from arpo_trl.commands.training_help import print_help
+
+    if print_help("sft", words):
+        return 0
+    return launch("arpo_trl.scripts.sft", words)
+
+
+def quickstart(words: Sequence[str]) -> int:
+    """Runs the quickstart in a new process, whose exit status it returns."""
+    return _status(subprocess.run([sys.executable, "-m", "arpo_trl.quickstart", *words], check=False).returncode)

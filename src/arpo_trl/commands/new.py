@@ -1,0 +1,86 @@
+"""`arpo-trl new FOLDER`: a project with a configuration, a tool, a reward, data and a tiny model, ready to run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.commands.project.my_tools import CAPITALS, lookup
+from arpo_trl.errors import ConfigError
+
+TEMPLATE = Path(__file__).with_name("project")
+DEMONSTRATIONS, STEPS = 600, 250
+GUESSED, MISTAKEN = 0.25, 0.15
+"""Shares of the demonstrations that answer without a look-up, and that look up another country."""
+
+
+def main(words: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="arpo-trl new",
+        description="Creates a project: a configuration, a tool, a reward, questions, and a tiny model to try them "
+        "with on a CPU. Takes about half a minute and downloads nothing.",
+    )
+    parser.add_argument("folder", type=Path, help="new folder")
+    folder: Path = parser.parse_args(words).folder
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists and is not an empty folder. Choose another name.")
+    shutil.copytree(TEMPLATE, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / ".gitignore").write_text("/runs/\n/model/\n__pycache__/\n", "utf-8")
+    demonstrations = make_demonstrations(seed=0)
+    _write_lines(folder / "questions.jsonl", make_questions())
+    _write_lines(folder / "demonstrations.jsonl", demonstrations)
+    print("Teaching a tiny model the form of calls and answers …", flush=True)
+    from arpo_trl.quickstart.taught import save_taught_model
+
+    save_taught_model(folder / "model", _texts(), demonstrations, STEPS)
+    print(
+        f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nREADME.md says more."
+    )
+    return 0
+
+
+def make_questions() -> list[dict[str, Any]]:
+    """Rows {prompt, answer, task}, one for each country."""
+    return [
+        {"prompt": [_question(country)], "answer": [capital], "task": "qa"} for country, capital in CAPITALS.items()
+    ]
+
+
+def make_demonstrations(seed: int) -> list[dict[str, Any]]:
+    """Rows {messages} that show the form, of which many give a wrong answer: there is something left to learn."""
+    rng, countries = random.Random(seed), list(CAPITALS)
+    rows = []
+    for _ in range(DEMONSTRATIONS):
+        asked, luck = rng.choice(countries), rng.random()
+        if luck < GUESSED:
+            rows.append({"messages": [_question(asked), _answer(CAPITALS[rng.choice(countries)])]})
+            continue
+        named = rng.choice(countries) if luck < GUESSED + MISTAKEN else asked
+        call = {"role": "assistant", "content": f"<lookup>{named}</lookup>"}
+        result = {"role": "tool", "content": lookup(named)}
+        rows.append({"messages": [_question(asked), call, result, _answer(CAPITALS[named])]})
+    return rows
+
+
+def _question(country: str) -> dict[str, str]:
+    return {"role": "user", "content": f"What is the capital of {country}?"}
+
+
+def _answer(capital: str) -> dict[str, str]:
+    return {"role": "assistant", "content": f"<answer>\\boxed{{{capital}}}</answer>"}
+
+
+def _texts() -> list[str]:
+    """What the tokenizer is trained on: names with and without a space before them, often enough to be one token."""
+    names = [*CAPITALS, *CAPITALS.values()]
+    frame = "system\nuser\nassistant\ntool\nWhat is the capital of? The capital of is. <lookup></lookup> \\boxed{}"
+    return [*(f"{space}{name}" for name in names for space in ("", " ") for _ in range(6)), *([frame] * 200)]
+
+
+def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")

@@ -1,0 +1,49 @@
+"""Objects of the user's own code, by their import path."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from typing import Any
+
+from arpo_trl.errors import ConfigError
+
+_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def is_import_path(text: str) -> bool:
+    """Whether `text` has the form package.module:name."""
+    return _PATH.fullmatch(text) is not None
+
+
+def load_callable(path: str, setting: str) -> Any:
+    """The function or callable object at `path`, such as "my_rewards:exact". The current folder can be imported from.
+
+    Args:
+        setting: The setting that names it, for errors.
+
+    Raises:
+        ConfigError: The path has another form, the module cannot be imported, or has no such callable.
+    """
+    if not is_import_path(path):
+        raise ConfigError(f"{setting} contains {path!r}; expected an import path such as my_package.my_module:name.")
+    module_name, _, name = path.partition(":")
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the module's own code can raise anything
+        raise ConfigError(
+            f"{setting} contains {path!r}, but {module_name} cannot be imported ({type(error).__name__}: {error}). "
+            f"It is searched for in {os.getcwd()} and among the installed packages."
+        ) from error
+    found = getattr(module, name, None)
+    if not callable(found):
+        here = [other for other, value in vars(module).items() if callable(value) and not other.startswith("_")]
+        raise ConfigError(
+            f"{setting} contains {path!r}, but {module_name} ({module.__file__}) has no function {name!r}; it has "
+            f"{sorted(here)[:10]}."
+        )
+    return found

@@ -1,0 +1,116 @@
+"""The settings of a run with which its model is evaluated: what was trained is what is evaluated.
+
+    found = EvaluationSettings.of(read_yaml(run / "training_config.yaml"))
+    found.values           # {"tools": ["search"], "search_top_k": 2, "max_completion_length": 208, …}
+    found.left_out         # ["search_url"]
+
+A run's folder may come from someone else. So settings that name addresses, commands or files to write, that cost money
+or that weaken the sandbox are not taken over, nor tools that are imported from elsewhere than the current folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.common.settings import ToolLimits
+from arpo_trl.common.user_files import expect, read_yaml
+from arpo_trl.tools.builtin import BUILT_IN, ToolArguments
+from arpo_trl.visible import visible
+
+CONFIG_NAME = "training_config.yaml"
+
+SAME_NAME = ("max_completion_length", "system_prompt", "chat_template_kwargs")
+"""Settings of training, besides those of the tools, that an evaluation has by the same name."""
+TAKEN = frozenset(
+    """tools search_index search_recorded search_top_k search_max_chars search_provider search_zone search_fields
+    search_timeout_s python_timeout_s python_isolation python_stateful visit_timeout_s visit_max_chars
+    mcp_timeout_s""".split()
+)
+LEFT_OUT = frozenset(
+    """python_executor_url allow_unsafe search_url search_cache search_cache_mode search_rate search_max_calls
+    visit_allowed_hosts visit_summary_url visit_summary_model mcp_servers""".split()
+)
+"""The fields of `ToolArguments` that are taken over, and those that are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """Settings of `arpo-trl eval`, by name, that are a run's, and the names of those that the run had besides."""
+
+    values: dict[str, Any]
+    left_out: list[str]
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> EvaluationSettings:
+        """From the content of a `training_config.yaml`, in which a missing setting has its default."""
+        from arpo_trl.config import ARPOConfig
+
+        defaults = {field.name: field.default for field in dataclasses.fields(ARPOConfig)}
+        values = {name: settings[name] for name in sorted(TAKEN) if name in settings}
+        for name in (*(field.name for field in dataclasses.fields(ToolLimits)), *SAME_NAME):
+            values[name] = settings.get(name, defaults.get(name))
+        values = {name: value for name, value in values.items() if value is not None}
+        calls = settings.get("max_tool_calling_iterations", defaults["max_tool_calling_iterations"])
+        values["max_tool_calls"] = calls
+        # Training limits no single tool, and evaluation by default these two.
+        values["tool_call_limits"] = [] if calls is None else [f"{tool}={calls}" for tool in ("python", "search")]
+        left_out = sorted(LEFT_OUT & settings.keys())
+        if not all(tool in BUILT_IN or _is_in_this_folder(tool) for tool in values.get("tools", [])):
+            del values["tools"]
+            left_out.append("tools")
+        return cls(values=values, left_out=left_out)
+
+    @classmethod
+    def of_run(cls, folder: str | Path) -> EvaluationSettings | None:
+        """Those of the run in `folder`; None if it holds no `training_config.yaml`.
+
+        Raises:
+            DataError: The file is not what a run writes.
+        """
+        file = Path(folder).expanduser() / CONFIG_NAME
+        if not file.is_file():
+            return None
+        settings = read_yaml(file) or {}
+        expect(settings, {"tools?": [str], "max_tool_calling_iterations?": int | None}, str(file))
+        return cls.of(settings)
+
+    def summary(self, used: Mapping[str, Any]) -> str:
+        """A line for the user: the values that are also in `used`, an evaluation's, and what was not taken over."""
+        taken = {name: value for name, value in self.values.items() if used.get(name) == value}
+        line = f"settings of its training: {EvaluationSettings(values=taken, left_out=[]).flags()}"
+        if missing := [name for name in self.left_out if used.get(name) == _DEFAULTS[name]]:
+            line += f" (not taken over: {', '.join(missing)}; set them yourself if you trust the run)"
+        return " ".join(visible(line).split())
+
+    def flags(self) -> str:
+        """The values that are not defaults, as flags of `arpo-trl eval`, without those that only a file can hold."""
+        words: list[str] = []
+        for name, value in self.values.items():
+            if value is None or value == [] or isinstance(value, dict) or value == _DEFAULTS.get(name):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+        return shlex.join(words)
+
+
+_DEFAULTS = {
+    field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    for kind in (ToolLimits, ToolArguments)
+    for field in dataclasses.fields(kind)
+}
+
+
+def _is_in_this_folder(path: str) -> bool:
+    """Whether the module of an import path lies in the current folder, and none elsewhere comes before it."""
+    package = path.partition(":")[0].partition(".")[0]
+    here = Path.cwd()
+    if not ((here / f"{package}.py").is_file() or (here / package / "__init__.py").is_file()):
+        return False
+    spec = importlib.util.find_spec(package)
+    return spec is None or Path(str(spec.origin)).is_relative_to(here)

@@ -1,0 +1,60 @@
+"""Rewards a turn for what it adds to the probability of the reference answer (IGPO, arXiv 2510.14967).
+
+p = exp(mean log π(answer | path so far)), at the prompt and after each tool result. A turn earns p after its result
+minus p before it, the last turn earns the leaf's reward. All these are turned into z-scores over the leaves' turns in
+the group. A turn's advantage is the sum of its own and the later ones of its path, discounted by `gamma` per turn.
+
+Bias: the gradient is that of rewards plus information gain, not of rewards. z subtracts one mean from every turn, so
+paths with many turns move with the sign of their mean. `advantage_baseline` and `scale_rewards` have no effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+
+from arpo_trl.common.settings import described
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.credit import register_credit
+from arpo_trl.rollout.credit.base import Credit, by_leaf, z_scores
+from arpo_trl.rollout.tree import Leaf, NodeKind, RolloutTree
+
+
+@register_credit("igpo")
+@dataclass
+class IGPO(Credit):
+    gamma: float = field(default=1.0, metadata=described("Discount per turn.", above=0, at_most=1))
+    template: str = "<answer>\\boxed{{answer}}</answer>"
+    """What the model would write to give the answer, with {answer} in its place."""
+    reads_answers: bool = field(default=True, init=False)
+
+    def __post_init__(self) -> None:
+        if "{answer}" not in self.template:
+            raise ConfigError(f"template is {self.template!r}; expected a text with {{answer}} in it.")
+
+    def __call__(
+        self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not self.answer_probabilities:  # in evaluation
+            return advantages, None
+        of_leaf, made = iter(rewards.tolist()), []
+        for tree, probability in zip(trees, self.answer_probabilities, strict=True):
+            earned = [_turn_rewards(leaf, probability, next(of_leaf)) for leaf in tree.leaves()]
+            scores = iter(z_scores([reward for path in earned for reward in path]))
+            for path in earned:
+                returns, later = [], 0.0
+                for score in reversed([next(scores) for _ in path]):
+                    later = score + self.gamma * later
+                    returns.append(later)
+                made.append(returns[::-1])
+        return by_leaf(trees, advantages, made), None
+
+
+def _turn_rewards(leaf: Leaf, probability: Mapping[int, float], reward: float) -> list[float]:
+    """What each turn of a leaf earned."""
+    watched = [0, *(node.index for node in leaf.nodes if node.kind is NodeKind.OBSERVATION)]
+    gains = [probability[after] - probability[before] for before, after in pairwise(watched)]
+    return [*gains, reward]

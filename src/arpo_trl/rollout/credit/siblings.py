@@ -1,0 +1,45 @@
+"""A turn is compared with the other turns under the same observation (BPO, arXiv 2607.14171).
+
+A turn under an observation that branches, and the turns after it up to the next one, have the mean advantage of their
+leaves minus that of the other branches' leaves (leave-one-out). Turns at the root keep the mean advantage of their
+leaves, which the group's baseline has centred. A turn with d forks after it on its path counts `decay`**d as much.
+
+Bias: none up to scale with decay 1, where multiplicity does not depend on the path, since the compared branches do not
+depend on the turn. A decay below 1 (BPO: .95) makes the gradient of early turns smaller by that factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from arpo_trl.common.settings import described
+from arpo_trl.rollout.credit import register_credit
+from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, mean, shares_nodes
+from arpo_trl.rollout.tree import RolloutTree
+
+
+@register_credit("siblings")
+@dataclass
+class Siblings(Credit):
+    decay: float = field(default=1.0, metadata=described("Factor per later fork.", above=0, at_most=1))
+
+    def __call__(
+        self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not shares_nodes(trees):
+            return advantages, None
+        of_leaf = advantages.tolist()
+
+        def value(segments: Segments, segment: int, row: int) -> float:
+            def mean_of(members: Sequence[int]) -> float:
+                return mean([mean([of_leaf[row] for row in segments.rows[member]]) for member in members])
+
+            others = segments.siblings(segment)
+            path = segments.paths[row - segments.first_row]
+            later = len(path) - 1 - path.index(segment)
+            return self.decay**later * (mean_of([segment]) - (mean_of(others) if others else 0.0))
+
+        return by_segment(cut_into_segments(trees), advantages, value), None

@@ -1,0 +1,60 @@
+"""A turn has the value of its node, or by how much it exceeds that of the node above (AT²PO, arXiv 2601.04767).
+
+A leaf's value is its advantage. A node's value is an average over what lies below it: over its leaves alike, over its
+children alike, or over its children weighted by their entropy H or by softmax(H). H is measured as the mean −log p of
+the child's sampled tokens.
+
+Bias: none up to scale with "leaves" and without `difference`, where multiplicity does not depend on the path. The
+entropy weights depend on the sampled tokens, which shifts credit towards surprising children, and "children" towards
+children with few leaves. `difference` compares a turn with an average that includes it, which shrinks its gradient by
+its own share: by 1 − 1/k among k alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from arpo_trl.common.settings import described
+from arpo_trl.rollout.credit import register_credit
+from arpo_trl.rollout.credit.base import Credit, Segments, by_segment, cut_into_segments, mean, shares_nodes
+from arpo_trl.rollout.tree import RolloutTree
+
+
+@register_credit("tree")
+@dataclass
+class Tree(Credit):
+    average: str = field(
+        default="leaves",
+        metadata=described("How values are averaged.", choices=("leaves", "children", "entropy", "softmax")),
+    )
+    difference: bool = False
+    """Whether the value of the node above is subtracted."""
+
+    def __call__(
+        self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not shares_nodes(trees):
+            return advantages, None
+        of_leaf = advantages.tolist()
+
+        def value(segments: Segments, segment: int, row: int) -> float:
+            above = segments.above(segment) if self.difference else None
+            base = 0.0 if above is None else self._value(segments, above, of_leaf)
+            return self._value(segments, segment, of_leaf) - base
+
+        return by_segment(cut_into_segments(trees), advantages, value), None
+
+    def _value(self, segments: Segments, segment: int, of_leaf: Sequence[float]) -> float:
+        children = segments.below(segment)
+        if self.average == "leaves" or not children:
+            return mean([of_leaf[row] for row in segments.rows[segment]])
+        weigh = {"children": lambda h: 1.0, "entropy": lambda h: h, "softmax": math.exp}[self.average]
+        weights = [weigh(-mean(segments.tree.nodes[child].logprobs)) for child in children]
+        if not math.fsum(weights) > 0:  # all certain, or without logprobs
+            weights = [1.0] * len(children)
+        values = [self._value(segments, child, of_leaf) for child in children]
+        return math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)

@@ -1,0 +1,93 @@
+"""Keeps a new run from mixing with, or replacing, the run that an output folder holds."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from arpo_trl.errors import ConfigError
+
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
+_OTHERS = (
+    *("checkpoint-*", ".unfinished", "trajectories", "curves", "trainer_state.json", "training_config.yaml"),
+    *("training_args.bin", "adapter_config.json", "evaluation.md"),
+)
+
+
+def wants_to_resume(wanted: str | bool | None) -> str | bool:
+    """`resume_from_checkpoint` as True (the last checkpoint), False, or a path. Each may be text, as in a flag."""
+    if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
+        return wanted.strip().lower() == "true"
+    return wanted or False
+
+
+def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, model: str | None = None) -> None:
+    """Returns once a run may write to `folder`. With `overwrite`, removes what an earlier run wrote there.
+
+    Only the process of rank 0 checks and removes. Other files in the folder stay.
+
+    Args:
+        resume: The run's `resume_from_checkpoint`.
+        model: Path or Hub id of the model to train, which must not be removed.
+
+    Raises:
+        ConfigError: The folder holds a finished model, trajectories or checkpoints of an earlier run, and the run
+            neither resumes nor overwrites; or it does both; or it would remove its own model.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    output, resume = Path(folder), wants_to_resume(resume)
+    if overwrite and resume:
+        raise ConfigError(
+            "overwrite_output_dir and resume_from_checkpoint are both set, but a run cannot continue what it removes. "
+            "Unset one of them."
+        )
+    if overwrite:
+        _remove(output, model)
+    elif found := _earlier_run(output, resume):
+        checkpoints = sorted(path.name for path in output.glob("checkpoint-*"))
+        ways = "To continue it, set resume_from_checkpoint to true. " if checkpoints and not resume else ""
+        raise ConfigError(
+            f"output_dir {folder} holds {found} of an earlier run, which this run would replace or mix with. {ways}"
+            "To keep it, choose another output_dir. To remove it, set overwrite_output_dir to true."
+        )
+
+
+def _earlier_run(output: Path, resume: str | bool) -> str | None:
+    """What `output` holds of a run that the new one does not continue, in words."""
+    checkpoints = sorted(output.glob("checkpoint-*"))
+    weights = sorted(path for pattern in WEIGHTS for path in output.glob(pattern))
+    if resume is True:
+        continued = bool(checkpoints) or not weights
+    else:
+        continued = resume is not False and Path(resume).resolve().parent == output.resolve()
+    if continued:
+        return None
+    if weights:
+        return f"a finished model ({weights[0].name})"
+    if any((output / "trajectories").glob("*.jsonl")):
+        return "trajectories"
+    return checkpoints[-1].name if checkpoints else None
+
+
+def _remove(output: Path, model: str | None) -> None:
+    paths = list(_written_by_a_run(output))
+    if model is not None and Path(model).is_dir():
+        needed = Path(model).resolve()
+        lost = [path for path in paths if needed in (path.resolve(), path.resolve().parent)]
+        if lost:
+            raise ConfigError(
+                f"overwrite_output_dir would remove {lost[0]}, which model_name_or_path needs. Choose another "
+                "output_dir."
+            )
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _written_by_a_run(output: Path) -> Iterator[Path]:
+    return (path for pattern in (*WEIGHTS, *_OTHERS) for path in sorted(output.glob(pattern)))

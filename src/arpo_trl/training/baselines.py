@@ -1,0 +1,195 @@
+"""Baselines: what is subtracted from a leaf's reward before it is scaled to an advantage.
+
+TRL subtracts the mean of the group. `make_baseline` returns None for it, and TRL's advantages stay bit for bit. The
+others replace it in training:
+
+    A_i = (R_i − b) / (σ + 1e-4)          σ: TRL's `scale_rewards` (of the group, of the batch, or no division)
+
+A group's mean is the best single baseline only where the gradient norm of a path does not depend on its reward. Wrong
+paths are often long and uncertain, so their norms are larger. The variance-optimal baseline weighs each reward with
+the squared norm of its path's score: b* = E[‖s‖² R] / E[‖s‖²]. `ScoreNorm` estimates it from the sampling logprobs.
+
+Pure: torch, the tree and the settings; no model and no engine.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import ConfigError
+from arpo_trl.logs.metrics import Tally
+from arpo_trl.options import AdvantageBaseline
+from arpo_trl.rollout.engines.base import Engine
+from arpo_trl.rollout.tree import Leaf
+from arpo_trl.trl_seam import nanstd
+
+EPSILON = 1e-4
+"""TRL's, added to a standard deviation."""
+MEAN_OVER_SEQUENCE = ("grpo", "sapo")
+"""TRL's loss types that divide the loss of a row by the number of its tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredLeaves:
+    """The leaves of this rank, group after group, with their rewards.
+
+    ScoredLeaves(leaves=leaves, rewards=rewards, of_all_ranks=rewards, trained=torch.ones(8, dtype=torch.bool), size=8)
+    """
+
+    leaves: Sequence[Leaf]
+    rewards: torch.Tensor
+    """(B,); NaN if no reward function applies to a leaf."""
+    of_all_ranks: torch.Tensor
+    """The rewards of all ranks, rank after rank."""
+    trained: torch.Tensor
+    """(B,) bool: whether the leaf has tokens in the loss."""
+    size: int
+    """M, the number of leaves of a group."""
+
+
+class Baseline(ABC):
+    """Computes a baseline for each leaf of a rollout. It may remember earlier rollouts."""
+
+    reads_logprobs: ClassVar[bool] = False
+    """Whether it needs the sampling logprobs of the engine."""
+    state: float | None = None
+    """What the next rollout depends on, the same on all ranks; checkpoints hold it."""
+
+    @abstractmethod
+    def __call__(self, scored: ScoredLeaves) -> torch.Tensor:
+        """Return b (B,), one per leaf. Called once per rollout in training, with the same order on all ranks."""
+
+
+class BatchMean(Baseline):
+    """The mean reward of the whole batch: with `scale_rewards` "batch" the advantages are REINFORCE++'s z-scores."""
+
+    def __call__(self, scored: ScoredLeaves) -> torch.Tensor:
+        return scored.of_all_ranks.nanmean().expand_as(scored.rewards)
+
+
+class Running(Baseline):
+    """A moving average of the mean rewards of earlier rollouts, which does not depend on this rollout's actions.
+
+    The first rollout has no earlier one, and uses its own mean.
+    """
+
+    def __init__(self, decay: float):
+        self._decay = decay
+
+    def __call__(self, scored: ScoredLeaves) -> torch.Tensor:
+        new = float(scored.of_all_ranks.nanmean())
+        if math.isnan(new):  # no reward function applies to any leaf
+            return torch.zeros_like(scored.rewards)
+        before = new if self.state is None else self.state
+        self.state = self._decay * before + (1 - self._decay) * new
+        return torch.full_like(scored.rewards, before)
+
+
+class ScoreNorm(Baseline):
+    """The mean of the group's rewards, weighted by estimates of each leaf's squared score norm.
+
+    w_i = Σ (1 − p)² over the sampled tokens of leaf i, with p the sampling probability of the token. (1 − p)² is the
+    part of ‖e_a − p‖² that belongs to the sampled token; the sum correlates with the squared norm of the full score.
+
+    Args:
+        per_sequence: Whether the loss averages over each leaf's T tokens. Its score is then 1/T as large, and w_i is
+            divided by T².
+        cap: Limits each w_i to this multiple of the median of its group. None: no limit.
+    """
+
+    reads_logprobs: ClassVar[bool] = True
+
+    def __init__(self, *, per_sequence: bool, cap: float | None):
+        self._per_sequence = per_sequence
+        self._cap = cap
+
+    def __call__(self, scored: ScoredLeaves) -> torch.Tensor:
+        norms = [squared_score(leaf, per_sequence=self._per_sequence) for leaf in scored.leaves]
+        weights = (torch.tensor(norms) * scored.trained).view(-1, scored.size)
+        if self._cap is not None:
+            weights = weights.minimum(self._cap * weights.median(dim=1, keepdim=True).values)
+        return weighted_means(scored.rewards.view(-1, scored.size), weights).repeat_interleave(scored.size)
+
+
+def make_baseline(args: ARPOConfig) -> Baseline | None:
+    """The baseline that the settings choose; None for TRL's own."""
+    match AdvantageBaseline(args.advantage_baseline):
+        case AdvantageBaseline.MEAN:
+            return None
+        case AdvantageBaseline.BATCH:
+            return BatchMean()
+        case AdvantageBaseline.RUNNING:
+            return Running(args.running_baseline_decay)
+        case AdvantageBaseline.SCORE_NORM:
+            return ScoreNorm(per_sequence=args.loss_type in MEAN_OVER_SEQUENCE, cap=args.score_norm_cap)
+
+
+def check_baseline(baseline: Baseline | None, engine: Engine) -> None:
+    """Returns if `engine` gives `baseline` what it reads.
+
+    Raises:
+        ConfigError: It reads sampling logprobs, and the engine has none.
+    """
+    if baseline is not None and baseline.reads_logprobs and not engine.has_logprobs:
+        raise ConfigError(
+            f"advantage_baseline 'score_norm' weighs leaves by the logprobs of their tokens, but "
+            f"{type(engine).__name__} returns none. Sample with transformers or vLLM, or set advantage_baseline: mean."
+        )
+
+
+def squared_score(leaf: Leaf, *, per_sequence: bool) -> float:
+    """w of one leaf. A token whose logprob the engine could not compute (NaN) adds nothing."""
+    tokens = [logprob for logprob, written in zip(leaf.logprobs, leaf.mask, strict=True) if written]
+    total = math.fsum(math.expm1(logprob) ** 2 for logprob in tokens if not math.isnan(logprob))
+    return total / len(tokens) ** 2 if per_sequence else total
+
+
+def weighted_means(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """(G,) means of (G, M) rewards with (G, M) weights. NaN rewards are skipped.
+
+    A group of equal rewards has exactly that reward. A group whose weights are all 0 has its plain mean; one without
+    rewards has NaN.
+    """
+    known = ~rewards.isnan()
+    weights = weights.to(rewards) * known
+    weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, known.to(rewards))
+    # Relative to a reward of the group, equal rewards give a mean without rounding.
+    least = rewards.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
+    above = torch.where(known, rewards - least, 0.0)
+    return ((weights * above).sum(dim=1) / weights.sum(dim=1)) + least.squeeze(1)
+
+
+def advantages_of(scored: ScoredLeaves, baselines: torch.Tensor, scale: str) -> torch.Tensor:
+    """(B,) advantages of the leaves, as TRL's but with these (B,) `baselines`; 0 where the reward is NaN.
+
+    Args:
+        scale: TRL's `scale_rewards`: "group", "batch" or "none". Under "group", equal rewards have advantage 0.
+    """
+    advantages = scored.rewards - baselines
+    if scale == "group":
+        spread = nanstd(scored.rewards.view(-1, scored.size), dim=1).repeat_interleave(scored.size)
+        advantages = torch.where(torch.isclose(spread, torch.zeros_like(spread)), 0.0, advantages / (spread + EPSILON))
+    elif scale == "batch":
+        advantages = advantages / (nanstd(scored.of_all_ranks) + EPSILON)
+    return advantages.nan_to_num(nan=0.0)
+
+
+def tally_baseline(scored: ScoredLeaves, baselines: torch.Tensor, advantages: torch.Tensor, tally: Tally) -> None:
+    """Counts each group's mean b and its sign, and the leaves below their group's mean reward that are reinforced."""
+    groups = (values.view(-1, scored.size) for values in (scored.rewards, baselines, advantages))
+    for rewards, b, given in zip(*groups, strict=True):
+        known = ~rewards.isnan()
+        if not known.any():
+            continue
+        mean = float(b[known].mean())
+        tally.add("baseline/value", mean)
+        tally.add("baseline/negative", float(mean < 0))
+        below = known & (rewards < rewards.nanmean() - EPSILON)  # by more than the rounding of a mean
+        tally.add("baseline/reinforced_below_mean", float((below & (given > 0)).sum()), float(below.sum()))

@@ -1,0 +1,131 @@
+"""`Resampling`: DAPO's dynamic sampling. Groups whose leaves all have the same reward are rolled out again.
+
+Such a group teaches nothing under a baseline of its own. DAPO (arXiv 2503.14476) replaces it by another prompt. Here
+the same prompt is rolled out again with other random numbers, at most `dynamic_sampling_rounds` times. So every row of
+the dataset is used exactly as often as without, a resumed run needs to remember nothing, and the cost has a limit. A
+prompt that is far too easy or too hard stays in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from trl import GRPOTrainer
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.logs.metrics import Tally
+from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
+from arpo_trl.rollout.tree import RolloutTree
+from arpo_trl.tools.calls import CallSource
+from arpo_trl.training.reward_guard import total_rewards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Again:
+    """A further round of a rollout: its number, from 1, and the positions of this rank's groups to roll out.
+
+    Again(number=1, groups=[0, 3])
+    """
+
+    number: int
+    groups: list[int]
+
+
+class Resampling(GRPOTrainer):
+    """A `GRPOTrainer` that rolls out groups again, in training and if `dynamic_sampling_rounds` says so.
+
+    A mixin, independent of the others. A subclass sets `_rows`, and its rollout function rolls out only the groups of
+    `_again` if that is not None. It counts into `_counted`.
+
+    It changes the following parts of `GRPOTrainer`, and no others:
+
+    - `_generate`: scores what it generated, and generates again. TRL's metrics are those of the last round.
+    - `_calculate_rewards`: returns the rewards of that round, which are known already.
+    """
+
+    args: ARPOConfig
+    _rows: list[dict[str, Any]]
+    """The rows of the rollout, one per leaf."""
+    _counted: Tally
+    _again: Again | None = None
+    _scores: torch.Tensor | None = None
+    """The rewards of the last round: of all ranks, per function."""
+
+    def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
+        rounds = self.args.dynamic_sampling_rounds if self.model.training else 0
+        metrics = self._metrics["train"]
+        before = {name: len(values) for name, values in metrics.items()}
+        seen = self.state.num_input_tokens_seen
+        made: tuple[Any, ...] = super()._generate(prompts)
+        if not rounds:
+            return made
+        try:
+            for number in range(1, rounds + 1):
+                equal = self._equal_groups(prompts, made)
+                if not equal.any():
+                    break
+                self._again = Again(number=number, groups=self._of_this_rank(equal))
+                for name, values in metrics.items():
+                    del values[before.get(name, 0) :]
+                self.state.num_input_tokens_seen = seen
+                made = super()._generate(prompts)
+            else:
+                equal = self._equal_groups(prompts, made)
+        finally:
+            self._again = None
+        for still in equal.tolist() if self.accelerator.is_main_process else ():
+            self._counted.add("resampling/left", float(still))
+        return made
+
+    def _equal_groups(self, prompts: list[Any], made: tuple[Any, ...]) -> torch.Tensor:
+        """(G,) bool: which groups of all ranks have the same reward on all leaves."""
+        _, completion_ids, _, completions, _, extra, _, _ = made
+        rows = [row | {name: values[i] for name, values in extra.items()} for i, row in enumerate(self._rows)]
+        self._scores = None
+        self._pending_metrics.clear()  # what reward functions logged of an earlier round
+        self._pending_extra_logs.clear()
+        self._scores = self._calculate_rewards(rows, prompts, completions, completion_ids)
+        return equal_groups(total_rewards(self._scores, self.reward_weights), self.num_generations)
+
+    def _of_this_rank(self, chosen: torch.Tensor) -> list[int]:
+        """The positions of the `chosen` groups (G,) of all ranks among this rank's groups."""
+        own = len(chosen) // self.accelerator.num_processes
+        first = own * self.accelerator.process_index
+        return [i for i, again in enumerate(chosen[first : first + own].tolist()) if again]
+
+    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
+        scores, self._scores = self._scores, None
+        return super()._calculate_rewards(*args) if scores is None else scores
+
+
+def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:
+    """(G,) bool: groups in which all rewards are known and equal, or all that are known. Without any: False."""
+    groups = rewards.view(-1, size)
+    known = ~groups.isnan()
+    least = torch.where(known, groups, torch.inf).amin(dim=1)
+    most = torch.where(known, groups, -torch.inf).amax(dim=1)
+    return known.any(dim=1) & (least == most)
+
+
+def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:
+    """`before` with the trees at the positions `groups` replaced by those of `new`, which were sampled after it."""
+    trees, topups, chains = list(before.trees), list(before.topups), list(before.turns_in_sequence)
+    waited = max(chains, default=0)
+    for i, tree, topup, chain in zip(groups, new.trees, new.topups, new.turns_in_sequence, strict=True):
+        trees[i], topups[i], chains[i] = tree, topup, waited + chain
+    times = {
+        name: getattr(before.times, name) + getattr(new.times, name)
+        for name in ("total_s", "forward_s", "tool_wait_s", "sync_s")
+    }
+    return replace(before, trees=trees, topups=topups, turns_in_sequence=chains, times=RolloutTimes(**times))
+
+
+def tally_discarded(trees: Sequence[RolloutTree], tally: Tally) -> None:
+    """Counts the trees that a further round replaces, and what they had cost."""
+    calls = [call for tree in trees for node in tree.observations() for call in node.calls]
+    tally.totals["resampling/groups"] += len(trees)
+    tally.totals["resampling/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in calls)
+    tally.totals["resampling/generated_tokens"] += sum(len(node.ids) for tree in trees for node in tree.turns())

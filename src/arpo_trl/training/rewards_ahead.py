@@ -1,0 +1,102 @@
+"""Calls reward functions outside the trainer's thread, and gives the results to TRL where it would call them.
+
+Reward models are left to TRL: they run on the trainer's device, in the trainer's thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from arpo_trl.trl_seam import is_async_callable
+
+_NO_COLUMNS = ("prompt", "completion", "completion_ids")
+"""Keys of a row that TRL does not pass on as columns."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Scored:
+    """What the reward functions returned and logged, and the seconds they took."""
+
+    rewards: list[list[Any] | None]
+    """One entry per reward function, with one value per completion; None for a reward model."""
+    columns: list[tuple[str, list[Any]]] = field(default_factory=list)
+    """The calls of `log_extra`."""
+    metrics: list[tuple[str, float]] = field(default_factory=list)
+    """The calls of `log_metric`."""
+    seconds: float = 0.0
+
+    def replaying(self, functions: Sequence[Any]) -> list[Any]:
+        """Functions that return the rewards, in place of `functions`. The first of them repeats the log calls."""
+        pending = [self]
+
+        def replay(i: int) -> Any:
+            def replayed(*, log_extra: Any, log_metric: Any, **_: Any) -> list[Any]:
+                if pending:
+                    pending.clear()
+                    for name, values in self.columns:
+                        log_extra(name, values)
+                    for name, value in self.metrics:
+                        log_metric(name, value)
+                rewards = self.rewards[i]
+                assert rewards is not None
+                return rewards
+
+            return replayed
+
+        return [function if self.rewards[i] is None else replay(i) for i, function in enumerate(functions)]
+
+
+def score(
+    functions: Sequence[Any],
+    rows: Sequence[Mapping[str, Any]],
+    completions: Sequence[Any],
+    completion_ids: Sequence[list[int]],
+    fields: Mapping[str, Sequence[Any]],
+    *,
+    state: Any,
+    loop: asyncio.AbstractEventLoop | None,
+) -> Scored:
+    """Call the reward functions with TRL's arguments: sync ones one by one, then async ones together.
+
+    Args:
+        functions: TRL's `reward_funcs`, checked (`checked_reward`).
+        rows: One per completion, as the dataset has them.
+        fields: Further columns, from the rollout.
+        state: The trainer's state.
+        loop: The event loop of async functions; None if there are none.
+    """
+    start = time.perf_counter()
+    scored = Scored(rewards=[None] * len(functions))
+    arguments = {name: [row[name] for row in rows] for name in rows[0] if name not in _NO_COLUMNS} | {
+        **fields,
+        "prompts": [row["prompt"] for row in rows],
+        "completions": completions,
+        "completion_ids": completion_ids,
+        "trainer_state": state,
+        "log_extra": lambda name, values: scored.columns.append((name, values)),
+        "log_metric": lambda name, value: scored.metrics.append((name, value)),
+    }
+    waiting = {}
+    for i, function in enumerate(functions):
+        if isinstance(function, torch.nn.Module):
+            continue
+        if is_async_callable(function):
+            waiting[i] = function(**arguments)
+        else:
+            scored.rewards[i] = function(**arguments)
+    if waiting:
+        assert loop is not None
+
+        async def together() -> list[Any]:
+            return await asyncio.gather(*waiting.values())
+
+        for i, rewards in zip(waiting, asyncio.run_coroutine_threadsafe(together(), loop).result(), strict=True):
+            scored.rewards[i] = rewards
+    scored.seconds = time.perf_counter() - start
+    return scored

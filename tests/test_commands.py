@@ -1,0 +1,177 @@
+"""The commands of `arpo-trl` that start, prepare or inspect a run."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+
+from arpo_trl.commands import doctor, new
+from arpo_trl.commands.launch import LAUNCH_FLAGS, split_words
+from arpo_trl.commands.project import my_rewards, my_tools
+from arpo_trl.commands.training_help import HELP_FILE, as_json, collect, print_help
+from arpo_trl.common.imports import is_import_path, load_callable
+from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file, shipped_names
+from arpo_trl.errors import ConfigError
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from support import script
+
+ROOT = Path(__file__).parents[1]
+
+
+# Launching -----------------------------------------------------------------------------------------------------------
+
+
+def test_flags_of_accelerate_go_to_accelerate_and_all_others_to_the_program() -> None:
+    words = [
+        "--num_processes",
+        "2",
+        "--config",
+        "quickstart",
+        "--seed",
+        "1",
+        "--machine-rank=1",
+        "--accelerate",
+        "zero3",
+    ]
+    for_accelerate, for_program = split_words(words)
+    zero3 = str(ROOT / "accelerate_configs/zero3.yaml")
+    assert for_accelerate == ["--num_processes", "2", "--machine_rank", "1", "--config_file", zero3]
+    assert for_program == ["--config", str(ROOT / "configs/quickstart.yaml"), "--seed", "1"]
+    arguments = launch_command_parser().parse_args([*for_accelerate, "--module", "program", *for_program])
+    assert (arguments.training_script, arguments.training_script_args) == ("program", for_program)
+
+
+def test_a_flag_is_accelerates_or_a_setting_but_not_both() -> None:
+    settings = {field.name for kind in script("train").SETTINGS for field in dataclasses.fields(kind)}
+    assert settings.isdisjoint({"accelerate", "config", *LAUNCH_FLAGS})
+    known = launch_command_parser().parse_args(["program"])
+    assert all(hasattr(known, name) for name in LAUNCH_FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--accelerate", "zero4"], r"no shipped configuration 'zero4'; expected one of \['ddp'"),
+        (["--config", "quick"], r"no shipped configuration 'quick'"),
+        (["--config", "mine.yaml"], "mine.yaml does not exist"),
+        (["--config"], "--config is set without a value"),
+        (["--accelerate", "ddp", "--config_file", "mine.yaml"], "both set, or set twice"),
+    ],
+)
+def test_a_configuration_that_is_not_there_is_an_error_before_the_launch(words, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        split_words(words)
+
+
+def test_every_configuration_of_the_checkout_has_a_name(tmp_path, monkeypatch) -> None:
+    for kind in (CONFIGS, ACCELERATE_CONFIGS):
+        assert shipped_names(kind) == sorted(file.stem for file in (ROOT / kind).glob("*.yaml"))
+    monkeypatch.chdir(tmp_path)
+    assert file_or_shipped(CONFIGS, "quickstart") == shipped_file(CONFIGS, "quickstart")
+    (tmp_path / "quickstart").touch()  # a file of the user comes first
+    assert file_or_shipped(CONFIGS, "quickstart") == Path("quickstart")
+
+
+# Help ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_help_has_every_setting_of_ours_as_it_is_now() -> None:
+    """If this fails after a change of a setting, run `python -m arpo_trl.commands.training_help`."""
+    assert HELP_FILE.read_text("utf-8") == as_json(collect())
+
+
+def test_the_help_shows_our_settings_with_range_and_default(capsys) -> None:
+    assert print_help("train", ["--help"])
+    shown = capsys.readouterr().out
+    for text in (
+        "--branch_rule",
+        "--reward",
+        "--tools",
+        "--accelerate NAME",
+        "vllm_reasoning_qwen2.5_7b",
+        "--help-all",
+    ):
+        assert text in shown
+    assert "At least 2. (default: 16)" in " ".join(shown.split())
+    assert shown.index("--num_generations") < shown.index("--learning_rate")
+    assert not print_help("train", ["--config", "quickstart"])
+
+
+# Import paths --------------------------------------------------------------------------------------------------------
+
+
+def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monkeypatch) -> None:
+    (tmp_path / "own_code.py").write_text(
+        "def weather(city: str) -> str:\n    return city\ndef good(**_): ...\nn = 1\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("unrelated")
+    (tool,) = build_tools(ToolArguments(tools=["own_code:weather"]))
+    assert tool("Oslo") == "Oslo"
+    arguments = script("train").TrainArguments(dataset="rows.jsonl", reward="own_code:good")
+    (reward,) = script("train").make_rewards(arguments)
+    assert reward.__name__ == "good"
+    for path, message in (
+        ("own_code:n", r"has no function 'n'; it has \['good', 'weather'\]"),
+        ("no_such_module:f", "no_such_module cannot be imported .ModuleNotFoundError"),
+        ("own_code", "expected an import path such as"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_callable(path, "reward")
+    with pytest.raises(ConfigError, match="reward is set, so accuracy and the judge are not used"):
+        script("train").TrainArguments(dataset="rows.jsonl", reward=["own_code:good"], accuracy="paper_f1")
+
+
+@pytest.mark.parametrize(("text", "is_path"), [("a:b", 1), ("a.b:c", 1), ("a", 0), ("a:", 0), (":b", 0), ("a b:c", 0)])
+def test_an_import_path_has_a_module_and_a_name(text, is_path) -> None:
+    assert is_import_path(text) == bool(is_path)
+
+
+def test_a_tool_that_is_neither_built_in_nor_an_import_path_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tools is \['serch'\]; expected a list of some of \['search', 'python'"):
+        ToolArguments(tools=["serch"])
+
+
+# new and doctor ------------------------------------------------------------------------------------------------------
+
+
+def test_the_project_is_consistent() -> None:
+    settings = yaml.safe_load((new.TEMPLATE / "config.yaml").read_text("utf-8"))
+    assert settings["tools"] == ["my_tools:lookup"] and settings["reward"] == "my_rewards:exact"
+    assert len(new.make_questions()) == len(my_tools.CAPITALS) == 35
+    assert my_tools.lookup(" France ") == "The capital of France is Paris."
+    assert my_tools.lookup("Atlantis") == "There is no country Atlantis."
+    turns = [["<lookup>France</lookup>", "<answer>\\boxed{Paris}</answer>"], ["<answer>\\boxed{Rome}</answer>"], ["x"]]
+    assert my_rewards.exact(turns=turns, answer=[["Paris"]] * 3) == [1.0, 0.1, 0.0]
+
+
+def test_many_demonstrations_are_wrong_and_most_are_right() -> None:
+    rows = new.make_demonstrations(seed=0)
+    answers = {f"What is the capital of {country}?": capital for country, capital in my_tools.CAPITALS.items()}
+    right = [answers[row["messages"][0]["content"]] in row["messages"][-1]["content"] for row in rows]
+    assert 0.4 < sum(right) / len(rows) < 0.8
+
+
+def test_a_project_does_not_replace_a_folder(tmp_path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="exists and is not an empty folder"):
+        new.main([str(tmp_path)])
+
+
+def test_the_doctor_names_keys_but_not_their_values(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("SERPER_API_KEY", "secret-value")
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.keys, doctor.space))
+    monkeypatch.setattr(doctor, "LEAST_DISK_GB", 0)
+    monkeypatch.setattr(doctor, "LEAST_MEMORY_GB", 0)
+    assert doctor.main([]) == 0
+    shown = capsys.readouterr().out
+    assert "SERPER_API_KEY" in shown and "secret-value" not in shown
+
+
+def test_the_doctor_fails_if_training_cannot_work(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.space,))
+    monkeypatch.setattr(doctor, "LEAST_DISK_GB", 1e9)
+    assert doctor.main([]) == 1
+    assert "expected at least 1e+09 GB" in capsys.readouterr().out

@@ -1,0 +1,96 @@
+"""A run refuses an output folder that holds another run's model or trajectories."""
+
+from pathlib import Path
+
+import pytest
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.runs.output_folder import prepare_output, wants_to_resume
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    return folder
+
+
+def prepare(folder: Path, resume: str | bool | None = None, overwrite: bool = False, model: str | None = None) -> None:
+    prepare_output(str(folder), resume=resume, overwrite=overwrite, model=model)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("model.safetensors", "a finished model (model.safetensors)"),
+        ("model-00001-of-00002.safetensors", "a finished model (model-00001-of-00002.safetensors)"),
+        ("adapter_model.safetensors", "a finished model (adapter_model.safetensors)"),
+        ("trajectories/step-000000-rank0.jsonl", "trajectories"),
+        ("checkpoint-2/model.safetensors", "checkpoint-2"),
+    ],
+)
+@pytest.mark.parametrize("resume", [None, False, "false"])
+def test_what_an_earlier_run_left_is_refused(tmp_path, name, found, resume):
+    fill(tmp_path, name)
+    with pytest.raises(ConfigError) as raised:
+        prepare(tmp_path, resume)
+    assert f"holds {found} of an earlier run" in str(raised.value)
+    assert "overwrite_output_dir" in str(raised.value)
+    assert ("resume_from_checkpoint" in str(raised.value)) == (found == "checkpoint-2")
+
+
+def test_a_folder_without_a_run_is_accepted(tmp_path):
+    prepare(tmp_path / "new")
+    prepare(fill(tmp_path, "notes.txt", "data/rows.jsonl", "runs/events.out"))
+
+
+def test_a_resumed_run_is_accepted(tmp_path):
+    """Also before its first checkpoint, so that a job can be restarted with the same command."""
+    prepare(fill(tmp_path, "trajectories/step-000000-rank0.jsonl"), "true")
+    prepare(fill(tmp_path, "checkpoint-2/a", "model.safetensors"), True)
+    prepare(tmp_path, str(tmp_path / "checkpoint-2"))
+
+
+def test_a_run_that_cannot_resume_does_not_replace_a_model(tmp_path):
+    fill(tmp_path / "a", "model.safetensors")
+    fill(tmp_path / "b", "checkpoint-2/a")
+    for resume in (True, str(tmp_path / "b" / "checkpoint-2")):
+        with pytest.raises(ConfigError, match="holds a finished model"):
+            prepare(tmp_path / "a", resume)
+
+
+def test_overwriting_removes_the_run_and_nothing_else(tmp_path):
+    fill(
+        tmp_path,
+        "model.safetensors",
+        "adapter_config.json",
+        "trajectories/step-000000-rank0.jsonl",
+        "trainer_state.json",
+    )
+    fill(tmp_path, "checkpoint-2/a", ".unfinished/checkpoint-4/a", "notes.txt", "data/rows.jsonl")
+    prepare(tmp_path, overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "notes.txt"]
+
+
+def test_only_rank_0_looks_and_removes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    prepare(fill(tmp_path, "model.safetensors"))
+    prepare(tmp_path, overwrite=True)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_does_not_remove_its_own_model(tmp_path):
+    fill(tmp_path, "model.safetensors", "checkpoint-2/model.safetensors")
+    for model in (tmp_path, tmp_path / "checkpoint-2"):
+        with pytest.raises(ConfigError, match="which model_name_or_path needs"):
+            prepare(tmp_path, overwrite=True, model=str(model))
+    with pytest.raises(ConfigError, match="both set"):
+        prepare(tmp_path, "true", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("true", True), (True, True), ("None", False), (None, False), ("a/checkpoint-2", "a/checkpoint-2")],
+)
+def test_resuming_is_read_from_flags_and_files(given, meant):
+    assert wants_to_resume(given) == meant

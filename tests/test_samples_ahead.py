@@ -1,0 +1,473 @@
+"""Rollouts that run during the update, on a scripted engine. tests/test_vllm_ahead.py does the same on a server."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+import ahead_run
+from ahead_run import ROWS, by_length, make_trainer, searching
+from arpo_trl import ARPOConfig
+from arpo_trl.errors import ConfigError, EngineError, Interrupted, RewardError
+from arpo_trl.logs.trajectories import read_trees
+from arpo_trl.training.rewards_ahead import Scored, score
+from arpo_trl.training.samples_ahead import RowsAhead
+from ranks import launch, launched
+from support import ON_CPU, save_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def losses(made) -> list[dict]:
+    return [row for row in made.state.log_history if "loss" in row]
+
+
+def prompts_by_step(folder: Path) -> dict[int, list[str]]:
+    """The prompts of the groups that each step trained on, from the log of all trees."""
+    found: dict[int, list[str]] = {}
+    for file in sorted((folder / "trajectories").glob("step-*")):
+        for logged in read_trees(file):
+            found.setdefault(logged.step, []).append(logged.prompt)
+    return found
+
+
+class OnStep(TrainerCallback):
+    def __init__(self, called):
+        self.called = called
+
+    def on_step_begin(self, args, state, control, **_):
+        self.called(state.global_step)
+
+
+# Order ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_rollout_runs_while_the_update_does(model_path, tmp_path):
+    updating, sampled = threading.Event(), threading.Event()
+    made = make_trainer(model_path, tmp_path, max_steps=3)
+
+    def holds(request):
+        """The answers of batch 1 come during the first update."""
+        if request.key[0] // 2 == 1 and request.key[-1] == 1 and updating.is_set():
+            sampled.set()
+        return request.key[0] // 2 == 1 and not updating.is_set()
+
+    made.tree_sampler.engine.holds = holds
+    compute = made.compute_loss
+
+    def compute_loss(*args, **kwargs):
+        updating.set()
+        assert sampled.wait(20.0)
+        return compute(*args, **kwargs)
+
+    made.compute_loss = compute_loss
+    made.train()
+    assert [row["arpo/ahead/staleness_max"] for row in losses(made)] == [0.0, 1.0, 1.0]
+    assert [row["arpo/ahead/staleness_mean"] for row in losses(made)] == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rollouts_ahead": 3},
+        {"rollouts_ahead": 1, "steps_per_generation": 2, "per_device_train_batch_size": 4},
+        {"rollouts_ahead": 2, "num_iterations": 2},
+        {"rollouts_ahead": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1},
+        {"rollouts_ahead": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 2},
+    ],
+    ids=["three", "two steps a batch", "two iterations", "two batches a step", "accumulated"],
+)
+def test_rows_are_trained_in_the_order_of_a_run_without_rollouts_ahead(model_path, tmp_path, settings):
+    settings = {"max_steps": 14, **settings}  # into the second epoch
+    make_trainer(model_path, tmp_path / "ahead", **settings).train()
+    make_trainer(model_path, tmp_path / "plain", **{**settings, "rollouts_ahead": 0}).train()
+    assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
+
+
+def test_staleness_grows_with_the_batches_ahead_and_starts_anew_with_the_epoch(model_path, tmp_path):
+    made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=14)
+    # Every turn of a batch is there before the next update: the script needs one poll a turn.
+    made.add_callback(OnStep(lambda step: made._ahead and time.sleep(0.1)))
+    made.train()
+    stale = [row["arpo/ahead/staleness_max"] for row in losses(made)]
+    assert stale[:3] == [0.0, 1.0, 2.0]
+    assert stale[12:] == [0.0, 1.0]  # 12 steps an epoch
+    assert max(stale) == 2.0
+
+
+def test_no_batch_is_sampled_that_is_not_trained(model_path, tmp_path):
+    made = make_trainer(model_path, tmp_path, rollouts_ahead=3, max_steps=3)
+    made.train()
+    assert {request.key[0] for request in made.tree_sampler.engine.requests} == set(range(6))  # 3 batches of 2 groups
+    assert not [thread for thread in threading.enumerate() if thread.name == "arpo-rollouts-ahead"]
+
+
+def test_the_same_run_draws_the_same_seeds_whatever_the_timing(model_path, tmp_path):
+    seeds = []
+    for i, pause_s in enumerate((0.0, 0.05)):
+        made = make_trainer(model_path, tmp_path / str(i), rollouts_ahead=2)
+        made.add_callback(OnStep(lambda step, pause_s=pause_s: time.sleep(pause_s)))
+        made.train()
+        seeds.append({request.key: request.seed for request in made.tree_sampler.engine.requests})
+    assert seeds[0] == seeds[1]
+
+
+# Rewards -------------------------------------------------------------------------------------------------------------
+
+
+def test_reward_functions_run_in_the_rollouts_time_and_log_into_their_own_batch(model_path, tmp_path):
+    threads = []
+
+    def reward(completions, prompts, turns, tool_calls, answer, trainer_state, log_extra, log_metric, **_):
+        threads.append(threading.current_thread().name)
+        log_extra("asked", list(answer))
+        log_metric("first", float(answer[0][0]))
+        assert len(completions) == len(prompts) == len(turns) == len(tool_calls) == 8
+        assert all("iron" in completion for completion in completions)
+        return by_length(completions)
+
+    async def other(completions, **_):
+        return [None, *[1.0] * (len(completions) - 1)]
+
+    made = make_trainer(model_path, tmp_path, reward_funcs=[reward, other], log_completions=True, max_steps=4)
+    made.train()
+    assert set(threads) == {"arpo-rewards-ahead"}
+    first = {step: float(prompts[0].split()[-1]) for step, prompts in prompts_by_step(tmp_path).items()}
+    assert [row["first"] for row in losses(made)] == list(first.values())
+    assert [row["rewards/other/mean"] for row in losses(made)] == [1.0] * 4
+    assert len(made._logs["extra"]["asked"]) == len(made._logs["prompt"])
+
+
+def test_rewards_advantages_and_completions_are_those_of_a_run_without_rollouts_ahead(model_path, tmp_path):
+    """At a learning rate of zero, and with a script: the weights and seeds do not matter."""
+    logs = []
+    for k in (0, 2):
+        made = make_trainer(model_path, tmp_path / str(k), rollouts_ahead=k, learning_rate=0.0, log_completions=True)
+        made.train()
+        logs.append([{name: value for name, value in row.items() if known(name)} for row in losses(made)])
+        logs.append({name: list(made._logs[name]) for name in ("prompt", "completion", "advantages")})
+    assert logs[0] == logs[2]
+    assert logs[1] == logs[3]
+
+
+def known(name: str) -> bool:
+    return not any(part in name for part in ("time", "_s", "ahead", "share", "seconds", "entropy", "runtime"))
+
+
+def test_messages_and_models_reach_rewards_as_in_trl(model_path, tmp_path):
+    rows = Dataset.from_list([{"prompt": [{"role": "user", "content": f"what is {i}"}]} for i in range(8)])
+    seen = []
+
+    def reward(completions, **_):
+        seen.append((threading.current_thread().name, completions))
+        return by_length(completions)
+
+    for k in (0, 1):
+        made = make_trainer(
+            model_path, tmp_path / str(k), rollouts_ahead=k, reward_funcs=reward, train_dataset=rows, max_steps=1
+        )
+        made.train()
+    (_, plain), (_, ahead) = seen
+    assert ahead == plain
+    assert [message["role"] for message in ahead[0]] == ["assistant", "tool", "assistant"]
+    model = torch.nn.Linear(1, 1)
+    given = score([model], [{"prompt": "a"}], ["b"], [[1]], {}, state=None, loop=None)
+    assert given.rewards == [None]
+    assert given.replaying([model]) == [model]
+    assert Scored(rewards=[[1.0]]).replaying([model])[0](log_extra=None, log_metric=None, prompts=[]) == [1.0]
+
+
+# Staleness -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_waits_where_it_would_be_staler_than_allowed_and_is_counted(model_path, tmp_path):
+    made = make_trainer(model_path, tmp_path, rollouts_ahead=3, max_staleness=1, max_steps=6)
+    made.train()
+    assert max(row["arpo/ahead/staleness_max"] for row in losses(made)) == 1.0
+    # Of three batches ahead two wait. Before the last three of six steps two, one and no batches are left to come.
+    assert [row["arpo/ahead/delayed"] for row in losses(made)] == [2.0, 2.0, 2.0, 1.0, 0.0, 0.0]
+
+
+def test_stale_tokens_are_dropped_from_the_loss_and_counted(model_path, tmp_path):
+    made = make_trainer(
+        model_path, tmp_path, rollouts_ahead=2, max_staleness=1, stale_tokens="drop", max_steps=4, log_completions=True
+    )
+    made.add_callback(OnStep(lambda step: made._ahead and time.sleep(0.1)))
+    masks = []
+    compute = made.compute_loss
+
+    def compute_loss(model, inputs, *args, **kwargs):
+        masks.append((inputs["tool_mask"] * inputs["completion_mask"], inputs["num_items_in_batch"]))
+        return compute(model, inputs, *args, **kwargs)
+
+    made.compute_loss = compute_loss
+    made.train()
+    # Steps 0, 1, 2, 3 train tokens that are 0, 1, 2, 2 steps old. With nothing to train on, the loss is zero.
+    assert [row["arpo/ahead/dropped"] for row in losses(made)] == [0.0, 0.0, 1.0, 1.0]
+    assert [bool(mask.sum()) for mask, _ in masks] == [True, True, False, False]
+    assert all(int(mask.sum()) == int(count) for mask, count in masks)
+    assert [row["loss"] for row in losses(made)][2:] == [0.0, 0.0]
+
+
+# Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_samples_with_current_weights_while_nothing_runs_ahead(model_path, tmp_path):
+    made = make_trainer(
+        model_path,
+        tmp_path,
+        rollouts_ahead=2,
+        max_steps=5,
+        eval_dataset=ROWS.select(range(2)),
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=8,
+    )
+    engine, evaluated = made.tree_sampler.engine, []
+    sample = made.tree_sampler.sample
+
+    def sampling(*args, **kwargs):
+        assert not made._ahead._open and not engine._running
+        engine.sync()  # as the session of an engine with weights does
+        evaluated.append(engine.version)
+        return sample(*args, **kwargs)
+
+    made.tree_sampler.sample = sampling
+    made.train()
+    assert evaluated == [2, 4, 5]
+    assert len(losses(made)) == 5
+    assert list(prompts_by_step(tmp_path)) == [0, 1, 2, 3, 4]
+
+
+# Ends ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_that_fails_ends_the_run_with_its_error(model_path, tmp_path):
+    def script(request, context):
+        if request.key[0] // 2 == 2:
+            raise EngineError("the server is gone")
+        return searching(request, context)
+
+    made = make_trainer(model_path, tmp_path, script, rollouts_ahead=1, max_steps=8)
+    with pytest.raises(EngineError, match="the server is gone"):
+        made.train()
+    assert 1 <= made.state.global_step <= 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "arpo-rollouts-ahead"]
+
+
+def test_a_reward_that_fails_ends_the_run_with_its_error(model_path, tmp_path):
+    def reward(completions, answer, **_):
+        return by_length(completions) if seen.add(answer[0][0]) or len(seen) < 3 else [float("nan")] * 8
+
+    seen = set()
+    made = make_trainer(model_path, tmp_path, reward_funcs=reward, max_steps=8)
+    with pytest.raises(RewardError, match="returned nan for completion 0"):
+        made.train()
+
+
+@pytest.mark.parametrize("where", ["tool wait", "reward", "update"])
+def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(model_path, tmp_path, where):
+    """Wherever the rollout is: it waits for the engine, hangs in a reward function, or the update runs."""
+    hang, there = threading.Event(), threading.Event()
+
+    def reward(completions, answer, **_):
+        if where == "reward" and rewarded.__next__() == 2:
+            there.set()
+            hang.wait(60.0)
+        return by_length(completions)
+
+    rewarded = itertools.count()
+    made = make_trainer(model_path, tmp_path, reward_funcs=reward, rollouts_ahead=2, max_steps=8)
+    if where == "tool wait":
+
+        def holds(request):
+            if request.key[0] // 2 == 2:
+                there.set()
+            return request.key[0] // 2 == 2
+
+        made.tree_sampler.engine.holds = holds
+    elif where == "update":
+        made.add_callback(OnStep(lambda step: there.set() if step == 2 else None))
+
+    def signalled():
+        there.wait(60.0)
+        sent.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sent = []
+    threading.Thread(target=signalled, daemon=True).start()
+    with pytest.raises(Interrupted, match=r"is saved|No step was finished"):
+        made.train()
+    assert time.monotonic() - sent[0] < 10.0
+    hang.set()
+
+
+class StopsAfter(TrainerCallback):
+    """Sends SIGTERM some time after the beginning of a step of this process."""
+
+    def __init__(self, made, steps: int, seconds: float):
+        self.made, self.steps, self.seconds = made, steps, seconds
+
+    def on_step_begin(self, args, state, control, **_):
+        self.steps -= 1
+        if self.steps == 0:
+            stop = threading.Timer(self.seconds, setattr, (self.made._interrupts, "told", int(signal.SIGTERM)))
+            stop.start()
+
+
+@pytest.mark.slow
+def test_no_row_is_lost_or_trained_twice_over_twenty_stops(model_path, tmp_path):
+    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment of a step."""
+    settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    make_trainer(model_path, tmp_path / "plain", **settings, rollouts_ahead=0).train()
+    draw, stops, finished = random.Random(0), 0, False
+    while not finished:
+        made = make_trainer(model_path, tmp_path / "ahead", **settings, rollouts_ahead=2)
+        if stops < 20:
+            made.add_callback(StopsAfter(made, draw.choice([1, 2]), draw.random() * 0.2))
+        try:
+            made.train(resume_from_checkpoint=True)
+            finished = True
+        except Interrupted:
+            stops += 1
+    assert stops == 20
+    assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
+    trained = Counter(prompt for prompts in prompts_by_step(tmp_path / "ahead").values() for prompt in prompts)
+    assert len(trained) == 24 and set(trained.values()) == {2}  # each row once an epoch
+
+
+@pytest.mark.slow
+def test_no_row_is_lost_or_trained_twice_where_the_process_is_killed(model_path, tmp_path):
+    command = [sys.executable, str(Path(ahead_run.__file__)), model_path, str(tmp_path / "ahead")]
+    for until in ("step 2", "step 5"):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert any(line.strip() == until for line in process.stdout)
+            process.kill()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "done", done.stderr[-3000:]
+    make_trainer(model_path, tmp_path / "plain", max_steps=ahead_run.STEPS, rollouts_ahead=0).train()
+    assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ranks_sample_ahead_each_for_itself_and_stop_and_go_on_together(model_path, tmp_path):
+    """The second of two ranks is slow. 24 rows, 4 a step, 2 epochs."""
+    command = ("ddp", ahead_run.__file__, model_path, str(tmp_path))
+    launcher = ("--mixed_precision", "no")
+    with launched(*command, launcher=launcher) as running:
+        while "step 2\n" not in running.output():
+            time.sleep(0.05)
+        for one in running.ranks():
+            one.kill()
+    with launched(*command, launcher=launcher) as running:
+        while "step 5\n" not in running.output():
+            time.sleep(0.05)
+        running.ranks()[1].send_signal(signal.SIGTERM)
+        sent = time.monotonic()
+        stopped = running.wait()
+        assert "is saved in" in stopped.output
+        assert time.monotonic() - sent < 30.0  # the launcher takes some of it
+    launch(*command, launcher=launcher)
+    trained = [prompt for _, prompts in sorted(prompts_by_step(tmp_path).items()) for prompt in prompts]
+    assert len(trained) == 48
+    assert len(set(trained[:24])) == len(set(trained[24:])) == 24
+
+
+# Rows ----------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_can_be_looked_at_before_they_are_handed_out_once_each_in_order():
+    read = []
+
+    def source():
+        for i in range(5):
+            read.append(i)
+            yield [{"prompt": i}]
+
+    rows = RowsAhead(source())
+    assert rows.at(2) == [{"prompt": 2}]
+    assert read == [0, 1, 2]  # only as far as asked
+    assert [next(rows)[0]["prompt"] for _ in range(2)] == [0, 1]
+    rows.trained = 1
+    rows.forget_trained()
+    assert rows.at(1) == [{"prompt": 1}]  # handed out, and still there
+    assert rows.at(5) is None  # 5 micro-batches: 0 to 4
+    assert [batch[0]["prompt"] for batch in rows] == [2, 3, 4]
+    assert list(rows) == []
+
+
+# Bad input -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollouts_ahead": -1}, "rollouts_ahead is -1; expected an integer of at least 0"),
+        ({"use_vllm": False}, "rollouts_ahead is 1, but the model that is updated samples"),
+        ({"vllm_mode": "colocate"}, "rollouts_ahead is 1, but vLLM shares the device with the update"),
+        ({"rollout_schedule": "rounds"}, "rollout_schedule is 'rounds', whose rollouts repeat bit for bit"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            "steps_per_generation 3 × num_iterations 1 is neither a multiple nor a divisor of "
+            "gradient_accumulation_steps 2",
+        ),
+        (
+            {"steps_per_generation": 2, "num_iterations": 2, "max_staleness": 3},
+            "max_staleness is 3, but the next rollout is first trained 4 steps later",
+        ),
+        ({"rollouts_ahead": 0, "max_staleness": 2}, "max_staleness is set, but rollouts_ahead is 0"),
+        ({"max_staleness": 0}, "max_staleness is 0; expected"),
+        ({"stale_tokens": "keep"}, "stale_tokens is 'keep'; expected"),
+    ],
+)
+def test_settings_that_contradict_rollouts_ahead_are_refused_with_the_reason(tmp_path, settings, message):
+    given = {"use_vllm": True, "vllm_mode": "server", "rollouts_ahead": 1, "num_generations": 4, **ON_CPU, **settings}
+    with pytest.raises(ConfigError, match=message):
+        ARPOConfig(str(tmp_path), **given)
+
+
+def test_a_dataset_shorter_than_what_is_read_ahead_is_refused(model_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"an epoch has only 3 generation batches \(6 rows, 2 prompts per batch\)"):
+        make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=3)
+    make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=2)
+
+
+class Counting:
+    """An environment."""
+
+    def reset(self, **_: object) -> None: ...
+
+    def add(self, number: str) -> str:
+        """Add a number.
+
+        Args:
+            number: The number.
+        """
+        return number
+
+
+def test_environments_are_refused(model_path, tmp_path):
+    with pytest.raises(ConfigError, match="but an environment_factory was given"):
+        make_trainer(model_path, tmp_path, environment_factory=Counting)
+
+
+def test_an_engine_that_cannot_change_its_weights_meanwhile_is_refused(model_path, tmp_path, monkeypatch):
+    monkeypatch.delattr(ahead_run.EngineWithVersions, "sync")
+    with pytest.raises(ConfigError, match="EngineWithVersions gets new weights only while nothing is sampled"):
+        make_trainer(model_path, tmp_path)

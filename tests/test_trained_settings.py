@@ -1,0 +1,118 @@
+"""What was trained is what is evaluated: a run's settings become those of its evaluation."""
+
+import dataclasses
+import os
+
+import pytest
+import yaml
+
+from arpo_trl.cli import parse_evaluation, parse_settings
+from arpo_trl.common.settings import ToolLimits
+from arpo_trl.errors import DataError
+from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.publishing.model_card import Card, describe
+from arpo_trl.publishing.trained_settings import CONFIG_NAME, LEFT_OUT, TAKEN, EvaluationSettings
+from arpo_trl.tools.builtin import ToolArguments
+from support import script
+
+TRAINED = {
+    "dataset": "rows.jsonl", "tools": ["search"], "search_index": "corpus.jsonl", "search_top_k": 2,
+    "max_completion_length": 208, "max_tool_calling_iterations": 5, "tool_protocol": "chat_template",
+    "tool_parser": "hermes", "tool_timeout_s": 3.0, "max_tool_result_tokens": 100, "system_prompt": "deepsearch",
+    "chat_template_kwargs": {"enable_thinking": False},
+}  # fmt: skip
+
+
+def run_with(tmp_path, settings) -> str:
+    """A run's folder with the file that a training with `settings` writes."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    words = ["--config", str(tmp_path / "run.yaml"), "--use_cpu", "true", "--output_dir", str(tmp_path)]
+    arguments, tools, config, model = parse_settings(script("train").SETTINGS, words)
+    (tmp_path / CONFIG_NAME).write_text(yaml.safe_dump(describe(model, arguments, tools, config)))
+    return str(tmp_path)
+
+
+def test_evaluated_settings_equal_trained_ones(tmp_path, capsys):
+    settings, tools = parse_evaluation(["--model", run_with(tmp_path, TRAINED), "--data", "rows.jsonl"])
+    expected = {**TRAINED, "max_tool_calls": 5}
+    for name in ("dataset", "max_tool_calling_iterations"):
+        del expected[name]
+    found = vars(settings) | vars(tools)
+    assert {name: found[name] for name in expected} == expected
+    assert settings.call_limits() == {"python": 5, "search": 5}  # no tool has a limit besides that of all together
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "settings of its training: --search-index corpus.jsonl --search-top-k 2 --tools search" in said
+    assert "--max-completion-length 208" in said and "--max-tool-calls 5" in said
+
+
+def test_defaults_of_training_are_those_of_the_evaluation_too(tmp_path):
+    config = parse_settings(script("train").SETTINGS, ["--dataset", "rows.jsonl", "--use_cpu", "true"])[2]
+    settings, _ = parse_evaluation(["--model", run_with(tmp_path, {"dataset": "rows.jsonl"}), "--data", "rows.jsonl"])
+    assert settings.max_completion_length == config.max_completion_length
+    assert settings.max_tool_calls == config.max_tool_calling_iterations == 6
+
+
+def test_flags_win_over_the_file_which_wins_over_the_run(tmp_path, capsys):
+    run = run_with(tmp_path, TRAINED)
+    (tmp_path / "eval.yaml").write_text("search_top_k: 3\nmax_completion_length: 300\n")
+    words = ["--model", run, "--data", "x", "--config", str(tmp_path / "eval.yaml"), "--max-completion-length", "400"]
+    settings, tools = parse_evaluation([*words, "--tools", "python"])
+    assert (tools.search_top_k, settings.max_completion_length, tools.tools) == (3, 400, ["python"])
+    assert settings.max_tool_calls == 5
+    assert "--max-completion-length" not in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run_changes_nothing(tmp_path, capsys):
+    settings, _ = parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
+    assert settings.max_tool_calls == EvalSettings().max_tool_calls == 20
+    assert capsys.readouterr().err == ""
+
+
+def test_no_limit_of_calls_stays_none(tmp_path):
+    run = run_with(tmp_path, {"dataset": "rows.jsonl"})
+    with open(os.path.join(run, CONFIG_NAME), "a") as file:
+        file.write("max_tool_calling_iterations: null\n")
+    settings, _ = parse_evaluation(["--model", run, "--data", "rows.jsonl"])
+    assert settings.max_tool_calls is None and settings.call_limits() == {}
+
+
+def test_a_downloaded_folder_decides_nothing_dangerous(tmp_path, monkeypatch, capsys):
+    hostile = {
+        "tools": ["os:system"], "allow_unsafe": True, "search_url": "http://evil.example", "search_top_k": 1,
+        "python_executor_url": "http://evil.example", "mcp_servers": [{"command": "sh"}], "search_cache": "/etc/x",
+    }  # fmt: skip
+    (tmp_path / CONFIG_NAME).write_text(yaml.safe_dump(hostile))
+    monkeypatch.chdir(tmp_path)
+    _, tools = parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
+    assert tools == dataclasses.replace(ToolArguments(), search_top_k=1)
+    said = capsys.readouterr().err
+    assert "not taken over: allow_unsafe, mcp_servers, python_executor_url, search_cache, search_url, tools;" in said
+    (tmp_path / "own.py").write_text("def lookup(country: str) -> str: ...\n")
+    own = EvaluationSettings.of({"tools": ["own:lookup", "search"]})
+    assert own.values["tools"] == ["own:lookup", "search"]
+    monkeypatch.chdir("/")
+    assert "tools" not in EvaluationSettings.of({"tools": ["own:lookup"]}).values
+
+
+def test_every_setting_of_the_tools_is_taken_over_or_left_out():
+    assert {field.name for field in dataclasses.fields(ToolArguments)} == TAKEN | LEFT_OUT
+    assert not TAKEN & LEFT_OUT
+    limits = {field.name for field in dataclasses.fields(ToolLimits)}
+    assert limits <= {field.name for field in dataclasses.fields(EvalSettings)}
+
+
+def test_a_file_that_no_run_wrote_is_an_error(tmp_path):
+    (tmp_path / CONFIG_NAME).write_text("tools: search\n")
+    with pytest.raises(DataError, match=r"training_config.yaml.tools is 'search'; expected a list"):
+        parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
+
+
+def test_the_card_has_the_whole_command(tmp_path):
+    run_with(tmp_path, {name: value for name, value in TRAINED.items() if name != "chat_template_kwargs"})
+    text = Card.of(tmp_path, "me/policy").text([])
+    (command,) = [line for line in text.splitlines() if line.startswith("arpo-trl eval")]
+    (settings, tools) = parse_evaluation(command.split()[2:])
+    same, its_tools = parse_evaluation(["--model", str(tmp_path), "--data", "questions.jsonl"])
+    assert dataclasses.replace(settings, model=same.model) == same
+    assert tools == its_tools
