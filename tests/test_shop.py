@@ -180,7 +180,7 @@ def test_the_shop_runs_from_cold_start_to_measurement(tmp_path: Path) -> None:
         (data / f"{name}.jsonl").write_text("".join(lines[:kept]), "utf-8")
     launch(
         ["sft.py"],
-        *("--config", "configs/quickstart_sft.yaml", "--max_steps", "30", "--model_name_or_path", str(data / "base")),
+        *("--config", "configs/quickstart_sft.yaml", "--max_steps", "20", "--model_name_or_path", str(data / "base")),
         *("--dataset", str(data / "demonstrations.jsonl"), "--output_dir", str(sft)),
     )
     measured = measure(sft, data, 0, temperature=1.0)

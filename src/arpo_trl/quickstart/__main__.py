@@ -116,6 +116,7 @@ SEARCH = Task(
     tools=("search", "python"),
     script="train",
     config=RL_CONFIG,
+    accuracy="eval_arpo/accuracy",
     flags=lambda data: ("--search_index", str(data / "corpus.jsonl")),
 )
 TASKS = {"search": SEARCH, "shop": SHOP}
@@ -196,7 +197,8 @@ def main() -> None:
         "config": config.name,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-    draw(history, summary, places, entropy_places(after.trees, task.tools), output / "quickstart.png")
+    after_places = entropy_places(after.trees, task.tools)
+    draw(history, summary, places, after_places, output / "quickstart.png", task.accuracy)
     console.rule("[bold]One tree")
     if (tree := _tree_to_show(rl / "trajectories")) is not None:
         console.print(render_tree(tree))

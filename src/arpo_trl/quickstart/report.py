@@ -94,12 +94,16 @@ def draw(
     before: Mapping[str, float],
     after: Mapping[str, float],
     path: Path,
+    accuracy: str = "eval_arpo/accuracy",
 ) -> None:
-    """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape."""
+    """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape.
+
+    `accuracy` is the metric in `history` that is the accuracy during training.
+    """
     from matplotlib.figure import Figure
 
     steps = [row for row in history if "reward" in row]
-    watched = [row for row in history if "eval_arpo/accuracy" in row]
+    watched = [row for row in history if accuracy in row]
     figure = Figure(figsize=(10, 7), layout="constrained")
     (curve, places), (calls, shape) = figure.subplots(2, 2)
 
@@ -107,7 +111,7 @@ def draw(
     curve.plot(x, [row["reward"] for row in steps], color="tab:blue", label="reward (training)")
     curve.plot(
         [0, *(row["step"] for row in watched), x[-1]],
-        [summary["accuracy_before"], *(row["eval_arpo/accuracy"] for row in watched), summary["accuracy_after"]],
+        [summary["accuracy_before"], *(row[accuracy] for row in watched), summary["accuracy_after"]],
         "o-",
         color="tab:orange",
         label="accuracy (held out)",

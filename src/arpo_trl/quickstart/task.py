@@ -43,6 +43,7 @@ class Task:
         cold_start: Flags of stage 1, besides those of every task.
         script: The program of stage 2: one of `arpo_trl.scripts`, or the full name of another module.
         config: The settings of stage 2.
+        accuracy: The metric of stage 2 that is the accuracy on watched.jsonl.
         flags: Flags of stage 2 for a folder of data, besides those of every task.
     """
 
@@ -53,6 +54,7 @@ class Task:
     cold_start: tuple[str, ...] = ()
     script: str
     config: Path
+    accuracy: str
     flags: Callable[[Path], Sequence[str]] = lambda data: ()
 
 

@@ -116,4 +116,5 @@ SHOP = Task(
     cold_start=("--max_steps", str(SFT_STEPS)),
     script="arpo_trl.quickstart.shop.train",
     config=shipped_file(CONFIGS, "quickstart_shop"),
+    accuracy="eval_reward",
 )
