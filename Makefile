@@ -4,6 +4,7 @@
 # make test         set up, then check and run the tests; what CI runs
 # make test-fast    set up, then the quick tests: no processes, no vLLM; for the inner loop
 # make check        set up, then ruff and mypy
+# make docs         set up, then build the documentation as a site in build/site
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up creates a virtual environment in .venv with the versions of constraints.txt. PYTHON=… selects the interpreter.
 # Tests run in WORKERS parallel processes, by default one per core, at most four; each may take 6 GiB of memory.
@@ -34,7 +35,7 @@ INSTALL := sh -c 'log=$(VENV)/pip.log; echo "Installing packages, which takes a 
     done; \
     if wait $$pid; then echo; else status=$$?; tail -n 50 $$log >&2; exit $$status; fi' sh
 
-.PHONY: help quickstart test test-fast check bench
+.PHONY: help quickstart test test-fast check docs bench
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -48,6 +49,9 @@ test: check $(VLLM) $(TOKENIZERS)/.ready
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow and not vllm and not distributed and not gpu"
+
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)
 	$(BIN)/python benchmarks/all.py

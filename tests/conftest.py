@@ -44,7 +44,7 @@ TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped")
 twice the memory, and one that is killed removes the locks of the other's builds."""
 LONGEST = (
     *("several ranks", "test_vllm_server_engine", "test_interrupts", "test_vllm_colocate", "test_scripts"),
-    *("test_gpu_rows", "test_evaluation_vllm", "test_published_run", "test_vllm_cpu", "test_from_grpo"),
+    *("test_gpu_rows", "test_site", "test_evaluation_vllm", "test_published_run", "test_vllm_cpu", "test_from_grpo"),
     *("test_prefix_sharing", "test_hub", "test_mcp_servers", "test_python_tool", "test_escapes", "test_checkpoints"),
     *("test_precision", "test_vllm_client", "test_trainer", "test_web_search"),
 )

@@ -17,7 +17,7 @@ ROOMS = (
     *("visible", "errors", "options", "common", "trl_seam"),
     *("net", "tools", "rollout", "rewards", "data", "config"),
     *("logs", "runs", "publishing", "training", "evaluation"),
-    *("cli", "scripts", "quickstart", "commands"),
+    *("viewing", "cli", "scripts", "quickstart", "commands"),
 )
 """From the bottom up: a room imports only from rooms before it."""
 

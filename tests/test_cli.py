@@ -56,7 +56,7 @@ def test_help_is_a_success(monkeypatch, capsys, arguments):
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("plant",), ("tree",), ("tree", "log", "--index", "x"), ("eval",), ("merge", "a")]
+    "arguments", [(), ("plant",), ("tree",), ("tree", "log", "--step", "x"), ("eval",), ("merge", "a")]
 )
 def test_wrong_usage_exits_with_2(monkeypatch, capsys, arguments):
     status, out, err = run(monkeypatch, capsys, *arguments)
@@ -89,25 +89,45 @@ def test_tree_shows_every_tree_of_a_log(monkeypatch, capsys, log):
     assert "reward 1.00" in out
 
 
-def test_tree_shows_one_tree_by_index(monkeypatch, capsys, log):
-    _, out, _ = run(monkeypatch, capsys, "tree", str(log), "--index", "1")
+def test_tree_shows_one_group_of_a_file(monkeypatch, capsys, log):
+    _, out, _ = run(monkeypatch, capsys, "tree", str(log), "--group", "1")
     assert "group 1" in out and "group 0" not in out
 
 
-def test_tree_of_a_folder_is_its_last_file(monkeypatch, capsys, log):
+def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
     later = json.loads(log.read_text().splitlines()[0]) | {"step": 5, "prompt": "a later one"}
     (log.parent / "step-000005-rank0.jsonl").write_text(json.dumps(later) + "\n")
-    _, out, _ = run(monkeypatch, capsys, "tree", str(log.parent))
-    assert "a later one" in out and "question" not in out
+    (log.parent / "eval-000004-rank0.jsonl").write_text(json.dumps(later | {"step": 4, "prompt": "held out"}) + "\n")
+    for folder in (log.parent.parent, log.parent):
+        _, out, _ = run(monkeypatch, capsys, "tree", str(folder))
+        # two trees of two leaves with rewards 1 and 0; each path searches once
+        assert [line.split() for line in out.splitlines()[1:4]] == [
+            *(["4", "evaluation", "1", "2", "0.50", "1", "0", "2", "0"],),
+            *(["4", "training", "2", "4", "0.50", "2", "0", "4", "0"],),
+            *(["5", "training", "1", "2", "0.50", "1", "0", "2", "0"],),
+        ]
+        assert f"arpo-trl tree {folder} --step 5" in out
+    _, out, _ = run(monkeypatch, capsys, "tree", str(log.parent), "--step", "4")
+    assert "step 4, group 0, evaluation  held out" in out and "question 1" in out and "later" not in out
+    assert "H: mean entropy" in out  # the legend
+
+
+def test_tree_shows_whole_texts_when_asked(monkeypatch, capsys, log):
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows[0]["nodes"][1]["text"] = "word " * 100 + "end"
+    log.write_text(json.dumps(rows[0]) + "\n")
+    assert "word end" not in run(monkeypatch, capsys, "tree", str(log))[1]
+    assert "word end" in " ".join(run(monkeypatch, capsys, "tree", str(log), "--full")[1].replace("│", "").split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Give a file or the folder"),
-        (("{folder}/empty",), "empty contains no .jsonl file. Train with trajectory_log_rate above 0"),
-        (("{log}", "--index", "2"), "--index is 2, but"),
-        (("{log}", "--index", "-1"), "--index is -1, but"),
+        (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Give the output_dir of a run"),
+        (("{folder}/empty",), "empty has no logged trees. Give the output_dir of a run, or train with"),
+        (("{log}", "--group", "2"), "There is no logged tree of group 2; expected one of 0, 1."),
+        (("{folder}", "--step", "9"), "has no logged trees of step 9; it has those of 4."),
+        (("{folder}", "--group", "1"), "--group 1 needs a --step"),
         (("{folder}/broken.jsonl",), "broken.jsonl, line 1: not a logged tree"),
     ],
 )

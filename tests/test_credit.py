@@ -350,6 +350,8 @@ def test_a_rule_and_a_credit_from_outside_train_by_name(tmp_path):
     # two paths at the root, and each of their results branches once
     assert [leaf.address for leaf in logged.tree.leaves()] == [(0,), (0, 1, 0), (1,), (1, 1, 0)]
     assert [node.decision for node in logged.tree.observations()] == [BranchDecision(fires=True, granted=1)] * 2
+    assert logged.rule["name"] == "everywhere"
+    assert set(logged.spans) == {node.index for node in logged.tree.nodes[1:]}
     made.model.train()
     batch = made._generate_and_score_completions([made.train_dataset[0]] * 4)
     (tree_of_batch,) = made._last.rollout.trees

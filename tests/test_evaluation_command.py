@@ -16,6 +16,7 @@ import pytest
 from transformers import GenerationConfig
 
 from arpo_trl import cli
+from arpo_trl.evaluation.benchmarks import BENCHMARKS
 from arpo_trl.evaluation.engines import make_sampler
 from arpo_trl.evaluation.samples import key_of, read_records
 from arpo_trl.evaluation.settings import EvalSettings
@@ -324,10 +325,12 @@ def test_two_runs_are_compared(monkeypatch, capsys, here):
     assert status == 2 and "nowhere holds no results.json" in err
 
 
-def test_the_benchmarks_are_listed(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "250")
+def test_the_benchmarks_are_listed_and_no_id_is_broken(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
     status, out, _ = run(monkeypatch, capsys, "eval", "--list-benchmarks")
-    assert status == 0 and "xbench-DeepSearch" in out and "openai/gsm8k main test" in out
+    assert status == 0 and "openai/gsm8k main test" in out
+    assert [b.name for b in BENCHMARKS.values() if f"\n{b.name} " not in f"\n{out}"] == []
+    assert [b.hub_id for b in BENCHMARKS.values() if b.hub_id and b.hub_id not in out] == []
 
 
 # Usage ---------------------------------------------------------------------------------------------------------------

@@ -36,16 +36,18 @@ def results_of(*records, samples=1):
         "git_commit": None,
         "finished": "2025-01-01T00:00:00+00:00",
         "suites": suites_of(benchmarks),
+        "system_prompts": {"gsm8k": HOSTILE},
         "benchmarks": benchmarks,
     }
 
 
 def page_of(*records, **settings) -> str:
     results = results_of(*records, **settings)
-    shown = report.ShownSamples({"gsm8k": results["benchmarks"]["gsm8k"]["metric"]})
-    for one in records:
-        shown.add(one)
-    return report.html(results, shown.finished())
+    return report.html(results, {page.benchmark: page for page in pages_of(*records)[:1]})
+
+
+def pages_of(*records) -> list[report.SamplePage]:
+    return list(report.sample_pages(lambda: records, {"gsm8k": results_of(*records)["benchmarks"]["gsm8k"]["metric"]}))
 
 
 def varied():
@@ -144,14 +146,50 @@ def test_a_page_without_a_single_good_sample_is_one():
     assert "1 sample(s) failed and are left out of all scores: 1 × EngineError: died" in " ".join(text.split())
 
 
-def test_only_the_first_samples_are_shown_and_long_texts_are_cut():
-    records = [record(i, 1.0, question=f"question-{i}-") for i in reversed(range(450))]
-    page = page_of(*records)
-    assert page.count("<details>") == report.SHOWN_SAMPLES
-    assert "question-0-" in page and "question-199-" in page and "question-200-" not in page
-    assert "The first 200 samples. All samples are in samples.jsonl" in page
+def test_wrong_answers_come_first_and_every_sample_is_on_some_page():
+    values = [None if i == 300 else float(i % 90 > 0) for i in range(450)]  # the wrong ones: 0, 90, 180, 270, 360
+    records = [record(i, value, question=f"question-{i}-") for i, value in reversed(list(enumerate(values)))]
+    pages = pages_of(*records)
+    assert [len(page.samples) for page in pages] == [200, 200, 50]
+    numbers = [sample["number"] for page in pages for sample in page.samples]
+    assert numbers[:6] == [300, 0, 90, 180, 270, 360] and numbers[6:] == sorted(numbers[6:])
+    assert sorted(numbers) == list(range(450))
+    first = page_of(*records)
+    assert first.count('<a href="samples-1-2.html">page 2</a>') == first.count('<a href="samples-1-3.html">') == 2
+    last = report.samples_html("GSM8K", pages[2])
+    assert "question-449-" in last and '<a href="report.html">page 1</a>' in last and "<b>page 3</b>" in last
+    assert Page(last).open == []
+
+
+def test_pages_are_made_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(report, "SHOWN_SAMPLES", 2)
+    monkeypatch.setattr(report, "PAGES_AT_ONCE", 2)
+    records = [record(i, 1.0) for i in range(7)]
+    readings = []
+
+    def read():
+        readings.append(1)
+        return records
+
+    pages = list(report.sample_pages(read, {"gsm8k": "math"}))
+    assert [[sample["number"] for sample in page.samples] for page in pages] == [[0, 1], [2, 3], [4, 5], [6]]
+    assert len(readings) == 3  # one for the order, two for two pages each
+
+
+def test_long_texts_are_cut():
     cut = report.cut("a" * 5000 + "b" * 5000)
     assert len(cut) < 4100 and cut.startswith("a") and cut.endswith("b") and "6,000 characters" in cut
+
+
+def test_the_system_prompt_is_shown():
+    assert "System prompt" in Page(page_of(*varied())).text
+
+
+@pytest.mark.parametrize(
+    ("p", "shown"), [(0.0, "< 0.0001"), (0.00009, "< 0.0001"), (0.0001, "0.0001"), (1.0, "1.0000")]
+)
+def test_a_p_value_is_never_zero(p, shown):
+    assert report.p_value(p) == shown
 
 
 def test_the_markdown_escapes_what_it_does_not_know():

@@ -377,7 +377,7 @@ def test_train_py_that_cannot_push_ends_with_one_line_and_a_status_and_the_model
     )
     saved = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "trainer_state.json", "README.md", "training_config.yaml"} <= saved
-    monkeypatch.setattr(sys, "argv", [*words[:-1], "them/policy"])
+    monkeypatch.setattr(sys, "argv", [*words[:-1], "them/policy", "--overwrite_output_dir", "true"])
     others(hub)
     with pytest.raises(SystemExit) as end:
         script("train").main()

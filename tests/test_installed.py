@@ -86,7 +86,7 @@ def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: 
     readme = (project / "README.md").read_text("utf-8")
     lines = [line.partition("#")[0].split() for line in readme.split("```")[1].splitlines() if line]
     assert [line[1] for line in lines] == ["train", "tree", "ask", "eval"]
-    assert "step 9, group" in command(project, "tree", "runs/first/trajectories").stdout
+    assert "step 9, group" in command(project, "tree", "runs/first", "--step", "9").stdout
     asked = command(project, "ask", "runs/first", "What is the capital of France?", "--temperature", "0")
     assert "<lookup>" in asked.stdout and "Answer: " in asked.stdout
     assert "settings of its training: --tools my_tools:lookup" in asked.stderr

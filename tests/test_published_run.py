@@ -123,6 +123,8 @@ def test_the_trajectories_of_all_ranks_are_in_the_dataset(finished):
     assert {log.stem.rpartition("-")[2] for log in logs} == {"rank0", "rank1"}
     leaves = sum(len(tree.tree.leaves()) for log in logs for tree in read_trees(log))
     assert leaves == 2 * 2 * 4  # steps × ranks × leaves
+    for tree in (tree for log in logs for tree in read_trees(log)):
+        assert f"what is {tree.answers[0]}" in tree.prompt  # each tree has its own row's answer
     import pyarrow.parquet as pq
 
     (finished.folder / "train.parquet").write_bytes(finished.hub.repos["datasets", "me/trees"]["data/train.parquet"])
@@ -177,6 +179,17 @@ def test_trackio_has_the_metrics(finished):
     logged = [json.loads(metrics) for _, metrics in rows]
     assert [row["train/global_step"] for row in logged if f"train/{METRIC}" in row] == [1, 2]
     assert {name for name, _ in rows} == {"the-run"}
+
+
+def test_trackio_has_a_tree_of_each_rollout_as_traces(finished):
+    (file,) = (finished.folder / "trackio").rglob("planting.db")
+    with sqlite3.connect(file) as database:
+        rows = database.execute("SELECT metadata, messages FROM traces").fetchall()
+    steps = sorted(json.loads(metadata)["step"] for metadata, _ in rows)
+    assert steps == [0] * 4 + [1] * 4  # a tree has four leaves
+    assert all(
+        [message["role"] for message in json.loads(messages)][:2] == ["user", "assistant"] for _, messages in rows
+    )
 
 
 # Secrets -------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from arpo_trl.quickstart.corpus import ALIASES, TOPICS, Quantity, passages
 from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, make_demonstrations
 from arpo_trl.quickstart.heldout import HeldOut
 from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quickstart_texts, save_cold_start_base
+from arpo_trl.quickstart.report import accuracy_lines
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
 from arpo_trl.tools.search.index import LocalIndex, search_tool
 
@@ -340,3 +341,14 @@ def test_held_out_accuracy_counts_a_bad_format_as_wrong_and_other_answers_by_the
         {"fault": None, "scores": {"math": 0.0, "em": 0.0}},
     ]
     assert HeldOut(trees=[], records=records).accuracy == 0.375  # (1 + 0 + 0.5 + 0) / 4
+
+
+# --- report ---
+
+
+def test_each_set_of_questions_has_a_line_of_its_own() -> None:
+    history = [{"step": 1, "reward": 0.5}, {"step": 1, "eval_arpo/accuracy": 0.9}, {"step": 2, "reward": 0.75}]
+    summary = {"accuracy_before": 0.25, "accuracy_after": 0.75}
+    whole, watched = "accuracy, all held-out questions", "accuracy, those watched in training"
+    assert accuracy_lines(history, summary) == {whole: [(0, 0.25), (2, 0.75)], watched: [(1, 0.9)]}
+    assert accuracy_lines(history[:1], summary) == {whole: [(0, 0.25), (1, 0.75)]}

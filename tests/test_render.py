@@ -41,32 +41,43 @@ def shown(
     return console.file.getvalue().splitlines()
 
 
-def test_a_tree_is_drawn_line_by_line():
+def test_a_tree_is_drawn_line_by_line_and_only_forks_indent():
     assert shown(tree()) == [
         "step 12, group 3  a prompt",
-        "└── <search>iron</search>  H 0.50",
-        "    └── 1538 degrees  ⑂ ΔH +0.125, 1 extra",
-        "        ├── words  H 1.50  ■ eos reward 1.00, A +0.75",
-        "        └── cut off  H 0.50  ■ length reward -1.00, A -0.75",
+        "└── path 0",
+        "    ├── ▸ <search>iron</search>  H 0.50",
+        "    ├── ◂ 1538 degrees  + 1 extra, ΔH +0.125, P 0.525",
+        "    ├── path 0",
+        "    │   └── ▸ words  H 1.50  ■ eos reward 1.00, A +0.75",
+        "    └── branch 0,1,0",
+        "        └── ▸ cut off  H 0.50  ■ length reward -1.00, A -0.75",
     ]
 
 
+def test_a_result_says_what_failed_and_why_nothing_forked():
+    made = tree(failure=ToolFailure.TIMEOUT)
+    made.nodes[2].decision = BranchDecision(entropy_nats=1.0, delta=-0.25, probability=0.45)
+    assert shown(made)[3].endswith("◂ 1538 degrees  failed: timeout  no fork, ΔH -0.250, P 0.450")
+    made.nodes[2].decision = BranchDecision(fires=True)
+    assert shown(made)[3].endswith("no leaves left")
+
+
 def test_no_reward_is_not_zero():
-    assert "reward none" in shown(tree(), (None, 0.0))[3]
-    assert "reward 0.00" in shown(tree(), (None, 0.0))[4]
+    assert "reward none" in shown(tree(), (None, 0.0))[5]
+    assert "reward 0.00" in shown(tree(), (None, 0.0))[7]
 
 
 @pytest.mark.parametrize("text", ["[bold]not markup[/bold]", "[/]", "\\[x] ends with a backslash\\"])
 def test_brackets_in_text_are_no_markup(text):
     lines = shown(tree(text), prompt=text)
     assert text in lines[0]
-    assert text in lines[3]
+    assert text in lines[5]
 
 
 def test_long_texts_are_cut_and_lines_joined():
     lines = shown(tree("word\n" * 200))
-    assert len(lines) == 5
-    written = lines[3].partition("── ")[2].partition("  H ")[0]
+    assert len(lines) == 8
+    written = lines[5].partition("▸ ")[2].partition("  H ")[0]
     assert len(written) == MAX_CHARS
     assert written.startswith("word word word ") and written.endswith("…")
 
@@ -77,5 +88,5 @@ def test_nothing_that_was_logged_steers_the_terminal():
     made = tree(hostile)
     made.nodes[2].text = hostile
     lines = shown(made, prompt=hostile)
-    assert [shown_as in line for line in lines] == [True, False, True, True, False]
+    assert [shown_as in line for line in lines] == [True, False, False, True, False, True, False, False]
     assert all(char.isprintable() for line in lines for char in line)

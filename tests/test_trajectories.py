@@ -8,6 +8,7 @@ import pytest
 from arpo_trl.errors import DataError
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 from support import ANSWER, Scripted
@@ -280,3 +281,36 @@ def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
     path.write_bytes(f"{broken()}\n".encode() + line + b"\n")
     with pytest.raises(DataError, match=rf"log\.jsonl, {message}"):
         list(read_trees(path))
+
+
+def test_the_rule_the_answers_and_the_times_of_the_nodes_survive(tmp_path):
+    rollout = Scripted(branching, leaves=4, at_root=2)()
+    (made,) = logged_trees(
+        rollout.trees,
+        [1.0] * 4,
+        [0.0] * 4,
+        step=0,
+        first_group=0,
+        decode=str,
+        rule=Threshold(branch_threshold=0.25),
+        answers=[["iron", "Fe"]],
+        spans=rollout.spans,
+    )
+    after = only(log(tmp_path).write("step-000000", [made]))
+    assert after.rule == {
+        **{"name": "threshold", "branches_per_fork": 1, "branch_probability": 0.5, "entropy_weight": 0.2},
+        "branch_threshold": 0.25,
+    }
+    assert after.answers == ["iron", "Fe"]
+    assert set(after.spans) == {node.index for node in after.tree.nodes[1:]}
+    for node, (start, end) in after.spans.items():
+        assert 0 <= start <= end
+        parent = after.tree.nodes[node].parent
+        assert not parent or after.spans[parent][1] <= start + 0.0001  # requested once the node above was complete
+
+
+@pytest.mark.parametrize(("answer", "texts"), [(None, []), ("iron", ["iron"]), (26, ["26"]), (["a", 2], ["a", "2"])])
+def test_an_answer_of_any_kind_is_logged_as_texts(answer, texts):
+    tree = small().tree
+    (made,) = logged_trees([tree], [0.0], [0.0], step=0, first_group=0, decode=str, answers=[answer])
+    assert made.answers == texts

@@ -1,7 +1,7 @@
 import pytest
 
 from arpo_trl.errors import EngineError
-from arpo_trl.rollout.tree import ExecutedCall, NodeKind, RolloutTree, StopReason
+from arpo_trl.rollout.tree import ExecutedCall, NodeKind, RolloutTree, StopReason, address_text
 from arpo_trl.tools.calls import CallSource, ToolFailure
 
 CALL = ExecutedCall(
@@ -42,6 +42,11 @@ def test_a_leaf_is_a_view_of_its_path():
     assert second.turns == ["<search>iron</search>", "no"]
     assert second.calls == [CALL]
     assert (first.stop, second.stop) == (StopReason.EOS, StopReason.LENGTH)
+
+
+def test_a_node_is_written_by_the_path_whose_branches_share_it():
+    assert small_tree().writers() == {1: (0,), 2: (0,), 3: (0,), 4: (0, 1, 0)}
+    assert address_text((0, 1, 0)) == "0,1,0"
 
 
 def test_a_finished_tree_has_exactly_its_leaves():

@@ -108,6 +108,7 @@ class Arrived:
 
     def __init__(self, url):
         self.clients, self.version, self.syncs, self.restored = [client(url)], "arpo-x-1", 0, 0
+        self.step = 1
         self.facts = {url: check_server(self.clients[0], tokenizer(), 2)}
 
     def sync(self):

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import arpo_trl
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
+from arpo_trl.viewing.command import add_commands as add_viewing_commands
 
 if TYPE_CHECKING:
     from arpo_trl.tools.search.cache import SearchCache
@@ -121,13 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, text) in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
 
-    tree = commands.add_parser(
-        "tree", help="show the trees of a trajectory log", description="Shows the trees of a trajectory log."
-    )
-    tree.add_argument(
-        "log", type=Path, help="a .jsonl file of <output_dir>/trajectories, or that folder (its last file)"
-    )
-    tree.add_argument("--index", type=int, default=None, help="only this tree of the file, counted from 0")
+    add_viewing_commands(commands)
 
     commands.add_parser("eval", help="evaluate a model on benchmarks or a file of questions", add_help=False)
 
@@ -237,37 +232,11 @@ def _main() -> int:
         module, _, function = COMMANDS[sys.argv[1]][0].partition(":")
         return int(getattr(importlib.import_module(f"arpo_trl.commands.{module}"), function)(sys.argv[2:]))
     arguments = _parser().parse_args()
-    commands = {"tree": _tree, "compare": _compare, "index": _index, "cache": _cache}
+    if hasattr(arguments, "call"):
+        return arguments.call(arguments) or 0
+    commands = {"compare": _compare, "index": _index, "cache": _cache}
     commands |= {"merge": _merge, "push": _push}
     return commands[arguments.command](arguments) or 0
-
-
-def _tree(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from arpo_trl.logs.render import render_tree
-    from arpo_trl.logs.trajectories import read_trees
-
-    path: Path = arguments.log
-    if path.is_dir():
-        files = sorted(path.glob("*.jsonl"))
-        if not files:
-            raise DataError(
-                f"{path} contains no .jsonl file. Train with trajectory_log_rate above 0 to log trajectories."
-            )
-        path = files[-1]
-    if not path.exists():
-        raise DataError(f"{path} does not exist. Give a file or the folder <output_dir>/trajectories.")
-    trees = list(read_trees(path))
-    if arguments.index is not None:
-        if not 0 <= arguments.index < len(trees):
-            raise DataError(
-                f"--index is {arguments.index}, but {path} contains {len(trees)} trees, which are counted from 0."
-            )
-        trees = [trees[arguments.index]]
-    console = Console()
-    for tree in trees:
-        console.print(render_tree(tree))
 
 
 def _eval(words: Sequence[str]) -> int:

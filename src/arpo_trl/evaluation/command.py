@@ -188,18 +188,29 @@ def write_results(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "left_out": {each.benchmark.name: each.bad for each in chosen if each.bad},
         "suites": suites_of(benchmarks),
+        "system_prompts": {each.benchmark.name: _system_prompt(each) for each in chosen},
         "benchmarks": benchmarks,
     }
-    shown = report.ShownSamples({name: summary["metric"] for name, summary in benchmarks.items()})
-    for record in read_records(samples_file):
-        shown.add(record)
+    metrics = {name: summary["metric"] for name, summary in benchmarks.items()}
+    first = {}
+    for page in report.sample_pages(lambda: read_records(samples_file), metrics):
+        if page.number == 0:
+            first[page.benchmark] = page
+        else:
+            title = benchmarks[page.benchmark]["title"]
+            write_whole(output / page.file, report.samples_html(title, page), errors="replace")
     for name, text in (
         ("results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n"),
         ("report.md", report.markdown(results)),
-        ("report.html", report.html(results, shown.finished())),
+        ("report.html", report.html(results, first)),
     ):
         write_whole(output / name, text, errors="replace")
     return results
+
+
+def _system_prompt(questions: Questions) -> str | None:
+    first = questions.rows[0]["prompt"][0] if questions.rows else {"role": "user"}
+    return first["content"] if first["role"] == "system" else None
 
 
 def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
@@ -212,8 +223,8 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
         (
             report.cell(one.benchmark), report.METRIC_NAMES[one.metric], str(one.questions), report.score(one.a),
             report.score(one.b), f"{one.difference.mean:+.3f}",
-            f"{one.difference.low:+.3f} – {one.difference.high:+.3f}", f"{one.difference.p:.4f}",
-            str(one.mcnemar.only_a), str(one.mcnemar.only_b), f"{one.mcnemar.p:.4f}",
+            f"{one.difference.low:+.3f} – {one.difference.high:+.3f}", report.p_value(one.difference.p),
+            str(one.mcnemar.only_a), str(one.mcnemar.only_b), report.p_value(one.mcnemar.p),
         )
         for one in comparisons
     ]  # fmt: skip
@@ -292,12 +303,14 @@ def _new_folder(settings: EvalSettings) -> Path:
 
 
 def _registry_table() -> Table:
-    table = Table()
-    for heading in ("name", "benchmark", "suite", "questions", "scored by", "on the Hub", "note"):
-        table.add_column(heading, overflow="fold")
+    """The benchmarks. Ids have lines of their own, so that a terminal of 80 columns breaks none of them."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
     for b in BENCHMARKS.values():
-        where = f"{b.hub_id} {b.config or ''} {b.split}".replace("  ", " ")
-        table.add_row(b.name, b.title, b.suite or "—", str(b.size), str(b.scorer), where, escape(b.note))
+        what = f"{b.title}: {b.size} questions, scored by {b.scorer}" + (f", suite {b.suite}" if b.suite else "")
+        where = " ".join(part for part in (b.hub_id, b.config, b.split) if part)
+        table.add_row(b.name, escape("\n".join(part for part in (what, where, b.note) if part)))
     return table
 
 

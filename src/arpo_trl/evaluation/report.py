@@ -6,8 +6,8 @@ blocks all scripts and requests.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from importlib.resources import files
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import jinja2
 from arpo_trl.common.user_files import read_json
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.results import value_of
-from arpo_trl.evaluation.samples import Record
+from arpo_trl.evaluation.samples import Key, Record, key_of
 from arpo_trl.visible import visible, visible_data
 
 SHOWN_SAMPLES = 200
-"""The most samples of a benchmark that the page shows. All samples are in samples.jsonl."""
+"""The samples on one page. The report shows a benchmark's first page and links to the others."""
+PAGES_AT_ONCE = 10
+"""How many pages are in memory at a time: each such number of pages takes one reading of the samples."""
 SHOWN_CHARS = 4000
 """The most characters of a turn or a tool result that the page shows."""
 
@@ -34,40 +36,88 @@ METRIC_NAMES = {
 }
 
 
-class ShownSamples:
-    """Collects the first samples of each benchmark for the page, in constant memory."""
+@dataclass(frozen=True, kw_only=True)
+class SamplePage:
+    """One page of a benchmark's samples, in the form that the template shows. `files` are those of all its pages."""
 
-    def __init__(self, metrics: Mapping[str, str | None]):
-        self._metrics = metrics
-        self.by_benchmark: dict[str, list[dict[str, Any]]] = {name: [] for name in metrics}
+    benchmark: str
+    number: int
+    files: list[str]
+    samples: list[dict[str, Any]]
 
-    def add(self, record: Record) -> None:
-        shown = self.by_benchmark[record["benchmark"]]
-        metric = self._metrics[record["benchmark"]]
-        value = None if record["error"] is not None or metric is None else value_of(record, metric)
-        shown.append({**_shortened(record), "value": value})
-        if len(shown) > 2 * SHOWN_SAMPLES:
-            self._trim(shown)
-
-    def _trim(self, shown: list[dict[str, Any]]) -> None:
-        shown.sort(key=lambda record: (record["number"], record["sample"]))
-        del shown[SHOWN_SAMPLES:]
-
-    def finished(self) -> dict[str, list[dict[str, Any]]]:
-        for shown in self.by_benchmark.values():
-            self._trim(shown)
-        return self.by_benchmark
+    @property
+    def file(self) -> str:
+        return self.files[self.number]
 
 
-def html(results: Mapping[str, Any], samples: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Return the report as a self-contained HTML page."""
-    results, samples = visible_data(results), visible_data(samples)
-    source = files("arpo_trl.evaluation").joinpath("report.html.jinja").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"score": score, "share": _share}
-    return environment.from_string(source).render(
-        results=results, samples=samples, metric_names=METRIC_NAMES, shown=SHOWN_SAMPLES
+def sample_pages(read: Callable[[], Iterable[Record]], metrics: Mapping[str, str | None]) -> Iterator[SamplePage]:
+    """Yield the pages of each benchmark, with failed samples first, then wrong ones, then the others.
+
+    Each benchmark has at least one page. Page 0 is the report itself.
+
+    Args:
+        read: Reads all samples from the start.
+        metrics: Benchmark → the metric of its score.
+    """
+    order: dict[str, list[tuple[float, Key]]] = {name: [] for name in metrics}
+    for record in read():
+        value = _value(record, metrics)
+        place = -1.0 if record["error"] is not None else 2.0 if value is None else value
+        order[record["benchmark"]].append((place, key_of(record)))
+    blank: list[tuple[SamplePage, list[Key]]] = []
+    for position, (name, places) in enumerate(order.items()):
+        keys = [key for _, key in sorted(places)]
+        starts = range(0, max(1, len(keys)), SHOWN_SAMPLES)
+        files = ["report.html", *(f"samples-{position + 1}-{number}.html" for number in range(2, len(starts) + 1))]
+        for number, start in enumerate(starts):
+            page = SamplePage(benchmark=name, number=number, files=files, samples=[])
+            blank.append((page, keys[start : start + SHOWN_SAMPLES]))
+    for first in range(0, len(blank), PAGES_AT_ONCE):
+        held = blank[first : first + PAGES_AT_ONCE]
+        wanted = {key for _, keys in held for key in keys}
+        found = {
+            key_of(record): {**_shortened(record), "value": _value(record, metrics)}
+            for record in read()
+            if key_of(record) in wanted
+        }
+        for page, keys in held:
+            yield replace(page, samples=[found[key] for key in keys])
+
+
+def _value(record: Record, metrics: Mapping[str, str | None]) -> float | None:
+    metric = metrics[record["benchmark"]]
+    return None if record["error"] is not None or metric is None else value_of(record, metric)
+
+
+def html(results: Mapping[str, Any], first_pages: Mapping[str, SamplePage]) -> str:
+    """Return the report as an HTML page, with the first page of each benchmark's samples."""
+    shown = {name: visible_data(page.samples) for name, page in first_pages.items()}
+    pages = {name: page.files for name, page in first_pages.items()}
+    return _template("report.html.jinja").render(
+        results=visible_data(results), samples=shown, pages=pages, metric_names=METRIC_NAMES
     )
+
+
+def samples_html(title: str, page: SamplePage) -> str:
+    """Return a further page of a benchmark's samples."""
+    return _template("samples.html.jinja").render(
+        title=visible(title),
+        samples=visible_data(page.samples),
+        files=page.files,
+        current=page.number,
+        metric_names=METRIC_NAMES,
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("arpo_trl", "evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters |= {"score": score, "share": _share}
+    return environment.get_template(name)
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -136,6 +186,11 @@ def pipe_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, texts:
     """Return the lines of a Markdown table. The first `texts` columns are text, the others are right-aligned."""
     marks = ["---" if i < texts else "---:" for i in range(len(headings))]
     return ["| " + " | ".join(cells) + " |" for cells in (headings, marks, *rows)]
+
+
+def p_value(p: float) -> str:
+    """Format a p-value with four decimals."""
+    return "< 0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def score(value: float | None) -> str:

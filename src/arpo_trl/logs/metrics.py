@@ -89,19 +89,25 @@ def tally_step(rollout: RolloutBatch, rewards: Sequence[float], seconds: Mapping
 
 def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
     """Counts one rollout into `tally`."""
-    for tree, topups, chain in zip(rollout.trees, rollout.topups, rollout.turns_in_sequence, strict=True):
+    for topups, chain in zip(rollout.topups, rollout.turns_in_sequence, strict=True):
         tally.add("tree/topups", topups)
         tally.add("tree/turns_in_sequence", chain)
-        _tally_shape(tree, tally)
-        _tally_entropies(tree, tally)
-        _tally_leaves(tree, tally)
-    _tally_tools(rollout.trees, tally)
+    tally_trees(rollout.trees, tally)
     times = rollout.times
     tally.add("time/rollout_s", times.total_s)
     tally.add("time/decode_s", times.forward_s)
     tally.add("time/tool_wait_s", times.tool_wait_s)
     tally.add("time/sync_s", times.sync_s)
     tally.add("time/sampler_share", times.own_s, times.total_s)
+
+
+def tally_trees(trees: Sequence[RolloutTree], tally: Tally) -> None:
+    """Counts into `tally` what the trees alone tell."""
+    for tree in trees:
+        _tally_shape(tree, tally)
+        _tally_entropies(tree, tally)
+        _tally_leaves(tree, tally)
+    _tally_tools(trees, tally)
 
 
 def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:

@@ -1,4 +1,7 @@
-"""A tree as text for the terminal."""
+"""A tree as text for the terminal.
+
+Only forks indent: the turns and tool results of a path stand below each other, so that long paths fit into 80 columns.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +11,61 @@ from rich.tree import Tree
 
 from arpo_trl.logs.trajectories import LoggedTree
 from arpo_trl.rollout.rules import mean
-from arpo_trl.rollout.tree import Node, NodeKind
+from arpo_trl.rollout.tree import BranchDecision, Node, NodeKind, address_text
 from arpo_trl.visible import visible
 
 MAX_CHARS = 160
 
+LEGEND = (
+    "A path is a list of turns (▸) and tool results (◂). H: mean entropy of a turn's first tokens, in nats. A fork "
+    "(+) starts extra turns under a result; ΔH and P are what the branch rule computed. ■ ends a path, with its "
+    "reward and advantage A."
+)
 
-def render_tree(logged: LoggedTree) -> Tree:
-    """Renders turns and tool results, entropies at the start of turns, forks, and the leaves' rewards."""
-    tree = logged.tree
+
+def render_tree(logged: LoggedTree, *, full: bool = False, title: str = "") -> Tree:
+    """Renders turns and tool results, entropies at the start of turns, forks, and the leaves' rewards.
+
+    `full` shows whole texts instead of the first `MAX_CHARS` characters. `title` replaces "step …, group …".
+    """
+    picture = Tree(
+        f"[bold]{title or f'step {logged.step}, group {logged.group}'}[/]  {escape(_shown(logged.prompt, full))}",
+        guide_style="dim",
+    )
+    leaves = logged.tree.leaves()
     results = {
         leaf.nodes[-1].index: (reward, advantage)
-        for leaf, reward, advantage in zip(tree.leaves(), logged.rewards, logged.advantages, strict=True)
+        for leaf, reward, advantage in zip(leaves, logged.rewards, logged.advantages, strict=True)
     }
-    title = f"[bold]step {logged.step}, group {logged.group}[/]  {escape(_short(logged.prompt))}"
-    picture = Tree(title, guide_style="dim")
-    branches = {0: picture}
-    for node in tree.nodes[1:]:
-        assert node.parent is not None
-        branches[node.index] = branches[node.parent].add(_label(node, results))
+    writers, nodes = logged.tree.writers(), logged.tree.nodes
+    waiting = [(child, picture, 0) for child in reversed(nodes[0].children)]
+    while waiting:
+        start, above, number = waiting.pop()
+        kind = "branch" if number else "path"
+        path = above.add(Text(f"{kind} {address_text(writers[start])}", style="bold yellow" if number else "bold"))
+        node = nodes[start]
+        while True:
+            path.add(_label(node, results, full))
+            if len(node.children) != 1:
+                break
+            node = nodes[node.children[0]]
+        forks = list(enumerate(node.children))
+        waiting += [(child, path, order) for order, child in reversed(forks)]
     return picture
 
 
-def _label(node: Node, results: dict[int, tuple[float | None, float]]) -> Text:
+def _label(node: Node, results: dict[int, tuple[float | None, float]], full: bool) -> Text:
     label = Text(overflow="fold")
     if node.kind is NodeKind.OBSERVATION:
-        label.append(_short(node.text), style="dim cyan" if all(call.ok for call in node.calls) else "dim red")
+        ok = all(call.ok for call in node.calls)
+        label.append(f"◂ {_shown(node.text, full)}", style="cyan" if ok else "red")
+        if not ok:
+            failures = ", ".join(str(call.failure) for call in node.calls if not call.ok)
+            label.append(f"  failed: {failures}", style="bold red")
         if node.decision is not None:
-            sign = "⑂" if node.decision.granted else "·"
-            rise = "" if node.decision.delta is None else f" ΔH {node.decision.delta:+.3f},"
-            label.append(
-                f"  {sign}{rise} {node.decision.granted} extra",
-                style="bold yellow" if node.decision.granted else "dim",
-            )
+            label.append(f"  {_decision(node.decision)}", style="bold yellow" if node.decision.granted else "dim")
         return label
-    label.append(_short(node.text))
+    label.append(f"▸ {_shown(node.text, full)}")
     label.append(f"  H {mean(node.entropies):.2f}", style="dim")
     if node.index in results:
         reward, advantage = results[node.index]
@@ -52,6 +75,19 @@ def _label(node: Node, results: dict[int, tuple[float | None, float]]) -> Text:
     return label
 
 
-def _short(text: str) -> str:
+def _decision(decision: BranchDecision) -> str:
+    values = "".join(
+        f", {name} {value:{form}}"
+        for name, value, form in (("ΔH", decision.delta, "+.3f"), ("P", decision.probability, ".3f"))
+        if value is not None
+    )
+    if decision.granted:
+        return f"+ {decision.granted} extra{values}"
+    return f"no leaves left{values}" if decision.fires else f"no fork{values}"
+
+
+def _shown(text: str, full: bool) -> str:
+    if full:
+        return visible(text)
     line = " ".join(visible(text).split())
     return line if len(line) <= MAX_CHARS else line[: MAX_CHARS - 1] + "…"

@@ -12,15 +12,16 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
 from arpo_trl.common.user_files import expect, json_lines
 from arpo_trl.errors import DataError, EngineError
-from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, StopReason
+from arpo_trl.rollout.rules.base import BranchRule
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, Span, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.\d+)?-rank\d+\.jsonl(\.partial)?")
@@ -32,7 +33,9 @@ class LoggedTree:
 
         LoggedTree(step=12, group=0, prompt="Who …?", tree=tree, rewards=[1.0, None], advantages=[0.7, -0.7])
 
-    A reward is None if no reward function applies.
+    A reward is None if no reward function applies. `rule` holds the name and the settings of the branch rule.
+    `answers` are the expected answers of the row. `spans` has, for each node but the root, the seconds since the start
+    of the group at which it was requested and at which it was complete. All three are empty in logs that lack them.
     """
 
     step: int
@@ -41,6 +44,9 @@ class LoggedTree:
     tree: RolloutTree
     rewards: list[float | None]
     advantages: list[float]
+    rule: Mapping[str, Any] = field(default_factory=dict)
+    answers: list[str] = field(default_factory=list)
+    spans: Mapping[int, Span] = field(default_factory=dict)
 
 
 def logged_trees(
@@ -51,6 +57,9 @@ def logged_trees(
     step: int,
     first_group: int,
     decode: Callable[[list[int]], str],
+    rule: BranchRule | None = None,
+    answers: Sequence[Any] = (),
+    spans: Sequence[Mapping[int, Span]] = (),
 ) -> list[LoggedTree]:
     """The trees of a rollout in the form in which they are logged.
 
@@ -60,19 +69,26 @@ def logged_trees(
         step: The optimizer step.
         first_group: The group number of the first tree. The other trees have the following numbers.
         decode: Token ids → text, with special tokens.
+        rule: The branch rule that grew the trees.
+        answers: The expected answer of each tree: a text, a list of texts, or None.
+        spans: The times of each tree's nodes, as in `RolloutBatch.spans`.
     """
+    described = {} if rule is None else {"name": rule.name, **dataclasses.asdict(rule)}
     logged, start = [], 0
-    for group, tree in enumerate(trees, first_group):
+    for number, tree in enumerate(trees):
         rows = slice(start, start + len(tree.leaves()))
         earned = [None if math.isnan(reward) else reward for reward in rewards[rows]]
         logged.append(
             LoggedTree(
                 step=step,
-                group=group,
+                group=first_group + number,
                 prompt=decode(tree.root.ids),
                 tree=tree,
                 rewards=earned,
                 advantages=list(advantages[rows]),
+                rule=described,
+                answers=_texts(answers[number]) if answers else [],
+                spans=spans[number] if spans else {},
             )
         )
         start = rows.stop
@@ -85,10 +101,14 @@ class TrajectoryLog:
     def __init__(self, folder: Path, rate: float, seed: int, rank: int):
         self.folder, self.rate, self.seed, self.rank = folder, rate, seed, rank
 
+    def sample(self, name: str, trees: Sequence[LoggedTree]) -> list[LoggedTree]:
+        """The trees of this rollout that are logged."""
+        draw = random.Random(f"{self.seed} {name} {self.rank}")
+        return [tree for tree in trees if draw.random() < self.rate]
+
     def write(self, name: str, trees: Sequence[LoggedTree]) -> Path | None:
         """Writes this rollout's sample. Returns the file; None if no tree was drawn."""
-        draw = random.Random(f"{self.seed} {name} {self.rank}")
-        kept = [tree for tree in trees if draw.random() < self.rate]
+        kept = self.sample(name, trees)
         if not kept:
             return None
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,8 +144,14 @@ def read_trees(path: str | Path) -> Iterator[LoggedTree]:
             raise DataError(f"{path}, line {number}: not a logged tree: {error}") from error
 
 
+def _texts(answer: Any) -> list[str]:
+    if answer is None:
+        return []
+    return [str(text) for text in answer] if isinstance(answer, list | tuple) else [str(answer)]
+
+
 def _tree_row(logged: LoggedTree) -> dict[str, Any]:
-    return {
+    row = {
         "step": logged.step,
         "group": logged.group,
         "prompt": logged.prompt,
@@ -135,6 +161,20 @@ def _tree_row(logged: LoggedTree) -> dict[str, Any]:
             for leaf, reward, advantage in zip(logged.tree.leaves(), logged.rewards, logged.advantages, strict=True)
         ],
     }
+    if logged.rule:
+        row["rule"] = {name: value if isinstance(value, _PLAIN) else str(value) for name, value in logged.rule.items()}
+    if logged.answers:
+        row["answers"] = logged.answers
+    if logged.spans:
+        row["spans"] = [
+            {"node": node, "start_s": round(start, 4), "end_s": round(end, 4)}
+            for node, (start, end) in sorted(logged.spans.items())
+        ]
+    return row
+
+
+_PLAIN = str | int | float | bool | None
+"""What stays as it is in JSON. Other settings of a rule are logged as text."""
 
 
 def _node_row(node: Node) -> dict[str, Any]:
@@ -157,7 +197,11 @@ _NODE = {
     "decision?": _DECISION, "versions?": [int],
 }  # fmt: skip
 _LEAF = {"address": [int], "node": int, "reward": float | None, "advantage": float}
-_TREE = {"step": int, "group": int, "prompt": str, "nodes": [{"ids?": [int]}], "leaves": [_LEAF]}
+_SPAN = {"node": int, "start_s": float, "end_s": float}
+_TREE = {
+    "step": int, "group": int, "prompt": str, "nodes": [{"ids?": [int]}], "leaves": [_LEAF], "rule?": {"name": str},
+    "answers?": [str], "spans?": [_SPAN],
+}  # fmt: skip
 
 
 def _tree_from(row: Any) -> LoggedTree:
@@ -198,6 +242,9 @@ def _tree_from(row: Any) -> LoggedTree:
         tree=tree,
         rewards=rewards,
         advantages=[leaf["advantage"] for leaf in row["leaves"]],
+        rule=row.get("rule", {}),
+        answers=row.get("answers", []),
+        spans={span["node"]: (span["start_s"], span["end_s"]) for span in row.get("spans", [])},
     )
 
 

@@ -36,6 +36,14 @@ def entropy_places(trees: Iterable[RolloutTree], tools: Sequence[str]) -> dict[s
     return {place: mean(entropies) for place, entropies in found.items()}
 
 
+TERMS = (
+    "Held out: not trained on. Entropy: how undecided the model is, 0 if certain; branches start where it rises.\n"
+    "Leaf: one whole answer. Branch: an answer that starts at a tool result of another. "
+    "Top-up: one that starts at the question instead.\n"
+    "Leaf tokens per sampled token: above 1, leaves share what was sampled once."
+)
+
+
 def summarise(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return totals and means over the training steps of a trainer's log history."""
     steps = [row for row in history if "reward" in row]
@@ -88,6 +96,20 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
+def accuracy_lines(
+    history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], accuracy: str = "eval_arpo/accuracy"
+) -> dict[str, list[tuple[int, float]]]:
+    """Return label → points (step, accuracy): one line for each set of held-out questions.
+
+    `accuracy` is the metric of the second. Training answers only some of the held-out questions, so its accuracy does not continue that of all questions.
+    """
+    last = max(row["step"] for row in history if "reward" in row)
+    whole = [(0, summary["accuracy_before"]), (last, summary["accuracy_after"])]
+    watched = [(row["step"], row[accuracy]) for row in history if accuracy in row]
+    lines = {"accuracy, all held-out questions": whole, "accuracy, those watched in training": watched}
+    return {label: points for label, points in lines.items() if points}
+
+
 def draw(
     history: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
@@ -96,28 +118,20 @@ def draw(
     path: Path,
     accuracy: str = "eval_arpo/accuracy",
 ) -> None:
-    """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape.
-
-    `accuracy` is the metric in `history` that is the accuracy during training.
-    """
+    """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape."""
     from matplotlib.figure import Figure
 
     steps = [row for row in history if "reward" in row]
-    watched = [row for row in history if accuracy in row]
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure = Figure(figsize=(10, 7.6), layout="constrained")
     (curve, places), (calls, shape) = figure.subplots(2, 2)
 
     x = [row["step"] for row in steps]
     curve.plot(x, [row["reward"] for row in steps], color="tab:blue", label="reward (training)")
-    curve.plot(
-        [0, *(row["step"] for row in watched), x[-1]],
-        [summary["accuracy_before"], *(row[accuracy] for row in watched), summary["accuracy_after"]],
-        "o-",
-        color="tab:orange",
-        label="accuracy (held out)",
-    )
+    lines = accuracy_lines(history, summary, accuracy).items()
+    for (label, points), colour in zip(lines, ("tab:green", "tab:orange"), strict=False):
+        curve.plot(*zip(*points, strict=True), "o--", color=colour, label=label)
     curve.set(title="Reward and held-out accuracy", xlabel="step")
-    curve.legend()
+    curve.legend(fontsize="small")
 
     for offset, (when, values) in zip((-0.2, 0.2), (("cold start", before), ("trained", after)), strict=True):
         bars = places.bar([i + offset for i in range(len(values))], list(values.values()), width=0.4, label=when)
@@ -139,4 +153,5 @@ def draw(
     shape.plot(x, [row["arpo/tree/topups"] for row in steps], label="top-ups per group")
     shape.set(title="Shape of the trees", xlabel="step", ylim=(0, None))
     shape.legend()
+    figure.supxlabel(TERMS, fontsize="small", ha="left", x=0.02)
     figure.savefig(path, dpi=120)

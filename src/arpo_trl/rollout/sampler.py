@@ -25,7 +25,7 @@ from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, RolloutTree, StopReason
+from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, RolloutTree, Span, StopReason
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
 from arpo_trl.tools.state import PathStates
@@ -89,7 +89,7 @@ class GroupRequest:
 class Finished:
     """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
 
-    `cause` is the exception that `error` describes. `RolloutBatch` explains the other two.
+    `cause` is the exception that `error` describes. `RolloutBatch` explains the other three.
 
     Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
     """
@@ -101,6 +101,7 @@ class Finished:
     cause: Exception | None = None
     topups: int = 0
     turns_in_sequence: int = 0
+    spans: dict[int, Span] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +135,8 @@ class RolloutBatch:
     """Leaves that started at the root because branches could no longer supply them."""
     turns_in_sequence: list[int]
     """The longest chain of turns that ran one after another, including the turns that a late path waited for."""
+    spans: list[dict[int, Span]] = field(default_factory=list)
+    """For each tree, node → when its turn was submitted and finished, or its calls were submitted and answered."""
 
 
 @dataclass(slots=True)
@@ -151,6 +154,7 @@ class _Group:
     starts: int = 0
     topups: int = 0
     longest_chain: int = 0
+    spans: dict[int, Span] = field(default_factory=dict)
     live: dict[Address, LivePath] = field(default_factory=dict)
     candidates: list[tuple[_Path, Candidate]] = field(default_factory=list)
     """Observations that the rule has still to decide on, or may decide on again, with the paths that continue them."""
@@ -191,6 +195,8 @@ class _Path:
     last_entropies: Sequence[float] = ()
     last_request: int | None = None
     """The request id of the last turn above the current one."""
+    since_s: float = 0.0
+    """When the current turn, or the calls under it, were submitted, in seconds since the start of the group."""
 
 
 @dataclass(slots=True)
@@ -355,6 +361,7 @@ class _Run:
             ),
             topups=[group.topups for group in groups],
             turns_in_sequence=[group.longest_chain for group in groups],
+            spans=[group.spans for group in groups],
         )
 
     def stream(self, requests: Iterable[GroupRequest | None], groups_at_once: int) -> Iterator[Finished]:
@@ -394,6 +401,7 @@ class _Run:
             seconds=seconds,
             topups=group.topups,
             turns_in_sequence=group.longest_chain,
+            spans=group.spans,
         )
 
     def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
@@ -534,6 +542,7 @@ class _Run:
         node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies, turn.versions)
         path = replace(
             path,
+            since_s=self._record_span(path, node.index),
             parent=node.index,
             ids=path.ids + turn.ids,
             depth=path.depth + 1,
@@ -645,6 +654,7 @@ class _Run:
             self._end(path, StopReason.LENGTH)
             return
         node = path.group.tree.add_observation(path.parent, ids, calls, text)
+        self._record_span(path, node.index)
         may_branch = path.decides and path.group.context.remaining > 0
         states = self._opened(path.states.fork()) if may_branch else None
         path = replace(path, parent=node.index, ids=path.ids + ids, states_for_branches=states)
@@ -708,8 +718,14 @@ class _Run:
             after=path.last_request,
         )
         self.requests += 1
-        self.writing[request.id] = self._record_live(path)
+        self.writing[request.id] = self._record_live(replace(path, since_s=time.perf_counter() - path.group.started_s))
         self.engine.submit(request)
+
+    def _record_span(self, path: _Path, node: int) -> float:
+        """Record that the node is complete now, and return the time."""
+        now = time.perf_counter() - path.group.started_s
+        path.group.spans[node] = (path.since_s, now)
+        return now
 
     def _record_live(self, path: _Path) -> _Path:
         """Record how many more tool results the path may branch at, and return the path."""

@@ -33,6 +33,15 @@ Address = tuple[int, ...]
 parent path: it is the j-th extra turn under the observation that follows `depth` turns of that path."""
 
 
+def address_text(address: Address) -> str:
+    """The address as people read it: `0,2,1`."""
+    return ",".join(map(str, address))
+
+
+Span = tuple[float, float]
+"""When a node was requested and when it was complete, in seconds since the start of its group."""
+
+
 class NodeKind(StrEnum):
     ROOT = "root"
     TURN = "turn"
@@ -265,6 +274,14 @@ class RolloutTree:
     def leaves(self) -> list[Leaf]:
         """The finished paths in address order."""
         return [Leaf(address=address, nodes=self.path(self._leaves[address])) for address in sorted(self._leaves)]
+
+    def writers(self) -> dict[int, Address]:
+        """Node → the address of the path that wrote it. Its branches share the nodes above their start."""
+        writers: dict[int, Address] = {}
+        for leaf in self.leaves():  # a path's address sorts before those of its branches
+            for node in leaf.nodes:
+                writers.setdefault(node.index, leaf.address)
+        return writers
 
     def turns(self) -> Iterator[Node]:
         return (node for node in self.nodes if node.kind is NodeKind.TURN)

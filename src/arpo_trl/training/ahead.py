@@ -210,6 +210,7 @@ class RolloutsAhead:
             ),
             topups=[group.topups for group in groups],
             turns_in_sequence=[group.turns_in_sequence for group in groups],
+            spans=[group.spans for group in groups],
         )
 
     def _raise_if_closed(self) -> None:

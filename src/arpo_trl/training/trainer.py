@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
@@ -19,25 +17,21 @@ from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import refuse_taken_columns
 from arpo_trl.logs.alarms import Alarms
-from arpo_trl.logs.metrics import Tally, tally_step
-from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
+from arpo_trl.logs.metrics import Tally
+from arpo_trl.logs.trajectories import TrajectoryLog
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.rollout.build import EngineSource, build_engine, context_of
-from arpo_trl.rollout.credit.base import attribute
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
-from arpo_trl.rollout.tree import Leaf, RolloutTree
 from arpo_trl.runs.interrupts import Interrupts
-from arpo_trl.training.answers import answer_probabilities, check_answers, texts
+from arpo_trl.training.advantages import Advantages
+from arpo_trl.training.answers import check_answers
 from arpo_trl.training.baselines import (
-    ScoredLeaves,
-    advantages_of,
     check_baseline,
     make_baseline,
-    tally_baseline,
 )
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
@@ -46,12 +40,12 @@ from arpo_trl.training.environments import (
     environments_for,
     of_leaves,
     owned_reward,
-    tally_environments,
     weighted,
     with_prompts,
     with_text,
     without_rows,
 )
+from arpo_trl.training.last_rollout import LastRollout
 from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
     check_ahead,
@@ -69,6 +63,7 @@ from arpo_trl.training.preflight import (
     tokenizer_for,
     without_trls_vllm_client,
 )
+from arpo_trl.training.reporting import Reporting
 from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
@@ -83,24 +78,12 @@ from arpo_trl.training.sources import (
     toolbox_for,
     transformers_source,
 )
-from arpo_trl.trl_seam import pad, print_prompt_completions_sample
-from arpo_trl.visible import visible, visible_data
+from arpo_trl.trl_seam import pad
 
 logger = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class _LastRollout:
-    """The last rollout, kept for the rest of its step."""
-
-    name: str
-    rollout: RolloutBatch
-    leaves: list[Leaf]
-    first_group: int
-    """The number of the first tree's group, over all ranks."""
-
-
-class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Publishing, GRPOTrainer):
+class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publishing, GRPOTrainer):
     """Agentic Reinforced Policy Optimization (arXiv 2507.19849) as a `GRPOTrainer`.
 
     Takes the arguments of `GRPOTrainer` except `rollout_func` (docs/from-grpo.md). Reward functions receive TRL's
@@ -225,7 +208,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Publishing, GRPOTrainer):
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
-        self._last: _LastRollout | None = None
+        self._last: LastRollout | None = None
         self._last_rewards: torch.Tensor | None = None
         """(B,) rewards of the last rollout's leaves; NaN where no reward function applies."""
         self._rewards_of_all_ranks: torch.Tensor | None = None
@@ -305,7 +288,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Publishing, GRPOTrainer):
             new = self._sample([requests[i] for i in again.groups], f"{name} again {again.number}", settings)
             rollout = with_new_trees(before, new, again.groups)
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
-        self._last = _LastRollout(name, rollout, leaves, first_group)
+        self._last = LastRollout(name, rollout, leaves, first_group)
         if self._environments is not None:
             self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(
@@ -365,61 +348,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Publishing, GRPOTrainer):
             self._attribute(batch)
             if self.model.training and self._micro_batches_dealt_together > 1:
                 batch[LEAF] = torch.arange(len(advantages), device=advantages.device)
-            self._log_rollout(advantages)
+            self._log_rollout(advantages, [row.get("answer") for row in inputs])
         return batch
-
-    def _subtract_baseline(self, batch: dict[str, Any]) -> None:
-        """In training, replaces `batch["advantages"]` (B,) by those of `advantage_baseline`, unless it is TRL's."""
-        if self._baseline is None or not self.model.training:
-            return
-        assert self._last is not None and self._last_rewards is not None and self._rewards_of_all_ranks is not None
-        scored = ScoredLeaves(
-            leaves=self._last.leaves,
-            rewards=self._last_rewards,
-            of_all_ranks=self._rewards_of_all_ranks,
-            trained=batch["completion_mask"].any(dim=1).cpu(),  # TRL takes truncated completions out by it
-            size=self.num_generations,
-        )
-        baselines = self._baseline(scored)
-        advantages = advantages_of(scored, baselines, self.scale_rewards)
-        tally_baseline(scored, baselines, advantages, self._counted)
-        batch["advantages"] = advantages.to(batch["advantages"].device)
-        logged = self._logs["advantages"]  # TRL has appended its own, of all ranks
-        everyones = self.accelerator.gather(batch["advantages"]).tolist()
-        kept = list(logged)[: -len(everyones)]
-        logged.clear()
-        logged.extend([*kept, *everyones])
-
-    def _attribute(self, batch: dict[str, Any]) -> None:
-        """Replaces `batch["advantages"]` (B,) by the credit's, which are (B, T) where leaves share nodes."""
-        last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
-        assert last is not None and self._last_rewards is not None
-        rewards = self._last_rewards.to(advantages.device)
-        if self._credit.reads_answers:
-            self._credit.answer_probabilities = self._answer_probabilities() if self.model.training else ()
-        batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
-        if weights is not None:
-            batch["tool_mask"] = batch["tool_mask"] * weights
-        if self._credit.weighs:  # on every rank, with weights or without: the count is a sum over all ranks
-            trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
-            batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
-
-    def _answer_probabilities(self) -> list[dict[int, float]]:
-        """The policy's probabilities of the reference answers in the trees of the last rollout. A collective."""
-        assert self._last is not None
-        trees = self._last.rollout.trees
-
-        def score(ids: torch.Tensor, mask: torch.Tensor, answer: torch.Tensor, answer_mask: torch.Tensor) -> Any:
-            device, size = self.accelerator.device, self.args.per_device_train_batch_size
-            both = (torch.cat(pair, dim=1).to(device) for pair in ((ids, answer), (mask, answer_mask)))
-            with torch.no_grad(), self._loss_tokens(answer_mask.to(device)):
-                return self._get_per_token_logps_and_entropies(self.model, *both, answer.size(1), size)[0]
-
-        rows = self._rows[:: self.num_generations]
-        written = texts(self._credit.template, rows)
-        return answer_probabilities(
-            trees, written, self._tokenizer, score, lambda number: max(gather_object([number]))
-        )
 
     def _calculate_rewards(
         self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
@@ -468,57 +398,3 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Publishing, GRPOTrainer):
 
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
         self._trajectories.forget_from(step, evaluated=evaluated)
-
-    # Logs ------------------------------------------------------------------------------------------------------------
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, but what `log_completions` prints of prompts and completions steers no terminal."""
-        number = self.args.num_completions_to_print
-        self.num_completions_to_print = 0  # TRL prints none
-        try:
-            super().log(logs, start_time)
-        finally:
-            self.num_completions_to_print = number
-        if self.accelerator.is_main_process and self.log_completions and self._logs["prompt"]:
-            print_prompt_completions_sample(
-                *(visible_data(list(self._logs[name])) for name in ("prompt", "completion")),
-                *(self._logs["rewards"], self._logs["advantages"], self.state.global_step, number),
-                extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
-            )
-
-    def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
-        """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""
-        rule = self.tree_sampler.settings.rule
-        if rule.learns:
-            rule.learn(gather_object([rule.lesson(trees, rewards)]))
-        for name, value in rule.metrics().items():
-            tally.add(name, value)
-
-    def _log_rollout(self, advantages: torch.Tensor) -> None:
-        """Logs metrics over all ranks, this rank's trees and, in training, alarms."""
-        last, rewards = self._last, self._last_rewards
-        assert last is not None and rewards is not None
-        mode = "train" if self.model.training else "eval"
-        seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
-        tally = tally_step(last.rollout, rewards.tolist(), seconds)
-        tally.merge(self._counted.plain())
-        self._counted = Tally()
-        if self._environments is not None:
-            tally_environments(self._environments.instances.take_counts(), tally)
-        merged = Tally.merged(gather_object([tally.plain()]))
-        if mode == "train":
-            self._learn(last.rollout.trees, rewards.tolist(), merged)
-        for name, value in merged.values().items():
-            self._metrics[mode][f"arpo/{name}"].append(value)
-        trees = logged_trees(
-            last.rollout.trees,
-            rewards.tolist(),
-            advantages.tolist(),
-            step=self.state.global_step,
-            first_group=last.first_group,
-            decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
-        )
-        self._trajectories.write(last.name, trees)
-        if mode == "train":
-            for message in self.alarms.check(merged):
-                logger.warning(f"Step {self.state.global_step}: {message}")

@@ -1,0 +1,19 @@
+"""The last rollout of a trainer, which its parts read until the step ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from arpo_trl.rollout.sampler import RolloutBatch
+from arpo_trl.rollout.tree import Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class LastRollout:
+    """The last rollout, kept for the rest of its step."""
+
+    name: str
+    rollout: RolloutBatch
+    leaves: list[Leaf]
+    first_group: int
+    """The number of the first tree's group, over all ranks."""

@@ -1,0 +1,104 @@
+"""`Reporting`: a trainer that logs metrics, trees and alarms of its rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.logging import get_logger
+from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOTrainer
+
+from arpo_trl.common.spans import Spans
+from arpo_trl.config import ARPOConfig
+from arpo_trl.logs.alarms import Alarms
+from arpo_trl.logs.metrics import Tally, tally_step
+from arpo_trl.logs.traces import send_traces
+from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
+from arpo_trl.rollout.sampler import TreeSampler
+from arpo_trl.rollout.tree import RolloutTree
+from arpo_trl.tools.environments.state import Environments
+from arpo_trl.training.environments import tally_environments
+from arpo_trl.training.last_rollout import LastRollout
+from arpo_trl.trl_seam import print_prompt_completions_sample
+from arpo_trl.visible import visible, visible_data
+
+logger = get_logger(__name__)
+
+
+class Reporting(GRPOTrainer):
+    """A `GRPOTrainer` that logs its rollouts, over all ranks.
+
+    A mixin. A subclass calls `_log_rollout` once per scored rollout, and sets the attributes below.
+    """
+
+    args: ARPOConfig
+    tree_sampler: TreeSampler
+    alarms: Alarms
+    _tokenizer: PreTrainedTokenizerBase
+    _environments: Environments | None
+    _last: LastRollout | None
+    _last_rewards: torch.Tensor | None
+    _spans: Spans
+    _trajectories: TrajectoryLog
+    _counted: Tally
+    """What was counted of the rollout before `_log_rollout`."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As TRL's, but what `log_completions` prints of prompts and completions steers no terminal."""
+        number = self.args.num_completions_to_print
+        self.num_completions_to_print = 0  # TRL prints none
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.num_completions_to_print = number
+        if self.accelerator.is_main_process and self.log_completions and self._logs["prompt"]:
+            print_prompt_completions_sample(
+                *(visible_data(list(self._logs[name])) for name in ("prompt", "completion")),
+                *(self._logs["rewards"], self._logs["advantages"], self.state.global_step, number),
+                extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
+            )
+
+    def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
+        """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""
+        rule = self.tree_sampler.settings.rule
+        if rule.learns:
+            rule.learn(gather_object([rule.lesson(trees, rewards)]))
+        for name, value in rule.metrics().items():
+            tally.add(name, value)
+
+    def _log_rollout(self, advantages: torch.Tensor, answers: Sequence[Any]) -> None:
+        """Logs metrics over all ranks, this rank's trees and, in training, alarms. `answers` are those of the rows."""
+        last, rewards = self._last, self._last_rewards
+        assert last is not None and rewards is not None
+        mode = "train" if self.model.training else "eval"
+        seconds = {name: self._spans.take(name) for name in ("reward", "logprobs")}
+        tally = tally_step(last.rollout, rewards.tolist(), seconds)
+        tally.merge(self._counted.plain())
+        self._counted = Tally()
+        if self._environments is not None:
+            tally_environments(self._environments.instances.take_counts(), tally)
+        merged = Tally.merged(gather_object([tally.plain()]))
+        if mode == "train":
+            self._learn(last.rollout.trees, rewards.tolist(), merged)
+        for name, value in merged.values().items():
+            self._metrics[mode][f"arpo/{name}"].append(value)
+        trees = logged_trees(
+            last.rollout.trees,
+            rewards.tolist(),
+            advantages.tolist(),
+            step=self.state.global_step,
+            first_group=last.first_group,
+            decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
+            rule=self.tree_sampler.settings.rule,
+            answers=answers[:: len(answers) // len(last.rollout.trees)],
+            spans=last.rollout.spans,
+        )
+        self._trajectories.write(last.name, trees)
+        if mode == "train":
+            if self.accelerator.is_main_process and "trackio" in self.args.report_to:
+                send_traces(self._trajectories.sample(last.name, trees))
+            for message in self.alarms.check(merged):
+                logger.warning(f"Step {self.state.global_step}: {message}")

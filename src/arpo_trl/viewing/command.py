@@ -1,0 +1,125 @@
+"""The commands that show a run: `view`, `tree`, `plot` and `timeline`. Heavy imports wait until one runs."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.common.files import write_whole
+
+KINDS_OF_PLOTS = ("reward", "entropy", "tools", "sharing", "phases")
+"""The names of `curves.PANELS`."""
+
+
+def add_commands(commands: Any) -> None:
+    """Adds the commands to the sub-parsers of `arpo-trl`. Each sets `call` to its function."""
+    tree = commands.add_parser(
+        "tree",
+        help="list the steps of a run, and show logged trees",
+        description="Lists the steps of a run of which trees are logged, or shows the trees of one step as text.",
+    )
+    tree.add_argument(
+        "run_folder", metavar="RUN", type=Path, help="output_dir of the run, or a .jsonl file of its trajectories"
+    )
+    tree.add_argument("--step", type=int, help="show the trees of this step")
+    tree.add_argument("--group", type=int, help="only the trees of this group")
+    tree.add_argument("--full", action="store_true", help="show whole texts")
+    tree.set_defaults(call=tree_run)
+
+    view = commands.add_parser(
+        "view",
+        help="show a run in the browser: curves, groups, trees",
+        description="Writes one self-contained page with a run's curves, groups and trees, or serves it (--serve).",
+    )
+    view.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
+    view.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/view.html)")
+    view.add_argument(
+        "--leaves", type=int, default=20_000, metavar="N", help="most leaves, newest first (default: %(default)s)"
+    )
+    view.add_argument(
+        "--serve", action="store_true", help="serve the page on 127.0.0.1 and follow the run; Ctrl-C ends it"
+    )
+    view.add_argument("--port", type=int, default=8123, help="port of --serve; 0: a free one (default: %(default)s)")
+    view.add_argument("--open", action="store_true", help="open the page in a browser")
+    view.set_defaults(call=view_run)
+
+    plot = commands.add_parser(
+        "plot",
+        help="draw curves of one or more runs",
+        description="Draws curves of one or more runs as PNG, SVG or PDF.",
+    )
+    plot.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="output_dir of a run")
+    plot.add_argument("--kind", choices=KINDS_OF_PLOTS, default="reward", help="what to draw (default: %(default)s)")
+    plot.add_argument("--output", type=Path, metavar="FILE", help="picture to write (default: RUN/KIND.png)")
+    plot.set_defaults(call=plot_run)
+
+    timeline = commands.add_parser(
+        "timeline",
+        help="write the timeline of a rollout for Perfetto",
+        description="Writes when each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.",
+    )
+    timeline.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
+    timeline.add_argument("--step", type=int, help="step of the rollout (default: the newest)")
+    timeline.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: in RUN)")
+    timeline.set_defaults(call=timeline_run)
+
+
+def tree_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl tree`."""
+    from arpo_trl.viewing.terminal import show_trees
+
+    show_trees(arguments.run_folder, step=arguments.step, group=arguments.group, full=arguments.full)
+
+
+def view_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl view`."""
+    from arpo_trl.viewing.page import page
+    from arpo_trl.viewing.run import RunReader, required_log_files
+
+    run: Path = arguments.run_folder
+    reader = RunReader(run)
+    if arguments.serve:
+        return _serve(reader, arguments)
+    required_log_files(run)
+    reader.refresh()
+    output: Path = arguments.output or run / "view.html"
+    write_whole(output, page(reader, max_leaves=arguments.leaves))
+    print(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
+    if arguments.open:
+        _open(output.resolve().as_uri())
+
+
+def plot_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl plot`."""
+    from arpo_trl.viewing.plot import draw_plot
+
+    print(draw_plot(arguments.runs, arguments.kind, arguments.output))
+
+
+def timeline_run(arguments: argparse.Namespace) -> None:
+    """`arpo-trl timeline`."""
+    from arpo_trl.viewing.timeline import write_timeline
+
+    path = write_timeline(arguments.run_folder, arguments.step, arguments.output)
+    print(f"{path} (open it in https://ui.perfetto.dev, which reads it in the browser)")
+
+
+def _serve(reader: Any, arguments: argparse.Namespace) -> None:
+    from arpo_trl.viewing.server import ViewServer
+
+    reader.refresh()
+    with ViewServer(reader, arguments.port, arguments.leaves) as server:
+        print(f"{server.url} shows {reader.run} and follows it. Ctrl-C ends this.", flush=True)
+        if arguments.open:
+            _open(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print()
+
+
+def _open(url: str) -> None:
+    import webbrowser
+
+    webbrowser.open(url)

@@ -1,0 +1,130 @@
+"""Curves over the steps of a run: from its logged metrics, or else from its logged trees."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from arpo_trl.logs.metrics import Tally, tally_trees
+from arpo_trl.logs.trajectories import LoggedTree
+
+Points = list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A picture with several lines: logged metric → label. `patterns` add a line for each metric that matches.
+
+    A label of a pattern may hold `{}` for the part of the metric's name in parentheses.
+    """
+
+    name: str
+    title: str
+    unit: str
+    lines: Mapping[str, str] = field(default_factory=dict)
+    patterns: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+PANELS = (
+    Panel(
+        name="reward",
+        title="Reward and accuracy",
+        unit="mean",
+        lines={
+            "reward": "reward (training)", "arpo/accuracy": "accuracy (training)",
+            "eval_reward": "reward (held out)", "eval_arpo/accuracy": "accuracy (held out)",
+        },
+        note="The reward may exceed the accuracy by its bonus for tool use, and fall below it by its malus for a bad "
+        "format. Training and held-out questions differ.",
+    ),
+    Panel(
+        name="entropy",
+        title="Entropy after each tool",
+        unit="nats per token",
+        lines={"arpo/entropy/root": "at the root"},
+        patterns={r"arpo/entropy/after_(.+)": "after {}"},
+        note="Mean over the first k tokens of a turn, at the root or after a tool's result.",
+    ),
+    Panel(
+        name="tools",
+        title="Tool calls",
+        unit="calls per leaf, share",
+        lines={"arpo/tools/calls_per_leaf": "calls per leaf"},
+        patterns={r"arpo/tools/(.+)/failed": "share of {} that failed"},
+        note="Calls on the path of a leaf.",
+    ),
+    Panel(
+        name="sharing",
+        title="Shape of the trees",
+        unit="per prompt",
+        lines={
+            "arpo/tree/branches": "branches", "arpo/tree/topups": "top-ups",
+            "arpo/tree/sharing_ratio": "leaf tokens per sampled token",
+        },
+        note="A branch is an extra turn under a tool result. A top-up starts at the root instead.",
+    ),
+    Panel(
+        name="phases",
+        title="Time of a step",
+        unit="seconds",
+        lines={
+            "arpo/time/decode_s": "decode", "arpo/time/tool_wait_s": "waiting for tools",
+            "arpo/time/sync_s": "weights", "arpo/time/reward_s": "rewards",
+            "arpo/time/logprobs_s": "logprobs", "arpo/time/update_s": "update",
+        },
+        note="Seconds per rollout and rank; the update is one training step without generation.",
+    ),
+)  # fmt: skip
+
+
+def curves(panel: Panel, history: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
+    """Label → points (step, value) of the panel's lines that `history` has values for."""
+    rows = [row for row in history if isinstance(row.get("step"), int)]
+    labels = dict(panel.lines)
+    for key in sorted({key for row in rows for key in row}):
+        for pattern, label in panel.patterns.items():
+            if match := re.fullmatch(pattern, key):
+                labels[key] = label.format(match[1])
+    found = {
+        label: [
+            (row["step"], float(row[key]))
+            for row in rows
+            if isinstance(row.get(key), int | float) and math.isfinite(row[key])
+        ]
+        for key, label in labels.items()
+    }
+    return {label: points for label, points in found.items() if points}
+
+
+def whole_history(
+    logged: Sequence[Mapping[str, Any]], trees: Mapping[int, Sequence[LoggedTree]]
+) -> tuple[list[Mapping[str, Any]], int | None]:
+    """The log history, continued by what the logged trees tell of later steps, and the first step of the latter.
+
+    A run that goes on has saved its log history at its newest checkpoint only. The step is None if nothing is added.
+    """
+    last = max((row["step"] for row in logged if "reward" in row), default=0)
+    # A rollout at step s, counted from 0, appears in the history at step s + 1.
+    later = {step + 1: of_step for step, of_step in trees.items() if step + 1 > last}
+    return [*logged, *history_of_trees(later)], min(later, default=None)
+
+
+def history_of_trees(rollouts: Mapping[int, Sequence[LoggedTree]]) -> list[dict[str, Any]]:
+    """The metrics that the logged trees of each training step give, one row per step.
+
+    The rows have the names of the log history. They cover a sample of the trees, and no times, accuracies or top-ups.
+    """
+    rows = []
+    for step, logged in sorted(rollouts.items()):
+        tally = Tally()
+        tally_trees([tree.tree for tree in logged], tally)
+        values = {f"arpo/{name}": value for name, value in tally.values().items()}
+        rewards = [reward for tree in logged for reward in tree.rewards if reward is not None]
+        if rewards:
+            values["reward"] = sum(rewards) / len(rewards)
+        rows.append({"step": step, **values})
+    return rows

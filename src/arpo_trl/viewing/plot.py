@@ -1,0 +1,65 @@
+"""`arpo-trl plot`: curves of one or more runs as a picture for a paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from arpo_trl.common.files import whole_file
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.viewing.curves import PANELS, curves
+from arpo_trl.viewing.run import log_history
+
+FORMATS = (".png", ".svg", ".pdf")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
+STYLES = ("-", "--", ":", "-.")
+MARKED = 15
+"""A line with fewer points marks them."""
+
+
+def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Path:
+    """Draws the panel `kind` of the runs into a file and returns its path.
+
+    One run's lines differ in colour. With several runs, the colour says which run, and the style which metric.
+
+    Args:
+        output: The picture; its ending says the format. Default: `<kind>.png` in the folder of the first run.
+
+    Raises:
+        ConfigError: The ending is none of `FORMATS`.
+        DataError: None of the runs has logged such metrics.
+    """
+    from matplotlib.figure import Figure
+
+    output = output or runs[0] / f"{kind}.png"
+    if output.suffix not in FORMATS:
+        raise ConfigError(f"--output is {output}; expected a file that ends in {', '.join(FORMATS)}.")
+    panel = next(panel for panel in PANELS if panel.name == kind)
+    lines = {run: curves(panel, log_history(run)) for run in runs}
+    labels = list(dict.fromkeys(label for of_run in lines.values() for label in of_run))
+    if not labels:
+        raise DataError(
+            f"{', '.join(map(str, runs))} has no logged {kind}. Give the output_dir of a run that has ended or saved "
+            "a checkpoint."
+        )
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for i, (run, of_run) in enumerate(lines.items()):
+        for label, points in of_run.items():
+            j = labels.index(label)
+            axes.plot(
+                *zip(*points, strict=True),
+                color=COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)],
+                linestyle=STYLES[j % len(STYLES)] if len(runs) > 1 else "-",
+                marker="o" if len(points) < MARKED else None,
+                markersize=4,
+                label=f"{run.name}: {label}" if len(runs) > 1 else label,
+            )
+    axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=200, format=output.suffix[1:])
+    return output

@@ -1,0 +1,141 @@
+"""Reads what a run has written into its folder: logged metrics and logged trees, also while the run goes on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.common.user_files import expect, read_json
+from arpo_trl.errors import DataError
+from arpo_trl.logs.trajectories import LoggedTree, read_trees
+
+FOLDER = "trajectories"
+KINDS = {"step": "training", "eval": "evaluation"}
+"""Start of a log file's name → what its rollouts are."""
+_STATE = "trainer_state.json"
+_FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.(?P<part>\d+))?-rank(?P<rank>\d+)\.jsonl")
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LogFile:
+    """A file of the trajectory log. Files sort by step; the evaluation of a step comes before its training rollout.
+
+    LogFile.of(Path("runs/my/trajectories/step-000012-rank0.jsonl")).step  # 12
+    """
+
+    step: int
+    kind: str
+    """`eval` or `step`."""
+    part: int
+    rank: int
+    path: Path
+
+    @classmethod
+    def of(cls, path: Path) -> LogFile | None:
+        """The file at `path`; None if its name is not one of the log."""
+        match = _FILE.fullmatch(path.name)
+        if match is None:
+            return None
+        return cls(int(match["step"]), match["kind"], int(match["part"] or 0), int(match["rank"]), path)
+
+    @property
+    def rollout(self) -> str:
+        """The name without the rank: `step-000012`, or `eval-000012`."""
+        return self.path.stem.rpartition("-rank")[0]
+
+
+def log_files(run: Path) -> list[LogFile]:
+    """The files of the trajectory log in `run`, a run's output_dir or its folder `trajectories`.
+
+    Raises:
+        DataError: `run` is not a folder.
+    """
+    if not run.is_dir():
+        raise DataError(f"{run} is not a folder. Give the output_dir of a run.")
+    folder = run / FOLDER if (run / FOLDER).is_dir() else run
+    return sorted(file for path in folder.glob("*.jsonl") if (file := LogFile.of(path)) is not None)
+
+
+def required_log_files(run: Path) -> list[LogFile]:
+    """Like `log_files`, but a folder without such files is an error too."""
+    files = log_files(run)
+    if not files:
+        raise DataError(
+            f"{run} has no logged trees. Give the output_dir of a run, or train with trajectory_log_rate above 0."
+        )
+    return files
+
+
+def state_file(run: Path) -> Path | None:
+    """The file with the run's log history: that of its end, or else of its newest checkpoint; None if it has none."""
+    run = run.parent if run.name == FOLDER else run
+    checkpoints = [path for path in run.glob(f"checkpoint-*/{_STATE}") if path.parent.name[11:].isdecimal()]
+    states = [run / _STATE, *sorted(checkpoints, key=lambda path: -int(path.parent.name[11:]))]
+    return next((path for path in states if path.exists()), None)
+
+
+def log_history(run: Path) -> list[dict[str, Any]]:
+    """The metrics that the run has logged, one row per log line; empty if it has saved none.
+
+    Raises:
+        DataError: The file is not a trainer's state.
+    """
+    path = state_file(run)
+    if path is None:
+        return []
+    state = read_json(path)
+    expect(state, {"log_history": [dict]}, str(path))
+    return [row for row in state["log_history"] if isinstance(row.get("step"), int)]
+
+
+class RunReader:
+    """Reads the log files of a run, and again those that have changed.
+
+    `revision` grows with every change. `files` has, for each file, the revision at which it was read and its trees.
+    `history` has the logged metrics.
+
+        reader = RunReader(Path("runs/my"))
+        reader.refresh()
+    """
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.revision = 0
+        self.files: dict[LogFile, tuple[int, list[LoggedTree]]] = {}
+        self.history: list[dict[str, Any]] = []
+        self._seen: dict[Path, tuple[int, int]] = {}
+
+    def refresh(self) -> None:
+        """Reads what is new.
+
+        Raises:
+            DataError: A file is not a trajectory log.
+        """
+        state = state_file(self.run)
+        files = {file.path: file for file in log_files(self.run)}
+        found = {path: mark for path in (*files, state) if path is not None and (mark := _mark(path)) is not None}
+        if found == self._seen:
+            return
+        self.revision += 1
+        self.history = log_history(self.run)
+        self.files = {file: held for file, held in self.files.items() if file.path in found}
+        for path, file in files.items():
+            if path in found and found[path] != self._seen.get(path):
+                self.files[file] = (self.revision, list(read_trees(path)))
+        self._seen = found
+
+    def trees(self) -> Mapping[LogFile, Sequence[LoggedTree]]:
+        """The trees of each file, in the order of the files."""
+        return {file: self.files[file][1] for file in sorted(self.files)}
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """What changes when the file does; None if it is gone, as when a resumed run has just removed it."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_mtime_ns, status.st_size

@@ -1,0 +1,74 @@
+"""Serves the page of a run on this machine, and to the page what the run has written since."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import urllib.parse
+from threading import Lock
+
+from arpo_trl.errors import ArpoError, ConfigError
+from arpo_trl.viewing.page import as_json, changes, page
+from arpo_trl.viewing.run import RunReader
+
+HOST = "127.0.0.1"
+
+
+class ViewServer(http.server.ThreadingHTTPServer):
+    """An HTTP server for one run on 127.0.0.1. `port` 0 takes a free one; `url` says which.
+
+    Raises:
+        ConfigError: The port cannot be used.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, reader: RunReader, port: int, max_leaves: int):
+        self.reader, self.max_leaves = reader, max_leaves
+        self.lock = Lock()
+        """Held while the reader reads: requests come in threads of their own."""
+        try:
+            super().__init__((HOST, port), _Handler)
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"Port {port} of {HOST} cannot be used: {error}. Choose another --port.") from error
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.server_address[1]}/"
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: ViewServer
+
+    def do_GET(self) -> None:
+        # A page of another site whose name resolves to 127.0.0.1 must not read the run: its requests name that site.
+        if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
+            return self._answer(403, "text/plain", "Open this server as 127.0.0.1.")
+        url = urllib.parse.urlsplit(self.path)
+        try:
+            with self.server.lock:
+                self.server.reader.refresh()
+                if url.path == "/":
+                    text = page(self.server.reader, live=True, max_leaves=self.server.max_leaves)
+                    return self._answer(200, "text/html; charset=utf-8", text)
+                if url.path == "/changes":
+                    asked = urllib.parse.parse_qs(url.query).get("after", ["0"])[0]
+                    after = int(asked) if asked.isdecimal() else 0
+                    changed = changes(self.server.reader, after, self.server.max_leaves)
+                    return self._answer(200, "application/json", as_json(changed))
+        except ArpoError as error:  # a file that is no log; it may be mended while the server runs
+            return self._answer(500, "application/json", json.dumps({"error": str(error)}))
+        self._answer(404, "text/plain", "There is nothing here.")
+
+    def _answer(self, status: int, kind: str, text: str) -> None:
+        body = text.encode("utf-8")
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Prints nothing: the page asks every two seconds."""

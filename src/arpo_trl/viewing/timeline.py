@@ -1,0 +1,76 @@
+"""`arpo-trl timeline`: when each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.
+
+The file is in the Trace Event Format, as Perfetto and chrome://tracing read it. A tree is a process, a path a thread.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from arpo_trl.common.files import write_whole
+from arpo_trl.errors import DataError
+from arpo_trl.logs.trajectories import LoggedTree, read_trees
+from arpo_trl.rollout.tree import Node, NodeKind, address_text
+from arpo_trl.viewing.run import KINDS, required_log_files
+from arpo_trl.visible import visible_data
+
+SHORTEST_S = 0.0005
+"""Waits up to this many seconds are left out."""
+TEXT_CHARS = 300
+
+
+def write_timeline(run: Path, step: int | None, output: Path | None = None) -> Path:
+    """Writes the timeline of a training rollout, of the newest one if `step` is None, and returns the file's path.
+
+    Raises:
+        DataError: The run has no logged trees of that step, or none with times.
+    """
+    files = [file for file in required_log_files(run) if file.kind == "step" and step in (None, file.step)]
+    if not files:
+        raise DataError(f"{run} has no logged {KINDS['step']} rollout of step {step}.")
+    rollout = files[-1].rollout
+    chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in read_trees(file.path)]
+    if not any(tree.spans for _, tree in chosen):
+        raise DataError(f"The trees of {rollout} in {run} have no times: an older version of arpo-trl logged them.")
+    output = output or run / f"timeline-{rollout}.json"
+    events = [event for rank, tree in chosen for event in tree_events(tree, rank)]
+    write_whole(output, json.dumps({"displayTimeUnit": "ms", "traceEvents": visible_data(events)}))
+    return output
+
+
+def tree_events(logged: LoggedTree, rank: int) -> Iterator[dict[str, Any]]:
+    """The events of a tree: its decoding, tool calls and waits, and the names of its paths."""
+    process = {"pid": logged.group}
+    name = f"group {logged.group}, rank {rank}"
+    yield {**process, "ph": "M", "name": "process_name", "args": {"name": name}}
+    writers = logged.tree.writers()
+    threads = {address: number for number, address in enumerate(sorted(set(writers.values())))}
+    for address, number in threads.items():
+        name = f"path {address_text(address)}"
+        yield {**process, "ph": "M", "tid": number, "name": "thread_name", "args": {"name": name}}
+    for node in logged.tree.nodes[1:]:
+        if node.index in logged.spans and node.index in writers:
+            for name, start, end, details in _phases(node, *logged.spans[node.index]):
+                yield {
+                    **process,
+                    **{"tid": threads[writers[node.index]], "ph": "X", "name": name, "cat": name.partition(" ")[0]},
+                    **{"ts": round(start * 1e6), "dur": round((end - start) * 1e6), "args": details},
+                }
+
+
+def _phases(node: Node, start: float, end: float) -> Sequence[tuple[str, float, float, dict[str, Any]]]:
+    """Name, start, end and details of what happened in a node's span, in seconds.
+
+    Calls of one turn run together, so the longest one ends the tools' part. What is left of the span is waiting: for a
+    place among the calls that may run at once, or for the rollout to take the results in.
+    """
+    details = {"tokens": len(node.ids), "text": node.text[:TEXT_CHARS]}
+    if node.kind is NodeKind.TURN:
+        return [("decode", start, end, details)]
+    longest = max(node.calls, key=lambda call: call.seconds, default=None)
+    ran = min(end, start + longest.seconds) if longest is not None else start
+    phases = [(f"tool {longest.name}", start, ran, details)] if longest is not None and ran > start else []
+    return [*phases, ("wait", ran, end, {})] if end - ran > SHORTEST_S else phases

@@ -1,0 +1,407 @@
+"""`arpo-trl view`: what the page holds, what it lets through, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arpo_trl import cli
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.rules.threshold import Threshold
+from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource, ToolFailure
+from arpo_trl.viewing.curves import PANELS, curves, history_of_trees, whole_history
+from arpo_trl.viewing.page import as_json, newest, page, summary, tree_data
+from arpo_trl.viewing.run import LogFile, RunReader, log_history
+from arpo_trl.viewing.server import ViewServer
+from browser import VARIABLE, Tab, browsing, find_browser
+from support import ANSWER, Scripted
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\x1b[2J\u202e"
+
+
+def logged(
+    step: int = 4, group: int = 0, text: str = "1538 degrees", failure: ToolFailure | None = None
+) -> LoggedTree:
+    """root ── turn ── observation ──┬─ turn (0,)
+    └─ turn (0, 1, 0)"""
+    made = RolloutTree([1, 2, 3])
+    first = made.add_turn(0, [1, 1], "<search>iron</search>", [-0.5, -0.5], [0.25, 0.75])
+    call = ExecutedCall(
+        name="search",
+        arguments={"query": text},
+        text=text,
+        failure=failure,
+        seconds=0.1,
+        source=CallSource.EXECUTED,
+    )
+    seen = made.add_observation(first.index, [2], [call], text)
+    seen.decision = BranchDecision(entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1)
+    made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
+    made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
+    return LoggedTree(
+        step=step,
+        group=group,
+        prompt=f"question {group}: {text}",
+        tree=made,
+        rewards=[1.0, -1.0],
+        advantages=[0.75, -0.75],
+        rule={"name": "threshold", "branch_threshold": 0.5},
+        answers=["1538"],
+        spans={1: (0.0, 0.5), 2: (0.5, 0.75), 3: (0.75, 1.0), 4: (0.75, 1.25)},
+    )
+
+
+def file(name: str = "step-000004-rank0.jsonl") -> LogFile:
+    found = LogFile.of(Path(name))
+    assert found is not None
+    return found
+
+
+def save(run: Path, *trees: LoggedTree, name: str = "step-000004") -> Path:
+    path = TrajectoryLog(run / "trajectories", 1.0, 0, 0).write(name, trees)
+    assert path is not None
+    return path
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of two steps: a plain group, and one with a failed call and hostile text."""
+    folder = tmp_path / "run"
+    save(folder, logged(3), name="step-000003")
+    save(folder, logged(), logged(group=1, text=HOSTILE, failure=ToolFailure.TIMEOUT))
+    history = [{"step": 4, "reward": 0.25, "arpo/entropy/root": 0.5}, {"step": 5, "reward": 0.5}]
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folder
+
+
+def read(folder: Path) -> RunReader:
+    reader = RunReader(folder)
+    reader.refresh()
+    return reader
+
+
+def blocks(html: str) -> list[Any]:
+    """The JSON in the page: the index, then the trees."""
+    return [json.loads(text) for text in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', html)]
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_summary_of_a_group_counts_its_tree() -> None:
+    assert summary(file(), 0, logged(failure=ToolFailure.TIMEOUT)) == {
+        **{"key": "step-000004-rank0.jsonl:0", "file": "step-000004-rank0.jsonl", "kind": "step", "step": 4},
+        **{"group": 0, "prompt": "question 0: 1538 degrees", "rewards": [1.0, -1.0]},
+        # one of the two turns under the result is a branch; turns of 2, 1 and 1 tokens; the means are 0.5, 1.5, 0.5
+        **{"branches": 1, "calls": 1, "failed": 1, "tokens": 4, "highest": 1.5},
+    }
+
+
+def test_a_trees_data_have_tokens_by_role_decisions_and_outcomes() -> None:
+    data = tree_data(logged())
+    assert (data["prompt_tokens"], [node["tokens"] for node in data["nodes"]]) == (3, [3, 2, 1, 1, 1])
+    assert data["leaf_tokens"] == 8  # two paths of 2 + 1 + 1
+    assert data["rule"] == {"name": "threshold", "branch_threshold": 0.5}
+    first, seen, own, branch = data["nodes"][1:]
+    assert seen["decision"] == {
+        **{"entropy_nats": 1.0, "delta": 0.125, "probability": 0.525, "fires": True, "granted": 1},
+    }
+    assert (first["path"], own["path"], branch["path"]) == ("0", "0", "0,1,0")
+    assert branch["end"] == {"address": (0, 1, 0), "reward": -1.0, "advantage": -0.75, "tokens": 4}
+    assert (branch["stop"], branch["span"]) == ("length", [0.75, 1.25])
+
+
+def test_the_page_holds_the_newest_trees_that_fit_and_one_at_least() -> None:
+    trees = {file("step-000001-rank0.jsonl"): [logged(1)], file(): [logged(), logged(group=1)]}  # two leaves each
+    chosen, left_out = newest(trees, 4)
+    assert ([(each.step, number) for each, number, _ in chosen], left_out) == ([(4, 0), (4, 1)], 1)
+    assert [newest(trees, count)[1] for count in (6, 5, 1)] == [0, 1, 2]
+
+
+def test_files_sort_by_step_with_an_evaluation_before_the_training_rollout_of_its_step() -> None:
+    names = [
+        "eval-000004-rank0.jsonl",
+        "step-000004-rank0.jsonl",
+        "step-000004.1-rank0.jsonl",
+        "step-000010-rank0.jsonl",
+    ]
+    assert [each.path.name for each in sorted(map(file, reversed(names)))] == names
+    assert LogFile.of(Path("step-000001-rank0.jsonl.partial")) is None
+    assert file("step-000004.1-rank0.jsonl").rollout == "step-000004.1"
+
+
+def test_the_history_is_the_runs_or_else_that_of_its_newest_checkpoint(tmp_path: Path) -> None:
+    assert log_history(tmp_path) == []
+    for step in (9, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"log_history": [{"step": step}]}))
+    assert log_history(tmp_path) == [{"step": 10}]
+    (tmp_path / "trainer_state.json").write_text('{"log_history": [{"step": 12}, {"train_loss": 1}]}')
+    assert log_history(tmp_path) == log_history(tmp_path / "trajectories") == [{"step": 12}]
+    (tmp_path / "trainer_state.json").write_text("[]")
+    with pytest.raises(DataError, match=r"trainer_state\.json"):
+        log_history(tmp_path)
+
+
+def test_curves_have_the_named_and_the_matching_metrics_that_are_numbers() -> None:
+    reward, entropy, *_ = PANELS
+    history = [
+        {"step": 1, "reward": 0.5, "arpo/entropy/after_calculator": 1.25},
+        {"step": 2, "reward": float("nan"), "arpo/entropy/root": 0.25},
+        {"step": 2, "eval_arpo/accuracy": 0.75},
+    ]
+    assert curves(reward, history) == {"reward (training)": [(1, 0.5)], "accuracy (held out)": [(2, 0.75)]}
+    assert curves(entropy, history) == {"at the root": [(2, 0.25)], "after calculator": [(1, 1.25)]}
+
+
+def test_where_the_history_ends_the_logged_trees_go_on() -> None:
+    # Rewards 1 and −1; a turn of mean 0.5 at the root; 1.5 and 0.5 after search; paths of 8 tokens, 5 of them stored.
+    (of_trees,) = history_of_trees({7: [logged(6)]})
+    assert (of_trees["step"], of_trees["reward"], of_trees["arpo/entropy/root"]) == (7, 0.0, 0.5)
+    assert (of_trees["arpo/entropy/after_search"], of_trees["arpo/tree/sharing_ratio"]) == (1.0, 1.6)
+    rows, first = whole_history([{"step": 5, "reward": 0.5}], {4: [logged(4)], 6: [logged(6)]})
+    assert ([row["step"] for row in rows], first) == ([5, 7], 7)
+    assert whole_history([{"step": 5, "reward": 0.5}], {4: [logged(4)]})[1] is None
+
+
+# Hostile text --------------------------------------------------------------------------------------------------------
+
+
+def test_no_text_ends_a_script_or_carries_hidden_characters(run: Path) -> None:
+    html = page(read(run))
+    scripts = re.findall(r"<script[^>]*>.*?</script>", html, re.DOTALL)
+    assert len(scripts) == html.count("<script") == html.count("</script") == 5  # index, three trees, the page's own
+    assert not set(html) & set("\x1b\u202e")
+    index, _, _, tree = blocks(html)
+    assert tree["nodes"][2]["text"] == HOSTILE.replace("\x1b", "␛").replace("\u202e", "‹U+202E›")
+    assert [group["group"] for group in index["groups"]] == [0, 0, 1]
+
+
+def test_json_for_the_page_is_what_javascript_reads() -> None:
+    assert (
+        as_json({"<": [float("nan"), float("inf"), None, "\ud800"]})
+        == '{"\\u003c":["NaN","Infinity",null,"‹U+D800›"]}'
+    )
+
+
+def test_the_pages_policy_allows_its_own_script_and_no_request(run: Path) -> None:
+    html = page(read(run))
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', html)
+    assert re.match(
+        r"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-[^']+'; connect-src 'none'", policy
+    )
+    assert "http" not in html.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+
+
+# The command and the server ------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", *words])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    return int(end.value.code or 0)
+
+
+def test_the_command_writes_the_page_and_says_where(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "view", str(run)) == 0
+    assert capsys.readouterr().out.startswith(f"{run}/view.html (0.")
+    assert len(blocks((run / "view.html").read_text("utf-8"))[0]["groups"]) == 3
+    other = run.parent / "other.html"
+    assert command(monkeypatch, "view", str(run), "--output", str(other), "--leaves", "2") == 0
+    index, *trees = blocks(other.read_text("utf-8"))
+    assert (len(index["groups"]), len(trees), index["left_out"]) == (1, 1, 2)
+
+
+def test_a_folder_without_logged_trees_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(monkeypatch, "view", str(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith(f"DataError: {tmp_path} has no logged trees. Give the output_dir")
+    assert command(monkeypatch, "view", str(tmp_path / "nowhere")) == 2
+    assert "is not a folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def server(run: Path) -> Iterator[ViewServer]:
+    with ViewServer(RunReader(run), 0, 1000) as made:
+        thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+def ask(server: ViewServer, path: str, **headers: str) -> Any:
+    with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=20) as answer:
+        return json.loads(answer.read())
+
+
+def test_the_server_tells_what_is_new_since_a_revision(run: Path, server: ViewServer) -> None:
+    first = ask(server, "changes?after=0")
+    assert ([group["step"] for group in first["groups"]], first["files"]) == (
+        [3, 4, 4],
+        ["step-000003-rank0.jsonl", "step-000004-rank0.jsonl"],
+    )
+    assert ask(server, f"changes?after={first['revision']}")["groups"] == []
+    save(run, logged(5), name="step-000005")
+    (run / "trajectories/step-000003-rank0.jsonl").unlink()
+    second = ask(server, f"changes?after={first['revision']}")
+    assert [group["step"] for group in second["groups"]] == [5]
+    assert second["files"] == ["step-000004-rank0.jsonl", "step-000005-rank0.jsonl"]
+    assert second["groups"][0]["tree"]["prompt"] == "question 0: 1538 degrees"
+
+
+def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server: ViewServer) -> None:
+    assert server.server_address[0] == "127.0.0.1"
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        ask(server, "changes", Host="evil.example:80")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        ask(server, "etc/passwd")
+    (run / "trajectories/step-000006-rank0.jsonl").write_text("{}\n")
+    with pytest.raises(urllib.error.HTTPError, match="500") as error:
+        ask(server, "changes")
+    assert "step-000006-rank0.jsonl, line 1: not a logged tree" in json.loads(error.value.read())["error"]
+    with pytest.raises(ConfigError, match=f"Port {server.server_address[1]} of 127.0.0.1 cannot be used"):
+        ViewServer(RunReader(run), server.server_address[1], 1)
+
+
+# In a browser --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    browser = find_browser()
+    if browser is None:
+        pytest.skip(f"no Chromium or Chrome: install one, or set {VARIABLE} to its path")
+    with browsing(browser, tmp_path_factory.mktemp("profile")) as made:
+        yield made
+
+
+@pytest.fixture
+def shown(run: Path, tab: Tab) -> Tab:
+    (run / "view.html").write_text(page(read(run)), "utf-8")
+    tab.errors.clear()
+    tab.requests.clear()
+    tab.open((run / "view.html").as_uri())
+    return tab
+
+
+LISTED = "[...document.querySelectorAll('.group')].map((row) => row.firstChild.textContent)"
+
+
+def choose(tab: Tab, **boxes: bool | str) -> list[str]:
+    """What the list shows once these filters, by id, are set and all others cleared."""
+    tab.run("document.getElementById('clear').click()")
+    for name, value in boxes.items():
+        if isinstance(value, bool):
+            tab.run(f"document.getElementById('{name}').click()")
+        else:
+            tab.run(f"document.getElementById('{name}').value = {json.dumps(value)}; filter()")
+    return list(tab.run(LISTED))
+
+
+@pytest.mark.slow
+def test_the_list_filters_and_searches(shown: Tab) -> None:
+    first, second, third = (
+        "step 3 · group 0 · 1 branch",
+        "step 4 · group 0 · 1 branch",
+        "step 4 · group 1 · 1 branch · 1 failed",
+    )
+    assert choose(shown) == [second, third, first]
+    assert choose(shown, order="oldest") == [first, second, third]
+    assert choose(shown, failed=True) == [third]
+    assert choose(shown, step="3") == [first]
+    assert choose(shown, wrong=True, branched=True) == [second, third, first]
+    assert choose(shown, search="ONERROR") == [third]  # also what is markup, in any case
+    assert choose(shown, search="entropies") == []  # names of fields are not text
+    assert choose(shown, low="0.5") == []  # the mean rewards are 0
+    assert choose(shown, low="-0.5", high="0") == [second, third, first]
+
+
+@pytest.mark.slow
+def test_a_tree_says_why_it_branched_and_what_its_leaves_earned(shown: Tab) -> None:
+    shown.run("show('step-000004-rank0.jsonl:0')")
+    text = shown.run("document.getElementById('tree').innerText")
+    assert "Step 4, group 0" in text
+    assert "Branched: 1 extra turn — H 1.0000, ΔH +0.125000, P 0.525000, τ 0.5 (threshold)" in text
+    assert "branch 0,1,0 · reward -1.00 · advantage −0.75 · cut off by the length limit · 4 tokens" in text
+    assert re.search(r"expected\s+1538", text)
+    assert re.search(r"prompt 3\s+model 4\s+tool 1", text)
+    assert shown.run("document.querySelectorAll('#tree .path[open]').length") == 3
+    shown.run(
+        "[...document.querySelectorAll('#tree button')].find((each) => each.innerText === 'Collapse all').click()"
+    )
+    assert shown.run("document.querySelectorAll('#tree .path[open]').length") == 0
+    shown.run("document.querySelectorAll('.leaves button')[1].click()")  # opens the way down to that leaf
+    assert shown.run("document.querySelector('.path.target summary').innerText").startswith("branch 0,1,0")
+
+
+@pytest.mark.slow
+def test_hostile_text_stays_text_and_nothing_is_requested(shown: Tab) -> None:
+    shown.run("show('step-000004-rank0.jsonl:1')")
+    assert "<img src=x onerror=alert(1)>" in shown.run("document.getElementById('tree').innerText")
+    assert shown.run("document.title").endswith(" · arpo-trl")
+    assert shown.run("document.querySelectorAll('img, iframe, object, link').length") == 0
+    assert shown.errors == []
+    assert {url for url in shown.requests if url != "about:blank"} == {shown.run("location.href.split('#')[0]")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_and_follows_the_systems_colours(run: Path, shown: Tab, width: int) -> None:
+    backs = []
+    for dark in (False, True):
+        shown.open((run / "view.html").as_uri(), width, dark=dark)
+        shown.run("document.querySelector('.group').click()")
+        assert shown.run("document.documentElement.scrollWidth") <= width
+        backs.append(shown.run("getComputedStyle(document.body).backgroundColor"))
+    assert backs == ["rgb(255, 255, 255)", "rgb(18, 22, 29)"]
+    for wanted in ("dark", "light", "auto"):
+        shown.run("document.getElementById('theme').click()")
+        assert shown.run("document.getElementById('theme').innerText") == f"Theme: {wanted}"
+    assert shown.run("document.querySelectorAll('#curves svg').length") == len(blocks(page(read(run)))[0]["panels"])
+
+
+@pytest.mark.slow
+def test_the_page_of_a_live_run_takes_in_new_steps(run: Path, server: ViewServer, tab: Tab) -> None:
+    tab.errors.clear()
+    tab.open(server.url)
+    assert len(tab.run(LISTED)) == 3
+    save(run, logged(5), name="step-000005")
+    tab.until("index.groups.length === 4")
+    assert tab.run(LISTED)[0] == "step 5 · group 0 · 1 branch"
+    tab.run("document.querySelector('.group').click()")
+    assert "Step 5, group 0" in tab.run("document.getElementById('tree').innerText")
+    assert [error for error in tab.errors if "favicon" not in error] == []
+
+
+@pytest.mark.slow
+def test_what_the_sampler_makes_is_shown(tmp_path: Path, tab: Tab) -> None:
+    def searches(request: Any, context: str) -> ScriptedTurn:
+        depth = request.key[-1]
+        return ScriptedTurn(text=["<search>iron</search>", ANSWER][depth], entropies=[0.1 + depth])
+
+    rollout = Scripted(searches, leaves=4, at_root=2)()
+    trees = logged_trees(
+        rollout.trees, [1.0] * 4, [0.0] * 4, step=0, first_group=0, decode=str, rule=Threshold(), spans=rollout.spans
+    )
+    save(tmp_path, *trees, name="step-000000")
+    (tmp_path / "view.html").write_text(page(read(tmp_path)), "utf-8")
+    tab.open((tmp_path / "view.html").as_uri())
+    assert tab.run("document.querySelectorAll('#tree .path').length") == 6  # two paths, each forked into two
+    assert tab.run("document.querySelectorAll('#tree .decision.granted').length") == 2
