@@ -101,7 +101,8 @@ def accuracy_lines(
 ) -> dict[str, list[tuple[int, float]]]:
     """Return label → points (step, accuracy): one line for each set of held-out questions.
 
-    `accuracy` is the metric of the second. Training answers only some of the held-out questions, so its accuracy does not continue that of all questions.
+    Training answers only some of the held-out questions, so its accuracy does not continue that of all questions.
+    `accuracy` is its metric in `history`.
     """
     last = max(row["step"] for row in history if "reward" in row)
     whole = [(0, summary["accuracy_before"]), (last, summary["accuracy_after"])]
