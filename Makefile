@@ -1,5 +1,6 @@
 # make quickstart   set up, then teach a tiny model to use search and python       (SEED=1 for another seed;
-#                   OVERWRITE=1 removes an earlier quickstart, which is otherwise kept and refused)
+#                   OVERWRITE=1 removes an earlier quickstart, which is otherwise kept and refused;
+#                   TASK=shop teaches it to shop in an environment)
 # make test         set up, then check and run the tests; what CI runs
 # make test-fast    set up, then the quick tests: no processes, no vLLM; for the inner loop
 # make check        set up, then ruff and mypy
@@ -40,7 +41,8 @@ help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
 
 quickstart: $(READY)
-	$(BIN)/python -m arpo_trl.quickstart $(if $(SEED),--seed $(SEED)) $(if $(OVERWRITE),--overwrite_output_dir)
+	$(BIN)/python -m arpo_trl.quickstart $(if $(TASK),--task $(TASK)) $(if $(SEED),--seed $(SEED)) \
+	    $(if $(OVERWRITE),--overwrite_output_dir)
 
 test: check $(VLLM) $(TOKENIZERS)/.ready
 	$(PYTEST)

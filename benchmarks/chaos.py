@@ -32,15 +32,14 @@ from arpo_trl.quickstart.__main__ import (
     N_HELDOUT,
     N_TRAIN,
     RL_CONFIG,
-    SFT_BATCH,
     SFT_CONFIG,
     TOP_K,
     launch,
-    like_lengths_together,
     measure,
 )
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
+from arpo_trl.quickstart.task import SFT_BATCH, like_lengths_together
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
 from arpo_trl.tools.calls import ToolCall

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -77,15 +78,15 @@ def train(folder: Path, seed: int, variant: str, steps: int) -> dict[str, Any]:
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def as_table(rows: list[dict[str, Any]], variants: Iterable[str], columns: Mapping[str, str]) -> str:
     """Markdown: mean ± standard deviation over seeds."""
     by_variant: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         by_variant[row["variant"]].append(row)
-    lines = ["| | seeds | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---:|" * (len(COLUMNS) + 1)]
-    for variant in VARIANTS:
+    lines = ["| | seeds | " + " | ".join(columns.values()) + " |", "|---|" + "---:|" * (len(columns) + 1)]
+    for variant in variants:
         if found := by_variant.get(variant):
-            cells = [_cell([row[name] for row in found]) for name in COLUMNS]
+            cells = [_cell([row[name] for row in found]) for name in columns]
             lines.append(f"| {variant} | {len(found)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -133,7 +134,7 @@ def main() -> None:
             finished = {(row["variant"], row["seed"]) for row in done()}
             jobs = [(variant, seed) for variant in VARIANTS for seed in arguments.seeds]
             list(pool.map(run, [job for job in jobs if job not in finished]))
-    print(table(done()))
+    print(as_table(done(), VARIANTS, COLUMNS))
 
 
 if __name__ == "__main__":

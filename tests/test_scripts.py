@@ -57,7 +57,9 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
     }
     assert (summary["leaves"], summary["steps"]) == (32, 2)
     assert summary["branches"] + summary["topups"] == 16  # M − N = 4 in each of the 4 groups
-    draw(history, summary, entropy_places(before.trees), entropy_places(before.trees), tmp_path / "picture.png")
+    places = entropy_places(before.trees, ("search", "python"))
+    assert list(places) == ["after search", "after python", "elsewhere"]
+    draw(history, summary, places, places, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert summary_table(summary).row_count == 8
     trees = [tree for file in sorted((rl / "trajectories").glob("step-*.jsonl")) for tree in read_trees(file)]

@@ -37,13 +37,17 @@ ALONE = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size
 IN_PAIRS = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 2]
 BASELINES = [f"quickstart_{name}.yaml" for name in ("dapo", "dr_grpo", "grpo", "reinforce_plus_plus")]
 HERE = ["quickstart.yaml", *BASELINES, "quickstart_sft.yaml", "reasoning_10k.yaml"]
+SHOP = "quickstart_shop.yaml"
+"""tests/test_shop.py runs it."""
 QUANTIZED = "reasoning_qwen2.5_7b_qlora.yaml"
 NO_SLEEP = ("--vllm_enable_sleep_mode", "false")
 VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def test_every_configuration_is_run_by_one_of_these_tests():
-    assert sorted([*ALONE, *IN_PAIRS, *SERVED, *HERE, QUANTIZED]) == sorted(path.name for path in CONFIGS.iterdir())
+    assert sorted([*ALONE, *IN_PAIRS, *SERVED, *HERE, QUANTIZED, SHOP]) == sorted(
+        path.name for path in CONFIGS.iterdir()
+    )
 
 
 @pytest.fixture(scope="module")

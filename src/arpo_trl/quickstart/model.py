@@ -8,7 +8,7 @@ heads", Olsson et al. 2022) needs several times the demonstrations. Training sti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,14 @@ from arpo_trl.quickstart.tasks import make_tasks
 
 PAD_TOKEN = "<|endoftext|>"
 MESSAGE_START, MESSAGE_END = "<|im_start|>", "<|im_end|>"
-TAGS = tuple(f"<{slash}{name}>" for name in ("think", "search", "python", "result", "answer") for slash in ("", "/"))
+
+
+def tags_of(*names: str) -> tuple[str, ...]:
+    """Return the opening and the closing tag of each name."""
+    return tuple(f"<{slash}{name}>" for name in names for slash in ("", "/"))
+
+
+TAGS = tags_of("think", "search", "python", "result", "answer")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -42,10 +49,13 @@ _HEADS = 4
 _HEAD_DIM = 32
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
+def build_tokenizer(
+    texts: Iterable[str], vocab_size: int = 1000, tags: Sequence[str] = TAGS
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts` that can encode any text.
 
-    Each tool tag and protocol tag is one special token. EOS is `<|im_end|>`; the padding token differs from it.
+    Each of `tags`, those of the tools and of the protocol, is one special token. EOS is `<|im_end|>`; the padding
+    token differs from it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -57,7 +67,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD_TOKEN, MESSAGE_START, MESSAGE_END, *TAGS],
+        special_tokens=[PAD_TOKEN, MESSAGE_START, MESSAGE_END, *tags],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -66,7 +76,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 1000) -> PreTrainedT
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
         eos_token=MESSAGE_END,
-        additional_special_tokens=[MESSAGE_START, *TAGS],
+        additional_special_tokens=[MESSAGE_START, *tags],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_LENGTH,
@@ -111,9 +121,15 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausal
     return model
 
 
-def save_cold_start_base(directory: str | Path, seed: int = 0) -> None:
-    """Save the quickstart's tokenizer and its untrained model to `directory`, ready for `sft.py`."""
-    tokenizer = build_tokenizer(quickstart_texts())
+def save_cold_start_base(
+    directory: str | Path, seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
+) -> None:
+    """Save a tokenizer and its untrained model to `directory`, ready for `sft.py`.
+
+    Args:
+        tokenizer: None: that of the quickstart's questions.
+    """
+    tokenizer = tokenizer or build_tokenizer(quickstart_texts())
     tokenizer.save_pretrained(directory)
     build_model(tokenizer, seed).save_pretrained(directory)
 

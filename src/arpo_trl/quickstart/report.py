@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +17,23 @@ AVERAGED = 5
 """The number of steps whose mean reward is reported as the first and the last reward of a run."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EntropyPlaces:
-    """Mean entropy of a token in nats, for the first `PROBE` tokens after a tool result and for all other tokens."""
-
-    after_search: float
-    after_python: float
-    elsewhere: float
-
-    def as_summary(self) -> dict[str, float]:
-        return {
-            "entropy_after_search": self.after_search,
-            "entropy_after_python": self.after_python,
-            "entropy_elsewhere": self.elsewhere,
-        }
+ELSEWHERE = "elsewhere"
 
 
-def entropy_places(trees: Iterable[RolloutTree]) -> EntropyPlaces:
-    """Return the mean entropies of trees that hold the entropy of every token."""
-    found: dict[str, list[float]] = {"search": [], "python": [], "elsewhere": []}
+def entropy_places(trees: Iterable[RolloutTree], tools: Sequence[str]) -> dict[str, float]:
+    """Return mean entropies of a token, in nats, of trees that hold the entropy of every token.
+
+    "after TOOL", for each of `tools`, is over the first `PROBE` tokens after its results; "elsewhere" is over all
+    other tokens.
+    """
+    found: dict[str, list[float]] = {place: [] for place in (*(f"after {tool}" for tool in tools), ELSEWHERE)}
     for tree in trees:
         for turn in tree.turns():
             assert turn.parent is not None
-            after = tree.nodes[turn.parent].tool or "elsewhere"
-            found.setdefault(after, []).extend(turn.entropies[:PROBE])
-            found["elsewhere"].extend(turn.entropies[PROBE:])
-    return EntropyPlaces(
-        after_search=mean(found["search"]), after_python=mean(found["python"]), elsewhere=mean(found["elsewhere"])
-    )
+            after = found.get(f"after {tree.nodes[turn.parent].tool}", found[ELSEWHERE])
+            after.extend(turn.entropies[:PROBE])
+            found[ELSEWHERE].extend(turn.entropies[PROBE:])
+    return {place: mean(entropies) for place, entropies in found.items()}
 
 
 TERMS = (
@@ -109,15 +97,16 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
 
 
 def accuracy_lines(
-    history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]], summary: Mapping[str, Any], accuracy: str = "eval_arpo/accuracy"
 ) -> dict[str, list[tuple[int, float]]]:
     """Return label → points (step, accuracy): one line for each set of held-out questions.
 
     Training answers only some of the held-out questions, so its accuracy does not continue that of all questions.
+    `accuracy` is its metric in `history`.
     """
     last = max(row["step"] for row in history if "reward" in row)
     whole = [(0, summary["accuracy_before"]), (last, summary["accuracy_after"])]
-    watched = [(row["step"], row["eval_arpo/accuracy"]) for row in history if "eval_arpo/accuracy" in row]
+    watched = [(row["step"], row[accuracy]) for row in history if accuracy in row]
     lines = {"accuracy, all held-out questions": whole, "accuracy, those watched in training": watched}
     return {label: points for label, points in lines.items() if points}
 
@@ -125,9 +114,10 @@ def accuracy_lines(
 def draw(
     history: Sequence[Mapping[str, Any]],
     summary: Mapping[str, Any],
-    before: EntropyPlaces,
-    after: EntropyPlaces,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
     path: Path,
+    accuracy: str = "eval_arpo/accuracy",
 ) -> None:
     """Save the plot: reward and accuracy over steps, entropy around tool results, tool calls, tree shape."""
     from matplotlib.figure import Figure
@@ -138,18 +128,16 @@ def draw(
 
     x = [row["step"] for row in steps]
     curve.plot(x, [row["reward"] for row in steps], color="tab:blue", label="reward (training)")
-    lines = accuracy_lines(history, summary).items()
+    lines = accuracy_lines(history, summary, accuracy).items()
     for (label, points), colour in zip(lines, ("tab:green", "tab:orange"), strict=False):
         curve.plot(*zip(*points, strict=True), "o--", color=colour, label=label)
     curve.set(title="Reward and held-out accuracy", xlabel="step")
     curve.legend(fontsize="small")
 
-    labels = ["after search", "after python", "elsewhere"]
     for offset, (when, values) in zip((-0.2, 0.2), (("cold start", before), ("trained", after)), strict=True):
-        heights = list(values.as_summary().values())
-        bars = places.bar([i + offset for i in range(3)], heights, width=0.4, label=when)
+        bars = places.bar([i + offset for i in range(len(values))], list(values.values()), width=0.4, label=when)
         places.bar_label(bars, fmt="%.2f", fontsize=8)
-    places.set_xticks(range(3), labels)
+    places.set_xticks(range(len(before)), list(before))
     places.set(title=f"Entropy of the first {PROBE} tokens after a tool result", ylabel="nats per token")
     places.legend()
 

@@ -1,0 +1,31 @@
+"""Orders for the shop, as rows {kinds, budget, seed, id}.
+
+The budget is what the cheapest products in stock cost, and at most 1 more. So a customer has to compare prices.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from arpo_trl.quickstart.shop.environment import CATALOGUE, least_cost
+
+KINDS_PER_ORDER = 2
+_MAX_SLACK = 1
+
+
+def make_orders(seed: int, n_train: int, n_heldout: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return training and held-out rows. No two rows have the same shop; the same arguments give the same rows."""
+    rng = random.Random(seed)
+    shops = rng.sample(range(2**31), n_train + n_heldout)
+    rows = [_make_row(rng, shop) for shop in shops]
+    heldout, train = rows[:n_heldout], rows[n_heldout:]
+    for split, split_rows in (("train", train), ("heldout", heldout)):
+        for number, row in enumerate(split_rows):
+            row["id"] = f"{split}-{number}"
+    return train, heldout
+
+
+def _make_row(rng: random.Random, shop: int) -> dict[str, Any]:
+    kinds = rng.sample(sorted(CATALOGUE), KINDS_PER_ORDER)
+    return {"kinds": kinds, "budget": least_cost(kinds, shop) + rng.randint(0, _MAX_SLACK), "seed": shop}

@@ -1,0 +1,60 @@
+"""Train in the shop: `accelerate launch -m arpo_trl.quickstart.shop.train --config configs/quickstart_shop.yaml`.
+
+The pattern for an environment of your own: rows, a class, and `environment_factory`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+from datasets import Dataset
+from trl import ModelConfig
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.common.settings import check_fields, described
+from arpo_trl.logs.progress import show_compactly, show_log
+from arpo_trl.quickstart.shop.environment import Shop
+from arpo_trl.quickstart.task import read_lines
+from arpo_trl.runs.interrupts import follow_launcher
+from arpo_trl.scripts.start import required_model, start_errors
+
+
+@dataclass(kw_only=True)
+class ShopArguments:
+    """The orders, and the shop."""
+
+    dataset: str = field(metadata={"help": "Orders to train on: a .jsonl file of rows {kinds, budget, seed}."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Orders for evaluation during training."})
+    reset_seconds: float = field(
+        default=0.0, metadata=described("How long each reset of a shop takes.", at_least=0, unit="seconds")
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@report_errors
+def main() -> None:
+    follow_launcher()
+    show_log()
+    arguments, config, model_config = parse_settings((ShopArguments, ARPOConfig, ModelConfig))
+    evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
+    with start_errors():
+        trainer = ARPOTrainer(
+            model=required_model(model_config),
+            args=config,
+            train_dataset=Dataset.from_list(read_lines(arguments.dataset)),
+            eval_dataset=Dataset.from_list(read_lines(arguments.eval_dataset)) if evaluates else None,
+            environment_factory=partial(Shop, arguments.reset_seconds),
+        )
+    trainer.other_settings = (model_config, arguments)
+    show_compactly(trainer)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.save_state()
+    trainer.save_model(config.output_dir)
+
+
+if __name__ == "__main__":
+    main()
