@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.config import ARPOConfig
-from arpo_trl.options import RolloutSchedule, ShareCalls
+from arpo_trl.options import ProtocolKind, RolloutSchedule, ShareCalls
 from arpo_trl.rollout.build import LocalModel, LocalVLLM, VLLMServers, build_sampler
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
-from arpo_trl.rollout.protocols import ToolProtocol
+from arpo_trl.rollout.protocols import PROTOCOLS, ToolProtocol
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.training.vllm_setup import (
@@ -35,6 +35,24 @@ def toolbox_for(args: ARPOConfig, tools: Sequence[Callable[..., Any]]) -> ToolBo
         concurrency=args.tool_concurrency,
         per_tool=args.tool_places,
         cache=args.tool_cache,
+    )
+
+
+def protocol_for(
+    args: ARPOConfig, tokenizer: PreTrainedTokenizerBase, toolbox: ToolBox, generation_ends: Sequence[int]
+) -> ToolProtocol:
+    """The protocol that `args` choose, for the tools of `toolbox`.
+
+    Args:
+        generation_ends: The ids at which the model's generation config stops.
+    """
+    return PROTOCOLS[ProtocolKind(args.tool_protocol)](
+        tokenizer,
+        toolbox.specs,
+        max_result_tokens=args.max_tool_result_tokens,
+        chat_template_kwargs=args.chat_template_kwargs,
+        tool_parser=args.tool_parser,
+        eos_ids=generation_ends,
     )
 
 

@@ -19,12 +19,11 @@ from arpo_trl.data.loading import refuse_taken_columns
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import TrajectoryLog
-from arpo_trl.options import ProtocolKind, SharedPrefixForward
+from arpo_trl.options import SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.rollout.build import EngineSource, build_engine, context_of
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
-from arpo_trl.rollout.protocols import PROTOCOLS
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.training.advantages import Advantages
@@ -72,6 +71,7 @@ from arpo_trl.training.sharding import check_launch, model_for_generation
 from arpo_trl.training.sources import (
     colocated_source,
     logprobs_of,
+    protocol_for,
     sampler_for,
     sampling_params,
     served_source,
@@ -158,14 +158,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         owned = owned_reward(self._environments)
         self.toolbox = toolbox_for(args, tools)
         tokenizer = tokenizer_for(model, processing_class, args)
-        self.protocol = PROTOCOLS[ProtocolKind(args.tool_protocol)](
-            tokenizer,
-            self.toolbox.specs,
-            max_result_tokens=args.max_tool_result_tokens,
-            chat_template_kwargs=args.chat_template_kwargs,
-            tool_parser=args.tool_parser,
-            eos_ids=generation_ends(model, args),
-        )
+        self.protocol = protocol_for(args, tokenizer, self.toolbox, generation_ends(model, args))
         check_encoding(datasets, self.protocol, embedding_rows(model, args))
         self._interrupts = Interrupts()
         with without_trls_vllm_client(args, engine), weighted(args, owned):
@@ -183,6 +176,11 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 peft_config=peft_config,
             )
         self.tools = tools  # set here, since TRL's __init__ requires a chat template with tools, which tags do without
+        self._finish_init(datasets, engine)
+
+    def _finish_init(self, datasets: Sequence[Any], engine: Engine | None) -> None:
+        """The part of `__init__` after TRL's. `datasets`: the one for training, then those for evaluation."""
+        args = self.args
         log_defaults(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
@@ -202,7 +200,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.tree_sampler = self._make_sampler(engine)
         self._baseline = make_baseline(args)
         check_baseline(self._baseline, self.tree_sampler.engine)
-        check_ahead(args, self.tree_sampler.engine, train_dataset, self._environments)
+        check_ahead(args, self.tree_sampler.engine, self.train_dataset, self._environments)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
