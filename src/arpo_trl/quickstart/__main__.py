@@ -11,9 +11,11 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,7 +33,7 @@ from arpo_trl.quickstart.heldout import HeldOut, answer_heldout
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
 from arpo_trl.quickstart.shop.task import SHOP
-from arpo_trl.quickstart.task import Task, like_lengths_together, read_lines, write_lines
+from arpo_trl.quickstart.task import Measured, Task, like_lengths_together, read_lines, write_lines
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.runs.output_folder import prepare_output
 from arpo_trl.tools.builtin import ToolArguments, build_tools
@@ -124,23 +126,7 @@ TASKS = {"search": SEARCH, "shop": SHOP}
 
 @report_errors
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="arpo-trl quickstart",
-        description="Builds a tiny model, teaches it the format of tool calls on demonstrations, trains it with ARPO "
-        "and reports the results. Takes a few minutes on a CPU and downloads nothing.",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument(
-        "--task",
-        choices=list(TASKS),
-        default="search",
-        help="search: questions for search and python; shop: orders in a shop, an environment (default: search)",
-    )
-    parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_shop")
-    parser.add_argument("--hard", action="store_true", help="search only: queries have many forms, which is harder")
-    parser.add_argument("--config", help="name or file of stage 2's settings; default: the task's")
-    parser.add_argument("--overwrite_output_dir", action="store_true", help="remove an earlier quickstart in --output")
-    arguments = parser.parse_args()
+    arguments = _arguments()
     task = TASKS[arguments.task]
     if arguments.hard:
         if task is not SEARCH:
@@ -153,9 +139,19 @@ def main() -> None:
     data, sft, rl = output / "data", output / "sft", output / "rl"
     for folder in (sft, rl):
         prepare_output(str(folder), resume=None, overwrite=arguments.overwrite_output_dir)
+    console.print(
+        "Builds a tiny model, teaches it to call tools on demonstrations, and trains it with ARPO. In between it "
+        f"answers held-out tasks. Takes about five minutes on two CPU cores. Everything goes to {output}."
+    )
+
+    def measured(model: Path, temperature: float) -> Measured:
+        how = "sampled" if temperature else "greedy"
+        with console.status(f"Answering the held-out tasks, {how} …"):
+            return task.measure(model, data, seed, temperature=temperature)
 
     console.rule("[bold]Stage 1: cold start on noisy demonstrations")
-    task.prepare(data, seed)
+    with console.status("Making demonstrations …"):
+        task.prepare(data, seed)
     seconds_sft = launch(
         "sft",
         SFT_CONFIG,
@@ -164,8 +160,7 @@ def main() -> None:
         *("--output_dir", str(sft), "--seed", str(seed)),
         *task.cold_start,
     )
-    before = task.measure(sft, data, seed, temperature=1.0)
-    greedy_before = task.measure(sft, data, seed, temperature=0.0)
+    before, greedy_before = measured(sft, 1.0), measured(sft, 0.0)
     places = entropy_places(before.trees, task.tools)
     entropies = ", ".join(f"{entropy:.2f} {place}" for place, entropy in places.items())
     console.print(f"Held-out accuracy {before.accuracy:.2f}. Entropy of a token, in nats: {entropies}.")
@@ -179,8 +174,7 @@ def main() -> None:
         *("--output_dir", str(rl), "--seed", str(seed)),
         *task.flags(data),
     )
-    after = task.measure(rl, data, seed, temperature=1.0)
-    greedy_after = task.measure(rl, data, seed, temperature=0.0)
+    after, greedy_after = measured(rl, 1.0), measured(rl, 0.0)
 
     history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
     summary = {
@@ -197,13 +191,41 @@ def main() -> None:
         "config": config.name,
     }
     (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
-    after_places = entropy_places(after.trees, task.tools)
-    draw(history, summary, places, after_places, output / "quickstart.png", task.accuracy)
+    draw(history, summary, places, entropy_places(after.trees, task.tools), output / "quickstart.png", task.accuracy)
+    _show(console, output, rl, summary)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="arpo-trl quickstart",
+        description="Builds a tiny model, teaches it the format of tool calls on demonstrations, trains it with ARPO "
+        "and reports the results. Takes a few minutes on a CPU and downloads nothing.",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument(
+        "--task",
+        choices=list(TASKS),
+        default="search",
+        help="search: questions for search and python; shop: orders in a shop, an environment (default: search)",
+    )
+    parser.add_argument("--output", type=Path, help="default: runs/quickstart, or runs/quickstart_shop")
+    parser.add_argument("--hard", action="store_true", help="search only: queries have many forms, which is harder")
+    parser.add_argument("--config", help="name or file of stage 2's settings; default: the task's")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="remove an earlier quickstart in --output")
+    return parser.parse_args()
+
+
+def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) -> None:
+    """Print a tree that branched, and the table of the main numbers."""
     console.rule("[bold]One tree")
     if (tree := _tree_to_show(rl / "trajectories")) is not None:
         console.print(render_tree(tree))
     console.rule("[bold]Result")
     console.print(summary_table(summary))
+    console.print(
+        "Training rewards sampled answers, so watch the sampled accuracy: the model learns to make fewer mistakes when "
+        "it samples. The greedy accuracy starts high and may stay where it is."
+    )
     console.print(f"Picture: {output / 'quickstart.png'}   Numbers: {output / 'summary.json'}   Model: {rl}")
 
 
