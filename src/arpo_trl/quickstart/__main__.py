@@ -223,8 +223,8 @@ def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) 
     console.rule("[bold]Result")
     console.print(summary_table(summary))
     console.print(
-        "Training rewards sampled answers, so watch the sampled accuracy: the model learns to make fewer mistakes when "
-        "it samples. The greedy accuracy starts high and may stay where it is."
+        "Training rewards sampled answers, so watch the sampled accuracy: the model learns to make fewer mistakes "
+        "when it samples. The greedy accuracy starts high and may stay where it is."
     )
     console.print(f"Picture: {output / 'quickstart.png'}   Numbers: {output / 'summary.json'}   Model: {rl}")
 
