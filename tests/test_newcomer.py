@@ -75,7 +75,7 @@ def train(model, tmp_path, monkeypatch, capsys):
         ({"initial_rollouts": 5}, "initial_rollouts (N) is 5 but num_generations (M) is 2"),
         ({"tools": ["search"]}, "The search tool has search_provider=None"),
         ({"dataset": "missing.jsonl"}, "The file or folder missing.jsonl does not exist"),
-        ({"deepspeed": "missing.json"}, "Expected a string path to an existing deepspeed config"),
+        ({"deepspeed": "missing.json"}, "deepspeed is 'missing.json', but there is no such file."),
         ({"model_name_or_path": None}, "model_name_or_path is not set"),
     ],
     ids=str,

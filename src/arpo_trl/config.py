@@ -66,6 +66,19 @@ def take_the_cpu_if_alone(args: TrainingArguments) -> None:
         logger.warning("No accelerator was found: use_cpu is set to true, and training runs on the CPU.")
 
 
+def refuse_missing_deepspeed_config(args: TrainingArguments) -> None:
+    """Returns unless `deepspeed` is the path of a file that does not exist.
+
+    transformers refuses such a path too, but leaves a half-made object behind that breaks the next model it loads.
+
+    Raises:
+        ConfigError: The file does not exist.
+    """
+    path = args.deepspeed
+    if isinstance(path, str) and path.endswith(".json") and not os.path.exists(path):
+        raise ConfigError(f"deepspeed is {path!r}, but there is no such file. Check the path of the DeepSpeed config.")
+
+
 @dataclass
 class ARPOConfig(ToolLimits, GRPOConfig):
     """Configuration of [`ARPOTrainer`].
@@ -376,6 +389,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         if self.generation_batch_size is None:  # otherwise the number of steps depends on the number of ranks
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
         take_the_cpu_if_alone(self)
+        refuse_missing_deepspeed_config(self)
         try:
             super().__post_init__()
         except ValueError as error:

@@ -19,7 +19,7 @@ from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
-from arpo_trl.config import refuse_token, take_the_cpu_if_alone
+from arpo_trl.config import refuse_missing_deepspeed_config, refuse_token, take_the_cpu_if_alone
 from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
@@ -60,6 +60,7 @@ class ColdStartConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         take_the_cpu_if_alone(self)
+        refuse_missing_deepspeed_config(self)
         super().__post_init__()
 
 
