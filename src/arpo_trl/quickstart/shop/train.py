@@ -35,11 +35,14 @@ class ShopArguments:
         check_fields(self)
 
 
+SETTINGS = (ShopArguments, ARPOConfig, ModelConfig)
+
+
 @report_errors
 def main() -> None:
     follow_launcher()
     show_log()
-    arguments, config, model_config = parse_settings((ShopArguments, ARPOConfig, ModelConfig))
+    arguments, config, model_config = parse_settings(SETTINGS)
     evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
     with start_errors():
         trainer = ARPOTrainer(
