@@ -332,23 +332,24 @@ class StopsAfter(TrainerCallback):
 
 @pytest.mark.slow
 def test_no_row_is_lost_or_trained_twice_over_twenty_stops(model_path, tmp_path):
-    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment of a step."""
+    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment of a step, in as many runs as they need."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     make_trainer(model_path, tmp_path / "plain", **settings, rollouts_ahead=0).train()
-    draw, stops, finished = random.Random(0), 0, False
-    while not finished:
-        made = make_trainer(model_path, tmp_path / "ahead", **settings, rollouts_ahead=2)
-        if stops < 20:
-            made.add_callback(StopsAfter(made, draw.choice([1, 2]), draw.random() * 0.2))
-        try:
-            made.train(resume_from_checkpoint=True)
-            finished = True
-        except Interrupted:
-            stops += 1
-    assert stops == 20
-    assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
-    trained = Counter(prompt for prompts in prompts_by_step(tmp_path / "ahead").values() for prompt in prompts)
-    assert len(trained) == 24 and set(trained.values()) == {2}  # each row once an epoch
+    draw, stops, run = random.Random(0), 0, 0
+    while stops < 20:
+        folder, run, finished = tmp_path / f"ahead-{run}", run + 1, False
+        while not finished:
+            made = make_trainer(model_path, folder, **settings, rollouts_ahead=2)
+            if stops < 20:
+                made.add_callback(StopsAfter(made, draw.choice([1, 2]), draw.random() * 0.2))
+            try:
+                made.train(resume_from_checkpoint=True)
+                finished = True
+            except Interrupted:
+                stops += 1
+        assert prompts_by_step(folder) == prompts_by_step(tmp_path / "plain")
+        trained = Counter(prompt for prompts in prompts_by_step(folder).values() for prompt in prompts)
+        assert len(trained) == 24 and set(trained.values()) == {2}  # each row once an epoch
 
 
 @pytest.mark.slow
