@@ -332,7 +332,7 @@ class StopsAfter(TrainerCallback):
 
 @pytest.mark.slow
 def test_no_row_is_lost_or_trained_twice_over_twenty_stops(model_path, tmp_path):
-    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment of a step, in as many runs as they need."""
+    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment; they take as many runs as they need."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     make_trainer(model_path, tmp_path / "plain", **settings, rollouts_ahead=0).train()
     draw, stops, run = random.Random(0), 0, 0
