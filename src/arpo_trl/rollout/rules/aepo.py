@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from arpo_trl.common.settings import check_fields, described
+from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, clipped, mean, rise
 from arpo_trl.rollout.tree import BranchDecision, NodeKind
@@ -56,9 +56,6 @@ class AEPO(BranchRule):
     form: str = field(default="paper", metadata=described("Which formulas.", choices=("paper", "coded")))
     split_weight: float = field(default=0.5, metadata=described("Weight of entropies in m.", at_least=0))
     penalty: float = field(default=0.05, metadata=described("What a consecutive branching costs.", at_least=0))
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def first_paths(self, leaves: int) -> int:
         return 1

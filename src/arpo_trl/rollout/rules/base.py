@@ -131,6 +131,10 @@ class BranchRule(ABC):
     branches_per_fork: int = 1
     """Z: the number of extra turns under an observation that branches."""
 
+    def __post_init__(self) -> None:
+        """Checks the settings against their fields' metadata, as `described` writes it."""
+        check_fields(self)
+
     @property
     def most_branches(self) -> int:
         """The most branches of one observation."""
@@ -259,9 +263,6 @@ class Rounds(BranchRule):
     sets_branches: ClassVar[bool] = True
 
     rounds: int = field(default=1, metadata=described("Rounds of branches.", at_least=1))
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     def check(self, leaves: int, first_paths: int, results: int | None) -> None:
         super().check(leaves, first_paths, results)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from arpo_trl.common.settings import check_fields, described
+from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, grant, mean, rise
 from arpo_trl.rollout.tree import BranchDecision
@@ -38,9 +38,6 @@ class CBPO(BranchRule):
     least: float = field(default=0.25, metadata=described("An observation branches if P is more.", at_least=0))
     per_node: int = field(default=3, metadata=described("Most branches of an observation.", at_least=1))
     per_path: int = field(default=4, metadata=described("Most branches along a path.", at_least=1))
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
     @property
     def most_branches(self) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar
 
-from arpo_trl.common.settings import check_fields, described
+from arpo_trl.common.settings import described
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.estimates import DepthEstimates, depth_sums
 from arpo_trl.rollout.rules import register_rule
@@ -71,7 +71,7 @@ class Schedule(BranchRule):
     At most one number; empty before the first step."""
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        super().__post_init__()
         valid = isinstance(self.widths, list | tuple) and all(type(k) is int and k >= 1 for k in self.widths)
         if not valid:
             raise ConfigError(f"widths is {self.widths!r}; expected integers of at least 1, such as [1, 3, 2].")
