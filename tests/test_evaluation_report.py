@@ -1,5 +1,4 @@
 import json
-import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,13 +8,14 @@ import pytest
 
 from arpo_trl.evaluation import report
 from arpo_trl.evaluation.results import suites_of, summarise
+from browser import find_browser
 from evaluating import GSM8K, called, record
 
 HOSTILE = (
     "</pre><script>document.title='owned'</script><img src='http://evil.example/x.png' onerror=alert(1)>"
     '"><a href="javascript:alert(1)">x</a> {{ 7*7 }} &lt;b&gt; | [link](http://evil.example) <https://evil.example>'
 )
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = find_browser()
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 
 
