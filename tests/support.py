@@ -32,6 +32,7 @@ from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, Score, TreeSampler, TreeSettings
 from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
+from arpo_trl.tools.state import PathState
 from arpo_trl.tools.toolbox import ToolBox
 
 TEXTS = ["the melting point of iron is 1538 degrees", "print(1538 - 1000)", "what is the answer to a question"]
@@ -83,6 +84,29 @@ def small_settings() -> dict[str, Any]:
         "eos_token_id": tokenizer().eos_token_id,
         "pad_token_id": tokenizer().pad_token_id,
     }
+
+
+def line_tools(create_state: Callable[[int], PathState]) -> list[Callable[..., Any]]:
+    """The tools `write` and `read`, whose calls run on the states that `create_state` makes."""
+
+    def write(text: str) -> str:
+        """Write a line.
+
+        Args:
+            text: The line.
+        """
+        raise AssertionError("the state's own is called")
+
+    def read(what: str) -> str:
+        """Read all lines.
+
+        Args:
+            what: Not used.
+        """
+        raise AssertionError("the state's own is called")
+
+    write.create_state = read.create_state = create_state  # type: ignore[attr-defined]
+    return [write, read]
 
 
 def child_environment(command: Sequence[str | Path], environment: Mapping[str, str]) -> dict[str, str]:

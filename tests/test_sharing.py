@@ -27,7 +27,7 @@ from arpo_trl.tools.python.local import python_tool
 from arpo_trl.tools.sharing import history_after, sharing_keys
 from arpo_trl.tools.state import PathState
 from arpo_trl.tools.toolbox import tool_spec
-from support import ANSWER, ON_CPU, Scripted, search, tiny_model, tokenizer
+from support import ANSWER, ON_CPU, Scripted, line_tools, search, tiny_model, tokenizer
 
 both_schedules = pytest.mark.parametrize("schedule", list(RolloutSchedule))
 
@@ -208,26 +208,9 @@ class Store:
         self.written: list[str] = []
         self.open: dict[Lines, int] = {}
         self.group_that_fails = group_that_fails
-
-        def write(text: str) -> str:
-            """Write a line.
-
-            Args:
-                text: The line.
-            """
-            raise AssertionError("the state's own is called")
-
-        def read(what: str) -> str:
-            """Read all lines.
-
-            Args:
-                what: Not used.
-            """
-            raise AssertionError("the state's own is called")
-
-        write.create_state = read.create_state = self.create  # type: ignore[attr-defined]
-        write.depends_on_calls_only = read.depends_on_calls_only = True  # type: ignore[attr-defined]
-        self.tools = [write, read]
+        self.tools = line_tools(self.create)
+        for tool in self.tools:
+            tool.depends_on_calls_only = True  # type: ignore[attr-defined]
 
     def create(self, group: int) -> Lines:
         return Lines(self, group, [])

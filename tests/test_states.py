@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 
@@ -24,7 +23,7 @@ from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import StopReason
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.state import PathState
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, line_tools
 
 
 class World:
@@ -35,25 +34,7 @@ class World:
         """What raises: `create`, `fork` or `close`."""
         self.opened: list[Notes] = []
         self.closed: Counter[Notes] = Counter()
-
-        def write(text: str) -> str:
-            """Write a line.
-
-            Args:
-                text: The line.
-            """
-            raise AssertionError("the state's own is called")
-
-        def read(what: str) -> str:
-            """Read all lines.
-
-            Args:
-                what: Not used.
-            """
-            raise AssertionError("the state's own is called")
-
-        write.create_state = read.create_state = self.create  # type: ignore[attr-defined]
-        self.tools: list[Callable[..., Any]] = [write, read]
+        self.tools = line_tools(self.create)
 
     def create(self, group: int) -> Notes:
         if self.failing == "create" and group == 1:
