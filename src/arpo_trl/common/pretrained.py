@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from arpo_trl.errors import ConfigError
 
 T = TypeVar("T")
@@ -37,8 +39,7 @@ def _reason(name: str, error: Exception) -> str:
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             return "there is no such folder. Check the path."
         return f"there is no such folder, and the Hub does not provide it ({told}). Check the name and the connection."
-    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()]
-    if checkpoints and not any((folder / file).exists() for file in ("config.json", "adapter_config.json")):
-        newest = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
+    finished = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
+    if not finished and folder.is_dir() and (newest := get_last_checkpoint(name)) is not None:
         return f"the folder has checkpoints, but no finished model. Give the newest checkpoint: {newest}."
     return f"{told}. Expected a folder that save_pretrained wrote, or a Hub id."
