@@ -132,7 +132,8 @@ def part_c(options: argparse.Namespace, errors: list[str]) -> None:
             found = files.read(trained_file(options.output, seed, arm))
             if found is None or found["planned_steps"] != options.steps:
                 jobs.append((seed, arm))
-    jobs.sort(key=lambda job: job[1].dynamic)  # last, since they need the calls of others
+    # Seeds in turn, so that a run that was stopped has pairs. What trains with few seeds comes after the comparisons.
+    jobs.sort(key=lambda job: (seeds_of(job[1], most, 0) == 0, job[0]))
     cold = sorted({seed for seed, _ in jobs if not (options.output / f"seed{seed}" / "sft").exists()})
     seconds = len(cold) * COLD_START_S + len(jobs) * TRAINED_ARM_S * options.steps / training.STEPS
     announce("c", len(jobs), seconds, options.jobs)
