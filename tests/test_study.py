@@ -168,6 +168,19 @@ def test_a_tiny_tabular_study_is_resumed_and_shown(tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.slow
+def test_a_cold_start_is_trained_once_for_each_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "N_TRAIN", 8)
+    monkeypatch.setattr(training, "N_HELDOUT", 2)
+    short = tmp_path / "one_step.yaml"
+    short.write_text(training.SFT_CONFIG.read_text("utf-8") + "max_steps: 1\n", "utf-8")
+    monkeypatch.setattr(training, "SFT_CONFIG", short)
+    for _ in range(2):
+        training.cold_start(tmp_path / "seed0", 0)
+        monkeypatch.setattr(training, "launch", None)  # the second time nothing is run
+    assert {path.name for path in (tmp_path / "seed0").iterdir()} == {"data", "sft"}
+
+
+@pytest.mark.slow
 def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
     """The model is untrained: this is about the files, not about its accuracy."""
     monkeypatch.setattr(training, "PROMPTS", 2)

@@ -42,7 +42,7 @@ def cold_start(folder: Path, seed: int) -> None:
     start = time.perf_counter()
     with whole_folder(folder / "sft") as partial:
         launch(
-            "sft.py",
+            "sft",
             SFT_CONFIG,
             *("--model_name_or_path", str(folder / "data/base")),
             *("--dataset", str(folder / "data/demonstrations.jsonl")),

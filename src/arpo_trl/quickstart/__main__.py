@@ -94,7 +94,7 @@ def launch(script: str, config: Path, *flags: str) -> float:
     """Run a program with `accelerate launch`. Return the seconds it took.
 
     Args:
-        script: A program of `arpo_trl.scripts`, or the full name of another module.
+        script: A program of `arpo_trl.scripts`, the full name of another module, or a path that ends with `.py`.
 
     Raises:
         SystemExit: The script failed. It has printed its own error.
@@ -103,8 +103,10 @@ def launch(script: str, config: Path, *flags: str) -> float:
     # By default accelerate gives a process one thread. This model does not get faster with more than four.
     environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
     start = time.perf_counter()
-    module = script if "." in script else f"arpo_trl.scripts.{script}"
-    command += ["--module", module, "--config", str(config), *flags]
+    if not script.endswith(".py"):
+        command.append("--module")
+        script = script if "." in script else f"arpo_trl.scripts.{script}"
+    command += [script, "--config", str(config), *flags]
     status = subprocess.run(command, env=environment, check=False).returncode
     if status:
         raise SystemExit(status)
