@@ -198,7 +198,10 @@ class World:
         return any(path.exists() for path in self._shared_places())
 
     def contacted(self) -> bool:
-        return bool(select.select([self.tcp, self.udp, self.unix, self.abstract], [], [], 0.1)[0])
+        poller = select.poll()
+        for socket in (self.tcp, self.udp, self.unix, self.abstract):
+            poller.register(socket, select.POLLIN)
+        return bool(poller.poll(100))
 
     def target_hurt(self) -> bool:
         with contextlib.suppress(subprocess.TimeoutExpired):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from functools import lru_cache
@@ -16,12 +17,15 @@ _STOP_TIMEOUT_S = 1.0
 
 
 class LoopThread:
-    """An event loop in a daemon thread."""
+    """An event loop in a daemon thread. It ends with `stop`, or when nothing refers to this object any more."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        # The thread refers to the loop alone. A reference to this object would keep both for good.
+        self._thread = threading.Thread(target=_run, args=(self._loop,), name=name, daemon=True)
         self._thread.start()
+        self._end = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        self._end.atexit = False  # a daemon thread ends with its process
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start `coroutine` and return its future. Cancelling the future cancels the coroutine."""
@@ -29,17 +33,19 @@ class LoopThread:
 
     def stop(self) -> None:
         """Cancel all running coroutines and end the thread. If a tool blocks the loop, the thread is left running."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._end()
         self._thread.join(_STOP_TIMEOUT_S)
 
-    def _run(self) -> None:
-        self._loop.run_forever()
-        tasks = asyncio.all_tasks(self._loop)
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            self._loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S / 2))
-        self._loop.close()
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run `loop` until it is stopped. Then cancel what still runs on it, and close it."""
+    loop.run_forever()
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=_STOP_TIMEOUT_S / 2))
+    loop.close()
 
 
 def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:

@@ -223,8 +223,11 @@ class _Worker:
             self._syscalls.drop_capabilities()
             if self._tier != "unsafe":
                 self._syscalls.confine()
-            if self._warm and not select.select([waiting], [], [], _IDLE_S)[0]:
-                exec(_TOUCH, {})
+            if self._warm:
+                poller = select.poll()
+                poller.register(waiting, select.POLLIN)
+                if not poller.poll(_IDLE_S * 1000):
+                    exec(_TOUCH, {})
             if not os.read(waiting, 1):  # the worker has exited
                 return
             with open(os.open(CELLS_FILE, os.O_RDONLY, dir_fd=folder), encoding="utf-8") as file:

@@ -1,0 +1,60 @@
+"""Tests of event loops in threads."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+from datasets import Dataset
+
+from arpo_trl.net.background import LoopThread
+from support import sampling_trainer, tiny_model
+
+
+def test_a_loop_ends_with_the_object_that_holds_it():
+    started = _descriptors()
+    loop = LoopThread("arpo-short-lived")
+    waiting = loop.start(asyncio.sleep(60))
+    del loop
+    with pytest.raises(CancelledError):
+        waiting.result(5)
+    _wait_for([], started)
+
+
+def test_trainers_that_are_gone_leave_no_threads_and_no_descriptors(tmp_path):
+    """A process that trains many times would run out of descriptors."""
+    rows = Dataset.from_list([{"prompt": "question", "answer": "answer"}] * 2)
+
+    def train(name: str) -> None:
+        sampling_trainer(tiny_model(), tmp_path / name, rows, max_steps=1).train()
+        gc.collect()
+
+    gc.collect()
+    threads = _threads()
+    train("first")  # in which libraries open what they keep
+    _wait_for(threads, sys.maxsize)
+    started = _descriptors()
+    train("second")
+    train("third")
+    _wait_for(threads, started)
+
+
+def _threads() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("arpo-"))
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _wait_for(threads: list[str], descriptors: int) -> None:
+    end = time.monotonic() + 5
+    while _threads() != threads or _descriptors() > descriptors:
+        assert time.monotonic() < end, threading.enumerate()
+        time.sleep(0.01)
