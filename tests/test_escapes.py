@@ -199,8 +199,8 @@ class World:
 
     def contacted(self) -> bool:
         poller = select.poll()
-        for socket in (self.tcp, self.udp, self.unix, self.abstract):
-            poller.register(socket, select.POLLIN)
+        for listener in (self.tcp, self.udp, self.unix, self.abstract):
+            poller.register(listener, select.POLLIN)
         return bool(poller.poll(100))
 
     def target_hurt(self) -> bool:
