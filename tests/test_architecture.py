@@ -96,3 +96,15 @@ def test_the_documented_picture_is_the_graph() -> None:
     picture = DOCS.read_text("utf-8").split("## Rooms")[1].split("\n## ")[0]
     documented = [line.split("`")[1].rstrip("/") for line in picture.splitlines() if line.startswith("| `")]
     assert documented == list(ROOMS)
+
+
+def test_modules_log_only_through_the_filter_for_hostile_text() -> None:
+    found = [
+        f"{module}: {ast.unparse(node)}"
+        for module, tree in modules()
+        if module != "visible"
+        for node in ast.walk(tree)
+        if ("accelerate.logging" in ast.unparse(node) and isinstance(node, ast.Import | ast.ImportFrom))
+        or (isinstance(node, ast.Call) and ast.unparse(node) in ("logging.getLogger(__name__)", "getLogger(__name__)"))
+    ]
+    assert found == []

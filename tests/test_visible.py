@@ -4,10 +4,11 @@ import io
 import logging
 
 import pytest
+from accelerate import PartialState
 
 from arpo_trl.cli import report_errors
 from arpo_trl.errors import DataError, ToolError, ToolUnavailable
-from arpo_trl.visible import get_logger, visible, visible_data, without_credentials
+from arpo_trl.visible import get_logger, get_rank_logger, visible, visible_data, without_credentials
 
 OSC_52 = "\x1b]52;c;Y3VybA==\x07"  # fills the clipboard
 HOSTILE = f"a{OSC_52}\x1b[2J\x9b31m\u202eb\u2066\u200bc"
@@ -64,16 +65,19 @@ def test_an_error_that_ends_a_command_cannot_steer_the_terminal(capsys):
     assert capsys.readouterr().err == f"DataError: {SHOWN}\n"
 
 
-def test_a_message_of_our_loggers_cannot_steer_the_terminal():
+@pytest.mark.parametrize("get", [get_logger, get_rank_logger])
+def test_a_message_of_our_loggers_cannot_steer_the_terminal(get):
+    PartialState()  # accelerate's loggers need it
     said = io.StringIO()
-    logger, handler = get_logger("arpo_trl.tests.visible"), logging.StreamHandler(said)
-    logger.addHandler(handler)
+    name = f"arpo_trl.tests.{get.__name__}"
+    logger, handler = get(name), logging.StreamHandler(said)
+    logging.getLogger(name).addHandler(handler)
     try:
         logger.warning("it said: %s", HOSTILE)
         logger.warning("100 % of it", stacklevel=1)
     finally:
-        logger.removeHandler(handler)
-    assert said.getvalue() == f"it said: {SHOWN}\n100 % of it\n"
+        logging.getLogger(name).removeHandler(handler)
+    assert said.getvalue().replace("[RANK 0] ", "") == f"it said: {SHOWN}\n100 % of it\n"
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,11 +27,12 @@ from arpo_trl.options import (
 from arpo_trl.rollout.credit import SharedPrefixWeight, attributions, build_credit
 from arpo_trl.rollout.engines.generation_rules import refuse_rules, rules_of
 from arpo_trl.rollout.rules import RULES, BranchRule, build_rule
+from arpo_trl.visible import get_logger
 
 if TYPE_CHECKING:
     from arpo_trl.rollout.credit.base import Credit
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo")
 """TRL's. TRL itself notices a wrong one only in the first update."""

@@ -12,7 +12,10 @@ import logging
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from accelerate.logging import MultiProcessAdapter
 
 _LAYOUT = "\n\t"
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
@@ -87,6 +90,15 @@ def get_logger(name: str) -> logging.Logger:
     logger = logging.getLogger(name)
     logger.addFilter(_VISIBLE_MESSAGES)
     return logger
+
+
+def get_rank_logger(name: str) -> MultiProcessAdapter:
+    """Return accelerate's logger `name`, which by default logs on the main process only, with the filter of
+    `get_logger`."""
+    from accelerate import logging as of_ranks  # slow to import, and most modules that log need only `get_logger`
+
+    get_logger(name)
+    return of_ranks.get_logger(name)
 
 
 class _VisibleMessages(logging.Filter):

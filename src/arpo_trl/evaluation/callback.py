@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
@@ -20,8 +19,9 @@ from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record, counted
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.training.trainer import ARPOTrainer
+from arpo_trl.visible import get_rank_logger
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 
 class EvaluationCallback(TrainerCallback):

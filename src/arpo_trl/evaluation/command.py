@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import statistics
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -41,9 +40,9 @@ from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
-from arpo_trl.visible import visible
+from arpo_trl.visible import get_logger, visible
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DONE, SOME_FAILED = 0, 1
 

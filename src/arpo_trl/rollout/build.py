@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from accelerate.logging import get_logger
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,13 +30,14 @@ from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.visible import get_rank_logger
 
 if TYPE_CHECKING:
     from vllm import LLM
 
     from arpo_trl.rollout.engines.vllm.weights import ServedWeights
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 UNLIMITED_CALLS = 1 << 30
 

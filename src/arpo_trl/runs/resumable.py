@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.logging import get_logger
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 from trl import GRPOTrainer
@@ -30,8 +29,9 @@ from arpo_trl.runs.checkpoints import (
 )
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name
+from arpo_trl.visible import get_rank_logger
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 
 class Resumable(GRPOTrainer):

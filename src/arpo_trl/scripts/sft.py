@@ -8,7 +8,6 @@ prompts and tool results are masked. Turns are encoded by the tool protocol that
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 
 from datasets import load_dataset
@@ -26,8 +25,9 @@ from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.output_folder import prepare_output, wants_to_resume
 from arpo_trl.scripts.start import required_model, start_errors
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

@@ -19,7 +19,6 @@ in a thread of the tools before the path's first turn, for a path from the root 
 from __future__ import annotations
 
 import asyncio
-import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ from typing import Any
 
 from arpo_trl.errors import ToolSpecError
 from arpo_trl.tools.calls import ToolCall, ToolFailure
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class PathState(ABC):

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset
 
 from arpo_trl.config import ARPOConfig
@@ -19,8 +18,9 @@ from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.environments.instances import Counts
 from arpo_trl.tools.environments.kind import Forking, environment_kind
 from arpo_trl.tools.environments.state import Environments
+from arpo_trl.visible import get_rank_logger
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 NO_PROMPT = [{"role": "user", "content": ""}]
 """The prompt of rows that have none, to which the text of `reset` is appended, as in TRL."""

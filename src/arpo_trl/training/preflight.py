@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from datasets import Dataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
@@ -30,8 +29,9 @@ from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.training.prefix_sharing import share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
+from arpo_trl.visible import get_rank_logger
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 
 def refuse_own_rollouts(rollout_func: Any) -> None:

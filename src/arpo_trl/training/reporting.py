@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
@@ -23,9 +22,9 @@ from arpo_trl.tools.environments.state import Environments
 from arpo_trl.training.environments import tally_environments
 from arpo_trl.training.last_rollout import LastRollout
 from arpo_trl.trl_seam import print_prompt_completions_sample
-from arpo_trl.visible import visible, visible_data
+from arpo_trl.visible import get_rank_logger, visible, visible_data
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 
 class Reporting(GRPOTrainer):

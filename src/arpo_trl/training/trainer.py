@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
 from trl import GRPOTrainer
@@ -79,8 +78,9 @@ from arpo_trl.training.sources import (
     transformers_source,
 )
 from arpo_trl.trl_seam import pad
+from arpo_trl.visible import get_rank_logger
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 
 class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publishing, GRPOTrainer):

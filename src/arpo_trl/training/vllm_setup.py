@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 from torch.distributed import ProcessGroup
 from transformers import PreTrainedTokenizerBase
 
@@ -20,8 +19,9 @@ from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, chec
 from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, Transfer
 from arpo_trl.trl_seam import VLLMGeneration
+from arpo_trl.visible import get_rank_logger
 
-logger = get_logger(__name__)
+logger = get_rank_logger(__name__)
 
 
 def colocated_weights(

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.logging import get_logger
 
-logger = get_logger(__name__)
+from arpo_trl.visible import get_rank_logger
+
+logger = get_rank_logger(__name__)
 
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 _SETTINGS = {"bfloat16": "bf16: true", "float16": "fp16: true", "float32": "bf16: false"}

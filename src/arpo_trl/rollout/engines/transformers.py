@@ -40,8 +40,9 @@ from arpo_trl.rollout.engines.visibility import (
     why_not_sampled,
 )
 from arpo_trl.rollout.text import decode_exactly, stop_window
+from arpo_trl.visible import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PREFILL_TOKENS = 16_384
 """The most tokens, padding included, in one prefill forward. Limits its activations."""
