@@ -236,6 +236,22 @@ def test_an_endless_or_compressed_answer_is_given_up(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
+def test_an_answer_on_a_line_that_is_too_long_is_given_up_and_the_server_started_again() -> None:
+    """5,000,000 times "a ", in JSON, are more than 8 MiB."""
+    with ToolBox(mcp_tools([COMMAND], timeout_s=30.0)) as box:
+        assert results(box, ("echo", {"text": "a"}))[0].text == "a"
+        (result,) = results(box, ("echo", {"text": "a", "times": 5_000_000}))
+        assert result.text == "Error: the server of this tool sent a line of more than 8,388,608 bytes."
+        assert results(box, ("echo", {"text": "b"}))[0].text == "b"
+
+
+def test_a_server_that_begins_with_a_line_without_end_is_named_before_its_memory_matters() -> None:
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(ConfigError, match="it sent a line of more than 8,388,608 bytes"):
+        mcp_tools([{"command": sys.executable, "args": ["-c", "while True: print('x' * 65536, end='')"]}])
+    assert psutil.Process().memory_info().rss - before < 200 << 20
+
+
 def test_a_server_that_never_answers_is_given_up_and_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("arpo_trl.tools.mcp.START_TIMEOUT_S", 1.0)
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"

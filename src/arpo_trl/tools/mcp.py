@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import codecs
 import contextlib
 import inspect
 import json
@@ -21,6 +22,7 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from contextvars import ContextVar
 from dataclasses import dataclass, fields
 from typing import IO, Any
 
@@ -37,6 +39,11 @@ _STOP_TIMEOUT_S = 10.0  # the library ends a process that ignores the end of its
 _MAX_TOOLS_PAGES = 100
 _SHOWN_STDERR_CHARS = 500
 _MAX_STDERR_BYTES = 1 << 20
+
+_TOO_LONG = f"a line of more than {MAX_ANSWER_BYTES:,} bytes"
+_BOUNDED_UTF_8 = "arpo_trl_bounded_utf_8"
+_OVERLONG: ContextVar[Callable[[], None]] = ContextVar("overlong")
+"""What to call when a line of the connection's process is too long."""
 
 # The library logs what servers send. The errors of failed calls are enough.
 logging.getLogger("mcp.client").setLevel(logging.CRITICAL)
@@ -171,6 +178,7 @@ class McpSession:
         self._ready: asyncio.Future[Any] | None = None  # of the connected client
         self._stop = asyncio.Event()
         self._starting: asyncio.Timeout | None = None
+        self._overlong = asyncio.Event()  # whether the connected process has sent a line that is too long
         self._stderr: IO[bytes] = tempfile.TemporaryFile("a+b")  # noqa: SIM115 (closed in `close`)
         atexit.register(self.close)
 
@@ -243,8 +251,11 @@ class McpSession:
         except MCPError as error:
             if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
                 raise ToolError(without_credentials(f"Error: {error.message}")) from None
+            overlong = self._overlong.is_set()
             if session is self._ready:  # else another call has reconnected already
                 await self._shut()
+            if overlong:
+                raise ToolUnavailable(f"Error: the server of this tool sent {_TOO_LONG}.") from None
             raise ToolUnavailable("Error: the server of this tool went away during the call.") from None
         text = _text_of(result)
         if result.is_error:
@@ -259,7 +270,7 @@ class McpSession:
             self._ready = asyncio.get_running_loop().create_future()
             # asyncio logs exceptions that nothing retrieves.
             self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
-            self._stop = asyncio.Event()
+            self._stop, self._overlong = asyncio.Event(), asyncio.Event()
             self._task = asyncio.create_task(self._hold(self._ready, self._stop))
         return await asyncio.shield(self._ready)
 
@@ -287,7 +298,9 @@ class McpSession:
                 command=server.command,
                 args=list(server.args),
                 env={name: os.environ[name] for name in server.env},
+                encoding=_BOUNDED_UTF_8,
             )
+            _OVERLONG.set(self._give_up)
             return Client(stdio_client(command, errlog=self._stderr))  # type: ignore[arg-type]
         headers = {"Accept-Encoding": "identity"}
         if server.token_env:
@@ -300,19 +313,28 @@ class McpSession:
 
     async def _shut(self) -> None:
         task, ready, self._task, self._ready = self._task, self._ready, None, None
-        self._stop.set()
         if task is not None and ready is not None:
-            if not ready.done() and self._starting is not None:
-                # Cancel through the timeout, only once: a second cancellation stops the library from ending the
-                # process.
-                with contextlib.suppress(RuntimeError):  # the timeout has already expired
-                    self._starting.reschedule(asyncio.get_running_loop().time())
+            self._end(ready)
             await asyncio.wait([task])
+
+    def _end(self, ready: asyncio.Future[Any]) -> None:
+        self._stop.set()
+        if not ready.done() and self._starting is not None:
+            # Cancel through the timeout, only once: a second cancellation stops the library from ending the process.
+            with contextlib.suppress(RuntimeError):  # the timeout has already expired
+                self._starting.reschedule(asyncio.get_running_loop().time())
+
+    def _give_up(self) -> None:
+        """End the connection, whose process has sent a line that is too long."""
+        self._overlong.set()
+        if self._ready is not None:
+            self._end(self._ready)
 
     def _reason(self, error: Exception) -> str:
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
         reason = "no answer in time" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
+        reason += f"; it sent {_TOO_LONG}" if self._overlong.is_set() else ""
         self._stderr.seek(0)
         said = self._stderr.read().decode("utf-8", "replace").strip()[-_SHOWN_STDERR_CHARS:]
         reason += f"; it said: {said}" if said else ""
@@ -320,6 +342,35 @@ class McpSession:
         for name in secrets:
             reason = reason.replace(os.environ[name].strip() or "\0", f"[{name}]")
         return reason
+
+
+class _BoundedLines(codecs.getincrementaldecoder("utf-8")):  # type: ignore[misc]
+    """Decodes UTF-8, and fails at a line of more than `MAX_ANSWER_BYTES`, which the library would keep in memory."""
+
+    def __init__(self, errors: str = "strict") -> None:
+        super().__init__(errors)
+        self._bytes_of_line = 0
+
+    def decode(self, data: Any, final: bool = False) -> str:
+        _, newline, after = bytes(data).rpartition(b"\n")
+        self._bytes_of_line = len(after) if newline else self._bytes_of_line + len(after)
+        if self._bytes_of_line > MAX_ANSWER_BYTES:
+            from anyio import BrokenResourceError
+
+            _OVERLONG.get()()
+            raise BrokenResourceError  # then the library discards the rest
+        return str(super().decode(data, final))
+
+
+def _bounded_utf_8(name: str) -> codecs.CodecInfo | None:
+    """Find the codec `_BOUNDED_UTF_8`, whose name is the one setting of the library for how it reads a process."""
+    if name != _BOUNDED_UTF_8:
+        return None
+    utf_8 = codecs.lookup("utf-8")
+    return codecs.CodecInfo(utf_8.encode, utf_8.decode, incrementaldecoder=_BoundedLines, name=name)
+
+
+codecs.register(_bounded_utf_8)
 
 
 async def _bound(response: Any) -> None:
