@@ -124,7 +124,7 @@ def test_no_request_leaves_for_such_an_address(url: str) -> None:
 def test_a_name_with_one_private_address_among_public_ones_is_refused() -> None:
     guard = AddressGuard((), lambda host, port: ["8.8.8.8", "10.0.0.1"])
     with pytest.raises(ToolError, match=r"'two-faced\.test' is not on the public internet"):
-        guard.request("http://two-faced.test/")
+        guard.request("http://two-faced.test/", 5.0)
 
 
 def test_a_public_name_is_connected_to_by_its_address_under_its_own_name() -> None:
@@ -134,7 +134,7 @@ def test_a_public_name_is_connected_to_by_its_address_under_its_own_name() -> No
         asked.append((host, port))
         return ["93.184.215.14"]
 
-    request = AddressGuard((), resolve).request("https://Example.COM/a?b=c#d")
+    request = AddressGuard((), resolve).request("https://Example.COM/a?b=c#d", 5.0)
     assert str(request.url) == "https://93.184.215.14/a?b=c"
     assert request.headers["host"] == "example.com"
     assert request.extensions == {"sni_hostname": "example.com"}
@@ -148,6 +148,19 @@ def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(server
     )
     assert visit(f"http://rebinding.test:{server.port}/plain") == "just text"
     assert server.asked[0].headers["host"] == f"rebinding.test:{server.port}"
+
+
+def test_a_name_that_is_not_resolved_in_time_is_given_up() -> None:
+    answered = threading.Event()
+
+    def resolve(host: str, port: int) -> list[str]:
+        answered.wait(30)
+        return []
+
+    visit = visit_tool(resolve=resolve, timeout_s=0.2)
+    with pytest.raises(ToolError, match=r"the name 'slow\.test' took too long to look up"):
+        visit("http://slow.test/")
+    answered.set()
 
 
 def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopback) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -51,6 +51,22 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
     """Run `LoopThread.start` on the shared loop of this process, which starts at the first use and never stops."""
     return _network_of(os.getpid()).start(coroutine)
+
+
+def in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
+    """Return the result of `work`, which blocks and cannot be interrupted, such as a name resolution.
+
+    It runs in one of a few threads of the shared loop. One that is too late keeps its thread until it ends.
+
+    Raises:
+        TimeoutError: There was no result in time, or no free thread.
+    """
+
+    async def result() -> T:
+        async with asyncio.timeout(timeout_s):
+            return await asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+
+    return start(result()).result()
 
 
 @lru_cache

@@ -28,6 +28,7 @@ from urllib.parse import urljoin
 import httpx
 
 from arpo_trl.errors import ConfigError, ToolError
+from arpo_trl.net import background
 from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.net.http_client import Answer, RequestFailed, fetch
 from arpo_trl.tools.visit import worker as page_worker
@@ -75,7 +76,7 @@ def visit_tool(
     """Return a function `visit(url: str, goal: str = "") -> str` to offer to a model.
 
     Args:
-        timeout_s: The maximum seconds of a visit, including redirects and summary, but not name resolution.
+        timeout_s: The maximum seconds of a visit, including name resolution, redirects and summary.
         max_chars: The maximum characters of the text.
         max_bytes: The maximum bytes of a page.
         allowed_hosts: `host` or `host:port` that may be visited with any address and port, such as a local wiki.
@@ -132,11 +133,14 @@ class AddressGuard:
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
         self._resolve = resolve
 
-    def request(self, url: str) -> httpx.Request:
+    def request(self, url: str, timeout_s: float) -> httpx.Request:
         """Return a GET request for `url` to a checked IP address. Host header and certificate check use the host name.
 
+        Args:
+            timeout_s: The maximum seconds of name resolution.
+
         Raises:
-            ToolError: `url` is not a web address, or must not be visited.
+            ToolError: `url` is not a web address, must not be visited, or its name is not resolved in time.
         """
         if len(url) > _MAX_ADDRESS_CHARS:
             raise ToolError(f"Error: the address is longer than {_MAX_ADDRESS_CHARS} characters.")
@@ -155,7 +159,9 @@ class AddressGuard:
         if not allowed and port != _PORTS[parsed.scheme]:
             raise ToolError(f"Error: port {port} cannot be visited.")
         try:
-            addresses = self._resolve(host.strip("[]"), port)
+            addresses = background.in_thread(self._resolve, host.strip("[]"), port, timeout_s=timeout_s)
+        except TimeoutError:
+            raise ToolError(f"Error: the name {host!r} took too long to look up.") from None
         except (OSError, UnicodeError):
             addresses = ()
         if not addresses:
@@ -178,7 +184,7 @@ def _resolve(host: str, port: int) -> list[str]:
 def _fetched(url: str, guard: AddressGuard, deadline: float, max_bytes: int) -> tuple[str, bytes]:
     """Return the kind (html, pdf or text) and the content of the page at `url`, after redirects."""
     for _ in range(MAX_REDIRECTS + 1):
-        request = guard.request(url)
+        request = guard.request(url, max(0.1, deadline - time.monotonic()))
         left = deadline - time.monotonic()
         try:
             answer = fetch(request, timeout_s=max(0.1, left), max_bytes=max_bytes, pooled=False)
