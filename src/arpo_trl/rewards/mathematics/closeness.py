@@ -48,6 +48,8 @@ def without_functions(value: Expr) -> Expr:
 def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
     if isinstance(a, Rational) and isinstance(b, Rational):
         parts = [(a, b)]
+    elif isinstance(gap := a - b, Rational) and max(a_digits, b_digits) < ROUNDED_DIGITS:  # e^1000 + 1 and e^1000
+        return bool(gap == 0)
     else:
         x, y = sympy.N(a, _PRECISION), sympy.N(b, _PRECISION)
         if not (x.is_number and y.is_number) or x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):

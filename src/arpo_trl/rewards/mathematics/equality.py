@@ -11,7 +11,7 @@ from sympy.core.function import AppliedUndef
 
 from arpo_trl.rewards.mathematics.closeness import close, sample, without_functions
 from arpo_trl.rewards.mathematics.reading import readings
-from arpo_trl.rewards.mathematics.sets import FLIPPED, ORDER, as_set, is_set, matched, same_pieces, variable
+from arpo_trl.rewards.mathematics.sets import FLIPPED, ORDER, as_set, is_set, matched, member_of, same_pieces, variable
 from arpo_trl.rewards.mathematics.text import clean, unspaced
 from arpo_trl.rewards.mathematics.values import (
     Based,
@@ -61,9 +61,9 @@ def _same(p: Value, g: Value) -> bool:
     if isinstance(p, Text) or isinstance(g, Text):
         return _same_letters(p, g)
     if isinstance(p, Relation) and p.ops == ("∈",) and isinstance(g, Group):
-        return p.sides[1] is not None and _same(p.sides[1], g)
+        return (members := member_of(p)) is not None and _same(members, g)
     if isinstance(g, Relation) and g.ops == ("∈",) and isinstance(p, Group):
-        return g.sides[1] is not None and _same(p, g.sides[1])
+        return (members := member_of(g)) is not None and _same(p, members)
     if isinstance(p, Relation) and not is_set(g) and p.ops[0] in ("=", "≈"):
         return any(_same(value, g) for value in _values_of(p, is_gold=False))
     if isinstance(g, Relation) and not is_set(p) and g.ops[0] in ("=", "≈"):

@@ -6,6 +6,7 @@ import re
 
 from sympy import Expr, Integer, Rational, S
 
+from arpo_trl.rewards.mathematics.closeness import ROUNDED_DIGITS
 from arpo_trl.rewards.mathematics.functions import binomial, permutations
 from arpo_trl.rewards.mathematics.tokens import Cursor, Token, Unreadable
 from arpo_trl.rewards.mathematics.values import Based
@@ -80,7 +81,11 @@ class Numerals(Cursor):
         return ""
 
     def _continued(self, token: str) -> Expr:
-        """Return the value of a decimal with an ellipsis: 1/3 for 0.333…; without a repeating end, its digits."""
+        """Return the value of a decimal with an ellipsis: 1/3 for 0.333…; without a repeating end, its digits.
+
+        Raises:
+            Unreadable: They are too few to tell the value, as in 1.2….
+        """
         whole, _, fraction = token.partition(".")
         for length in range(1, len(fraction) // 2 + 1):
             block = fraction[-length:]
@@ -90,7 +95,10 @@ class Numerals(Cursor):
             times = (len(fraction) - len(rest)) // length
             if times >= (3 if length == 1 else 2):
                 return _repeating(f"{whole}.{rest}", block)
-        self.digits = max(self.digits, len(token.replace(".", "").lstrip("0")))
+        digits = len(token.replace(".", "").lstrip("0"))
+        if digits < ROUNDED_DIGITS:
+            raise Unreadable("a decimal fraction that goes on")
+        self.digits = max(self.digits, digits)
         return Rational(token)
 
 

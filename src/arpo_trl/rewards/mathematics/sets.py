@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import sympy
 from sympy import Expr, S, Symbol
+from sympy.core.function import AppliedUndef
 
 from arpo_trl.rewards.mathematics.closeness import close
 from arpo_trl.rewards.mathematics.values import Builder, Group, NumberSet, Quantity, Relation, SetOperation, Value
@@ -55,6 +56,8 @@ def as_set(value: Value | None) -> sympy.Set | None:
         return {"∪": sympy.Union, "∩": sympy.Intersection, "∖": sympy.Complement}[value.op](left, right)
     if isinstance(value, Builder):
         condition = value.condition
+        if not _bounds_element(value):
+            return None
         if isinstance(value.element, Relation) and value.element.ops == ("∈",):
             domain, chosen = as_set(value.element.sides[1]), as_set(condition)
             return None if domain is None or chosen is None else sympy.Intersection(domain, chosen)
@@ -72,7 +75,9 @@ def _set_of_group(group: Group) -> sympy.Set | None:
         if group.joiner == "or":
             return sympy.Union(*parts)
         both = sympy.Intersection(*parts)
-        return sympy.Union(*parts) if both == S.EmptySet and not group.joiner else both
+        if both != S.EmptySet:
+            return both
+        return None if group.joiner else sympy.Union(*parts)  # "x < 1 and x > 3" may mean either of two sets
     values = [item.value for item in group.items if isinstance(item, Quantity) and not item.unit]
     if len(values) != len(group.items):
         return None
@@ -84,9 +89,25 @@ def _set_of_group(group: Group) -> sympy.Set | None:
 
 
 def _interval(low: Expr, high: Expr, left_open: bool, right_open: bool) -> sympy.Set | None:
-    if low.is_number and high.is_number and not low < high:
-        return S.EmptySet if low != high or left_open or right_open else sympy.FiniteSet(low)
+    if low.is_number and high.is_number and not low < high:  # "(7, 2)" is no interval, rather than one without numbers
+        return None if low != high or left_open or right_open else sympy.FiniteSet(low)
     return sympy.Interval(low, high, left_open, right_open)
+
+
+def _bounds_element(builder: Builder) -> bool:
+    """Whether the condition of {element | condition} is about its element."""
+    element = builder.element.sides[0] if isinstance(builder.element, Relation) else builder.element
+    conditions = builder.condition.items if isinstance(builder.condition, Group) else (builder.condition,)
+    return isinstance(element, Quantity) and all(variable(one) in (None, element.value) for one in conditions)
+
+
+def member_of(relation: Relation) -> Value | None:
+    """Return the right side of x ∈ A, or None if the relation is another or bounds a formula, as −x ∈ A does."""
+    if relation.ops != ("∈",):
+        return None
+    left = relation.sides[0]
+    is_name = not isinstance(left, Quantity) or isinstance(left.value, Symbol | AppliedUndef) or left.value == S.Exp1
+    return relation.sides[1] if is_name else None
 
 
 def variable(value: Value) -> Expr | None:
@@ -100,7 +121,7 @@ def variable(value: Value) -> Expr | None:
 
 def _set_of_relation(relation: Relation) -> sympy.Set | None:
     if relation.ops == ("∈",):
-        return as_set(relation.sides[1])
+        return as_set(member_of(relation))
     if not all(op in (*ORDER, "≠", "=") for op in relation.ops) or len(relation.ops) > 2:
         return None
     sides = [

@@ -83,6 +83,7 @@ _REWRITES = tuple(
         (r"\^\s*(?:\\circ(?![A-Za-z])|\{\s*\\circ\s*\}|\{?\s*\\degree\s*\}?)|\\textdegree", r"\\degree "),
         (r"\\degree\s*\{?([CF])(?![A-Za-z])\}?", lambda m: " celsius" if m[1] == "C" else " fahrenheit"),
         (r"\\(?:ldots|cdots|dots|dotsc|dotsb)(?![A-Za-z])|\.{3,}", r"\\ldots "),
+        (r"(?<![A-Za-z\\])(?:np|numpy)\.(?:float|u?int|longdouble)\d*\(([^()]*)\)", r"\1"),
         (r"(?<![A-Za-z\\])(?:math|np|numpy|sympy|sp|cmath)\.(?=[A-Za-z])", ""),
         (r"\(\s*([0-9A-Z]+)\s*\)\s*_", r"\1_"),  # (101)_2
     )
@@ -91,7 +92,7 @@ _WRAPPERS = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
         r"\$\$(.*)\$\$", r"\$([^$]*)\$", r"\\\((.*)\\\)", r"\\\[(.*)\\\]", r"\*\*(.*)\*\*", r"\*([^*]+)\*",
-        r"__(.*)__", r"`+([^`]*)`+", r"\"([^\"]*)\"", r"'([^']*)'", r"\\(?:boxed|fbox)\s*\{(.*)\}",
+        r"__(.*)__", r"_([^_]+)_", r"`+([^`]*)`+", r"\"([^\"]*)\"", r"'([^']*)'", r"\\(?:boxed|fbox)\s*\{(.*)\}",
     )
 )  # fmt: skip
 _BOUNDS = tuple(
@@ -116,6 +117,7 @@ _CONNECTIVE = re.compile(
     re.IGNORECASE,
 )
 _TAIL = re.compile(r"\s+is the (?:final |correct )?answer$", re.IGNORECASE)
+_NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
 _SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its it and thus a".split())
 _NEGATIONS = re.compile(
@@ -147,7 +149,8 @@ def clean(text: str) -> str:
     while text != previous:
         previous = text
         text = _bare(text)
-    return re.sub(r"\s+", " ", text)
+    text = re.sub(r"\s+", " ", text)
+    return r"\emptyset" if _NO_SOLUTION.fullmatch(text) else text
 
 
 def canonical(cleaned: str) -> str:
