@@ -17,12 +17,13 @@ _ONE_SPELLING = str.maketrans(
     {**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"}
 )
 # The marks that stay are replaced by private-use characters while the punctuation is deleted.
-_KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:")}
+_KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
 
 _FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infty|infinity|oo)(?![A-Za-z])"
 _LEFT = rf"(?:\d|[)\]}}!]|(?<![A-Za-z])[a-z]|(?<![A-Za-z]){_FUNCTION}|\\[A-Za-z]+)"  # what an operator may follow
 _RIGHT = rf"(?:[-+]?[$€£¥]?\.?\d|[(\[{{\\|]|[a-z](?![A-Za-z])|{_FUNCTION})"  # what it may precede
+_SUPERSCRIPT = re.compile(r"(?:(?<=[0-9)\]}])|(?<=(?<![A-Za-z])[A-Za-z]))[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")  # 2² is not 22
 
 
 def _keep(pattern: str) -> Callable[[str], str]:
@@ -55,6 +56,8 @@ _MARKS: tuple[Callable[[str], str], ...] = (
     # The sign of a number, a letter, a blood group or an ion.
     _keep(rf"(?<![\w)\]}}])-(?={_RIGHT})"),
     _keep(r"(?<![A-Za-z0-9])[A-Za-z]{1,2}\d*[+-]+(?![\w+-])"),
+    _keep(r"(?:(?<=\d)|(?<=(?<![A-Za-z])[a-z]))!(?![\w!])"),  # a factorial
+    _keep(r"(?<=(?<![A-Za-z])[A-Z])#"),  # a language or a note
 )  # fmt: skip
 
 # An article is followed by its word, so "Vitamin A" and "A, B or C" contain no article.
@@ -73,11 +76,12 @@ def normalized_tokens(text: str) -> list[str]:
     punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists of articles or
     punctuation only ("A", "The The", "!!!") keeps them, because it would equal every other such text without them.
     Signs, decimal points, relations and operators in numbers and formulas stay, with or without spaces around them:
-    "-9" is not "9", and "2n + 1" is "2n+1" but not "2n-1". An "a" that no word follows is a letter: "Vitamin A" is not
-    "Vitamin".
+    "-9" is not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". An "a" that no word follows is a letter:
+    "Vitamin A" is not "Vitamin".
     """
-    text = unicodedata.normalize("NFKC", text.translate(_ONE_SPELLING)).translate(_ONE_SPELLING)
-    text = " ".join(text.split())
+    text = _SUPERSCRIPT.sub(lambda match: f"^{match[0]}", text.translate(_ONE_SPELLING))
+    text = unicodedata.normalize("NFKC", text).translate(_ONE_SPELLING)
+    text = " ".join(text.split()).replace("+/-", "±").replace(" °", "°")
     marked = text
     for mark in _MARKS:
         marked = mark(marked)
