@@ -105,9 +105,11 @@ def test_a_call_in_a_models_own_ids_is_read(name, turn, ends):
     )
 
 
-def test_gemma3s_own_template_is_refused_for_what_it_lacks():
-    with pytest.raises(ConfigError, match=r"does not work for tool calls .*roles must alternate"):
-        ChatTemplateProtocol(real_tokenizer("gemma3"), SPECS)
+@pytest.mark.parametrize("name", ["gemma3", "llama3_1", "deepseek_v3"])
+def test_a_template_of_its_own_without_tools_is_refused_for_what_it_lacks(name):
+    made = PreTrainedTokenizerFast.from_pretrained(FOLDER / name, clean_up_tokenization_spaces=False)
+    with pytest.raises(ConfigError, match=r"It has no tools: .* names none of them.*\"tags\".*trl/chat_templates"):
+        ChatTemplateProtocol(made, SPECS)
 
 
 def test_a_tokenizer_that_loses_white_space_is_refused_with_what_is_lost():

@@ -26,6 +26,10 @@ from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolSpec
 
 RESULT = "[result]"
+_WAY_OUT = (
+    'Set tool_protocol "tags", which works with every template, or give the tokenizer a template with tools, such as '
+    "the one in trl/chat_templates for its family."
+)
 
 
 class ChatTemplateProtocol(ToolProtocol):
@@ -63,8 +67,8 @@ class ChatTemplateProtocol(ToolProtocol):
             raise
         except Exception as error:  # a template is foreign code and can raise anything
             raise ConfigError(
-                f"The tokenizer's chat template does not work for tool calls ({type(error).__name__}: {error}). Use a "
-                'model whose template does, or set tool_protocol "tags".'
+                f"The tokenizer's chat template does not work for tool calls ({type(error).__name__}: {error}). "
+                + self._way_out()
             ) from error
         if self.tool_parser.template is not None:
             # a copy: TRL changes how it decodes where the trainer's own tokenizer has a response template
@@ -165,6 +169,12 @@ class ChatTemplateProtocol(ToolProtocol):
 
     # What the template does ------------------------------------------------------------------------------------------
 
+    def _way_out(self) -> str:
+        """Return what is wrong with a template that cannot call, if it has no tools at all, and what to do."""
+        prompt = getattr(self, "_prompt", "")
+        has_none = self.tools and not any(name in prompt for name in self.tools)
+        return ("It has no tools: the prompt that it renders names none of them. " if has_none else "") + _WAY_OUT
+
     def _argument_form(self) -> sample.Arguments:
         """Return the form in which the template takes arguments: unchanged, or as JSON text (DeepSeek)."""
         shown, error = False, None
@@ -181,10 +191,7 @@ class ChatTemplateProtocol(ToolProtocol):
         if error is not None and not shown:
             raise error
         missing = "tool results after a tool call" if shown else "tool calls"
-        raise ConfigError(
-            f"The tokenizer's chat template does not show {missing}. Use a model whose template does, or set "
-            'tool_protocol "tags".'
-        )
+        raise ConfigError(f"The tokenizer's chat template does not show {missing}. {self._way_out()}")
 
     def _shows_several_calls(self) -> bool:
         names = (sample.NAME, sample.NAME)
