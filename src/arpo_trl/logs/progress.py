@@ -40,12 +40,17 @@ class CompactProgress(ProgressCallback):
 
 
 def show_log() -> None:
-    """Shows this package's log on standard error, from level INFO on, and hides what says nothing to a user on a CPU.
-
-    Hidden: DeepSpeed's report that there is no accelerator, and PyTorch's that it does not pin memory without one.
-    """
+    """Shows this package's log on standard error, from level INFO on, and hides what `hide_noise` hides."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("arpo_trl").setLevel(logging.INFO)
+    hide_noise()
+
+
+def hide_noise() -> None:
+    """Hides what says nothing to a user on a CPU.
+
+    It is DeepSpeed's report that there is no accelerator, and PyTorch's that it does not pin memory without one.
+    """
     warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true but no accelerator")
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
