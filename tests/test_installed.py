@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -164,8 +163,7 @@ def test_a_run_is_served_as_a_page_says(pages_folder: Path, environment: dict[st
         url = served.stdout.readline().decode().split()[0]
         with urllib.request.urlopen(url) as answer:
             assert b"runs/quickstart/rl" in answer.read()
-        served.send_signal(signal.SIGINT)
-        assert served.wait() == 0
+        served.terminate()
 
 
 def test_every_command_on_a_page_is_run_or_has_a_reason_not_to_be() -> None:

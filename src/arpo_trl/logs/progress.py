@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import ProgressCallback, Trainer
@@ -37,6 +38,18 @@ class CompactProgress(ProgressCallback):
             if "reward" in self._shown:
                 self._shown.pop("loss", None)  # a policy gradient's loss says nothing about progress
             self.training_bar.set_postfix(self._shown)
+
+
+@contextmanager
+def closed_bars(trainer: Trainer) -> Iterator[None]:
+    """Ends the trainer's progress bar on an error, whose message then begins a line of its own."""
+    try:
+        yield
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()
+        raise
 
 
 def show_log() -> None:

@@ -16,7 +16,7 @@ from arpo_trl.common.files import write_whole
 from arpo_trl.errors import DataError
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.rollout.tree import Node, NodeKind, address_text
-from arpo_trl.viewing.run import KINDS, required_log_files
+from arpo_trl.viewing.run import KINDS, listed, required_log_files
 from arpo_trl.visible import visible_data
 
 SHORTEST_S = 0.0005
@@ -30,9 +30,11 @@ def write_timeline(run: Path, step: int | None, output: Path | None = None) -> P
     Raises:
         DataError: The run has no logged trees of that step, or none with times.
     """
-    files = [file for file in required_log_files(run) if file.kind == "step" and step in (None, file.step)]
+    logged = [file for file in required_log_files(run) if file.kind == "step"]
+    files = [file for file in logged if step in (None, file.step)]
     if not files:
-        raise DataError(f"{run} has no logged {KINDS['step']} rollout of step {step}.")
+        steps = listed(sorted({file.step for file in logged}))
+        raise DataError(f"{run} has no logged {KINDS['step']} rollout of step {step}; it has those of {steps}.")
     rollout = files[-1].rollout
     chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in read_trees(file.path)]
     if not any(tree.spans for _, tree in chosen):
