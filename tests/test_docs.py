@@ -137,7 +137,8 @@ def shell_lines(file: Path) -> list[str]:
 def commands(start: str, wanted: str = "") -> list[tuple[str, list[str]]]:
     """Of each command with `wanted` in it the words from `start` on, at least three, and the file it stands in."""
     found = []
-    for file in (*PAGES, *sorted((ROOT / "configs").glob("*.yaml"))):
+    right = [page for page in PAGES if page.name != "mistakes.md"]  # test_newcomer.py makes its mistakes
+    for file in (*right, *sorted((ROOT / "configs").glob("*.yaml"))):
         for line in shell_lines(file):
             command = re.match(r"\s*(?:\w+=\S+ +)*(?:srun [^']*')?((?:accelerate launch|arpo-trl|python) .*)", line)
             if command is None or wanted not in command[1] or f"{start} " not in command[1]:

@@ -16,6 +16,7 @@ import pytest
 from transformers import GenerationConfig
 
 from arpo_trl import cli
+from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
 from arpo_trl.evaluation.engines import make_sampler
 from arpo_trl.evaluation.samples import key_of, read_records
@@ -507,3 +508,20 @@ def test_a_turn_ends_where_the_models_generation_config_stops_too(tmp_path):
         assert sampler.engine.settings.eos_ids == (eos, 7)
         (tmp_path / "generation_config.json").unlink()
         assert make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox).protocol.eos_ids == (eos,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"engine": "vllm"}, r"not passed on to vLLM.*or sample with transformers \(engine: transformers\)"),
+        ({"base_url": "http://127.0.0.1:9/v1"}, r"not passed on to the server.*without base_url"),
+    ],
+)
+def test_a_rule_of_the_models_generation_config_is_applied_or_refused(tmp_path, changes, says):
+    """transformers applies it: a suppressed token has no probability (tests/test_distribution.py)."""
+    folder = save_tiny_model(tmp_path)
+    GenerationConfig(suppress_tokens=[7], eos_token_id=tokenizer().eos_token_id).save_pretrained(folder)
+    with ToolBox([search]) as toolbox:
+        with pytest.raises(ConfigError, match="sets suppress_tokens, .*" + says):
+            make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"], **changes), toolbox)
+        make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox)

@@ -5,18 +5,30 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import urllib.request
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from evaluating import completions
+from loopback import Loopback
+from page_commands import BY_PROJECT, DRIVER, NOT_RUN, fill, page_commands
+from page_commands import Command as PageCommand
+
 ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+PAGE_COMMANDS = page_commands()
+TRAINING = "arpo-trl train --config quickstart"
+SERVING = "arpo-trl view runs/quickstart/rl --serve --open"
+AT_ONCE = [each for each in PAGE_COMMANDS if each.reason is None and each.text not in (*BY_PROJECT, TRAINING, SERVING)]
+"""The commands of the pages that one process runs."""
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +49,23 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def command(site: Path) -> Command:
+def environment(site: Path) -> dict[str, str]:
+    """That of a user who has installed the package, and whose browser opens at once."""
+    variables = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BROWSER": "true"}
+    return {**os.environ, **variables, "ACCELERATE_USE_CPU": "true", "COLUMNS": "120"}
+
+
+CALL = [sys.executable, "-c", "import sys; from arpo_trl.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def command(environment: dict[str, str]) -> Command:
     """Runs `arpo-trl WORDS` in a folder with the installed package."""
 
     def run(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        environment |= {"ACCELERATE_USE_CPU": "true", "COLUMNS": "120"}
-        call = [sys.executable, "-c", "import sys; from arpo_trl.cli import main; main()", *words]
-        done = subprocess.run(call, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*CALL, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        )
         assert done.returncode == status, (words, done.returncode, done.stdout[-2000:], done.stderr[-4000:])
         return done
 
@@ -96,6 +117,62 @@ def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: 
     described = json.loads((project / "runs/eval/results.json").read_text("utf-8"))
     assert described["tools"]["offered"] == ["lookup"]
     assert described["settings"]["max_completion_length"] == 64
+
+
+@pytest.fixture(scope="module")
+def pages_folder(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with all that the pages' commands name."""
+    folder = tmp_path_factory.mktemp("pages") / "my-agent"
+    shutil.copytree(project, folder)
+    fill(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def said(pages_folder: Path, environment: dict[str, str]) -> dict[PageCommand, tuple[int | None, str]]:
+    """Exit status and output of each of the pages' commands in `AT_ONCE`. A status of None is a traceback."""
+    with Loopback(completions(lambda prompt: "<answer>\\boxed{1}</answer>")) as server:
+        words = [each.words() for each in AT_ONCE]
+        given = json.dumps(words).replace("http://127.0.0.1:8000", server.url)
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, given],
+            **{"cwd": pages_folder, "env": environment, "capture_output": True, "text": True, "check": False},
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = json.loads((pages_folder / "answers.json").read_text("utf-8"))
+    return {each: (status, text) for each, (status, text) in zip(AT_ONCE, answers, strict=True)}
+
+
+@pytest.mark.parametrize("shown", AT_ONCE, ids=lambda each: f"{each.page}: {each.text}")
+def test_a_command_on_a_page_works(said: dict[PageCommand, tuple[int | None, str]], shown: PageCommand) -> None:
+    status, text = said[shown]
+    assert status == 0, text
+
+
+def test_the_shipped_configuration_on_the_first_page_trains(command: Command, pages_folder: Path) -> None:
+    (shown,) = {each for each in PAGE_COMMANDS if each.text == TRAINING}
+    command(pages_folder, *shown.words())
+    assert (pages_folder / "runs/quickstart/mine/model.safetensors").exists()
+
+
+def test_a_run_is_served_as_a_page_says(pages_folder: Path, environment: dict[str, str]) -> None:
+    (shown,) = {each for each in PAGE_COMMANDS if each.text == SERVING}
+    words = [*shown.words(), "--port", "0"]
+    with subprocess.Popen([*CALL, *words], cwd=pages_folder, env=environment, stdout=subprocess.PIPE) as served:
+        assert served.stdout is not None
+        url = served.stdout.readline().decode().split()[0]
+        with urllib.request.urlopen(url) as answer:
+            assert b"runs/quickstart/rl" in answer.read()
+        served.terminate()
+
+
+def test_every_command_on_a_page_is_run_or_has_a_reason_not_to_be() -> None:
+    """A new command on a page is run by the tests above, or gets a line in `page_commands.NOT_RUN`."""
+    assert len(PAGE_COMMANDS) > 150 and len(AT_ONCE) >= 40
+    left = [each for each in PAGE_COMMANDS if each.reason is None and not each.text.startswith("arpo-trl ")]
+    assert {each.text for each in left} == {"cd my-agent"}
+    assert {TRAINING, SERVING, *BY_PROJECT} <= {each.text for each in PAGE_COMMANDS}
+    assert [start for start in NOT_RUN if not any(re.match(start, each.text) for each in PAGE_COMMANDS)] == []
 
 
 def test_a_second_training_does_not_replace_the_first(command: Command, project: Path) -> None:

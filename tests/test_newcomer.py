@@ -1,125 +1,163 @@
-"""Mistakes that newcomers make with `train.py` end in one line that names the way out, without a traceback."""
+"""Mistakes that newcomers make end in one line that names the way out, without a traceback: the rows of a page."""
 
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from datasets import Dataset
+from trl import GRPOConfig
 
+from arpo_trl import ARPOConfig, ARPOTrainer, HierarchicalReward, cli, load_arpo_dataset
 from arpo_trl.common.pretrained import load_pretrained
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ArpoError, ConfigError
 from arpo_trl.scripts.start import start_errors
+from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.training.prefix_sharing import pack_rows
 from support import save_tiny_model, script
+from test_view import logged, save
+
+PAGE = Path(__file__).parents[1] / "docs/mistakes.md"
+ROWS = re.findall(r"^\| `(.*?)` \| (.*) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+SLOW = re.compile(
+    r"report_to|eval_strategy|dtype: |attn_|use_peft|reward: my_code:(one|by)|resume_|long\.jsonl|dtype float99"
+)
+"""Mistakes that are found once the model is loaded, or later."""
+CODE = '''
+def one(completions, **_):
+    return [1.0]
+
+
+def by_gold(completions, gold):
+    return [0.0] * len(completions)
+
+
+def untyped(text):
+    """Repeat.
+
+    Args:
+        text: What.
+    """
+
+
+def two_arguments(text: str, count: int) -> str:
+    """Repeat.
+
+    Args:
+        text: What.
+        count: How often.
+    """
+    return text * count
+'''
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def checkpoints(model, tmp_path_factory) -> Path:
-    """A run's folder without a finished model."""
-    folder = tmp_path_factory.mktemp("run")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the rows of the page name."""
+    made = tmp_path_factory.mktemp("home")
+    save_tiny_model(made / "model")
     for step in (2, 10):
-        shutil.copytree(model, folder / f"checkpoint-{step}")
-    return folder
+        shutil.copytree(made / "model", made / f"checkpoints/checkpoint-{step}")
+    shutil.copytree(made / "model", made / "earlier")
+    save(made / "earlier", logged(9), name="step-000009")
+    (made / "empty").mkdir()
+    (made / "my_code.py").write_text(CODE, "utf-8")
+    row = {"question": "What is 1 + 1?", "answer": "2", "task": "math"}
+    for name, rows in {
+        "questions": [row], "empty": [], "texts": [{"text": "1 + 1 = 2"}], "maths": [{**row, "task": "maths"}],
+        "long": [{**row, "question": "what " * 3000}],
+    }.items():  # fmt: skip
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), "utf-8")
+    (made / "broken.jsonl").write_text('{"question": "What is 1 + 1?"\n', "utf-8")
+    (made / "table.csv").write_text("question,answer\n", "utf-8")
+    return made
 
 
 @pytest.fixture
-def train(model, tmp_path, monkeypatch, capsys):
-    """`train(…)` runs `train.py` with small settings and these changes; returns its exit status and last line."""
+def make(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """`make(mistake)` makes a mistake of the page and returns the line that it ends in."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "my_code", raising=False)
+    monkeypatch.setenv("COLUMNS", "1000")
+    monkeypatch.delenv("SERPER_API_KEY", raising=False)
 
-    def ran(**changes) -> tuple[object, str]:
-        questions = tmp_path / "questions.jsonl"
-        questions.write_text(json.dumps({"question": "What is 1 + 1?", "answer": "2", "task": "math"}), "utf-8")
-        settings = {
-            "model_name_or_path": model,
-            "dataset": str(questions),
-            "output_dir": str(tmp_path / "run"),
-            "num_generations": 2,
-            "per_device_train_batch_size": 2,
-            "max_completion_length": 16,
-            "max_steps": 1,
-            "tools": ["python"],
-            **changes,
-        }
-        config = tmp_path / "config.yaml"
-        config.write_text(json.dumps(settings), "utf-8")  # JSON is YAML
-        monkeypatch.setattr("sys.argv", ["train.py", "--config", str(config)])
+    def run(main, *words: str) -> str:
+        monkeypatch.setattr("sys.argv", list(words))
         with pytest.raises(SystemExit) as ended:
-            script("train").main()
+            main()
         said = capsys.readouterr().err
+        assert ended.value.code == 2, said
         assert "Traceback" not in said
-        return ended.value.code, said.strip().splitlines()[-1]
+        return said.strip().splitlines()[-1]
 
-    return ran
+    def train(changes: dict[str, object]) -> str:
+        shutil.rmtree("run", ignore_errors=True)
+        settings = {
+            "model_name_or_path": "model", "dataset": "questions.jsonl", "output_dir": "run", "num_generations": 2,
+            "per_device_train_batch_size": 2, "max_completion_length": 16, "max_steps": 1, "tools": ["python"],
+            "report_to": "none", **changes,
+        }  # fmt: skip
+        Path("config.yaml").write_text(json.dumps(settings), "utf-8")  # JSON is YAML
+        return run(script("train").main, "train.py", "--config", "config.yaml")
+
+    def evaluate(code: str) -> str:
+        names = {"ARPOTrainer": ARPOTrainer, "GRPOConfig": GRPOConfig, "HierarchicalReward": HierarchicalReward}
+        names |= {"load_arpo_dataset": load_arpo_dataset, "model": "model", "reward": lambda completions: [0.0]}
+        names["config"] = ARPOConfig("run", num_generations=2, per_device_train_batch_size=2, use_cpu=True)
+        names["rows"] = Dataset.from_list([{"prompt": "What is 1 + 1?"}])
+        with pytest.raises(ArpoError) as raised:
+            eval(code, names)
+        return f"{type(raised.value).__name__}: {raised.value}"
+
+    def made(mistake: str) -> str:
+        if mistake.startswith("arpo-trl "):
+            return run(cli.main, *shlex.split(mistake))
+        return evaluate(mistake) if "(" in mistake else train(yaml.safe_load(mistake))
+
+    return made
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"num_generations": "eight"}, "num_generations is 'eight'; expected an integer."),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast'; expected a number."),
-        ({"num_generation": 2}, "There is no setting 'num_generation'; did you mean 'num_generations'?"),
-        ({"bf16": "maybe"}, "bf16: Truthy value expected: got maybe"),
-        ({"loss_type": "grpoo"}, "loss_type is 'grpoo'; expected one of ['grpo', "),
-        ({"tools": "search"}, "tools is 'search'; expected a list of some of ['search', "),
-        ({"tools": ["serch"]}, "tools is ['serch']; expected a list of some of ['search', "),
-        ({"optim": "adamm"}, "adamm is not a valid OptimizerNames"),
-        ({"per_device_train_batch_size": 3}, "num_generations (2) does not divide this rank's generation batch (3"),
-        ({"initial_rollouts": 5}, "initial_rollouts (N) is 5 but num_generations (M) is 2"),
-        ({"tools": ["search"]}, "The search tool has search_provider=None"),
-        ({"dataset": "missing.jsonl"}, "The file or folder missing.jsonl does not exist"),
-        ({"deepspeed": "missing.json"}, "deepspeed is 'missing.json', but there is no such file."),
-        ({"model_name_or_path": None}, "model_name_or_path is not set"),
-    ],
-    ids=str,
+    ("mistake", "line"),
+    [pytest.param(*row, marks=[pytest.mark.slow] if SLOW.search(row[0]) else [], id=row[0]) for row in ROWS],
 )
-def test_a_mistake_in_the_settings_ends_in_one_line(train, changes, line):
-    code, last = train(**changes)
-    assert code == 2
-    assert line in last
+def test_a_mistake_says_what_the_page_says(make, mistake: str, line: str) -> None:
+    said = re.sub(r"^(\w+Error|arpo-trl[\w ]*: error): ", "", make(mistake))
+    parts = [re.escape(part) for part in line.replace("\\", "").split("…")]
+    assert re.fullmatch(".*".join(parts), said), said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"report_to": "wandbb"}, "Training cannot start. transformers says: wandbb is not supported, only azure_ml"),
-        ({"report_to": "comet_ml"}, "CometCallback requires comet-ml"),
-        ({"eval_strategy": "steps"}, "you didn't pass an `eval_dataset`"),
-        ({"dtype": "float99"}, "Invalid `dtype` passed to the config."),
-        ({"use_peft": True, "lora_target_modules": ["nope"]}, "Target modules nope not found in the base model"),
-        ({"attn_implementation": "flash_attention_9"}, "flash_attention_9"),
-    ],
-    ids=str,
-)
-def test_a_mistake_that_another_package_finds_ends_in_one_line(train, changes, line):
-    code, last = train(**changes)
-    assert code == 2
-    assert line in last
+def test_the_page_has_more_than_eighty_mistakes() -> None:
+    assert len(ROWS) == len(set(ROWS)) > 80
 
 
-def test_a_wrong_path_or_name_of_a_model_is_told(train, checkpoints):
-    assert train(model_name_or_path="./missing") == (
-        2,
-        "ConfigError: The tokenizer of './missing' cannot be loaded: there is no such folder. Check the path.",
-    )
-    _, line = train(model_name_or_path="nobody/none")
-    assert line.startswith(
-        "ConfigError: The tokenizer of 'nobody/none' cannot be loaded: there is no such folder, and the Hub does not "
-        "provide it ("
-    )
-    _, line = train(model_name_or_path=str(checkpoints))  # 10 is newer than 2, although it sorts before it
-    assert line.endswith(
-        "the folder has checkpoints, but no finished model. Give the newest checkpoint: "
-        f"{checkpoints / 'checkpoint-10'}."
-    )
+def test_a_search_setting_without_search_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    build_tools(ToolArguments(tools=[], search_index="passages.jsonl"))
+    assert "search_index is set, but tools is []: nothing is searched. Add search to tools." in caplog.text
+
+
+@pytest.mark.parametrize("words", [["--config=settings.yaml"], ["--config", "settings.yaml"]])
+def test_the_configuration_follows_a_space_or_an_equals_sign(tmp_path, monkeypatch, words) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("settings.yaml").write_text("tools: [python]\n", "utf-8")
+    (arguments,) = cli.parse_settings((ToolArguments,), words)
+    assert arguments.tools == ["python"]
+    with pytest.raises(ConfigError, match="--config is set without a value"):
+        cli.parse_settings((ToolArguments,), ["--config"])
+
+
+def test_yaml_that_is_none_is_told_in_one_line(tmp_path) -> None:
+    (tmp_path / "tab.yaml").write_text("a: 1\n\tb: 2\n", "utf-8")
+    with pytest.raises(ConfigError, match=r"tab.yaml is not valid YAML: [^\n]*found character '\\t'[^\n]*$"):
+        cli.parse_settings((ToolArguments,), ["--config", str(tmp_path / "tab.yaml")])
 
 
 def test_a_folder_without_a_model_is_told(tmp_path):

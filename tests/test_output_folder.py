@@ -39,6 +39,11 @@ def test_what_an_earlier_run_left_is_refused(tmp_path, name, found, resume):
     assert ("resume_from_checkpoint" in str(raised.value)) == (found == "checkpoint-2")
 
 
+def test_the_newest_checkpoint_is_named_and_not_the_last_by_name(tmp_path):
+    with pytest.raises(ConfigError, match="holds checkpoint-10 of an earlier run"):
+        prepare(fill(tmp_path, "checkpoint-2/a", "checkpoint-10/a", "checkpoint-best/a"))
+
+
 def test_a_folder_without_a_run_is_accepted(tmp_path):
     prepare(tmp_path / "new")
     prepare(fill(tmp_path, "notes.txt", "data/rows.jsonl", "runs/events.out"))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ import pytest
 
 from arpo_trl import cli
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.logs.trajectories import TrajectoryLog
+from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
+from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.viewing.command import KINDS_OF_PLOTS
 from arpo_trl.viewing.curves import PANELS
 from arpo_trl.viewing.plot import draw_plot
 from arpo_trl.viewing.timeline import tree_events, write_timeline
+from support import ANSWER, Scripted
 from test_view import logged
 
 
@@ -62,18 +68,79 @@ def test_a_run_without_such_metrics_and_an_unknown_format_are_refused(tmp_path: 
 
 
 def test_a_timeline_tells_decoding_tools_and_waiting_per_path() -> None:
-    events = list(tree_events(logged(group=2), rank=1))
+    events = list(tree_events(logged(group=2), rank=1, pid=3))
     names = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert names == {"group 2, rank 1", "path 0", "path 0,1,0"}
     spans = [(event["tid"], event["name"], event["ts"], event["dur"]) for event in events if event["ph"] == "X"]
     # The search ran for 0.1 s of the 0.25 s between its call and its result; microseconds
     assert spans == [
-        (0, "decode", 0, 500_000),
-        (0, "tool search", 500_000, 100_000),
-        (0, "wait", 600_000, 150_000),
-        (0, "decode", 750_000, 250_000),
-        (1, "decode", 750_000, 500_000),
+        (1, "decode", 0, 500_000),
+        (1, "tool search", 500_000, 100_000),
+        (1, "wait", 600_000, 150_000),
+        (1, "decode", 750_000, 250_000),
+        (2, "decode", 750_000, 500_000),
     ]
+
+
+def check_trace(path: Path) -> list[dict[str, Any]]:
+    """The events of a file, once it is what readers of the Trace Event Format take without leaving anything out.
+
+    An object with `traceEvents`. Each event has a name, a phase, a process and a thread, counted from 1. Metadata (M)
+    names each process and thread once. Complete events (X) have a start and a length in whole microseconds, and those
+    of a thread do not overlap.
+    """
+    trace = json.loads(path.read_text("utf-8"))
+    assert trace["displayTimeUnit"] in ("ms", "ns")
+    events: list[dict[str, Any]] = trace["traceEvents"]
+    named, used, spans = [], set(), {}
+    for event in events:
+        assert {"name", "ph", "pid", "tid", "args"} <= event.keys()
+        assert type(event["pid"]) is int and type(event["tid"]) is int and min(event["pid"], event["tid"]) >= 1
+        if event["ph"] == "M":
+            assert event["name"] in ("process_name", "thread_name") and isinstance(event["args"]["name"], str)
+            named.append((event["pid"], event["tid"] if event["name"] == "thread_name" else None))
+            continue
+        assert event["ph"] == "X" and isinstance(event["cat"], str)
+        assert type(event["ts"]) is int and type(event["dur"]) is int and min(event["ts"], event["dur"]) >= 0
+        used |= {(event["pid"], None), (event["pid"], event["tid"])}
+        spans.setdefault((event["pid"], event["tid"]), []).append((event["ts"], event["ts"] + event["dur"]))
+    assert len(named) == len(set(named)) and used <= set(named)
+    for of_thread in spans.values():
+        of_thread.sort()
+        assert all(end <= start for (_, end), (start, _) in pairwise(of_thread))
+    return events
+
+
+def test_the_file_is_what_readers_of_traces_take_whole(tmp_path: Path) -> None:
+    """Two ranks with trees of the same number, and times whose ends and lengths round differently.
+
+    The turn lasts from 0.6 to 2.4 µs, which round to 1 and 2. Its length of 1.8 would round to 2, and it would end at
+    3, after the start of the next span.
+    """
+    tree = dataclasses.replace(
+        logged(), spans={1: (6e-7, 2.4e-6), 2: (2.4e-6, 4e-6), 3: (4e-6, 5e-6), 4: (4e-6, 7e-6)}
+    )
+    for rank in (0, 1):
+        TrajectoryLog(tmp_path / "trajectories", 1.0, 0, rank).write("step-000000", [tree, logged(0, group=1)])
+    events = check_trace(write_timeline(tmp_path, 0))
+    assert sorted({event["pid"] for event in events}) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("schedule", list(RolloutSchedule))
+def test_the_timeline_of_what_the_sampler_makes_is_taken_whole(tmp_path: Path, schedule: RolloutSchedule) -> None:
+    def searches(request: Any, context: str) -> ScriptedTurn:
+        depth = request.key[-1]
+        return ScriptedTurn(text=["<search>iron</search>", ANSWER][depth], entropies=[0.1 + depth])
+
+    rollout = Scripted(searches, leaves=4, at_root=2, schedule=schedule)()
+    trees = logged_trees(
+        rollout.trees, [1.0] * 4, [0.0] * 4, step=0, first_group=0, decode=str, rule=Threshold(), spans=rollout.spans
+    )
+    TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write("step-000000", trees)
+    events = check_trace(write_timeline(tmp_path, None))
+    # two paths, each forked into two: a turn, its search, and two turns under the result
+    assert [event["name"] for event in events].count("decode") == 6
+    assert sum(event["name"] == "thread_name" for event in events) == 4
 
 
 def test_the_timeline_is_that_of_the_newest_rollout_or_of_a_step(tmp_path: Path) -> None:

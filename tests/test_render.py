@@ -54,6 +54,12 @@ def test_a_tree_is_drawn_line_by_line_and_only_forks_indent():
     ]
 
 
+def test_the_path_that_goes_on_stands_before_a_branch_that_started_earlier():
+    made = tree()
+    made.nodes[2].children.reverse()
+    assert shown(made) == shown(tree())
+
+
 def test_a_result_says_what_failed_and_why_nothing_forked():
     made = tree(failure=ToolFailure.TIMEOUT)
     made.nodes[2].decision = BranchDecision(entropy_nats=1.0, delta=-0.25, probability=0.45)
@@ -63,7 +69,7 @@ def test_a_result_says_what_failed_and_why_nothing_forked():
 
 
 def test_no_reward_is_not_zero():
-    assert "reward none" in shown(tree(), (None, 0.0))[5]
+    assert shown(tree(), (None, 0.0))[5].endswith("■ eos no reward")
     assert "reward 0.00" in shown(tree(), (None, 0.0))[7]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import subprocess
 import sys
 import threading
 import urllib.error
@@ -227,6 +229,13 @@ def test_the_command_writes_the_page_and_says_where(
     assert (len(index["groups"]), len(trees), index["left_out"]) == (1, 1, 2)
 
 
+def test_showing_a_run_imports_no_engine() -> None:
+    """torch and transformers take seconds."""
+    code = "import sys, arpo_trl.viewing.page, arpo_trl.viewing.plot; print({'torch', 'trl'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_a_folder_without_logged_trees_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +358,23 @@ def test_a_tree_says_why_it_branched_and_what_its_leaves_earned(shown: Tab) -> N
     assert shown.run("document.querySelectorAll('#tree .path[open]').length") == 0
     shown.run("document.querySelectorAll('.leaves button')[1].click()")  # opens the way down to that leaf
     assert shown.run("document.querySelector('.path.target summary').innerText").startswith("branch 0,1,0")
+
+
+@pytest.mark.slow
+def test_the_path_that_goes_on_stands_before_a_branch_that_started_earlier(tmp_path: Path, tab: Tab) -> None:
+    tree = logged()
+    made = RolloutTree([1])
+    first = made.add_turn(0, [1], "call", [-0.5], [0.5])
+    seen = made.add_observation(first.index, [2], [], "result")
+    for address in ((0, 1, 0), (0,)):
+        made.end(made.add_turn(seen.index, [3], "x", [-0.5], [0.5]).index, address, StopReason.EOS)
+    save(tmp_path, dataclasses.replace(tree, tree=made, spans={}), name="step-000000")
+    (tmp_path / "view.html").write_text(page(read(tmp_path)), "utf-8")
+    tab.open((tmp_path / "view.html").as_uri())
+    names = tab.run(
+        "[...document.querySelectorAll('#tree .path > summary > .strong:first-child')].map((each) => each.innerText)"
+    )
+    assert names[:3] == ["path 0", "path 0", "branch 0,1,0"]
 
 
 @pytest.mark.slow

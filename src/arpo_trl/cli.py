@@ -73,7 +73,7 @@ def parse_settings(
     """
     from arpo_trl.common.parser import SettingsParser
 
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = _config_apart(sys.argv[1:] if argv is None else argv)
     fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     if "--config" in words[:-1]:
         # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
@@ -90,6 +90,20 @@ def parse_settings(
     if left:
         raise ConfigError(f"{left[0]!r} does not belong to a setting; expected --name value.")
     return tuple(settings)
+
+
+def _config_apart(words: Sequence[str]) -> list[str]:
+    """The words, with --config=FILE as two.
+
+    Raises:
+        ConfigError: --config is given twice, or without a file.
+    """
+    apart = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else (word,))]
+    if apart.count("--config") > 1:
+        raise ConfigError("--config is given twice; expected one file. Flags change single settings of it.")
+    if apart[-1:] == ["--config"]:
+        raise ConfigError("--config is set without a value; expected a YAML file.")
+    return apart
 
 
 def _read_config(path: str) -> dict[Any, Any]:
@@ -226,6 +240,18 @@ def main() -> None:
 
 @report_errors
 def _main() -> int:
+    try:
+        return _command()
+    except OSError as error:  # with a file's name it is about a path that the user gave
+        if error.filename is None or os.environ.get("ARPO_TRACEBACK") == "1":
+            raise
+        raise ConfigError(
+            f"{type(error).__name__}: {error}. Check the path, and whether its folder can be written. (Set "
+            "ARPO_TRACEBACK=1 to see where it was raised.)"
+        ) from error
+
+
+def _command() -> int:
     if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, which are slow to import
         return _eval(sys.argv[2:])
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:

@@ -548,7 +548,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             raise ConfigError("hub_trajectories_id is set without push_to_hub. Set push_to_hub: true.")
 
     def _check_supported(self) -> None:
-        """Raises ConfigError for settings that the tree sampler would silently ignore."""
+        """Raises ConfigError for settings that the tree sampler would silently ignore, or cannot sample with."""
+        if not self.temperature > 0:
+            raise ConfigError(
+                f"temperature is {self.temperature}; expected a number above 0: the greedy paths of a group are "
+                "all equal. For greedy answers: arpo-trl eval --temperature 0."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; expected a number above 0 and at most 1.")
         for name in (
             "cache_implementation",
             "use_transformers_continuous_batching",

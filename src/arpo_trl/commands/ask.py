@@ -25,9 +25,11 @@ def main(words: Sequence[str]) -> int:
     arguments, options = parser.parse_known_args(words)
     settings, tool_arguments = parse_evaluation(["--model", arguments.run, *options])
     from rich.console import Console
+    from rich.markup import escape
 
     from arpo_trl.data.layouts import system_prompt_text
     from arpo_trl.evaluation.engines import make_sampler
+    from arpo_trl.logs.progress import hide_noise
     from arpo_trl.logs.render import render_tree
     from arpo_trl.logs.trajectories import LoggedTree
     from arpo_trl.rewards.answers import extract_answer
@@ -36,6 +38,7 @@ def main(words: Sequence[str]) -> int:
     from arpo_trl.tools.toolbox import ToolBox
     from arpo_trl.visible import visible
 
+    hide_noise()
     system = system_prompt_text(settings.system_prompt)
     messages = [] if not system else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": arguments.question})
@@ -51,7 +54,7 @@ def main(words: Sequence[str]) -> int:
     (leaf,) = tree.leaves()
     console = Console()
     path = LoggedTree(step=0, group=0, prompt=arguments.question, tree=tree, rewards=[None], advantages=[0.0])
-    console.print(render_tree(path))
+    console.print(render_tree(path, title=escape(visible(arguments.run))))
     answer = extract_answer("".join(leaf.turns))
     console.print(f"Answer: {visible(answer)}" if answer is not None else "No answer in <answer>.", markup=False)
     return 0

@@ -35,8 +35,10 @@ def main(words: Sequence[str]) -> int:
     _write_lines(folder / "questions.jsonl", make_questions())
     _write_lines(folder / "demonstrations.jsonl", demonstrations)
     print("Teaching a tiny model the form of calls and answers …", flush=True)
+    from arpo_trl.logs.progress import hide_noise
     from arpo_trl.quickstart.taught import save_taught_model
 
+    hide_noise()
     save_taught_model(folder / "model", _texts(), demonstrations, STEPS)
     print(
         f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nREADME.md says more."

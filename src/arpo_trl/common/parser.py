@@ -16,6 +16,8 @@ class SettingsParser(TrlParser):
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with `message`, put into this package's words if it is about a value."""
         wrong = re.fullmatch(r"argument --([\w-]+)\S*: invalid (\S+) value: (.+)", message, re.DOTALL)
+        if missing := re.fullmatch(r"argument --([\w-]+)\S*: expected one argument", message):
+            raise ConfigError(f"{missing[1].replace('-', '_')} is set without a value.")
         if wrong is None:
             raise ConfigError(message.replace("argument --", "", 1))
         name, kind, value = wrong.groups()

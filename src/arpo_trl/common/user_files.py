@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> Any:
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there cannot be
-        raise DataError(f"{path} is not valid YAML: {error}.") from error
+        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
         raise _too_deep(str(path)) from error
     _check_depth(value, str(path))

@@ -196,7 +196,10 @@ def _named(row: Mapping[str, Any], fields: Sequence[str], meaning: str) -> Any:
     if value is None:
         nulls = [field for field in fields if field in row]
         got = f"{nulls[0]!r} is null" if nulls else f"the row has the fields {sorted(map(str, row))}"
-        raise DataError(f"no {meaning}: {got}; expected a value under one of {list(fields)}.")
+        raise DataError(
+            f"no {meaning}: {got}; expected a value under one of {list(fields)}. The "
+            "setting columns names other fields."
+        )
     return value
 
 

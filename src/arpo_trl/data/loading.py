@@ -204,7 +204,7 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
             if not isinstance(rows, list):
                 raise DataError(f"{path} contains a {type(rows).__name__}; expected a list of objects, one per row.")
         case _:
-            raise DataError(f"{path} is not a dataset file; expected one of {SUFFIXES}.")
+            raise DataError(f"{path} is not a dataset file; expected one of {SUFFIXES}. Save its rows as one.")
     for number, row in enumerate(rows):
         if isinstance(row, dict):
             yield row

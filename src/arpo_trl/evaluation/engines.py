@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError
@@ -23,9 +23,10 @@ from arpo_trl.rollout.build import (
     build_sampler,
 )
 from arpo_trl.rollout.engines.base import SamplingParams
+from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.engines.weights import FixedWeights
 from arpo_trl.rollout.protocols import PROTOCOLS
-from arpo_trl.rollout.protocols.generation_ends import saved_eos_ids
+from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_generation_config
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 
@@ -36,8 +37,8 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
     """Return a sampler without branching for the model in the settings.
 
     Raises:
-        ConfigError: The model, its tokenizer or its chat template is missing or cannot be used, or a limit is set for
-            a tool that the sampler does not have.
+        ConfigError: The model, its tokenizer or its chat template is missing or cannot be used, its generation config
+            has a rule that the engine would ignore, or a limit is set for a tool that the sampler does not have.
         EngineError: A server does not respond.
     """
     if settings.model is None:
@@ -51,13 +52,15 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
             f"The tokenizer of {settings.model} has no chat template; expected one, to render questions as prompts. "
             "Set `tokenizer.chat_template = …` and save the tokenizer, or use the instruct version of the model."
         )
+    saved = saved_generation_config(settings.model)
+    _refuse_ignored_rules(settings, saved)
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
         tokenizer,
         toolbox.specs,
         max_result_tokens=settings.max_tool_result_tokens,
         chat_template_kwargs=settings.chat_template_kwargs,
         tool_parser=settings.tool_parser,
-        eos_ids=saved_eos_ids(settings.model),
+        eos_ids=eos_ids_of(saved),
     )
     sampling = SamplingParams(
         eos_ids=protocol.eos_ids,
@@ -94,6 +97,17 @@ def fingerprint(settings: EvalSettings) -> str | None:
             file.seek(max(0, size - READ_BYTES))
             digest.update(file.read(READ_BYTES))
     return digest.hexdigest() if files else None
+
+
+def _refuse_ignored_rules(settings: EvalSettings, saved: GenerationConfig | None) -> None:
+    """Raises ConfigError if the model's generation config has a rule, such as suppress_tokens, that would be ignored.
+
+    The engine on transformers applies the rules or refuses them itself.
+    """
+    if settings.base_url is not None:
+        refuse_rules(saved, None, "the server", "sample in this process (without base_url)")
+    elif settings.engine == EngineKind.VLLM:
+        refuse_rules(saved, None, "vLLM", "sample with transformers (engine: transformers)")
 
 
 def _source(settings: EvalSettings, tokenizer: PreTrainedTokenizerBase) -> EngineSource:

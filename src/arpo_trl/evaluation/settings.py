@@ -53,7 +53,8 @@ class EvalSettings(ToolLimits, JudgeArguments):
         default=None, metadata={"help": "The model's name on the server, if it serves several models."}
     )
     dtype: str = field(
-        default="auto", metadata={"help": "Precision of the weights: auto, bfloat16, float16, float32."}
+        default="auto",
+        metadata=described("Precision of the weights.", choices=["auto", "bfloat16", "float16", "float32"]),
     )
 
     benchmarks: list[str] = field(

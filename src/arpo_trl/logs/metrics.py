@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from arpo_trl.logs.exchangeability import effective_leaves, tally_exchangeability
 from arpo_trl.rollout.rules import mean
-from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
+
+if TYPE_CHECKING:  # a run is shown without it, since it imports the engines
+    from arpo_trl.rollout.sampler import RolloutBatch
 
 
 @dataclass

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import ProgressCallback, Trainer
@@ -39,13 +40,30 @@ class CompactProgress(ProgressCallback):
             self.training_bar.set_postfix(self._shown)
 
 
-def show_log() -> None:
-    """Shows this package's log on standard error, from level INFO on, and hides what says nothing to a user on a CPU.
+@contextmanager
+def closed_bars(trainer: Trainer) -> Iterator[None]:
+    """Ends the trainer's progress bar on an error, whose message then begins a line of its own."""
+    try:
+        yield
+    except BaseException:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.close()
+        raise
 
-    Hidden: DeepSpeed's report that there is no accelerator, and PyTorch's that it does not pin memory without one.
-    """
+
+def show_log() -> None:
+    """Shows this package's log on standard error, from level INFO on, and hides what `hide_noise` hides."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("arpo_trl").setLevel(logging.INFO)
+    hide_noise()
+
+
+def hide_noise() -> None:
+    """Hides what says nothing to a user on a CPU.
+
+    It is DeepSpeed's report that there is no accelerator, and PyTorch's that it does not pin memory without one.
+    """
     warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true but no accelerator")
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 

@@ -49,7 +49,8 @@ def render_tree(logged: LoggedTree, *, full: bool = False, title: str = "") -> T
             if len(node.children) != 1:
                 break
             node = nodes[node.children[0]]
-        forks = list(enumerate(node.children))
+        # A branch may have started first; by its address the path that goes on comes before its branches.
+        forks = list(enumerate(sorted(node.children, key=writers.__getitem__)))
         waiting += [(child, path, order) for order, child in reversed(forks)]
     return picture
 
@@ -69,9 +70,11 @@ def _label(node: Node, results: dict[int, tuple[float | None, float]], full: boo
     label.append(f"  H {mean(node.entropies):.2f}", style="dim")
     if node.index in results:
         reward, advantage = results[node.index]
-        good = reward is not None and reward > 0
-        shown = "none" if reward is None else f"{reward:.2f}"
-        label.append(f"  ■ {node.stop} reward {shown}, A {advantage:+.2f}", style="bold green" if good else "bold red")
+        if reward is None:
+            label.append(f"  ■ {node.stop} no reward", style="bold")
+        else:
+            style = "bold green" if reward > 0 else "bold red"
+            label.append(f"  ■ {node.stop} reward {reward:.2f}, A {advantage:+.2f}", style=style)
     return label
 
 

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.trainer_utils import get_last_checkpoint
+
 from arpo_trl.errors import ConfigError
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
@@ -47,8 +49,7 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
     if overwrite:
         _remove(output, model)
     elif found := _earlier_run(output, resume):
-        checkpoints = sorted(path.name for path in output.glob("checkpoint-*"))
-        ways = "To continue it, set resume_from_checkpoint to true. " if checkpoints and not resume else ""
+        ways = "To continue it, set resume_from_checkpoint to true. " if _newest(output) and not resume else ""
         raise ConfigError(
             f"output_dir {folder} holds {found} of an earlier run, which this run would replace or mix with. {ways}"
             "To keep it, choose another output_dir. To remove it, set overwrite_output_dir to true."
@@ -57,10 +58,10 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
 
 def _earlier_run(output: Path, resume: str | bool) -> str | None:
     """What `output` holds of a run that the new one does not continue, in words."""
-    checkpoints = sorted(output.glob("checkpoint-*"))
+    newest = _newest(output)
     weights = sorted(path for pattern in WEIGHTS for path in output.glob(pattern))
     if resume is True:
-        continued = bool(checkpoints) or not weights
+        continued = newest is not None or not weights
     else:
         continued = resume is not False and Path(resume).resolve().parent == output.resolve()
     if continued:
@@ -69,7 +70,13 @@ def _earlier_run(output: Path, resume: str | bool) -> str | None:
         return f"a finished model ({weights[0].name})"
     if any((output / "trajectories").glob("*.jsonl")):
         return "trajectories"
-    return checkpoints[-1].name if checkpoints else None
+    return newest
+
+
+def _newest(output: Path) -> str | None:
+    """The name of the newest checkpoint in `output`."""
+    newest = get_last_checkpoint(str(output)) if output.is_dir() else None
+    return None if newest is None else Path(newest).name
 
 
 def _remove(output: Path, model: str | None) -> None:

@@ -21,7 +21,7 @@ from arpo_trl.common.settings import JudgeArguments, check_fields, described
 from arpo_trl.data.layouts import MAPPABLE, TASKS, read_columns
 from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.errors import ConfigError
-from arpo_trl.logs.progress import show_compactly, show_log
+from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import prepare_output
@@ -139,7 +139,8 @@ def main() -> None:
         )
     trainer.other_settings = (model_config, arguments, tool_arguments)
     show_compactly(trainer)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    with closed_bars(trainer):
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_state()
     if config.push_to_hub:
         trainer.push_to_hub()  # also saves the model

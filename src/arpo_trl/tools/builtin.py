@@ -17,6 +17,9 @@ from arpo_trl.tools.search.cache import CacheMode, SearchCache
 from arpo_trl.tools.search.index import LocalIndex, RecordedSearch, Searchable, search_tool
 from arpo_trl.tools.search.providers import FIELDS, PROVIDERS, make_provider
 from arpo_trl.tools.search.web import WebSearch
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
 
 BUILT_IN = ("search", "python", "visit")
 LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
@@ -178,6 +181,9 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
             cannot be imported, or an MCP server does not start.
         SandboxError: The python tool is on and its code cannot be isolated.
     """
+    for name in ("search_provider", *LOCAL_SOURCES.values()):
+        if "search" not in arguments.tools and getattr(arguments, name) is not None:
+            logger.warning(f"{name} is set, but tools is {arguments.tools}: nothing is searched. Add search to tools.")
     makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
     makers["visit"] = lambda: _build_visit(arguments)
     tools = [makers[name]() if name in makers else load_callable(name, "tools") for name in arguments.tools]

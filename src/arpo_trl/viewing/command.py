@@ -35,7 +35,11 @@ def add_commands(commands: Any) -> None:
     view.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
     view.add_argument("--output", type=Path, metavar="FILE", help="page to write (default: RUN/view.html)")
     view.add_argument(
-        "--leaves", type=int, default=20_000, metavar="N", help="most leaves, newest first (default: %(default)s)"
+        "--leaves",
+        type=at_least_one,
+        default=20_000,
+        metavar="N",
+        help="most leaves, newest first (default: %(default)s)",
     )
     view.add_argument(
         "--serve", action="store_true", help="serve the page on 127.0.0.1 and follow the run; Ctrl-C ends it"
@@ -63,6 +67,14 @@ def add_commands(commands: Any) -> None:
     timeline.add_argument("--step", type=int, help="step of the rollout (default: the newest)")
     timeline.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: in RUN)")
     timeline.set_defaults(call=timeline_run)
+
+
+def at_least_one(text: str) -> int:
+    """The number in a flag; argparse reports the ValueError."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number}; expected an integer of at least 1")
+    return number
 
 
 def tree_run(arguments: argparse.Namespace) -> None:

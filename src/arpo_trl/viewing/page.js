@@ -329,6 +329,9 @@ function show(key) {
   if (!group) return;
   const tree = treeOf(key), children = tree.nodes.map(() => []);
   tree.nodes.forEach((node, i) => i && children[node.parent].push(i));
+  // A branch may have started before the path goes on; by its address the path comes first.
+  const address = (i) => tree.nodes[i].path.split(",").map(Number);
+  for (const starts of children) if (starts.length > 1) starts.sort((a, b) => inOrder(address(a), address(b)));
   opened = { tree, children, blocks: new Map() };
   open = key;
   for (const each of document.querySelectorAll(".group")) each.setAttribute("aria-current", String(each.dataset.key === key));

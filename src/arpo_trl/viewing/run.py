@@ -69,6 +69,12 @@ def required_log_files(run: Path) -> list[LogFile]:
     return files
 
 
+def listed(numbers: Sequence[int]) -> str:
+    """The numbers as text, of many the first eight and the last."""
+    shown = ", ".join(map(str, numbers[:8]))
+    return shown if len(numbers) <= 8 else f"{shown}, … {numbers[-1]}"
+
+
 def state_file(run: Path) -> Path | None:
     """The file with the run's log history: that of its end, or else of its newest checkpoint; None if it has none."""
     run = run.parent if run.name == FOLDER else run

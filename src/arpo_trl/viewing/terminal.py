@@ -12,7 +12,7 @@ from rich.text import Text
 from arpo_trl.errors import DataError
 from arpo_trl.logs.render import LEGEND, render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
-from arpo_trl.viewing.run import KINDS, LogFile, required_log_files
+from arpo_trl.viewing.run import KINDS, LogFile, listed, required_log_files
 
 
 def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -> None:
@@ -31,7 +31,7 @@ def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -
         chosen = [file for file in files if file.step == step]
         if not chosen:
             steps = sorted({file.step for file in files})
-            raise DataError(f"{path} has no logged trees of step {step}; it has those of {_listed(steps)}.")
+            raise DataError(f"{path} has no logged trees of step {step}; it has those of {listed(steps)}.")
         trees = [(KINDS[file.kind], tree) for file in chosen for tree in read_trees(file.path)]
     else:
         if not path.exists():
@@ -40,7 +40,7 @@ def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -
     shown = [(kind, tree) for kind, tree in trees if group in (None, tree.group)]
     if not shown:
         groups = sorted({tree.group for _, tree in trees})
-        raise DataError(f"There is no logged tree of group {group}; expected one of {_listed(groups)}.")
+        raise DataError(f"There is no logged tree of group {group}; expected one of {listed(groups)}.")
     for kind, tree in shown:
         of = ", evaluation" if kind == KINDS["eval"] else ""
         console.print(render_tree(tree, full=full, title=f"step {tree.step}, group {tree.group}{of}"))
@@ -77,8 +77,3 @@ def _counts(trees: list[LoggedTree]) -> list[str]:
         sum(not call.ok for call in calls),
     )
     return list(map(str, counts))
-
-
-def _listed(numbers: list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return shown if len(numbers) <= 8 else f"{shown}, … {numbers[-1]}"

@@ -1,6 +1,8 @@
 """`arpo-trl timeline`: when each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.
 
 The file is in the Trace Event Format, as Perfetto and chrome://tracing read it. A tree is a process, a path a thread.
+Processes and threads count from 1, since readers take 0 for the idle process. Perfetto leaves out an event that
+overlaps another one of its thread without lying in it, so both ends of an event are rounded, and not its length.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from arpo_trl.common.files import write_whole
 from arpo_trl.errors import DataError
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.rollout.tree import Node, NodeKind, address_text
-from arpo_trl.viewing.run import KINDS, required_log_files
+from arpo_trl.viewing.run import KINDS, listed, required_log_files
 from arpo_trl.visible import visible_data
 
 SHORTEST_S = 0.0005
@@ -28,36 +30,39 @@ def write_timeline(run: Path, step: int | None, output: Path | None = None) -> P
     Raises:
         DataError: The run has no logged trees of that step, or none with times.
     """
-    files = [file for file in required_log_files(run) if file.kind == "step" and step in (None, file.step)]
+    logged = [file for file in required_log_files(run) if file.kind == "step"]
+    files = [file for file in logged if step in (None, file.step)]
     if not files:
-        raise DataError(f"{run} has no logged {KINDS['step']} rollout of step {step}.")
+        steps = listed(sorted({file.step for file in logged}))
+        raise DataError(f"{run} has no logged {KINDS['step']} rollout of step {step}; it has those of {steps}.")
     rollout = files[-1].rollout
     chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in read_trees(file.path)]
     if not any(tree.spans for _, tree in chosen):
         raise DataError(f"The trees of {rollout} in {run} have no times: an older version of arpo-trl logged them.")
     output = output or run / f"timeline-{rollout}.json"
-    events = [event for rank, tree in chosen for event in tree_events(tree, rank)]
+    events = [event for pid, (rank, tree) in enumerate(chosen, 1) for event in tree_events(tree, rank, pid)]
     write_whole(output, json.dumps({"displayTimeUnit": "ms", "traceEvents": visible_data(events)}))
     return output
 
 
-def tree_events(logged: LoggedTree, rank: int) -> Iterator[dict[str, Any]]:
-    """The events of a tree: its decoding, tool calls and waits, and the names of its paths."""
-    process = {"pid": logged.group}
+def tree_events(logged: LoggedTree, rank: int, pid: int) -> Iterator[dict[str, Any]]:
+    """The events of a tree: its decoding, tool calls and waits, and the names of its paths. Times in microseconds."""
+    process = {"pid": pid}
     name = f"group {logged.group}, rank {rank}"
-    yield {**process, "ph": "M", "name": "process_name", "args": {"name": name}}
+    yield {**process, "ph": "M", "tid": 1, "name": "process_name", "args": {"name": name}}
     writers = logged.tree.writers()
-    threads = {address: number for number, address in enumerate(sorted(set(writers.values())))}
+    threads = {address: number for number, address in enumerate(sorted(set(writers.values())), 1)}
     for address, number in threads.items():
         name = f"path {address_text(address)}"
         yield {**process, "ph": "M", "tid": number, "name": "thread_name", "args": {"name": name}}
     for node in logged.tree.nodes[1:]:
         if node.index in logged.spans and node.index in writers:
             for name, start, end, details in _phases(node, *logged.spans[node.index]):
+                begin = round(start * 1e6)
                 yield {
                     **process,
                     **{"tid": threads[writers[node.index]], "ph": "X", "name": name, "cat": name.partition(" ")[0]},
-                    **{"ts": round(start * 1e6), "dur": round((end - start) * 1e6), "args": details},
+                    **{"ts": begin, "dur": round(end * 1e6) - begin, "args": details},
                 }
 
 

@@ -156,22 +156,27 @@ def rules_of(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, m
     return found
 
 
-def refuse_rules(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, engine: str) -> None:
-    """Check that no rule is set, since `engine` would ignore it.
+def refuse_rules(
+    model: GenerationConfig | None,
+    kwargs: Mapping[str, Any] | None,
+    engine: str,
+    way_out: str = "sample with transformers (use_vllm: false)",
+) -> None:
+    """Check that no rule is set, since `engine` would ignore it. `way_out` says what else would apply the rules.
 
     Raises:
         ConfigError: `kwargs` or the model's generation config sets a rule.
     """
     if kwargs:
         raise ConfigError(
-            f"generation_kwargs sets {', '.join(kwargs)}, which is not passed on to {engine}. Remove it, or sample "
-            "with transformers (use_vllm: false), which applies the rules that it supports and names the others."
+            f"generation_kwargs sets {', '.join(kwargs)}, which is not passed on to {engine}. Remove it, or "
+            f"{way_out}, which applies the rules that it supports and names the others."
         )
     if rules := rules_of(model, None):
         raise ConfigError(
             f"The model's generation_config sets {', '.join(rules)}, which would change the sampling, but is not "
             f"passed on to {engine}. Remove it from generation_config.json (or set it to None in "
-            "model.generation_config), or sample with transformers (use_vllm: false)."
+            f"model.generation_config), or {way_out}."
         )
 
 

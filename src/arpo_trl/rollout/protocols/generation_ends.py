@@ -1,4 +1,4 @@
-"""The ids at which a model's generation config stops, read before the model is loaded."""
+"""A model's generation config and the ids at which it stops, read before the model is loaded."""
 
 from __future__ import annotations
 
@@ -12,18 +12,25 @@ def eos_ids_of(config: GenerationConfig | None) -> tuple[int, ...]:
 
 
 def saved_eos_ids(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int, ...]:
-    """Return the ids of the EOS tokens that the model `model`, a folder or a Hub id, would have once loaded.
+    """Return the ids of the EOS tokens that the model `model`, a folder or a Hub id, would have once loaded."""
+    return eos_ids_of(saved_generation_config(model, revision=revision, trust_remote_code=trust_remote_code))
 
-    Without a generation config, transformers derives one from the model's configuration. Empty if neither exists: an
-    evaluation on a server needs only the tokenizer.
+
+def saved_generation_config(
+    model: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> GenerationConfig | None:
+    """Return the generation config that the model `model`, a folder or a Hub id, would have once loaded.
+
+    Without one, transformers derives it from the model's configuration. None if neither exists: an evaluation on a
+    server needs only the tokenizer.
     """
     source = {} if revision is None else {"revision": revision}
     try:
-        return eos_ids_of(GenerationConfig.from_pretrained(model, **source))
+        return GenerationConfig.from_pretrained(model, **source)
     except OSError:
         pass
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **source)
     except (OSError, ValueError):
-        return ()
-    return eos_ids_of(GenerationConfig.from_model_config(config))
+        return None
+    return GenerationConfig.from_model_config(config)
