@@ -105,10 +105,11 @@ class Gradients:
             leaf.nodes[1].index: (0.9, 0.1)[first] for leaf, (first, _) in zip(tree.leaves(), leaves, strict=True)
         }
         credit.answer_probabilities = [{0: 0.5, **after}] if credit.reads_answers else ()
+        entropies = torch.tensor([[_entropy(FIRST), _entropy(SECOND[first])] for first, _ in leaves]).double()
+        z = (entropies - entropies.mean()) / entropies.std()
+        credit.entropy_scores = torch.stack([z[:, 0], torch.zeros(len(leaves)), z[:, 1]], dim=1)
         given, weights = credit([tree], rewards, advantages_of(tree, rewards))
         given = (given if given.dim() == 2 else given.unsqueeze(1)).expand(len(leaves), 3)
-        entropies = torch.tensor([[_entropy(FIRST), 0.0, _entropy(SECOND[first])] for first, _ in leaves])
-        given = credit.refine(given, entropies.double(), torch.tensor([[1, 0, 1]] * len(leaves)))
         if weights is not None:
             given = given * weights
         total = torch.zeros(3, dtype=torch.float64)

@@ -30,15 +30,13 @@ class Once(Credit):
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._credit.answer_probabilities = self.answer_probabilities
+        self._credit.entropy_scores = self.entropy_scores
         made, weights = self._credit(trees, rewards, advantages)
         if not shares_nodes(trees):
             return made, weights
         nodes = token_nodes(trees).to(advantages.device)
         kept = first_copies(nodes)
         return mean_over_leaves(made, nodes), kept if weights is None else kept * weights
-
-    def refine(self, advantages: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self._credit.refine(advantages, entropies, mask)
 
 
 def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:
