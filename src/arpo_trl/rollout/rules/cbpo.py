@@ -35,7 +35,9 @@ class CBPO(BranchRule):
     base: float = field(default=0.2, metadata=described("P at ΔH = 0, without branches.", at_least=0, at_most=1))
     slope: float = field(default=2.0, metadata=described("Weight of ΔH."))
     power: float = field(default=0.2, metadata=described("How much earlier branches lower P.", at_least=0))
-    least: float = field(default=0.25, metadata=described("An observation branches if P is more.", at_least=0))
+    least: float = field(
+        default=0.25, metadata=described("An observation branches if P is more.", at_least=0, at_most=1)
+    )
     per_node: int = field(default=3, metadata=described("Most branches of an observation.", at_least=1))
     per_path: int = field(default=4, metadata=described("Most branches along a path.", at_least=1))
 
