@@ -403,3 +403,8 @@ def test_draws_of_a_place_are_its_own_and_repeat():
     assert context.generator(0, 1).random() == context.generator(0, 1).random()
     assert context.generator(0, 1).random() != context.generator(0, 2).random()
     assert context.coin(seen([])) == context.generator(0, 1).random()
+
+
+@pytest.mark.parametrize("name", RULES.own)
+def test_every_rule_states_its_bias(name):
+    assert "\n\nBias: " in str(sys.modules[RULES.get(name).__module__].__doc__)

@@ -149,6 +149,24 @@ def test_the_page_has_what_ran_and_says_what_did_not(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 0
 
 
+def test_the_figure_has_panels_only_for_what_ran(monkeypatch, tmp_path):
+    drawn: list[list[tuple[str, list[str]]]] = []
+
+    def saved(figure, path, **_):
+        drawn.append([(axes.get_title()[0], [t.get_text() for t in axes.get_yticklabels()]) for axes in figure.axes])
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", saved)
+    found, open_ = files.interval([0.1, 0.2]), None
+    effects = {"one": [found, found, open_], "two": [open_, open_, open_]}
+    trained = {Arm(**grpo(8)).name: {"0": {"accuracy": 0.5}}, Arm().name: {"1": {"accuracy": 0.5}}}
+    page.draw(effects, {}, tmp_path / "a.png")
+    page.draw({}, trained, tmp_path / "c.png")
+    page.draw(effects, trained, tmp_path / "both.png")
+    page.draw({}, {}, tmp_path / "none.png")
+    a, c = ("a", ["one"]), ("c", [Arm(**grpo(8)).name])  # the coin has no seed in common with GRPO
+    assert drawn == [[a], [c], [a, c], []]
+
+
 @pytest.mark.slow
 def test_a_tiny_tabular_study_is_resumed_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "tabular_arms", lambda: [Arm(**grpo(4)), Arm(), Arm(rule="best")])

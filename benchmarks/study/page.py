@@ -216,23 +216,41 @@ def goals(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Ma
 
 
 def draw(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Mapping[str, Row]], path: Path) -> None:
-    """Save the figure: the tabular effects in each scenario, and the trained arms against GRPO."""
+    """Save the figure, a panel per part that has run: tabular effects by scenario, trained arms against GRPO."""
     from matplotlib.figure import Figure
 
+    of_scenarios = {
+        scenario: {name: found[number] for name, found in effects.items()} for number, scenario in enumerate(SCENARIOS)
+    }
     base = column(trained.get(Arm(**grpo(LEAVES)).name, {}), "accuracy")
     against = {name: paired(column(rows, "accuracy"), base) for name, rows in trained.items()}
-    figure = Figure(figsize=(12, max(4.0, 0.22 * len(effects) + 1)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, scenario in enumerate(SCENARIOS):
-        _intervals(left, {name: found[number] for name, found in effects.items()}, scenario, 0.2 * (number - 1))
-    _intervals(right, against, None, 0.0)
-    left.set(title="a. Tabular: change of the exact accuracy")
-    left.legend(fontsize=8)
-    right.set(title=f"c. Training: accuracy − {_GRPO}, mean")
+    panels = {
+        "a. Tabular: change of the exact accuracy": of_scenarios,
+        f"c. Training: accuracy − {_GRPO}, mean": {"": against},
+    }
+    run = {title: found for title, series in panels.items() if (found := _with_rows(series))}
+    figure = Figure(figsize=(6 * max(len(run), 1), max(4.0, 0.22 * len(effects) + 1)), layout="constrained")
+    for number, (title, series) in enumerate(run.items()):
+        axes = figure.add_subplot(1, len(run), number + 1)
+        for i, (label, found) in enumerate(series.items()):
+            _intervals(axes, found, label, 0.2 * (i - (len(series) - 1) / 2))
+        axes.set(title=title)
+        if len(series) > 1:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def _intervals(axes: Any, found: Mapping[str, Interval | None], label: str | None, offset: float) -> None:
+def _with_rows(series: Mapping[str, Mapping[str, Interval | None]]) -> dict[str, Mapping[str, Interval | None]]:
+    """The series that have run, with the names that have run in any of them."""
+    run = {name for found in series.values() for name, of in found.items() if of is not None}
+    return {
+        label: {name: of for name, of in found.items() if name in run}
+        for label, found in series.items()
+        if any(of is not None for of in found.values())
+    }
+
+
+def _intervals(axes: Any, found: Mapping[str, Interval | None], label: str, offset: float) -> None:
     places = {name: len(found) - i for i, name in enumerate(found)}
     known = {name: of for name, of in found.items() if of is not None}
     axes.errorbar(

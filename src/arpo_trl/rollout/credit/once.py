@@ -1,6 +1,8 @@
 """A shared token is trained only in the first of its leaves, with the mean advantage of all of them.
 
 It wraps the credit that gives the advantages: `shared_prefix_weight: once` selects it for any credit.
+
+Bias: early turns count less against late ones than in independent paths, by N/M at the root.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""A random decision: branch with probability P."""
+"""A random decision: branch with probability P.
+
+Reads the entropies of the first k tokens under an observation and of the path's first turn, after those k tokens.
+
+Bias: multiplicity, look-ahead.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""The control: branch with probability α, independent of entropy."""
+"""The control: branch with probability α, independent of entropy.
+
+Decides after the first k tokens under an observation, as `threshold` does. Their entropies matter only where the
+budget does not suffice for all decisions that arrive together.
+
+Bias: multiplicity.
+"""
 
 from __future__ import annotations
 

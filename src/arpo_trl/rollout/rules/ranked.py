@@ -1,4 +1,9 @@
-"""Wait until the first N paths have ended, then branch where H_turn is highest in the tree."""
+"""Wait until the first N paths have ended, then branch where H_turn is highest in the tree.
+
+Reads the entropies of the first k tokens under each observation.
+
+Bias: multiplicity, look-ahead.
+"""
 
 from __future__ import annotations
 

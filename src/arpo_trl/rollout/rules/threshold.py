@@ -1,4 +1,9 @@
-"""The paper's rule: branch if P > τ. With α = τ this is ΔH > 0."""
+"""The paper's rule: branch if P > τ. With α = τ this is ΔH > 0.
+
+Reads the entropies of the first k tokens under an observation and of the path's first turn, after those k tokens.
+
+Bias: multiplicity, look-ahead.
+"""
 
 from __future__ import annotations
 
