@@ -214,13 +214,27 @@ def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_gradients_of_a_frozen_policy_are_compared_with_the_mean_of_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(frozen, "REFERENCE_PROMPTS", 2)
-    data, model = tmp_path / "data", tmp_path / "sft"
-    training.prepare(data, 0, hard=True, n_train=8, n_heldout=2)
-    save_cold_start_base(model)
-    target, halves = frozen.reference(model, data, batches=2)
-    row = frozen.measure(model, data, Arm(), target, batches=2)
-    # An untrained model earns the same everywhere, so all gradients are 0.
-    assert (target.norm(), halves) == (0.0, 0.0)
-    assert (row["cosine"], row["cosines"]) == (0.0, [0.0, 0.0])
+def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, monkeypatch):
+    for module, name, value in [
+        *((module, "CHECKPOINTS", (1,)) for module in (frozen, page)),
+        *((frozen, name, 2) for name in ("BATCHES", "REFERENCE_BATCHES", "REFERENCE_PROMPTS")),
+        *((module, "PROMPTS", 1) for module in (frozen, training)),
+        *((module, "frozen_arms", lambda: [Arm(**grpo(8))]) for module in (command, page)),
+    ]:
+        monkeypatch.setattr(module, name, value)
+
+    def cold_start(folder, seed):
+        """Without training."""
+        training.prepare(folder / "data", seed, hard=True, n_train=8, n_heldout=2)
+        save_cold_start_base(folder / "sft")
+
+    monkeypatch.setattr(training, "cold_start", cold_start)
+    # each in this process, in place of one of its own
+    monkeypatch.setattr(command, "run_all", lambda runs, given, _: [command.run_one(words, given) for words in runs])
+    given = ["b", "--output", str(tmp_path / "runs"), "--page", str(tmp_path / "study.md")]
+    assert command.main(given) == 0
+    text = (tmp_path / "study.md").read_text("utf-8")
+    # An untrained model earns the same everywhere, so all gradients are 0, and none of it calls a tool.
+    assert "| GRPO M = 8, soft, mean | 0.000 ± 0.000 | not run |" in text
+    assert "| two halves of the reference | 0.000 |" in text
+    assert sorted(path.name for path in (tmp_path / "runs/b/models").iterdir()) == ["0", "1"]

@@ -137,10 +137,16 @@ def frozen_rows(output: Path) -> list[list[str]]:
     for arm in frozen_arms():
         found = [files.read(folder / f"{files.slug(arm.name)}.json") for folder in folders]
         bases = [files.read(folder / f"{files.slug(base)}.json") for folder in folders]
-        ratios = [
-            of["signal_per_call"] / to["signal_per_call"] for of, to in zip(found, bases, strict=True) if of and to
+        signals = [
+            (of["signal_per_call"], to["signal_per_call"]) for of, to in zip(found, bases, strict=True) if of and to
         ]
-        cells = [NOT_RUN if of is None else f"{of['cosine']:.3f} ± {of['half_width'] or math.nan:.3f}" for of in found]
+        ratios = [ours / theirs for ours, theirs in signals if ours is not None and theirs]
+        cells = [
+            NOT_RUN
+            if of is None
+            else f"{of['cosine']:.3f} ± {math.nan if of['half_width'] is None else of['half_width']:.3f}"
+            for of in found
+        ]
         rows.append([arm.name, *cells, f"{mean(ratios):.2f}" if ratios else NOT_RUN])
     halves = [files.read(folder / "reference.json") for folder in folders]
     cells = [NOT_RUN if of is None else f"{of['cosine_of_halves']:.3f}" for of in halves]
@@ -232,8 +238,8 @@ def draw(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Map
     figure = Figure(figsize=(6 * max(len(run), 1), max(4.0, 0.22 * len(effects) + 1)), layout="constrained")
     for number, (title, series) in enumerate(run.items()):
         axes = figure.add_subplot(1, len(run), number + 1)
-        for i, (label, found) in enumerate(series.items()):
-            _intervals(axes, found, label, 0.2 * (i - (len(series) - 1) / 2))
+        for i, (label, of_names) in enumerate(series.items()):
+            _intervals(axes, of_names, label, 0.2 * (i - (len(series) - 1) / 2))
         axes.set(title=title)
         if len(series) > 1:
             axes.legend(fontsize=8)
