@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, mean, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -26,8 +26,7 @@ class Random(BranchRule):
     branch_probability: float = 0.5
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        entropy, delta = context.measured(candidate)
         probability = clipped(self.branch_probability)
         return BranchDecision(
             entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, grant, mean, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, grant, mean
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -30,8 +30,7 @@ class Ranked(BranchRule):
     entropy_weight: float = 0.2
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        entropy, delta = context.measured(candidate)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
         return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=True)
 
