@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,14 @@ CANARY_TEXT = (
     "Warum? 因为 x² + y² = z², \\boxed{42}."
 )
 """Words, digits, code and several scripts, which tokenizers split differently. Logprobs are compared on it too."""
+ATTEMPTS = 4
+"""Attempts per request, or transfer of weights, before the run fails."""
+SHORT_S = 5.0
+"""Seconds that a request which needs no work may take."""
+
+
+class ServerLost(EngineError):
+    """The connection to a server failed: it is down, or was killed during the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +65,8 @@ class ServerClient:
             base_url=self.url, headers=headers(), timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
         )
 
-    def wait(self, away_s: float) -> None:
-        """Wait until the server is up.
+    def wait(self, away_s: float, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until the server is up. `check` is called meanwhile, and ends the wait if it raises.
 
         Raises:
             ConfigError: Something other than a vLLM server answers.
@@ -86,6 +94,7 @@ class ServerClient:
                         f"The vLLM server {self.url} did not come up within {away_s:.0f} s ({problem}). Start it, "
                         "correct vllm_server_urls, or raise vllm_server_timeout."
                     )
+                check()
                 time.sleep(0.5)
                 bar.update(round(waited_s) - bar.n)
 
@@ -120,7 +129,7 @@ class ServerClient:
     def boot(self) -> str | None:
         """The metrics line with the start time of the server's process; None if the server does not report it."""
         try:
-            lines = self._http.get("/metrics").text.splitlines()
+            lines = self._http.get("/metrics", timeout=SHORT_S).text.splitlines()
         except httpx.TransportError:
             return None
         return next((line for line in lines if line.startswith("process_start_time_seconds")), None)
@@ -161,7 +170,7 @@ class ServerClient:
     def abort(self) -> None:
         """End all running requests early. They are answered with the tokens that they have."""
         hint = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
-        self._request("POST", "/abort_requests", hint, {})
+        self._request("POST", "/abort_requests", hint, {}, timeout=SHORT_S)
 
     def mark(self, version: str) -> None:
         """Reset the prefix cache, which has states from other weights, and set the version of the weights."""
@@ -179,11 +188,18 @@ class ServerClient:
         except ValueError as error:
             raise EngineError(f"{self.url}{path} did not answer with JSON. {hint}") from error
 
-    def _request(self, method: str, path: str, hint: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _request(
+        self, method: str, path: str, hint: str, body: dict[str, Any] | None = None, **options: Any
+    ) -> httpx.Response:
         try:
-            response = self._http.request(method, path, json=body)
-        except httpx.TransportError as error:
+            response = self._http.request(method, path, json=body, **options)
+        except httpx.ReadTimeout as error:
             raise EngineError(
+                f"The vLLM server {self.url} has not answered {path} in time. Check its log, or raise "
+                "vllm_request_timeout_s."
+            ) from error
+        except httpx.TransportError as error:
+            raise ServerLost(
                 f"The connection to the vLLM server {self.url} failed at {path} ({type(error).__name__}). Check its "
                 "log."
             ) from error
