@@ -226,7 +226,7 @@ def rank(run: Path, folder: Path, *, url: str, count: int) -> None:
         max_steps=count,
         per_device_train_batch_size=LEAVES,
         trajectory_log_rate=1.0,
-        vllm_server_timeout=180.0,
+        vllm_server_timeout=600.0,
     )
     if trainer.accelerator.process_index == 1:
         slow = slow_search(run, 0.2)

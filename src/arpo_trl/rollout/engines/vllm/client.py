@@ -9,13 +9,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.errors import ArpoError, ConfigError, EngineError
 from arpo_trl.options import VLLM_KEY_VARIABLE
 
 FRESH = "default"
@@ -53,6 +54,27 @@ def headers() -> dict[str, str]:
     """The authorization header for servers that were started with a key."""
     key = os.environ.get(VLLM_KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def _reads_json(method: Callable[Concatenate[ServerClient, P], T]) -> Callable[Concatenate[ServerClient, P], T]:
+    """A method that raises EngineError if the server's JSON has another form than vLLM's."""
+
+    @wraps(method)
+    def read(self: ServerClient, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except ArpoError:
+            raise
+        except (LookupError, TypeError, ValueError, StopIteration) as error:
+            raise EngineError(
+                f"{self.url} answered with another form of JSON than vLLM ≥ 0.31 does ({type(error).__name__}: "
+                f"{error}). Correct vllm_server_urls, or check the server's version."
+            ) from error
+
+    return read
 
 
 class ServerClient:
@@ -98,6 +120,7 @@ class ServerClient:
                 time.sleep(0.5)
                 bar.update(round(waited_s) - bar.n)
 
+    @_reads_json
     def facts(self) -> ServerFacts:
         """Ask the server for its properties.
 
@@ -122,6 +145,7 @@ class ServerClient:
             self.weight_version(),
         )
 
+    @_reads_json
     def weight_version(self) -> str:
         answer = self._json("GET", "/weight_info", "The server needs vLLM ≥ 0.31 and VLLM_SERVER_DEV_MODE=1.")
         return str(answer["weight_version"])
@@ -134,12 +158,14 @@ class ServerClient:
             return None
         return next((line for line in lines if line.startswith("process_start_time_seconds")), None)
 
+    @_reads_json
     def tokenize(self, text: str, model: str) -> list[int]:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
         return self._json("POST", "/tokenize", "The comparison of tokenizers needs the server's /tokenize.", body)[
             "tokens"
         ]
 
+    @_reads_json
     def logprobs(self, ids: Sequence[int], model: str) -> list[float]:
         """The model's logprob of each id except the first, given the ids before it, at temperature 1."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
@@ -162,6 +188,7 @@ class ServerClient:
         )
         self._request("POST", "/v1/load_lora_adapter", hint, {"lora_name": name, "lora_path": folder})
 
+    @_reads_json
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter, if the server has it; a restarted server does not."""
         if name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"]):
@@ -172,6 +199,7 @@ class ServerClient:
         hint = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
         self._request("POST", "/abort_requests", hint, {}, timeout=SHORT_S)
 
+    @_reads_json
     def mark(self, version: str) -> None:
         """Reset the prefix cache, which has states from other weights, and set the version of the weights."""
         if not self._json("POST", "/reset_prefix_cache", "Start the server with VLLM_SERVER_DEV_MODE=1.")["success"]:
