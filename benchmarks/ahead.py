@@ -238,7 +238,10 @@ def rank(run: Path, folder: Path, *, url: str, count: int) -> None:
 def kills(run: Path, folder: Path, *, count: int) -> None:
     """Prints how a run of two ranks whose server is killed and restarted twice went."""
     server = Server(str(run / "sft"), folder / "server.log").start().wait()
-    launch = [*(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"), __file__]
+    launch = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp.yaml"),
+        *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", __file__),
+    ]
     start = time.perf_counter()
     words = ["rank", "--run", str(run), "--folder", str(folder), "--url", server.url, "--steps", str(count)]
     trained = subprocess.Popen([*launch, *words], stdout=subprocess.DEVNULL)

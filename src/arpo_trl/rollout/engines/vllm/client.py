@@ -56,7 +56,8 @@ def headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _reads_json(method: Callable[Concatenate[ServerClient, P], T]) -> Callable[Concatenate[ServerClient, P], T]:
@@ -68,7 +69,7 @@ def _reads_json(method: Callable[Concatenate[ServerClient, P], T]) -> Callable[C
             return method(self, *args, **kwargs)
         except ArpoError:
             raise
-        except (LookupError, TypeError, ValueError, StopIteration) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise EngineError(
                 f"{self.url} answered with another form of JSON than vLLM ≥ 0.31 does ({type(error).__name__}: "
                 f"{error}). Correct vllm_server_urls, or check the server's version."
