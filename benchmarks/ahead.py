@@ -163,7 +163,7 @@ def steps(run: Path, folder: Path, *, count: int, update_s: float | None) -> Non
 
 def accuracy(run: Path, folder: Path, *, seeds: int, count: int) -> None:
     """Trains with each k and seed that has no result yet, seed by seed, and prints the table of all results."""
-    files = {(k, seed): folder / f"k{k}-{seed}.json" for seed in range(seeds) for k in KS}
+    files = {(k, seed): folder / f"{count}-steps-k{k}-{seed}.json" for seed in range(seeds) for k in KS}
     if missing := [key for key, file in files.items() if not file.exists()]:
         folder.mkdir(parents=True, exist_ok=True)
         with running(str(run / "sft"), folder / "server.log") as server:
