@@ -92,7 +92,7 @@ def environments_of(
     made = Environments(environment_kind(kind, timeout_s), timeout_s=timeout_s, limit=limit, keeps=keeps)
     OPENED.clear()  # without those that were looked at
     CLOSED.clear()
-    made.rows.update({0: {"name": "a"}, 1: {"name": "b"}})
+    made.start_groups({0: {"name": "a"}, 1: {"name": "b"}})
     return made
 
 
@@ -522,9 +522,8 @@ def test_a_close_that_fails_is_logged_once_and_frees_the_room(caplog):
             super().close()
             raise OSError("stuck")
 
-    environments = Environments(environment_kind(Shop, 5.0), timeout_s=5.0)
-    environments.kind = environments.instances.kind = replace(environments.kind, factory=Stuck, type=Stuck)
-    environments.rows[0] = {}
+    kind = replace(environment_kind(Shop, 5.0), factory=Stuck, type=Stuck)
+    environments = Environments(kind, timeout_s=5.0)
     OPENED.clear()
     CLOSED.clear()
     run(environments)

@@ -7,13 +7,15 @@ import functools
 import inspect
 import threading
 import typing
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 
+COLUMN = "environment"
+"""The column by which a row chooses among several classes, as in TRL."""
 NOT_TOOLS = ("reset", "get_reward", "fork", "close", "digest", "describe")
 """Public methods with a meaning of their own. The model does not see them."""
 
@@ -46,6 +48,15 @@ class EnvironmentKind:
     def name(self) -> str:
         return self.type.__name__
 
+    @property
+    def copies(self) -> bool:
+        """Whether an instance can be forked or copied, without a replay."""
+        return self.forking in (Forking.FORK, Forking.COPY)
+
+    def made(self, value: Any) -> bool:
+        """Whether an object is an environment of exactly this class."""
+        return type(value) is self.type
+
     def offers(self, method: str) -> bool:
         return callable(getattr(self.type, method, None))
 
@@ -62,6 +73,63 @@ class EnvironmentKind:
                 f"reset() of the environment {self.name} does not accept the columns of a row, {sorted(columns)}: "
                 f"{error}. Define it as `def reset(self, **row)`, or name the columns that it needs before `**row`."
             ) from error
+
+
+class Kinds:
+    """The classes of environments of a run: one for all rows, or several, of which each row names one, as in TRL.
+
+    Args:
+        kinds: One class; or several by the name that rows have in the column `environment`.
+    """
+
+    def __init__(self, kinds: EnvironmentKind | Mapping[Any, EnvironmentKind]):
+        self.several = not isinstance(kinds, EnvironmentKind)
+        self.by_name: dict[Any, EnvironmentKind] = {None: kinds} if isinstance(kinds, EnvironmentKind) else {**kinds}
+
+    def name_of(self, row: Mapping[str, Any]) -> Any:
+        """Return the name of the row's class; None if there is one class for all rows.
+
+        Raises:
+            DataError: There are several, and the row names none of them.
+        """
+        if not self.several:
+            return None
+        name = row.get(COLUMN)
+        if name not in self.by_name:
+            raise DataError(
+                f"A row has {COLUMN} = {name!r}, but environment_factory is a dict of {list(self.by_name)}. Give each "
+                f"row one of these names in the column {COLUMN!r}."
+            )
+        return name
+
+    def of(self, row: Mapping[str, Any]) -> EnvironmentKind:
+        """Return the row's class. Raises what `name_of` raises."""
+        return self.by_name[self.name_of(row)]
+
+    def given(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns that `reset` receives: all, without the one that chose the class."""
+        return {name: value for name, value in row.items() if not (self.several and name == COLUMN)}
+
+    def check_rows(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Return if each row names its class, and if each class accepts the columns.
+
+        Args:
+            columns: The columns of a dataset, by name.
+
+        Raises:
+            DataError: A row names no class.
+            ConfigError: `reset` of a class does not accept the columns.
+        """
+        if self.several:
+            if COLUMN not in columns:
+                raise DataError(
+                    f"environment_factory is a dict of {list(self.by_name)}, but the dataset has only the columns "
+                    f"{list(columns)}. Add a column {COLUMN!r} with one of these names in each row."
+                )
+            for name in dict.fromkeys(columns[COLUMN]):
+                self.name_of({COLUMN: name})
+        for kind in self.by_name.values():
+            kind.check_row(self.given(columns))
 
 
 def environment_kind(factory: Callable[[], Any], timeout_s: float) -> EnvironmentKind:
