@@ -504,6 +504,9 @@ class _Run:
     def _advance(self) -> list[_Group]:
         """Wait for events, take them in, and return the groups that they belong to."""
         self.between_events()
+        if self.waiting and not (self.writing or self.calling or self.opening):  # for room that others hold
+            time.sleep(IDLE_POLL_S)
+            self._admit()
         touched: dict[int, _Group] = {}
         if self.writing:
             for event in self.engine.poll(BUSY_POLL_S if self.calling or self.opening else IDLE_POLL_S):

@@ -19,6 +19,7 @@ from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.environments.instances import Counts, Instances
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking, Kinds, environment_kind
 from arpo_trl.tools.environments.state import Environments
+from arpo_trl.tools.toolbox import ToolBox
 
 logger = get_logger(__name__)
 
@@ -158,6 +159,29 @@ def with_text(prompt: Any, text: str | None) -> Any:
     content = prompt[-1]["content"]
     added: Any = text if isinstance(content, str) else [{"type": "text", "text": text}]
     return [*prompt[:-1], {**prompt[-1], "content": content + added}]
+
+
+def begun(
+    environments: Environments,
+    rows: Sequence[dict[str, Any]],
+    size: int,
+    first_group: int,
+    toolbox: ToolBox,
+    between_events: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Return the rows with what `reset` returned in their prompts; the environments of their first paths are open.
+
+    Args:
+        rows: `size` for each group.
+        first_group: The id of the first group.
+        toolbox, between_events: As in `Environments.begin`, whose errors this raises.
+    """
+    groups = {first_group + i: rows[i * size] for i in range(len(rows) // size)}
+    texts = environments.begin(groups, toolbox, between_events)
+    return [
+        row | {"prompt": with_text(row.get("prompt", NO_PROMPT), texts[first_group + i // size])}
+        for i, row in enumerate(rows)
+    ]
 
 
 def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_group: int) -> list[Any] | None:

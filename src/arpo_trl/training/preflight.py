@@ -116,20 +116,14 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
                 check(dataset)
 
 
-def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any, environments: Any) -> None:
+def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any) -> None:
     """Returns if rollouts can run ahead, or are not to.
 
     Raises:
-        ConfigError: The engine cannot change its weights during a rollout, an epoch has too few rows, or paths have
-            environments.
+        ConfigError: The engine cannot change its weights during a rollout, or an epoch has too few rows.
     """
     if not args.rollouts_ahead:
         return
-    if environments is not None:
-        raise ConfigError(
-            f"rollouts_ahead is {args.rollouts_ahead}, but an environment_factory was given: the environments of one "
-            "rollout are closed before those of the next are made. Set rollouts_ahead: 0."
-        )
     if not isinstance(engine, EngineAhead):
         raise ConfigError(
             f"rollouts_ahead is {args.rollouts_ahead}, but {type(engine).__name__} gets new weights only while "

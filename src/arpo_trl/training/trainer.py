@@ -36,12 +36,12 @@ from arpo_trl.training.completions import completion_messages, rollout_output, t
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
     NO_PROMPT,
+    begun,
     environments_for,
     of_leaves,
     owned_rewards,
     weighted,
     with_prompts,
-    with_text,
     without_rows,
 )
 from arpo_trl.training.kits import Kits, all_tools, tool_sets
@@ -203,7 +203,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.tree_sampler = self._make_sampler(engine)
         self._baseline = make_baseline(args)
         check_baseline(self._baseline, self.tree_sampler.engine)
-        check_ahead(args, self.tree_sampler.engine, self.train_dataset, self._environments)
+        check_ahead(args, self.tree_sampler.engine, self.train_dataset)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
         check_prompts(datasets, args, self._kits.protocols, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
@@ -287,7 +287,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             rollout = with_new_trees(before, new, again.groups)
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = LastRollout(name, rollout, leaves, first_group)
-        if self._environments is not None:
+        if self._environments is not None and not self.samples_ahead:
             self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(
             [torch.tensor(leaf.mask) for leaf in leaves],
@@ -303,7 +303,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
         """The trees of `requests`. In training with `rollouts_ahead`, those that were sampled ahead."""
         with self.interruptible():
-            if self.model.training and self.args.rollouts_ahead:
+            if self.samples_ahead:
                 return self.rollout_ahead()
             return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
 
@@ -315,19 +315,19 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
 
     @contextmanager
     def _with_environments(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Within it, paths have environments, which rewards can read. Yields the rows with what `reset` returned."""
-        if self._environments is None:
+        """Within it, paths have environments, which rewards can read. Yields the rows with what `reset` returned.
+
+        Batches that are sampled ahead see to that themselves.
+        """
+        if self._environments is None or self.samples_ahead:
             yield rows
             return
-        prompts = [row.get("prompt", NO_PROMPT) for row in rows]
-        first, size = self._places(prompts)
-        of_groups = {first + i: rows[i * size] for i in range(len(rows) // size)}
-        texts: dict[int, str | None] = {}
+        first, size = self._places([row.get("prompt", NO_PROMPT) for row in rows])
+        shown: list[dict[str, Any]] = []
         try:
             with self.interruptible():
-                texts = self._environments.begin(of_groups, self.toolbox, self._interrupts.check)
-            shown = [with_text(prompt, texts[first + i // size]) for i, prompt in enumerate(prompts)]
-            yield [row | {"prompt": prompt} for row, prompt in zip(rows, shown, strict=True)]
+                shown = begun(self._environments, rows, size, first, self.toolbox, self._interrupts.check)
+            yield shown
         finally:
             self.environments = None
             self._environments.close_kept()

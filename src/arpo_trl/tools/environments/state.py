@@ -100,7 +100,7 @@ class Environments:
                     continue  # of a rollout that was interrupted
                 opened.opened(result.failure, result.text)
                 if not opened.has_instance:
-                    self.handed.pop(opened.group).close()
+                    self.handed.pop(opened.group, opened).close()
                     failures[opened.group] += 1
                     if failures[opened.group] == _ATTEMPTS:
                         raise self._not_made(opened)
