@@ -590,8 +590,7 @@ class ToolBox:
 
     def _presentable(self, text: str) -> str:
         """Return `text` in a form that a model can read: encodable, not empty, not too long."""
-        # Surrogate pairs become their character. Lone surrogates, which no tokenizer encodes, and NUL become U+FFFD.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+        text = encodable(text)
         if not text.strip():
             return "(no output)"
         if len(text) <= self._max_chars:
@@ -599,6 +598,11 @@ class ToolBox:
         mark = f"\n[… {len(text) - self._max_chars} or more characters left out …]\n"
         kept = self._max_chars - len(mark)
         return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
+
+
+def encodable(text: str) -> str:
+    """Return a text that tokenizers and files take: lone surrogates and NUL become U+FFFD, pairs their character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
 def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:

@@ -7,6 +7,7 @@ The script receives each request and the text so far, and returns the text of th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ class ScriptedEngine:
         ids = self._tokenizer.encode(script.text, add_special_tokens=False)
         stop = TurnStop.LENGTH
         if self._stops(ids):
-            ids = next(ids[:length] for length in range(1, len(ids) + 1) if self._stops(ids[:length]))
+            ids = ids[: bisect_left(range(len(ids)), True, key=lambda length: self._stops(ids[:length]))]
             stop = TurnStop.STOP_STRING
         elif script.ends:
             ids.append(self._settings.eos_ids[0])

@@ -13,7 +13,9 @@ Everything that calls a user's code runs in threads of the tools. Each instance 
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import hashlib
 import inspect
 import json
 import threading
@@ -26,11 +28,14 @@ from typing import Any
 from arpo_trl.errors import ArpoError, DataError, ToolError, ToolSpecError
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
+from arpo_trl.tools.toolbox import encodable
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
 
+_MAX_OUTCOME_CHARS = 2000
+_MAX_DESCRIBED_CHARS = 10_000
 _GRACE_S = 1.0
 """How much longer an async method may take than the deadline of its call, which is to pass first."""
 
@@ -139,6 +144,8 @@ class Instances:
         self._live = 0
         self._closing = 0
         self._making = 0
+        self._hanging = 0
+        """How many of those that are made or closed `settle` has waited for in vain."""
         self._objects: dict[int, Any] = {}  # the objects of live instances by their id(), which also keeps them alive
         self._copies: dict[Point, None] = {}  # the points that hold a copy, oldest first
         self._counts = Counts()
@@ -171,7 +178,7 @@ class Instances:
             if self._limit is not None and self._live >= self._limit and not for_copy:
                 if self._copies:
                     self._drop_copy(next(iter(self._copies)))
-                self.changed.wait_for(lambda: self._has_room or not self._closing, self.timeout_s)
+                self.changed.wait_for(lambda: self._has_room or self._closing <= self._hanging, self.timeout_s)
             if not self._has_room:
                 return False
             self._live += 1
@@ -213,7 +220,7 @@ class Instances:
         instance = self._adopted(self.finished(start.kind.factory()), start, "environment_factory")
         try:
             text = self.finished(instance.value.reset(**copy.deepcopy(dict(start.row))))
-            self._check_text(start, text)
+            self._check_text(start, encodable(text) if isinstance(text, str) else text)
             self.observe(instance)
         except BaseException:
             self._discard(instance)
@@ -340,7 +347,7 @@ class Instances:
         value: Any = None
         try:
             value = self.finished(getattr(instance.value, name)(**copy.deepcopy(given)))
-            outcome = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+            outcome = _comparable(value)
         except BaseException as raised:
             error, outcome = raised, f"{type(raised).__name__}: {raised}"
         instance.log.append(Done(name, given, outcome))
@@ -358,7 +365,7 @@ class Instances:
         if kind.offers("digest"):
             instance.digest = self.finished(instance.value.digest())
         if kind.offers("describe"):
-            instance.description = str(self.finished(instance.value.describe()))
+            instance.description = str(self.finished(instance.value.describe()))[:_MAX_DESCRIBED_CHARS]
 
     def leave_point(self, instance: Instance) -> None:
         """Copy the instance for the branches that may still start where it is. Runs before its next call."""
@@ -395,10 +402,13 @@ class Instances:
             self._loop = self._loop or LoopThread("arpo-environments")
         future = self._loop.start(_awaited(value))
         try:
-            return future.result(timeout_s)
+            returned, error = future.result(timeout_s)
         except TimeoutError:
             future.cancel()
             raise
+        if error is not None:
+            raise error
+        return returned
 
     # Points ----------------------------------------------------------------------------------------------------------
 
@@ -478,9 +488,14 @@ class Instances:
                 del self._objects[id(instance.value)]
 
     def settle(self) -> bool:
-        """Wait until no instance is being made or closed, and return whether that is so before the deadline."""
+        """Wait until no instance is being made or closed, and return whether that is so before the deadline.
+
+        Those that an earlier call has waited for in vain are not waited for again.
+        """
         with self.changed:
-            return self.changed.wait_for(lambda: not (self._making or self._closing), 2 * self.timeout_s)
+            settled = self.changed.wait_for(lambda: self._making + self._closing <= self._hanging, 2 * self.timeout_s)
+            self._hanging = self._making + self._closing
+            return settled
 
     # Counts ----------------------------------------------------------------------------------------------------------
 
@@ -526,5 +541,22 @@ def as_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-async def _awaited(value: Awaitable[Any]) -> Any:
-    return await value
+def _comparable(value: Any) -> str:
+    """Return what a method returned as text. Two long texts are equal only if the values are, up to a hash."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    except Exception:  # not JSON, keys of several types, or contains itself
+        text = repr(value)
+    if len(text) <= _MAX_OUTCOME_CHARS:
+        return text
+    return f"{text[:_MAX_OUTCOME_CHARS]}… {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+async def _awaited(value: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """Return what `value` returns, and what it raises. If SystemExit were raised here, it would end the event loop."""
+    try:
+        return await value, None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return None, error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import threading
@@ -147,8 +148,9 @@ def environment_kind(factory: Callable[[], Any], timeout_s: float) -> Environmen
             f"environment_factory is a {type(factory).__name__}; expected a class, or a function that returns a new "
             "environment at each call."
         )
-    first, second = (_made(factory, timeout_s) for _ in range(2))
-    for instance in {id(first): first, id(second): second}.values():
+    first, second = (_in_time(factory, timeout_s, "environment_factory") for _ in range(2))
+    made = [first, second, *_copied(first, timeout_s)]
+    for instance in {id(each): each for each in made}.values():
         if callable(close := getattr(instance, "close", None)):
             _in_time(close, timeout_s, f"close() of {type(instance).__name__}")
     if first is second:
@@ -167,11 +169,16 @@ def _kind_of(factory: Callable[[], Any], instance: Any) -> EnvironmentKind:
             f"The environment {kind.__name__} has no method reset. Define `def reset(self, **row)`, which puts it "
             "into the state in which a path starts, and returns a text for the prompt or None."
         )
-    methods = {
-        name: as_function(getattr(instance, name))
-        for name in functions
-        if name not in NOT_TOOLS and not name.startswith("_")
-    }
+    methods = {}
+    for name in functions:
+        if name in NOT_TOOLS or name.startswith("_"):
+            continue
+        if not callable(method := getattr(instance, name)):
+            raise ToolSpecError(
+                f"The environment {kind.__name__} has a method {name} and an attribute {name}, a "
+                f"{type(method).__name__}, that hides it. Rename one of them, or let its name start with _."
+            )
+        methods[name] = as_function(method)
     for flag in ("copyable", "replayable"):
         if not isinstance(getattr(kind, flag, False), bool):
             raise ToolSpecError(
@@ -203,8 +210,24 @@ def as_function(method: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _made(factory: Callable[[], Any], timeout_s: float) -> Any:
-    return _in_time(factory, timeout_s, "environment_factory")
+def _copied(instance: Any, timeout_s: float) -> list[Any]:
+    """Return a deepcopy of an instance whose class declares `copyable = True`, and nothing of another.
+
+    Raises:
+        ConfigError: It holds what cannot be copied.
+    """
+    if getattr(type(instance), "copyable", False) is not True:
+        return []
+    try:
+        return [_in_time(lambda: copy.deepcopy(instance), timeout_s, "deepcopy")]
+    except ConfigError as error:
+        if isinstance(error.__cause__, TypeError):  # what copy raises for locks, generators, sockets and the like
+            raise ConfigError(
+                f"The environment {type(instance).__name__} declares copyable = True, but copy.deepcopy of it raised "
+                f"TypeError: {error.__cause__}. Define fork() or __deepcopy__(), or remove copyable: its branches are "
+                "replayed then."
+            ) from error
+        return []  # it may need a reset first
 
 
 def _in_time(call: Callable[[], Any], timeout_s: float, name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from arpo_trl.errors import ConfigError, ToolUnavailable
@@ -13,9 +13,10 @@ from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.environments.instances import Instance, Instances, Point, Start, as_reason
 from arpo_trl.tools.environments.kind import EnvironmentKind, Kinds
 from arpo_trl.tools.state import PathState
-from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.tools.toolbox import ToolBox, encodable
 
 _MAX_CHANGE_CHARS = 2000
+_MAX_LINES = 500
 _ATTEMPTS = 3
 _POLL_S = 0.05
 
@@ -301,6 +302,8 @@ class EnvironmentState(PathState):
 
 
 def _difference(before: str, after: str) -> str:
-    """Return the lines that only one of the two texts has, marked with − and +, for the trajectory log."""
-    lines: Iterable[str] = difflib.ndiff(before.splitlines(), after.splitlines())
-    return "\n".join(line for line in lines if line[:1] in "+-")[:_MAX_CHANGE_CHARS]
+    """Return the lines that only one of the two texts has, marked with - and +, for the trajectory log."""
+    old, new = (text.splitlines()[:_MAX_LINES] for text in (before, after))
+    lines = list(difflib.unified_diff(old, new, n=0, lineterm=""))[2:]  # the first two name files
+    changed = [f"{line[0]} {line[1:]}" for line in lines if line[0] in "+-"]
+    return encodable("\n".join(changed)[:_MAX_CHANGE_CHARS])
