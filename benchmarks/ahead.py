@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -169,7 +170,7 @@ def accuracy(run: Path, folder: Path, *, seeds: int, count: int) -> None:
         with running(str(run / "sft"), folder / "server.log") as server:
             for key in missing:
                 write(files[key], train(run, folder / files[key].stem, server.url, *key, count))
-    results = {key: read(file) for key, file in files.items()}
+    results = {key: result for key, file in files.items() if (result := read(file)) is not None}
     print("| k | seed | accuracy | staleness | ratio clipped | s |\n|---:|---:|---:|---:|---:|---:|")
     for (k, seed), result in results.items():
         cells = [f"{result[name]:.3f}" for name in ("accuracy", "staleness_mean", "ratio_clipped")]
@@ -221,16 +222,13 @@ def rank(run: Path, folder: Path, *, url: str, count: int) -> None:
         folder / "run",
         url,
         rows,
-        0.02,
+        0.2 if os.environ["RANK"] == "1" else 0.02,
         rollouts_ahead=1,
         max_steps=count,
         per_device_train_batch_size=LEAVES,
         trajectory_log_rate=1.0,
         vllm_server_timeout=600.0,
     )
-    if trainer.accelerator.process_index == 1:
-        slow = slow_search(run, 0.2)
-        trainer.toolbox._tools["search"] = slow
     trainer.add_callback(Restarts(folder / "step"))
     trainer.train()
 

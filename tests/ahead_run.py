@@ -23,7 +23,7 @@ from arpo_trl.runs.interrupts import follow_launcher
 from support import ON_CPU, search, tokenizer
 
 ROWS = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(24)])
-STOPS = ("</search>",)
+STOPS = ("</search>", "</put>")
 STEPS = 12
 """Of a run as a program: an epoch, or two with two ranks."""
 

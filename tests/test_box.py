@@ -746,7 +746,7 @@ def test_without_a_cache_a_later_identical_call_runs_again(gate: Gate) -> None:
 
 def test_a_cache_gives_successes_again_and_failures_not() -> None:
     with ToolBox([echo, named("fail")], cache=True) as box:
-        box._tools["fail"] = returning(ToolError("no"))
+        box._offered.functions["fail"] = returning(ToolError("no"))
         for name, sources in (("echo", ["executed", "cached"]), ("fail", ["executed", "executed"])):
             seen: list[ToolResult] = []
             for _ in range(2):

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
+from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.tools.environments.kind import Forking, environment_kind
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox
-from support import tokenizer
+from openenv_client import GenericEnvClient
+from support import Scripted, tokenizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "environments.md").read_text("utf-8")
 
 
-def shown(name: str) -> Any:
-    """The class of this name that the page defines."""
+def shown(name: str, url: str = "http://127.0.0.1:8000") -> Any:
+    """The class of this name that the page defines, with its server at `url`."""
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if f"class {name}:" in block]
-    scope: dict[str, Any] = {}
-    exec(code, scope)
+    scope: dict[str, Any] = {"GenericEnvClient": GenericEnvClient}
+    exec(code.replace("http://127.0.0.1:8000", url), scope)
     return scope[name]
 
 
@@ -51,3 +58,51 @@ def test_the_game_takes_calls_as_tags() -> None:
     with ToolBox(environments.tools) as toolbox:
         (call,) = TagProtocol(tokenizer(), toolbox.specs).parse_turn("<move>left</move>")
     assert call.arguments == {"direction": "left"}
+
+
+@pytest.fixture
+def url() -> Iterator[str]:
+    """A server of another process that speaks OpenEnv's protocol."""
+    command = [sys.executable, str(Path(__file__).with_name("openenv_server.py"))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        process.kill()
+
+
+async def other_sessions(url: str) -> int:
+    client = await GenericEnvClient(base_url=url).connect()
+    try:
+        return int((await client.state())["step_count"])
+    finally:
+        await client.close()
+
+
+def buys(request: Any, context: str) -> ScriptedTurn:
+    """Each path buys what is named after its address, then what the server does not sell, and answers."""
+    *address, depth = request.key[1:]
+    text = [f"<buy>{'/'.join(map(str, address))}</buy>", "<buy>nothing</buy>", "so"][depth]
+    return ScriptedTurn(text=text, entropies=[[0.5, 1.0, 0.1][depth]])
+
+
+@pytest.mark.slow
+def test_the_client_of_a_server_branches_by_replay_in_sessions_of_its_own(url: str) -> None:
+    environments = Environments(environment_kind(shown("Remote", url), 10), timeout_s=10, keeps=True)
+    made = Scripted(buys, leaves=3, at_root=1, tools=environments.tools)
+    with made.toolbox:
+        try:
+            texts = environments.begin({0: {"seed": 7}, 1: {"seed": 8}}, made.toolbox, lambda: None)
+            requests = [GroupRequest(id=i, prompt_ids=made.protocol.encode_prompt(f"Buy{texts[i]}")) for i in range(2)]
+            trees = made.sampler.sample(requests, seed=(0,)).trees
+            assert asyncio.run(other_sessions(url)) == 6
+        finally:
+            environments.close_kept()
+    assert texts == {0: " with seed 7", 1: " with seed 8"}
+    for tree, seed in zip(trees, (7, 8), strict=True):
+        assert [leaf.address for leaf in tree.leaves()] == [(0,), (0, 1, 0), (1,)]
+        for leaf in tree.leaves():
+            bought, refused = (call.text for call in leaf.calls)
+            assert bought == f"seed {seed}, {'1' if leaf.address == (1,) else '0'}"
+            assert refused == "Error: RuntimeError: Server error: not sold (code: EXECUTION_ERROR)"
+    assert environments.instances.take_counts().replays == 2
+    assert asyncio.run(other_sessions(url)) == 0 and environments.instances.live == 0

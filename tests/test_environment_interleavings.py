@@ -22,6 +22,8 @@ from support import Scripted
 INTERLEAVINGS = 10_000
 """Trees, each with another order of calls, forks, failures and interrupts."""
 CONFIGURATIONS = 25
+NAMES = "abcd"
+"""Of the groups of a rollout. Each has a tree."""
 
 
 class World:
@@ -102,9 +104,9 @@ def script(request: Any, context: str) -> ScriptedTurn:
     """Random turns of the path: none, one or several calls, with entropies that branch or not."""
     luck = random.Random(repr((request.seed, request.key)))
     depth = request.key[-1]
-    entry = f"{luck.randrange(1000)}{'bad' * (luck.random() < 0.2)}"
-    text = "so" if depth > 2 or luck.random() < 0.15 else f"<put>{entry}</put>"
-    return ScriptedTurn(text=text, entropies=[luck.random()], polls=luck.randint(1, 4))
+    entry = f"{luck.randrange(10)}{'bad' * (luck.random() < 0.2)}"
+    text = "so" if depth > 2 or luck.random() < 0.35 else f"<put>{entry}</put>"
+    return ScriptedTurn(text=text, entropies=[luck.random()], polls=luck.randint(1, 3))
 
 
 def replayed(calls: list[Any], name: str) -> list[str]:
@@ -124,15 +126,15 @@ def test_no_state_is_shared_and_none_is_left_open(kind):
         if luck.random() < interrupts:
             raise KeyboardInterrupt
 
-    rollouts = INTERLEAVINGS // 4 // 2  # by each kind, of two trees each
+    rollouts = INTERLEAVINGS // 4 // len(NAMES)  # by each kind
     seen: Counter[str] = Counter()
     for configuration in range(CONFIGURATIONS):
         luck = random.Random(f"{kind.__name__} {configuration}")
-        leaves = luck.randint(2, 5)
+        leaves = luck.choice([2, 2, 3, 3, 4, 5])
         environments = Environments(
             environment_kind(kind, 5.0),
             timeout_s=5.0,
-            limit=luck.choice([None, 2 * leaves, 2 * leaves + 1]),
+            limit=luck.choice([None, len(NAMES) * leaves, len(NAMES) * leaves + 1]),
             keeps=luck.random() < 0.8,
         )
         made = Scripted(
@@ -153,8 +155,8 @@ def test_no_state_is_shared_and_none_is_left_open(kind):
                 WORLD.luck = random.Random(seed)
                 interrupts = luck.choice([0.0, 0.0, 0.05])
                 try:
-                    environments.begin({0: {"name": "a"}, 1: {"name": "b"}}, made.toolbox, interrupt)
-                    requests = [GroupRequest(id=group, prompt_ids=prompt) for group in range(2)]
+                    environments.begin({i: {"name": name} for i, name in enumerate(NAMES)}, made.toolbox, interrupt)
+                    requests = [GroupRequest(id=group, prompt_ids=prompt) for group in range(len(NAMES))]
                     trees = made.sampler.sample(requests, seed=(configuration, seed)).trees
                     seen["finished"] += 1
                     for group, tree in enumerate(trees):
@@ -165,7 +167,7 @@ def test_no_state_is_shared_and_none_is_left_open(kind):
                             if instance is None:
                                 seen["failed"] += 1
                                 continue
-                            assert instance.value.entries == replayed(leaf.calls, "ab"[group])
+                            assert instance.value.entries == replayed(leaf.calls, NAMES[group])
                             seen["checked"] += 1
                     kept = [instance.value for instance in environments.kept.values() if instance is not None]
                     assert len({id(value) for value in kept}) == len(kept)

@@ -250,7 +250,6 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(model_path, tmp_path):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"kind": {"a": Shop}}, ConfigError, "environment_factory is a dict of .*; expected one class or function"),
         ({"kind": lambda: None}, ConfigError, "returned the same NoneType twice"),
         ({"kind": object}, ToolSpecError, "has no method reset"),
         (

@@ -68,7 +68,7 @@ class Shop:
 
 class ForkingShop(Shop):
     def fork(self) -> ForkingShop:
-        made = ForkingShop()
+        made = type(self)()
         made.items = list(self.items)
         return made
 
@@ -92,7 +92,7 @@ def environments_of(
     made = Environments(environment_kind(kind, timeout_s), timeout_s=timeout_s, limit=limit, keeps=keeps)
     OPENED.clear()  # without those that were looked at
     CLOSED.clear()
-    made.rows.update({0: {"name": "a"}, 1: {"name": "b"}})
+    made.start_groups({0: {"name": "a"}, 1: {"name": "b"}})
     return made
 
 
@@ -522,14 +522,165 @@ def test_a_close_that_fails_is_logged_once_and_frees_the_room(caplog):
             super().close()
             raise OSError("stuck")
 
-    environments = Environments(environment_kind(Shop, 5.0), timeout_s=5.0)
-    environments.kind = environments.instances.kind = replace(environments.kind, factory=Stuck, type=Stuck)
-    environments.rows[0] = {}
+    kind = replace(environment_kind(Shop, 5.0), factory=Stuck, type=Stuck)
+    environments = Environments(kind, timeout_s=5.0)
     OPENED.clear()
     CLOSED.clear()
     run(environments)
     assert all_closed(environments)
     assert sum("close() of the environment Stuck failed: OSError: stuck" in str(r.msg) for r in caplog.records) == 1
+
+
+class Hostile(ForkingShop):
+    """Does what it should not wherever it can."""
+
+    calls = 0
+
+    async def put(self, item: str) -> Any:  # type: ignore[override]
+        """Put an item.
+
+        Args:
+            item: Which.
+        """
+        self.items.append(item)
+        Hostile.calls += 1
+        if Hostile.calls == 1:
+            raise SystemExit  # on the event loop of all async methods
+        return {1: "\ud800", "b": "x" * 300_000} if Hostile.calls == 2 else item
+
+    def describe(self) -> str:
+        return "\n".join(f"{len(self.items)} {line}" for line in range(200_000)) + "\ud800"
+
+
+def test_methods_that_do_what_they_should_not_become_text_and_the_path_goes_on():
+    Hostile.calls = 0
+    environments = environments_of(Hostile)
+    (leaf,) = run(environments, leaves=1, max_result_tokens=50).trees[0].leaves()
+    assert leaf.calls[0].text == "Error: SystemExit" and leaf.calls[0].failure is ToolFailure.ERROR
+    assert leaf.calls[1].ok and "\ufffd" not in leaf.calls[0].text and len(leaf.calls[1].text) == 100_000
+    assert leaf.calls[2].text == "z"
+    instance = environments.kept[0, (0,)]
+    assert instance is not None and instance.value.items == ["a", "0/0", "0/1", "z"]
+    assert all(len(done.outcome) < 3000 for done in instance.log)  # 300,000 characters are not kept for replays
+    changed = leaf.calls[0].changed
+    assert changed is not None and changed.startswith("- 1 0\n- 1 1\n") and len(changed) <= 2000
+    assert all_closed(environments)
+
+
+class Nan(ForkingShop):
+    def digest(self) -> float:
+        return float("nan")
+
+
+class Refusing(ForkingShop):
+    def digest(self) -> str:
+        raise OSError("no digest")
+
+
+@pytest.mark.parametrize(("kind", "failed"), [(Nan, 0), (Refusing, 2)])
+def test_a_digest_that_raises_or_equals_nothing_leaves_no_branch_and_no_instance(kind, failed):
+    environments = environments_of(kind)
+    leaves = run(environments, leaves=2).trees[0].leaves()
+    assert [leaf.address for leaf in leaves] == [(0,), (1,)]
+    counts = environments.instances.take_counts()
+    assert (counts.failed, counts.refused_forks) == (failed, 1) and all_closed(environments)
+
+
+def test_a_fork_that_hangs_is_refused_and_the_path_goes_on(caplog):
+    release = threading.Event()
+
+    class Stuck(ForkingShop):
+        def fork(self) -> ForkingShop:
+            release.wait(20)
+            return super().fork()
+
+    environments = environments_of(Stuck, timeout_s=0.3)
+    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=1, timeout_s=0.5)
+    leaves = made(1).trees[0].leaves()
+    release.set()
+    assert len(leaves) == 2 and environments.instances.take_counts().refused_forks == 1
+    assert all_closed(environments)
+
+
+def test_a_close_that_hangs_is_waited_for_once(caplog):
+    release = threading.Event()
+
+    class Clinging(Shop):
+        def close(self) -> None:
+            if self.items:
+                release.wait(20)
+            super().close()
+
+    environments = environments_of(Clinging, timeout_s=0.3)
+    run(environments)
+    environments.close_kept()
+    assert "close() of an environment hangs" in caplog.text and environments.instances.live == 3
+    start = time.perf_counter()
+    environments.close_kept()
+    assert time.perf_counter() - start < 0.3
+    release.set()
+    while environments.instances.live:
+        time.sleep(0.01)
+    assert all_closed(environments)
+
+
+def test_a_reset_that_returns_late_says_nothing_of_the_next_rollout():
+    release = threading.Event()
+
+    class Late(Shop):
+        def reset(self, name: str = "", **row: Any) -> str:  # type: ignore[override]
+            if len(OPENED) == 2:
+                release.wait(20)
+            return f"in {name}"
+
+    environments = environments_of(Late, timeout_s=0.3)
+    with ToolBox(environments.tools, timeout_s=0.3) as toolbox:
+        assert environments.begin({0: {"name": "a"}}, toolbox, lambda: None) == {0: "in a"}
+        late = environments(0), environments(0)
+        assert late[1].admit()
+        toolbox.open(late[1])
+        while len(OPENED) < 2:
+            time.sleep(0.01)
+        for state in late:
+            state.close()
+        environments.close_kept()
+        assert environments.begin({0: {"name": "b"}}, toolbox, lambda: None) == {0: "in b"}
+        release.set()
+        environments.close_kept()
+        while environments.instances.live:
+            time.sleep(0.01)
+        assert all_closed(environments) and environments.instances.fatal is None
+
+
+class Locked(Shop):
+    copyable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+class Hidden(Shop):
+    def __init__(self) -> None:
+        super().__init__()
+        self.put = 3  # type: ignore[method-assign, assignment]
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (
+            Locked,
+            ConfigError,
+            "Locked declares copyable = True, but copy.deepcopy of it raised TypeError: cannot pickle",
+        ),
+        (Hidden, ToolSpecError, "Hidden has a method put and an attribute put, a int, that hides it. Rename one"),
+    ],
+)
+def test_a_class_whose_instances_break_what_it_declares_is_an_error_at_the_start(kind, error, message):
+    with pytest.raises(error, match=message):
+        environment_kind(kind, 5.0)
+    assert Counter(map(id, OPENED)) == CLOSED or kind is Locked
 
 
 # In another process --------------------------------------------------------------------------------------------------

@@ -511,6 +511,98 @@ def test_an_environment_is_used_as_by_trls_own_loop(models, tmp_path, monkeypatc
     assert seen["ARPOTrainer loss"] == pytest.approx(seen["TrlsLoop loss"], rel=0.03, abs=0.01)
 
 
+class Words:
+    """Another environment, whose method has the name of one of `Counter`, and no reward of its own."""
+
+    def reset(self, **row: Any) -> None:
+        assert "environment" not in row and row["start"] == 2
+        self.words: list[str] = []
+
+    def add(self, word: str, often: int) -> str:
+        """Adds a word.
+
+        Args:
+            word: Which.
+            often: How often.
+        """
+        self.words += [word] * often
+        return " ".join(self.words)
+
+
+SEVERAL = CHAT.add_column("start", [2] * len(CHAT)).add_column("environment", ["count", "words"] * 3 + ["count"])
+
+
+def adds(prompt: str, turn: int) -> str:
+    """The first turn calls `add` in the way of the environment that the prompt shows, and a tool that both have."""
+    call = '{"word": "iron", "often": 2}' if "How often." in prompt else '{"a": 3}'
+    calls = [f'{{"name": "add", "arguments": {call}}}', '{"name": "multiply", "arguments": {"a": 3, "b": 4}}']
+    return "so" if turn else "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in calls)
+
+
+def test_each_row_chooses_one_of_several_environments_as_in_trl(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    tok = AutoTokenizer.from_pretrained(models["qwen3"])
+    seen: dict[str, Any] = {}
+    shown: list[list[int]] = []
+
+    class TrlsLoop(GRPOTrainer):
+        def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):
+            turn = len(shown) >= 2 * M
+            shown.extend(list(ids) for ids in prompt_ids)
+            return [tok(adds(tok.decode(ids), turn))["input_ids"] + [tok.eos_token_id] for ids in prompt_ids], None
+
+    engine = ScriptedEngine(
+        tok, SamplingParams(eos_ids=(tok.eos_token_id,)), lambda request, text: adds(text, request.key[-1])
+    )
+    for kind, given in ((TrlsLoop, {}), (ARPOTrainer, {"engine": engine})):
+
+        def reward(prompts, completions, environments, environment, name=kind.__name__, **kwargs):
+            seen[name] = (prompts, completions, [type(each) for each in environments], environment, sorted(kwargs))
+            return [0.5] * len(completions)
+
+        protocol = {"tool_protocol": "chat_template"} if kind is ARPOTrainer else {}
+        case = Case(
+            {"max_completion_length": 400, "per_device_train_batch_size": 2 * M, **protocol},
+            _with(
+                model=models["qwen3"],
+                train_dataset=SEVERAL,
+                tools=[multiply],
+                environment_factory={"count": Counter, "words": Words, "again": Counter},
+                reward_funcs=reward,
+                **given,
+            ),
+            moves=False,
+        )
+        log = trained(kind, tmp_path / kind.__name__, case, models).state.log_history[0]
+        assert log["rewards/Counter/mean"] == pytest.approx(5)  # 2 + 3, without the rows of `Words`
+        assert [name for name in log if name.startswith("rewards/")].count("rewards/Counter/mean") == 1
+        assert log["tools/call_frequency"] == pytest.approx(2) and log["tools/failure_frequency"] == 0
+        seen[f"{kind.__name__} numbers"] = [log["reward"], log["reward_std"], log["loss"]]
+    theirs, ours = seen["TrlsLoop"], seen["ARPOTrainer"]
+    firsts = [request.ids for request in engine.requests if request.key[-1] == 0]
+    assert sorted(firsts) == sorted(shown[: 2 * M])  # each prompt shows the tools of its environment alone
+    assert ours[:4] == theirs[:4] and set(theirs[4]) <= set(ours[4])
+    assert {Counter, Words} == set(ours[2])
+    assert {message["content"] for completion in ours[1] for message in completion if message["role"] == "tool"} == {
+        "5", "iron iron", "12"
+    }  # fmt: skip
+    assert seen["ARPOTrainer numbers"] == pytest.approx(seen["TrlsLoop numbers"], rel=0.03, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("factories", "rows", "message"),
+    [
+        ({"count": Counter}, SEVERAL, "A row has environment = 'words', but environment_factory is a dict of"),
+        ({"count": Counter}, CHAT, r"has only the columns \['prompt'\]. Add a column 'environment' with one of"),
+        ({"count": Counter}, None, "there is no train_dataset, whose rows choose one of them. Give a dataset with"),
+        ({}, SEVERAL, "environment_factory is an empty dict"),
+    ],
+)
+def test_rows_that_choose_no_environment_are_an_error_at_the_start(factories, rows, message, models, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        ARPOTrainer(models["qwen3"], letters, config(tmp_path), rows, environment_factory=factories)
+
+
 def test_an_environment_may_own_the_data(models, tmp_path, monkeypatch):
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     prompts = []

@@ -1,6 +1,7 @@
 """Training on two ranks, with DDP, ZeRO-2, ZeRO-3 and FSDP2, equals training on one, and never deadlocks."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import environment_ranks
 import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
@@ -174,6 +176,22 @@ def test_ranks_that_have_different_amounts_to_do_all_finish(together):
         assert rank["last"]["arpo/tree/leaves"] == 2 * uneven_ranks.LEAVES
         assert rank["last"]["arpo/alarm/truncated"] == 0.5
         assert rank["last"]["completions/mean_length"] == (8 + uneven_ranks.MAX_TOKENS) / 2
+
+
+def test_environments_branch_on_each_rank_and_all_are_closed(together):
+    """Also where a path of one rank gets no environment, and its calls hang."""
+    first, second = (rank["environments"] for rank in together[2])
+    for rank in (first, second):
+        assert len(rank["losses"]) == environment_ranks.STEPS and all(map(math.isfinite, rank["losses"]))
+        assert rank["live"] == 0 and rank["each closed once"]
+    # Two groups of four leaves in each of two steps; a path without an environment has no reward of them
+    assert (first["checked"]["equal"], second["checked"]["equal"]) == (16, 15)
+    assert (first["checked"]["late"], second["checked"]["late"]) == (0, 2)
+    logged = first["metrics"]
+    assert logged == second["metrics"] and logged["failed"] == [1, 0]
+    # Without failures: on each rank 2 branches of the group that replays, and further ones where copies have no room
+    assert logged["replays"][1] >= 4 and logged["forks"][1] > 0
+    assert max(logged["live_max"]) <= 2 * environment_ranks.LEAVES
 
 
 def train(way: str, data: Path, output: Path, *flags: str, deadline_s: float = DEADLINE_S) -> None:

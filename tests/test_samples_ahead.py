@@ -554,25 +554,6 @@ def test_a_dataset_shorter_than_what_is_read_ahead_is_refused(model_path, tmp_pa
     make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=3)
 
 
-class Counting:
-    """An environment."""
-
-    def reset(self, **_: object) -> None: ...
-
-    def add(self, number: str) -> str:
-        """Add a number.
-
-        Args:
-            number: The number.
-        """
-        return number
-
-
-def test_environments_are_refused(model_path, tmp_path):
-    with pytest.raises(ConfigError, match="but an environment_factory was given"):
-        make_trainer(model_path, tmp_path, environment_factory=Counting)
-
-
 def test_an_engine_that_cannot_change_its_weights_meanwhile_is_refused(model_path, tmp_path, monkeypatch):
     monkeypatch.delattr(ahead_run.EngineWithVersions, "sync")
     with pytest.raises(ConfigError, match="EngineWithVersions gets new weights only while nothing is sampled"):

@@ -19,6 +19,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import environment_ranks
 import uneven_ranks
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError
@@ -209,6 +210,7 @@ def main(folder: Path, flags: list[str]) -> None:
     said["default"] = sampled_against_trained(made)
     made.save_model(str(folder / "default" / "final"))
     made.toolbox.close()
+    said["environments"] = environment_ranks.train(folder / "environments")
     said["uneven"] = uneven_ranks.train(folder / "uneven", UNEVEN_STEPS)
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(said), "utf-8")
     run_train("quickstart.yaml", *flags)

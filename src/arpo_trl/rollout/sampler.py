@@ -29,7 +29,7 @@ from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, Rollout
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
 from arpo_trl.tools.state import PathStates
-from arpo_trl.tools.toolbox import ToolBox, ToolResult
+from arpo_trl.tools.toolbox import ToolBox, ToolResult, ToolSet
 
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
@@ -75,6 +75,18 @@ class TreeSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Kit:
+    """The tools that the paths of a group may call, and the protocol that offers them.
+
+    tools = ToolSet([search])
+    Kit(tools=tools, protocol=TagProtocol(tokenizer, tools.specs))
+    """
+
+    tools: ToolSet
+    protocol: ToolProtocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRequest:
     """One prompt to roll out. `id` is its number within the step, unique over all ranks.
 
@@ -83,6 +95,8 @@ class GroupRequest:
 
     id: int
     prompt_ids: list[int]
+    kit: Kit | None = None
+    """None: all tools of the sampler, and its protocol."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +162,9 @@ class _Group:
     context: BranchContext
     branches: bool
     """Whether the group started with a branch budget. Without one the rule decides nothing."""
+    protocol: ToolProtocol
+    tools: ToolSet | None
+    """The tools that its paths may call; None: all."""
     started_s: float = field(default_factory=time.perf_counter)
     error: Exception | None = None
     """The error that ended the group, in a stream."""
@@ -487,6 +504,9 @@ class _Run:
     def _advance(self) -> list[_Group]:
         """Wait for events, take them in, and return the groups that they belong to."""
         self.between_events()
+        if self.waiting and not (self.writing or self.calling or self.opening):  # for room that others hold
+            time.sleep(IDLE_POLL_S)
+            self._admit()
         touched: dict[int, _Group] = {}
         if self.writing:
             for event in self.engine.poll(BUSY_POLL_S if self.calling or self.opening else IDLE_POLL_S):
@@ -550,7 +570,8 @@ class _Run:
             last_request=turn.id,
         )
         path.group.longest_chain = max(path.group.longest_chain, path.waited + path.depth)
-        calls = () if turn.stop is TurnStop.LENGTH else self.protocol.parse_turn(text, turn.ids[-1])
+        protocol = path.group.protocol
+        calls = () if turn.stop is TurnStop.LENGTH else protocol.parse_turn(text, turn.ids[-1])
         if turn.stop is TurnStop.LENGTH:
             self._end(path, StopReason.LENGTH)
         elif not calls:
@@ -558,9 +579,9 @@ class _Run:
         elif not path.may_call:
             self._end(path, StopReason.CALL_LIMIT)
         elif path.results >= self.settings.max_tool_calls:
-            notice = self.protocol.limit_notice()
+            notice = protocol.limit_notice()
             results = [(_name(call), notice) for call in calls]
-            ids = self.protocol.encode_observation(results, turn.ids[-1])
+            ids = protocol.encode_observation(results, turn.ids[-1])
             self._write_under(replace(path, may_call=False), ids, (), notice)
         else:
             self._call(path, calls)
@@ -614,7 +635,8 @@ class _Run:
         for (i, call), key in zip(calls.items(), keys, strict=True):
             made = path.group.made.get(key)
             if made is None:
-                made = self.calling[self.toolbox.submit(call, path.states)] = SubmittedCall()
+                ticket = self.toolbox.submit(call, path.states, path.group.tools)
+                made = self.calling[ticket] = SubmittedCall()
                 if key is not None:
                     path.group.made[key] = made
             elif made.result is not None:  # comes from `poll` like the others, so that `schedule` applies
@@ -626,7 +648,7 @@ class _Run:
         """Record the results of a turn's calls and submit the turn that continues from them."""
         path, calls = self._with_calls_recorded(path, calls)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
-        ids = self.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
+        ids = path.group.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
 
     def _with_calls_recorded(self, path: _Path, calls: Sequence[ExecutedCall]) -> tuple[_Path, Sequence[ExecutedCall]]:
@@ -674,7 +696,15 @@ class _Run:
         )
         context.state = settings.rule.start(context)
         roots = self._roots(context)
-        group = _Group(request.id, context.tree, context, branches=context.remaining > 0)
+        kit = request.kit
+        group = _Group(
+            request.id,
+            context.tree,
+            context,
+            branches=context.remaining > 0,
+            protocol=self.protocol if kit is None else kit.protocol,
+            tools=None if kit is None else kit.tools,
+        )
         if self._room(group, len(request.prompt_ids)) < 1:
             raise ConfigError(
                 f"Prompt {request.id} has {len(request.prompt_ids)} tokens and the context is {settings.max_length} "
@@ -699,7 +729,7 @@ class _Run:
 
     def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
         for _ in range(count):
-            states = self._opened(self.toolbox.create_states(group.id))
+            states = self._opened(self.toolbox.create_states(group.id, group.tools))
             states.start()
             path = _Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
             group.starts += 1

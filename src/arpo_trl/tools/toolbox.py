@@ -191,6 +191,50 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     )
 
 
+class ToolSet:
+    """Tools that are offered together.
+
+    Raises:
+        ToolSpecError: A function cannot be a tool (see `tool_spec`), or two have the same name.
+    """
+
+    def __init__(self, tools: Sequence[Callable[..., Any]]):
+        self.specs: dict[str, ToolSpec] = {}
+        self.functions: dict[str, Callable[..., Any]] = {}
+        for tool in tools:
+            spec = tool_spec(tool)
+            if spec.name in self.specs:
+                raise ToolSpecError(f"Two tools are named {spec.name!r}, but a tag must name one. Rename one of them.")
+            self.specs[spec.name] = spec
+            self.functions[spec.name] = tool
+        self._no_state = NoState(self.functions)
+        self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
+
+    def create_states(self, group: int, close_failed: Callable[[PathState, Exception], None]) -> PathStates:
+        """Return the states of a path from the root; `PathStates` explains the arguments."""
+        return PathStates(group, self._create, self._no_state, close_failed)
+
+    def refusal(self, call: ToolCall) -> str | None:
+        """Return the error text for the model if the call is invalid, else None."""
+        spec = self.specs.get(call.name)
+        if spec is None:
+            return f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.specs)}."
+        try:
+            inspect.signature(self.functions[call.name]).bind(**call.arguments)
+        except TypeError as error:
+            return f"Error: {call.name}: {error}."
+        properties = spec.schema["function"]["parameters"]["properties"]
+        for name, value in call.arguments.items():
+            expected = properties[name].get("type")
+            types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
+            # In Python a bool is an int, in a JSON schema it is not.
+            if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                if value is None and properties[name].get("nullable"):
+                    continue
+                return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
+        return None
+
+
 @dataclass(slots=True)
 class _Execution:
     """One execution, and the tickets that wait for its result."""
@@ -201,6 +245,7 @@ class _Execution:
     tool: BoundTool
     tickets: list[int]
     timeout_s: float
+    is_async: bool = False
     result: ToolResult | None = None
     """What came of it; None while it runs."""
 
@@ -254,16 +299,8 @@ class ToolBox:
                 raise ConfigError(f"{setting} of a ToolBox is {value}, expected at least {least}")
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s of a ToolBox is {timeout_s}, expected more than 0")
-        self.specs: dict[str, ToolSpec] = {}
-        self._tools: dict[str, Callable[..., Any]] = {}
-        for tool in tools:
-            spec = tool_spec(tool)
-            if spec.name in self.specs:
-                raise ToolSpecError(f"Two tools are named {spec.name!r}, but a tag must name one. Rename one of them.")
-            self.specs[spec.name] = spec
-            self._tools[spec.name] = tool
-        self._no_state = NoState(self._tools)
-        self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
+        self._offered = ToolSet(tools)
+        self.specs = self._offered.specs
         for name, limit in (per_tool or {}).items():
             if name not in self.specs:
                 raise ConfigError(
@@ -300,9 +337,13 @@ class ToolBox:
         with self._lock:
             return self._pending
 
-    def create_states(self, group: int) -> PathStates:
-        """Return the states for the calls of a path that starts at the root of `group`. The caller closes them."""
-        return PathStates(group, self._create, self._no_state, self._notice_not_closed)
+    def create_states(self, group: int, offered: ToolSet | None = None) -> PathStates:
+        """Return the states for the calls of a path that starts at the root of `group`. The caller closes them.
+
+        Args:
+            offered: The tools that the path may call; None: all of the box.
+        """
+        return (offered or self._offered).create_states(group, self._notice_not_closed)
 
     def open(self, states: PathStates | PathState) -> int:
         """Open the states of a path in a thread, and return the ticket under which `poll` says how that ended.
@@ -324,7 +365,7 @@ class ToolBox:
         self._scheduler.start(self._schedule(execution))
         return ticket
 
-    def submit(self, call: ToolCall, states: PathStates | None = None) -> int:
+    def submit(self, call: ToolCall, states: PathStates | None = None, offered: ToolSet | None = None) -> int:
         """Start a call and return its ticket, under which `poll` delivers the result.
 
         This never blocks, and never raises for an invalid call.
@@ -332,15 +373,17 @@ class ToolBox:
         Args:
             states: The states of the calling path. Their exceptions propagate. None: the call runs the function that
                 was passed to the box.
+            offered: The tools that the path may call; None: all of the box.
 
         Raises:
             RuntimeError: The box is closed.
         """
         if self._closed:
             raise RuntimeError("This ToolBox is closed. Submit calls before close().")
-        refusal = self._refusal(call)
+        offered = offered or self._offered
+        refusal = offered.refusal(call)
         if refusal is None:
-            run = self._tools[call.name]
+            run = offered.functions[call.name]
             tool = BoundTool(run=run, key=(), turn=None) if states is None else states.bind(call.name)
             key = _key(call, tool)
         with self._lock:
@@ -349,7 +392,10 @@ class ToolBox:
             self._pending += 1
             if refusal is not None:
                 refused = ToolResult(
-                    text=refusal, failure=ToolFailure.BAD_CALL, seconds=0.0, source=CallSource.REFUSED
+                    text=self._presentable(refusal),
+                    failure=ToolFailure.BAD_CALL,
+                    seconds=0.0,
+                    source=CallSource.REFUSED,
                 )
                 self._done.put((ticket, refused))
             elif key is not None and self._cache is not None and key in self._cache:
@@ -360,8 +406,8 @@ class ToolBox:
                 if running.result is not None:
                     self._done.put((ticket, replace(running.result, source=CallSource.JOINED)))
             else:
-                execution = _Execution(key, call, tool, [ticket], self._timeout_s)
-                spec = self.specs[call.name]
+                spec = offered.specs[call.name]
+                execution = _Execution(key, call, tool, [ticket], self._timeout_s, spec.is_async)
                 if key is not None and (spec.deterministic or self._cache is not None):
                     self._joinable[key] = execution
                 if spec.run_in == "main":
@@ -433,26 +479,6 @@ class ToolBox:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _refusal(self, call: ToolCall) -> str | None:
-        """Return the error text for the model if the call is invalid, else None."""
-        spec = self.specs.get(call.name)
-        if spec is None:
-            return self._presentable(f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.names)}.")
-        try:
-            inspect.signature(self._tools[call.name]).bind(**call.arguments)
-        except TypeError as error:
-            return self._presentable(f"Error: {call.name}: {error}.")
-        properties = spec.schema["function"]["parameters"]["properties"]
-        for name, value in call.arguments.items():
-            expected = properties[name].get("type")
-            types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
-            # In Python a bool is an int, in a JSON schema it is not.
-            if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-                if value is None and properties[name].get("nullable"):
-                    continue
-                return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
-        return None
-
     async def _schedule(self, execution: _Execution) -> None:
         """Run the execution once it has a slot. Runs on the scheduling thread."""
         slot_of_tool = self._tool_slots.get(execution.call.name, contextlib.nullcontext())
@@ -492,7 +518,7 @@ class ToolBox:
         async def work_async() -> _Outcome:
             return self._as_text(call.name, await _returned_async(tool, call.arguments))
 
-        if call.name in self.specs and self.specs[call.name].is_async:
+        if execution.is_async:
             return asyncio.wrap_future(self._async_tools.start(work_async()))
         loop = asyncio.get_running_loop()
         future: asyncio.Future[_Outcome] = loop.create_future()
@@ -564,8 +590,7 @@ class ToolBox:
 
     def _presentable(self, text: str) -> str:
         """Return `text` in a form that a model can read: encodable, not empty, not too long."""
-        # Surrogate pairs become their character. Lone surrogates, which no tokenizer encodes, and NUL become U+FFFD.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+        text = encodable(text)
         if not text.strip():
             return "(no output)"
         if len(text) <= self._max_chars:
@@ -573,6 +598,11 @@ class ToolBox:
         mark = f"\n[… {len(text) - self._max_chars} or more characters left out …]\n"
         kept = self._max_chars - len(mark)
         return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
+
+
+def encodable(text: str) -> str:
+    """Return a text that tokenizers and files take: lone surrogates and NUL become U+FFFD, pairs their character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
 def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:

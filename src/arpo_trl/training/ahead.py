@@ -2,7 +2,7 @@
 
     trainer's thread     start(n+1) ─▶ ┐               update on batch n                ┌ ─▶ wait(n+1)
     sampling thread                    └ one stream of groups, of up to k + 1 batches ┐ │
-    a thread per batch                                         reward functions       └─┘
+    a thread per batch       environments are made             reward functions       └─┘
 
 The sampling thread has one session of the engine, and makes no collective. The trainer's thread moves the weights.
 Tools, engine and reward functions are used by one thread at a time: reward functions of different batches take turns,
@@ -33,6 +33,10 @@ Score = Callable[[Rows, list[GroupRequest], RolloutBatch], Scored]
 """(rows, requests, rollout) → rewards of the rollout's leaves. Called outside the trainer's thread."""
 
 
+Prepared = tuple[Rows, list[GroupRequest]]
+"""The rows of a batch, with the prompts that the model reads, and one request per group."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Sampled:
     """A finished batch. `ready_s` is the time at which it was, on the clock of `time.perf_counter`."""
@@ -47,10 +51,10 @@ class _Batch:
     """A batch in the making: its rows, its requests, the groups that are done, and the counters at its start."""
 
     rows: Rows
-    requests: list[GroupRequest]
     start_s: float
     forward_before_s: float
     tool_wait_before_s: float
+    prepared: Prepared | None = None
     done: dict[int, Finished] = field(default_factory=dict)
     sampled: Sampled | None = None
 
@@ -84,6 +88,9 @@ class RolloutsAhead:
         self._queue: deque[GroupRequest] = deque()
         self._live = 0
         """Requests that the stream has taken and not finished."""
+        self._preparing: set[int] = set()
+        """The batches whose requests are not known yet."""
+        self._preparers: list[threading.Thread] = []
         self._open = self._pausing = self._closed = False
         self._error: BaseException | None = None
         self._scoring = threading.Lock()
@@ -100,17 +107,37 @@ class RolloutsAhead:
         """The rows that the batch was started with."""
         return self._batches[number].rows
 
-    def start(self, number: int, rows: Rows, requests: list[GroupRequest]) -> None:
-        """Start a batch. Returns once the session is open, so that the session has the weights of this moment."""
+    def start(
+        self, number: int, rows: Rows, prepare: Callable[[Callable[[], None]], Prepared], *, takes_time: bool
+    ) -> None:
+        """Start a batch. Returns once the session is open, so that the session has the weights of this moment.
+
+        Args:
+            prepare: Makes the requests. It calls its argument again and again, which may raise to stop it.
+            takes_time: Whether `prepare` runs in a thread of its own.
+        """
         with self._changed:
             self._pausing = False
             now, engine = time.perf_counter(), self._sampler.engine
-            batch = _Batch(rows, requests, now, engine.forward_s, self._sampler.tool_wait_s)
-            self._batches[number] = batch
-            self._batch_of |= {request.id: batch for request in requests}
-            self._queue.extend(requests)
+            self._batches[number] = _Batch(rows, now, engine.forward_s, self._sampler.tool_wait_s)
+            self._preparing.add(number)
             self._changed.notify_all()
+        if takes_time:
+            thread = threading.Thread(
+                target=self._prepare, args=(number, prepare), name="arpo-rollouts-ahead-prepare", daemon=True
+            )
+            self._preparers.append(thread)
+            thread.start()
+        else:
+            self._prepare(number, prepare)
         self._wait_until(lambda: self._open)
+
+    def prepared_rows(self, number: int) -> Rows:
+        """Return the rows of the batch with the prompts that the model reads, once they are known."""
+        self._wait_until(lambda: self._batches[number].prepared is not None)
+        prepared = self._batches[number].prepared
+        assert prepared is not None
+        return prepared[0]
 
     def wait(self, number: int) -> Sampled:
         """Return the batch once it is sampled and scored. Raises the error that ended the sampling thread."""
@@ -138,7 +165,8 @@ class RolloutsAhead:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(CLOSE_S)
+        for thread in (*self._preparers, self._thread):
+            thread.join(CLOSE_S)
 
     def _wait_until(self, done: Callable[[], bool]) -> None:
         while True:
@@ -154,7 +182,7 @@ class RolloutsAhead:
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closed)
+                self._changed.wait_for(lambda: self._queue or self._preparing or self._closed)
             if self._closed:
                 return
             try:
@@ -170,14 +198,14 @@ class RolloutsAhead:
                 self._changed.notify_all()
 
     def _requests(self) -> Iterator[GroupRequest | None]:
-        """The queue. Waits if it is empty and no group runs; ends on `pause` and `close`."""
+        """The queue. Waits if it is empty and no group runs; ends on `close`, and on `pause` with what was started."""
         with self._changed:
             self._open = True
             self._changed.notify_all()
         while True:
             with self._changed:
                 if not self._live:
-                    self._changed.wait_for(lambda: self._queue or self._pausing or self._closed)
+                    self._changed.wait_for(self._has_news)
                 self._raise_if_closed()
                 if not self._queue and not self._live:
                     return
@@ -185,20 +213,25 @@ class RolloutsAhead:
                 self._live += request is not None
             yield request
 
+    def _has_news(self) -> bool:
+        return bool(self._queue or self._closed or (self._pausing and not self._preparing))
+
     def _take(self, finished: Finished) -> None:
         if finished.cause is not None:
             raise finished.cause
         self._live -= 1
         batch = self._batch_of.pop(finished.id)
         batch.done[finished.id] = finished
-        if len(batch.done) == len(batch.requests):
-            rollout = self._rollout_of(batch)
+        assert batch.prepared is not None
+        rows, requests = batch.prepared
+        if len(batch.done) == len(requests):
+            rollout = self._rollout_of(batch, requests)
             threading.Thread(
-                target=self._score_batch, args=(batch, rollout), name="arpo-rewards-ahead", daemon=True
+                target=self._score_batch, args=(batch, rows, requests, rollout), name="arpo-rewards-ahead", daemon=True
             ).start()
 
-    def _rollout_of(self, batch: _Batch) -> RolloutBatch:
-        groups = [batch.done[request.id] for request in batch.requests]
+    def _rollout_of(self, batch: _Batch, requests: list[GroupRequest]) -> RolloutBatch:
+        groups = [batch.done[request.id] for request in requests]
         return RolloutBatch(
             trees=[group.tree for group in groups if group.tree is not None],
             times=RolloutTimes(
@@ -216,12 +249,28 @@ class RolloutsAhead:
         if self._closed:
             raise _Closed
 
-    # In the thread of a finished batch -------------------------------------------------------------------------------
+    # In the threads of a batch ---------------------------------------------------------------------------------------
 
-    def _score_batch(self, batch: _Batch, rollout: RolloutBatch) -> None:
+    def _prepare(self, number: int, prepare: Callable[[Callable[[], None]], Prepared]) -> None:
+        batch = self._batches[number]
+        try:
+            rows, requests = prepare(self._raise_if_closed)
+        except _Closed:
+            return
+        except BaseException as error:
+            self._fail(error)
+            return
+        with self._changed:
+            batch.prepared = rows, requests
+            self._batch_of |= {request.id: batch for request in requests}
+            self._queue.extend(requests)
+            self._preparing.remove(number)
+            self._changed.notify_all()
+
+    def _score_batch(self, batch: _Batch, rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> None:
         try:
             with self._scoring:
-                scored = self._score(batch.rows, batch.requests, rollout)
+                scored = self._score(rows, requests, rollout)
         except BaseException as error:
             self._fail(error)
             return

@@ -49,7 +49,7 @@ def completions_of(
     prompts: Sequence[Any],
     prompt_ids: Sequence[list[int]],
     leaves: Sequence[Leaf],
-    protocol: ToolProtocol,
+    protocols: Sequence[ToolProtocol],
     tokenizer: PreTrainedTokenizerBase,
     *,
     tools: bool,
@@ -57,13 +57,17 @@ def completions_of(
     """The completions as TRL gives them to reward functions: texts, or messages if the prompts are messages.
 
     Args:
+        protocols: That of each leaf.
         tools: Whether the trainer has tools.
     """
     ids = [leaf.ids for leaf in leaves]
     if not isinstance(prompts[0], list):
         return list(tokenizer.batch_decode(ids, skip_special_tokens=True))
     if tools:
-        return [completion_messages(before, leaf, protocol) for before, leaf in zip(prompt_ids, leaves, strict=True)]
+        return [
+            completion_messages(before, leaf, protocol)
+            for before, leaf, protocol in zip(prompt_ids, leaves, protocols, strict=True)
+        ]
     if any(getattr(tokenizer, name, None) is not None for name in ("response_template", "response_schema")):
         return [
             [parse_response(tokenizer, of_leaf, prefix=before, tools=[])]

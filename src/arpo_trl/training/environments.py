@@ -15,9 +15,10 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.options import ShareCalls
 from arpo_trl.rollout.tree import RolloutTree
-from arpo_trl.tools.environments.instances import Counts
-from arpo_trl.tools.environments.kind import Forking, environment_kind
+from arpo_trl.tools.environments.instances import Counts, Instances
+from arpo_trl.tools.environments.kind import EnvironmentKind, Forking, Kinds, environment_kind
 from arpo_trl.tools.environments.state import Environments
+from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.visible import get_rank_logger
 
 logger = get_rank_logger(__name__)
@@ -31,47 +32,63 @@ def environments_for(
 ) -> Environments | None:
     """Return the environments that `factory` makes, after checking all that can be checked; None without a factory.
 
-    If the class offers no way to fork, this sets N = M in `args` and warns.
+    If a class offers no way to fork, this sets N = M in `args` and warns.
 
     Args:
+        factory: A class or function; or, as in TRL, a dict of several, of which each row names one in its column
+            `environment`.
         reward_funcs: Those of the user. A function with an argument `environments`, or with `**kwargs`, may read them.
         datasets: The one for training first, then those for evaluation. Streamed ones and None are not checked.
 
     Raises:
         ConfigError: The factory or its class cannot be used, or `environment_concurrency` is too small.
+        DataError: A row names no class of a dict.
         ToolSpecError: A method of the class cannot be a tool.
     """
     if factory is None:
         return None
-    if isinstance(factory, dict):
-        raise ConfigError(
-            f"environment_factory is a dict of {sorted(factory)}; expected one class or function. Write one class "
-            "whose reset(**row) chooses by a column of the row."
-        )
     if args.share_calls != ShareCalls.OFF:
         raise ConfigError(
-            f"share_calls is {args.share_calls!r}, but there is an environment_factory, and each path makes its calls "
-            "in its own environment. Set share_calls to 'off'."
+            f"share_calls is {args.share_calls!r}, but there is an environment_factory. A path that takes the result "
+            "of another path's call still needs an environment in the state after it, and a fork or a replay costs as "
+            "much as the call. Set share_calls to 'off'."
         )
     if args.dynamic_sampling_rounds:
         raise ConfigError(
             f"dynamic_sampling_rounds is {args.dynamic_sampling_rounds}, but there is an environment_factory, and the "
             "environments of a prompt are open for one round. Set dynamic_sampling_rounds to 0."
         )
-    kind = environment_kind(factory, args.tool_timeout_s)
+    if isinstance(factory, dict):
+        if not factory:
+            raise ConfigError("environment_factory is an empty dict; expected a class for each name that rows have.")
+        if datasets[0] is None:
+            raise ConfigError(
+                f"environment_factory is a dict of {list(factory)}, but there is no train_dataset, whose rows choose "
+                "one of them. Give a dataset with a column 'environment', or one class."
+            )
+        made: Any = {name: environment_kind(each, args.tool_timeout_s) for name, each in factory.items()}
+    else:
+        made = environment_kind(factory, args.tool_timeout_s)
+    kinds = Kinds(made)
     for dataset in datasets:
         if isinstance(dataset, Dataset):
-            kind.check_row(dataset.column_names)
-    keeps = kind.offers("get_reward") or any(_may_read_environments(function) for function in reward_funcs)
+            kinds.check_rows({name: dataset[name] for name in dataset.column_names})
+    classes = list(kinds.by_name.values())
+    keeps = any(kind.offers("get_reward") for kind in classes) or any(map(_may_read_environments, reward_funcs))
     _check_concurrency(args, keeps=keeps, evaluates=any(dataset is not None for dataset in datasets[1:]))
-    if kind.forking is Forking.NONE and args.initial_rollouts != args.num_generations:
+    _without_branches(args, [kind.name for kind in classes if kind.forking is Forking.NONE])
+    return Environments(made, timeout_s=args.tool_timeout_s, limit=args.environment_concurrency, keeps=keeps)
+
+
+def _without_branches(args: ARPOConfig, names: Sequence[str]) -> None:
+    """Set N = M if there are classes, with these names, that offer no way to fork."""
+    if names and args.initial_rollouts != args.num_generations:
         logger.warning(
-            f"The environment {kind.name} has no fork(), is not copyable and not replayable, so no branch can get its "
+            f"The environment {names[0]} has no fork(), is not copyable and not replayable, so no branch can get its "
             f"state. All {args.num_generations} paths of a group start at the prompt (initial_rollouts = "
             "num_generations)."
         )
         args.initial_rollouts = args.num_generations
-    return Environments(kind, timeout_s=args.tool_timeout_s, limit=args.environment_concurrency, keeps=keeps)
 
 
 def _may_read_environments(function: Any) -> bool:
@@ -86,19 +103,21 @@ def _may_read_environments(function: Any) -> bool:
 
 def _check_concurrency(args: ARPOConfig, *, keeps: bool, evaluates: bool) -> None:
     assert args.steps_per_generation is not None
-    batches = [(args.per_device_train_batch_size * args.steps_per_generation, args.num_generations)]
+    rollouts = 1 + args.rollouts_ahead  # at the same time
+    batches = [(rollouts * args.per_device_train_batch_size * args.steps_per_generation, args.num_generations)]
     if evaluates:
         batches.append((args.per_device_eval_batch_size, args.num_generations_eval or args.num_generations))
     of = "completions" if keeps else "prompts"
     least = max(rows if keeps else rows // size or rows for rows, size in batches)
     if args.environment_concurrency is not None and args.environment_concurrency < least:
+        rollouts_have = "a rollout has" if rollouts == 1 else f"{rollouts} rollouts (rollouts_ahead) have"
         until = (
             "Rewards may read the environment of each completion, so all are open until the rewards are computed"
             if keeps
             else "One environment of each prompt is open before the paths start"
         )
         raise ConfigError(
-            f"environment_concurrency is {args.environment_concurrency}, but a rollout has {least} {of}. {until}. "
+            f"environment_concurrency is {args.environment_concurrency}, but {rollouts_have} {least} {of}. {until}. "
             f"Set it to at least {least}, or lower the batch size or steps_per_generation"
             + (
                 ", or let the reward functions name their arguments, without environments and **kwargs."
@@ -142,6 +161,29 @@ def with_text(prompt: Any, text: str | None) -> Any:
     return [*prompt[:-1], {**prompt[-1], "content": content + added}]
 
 
+def begun(
+    environments: Environments,
+    rows: Sequence[dict[str, Any]],
+    size: int,
+    first_group: int,
+    toolbox: ToolBox,
+    between_events: Callable[[], None],
+) -> list[dict[str, Any]]:
+    """Return the rows with what `reset` returned in their prompts; the environments of their first paths are open.
+
+    Args:
+        rows: `size` for each group.
+        first_group: The id of the first group.
+        toolbox, between_events: As in `Environments.begin`, whose errors this raises.
+    """
+    groups = {first_group + i: rows[i * size] for i in range(len(rows) // size)}
+    texts = environments.begin(groups, toolbox, between_events)
+    return [
+        row | {"prompt": with_text(row.get("prompt", NO_PROMPT), texts[first_group + i // size])}
+        for i, row in enumerate(rows)
+    ]
+
+
 def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_group: int) -> list[Any] | None:
     """Return the object of each leaf, tree by tree, for the rewards; None if no reward reads them.
 
@@ -157,20 +199,24 @@ def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_gr
     return [None if instance is None else instance.value for instance in kept]
 
 
-def owned_reward(environments: Environments | None) -> list[Callable[..., Any]]:
-    """Return the reward function that asks each environment for its `get_reward`, if there is one.
+def owned_rewards(environments: Environments | None) -> list[Callable[..., Any]]:
+    """Return a reward function for each class with a `get_reward`, which asks the environments of that class.
 
-    It is named after the class, as in TRL.
+    It is named after the class, as in TRL, and gives None for environments of other classes.
     """
-    if environments is None or not environments.kind.offers("get_reward"):
+    if environments is None:
         return []
-    instances = environments.instances
+    classes = {kind.type: kind for kind in environments.kinds.by_name.values() if kind.offers("get_reward")}
+    return [_owned_reward(environments.instances, kind) for kind in classes.values()]
 
+
+def _owned_reward(instances: Instances, kind: EnvironmentKind) -> Callable[..., Any]:
     def reward(environments: Sequence[Any]) -> list[Any]:
-        return [instances.result_of(each.get_reward(), None) for each in environments]
+        """None for environments of other classes."""
+        return [instances.result_of(each.get_reward(), None) if kind.made(each) else None for each in environments]
 
-    reward.__name__ = environments.kind.name
-    return [reward]
+    reward.__name__ = kind.name
+    return reward
 
 
 @contextmanager

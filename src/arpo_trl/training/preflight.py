@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
@@ -116,20 +116,14 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
                 check(dataset)
 
 
-def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any, environments: Any) -> None:
+def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any) -> None:
     """Returns if rollouts can run ahead, or are not to.
 
     Raises:
-        ConfigError: The engine cannot change its weights during a rollout, an epoch has too few rows, or paths have
-            environments.
+        ConfigError: The engine cannot change its weights during a rollout, or an epoch has too few rows.
     """
     if not args.rollouts_ahead:
         return
-    if environments is not None:
-        raise ConfigError(
-            f"rollouts_ahead is {args.rollouts_ahead}, but an environment_factory was given: the environments of one "
-            "rollout are closed before those of the next are made. Set rollouts_ahead: 0."
-        )
     if not isinstance(engine, EngineAhead):
         raise ConfigError(
             f"rollouts_ahead is {args.rollouts_ahead}, but {type(engine).__name__} gets new weights only while "
@@ -270,7 +264,11 @@ def generation_ends(model: str | PreTrainedModel, args: ARPOConfig) -> tuple[int
     return saved_eos_ids(model, revision=revision, trust_remote_code=args.trust_remote_code)
 
 
-def check_encoding(datasets: Sequence[Any], protocol: ToolProtocol, embeddings: int) -> None:
+Protocols = Callable[[Dataset], Iterable[ToolProtocol]]
+"""Dataset → the protocol of each of its rows."""
+
+
+def check_encoding(datasets: Sequence[Any], protocols: Protocols, embeddings: int) -> None:
     """Checks that the chat template takes each prompt, and that the model has an embedding for each of its tokens.
 
     A chat template may reject roles, or their order. This tries each sequence of roles once. Streamed datasets and
@@ -281,13 +279,13 @@ def check_encoding(datasets: Sequence[Any], protocol: ToolProtocol, embeddings: 
     """
     for dataset in datasets:
         if isinstance(dataset, Dataset):
-            _check_roles(dataset, protocol)
-            _check_embeddings(dataset, protocol, embeddings)
+            _check_roles(dataset, protocols)
+            _check_embeddings(dataset, protocols, embeddings)
 
 
-def _check_roles(dataset: Dataset, protocol: ToolProtocol) -> None:
+def _check_roles(dataset: Dataset, protocols: Protocols) -> None:
     tried = set()
-    for i, prompt in enumerate(dataset["prompt"]):
+    for i, (prompt, protocol) in enumerate(zip(dataset["prompt"], protocols(dataset), strict=False)):
         messages = [] if isinstance(prompt, str) else prompt
         roles = tuple((message["role"], type(message["content"])) for message in messages)
         if roles in tried:
@@ -305,9 +303,10 @@ def _check_roles(dataset: Dataset, protocol: ToolProtocol) -> None:
             ) from error
 
 
-def _check_embeddings(dataset: Dataset, protocol: ToolProtocol, embeddings: int) -> None:
-    names = {token_id: token for token, token_id in protocol.tokenizer.get_vocab().items() if token_id >= embeddings}
-    for i, prompt in enumerate(dataset["prompt"] if names else ()):
+def _check_embeddings(dataset: Dataset, protocols: Protocols, embeddings: int) -> None:
+    tokenizer = next(iter(protocols(dataset))).tokenizer
+    names = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= embeddings}
+    for i, (prompt, protocol) in enumerate(zip(dataset["prompt"] if names else (), protocols(dataset), strict=False)):
         if without := [names[token_id] for token_id in protocol.encode_prompt(prompt) if token_id in names]:
             raise DataError(
                 f"Dataset row {i}: its prompt contains the token {without[0]!r}, but the model has only {embeddings} "
@@ -320,7 +319,7 @@ LONGER = ", or give vLLM a longer context (vllm_max_model_length, or a server's 
 
 
 def check_prompts(
-    datasets: Sequence[Any], args: ARPOConfig, protocol: ToolProtocol, context: int, tools: Collection[str]
+    datasets: Sequence[Any], args: ARPOConfig, protocols: Protocols, context: int, tools: Collection[str]
 ) -> None:
     """Checks that each prompt fits the context. Warns if the training prompts do not explain the tools' tags.
 
@@ -334,15 +333,18 @@ def check_prompts(
     """
     for dataset in datasets:
         if isinstance(dataset, Dataset):
-            _check_prompts_fit(dataset, protocol, context, LONGER if args.use_vllm else "")
+            _check_prompts_fit(dataset, protocols, context, LONGER if args.use_vllm else "")
     if args.tool_protocol == ProtocolKind.TAGS:
         _warn_of_unexplained_tags(tools, datasets[0])
 
 
-def _check_prompts_fit(dataset: Dataset, protocol: ToolProtocol, context: int, advice: str) -> None:
+def _check_prompts_fit(dataset: Dataset, protocols: Protocols, context: int, advice: str) -> None:
     most = context - 1
-    template = len(protocol.encode_prompt(dataset[0]["prompt"]))
-    for i, prompt in enumerate(dataset["prompt"]):
+    templates: dict[ToolProtocol, int] = {}
+    for i, (prompt, protocol) in enumerate(zip(dataset["prompt"], protocols(dataset), strict=False)):
+        if protocol not in templates:
+            templates[protocol] = len(protocol.encode_prompt(prompt))
+        template = templates[protocol]
         parts = [prompt] if isinstance(prompt, str) else [str(message) for message in prompt]
         # A token covers at least one byte, so only prompts with that many bytes need to be tokenised.
         longest = sum(len(part.encode()) + template for part in parts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,13 +14,16 @@ from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.options import StaleTokens
 from arpo_trl.rollout.engines.base import EngineAhead
-from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.resumable import Resumable
-from arpo_trl.training.ahead import RolloutsAhead, Sampled
+from arpo_trl.tools.environments.state import Environments
+from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.training.ahead import Prepared, RolloutsAhead, Sampled
 from arpo_trl.training.completions import completions_of, rollout_output
 from arpo_trl.training.dealing import leaves_per_tree
+from arpo_trl.training.environments import NO_PROMPT, begun, of_leaves
+from arpo_trl.training.kits import Kits
 from arpo_trl.training.rewards_ahead import Scored, score
 from arpo_trl.training.rows_ahead import Rows, RowsAhead, epochs_are_known, later_epochs
 from arpo_trl.trl_seam import pad
@@ -41,7 +44,8 @@ class SamplesAhead(Resumable):
 
     args: ARPOConfig
     tree_sampler: TreeSampler
-    protocol: ToolProtocol
+    _environments: Environments | None
+    _kits: Kits
     reward_funcs: list[Any]
     _spans: Spans
     _coming: RowsAhead | None = None
@@ -50,6 +54,11 @@ class SamplesAhead(Resumable):
     _sampled: Sampled | None = None
 
     # Data ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def samples_ahead(self) -> bool:
+        """Whether the trainer's next batch is one that was sampled ahead: not in evaluation."""
+        return bool(self.args.rollouts_ahead and self.model.training)
 
     @property
     def _every(self) -> int:
@@ -86,6 +95,8 @@ class SamplesAhead(Resumable):
     def _end_rollouts(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
+            if self._environments is not None:
+                self._environments.close_kept()
         self._ahead, self._coming = None, None
 
     # Rollouts --------------------------------------------------------------------------------------------------------
@@ -97,12 +108,14 @@ class SamplesAhead(Resumable):
                 self._ahead.pause()
 
     def _generate_and_score_completions(self, inputs: Rows) -> dict[str, Any]:
-        if not self.args.rollouts_ahead or not self.model.training:
+        if not self.samples_ahead:
             self.pause_rollouts()
             return super()._generate_and_score_completions(inputs)
         asked_s = time.perf_counter()
         with self.interruptible():
             delayed = self._start_rollouts([dict(row) for row in inputs])
+            assert self._ahead is not None
+            inputs = self._ahead.prepared_rows(self._step // self._every)
         metrics = {"delayed": delayed}
         batch = super()._generate_and_score_completions(inputs)
         sampled = self._sampled
@@ -128,7 +141,7 @@ class SamplesAhead(Resumable):
         if number not in self._ahead:
             self._start_rollout(number, rows)
         started = self._ahead.rows(number)
-        assert [row["prompt"] for row in started] == [row["prompt"] for row in rows]
+        assert [row.get("prompt") for row in started] == [row.get("prompt") for row in rows]
         delayed, epoch = 0.0, self._coming
         for coming in range(number + 1, number + 1 + self.args.rollouts_ahead):
             later = coming * self._every - self._step  # micro-batches
@@ -145,20 +158,20 @@ class SamplesAhead(Resumable):
         return delayed
 
     def _start_rollout(self, number: int, rows: Rows) -> None:
-        prompts = [row["prompt"] for row in rows]
-        size = leaves_per_tree(prompts, self.num_generations, branches=True)
-        groups = prompts[::size]
+        size = leaves_per_tree([row.get("prompt", NO_PROMPT) for row in rows], self.num_generations, branches=True)
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
-        first = (number * ranks + rank) * len(groups)
+        first = (number * ranks + rank) * (len(rows) // size)
+
+        def prepare(check: Callable[[], None]) -> Prepared:
+            shown = rows
+            if self._environments is not None:
+                # The sampling thread polls the trainer's toolbox
+                with ToolBox((), timeout_s=self.args.tool_timeout_s, concurrency=self.args.tool_concurrency) as box:
+                    shown = begun(self._environments, rows, size, first, box, check)
+            return shown, self._kits.requests([row["prompt"] for row in shown[::size]], rows[::size], first)
+
         assert self._ahead is not None
-        self._ahead.start(
-            number,
-            rows,
-            [
-                GroupRequest(id=first + i, prompt_ids=self.protocol.encode_prompt(prompt))
-                for i, prompt in enumerate(groups)
-            ],
-        )
+        self._ahead.start(number, rows, prepare, takes_time=self._environments is not None)
 
     def rollout_ahead(self) -> RolloutBatch:
         """The rollout of the current batch, once it is finished."""
@@ -185,13 +198,25 @@ class SamplesAhead(Resumable):
         del fields["logprobs"]
         prompts = [row["prompt"] for row in rows]
         completions = completions_of(
-            prompts, prompt_ids, leaves, self.protocol, self._tokenizer, tools=bool(self.tools)
+            prompts,
+            prompt_ids,
+            leaves,
+            [self._kits.protocol(row) for row in rows],
+            self._tokenizer,
+            tools=bool(self.tools),
         )
         loop = getattr(self, "async_loop", None)
-        return score(functions, rows, completions, ids, fields, state=self.state, loop=loop)
+        if self._environments is None:
+            return score(functions, rows, completions, ids, fields, state=self.state, loop=loop)
+        try:
+            if (environments := of_leaves(self._environments, rollout.trees, requests[0].id)) is not None:
+                fields["environments"] = environments
+            return score(functions, rows, completions, ids, fields, state=self.state, loop=loop)
+        finally:
+            self._environments.close_groups({request.id for request in requests})
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self.args.rollouts_ahead or not self.model.training:
+        if not self.samples_ahead:
             return super()._calculate_rewards(*args, **kwargs)
         assert self._sampled is not None
         functions, scored = self.reward_funcs, self._sampled.scored

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -17,7 +17,7 @@ from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.protocols import PROTOCOLS, ToolProtocol
 from arpo_trl.rollout.sampler import TreeSampler
-from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.tools.toolbox import ToolBox, ToolSpec
 from arpo_trl.training.vllm_setup import (
     colocated_weights,
     ranks_together,
@@ -39,16 +39,19 @@ def toolbox_for(args: ARPOConfig, tools: Sequence[Callable[..., Any]]) -> ToolBo
 
 
 def protocol_for(
-    args: ARPOConfig, tokenizer: PreTrainedTokenizerBase, toolbox: ToolBox, generation_ends: Sequence[int]
+    args: ARPOConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Mapping[str, ToolSpec],
+    generation_ends: Sequence[int],
 ) -> ToolProtocol:
-    """The protocol that `args` choose, for the tools of `toolbox`.
+    """The protocol that `args` choose, for `tools` by name.
 
     Args:
         generation_ends: The ids at which the model's generation config stops.
     """
     return PROTOCOLS[ProtocolKind(args.tool_protocol)](
         tokenizer,
-        toolbox.specs,
+        tools,
         max_result_tokens=args.max_tool_result_tokens,
         chat_template_kwargs=args.chat_template_kwargs,
         tool_parser=args.tool_parser,

@@ -35,14 +35,15 @@ from arpo_trl.training.completions import completion_messages, rollout_output, t
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
     NO_PROMPT,
+    begun,
     environments_for,
     of_leaves,
-    owned_reward,
+    owned_rewards,
     weighted,
     with_prompts,
-    with_text,
     without_rows,
 )
+from arpo_trl.training.kits import Kits, all_tools, tool_sets
 from arpo_trl.training.last_rollout import LastRollout
 from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
@@ -132,7 +133,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         peft_config: Any = None,
         tools: Sequence[Callable[..., Any]] | None = None,
         rollout_func: None = None,
-        environment_factory: Callable[[], Any] | None = None,
+        environment_factory: Callable[[], Any] | dict[str, Callable[[], Any]] | None = None,
         *,
         engine: Engine | None = None,
     ):
@@ -152,14 +153,16 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             datasets = with_prompts(datasets)
             train_dataset = without_rows(args) if train_dataset is None else train_dataset
         check_rows(datasets, functions)
-        tools = list(tools or ())
-        if self._environments is not None:
-            tools += self._environments.tools
-        owned = owned_reward(self._environments)
+        owned = owned_rewards(self._environments)
+        sets = tool_sets(tools or (), self._environments)
+        tools = all_tools(tools or (), self._environments)
         self.toolbox = toolbox_for(args, tools)
         tokenizer = tokenizer_for(model, processing_class, args)
-        self.protocol = protocol_for(args, tokenizer, self.toolbox, generation_ends(model, args))
-        check_encoding(datasets, self.protocol, embedding_rows(model, args))
+        ends = generation_ends(model, args)
+        self.protocol = protocol_for(args, tokenizer, self.toolbox.specs, ends)
+        protocols = {name: protocol_for(args, tokenizer, tools.specs, ends) for name, tools in sets.items()}
+        self._kits = Kits(self.protocol, self._environments, sets, protocols)
+        check_encoding(datasets, self._kits.protocols, embedding_rows(model, args))
         self._interrupts = Interrupts()
         with without_trls_vllm_client(args, engine), weighted(args, owned):
             super().__init__(
@@ -200,9 +203,9 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.tree_sampler = self._make_sampler(engine)
         self._baseline = make_baseline(args)
         check_baseline(self._baseline, self.tree_sampler.engine)
-        check_ahead(args, self.tree_sampler.engine, self.train_dataset, self._environments)
+        check_ahead(args, self.tree_sampler.engine, self.train_dataset)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
-        check_prompts(datasets, args, self.protocol, self.tree_sampler.settings.max_length, self.toolbox.names)
+        check_prompts(datasets, args, self._kits.protocols, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
         )
@@ -261,7 +264,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         leaves = self._last.leaves
         if isinstance(prompts[0], list):
             completions = [
-                completion_messages(ids, leaf, self.protocol) for ids, leaf in zip(prompt_ids, leaves, strict=True)
+                completion_messages(ids, leaf, self._kits.protocol(row))
+                for ids, leaf, row in zip(prompt_ids, leaves, self._rows, strict=True)
             ]
         return tool_loop_output(leaves, completion_ids, completions, logprobs)
 
@@ -269,11 +273,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         """TRL's `rollout_func`. `prompts` repeats each prompt once per leaf of its group, group after group."""
         training = self.model.training
         first_group, size = self._places(prompts)
-        groups = [prompts[i] for i in range(0, len(prompts), size)]
-        requests = [
-            GroupRequest(id=first_group + i, prompt_ids=self.protocol.encode_prompt(prompt))
-            for i, prompt in enumerate(groups)
-        ]
+        requests = self._kits.requests(prompts[::size], self._rows[::size], first_group)
         settings = self.tree_sampler.settings
         settings = settings if training else settings.without_branching(size)
         if self._again is None:
@@ -287,7 +287,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             rollout = with_new_trees(before, new, again.groups)
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         self._last = LastRollout(name, rollout, leaves, first_group)
-        if self._environments is not None:
+        if self._environments is not None and not self.samples_ahead:
             self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(
             [torch.tensor(leaf.mask) for leaf in leaves],
@@ -303,7 +303,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
         """The trees of `requests`. In training with `rollouts_ahead`, those that were sampled ahead."""
         with self.interruptible():
-            if self.model.training and self.args.rollouts_ahead:
+            if self.samples_ahead:
                 return self.rollout_ahead()
             return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
 
@@ -315,19 +315,19 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
 
     @contextmanager
     def _with_environments(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Within it, paths have environments, which rewards can read. Yields the rows with what `reset` returned."""
-        if self._environments is None:
+        """Within it, paths have environments, which rewards can read. Yields the rows with what `reset` returned.
+
+        Batches that are sampled ahead see to that themselves.
+        """
+        if self._environments is None or self.samples_ahead:
             yield rows
             return
-        prompts = [row.get("prompt", NO_PROMPT) for row in rows]
-        first, size = self._places(prompts)
-        of_groups = {first + i: rows[i * size] for i in range(len(rows) // size)}
-        texts: dict[int, str | None] = {}
+        first, size = self._places([row.get("prompt", NO_PROMPT) for row in rows])
+        shown: list[dict[str, Any]] = []
         try:
             with self.interruptible():
-                texts = self._environments.begin(of_groups, self.toolbox, self._interrupts.check)
-            shown = [with_text(prompt, texts[first + i // size]) for i, prompt in enumerate(prompts)]
-            yield [row | {"prompt": prompt} for row, prompt in zip(rows, shown, strict=True)]
+                shown = begun(self._environments, rows, size, first, self.toolbox, self._interrupts.check)
+            yield shown
         finally:
             self.environments = None
             self._environments.close_kept()

@@ -7,6 +7,7 @@ The script receives each request and the text so far, and returns the text of th
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -38,7 +39,8 @@ Script = Callable[[TurnRequest, str], ScriptedTurn | str]
 @dataclass(slots=True)
 class _Running:
     request: TurnRequest
-    turn: ScriptedTurn
+    turn: Turn
+    polls_until_done: int
     polls: int = field(default=0)
 
 
@@ -76,32 +78,29 @@ class ScriptedEngine:
 
     def submit(self, request: TurnRequest) -> None:
         self.requests.append(request)
-        turn = self._script(request, decode_exactly(self._tokenizer, request.ids))
-        self._running.append(_Running(request, turn if isinstance(turn, ScriptedTurn) else ScriptedTurn(text=turn)))
+        script = self._script(request, decode_exactly(self._tokenizer, request.ids))
+        script = script if isinstance(script, ScriptedTurn) else ScriptedTurn(text=script)
+        self._running.append(_Running(request, self._turn(request, script), script.polls))
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
         events: list[Probe | Turn] = []
         for running in list(self._running):
             running.polls += 1
-            turn = self._finish(running)
-            if running.polls >= running.turn.polls:
+            turn = running.turn
+            if running.polls >= running.polls_until_done:
                 events.append(turn)
                 self._running.remove(running)
             elif running.polls == 1 and len(turn.ids) > running.request.probe_tokens > 0:
                 events.append(Probe(id=running.request.id, entropies=turn.entropies))
         return events
 
-    def _finish(self, running: _Running) -> Turn:
-        request, script = running.request, running.turn
-        ids: list[int] = []
+    def _turn(self, request: TurnRequest, script: ScriptedTurn) -> Turn:
+        ids = self._tokenizer.encode(script.text, add_special_tokens=False)
         stop = TurnStop.LENGTH
-        for token in self._tokenizer.encode(script.text, add_special_tokens=False):
-            ids.append(token)
-            text = decode_exactly(self._tokenizer, ids)
-            if any(string in text for string in self._settings.stop_strings):
-                stop = TurnStop.STOP_STRING
-                break
-        if stop is TurnStop.LENGTH and script.ends:
+        if self._stops(ids):
+            ids = ids[: bisect_left(range(len(ids)), True, key=lambda length: self._stops(ids[:length]))]
+            stop = TurnStop.STOP_STRING
+        elif script.ends:
             ids.append(self._settings.eos_ids[0])
             stop = TurnStop.EOS
         if len(ids) > request.max_tokens:
@@ -109,3 +108,7 @@ class ScriptedEngine:
         probed = min(len(ids), request.probe_tokens)
         padded = [*script.entropies[:probed], *[script.entropies[-1]] * max(0, probed - len(script.entropies))]
         return Turn(id=request.id, ids=ids, logprobs=[self.LOGPROB] * len(ids), entropies=padded, stop=stop)
+
+    def _stops(self, ids: Sequence[int]) -> bool:
+        text = decode_exactly(self._tokenizer, ids)
+        return any(string in text for string in self._settings.stop_strings)

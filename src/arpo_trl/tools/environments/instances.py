@@ -13,7 +13,9 @@ Everything that calls a user's code runs in threads of the tools. Each instance 
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import hashlib
 import inspect
 import json
 import threading
@@ -26,11 +28,14 @@ from typing import Any
 from arpo_trl.errors import ArpoError, DataError, ToolError, ToolSpecError
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
+from arpo_trl.tools.toolbox import encodable
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
 
+_MAX_OUTCOME_CHARS = 2000
+_MAX_DESCRIBED_CHARS = 10_000
 _GRACE_S = 1.0
 """How much longer an async method may take than the deadline of its call, which is to pass first."""
 
@@ -49,11 +54,24 @@ class Done:
 
 
 @dataclass(eq=False, slots=True)
+class Start:
+    """Where all paths of a group start: the class of their environments, and the row of the group."""
+
+    kind: EnvironmentKind
+    row: Mapping[str, Any]
+    """The columns that `reset` receives."""
+    text: str | None = None
+    """What `reset` returned for the group's first path."""
+    is_known: bool = False
+    """Whether `text` is known."""
+
+
+@dataclass(eq=False, slots=True)
 class Instance:
     """An object of the user's class."""
 
     value: Any
-    group: int
+    start: Start
     log: list[Done] = field(default_factory=list)
     """The calls since the reset, also those of the path before the instance was forked."""
     digest: Any = None
@@ -83,7 +101,7 @@ class Instance:
 class Point:
     """The state of an instance between two calls, from which branches may start."""
 
-    group: int
+    start: Start
     log: list[Done]
     digest: Any
     doubt: str
@@ -111,28 +129,23 @@ class Counts:
 
 
 class Instances:
-    """The live instances of one class.
+    """The live instances of a run.
 
     Args:
-        rows: The row of each group, by the group's id. The caller fills it before paths of the group start.
         timeout_s: Longest wait for an earlier call of an instance, for an async method, and for closing.
         limit: The maximum number of live instances; None: no maximum.
     """
 
-    def __init__(
-        self, kind: EnvironmentKind, rows: Mapping[int, Mapping[str, Any]], timeout_s: float, limit: int | None
-    ):
-        self.kind = kind
+    def __init__(self, timeout_s: float, limit: int | None):
         self.timeout_s = timeout_s
-        self.texts: dict[int, str | None] = {}
-        """What `reset` returned, by the group's id."""
-        self._rows = rows
         self._limit = limit
         self.changed = threading.Condition()
         """Guards everything below, the fields of points, and those of states that several threads use."""
         self._live = 0
         self._closing = 0
         self._making = 0
+        self._hanging = 0
+        """How many of those that are made or closed `settle` has waited for in vain."""
         self._objects: dict[int, Any] = {}  # the objects of live instances by their id(), which also keeps them alive
         self._copies: dict[Point, None] = {}  # the points that hold a copy, oldest first
         self._counts = Counts()
@@ -149,6 +162,12 @@ class Instances:
         with self.changed:
             return self._live
 
+    @property
+    def in_use(self) -> int:
+        """The number of instances that are neither being made nor being closed."""
+        with self.changed:
+            return self._live - self._making - self._closing
+
     def reserve(self, *, for_copy: bool = False) -> bool:
         """Reserve room for one instance, and return whether there was room.
 
@@ -159,7 +178,7 @@ class Instances:
             if self._limit is not None and self._live >= self._limit and not for_copy:
                 if self._copies:
                     self._drop_copy(next(iter(self._copies)))
-                self.changed.wait_for(lambda: self._has_room or not self._closing, self.timeout_s)
+                self.changed.wait_for(lambda: self._has_room or self._closing <= self._hanging, self.timeout_s)
             if not self._has_room:
                 return False
             self._live += 1
@@ -190,26 +209,25 @@ class Instances:
 
     # Making and forking, in threads of the tools. The caller has reserved the room -----------------------------------
 
-    def fresh(self, group: int) -> Instance:
+    def fresh(self, start: Start) -> Instance:
         """Return a new instance, reset with the group's row.
 
         Raises:
             ToolSpecError: The factory returned an object that another path has.
             DataError: `reset` returned another text than for the group's first path, or something that is not text.
         """
-        start = time.perf_counter()
-        instance = self._adopted(self.finished(self.kind.factory()), group, "environment_factory")
+        started_s = time.perf_counter()
+        instance = self._adopted(self.finished(start.kind.factory()), start, "environment_factory")
         try:
-            row = dict(self._rows.get(group, {}))  # environments of tools have no row
-            text = self.finished(instance.value.reset(**copy.deepcopy(row)))
-            self._check_text(group, text)
+            text = self.finished(instance.value.reset(**copy.deepcopy(dict(start.row))))
+            self._check_text(start, encodable(text) if isinstance(text, str) else text)
             self.observe(instance)
         except BaseException:
             self._discard(instance)
             raise
         with self.changed:
             self._counts.resets += 1
-            self._counts.reset_s += time.perf_counter() - start
+            self._counts.reset_s += time.perf_counter() - started_s
         return instance
 
     def branch(self, point: Point) -> Instance:
@@ -221,7 +239,7 @@ class Instances:
         """
         if point.doubt:
             raise ForkRefused(point.doubt)
-        while self._copies_instances:
+        while point.start.kind.copies:
             with self.changed:
                 source = point.copy or point.origin
             if source is None:
@@ -233,28 +251,23 @@ class Instances:
                     return self._forked(source, point)
         if point.doubt:  # what the copy for it met
             raise ForkRefused(point.doubt)
-        if not self.kind.replayable:
+        if not point.start.kind.replayable:
             raise ForkRefused("there was no room for a copy (environment_concurrency), and it is not replayable")
         return self._replayed(point)
 
-    @property
-    def _copies_instances(self) -> bool:
-        return self.kind.forking in (Forking.FORK, Forking.COPY)
-
     def _forked(self, source: Instance, point: Point) -> Instance:
-        start = time.perf_counter()
-        if self.kind.forking is Forking.FORK:
-            value, made_by = self.finished(source.value.fork()), f"fork() of {self.kind.name}"
+        started_s, kind = time.perf_counter(), point.start.kind
+        if kind.forking is Forking.FORK:
+            value, made_by = self.finished(source.value.fork()), f"fork() of {kind.name}"
         else:
-            value, made_by = copy.deepcopy(source.value), f"a deepcopy of {self.kind.name}"
-        if not isinstance(value, self.kind.type):
+            value, made_by = copy.deepcopy(source.value), f"a deepcopy of {kind.name}"
+        if not isinstance(value, kind.type):
             raise self._final(
                 ToolSpecError(
-                    f"{made_by} returned {type(value).__name__}; expected another {self.kind.name} with the same "
-                    "state."
+                    f"{made_by} returned {type(value).__name__}; expected another {kind.name} with the same state."
                 )
             )
-        instance = self._adopted(value, point.group, made_by)
+        instance = self._adopted(value, point.start, made_by)
         try:
             instance.log = list(point.log)
             self.observe(instance)
@@ -264,12 +277,12 @@ class Instances:
             raise
         with self.changed:
             self._counts.forks += 1
-            self._counts.fork_s += time.perf_counter() - start
+            self._counts.fork_s += time.perf_counter() - started_s
         return instance
 
     def _replayed(self, point: Point) -> Instance:
-        start = time.perf_counter()
-        instance = self.fresh(point.group)
+        started_s = time.perf_counter()
+        instance = self.fresh(point.start)
         try:
             for call in point.log:
                 outcome, _ = self.called(instance, call.name, call.arguments)
@@ -285,34 +298,35 @@ class Instances:
             raise
         with self.changed:
             self._counts.replays += 1
-            self._counts.replay_s += time.perf_counter() - start
+            self._counts.replay_s += time.perf_counter() - started_s
         return instance
 
-    def _adopted(self, value: Any, group: int, made_by: str) -> Instance:
-        if not callable(getattr(value, "reset", None)):
-            error = ToolSpecError(f"{made_by} returned {type(value).__name__}; expected a {self.kind.name}.")
+    def _adopted(self, value: Any, start: Start, made_by: str) -> Instance:
+        if not isinstance(value, start.kind.type):
+            error = ToolSpecError(f"{made_by} returned {type(value).__name__}; expected a {start.kind.name}.")
             raise self._final(error)
         with self.changed:
             if id(value) in self._objects:
                 raise self._final(
                     ToolSpecError(
                         f"{made_by} returned an object that another path has, and both would share its state. It must "
-                        f"return a new {self.kind.name} at each call."
+                        f"return a new {start.kind.name} at each call."
                     )
                 )
             self._objects[id(value)] = value
-        return Instance(value, group)
+        return Instance(value, start)
 
-    def _check_text(self, group: int, text: Any) -> None:
+    def _check_text(self, start: Start, text: Any) -> None:
         if text is not None and not isinstance(text, str):
-            got = f"reset() of {self.kind.name} returned {type(text).__name__}"
+            got = f"reset() of {start.kind.name} returned {type(text).__name__}"
             raise self._final(DataError(f"{got}; expected text for the prompt, or None."))
         with self.changed:
-            first = self.texts.setdefault(group, text)
-        if text != first:
+            if not start.is_known:
+                start.text, start.is_known = text, True
+        if text != (first := start.text):
             raise self._final(
                 DataError(
-                    f"reset() of {self.kind.name} returned different texts for the same row: {first!r:.200} and "
+                    f"reset() of {start.kind.name} returned different texts for the same row: {first!r:.200} and "
                     f"{text!r:.200}. All paths of a group share one prompt. Let the text depend on the row alone: put "
                     "a seed into a column, and draw from random.Random(seed)."
                 )
@@ -333,7 +347,7 @@ class Instances:
         value: Any = None
         try:
             value = self.finished(getattr(instance.value, name)(**copy.deepcopy(given)))
-            outcome = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+            outcome = _comparable(value)
         except BaseException as raised:
             error, outcome = raised, f"{type(raised).__name__}: {raised}"
         instance.log.append(Done(name, given, outcome))
@@ -347,10 +361,11 @@ class Instances:
 
     def observe(self, instance: Instance) -> None:
         """Update the digest and the description of an instance, for which the class may offer methods."""
-        if self.kind.offers("digest"):
+        kind = instance.start.kind
+        if kind.offers("digest"):
             instance.digest = self.finished(instance.value.digest())
-        if self.kind.offers("describe"):
-            instance.description = str(self.finished(instance.value.describe()))
+        if kind.offers("describe"):
+            instance.description = str(self.finished(instance.value.describe()))[:_MAX_DESCRIBED_CHARS]
 
     def leave_point(self, instance: Instance) -> None:
         """Copy the instance for the branches that may still start where it is. Runs before its next call."""
@@ -358,7 +373,7 @@ class Instances:
         if point is None:
             return
         with self.changed:
-            wanted = point.users > 0 and self._copies_instances and not point.doubt
+            wanted = point.users > 0 and point.start.kind.copies and not point.doubt
         made = None
         if wanted and self.reserve(for_copy=True):
             try:
@@ -387,10 +402,13 @@ class Instances:
             self._loop = self._loop or LoopThread("arpo-environments")
         future = self._loop.start(_awaited(value))
         try:
-            return future.result(timeout_s)
+            returned, error = future.result(timeout_s)
         except TimeoutError:
             future.cancel()
             raise
+        if error is not None:
+            raise error
+        return returned
 
     # Points ----------------------------------------------------------------------------------------------------------
 
@@ -399,7 +417,7 @@ class Instances:
         with self.changed:
             if instance.point is None:
                 instance.point = Point(
-                    instance.group, list(instance.log), instance.digest, instance.doubt, origin=instance
+                    instance.start, list(instance.log), instance.digest, instance.doubt, origin=instance
                 )
             return instance.point
 
@@ -432,7 +450,7 @@ class Instances:
         with self.changed:
             if (point := instance.point) is not None:
                 instance.point = point.origin = None
-                if point.users and self._copies_instances and not point.doubt:
+                if point.users and point.start.kind.copies and not point.doubt:
                     point.copy = instance
                     self._copies[point] = None
                     return
@@ -456,11 +474,11 @@ class Instances:
         held = instance.lock.acquire(timeout=self.timeout_s)
         instance.closed = True
         try:
-            if self.kind.offers("close"):
+            if instance.start.kind.offers("close"):
                 self.finished(instance.value.close())
         except BaseException as error:
             self.tell_once(
-                f"close() of the environment {self.kind.name} failed",
+                f"close() of the environment {instance.start.kind.name} failed",
                 f"{as_reason(error)}. What it held may not be released.",
             )
         finally:
@@ -470,27 +488,32 @@ class Instances:
                 del self._objects[id(instance.value)]
 
     def settle(self) -> bool:
-        """Wait until no instance is being made or closed, and return whether that is so before the deadline."""
+        """Wait until no instance is being made or closed, and return whether that is so before the deadline.
+
+        Those that an earlier call has waited for in vain are not waited for again.
+        """
         with self.changed:
-            return self.changed.wait_for(lambda: not (self._making or self._closing), 2 * self.timeout_s)
+            settled = self.changed.wait_for(lambda: self._making + self._closing <= self._hanging, 2 * self.timeout_s)
+            self._hanging = self._making + self._closing
+            return settled
 
     # Counts ----------------------------------------------------------------------------------------------------------
 
-    def count_refused(self, reason: str) -> None:
+    def count_refused(self, kind: EnvironmentKind, reason: str) -> None:
         """Count a branch that did not get its state, and log the first one."""
         with self.changed:
             self._counts.refused_forks += 1
         self.tell_once(
-            f"A branch could not get the state of its prefix in the environment {self.kind.name}",
+            f"A branch could not get the state of its prefix in the environment {kind.name}",
             f"{reason}. A path from the root replaces it. Such branches are counted as environments/refused_forks.",
         )
 
-    def count_failed(self, reason: str) -> None:
+    def count_failed(self, kind: EnvironmentKind, reason: str) -> None:
         """Count a path whose environment could not be made, and log the first one."""
         with self.changed:
             self._counts.failed += 1
         self.tell_once(
-            f"The environment {self.kind.name} of a path could not be made",
+            f"The environment {kind.name} of a path could not be made",
             f"{reason}. The model reads that at each call. Such paths are counted as environments/failed.",
         )
 
@@ -518,5 +541,22 @@ def as_reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-async def _awaited(value: Awaitable[Any]) -> Any:
-    return await value
+def _comparable(value: Any) -> str:
+    """Return what a method returned as text. Two long texts are equal only if the values are, up to a hash."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    except Exception:  # not JSON, keys of several types, or contains itself
+        text = repr(value)
+    if len(text) <= _MAX_OUTCOME_CHARS:
+        return text
+    return f"{text[:_MAX_OUTCOME_CHARS]}… {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+async def _awaited(value: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """Return what `value` returns, and what it raises. If SystemExit were raised here, it would end the event loop."""
+    try:
+        return await value, None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return None, error

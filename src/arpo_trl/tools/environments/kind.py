@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import threading
 import typing
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 
+COLUMN = "environment"
+"""The column by which a row chooses among several classes, as in TRL."""
 NOT_TOOLS = ("reset", "get_reward", "fork", "close", "digest", "describe")
 """Public methods with a meaning of their own. The model does not see them."""
 
@@ -46,6 +49,15 @@ class EnvironmentKind:
     def name(self) -> str:
         return self.type.__name__
 
+    @property
+    def copies(self) -> bool:
+        """Whether an instance can be forked or copied, without a replay."""
+        return self.forking in (Forking.FORK, Forking.COPY)
+
+    def made(self, value: Any) -> bool:
+        """Whether an object is an environment of exactly this class."""
+        return type(value) is self.type
+
     def offers(self, method: str) -> bool:
         return callable(getattr(self.type, method, None))
 
@@ -64,6 +76,63 @@ class EnvironmentKind:
             ) from error
 
 
+class Kinds:
+    """The classes of environments of a run: one for all rows, or several, of which each row names one, as in TRL.
+
+    Args:
+        kinds: One class; or several by the name that rows have in the column `environment`.
+    """
+
+    def __init__(self, kinds: EnvironmentKind | Mapping[Any, EnvironmentKind]):
+        self.several = not isinstance(kinds, EnvironmentKind)
+        self.by_name: dict[Any, EnvironmentKind] = {None: kinds} if isinstance(kinds, EnvironmentKind) else {**kinds}
+
+    def name_of(self, row: Mapping[str, Any]) -> Any:
+        """Return the name of the row's class; None if there is one class for all rows.
+
+        Raises:
+            DataError: There are several, and the row names none of them.
+        """
+        if not self.several:
+            return None
+        name = row.get(COLUMN)
+        if name not in self.by_name:
+            raise DataError(
+                f"A row has {COLUMN} = {name!r}, but environment_factory is a dict of {list(self.by_name)}. Give each "
+                f"row one of these names in the column {COLUMN!r}."
+            )
+        return name
+
+    def of(self, row: Mapping[str, Any]) -> EnvironmentKind:
+        """Return the row's class. Raises what `name_of` raises."""
+        return self.by_name[self.name_of(row)]
+
+    def given(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the columns that `reset` receives: all, without the one that chose the class."""
+        return {name: value for name, value in row.items() if not (self.several and name == COLUMN)}
+
+    def check_rows(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Return if each row names its class, and if each class accepts the columns.
+
+        Args:
+            columns: The columns of a dataset, by name.
+
+        Raises:
+            DataError: A row names no class.
+            ConfigError: `reset` of a class does not accept the columns.
+        """
+        if self.several:
+            if COLUMN not in columns:
+                raise DataError(
+                    f"environment_factory is a dict of {list(self.by_name)}, but the dataset has only the columns "
+                    f"{list(columns)}. Add a column {COLUMN!r} with one of these names in each row."
+                )
+            for name in dict.fromkeys(columns[COLUMN]):
+                self.name_of({COLUMN: name})
+        for kind in self.by_name.values():
+            kind.check_row(self.given(columns))
+
+
 def environment_kind(factory: Callable[[], Any], timeout_s: float) -> EnvironmentKind:
     """Return what the environments that `factory` makes offer. This makes two of them and closes them.
 
@@ -79,8 +148,9 @@ def environment_kind(factory: Callable[[], Any], timeout_s: float) -> Environmen
             f"environment_factory is a {type(factory).__name__}; expected a class, or a function that returns a new "
             "environment at each call."
         )
-    first, second = (_made(factory, timeout_s) for _ in range(2))
-    for instance in {id(first): first, id(second): second}.values():
+    first, second = (_in_time(factory, timeout_s, "environment_factory") for _ in range(2))
+    made = [first, second, *_copied(first, timeout_s)]
+    for instance in {id(each): each for each in made}.values():
         if callable(close := getattr(instance, "close", None)):
             _in_time(close, timeout_s, f"close() of {type(instance).__name__}")
     if first is second:
@@ -99,11 +169,16 @@ def _kind_of(factory: Callable[[], Any], instance: Any) -> EnvironmentKind:
             f"The environment {kind.__name__} has no method reset. Define `def reset(self, **row)`, which puts it "
             "into the state in which a path starts, and returns a text for the prompt or None."
         )
-    methods = {
-        name: as_function(getattr(instance, name))
-        for name in functions
-        if name not in NOT_TOOLS and not name.startswith("_")
-    }
+    methods = {}
+    for name in functions:
+        if name in NOT_TOOLS or name.startswith("_"):
+            continue
+        if not callable(method := getattr(instance, name)):
+            raise ToolSpecError(
+                f"The environment {kind.__name__} has a method {name} and an attribute {name}, a "
+                f"{type(method).__name__}, that hides it. Rename one of them, or let its name start with _."
+            )
+        methods[name] = as_function(method)
     for flag in ("copyable", "replayable"):
         if not isinstance(getattr(kind, flag, False), bool):
             raise ToolSpecError(
@@ -135,8 +210,24 @@ def as_function(method: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _made(factory: Callable[[], Any], timeout_s: float) -> Any:
-    return _in_time(factory, timeout_s, "environment_factory")
+def _copied(instance: Any, timeout_s: float) -> list[Any]:
+    """Return a deepcopy of an instance whose class declares `copyable = True`, and nothing of another.
+
+    Raises:
+        ConfigError: It holds what cannot be copied.
+    """
+    if getattr(type(instance), "copyable", False) is not True:
+        return []
+    try:
+        return [_in_time(lambda: copy.deepcopy(instance), timeout_s, "deepcopy")]
+    except ConfigError as error:
+        if isinstance(error.__cause__, TypeError):  # what copy raises for locks, generators, sockets and the like
+            raise ConfigError(
+                f"The environment {type(instance).__name__} declares copyable = True, but copy.deepcopy of it raised "
+                f"TypeError: {error.__cause__}. Define fork() or __deepcopy__(), or remove copyable: its branches are "
+                "replayed then."
+            ) from error
+        return []  # it may need a reset first
 
 
 def _in_time(call: Callable[[], Any], timeout_s: float, name: str) -> Any:

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from arpo_trl.errors import ConfigError, ToolUnavailable
 from arpo_trl.tools.calls import ToolCall, ToolFailure
-from arpo_trl.tools.environments.instances import Instance, Instances, Point, as_reason
-from arpo_trl.tools.environments.kind import EnvironmentKind
+from arpo_trl.tools.environments.instances import Instance, Instances, Point, Start, as_reason
+from arpo_trl.tools.environments.kind import EnvironmentKind, Kinds
 from arpo_trl.tools.state import PathState
-from arpo_trl.tools.toolbox import ToolBox
+from arpo_trl.tools.toolbox import ToolBox, encodable
 
 _MAX_CHANGE_CHARS = 2000
+_MAX_LINES = 500
 _ATTEMPTS = 3
 _POLL_S = 0.05
 
 
 class Environments:
-    """The environments of one class, as the `create_state` of its tools.
+    """The environments of a run, as the `create_state` of their tools.
 
     Args:
+        kinds: Their class, or several by the names that rows have in the column `environment`.
         timeout_s: The deadline of a call, and of each step of a reset or a replay.
         limit: The maximum number of live instances; None: no maximum.
         keeps: Whether the instance of a complete path stays open, in `kept`, until `close_kept`.
@@ -30,26 +33,46 @@ class Environments:
 
     at_start = True
 
-    def __init__(self, kind: EnvironmentKind, *, timeout_s: float, limit: int | None = None, keeps: bool = False):
-        self.kind = kind
+    def __init__(
+        self,
+        kinds: EnvironmentKind | Mapping[Any, EnvironmentKind],
+        *,
+        timeout_s: float,
+        limit: int | None = None,
+        keeps: bool = False,
+    ):
+        self.kinds = Kinds(kinds)
         self.keeps = keeps
-        self.rows: dict[int, Mapping[str, Any]] = {}
-        """The row of each group, by the group's id."""
-        self.instances = Instances(kind, self.rows, timeout_s, limit)
+        self.instances = Instances(timeout_s, limit)
+        self._starts: dict[int, Start] = {}
+        """By the group's id."""
         self.kept: dict[tuple[int, tuple[int, ...]], Instance | None] = {}
         """The instances of complete paths, by group and address; None: the path's instance could not be made."""
         self.handed: dict[int, EnvironmentState] = {}
         """States that are open already, by the group whose first path gets them."""
-        for method in kind.methods.values():
+        for method in self.tools:
             method.create_state = self  # type: ignore[attr-defined]
 
     @property
     def tools(self) -> list[Callable[..., Any]]:
-        """The tools of the environment, for a `ToolBox`."""
-        return list(self.kind.methods.values())
+        """The tools of all classes. Those of several classes may have the same name."""
+        return [method for kind in self.kinds.by_name.values() for method in kind.methods.values()]
 
     def __call__(self, group: int) -> EnvironmentState:
-        return self.handed.pop(group, None) or EnvironmentState(self, group)
+        return self.handed.pop(group, None) or EnvironmentState(self, group, self._start_of(group))
+
+    def _start_of(self, group: int) -> Start:
+        if group not in self._starts:  # environments of tools have no row
+            self.start_groups({group: {}})
+        return self._starts[group]
+
+    def start_groups(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
+        """Note the row of each group, by the group's id, from which its paths will start.
+
+        Raises:
+            DataError: A row does not say which of several environments it uses.
+        """
+        self._starts |= {group: Start(self.kinds.of(row), self.kinds.given(row)) for group, row in rows.items()}
 
     def begin(
         self, rows: Mapping[int, Mapping[str, Any]], toolbox: ToolBox, between_events: Callable[[], None]
@@ -63,57 +86,80 @@ class Environments:
         Raises:
             ConfigError: An environment could not be made in several attempts.
         """
-        self.rows.clear()
-        self.rows.update(rows)
-        self.instances.texts.clear()
-        failure = ""
-        missing = set(rows)
-        for _ in range(_ATTEMPTS):
-            opening = {}
-            for group in sorted(missing):
-                self.handed[group] = state = EnvironmentState(self, group)
-                if state.admit():
-                    opening[toolbox.open(state)] = (group, state)
-            while opening:
-                between_events()
-                for ticket, result in toolbox.poll(_POLL_S):
-                    if ticket not in opening:
-                        continue  # of a rollout that was interrupted
-                    group, state = opening.pop(ticket)
-                    state.opened(result.failure, result.text)
-                    if state.has_instance:
-                        missing.discard(group)
-                    else:
-                        failure = state.failure
-                        self.handed.pop(group).close()
-            if not missing:
-                return dict(self.instances.texts)
-        raise ConfigError(
-            f"The environment {self.kind.name} could not be made for a row, in {_ATTEMPTS} attempts: {failure}. "
-            "Without it the prompt is not known. Correct the class or its server, and resume."
+        self.start_groups(rows)
+        waiting, failures = deque(sorted(rows)), Counter[int]()
+        opening: dict[int, EnvironmentState] = {}
+        stuck_since: float | None = None
+        while waiting or opening:
+            between_events()
+            while waiting and (state := self._admitted(waiting[0])) is not None:
+                self.handed[waiting.popleft()] = state
+                opening[toolbox.open(state)] = state
+            stuck_since = self._stuck_since(stuck_since) if waiting and not opening else None
+            for ticket, result in toolbox.poll(_POLL_S):
+                if (opened := opening.pop(ticket, None)) is None:
+                    continue  # of a rollout that was interrupted
+                opened.opened(result.failure, result.text)
+                if not opened.has_instance:
+                    self.handed.pop(opened.group, opened).close()
+                    failures[opened.group] += 1
+                    if failures[opened.group] == _ATTEMPTS:
+                        raise self._not_made(opened)
+                    waiting.append(opened.group)
+        return {group: self._starts[group].text for group in rows}
+
+    def _admitted(self, group: int) -> EnvironmentState | None:
+        state = EnvironmentState(self, group, self._starts[group])
+        return state if state.admit() else None
+
+    def _stuck_since(self, since: float | None) -> float | None:
+        """Return since when no path is left that would make room; None: there is one.
+
+        Raises:
+            ConfigError: That has been so for longer than closing may take.
+        """
+        if self.instances.in_use > len(self.handed):
+            return None
+        now = time.perf_counter()
+        if since is not None and now - since > 2 * self.instances.timeout_s:
+            raise ConfigError(
+                "There is no room for the environment of a row (environment_concurrency): environments whose reset() "
+                "or close() hangs hold it. Correct them, or raise environment_concurrency, and resume."
+            )
+        return since or now
+
+    def _not_made(self, state: EnvironmentState) -> ConfigError:
+        return ConfigError(
+            f"The environment {state.kind.name} could not be made for a row, in {_ATTEMPTS} attempts: "
+            f"{state.failure}. Without it the prompt is not known. Correct the class or its server, and resume."
         )
 
-    def close_kept(self) -> None:
-        """Close all instances that no path has, and wait for those that are being closed."""
-        while self.handed:
-            self.handed.popitem()[1].close()
-        while self.kept:
-            if (instance := self.kept.popitem()[1]) is not None:
+    def close_groups(self, groups: Collection[int]) -> None:
+        """Close all instances of these groups that no path has, and forget their rows."""
+        for group in groups:
+            if (state := self.handed.pop(group, None)) is not None:
+                state.close()
+        for key in [key for key in list(self.kept) if key[0] in groups]:
+            if (instance := self.kept.pop(key)) is not None:
                 self.instances.close(instance)
+        for group in groups:
+            self._starts.pop(group, None)
+
+    def close_kept(self) -> None:
+        """Do the same as `close_groups` for all groups, and wait for the instances that are being closed."""
+        self.close_groups({*self._starts, *self.handed, *(group for group, _ in list(self.kept))})
         if not self.instances.settle():
-            self.instances.tell_once(
-                f"close() of the environment {self.kind.name} hangs",
-                "The run continues; what it held is kept.",
-            )
+            self.instances.tell_once("close() of an environment hangs", "The run continues; what it held is kept.")
 
 
 class EnvironmentState(PathState):
     """The environment of one path. It has an instance from `open` on; until then a point, if it is a branch."""
 
-    def __init__(self, environments: Environments, group: int, point: Point | None = None):
+    def __init__(self, environments: Environments, group: int, start: Start, point: Point | None = None):
         self._environments = environments
         self._instances = environments.instances
-        self._group = group
+        self._start = start
+        self.group = group
         self._point = point
         self._is_branch = point is not None
         self._instance: Instance | None = None
@@ -148,7 +194,7 @@ class EnvironmentState(PathState):
             self._has_room, point = False, self._point
         with instances.making():
             try:
-                made = instances.fresh(self._group) if point is None else instances.branch(point)
+                made = instances.fresh(self._start) if point is None else instances.branch(point)
             except BaseException as error:
                 self._failure = as_reason(error)
                 instances.release()
@@ -168,8 +214,12 @@ class EnvironmentState(PathState):
             if self._instance is None:
                 self._given_up = self._failure or text.removeprefix("Error: ").rstrip(".")
         if self._given_up:
-            (instances.count_refused if self._is_branch else instances.count_failed)(self._given_up)
+            (instances.count_refused if self._is_branch else instances.count_failed)(self.kind, self._given_up)
         return not (self._is_branch and self._given_up)
+
+    @property
+    def kind(self) -> EnvironmentKind:
+        return self._start.kind
 
     @property
     def has_instance(self) -> bool:
@@ -225,12 +275,12 @@ class EnvironmentState(PathState):
             point = self._instances.point_of(self._instance)
         if point is None:
             doubt = self._given_up or "the path has no environment"
-            point = Point(self._group, [], None, doubt, origin=None)
-        return EnvironmentState(self._environments, self._group, self._instances.use(point))
+            point = Point(self._start, [], None, doubt, origin=None)
+        return EnvironmentState(self._environments, self.group, self._start, self._instances.use(point))
 
     def finish(self, address: tuple[int, ...]) -> None:
         if self._environments.keeps:
-            self._environments.kept[self._group, address] = self._instance
+            self._environments.kept[self.group, address] = self._instance
             self._instance = None
         self.close()
 
@@ -252,6 +302,8 @@ class EnvironmentState(PathState):
 
 
 def _difference(before: str, after: str) -> str:
-    """Return the lines that only one of the two texts has, marked with − and +, for the trajectory log."""
-    lines: Iterable[str] = difflib.ndiff(before.splitlines(), after.splitlines())
-    return "\n".join(line for line in lines if line[:1] in "+-")[:_MAX_CHANGE_CHARS]
+    """Return the lines that only one of the two texts has, marked with - and +, for the trajectory log."""
+    old, new = (text.splitlines()[:_MAX_LINES] for text in (before, after))
+    lines = list(difflib.unified_diff(old, new, n=0, lineterm=""))[2:]  # the first two name files
+    changed = [f"{line[0]} {line[1:]}" for line in lines if line[0] in "+-"]
+    return encodable("\n".join(changed)[:_MAX_CHANGE_CHARS])

@@ -1,0 +1,187 @@
+"""Environments of batches that are sampled during the update (`rollouts_ahead`)."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerCallback
+
+from ahead_run import ROWS, make_trainer
+from arpo_trl import ARPOTrainer
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from support import save_tiny_model
+
+OPENED: list[Any] = []
+CLOSED: Counter[int] = Counter()
+NAMES = ROWS.remove_columns("answer").add_column("name", [f"n{i}" for i in range(len(ROWS))])
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+class Cart:
+    """What was put into it, after the name of its row."""
+
+    copyable = True
+
+    def __init__(self) -> None:
+        OPENED.append(self)
+
+    def __deepcopy__(self, memo: Any) -> Cart:
+        made = type(self)()
+        made.items = list(self.items)
+        return made
+
+    def reset(self, name: str, **row: Any) -> str:
+        self.items = [name]
+        return f" in {name}"
+
+    def put(self, item: str) -> str:
+        """Put an item into the cart.
+
+        Args:
+            item: Which.
+        """
+        self.items.append(item)
+        return " ".join(self.items)
+
+    def close(self) -> None:
+        CLOSED[id(self)] += 1
+
+
+def buys(request: Any, context: str) -> ScriptedTurn:
+    """Each path puts its address twice and answers; entropy rises after the first call."""
+    *address, depth = request.key[1:]
+    return ScriptedTurn(
+        text="so" if depth == 2 else f"<put>{'/'.join(map(str, address))}</put>", entropies=[[0.5, 1.0, 0.1][depth]]
+    )
+
+
+def counts(environments: Any, tool_calls: Any, prompts: Any, name: Any) -> list[float]:
+    """Also checks that each completion has the environment of its own calls, which is not closed."""
+    assert len({id(each) for each in environments}) == len(environments)
+    for environment, calls, prompt, row in zip(environments, tool_calls, prompts, name, strict=True):
+        assert environment.items == [row] + [call["arguments"]["item"] for call in calls]
+        assert prompt.endswith(f" in {row}") and not CLOSED[id(environment)]
+    return [float(len(set(environment.items))) for environment in environments]
+
+
+def trainer(model_path: str, folder: Path, kind: Any = Cart, **settings: Any) -> ARPOTrainer:
+    given = {"train_dataset": NAMES, "reward_funcs": counts, "environment_factory": kind, **settings}
+    made = make_trainer(model_path, folder, buys, initial_rollouts=2, max_completion_length=200, **given)
+    OPENED.clear()  # without those that were looked at
+    CLOSED.clear()
+    return made
+
+
+def all_closed(made: ARPOTrainer) -> bool:
+    assert made._environments is not None
+    return made._environments.instances.live == 0 and Counter(map(id, OPENED)) == CLOSED
+
+
+def test_environments_of_the_next_batch_are_made_while_the_update_runs(model_path, tmp_path):
+    updating, made_next = threading.Event(), threading.Event()
+
+    class Slow(Cart):
+        def reset(self, name: str, **row: Any) -> str:
+            if name not in ("n0", "n1"):  # the rows of the first batch
+                assert updating.wait(15.0)
+                made_next.set()
+            return super().reset(name)
+
+    made = trainer(model_path, tmp_path, Slow, max_steps=3, environment_concurrency=16, shuffle_dataset=False)
+    compute = made.compute_loss
+
+    def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        updating.set()
+        assert made_next.wait(15.0)
+        return compute(*args, **kwargs)
+
+    made.compute_loss = compute_loss
+    made.train()
+    logged = [log for log in made.state.log_history if "loss" in log]
+    assert [log["arpo/ahead/staleness_max"] for log in logged] == [0.0, 1.0, 1.0]
+    # 3 batches of 2 groups: 2 paths each from the prompt, and 2 branches, which are copies
+    assert sum(log["arpo/environments/resets"] for log in logged) == 12
+    assert sum(log["arpo/environments/forks"] for log in logged) >= 12
+    assert max(log["arpo/environments/live_max"] for log in logged) <= 16
+    assert all(leaf.address in {(0,), (1,), (0, 1, 0), (1, 1, 0)} for leaf in made._last.leaves)
+    assert all_closed(made)
+
+
+def test_environments_that_no_reward_reads_stay_within_their_limit(model_path, tmp_path):
+    def one(completions):
+        return [1.0] * len(completions)
+
+    # 3 batches at the same time, with 2 groups each
+    with pytest.raises(ConfigError, match=r"is 5, but 3 rollouts \(rollouts_ahead\) have 6 prompts. .* at least 6"):
+        trainer(model_path, tmp_path, reward_funcs=one, rollouts_ahead=2, environment_concurrency=5)
+    made = trainer(model_path, tmp_path, reward_funcs=one, rollouts_ahead=2, environment_concurrency=6)
+    made.train()
+    assert max(log.get("arpo/environments/live_max", 0) for log in made.state.log_history) <= 6
+    assert all_closed(made)
+
+
+def test_too_little_room_for_the_rewards_is_an_error_at_the_start(model_path, tmp_path):
+    with pytest.raises(ConfigError, match=r"is 15, but 2 rollouts \(rollouts_ahead\) have 16 completions"):
+        trainer(model_path, tmp_path, environment_concurrency=15)
+
+
+def test_an_evaluation_waits_for_the_environments_of_the_rollouts(model_path, tmp_path):
+    seen = []
+
+    class OnEvaluate(TrainerCallback):
+        def on_evaluate(self, *_: Any, **__: Any) -> None:
+            seen.append(made._environments.instances.live)
+
+    evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
+    made = trainer(model_path, tmp_path, max_steps=2, eval_dataset=NAMES.select([3]), **evaluation)
+    made.add_callback(OnEvaluate())
+    made.train()
+    assert seen == [0, 0] and all_closed(made)
+
+
+class Stops(TrainerCallback):
+    def __init__(self, error: type[BaseException]):
+        self.error = error
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_run_that_is_stopped_leaves_none_open(model_path, tmp_path, error):
+    made = trainer(model_path, tmp_path, rollouts_ahead=2)
+    made.add_callback(Stops(error))
+    with pytest.raises(error):
+        made.train()
+    assert OPENED and all_closed(made)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("arpo-rollouts-ahead")]
+
+
+def test_a_reward_that_raises_and_a_reset_that_fails_end_the_run_and_leave_none_open(model_path, tmp_path):
+    class Broken(Cart):
+        def reset(self, name: str, **row: Any) -> str:
+            if len({each.items[0] for each in OPENED if hasattr(each, "items")}) > 3:
+                raise OSError("sold out")
+            return super().reset(name)
+
+    def raises(environments):
+        raise RuntimeError("broken")
+
+    made = trainer(model_path, tmp_path / "reset", Broken)
+    with pytest.raises(ConfigError, match="Broken could not be made for a row, in 3 attempts: OSError: sold out"):
+        made.train()
+    assert all_closed(made)
+    made = trainer(model_path, tmp_path / "reward", reward_funcs=raises)
+    with pytest.raises(RuntimeError, match="broken"):
+        made.train()
+    assert all_closed(made)
