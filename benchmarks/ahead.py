@@ -40,13 +40,13 @@ from serving import Server, running
 SEARCH_S = 0.5
 """Mean seconds of a search."""
 LEFT_OUT = 2
-"""First steps that are not counted: the server is slow at first."""
+"""Warm-up steps, which are not measured."""
 QUESTIONS, LEAVES = 4, 8
-"""Of a step."""
+"""Of one step."""
 
 
 def slow_search(run: Path, mean_s: float) -> Callable[[str], str]:
-    """The quickstart's search. The same query always takes as long."""
+    """The quickstart's search with a random latency, seeded by the query."""
     found = search_tool(LocalIndex.open(run / "data/corpus.jsonl"), top_k=2)
 
     def search(query: str) -> str:
@@ -63,7 +63,7 @@ def slow_search(run: Path, mean_s: float) -> Callable[[str], str]:
 
 
 class StepTimes(TrainerCallback):
-    """When each step begins, and when the last one ends."""
+    """Records the start time of each step and the end time of the last one."""
 
     def __init__(self) -> None:
         self.at: list[float] = []
@@ -76,7 +76,7 @@ class StepTimes(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """The mean of the steps that count."""
+        """The mean duration of the measured steps."""
         counted = self.at[LEFT_OUT:]
         return (counted[-1] - counted[0]) / (len(counted) - 1)
 
@@ -184,7 +184,7 @@ def accuracy(run: Path, folder: Path, *, seeds: int, count: int) -> None:
 
 
 class Restarts(TrainerCallback):
-    """Writes the step into a file, for the process that restarts the server."""
+    """Writes the current step to a file that the server's process reads, which then restarts the server."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -195,7 +195,7 @@ class Restarts(TrainerCallback):
 
 
 def rank(run: Path, folder: Path, *, url: str, count: int) -> None:
-    """One of two ranks of `kills`. The second one's searches take ten times as long."""
+    """Runs one of the two ranks of `kills`. On the second rank a search takes ten times as long."""
     rows = load_arpo_dataset(str(run / "data/train.jsonl")).select(range(2 * count))
     trainer = make_trainer(
         run,
@@ -217,7 +217,7 @@ def rank(run: Path, folder: Path, *, url: str, count: int) -> None:
 
 
 def kills(run: Path, folder: Path, *, count: int) -> None:
-    """Prints how a run of two ranks whose server is killed and restarted twice went."""
+    """Trains on two ranks, kills and restarts their server twice, and prints the trained steps and rows."""
     server = Server(str(run / "sft"), folder / "server.log").start().wait()
     launch = [*(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"), __file__]
     start = time.perf_counter()
@@ -250,9 +250,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["steps", "accuracy", "kills", "rank"], help="'rank' is used by 'kills'")
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
-    parser.add_argument("--steps", type=int, help="default: 10 that count, 40, and 200")
+    parser.add_argument(
+        "--steps", type=int, help="default: 10 measured ones for steps, 40 for accuracy, 200 for kills"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--update_s", type=float, help="default: a rollout's seconds with k = 0, less the update's")
+    parser.add_argument(
+        "--update_s", type=float, help="default: the seconds of a rollout with k = 0, minus those of the update"
+    )
     parser.add_argument("--folder", type=Path, help="for the outputs; default: a temporary one")
     parser.add_argument("--url", help="the server, for 'rank'")
     arguments = parser.parse_args()

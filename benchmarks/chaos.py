@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/chaos.py --seed 0
 
-Both runs start from the quickstart's cold-started model, trained further on demonstrations that retry failed calls,
-and have a higher limit of calls. The chaotic run ends when it has made as many successful calls as the calm run. The
-script prints the held-out accuracy of the start and of each run, measured without failures. For each run it also
-prints whether it finished, the fewest and the most leaves of a group, and the calls by their outcome.
+Both runs start from the quickstart's cold-started model after further training on demonstrations that repeat failed
+calls. Both have a higher call limit than the quickstart. The run with failures ends when it has made as many
+successful calls as the run without. The script prints the held-out accuracy, measured without failures, before
+training and after each run. For each run it also prints whether it finished, the smallest and largest number of leaves
+in a group, and the number of calls by outcome.
 """
 
 from __future__ import annotations
@@ -49,22 +50,22 @@ from compare_rules import cold_start
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 1.0
 TAUGHT_RATE, TAUGHT_STEPS = 0.3, 480
-"""Share of the calls that fail in the demonstrations of calling again, and the steps that these are learned in."""
-RESULTS = ("--max_tool_result_tokens", "64")  # a flood must not take the whole of a path
+"""The share of failing calls in the demonstrations that repeat calls, and the number of training steps on them."""
+RESULTS = ("--max_tool_result_tokens", "64")  # one long result must not fill the whole path
 ROOM = ("--max_tool_calling_iterations", "10", "--max_completion_length", "512")
-"""For calls that are made again. When 0.3 of the calls fail, 0.99 of the paths whose every failed call is made again
-end within this; within the quickstart's 5 calls and 208 tokens 0.58 would."""
+"""Limits that leave room for repeated calls. If 30 % of the calls fail and each failed call is repeated, 99 % of the
+paths end within these limits, and 58 % within the quickstart's 5 calls and 208 tokens."""
 USEFUL = "useful"
 
 
 class Chaos:
-    """Makes tools fail: each call with probability `rate`, in each of `WAYS` in turn.
+    """Makes each call of a tool fail with probability `rate`. The failures cycle through `WAYS`.
 
         chaos = Chaos(rate=0.3, seed=0)
         trainer = ARPOTrainer(..., tools=[chaos(search), chaos(python)])
 
-    A wrapped tool has the name, types and docstring of the tool. `counts` has how many calls went which way. Choose
-    `slow_s` longer than `tool_timeout_s`: it is how long a hung call hangs, and a dripping one drips.
+    A wrapped tool keeps its name, types and docstring. `counts` has the number of calls by outcome. `slow_s` is the
+    duration in seconds of a hung or a slow call; it must exceed `tool_timeout_s`.
     """
 
     def __init__(self, *, rate: float, seed: int, slow_s: float = 3 * TIMEOUT_S, ways: tuple[str, ...] = ()) -> None:
@@ -132,11 +133,11 @@ WAYS: dict[str, Callable[..., str]] = {
     "slow drip": _slow_drip,
 }
 SLOW = ("hang", "slow drip")
-"""The ways that end by the deadline."""
+"""The failures that end by the timeout."""
 
 
 class EnoughCalls(TrainerCallback):
-    """Ends training after the step in which the calls that were useful became `useful` or more."""
+    """Ends training after the step in which the number of successful calls reaches `useful`."""
 
     def __init__(self, chaos: Chaos, useful: int) -> None:
         self.chaos = chaos
@@ -147,12 +148,12 @@ class EnoughCalls(TrainerCallback):
 
 
 def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
-    """By tool, what a policy reads of a call that fails in each of `WAYS`."""
+    """Tool → the results that a policy reads when a call fails, one for each of `WAYS`."""
     texts: dict[str, list[str]] = {tool.__name__: [] for tool in tools}
     for way in WAYS:
         chaos = Chaos(rate=1.0, seed=0, ways=(way,))
-        # Of a flood 200 characters have the head and the tail that `RESULTS` leaves of it.
-        timeout_s = TIMEOUT_S if way in SLOW else 20 * TIMEOUT_S  # a busy machine must not make the others time out
+        # 200 characters contain the head and the tail that `RESULTS` keeps of a long result.
+        timeout_s = TIMEOUT_S if way in SLOW else 20 * TIMEOUT_S  # so that no other call times out on a busy machine
         with ToolBox([chaos(tool) for tool in tools], timeout_s=timeout_s, max_chars=200) as box:
             for name, spec in box.specs.items():
                 box.submit(ToolCall(name=name, arguments={str(spec.single_text_parameter): "1"}))
@@ -162,7 +163,7 @@ def failure_texts(tools: Sequence[Callable[..., Any]]) -> dict[str, list[str]]:
 
 
 def teach_to_call_again(folder: Path, seed: int) -> None:
-    """Continues the cold start of <folder>/sft on demonstrations in which calls fail: <folder>/taught."""
+    """Trains <folder>/sft further on demonstrations with failing calls, and saves <folder>/taught."""
     if (folder / "taught" / "config.json").exists():
         return
     search = search_tool(LocalIndex(passages()), top_k=TOP_K)
@@ -181,7 +182,7 @@ def teach_to_call_again(folder: Path, seed: int) -> None:
 
 
 def train_in_chaos() -> None:
-    """`train.py` with its tools wrapped, until so many calls were useful; what `accelerate launch` starts."""
+    """The program that `accelerate launch` starts: `train.py` with wrapped tools and a budget of successful calls."""
     sys.path.insert(0, str(ROOT))
     import train
 
@@ -196,7 +197,7 @@ def train_in_chaos() -> None:
 
 
 def run(folder: Path, seed: int, rate: float, *, steps: int, useful: int) -> dict[str, Any]:
-    """Trains until `useful` calls were, for at most `steps` steps."""
+    """Trains until `useful` calls have succeeded, for at most `steps` steps."""
     output = folder / f"chaos-{rate:g}"
     output.mkdir(parents=True, exist_ok=True)
     counts = output / "calls.json"
@@ -210,7 +211,7 @@ def run(folder: Path, seed: int, rate: float, *, steps: int, useful: int) -> dic
             *("--model_name_or_path", str(folder / "taught"), "--dataset", str(folder / "data/train.jsonl")),
             *("--eval_strategy", "no", "--search_index", str(folder / "data/corpus.jsonl")),
             *("--output_dir", str(output), "--seed", str(seed), "--max_steps", str(steps)),
-            *("--tool_cache", "false"),  # as chaos would be
+            *("--tool_cache", "false"),  # a cache would also keep the injected failures
             *("--tool_timeout_s", str(TIMEOUT_S), *RESULTS, *ROOM),
         )
     except SystemExit:
@@ -230,9 +231,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=0.3, help="share of the calls that fail (default: 0.3)")
-    parser.add_argument("--steps", type=int, default=24, help="training steps of the calm run (default: 24)")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/compare"), help="folder that has seed<N>/sft, or gets it"
+        "--steps", type=int, default=24, help="training steps of the run without failures (default: 24)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/compare"),
+        help="folder with seed<N>/sft, which is created if missing",
     )
     arguments = parser.parse_args()
     folder = arguments.output / f"seed{arguments.seed}"

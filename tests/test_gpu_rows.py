@@ -82,7 +82,8 @@ def test_a_row_that_hangs_or_fails_says_so_and_the_next_one_follows(tmp_path: Pa
 @pytest.mark.slow
 def test_rows_that_there_is_no_time_for_are_named(tmp_path: Path) -> None:
     done = gpu_sh("--tiny", "--output", str(tmp_path), "d", "e", ALL_S="0")
-    told = [line for line in done.stdout.splitlines() if line.endswith("not run: 0 s are over; run this part again |")]
+    said = "not run: the limit of 0 s is reached; run this part again |"
+    told = [line for line in done.stdout.splitlines() if line.endswith(said)]
     assert [line.split()[1] for line in told] == ["about", "step_trl", "step_full", "step_half", "probing"]
 
 

@@ -1,8 +1,8 @@
 """Part b: how well one batch of each arm estimates the policy gradient of a frozen policy.
 
-The policies are the cold start of the first seed and two later points of its training by GRPO. The reference is the
-mean gradient of many batches of GRPO with neither the standard deviation of a group nor the length of a path in it,
-which is unbiased up to scale. Each arm's batches are as training has them. Weights never change: no step is taken.
+The policies are the cold start of the first seed and two later checkpoints of its training by GRPO. The reference is
+the mean gradient of many batches of GRPO without normalization by the group's standard deviation or by the length of a
+path. It is unbiased up to scale. Each arm's batches are those of training. No optimizer step is taken.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .files import interval
 from .training import trainer_of
 
 CHECKPOINTS = (0, 10, 20)
-"""Steps of training after the cold start."""
+"""Training steps after the cold start."""
 BATCHES, PROMPTS = 40, 4
 """The batches of an arm, and the prompts in each."""
 REFERENCE_BATCHES, REFERENCE_PROMPTS = 60, 16
@@ -106,11 +106,13 @@ def measure(model: Path, data: Path, arm: Arm, target: torch.Tensor, batches: in
     """The cosines of an arm's batches with `target`, and the calls that a batch costs.
 
     `signal_per_call` is cos² / (1 − cos²) per call made. Averaging n independent batches without bias multiplies
-    cos² / (1 − cos²) by n, so this is what a call buys at any size of a batch.
+    cos² / (1 − cos²) by n, so this value does not depend on the batch size.
     """
     start = time.perf_counter()
     collected = gradients(model, data, arm, seed=0, batches=batches, prompts=PROMPTS)
-    cosines = [_cosine(gradient, target) for gradient in collected.found]  # 0 where no group has different rewards
+    cosines = [
+        _cosine(gradient, target) for gradient in collected.found
+    ]  # 0 if all rewards within each group are equal
     found = interval(cosines)
     calls = mean(collected.calls)
     signal = found.mean**2 / max(1.0 - found.mean**2, 1e-9)
