@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -66,11 +67,15 @@ class Server:
             "TORCHDYNAMO_DISABLE": "1",
         }
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
 
     def start(self) -> Server:
+        self._process = self._start_process()
+        return self
+
+    def _start_process(self) -> Any:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 self._command,
                 stdout=log,
                 stderr=log,
@@ -78,7 +83,6 @@ class Server:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        return self
 
     def wait(self) -> Server:
         """Waits until the server has answered a request."""
@@ -104,8 +108,8 @@ class Server:
 
 
 @contextmanager
-def running(model: str, log: Path, *flags: str) -> Iterator[Server]:
-    server = Server(model, log, *flags).start()
+def running(model: str, log: Path, *flags: str, kind: type[Server] = Server) -> Iterator[Server]:
+    server = kind(model, log, *flags).start()
     try:
         yield server.wait()
     finally:
