@@ -3,13 +3,12 @@
     python benchmarks/against_trl.py --model runs/quickstart/sft --data runs/quickstart/data
 
 Both trainers run in alternating order on the same generation batches. TRL's tool loop parses JSON calls. To use the
-quickstart's tags, this script replaces its parser and its tool-result encoder by those of the protocol, and lets the
-closing tags, which are single tokens here, end a turn as EOS does. Everything else is TRL's: generation, tool
-execution, update.
+quickstart's tags, this script replaces TRL's parser and tool-result encoder by those of the protocol, and adds the
+closing tags (single tokens here) to the EOS ids. Generation, tool execution and update are TRL's.
 
-"Calls made" counts each call in the trees once. "Executed" counts the calls that reached a tool's function; there are
-fewer of them, because identical concurrent searches share one execution. The bound is next to them: a branch saves at
-most all calls of its leaf, so N = M/2 makes at least half as many calls as N = M.
+"Calls made" counts each call in the trees once. "Executed" counts the calls that reached a tool's function; it is
+lower, because identical concurrent searches share one execution. "At least" is the lower bound of the calls made: a
+branch saves at most all calls of its leaf, so N = M/2 makes at least half as many calls as N = M.
 
 Latencies have a long tail (Pareto, exponent 2.5, at most ten times the mean). They depend on the arguments of a call,
 so that the same call takes the same time in both loops.
@@ -44,7 +43,7 @@ from arpo_trl.tools.toolbox import tool_spec
 LENGTH, CALLS = 240, 5
 THEIRS = "TRL GRPOTrainer"
 OURS = {"ours, N = M": 1, "ours, N = M/2": 2, "ours, N = M/4": 4}
-"""Variants of ours, and M ÷ N of each."""
+"""Our variants by name, each with its ratio M ÷ N."""
 
 
 class TagGRPOTrainer(GRPOTrainer):
@@ -78,7 +77,7 @@ def trl_trainer(
     tools: list[Any],
     kind: type[TagGRPOTrainer] = TagGRPOTrainer,
 ) -> TagGRPOTrainer:
-    """TRL's trainer with the quickstart's model, which writes tags; changes TRL's module for the whole process."""
+    """TRL's trainer with the quickstart's model, which writes tags. Patches TRL's module in this process."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     protocol = TagProtocol(tokenizer, {tool.__name__: tool_spec(tool) for tool in tools})
     grpo_trainer.parse_response = parse_with(protocol)
@@ -92,13 +91,13 @@ def trl_trainer(
     ]
     trainer = kind(loaded, reward, config, dataset, tools=tools)
     trainer.protocol = protocol
-    # A truthy response template makes TRL parse completions; which one does not matter, ours is used.
+    # TRL parses completions if the response template is truthy. Its content is not used.
     trainer._tokenizer.response_template = {"tags": True}
     return trainer
 
 
 def length_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """Something that differs between the leaves of a group and costs nothing."""
+    """A cheap reward that differs between the leaves of a group."""
     return [float(len(ids) % 7) for ids in completion_ids]
 
 
@@ -119,12 +118,12 @@ def settings(folder: Path, **more: Any) -> dict[str, Any]:
 
 
 def slowed(tool: Callable[[str], str], mean_s: float) -> Callable[[str], str]:
-    """The tool with a latency that its arguments determine."""
+    """The tool with a random latency, seeded by the arguments of the call."""
     if not mean_s:
         return tool
     shape = 2.5
 
-    @functools.wraps(tool)  # which keeps its name, docstring and signature
+    @functools.wraps(tool)  # keeps the name, docstring and signature
     def delayed(*args: Any, **kwargs: Any) -> str:
         drawn = random.Random(repr((args, sorted(kwargs.items())))).paretovariate(shape) * (shape - 1) / shape
         time.sleep(mean_s * min(drawn, 10.0))
@@ -151,7 +150,7 @@ class Counter:
 
 
 def step(trainer: GRPOTrainer, rows: list[dict[str, Any]], counter: Counter) -> dict[str, float]:
-    """Seconds of the rollout with scoring and of the update, and what they produced."""
+    """Runs one step. Returns the seconds of the rollout (with scoring) and of the update, and counts per leaf."""
     before = counter.calls
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1

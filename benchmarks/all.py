@@ -1,7 +1,7 @@
-"""All speed benchmarks, one after the other: `make bench`. Tables are printed and saved under runs/bench.
+"""Runs all speed benchmarks in sequence: `make bench`. Prints their tables and saves them under runs/bench.
 
-Run nothing else on the machine meanwhile. It needs the quickstart's model (`make quickstart`). That model is slower
-with several threads, so its sampling and training use one thread.
+Run nothing else on the machine at the same time. The benchmarks need the quickstart's model (`make quickstart`). They
+sample and train it with one thread, because several threads make so small a model slower.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BENCHMARKS: dict[str, dict[str, str]] = {
     "update": {},
     "growth": {},
 }
-"""Scripts, and what their environment gets."""
+"""Scripts, and the environment variables that they need."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Helpers of the rows of gpu.sh: the GPU and its peak FLOPs, the memory in use, and a vLLM that starts fast."""
+"""Helpers for the rows of gpu.sh: peak FLOP/s of the GPU, memory in use, and a fast start of vLLM."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PEAK_TFLOPS = {
     "L4": 121.0,
     "RTX 4090": 165.2,
 }
-"""Dense bfloat16 TFLOP/s by what a card's name contains, as its maker states them; the first that fits counts."""
+"""Part of a GPU's name → dense bfloat16 TFLOP/s from its data sheet. The first match is used."""
 LOOK_S = 0.05
 
 
@@ -34,20 +34,20 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float:
-    """FLOP/s that the card can do at most; not a number where that is not known."""
+    """Peak FLOP/s of the GPU; NaN for a device that is not in the table."""
     name = device_name(device)
     return next((1e12 * peak for card, peak in PEAK_TFLOPS.items() if card in name), math.nan)
 
 
 def own_stdout() -> TextIO:
-    """Standard output, from now on for who has this file alone: what libraries print goes to standard error."""
+    """A file for standard output. From now on everything that libraries print goes to standard error."""
     file = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)
     return file
 
 
 def shown(value: float, form: str) -> str:
-    """The value, or a dash where there is none."""
+    """The formatted value; a dash for NaN."""
     return "—" if math.isnan(value) else format(value, form)
 
 
@@ -57,9 +57,9 @@ def process_s() -> float:
 
 
 class PeakMemory:
-    """The most GiB in use while it is entered, looked at every `LOOK_S`: of the card, without one of the process.
+    """Context manager that samples the memory in use every `LOOK_S` seconds and keeps the peak, in GiB.
 
-    Of the whole card, since vLLM and torch share it and only the card sees both.
+    On a GPU this is the memory of the whole device, because vLLM and torch share it. On a CPU it is the process's.
     """
 
     def __init__(self, device: torch.device):
@@ -92,12 +92,12 @@ class PeakMemory:
 
 
 def start_vllm_eagerly(device: torch.device) -> None:
-    """Has TRL start vLLM without compiling or capturing graphs: 20 s instead of 50, for steps that are some slower.
+    """Makes TRL start vLLM in eager mode: the start takes 20 s instead of 50, and steps are slightly slower.
 
-    On a CPU in float32, so that what it may do with smaller types there is not in question.
+    On a CPU vLLM computes in float32, because not every CPU supports smaller types.
     """
     from trl.generation import vllm_generation
 
-    os.environ.setdefault("MASTER_PORT", "0")  # TRL then finds a free one
+    os.environ.setdefault("MASTER_PORT", "0")  # TRL then chooses a free port
     settings: dict[str, Any] = {"enforce_eager": True} | ({"dtype": "float32"} if device.type == "cpu" else {})
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, **settings)

@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/compare_rules.py --seeds 0 1 2 --jobs 2
 
-Each seed is cold-started once (by the quickstart's stage 1). Then each variant trains from there with `train.py` and
-is evaluated on the held-out questions. Each result is appended to <output>/results.jsonl at once, so a run can be
+Each seed has one cold start (the quickstart's stage 1). From there `train.py` trains each variant, and the script
+evaluates it on the held-out questions. Each result is appended to <output>/results.jsonl at once, so a run can be
 stopped and resumed. `--table` only prints the existing results.
 """
 
@@ -110,7 +110,7 @@ def main() -> None:
     arguments = parser.parse_args()
     output: Path = arguments.output
     results = output / "results.jsonl"
-    if arguments.one:  # a process of its own for each run, so that measuring shares no interpreter
+    if arguments.one:  # each run is a separate process, so that runs do not slow each other by the GIL
         seed, variant = int(arguments.one[0]), arguments.one[1]
         (output / f"seed{seed}").mkdir(parents=True, exist_ok=True)
         row = train(output / f"seed{seed}", seed, variant, arguments.steps)

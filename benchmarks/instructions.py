@@ -1,8 +1,8 @@
-"""Instructions of the pure parts, counted by callgrind. The counts are reproducible under any load of the machine.
+"""CPU instructions of the pure parts, counted by callgrind. The counts do not depend on the machine's load.
 
     python benchmarks/instructions.py            # needs valgrind; a minute for each part, more for the one with torch
 
-Each part runs in two fresh interpreters, zero times and `TIMES` times. The difference is the cost of the part.
+Each part runs in two new interpreters, zero times and `TIMES` times. The difference is the cost of the part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ LEAVES = 16
 
 
 def grow_tree() -> None:
-    """A tree of 16 leaves, half of them branches, each with 3 turns of 100 tokens and 2 observations of 200; read."""
+    """Builds and reads a tree of 16 leaves, half of them branches, with 3 turns of 100 and 2 results of 200 tokens."""
     from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
     from arpo_trl.tools.calls import CallSource
 
@@ -40,7 +40,7 @@ def grow_tree() -> None:
 
 
 def decide() -> None:
-    """100 decisions and the serving of them."""
+    """Makes and applies 100 branch decisions."""
     from arpo_trl.rollout.rules import BranchContext, Candidate, LivePath
     from arpo_trl.rollout.rules.threshold import Threshold
     from arpo_trl.rollout.tree import RolloutTree
@@ -55,7 +55,7 @@ def decide() -> None:
 
 
 def attribute() -> None:
-    """Hard and once credit of 16 rows of 700 tokens in 5 nodes each."""
+    """Computes the credits "hard" and "once" for 16 rows of 700 tokens, each with 5 nodes."""
     import torch
 
     from arpo_trl.rollout.credit.base import mean_over_leaves
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.run:
         part, times = arguments.run
-        PARTS[part]()  # what is done on first use is no part of it
+        PARTS[part]()  # excludes the work of the first use
         for _ in range(int(times)):
             PARTS[part]()
         return

@@ -1,4 +1,4 @@
-"""Kills an evaluation at random times and resumes it: are the results those of an uninterrupted run?
+"""Kills an evaluation at random times, resumes it, and compares the results with those of an uninterrupted run.
 
     python benchmarks/kill_evaluation.py --model runs/quickstart/rl --data runs/quickstart/data
 
@@ -32,7 +32,7 @@ def command(arguments: argparse.Namespace, output: Path) -> list[str]:
 
 
 def outcome(folder: Path) -> dict[Any, Any]:
-    """What must not depend on kills: of each sample all but its seconds, of the summary all but the time."""
+    """The results that kills must not change: samples and summary without their times."""
     samples: dict[Any, Any] = {}
     for record in read_records(folder / "samples.jsonl"):
         if key_of(record) in samples:

@@ -1,8 +1,8 @@
-"""Kills a training run at random times and resumes it: are the results those of an uninterrupted run?
+"""Kills a training run at random times, resumes it, and compares the results with those of an uninterrupted run.
 
     python benchmarks/kill_training.py --model runs/quickstart/sft --data runs/quickstart/data
     python benchmarks/kill_training.py … --config zero3 --processes 2
-    python benchmarks/kill_training.py … --signal SIGTERM      # stop it gracefully instead; how long does it take?
+    python benchmarks/kill_training.py … --signal SIGTERM      # stops it gracefully and measures how long that takes
 
 A run is twelve steps of the quickstart with a checkpoint after each. Every second kill waits until a checkpoint is
 being written. If a run finishes before its next kill, it is compared and another run starts, until all kills are used.
@@ -33,10 +33,10 @@ from arpo_trl.runs.identity import differences_between
 ROOT = Path(__file__).parent.parent
 STEPS = 12
 STOP_S = 60.0
-"""Who has not ended this long after a signal counts as left behind."""
+"""Seconds after a signal. A process that still runs then counts as left behind."""
 WRITING_S = 0.05
-"""A kill that waits for a checkpoint comes up to this long after its first file."""
-# cache_hits: an identical call joins the one under way, or finds its result, as the tools' timing has it.
+"""Most seconds between the first file of a checkpoint and a kill that waits for a checkpoint."""
+# cache_hits depend on the timing: an identical call joins a running one or finds its result.
 TIMES = ("time", "per_second", "seconds_p", "cache_hits")
 
 
@@ -63,7 +63,7 @@ def command(arguments: argparse.Namespace, output: Path) -> list[str]:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What must not depend on kills: what was logged but times, the weights, the trees but their calls' seconds."""
+    """The results that kills must not change: logs, weights and trees, all without their times."""
     state = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text("utf-8"))
     trees = {}
     for file in sorted((folder / "trajectories").iterdir()):
@@ -85,7 +85,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def kill(process: subprocess.Popen[bytes], number: signal.Signals) -> float:
-    """Seconds until a process that is sent that signal, and all that it started, are gone; SIGKILL goes to each."""
+    """Seconds until a process and its children have ended after a signal. SIGKILL is sent to each of them."""
     family = psutil.Process(process.pid).children(recursive=True)
     start = time.perf_counter()
     process.send_signal(number)
@@ -103,9 +103,9 @@ def kill(process: subprocess.Popen[bytes], number: signal.Signals) -> float:
 def run_for(
     words: list[str], output: Path, seconds: float | None, writing_s: float | None, number: signal.Signals
 ) -> tuple[int | None, float]:
-    """The exit status and 0; or, where it was killed after `seconds` or `writing_s` into its next checkpoint, None and
-    how long its end took."""
-    # DeepSpeed holds a lock while it loads what it has built; who is killed then keeps the next ones waiting for ever.
+    """Runs the command. Returns its exit status and 0; if it was killed (after `seconds`, or `writing_s` seconds into
+    its next checkpoint), None and the seconds until it had ended."""
+    # DeepSpeed holds a lock file while it loads an extension. A killed process leaves it, and later ones would hang.
     built = output.parent / "built"
     for lock in built.rglob("lock"):
         lock.unlink()
@@ -141,7 +141,7 @@ def main() -> None:
     draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if arguments.processes > 1:  # so that what is built at the first start counts for no time
+        if arguments.processes > 1:  # builds extensions, so that the first run is not slower
             run_for([*command(arguments, folder / "first"), "--max_steps", "1"], folder / "first", None, None, number)
         start = time.time()
         if run_for(command(arguments, folder / "whole"), folder / "whole", None, None, number)[0]:

@@ -24,7 +24,7 @@ class Shape:
     head: int  # head_dim
     inner: int  # intermediate_size
     vocab: int
-    tied: bool  # the head is the embedding
+    tied: bool  # the LM head shares the weights of the embedding
     biases: bool = False  # of the query, key and value projections (Qwen2.5)
     head_norms: bool = False  # of queries and keys (Qwen3)
 
@@ -45,7 +45,7 @@ class Shape:
         return self.layers * rank * sum(i + o for i, o in self.linear)
 
     def activations(self, tokens: int) -> int:
-        """Bytes for a micro-batch with gradient checkpointing: each layer's input, and one layer's insides."""
+        """Bytes of a micro-batch with gradient checkpointing: all layers' inputs, and one layer's activations."""
         q, kv = self.heads * self.head, self.kv_heads * self.head
         inside = 6 * self.width + 2 * (q + 2 * kv) + q + 4 * self.inner
         return 2 * tokens * (self.layers * self.width + inside)
@@ -63,7 +63,7 @@ SHAPES = {
 
 
 def table(gpus: int = 8, tokens: int = 8192, paths: int = 16, length: int = 5632) -> list[str]:
-    """Markdown, in GB: the whole run's state, what each GPU needs besides, and each GPU's share of the state."""
+    """A Markdown table in GB: the state of the whole run, each GPU's further memory, and its share of the state."""
     lines = [
         "| model | trained | weights | gradients | optimizer | activations | KV cache | DDP | ZeRO-2 | ZeRO-3, FSDP2 "
         "| … while sampling |",

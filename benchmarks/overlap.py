@@ -1,18 +1,16 @@
-"""The gain from overlapping turns and tool calls: the same rollouts with slow tools on one vLLM server, scheduled
-in three ways.
+"""The gain from overlapping turns and tool calls: the same rollouts on one vLLM server under three schedules.
 
     python benchmarks/overlap.py
 
 64 paths make 3 calls each. Latencies are drawn from a log-normal distribution with mean 0.5 s and a long tail
-(σ = 1.2: half of the calls take less than 0.25 s, one in a hundred more than 4 s). A turn has 20 to 60 tokens. vLLM
-samples all of them; then a call replaces the last ones, so that every schedule does the same work.
+(σ = 1.2: half of the calls take less than 0.25 s, one in a hundred more than 4 s). A turn has 20 to 60 tokens, all
+sampled by vLLM. A call then replaces the last tokens, so that every schedule does the same work.
 
     overlap     each finished turn or call continues at once
     lockstep    all turns, then all calls at the same time, then all turns again (rollout_schedule rounds)
-    TRL's loop  GRPOTrainer's, on the same server through the same client: all turns, then one call after another
+    TRL's loop  the loop of GRPOTrainer, on the same server through the same client: all turns, then each call in turn
 
-Idle: the share of the wall time in which a path could decode, because its tool had returned, but no request was
-running.
+"Idle" is the share of the wall time in which no request was running although the tool of some path had returned.
 """
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ PROMPT = [{"role": "user", "content": "Wait for it."}]
 
 
 class Standing:
-    """Servers whose weights stay what they are."""
+    """Served weights that never change."""
 
     def __init__(self, url: str):
         self.clients = [ServerClient(url, timeout_s=60.0)]
@@ -64,7 +62,7 @@ class Standing:
         return self.facts[url].model
 
     def restore(self, client: ServerClient) -> None:
-        raise RuntimeError("the server was restarted in the middle of a measurement")
+        raise RuntimeError("The server was restarted during a measurement.")
 
 
 def engine_on(url: str, tokenizer: Any, settings: SamplingParams) -> VLLMServerEngine:
@@ -80,12 +78,12 @@ def engine_on(url: str, tokenizer: Any, settings: SamplingParams) -> VLLMServerE
 
 
 class Calling:
-    """The engine, its turns cut to a length of their own and ended by a call, or by EOS after the last result."""
+    """An engine whose turns have drawn lengths and end with a call; the turn after the last result ends with EOS."""
 
     def __init__(self, inner: VLLMServerEngine, tokenizer: Any):
         self.vocab_size, self.max_length, self.has_logprobs = inner.vocab_size, inner.max_length, inner.has_logprobs
         self.moments: list[tuple[float, str]] = []
-        """When a path could decode ("ready"), was asked for ("submitted") and had its turn ("written")."""
+        """Times at which a path could decode ("ready"), was submitted ("submitted") and had its turn ("written")."""
         self._inner = inner
         self._tokenizer = tokenizer
         self._keys: dict[int, tuple[int, ...]] = {}
@@ -99,7 +97,7 @@ class Calling:
 
     def submit(self, request: TurnRequest) -> None:
         self._keys[request.id] = request.key
-        if request.key[-1] == 0:  # the first turn waits for no tool
+        if request.key[-1] == 0:  # no tool precedes the first turn
             self.moments.append((time.perf_counter(), "ready"))
         self.moments.append((time.perf_counter(), "submitted"))
         self._inner.submit(replace(request, max_tokens=random.Random(repr(request.key)).randint(20, 60)))
@@ -130,13 +128,13 @@ def idle_share(moments: list[tuple[float, str]], wall_s: float) -> float:
 
 
 class TRLLoop(TagGRPOTrainer):
-    """TRL's trainer and tool loop, its turns taken from the engine that the others use."""
+    """TRL's trainer and tool loop on the same engine as the other schedules."""
 
     engine: Calling
     depth = 0
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[Any, Any]:
-        assert len(prompt_ids) == GROUPS * LEAVES  # no path ends before the others
+        assert len(prompt_ids) == GROUPS * LEAVES  # all paths have the same number of calls
         with self.engine.session():
             for i, ids in enumerate(prompt_ids):
                 key = (i // LEAVES, i % LEAVES, self.depth)
@@ -154,7 +152,7 @@ class TRLLoop(TagGRPOTrainer):
 
 
 class Wait:
-    """The slow tool, and what its calls took."""
+    """The slow tool, with the seconds of its calls."""
 
     def __init__(self) -> None:
         self.spent: list[float] = []
@@ -165,7 +163,7 @@ class Wait:
             """Wait.
 
             Args:
-                call: Whose call this is; decides how long it takes.
+                call: The identity of the call, which determines its latency.
             """
             seconds = random.Random(call).lognormvariate(math.log(MEAN_S) - SIGMA**2 / 2, SIGMA)
             await asyncio.sleep(seconds)
@@ -178,7 +176,7 @@ class Wait:
 
 
 def by_us(url: str, model: Path, schedule: RolloutSchedule, waiting: Wait) -> tuple[float, int]:
-    """Seconds, and tokens that the model wrote."""
+    """The seconds of the rollout, and the number of tokens that the model wrote."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     with ToolBox([waiting.tool()], timeout_s=120.0, concurrency=GROUPS * LEAVES) as toolbox:
         protocol = TagProtocol(tokenizer, toolbox.specs)
@@ -206,7 +204,7 @@ def by_us(url: str, model: Path, schedule: RolloutSchedule, waiting: Wait) -> tu
 
 
 def by_trl(url: str, model: Path, waiting: Wait) -> tuple[float, int]:
-    """The same by TRL's loop."""
+    """The same for TRL's loop."""
     paths = GROUPS * LEAVES
     config = GRPOConfig(
         str(model / "trl"),
@@ -223,7 +221,7 @@ def by_trl(url: str, model: Path, waiting: Wait) -> tuple[float, int]:
     settings = SamplingParams(eos_ids=(), stop_strings=trainer.protocol.stop_strings)
     waiting.engine = trainer.engine = Calling(engine_on(url, trainer._tokenizer, settings), trainer._tokenizer)
     trainer.model.train()
-    trainer._sync_tool_dicts = [{}] * paths  # as its _generate_and_score_completions fills them in
+    trainer._sync_tool_dicts = [{}] * paths  # TRL's _generate_and_score_completions sets it
     trainer._async_tool_dicts = [{"wait": trainer.tools[0]}] * paths
     start = time.perf_counter()
     _, completion_ids, tool_mask, *_ = trainer._generate([PROMPT] * paths)
@@ -244,7 +242,7 @@ def main() -> None:
                 "lockstep": lambda waiting: by_us(server.url, model, RolloutSchedule.ROUNDS, waiting),
                 "TRL's loop": lambda waiting: by_trl(server.url, model, waiting),
             }
-            ways["overlap"](Wait())  # warms the server up
+            ways["overlap"](Wait())  # warm-up
             print(f"{'':12} wall s  × overlap   idle  tokens  tool s  longest call s")
             fastest = math.inf
             for name, roll_out in ways.items():

@@ -2,9 +2,9 @@
 
     python benchmarks/probe_cost.py
 
-64 concurrent turns of `--tokens` tokens each, from two random models: a model of the quickstart's size, for which the
-server's overhead per request and token dominates, and a larger one, for which it matters less. With probing a turn is
-two requests, and the first asks for 20 logprobs at each of its 20 tokens. Without probing it is one request.
+Two random models write 64 concurrent turns of `--tokens` tokens each. For the model of the quickstart's size the
+server's overhead per request and token dominates; for the larger one it matters less. With probing a turn takes two
+requests, the first of which asks for 20 logprobs at each of its 20 tokens. Without probing it takes one request.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from serving import running
 
 TURNS, PROBE = 64, 20
 SIZES = {"0.6 M": (), "50 M": (768, 6)}
-"""Hidden size and layers of the models; the quickstart's has its own."""
+"""Hidden size and number of layers; an empty tuple is the quickstart's model."""
 
 
 def save_model(folder: str, size: tuple[int, ...]) -> None:
@@ -49,7 +49,7 @@ def save_model(folder: str, size: tuple[int, ...]) -> None:
 
 
 def tokens_per_s(engine: Engine, prompt: list[int], turns: int, tokens: int, probe: int, seed: int) -> float:
-    """Of that many turns at once after one prompt, each probed for its first `probe` tokens."""
+    """Tokens per second of `turns` concurrent turns after one prompt, each probed for its first `probe` tokens."""
     written = 0
     with engine.session():
         start = time.perf_counter()
@@ -70,7 +70,7 @@ def tokens_per_s(engine: Engine, prompt: list[int], turns: int, tokens: int, pro
 def measure(name: str, engine: VLLMServerEngine, prompt: list[int], tokens: int, repeats: int) -> None:
     rates: dict[int, list[float]] = {0: [], PROBE: []}
     for repeat in range(repeats):
-        for probe, measured in rates.items():  # in turn, so that both see the same machine
+        for probe, measured in rates.items():  # alternating, so that other load affects both alike
             measured.append(tokens_per_s(engine, prompt, TURNS, tokens, probe, repeat))
     without, probing = median(rates[0]), median(rates[PROBE])
     ratios = sorted(a / b for a, b in zip(rates[PROBE], rates[0], strict=True))
@@ -94,7 +94,7 @@ def main() -> None:
             with running(folder, Path(folder) / "log") as server:
                 engine = engine_on(server.url, tokenizer, SamplingParams(eos_ids=()))
                 prompt = tokenizer.encode("the melting point of iron is what? " * 10)
-                tokens_per_s(engine, prompt, TURNS, 100, PROBE, 0)  # warms the server up
+                tokens_per_s(engine, prompt, TURNS, 100, PROBE, 0)  # warm-up
                 for tokens in arguments.tokens:
                     measure(name, engine, prompt, tokens, arguments.repeats)
 

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/python_tool.py
 
-Prints a Markdown table. Each round makes one call of each kind in each way, in an order that is reversed every second
-round, so that other load of the machine affects all equally. "Calls per second" is measured afterwards: a single
-caller makes one call after the other without a pause, so that the worker cannot prepare the next fork between calls.
+Prints a Markdown table. Each round makes one call of each kind in each way. The order is reversed in every second
+round, so that other load on the machine affects all alike. "Calls per second" is measured afterwards: one caller makes
+calls in sequence without a pause, so that the worker cannot prepare the next fork between calls.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CALLS = {
 
 
 def fresh_subprocess(code: str) -> str:
-    """The same code in an interpreter started for it, without any isolation."""
+    """Runs the code in a new interpreter without any isolation."""
     ran = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
     return ran.stdout.rstrip("\n")
 

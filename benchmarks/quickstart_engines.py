@@ -1,13 +1,13 @@
 """The quickstart's reinforcement learning on this device: accuracy before and after, seconds by phase, peak memory.
 
     python benchmarks/quickstart_engines.py before          # the cold-started model of `make quickstart`
-    python benchmarks/quickstart_engines.py transformers    # trained from there
-    python benchmarks/quickstart_engines.py vllm            # the same; vLLM sleeps while the trainer computes
+    python benchmarks/quickstart_engines.py transformers    # trains it, sampling with transformers
+    python benchmarks/quickstart_engines.py vllm            # trains it, sampling with vLLM in sleep mode
     python benchmarks/quickstart_engines.py vllm --device cpu --tiny
 
-It runs `train.py` with configs/quickstart.yaml in this process, in bfloat16 autocast and without evaluations. As in
-the quickstart, accuracy is measured on held-out questions, sampled at temperature 1 with transformers in float32. Its
-standard error is 0.02 with all 600 questions. Phases are the sums of the metrics `arpo/time/…` over the steps.
+The script runs `train.py` with configs/quickstart.yaml in this process, in bfloat16 autocast and without evaluations.
+As in the quickstart, it measures the accuracy on held-out questions, sampled at temperature 1 with transformers in
+float32. With all 600 questions the standard error is 0.02. Phases are sums of the metrics `arpo/time/…`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ VLLM = (
 
 
 def train(engine: str, run: Path, output: Path, steps: int, device: torch.device, *more: str) -> list[dict[str, Any]]:
-    """What training logged, step by step.
+    """Trains; the logged metrics of each step.
 
     Raises:
         SystemExit: The script failed. It has printed its own error.
@@ -55,7 +55,11 @@ def train(engine: str, run: Path, output: Path, steps: int, device: torch.device
     ]
     if engine == "vllm":
         start_vllm_eagerly(device)
-        flags += [*VLLM, "--vllm_enable_sleep_mode", str(device.type == "cuda").lower()]  # vLLM has none on a CPU
+        flags += [
+            *VLLM,
+            "--vllm_enable_sleep_mode",
+            str(device.type == "cuda").lower(),
+        ]  # vLLM has no sleep mode on a CPU
     sys.argv = ["train.py", *flags]
     runpy.run_path("train.py", run_name="__main__")
     history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
@@ -63,7 +67,7 @@ def train(engine: str, run: Path, output: Path, steps: int, device: torch.device
 
 
 def make_tiny_run(run: Path) -> None:
-    """A run as the quickstart leaves it, with few questions and without the cold start."""
+    """Creates the files of a quickstart run with few questions and a model without cold start."""
     (run / "data").mkdir()
     questions, heldout = make_tasks(0, 8, 8)
     for name, rows in (("corpus", passages()), ("train", questions), ("heldout", heldout)):
@@ -105,7 +109,9 @@ def main() -> None:
     cells = [arguments.engine, f"{accuracy:.3f}"]
     if history:
         spent = [sum(row.get(f"arpo/time/{phase}_s", 0.0) for row in history) for phase in PHASES]
-        off = max(row.get("sampling/sampling_logp_difference/mean", math.nan) for row in history)  # vLLM's only
+        off = max(
+            row.get("sampling/sampling_logp_difference/mean", math.nan) for row in history
+        )  # only logged with vLLM
         cells += [str(len(history)), f"{seconds:.1f}", *(f"{value:.2f}" for value in spent), shown(off, ".4f")]
     else:
         cells += [""] * (len(PHASES) + 3)

@@ -3,17 +3,17 @@
     python benchmarks/real_size.py trl          # or full (ours, N = M), half (ours, N = M/2), probing
     python benchmarks/real_size.py half --device cpu --tiny
 
-The model has the shape of Qwen3-0.6B with its vocabulary of 151,936, random weights, and the defaults of users:
-weights in float32, bfloat16 autocast, gradient checkpointing. vLLM sleeps while the trainer computes. A step has 4
-groups of 16 completions of 512 tokens after prompts of 1,000. Each group is a micro-batch, with one optimizer step per
-generation. TRL and N = M have no tools, so TRL's tool loop, which is slow, plays no role. For N = M/2, a call of a
-tool that returns at once ends the first turn of a path half-way, and the path branches there: all leaves share the
-prompt, and pairs of leaves share half of the completion.
+The model has the shape and the vocabulary (151,936) of Qwen3-0.6B with random weights. Settings are the defaults:
+float32 weights, bfloat16 autocast, gradient checkpointing. vLLM is in sleep mode while the trainer computes. A step
+has 4 groups of 16 completions of 512 tokens after prompts of 1,000 tokens. Each group is a micro-batch, and there is
+one optimizer step per generation. TRL and N = M have no tools, so that TRL's slow tool loop does not count. With
+N = M/2 the first turn of a path ends half-way with a call of a tool that returns at once, and the path branches there:
+all leaves share the prompt, and pairs of leaves share half of the completion.
 
-Each variant runs in a separate process. Phases are wall time, with the GPU synchronized: generate is TRL's `_generate`
-without sync; sync moves weights, wakes vLLM and puts it to sleep; logprobs are the forward passes without gradient;
-update is the rest of the step. The values are medians of the steps after the first, as many as fit into `--budget`. If
-none fits ("steps" 0), they are those of the first step.
+Each variant runs in a separate process. Phases are wall times with a synchronized GPU: "generate" is TRL's `_generate`
+without "sync", which moves weights, wakes vLLM and puts it to sleep; "logprobs" are the forward passes without
+gradient; "update" is the rest of the step. The table has the medians over the steps after the first that fit into
+`--budget`. If none fits ("steps" is 0), it has the values of the first step.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PHASES = ("generate", "logprobs", "update", "sync")
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What is trained, and on how much."""
+    """The shapes of the model and of the batch."""
 
     model: dict[str, int]
     prompt: int
@@ -80,29 +80,29 @@ TINY = Size(
 
 
 def save_model(folder: str, size: Size, device: torch.device) -> PreTrainedTokenizerFast:
-    """The model, and a tokenizer that encodes any text; as a real one, it does not name every id of the vocabulary."""
+    """Saves the model and a tokenizer that encodes any text. As in real models, some ids have no token."""
     tokenizer = build_tokenizer(quickstart_texts())
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = Qwen3Config(**size.model, **ends, max_position_embeddings=4096, tie_word_embeddings=True)
-    with device:  # a card draws 0.6 billion numbers at once
+    with device:  # a GPU draws 0.6 billion numbers quickly
         model = Qwen3ForCausalLM(config)
     model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).save_pretrained(folder)
     if device.type == "cuda":
         del model
-        torch.cuda.empty_cache()  # vLLM looks how much is free
+        torch.cuda.empty_cache()  # vLLM measures the free memory
     return tokenizer
 
 
 def prompts(size: Size, count: int) -> list[str]:
-    """Texts of just `size.prompt` tokens: digits, which the tokenizer takes one by one."""
+    """Texts of exactly `size.prompt` tokens. They are digits, each of which is one token."""
     rng = random.Random(0)
     return ["".join(rng.choice("0123456789") for _ in range(size.prompt)) for _ in range(count)]
 
 
 def length_reward(completion_ids: list[list[int]], **columns: Any) -> list[float]:
-    """Something that differs between the leaves of a group and costs nothing."""
+    """A cheap reward that differs between the leaves of a group."""
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
@@ -116,7 +116,7 @@ def note(text: str) -> str:
 
 
 class HalfWay:
-    """The engine, but that a path's first turn has `tokens` tokens, of which the last are a tool call."""
+    """An engine that cuts the first turn of each path to `tokens` tokens and ends it with a tool call."""
 
     def __init__(self, inner: Any, tokens: int, call: list[int]):
         self._inner, self._tokens, self._call = inner, tokens, call
@@ -137,7 +137,7 @@ class HalfWay:
     def _ended(self, event: Event) -> Event:
         if not isinstance(event, Turn) or event.id not in self._calling:
             return event
-        self._calling.discard(event.id)  # another rollout counts from the start again
+        self._calling.discard(event.id)  # ids start again with the next rollout
         if event.stop is not TurnStop.LENGTH:
             return event
         ids = [*event.ids[: -len(self._call)], *self._call]
@@ -145,18 +145,18 @@ class HalfWay:
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each step by phase; ends the training when another step would not fit into the budget."""
+    """Measures the seconds of each step by phase. Ends the training before a step that would exceed the budget."""
 
     def __init__(self, device: torch.device, budget_s: float):
         self.steps: list[dict[str, float]] = []
         self._spent: dict[str, float] = defaultdict(float)
         self._within: list[float] = []
-        """For each phase that is under way, the seconds of the phases within it."""
+        """For each running phase, the seconds of its nested phases so far."""
         self._device, self._budget_s = device, budget_s
         self._begin = 0.0
 
     def watch(self, owner: Any, method: str, phase: str, when: Callable[[], bool] = lambda: True) -> None:
-        """Counts what the method takes, less what other watched ones take within it."""
+        """Adds the duration of the method to a phase, without the watched methods that it calls."""
         original = getattr(owner, method)
 
         @functools.wraps(original)
@@ -206,7 +206,7 @@ def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, s
         "loss_type": "grpo",
         "use_vllm": True,
         "vllm_mode": "colocate",
-        "vllm_enable_sleep_mode": on_card,  # vLLM has none on a CPU
+        "vllm_enable_sleep_mode": on_card,  # vLLM has no sleep mode on a CPU
         "vllm_max_model_length": size.prompt + size.completion + 64,
         "vllm_gpu_memory_utilization": 0.3,
         "use_cpu": not on_card,
@@ -217,7 +217,7 @@ def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, s
     rows = Dataset.from_list([{"prompt": text} for text in prompts(size, size.groups * (steps + 1))])
     model = str(folder / "model")
     if not on_card:
-        prepare_cpu()  # for TRL, which does not know of it
+        prepare_cpu()  # TRL does not do it
     if variant == "trl":
         return GRPOTrainer(model, length_reward, GRPOConfig(**settings), rows)
     settings |= {"trajectory_log_rate": 0.0, "initial_rollouts": size.leaves}
@@ -226,7 +226,7 @@ def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, s
     settings |= {
         "initial_rollouts": size.leaves // 2,
         "branch_rule": "random",
-        "branch_probability": 1.0,  # every call's result branches, until the budget is spent
+        "branch_probability": 1.0,  # branch at every result until the budget is spent
         "max_tool_calling_iterations": 1,
     }
     trainer = ARPOTrainer(model, length_reward, ARPOConfig(**settings), add_golds(rows), tools=[note])
@@ -236,12 +236,12 @@ def make_trainer(variant: str, folder: Path, size: Size, device: torch.device, s
 
 
 def add_golds(rows: Dataset) -> Dataset:
-    """What ARPOTrainer asks of a dataset besides prompts."""
+    """Adds the columns that ARPOTrainer requires besides the prompt."""
     return rows.add_column("answer", ["0"] * len(rows)).add_column("task", ["math"] * len(rows))
 
 
 def train(variant: str, trainer: GRPOTrainer, device: torch.device, budget_s: float) -> str:
-    """A row of the table that `STEP_COLUMNS` heads."""
+    """Trains; a row of the table with `STEP_COLUMNS`."""
     watch = Stopwatch(device, budget_s)
     sampled: list[int] = []
     watch.watch(trainer.vllm_generation, "sync_weights", "sync")
@@ -272,7 +272,7 @@ def train(variant: str, trainer: GRPOTrainer, device: torch.device, budget_s: fl
 
 
 def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
-    """A row of the table that `PROBE_COLUMNS` heads."""
+    """Measures probing; a row of the table with `PROBE_COLUMNS`."""
     assert isinstance(trainer, ARPOTrainer)
     source = LocalVLLM(
         llm=trainer.vllm_generation.llm,
@@ -288,12 +288,12 @@ def probing(trainer: GRPOTrainer, size: Size, budget_s: float) -> str:
     turns = size.groups * size.leaves
     prompt = trainer._tokenizer.encode(prompts(size, 1)[0], add_special_tokens=False)
     assert len(prompt) == size.prompt
-    tokens_per_s(engine, prompt, turns, 2 * PROBE, PROBE, 0)  # warms up
+    tokens_per_s(engine, prompt, turns, 2 * PROBE, PROBE, 0)  # warm-up
     rates: dict[int, list[float]] = {0: [], PROBE: []}
     took = 0.0
     while process_s() + took < budget_s or not rates[0]:
         begin = time.perf_counter()
-        for probe, measured in rates.items():  # in turn, so that both see the same machine
+        for probe, measured in rates.items():  # alternating, so that other load affects both alike
             measured.append(tokens_per_s(engine, prompt, turns, size.completion, probe, len(measured) + 1))
         took = time.perf_counter() - begin
     ratio = median(a / b for a, b in zip(rates[PROBE], rates[0], strict=True))
@@ -307,7 +307,9 @@ def main() -> None:
     parser.add_argument("what", choices=[*NAMES, "probing"])
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--tiny", action="store_true", help="a quick trial: a tiny model and short paths")
-    parser.add_argument("--steps", type=int, default=6, help="the most steps, the first included (default: 6)")
+    parser.add_argument(
+        "--steps", type=int, default=6, help="maximum number of steps, including the first (default: 6)"
+    )
     parser.add_argument(
         "--budget", type=float, default=50.0, help="time limit of the process in seconds (default: 50)"
     )

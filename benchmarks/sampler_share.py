@@ -1,11 +1,11 @@
-"""The share of a rollout outside model forwards and tools, and how it falls with the size of the model.
+"""The sampler's share of a rollout (time outside model forwards and tools) by the size of the model.
 
     python benchmarks/sampler_share.py --model runs/quickstart/sft --data runs/quickstart/data
 
-The first row is the quickstart's cold-started model with its tools, 8 leaves per prompt. The other rows are random
-models, which call no tools, so each of their turns replays a turn of the first row token by token. The sampler and the
-tools do the same work in every row; only the forward and the size of the KV cache differ. The random models use
-grouped-query attention, as the models that users train. N = M, because branches would depend on the entropies.
+The first row is the quickstart's cold-started model with its tools and 8 leaves per prompt. The other rows are random
+models. They would call no tools, so each turn replays a turn of the first row token by token. The sampler and the
+tools do the same work in every row; only the forward pass and the size of the KV cache differ. The random models use
+grouped-query attention, as current models do. N = M, because branches would depend on the entropies.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
 
 SIZES = {"11 M": (384, 5), "51 M": (768, 6)}
-KEY_VALUE_HEADS = 2  # as Qwen2.5's models up to 3B have
+KEY_VALUE_HEADS = 2  # as in Qwen2.5 up to 3B
 
 
 class Replay:
-    """Stands in for the engine's sampling: row by row the tokens of a recorded rollout, whatever the logits say."""
+    """Replaces the engine's sampling: returns the tokens of a recorded rollout and ignores the logits."""
 
     def __init__(self, recorded: RolloutBatch, groups: int):
         self.tokens: dict[tuple[int, ...], list[int]] = {}
@@ -47,7 +47,7 @@ class Replay:
     def __call__(self, engine: TransformersEngine) -> Any:
         def sample(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
             del uniform
-            probs.cumsum(dim=-1)  # the work that drawing would have been
+            probs.cumsum(dim=-1)  # the same work as sampling
             rows = zip(engine._rows, engine._state.written.tolist(), strict=False)
             return torch.tensor([self.tokens[request.key][written] for request, written in rows])
 

@@ -1,4 +1,4 @@
-"""The cost of a local search over many passages, and of a cache hit with many processes.
+"""The cost of a local search over many passages, and of a cache hit under concurrent processes.
 
     python benchmarks/search.py build /tmp/search    # index 1,000,000 generated passages: seconds and memory
     python benchmarks/search.py query /tmp/search    # load it memory-mapped and search: seconds, memory, p50 and p95

@@ -1,4 +1,4 @@
-"""A vLLM server on loopback, with this environment's vLLM, for benchmarks and for tests, which may kill it."""
+"""Starts, kills and restarts a local vLLM server, for benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
 UP_S = 180.0
-"""Most seconds that a server may take to come up on a slow machine."""
+"""Seconds after which a server that does not respond is an error."""
 
 
 def free_port() -> int:
-    """A port below the range that Linux assigns by itself, so that no other process gets it while a server starts."""
+    """A free port below Linux's ephemeral range, so that the kernel assigns it to no other process."""
     while True:
         port = random.SystemRandom().randrange(20_000, 32_000)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -31,13 +32,13 @@ def free_port() -> int:
 
 
 def _die_with_parent() -> None:
-    """Has the kernel kill the server should whoever started it be killed first (Linux only)."""
+    """Makes the kernel kill this process when its parent ends (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Server:
-    """One server process, ready to be trained against; a restarted one keeps its port."""
+    """One server process with the endpoints that training needs. It keeps its port when it is restarted."""
 
     def __init__(self, model: str, log: Path, *flags: str):
         self.port = free_port()
@@ -62,15 +63,19 @@ class Server:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_NO_USAGE_STATS": "1",
-            # Else parts of the sampler are compiled for each new shape, some ten seconds of g++ at any moment.
+            # Otherwise vLLM compiles parts of the sampler for each new shape, which takes g++ about ten seconds.
             "TORCHDYNAMO_DISABLE": "1",
         }
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Any = None
 
     def start(self) -> Server:
+        self._process = self._start_process()
+        return self
+
+    def _start_process(self) -> Any:
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 self._command,
                 stdout=log,
                 stderr=log,
@@ -78,10 +83,9 @@ class Server:
                 start_new_session=True,
                 preexec_fn=_die_with_parent,
             )
-        return self
 
     def wait(self) -> Server:
-        """Returns once the server has answered a request."""
+        """Waits until the server has answered a request."""
         assert self._process is not None
         deadline = time.monotonic() + UP_S
         while time.monotonic() < deadline:
@@ -96,7 +100,7 @@ class Server:
         raise AssertionError(f"the server did not respond within {UP_S} s: {self._log.read_text()[-3000:]}")
 
     def kill(self) -> None:
-        """The whole process group at once, as a machine that goes down."""
+        """Kills the whole process group, as if the machine failed."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -104,8 +108,8 @@ class Server:
 
 
 @contextmanager
-def running(model: str, log: Path, *flags: str) -> Iterator[Server]:
-    server = Server(model, log, *flags).start()
+def running(model: str, log: Path, *flags: str, kind: type[Server] = Server) -> Iterator[Server]:
+    server = kind(model, log, *flags).start()
     try:
         yield server.wait()
     finally:

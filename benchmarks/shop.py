@@ -1,10 +1,11 @@
-"""GRPO against ARPO in the quickstart's shop, with slow resets: does branching save resets as it saves calls?
+"""GRPO and ARPO in the quickstart's shop with slow resets: how many resets and calls branching saves.
 
     OMP_NUM_THREADS=1 python benchmarks/shop.py --seeds 0 1 2
 
-One cold start, by the quickstart's stage 1 (`--cold_start` names a folder with `data` and `sft` to use instead). From
-there GRPO (N = M) and ARPO (N = M/2) train with each seed, with resets that take `--reset_seconds`. Each result is
-appended to <output>/results.jsonl at once, so a run can be stopped and resumed. `--table` only prints the table.
+The script makes one cold start by the quickstart's stage 1 (`--cold_start` names a folder with `data` and `sft` to use
+instead). GRPO (N = M) and ARPO (N = M/2) train from it with each seed. A reset takes `--reset_seconds`. The script
+appends each result to <output>/results.jsonl at once, so a run can be stopped and resumed. `--table` only prints the
+table.
 """
 
 from __future__ import annotations

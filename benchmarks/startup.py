@@ -1,4 +1,4 @@
-"""Start-up times: of `arpo-trl --help`, and of the first training step of `train.py`.
+"""Measures the start-up times of `arpo-trl --help` and of the first training step of `train.py`.
 
 python benchmarks/startup.py --quickstart runs/quickstart
 """
@@ -22,7 +22,7 @@ def seconds(command: list[str]) -> float:
 
 
 def first_step(quickstart: Path) -> tuple[float, float]:
-    """Seconds of `train.py` with one step, and of that step, rollout included."""
+    """The seconds of `train.py` with one step, and of that step with its rollout."""
     data = quickstart / "data"
     with tempfile.TemporaryDirectory() as output:
         command = [

@@ -1,11 +1,11 @@
-"""Seconds of training until the quickstart's model has a given held-out accuracy: TRL's GRPOTrainer and ARPOTrainer.
+"""Training time until the quickstart's model has a given held-out accuracy, with GRPOTrainer and with ARPOTrainer.
 
     OMP_NUM_THREADS=1 python benchmarks/time_to_accuracy.py --run runs/quickstart
 
-Both train from the same cold start on the same questions, with the settings of configs/quickstart.yaml and one reward:
-whether the answer is right. Every few steps the clock stops, and the policy answers held-out questions, sampled at
-temperature 1. The runs of several seeds follow each other in one process, in alternating order. The table has medians,
-and inf for a run that ended below the accuracy.
+Both train from the same cold start on the same questions with the settings of configs/quickstart.yaml. The reward is 1
+for a correct answer. Every few steps the clock stops, and the policy answers held-out questions at temperature 1. All
+runs take place in one process, in alternating order. The table has medians over the seeds; a run that ended below the
+accuracy counts as inf.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ SHARED = (
     "max_steps num_generations per_device_train_batch_size max_completion_length max_tool_calling_iterations "
     "learning_rate lr_scheduler_type max_grad_norm adam_beta2 bf16 gradient_checkpointing"
 ).split()
-"""Keys of the configuration that both trainers know; both get `loss_type: grpo`, as ARPOConfig has it."""
+"""Keys of the configuration that both trainers have. Both use `loss_type: grpo`, the default of ARPOConfig."""
 OURS = {"ours, N = M": 8, "ours, N = M/2": 4}
 
 
 def right(completions: list[list[dict[str, str]]], answer: list[list[str]], task: list[str], **_: Any) -> list[float]:
-    """1 where the last message holds the right answer."""
+    """1 if the last message contains the correct answer, else 0."""
     found = [extract_answer(completion[-1]["content"] if completion else "") for completion in completions]
     return [
         0.0 if given is None else task_accuracy(given, golds, kind)
@@ -51,7 +51,7 @@ def right(completions: list[list[dict[str, str]]], answer: list[list[str]], task
 
 
 class Watch(TrainerCallback):
-    """Stops the clock every `every` steps to measure, and the training once `target` is reached."""
+    """Measures the accuracy every `every` steps with a stopped clock. Ends the training at `target`."""
 
     def __init__(self, measure: Callable[[Any], float], every: int, target: float):
         self.measure, self.every, self.target = measure, every, target
@@ -71,7 +71,7 @@ class Watch(TrainerCallback):
 
 
 def train(name: str, folder: Path, seed: int, every: int, target: float) -> list[tuple[int, float, float]]:
-    """(step, seconds of training, held-out accuracy) of one run, until it reached the target or ended."""
+    """Runs one training. Returns (step, seconds of training, held-out accuracy) of each measurement."""
     model, data = folder / "sft", folder / "data"
     rows, heldout = (
         [json.loads(line) for line in (data / f"{part}.jsonl").read_text("utf-8").splitlines()]

@@ -1,13 +1,12 @@
-"""Ranks with different amounts of work in every step, for many steps, must not deadlock.
+"""Trains with different amounts of work on each rank, for many steps, to show that ranks do not deadlock.
 
     OMP_NUM_THREADS=1 accelerate launch --config_file accelerate_configs/zero3.yaml --num_processes 2 \
         --mixed_precision no benchmarks/uneven_ranks.py runs/uneven --steps 200
 
-The output of the model is scripted for each rank and step, but for each turn of the engine a forward of the real model
-runs. A forward that needs another rank would hang here. The steps cycle through four cases: one rank calls no tool and
-the other as many as allowed; the reverse, where all paths of one rank end in their first turn; all tools of one rank
-hang until their timeout; one rank writes a single word and the other as much as fits. The script writes <rank>.json
-for each rank, and prints that of the first.
+The turns are scripted for each rank and step, but the engine also runs a forward pass of the real model at each poll.
+A forward pass that needs another rank would hang here. The steps cycle through four cases: one rank calls no tool and
+the other one as many as allowed; the reverse; all tools of one rank hang until their timeout; one rank writes one word
+and the other one the maximum length. Each rank writes <rank>.json. The first rank also prints it.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ ROWS = [
 
 
 class DictatedEngine(ScriptedEngine):
-    """Replays a script while it really computes: a forward of the model whenever it is polled with turns to write."""
+    """A scripted engine that runs a forward pass of the model at each poll with running turns."""
 
     model_context: Callable[[], AbstractContextManager[PreTrainedModel]]
     forwards = 0
@@ -69,7 +68,7 @@ async def search(query: str) -> str:
 
 
 def dictate(step: int, rank: int) -> Callable[[TurnRequest], ScriptedTurn]:
-    """What a rank's paths write in a step."""
+    """The script of a rank's turns in a step."""
     kind, first = STEPS[step % len(STEPS)], rank == 0
 
     def turn(request: TurnRequest) -> ScriptedTurn:
@@ -78,7 +77,7 @@ def dictate(step: int, rank: int) -> Callable[[TurnRequest], ScriptedTurn]:
         answer = ScriptedTurn(text=ANSWER, entropies=entropies)
         match kind:
             case "no calls and all":
-                return answer if first else call  # the last turn, past the limit, calls in vain
+                return answer if first else call  # the call in the last turn is refused
             case "all calls and none":
                 return call if first else answer
             case "tools that hang":
@@ -91,7 +90,7 @@ def dictate(step: int, rank: int) -> Callable[[TurnRequest], ScriptedTurn]:
 
 
 def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
-    """Trains for so many steps; what this rank saw."""
+    """Trains for `steps` steps. Returns the measurements of this rank."""
     tokenizer = build_tokenizer(["the melting point of iron is", "what is the answer", ANSWER] * 3)
     trainer: ARPOTrainer | None = None
 

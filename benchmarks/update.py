@@ -1,22 +1,22 @@
-"""The update with and without shared prefixes: forward and backward of TRL's fused logprobs, in alternating order.
+"""The update with and without shared prefixes: forward and backward pass of TRL's fused logprobs.
 
     python benchmarks/update.py                      # one prompt and M for each model
     python benchmarks/update.py --grid               # every shape: hours on a CPU
     python benchmarks/update.py --grid --model '5 M' --prompt 300 1000 --leaves 4 8
     python benchmarks/update.py --device cuda --row 1000 16 half      # one row of gpu.sh
 
-Each shape is M completions after one prompt. `forks` says what the completions share in addition: nothing (plain
-GRPO), their first half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio
-(padded ÷ packed) is the speed-up of a perfect implementation if attention is cheap. The limit of attention is the
-ratio of query-key pairs, which is lower, because shared tokens come first and attend to few others. Tokens per second
-count all tokens of the rows, packed and padded alike. Peak memory is the growth of a process that runs one step and
-nothing else; on CUDA it is that of the allocator. If the padded batch does not fit into memory, only the packed batch
-is measured.
+Each shape is M completions after one prompt. `forks` says what they share besides the prompt: nothing (plain GRPO),
+their first half in pairs (half), or a quarter in fours and another quarter in pairs (deep). The token ratio
+(padded ÷ packed) is the ideal speed-up if attention is cheap. For attention the ideal speed-up is the ratio of
+query-key pairs. It is lower, because shared tokens come first and attend to few others. Tokens per second count all
+tokens of the rows, packed and padded alike. Peak memory is the growth of a process that runs only one step; on CUDA it
+is the allocator's peak. If the padded batch does not fit into memory, the script measures only the packed one. Packed
+and padded steps alternate.
 
-On a GPU all values of a row come from one process, in bfloat16. "first" is the very first step, packed, including
-kernel selection and compilation. MFU is the FLOPs that the model needs ÷ (seconds × the GPU's peak in card.py). A step
-needs 6 · matrix parameters · tokens, where the head counts for completions only, and for attention 12 · layers · heads
-· head size · query-key pairs. Tokens and pairs are counted separately for packed and padded.
+On a GPU one process measures all values of a row, in bfloat16. "first" is the first packed step, including kernel
+selection and compilation. MFU is the FLOPs of the model ÷ (seconds × the GPU's peak in card.py). A step takes
+6 · matrix parameters · tokens FLOPs, where the LM head counts only completion tokens, and 12 · layers · heads
+· head size · query-key pairs for attention. Tokens and pairs are counted separately for packed and padded.
 """
 
 from __future__ import annotations
@@ -45,25 +45,25 @@ from arpo_trl.training.prefix_sharing import forward_pack, pack_rows, share_pref
 from card import GIB, device_name, peak_flops, shown
 
 MODELS = {"5 M": (192, 6, 3, 3), "50 M": (576, 10, 9, 9)}
-"""Hidden size, layers, heads, heads of keys and values; the vocabulary is 8,000."""
+"""Hidden size, layers, heads, key-value heads. The vocabulary has 8,000 tokens."""
 CARD_MODELS = {"200 M": (1024, 12, 16, 8), "tiny": (64, 2, 1, 1)}
-"""Those of `--row`."""
+"""The columns of `--row`."""
 HEAD_SIZE = 64
 VOCABULARY = 8000
 COMPLETION = 500
 REPEATS_S = 20.0
-"""For how long a row of a card repeats its steps at most."""
+"""Most seconds for which a row repeats its steps on a GPU."""
 FORKS = ("none", "half", "deep")
 DEVICE = torch.device("cpu")
 NO_MEMORY = 3
-"""Exit status of a task that does not fit into memory."""
+"""The exit status of a task that does not fit into memory."""
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
-"""Has glibc keep what it has got from the kernel. Else large tensors are mapped anew each time, which takes as long as
-computing them in a virtual machine, and sets in at some size: a step in any curve."""
+"""Makes glibc keep freed memory. Otherwise each tensor above a certain size is mapped anew. In a virtual machine that
+takes as long as computing it, and shows as a jump in every curve."""
 
 Rows = tuple[torch.Tensor, torch.Tensor, int]
 Shape = tuple[str, int, int, str]
@@ -113,7 +113,7 @@ def make_rows(prompt: int, leaves: int, forks: str, completion: int = COMPLETION
 
 
 def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
-    """Seconds of one forward and backward."""
+    """The seconds of one forward and backward pass."""
     ids, mask, keep = rows
     begin = time.perf_counter()
     if shared:
@@ -130,7 +130,7 @@ def step(model: PreTrainedModel, rows: Rows, shared: bool) -> float:
 
 
 def apart(task: str, *arguments: object) -> list[float]:
-    """The numbers that a task prints in a process of its own, whose memory is gone when the next one starts.
+    """Runs a task in a separate process, which frees its memory at its end. Returns the numbers that it prints.
 
     Raises:
         MemoryError: The task does not fit into memory.
@@ -148,7 +148,7 @@ def timed_apart(*shape: object, repeats: int, completion: int = COMPLETION, padd
     """Run `timed` in a separate process; if the padded batch does not fit into memory, with the packed batch alone.
 
     Raises:
-        MemoryError: Nor has the packed one.
+        MemoryError: The packed batch does not fit into memory either.
     """
     if padded:
         with contextlib.suppress(MemoryError):
@@ -157,14 +157,14 @@ def timed_apart(*shape: object, repeats: int, completion: int = COMPLETION, padd
 
 
 def run_task(task: str, arguments: list[Any]) -> None:
-    """Prints the numbers of a task; where memory ends it ends with `NO_MEMORY`, before the kernel ends anything."""
+    """Prints the numbers of a task. Out of memory, it exits with `NO_MEMORY` before the kernel kills a process."""
     if DEVICE.type == "cpu":
         free = psutil.virtual_memory().available
         resource.setrlimit(resource.RLIMIT_DATA, (free, free))
     tasks: dict[str, Callable[..., Any]] = {"timed": timed, "memory": memory}
     try:
         found = tasks[task](*arguments)
-    except (MemoryError, RuntimeError) as error:  # torch has a type of its own for CUDA only
+    except (MemoryError, RuntimeError) as error:  # torch has an own type for CUDA only
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             sys.exit(NO_MEMORY)
         raise
@@ -172,9 +172,9 @@ def run_task(task: str, arguments: list[Any]) -> None:
 
 
 def memory(name: str, prompt: int, leaves: int, forks: str, shared: bool) -> float:
-    """MiB that one step adds to a process that has taken a tiny one."""
+    """MiB that one step adds to a process after a tiny warm-up step."""
     model = make_model(name)
-    step(model, make_rows(8, 2, "none"), shared)  # gradients exist, threads have started
+    step(model, make_rows(8, 2, "none"), shared)  # creates gradients and threads
     rows = make_rows(prompt, leaves, forks)
     before = peak_bytes()
     step(model, rows, shared)
@@ -182,7 +182,7 @@ def memory(name: str, prompt: int, leaves: int, forks: str, shared: bool) -> flo
 
 
 def peak_bytes() -> int:
-    """The most memory that this process, on CUDA its allocator, has had so far."""
+    """The peak memory of this process so far; on CUDA that of the allocator."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -193,13 +193,13 @@ def timed(
 ) -> tuple[float, float, float, int, int, float]:
     """Median seconds padded and shared, the median of their ratios, tokens padded and packed, and the pair ratio.
 
-    Without `padded`, which may not fit into memory, its seconds and the ratio are not a number.
+    If not `padded` (it may not fit into memory), its seconds and the ratio are NaN.
     """
     model, rows = make_model(name), make_rows(prompt, leaves, forks, completion)
     ways = (False, True) if padded else (True,)
     seconds: dict[bool, list[float]] = {way: [] for way in ways}
     for way in ways:
-        step(model, rows, way)  # kernels are chosen and compiled, memory is there
+        step(model, rows, way)  # warm-up: selects and compiles kernels, allocates memory
     for repeat in range(repeats):
         for way in ways[:: -1 if repeat % 2 else 1]:
             seconds[way].append(step(model, rows, way))
@@ -210,13 +210,13 @@ def timed(
 
 
 def all_pairs(ids: torch.Tensor) -> int:
-    """Pairs of query and key in causal attention over the rows."""
+    """The number of query-key pairs in causal attention over the rows."""
     leaves, width = ids.shape
     return int(leaves * width * (width + 1) // 2)
 
 
 def distinct_tokens(ids: torch.Tensor) -> tuple[int, int]:
-    """Tokens that differ in themselves or in what stands before them, and their pairs of query and key."""
+    """The number of tokens with different prefixes, and of their query-key pairs."""
     seen: set[int] = set()
     pairs = 0
     for row in ids.tolist():
@@ -230,7 +230,7 @@ def distinct_tokens(ids: torch.Tensor) -> tuple[int, int]:
 
 
 def step_flops(name: str, tokens: int, completions: int, pairs: int) -> float:
-    """Floating-point operations of a forward and backward, as the model's layout has them (see above)."""
+    """The FLOPs of a forward and backward pass, by the formula above."""
     hidden, layers, heads, kv_heads = CARD_MODELS[name]
     matrices = layers * (2 * hidden * HEAD_SIZE * (heads + kv_heads) + 3 * hidden * 4 * hidden)
     return 6.0 * (matrices * tokens + hidden * VOCABULARY * completions) + 12.0 * layers * heads * HEAD_SIZE * pairs
@@ -243,19 +243,19 @@ CARD_COLUMNS = (
 
 
 def card_row(name: str, prompt: int, leaves: int, forks: str, completion: int, repeats: int) -> str:
-    """A row of the table that `CARD_COLUMNS` heads."""
+    """A row of the table with `CARD_COLUMNS`."""
     model, rows = make_model(name), make_rows(prompt, leaves, forks, completion)
     seconds: dict[bool, list[float]] = {True: [], False: []}
     first, gib = math.nan, dict.fromkeys((True, False), math.nan)
-    for way in (True, False):  # packed first, so that its first step finds nothing prepared
+    for way in (True, False):  # packed first, so that its first step is cold
         try:
             took = step(model, rows, way)
         except torch.OutOfMemoryError:
             if way:
                 raise
-            break  # the padded batch has no place
+            break  # the padded batch does not fit into memory
         first = took if way else first
-        if DEVICE.type == "cuda":  # of a process that knows its growth only, nothing is to be had a second time
+        if DEVICE.type == "cuda":  # a process on a CPU can measure its growth only once
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         seconds[way].append(step(model, rows, way))
@@ -295,7 +295,7 @@ def show(shapes: list[Shape], repeats: int) -> None:
         label = f"| {name} | {prompt:,} | {leaves} | {forks} | "
         try:
             padded, shared, speedup, tokens, packed, pairs = timed_apart(*shape, repeats=repeats)
-        except MemoryError:  # not even packed; a grid goes on with what has a place
+        except MemoryError:  # not even packed; the grid continues with the other shapes
             print(label + " | ".join(["no memory"] * 9) + " |", flush=True)
             continue
         try:
@@ -336,7 +336,7 @@ def main() -> None:
             print(f"| {CARD_COLUMNS} |\n|{'---:|' * (CARD_COLUMNS.count('|') + 1)}", flush=True)
         print(card_row(model, prompt, leaves, forks, completion, arguments.repeats), flush=True)
         return
-    # As large as 24 GB of memory take, padded and without gradient checkpointing, with room for other things.
+    # The largest padded shapes without gradient checkpointing that fit into 24 GB with a margin.
     sizes = [("5 M", 1000, 16), ("50 M", 300, 8)]
     if arguments.grid:
         sizes = list(product(MODELS, arguments.prompt, arguments.leaves))

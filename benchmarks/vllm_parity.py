@@ -2,10 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/vllm_parity.py --seeds 0 1 2
 
-Each seed is cold-started once (by the quickstart's stage 1) and then trained with each engine from there. Accuracy is
-measured on the held-out questions, always with the transformers engine. The next column is the largest value over the
-steps of the mean |sampling − training logprob|. Results are appended to <output>/results.jsonl; `--table` only prints
-the existing results.
+Each seed has one cold start (the quickstart's stage 1), from which each engine trains. The script measures accuracy on
+the held-out questions, always with the transformers engine. The next column is the maximum over the steps of the mean
+|sampling − training logprob|. Results are appended to <output>/results.jsonl. `--table` only prints existing results.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ ENGINES = ("transformers", "colocate", "server")
 
 @contextmanager
 def flags(engine: str, folder: Path) -> Iterator[tuple[str, ...]]:
-    """The flags that choose the engine, and for a server the server, as long as it is needed."""
+    """The flags that select the engine. Runs the server for as long as the context is open."""
     if engine == "transformers":
         yield ()
     elif engine == "colocate":

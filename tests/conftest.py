@@ -39,13 +39,13 @@ NEEDS = {
 """Mark → whether what its tests need is here, and what is said where it is not."""
 
 
-TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped")
+TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped_ranks")
 """Files with tests on several ranks, which one worker takes one after the other: two such runs at once would take
 twice the memory, and one that is killed removes the locks of the other's builds."""
 LONGEST = (
-    *("several ranks", "test_samples_ahead", "test_vllm_server_engine", "test_installed", "test_interrupts"),
-    *("test_vllm_colocate", "test_scripts", "test_environment_interleavings", "test_resampling", "test_schedule"),
-    *("test_gpu_rows", "test_site", "test_evaluation_vllm", "test_published_run", "test_vllm_cpu", "test_from_grpo"),
+    *("several ranks", "test_shipped", "test_vllm_server_engine", "test_interrupts", "test_installed", "test_site"),
+    *("test_samples_ahead", "test_environment_interleavings", "test_vllm_colocate", "test_evaluation_vllm"),
+    *("test_scripts", "test_study", "test_published_run", "test_from_grpo", "test_gpu_rows", "test_vllm_cpu"),
     *("test_prefix_sharing", "test_hub", "test_mcp_servers", "test_python_tool", "test_escapes", "test_checkpoints"),
     *("test_precision", "test_vllm_client", "test_trainer", "test_web_search"),
 )

@@ -16,18 +16,16 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import psutil
 
-from support import child_environment
+from forked import RANKS, Fork
 
 ROOT = Path(__file__).parent.parent
 EXACT = ("--mixed_precision", "no")
@@ -47,27 +45,23 @@ class Ended:
 class Running:
     """A launch under way."""
 
-    def __init__(self, process: subprocess.Popen[bytes], log: IO[bytes], number: int):
+    def __init__(self, process: Fork, log: Path, number: int):
         self._process, self._log, self._number = process, log, number
 
     def ranks(self) -> list[psutil.Process]:
         """The ranks' processes in order; fewer while they start, or when some have ended."""
         try:
-            children = psutil.Process(self._process.pid).children()
+            children = {child.pid: child for child in psutil.Process(self._process.pid).children()}
         except psutil.NoSuchProcess:
             return []
-        found: dict[int, psutil.Process] = {}
-        for child in children:
-            try:
-                if (rank := child.environ().get("RANK")) is not None:
-                    found[int(rank)] = child
-            except psutil.Error:  # it has just ended
-                pass
-        return [found[rank] for rank in sorted(found)]
+        with suppress(FileNotFoundError):
+            started = [line.split() for line in self._log.with_suffix(".ranks").read_text().splitlines()]
+            return [children[int(pid)] for rank, pid in sorted(started) if int(pid) in children]
+        return []
 
     def output(self) -> str:
         """What has been written so far."""
-        return Path(self._log.name).read_text("utf-8", errors="replace")
+        return self._log.read_text("utf-8", errors="replace")
 
     def wait(self, deadline_s: float = DEADLINE_S) -> Ended:
         """How it ended.
@@ -106,8 +100,8 @@ def launched(
 
     `flags` are the script's, `launcher` those of `accelerate launch`.
     """
-    command = [
-        *(sys.executable, "-m", "accelerate.commands.launch"),
+    words = [
+        *("-m", "accelerate.commands.launch"),
         *("--config_file", f"accelerate_configs/{config}.yaml", "--num_processes", str(ranks)),
         *("--main_process_port", "0", *launcher),
         *(["tests/fsdp_on_cpu.py"] if config == "fsdp2" else []),
@@ -119,20 +113,15 @@ def launched(
     if (before := os.environ.get("PYTHONPATH")) is not None:
         paths.append(before)
     variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
-    variables = child_environment(command, variables)
     started = time.time()
-    with tempfile.NamedTemporaryFile(prefix="ranks-", suffix=".log") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=variables, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        running = Running(process, log, ranks)
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        log = Path(folder) / "log"
+        process = Fork(words, cwd=ROOT, env={**variables, RANKS: str(log.with_suffix(".ranks"))}, log=log)
         try:
-            yield running
+            yield Running(process, log, ranks)
         finally:
-            everyone = running.ranks()  # torch gives each rank a session of its own
-            for rank in everyone:
-                children = rank.children(recursive=True) if rank.is_running() else []
-                for child in (*children, rank):
+            with suppress(psutil.NoSuchProcess):  # torch gives each rank a session of its own
+                for child in psutil.Process(process.pid).children(recursive=True):
                     _kill(child)
             process.kill()
             process.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,14 @@ def family(config: str) -> str:
     return found
 
 
+COLOCATED = sorted(file.name for file in CONFIGS.glob("vllm_*.yaml") if "_lora" not in file.name)
+SERVED = sorted(file.name for file in CONFIGS.glob("vllm_*_lora.yaml"))
+ALONE = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 1]
+IN_PAIRS = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 2]
+NO_SLEEP = ("--vllm_enable_sleep_mode", "false")
+VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+
+
 def question(i: int) -> list[dict[str, str]]:
     return [{"role": "system", "content": "Use \x08oxed{}."}, {"role": "user", "content": f"what is {i}"}]
 
@@ -129,6 +138,31 @@ def replacements(model: str, data: Path, output: Path) -> list[str]:
         *("--search_recorded", str(data / "recorded.json"), "--max_completion_length", "48", "--max_steps", "1"),
         *("--use_cpu", "true"),
     ]
+
+
+def the_step(output: Path) -> dict[str, Any]:
+    """What a run of one step logged of it; also: a model was saved."""
+    (logged,) = [
+        row for row in json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"] if "loss" in row
+    ]
+    assert list(output.glob("*.safetensors"))
+    assert math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])
+    return logged
+
+
+def check(config: str, output: Path, ranks: int = 1) -> None:
+    """One step was made of the batch that the file has, from trees that branched where it says so."""
+    wanted, logged = settings(config), the_step(output)
+    batch = wanted["per_device_train_batch_size"] * wanted.get("steps_per_generation", 1) * ranks
+    assert logged["arpo/tree/leaves"] == batch
+    assert (logged["arpo/tree/branches"] > 0) == (wanted["initial_rollouts"] < wanted["num_generations"])
+    assert logged["grad_norm"] > 0
+    if wanted.get("use_vllm"):
+        assert logged["sampling/sampling_logp_difference/mean"] < 0.02
+
+
+def replaced(config: str, models: dict[str, str], data: Path, output: Path) -> list[str]:
+    return replacements(models[family(config)], data, output)
 
 
 def run(config: str, *flags: str, name: str = "train") -> None:

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +21,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+import forked
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.quickstart.model import build_model, build_tokenizer
@@ -122,15 +122,8 @@ def child_environment(command: Sequence[str | Path], environment: Mapping[str, s
 
 def found_with_vllm(script: str, folder: Path) -> Any:
     """What a script of the tests, run in a process of its own with vLLM in it, wrote to `folder`/findings.json."""
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name(script)), str(folder)],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    forked.run([str(Path(__file__).with_name(script)), str(folder)], cwd=folder, env=environment, timeout=280)
     return json.loads((folder / "findings.json").read_text("utf-8"))
 
 

@@ -2,15 +2,15 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from arpo_trl import cli
 from arpo_trl.evaluation.samples import read_records
-from serving import running
+from servers import running
 from support import save_sharp_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -44,16 +44,10 @@ def evaluated(folder: Path, model: str, name: str, *more: str) -> list:
 
 def evaluated_with_vllm(folder: Path, model: str) -> list:
     """In a process of its own, since vLLM sets up torch.distributed."""
-    command = [sys.executable, "-c", "from arpo_trl.cli import main; main()"]
-    done = subprocess.run(
-        [*command, *words(folder, model, "vllm", "--engine", "vllm")],
-        env=os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    (folder / "command.py").write_text("from arpo_trl.cli import main; main()")
+    command = [str(folder / "command.py"), *words(folder, model, "vllm", "--engine", "vllm")]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    forked.run(command, cwd=folder, env=environment, timeout=280)
     return written(folder / "vllm")
 
 

@@ -17,8 +17,9 @@ import resuming
 from arpo_trl.errors import Interrupted
 from arpo_trl.runs.checkpoints import Checkpoints
 from arpo_trl.runs.interrupts import Interrupts
+from forked import Fork
 from resuming import BOUND_S, make_trainer, outcome, save_calling_model
-from support import child_environment, save_sharp_model
+from support import save_sharp_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -220,14 +221,7 @@ class Run:
         words = (*launcher, str(HERE / "resuming.py"), model, str(self.output), "--max_steps", str(STEPS), *flags)
         paths = [str(ROOT / "src"), str(HERE), os.environ.get("PYTHONPATH", "")]
         environment = {**os.environ, "HANG": str(self.hang), "PYTHONPATH": os.pathsep.join(paths), **variables}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *words],
-                env=child_environment(words, environment),
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+        self.process = Fork(words, cwd=Path.cwd(), env=environment, log=self.log)
         self.until(lambda: list(self.output.glob("trajectories/step-000001*")))
         self.hang.write_text(waits, "utf-8")
         self.until(self.hang.with_suffix(".there").exists)

@@ -1,9 +1,10 @@
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
+
+import forked
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -13,17 +14,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def ranks(tmp_path_factory) -> list[dict]:
     """What each of two ranks had to say, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(HERE / "lockstep_ranks.py"), str(folder)),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=150,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    forked.run([*launcher, str(HERE / "lockstep_ranks.py"), str(folder)], cwd=HERE, env=os.environ)
     return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in (0, 1)]
 
 

@@ -16,7 +16,8 @@ import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
 from ranks import DEADLINE_S, EXACT, launch, launched
-from serving import free_port, running
+from servers import running
+from serving import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 WAYS = ("ddp", "zero2", "zero3", "fsdp2")

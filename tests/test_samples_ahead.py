@@ -5,8 +5,6 @@ import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +18,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import RepeatSampler
 
 import ahead_run
+import forked
 from ahead_run import ROWS, by_length, make_trainer, searching
 from arpo_trl import ARPOConfig
 from arpo_trl.errors import CheckpointError, ConfigError, EngineError, Interrupted, RewardError
@@ -437,13 +436,16 @@ def test_no_row_is_lost_or_trained_twice_over_twenty_stops(model_path, tmp_path)
 
 @pytest.mark.slow
 def test_no_row_is_lost_or_trained_twice_where_the_process_is_killed(model_path, tmp_path):
-    command = [sys.executable, str(Path(ahead_run.__file__)), model_path, str(tmp_path / "ahead")]
+    command, log = [ahead_run.__file__, model_path, str(tmp_path / "ahead")], tmp_path / "log"
     for until in ("step 2", "step 5"):
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert any(line.strip() == until for line in process.stdout)
-            process.kill()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout.splitlines()[-1] == "done", done.stderr[-3000:]
+        log.write_text("")
+        process = forked.Fork(command, cwd=tmp_path, env=os.environ, log=log)
+        while f"{until}\n" not in (written := log.read_text()):
+            assert process.poll() is None, written[-3000:]
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    assert "done\n" in forked.run(command, cwd=tmp_path, env=os.environ)
     make_trainer(model_path, tmp_path / "plain", max_steps=ahead_run.STEPS, rollouts_ahead=0).train()
     assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
 

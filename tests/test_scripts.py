@@ -2,12 +2,11 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+import forked
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.quickstart.__main__ import measure, prepare
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
@@ -18,14 +17,10 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-def launch(script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml"]
-    environment = child_environment([script, *flags], os.environ)
-    done = subprocess.run(
-        [*command, script, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+def launch(script: str, *flags: str) -> str:
+    """What `accelerate launch` and the script wrote."""
+    launcher = ("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/single.yaml")
+    return forked.run([*launcher, script, *flags], cwd=ROOT, env=child_environment([script, *flags], os.environ))
 
 
 def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
@@ -41,14 +36,14 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
     )
     before = measure(sft, data, 0, temperature=1.0)
     assert len(before.trees) == len(before.records) == 64
-    done = launch(
+    written = launch(
         "train.py",
         *("--config", "configs/quickstart.yaml", "--model_name_or_path", str(sft), "--output_dir", str(rl)),
         *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")),
         *("--search_index", str(data / "corpus.jsonl"), "--max_steps", "2", "--per_device_train_batch_size", "16"),
         *("--eval_steps", "1", "--per_device_eval_batch_size", "64", "--trajectory_log_rate", "1"),
     )
-    assert done.stderr.count("During a rollout the KV cache takes up to") == 1
+    assert written.count("During a rollout the KV cache takes up to") == 1
     history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
     summary = {
         **dict.fromkeys(("accuracy_before", "accuracy_after", "greedy_before", "greedy_after"), 0.0),

@@ -7,44 +7,50 @@ stands for several.
 
 import importlib.util
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+import forked
 import shipped
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import make_demonstrations
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.tools.search.index import LocalIndex, search_tool
-from ranks import launch
-from serving import running
-from shipped import CONFIGS, replacements, run, save_data, save_family, settings
+from servers import running
+from shipped import (
+    ALONE,
+    CONFIGS,
+    IN_PAIRS,
+    NO_SLEEP,
+    SERVED,
+    VLLM,
+    check,
+    replaced,
+    run,
+    save_data,
+    save_family,
+    settings,
+)
 
 pytestmark = pytest.mark.slow
 
 ROOT = CONFIGS.parent
-COLOCATED = sorted(file.name for file in CONFIGS.glob("vllm_*.yaml") if "_lora" not in file.name)
-SERVED = sorted(file.name for file in CONFIGS.glob("vllm_*_lora.yaml"))
-ALONE = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 1]
-IN_PAIRS = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 2]
 BASELINES = [f"quickstart_{name}.yaml" for name in ("dapo", "dr_grpo", "grpo", "reinforce_plus_plus")]
 HERE = ["quickstart.yaml", *BASELINES, "quickstart_sft.yaml", "reasoning_10k.yaml"]
 SHOP = "quickstart_shop.yaml"
 """tests/test_shop.py runs it."""
 QUANTIZED = "reasoning_qwen2.5_7b_qlora.yaml"
-NO_SLEEP = ("--vllm_enable_sleep_mode", "false")
-VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def test_every_configuration_is_run_by_one_of_these_tests():
+    # tests/test_shipped_ranks.py runs IN_PAIRS.
     assert sorted([*ALONE, *IN_PAIRS, *SERVED, *HERE, QUANTIZED, SHOP]) == sorted(
         path.name for path in CONFIGS.iterdir()
     )
@@ -62,31 +68,6 @@ def models(tmp_path_factory) -> dict[str, str]:
     """One of each family, by the family's name."""
     folder = tmp_path_factory.mktemp("models")
     return {name: save_family(name, folder / name) for name in shipped.FAMILIES}
-
-
-def the_step(output: Path) -> dict[str, Any]:
-    """What a run of one step logged of it; also: a model was saved."""
-    (logged,) = [
-        row for row in json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"] if "loss" in row
-    ]
-    assert list(output.glob("*.safetensors"))
-    assert math.isfinite(logged["loss"]) and math.isfinite(logged["grad_norm"])
-    return logged
-
-
-def check(config: str, output: Path, ranks: int = 1) -> None:
-    """One step was made of the batch that the file has, from trees that branched where it says so."""
-    wanted, logged = settings(config), the_step(output)
-    batch = wanted["per_device_train_batch_size"] * wanted.get("steps_per_generation", 1) * ranks
-    assert logged["arpo/tree/leaves"] == batch
-    assert (logged["arpo/tree/branches"] > 0) == (wanted["initial_rollouts"] < wanted["num_generations"])
-    assert logged["grad_norm"] > 0
-    if wanted.get("use_vllm"):
-        assert logged["sampling/sampling_logp_difference/mean"] < 0.02
-
-
-def replaced(config: str, models: dict[str, str], data: Path, output: Path) -> list[str]:
-    return replacements(models[shipped.family(config)], data, output)
 
 
 def test_the_example_of_the_readme_trains(models, tmp_path):
@@ -164,30 +145,9 @@ def test_runs_with_vllm_in_the_trainers_process_train(models, data, tmp_path):
     words = []
     for config in ALONE:
         words += [config, *replaced(config, models, data, tmp_path / config), *NO_SLEEP, "--"]
-    done = subprocess.run(
-        [sys.executable, str(Path(shipped.__file__)), *words],
-        env=os.environ | VLLM,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    forked.run([shipped.__file__, *words], cwd=ROOT, env=os.environ | VLLM, timeout=280)
     for config in ALONE:
         check(config, tmp_path / config)
-
-
-@pytest.mark.vllm
-@pytest.mark.distributed
-@pytest.mark.timeout(600)
-def test_runs_with_vllm_on_two_ranks_together_train(models, data, tmp_path):
-    """As they are launched, with ZeRO-3, on the two ranks that share one vLLM."""
-    words = []
-    for config in IN_PAIRS:
-        words += [config, *replaced(config, models, data, tmp_path / config), *NO_SLEEP, "--"]
-    launch("zero3", "tests/shipped.py", *words, deadline_s=560, environment=VLLM)
-    for config in IN_PAIRS:
-        check(config, tmp_path / config, ranks=2)
 
 
 @pytest.mark.vllm

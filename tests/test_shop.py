@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import forked
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.quickstart.model import build_tokenizer
 from arpo_trl.quickstart.shop.demonstrations import (
@@ -26,7 +25,6 @@ from arpo_trl.quickstart.shop.environment import CATALOGUE, Shop, least_cost
 from arpo_trl.quickstart.shop.orders import make_orders
 from arpo_trl.quickstart.shop.task import measure, prepare
 from arpo_trl.tools.environments.kind import Forking, environment_kind
-from support import child_environment
 
 ROOT = Path(__file__).parent.parent
 # In the shop of seed 4 the shelves are: cheese: Feta 2 (2 pieces), Brie 7 (3); bread: Pita 2 (none), Rye 8 (1).
@@ -164,11 +162,8 @@ def test_names_are_distinct_and_each_is_one_token() -> None:
 # The task ------------------------------------------------------------------------------------------------------------
 
 
-def launch(module: list[str], *flags: str) -> None:
-    command = [sys.executable, *module, *flags]
-    environment = child_environment(command, os.environ)
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+def launch(*words: str) -> None:
+    forked.run(words, cwd=ROOT, env=os.environ)
 
 
 @pytest.mark.slow
@@ -179,14 +174,21 @@ def test_the_shop_runs_from_cold_start_to_measurement(tmp_path: Path) -> None:
         lines = (data / f"{name}.jsonl").read_text("utf-8").splitlines(keepends=True)
         (data / f"{name}.jsonl").write_text("".join(lines[:kept]), "utf-8")
     launch(
-        ["sft.py"],
-        *("--config", "configs/quickstart_sft.yaml", "--max_steps", "20", "--model_name_or_path", str(data / "base")),
+        *(
+            "sft.py",
+            "--config",
+            "configs/quickstart_sft.yaml",
+            "--max_steps",
+            "20",
+            "--model_name_or_path",
+            str(data / "base"),
+        ),
         *("--dataset", str(data / "demonstrations.jsonl"), "--output_dir", str(sft)),
     )
     measured = measure(sft, data, 0, temperature=1.0)
     assert len(measured.trees) == len(measured.rewards) == 16 and 0 <= measured.accuracy <= 1
     launch(
-        ["-m", "arpo_trl.quickstart.shop.train"],
+        *("-m", "arpo_trl.quickstart.shop.train"),
         *("--config", "configs/quickstart_shop.yaml", "--model_name_or_path", str(sft), "--output_dir", str(rl)),
         *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "heldout.jsonl")),
         *("--max_steps", "2", "--eval_steps", "2", "--per_device_train_batch_size", "32"),

@@ -26,7 +26,7 @@ from arpo_trl.rollout.protocols import ContentEncoder, TagProtocol
 from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.tools.toolbox import ToolBox
-from serving import running
+from servers import running
 from support import (
     EXACT,
     ON_CPU,

@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.study a b c --jobs 2
 
 Part a trains on a tabular task with exact accuracies, part b measures gradients of frozen policies, part c trains the
-quickstart's model. Each result is a file under --output. A run that was stopped goes on where it was, and what has
-its file is not run again. At the end, and with no part, the page and its figure are written from the files.
+quickstart's model. Each result is one file under --output. A stopped run can be resumed: results that have a file are
+not computed again. At the end, or without a part, the program writes the page and its figure from the files.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def trained_file(output: Path, seed: int, arm: Arm) -> Path:
 
 def one_training(output: Path, seed: int, arm: Arm, steps: int) -> None:
     calls = None
-    if arm.dynamic:  # at the calls of GRPO without it
+    if arm.dynamic:  # with the call budget of GRPO without dynamic sampling
         equal = files.read(trained_file(output, seed, Arm(**grpo(LEAVES), baseline=arm.baseline)))
         if equal is None:
             raise ConfigError(f"{arm.name} trains for the calls of GRPO M = {LEAVES}, which has no result yet.")
@@ -132,7 +132,7 @@ def part_c(options: argparse.Namespace, errors: list[str]) -> None:
             found = files.read(trained_file(options.output, seed, arm))
             if found is None or found["planned_steps"] != options.steps:
                 jobs.append((seed, arm))
-    # Seeds in turn, so that a run that was stopped has pairs. What trains with few seeds comes after the comparisons.
+    # Seed by seed, so that a stopped run has pairs. Arms with few seeds come after the main comparisons.
     jobs.sort(key=lambda job: (seeds_of(job[1], most, 0) == 0, job[0]))
     cold = sorted({seed for seed, _ in jobs if not (options.output / f"seed{seed}" / "sft").exists()})
     seconds = len(cold) * COLD_START_S + len(jobs) * TRAINED_ARM_S * options.steps / training.STEPS

@@ -1,6 +1,6 @@
-"""What the study compares. Rules and credits come from the registries, so a new one takes part by its name.
+"""The arms that the study compares. Rules and credits come from the registries, so new ones are included.
 
-`OF_RULES` has the variants of the rules that have several; the others run with N = M/4 and their defaults.
+`OF_RULES` has the rules with several variants. All other rules run with N = M/4 and their defaults.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Arm:
 
     @property
     def sampling(self) -> str:
-        """The name of how the arm samples: "GRPO M = 8" without branches, else the rule and N."""
+        """The name of the sampling: "GRPO M = 8" without branches, otherwise the rule and N."""
         if self.roots == self.leaves:
             return f"{GRPO} M = {self.leaves}{', dynamic' * self.dynamic}"
         if widths := self.options.get("widths"):
@@ -96,19 +96,19 @@ class Arm:
 
 
 def grpo(leaves: int) -> dict[str, Any]:
-    """The arguments of an arm in which nothing branches."""
+    """The arguments of an arm without branches."""
     return {"leaves": leaves, "roots": leaves}
 
 
 def branching(rule: str) -> list[dict[str, Any]]:
-    """The arguments of the arms with this rule, its variants in turn."""
+    """The arguments of the arms with this rule, one for each of its variants."""
     return [{"rule": rule} | variant for variant in OF_RULES.get(rule, [{}])]
 
 
 def tabular_arms() -> list[Arm]:
     """All rules × credits × the main baselines, the other baselines with the credit "soft", and GRPO × baselines.
 
-    Credits that read entropies of the update, or answers, are not among them: the task has neither.
+    Credits that read the update's entropies or answers are left out, because the task has neither.
     """
     credits = [name for name in CREDITS.names if not _reads_the_model(name)]
     whole = [Arm(**grpo(leaves), baseline=baseline) for leaves in (LEAVES, LEAVES // 2) for baseline in BASELINES]
@@ -133,7 +133,7 @@ _SAMPLINGS = (grpo(LEAVES), grpo(LEAVES // 2), *(branching(rule)[0] for rule in 
 
 
 def frozen_arms() -> list[Arm]:
-    """The samplings that are trained × the baselines, and the coin with every credit."""
+    """The trained samplings × the baselines, and the rule "random" with every credit."""
     crossed = [Arm(**sampling, baseline=baseline) for sampling in _SAMPLINGS for baseline in MAIN_BASELINES]
     return crossed + [Arm(credit=credit) for credit in CREDITS.names if credit != "soft"]
 
@@ -145,6 +145,6 @@ def trained_arms() -> list[Arm]:
 
 
 def seeds_of(arm: Arm, most: int, least: int) -> int:
-    """How many seeds train an arm: `most` for the comparisons that the study is about, `least` for the others."""
+    """The number of seeds of an arm: `most` for the main comparisons, `least` for the others."""
     compared = arm.roots == arm.leaves or arm.rule in (COIN, "schedule")
     return most if compared and not arm.dynamic and arm.baseline in MAIN_BASELINES else least

@@ -1,4 +1,4 @@
-"""The study's results: one JSON file per arm and seed, written whole or not at all. Paired intervals."""
+"""The study's results: one JSON file per arm and seed, written atomically; paired confidence intervals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def paired(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Interval |
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file. A reader sees the old content or the new, also after a crash."""
+    """Write a JSON file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(content, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""The study's page and figure, from the files of its parts and from nothing else."""
+"""Writes the study's page and figure from the result files alone."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _shown(found: Interval | None) -> str:
 
 
 def tabular_effects(output: Path) -> dict[str, list[Interval | None]]:
-    """What each rule, credit and baseline changes in accuracy, in each scenario."""
+    """The effect of each rule, credit and baseline on the accuracy in each scenario."""
     found = [_tabular_accuracies(output / "a" / files.slug(scenario)) for scenario in SCENARIOS]
     arms = tabular_arms()
     samplings = dict.fromkeys(arm.sampling for arm in arms)
@@ -112,7 +112,7 @@ def _tabular_accuracies(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _pairs(arms: Sequence[Arm], axis: str, name: str, base: str) -> list[tuple[str, str]]:
-    """The names of all pairs of arms that have `name` and `base` on `axis` and are equal otherwise."""
+    """The names of all pairs of arms that differ only on `axis`: `name` and `base`."""
     by_rest: dict[tuple[str, ...], dict[str, str]] = defaultdict(dict)
     for arm in arms:
         rest = tuple(getattr(arm, other) for other in ("sampling", "credit", "baseline") if other != axis)
@@ -121,7 +121,7 @@ def _pairs(arms: Sequence[Arm], axis: str, name: str, base: str) -> list[tuple[s
 
 
 def _effect(accuracies: Mapping[str, Mapping[str, float]], pairs: Sequence[tuple[str, str]]) -> Interval | None:
-    """The mean difference over the pairs that have run, as an interval over the seeds that all of these have."""
+    """The mean difference over the finished pairs, with its interval over their common seeds."""
     run = [(accuracies[ours], accuracies[theirs]) for ours, theirs in pairs if {ours, theirs} <= accuracies.keys()]
     seeds = sorted(set.intersection(*(ours.keys() & theirs.keys() for ours, theirs in run))) if run else []
     return interval([mean(ours[seed] - theirs[seed] for ours, theirs in run) for seed in seeds]) if seeds else None

@@ -1,9 +1,8 @@
 """Part a: training on the tabular task, with the package's sampler, rules and credits. Accuracies are exact.
 
-All arms take the same number of steps, and in each step execute the same number of calls: a step samples prompt after
-prompt until its calls are spent. What a step has too many, the next one has less. So arms differ in what they make of
-their calls, and in nothing else. Arms with the same seed draw the same random numbers at the same places, and are
-compared seed by seed.
+All arms take the same number of steps with the same number of executed calls in each. A step samples prompts until its
+call budget is spent, and the next step subtracts the excess. So arms differ only in how they use their calls. Arms
+with the same seed use common random numbers and are compared seed by seed.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class _Adam:
     second: Any = 0.0
 
     def __call__(self, gradient: np.ndarray) -> np.ndarray:
-        """The change of the parameters that climbs `gradient`."""
+        """The update of the parameters for gradient ascent."""
         self.step += 1
         self.first = 0.9 * self.first + 0.1 * gradient
         self.second = 0.99 * self.second + 0.01 * gradient**2
@@ -79,7 +78,7 @@ class _Run:
         self.sampler = TreeSampler(self.engine, toolbox, protocol, settings, score=lambda _, tree: scores(task, tree))
         self.calls = 0
         self.chains: list[int] = []
-        """The turns in sequence of each group."""
+        """The number of sequential turns of each group."""
 
     def sample(self, logits: np.ndarray, step: int, calls: int) -> list[RolloutTree]:
         """Sample prompts of this step until `calls` calls have been executed since the start; at least one prompt."""

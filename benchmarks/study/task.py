@@ -42,11 +42,11 @@ class Task:
     tools: Sequence[str]
     """The tool of each call."""
     calls: int
-    """The most results on a path. After them comes a notice, and one last turn."""
+    """The maximum number of results on a path. A notice and one last turn follow them."""
     logits: np.ndarray
     """(seen states, A): the policy before training."""
     offsets: np.ndarray
-    """(K, seen states, A): what a kind adds to the logits; it is not trained."""
+    """(K, seen states, A): untrained offsets of the logits for each kind."""
 
     @property
     def actions(self) -> int:
@@ -62,7 +62,7 @@ class Task:
         """The exact expected reward of a path."""
         policy = self.probabilities(logits)
         answers = policy[..., -1] * self.rewards  # (K, S)
-        value = answers + (1.0 - policy[..., -1]) * answers  # no results are left: the notice, and one last turn
+        value = answers + (1.0 - policy[..., -1]) * answers  # at the limit: the notice and one last turn
         kinds = np.arange(len(self.shares))[:, None, None]
         for _ in range(self.calls):
             value = answers + (policy[..., :-1] * value[kinds, self.moves]).sum(axis=-1)
@@ -108,7 +108,7 @@ class TabularEngine:
         kind, state = request.ids[0], request.ids[-1] if len(request.ids) > 1 else 0
         uniform, actions = request.seed / 2**64, self._task.actions
         passed = sum(uniform >= edge for edge in self._cumulative[kind][state])
-        action = min(passed, actions - 1)  # the last edge may be below 1 by rounding
+        action = min(passed, actions - 1)  # rounding may leave the last edge below 1
         turn = Turn(
             id=request.id,
             ids=[TURN + (kind * len(self._task.rewards) + state) * actions + action],
@@ -124,7 +124,7 @@ class TabularEngine:
 
 
 class TabularProtocol:
-    """What `TreeSampler` needs of a protocol: a turn's text is its token, and a result's text the next state."""
+    """A minimal protocol for `TreeSampler`: the text of a turn is its token, that of a result the next state."""
 
     stop_strings = ()
     eos_ids = ()
@@ -144,7 +144,7 @@ class TabularProtocol:
 
     def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
         text = results[0][1]
-        if text == self.limit_notice():  # nothing was found, so the state stays
+        if text == self.limit_notice():  # the state does not change
             assert end is not None
             return [(end - TURN) // self._task.actions % len(self._task.rewards)]
         return [int(text)]
@@ -221,8 +221,8 @@ def _quickstart(difficulties: Sequence[float], opening: float) -> Task:
     """The quickstart's question: two look-ups, which aliases make three or four, a computation and an answer.
 
     Args:
-        difficulties: For each equally frequent class of prompts, how far the logit of computing right is lowered.
-        opening: How far the logit of an answer without a search is raised at the root.
+        difficulties: For each equally frequent class of prompts, the decrease of the logit of the correct computation.
+        opening: The increase of the logit of an answer without a search at the root.
     """
     aliases = [(first, second) for first in (False, True) for second in (False, True)]
     kinds = [(pair, hardness) for pair in aliases for hardness in difficulties]
@@ -253,4 +253,4 @@ SCENARIOS = {
     "heterogeneous prompts": _quickstart(difficulties=[-2.5, 1.5], opening=0.0),
     "uncertain opening": _quickstart(difficulties=[-1.5], opening=4.2),
 }
-"""Tables with the same structure: equal prompts, prompts of two difficulties, and a first turn that often gives up."""
+"""Tables with the same structure: equal prompts, two difficulties, and first turns that often answer at once."""

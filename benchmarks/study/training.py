@@ -1,7 +1,7 @@
 """Part c: training the quickstart's model on the harder task; each arm and seed is one process and one file.
 
-A seed has its own cold start, from which all its arms train. The tools' cache is off, and queries have many forms, so
-that calls cost what they cost where they do not repeat.
+Each seed has its own cold start, from which all its arms train. The tool cache is off and queries have many forms, so
+that no call is saved because it repeats another one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def cold_start(folder: Path, seed: int) -> None:
 
 @contextmanager
 def trainer_of(model: Path, data: Path, output: Path, arm: Arm, seed: int, **others: Any) -> Iterator[ARPOTrainer]:
-    """A trainer with the quickstart's settings, those of the arm and `others`, the last of which win."""
+    """A trainer with the quickstart's settings, those of the arm, and `others`, which override them."""
     quickstart = yaml.safe_load(RL_CONFIG.read_text("utf-8"))
     settings = {key: value for key, value in quickstart.items() if key not in _OF_FILES}
     settings |= {
@@ -81,7 +81,7 @@ def trainer_of(model: Path, data: Path, output: Path, arm: Arm, seed: int, **oth
 
 @dataclass
 class StopAtCalls(TrainerCallback):
-    """Ends the training once so many calls have been made: the budget of another arm."""
+    """Ends the training at a call budget, which is the number of calls of another arm."""
 
     calls: float
     made: float = 0.0
@@ -96,7 +96,7 @@ def train(folder: Path, arm: Arm, seed: int, steps: int, calls: float | None = N
 
     Args:
         folder: Of the seed, after `cold_start`.
-        calls: End before `steps` once so many calls have been made. None: never.
+        calls: The call budget, which may end the training before `steps`. None: no budget.
     """
     start, data = time.perf_counter(), folder / "data"
     with (

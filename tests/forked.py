@@ -1,0 +1,296 @@
+"""Starts Python programs as forks of a process that has already imported torch, transformers and TRL.
+
+    process = Fork(["-m", "accelerate.commands.launch", …], cwd=folder, env=variables, log=path)
+    status = process.wait(60.0)
+    written = run(["train.py", …], cwd=folder, env=variables)
+
+A new interpreter needs 6 s of CPU time for these imports, `accelerate launch` on two ranks three times that, a vLLM
+server 30 s. A fork needs none; torch's launcher and vLLM fork their processes, too. A program whose command names vLLM
+is forked from a process that has imported vLLM. For all others vLLM seems not to be installed (`without_vllm`).
+
+A fork differs from a new interpreter in two points: a variable that is read while a module is imported has the value
+that it has in the tests' process, and /proc shows the command and the environment of the first process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import functools
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+PRELOADED = ("deepspeed", "accelerate.commands.launch", "arpo_trl.scripts.train", "arpo_trl.scripts.sft")
+PRELOADED_VLLM = (
+    *("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"),
+    *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.qwen2", "vllm.model_executor.models.qwen3"),
+)
+RANKS = "TEST_RANKS"
+"""The environment variable with the path of the file into which a launcher writes the ranks that it starts."""
+LOOK_S = 0.02
+_CONTEXT = multiprocessing.get_context("fork")
+
+
+def run(
+    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float = 240.0, vllm: bool | None = None
+) -> str:
+    """Runs a program to its end; what it wrote to both streams. It must end with status 0. `vllm` as for `Fork`."""
+    with tempfile.TemporaryDirectory(prefix="fork-") as folder:
+        log = Path(folder) / "log"
+        process = Fork(words, cwd=cwd, env=env, log=log, vllm=vllm)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        written = log.read_text("utf-8", errors="replace")
+    assert status == 0, written[-6000:]
+    return written
+
+
+class _Waits:
+    """What `subprocess.Popen` does besides starting a process."""
+
+    args: Sequence[str]
+    pid: int
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        raise NotImplementedError
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if end is not None and time.monotonic() > end:
+                assert timeout is not None
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(LOOK_S)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Fork(_Waits):
+    """A running program. `words` is what follows the interpreter's name on a command line."""
+
+    def __init__(
+        self, words: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: Path, vllm: bool | None = None
+    ):
+        """`cwd` and `env` are the program's. What it writes to both streams is appended to `log`.
+
+        `vllm`: whether it finds vLLM; None: if its words name vLLM.
+        """
+        self.args = list(words)
+        log.touch()
+        self._server = _server(vllm=any("vllm" in word for word in words) if vllm is None else vllm)
+        self.pid = self._server.fork(words=self.args, cwd=str(cwd), env=dict(env), log=str(log))
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._server.status(self.pid)
+        return self.returncode
+
+
+class _Server:
+    """The process that is forked. It ends when its standard input is closed, also by the end of this process."""
+
+    def __init__(self, *, vllm: bool) -> None:
+        here = Path(__file__).parent
+        paths = [here.parent / "src", here, os.environ.get("PYTHONPATH", "")]
+        if not vllm:
+            paths.insert(0, here / "without_vllm")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *(PRELOADED_VLLM if vllm else ())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+            start_new_session=True,
+        )
+        self._statuses: dict[int, int] = {}
+
+    def fork(self, **program: Any) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(program).encode() + b"\n")
+        self._process.stdin.flush()
+        while (pid := self._read()) is None:
+            pass
+        return pid
+
+    def status(self, pid: int) -> int | None:
+        """The exit status of a fork, negative for a signal; None while it runs."""
+        while select.select([self._process.stdout], [], [], 0.0)[0]:
+            self._read()
+        return self._statuses.get(pid)
+
+    def _read(self) -> int | None:
+        """Reads that a fork ended, or the number of a new one, which it returns."""
+        assert self._process.stdout is not None
+        said = json.loads(os.read(self._process.stdout.fileno(), LINE))
+        if "status" not in said:
+            return int(said["pid"])
+        self._statuses[said["pid"]] = said["status"]
+        return None
+
+
+LINE = 64
+"""Bytes of each message of the server, so that one read returns one message."""
+
+
+@functools.cache
+def _server(*, vllm: bool) -> _Server:
+    return _Server(vllm=vllm)
+
+
+def serve(modules: Sequence[str]) -> None:
+    """Imports the modules. Then forks this process for each program that is read from standard input."""
+    requests, answers = sys.stdin.buffer, os.dup(1)
+    os.dup2(2, 1)  # for what is printed during imports
+
+    def answer(**said: int) -> None:
+        os.write(answers, json.dumps(said).encode().ljust(LINE))
+
+    for module in modules:
+        importlib.import_module(module)
+    while True:
+        asked, _, _ = select.select([requests], [], [], LOOK_S)
+        if asked:
+            line = requests.readline()
+            if not line:
+                return
+            pid = os.fork()
+            if pid == 0:
+                program = json.loads(line)
+                written = os.open(program["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                _become(program["words"], program["cwd"], program["env"], written, written)
+            answer(pid=pid)
+        with suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                answer(pid=ended[0], status=os.waitstatus_to_exitcode(ended[1]))
+
+
+def _become(words: list[str], cwd: str, env: dict[str, str], stdout: int | None, stderr: int | None) -> NoReturn:
+    """Runs a program in this process, which has just been forked, as a new interpreter would; ends the process."""
+    status = 1
+    try:
+        os.setsid()
+        for number, stream in ((1, stdout), (2, stderr)):
+            if stream is not None:
+                os.dup2(stream, number)
+        os.closerange(3, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD):
+            signal.signal(name, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.chdir(cwd)
+        os.environ.clear()
+        os.environ.update(env)
+        if env.get("PYTHONFAULTHANDLER"):
+            faulthandler.enable()
+        if env.get("TORCHDYNAMO_DISABLE") == "1":  # torch reads it during its import
+            sys.modules["torch._dynamo.config"].disable = True  # type: ignore[attr-defined]
+        _seed()
+        _fork_children()
+        status = _run(words)
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(BaseException):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def _seed() -> None:
+    """Two forks must not draw the same numbers, as two interpreters do not."""
+    random.seed()
+    np.random.seed()
+
+
+def _run(words: list[str]) -> int:
+    """Runs `[-u] -m MODULE …` or `[-u] SCRIPT …`; the exit status."""
+    words = words[words[0] == "-u" :]
+    is_module = words[0] == "-m"
+    name, *flags = words[is_module:]
+    sys.argv = [name, *flags]
+    first = os.getcwd() if is_module else str(Path(name).resolve().parent)
+    sys.path[:] = list(dict.fromkeys([first, *filter(None, os.environ.get("PYTHONPATH", "").split(":")), *sys.path]))
+    try:
+        if is_module:
+            runpy.run_module(name, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(name, run_name="__main__")
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+class _Rank(_Waits):
+    """A rank that a launcher has forked."""
+
+    def __init__(self, words: list[str], env: dict[str, str], stdout: int | None, stderr: int | None):
+        self.args = words
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            _become(words, os.getcwd(), env, stdout, stderr)
+        if RANKS in env:
+            with Path(env[RANKS]).open("a") as ranks:
+                ranks.write(f"{env['RANK']} {self.pid}\n")
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+def _fork_children() -> None:
+    """Makes torch's launcher and vLLM fork this process where they would start new interpreters."""
+    from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    def popen(handler: Any, words: tuple[str, ...], env: dict[str, str]) -> Any:
+        streams = [stream and stream.fileno() for stream in (handler._stdout, handler._stderr)]
+        return _Rank(list(words[1:]), env, *streams)
+
+    SubprocessHandler._popen = popen  # type: ignore[method-assign]
+    if "vllm.v1.engine.core" in sys.modules:
+        multiprocessing.get_context = lambda method=None: _CONTEXT  # type: ignore[assignment]
+
+
+if __name__ == "__main__":
+    serve([*PRELOADED, *sys.argv[1:]])
