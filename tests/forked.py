@@ -224,7 +224,16 @@ def _become(words: list[str], cwd: str, env: dict[str, str], stdout: int | None,
         with suppress(BaseException):
             sys.stdout.flush()
             sys.stderr.flush()
+        _remove_shared_memory()
         os._exit(status)
+
+
+def _remove_shared_memory() -> None:
+    """Removes vLLM's shared memory between ranks, which a C++ destructor does at the end of an interpreter."""
+    with suppress(OSError):
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            if "cpushm_" in line:
+                Path(line[line.index("/dev/shm") :]).unlink(missing_ok=True)
 
 
 def _seed() -> None:
