@@ -28,6 +28,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl
 
+from arpo_trl import ARPOTrainer
 from arpo_trl.quickstart.__main__ import (
     N_HELDOUT,
     N_TRAIN,
@@ -41,12 +42,12 @@ from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
 from arpo_trl.quickstart.task import SFT_BATCH, like_lengths_together
 from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.scripts import train
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolBox
 from compare_rules import cold_start
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 1.0
 TAUGHT_RATE, TAUGHT_STEPS = 0.3, 480
 """Share of the calls that fail in the demonstrations of calling again, and the steps that these are learned in."""
@@ -182,16 +183,13 @@ def teach_to_call_again(folder: Path, seed: int) -> None:
 
 def train_in_chaos() -> None:
     """`train.py` with its tools wrapped, until so many calls were useful; what `accelerate launch` starts."""
-    sys.path.insert(0, str(ROOT))
-    import train
-
     chaos = Chaos(rate=float(os.environ["CHAOS_RATE"]), seed=int(os.environ["CHAOS_SEED"]))
     build = train.build_tools
     train.build_tools = lambda *given, **named: [chaos(tool) for tool in build(*given, **named)]
     counts = Path(os.environ["CHAOS_COUNTS"])
     atexit.register(lambda: counts.write_text(json.dumps(chaos.counts)))
     enough = EnoughCalls(chaos, int(os.environ["CHAOS_USEFUL"]))
-    train.ARPOTrainer = functools.partial(train.ARPOTrainer, callbacks=[enough])
+    train.ARPOTrainer = functools.partial(ARPOTrainer, callbacks=[enough])  # type: ignore[misc, assignment]
     train.main()
 
 

@@ -83,7 +83,7 @@ class Calling:
     """The engine, its turns cut to a length of their own and ended by a call, or by EOS after the last result."""
 
     def __init__(self, inner: VLLMServerEngine, tokenizer: Any):
-        self.vocab_size, self.max_length = inner.vocab_size, inner.max_length
+        self.vocab_size, self.max_length, self.has_logprobs = inner.vocab_size, inner.max_length, inner.has_logprobs
         self.moments: list[tuple[float, str]] = []
         """When a path could decode ("ready"), was asked for ("submitted") and had its turn ("written")."""
         self._inner = inner

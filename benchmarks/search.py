@@ -125,7 +125,7 @@ def hit_all(path: str, together: Any) -> list[float]:
     return timed(lambda words: search.search(words, 10), [f"query {number}" for number in numbers])
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True)
     for name, part in (("build", build), ("query", query), ("cache", cache)):
@@ -138,3 +138,7 @@ if __name__ == "__main__":
     commands.choices["build"].add_argument("--passages", type=int, default=1_000_000)
     arguments = parser.parse_args()
     arguments.part(arguments)
+
+
+if __name__ == "__main__":
+    main()

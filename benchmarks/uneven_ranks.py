@@ -144,7 +144,7 @@ def train(folder: Path, steps: int, **settings: Any) -> dict[str, Any]:
         )
         return made
 
-    trainer.rollout_func = watched
+    trainer.rollout_func = watched  # type: ignore[assignment]
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

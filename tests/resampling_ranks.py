@@ -1,6 +1,6 @@
 """Dynamic sampling on ranks of which one has more to roll out again: `python resampling_ranks.py MODEL OUTPUT`.
 
-The rewards of prompts with an odd number are equal in the first round of each rollout. Each rank writes what it saw.
+The rewards of prompts with an odd number are equal in the first round of their rollout. Each rank writes what it saw.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ ROWS = Dataset.from_list([{"prompt": f"what is {i}", "number": i} for i in range
 
 
 def main(model: str, output: Path) -> None:
-    rounds = 0
+    scored: list[int] = []
 
     def reward(completions: list[Any], number: list[int], **_: Any) -> list[float]:
-        nonlocal rounds
-        rounds += 1
-        first = rounds % 2 == 1  # there are two rounds in each rollout
-        return [0.0 if first and n % 2 else float(i % 2) for i, n in enumerate(number)]
+        earlier = set(scored)
+        scored.extend(number)
+        return [0.0 if n % 2 and n not in earlier else float(i % 2) for i, n in enumerate(number)]
 
     args = ARPOConfig(
         str(output),
@@ -42,7 +41,7 @@ def main(model: str, output: Path) -> None:
     made.train()
     (log, *_) = [row for row in made.state.log_history if "loss" in row]
     rank = made.accelerator.process_index
-    seen = {"rounds": rounds, "baseline": made._baseline.state if made._baseline else None, "log": log}
+    seen = {"scored": scored, "baseline": made._baseline.state if made._baseline else None, "log": log}
     (output / f"seen-{rank}.json").write_text(json.dumps(seen), "utf-8")
 
 

@@ -181,7 +181,7 @@ def model_path(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def trainer(model_path, folder, engine=None, **settings) -> ARPOTrainer:
+def trainer(model_path, folder, engine=None, reward_funcs=None, **settings) -> ARPOTrainer:
     args = ARPOConfig(
         str(folder),
         **{
@@ -195,7 +195,8 @@ def trainer(model_path, folder, engine=None, **settings) -> ARPOTrainer:
             **settings,
         },
     )
-    return ARPOTrainer(model_path, HierarchicalReward(), args, ROWS, tools=[search, python], engine=engine)
+    rewards = HierarchicalReward() if reward_funcs is None else reward_funcs
+    return ARPOTrainer(model_path, rewards, args, ROWS, tools=[search, python], engine=engine)
 
 
 def test_score_norm_of_a_rollout_is_what_one_works_out_from_its_trees(model_path, tmp_path):

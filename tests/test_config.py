@@ -143,6 +143,28 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
             r"branch_rule_kwargs has \['branch_threshold'\], but .* 'threshold' takes no options",
         ),
         ({"branch_rule_kwargs": [1]}, r"branch_rule_kwargs is \[1\]; expected options of the branch rule"),
+        ({"branch_rule_kwargs": 0}, "branch_rule_kwargs is 0; expected options of the branch rule"),
+        ({"branch_rule_kwargs": ""}, "branch_rule_kwargs is ''; expected options of the branch rule"),
+        ({"branch_rule_kwargs": '{"beam": '}, "branch_rule_kwargs is '{\"beam\": '; expected JSON such as .* Correct"),
+        ({"branch_rule_kwargs": {"branch_threshold": 0.6}}, "branch_threshold is a setting of its own: set it there"),
+        (
+            {"branch_rule": "schedule", "branch_rule_kwargs": {"width": [16]}},
+            "Did you mean 'widths' instead of 'width'",
+        ),
+        (
+            {"branch_rule": "cbpo", "branch_rule_kwargs": {"slope": "2"}},
+            "branch_rule_kwargs: slope is '2'; expected a finite number",
+        ),
+        (
+            {"branch_rule": "schedule", "branch_rule_kwargs": {"widths": [16]}},
+            r"branch_rule_kwargs is .* but initial_rollouts \(N\) is 16 and num_generations \(M\) is 16",
+        ),
+        (
+            {"max_tool_calling_iterations": 0},
+            "max_tool_calling_iterations is 0, but .* Set initial_rollouts: 16, which is GRPO",
+        ),
+        ({"clip_keeps_gradient": "off"}, "clip_keeps_gradient is 'off'; expected true or false"),
+        ({"tool_cache": None}, "tool_cache is None; expected true or false"),
         ({"branch_rule": "treshold"}, "branch_rule is 'treshold'; expected one of .*'ranked'.*'threshold'"),
         ({"rollout_schedule": "eager"}, r"rollout_schedule is 'eager'; expected one of \['overlap', 'rounds'\]"),
         ({"advantage_attribution": "mean"}, r"advantage_attribution is 'mean'; expected one of .*'hard'.*'soft'"),

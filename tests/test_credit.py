@@ -243,11 +243,13 @@ def test_igpo_gives_a_turn_what_it_and_later_turns_earned():
 def test_aepo_enlarges_the_advantages_of_uncertain_tokens():
     credit = build_credit("aepo", {}, SharedPrefixWeight.PER_LEAF)
     assert credit.reads_entropies
-    entropies, mask = torch.tensor([[1.0, 9.0, 3.0]]), torch.tensor([[1, 0, 1]])
-    # z of 1 and 3: −/+ 1/√2; the masked token has no part in it
-    made = credit.refine(torch.tensor([2.0]), entropies, mask)
-    assert made.tolist() == [pytest.approx([2 * (1 - 0.2 * 0.70711), 2.0, 2 * (1 + 0.2 * 0.70711)], abs=1e-4)]
-    assert credit.refine(torch.tensor([2.0]), entropies, torch.tensor([[1, 0, 0]])).tolist() == [2.0]
+    advantages = torch.tensor([2.0, -1.0])
+    assert credit([tree()], advantages, advantages) == (advantages, None)  # in evaluation
+    credit.entropy_scores = torch.tensor([[-1.0, 1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, -2.0, 0.0]])
+    made, weights = credit([tree()], advantages, advantages)
+    assert weights is None
+    expected = torch.tensor([[1.6, 2.4, 2.0, 2.0, 2.8], [-1.0, -1.0, -1.0, -0.6, -1.0]])
+    torch.testing.assert_close(made, expected)
 
 
 def test_what_a_credit_returns_is_padded_to_the_batch():
@@ -305,6 +307,9 @@ def test_once_wraps_the_credit_that_gives_the_advantages():
         ("siblings", {"decay": 1.5}, r"decay is 1.5; expected a number in \(0, 1\]"),
         ("tree", {"average": "median"}, r"average is 'median'; expected one of"),
         ("igpo", {"template": "<answer>"}, "template is '<answer>'; expected a text with {answer} in it"),
+        ("igpo", {"template": None}, "advantage_attribution_kwargs: template is None; expected a text with"),
+        ("tree", {"difference": "false"}, "difference is 'false'; expected true or false"),
+        ("gigpo", {"gama": 0.9}, "Did you mean 'gamma' instead of 'gama'"),
         ("aepo", {"reads_entropies": False}, r"takes \['weight'\]"),
     ],
 )

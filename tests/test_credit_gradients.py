@@ -7,12 +7,13 @@ expectations are exact sums over them, and samples of trees are draws of their n
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 
-from arpo_trl.rollout.credit import SharedPrefixWeight, build_credit
+from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight, build_credit
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.tree import RolloutTree, StopReason
 from arpo_trl.training.baselines import Baseline, BatchMean, Running, ScoredLeaves, ScoreNorm
@@ -105,10 +106,11 @@ class Gradients:
             leaf.nodes[1].index: (0.9, 0.1)[first] for leaf, (first, _) in zip(tree.leaves(), leaves, strict=True)
         }
         credit.answer_probabilities = [{0: 0.5, **after}] if credit.reads_answers else ()
+        entropies = torch.tensor([[_entropy(FIRST), _entropy(SECOND[first])] for first, _ in leaves]).double()
+        z = (entropies - entropies.mean()) / entropies.std()
+        credit.entropy_scores = torch.stack([z[:, 0], torch.zeros(len(leaves)), z[:, 1]], dim=1)
         given, weights = credit([tree], rewards, advantages_of(tree, rewards))
         given = (given if given.dim() == 2 else given.unsqueeze(1)).expand(len(leaves), 3)
-        entropies = torch.tensor([[_entropy(FIRST), 0.0, _entropy(SECOND[first])] for first, _ in leaves])
-        given = credit.refine(given, entropies.double(), torch.tensor([[1, 0, 1]] * len(leaves)))
         if weights is not None:
             given = given * weights
         total = torch.zeros(3, dtype=torch.float64)
@@ -169,6 +171,13 @@ BIASED = [
 def test_biased_credits_are_further_off_than_samples_explain(name, options):
     mean, error = Gradients(balanced(), credit(name, **options)).sampled()
     assert ((mean - EXACT).abs() > 3 * error).any()
+
+
+def test_the_bias_of_every_credit_is_stated_and_measured():
+    """`once` has the bias of the credit that it wraps, and a test of its own."""
+    assert {name for name, _ in (*UNBIASED, *BIASED)} | {SharedPrefixWeight.ONCE} == set(CREDITS.own)
+    for name in CREDITS.own:
+        assert "\n\nBias: " in str(sys.modules[CREDITS.get(name).__module__].__doc__), name
 
 
 def ratio(name: str, **options: object) -> list[float]:

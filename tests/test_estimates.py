@@ -25,7 +25,9 @@ def tree_of_three() -> RolloutTree:
 
 def estimates(score: list[float], calls: list[float], variance: dict[int, float]) -> DepthEstimates:
     made = DepthEstimates()
-    made.load_state_dict({"score": score, "calls": calls, "variance": variance, "leaves": 8, "spent": None})
+    made.load_state_dict(
+        {"score": score, "calls": calls, "variance": variance, "leaves": 8, "spent": None, "planned": None}
+    )
     return made
 
 
@@ -47,19 +49,19 @@ def test_a_leaf_without_a_reward_forms_no_pair():
 
 def test_averages_start_with_the_first_step_and_then_remember():
     made = DepthEstimates()
-    made.update([depth_sums([tree_of_three()], [1.0, 0.0, 0.0])], memory=0.75)
+    made.update([depth_sums([tree_of_three()], [1.0, 0.0, 0.0])], memory=0.75, share=0.5)
     assert made.score == pytest.approx([1.01 / 3, 0.68 / 3])
     assert made.calls == pytest.approx([2 / 3, 0])
     assert made.variance == {0: 0.25, 1: 0.5}
     # v_0: ½ (1 + 1) / 2 = .5, so .75 · .25 + .25 · .5; v_1: 0, so .75 · .5
-    made.update([depth_sums([tree_of_three()], [1.0, 1.0, 0.0])], memory=0.75)
+    made.update([depth_sums([tree_of_three()], [1.0, 1.0, 0.0])], memory=0.75, share=0.5)
     assert made.variance == pytest.approx({0: 0.3125, 1: 0.375})
 
 
 def test_ranks_together_are_one_batch():
     apart, together = DepthEstimates(), DepthEstimates()
-    apart.update([depth_sums([tree_of_three()], [1.0, 0.0, 0.0]), depth_sums([tree_of_three()], [0.0] * 3)], 0.8)
-    together.update([depth_sums([tree_of_three(), tree_of_three()], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])], 0.8)
+    apart.update([depth_sums([tree_of_three()], [1.0, 0.0, 0.0]), depth_sums([tree_of_three()], [0.0] * 3)], 0.8, 0.5)
+    together.update([depth_sums([tree_of_three(), tree_of_three()], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0])], 0.8, 0.5)
     assert apart.score == pytest.approx(together.score)
     assert (apart.calls, apart.variance, apart.leaves) == (together.calls, together.variance, 3)
 

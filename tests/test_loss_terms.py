@@ -5,15 +5,9 @@ import torch
 
 from arpo_trl import ARPOConfig
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.credit import SharedPrefixWeight, build_credit
-from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.training.loss_terms import LossTerms, mean_over_turns
 from support import EXACT, ON_CPU, save_tiny_model
 from test_baselines import ROWS, scripted, trainer
-
-
-def soft() -> Credit:
-    return build_credit("soft", {}, SharedPrefixWeight.PER_LEAF)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +34,7 @@ def ratios_and_gradient(
     """PPO's clipped loss with ε = .2 of logprobs −1: the ratios, and minus the gradient for each logprob."""
     logprobs = torch.full((1, 3), -1.0, requires_grad=True)
     given = batch(old_per_token_logps=torch.tensor([old]), advantages=torch.tensor([advantages]))
-    terms.apply(given, logprobs, torch.zeros(1, 3))
+    terms.apply(given, logprobs)
     ratio = torch.exp(logprobs - given["old_per_token_logps"])
     value = torch.min(ratio * given["advantages"], ratio.clamp(0.8, 1.2) * given["advantages"])
     (gradient,) = torch.autograd.grad(value.sum(), logprobs)
@@ -49,18 +43,18 @@ def ratios_and_gradient(
 
 def test_above_the_clip_range_a_positive_advantage_keeps_the_gradient_of_the_bound():
     old = [-1 - math.log(1.5), -1 - math.log(1.5), -1 - math.log(1.1)]  # ratios 1.5, 1.5 and 1.1
-    ppo = LossTerms(credit=soft(), per_turn=False, keeps_above=None)
+    ppo = LossTerms(per_turn=False, keeps_above=None)
     ratios, gradient = ratios_and_gradient(ppo, old, [2.0, -2.0, 2.0])
     assert ratios == pytest.approx([1.5, 1.5, 1.1])
     assert gradient == pytest.approx([0.0, -3.0, 2.2])
-    keeps = LossTerms(credit=soft(), per_turn=False, keeps_above=1.2)
+    keeps = LossTerms(per_turn=False, keeps_above=1.2)
     ratios, gradient = ratios_and_gradient(keeps, old, [2.0, -2.0, 2.0])
     assert ratios == pytest.approx([1.2, 1.5, 1.1], abs=2e-4)
     assert gradient == pytest.approx([2.4, -3.0, 2.2], abs=5e-4)  # 1.2 · 2 in place of 0
 
 
 def test_the_tokens_of_a_turn_share_its_ratio_and_keep_their_own_gradients():
-    terms = LossTerms(credit=soft(), per_turn=True, keeps_above=None)
+    terms = LossTerms(per_turn=True, keeps_above=None)
     # log-ratios .1, −.1 and .3 of one turn: mean .1
     ratios, gradient = ratios_and_gradient(terms, [-1.1, -0.9, -1.3], [1.0, 1.0, 1.0])
     assert ratios == pytest.approx([math.exp(0.1)] * 3)
@@ -68,15 +62,15 @@ def test_the_tokens_of_a_turn_share_its_ratio_and_keep_their_own_gradients():
 
 
 def test_a_batch_of_the_sampling_policy_is_left_alone():
-    terms = LossTerms(credit=soft(), per_turn=True, keeps_above=1.2)
+    terms = LossTerms(per_turn=True, keeps_above=1.2)
     given = batch()
-    assert terms.apply(given, torch.zeros(1, 3), torch.zeros(1, 3)) is None
+    assert terms.apply(given, torch.zeros(1, 3)) is None
     assert "old_per_token_logps" not in given
 
 
 def test_without_settings_there_are_no_terms():
-    assert not LossTerms(credit=soft(), per_turn=False, keeps_above=None)
-    assert LossTerms(credit=build_credit("aepo", {}, SharedPrefixWeight.ONCE), per_turn=False, keeps_above=None)
+    assert not LossTerms(per_turn=False, keeps_above=None)
+    assert LossTerms(per_turn=True, keeps_above=None)
 
 
 def loss_and_gradient(made, given) -> tuple[float, torch.Tensor]:
@@ -134,25 +128,6 @@ def test_a_kept_gradient_reaches_the_weights_and_is_counted(model_path, tmp_path
     above = (torch.arange(mask.size(1)) % 2 == 1).expand(mask.shape) & mask
     (share,) = keeps._metrics["train"]["arpo/update/kept_above_clip"]
     assert share == pytest.approx(float(above.sum() / mask.sum()))
-
-
-def test_the_entropies_of_the_update_reach_a_credit_that_reads_them(model_path, tmp_path):
-    made = trainer(model_path, tmp_path / "a", scripted(), advantage_attribution="aepo", **EXACT)
-    made.model.train()
-    made.current_gradient_accumulation_steps = 1
-    given = made._generate_and_score_completions([ROWS[i // 4] for i in range(8)])
-    flat = trainer(
-        *(model_path, tmp_path / "b", scripted()),
-        advantage_attribution="aepo",
-        advantage_attribution_kwargs={"weight": 0.0},
-        **EXACT,
-    )
-    flat.model.train()
-    flat.current_gradient_accumulation_steps = 1
-    _, refined = loss_and_gradient(made, given)
-    _, plain = loss_and_gradient(flat, given)
-    assert (refined - plain).abs().max() > 1e-5
-    assert made._micro_batches_dealt_together == 1
 
 
 @pytest.mark.parametrize(

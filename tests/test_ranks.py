@@ -99,7 +99,7 @@ def test_trees_rewards_and_advantages_are_those_of_one_rank(alone, together, run
     assert any(len(set(row["rewards"])) > 1 for row in expected)
 
 
-@pytest.mark.parametrize("run", ["plain", "reference"])
+@pytest.mark.parametrize("run", ["plain", "reference", "later"])
 def test_the_update_with_shared_prefixes_is_the_padded_one_of_one_rank(alone, together, base, run):
     """Also: what is saved is whole, and loads."""
     _, folder, _ = together

@@ -1,5 +1,6 @@
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -119,6 +120,29 @@ def test_the_number_of_rounds_is_limited(model_path, tmp_path):
     assert made._metrics["train"]["arpo/resampling/left"] == [0.5]
 
 
+def test_a_further_round_scores_only_what_was_rolled_out_again(model_path, tmp_path):
+    calls = []
+
+    def reward(completions, number, log_extra, log_metric, **_):
+        calls.append(number)
+        again = len(calls) > 1
+        log_extra("call", [len(calls)] * len(number))
+        log_metric("mean_number", sum(number) / len(number))
+        return [float(i % 2) if again or n else 0.0 for i, n in enumerate(number)]
+
+    async def free(completions, number, **_):
+        return [0.0] * len(number)
+
+    made = trainer(model_path, tmp_path, dynamic_sampling_rounds=3, reward_funcs=[reward, free])
+    made.model.train()
+    made._generate_and_score_completions([{"prompt": f"what is {i // 4}", "number": i // 4} for i in range(8)])
+    assert calls == [[0] * 4 + [1] * 4, [0] * 4]
+    assert list(made._logs["extra"]["call"]) == [2, 2, 2, 2, 1, 1, 1, 1]
+    # of eight completions, half with 1, and of four with 0
+    assert made._metrics["train"]["mean_number"] == [pytest.approx(4 / 12)]
+    assert made._last_rewards.tolist() == [0.0, 1.0] * 4
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_is_rolled_out_again_without_the_setting_or_in_evaluation(model_path, tmp_path, training):
     luck = Luck({"0": 3})
@@ -145,7 +169,8 @@ def test_another_round_draws_other_random_numbers_and_repeats(model_path, tmp_pa
 def test_ranks_with_different_groups_to_roll_out_again_stay_together(model_path, tmp_path):
     launch("ddp", "tests/resampling_ranks.py", model_path, str(tmp_path))
     first, second = (json.loads((tmp_path / f"seen-{rank}.json").read_text("utf-8")) for rank in (0, 1))
-    assert first["rounds"] == second["rounds"] == 4
+    # the two leaves of each group, and again where they were rolled out again
+    assert Counter([*first["scored"], *second["scored"]]) == {0: 2, 1: 4, 2: 2, 3: 4}
     # in each rollout the mean reward is .5 in the end
     assert first["baseline"] == second["baseline"] == 0.5
     assert first["log"]["arpo/resampling/left"] == 0.0

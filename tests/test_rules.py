@@ -20,6 +20,7 @@ from arpo_trl.rollout.rules import (
     Candidate,
     LivePath,
     Moment,
+    Planned,
     build_rule,
     grant,
     register_rule,
@@ -403,3 +404,25 @@ def test_draws_of_a_place_are_its_own_and_repeat():
     assert context.generator(0, 1).random() == context.generator(0, 1).random()
     assert context.generator(0, 1).random() != context.generator(0, 2).random()
     assert context.coin(seen([])) == context.generator(0, 1).random()
+
+
+@pytest.mark.parametrize("name", RULES.own)
+def test_every_rule_states_its_bias(name):
+    assert "\n\nBias: " in str(sys.modules[RULES.get(name).__module__].__doc__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late(Planned):
+    """All branches at the second result."""
+
+    def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
+        return [planned, 1, leaves]
+
+
+def test_a_planned_rule_only_says_how_many_children_paths_have():
+    def two_searches(request, context):
+        return ScriptedTurn(text=f"<search>{request.key}</search>" if request.key[-1] < 2 else ANSWER)
+
+    (tree,) = Scripted(two_searches, leaves=5, at_root=2, rule=Late())().trees
+    # 3 + 2 leaves
+    assert [leaf.address for leaf in tree.leaves()] == [(0,), (0, 2, 0), (0, 2, 1), (1,), (1, 2, 0)]

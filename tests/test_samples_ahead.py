@@ -189,7 +189,7 @@ def test_messages_and_models_reach_rewards_as_in_trl(model_path, tmp_path):
     given = score([model], [{"prompt": "a"}], ["b"], [[1]], {}, state=None, loop=None)
     assert given.rewards == [None]
     assert given.replaying([model]) == [model]
-    assert Scored(rewards=[[1.0]]).replaying([model])[0](log_extra=None, log_metric=None, prompts=[]) == [1.0]
+    assert Scored(count=1, rewards=[[1.0]]).replaying([model])[0](log_extra=None, log_metric=None, prompts=[]) == [1.0]
 
 
 # Staleness -----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def settings(**values: Any) -> ARPOConfig:
 
 def with_estimates(score: list[float], calls: list[float], variance: dict[int, float], **values: Any) -> Schedule:
     rule = Schedule(**values)
-    known = {"score": score, "calls": calls, "variance": variance, "leaves": 8, "spent": 0.6, "planned": []}
+    known = {"score": score, "calls": calls, "variance": variance, "leaves": 8, "spent": 0.6, "planned": None}
     rule.load_state_dict(known)
     return rule
 
@@ -132,7 +132,7 @@ def test_what_is_spent_too_much_is_planned_less():
         rule = Schedule(calls_share=share)
         for expected in planned:
             rule.learn([rule.lesson([tree], [1.0, 0.0])])
-            assert rule.planned == pytest.approx([expected])
+            assert rule.estimates.planned == pytest.approx(expected)
 
 
 RULES_OF_ANY_ORDER = [Schedule(widths=[2, 2, 2]), Schedule(), with_estimates(*BY_HAND, calls_share=0.6)]

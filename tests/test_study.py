@@ -149,6 +149,24 @@ def test_the_page_has_what_ran_and_says_what_did_not(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 0
 
 
+def test_the_figure_has_panels_only_for_what_ran(monkeypatch, tmp_path):
+    drawn: list[list[tuple[str, list[str]]]] = []
+
+    def saved(figure, path, **_):
+        drawn.append([(axes.get_title()[0], [t.get_text() for t in axes.get_yticklabels()]) for axes in figure.axes])
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", saved)
+    found, open_ = files.interval([0.1, 0.2]), None
+    effects = {"one": [found, found, open_], "two": [open_, open_, open_]}
+    trained = {Arm(**grpo(8)).name: {"0": {"accuracy": 0.5}}, Arm().name: {"1": {"accuracy": 0.5}}}
+    page.draw(effects, {}, tmp_path / "a.png")
+    page.draw({}, trained, tmp_path / "c.png")
+    page.draw(effects, trained, tmp_path / "both.png")
+    page.draw({}, {}, tmp_path / "none.png")
+    a, c = ("a", ["one"]), ("c", [Arm(**grpo(8)).name])  # the coin has no seed in common with GRPO
+    assert drawn == [[a], [c], [a, c], []]
+
+
 @pytest.mark.slow
 def test_a_tiny_tabular_study_is_resumed_and_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "tabular_arms", lambda: [Arm(**grpo(4)), Arm(), Arm(rule="best")])
@@ -196,13 +214,27 @@ def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_gradients_of_a_frozen_policy_are_compared_with_the_mean_of_many(tmp_path, monkeypatch):
-    monkeypatch.setattr(frozen, "REFERENCE_PROMPTS", 2)
-    data, model = tmp_path / "data", tmp_path / "sft"
-    training.prepare(data, 0, hard=True, n_train=8, n_heldout=2)
-    save_cold_start_base(model)
-    target, halves = frozen.reference(model, data, batches=2)
-    row = frozen.measure(model, data, Arm(), target, batches=2)
-    # An untrained model earns the same everywhere, so all gradients are 0.
-    assert (target.norm(), halves) == (0.0, 0.0)
-    assert (row["cosine"], row["cosines"]) == (0.0, [0.0, 0.0])
+def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, monkeypatch):
+    for module, name, value in [
+        *((module, "CHECKPOINTS", (1,)) for module in (frozen, page)),
+        *((frozen, name, 2) for name in ("BATCHES", "REFERENCE_BATCHES", "REFERENCE_PROMPTS")),
+        *((module, "PROMPTS", 1) for module in (frozen, training)),
+        *((module, "frozen_arms", lambda: [Arm(**grpo(8))]) for module in (command, page)),
+    ]:
+        monkeypatch.setattr(module, name, value)
+
+    def cold_start(folder, seed):
+        """Without training."""
+        training.prepare(folder / "data", seed, hard=True, n_train=8, n_heldout=2)
+        save_cold_start_base(folder / "sft")
+
+    monkeypatch.setattr(training, "cold_start", cold_start)
+    # each in this process, in place of one of its own
+    monkeypatch.setattr(command, "run_all", lambda runs, given, _: [command.run_one(words, given) for words in runs])
+    given = ["b", "--output", str(tmp_path / "runs"), "--page", str(tmp_path / "study.md")]
+    assert command.main(given) == 0
+    text = (tmp_path / "study.md").read_text("utf-8")
+    # An untrained model earns the same everywhere, so all gradients are 0, and none of it calls a tool.
+    assert "| GRPO M = 8, soft, mean | 0.000 ± 0.000 | not run |" in text
+    assert "| two halves of the reference | 0.000 |" in text
+    assert sorted(path.name for path in (tmp_path / "runs/b/models").iterdir()) == ["0", "1"]

@@ -17,7 +17,7 @@ def model_path(tmp_path_factory) -> str:
 
 def test_the_reference_is_the_first_accepted_answer():
     assert reference("iron", 0) == reference(["iron", "Fe"], 0) == "iron"
-    for answer in (None, [], "", " ", [3]):
+    for answer in (None, [], "", " ", [3], 3, math.nan, {"text": "iron"}):
         with pytest.raises(DataError, match=r"Row 4: answer is .*; expected non-empty text"):
             reference(answer, 4)
 

@@ -1,6 +1,7 @@
 """Colocated vLLM: results from a process with real vLLM, and the order of sleeping and of weight updates."""
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -81,6 +82,16 @@ def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
     assert [row["sampling/sampling_logp_difference/mean"] < 0.02 for row in found["log"]] == [True, True]
     assert found["trained"]["logprobs"] < 0.01
     assert found["saved"]
+
+
+@real
+def test_later_settings_train_on_what_vllm_samples(findings):
+    """A baseline from the sampling logprobs, and old logprobs that differ from the policy's, with ratios per turn."""
+    for row in findings["adapter"]["log"]:
+        assert 0.0 <= row["arpo/baseline/value"] <= 2.0  # rewards are 0, 1 and 2
+        assert 0.0 <= row["arpo/update/kept_above_clip"] <= 1.0
+        assert row["arpo/resampling/left"] == 0.0
+        assert math.isfinite(row["loss"]) and row["grad_norm"] > 0.0
 
 
 class Recorder:

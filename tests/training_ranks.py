@@ -44,7 +44,11 @@ RUNS: dict[str, dict[str, Any]] = {
     "adapter": {"max_steps": 2},
     "reference": {
         **{"max_steps": 1, "beta": 0.1, "loss_type": "dapo", "shared_prefix_weight": "once"},
-        "gradient_accumulation_steps": 2,
+        **{"gradient_accumulation_steps": 2, "advantage_attribution": "aepo"},
+    },
+    "later": {
+        **{"max_steps": 1, "branch_rule": "uniform", "advantage_attribution": "igpo"},
+        **{"advantage_baseline": "score_norm", "dynamic_sampling_rounds": 1, "importance_sampling_level": "turn"},
     },
 }
 """What is trained in several ways, by name. In float32, in which all of them are equal."""

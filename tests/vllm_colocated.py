@@ -102,10 +102,17 @@ def make_trainer(folder: Path, peft_config: LoraConfig | None = None, **settings
     return trainer, model_path
 
 
+LATER: dict[str, Any] = {
+    **{"branch_rule": "uniform", "advantage_attribution": "aepo", "advantage_baseline": "score_norm"},
+    **{"dynamic_sampling_rounds": 1, "importance_sampling_level": "turn", "clip_keeps_gradient": True},
+}
+"""Settings of later papers that read what an engine returns, or what the update compares with it."""
+
+
 def with_adapter(folder: Path) -> dict[str, Any]:
-    """What training an adapter has to show."""
+    """What training an adapter has to show, with `LATER`."""
     lora = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-    trainer, model_path = make_trainer(folder, lora, model_init_kwargs={"dtype": "bfloat16"})
+    trainer, model_path = make_trainer(folder, lora, model_init_kwargs={"dtype": "bfloat16"}, **LATER)
     trainer.train()
     findings = {
         "log": [row for row in trainer.state.log_history if "loss" in row],

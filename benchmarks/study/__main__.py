@@ -151,7 +151,7 @@ def run_all(commands: Sequence[tuple[str, ...]], options: argparse.Namespace, er
 
     def run(words: tuple[str, ...]) -> None:
         start, log = time.perf_counter(), logs / f"{'-'.join(words)}.log"
-        command = [sys.executable, "-m", __spec__.name.removesuffix(".__main__"), "--output", str(options.output)]
+        command = [sys.executable, "-m", __package__, "--output", str(options.output)]
         command += ["--steps", str(options.steps), "--one", *words]
         with log.open("w") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -85,14 +85,14 @@ def gradients(
     return collected
 
 
-def reference(model: Path, data: Path, batches: int = REFERENCE_BATCHES) -> tuple[torch.Tensor, float]:
+def reference(model: Path, data: Path) -> tuple[torch.Tensor, float]:
     """The reference gradient, and the cosine of its two halves, which bounds what an arm can reach."""
     collected = gradients(
         model,
         data,
         Arm(**grpo(LEAVES)),
         seed=_REFERENCE_SEED,
-        batches=batches,
+        batches=REFERENCE_BATCHES,
         prompts=REFERENCE_PROMPTS,
         scale_rewards="none",
         loss_type="dr_grpo",
@@ -102,14 +102,14 @@ def reference(model: Path, data: Path, batches: int = REFERENCE_BATCHES) -> tupl
     return found.mean(dim=0), _cosine(*halves)
 
 
-def measure(model: Path, data: Path, arm: Arm, target: torch.Tensor, batches: int = BATCHES) -> dict[str, Any]:
+def measure(model: Path, data: Path, arm: Arm, target: torch.Tensor) -> dict[str, Any]:
     """The cosines of an arm's batches with `target`, and the calls that a batch costs.
 
     `signal_per_call` is cos² / (1 − cos²) per call made. Averaging n independent batches without bias multiplies
     cos² / (1 − cos²) by n, so this is what a call buys at any size of a batch.
     """
     start = time.perf_counter()
-    collected = gradients(model, data, arm, seed=0, batches=batches, prompts=PROMPTS)
+    collected = gradients(model, data, arm, seed=0, batches=BATCHES, prompts=PROMPTS)
     cosines = [_cosine(gradient, target) for gradient in collected.found]  # 0 where no group has different rewards
     found = interval(cosines)
     calls = mean(collected.calls)

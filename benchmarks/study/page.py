@@ -137,10 +137,16 @@ def frozen_rows(output: Path) -> list[list[str]]:
     for arm in frozen_arms():
         found = [files.read(folder / f"{files.slug(arm.name)}.json") for folder in folders]
         bases = [files.read(folder / f"{files.slug(base)}.json") for folder in folders]
-        ratios = [
-            of["signal_per_call"] / to["signal_per_call"] for of, to in zip(found, bases, strict=True) if of and to
+        signals = [
+            (of["signal_per_call"], to["signal_per_call"]) for of, to in zip(found, bases, strict=True) if of and to
         ]
-        cells = [NOT_RUN if of is None else f"{of['cosine']:.3f} ± {of['half_width'] or math.nan:.3f}" for of in found]
+        ratios = [ours / theirs for ours, theirs in signals if ours is not None and theirs]
+        cells = [
+            NOT_RUN
+            if of is None
+            else f"{of['cosine']:.3f} ± {math.nan if of['half_width'] is None else of['half_width']:.3f}"
+            for of in found
+        ]
         rows.append([arm.name, *cells, f"{mean(ratios):.2f}" if ratios else NOT_RUN])
     halves = [files.read(folder / "reference.json") for folder in folders]
     cells = [NOT_RUN if of is None else f"{of['cosine_of_halves']:.3f}" for of in halves]
@@ -216,23 +222,41 @@ def goals(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Ma
 
 
 def draw(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Mapping[str, Row]], path: Path) -> None:
-    """Save the figure: the tabular effects in each scenario, and the trained arms against GRPO."""
+    """Save the figure, a panel per part that has run: tabular effects by scenario, trained arms against GRPO."""
     from matplotlib.figure import Figure
 
+    of_scenarios = {
+        scenario: {name: found[number] for name, found in effects.items()} for number, scenario in enumerate(SCENARIOS)
+    }
     base = column(trained.get(Arm(**grpo(LEAVES)).name, {}), "accuracy")
     against = {name: paired(column(rows, "accuracy"), base) for name, rows in trained.items()}
-    figure = Figure(figsize=(12, max(4.0, 0.22 * len(effects) + 1)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for number, scenario in enumerate(SCENARIOS):
-        _intervals(left, {name: found[number] for name, found in effects.items()}, scenario, 0.2 * (number - 1))
-    _intervals(right, against, None, 0.0)
-    left.set(title="a. Tabular: change of the exact accuracy")
-    left.legend(fontsize=8)
-    right.set(title=f"c. Training: accuracy − {_GRPO}, mean")
+    panels = {
+        "a. Tabular: change of the exact accuracy": of_scenarios,
+        f"c. Training: accuracy − {_GRPO}, mean": {"": against},
+    }
+    run = {title: found for title, series in panels.items() if (found := _with_rows(series))}
+    figure = Figure(figsize=(6 * max(len(run), 1), max(4.0, 0.22 * len(effects) + 1)), layout="constrained")
+    for number, (title, series) in enumerate(run.items()):
+        axes = figure.add_subplot(1, len(run), number + 1)
+        for i, (label, of_names) in enumerate(series.items()):
+            _intervals(axes, of_names, label, 0.2 * (i - (len(series) - 1) / 2))
+        axes.set(title=title)
+        if len(series) > 1:
+            axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
-def _intervals(axes: Any, found: Mapping[str, Interval | None], label: str | None, offset: float) -> None:
+def _with_rows(series: Mapping[str, Mapping[str, Interval | None]]) -> dict[str, Mapping[str, Interval | None]]:
+    """The series that have run, with the names that have run in any of them."""
+    run = {name for found in series.values() for name, of in found.items() if of is not None}
+    return {
+        label: {name: of for name, of in found.items() if name in run}
+        for label, found in series.items()
+        if any(of is not None for of in found.values())
+    }
+
+
+def _intervals(axes: Any, found: Mapping[str, Interval | None], label: str, offset: float) -> None:
     places = {name: len(found) - i for i, name in enumerate(found)}
     known = {name: of for name, of in found.items() if of is not None}
     axes.errorbar(

@@ -13,13 +13,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
 from arpo_trl import ARPOConfig
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
@@ -63,6 +64,7 @@ class _Run:
     def __init__(self, task: Task, config: ARPOConfig, seed: int, toolbox: ToolBox):
         self.task, self.seed = task, seed
         self.engine = TabularEngine(task)
+        assert config.initial_rollouts is not None  # the configuration has set it
         settings = TreeSettings(
             num_generations=config.num_generations,
             initial_rollouts=config.initial_rollouts,
@@ -73,9 +75,8 @@ class _Run:
             rule=config.make_branch_rule(),
             schedule=RolloutSchedule.ROUNDS,
         )
-        self.sampler = TreeSampler(
-            self.engine, toolbox, TabularProtocol(task), settings, score=lambda _, tree: scores(task, tree)
-        )
+        protocol = cast(ToolProtocol, TabularProtocol(task))
+        self.sampler = TreeSampler(self.engine, toolbox, protocol, settings, score=lambda _, tree: scores(task, tree))
         self.calls = 0
         self.chains: list[int] = []
         """The turns in sequence of each group."""

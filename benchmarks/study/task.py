@@ -85,6 +85,7 @@ class TabularEngine:
 
     forward_s = 0.0
     max_length = None
+    has_logprobs = True
 
     def __init__(self, task: Task):
         self.vocab_size = task.actions

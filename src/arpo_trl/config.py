@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -77,6 +78,23 @@ def refuse_missing_deepspeed_config(args: TrainingArguments) -> None:
     path = args.deepspeed
     if isinstance(path, str) and path.endswith(".json") and not os.path.exists(path):
         raise ConfigError(f"deepspeed is {path!r}, but there is no such file. Check the path of the DeepSpeed config.")
+
+
+def refuse_broken_json(args: TrainingArguments) -> None:
+    """Returns if each field of `args` that accepts JSON text has an object, or JSON text that can be read.
+
+    Raises:
+        ConfigError: A text is not valid JSON. transformers' own message does not name the setting.
+    """
+    for name in args._VALID_DICT_FIELDS:
+        text = getattr(args, name)
+        if isinstance(text, str) and text.startswith("{"):
+            try:
+                json.loads(text)
+            except ValueError as error:
+                raise ConfigError(
+                    f'{name} is {text!r}; expected JSON such as {{"option": 1}}, but {error}. Correct the text.'
+                ) from error
 
 
 @dataclass
@@ -211,9 +229,10 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )
     tool_cache: bool = field(
         default=False,
-        metadata={"help": "Whether an identical call reuses an earlier successful result. Only for tools that are "
-                  "all deterministic."},
-    )  # fmt: skip
+        metadata=described(
+            "Whether an identical call reuses an earlier successful result. Only for tools that are all deterministic."
+        ),
+    )
 
     share_calls: str = field(
         default=ShareCalls.OFF.value,
@@ -241,9 +260,11 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )
     clip_keeps_gradient: bool = field(
         default=False,
-        metadata={"help": "Whether a token with a positive advantage and a ratio above 1 + epsilon_high has the "
-                  "gradient of the ratio 1 + epsilon_high, as in AEPO, in place of none, as in PPO."},
-    )  # fmt: skip
+        metadata=described(
+            "Whether a token with a positive advantage and a ratio above 1 + epsilon_high has the gradient of the "
+            "ratio 1 + epsilon_high, as in AEPO, in place of none, as in PPO."
+        ),
+    )
     advantage_baseline: str = field(
         default=AdvantageBaseline.MEAN.value,
         metadata=described(
@@ -390,6 +411,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
         take_the_cpu_if_alone(self)
         refuse_missing_deepspeed_config(self)
+        refuse_broken_json(self)
         try:
             super().__post_init__()
         except ValueError as error:
@@ -407,22 +429,19 @@ class ARPOConfig(ToolLimits, GRPOConfig):
 
     def make_branch_rule(self) -> BranchRule:
         """The rule that `branch_rule` names, with its settings."""
-        options = self.branch_rule_kwargs or {}
-        if not isinstance(options, dict):
-            raise ConfigError(
-                f"branch_rule_kwargs is {options!r}; expected options of the branch rule, such as {{option: value}}."
-            )
+        options = self._options("branch_rule_kwargs", "branch rule")
         return build_rule(self.branch_rule, {name: getattr(self, name) for name in _OF_RULES}, options)
 
     def make_credit(self) -> Credit:
         """The credit that `advantage_attribution` and `shared_prefix_weight` choose, with its options."""
-        options = self.advantage_attribution_kwargs or {}
-        if not isinstance(options, dict):
-            raise ConfigError(
-                f"advantage_attribution_kwargs is {options!r}; expected options of the credit, such as "
-                "{option: value}."
-            )
+        options = self._options("advantage_attribution_kwargs", "credit")
         return build_credit(self.advantage_attribution, options, SharedPrefixWeight(self.shared_prefix_weight))
+
+    def _options(self, setting: str, kind: str) -> dict[str, Any]:
+        options = getattr(self, setting)
+        if options is not None and not isinstance(options, dict):
+            raise ConfigError(f"{setting} is {options!r}; expected options of the {kind}, such as {{option: value}}.")
+        return options or {}
 
     @property
     def tool_places(self) -> dict[str, int]:
@@ -462,6 +481,17 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         if self.initial_rollouts is None:
             self.initial_rollouts = rule.first_paths(self.num_generations)
         rule.check(self.num_generations, self.initial_rollouts, self.max_tool_calling_iterations)
+        paths = f"initial_rollouts (N) is {self.initial_rollouts} and num_generations (M) is {self.num_generations}"
+        if self.initial_rollouts == self.num_generations and self.branch_rule_kwargs:
+            raise ConfigError(
+                f"branch_rule_kwargs is {self.branch_rule_kwargs}, but {paths}, so that nothing branches. Remove "
+                "branch_rule_kwargs, or choose N < M."
+            )
+        if self.initial_rollouts < self.num_generations and self.max_tool_calling_iterations == 0:
+            raise ConfigError(
+                f"max_tool_calling_iterations is 0, but {paths}: paths branch at tool results only. Set "
+                f"initial_rollouts: {self.num_generations}, which is GRPO, or raise max_tool_calling_iterations."
+            )
 
     def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
         """Checks that a rank's batch holds whole groups: a tree cannot span ranks. TRL checks the global batch."""

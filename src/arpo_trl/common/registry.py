@@ -5,6 +5,7 @@ The names of the package's classes are its file names, so listing them imports n
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
@@ -98,7 +99,7 @@ class Registry(Generic[T]):
         if unknown := [option for option in options if option not in own]:
             raise ConfigError(
                 f"{setting} has {unknown}, but the {self.kind} {name!r} takes {own or 'no options'}. "
-                "Remove or rename the others."
+                f"{_way_out(unknown, own, shared)}"
             )
         values = {field: value for field, value in shared.items() if field in known} | dict(options)
         needed = [
@@ -106,7 +107,21 @@ class Registry(Generic[T]):
         ]
         if missing := [field for field in needed if field not in values]:
             raise ConfigError(f"The {self.kind} {name!r} needs values for {missing}. Set them in {setting}.")
-        built = made(**values)
-        if known:
-            check_fields(built)
+        try:
+            built = made(**values)
+            if known:
+                check_fields(built)
+        except ConfigError as error:
+            raise ConfigError(f"{setting}: {error}" if options else str(error)) from error
         return built
+
+
+def _way_out(unknown: Iterable[str], own: Iterable[str], shared: Iterable[str]) -> str:
+    """What to do about options that a class does not take."""
+    hints = []
+    for option in unknown:
+        if option in shared:
+            hints.append(f"{option} is a setting of its own: set it there if the class reads it.")
+        elif near := difflib.get_close_matches(str(option), own, n=1):
+            hints.append(f"Did you mean {near[0]!r} instead of {option!r}?")
+    return " ".join(hints) or "Remove or rename the others."

@@ -90,9 +90,9 @@ def described(
 def check_fields(settings: Any) -> None:
     """Returns if the metadata of every field of the dataclass instance `settings` accepts its value.
 
-    A number must have the annotated type, be finite and lie within its range. True and False are not numbers. None is
-    accepted if the annotation allows it. Where "on" or "off" is a choice, True and False become it, because YAML reads
-    a bare `on` or `off` as a bool.
+    A number must have the annotated type, be finite and lie within its range. True and False are bools, not numbers;
+    nothing else is a bool. None is accepted if the annotation allows it. Where "on" or "off" is a choice, True and
+    False become it, because YAML reads a bare `on` or `off` as a bool.
 
     Raises:
         ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
@@ -117,9 +117,11 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
             accepted = isinstance(value, list) and all(entry in choices for entry in value)
             return None if accepted else f"a list of some of {choices}"
         return None if value in choices else f"one of {choices}"
-    kind = next((kind for kind in (int, float) if kind in kinds), None)
+    kind = next((kind for kind in (bool, int, float) if kind in kinds), None)
     if kind is None or "range" not in metadata:
         return None
+    if kind is bool:
+        return None if isinstance(value, bool) else "true or false"
     limits: Range = metadata["range"]
     numeric = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if numeric and value in limits:

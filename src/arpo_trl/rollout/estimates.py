@@ -33,7 +33,7 @@ class DepthEstimates:
     """Exponential moving averages of S, v and c by depth. They start with the first step's values.
 
     estimates = DepthEstimates()
-    estimates.update([depth_sums(trees, rewards)], memory=0.8)
+    estimates.update([depth_sums(trees, rewards)], memory=0.8, share=0.5)
     estimates.widths(16, 0.5)  # [4.1, 9.7, 16.0], say
     """
 
@@ -46,15 +46,26 @@ class DepthEstimates:
         """M of the last step."""
         self.spent: float | None = None
         """Calls made in the last step's trees, as a share of those on all paths; None if there were none."""
+        self.planned: float | None = None
+        """The share of calls to plan for, so that the wanted share is spent although paths that end early lead to more
+        calls. None before the first step."""
 
-    def update(self, sums: Sequence[Mapping[str, Any]], memory: float) -> None:
-        """Add one step's `depth_sums` of all ranks; `memory` is the weight of the average so far."""
+    def update(self, sums: Sequence[Mapping[str, Any]], memory: float, share: float) -> None:
+        """Add one step's `depth_sums` of all ranks.
+
+        Args:
+            memory: The weight of the averages so far.
+            share: The wanted share of calls, as for `widths`. The plan moves against what was spent beyond it.
+        """
         leaves = sum(part["leaves"] for part in sums)
         if not leaves:
             return
         self.leaves = leaves // sum(part["trees"] for part in sums)
         on_paths = math.fsum(math.fsum(part["calls"]) for part in sums)
         self.spent = sum(part["made"] for part in sums) / on_paths if on_paths else None
+        if self.spent is not None:
+            planned = share if self.planned is None else self.planned
+            self.planned = min(max(planned + (1 - memory) * (share - self.spent), 0.0), 1.0)
         for name in ("score", "calls"):
             old: list[float] = getattr(self, name)
             depths = range(max(len(old), *(len(part[name]) for part in sums)))
@@ -98,8 +109,9 @@ class DepthEstimates:
 
         Args:
             leaves: M.
-            share: Σ c_m·n_m as a share of the calls of M independent paths.
+            share: Σ c_m·n_m as a share of the calls of M independent paths, before the first step. Then `planned`.
         """
+        share = share if self.planned is None else self.planned
         blocks = pooled(self.variance_shares(), self.calls)
         if not any(a for a, _, _ in blocks):
             return None
@@ -112,6 +124,22 @@ class DepthEstimates:
             low, high = (low, scale) if spent > share * leaves * math.fsum(self.calls) else (scale, high)
         return [*n[:-1], float(leaves)]
 
+    def metrics(self, widths: Sequence[float]) -> dict[str, float]:
+        """The estimates by depth, what `widths` gain, and what was spent; what is not known is left out."""
+        by_depth = {
+            "score_norm": dict(enumerate(self.score)),
+            "calls": dict(enumerate(self.calls)),
+            "width": dict(enumerate(widths)),
+            "variance": self.variance,
+        }
+        values = {f"{name}_depth_{m}": value for name, column in by_depth.items() for m, value in column.items()}
+        others = {
+            "gain": self.gain(),
+            "gain_of_widths": self.gain_of(widths) if widths else None,
+            "calls_share": self.spent,
+        }
+        return values | {name: value for name, value in others.items() if value is not None}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "score": list(self.score),
@@ -119,11 +147,13 @@ class DepthEstimates:
             "variance": dict(self.variance),
             "leaves": self.leaves,
             "spent": self.spent,
+            "planned": self.planned,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.score, self.calls = list(state["score"]), list(state["calls"])
-        self.variance, self.leaves, self.spent = dict(state["variance"]), state["leaves"], state["spent"]
+        self.variance, self.leaves = dict(state["variance"]), state["leaves"]
+        self.spent, self.planned = state["spent"], state["planned"]
 
 
 def pooled(a: Sequence[float], c: Sequence[float]) -> list[tuple[float, float, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
@@ -64,12 +65,28 @@ class Advantages(GRPOTrainer):
         rewards = self._last_rewards.to(advantages.device)
         if self._credit.reads_answers:
             self._credit.answer_probabilities = self._answer_probabilities() if self.model.training else ()
+        if self._credit.reads_entropies:
+            self._credit.entropy_scores = self._entropy_scores(batch) if self.model.training else None
         batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
         if weights is not None:
             batch["tool_mask"] = batch["tool_mask"] * weights
         if self._credit.weighs:  # on every rank, with weights or without: the count is a sum over all ranks
             trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
             batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
+
+    def _entropy_scores(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, T) z-scores of the policy's entropies over all ranks' trained tokens; 0 elsewhere. A collective."""
+        assert self._last is not None
+        mask = batch["completion_mask"] * batch["tool_mask"]
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        visible = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        width, size = mask.size(1), self.args.per_device_train_batch_size
+        with torch.no_grad(), self._loss_tokens(mask):
+            _, entropies, _ = self._get_per_token_logps_and_entropies(
+                self.model, ids, visible, width, size, compute_entropy=True
+            )
+        longest = max(len(leaf.ids) for leaf in self._last.leaves)
+        return z_scores(entropies[:, :longest].float(), mask[:, :longest] != 0, self.accelerator)
 
     def _answer_probabilities(self) -> list[dict[int, float]]:
         """The policy's probabilities of the reference answers in the trees of the last rollout. A collective."""
@@ -87,3 +104,20 @@ class Advantages(GRPOTrainer):
         return answer_probabilities(
             trees, written, self._tokenizer, score, lambda number: max(gather_object([number]))
         )
+
+
+def z_scores(values: torch.Tensor, chosen: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """Distances to the mean in sample standard deviations, over the `chosen` values of all ranks. A collective.
+
+    Args:
+        values: Of this rank.
+        chosen: bool, in the shape of `values`. Others get 0, and so do all if the chosen ones do not differ.
+    """
+
+    def of_all_ranks(number: torch.Tensor) -> torch.Tensor:
+        return accelerator.reduce(number, reduction="sum")
+
+    count = of_all_ranks(chosen.sum().to(values))
+    mean = of_all_ranks(values[chosen].sum()) / count
+    variance = of_all_ranks(((values[chosen] - mean) ** 2).sum()) / (count - 1)
+    return torch.where(chosen & (variance > 0), (values - mean) / variance.sqrt(), 0.0)

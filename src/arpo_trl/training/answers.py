@@ -44,7 +44,7 @@ def reference(answer: Any, row: int) -> str:
     Raises:
         DataError: There is none.
     """
-    first = answer if isinstance(answer, str) else next(iter(answer or ()), None)
+    first = answer[0] if isinstance(answer, list) and answer else answer
     if not isinstance(first, str) or not first.strip():
         raise DataError(f"Row {row}: {COLUMN} is {answer!r}; expected non-empty text, or a list of such texts.")
     return first

@@ -1,15 +1,14 @@
 """Terms of the loss that TRL lacks, expressed in what TRL's loss reads from the batch.
 
-TRL's `_compute_loss` first computes the policy's logprobs and entropies, and then reads the advantages and the old
-logprobs from the batch. A token's ratio is r = exp(logprob − old). So between the two:
+TRL's `_compute_loss` first computes the policy's logprobs, and then reads the old ones from the batch. A token's ratio
+is r = exp(logprob − old). So between the two:
 
-- A credit that reads entropies replaces the advantages (`Credit.refine`).
 - `importance_sampling_level: turn`: old' = sg(logprob) − (mean log-ratio of the turn). Each token of a turn then has
   the turn's ratio as its value and its own gradient, π/sg(π) · sg(exp(mean log-ratio)) (AT²PO, arXiv 2601.04767).
 - `clip_keeps_gradient`: where r > 1 + ε_high and A > 0, old' = sg(logprob) − log(1 + ε_high). The token has the value
   of PPO's clip, and the gradient factor 1 + ε_high in place of 0 (AEPO, arXiv 2510.14545).
 
-Pure: torch and the interface of credits.
+Pure: torch only.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ from typing import Any
 
 import torch
 
-from arpo_trl.rollout.credit.base import Credit
-
 INSIDE = 1e-4
 """How far below log(1 + ε_high) a kept token's log-ratio is: more than the rounding of a logprob in float32."""
 
@@ -30,31 +27,27 @@ INSIDE = 1e-4
 class LossTerms:
     """What a run adds to TRL's loss. `keeps_above` is 1 + ε_high, or None: PPO's clip.
 
-    LossTerms(credit=Soft(), per_turn=True, keeps_above=None)
+    LossTerms(per_turn=True, keeps_above=None)
     """
 
-    credit: Credit
     per_turn: bool
     keeps_above: float | None
 
     def __bool__(self) -> bool:
         """Whether anything is added."""
-        return self.credit.reads_entropies or self.per_turn or self.keeps_above is not None
+        return self.per_turn or self.keeps_above is not None
 
-    def apply(self, batch: dict[str, Any], logprobs: torch.Tensor, entropies: torch.Tensor) -> torch.Tensor | None:
-        """Replaces advantages and old logprobs in `batch`, a micro-batch. Returns which tokens keep their gradient.
+    def apply(self, batch: dict[str, Any], logprobs: torch.Tensor) -> torch.Tensor | None:
+        """Replaces the old logprobs in `batch`, a micro-batch. Returns which tokens keep their gradient.
 
         Args:
             logprobs: (B, T) of the policy.
-            entropies: (B, T) of the policy.
 
         Returns:
             (B, T) bool, the trained tokens above the clip range that have a gradient; None without old logprobs. Then
             the policy is the one that sampled, all ratios are 1, and nothing is clipped.
         """
         mask = batch["completion_mask"] * batch["tool_mask"]
-        if self.credit.reads_entropies:
-            batch["advantages"] = self.credit.refine(batch["advantages"], entropies.detach(), mask)
         old = batch.get("old_per_token_logps")
         if old is None:
             return None

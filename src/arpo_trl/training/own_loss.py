@@ -7,13 +7,12 @@ from typing import Any
 import torch
 
 from arpo_trl.options import ImportanceSamplingLevel
-from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.training.loss_terms import LossTerms
 from arpo_trl.training.shared_update import SharedPrefixUpdate
 
 
 class OwnLoss(SharedPrefixUpdate):
-    """A `SharedPrefixUpdate` whose loss can have ratios per turn, AEPO's clip and credits that read entropies.
+    """A `SharedPrefixUpdate` whose loss can have ratios per turn and AEPO's clip.
 
     A subclass calls `_prepare_loss`. Without these settings TRL's code runs as it is. With one it changes:
 
@@ -25,13 +24,13 @@ class OwnLoss(SharedPrefixUpdate):
     _loss_batch: dict[str, Any] | None = None
     """The micro-batch while `_compute_loss` works on it, if there are terms."""
 
-    def _prepare_loss(self, credit: Credit) -> None:
+    def _prepare_loss(self) -> None:
         """Reads the settings, once TRL's `__init__` has."""
         per_turn = self.args.importance_sampling_level == ImportanceSamplingLevel.TURN
         if per_turn:  # TRL then takes each token's ratio, which the terms make its turn's
             self.importance_sampling_level = ImportanceSamplingLevel.TOKEN.value
         keeps_above = 1 + self.epsilon_high if self.args.clip_keeps_gradient else None
-        self._loss_terms = LossTerms(credit=credit, per_turn=per_turn, keeps_above=keeps_above)
+        self._loss_terms = LossTerms(per_turn=per_turn, keeps_above=keeps_above)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         if not self._loss_terms:
@@ -45,9 +44,7 @@ class OwnLoss(SharedPrefixUpdate):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._loss_batch is not None:
-            logprobs, entropies, _ = result
-            assert entropies is not None  # TRL's loss asks for them
-            self._count(self._loss_batch, self._loss_terms.apply(self._loss_batch, logprobs, entropies))
+            self._count(self._loss_batch, self._loss_terms.apply(self._loss_batch, result[0]))
         return result
 
     def _count(self, batch: dict[str, Any], kept: torch.Tensor | None) -> None:
@@ -58,8 +55,3 @@ class OwnLoss(SharedPrefixUpdate):
         kept_and_all = self.accelerator.reduce(torch.stack([kept.sum(), tokens]), reduction="sum")
         share = float(kept_and_all[0] / kept_and_all[1].clamp(min=1))
         self._metrics["train"]["arpo/update/kept_above_clip"].append(share)
-
-    @property
-    def _micro_batches_dealt_together(self) -> int:
-        """As without the terms; 1 where the credit compares the tokens of a micro-batch."""
-        return 1 if self._loss_terms.credit.reads_entropies else super()._micro_batches_dealt_together

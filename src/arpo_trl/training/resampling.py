@@ -21,6 +21,7 @@ from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.calls import CallSource
 from arpo_trl.training.reward_guard import total_rewards
+from arpo_trl.training.rewards_ahead import Scored, score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,14 +44,18 @@ class Resampling(GRPOTrainer):
     It changes the following parts of `GRPOTrainer`, and no others:
 
     - `_generate`: scores what it generated, and generates again. TRL's metrics are those of the last round.
-    - `_calculate_rewards`: returns the rewards of that round, which are known already.
+    - `_calculate_rewards`: calls reward functions for the new completions of a round only. TRL's own call gets the
+      rewards of the last round, which are known already.
     """
 
     args: ARPOConfig
+    reward_funcs: list[Any]
     _rows: list[dict[str, Any]]
     """The rows of the rollout, one per leaf."""
     _counted: Tally
     _again: Again | None = None
+    _scored: Scored | None = None
+    """What the reward functions returned for this rank's completions."""
     _scores: torch.Tensor | None = None
     """The rewards of the last round: of all ranks, per function."""
 
@@ -75,7 +80,7 @@ class Resampling(GRPOTrainer):
             else:
                 equal = self._equal_groups(prompts, made)
         finally:
-            self._again = None
+            self._again = self._scored = None
         for still in equal.tolist() if self.accelerator.is_main_process else ():
             self._counted.add("resampling/left", float(still))
         return made
@@ -96,9 +101,34 @@ class Resampling(GRPOTrainer):
         first = own * self.accelerator.process_index
         return [i for i, again in enumerate(chosen[first : first + own].tolist()) if again]
 
-    def _calculate_rewards(self, *args: Any) -> torch.Tensor:
-        scores, self._scores = self._scores, None
-        return super()._calculate_rewards(*args) if scores is None else scores
+    def _calculate_rewards(
+        self, inputs: list[Any], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> torch.Tensor:
+        known, self._scores = self._scores, None
+        if known is not None:
+            return known
+        if not self.model.training or not self.args.dynamic_sampling_rounds:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        functions = self.reward_funcs
+        self._scored = self._with_new_scores(inputs, completions, completion_ids_list)
+        self.reward_funcs = self._scored.replaying(functions)
+        try:
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        finally:
+            self.reward_funcs = functions
+
+    def _with_new_scores(self, rows: list[Any], completions: list[Any], ids: list[Any]) -> Scored:
+        """What reward functions return for all completions. They are called for those of this round only."""
+        size, again, before = self.num_generations, self._again, self._scored
+        groups = range(len(rows) // size) if again is None else again.groups
+        places = [size * group + i for group in groups for i in range(size)]
+        if not places:
+            assert before is not None
+            return before
+        rows, completions, ids = ([given[i] for i in places] for given in (rows, completions, ids))
+        loop = getattr(self, "async_loop", None)
+        new = score(self.reward_funcs, rows, completions, ids, {}, state=self.state, loop=loop)
+        return new if before is None else before.with_new(new, places)
 
 
 def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Calls reward functions outside the trainer's thread, and gives the results to TRL where it would call them.
+"""Calls reward functions before TRL would, and gives the results to TRL where it would call them.
 
-Reward models are left to TRL: they run on the trainer's device, in the trainer's thread.
+Rollouts ahead do so outside the trainer's thread; dynamic sampling does so for the new completions of a round only.
+Reward models are left to TRL: they run on the trainer's device, in the trainer's thread, for all completions.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _NO_COLUMNS = ("prompt", "completion", "completion_ids")
 class Scored:
     """What the reward functions returned and logged, and the seconds they took."""
 
+    count: int
+    """How many completions were scored, those included that others have replaced."""
     rewards: list[list[Any] | None]
     """One entry per reward function, with one value per completion; None for a reward model."""
     columns: list[tuple[str, list[Any]]] = field(default_factory=list)
@@ -30,6 +33,31 @@ class Scored:
     metrics: list[tuple[str, float]] = field(default_factory=list)
     """The calls of `log_metric`."""
     seconds: float = 0.0
+
+    def with_new(self, new: Scored, places: Sequence[int]) -> Scored:
+        """What all completions have, after those at `places` were replaced by the ones that `new` is about.
+
+        A metric is then the mean over all that was scored, replaced completions included.
+        """
+        columns, of_new = _joined(self.columns), _joined(new.columns)
+        totals: dict[str, tuple[float, int]] = {}
+        for part in (self, new):
+            for name, values in _joined([(name, [value]) for name, value in part.metrics]).items():
+                total, count = totals.get(name, (0.0, 0))
+                totals[name] = total + part.count * sum(values) / len(values), count + part.count
+        return Scored(
+            count=self.count + new.count,
+            rewards=[
+                None if old is None or own is None else _placed(old, own, places)
+                for old, own in zip(self.rewards, new.rewards, strict=True)
+            ],
+            columns=[
+                (name, _placed(columns.get(name, []), of_new.get(name, []), places))
+                for name in columns.keys() | of_new.keys()
+            ],
+            metrics=[(name, total / count) for name, (total, count) in totals.items()],
+            seconds=self.seconds + new.seconds,
+        )
 
     def replaying(self, functions: Sequence[Any]) -> list[Any]:
         """Functions that return the rewards, in place of `functions`. The first of them repeats the log calls."""
@@ -72,7 +100,7 @@ def score(
         loop: The event loop of async functions; None if there are none.
     """
     start = time.perf_counter()
-    scored = Scored(rewards=[None] * len(functions))
+    scored = Scored(count=len(rows), rewards=[None] * len(functions))
     arguments = {name: [row[name] for row in rows] for name in rows[0] if name not in _NO_COLUMNS} | {
         **fields,
         "prompts": [row["prompt"] for row in rows],
@@ -100,3 +128,17 @@ def score(
             scored.rewards[i] = rewards
     scored.seconds = time.perf_counter() - start
     return scored
+
+
+def _joined(calls: Sequence[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
+    """The values of all calls by name, as TRL joins them."""
+    joined: dict[str, list[Any]] = {}
+    for name, values in calls:
+        joined.setdefault(name, []).extend(values)
+    return joined
+
+
+def _placed(old: Sequence[Any], new: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    """`old` with `new` at `places`; None where there is no value."""
+    values = dict(enumerate(old)) | dict.fromkeys(places) | dict(zip(places, new, strict=False))
+    return [values.get(i) for i in range(max(values, default=-1) + 1)]

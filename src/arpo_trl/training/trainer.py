@@ -187,7 +187,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.use_vllm = args.use_vllm
         self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL recognises truncated completions by them
         self._credit = args.make_credit()
-        self._prepare_loss(self._credit)
+        self._prepare_loss()
         if self._credit.reads_answers:
             check_answers(datasets, args.advantage_attribution)
         self._shares_prefixes = prepare_prefix_sharing(

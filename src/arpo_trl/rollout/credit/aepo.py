@@ -1,7 +1,6 @@
 """Enlarges the advantages of uncertain tokens: A · (1 + weight · z(H)) (AEPO, arXiv 2510.14545).
 
-H is the policy's entropy at the token, which TRL computes in the update. z is over the trained tokens of this rank's
-micro-batch, detached. AEPO takes it over the batch: the same where a step has one micro-batch and one rank.
+H is the entropy, at the token, of the policy that sampled. z is over the trained tokens of the batch, of all ranks.
 
 Bias: the factor has mean 1 but follows the entropy, so decisions of high entropy weigh more than their share.
 """
@@ -28,12 +27,6 @@ class AEPO(Credit):
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return advantages, None
-
-    def refine(self, advantages: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        trained = entropies[mask != 0]
-        if trained.numel() < 2:
-            return advantages
-        z = (entropies - trained.mean()) / (trained.std() + torch.finfo(entropies.dtype).eps)
-        per_token = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-        return per_token * (1 + self.weight * z * (mask != 0))
+        if self.entropy_scores is None:  # in evaluation
+            return advantages, None
+        return advantages.unsqueeze(1) * (1 + self.weight * self.entropy_scores), None

@@ -35,7 +35,10 @@ class Credit(ABC):
     weighs: ClassVar[bool] = False
     """Whether the credit may return weights. The trainer then counts each batch's tokens again, over all ranks."""
     reads_entropies: bool = False
-    """Whether the update calls `refine`. Rows of different micro-batches then stay apart."""
+    """Whether the trainer sets `entropy_scores` before each call in training, which takes a forward pass."""
+    entropy_scores: torch.Tensor | None = None
+    """(B, T) of the next call: z-scores of the policy's entropies, over the trained tokens of the batch of all ranks.
+    0 where a token is not trained. None in evaluation."""
     reads_answers: bool = False
     """Whether the trainer sets `answer_probabilities` before each call in training, which takes a forward pass. The
     credit then has a `template`: what the model would write to give the answer, with {answer} in its place."""
@@ -58,16 +61,6 @@ class Credit(ABC):
             rewards: (B,), weighted and summed over the reward functions; NaN if none applied to a leaf.
             advantages: (B,), as GRPO computes them, or with the chosen `advantage_baseline`.
         """
-
-    def refine(self, advantages: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Return the advantages of one micro-batch in the update, when the policy's entropies are known.
-
-        Args:
-            advantages: (B,) or (B, T), as `__call__` returned them.
-            entropies: (B, T), in nats, of the policy as it is now, detached.
-            mask: (B, T), nonzero where a token is trained.
-        """
-        return advantages
 
 
 def attribute(

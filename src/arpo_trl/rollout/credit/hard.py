@@ -3,6 +3,8 @@
 Example: two leaves with advantages (1.0, −0.5) that share two nodes of two tokens each:
 
     # hard:  0.25 0.25 0.25 0.25 1.0 1.0 / 0.25 0.25 0.25 0.25 −0.5
+
+Bias: none up to scale where multiplicity does not depend on the path.
 """
 
 from __future__ import annotations

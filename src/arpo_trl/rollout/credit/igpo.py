@@ -32,7 +32,7 @@ class IGPO(Credit):
     reads_answers: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
-        if "{answer}" not in self.template:
+        if not isinstance(self.template, str) or "{answer}" not in self.template:
             raise ConfigError(f"template is {self.template!r}; expected a text with {{answer}} in it.")
 
     def __call__(

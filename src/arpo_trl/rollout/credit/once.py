@@ -1,6 +1,8 @@
 """A shared token is trained only in the first of its leaves, with the mean advantage of all of them.
 
 It wraps the credit that gives the advantages: `shared_prefix_weight: once` selects it for any credit.
+
+Bias: early turns count less against late ones than in independent paths, by N/M at the root.
 """
 
 from __future__ import annotations
@@ -30,15 +32,13 @@ class Once(Credit):
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._credit.answer_probabilities = self.answer_probabilities
+        self._credit.entropy_scores = self.entropy_scores
         made, weights = self._credit(trees, rewards, advantages)
         if not shares_nodes(trees):
             return made, weights
         nodes = token_nodes(trees).to(advantages.device)
         kept = first_copies(nodes)
         return mean_over_leaves(made, nodes), kept if weights is None else kept * weights
-
-    def refine(self, advantages: torch.Tensor, entropies: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return self._credit.refine(advantages, entropies, mask)
 
 
 def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,7 @@
-"""Every token gets its leaf's advantage; equal ratios average them on shared tokens. The paper's default."""
+"""Every token gets its leaf's advantage; equal ratios average them on shared tokens. The paper's default.
+
+Bias: none up to scale where multiplicity does not depend on the path.
+"""
 
 from __future__ import annotations
 

@@ -31,8 +31,7 @@ class Tree(Credit):
         default="leaves",
         metadata=described("How values are averaged.", choices=("leaves", "children", "entropy", "softmax")),
     )
-    difference: bool = False
-    """Whether the value of the node above is subtracted."""
+    difference: bool = field(default=False, metadata=described("Whether the value of the node above is subtracted."))
 
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor

@@ -111,8 +111,10 @@ class Engine(Protocol):
     """V in ln V: the number of tokens in the distribution sampled from."""
     has_logprobs: bool
     """Whether turns have sampling logprobs. Otherwise all of them are NaN."""
-    forward_s: float
-    """Seconds spent in model forwards since the engine was created."""
+
+    @property
+    def forward_s(self) -> float:
+        """Seconds spent in model forwards since the engine was created."""
 
     @property
     def max_length(self) -> int | None:

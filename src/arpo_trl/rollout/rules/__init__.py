@@ -19,7 +19,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from arpo_trl.common.registry import Registry
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment, Rounds, grant, mean
+from arpo_trl.rollout.rules.base import (
+    BranchContext,
+    BranchRule,
+    Candidate,
+    LivePath,
+    Moment,
+    Planned,
+    Rounds,
+    grant,
+    mean,
+)
 from arpo_trl.rollout.tree import BranchDecision
 
 __all__ = [
@@ -30,6 +40,7 @@ __all__ = [
     "Candidate",
     "LivePath",
     "Moment",
+    "Planned",
     "Rounds",
     "build_rule",
     "grant",

@@ -17,19 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import ClassVar
 
 from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, clipped, mean, rise
-from arpo_trl.rollout.tree import BranchDecision, NodeKind
+from arpo_trl.rollout.tree import BranchDecision
 
 
 @dataclass(slots=True)
 class _Split:
-    """One group's first paths, and whether they are still being measured."""
+    """The number of a group's first paths, and whether they are still being measured."""
 
-    leaves: int
     first: int
     measuring: bool = True
 
@@ -61,13 +61,13 @@ class AEPO(BranchRule):
         return 1
 
     def roots(self, planned: int, context: BranchContext) -> int:
-        context.state = _Split(planned + context.remaining, planned)
+        context.state = _Split(planned)
         return planned
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
-        left = max(0.0, 1 - self.penalty * consecutive(candidate, context))
+        entropy, delta = context.measured(candidate)
+        consecutive = len(list(takewhile(lambda above: above.granted, context.decisions_above(candidate))))
+        left = max(0.0, 1 - self.penalty * consecutive)
         change = self.entropy_weight * delta
         if self.form == "paper":
             probability = (self.branch_probability + change) * left
@@ -84,27 +84,17 @@ class AEPO(BranchRule):
             return super().supply(live, context)
         if any(path.address[0] < split.first for path in live):
             return context.remaining
-        split.measuring = False
-        return context.remaining - min(max(1, self.split(context) - split.first), context.remaining)
+        split.measuring = False  # so far nothing has branched: the other leaves remain
+        more = self.split(split.first + context.remaining, context) - split.first
+        return context.remaining - min(max(1, more), context.remaining)
 
-    def split(self, context: BranchContext) -> int:
-        """m, from the turns that the tree has."""
+    def split(self, leaves: int, context: BranchContext) -> int:
+        """m of M = `leaves`, from the turns that the tree has."""
         tree = context.tree
         at_root = mean([mean(tree.nodes[turn].entropies) for turn in tree.root.children])
         after = [
             mean(tree.nodes[turn].entropies) for node in tree.observations() if node.calls for turn in node.children
         ]
         difference = rise(at_root, mean(after) if after else at_root, context.vocab_size)
-        share = context.state.leaves / (1 + math.exp(-self.split_weight * difference))
+        share = leaves / (1 + math.exp(-self.split_weight * difference))
         return round(share) if self.form == "paper" else int(share) + 1
-
-
-def consecutive(candidate: Candidate, context: BranchContext) -> int:
-    """How many observations right above on the path have branched in a row."""
-    count = 0
-    for node in reversed(context.tree.path(candidate.node)[:-1]):
-        if node.kind is NodeKind.OBSERVATION:
-            if node.decision is None or not node.decision.granted:
-                break
-            count += 1
-    return count

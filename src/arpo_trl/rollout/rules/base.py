@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.errors import ConfigError
-from arpo_trl.rollout.tree import Address, BranchDecision, Node, RolloutTree
+from arpo_trl.rollout.tree import Address, BranchDecision, Node, NodeKind, RolloutTree
 
 
 class Moment(Enum):
@@ -101,13 +101,24 @@ class BranchContext:
         """The candidate's random number, uniform in [0, 1)."""
         return self.generator(*candidate.address, candidate.depth).random()
 
+    def measured(self, candidate: Candidate) -> tuple[float, float]:
+        """The candidate's H_turn in nats, and its ΔH."""
+        entropy = mean(candidate.turn)
+        return entropy, rise(entropy, mean(candidate.root), self.vocab_size)
+
+    def decisions_above(self, candidate: Candidate) -> list[BranchDecision]:
+        """The decisions at the observations above the candidate on its path, nearest first."""
+        above = [node for node in self.tree.path(candidate.node)[:-1] if node.kind is NodeKind.OBSERVATION]
+        return [node.decision or BranchDecision(fires=False) for node in reversed(above)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BranchRule(ABC):
     """A branch rule: a frozen dataclass whose fields are its settings. One object serves all groups of a run.
 
-    Most rules define only `judge`. A rule that spends the budget differently also overrides `decide`, `supply` or
-    `roots`. A rule that estimates something over the run sets `learns` and overrides the methods from `lesson` on.
+    Most rules define only `judge`. A rule that spends the budget differently also overrides `wants`, `decide`,
+    `supply` or `roots`, or derives from `Rounds` or `Planned`. A rule that estimates something over the run sets
+    `learns` and overrides the methods from `lesson` on.
 
         @register_rule("always")
         @dataclass(frozen=True, kw_only=True)
@@ -179,6 +190,10 @@ class BranchRule(ABC):
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         """Decide whether this observation branches. `granted` of the result is ignored."""
 
+    def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
+        """Return how many branches the observation gets if `decision` fires and the budget suffices."""
+        return self.branches_per_fork
+
     def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
         """Return one decision per candidate, with `granted` set. Their sum is at most `context.remaining`.
 
@@ -186,7 +201,7 @@ class BranchRule(ABC):
         observations of the tree each time, and its grants are added to the node's earlier ones.
         """
         judged = [self.judge(candidate, context) for candidate in candidates]
-        wanted = [self.branches_per_fork] * len(judged)
+        wanted = [self.wants(*pair, context) for pair in zip(candidates, judged, strict=True)]
         return grant(judged, wanted, [decision.delta or 0.0 for decision in judged], context.remaining)
 
     def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
@@ -295,6 +310,86 @@ class Rounds(BranchRule):
 
     def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
         return context.remaining - int(context.state.at_root)
+
+
+@dataclass(slots=True, kw_only=True)
+class Plan:
+    """The state of a group under `Planned`.
+
+    Plan(children=[1, 3, 2], shares={(0,): 6})
+    """
+
+    children: Sequence[int]
+    """The number of roots, then of children at each depth; 1 after the last."""
+    shares: dict[Address, int]
+    """The leaves that each path has still to become, itself included. Paths that are not in it do not branch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned(BranchRule):
+    """A rule that gives every path the same number of children at its m-th result, whatever it has written.
+
+    Each path has a share of the M leaves, which it splits evenly among its children. Where a path ends before it has
+    split its share, or has too few results left for it, as many paths start at the root at once, and these do not
+    branch. So a tree has exactly M leaves. A subclass defines `plan`:
+
+        @register_rule("late")
+        @dataclass(frozen=True, kw_only=True)
+        class Late(Planned):
+            def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
+                return [planned, 1, leaves]
+
+        Late()
+    """
+
+    moment: ClassVar[Moment] = Moment.RESULT
+    sets_branches: ClassVar[bool] = True
+
+    @abstractmethod
+    def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
+        """Return the number of roots of a group, then that of children at each depth, all at least 1.
+
+        Args:
+            leaves: M.
+            planned: N.
+        """
+
+    def roots(self, planned: int, context: BranchContext) -> int:
+        leaves = planned + context.remaining
+        children = self.plan(leaves, planned, context)
+        parts = split_evenly(leaves, min(children[0], leaves))
+        context.state = Plan(children=children, shares={(i,): part for i, part in enumerate(parts)})
+        return len(parts)
+
+    def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+        plan: Plan = context.state
+        children = plan.children[candidate.depth] if candidate.depth < len(plan.children) else 1
+        children = min(children, plan.shares.get(candidate.address, 1))
+        return BranchDecision(fires=children > 1, granted=children - 1)
+
+    def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
+        decisions = [self.judge(candidate, context) for candidate in candidates]
+        shares: dict[Address, int] = context.state.shares
+        for candidate, decision in zip(candidates, decisions, strict=True):
+            own, *others = split_evenly(shares.get(candidate.address, 1), decision.granted + 1)
+            shares[candidate.address] = own
+            shares |= {(*candidate.address, candidate.depth, j): part for j, part in enumerate(others)}
+        return decisions
+
+    def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
+        plan: Plan = context.state
+        total = 0
+        for path in live:
+            depth = sum(node.kind is NodeKind.OBSERVATION for node in context.tree.path(path.node))
+            most = math.prod(plan.children[depth + 1 : depth + 1 + path.results])
+            total += min(plan.shares.get(path.address, 1), most) - 1
+        return total
+
+
+def split_evenly(leaves: int, parts: int) -> list[int]:
+    """`leaves` in `parts` numbers that differ by at most 1, the larger ones first."""
+    even, rest = divmod(leaves, parts)
+    return [even + (i < rest) for i in range(parts)]
 
 
 def grant(

@@ -9,13 +9,12 @@ Bias: multiplicity, look-ahead.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, grant, mean, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -35,7 +34,9 @@ class CBPO(BranchRule):
     base: float = field(default=0.2, metadata=described("P at ΔH = 0, without branches.", at_least=0, at_most=1))
     slope: float = field(default=2.0, metadata=described("Weight of ΔH."))
     power: float = field(default=0.2, metadata=described("How much earlier branches lower P.", at_least=0))
-    least: float = field(default=0.25, metadata=described("An observation branches if P is more.", at_least=0))
+    least: float = field(
+        default=0.25, metadata=described("An observation branches if P is more.", at_least=0, at_most=1)
+    )
     per_node: int = field(default=3, metadata=described("Most branches of an observation.", at_least=1))
     per_path: int = field(default=4, metadata=described("Most branches along a path.", at_least=1))
 
@@ -47,28 +48,22 @@ class CBPO(BranchRule):
         return max(1, leaves * 6 // 16)  # the paper's 6 of 16
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
-        above = self.branches_above(candidate, context)
+        entropy, delta = context.measured(candidate)
+        above = branches_above(candidate, context)
         probability = self.probability(delta, above, 0)
         fires = probability > self.least and above < self.per_path
         return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires)
+
+    def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
+        delta, above = decision.delta or 0.0, branches_above(candidate, context)
+        most = range(min(self.per_node, self.per_path - above))
+        return sum(self.probability(delta, above + j, j) > self.least for j in most)  # P falls with j
 
     def probability(self, delta: float, path: int, node: int) -> float:
         """P with L = `path` and l = `node`."""
         return clipped(self.base + self.slope * delta) / ((1 + path) * (1 + node)) ** self.power
 
-    def branches_above(self, candidate: Candidate, context: BranchContext) -> int:
-        """The branches of the observations above on the path."""
-        above = context.tree.path(candidate.node)[:-1]
-        return sum(node.decision.granted for node in above if node.decision is not None)
 
-    def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
-        judged = [self.judge(candidate, context) for candidate in candidates]
-        deltas = [decision.delta or 0.0 for decision in judged]
-        wanted = []
-        for candidate, delta in zip(candidates, deltas, strict=True):
-            above = self.branches_above(candidate, context)
-            most = range(min(self.per_node, self.per_path - above))
-            wanted.append(sum(self.probability(delta, above + j, j) > self.least for j in most))  # P falls with j
-        return grant(judged, wanted, deltas, context.remaining)
+def branches_above(candidate: Candidate, context: BranchContext) -> int:
+    """The branches of the observations above on the path."""
+    return sum(decision.granted for decision in context.decisions_above(candidate))

@@ -1,4 +1,9 @@
-"""A random decision: branch with probability P."""
+"""A random decision: branch with probability P.
+
+Reads the entropies of the first k tokens under an observation and of the path's first turn, after those k tokens.
+
+Bias: multiplicity, look-ahead.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, mean, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -24,8 +29,7 @@ class Probability(BranchRule):
     entropy_weight: float = 0.2
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        entropy, delta = context.measured(candidate)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
         return BranchDecision(
             entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability

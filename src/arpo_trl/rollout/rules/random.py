@@ -1,11 +1,17 @@
-"""The control: branch with probability α, independent of entropy."""
+"""The control: branch with probability α, independent of entropy.
+
+Decides after the first k tokens under an observation, as `threshold` does. Their entropies matter only where the
+budget does not suffice for all decisions that arrive together.
+
+Bias: multiplicity.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, mean, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -20,8 +26,7 @@ class Random(BranchRule):
     branch_probability: float = 0.5
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        entropy, delta = context.measured(candidate)
         probability = clipped(self.branch_probability)
         return BranchDecision(
             entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability

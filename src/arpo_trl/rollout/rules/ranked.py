@@ -1,4 +1,9 @@
-"""Wait until the first N paths have ended, then branch where H_turn is highest in the tree."""
+"""Wait until the first N paths have ended, then branch where H_turn is highest in the tree.
+
+Reads the entropies of the first k tokens under each observation.
+
+Bias: multiplicity, look-ahead.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, grant, mean, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, grant, mean
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -25,8 +30,7 @@ class Ranked(BranchRule):
     entropy_weight: float = 0.2
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        entropy, delta = context.measured(candidate)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
         return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=True)
 

@@ -1,4 +1,9 @@
-"""The released code's rule: branch with probability P from the turn *before* the tool result, entropies summed."""
+"""The released code's rule: branch with probability P from the turn *before* the tool result, entropies summed.
+
+Reads the entropies of the first k tokens of that turn and of the path's first turn, when the observation is complete.
+
+Bias: multiplicity.
+"""
 
 from __future__ import annotations
 

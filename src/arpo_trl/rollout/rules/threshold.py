@@ -1,4 +1,9 @@
-"""The paper's rule: branch if P > τ. With α = τ this is ΔH > 0."""
+"""The paper's rule: branch if P > τ. With α = τ this is ΔH > 0.
+
+Reads the entropies of the first k tokens under an observation and of the path's first turn, after those k tokens.
+
+Bias: multiplicity, look-ahead.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, mean, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -25,8 +30,7 @@ class Threshold(BranchRule):
     branch_threshold: float = 0.5
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
-        entropy = mean(candidate.turn)
-        delta = rise(entropy, mean(candidate.root), context.vocab_size)
+        entropy, delta = context.measured(candidate)
         probability = self.branch_probability + self.entropy_weight * delta
         return BranchDecision(
             entropy_nats=entropy, delta=delta, probability=probability, fires=probability > self.branch_threshold
