@@ -6,8 +6,9 @@
 
 `steps`: each search takes 0.5 s on average, drawn from an exponential distribution, so that a rollout has a long tail.
 The update also sleeps, as if it ran on another device, for as long as a rollout takes with k = 0 (`--update_s`). The
-bound is max(rollout, update). `accuracy` is measured on held-out questions, as in the quickstart. `kills` prints the
-steps and rows that were trained. All three need the quickstart's model (`make quickstart`).
+bound is max(rollout, update). `accuracy` is measured on held-out questions, as in the quickstart. Each result is
+written to `--folder` at once, so that `accuracy` can be stopped and started again. `kills` prints the steps and rows
+that were trained. All three need the quickstart's model (`make quickstart`).
 """
 
 from __future__ import annotations
@@ -36,11 +37,14 @@ from arpo_trl.quickstart.__main__ import RL_CONFIG, measure
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
 from serving import Server, running
+from study.files import paired, read, write
 
 SEARCH_S = 0.5
 """Mean seconds of a search."""
 LEFT_OUT = 2
 """First steps that are not counted: the server is slow at first."""
+KS = (0, 1, 2)
+"""Values of `rollouts_ahead`. The first is the one to compare with."""
 QUESTIONS, LEAVES = 4, 8
 """Of a step."""
 
@@ -121,7 +125,7 @@ def steps(run: Path, folder: Path, *, count: int, update_s: float | None) -> Non
     print("|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
     rollout_s = 0.0
     with running(str(run / "sft"), folder / "server.log") as server:
-        for k in (0, 1, 2):
+        for k in KS:
             trainer = make_trainer(
                 run, folder / f"k{k}", server.url, rows, SEARCH_S, rollouts_ahead=k, max_steps=LEFT_OUT + count
             )
@@ -158,29 +162,44 @@ def steps(run: Path, folder: Path, *, count: int, update_s: float | None) -> Non
 
 
 def accuracy(run: Path, folder: Path, *, seeds: int, count: int) -> None:
-    """Prints held-out accuracy for each k and seed."""
-    print("| k | seed | accuracy | staleness | ratio clipped | s |\n|---:|---:|---:|---:|---:|---:|", flush=True)
-    for k in (0, 1, 2):
-        for seed in range(seeds):
-            output, start = folder / f"k{k}-{seed}", time.perf_counter()
-            with running(str(run / "sft"), folder / f"server-{k}-{seed}.log") as server:
-                command = [
-                    *(sys.executable, "train.py", "--config", str(RL_CONFIG), "--output_dir", str(output)),
-                    *("--model_name_or_path", str(run / "sft"), "--dataset", str(run / "data/train.jsonl")),
-                    *("--search_index", str(run / "data/corpus.jsonl"), "--eval_strategy", "no"),
-                    *("--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_urls", server.url),
-                    *("--weight_sync", "disk", "--rollout_schedule", "overlap", "--rollouts_ahead", str(k)),
-                    *("--max_steps", str(count), "--seed", str(seed)),
-                ]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            log = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
-            ahead = [
-                mean(row.get(f"arpo/ahead/{name}", 0.0) for row in log if "loss" in row)
-                for name in ("staleness_mean", "ratio_clipped")
-            ]
-            scored = measure(output, run / "data", seed, temperature=1.0).accuracy
-            cells = [f"{scored:.3f}", *(f"{value:.3f}" for value in ahead), f"{time.perf_counter() - start:.0f}"]
-            print(f"| {k} | {seed} | " + " | ".join(cells) + " |", flush=True)
+    """Trains with each k and seed that has no result yet, seed by seed, and prints the table of all results."""
+    files = {(k, seed): folder / f"{count}-steps-k{k}-{seed}.json" for seed in range(seeds) for k in KS}
+    if missing := [key for key, file in files.items() if not file.exists()]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with running(str(run / "sft"), folder / "server.log") as server:
+            for key in missing:
+                write(files[key], train(run, folder / files[key].stem, server.url, *key, count))
+    results = {key: read(file) for key, file in files.items()}
+    print("| k | seed | accuracy | staleness | ratio clipped | s |\n|---:|---:|---:|---:|---:|---:|")
+    for (k, seed), result in results.items():
+        cells = [f"{result[name]:.3f}" for name in ("accuracy", "staleness_mean", "ratio_clipped")]
+        print(f"| {k} | {seed} | " + " | ".join(cells) + f" | {result['seconds']:.0f} |")
+    of_k = {k: {str(seed): results[k, seed]["accuracy"] for seed in range(seeds)} for k in KS}
+    for k in KS[1:]:
+        print(f"k = {k} against 0, paired by seed: {paired(of_k[k], of_k[0])}")
+
+
+def train(run: Path, output: Path, url: str, k: int, seed: int, count: int) -> dict[str, float]:
+    """Trains with the quickstart's settings and returns the held-out accuracy and means over the steps."""
+    start = time.perf_counter()
+    command = [
+        *(sys.executable, "train.py", "--config", str(RL_CONFIG), "--output_dir", str(output)),
+        *("--model_name_or_path", str(run / "sft"), "--dataset", str(run / "data/train.jsonl")),
+        *("--search_index", str(run / "data/corpus.jsonl"), "--eval_strategy", "no"),
+        *("--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_urls", url),
+        *("--weight_sync", "disk", "--rollout_schedule", "overlap", "--rollouts_ahead", str(k)),
+        *("--max_steps", str(count), "--seed", str(seed), "--overwrite_output_dir", "true"),
+    ]
+    with output.with_suffix(".log").open("w") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+    history = json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"]
+    steps = [row for row in history if "loss" in row]
+    means = {
+        name: mean(row.get(f"arpo/ahead/{name}", 0.0) for row in steps) for name in ("staleness_mean", "ratio_clipped")
+    }
+    seconds = time.perf_counter() - start
+    scored = measure(output, run / "data", seed, temperature=1.0).accuracy
+    return {"accuracy": scored, **means, "steps": count, "seconds": seconds}
 
 
 class Restarts(TrainerCallback):
@@ -207,7 +226,7 @@ def rank(run: Path, folder: Path, *, url: str, count: int) -> None:
         max_steps=count,
         per_device_train_batch_size=LEAVES,
         trajectory_log_rate=1.0,
-        vllm_server_timeout=180.0,
+        vllm_server_timeout=600.0,
     )
     if trainer.accelerator.process_index == 1:
         slow = slow_search(run, 0.2)
@@ -219,7 +238,10 @@ def rank(run: Path, folder: Path, *, url: str, count: int) -> None:
 def kills(run: Path, folder: Path, *, count: int) -> None:
     """Prints how a run of two ranks whose server is killed and restarted twice went."""
     server = Server(str(run / "sft"), folder / "server.log").start().wait()
-    launch = [*(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"), __file__]
+    launch = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/ddp.yaml"),
+        *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", __file__),
+    ]
     start = time.perf_counter()
     words = ["rank", "--run", str(run), "--folder", str(folder), "--url", server.url, "--steps", str(count)]
     trained = subprocess.Popen([*launch, *words], stdout=subprocess.DEVNULL)

@@ -72,7 +72,7 @@ def by_length(completions: list[Any], **_: Any) -> list[float]:
 def make_trainer(model: Any, output: Path, script: Script = searching, **settings: Any) -> ARPOTrainer:
     """A trainer of 2 prompts × 4 leaves a step: 12 steps an epoch."""
     engine = EngineWithVersions(script)
-    names = ("reward_funcs", "eval_dataset", "train_dataset", "environment_factory")
+    names = ("reward_funcs", "eval_dataset", "train_dataset", "environment_factory", "tools")
     others = {name: settings.pop(name) for name in names if name in settings}
     made = ARPOTrainer(
         model=model,
@@ -94,8 +94,7 @@ def make_trainer(model: Any, output: Path, script: Script = searching, **setting
             }
         ),
         engine=engine,
-        tools=[search],
-        **{"reward_funcs": by_length, "train_dataset": ROWS, **others},
+        **{"reward_funcs": by_length, "train_dataset": ROWS, "tools": [search], **others},
     )
     engine.step = lambda: made.state.global_step
     return made

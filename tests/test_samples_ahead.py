@@ -1,5 +1,6 @@
 """Rollouts that run during the update, on a scripted engine. tests/test_vllm_ahead.py does the same on a server."""
 
+import errno
 import itertools
 import os
 import random
@@ -15,14 +16,16 @@ import pytest
 import torch
 from datasets import Dataset
 from transformers import TrainerCallback
+from trl import GRPOTrainer
+from trl.trainer.utils import RepeatSampler
 
 import ahead_run
 from ahead_run import ROWS, by_length, make_trainer, searching
 from arpo_trl import ARPOConfig
-from arpo_trl.errors import ConfigError, EngineError, Interrupted, RewardError
+from arpo_trl.errors import CheckpointError, ConfigError, EngineError, Interrupted, RewardError
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.training.rewards_ahead import Scored, score
-from arpo_trl.training.samples_ahead import RowsAhead
+from arpo_trl.training.rows_ahead import RowsAhead, later_epochs
 from ranks import launch, launched
 from support import ON_CPU, save_tiny_model
 
@@ -77,7 +80,7 @@ def test_the_next_rollout_runs_while_the_update_does(model_path, tmp_path):
     made.compute_loss = compute_loss
     made.train()
     assert [row["arpo/ahead/staleness_max"] for row in losses(made)] == [0.0, 1.0, 1.0]
-    assert [row["arpo/ahead/staleness_mean"] for row in losses(made)] == [0.0, 1.0, 1.0]
+    assert [row["arpo/ahead/staleness_mean"] for row in losses(made)][:2] == [0.0, 1.0]
 
 
 @pytest.mark.slow
@@ -89,8 +92,27 @@ def test_the_next_rollout_runs_while_the_update_does(model_path, tmp_path):
         {"rollouts_ahead": 2, "num_iterations": 2},
         {"rollouts_ahead": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 1},
         {"rollouts_ahead": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 2},
+        {"rollouts_ahead": 3, "train_dataset": ROWS.select(range(7))},
+        {"rollouts_ahead": 1, "train_dataset": ROWS.select(range(2)), "max_steps": 4},
+        {"rollouts_ahead": 2, "train_dataset": ROWS.select(range(6)), "shuffle_dataset": False},
+        {
+            "rollouts_ahead": 2,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 1,
+            "train_dataset": ROWS.select(range(6)),
+        },
     ],
-    ids=["three", "two steps a batch", "two iterations", "two batches a step", "accumulated"],
+    ids=[
+        "three",
+        "two steps a batch",
+        "two iterations",
+        "two batches a step",
+        "accumulated",
+        "an epoch of three batches",
+        "an epoch of one batch",
+        "no shuffling",
+        "an epoch that ends with half a step",
+    ],
 )
 def test_rows_are_trained_in_the_order_of_a_run_without_rollouts_ahead(model_path, tmp_path, settings):
     settings = {"max_steps": 14, **settings}  # into the second epoch
@@ -99,15 +121,14 @@ def test_rows_are_trained_in_the_order_of_a_run_without_rollouts_ahead(model_pat
     assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
 
 
-def test_staleness_grows_with_the_batches_ahead_and_starts_anew_with_the_epoch(model_path, tmp_path):
+def test_staleness_grows_with_the_batches_ahead_and_rollouts_cross_epochs(model_path, tmp_path):
     made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=14)
     # Every turn of a batch is there before the next update: the script needs one poll a turn.
     made.add_callback(OnStep(lambda step: made._ahead and time.sleep(0.1)))
     made.train()
     stale = [row["arpo/ahead/staleness_max"] for row in losses(made)]
     assert stale[:3] == [0.0, 1.0, 2.0]
-    assert stale[12:] == [0.0, 1.0]  # 12 steps an epoch
-    assert max(stale) == 2.0
+    assert stale[2:] == [2.0] * 12  # 12 steps an epoch
 
 
 def test_no_batch_is_sampled_that_is_not_trained(model_path, tmp_path):
@@ -151,6 +172,30 @@ def test_reward_functions_run_in_the_rollouts_time_and_log_into_their_own_batch(
     assert [row["first"] for row in losses(made)] == list(first.values())
     assert [row["rewards/other/mean"] for row in losses(made)] == [1.0] * 4
     assert len(made._logs["extra"]["asked"]) == len(made._logs["prompt"])
+
+
+def test_a_batch_that_is_scored_while_the_trainer_takes_the_rewards_of_another_gets_its_own(
+    model_path, tmp_path, monkeypatch
+):
+    """Batch 1 is sampled and scored within TRL's `_calculate_rewards` for batch 0."""
+    calculate, taking, scored = GRPOTrainer._calculate_rewards, threading.Event(), []
+
+    def slow(self, *args, **kwargs):
+        taking.set()
+        time.sleep(0.5)
+        return calculate(self, *args, **kwargs)
+
+    def reward(completions, answer, log_metric, **_):
+        scored.append(float(answer[0][0]))
+        log_metric("first", scored[-1])
+        return by_length(completions)
+
+    monkeypatch.setattr(GRPOTrainer, "_calculate_rewards", slow)
+    made = make_trainer(model_path, tmp_path, reward_funcs=reward, max_steps=2)
+    made.tree_sampler.engine.holds = lambda request: request.key[0] // 2 == 1 and not taking.is_set()
+    made.train()
+    assert [row.get("first") for row in losses(made)] == scored
+    assert len(scored) == 2
 
 
 def test_rewards_advantages_and_completions_are_those_of_a_run_without_rollouts_ahead(model_path, tmp_path):
@@ -280,9 +325,10 @@ def test_a_reward_that_fails_ends_the_run_with_its_error(model_path, tmp_path):
         made.train()
 
 
-@pytest.mark.parametrize("where", ["tool wait", "reward", "update"])
-def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(model_path, tmp_path, where):
-    """Wherever the rollout is: it waits for the engine, hangs in a reward function, or the update runs."""
+@pytest.mark.parametrize("where", ["engine", "tool", "reward", "evaluation", "update"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(model_path, tmp_path, where, signum):
+    """Wherever the run is: it waits for the engine, for a tool or a reward that hangs, or for these to evaluate."""
     hang, there = threading.Event(), threading.Event()
 
     def reward(completions, answer, **_):
@@ -291,9 +337,25 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(m
             hang.wait(60.0)
         return by_length(completions)
 
-    rewarded = itertools.count()
-    made = make_trainer(model_path, tmp_path, reward_funcs=reward, rollouts_ahead=2, max_steps=8)
-    if where == "tool wait":
+    def search(query: str) -> str:
+        """Search.
+
+        Args:
+            query: What for.
+        """
+        if where in ("tool", "evaluation") and next(searched) > 12:  # 8 leaves a batch
+            there.set()
+            hang.wait(60.0)
+        return "iron"
+
+    rewarded, searched = itertools.count(), itertools.count()
+    settings = {}
+    if where == "evaluation":  # after step 1, while the rollout of step 2 hangs
+        settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": ROWS.select(range(2))}
+    made = make_trainer(
+        model_path, tmp_path, reward_funcs=reward, tools=[search], rollouts_ahead=2, max_steps=8, **settings
+    )
+    if where == "engine":
 
         def holds(request):
             if request.key[0] // 2 == 2:
@@ -307,7 +369,7 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(m
     def signalled():
         there.wait(60.0)
         sent.append(time.monotonic())
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
 
     sent = []
     threading.Thread(target=signalled, daemon=True).start()
@@ -315,6 +377,27 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(m
         made.train()
     assert time.monotonic() - sent[0] < 10.0
     hang.set()
+
+
+def test_a_full_disk_at_a_checkpoint_ends_the_run_and_its_rollouts(model_path, tmp_path, monkeypatch):
+    made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=8, save_strategy="steps", save_steps=2)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(made, "save_model", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        made.train()
+    assert made.state.global_step == 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "arpo-rollouts-ahead"]
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0)])
+def test_a_checkpoint_is_resumed_with_as_many_rollouts_ahead_as_it_was_made_with(model_path, tmp_path, before, after):
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    make_trainer(model_path, tmp_path, rollouts_ahead=before, **settings).train()
+    with pytest.raises(ConfigError, match=rf"rollouts_ahead.*{before}.*{after}"):
+        make_trainer(model_path, tmp_path, rollouts_ahead=after, **settings).train(resume_from_checkpoint=True)
 
 
 class StopsAfter(TrainerCallback):
@@ -401,16 +484,38 @@ def test_rows_can_be_looked_at_before_they_are_handed_out_once_each_in_order():
             read.append(i)
             yield [{"prompt": i}]
 
-    rows = RowsAhead(source())
+    rows = RowsAhead(source(), iter([[{"prompt": 7}]]))
     assert rows.at(2) == [{"prompt": 2}]
     assert read == [0, 1, 2]  # only as far as asked
     assert [next(rows)[0]["prompt"] for _ in range(2)] == [0, 1]
     rows.trained = 1
     rows.forget_trained()
     assert rows.at(1) == [{"prompt": 1}]  # handed out, and still there
-    assert rows.at(5) is None  # 5 micro-batches: 0 to 4
+    assert rows.at(5) == [{"prompt": 7}]  # 5 micro-batches, 0 to 4, then those of the next epoch
+    assert rows.at(6) is None
     assert [batch[0]["prompt"] for batch in rows] == [2, 3, 4]
     assert list(rows) == []
+
+
+def test_steps_to_a_later_row_count_the_short_last_step_of_an_epoch():
+    """A resumed epoch of 5 micro-batches, 2 of them trained: steps of [0 1] [2 3] [4], then [0 1] [2 3] [4]."""
+    epoch = [[{"prompt": i}] for i in range(5)]
+    rows = RowsAhead(iter(epoch[2:]), iter(epoch * 2), skipped=2)
+    assert rows.at(7) is not None  # the last of the next epoch
+    assert [rows.steps_to(position, 2) for position in range(8)] == [0, 0, 1, 2, 2, 3, 3, 4]
+    rows.trained = 2
+    assert rows.steps_to(3, 2) == 1
+
+
+def test_later_epochs_are_those_that_the_data_loader_will_deal_out():
+    sampler = RepeatSampler(ROWS, mini_repeat_count=2, batch_size=4, repeat_count=1, seed=3)
+    epochs = [list(sampler) for _ in range(3)]
+    again = RepeatSampler(ROWS, mini_repeat_count=2, batch_size=4, repeat_count=1, seed=3)
+    rows = later_epochs(ROWS, again, 4, 1, 2)  # 4 rows for each of two ranks
+    assert list(again) == epochs[0]  # the current epoch begins
+    expected = [epochs[1][i + 4 : i + 8] for i in range(0, 48, 8)] + [epochs[2][4:8]]
+    assert [next(rows) for _ in range(7)] == [[ROWS[number] for number in batch] for batch in expected]
+    assert list(again) == epochs[1]  # its generator was not used
 
 
 # Bad input -----------------------------------------------------------------------------------------------------------
@@ -445,8 +550,8 @@ def test_settings_that_contradict_rollouts_ahead_are_refused_with_the_reason(tmp
 
 def test_a_dataset_shorter_than_what_is_read_ahead_is_refused(model_path, tmp_path):
     with pytest.raises(ConfigError, match=r"an epoch has only 3 generation batches \(6 rows, 2 prompts per batch\)"):
-        make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=3)
-    make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=2)
+        make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=4)
+    make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=3)
 
 
 class Counting:

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from huggingface_hub import HfApi, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
@@ -28,6 +29,7 @@ from huggingface_hub.utils._http import default_client_factory
 from packaging.requirements import Requirement
 from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import BatchSampler
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -224,6 +226,18 @@ def test_a_sampler_draws_each_epochs_order_from_a_generator_of_its_own():
     sampler, generator = RepeatSampler(range(8), 1, seed=3), torch.Generator().manual_seed(3)
     for _ in range(2):
         assert list(sampler) == torch.randperm(sampler.num_samples, generator=generator).tolist()
+
+
+def test_a_copied_generator_draws_the_same_and_leaves_the_first_as_it_is():
+    generator = torch.Generator().manual_seed(3)
+    copied = generator.clone_state()
+    assert torch.randperm(8, generator=copied).tolist() == torch.randperm(8, generator=generator).tolist()
+
+
+def test_accelerate_deals_the_batches_of_a_sampler_out_to_the_ranks_in_turns():
+    for rank in range(2):
+        dealt = BatchSamplerShard(BatchSampler(range(12), 3, drop_last=False), 2, rank, split_batches=False)
+        assert list(dealt) == [list(range(start, start + 3)) for start in (3 * rank, 6 + 3 * rank)]
 
 
 # TRL: what we override -----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A broken vLLM server raises an error that names its URL and the setting to change."""
 
 import json
+import signal
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.errors import ConfigError, EngineError, Interrupted
 from arpo_trl.options import VLLM_KEY_VARIABLE
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, check_server
+from arpo_trl.rollout.engines.vllm.client import CANARY_TEXT, ServerClient, ServerLost, check_server
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, NcclTransfer, ServedWeights, write_shards
 from support import events_of, tiny_model, tokenizer
@@ -201,6 +202,21 @@ def test_nonsense_in_place_of_json_is_named(serve):
         client(url).weight_version()
 
 
+@pytest.mark.parametrize("answer", [[], {}, "[1, null]", {"data": [1]}, {"vllm_config": []}, {"choices": "no"}])
+@pytest.mark.parametrize("path", ["v1__models", "server_info", "weight_info", "tokenize"])
+def test_json_of_another_form_is_named(serve, path, answer):
+    url, _ = serve(**{path: answer})
+    with pytest.raises(EngineError, match=f"{url} answered with another form of JSON than vLLM"):
+        check_server(client(url), tokenizer(), 2)
+
+
+@pytest.mark.parametrize("path", ["reset_prefix_cache", "v1__completions"])
+def test_json_of_another_form_after_a_sync_ends_the_run(serve, tmp_path, path):
+    url, _ = serve(collective_rpc={}, **{path: {"choices": [{"prompt_logprobs": [None]}]}})
+    with pytest.raises(EngineError, match=f"{url} answered with another form of JSON than vLLM"):
+        moving(url, tmp_path).sync()
+
+
 def test_the_servers_key_is_sent_and_shown_nowhere(serve, monkeypatch):
     monkeypatch.setenv(VLLM_KEY_VARIABLE, "sesame")
     url, seen = serve(tokenize={"tokens": []})
@@ -331,6 +347,87 @@ def test_logprobs_are_compared_after_each_sync(serve, theirs, message):
         with pytest.raises(EngineError, match=f"{url} {message}"):
             weights.sync()
         assert weights.version == "default"
+
+
+def moving(url, folder, **settings) -> ServedWeights:
+    """Weights of a tiny model that move over the disk."""
+    made = ServerClient(url, timeout_s=5.0)
+    facts, accelerator = check_server(made, tokenizer(), 2), Accelerator(cpu=True)
+    transfer = DiskTransfer(tiny_model(), accelerator, tokenizer(), folder, [facts])
+    return ServedWeights(
+        [made], [facts], transfer, accelerator, lambda: 1, lambda ids: [-1.0], [5, 6], 0.05, away_s=5.0, **settings
+    )
+
+
+AGREES = {"choices": [{"prompt_logprobs": [None, {"6": {"logprob": -1.0}}]}]}
+
+
+def test_a_server_that_is_killed_while_it_loads_weights_is_waited_for_and_gets_them(serve, tmp_path):
+    url, seen = serve(
+        collective_rpc=lambda number: None if number == 0 else {},
+        health=lambda number: (503, {}) if number == 0 else {},
+        v1__completions=AGREES,
+    )
+    weights = moving(url, tmp_path)
+    seen.clear()
+    weights.sync()
+    paths = [path for path, _, _ in seen if path != "/metrics"]
+    marked = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/v1/completions"]
+    assert paths == ["/collective_rpc", "/health", "/health", *marked]
+    assert seen[-2][1] == {"new_version": weights.version}
+    assert weights.step == 1
+
+
+def test_a_server_that_stays_away_from_its_weights_ends_the_run_after_the_deadline(serve, tmp_path):
+    url, _ = serve(collective_rpc=None, health=lambda number: (503, {}), v1__completions=AGREES)
+    weights = moving(url, tmp_path)
+    weights._away_s = 0.5
+    with pytest.raises(EngineError, match=rf"{url} did not come up within 0 s .*vllm_server_timeout"):
+        weights.sync()
+    assert weights.step is None
+
+
+def test_a_server_that_every_load_kills_is_not_waited_for_for_ever(serve, tmp_path):
+    url, seen = serve(collective_rpc=None)
+    with pytest.raises(EngineError, match=rf"{url} failed at /collective_rpc"):
+        moving(url, tmp_path).sync()
+    assert sum(path == "/collective_rpc" for path, _, _ in seen) == 4  # ATTEMPTS
+
+
+@pytest.mark.parametrize("server", ["away", "hangs"])
+def test_a_signal_ends_the_wait_for_a_server_that_gets_weights(serve, tmp_path, server):
+    def load(number):
+        loading.set()
+        return time.sleep(4) if server == "hangs" else None
+
+    def check():
+        if loading.is_set():
+            raise Interrupted(signal.SIGTERM)
+
+    loading = threading.Event()
+    url, _ = serve(collective_rpc=load, health=(503, {}))
+    start = time.monotonic()
+    with pytest.raises(Interrupted):
+        moving(url, tmp_path, check=check).sync()
+    assert time.monotonic() - start < 2.0
+
+
+def test_a_restarted_server_that_is_killed_again_while_it_gets_its_weights_gets_them_later(serve):
+    url, _ = serve(
+        v1__completions=lambda number: None if number == 0 else COMPLETION,
+        weight_info=lambda number: {"weight_version": "arpo-x-1" if number == 0 else "default"},
+    )
+    made = engine(url)
+
+    def restore(which):
+        restored.append(which)
+        if len(restored) == 1:
+            raise ServerLost("killed")
+
+    restored = []
+    made._weights.restore = restore
+    assert len(write(made)) == 1
+    assert len(restored) == 2
 
 
 def test_moving_weights_from_a_gpu_is_refused_without_one():

@@ -17,10 +17,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from arpo_trl.rollout.sampler import Finished, GroupRequest, RolloutBatch, RolloutTimes, TreeSampler
 from arpo_trl.training.rewards_ahead import Scored
+from arpo_trl.training.rows_ahead import Rows
 
 ALL = 1 << 30
 """Groups that may run at a time: all that are started."""
@@ -29,7 +29,6 @@ CHECK_S = 0.2
 CLOSE_S = 5.0
 """Seconds that `close` waits for the sampling thread. After that it is left to itself: a tool may hang in it."""
 
-Rows = list[dict[str, Any]]
 Score = Callable[[Rows, list[GroupRequest], RolloutBatch], Scored]
 """(rows, requests, rollout) → rewards of the rollout's leaves. Called outside the trainer's thread."""
 

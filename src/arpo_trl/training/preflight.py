@@ -141,11 +141,11 @@ def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any, environments: An
             "trained as if the current ones had sampled them."
         )
     prompts = args.generation_batch_size // args.num_generations
-    if isinstance(dataset, Dataset) and len(dataset) // prompts <= args.rollouts_ahead:
+    if isinstance(dataset, Dataset) and len(dataset) // prompts < args.rollouts_ahead:
         raise ConfigError(
             f"rollouts_ahead is {args.rollouts_ahead}, but an epoch has only {len(dataset) // prompts} generation "
-            f"batches ({len(dataset)} rows, {prompts} prompts per batch); expected more than that. Lower "
-            "rollouts_ahead, or use more rows."
+            f"batches ({len(dataset)} rows, {prompts} prompts per batch), so a row would be sampled twice ahead. "
+            "Lower rollouts_ahead, or use more rows."
         )
 
 

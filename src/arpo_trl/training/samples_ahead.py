@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,51 +18,12 @@ from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.resumable import Resumable
-from arpo_trl.training.ahead import RolloutsAhead, Rows, Sampled
+from arpo_trl.training.ahead import RolloutsAhead, Sampled
 from arpo_trl.training.completions import completions_of, rollout_output
 from arpo_trl.training.dealing import leaves_per_tree
 from arpo_trl.training.rewards_ahead import Scored, score
+from arpo_trl.training.rows_ahead import Rows, RowsAhead, epochs_are_known, later_epochs
 from arpo_trl.trl_seam import pad
-
-
-class RowsAhead:
-    """An iterator over an epoch's micro-batches of rows that can look at later ones.
-
-    Args:
-        source: The iterator of the data loader. It is read on demand.
-    """
-
-    def __init__(self, source: Iterator[Rows]):
-        self.source = source
-        self.trained = 0
-        """How many of the micro-batches were trained on: the number of the current one."""
-        self._next = self._read = 0
-        self._rows: dict[int, Rows] = {}
-
-    def __iter__(self) -> RowsAhead:
-        return self
-
-    def __next__(self) -> Rows:
-        rows = self.at(self._next)
-        if rows is None:
-            raise StopIteration
-        self._next += 1
-        return rows
-
-    def at(self, position: int) -> Rows | None:
-        """The micro-batch with that number, counted from 0; None if the epoch ends before it."""
-        while self._read <= position:
-            rows = next(self.source, None)
-            if rows is None:
-                return None
-            self._rows[self._read] = rows
-            self._read += 1
-        return self._rows[position]
-
-    def forget_trained(self) -> None:
-        """Drop the micro-batches before the current one."""
-        for old in [number for number in self._rows if number < self.trained]:
-            del self._rows[old]
 
 
 class SamplesAhead(Resumable):
@@ -69,12 +31,12 @@ class SamplesAhead(Resumable):
 
     With `rollouts_ahead` 0 it changes nothing. Otherwise it changes:
 
-    - `get_batch_samples`: the rows of an epoch can be read ahead. None is lost or repeated: they still reach the
-      trainer in their order, and a checkpoint counts those that were trained.
+    - `get_batch_samples`: rows can be read ahead, into the next epochs too. None is lost or repeated: they still reach
+      the trainer in their order, and a checkpoint counts those that were trained.
     - `_generate_and_score_completions`: moves the weights, starts rollouts, and adds metrics. In evaluation it first
       waits until no rollout runs.
     - `_calculate_rewards`: takes the rewards that were computed after the rollout.
-    - `_run_epoch`: ends with all rollouts ended. They do not cross epochs.
+    - `_run_epoch`: ends all rollouts with the last epoch, and on an error.
     """
 
     args: ARPOConfig
@@ -83,6 +45,7 @@ class SamplesAhead(Resumable):
     reward_funcs: list[Any]
     _spans: Spans
     _coming: RowsAhead | None = None
+    _skipped = 0
     _ahead: RolloutsAhead | None = None
     _sampled: Sampled | None = None
 
@@ -96,18 +59,34 @@ class SamplesAhead(Resumable):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if not self.args.rollouts_ahead:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._coming is None or self._coming.source is not epoch_iterator:
-            self._coming = RowsAhead(epoch_iterator)
+        if self._coming is None:
+            self._coming = RowsAhead(epoch_iterator, self._later_epochs(), skipped=self._skipped)
         self._coming.forget_trained()
         return super().get_batch_samples(self._coming, num_batches, device)
 
+    def _later_epochs(self) -> Iterator[Rows]:
+        if not epochs_are_known(self.train_dataset, self.accelerator):
+            return iter(())
+        size = self._train_batch_size * self.args.steps_per_generation
+        ranks = self.accelerator.num_processes
+        return later_epochs(self.train_dataset, self._sampler, size, self.accelerator.process_index, ranks)
+
     def _run_epoch(self, **loop: Any) -> None:
+        is_first = loop["epoch"] == loop["epochs_trained"]
+        self._skipped = loop["steps_trained_in_current_epoch"] if is_first else 0
+        self._coming = None
         try:
             super()._run_epoch(**loop)
-        finally:
-            if self._ahead is not None:
-                self._ahead.close()
-            self._ahead, self._coming = None, None
+        except BaseException:
+            self._end_rollouts()
+            raise
+        if self.control.should_training_stop:
+            self._end_rollouts()
+
+    def _end_rollouts(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        self._ahead, self._coming = None, None
 
     # Rollouts --------------------------------------------------------------------------------------------------------
 
@@ -141,8 +120,9 @@ class SamplesAhead(Resumable):
         with self._spans("sync"):
             engine.sync()
         if self._ahead is None:
+            score_batch = partial(self._score, self.reward_funcs)  # not those that `_calculate_rewards` puts there
             self._ahead = RolloutsAhead(
-                self.tree_sampler, self._score, seed=(self.args.seed, "ahead"), check=self._interrupts.check
+                self.tree_sampler, score_batch, seed=(self.args.seed, "ahead"), check=self._interrupts.check
             )
         number = self._step // self._every
         if number not in self._ahead:
@@ -153,9 +133,10 @@ class SamplesAhead(Resumable):
         for coming in range(number + 1, number + 1 + self.args.rollouts_ahead):
             later = coming * self._every - self._step  # micro-batches
             rows_of_it = None if epoch is None else epoch.at(epoch.trained + later)
-            accumulated = 0 if epoch is None else epoch.trained % self.args.gradient_accumulation_steps
-            steps = (accumulated + later) // self.args.gradient_accumulation_steps
-            if rows_of_it is None or self.state.global_step + steps >= self.state.max_steps:
+            if epoch is None or rows_of_it is None:
+                break
+            steps = epoch.steps_to(epoch.trained + later, self.args.gradient_accumulation_steps)
+            if self.state.global_step + steps >= self.state.max_steps:
                 break
             if self.args.stale_tokens == StaleTokens.WAIT and steps > (self.args.max_staleness or steps):
                 delayed += 1
@@ -196,7 +177,7 @@ class SamplesAhead(Resumable):
 
     # Rewards ---------------------------------------------------------------------------------------------------------
 
-    def _score(self, rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> Scored:
+    def _score(self, functions: list[Any], rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> Scored:
         """Calls the reward functions, outside the main thread."""
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         fields = rollout_output(requests, leaves, logprobs=False)
@@ -207,7 +188,7 @@ class SamplesAhead(Resumable):
             prompts, prompt_ids, leaves, self.protocol, self._tokenizer, tools=bool(self.tools)
         )
         loop = getattr(self, "async_loop", None)
-        return score(self.reward_funcs, rows, completions, ids, fields, state=self.state, loop=loop)
+        return score(functions, rows, completions, ids, fields, state=self.state, loop=loop)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.args.rollouts_ahead or not self.model.training:

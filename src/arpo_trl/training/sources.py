@@ -166,12 +166,14 @@ def served_source(
     tokenizer: PreTrainedTokenizerBase,
     trained: Callable[[], int],
     reference: Callable[[Sequence[int]], list[float]],
+    check: Callable[[], None],
 ) -> VLLMServers:
     """The vLLM servers that the settings name, once they are up and serve the trained model.
 
     Args:
         trained: Returns another value once the trained weights have changed.
         reference: The trained model's logprob of each id but the first. A collective.
+        check: Called while weights move. An exception that it raises ends the transfer.
 
     Raises:
         ConfigError: vLLM does not apply a rule of the model's generation config, or a server serves another model.
@@ -179,7 +181,7 @@ def served_source(
     """
     _check_distribution(model, settings)
     return VLLMServers(
-        weights=served_weights(args, model, accelerator, tokenizer, trained, reference),
+        weights=served_weights(args, model, accelerator, tokenizer, trained, reference, check),
         vocab_size=model.config.get_text_config().vocab_size,
         top_logprobs=args.entropy_top_logprobs,
         away_s=args.vllm_server_timeout,

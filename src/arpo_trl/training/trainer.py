@@ -238,7 +238,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         weights = (self._tokenizer, lambda: self.state.global_step, self._logprobs_of)
         if self.args.vllm_mode == "colocate":
             return colocated_source(self.args, settings, self.model, self.vllm_generation, *weights)
-        return served_source(self.args, settings, self.model, self.accelerator, *weights)
+        return served_source(self.args, settings, self.model, self.accelerator, *weights, self._interrupts.check)
 
     # Generation ------------------------------------------------------------------------------------------------------
 

@@ -58,6 +58,7 @@ def served_weights(
     tokenizer: PreTrainedTokenizerBase,
     trained: Callable[[], int],
     reference: Callable[[Sequence[int]], list[float]],
+    check: Callable[[], None],
 ) -> ServedWeights:
     """The weights of the servers that the settings name. Waits for the servers and checks that they fit the trainer.
 
@@ -84,7 +85,16 @@ def served_weights(
         folder = Path(args.weight_sync_dir or Path(args.output_dir) / "served_weights")
         transfer = DiskTransfer(model, accelerator, tokenizer, folder, facts)
     weights = ServedWeights(
-        clients, facts, transfer, accelerator, trained, reference, _canary(tokenizer), args.weight_sync_tolerance
+        clients,
+        facts,
+        transfer,
+        accelerator,
+        trained,
+        reference,
+        _canary(tokenizer),
+        args.weight_sync_tolerance,
+        away_s=args.vllm_server_timeout,
+        check=check,
     )
     weights.check_model()
     return weights

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from arpo_trl.errors import ConfigError, EngineError
+from arpo_trl.errors import ArpoError, ConfigError, EngineError
 from arpo_trl.options import VLLM_KEY_VARIABLE
 
 FRESH = "default"
@@ -25,6 +26,14 @@ CANARY_TEXT = (
     "Warum? 因为 x² + y² = z², \\boxed{42}."
 )
 """Words, digits, code and several scripts, which tokenizers split differently. Logprobs are compared on it too."""
+ATTEMPTS = 4
+"""Attempts per request, or transfer of weights, before the run fails."""
+SHORT_S = 5.0
+"""Seconds that a request which needs no work may take."""
+
+
+class ServerLost(EngineError):
+    """The connection to a server failed: it is down, or was killed during the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,28 @@ def headers() -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _reads_json(method: Callable[Concatenate[ServerClient, P], T]) -> Callable[Concatenate[ServerClient, P], T]:
+    """A method that raises EngineError if the server's JSON has another form than vLLM's."""
+
+    @wraps(method)
+    def read(self: ServerClient, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(self, *args, **kwargs)
+        except ArpoError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+            raise EngineError(
+                f"{self.url} answered with another form of JSON than vLLM ≥ 0.31 does ({type(error).__name__}: "
+                f"{error}). Correct vllm_server_urls, or check the server's version."
+            ) from error
+
+    return read
+
+
 class ServerClient:
     """A blocking client for one server. Its methods raise EngineError with the URL if the server is down or fails."""
 
@@ -57,8 +88,8 @@ class ServerClient:
             base_url=self.url, headers=headers(), timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
         )
 
-    def wait(self, away_s: float) -> None:
-        """Wait until the server is up.
+    def wait(self, away_s: float, check: Callable[[], None] = lambda: None) -> None:
+        """Wait until the server is up. `check` is called meanwhile, and ends the wait if it raises.
 
         Raises:
             ConfigError: Something other than a vLLM server answers.
@@ -86,9 +117,11 @@ class ServerClient:
                         f"The vLLM server {self.url} did not come up within {away_s:.0f} s ({problem}). Start it, "
                         "correct vllm_server_urls, or raise vllm_server_timeout."
                     )
+                check()
                 time.sleep(0.5)
                 bar.update(round(waited_s) - bar.n)
 
+    @_reads_json
     def facts(self) -> ServerFacts:
         """Ask the server for its properties.
 
@@ -113,6 +146,7 @@ class ServerClient:
             self.weight_version(),
         )
 
+    @_reads_json
     def weight_version(self) -> str:
         answer = self._json("GET", "/weight_info", "The server needs vLLM ≥ 0.31 and VLLM_SERVER_DEV_MODE=1.")
         return str(answer["weight_version"])
@@ -120,17 +154,19 @@ class ServerClient:
     def boot(self) -> str | None:
         """The metrics line with the start time of the server's process; None if the server does not report it."""
         try:
-            lines = self._http.get("/metrics").text.splitlines()
+            lines = self._http.get("/metrics", timeout=SHORT_S).text.splitlines()
         except httpx.TransportError:
             return None
         return next((line for line in lines if line.startswith("process_start_time_seconds")), None)
 
+    @_reads_json
     def tokenize(self, text: str, model: str) -> list[int]:
         body = {"model": model, "prompt": text, "add_special_tokens": False}
         return self._json("POST", "/tokenize", "The comparison of tokenizers needs the server's /tokenize.", body)[
             "tokens"
         ]
 
+    @_reads_json
     def logprobs(self, ids: Sequence[int], model: str) -> list[float]:
         """The model's logprob of each id except the first, given the ids before it, at temperature 1."""
         body = {"model": model, "prompt": list(ids), "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
@@ -153,6 +189,7 @@ class ServerClient:
         )
         self._request("POST", "/v1/load_lora_adapter", hint, {"lora_name": name, "lora_path": folder})
 
+    @_reads_json
     def unload_adapter(self, name: str) -> None:
         """Unload an adapter, if the server has it; a restarted server does not."""
         if name in (model["id"] for model in self._json("GET", "/v1/models", "")["data"]):
@@ -161,8 +198,9 @@ class ServerClient:
     def abort(self) -> None:
         """End all running requests early. They are answered with the tokens that they have."""
         hint = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
-        self._request("POST", "/abort_requests", hint, {})
+        self._request("POST", "/abort_requests", hint, {}, timeout=SHORT_S)
 
+    @_reads_json
     def mark(self, version: str) -> None:
         """Reset the prefix cache, which has states from other weights, and set the version of the weights."""
         if not self._json("POST", "/reset_prefix_cache", "Start the server with VLLM_SERVER_DEV_MODE=1.")["success"]:
@@ -179,11 +217,18 @@ class ServerClient:
         except ValueError as error:
             raise EngineError(f"{self.url}{path} did not answer with JSON. {hint}") from error
 
-    def _request(self, method: str, path: str, hint: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    def _request(
+        self, method: str, path: str, hint: str, body: dict[str, Any] | None = None, **options: Any
+    ) -> httpx.Response:
         try:
-            response = self._http.request(method, path, json=body)
-        except httpx.TransportError as error:
+            response = self._http.request(method, path, json=body, **options)
+        except httpx.ReadTimeout as error:
             raise EngineError(
+                f"The vLLM server {self.url} has not answered {path} in time. Check its log, or raise "
+                "vllm_request_timeout_s."
+            ) from error
+        except httpx.TransportError as error:
+            raise ServerLost(
                 f"The connection to the vLLM server {self.url} failed at {path} ({type(error).__name__}). Check its "
                 "log."
             ) from error

@@ -30,17 +30,15 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.common.queues import drained
-from arpo_trl.errors import EngineError
+from arpo_trl.errors import EngineError, Interrupted
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
-from arpo_trl.rollout.engines.vllm.client import ServerClient, headers
+from arpo_trl.rollout.engines.vllm.client import ATTEMPTS, ServerClient, ServerLost, headers
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
 from arpo_trl.rollout.engines.vllm.weights import ServedWeights
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)  # not accelerate's: any rank may log that a server was restarted
 
-ATTEMPTS = 4
-"""Attempts per request before the rollout fails."""
 RETRY_S = 0.5
 """Seconds between two checks whether a server is back."""
 ABORT_S = 0.02
@@ -147,19 +145,19 @@ class VLLMServerEngine:
 
     @contextmanager
     def _idle_servers(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-        """Within it, no rank has requests at the servers, which are all up. A collective."""
+        """Within it, no rank has requests at the servers. A collective."""
         self._check_not_replaced()
         loop.call_soon_threadsafe(self._may_send.clear)
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()  # the event is cleared now
         try:
             self._weights.wait_for_ranks()
-            while self._sent:
-                for client in self._weights.clients:
-                    with suppress(EngineError):  # a server that is down fails its requests by itself
-                        client.abort()
-                time.sleep(ABORT_S)
-            for client in self._weights.clients:
-                client.wait(self._away_s)
+            with suppress(Interrupted):  # raised on all ranks together, by `ServedWeights.sync`
+                while self._sent:
+                    self._weights.check()
+                    for client in self._weights.clients:
+                        with suppress(EngineError):  # a server that is down fails its requests by itself
+                            client.abort()
+                    time.sleep(ABORT_S)
             self._weights.wait_for_ranks()
             yield
         finally:
@@ -241,17 +239,26 @@ class VLLMServerEngine:
         """Wait until the server answers, and restore its weights if it was restarted."""
         deadline = time.monotonic() + self._away_s
         async with server.lock:
-            while (version := await self._served_version(server)) is None:
+            while not await self._has_weights(server):
                 if time.monotonic() > deadline:
                     raise EngineError(
                         f"The vLLM server {server.client.url} was unreachable for {self._away_s:.0f} s ({problem}). "
                         "Restart it and resume from the last checkpoint, or raise vllm_server_timeout."
                     )
                 await asyncio.sleep(RETRY_S)
-            if version != self._weights.version:
-                logger.warning(f"{server.client.url} was restarted. It now gets the current weights.")
+
+    async def _has_weights(self, server: _Server) -> bool:
+        """Whether the server is up and has the current weights, which it gets if it was restarted."""
+        if (version := await self._served_version(server)) is None:
+            return False
+        if version != self._weights.version:
+            logger.warning(f"{server.client.url} was restarted. It now gets the current weights.")
+            try:
                 await asyncio.to_thread(self._weights.restore, server.client)
-                server.boot, server.answered = await asyncio.to_thread(server.client.boot), False
+            except ServerLost:  # killed again
+                return False
+            server.boot, server.answered = await asyncio.to_thread(server.client.boot), False
+        return True
 
     async def _served_version(self, server: _Server) -> str | None:
         try:

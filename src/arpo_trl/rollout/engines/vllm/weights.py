@@ -11,7 +11,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +23,16 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from arpo_trl.common.files import whole_folder
-from arpo_trl.errors import ArpoError, ConfigError, EngineError
-from arpo_trl.rollout.engines.vllm.client import FRESH, ServerClient, ServerFacts
+from arpo_trl.errors import ArpoError, ConfigError, EngineError, Interrupted
+from arpo_trl.rollout.engines.vllm.client import ATTEMPTS, FRESH, ServerClient, ServerFacts, ServerLost
 from arpo_trl.rollout.engines.weights import mean_difference
 from arpo_trl.trl_seam import VLLMGeneration
+from arpo_trl.visible import get_logger
 
+logger = get_logger(__name__)  # not accelerate's: any rank may restore a server's weights
+
+CHECK_S = 0.2
+"""Seconds between two calls of `check` while servers load weights."""
 SHARD_BYTES = 4 << 30
 """The most bytes of a model that are held in memory at once while it is written to disk."""
 
@@ -42,7 +47,7 @@ class Transfer(Protocol):
         """Make one server serve the prepared version. Called on one rank only, for several servers in parallel."""
 
     def restore(self, client: ServerClient, version: str) -> None:
-        """Give a restarted server the version again. Any rank can call this alone.
+        """Give a server that was perhaps restarted the version again. Any rank can call this alone.
 
         Raises:
             EngineError: This transfer cannot restore weights.
@@ -63,6 +68,8 @@ class ServedWeights:
         reference: Returns the trainer's logprobs of all ids except the first; a collective.
         canary: The ids whose logprobs are compared.
         tolerance: The largest allowed `mean_difference` of logprobs between trainer and server.
+        away_s: The seconds for which a server may be unreachable during a transfer.
+        check: Called during a transfer. An exception that it raises ends it.
     """
 
     def __init__(
@@ -75,6 +82,9 @@ class ServedWeights:
         reference: Callable[[Sequence[int]], list[float]],
         canary: Sequence[int],
         tolerance: float,
+        *,
+        away_s: float = 0.0,
+        check: Callable[[], None] = lambda: None,
     ):
         self.clients = list(clients)
         self.facts = dict(zip((client.url for client in clients), facts, strict=True))
@@ -89,6 +99,8 @@ class ServedWeights:
         self._reference = reference
         self._canary = list(canary)
         self._tolerance = tolerance
+        self._away_s = away_s
+        self.check = check
         self._run = _from_main(accelerator, secrets.token_hex(4))
         self._syncs = 0
         self._ours: list[float] = []
@@ -126,8 +138,10 @@ class ServedWeights:
     def sync(self) -> None:
         """Move the weights to every server and compare logprobs, if the weights have changed. A collective.
 
+        Waits for a server that is down, or is killed meanwhile.
+
         Raises:
-            EngineError: A server is down, could not load the weights, or does not serve the trainer's weights.
+            EngineError: A server stays away, could not load the weights, or does not serve the trainer's weights.
         """
         if self.is_current:
             return
@@ -152,23 +166,34 @@ class ServedWeights:
         self._ours = self._reference(self._canary)
 
         def update(client: ServerClient) -> None:
-            self._transfer.deliver(client, version)
-            client.mark(version)
-            self._compare(client, version)
-            if previous != FRESH:
-                self._transfer.discard(client, previous)
+            give = self._transfer.deliver
+            for attempt in range(1, ATTEMPTS + 1):
+                try:
+                    self._serve(client, version, give)
+                    if previous != FRESH:
+                        self._transfer.discard(client, previous)
+                    return
+                except ServerLost as error:
+                    if attempt == ATTEMPTS:
+                        raise
+                    logger.warning(f"{error} The server did not get the new weights. It gets them once it is back.")
+                client.wait(self._away_s, self.check)
+                give = self._transfer.restore
 
         self._on_main(update)
         self.version = version
+
+    def _serve(self, client: ServerClient, version: str, give: Callable[[ServerClient, str], None]) -> None:
+        give(client, version)
+        client.mark(version)
+        self._compare(client, version)
 
     def restore(self, client: ServerClient) -> None:
         """Give a restarted server the current weights, unless it has got them meanwhile. Any rank can call this."""
         with self.lock:
             if client.weight_version() == self.version:
                 return
-            self._transfer.restore(client, self.version)
-            client.mark(self.version)
-            self._compare(client, self.version)
+            self._serve(client, self.version, self._transfer.restore)
 
     def _compare(self, client: ServerClient, version: str) -> None:
         ours, url = self._ours, client.url
@@ -191,14 +216,21 @@ class ServedWeights:
             )
 
     def _on_main(self, work: Callable[[ServerClient], None]) -> None:
-        """Run `work` for every server on the main rank, and raise its error on all ranks."""
-        problem: ArpoError | None = None
+        """Run `work` for every server on the main rank, and raise its error, or `check`'s, on all ranks."""
+        problem: ArpoError | Interrupted | None = None
         if self._accelerator.is_main_process:
-            with ThreadPoolExecutor(len(self.clients)) as pool:
-                try:
-                    list(pool.map(work, self.clients))
-                except ArpoError as error:
-                    problem = error
+            pool = ThreadPoolExecutor(len(self.clients))
+            try:
+                self.check()
+                running = [pool.submit(work, client) for client in self.clients]
+                while wait(running, CHECK_S).not_done:
+                    self.check()
+                for done in running:
+                    done.result()
+            except (ArpoError, Interrupted) as error:
+                problem = error
+            finally:
+                pool.shutdown(wait=False)  # an interrupted request may last as long as vllm_request_timeout_s
         problem = _from_main(self._accelerator, problem)
         if problem is not None:
             raise problem
@@ -298,6 +330,7 @@ class DiskTransfer:
             client.load_weights(folder)
 
     def restore(self, client: ServerClient, version: str) -> None:
+        self.discard(client, version)  # vLLM refuses an adapter that it has, if only the answer was lost
         self.deliver(client, version)
 
     def discard(self, client: ServerClient, version: str) -> None:
