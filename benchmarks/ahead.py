@@ -169,7 +169,7 @@ def accuracy(run: Path, folder: Path, *, seeds: int, count: int) -> None:
         with running(str(run / "sft"), folder / "server.log") as server:
             for key in missing:
                 write(files[key], train(run, folder / files[key].stem, server.url, *key, count))
-    results = {key: read(file) for key, file in files.items()}
+    results = {key: result for key, file in files.items() if (result := read(file)) is not None}
     print("| k | seed | accuracy | staleness | ratio clipped | s |\n|---:|---:|---:|---:|---:|---:|")
     for (k, seed), result in results.items():
         cells = [f"{result[name]:.3f}" for name in ("accuracy", "staleness_mean", "ratio_clipped")]
