@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,8 +142,9 @@ class SamplesAhead(Resumable):
         with self._spans("sync"):
             engine.sync()
         if self._ahead is None:
+            score_batch = partial(self._score, self.reward_funcs)  # not those that `_calculate_rewards` puts there
             self._ahead = RolloutsAhead(
-                self.tree_sampler, self._score, seed=(self.args.seed, "ahead"), check=self._interrupts.check
+                self.tree_sampler, score_batch, seed=(self.args.seed, "ahead"), check=self._interrupts.check
             )
         number = self._step // self._every
         if number not in self._ahead:
@@ -196,7 +198,7 @@ class SamplesAhead(Resumable):
 
     # Rewards ---------------------------------------------------------------------------------------------------------
 
-    def _score(self, rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> Scored:
+    def _score(self, functions: list[Any], rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> Scored:
         """Calls the reward functions, outside the main thread."""
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
         fields = rollout_output(requests, leaves, logprobs=False)
@@ -207,7 +209,7 @@ class SamplesAhead(Resumable):
             prompts, prompt_ids, leaves, self.protocol, self._tokenizer, tools=bool(self.tools)
         )
         loop = getattr(self, "async_loop", None)
-        return score(self.reward_funcs, rows, completions, ids, fields, state=self.state, loop=loop)
+        return score(functions, rows, completions, ids, fields, state=self.state, loop=loop)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.args.rollouts_ahead or not self.model.training:
