@@ -18,13 +18,13 @@ from support import sampling_trainer, tiny_model
 
 
 def test_a_loop_ends_with_the_object_that_holds_it():
-    started = _descriptors()
+    threads, descriptors = _threads(), _descriptors()
     loop = LoopThread("arpo-short-lived")
     waiting = loop.start(asyncio.sleep(60))
     del loop
     with pytest.raises(CancelledError):
         waiting.result(5)
-    _wait_for([], started)
+    _wait_for(threads, descriptors)
 
 
 def test_trainers_that_are_gone_leave_no_threads_and_no_descriptors(tmp_path):
