@@ -523,7 +523,7 @@ def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_re
     saved = {"save_strategy": "steps", "save_steps": 1}
     made = trainer(model_path, tmp_path / "run", server, vllm_server_timeout=1.0, **saved, **EXACT)
     made.add_callback(KillAfterStep(server, 1))
-    with pytest.raises(EngineError, match=rf"{server.url} (was unreachable for 1 s|did not come up within 1 s|failed at)"):
+    with pytest.raises(EngineError, match=rf"{server.url} (was unreachable|did not come up|failed at)"):
         made.train()
     assert made.state.global_step == 1
     server.start().wait()
