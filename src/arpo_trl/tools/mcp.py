@@ -344,6 +344,7 @@ class McpSession:
         return reason
 
 
+# mypy knows no base class that a call returns.
 class _BoundedLines(codecs.getincrementaldecoder("utf-8")):  # type: ignore[misc]
     """Decodes UTF-8, and fails at a line of more than `MAX_ANSWER_BYTES`, which the library would keep in memory."""
 
