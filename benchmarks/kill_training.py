@@ -105,7 +105,7 @@ def run_for(
 ) -> tuple[int | None, float]:
     """Runs the command. Returns its exit status and 0; if it was killed (after `seconds`, or `writing_s` seconds into
     its next checkpoint), None and the seconds until it had ended."""
-    # DeepSpeed holds a lock file while it loads an extension. A killed process leaves it, and later ones would hang.
+    # DeepSpeed holds a lock file while it loads an extension. A killed process leaves it, and later ones would wait.
     built = output.parent / "built"
     for lock in built.rglob("lock"):
         lock.unlink()

@@ -41,7 +41,7 @@ NEEDS = {
 
 TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped_ranks")
 """Files with tests on several ranks, which one worker takes one after the other: two such runs at once would take
-twice the memory, and one that is killed removes the locks of the other's builds."""
+twice the memory."""
 LONGEST = (
     *("several ranks", "test_shipped", "test_vllm_server_engine", "test_interrupts", "test_installed", "test_site"),
     *("test_samples_ahead", "test_environment_interleavings", "test_vllm_colocate", "test_evaluation_vllm"),

@@ -17,7 +17,6 @@ import re
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import psutil
 
+from arpo_trl.common.build_locks import is_held
 from forked import RANKS, Fork
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +113,6 @@ def launched(
     if (before := os.environ.get("PYTHONPATH")) is not None:
         paths.append(before)
     variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
-    started = time.time()
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         log = Path(folder) / "log"
         process = Fork(words, cwd=ROOT, env={**variables, RANKS: str(log.with_suffix(".ranks"))}, log=log)
@@ -126,7 +125,7 @@ def launched(
             process.kill()
             process.wait()
             if process.returncode:
-                _remove_build_locks(since=started)
+                _remove_build_locks()
 
 
 def launch(
@@ -150,10 +149,9 @@ def _kill(process: psutil.Process) -> None:
         process.kill()
 
 
-def _remove_build_locks(since: float) -> None:
-    """Locks that killed ranks may have held: DeepSpeed takes one whenever it loads, and later starts wait for ever."""
+def _remove_build_locks() -> None:
+    """Locks that killed ranks held: DeepSpeed takes one whenever it loads, and the next start would wait for it."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
     for lock in folder.rglob("lock"):
-        with suppress(FileNotFoundError):
-            if lock.stat().st_mtime >= since:
-                lock.unlink()
+        if not is_held(lock):
+            lock.unlink(missing_ok=True)

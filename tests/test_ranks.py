@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch.utils import cpp_extension
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import environment_ranks
 import training_ranks
 import uneven_ranks
 from arpo_trl.quickstart.__main__ import prepare
-from ranks import DEADLINE_S, EXACT, launch, launched
+from ranks import DEADLINE_S, EXACT, Ended, launch, launched
 from servers import running
 from serving import free_port
 
@@ -195,10 +197,10 @@ def test_environments_branch_on_each_rank_and_all_are_closed(together):
     assert max(logged["live_max"]) <= 2 * environment_ranks.LEAVES
 
 
-def train(way: str, data: Path, output: Path, *flags: str, deadline_s: float = DEADLINE_S) -> None:
+def train(way: str, data: Path, output: Path, *flags: str, deadline_s: float = DEADLINE_S) -> Ended:
     """As a user launches it, in the precision of TRL and of the launch."""
     settings = quickstart(data, output, *flags)
-    launch(way, "train.py", "--config", "configs/quickstart.yaml", *settings, deadline_s=deadline_s)
+    return launch(way, "train.py", "--config", "configs/quickstart.yaml", *settings, deadline_s=deadline_s)
 
 
 def check_the_quickstart(output: Path, data: Path) -> None:
@@ -222,8 +224,12 @@ def test_the_quickstart_trains(together, data):
 
 @pytest.mark.timeout(900)
 def test_the_quickstart_trains_with_its_optimizer_on_the_cpu(data, tmp_path):
-    # DeepSpeed compiles this optimizer the first time that a machine needs it.
-    train("zero3_offload", data, tmp_path, deadline_s=880.0)
+    """Also where a build of it was killed. DeepSpeed compiles it the first time that a machine needs it."""
+    left = Path(cpp_extension._get_build_directory("cpu_adam", verbose=False)) / "lock"
+    left.touch()
+    os.utime(left, (0, 0))
+    done = train("zero3_offload", data, tmp_path, deadline_s=880.0)
+    assert f"{left} was left by a build that was killed" in done.output and not left.exists()
     check_the_quickstart(tmp_path, data)
 
 

@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
+from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.settings import ToolLimits, check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.net.addresses import check_server_url
@@ -412,6 +413,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         take_the_cpu_if_alone(self)
         refuse_missing_deepspeed_config(self)
         refuse_broken_json(self)
+        remove_left_build_locks(self.deepspeed)
         try:
             super().__post_init__()
         except ValueError as error:

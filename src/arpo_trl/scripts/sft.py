@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
 from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.config import refuse_missing_deepspeed_config, refuse_token, take_the_cpu_if_alone
@@ -61,6 +62,7 @@ class ColdStartConfig(SFTConfig):
     def __post_init__(self) -> None:
         take_the_cpu_if_alone(self)
         refuse_missing_deepspeed_config(self)
+        remove_left_build_locks(self.deepspeed)
         super().__post_init__()
 
 

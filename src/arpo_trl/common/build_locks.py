@@ -1,0 +1,91 @@
+"""Removes the locks of PyTorch's builds that killed processes left behind.
+
+DeepSpeed compiles parts of itself at its first start, and makes a lock file each time that it loads them. PyTorch
+waits for such a file to disappear (`torch.utils.file_baton`): for ever and silently if its process was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from torch.utils.cpp_extension import get_default_build_root
+
+from arpo_trl.errors import ConfigError
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
+
+QUIET_S = 120.0
+"""A build whose lock no process of this machine holds may be another machine's, if they share the folder. It counts as
+left behind when nothing in its folder has changed for this long; compiling one file takes about a minute."""
+POLL_S = 0.1
+
+
+def remove_left_build_locks(deepspeed: object) -> None:
+    """Returns when no lock that DeepSpeed may wait for is left behind. Call it before DeepSpeed starts.
+
+    The first process of a machine removes the locks, and its other processes wait for that.
+
+    Args:
+        deepspeed: `TrainingArguments.deepspeed`. Without it and without accelerate's DeepSpeed nothing is built.
+
+    Raises:
+        ConfigError: A lock cannot be removed.
+    """
+    if deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
+        return
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for lock in Path(root).rglob("lock"):
+        _remove_if_left(lock, is_first)
+
+
+def _remove_if_left(lock: Path, is_first: bool) -> None:
+    is_told = False
+    while (wait_s := _seconds_until_left(lock)) is not None:
+        if is_first and wait_s <= 0:
+            _remove(lock)
+            return
+        if is_first and not is_told:
+            is_told = True
+            logger.warning(
+                f"{lock} is the lock of a build, but no process of this machine holds it. It is removed in "
+                f"{wait_s:.0f} s unless another machine goes on with the build. Delete it to start at once."
+            )
+        time.sleep(POLL_S)
+
+
+def _seconds_until_left(lock: Path) -> float | None:
+    """None if the lock is gone or a process of this machine holds it."""
+    times = []
+    for file in (lock, *lock.parent.iterdir()):
+        with suppress(FileNotFoundError):
+            times.append(file.stat().st_mtime)
+    if not lock.exists() or is_held(lock):
+        return None
+    return max(times) + QUIET_S - time.time()
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process of this machine has `lock` open, as PyTorch does until it has removed it."""
+    path = str(lock.resolve())
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(file.path == path for file in process.open_files()):
+                return True
+    return False
+
+
+def _remove(lock: Path) -> None:
+    try:
+        lock.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{lock} is the lock of a build that was killed, and cannot be removed ({error}). DeepSpeed would wait "
+            "for it without end. Delete it, or set TORCH_EXTENSIONS_DIR to a folder of your own."
+        ) from error
+    logger.warning(f"{lock} was left by a build that was killed. It is removed.")
