@@ -117,7 +117,7 @@ def test_a_tokenizer_that_loses_white_space_is_refused_with_what_is_lost():
     from transformers import AutoTokenizer
 
     lossy = AutoTokenizer.from_pretrained(FOLDER / "deepseek_v3")
-    with pytest.raises(ConfigError, match=r"does not give text back as it was: '\\n<result>\\n' becomes '<result>'"):
+    with pytest.raises(ConfigError, match=r"does not preserve text: '\\n<result>\\n' becomes '<result>'"):
         TagProtocol(lossy, SPECS)
     lossy.chat_template = real_tokenizer("deepseek_v3").chat_template
     with pytest.raises(ConfigError, match="chat template"):

@@ -206,14 +206,14 @@ def test_nonsense_in_place_of_json_is_named(serve):
 @pytest.mark.parametrize("path", ["v1__models", "server_info", "weight_info", "tokenize"])
 def test_json_of_another_form_is_named(serve, path, answer):
     url, _ = serve(**{path: answer})
-    with pytest.raises(EngineError, match=f"{url} answered with another form of JSON than vLLM"):
+    with pytest.raises(EngineError, match=f"{url} answered with JSON that does not have the format of vLLM"):
         check_server(client(url), tokenizer(), 2)
 
 
 @pytest.mark.parametrize("path", ["reset_prefix_cache", "v1__completions"])
 def test_json_of_another_form_after_a_sync_ends_the_run(serve, tmp_path, path):
     url, _ = serve(collective_rpc={}, **{path: {"choices": [{"prompt_logprobs": [None]}]}})
-    with pytest.raises(EngineError, match=f"{url} answered with another form of JSON than vLLM"):
+    with pytest.raises(EngineError, match=f"{url} answered with JSON that does not have the format of vLLM"):
         moving(url, tmp_path).sync()
 
 

@@ -68,7 +68,7 @@ def test_training_samples_from_the_weights_that_it_updates(findings):
 
 @real
 def test_weights_that_do_not_arrive_are_noticed(findings):
-    assert "vLLM does not hold the trainer's weights after a sync" in findings["stale"]
+    assert "vLLM does not have the trainer's weights after a sync" in findings["stale"]
 
 
 @real

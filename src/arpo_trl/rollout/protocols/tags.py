@@ -32,22 +32,22 @@ class TagProtocol(ToolProtocol):
 
     Raises:
         ToolSpecError: A tool does not have exactly one required text argument.
-        ConfigError: `tool_parser` is set, which is only for chat templates, or the tokenizer changes text.
+        ConfigError: `tool_parser` is set, although it applies only to chat templates, or the tokenizer changes text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
         for name, spec in tools.items():
             if spec.single_text_parameter is None:
                 raise ToolSpecError(
-                    f"The tool {name!r} takes {list(spec.parameters)}; a call between tags has exactly one required "
-                    '`str` argument. Change the signature to that, or set tool_protocol to "chat_template", where a '
-                    "tool may take several arguments."
+                    f"The tool {name!r} has the parameters {list(spec.parameters)}; a call between tags has exactly "
+                    "one required `str` argument. Change the signature to that, or set tool_protocol to "
+                    '"chat_template", with which a tool may have several arguments.'
                 )
         super().__init__(tokenizer, tools, **settings)
         if self._wanted_parser != AUTO:
             raise ConfigError(
-                f'tool_parser is {self._wanted_parser!r}, but tool_protocol is "tags", whose calls no parser of a '
-                f'chat template reads. Leave tool_parser at {AUTO!r}, or set tool_protocol "chat_template".'
+                f'tool_parser is {self._wanted_parser!r}, but tool_protocol is "tags". Parsers of chat templates '
+                f'do not read its calls. Leave tool_parser at {AUTO!r}, or set tool_protocol "chat_template".'
             )
         self.stop_strings = tuple(f"</{name}>" for name in tools)
         self._result_open = self._encode_exactly(f"\n<{RESULT}>\n")
@@ -111,17 +111,17 @@ class TagProtocol(ToolProtocol):
         close, name = tags[last], tags[last].group(2)
         first = next((i for i in range(last - 1, -1, -1) if tags[i].group(2) == name), None)
         if first is None or tags[first].group(1):
-            return BadCall(fault="unopened", text=f"Error: </{name}> came without <{name}>. {self._usage(name)}")
+            return BadCall(fault="unopened", text=f"Error: </{name}> has no <{name}> before it. {self._usage(name)}")
         body = text[tags[first].end() : close.start()]
         open_before = Counter(tag.group(2) for tag in tags[:first] if not tag.group(1))
         open_before.subtract(tag.group(2) for tag in tags[:first] if tag.group(1))
         if outer := next((outer for outer, count in open_before.items() if count > 0), None):
             return BadCall(
                 fault="nested",
-                text=f"Error: <{name}> stands inside <{outer}>, which was not closed. {self._usage(name)}",
+                text=f"Error: <{name}> is inside <{outer}>, which was not closed. {self._usage(name)}",
             )
         if name not in self._code_tools and (inner := self._known_tag.search(body)):
-            return BadCall(fault="nested", text=f"Error: {inner.group()} stands inside <{name}>. {self._usage(name)}")
+            return BadCall(fault="nested", text=f"Error: {inner.group()} is inside <{name}>. {self._usage(name)}")
         if not body.strip():
             return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
         return ToolCall(name=name, arguments={str(self.tools[name].single_text_parameter): body.strip()})
@@ -133,7 +133,7 @@ class TagProtocol(ToolProtocol):
 
         Args:
             text: The turn.
-            opened: The opening tags that count and were not closed.
+            opened: The opening tags outside code that were not closed.
             ending: The last closing tag of a tool, which is inside code; None if there is none.
         """
         if ending is None and f"</{ANSWER}>" in text:
