@@ -73,7 +73,7 @@ def test_what_the_bad_ones_are_made_from_trains(make):
 
 @pytest.mark.parametrize("name", ["rollout_func"])
 def test_other_ways_to_roll_out_are_refused(make, name):
-    with pytest.raises(ConfigError, match=f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools`"):
+    with pytest.raises(ConfigError, match=f"{name} is set, but ARPOTrainer samples trees itself. Pass `tools`"):
         make(**{name: lambda *_: None})
 
 

@@ -594,7 +594,7 @@ def test_each_row_chooses_one_of_several_environments_as_in_trl(models, tmp_path
     [
         ({"count": Counter}, SEVERAL, "A row has environment = 'words', but environment_factory is a dict of"),
         ({"count": Counter}, CHAT, r"has only the columns \['prompt'\]. Add a column 'environment' with one of"),
-        ({"count": Counter}, None, "there is no train_dataset, whose rows choose one of them. Give a dataset with"),
+        ({"count": Counter}, None, "there is no train_dataset whose rows select one of them. Pass a dataset with"),
         ({}, SEVERAL, "environment_factory is an empty dict"),
     ],
 )

@@ -133,7 +133,7 @@ def test_a_crashed_server_is_started_again_for_the_next_call() -> None:
         before = results(box, ("process", {"text": ""}))[0].text
         crashed = results(box, ("die", {"text": ""}))[0]
         assert crashed.failure is ToolFailure.DEGRADED
-        assert crashed.text == "Error: the server of this tool went away during the call."
+        assert crashed.text == "Error: the server of this tool stopped during the call."
         after = results(box, ("process", {"text": "again"}))[0]
         assert after.ok
         assert after.text != before

@@ -115,7 +115,7 @@ def test_a_broken_jsonl_file_is_named_with_its_line(tmp_path: Path, content: str
 def test_an_index_needs_passages_with_words() -> None:
     with pytest.raises(DataError, match="at least one passage"):
         LocalIndex([])
-    with pytest.raises(DataError, match="has a word to search for"):
+    with pytest.raises(DataError, match="contains a search word"):
         LocalIndex(["???", ""])
 
 

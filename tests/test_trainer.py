@@ -462,7 +462,7 @@ def test_an_adapter_trains_on_what_the_model_itself_samples(tmp_path):
 
 
 def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):
-    with pytest.raises(ConfigError, match=r"Quantization .* freezes .* Set use_peft: true, or give a peft_config"):
+    with pytest.raises(ConfigError, match=r"Quantization .* freezes .* Set use_peft: true, or pass a peft_config"):
         quantized(model_path, tmp_path, None)
 
 

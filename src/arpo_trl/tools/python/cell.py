@@ -1,7 +1,7 @@
-"""Runs Python code like the cells of a notebook. It prints the output, the last value, and the end of a traceback.
+"""Runs Python code like the cells of a notebook. Prints the output, the last value, and the end of a traceback.
 
-Two places that cannot import arpo_trl use it: `worker` inside the sandbox, and a remote executor, to which this file's
-text is sent in front of the code. So it imports only the standard library.
+Two programs that cannot import arpo_trl use this file: `worker` inside the sandbox, and a remote executor, which
+receives the text of this file before the code. So it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def run_cells(cells: list[str]) -> int:
     The earlier cells run only to set variables: their output is hidden, and after an exception the next cell still
         runs.
     """
-    random.seed(0)  # repeated runs see the same numbers
+    random.seed(0)  # for reproducible runs
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(0)
     vars(builtins).update(exit=sys.exit, quit=sys.exit)  # usually set by the site module, which is not loaded
@@ -60,7 +60,7 @@ def _flush() -> None:
 
 
 def _plain(source: str) -> str:
-    """Return the code without a Markdown fence around all of it, and without indentation that all lines share."""
+    """Return the code without a surrounding Markdown fence, and without the common indentation of all lines."""
     fenced = _FENCE.fullmatch(source)
     if fenced is not None and "```" not in fenced[1]:
         source = fenced[1]
@@ -74,7 +74,7 @@ def _plain(source: str) -> str:
 
 def _run(source: str, main: types.ModuleType, name: str) -> int:
     source = _plain(source)
-    # Split as Python splits it, unlike `splitlines`, and ended by a newline, which the marks under a line count on.
+    # Split like Python, unlike `splitlines`. The final newline is needed for the marks under a line.
     linecache.cache[name] = (len(source), None, io.StringIO(f"{source}\n").readlines(), name)
     try:
         body = ast.parse(source, name).body
