@@ -227,9 +227,9 @@ def test_a_broken_line_stops_with_its_number_or_is_left_out(tmp_path, caplog):
 
 def test_a_row_without_gold_stops_and_says_how_to_go_on(tmp_path):
     file = write(tmp_path / "gsm8k.jsonl", {"question": "?", "answer": None})
-    with pytest.raises(DataError, match=r"row 0: no answer: 'answer' is null; .* To leave such rows out: --skip-bad"):
+    with pytest.raises(DataError, match=r"row 0: no answer: 'answer' is null; .* To exclude such rows: --skip-bad"):
         load_questions(BENCHMARKS["gsm8k"], file)
-    with pytest.raises(DataError, match="holds no questions that can be used"):
+    with pytest.raises(DataError, match="contains no usable questions"):
         load_questions(BENCHMARKS["gsm8k"], file, skip_bad=True)
 
 

@@ -333,7 +333,7 @@ def test_a_flood_keeps_head_and_tail_and_marks_the_cut(length: int) -> None:
     assert result.ok
     assert len(result.text) == 100
     assert result.text.startswith("hhhhh") and result.text.endswith("ttttt")
-    assert "characters left out" in result.text
+    assert "characters omitted" in result.text
 
 
 def test_a_tool_whose_service_is_away_is_told_apart() -> None:

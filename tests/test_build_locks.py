@@ -38,7 +38,7 @@ def lock(tmp_path, monkeypatch):
 def test_a_lock_that_nobody_holds_is_removed_with_a_warning(lock, caplog):
     remove_left_build_locks(None)
     assert not lock.exists() and (lock.parent / "cpu_adam.o").exists()
-    assert f"{lock} was left by a build that was killed" in caplog.text
+    assert f"{lock} is the lock of a build that was killed" in caplog.text
 
 
 def test_without_deepspeed_nothing_is_touched(lock, monkeypatch):

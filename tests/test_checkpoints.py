@@ -118,7 +118,7 @@ def test_files_of_a_run_that_ended_are_no_trees_of_the_one_that_goes_on(model, w
 def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, caplog):
     trainer = train(model, tmp_path, "true", max_steps=1, save_strategy="no")
     assert trainer.state.global_step == 1
-    assert "starting a new run" in caplog.text
+    assert "A new run starts" in caplog.text
 
 
 def test_starting_anew_where_checkpoints_are_is_refused(model, whole):
@@ -200,7 +200,7 @@ def test_without_any_whole_checkpoint_true_is_an_error(whole, tmp_path, content)
 
 
 def test_a_path_that_is_no_folder_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected a folder, true or false\..*holds no complete checkpoint"):
+    with pytest.raises(ConfigError, match=r"expected a folder, true or false\..*contains no complete checkpoint"):
         Checkpoints(tmp_path).find("elsewhere")
 
 
@@ -348,7 +348,7 @@ def test_a_reference_model_that_moves_is_refused(model, tmp_path):
 
 def test_a_checkpoint_of_the_model_only_is_no_place_to_go_on_from(model, tmp_path):
     train(model, tmp_path, max_steps=1, save_only_model=True)
-    with pytest.raises(CheckpointError, match=r"contains the model only \(save_only_model\)"):
+    with pytest.raises(CheckpointError, match=r"contains only the model \(save_only_model\)"):
         train(model, tmp_path, True, max_steps=2)
 
 

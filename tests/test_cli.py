@@ -124,7 +124,7 @@ def test_tree_shows_whole_texts_when_asked(monkeypatch, capsys, log):
     ("arguments", "message"),
     [
         (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Give the output_dir of a run"),
-        (("{folder}/empty",), "empty has no logged trees. Give the output_dir of a run, or train with"),
+        (("{folder}/empty",), "empty has no logged trees. Pass the output_dir of a run, or train with"),
         (("{log}", "--group", "2"), "There is no logged tree of group 2; expected one of 0, 1."),
         (("{folder}", "--step", "9"), "has no logged trees of step 9; it has those of 4."),
         (("{folder}", "--group", "1"), "--group 1 needs a --step"),

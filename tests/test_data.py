@@ -157,7 +157,7 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
     file = write_jsonl(tmp_path / "rows.jsonl", [verl_row(), verl_row(" "), verl_row()])
     with caplog.at_level(logging.WARNING):
         assert len(load_arpo_dataset(file)) == 2
-    assert "1 row(s) with a blank answer left out: 1" in caplog.text
+    assert "1 row(s) with a blank answer excluded: 1" in caplog.text
 
 
 @pytest.mark.parametrize(

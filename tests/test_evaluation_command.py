@@ -355,7 +355,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model", "m"), "nothing to evaluate on. Pass --benchmarks, --suite or --data."),
+        (("--model", "m"), "No benchmark is selected. Pass --benchmarks, --suite or --data."),
         (("--benchmarks", "gsm8"), "There is no benchmark 'gsm8'; did you mean gsm8k"),
         (("--suite", "maths"), "suite is 'maths'; expected one of"),
         (("--suite", "all", "--benchmarks", "gsm8k"), "benchmarks and suite are both set"),
@@ -418,7 +418,7 @@ def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
         status, _, err = run(monkeypatch, capsys, *words, "--resume", "--temperature", "1")
         assert status == 2 and "holds a different run: settings.temperature is 0.6 there and 1.0 here" in err
         status, _, err = run(monkeypatch, capsys, *words)
-        assert status == 2 and "already holds this run" in err
+        assert status == 2 and "already contains this run" in err
         data(here, count=3)
         status, _, err = run(monkeypatch, capsys, *words, "--resume")
         assert status == 2 and "holds a different run: questions.gsm8k is" in err

@@ -237,7 +237,7 @@ def test_runs_that_cannot_be_compared_say_why(tmp_path):
         (judged, ConfigError, "gsm8k is scored by math in .* and by judge in"),
         (others, ConfigError, "no question of gsm8k in common"),
         (elsewhere, ConfigError, r"no benchmark in common: \['gsm8k'\] in .*, \['math'\] in"),
-        (tmp_path / "empty", DataError, r"holds no results.json of a finished evaluation: .* cannot be read"),
+        (tmp_path / "empty", DataError, r"contains no results.json of a finished evaluation: .* cannot be read"),
     ):
         with pytest.raises(error, match=message):
             compare(a, b)

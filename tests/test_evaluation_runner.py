@@ -279,7 +279,7 @@ def test_the_folder_of_a_different_run_is_refused_and_the_difference_named(tmp_p
 
 def test_the_folder_of_the_same_run_needs_resume(tmp_path):
     RunFolder(tmp_path / "run", IDENTITY, resume=False).log.close()
-    with pytest.raises(ConfigError, match="already holds this run"):
+    with pytest.raises(ConfigError, match="already contains this run"):
         RunFolder(tmp_path / "run", IDENTITY, resume=False)
     RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
 
@@ -289,7 +289,7 @@ def test_folders_that_hold_something_else_or_cannot_be_made_are_refused(tmp_path
     (tmp_path / "thesis/chapter1.tex").write_text("")
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "thesis", tmp_path / "file"):
-        with pytest.raises(ConfigError, match="is not empty and holds no evaluation"):
+        with pytest.raises(ConfigError, match="is not empty and contains no evaluation"):
             RunFolder(path, IDENTITY, resume=False)
     with pytest.raises(ConfigError, match="cannot be written"):
         RunFolder(tmp_path / "file/below", IDENTITY, resume=False)

@@ -268,7 +268,7 @@ def test_a_failed_push_while_training_is_a_warning_and_the_end_makes_up_for_it(h
         made.train()
     assert made.state.global_step == 2
     assert caplog.text.count("Pushing to me/policy failed: the Hub answered 502") == 2
-    assert "Training continues; the next save tries again." in caplog.text
+    assert "Training continues, and the next save retries the push." in caplog.text
     hub.fault = lambda asked: None
     made.push_to_hub()
     assert [commit.message for commit in hub.commits] == ["End of training"]

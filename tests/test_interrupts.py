@@ -335,7 +335,7 @@ def test_a_second_ctrl_c_stops_at_once_what_listens_to_nothing(started):
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(BOUND_S) == 130
     assert run.left() == []
-    assert "Ctrl-C again stops at once." in run.said()
+    assert "Ctrl-C again stops immediately." in run.said()
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_a_kept_gradient_reaches_the_weights_and_is_counted(model_path, tmp_path
             {"clip_keeps_gradient": True, "importance_sampling_level": "sequence"},
             "importance_sampling_level 'sequence'",
         ),
-        ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "'turn', but loss_type 'vespo' weighs whole"),
+        ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "'turn', but loss_type 'vespo' weights whole"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(tmp_path, settings, message):

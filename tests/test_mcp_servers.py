@@ -100,7 +100,7 @@ def test_calls_reach_the_server_and_come_back_as_text(box: ToolBox) -> None:
     assert (echoed.text, echoed.failure) == ("hi", None)
     assert twice.text == "hi hi"
     assert (failed.text, failed.failure) == ("Error executing tool fail: no tea today", ToolFailure.ERROR)
-    assert picture.text == "see\n[image left out: only text can be shown]"
+    assert picture.text == "see\n[image omitted: only text can be shown]"
     assert refused.failure is missing.failure is ToolFailure.BAD_CALL
 
 

@@ -103,7 +103,7 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
         merge_adapter(str(adapter), output)
     assert not output.exists()
     output.mkdir()
-    with pytest.raises(ConfigError, match=r"merged exists\. Give a new folder"):
+    with pytest.raises(ConfigError, match=r"merged exists\. Pass a new folder"):
         merge_adapter(str(adapter), output)
 
 

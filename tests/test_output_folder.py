@@ -60,7 +60,7 @@ def test_a_run_that_cannot_resume_does_not_replace_a_model(tmp_path):
     fill(tmp_path / "a", "model.safetensors")
     fill(tmp_path / "b", "checkpoint-2/a")
     for resume in (True, str(tmp_path / "b" / "checkpoint-2")):
-        with pytest.raises(ConfigError, match="holds a finished model"):
+        with pytest.raises(ConfigError, match="contains a finished model"):
             prepare(tmp_path / "a", resume)
 
 

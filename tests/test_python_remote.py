@@ -312,7 +312,7 @@ def test_a_refusal_is_not_repeated_and_no_redirect_is_followed(
     executor: tuple[Executor, RemotePython], remote: RemotePython, status: int
 ) -> None:
     executor[0].answer = lambda handler, _: executor[0].reply(handler, b"", status, Location="http://127.0.0.1:1/")
-    with pytest.raises(ToolError, match=f"refused the call .HTTP status {status}"):
+    with pytest.raises(ToolError, match=f"rejected the call .HTTP status {status}"):
         run(remote, "1")
     assert len(executor[0].requests) == 1
 

@@ -529,7 +529,7 @@ def test_later_epochs_are_those_that_the_data_loader_will_deal_out():
         ({"rollouts_ahead": -1}, "rollouts_ahead is -1; expected an integer of at least 0"),
         ({"use_vllm": False}, "rollouts_ahead is 1, but the model that is updated samples"),
         ({"vllm_mode": "colocate"}, "rollouts_ahead is 1, but vLLM shares the device with the update"),
-        ({"rollout_schedule": "rounds"}, "rollout_schedule is 'rounds', whose rollouts repeat bit for bit"),
+        ({"rollout_schedule": "rounds"}, "rollout_schedule is 'rounds', whose rollouts are reproducible bit for bit"),
         (
             {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
             "steps_per_generation 3 × num_iterations 1 is neither a multiple nor a divisor of "

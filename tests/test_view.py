@@ -240,7 +240,7 @@ def test_a_folder_without_logged_trees_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "view", str(tmp_path)) == 2
-    assert capsys.readouterr().err.startswith(f"DataError: {tmp_path} has no logged trees. Give the output_dir")
+    assert capsys.readouterr().err.startswith(f"DataError: {tmp_path} has no logged trees. Pass the output_dir")
     assert command(monkeypatch, "view", str(tmp_path / "nowhere")) == 2
     assert "is not a folder" in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""`arpo-trl ask RUN "question"`: a trained model answers one question with its tools, and its path is shown."""
+"""`arpo-trl ask RUN "question"`: a trained model answers one question with its tools. Shows its path."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 from arpo_trl.cli import parse_evaluation
 
 ENTROPY_TOKENS = 20
-"""Tokens at the start of a turn whose mean entropy is shown."""
+"""The number of tokens at the start of a turn whose mean entropy is shown."""
 
 
 def main(words: Sequence[str]) -> int:

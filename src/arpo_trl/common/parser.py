@@ -11,10 +11,11 @@ from arpo_trl.errors import ConfigError
 
 
 class SettingsParser(TrlParser):
-    """TRL's parser, which raises where argparse prints all flags and exits."""
+    """TRL's parser, which raises an error instead of printing all flags and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError with `message`, put into this package's words if it is about a value."""
+        """Raises ConfigError with `message`. If it is about a value, the message is reworded in this package's
+        style."""
         wrong = re.fullmatch(r"argument --([\w-]+)\S*: invalid (\S+) value: (.+)", message, re.DOTALL)
         if missing := re.fullmatch(r"argument --([\w-]+)\S*: expected one argument", message):
             raise ConfigError(f"{missing[1].replace('-', '_')} is set without a value.")

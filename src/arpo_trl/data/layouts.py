@@ -6,7 +6,7 @@ r"""Converts one row of a dataset from a published layout to {prompt, answer, ta
 | benchmarks | `question`, `problem` | `answer`, `golden_answers`, `answers`, `ground_truth`, `expected_answer`, … |
 | verl (the paper, DAPO, Search-R1) | `prompt`: messages | `reward_model.ground_truth`: one, a list, `{target: […]}` |
 | worked solutions (NuminaMath, OpenR1) | `problem` | the last `\boxed{…}` of `solution` |
-| GSM8K | `question` | what follows `####` at the end of `answer` |
+| GSM8K | `question` | the text after `####` at the end of `answer` |
 | SQuAD, TriviaQA | `question` | `answers.text`; `answer.value` with `aliases` |
 | MuSiQue | `question` | `answer` with `answer_aliases` |
 | multiple choice (MMLU, ARC, MedQA) | `question` with `choices` or `options` | the label, and the choice itself |
@@ -77,14 +77,15 @@ def convert_row(
     task: Task | None = None,
     columns: Mapping[str, str] | None = None,
 ) -> dict[str, Any] | None:
-    """The row in this project's layout; None if it is a verl row with a blank answer. `task` is None if not stated.
+    """The row in this project's layout; None if it is a verl row with a blank answer. `task` is None if the row has
+    none.
 
     Args:
-        number: The row's number in its dataset, which becomes the id of a row without one.
-        system_text: Replaces the system message. None: only a prompt that is plain text gets one,
+        number: The row's number in its dataset. It becomes the id of a row without an id.
+        system_text: Replaces the system message. None: only a plain-text prompt gets one,
             `SYSTEM_PROMPTS["reasoning"]`.
         task: Overrides the row's own task.
-        columns: Key of `MAPPABLE` → field that replaces the usual ones; dots reach into nested fields.
+        columns: Key of `MAPPABLE` → field that replaces the usual ones. Dots select nested fields.
 
     Raises:
         DataError: The row cannot be converted; names the field.
@@ -139,7 +140,7 @@ def read_columns(columns: Any) -> dict[str, str] | None:
 
 
 def system_prompt_text(system_prompt: str | None) -> str | None:
-    """The text of a system prompt that is given by its name or as text.
+    """The text of a system prompt, given by its name or as text.
 
     Raises:
         ConfigError: `system_prompt` is a single word that is not a name in `SYSTEM_PROMPTS`.
@@ -156,10 +157,10 @@ def system_prompt_text(system_prompt: str | None) -> str | None:
 
 
 def check_prompt(prompt: Any) -> None:
-    """Returns if `prompt` is text or a list of messages and not blank; see `loading.validate_rows`.
+    """Checks that `prompt` is text or a list of messages, and not blank; see `loading.validate_rows`.
 
     Raises:
-        DataError: It is not; names the message.
+        DataError: The check failed. Names the message.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not messages:
@@ -197,8 +198,7 @@ def _named(row: Mapping[str, Any], fields: Sequence[str], meaning: str) -> Any:
         nulls = [field for field in fields if field in row]
         got = f"{nulls[0]!r} is null" if nulls else f"the row has the fields {sorted(map(str, row))}"
         raise DataError(
-            f"no {meaning}: {got}; expected a value under one of {list(fields)}. The "
-            "setting columns names other fields."
+            f"no {meaning}: {got}; expected a value under one of {list(fields)}. To name other fields, set columns."
         )
     return value
 
@@ -253,7 +253,8 @@ def _golds(row: Mapping[str, Any], mapped: Mapping[str, str]) -> list[str] | Non
 
 
 def _accepted(value: Any, field: str) -> list[str]:
-    """The answers in a value, as text. Numbers are written in full; a worked solution of GSM8K gives its result."""
+    """The answers in a value, as text. Numbers are written in full; for a worked solution of GSM8K, the result is
+    returned."""
     texts: list[str] = []
     for gold in _flat(value, field):
         text = _text(gold, field).strip()
@@ -363,7 +364,8 @@ def _checked_prompt(prompt: Any) -> list[Message]:
 
 
 def _with_system(messages: list[Message], system_text: str | None, *, is_question: bool) -> list[Message]:
-    """The messages with the given system message, for "" without one. For None, only a plain question gets one."""
+    """The messages with the given system message; "" removes it. For None, only a plain question gets a system
+    message."""
     if system_text is None:
         if not is_question:
             return messages

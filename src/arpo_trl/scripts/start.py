@@ -1,4 +1,4 @@
-"""What the training scripts share: the model's name, and short errors for mistakes that other packages find."""
+"""Common code of the training scripts: the model's name, and short errors for mistakes that other packages detect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl import ModelConfig
 from arpo_trl.errors import ArpoError, ConfigError
 
 TRACEBACK = "ARPO_TRACEBACK"
-"""Environment variable: if it is 1, mistakes that other packages find keep their traceback."""
+"""Environment variable: if it is 1, mistakes that other packages detect keep their traceback."""
 
 
 def required_model(model_config: ModelConfig) -> str:
@@ -29,10 +29,11 @@ def required_model(model_config: ModelConfig) -> str:
 
 @contextmanager
 def start_errors() -> Iterator[None]:
-    """Within it, a mistake that another package finds becomes a ConfigError, which the scripts print in one line.
+    """A context in which a mistake that another package detects becomes a ConfigError, which the scripts print in one
+    line.
 
-    These are errors of types that packages raise for unusable settings. Errors that this package's own code raises
-    by accident keep their traceback.
+    It converts the types of errors that packages raise for unusable settings. Unintended errors of this package's own
+    code keep their traceback.
     """
     try:
         yield

@@ -107,7 +107,7 @@ class ChatTemplateProtocol(ToolProtocol):
             return (
                 BadCall(
                     fault="in_thought",
-                    text="Error: the tool call was not made, because it is inside a thought that was not closed. "
+                    text="Error: the tool call was not made, because it stands inside a thought that was not closed. "
                     "Close the thought, then call the tool.",
                 ),
             )

@@ -111,17 +111,17 @@ class TagProtocol(ToolProtocol):
         close, name = tags[last], tags[last].group(2)
         first = next((i for i in range(last - 1, -1, -1) if tags[i].group(2) == name), None)
         if first is None or tags[first].group(1):
-            return BadCall(fault="unopened", text=f"Error: </{name}> has no <{name}> before it. {self._usage(name)}")
+            return BadCall(fault="unopened", text=f"Error: </{name}> came without <{name}>. {self._usage(name)}")
         body = text[tags[first].end() : close.start()]
         open_before = Counter(tag.group(2) for tag in tags[:first] if not tag.group(1))
         open_before.subtract(tag.group(2) for tag in tags[:first] if tag.group(1))
         if outer := next((outer for outer, count in open_before.items() if count > 0), None):
             return BadCall(
                 fault="nested",
-                text=f"Error: <{name}> is inside <{outer}>, which was not closed. {self._usage(name)}",
+                text=f"Error: <{name}> stands inside <{outer}>, which was not closed. {self._usage(name)}",
             )
         if name not in self._code_tools and (inner := self._known_tag.search(body)):
-            return BadCall(fault="nested", text=f"Error: {inner.group()} is inside <{name}>. {self._usage(name)}")
+            return BadCall(fault="nested", text=f"Error: {inner.group()} stands inside <{name}>. {self._usage(name)}")
         if not body.strip():
             return BadCall(fault="empty", text=f"Error: the {name} call is empty. {self._usage(name)}")
         return ToolCall(name=name, arguments={str(self.tools[name].single_text_parameter): body.strip()})
