@@ -75,7 +75,7 @@ def test_rooms_import_in_one_direction() -> None:
     assert backward(TREE, "rollout") == []
 
 
-def test_every_module_stands_in_a_room() -> None:
+def test_every_module_is_in_a_room() -> None:
     assert {module.split(".")[0] for module, _ in modules() if module} == set(ROOMS)
 
 

@@ -64,12 +64,12 @@ def test_benchmarks_are_found_by_name_alias_and_in_any_case_once_each():
         ("mmlu-pro-xyz", "There is no benchmark 'mmlu-pro-xyz'; there are aime24, aime25"),
     ],
 )
-def test_an_unknown_benchmark_is_told_the_nearest_names(name, message):
+def test_an_unknown_benchmark_gets_an_error_with_similar_names(name, message):
     with pytest.raises(ConfigError, match=message):
         find_benchmarks([name])
 
 
-def test_an_unknown_suite_is_told_which_there_are():
+def test_an_unknown_suite_gets_an_error_with_all_suites():
     with pytest.raises(ConfigError, match=r"suite is 'maths'; expected one of \['reasoning', "):
         suite("maths")
 
@@ -107,14 +107,14 @@ def test_hotpotqa_has_lists_of_answers_under_either_name(tmp_path):
     assert answers("hotpotqa", tmp_path) == [["yes"], ["a", "b"]]
 
 
-def test_webwalker_is_asked_with_the_deep_search_prompt(tmp_path):
+def test_webwalker_uses_the_deep_search_prompt(tmp_path):
     write(tmp_path / "webwalkerqa.jsonl", {"question": "谁？", "answer": "肖亮"})
     (row,) = load_questions(BENCHMARKS["webwalker"], str(tmp_path)).rows
     assert row["prompt"][0]["content"] == SYSTEM_PROMPTS["deepsearch"]
     assert (row["answer"], row["task"]) == (["肖亮"], "qa")
 
 
-def test_of_gaia_only_rows_without_a_file_are_asked(tmp_path):
+def test_only_rows_without_a_file_of_gaia_are_used(tmp_path):
     rows = [
         {"task_id": str(i), "Question": "?", "Level": 2, "Final answer": "x", "file_name": f}
         for i, f in enumerate(["", "a.png"])
@@ -138,7 +138,7 @@ def test_xbench_is_unmasked(tmp_path):
     assert (row["prompt"][1]["content"], row["answer"]) == ("首都是哪里？", ["北京"])
 
 
-def test_a_file_may_be_named_directly_and_a_folder_tells_what_it_has(tmp_path):
+def test_a_file_may_be_named_directly_and_a_folder_lists_its_benchmarks(tmp_path):
     file = write(tmp_path / "some.jsonl", {"question": "?", "answer": "1"})
     assert answers("gsm8k", file) == [["1"]]
     with pytest.raises(DataError, match="has no file that is named after a benchmark"):
@@ -171,7 +171,7 @@ def test_fingerprints_tell_questions_apart(tmp_path):
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_hub_is_asked_for_repository_configuration_and_split_and_cut_to_the_papers_size(monkeypatch):
+def test_the_hub_request_has_repository_configuration_and_split_and_the_papers_size(monkeypatch):
     asked = []
 
     def load_dataset(name, config, *, split):
@@ -225,7 +225,7 @@ def test_a_broken_line_stops_with_its_number_or_is_left_out(tmp_path, caplog):
     assert caplog.text.count("Left out: ") == 4
 
 
-def test_a_row_without_gold_stops_and_says_how_to_go_on(tmp_path):
+def test_a_row_without_gold_stops_with_a_remedy(tmp_path):
     file = write(tmp_path / "gsm8k.jsonl", {"question": "?", "answer": None})
     with pytest.raises(DataError, match=r"row 0: no answer: 'answer' is null; .* To exclude such rows: --skip-bad"):
         load_questions(BENCHMARKS["gsm8k"], file)

@@ -336,7 +336,7 @@ def test_a_flood_keeps_head_and_tail_and_marks_the_cut(length: int) -> None:
     assert "characters omitted" in result.text
 
 
-def test_a_tool_whose_service_is_away_is_told_apart() -> None:
+def test_an_unavailable_service_of_a_tool_has_its_own_failure() -> None:
     result = call_once(returning(ToolUnavailable("Error: away")))
     assert (result.text, result.failure) == ("Error: away", "degraded")
 
@@ -402,7 +402,7 @@ def test_an_exception_without_a_readable_message_is_still_text() -> None:
         (ToolCall(name="add", arguments={"a": True}), "Error: add: a must be of type integer, got bool."),
     ],
 )
-def test_a_bad_call_is_told_to_the_model_and_nothing_runs(call: ToolCall, text: str) -> None:
+def test_a_bad_call_becomes_an_error_for_the_model_and_nothing_runs(call: ToolCall, text: str) -> None:
     with ToolBox([echo, add]) as box:
         ticket = box.submit(call)
         result = collect(box, 1)[ticket]
@@ -437,7 +437,7 @@ def test_a_hanging_async_call_is_cancelled_at_its_deadline() -> None:
     assert (result.failure, ended.wait(30)) == ("timeout", True)
 
 
-def test_an_async_tool_that_blocks_holds_up_no_sync_call() -> None:
+def test_a_blocking_async_tool_delays_no_sync_call() -> None:
     released = threading.Event()
 
     async def block(text: str) -> str:
@@ -521,7 +521,7 @@ def test_a_limit_that_cannot_work_is_refused(per_tool: dict[str, Any], message: 
         ToolBox([echo], per_tool=per_tool)
 
 
-def test_polling_waits_at_most_as_long_as_told(gate: Gate) -> None:
+def test_polling_waits_at_most_for_its_timeout(gate: Gate) -> None:
     with ToolBox([gate.tool()]) as box:
         box.submit(ToolCall(name="wait", arguments={"text": "x"}))
         assert box.poll() == []
@@ -917,7 +917,7 @@ def test_a_create_state_that_cannot_be_one_is_refused() -> None:
         box.submit(ToolCall(name="note", arguments={"text": "a"}), box.create_states(0))
 
 
-def test_a_call_that_the_tool_cut_short_is_told_apart_from_one_that_failed() -> None:
+def test_a_call_stopped_by_the_tool_differs_from_a_failed_call() -> None:
     assert call_once(returning(ToolStopped("killed"))).failure == "stopped"
     assert call_once(returning(ToolError("wrong"))).failure == "error"
 

@@ -35,7 +35,7 @@ def lock(tmp_path, monkeypatch):
     return folder / "lock"
 
 
-def test_a_lock_that_nobody_holds_is_removed_with_a_warning(lock, caplog):
+def test_a_lock_without_a_holder_is_removed_with_a_warning(lock, caplog):
     remove_left_build_locks(None)
     assert not lock.exists() and (lock.parent / "cpu_adam.o").exists()
     assert f"{lock} is the lock of a build that was killed" in caplog.text

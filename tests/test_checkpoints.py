@@ -95,7 +95,7 @@ def ended_after(whole: Path, step: int, folder: Path) -> Path:
         ("lora", 3),
     ],
 )
-def test_a_resumed_run_repeats_the_one_that_was_left_alone(model, whole, run, step, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_run(model, whole, run, step, tmp_path):
     """Metrics, weights and trees, bit for bit; step 5 ends an epoch, 4 a generation batch, 7 the run."""
     left_alone = outcome(whole(run))
     assert any(row.get("arpo/tools/calls_made", 0) > 0 for row in left_alone["history"])
@@ -105,7 +105,7 @@ def test_a_resumed_run_repeats_the_one_that_was_left_alone(model, whole, run, st
 
 
 @pytest.mark.slow
-def test_files_of_a_run_that_ended_are_no_trees_of_the_one_that_goes_on(model, whole, tmp_path):
+def test_files_of_an_earlier_run_are_not_trees_of_the_resumed_run(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     for stray in ("step-000006-rank1.jsonl", "step-000099-rank0.jsonl", "eval-000007-rank0.jsonl"):
         (folder / "trajectories" / stray).write_text("{}\n", "utf-8")
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_was_whole_but_not_yet_renamed_is_not_lost(whole, tmp_
     assert [path.name for path in Checkpoints(folder).all()][-1] == "checkpoint-6"
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named_when_asked_for(whole, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_named_if_requested(whole, tmp_path):
     folder = ended_after(whole("plain"), 7, tmp_path / "run")
     weights = folder / "checkpoint-7" / "model.safetensors"
     size = weights.stat().st_size
@@ -306,7 +306,7 @@ OTHER_ROWS = Dataset.from_list([*ROWS.select(range(9)), {**ROWS[9], "answer": ["
         ({"peft_config": LoraConfig(r=4)}, "model.parameters is "),
     ],
 )
-def test_a_run_that_would_compute_something_else_is_refused(model, whole, change, told):
+def test_a_run_with_different_results_is_rejected(model, whole, change, told):
     with pytest.raises(ConfigError) as error:
         train(model, whole("plain"), True, **change)
     assert "checkpoint-7 was written by another run: " in str(error.value)
@@ -346,7 +346,7 @@ def test_a_reference_model_that_moves_is_refused(model, tmp_path):
         train(model, tmp_path, True, max_steps=2, **moving)
 
 
-def test_a_checkpoint_of_the_model_only_is_no_place_to_go_on_from(model, tmp_path):
+def test_a_run_cannot_resume_from_a_checkpoint_of_only_the_model(model, tmp_path):
     train(model, tmp_path, max_steps=1, save_only_model=True)
     with pytest.raises(CheckpointError, match=r"contains only the model \(save_only_model\)"):
         train(model, tmp_path, True, max_steps=2)
@@ -393,6 +393,6 @@ def test_the_lists_of_settings_name_settings():
     assert names >= checkpoints._FREE_SETTINGS | checkpoints._DECIDING_TRAINING_ARGUMENTS | checkpoints._BATCH_SETTINGS
 
 
-def test_versions_that_changed_are_told(monkeypatch):
+def test_changed_versions_are_logged(monkeypatch):
     monkeypatch.setattr(checkpoints, "_version", lambda name: "2" if name == "trl" else "1")
     assert checkpoints.changed_versions({"trl": "1", "torch": "1"}) == ["trl 1 → 2"]

@@ -112,7 +112,7 @@ def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
     assert "H: mean entropy" in out  # the legend
 
 
-def test_tree_shows_whole_texts_when_asked(monkeypatch, capsys, log):
+def test_tree_shows_whole_texts_if_requested(monkeypatch, capsys, log):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows[0]["nodes"][1]["text"] = "word " * 100 + "end"
     log.write_text(json.dumps(rows[0]) + "\n")
@@ -131,7 +131,7 @@ def test_tree_shows_whole_texts_when_asked(monkeypatch, capsys, log):
         (("{folder}/broken.jsonl",), "broken.jsonl, line 1: not a logged tree"),
     ],
 )
-def test_what_cannot_be_shown_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_path, arguments, message):
+def test_a_display_error_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.jsonl").write_text("{}\n")
     arguments = [argument.format(folder=tmp_path, log=log) for argument in arguments]

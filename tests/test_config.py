@@ -205,7 +205,7 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own objection
     ],
 )
-def test_a_bad_value_is_an_error_that_names_it_and_the_way_out(settings, message):
+def test_a_bad_value_is_an_error_that_names_it_and_the_remedy(settings, message):
     with pytest.raises(ConfigError, match=message):
         config(**settings)
 
@@ -299,7 +299,7 @@ def test_places_per_tool_are_a_mapping_in_yaml_and_json_in_a_flag(tmp_path):
 
 
 @pytest.mark.parametrize("make", [ARPOConfig, script("sft").ColdStartConfig])
-def test_without_an_accelerator_the_cpu_is_taken_and_that_is_said_by_one_rank(make, monkeypatch, caplog):
+def test_without_an_accelerator_the_cpu_is_used_and_one_rank_logs_it(make, monkeypatch, caplog):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert make("unused").use_cpu and make("unused").bf16
     assert caplog.text.count("No accelerator was found: use_cpu is set to true") == 2
@@ -367,7 +367,7 @@ def test_shipped_adapters_have_no_dropout_which_would_keep_prefixes_from_being_s
 
 
 @pytest.mark.parametrize("place", ["file", "flag"])
-def test_a_token_is_refused_wherever_it_stands_and_not_repeated(tmp_path, capsys, place):
+def test_a_token_is_rejected_in_every_position_and_not_quoted(tmp_path, capsys, place):
     file = written(tmp_path, **({"hub_token": "hf_planted0123456789"} if place == "file" else {}))
     flags = ("--hub_token", "hf_planted0123456789") if place == "flag" else ()
     with pytest.raises(ConfigError, match=r"hub_token is set, .* set the environment variable HF_TOKEN") as refused:

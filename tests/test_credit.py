@@ -119,7 +119,7 @@ def test_without_shared_nodes_every_credit_leaves_the_batch_alone(kind):
     assert weights is None
 
 
-def test_credits_of_a_tree_are_what_one_works_out_by_hand():
+def test_credits_of_a_tree_equal_the_values_by_hand():
     advantages = torch.tensor([1.0, -0.5])
     assert CREDITS.get("soft")()([tree()], advantages, advantages)[0] is advantages
     # a row has the shared 2 + 1 tokens, then its own; (1 − 0.5) / 2 = 0.25
@@ -224,7 +224,7 @@ def test_a_leaf_without_reward_does_not_spoil_its_siblings():
             assert made.isfinite().all(), name
 
 
-def test_igpo_gives_a_turn_what_it_and_later_turns_earned():
+def test_igpo_gives_a_turn_its_own_and_later_rewards():
     credit = build_credit("igpo", {"gamma": 0.5}, SharedPrefixWeight.PER_LEAF)
     assert credit.reads_answers
     credit.answer_probabilities = [{0: 0.1, 2: 0.3, 5: 0.2}]
@@ -252,7 +252,7 @@ def test_aepo_enlarges_the_advantages_of_uncertain_tokens():
     torch.testing.assert_close(made, expected)
 
 
-def test_what_a_credit_returns_is_padded_to_the_batch():
+def test_a_credits_result_is_padded_to_the_batch():
     advantages = torch.tensor([1.0, -0.5])
     made, weights = attribute(Once(), [tree()], advantages, advantages, width=8)
     assert weights is not None

@@ -150,7 +150,7 @@ def test_the_models_own_rules_hold_where_the_run_says_nothing():
     assert rules_of(GenerationConfig(**GenerationConfig()._get_default_generation_params()), None) == {}
 
 
-def test_what_the_model_asks_for_reaches_the_trainers_rollouts(tmp_path):
+def test_the_models_settings_reach_the_trainers_rollouts(tmp_path):
     model = tiny_model()
     model.generation_config.suppress_tokens = list(range(100, len(tokenizer())))
     made = sampling_trainer(model, tmp_path, ROWS)

@@ -171,7 +171,7 @@ def test_without_room_for_copies_a_branch_replays():
     assert counts.live_max == 1 and counts.replays == 2 and all_closed(environments)
 
 
-def test_a_copy_gives_way_to_a_path():
+def test_a_copy_is_dropped_for_a_path():
     # Room for two: the path and its copy at the first call. A branch replays, because the copy had to go.
     environments = environments_of(ForkingShop, limit=2, keeps=False)
     batch = run(environments, rule=Ranked(branches_per_fork=2), leaves=4, at_root=2)
@@ -453,7 +453,7 @@ def test_texts_of_one_row_that_differ_end_the_run():
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_a_path_whose_environment_cannot_be_made_is_told_so(hangs, caplog):
+def test_a_path_without_an_environment_reads_an_error(hangs, caplog):
     release = threading.Event()
 
     class Rare(Shop):
@@ -552,7 +552,7 @@ class Hostile(ForkingShop):
         return "\n".join(f"{len(self.items)} {line}" for line in range(200_000)) + "\ud800"
 
 
-def test_methods_that_do_what_they_should_not_become_text_and_the_path_goes_on():
+def test_faulty_methods_become_error_texts_and_the_path_continues():
     Hostile.calls = 0
     environments = environments_of(Hostile)
     (leaf,) = run(environments, leaves=1, max_result_tokens=50).trees[0].leaves()
@@ -586,7 +586,7 @@ def test_a_digest_that_raises_or_equals_nothing_leaves_no_branch_and_no_instance
     assert (counts.failed, counts.refused_forks) == (failed, 1) and all_closed(environments)
 
 
-def test_a_fork_that_hangs_is_refused_and_the_path_goes_on(caplog):
+def test_a_hanging_fork_is_rejected_and_the_path_continues(caplog):
     release = threading.Event()
 
     class Stuck(ForkingShop):

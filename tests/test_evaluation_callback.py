@@ -42,7 +42,7 @@ def trainer(tmp_path):
     )
 
 
-def test_a_suite_runs_every_n_steps_is_logged_and_stands_in_the_model_card(trainer, tmp_path):
+def test_a_suite_runs_every_n_steps_and_is_logged_and_in_the_model_card(trainer, tmp_path):
     asked = questions("0", "1", "2", name="sums")
     trainer.add_callback(EvaluationCallback(trainer, [asked], every_steps=2, samples=2))
     trainer.train()

@@ -125,7 +125,7 @@ def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, ca
     assert len(server.asked) - before <= 4  # models, probe, and two turns of the one that was missing
 
 
-def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, capsys, here):
+def test_a_lost_server_keeps_finished_samples_and_gives_status_1(monkeypatch, capsys, here):
     data(here, count=2)
     monkeypatch.setattr("arpo_trl.rollout.engines.completions.RETRY_S", 0.05)
     made = []
@@ -279,7 +279,7 @@ def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(her
     assert results[0] == results[1]
 
 
-def test_ctrl_c_keeps_what_is_done_writes_the_report_and_is_status_1(here):
+def test_ctrl_c_keeps_finished_samples_writes_the_report_and_gives_status_1(here):
     def slowly(prompt):
         time.sleep(0.3)
         return answers(prompt)
@@ -477,7 +477,7 @@ def test_lists_may_be_written_as_yaml_has_them(here, yaml, benchmarks, limits):
     assert (settings.benchmarks, settings.call_limits()) == (benchmarks, limits)
 
 
-def test_vllm_that_is_not_installed_is_said(monkeypatch, capsys, here, model):
+def test_missing_vllm_is_an_error(monkeypatch, capsys, here, model):
     data(here)
     monkeypatch.setitem(sys.modules, "vllm", None)
     words = ("--model", model, "--engine", "vllm", "--data", here, "--search-recorded", recorded(here))

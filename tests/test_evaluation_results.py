@@ -156,7 +156,7 @@ def test_golds_score_one_and_other_questions_golds_do_not():
         ("east", None, None),
     ],
 )
-def test_a_gold_is_written_otherwise_and_made_wrong(gold, other, wrong):
+def test_a_gold_is_rewritten_and_changed(gold, other, wrong):
     if other is not None:
         assert rewritten(gold) == other
     assert changed(gold) == wrong

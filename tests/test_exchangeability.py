@@ -138,7 +138,7 @@ def test_paths_with_equal_calls_and_results_stand_in_for_a_node_without_a_fork()
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 0.0], [NAN, NAN]])
-def test_nothing_is_said_where_nothing_branches_and_no_path_repeats_another(rewards):
+def test_no_metric_is_logged_if_nothing_branches_and_no_path_repeats_another(rewards):
     grown = Growing()
     for i in range(2):
         grown.ends(grown.calls(0, str(i)), i)

@@ -208,7 +208,7 @@ def test_the_share_of_every_fault_is_logged_zeros_included() -> None:
         ({"tool_calls": [[]]}, "column 'tool_calls' is 1 long; expected one value for each of the 3 completions"),
     ],
 )
-def test_bad_columns_name_the_row_and_the_way_out(changes: dict[str, Any], message: str) -> None:
+def test_bad_columns_name_the_row_and_the_remedy(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         HierarchicalReward()(**columns(**changes))
 

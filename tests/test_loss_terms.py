@@ -61,7 +61,7 @@ def test_the_tokens_of_a_turn_share_its_ratio_and_keep_their_own_gradients():
     assert gradient == pytest.approx([math.exp(0.1)] * 3)
 
 
-def test_a_batch_of_the_sampling_policy_is_left_alone():
+def test_a_batch_of_the_sampling_policy_is_unchanged():
     terms = LossTerms(per_turn=True, keeps_above=1.2)
     given = batch()
     assert terms.apply(given, torch.zeros(1, 3)) is None

@@ -104,7 +104,7 @@ def test_calls_reach_the_server_and_come_back_as_text(box: ToolBox) -> None:
     assert refused.failure is missing.failure is ToolFailure.BAD_CALL
 
 
-def test_a_slow_call_misses_its_deadline_and_holds_up_no_other(box: ToolBox) -> None:
+def test_a_slow_call_misses_its_deadline_and_delays_no_other(box: ToolBox) -> None:
     slow, quick = results(box, ("slow", {"text": "x"}), ("echo", {"text": "y"}))
     assert (slow.text, slow.failure) == ("Error: the slow call took longer than 1 s.", ToolFailure.ERROR)
     assert quick.text == "y"
@@ -139,7 +139,7 @@ def test_a_crashed_server_is_started_again_for_the_next_call() -> None:
         assert after.text != before
 
 
-def test_all_calls_under_way_fail_with_the_server_and_the_next_ones_do_not() -> None:
+def test_running_calls_fail_with_the_server_and_the_next_calls_succeed() -> None:
     slow = [("slow", {"text": str(number)}) for number in range(5)]
     with ToolBox(mcp_tools([COMMAND])) as box:
         failures = [result.failure for result in results(box, *slow, ("die", {"text": ""}))]

@@ -129,7 +129,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     ("mistake", "line"),
     [pytest.param(*row, marks=[pytest.mark.slow] if SLOW.search(row[0]) else [], id=row[0]) for row in ROWS],
 )
-def test_a_mistake_says_what_the_page_says(make, mistake: str, line: str) -> None:
+def test_a_mistake_has_the_message_on_the_page(make, mistake: str, line: str) -> None:
     said = re.sub(r"^(\w+Error|arpo-trl[\w ]*: error): ", "", make(mistake))
     parts = [re.escape(part) for part in line.replace("\\", "").split("…")]
     assert re.fullmatch(".*".join(parts), said), said
@@ -139,7 +139,7 @@ def test_the_page_has_more_than_eighty_mistakes() -> None:
     assert len(ROWS) == len(set(ROWS)) > 80
 
 
-def test_a_search_setting_without_search_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_search_setting_without_search_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     build_tools(ToolArguments(tools=[], search_index="passages.jsonl"))
     assert "search_index is set, but tools is []: nothing is searched. Add search to tools." in caplog.text
 
@@ -154,13 +154,13 @@ def test_the_configuration_follows_a_space_or_an_equals_sign(tmp_path, monkeypat
         cli.parse_settings((ToolArguments,), ["--config"])
 
 
-def test_yaml_that_is_none_is_told_in_one_line(tmp_path) -> None:
+def test_invalid_yaml_is_an_error_of_one_line(tmp_path) -> None:
     (tmp_path / "tab.yaml").write_text("a: 1\n\tb: 2\n", "utf-8")
     with pytest.raises(ConfigError, match=r"tab.yaml is not valid YAML: [^\n]*found character '\\t'[^\n]*$"):
         cli.parse_settings((ToolArguments,), ["--config", str(tmp_path / "tab.yaml")])
 
 
-def test_a_folder_without_a_model_is_told(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     def load(name: str) -> None:
         raise OSError("no file\nnamed config.json")
 

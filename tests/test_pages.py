@@ -178,7 +178,7 @@ def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopb
         "http://[",
     ],
 )
-def test_a_redirect_to_elsewhere_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
+def test_a_redirect_to_another_host_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
     with pytest.raises(ToolError, match=r"public internet|web page|port 22|invalid address"):
         visit(f"{server.url}/out?to={to}")
 
@@ -292,7 +292,7 @@ def test_pdf_text_is_read(server: Loopback, visit: Any) -> None:
         (Reply(b"x" * 100, headers={"Content-Encoding": "gzip"}), "answered with broken gzip"),
     ],
 )
-def test_what_cannot_be_read_says_why(server: Loopback, reply: Reply, message: str) -> None:
+def test_unreadable_files_are_errors_with_the_reason(server: Loopback, reply: Reply, message: str) -> None:
     server.answer = lambda asked: reply
     visit = visit_tool(allowed_hosts=["127.0.0.1"], max_bytes=2_000_000, timeout_s=20)
     with pytest.raises(ToolError, match=message):
@@ -332,7 +332,7 @@ def cpu_s(who: int) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def test_a_long_text_page_is_cut_to_size_and_read_elsewhere(server: Loopback) -> None:
+def test_a_long_text_page_is_cut_and_read_in_another_process(server: Loopback) -> None:
     """8 MB as text: what is beyond the cap is not looked at, and this process does but a small part of the work."""
     lines = [f"Filler line {i} about nothing at all." for i in range(200_000)]
     lines[20_000], lines[-1] = "Iron melts at 1538 degrees.", "Iron melts at 4711 degrees."

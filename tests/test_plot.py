@@ -111,7 +111,7 @@ def check_trace(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def test_the_file_is_what_readers_of_traces_take_whole(tmp_path: Path) -> None:
+def test_trace_readers_accept_the_whole_file(tmp_path: Path) -> None:
     """Two ranks with trees of the same number, and times whose ends and lengths round differently.
 
     The turn lasts from 0.6 to 2.4 µs, which round to 1 and 2. Its length of 1.8 would round to 2, and it would end at
@@ -127,7 +127,7 @@ def test_the_file_is_what_readers_of_traces_take_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))
-def test_the_timeline_of_what_the_sampler_makes_is_taken_whole(tmp_path: Path, schedule: RolloutSchedule) -> None:
+def test_the_timeline_of_the_samplers_trees_is_read_completely(tmp_path: Path, schedule: RolloutSchedule) -> None:
     def searches(request: Any, context: str) -> ScriptedTurn:
         depth = request.key[-1]
         return ScriptedTurn(text=["<search>iron</search>", ANSWER][depth], entropies=[0.1 + depth])

@@ -181,7 +181,7 @@ def random_edges(rng: random.Random, start: int = 0, depth: int = 0) -> list[tup
 
 @pytest.mark.usefixtures("cuda_kernels_on_cpu")
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_shows_a_query_what_is_on_its_path(kernel, monkeypatch):
+def test_every_kernel_lets_a_query_attend_to_its_path(kernel, monkeypatch):
     monkeypatch.setattr(prefix_attention, "kernel_for", lambda device, dtype: kernel())
     deepest = 0
     for seed in range(12):
@@ -239,7 +239,7 @@ def forget() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("forget")
-def test_a_kernel_that_fails_is_told_with_its_own_words(monkeypatch):
+def test_a_failing_kernel_is_reported_with_its_error(monkeypatch):
     def broken(*args):
         raise RuntimeError("no kernel image is available for execution")
 
@@ -250,7 +250,7 @@ def test_a_kernel_that_fails_is_told_with_its_own_words(monkeypatch):
 
 
 @pytest.mark.usefixtures("forget")
-def test_a_kernel_that_computes_something_else_is_told_by_how_much(monkeypatch):
+def test_a_kernel_with_wrong_results_is_reported_with_the_difference(monkeypatch):
     right = CPUKernel.forward
 
     def wrong(*args):

@@ -141,7 +141,7 @@ def test_a_path_goes_through_edges_of_several_earlier_rows():
     assert pack.edges == ((0, 2, 9), (2, 4, 4), (4, 5, 9), (5, 7, 7), (7, 9, 9))
 
 
-def test_where_one_rows_prompt_is_anothers_completion_both_get_what_they_want():
+def test_a_prompt_of_one_row_may_be_a_completion_of_another():
     pack = pack_rows(*batch(([1, 2, 3], [4]), ([1], [2, 3, 4])))
     assert pack.ids.tolist() == [[1, 2, 3, 4]]
     assert pack.labels.tolist() == [[2, 3, 4, NO_LABEL]]
@@ -160,7 +160,7 @@ def test_only_wanted_tokens_get_a_label_and_a_shared_one_gets_it_if_any_row_want
     assert pack.sources[pack.real].tolist() == [0, 2, 4]
 
 
-def test_tokens_that_nobody_wants_change_nothing_for_the_others():
+def test_tokens_without_wanted_logprobs_do_not_affect_other_tokens():
     rows = random_rows(1)
     wanted = torch.rand(len(rows[0]), rows[2], generator=torch.Generator().manual_seed(0)) < 0.5
     model = model_of(*FAMILIES[0])
@@ -170,7 +170,7 @@ def test_tokens_that_nobody_wants_change_nothing_for_the_others():
         torch.testing.assert_close(found, all_of * wanted)
 
 
-def test_a_pack_is_filled_up_to_a_multiple_with_an_edge_that_nobody_reads():
+def test_a_pack_is_padded_to_a_multiple_with_an_unused_edge():
     rows = batch(([1], [2, 3, 4]), ([1], [2, 5]))
     plain, filled = pack_rows(*rows), pack_rows(*rows, multiple_of=8)
     assert filled.ids.tolist() == [[*plain.ids[0].tolist(), 0, 0]]  # 1 2 3 4 2 5, and two more
@@ -188,7 +188,7 @@ def test_padding_between_tokens_is_an_error():
             pack_rows(ids, torch.tensor([hole]), after)
 
 
-def test_a_pack_never_holds_more_tokens_than_the_padded_batch():
+def test_a_pack_never_contains_more_tokens_than_the_padded_batch():
     for seed in range(50):
         rows = random_rows(seed)
         assert len(pack_rows(*rows)) <= int(rows[1].sum())

@@ -183,7 +183,7 @@ def test_cbpo_asks_again_for_each_branch(above, delta, granted):
     assert (made.granted, made.fires) == (granted, granted > 0)
 
 
-def test_cbpo_holds_leaves_back_for_as_many_branches_as_a_result_may_have():
+def test_cbpo_reserves_leaves_for_the_maximum_branches_of_a_result():
     # one result to come: up to 3 branches; two: 4² − 1
     live = [LivePath(address=(0,), node=0, results=1)]
     assert CBPO().supply(live, Grown(remaining=8)) == 3
@@ -276,7 +276,7 @@ def test_aepo_without_a_result_takes_half():
     assert rollout.turns_in_sequence == [3]
 
 
-def test_aepo_measures_one_path_unless_told_otherwise():
+def test_aepo_measures_one_path_by_default():
     assert settings("aepo").initial_rollouts == 1
     assert settings("aepo", initial_rollouts=3).initial_rollouts == 3
     with pytest.raises(ConfigError, match=r"form is 'code'; expected one of \['paper', 'coded'\]"):

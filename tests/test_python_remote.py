@@ -163,7 +163,7 @@ def test_the_limits_are_sent(executor: tuple[Executor, RemotePython], remote: Re
         ("print('x' * 2000)", "x" * 1000 + "\nError: stopped, the code printed more than 1000 bytes"),
     ],
 )
-def test_what_stops_a_call_is_told(remote: RemotePython, code: str, text: str) -> None:
+def test_the_reason_for_a_stopped_call_is_reported(remote: RemotePython, code: str, text: str) -> None:
     with pytest.raises(ToolStopped) as caught:
         run(remote, code)
     assert str(caught.value).startswith(text)
@@ -272,7 +272,7 @@ def test_a_server_that_is_slow_or_drips_meets_the_deadline(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_server_that_is_unwell_is_asked_again(
+def test_a_request_to_a_failing_server_is_retried(
     executor: tuple[Executor, RemotePython], remote: RemotePython, status: int
 ) -> None:
     def recovers(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ def test_a_server_that_is_unwell_is_asked_again(
 
 
 @pytest.mark.slow
-def test_a_server_that_stays_unwell_is_an_error_after_three_attempts(
+def test_a_permanently_failing_server_is_an_error_after_three_attempts(
     executor: tuple[Executor, RemotePython], remote: RemotePython
 ) -> None:
     executor[0].answer = lambda handler, _: executor[0].reply(handler, b"oops", 500)

@@ -74,7 +74,7 @@ def test_every_alias_points_to_an_entity_and_is_none_itself() -> None:
     assert titles.isdisjoint(ALIASES)
 
 
-def test_a_search_finds_both_passages_of_an_entity_with_the_asked_one_on_either_page(
+def test_a_search_finds_both_passages_of_an_entity_in_either_order(
     search: Callable[[str], str],
 ) -> None:
     for topic in TOPICS:
@@ -227,7 +227,7 @@ def test_a_failed_call_is_made_again_until_it_succeeds(search: Callable[[str], s
     assert set(made) == {"useful", "search: down", "search: late", "python: down"}
 
 
-def test_who_gives_up_on_every_failure_is_left_with_nothing(search: Callable[[str], str]) -> None:
+def test_a_policy_that_gives_up_on_every_failure_solves_nothing(search: Callable[[str], str]) -> None:
     noise = dataclasses.replace(NO_NOISE, give_up=1.0)
     question = task("melting point of Wolfram minus that of Tin in °C?")
     failures = Failures(rate=1.0, texts={**FAILURES, "search": ["down"]})
@@ -302,7 +302,7 @@ def test_the_model_is_tiny_and_the_same_for_the_same_seed(tokenizer: PreTrainedT
     assert not torch.equal(model.model.embed_tokens.weight, other.model.embed_tokens.weight)
 
 
-def test_an_untrained_model_already_leans_to_what_followed_the_same_tokens_before(
+def test_an_untrained_model_prefers_tokens_that_followed_the_same_tokens_before(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     # ids: r0 … r19 r0 … r19, so that from the second r1 on, the next token is known to one who copies.

@@ -54,7 +54,7 @@ def test_a_tree_is_drawn_line_by_line_and_only_forks_indent():
     ]
 
 
-def test_the_path_that_goes_on_stands_before_a_branch_that_started_earlier():
+def test_the_continuing_path_is_before_a_branch_that_started_earlier():
     made = tree()
     made.nodes[2].children.reverse()
     assert shown(made) == shown(tree())

@@ -108,7 +108,7 @@ def test_the_budget_goes_to_the_highest_delta_first():
     assert served([decision(0.1), decision(0.3), decision(0.9, fires=False), decision(0.2)], 2, 1) == [0, 1, 0, 1]
 
 
-def test_ties_go_to_the_earlier_decision_and_a_fork_takes_what_is_left():
+def test_ties_go_to_the_earlier_decision_and_a_fork_gets_the_remaining_leaves():
     assert served([decision(0.1), decision(0.1)], 3, 2) == [2, 1]
 
 
@@ -164,7 +164,7 @@ def test_a_name_belongs_to_one_class():
         register_rule("random")(Another)
 
 
-def test_an_unknown_rule_is_answered_with_those_there_are():
+def test_an_unknown_rule_gets_an_error_with_all_rules():
     with pytest.raises(ConfigError, match=r"There is no branch rule 'rnd'; expected one of .*'random'"):
         build_rule("rnd", {}, {})
 
@@ -284,7 +284,7 @@ def test_a_rule_from_outside_is_chosen_by_name_with_options_of_its_own():
     ]
 
 
-def test_what_a_rules_own_supply_leaves_starts_at_the_root_at_once():
+def test_leaves_beyond_a_rules_supply_start_at_the_root_immediately():
     # widths (1, 2): one path supplies one leaf of three, so two start at the root while it is being written
     run = Scripted(two_searches, leaves=4, at_root=1, rule=Widths(widths=(1, 2)))
     (tree,), (topups,) = (rollout := run()).trees, rollout.topups

@@ -452,7 +452,7 @@ def test_no_row_is_lost_or_trained_twice_where_the_process_is_killed(model_path,
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_sample_ahead_each_for_itself_and_stop_and_go_on_together(model_path, tmp_path):
+def test_ranks_sample_ahead_independently_and_stop_and_resume_together(model_path, tmp_path):
     """The second of two ranks is slow. 24 rows, 4 a step, 2 epochs."""
     command = ("ddp", ahead_run.__file__, model_path, str(tmp_path))
     launcher = ("--mixed_precision", "no")

@@ -60,7 +60,7 @@ def test_results_are_numbered_pages_each_on_a_line_and_cut() -> None:
     assert search("river") == "Page 1: river xxxxxxxxxxxx …\nPage 2: river one flows on"
 
 
-def test_no_more_results_than_asked_for(index: LocalIndex) -> None:
+def test_results_are_limited_to_the_requested_number(index: LocalIndex) -> None:
     assert search_tool(index, top_k=1)("metal density").count("Page ") == 1
 
 
@@ -133,7 +133,7 @@ def test_chinese_and_japanese_are_searched_for_by_character() -> None:
     assert index.search("沸騰", 1) == ["水は100度で沸騰する"]
 
 
-def test_an_index_is_opened_from_whatever_holds_it(tmp_path: Path, index: LocalIndex) -> None:
+def test_an_index_is_opened_from_every_supported_source(tmp_path: Path, index: LocalIndex) -> None:
     folder = tmp_path / "passages"
     folder.mkdir()
     for number, passage in enumerate(PASSAGES):
@@ -184,7 +184,7 @@ def test_a_saved_index_is_searched_by_many_threads_at_once(tmp_path: Path) -> No
     assert found == [[f"passage{i % 200} " + "x" * (i % 200)] for i in range(2000)]
 
 
-def test_what_is_no_saved_index_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_saved_index_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a saved search index"):
         LocalIndex.load(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
@@ -236,7 +236,7 @@ def test_another_query_gets_the_nearest_recorded_result(tmp_path: Path, query: s
     assert search_tool(recorded(tmp_path))(query) == text
 
 
-def test_recorded_pages_are_cut_to_the_number_asked_for(tmp_path: Path) -> None:
+def test_recorded_pages_are_limited_to_the_requested_number(tmp_path: Path) -> None:
     assert search_tool(recorded(tmp_path), top_k=1)("capital of France") == "Page 1: Paris is the capital."
 
 

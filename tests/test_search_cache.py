@@ -145,7 +145,7 @@ def test_stats_count_by_provider(cache: SearchCache) -> None:
     }
 
 
-def test_what_is_no_cache_or_one_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_cache_or_has_another_version_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("these are my notes, and not a database " * 50)
     with pytest.raises(DataError, match="cannot be used as a search cache"):
         SearchCache(tmp_path / "notes.txt")

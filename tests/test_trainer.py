@@ -189,7 +189,7 @@ def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path
     assert any(not torch.equal(weights, initial[name]) for name, weights in theirs.model.state_dict().items())
 
 
-def test_hard_credit_of_a_tree_is_what_one_works_out_by_hand(model_path, tmp_path):
+def test_hard_credit_of_a_tree_equals_the_values_by_hand(model_path, tmp_path):
     made = trainer(model_path, tmp_path, engine=scripted(), advantage_attribution="hard")
     batch = batch_of(made)
     # Group 0 is asked "what is 0"; leaves in order: (0,) right?, (0,1,0), (1,), (1,1,0), with
@@ -207,7 +207,7 @@ def test_hard_credit_of_a_tree_is_what_one_works_out_by_hand(model_path, tmp_pat
     assert advantages[0, len(leaves[0].ids) :].abs().sum() == 0
 
 
-def test_soft_credit_leaves_the_batch_as_trl_made_it(model_path, tmp_path):
+def test_soft_credit_leaves_trls_batch_unchanged(model_path, tmp_path):
     assert batch_of(trainer(model_path, tmp_path, engine=scripted()))["advantages"].shape == (8,)
 
 
@@ -358,7 +358,7 @@ def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_
 
 
 @pytest.mark.parametrize(("system", "is_said"), [("", True), (tags_system_prompt([search, python]), False)])
-def test_what_tags_take_for_granted_is_said_where_no_prompt_tells_it(model_path, tmp_path, caplog, system, is_said):
+def test_missing_tags_in_the_prompt_are_logged(model_path, tmp_path, caplog, system, is_said):
     rows = [{"prompt": [{"role": "system", "content": system}, {"role": "user", "content": "what is 1"}]}]
     ARPOTrainer(
         model=model_path,
@@ -516,7 +516,7 @@ def quantized(model_path, folder, peft_config):
     )
 
 
-def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):
+def test_silent_failures_are_logged(model_path, tmp_path, caplog):
     def wrong(completions, **columns):
         return [-1.0] * len(completions)
 

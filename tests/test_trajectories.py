@@ -181,7 +181,7 @@ def test_in_between_the_share_is_the_rate(tmp_path):
     assert 70 < len(kept(tmp_path)) < 170
 
 
-def test_which_trees_are_kept_is_drawn_from_seed_rollout_and_rank(tmp_path):
+def test_seed_rollout_and_rank_determine_the_logged_trees(tmp_path):
     chosen = kept(tmp_path)
     assert kept(tmp_path) == chosen
     assert kept(tmp_path, seed=1) != chosen
@@ -203,7 +203,7 @@ def broken(**changes) -> str:
     return json.dumps(row | changes)
 
 
-def test_the_row_that_the_broken_ones_are_made_from_is_sound(tmp_path):
+def test_the_unbroken_row_is_valid(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(broken() + "\n")
     assert only(path).tree.nodes[1].ids == [2]

@@ -262,7 +262,7 @@ def test_accelerate_deals_the_batches_of_a_sampler_out_to_the_ranks_in_turns():
         ("_load_rng_state", ["self", "checkpoint"]),
     ],
 )
-def test_overridden_methods_take_what_we_pass_on(method, expected):
+def test_overridden_methods_accept_our_arguments(method, expected):
     assert parameters(getattr(GRPOTrainer, method)) == expected
 
 
@@ -290,7 +290,7 @@ def test_the_trainer_holds_the_attributes_that_ours_reads(trainer):
     assert (trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max) == (None, 3.0)
 
 
-def test_micro_batches_are_taken_from_the_epochs_iterator_with_next_and_no_further_than_asked(trainer):
+def test_micro_batches_are_read_from_the_epochs_iterator_with_next_and_only_on_demand(trainer):
     rows = iter([[{"prompt": i}] for i in range(5)])
     batches, count = trainer.get_batch_samples(rows, 3, trainer.args.device)
     assert batches == [[{"prompt": i}] for i in range(3)] and count is None
@@ -447,7 +447,7 @@ def test_completions_are_padded_on_the_right_in_the_order_given(trainer):
     assert made["completion_ids"][:, 0].tolist() == [20 + i for i in range(8)]
 
 
-def test_training_or_evaluating_is_told_by_the_models_mode(trainer):
+def test_the_models_mode_determines_training_or_evaluation(trainer):
     trainer.model.eval()
     trainer._generate(["what is", "what is"])
     assert "completions/mean_length" in trainer._metrics["eval"]
@@ -766,7 +766,7 @@ def test_vllms_cpu_kernels_that_take_packed_weights_are_called_as_ours_are():
 # TRL: helpers --------------------------------------------------------------------------------------------------------
 
 
-def test_callables_are_named_and_told_apart_as_trl_does():
+def test_callables_are_named_and_classified_as_in_trl():
     async def later(**_):
         return []
 
@@ -841,7 +841,7 @@ def test_the_trainers_own_background_push_dies_without_a_word():
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator, which may have bf16")
-def test_trls_default_precision_is_refused_without_an_accelerator_unless_the_cpu_is_asked_for(tmp_path):
+def test_trls_default_precision_is_rejected_without_an_accelerator_unless_use_cpu_is_set(tmp_path):
     """Ours asks for it there. When this fails, `take_the_cpu_if_alone` is superfluous."""
     with pytest.raises(ValueError, match="doesn't support bf16/gpu"):
         GRPOConfig(str(tmp_path))

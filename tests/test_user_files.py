@@ -128,7 +128,7 @@ def test_yaml_may_be_nested_as_deep(tmp_path, depth):
 
 
 @pytest.mark.parametrize("text", ["a: 2025-13-45", "a: [", "? [a]\n: b", "a: !!python/object:os.system x", "\x07"])
-def test_what_is_no_yaml_names_the_file(tmp_path, text):
+def test_invalid_yaml_names_the_file(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(DataError, match=r"a\.yaml is not valid YAML"):
         read_yaml(tmp_path / "a.yaml")

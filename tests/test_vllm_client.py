@@ -185,7 +185,7 @@ def test_a_server_that_is_still_loading_is_waited_for(serve):
         ({"v1__models": (401, {})}, f"refuses access. Set the environment variable {VLLM_KEY_VARIABLE}"),
     ],
 )
-def test_what_a_server_lacks_is_named_with_the_way_out(serve, changes, message):
+def test_a_missing_feature_of_a_server_is_named_with_the_remedy(serve, changes, message):
     url, _ = serve(**changes)
     with pytest.raises(ConfigError, match=f"{url}.*{message}"):
         check_server(client(url), tokenizer(), 20)

@@ -164,7 +164,7 @@ def test_fixed_weights_never_move():
     assert generation.calls == []
 
 
-def test_a_sync_that_failed_is_made_again(monkeypatch):
+def test_a_failed_sync_is_repeated(monkeypatch):
     engine, calls, _ = recorded(False, monkeypatch)
 
     def fail():
