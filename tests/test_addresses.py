@@ -1,4 +1,4 @@
-"""Every setting that takes an address refuses what is none, and keys in it, without repeating them."""
+"""Every setting for an address rejects invalid addresses and addresses with keys, without quoting them."""
 
 from collections.abc import Callable
 

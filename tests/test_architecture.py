@@ -80,7 +80,7 @@ def test_every_module_is_in_a_room() -> None:
 
 
 def test_the_tree_and_its_rules_are_pure() -> None:
-    """No torch, no engine, no network: what branches can be computed, and tested, by hand."""
+    """No torch, no engine, no network: branching can be computed and tested by hand."""
     for module, tree in modules():
         if module.startswith(("rollout.tree", "rollout.estimates", "rollout.rules")):
             names = {

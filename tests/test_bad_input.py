@@ -251,7 +251,9 @@ def test_a_tool_that_cannot_be_offered_is_found_before_the_model_is_loaded(make,
 
 @pytest.mark.parametrize("tool", [two_texts, a_number])
 def test_a_tool_needs_exactly_one_text_argument(make, tool):
-    with pytest.raises(ToolSpecError, match=rf"'{tool.__name__}' takes .* exactly one required `str` argument"):
+    with pytest.raises(
+        ToolSpecError, match=rf"'{tool.__name__}' has the parameters .* exactly one required `str` argument"
+    ):
         make(tools=[tool])
 
 
@@ -267,8 +269,8 @@ BAD_ROWS = [
 
 
 BAD_GOLDS = [
-    ([{"prompt": "?", "label": "1"}], r"needs the column 'answer', and the dataset has \['prompt', 'label'\]"),
-    ([{"prompt": "?", "answer": "1"}], "needs the column 'task', and the dataset has"),
+    ([{"prompt": "?", "label": "1"}], r"needs the column 'answer', but the dataset has \['prompt', 'label'\]"),
+    ([{"prompt": "?", "answer": "1"}], "needs the column 'task', but the dataset has"),
     ([{"prompt": "?", "answer": None, "task": "qa"}], "row 0, for the hierarchical reward: answer is None"),
     ([{"prompt": "?", "answer": ["1", " "], "task": "qa"}], r"row 0, .*: answer is \['1', ' '\]; expected"),
     (

@@ -222,7 +222,7 @@ def test_a_broken_line_stops_with_its_number_or_is_left_out(tmp_path, caplog):
         "row 2: no answer: the row has the fields",
         "row 3: 'answer' is ' '; expected at leas",
     ]
-    assert caplog.text.count("Left out: ") == 4
+    assert caplog.text.count("Excluded: ") == 4
 
 
 def test_a_row_without_gold_stops_with_a_remedy(tmp_path):
@@ -271,7 +271,7 @@ def test_every_key_of_a_benchmark_of_ones_own_is_checked(change, message):
 def test_a_benchmark_of_ones_own_must_be_whole():
     with pytest.raises(ConfigError, match="'mine' lacks answer, scorer"):
         custom_benchmark({key: CUSTOM[key] for key in ("name", "file", "question")})
-    with pytest.raises(ConfigError, match="custom holds 'mine'; expected a benchmark with name"):
+    with pytest.raises(ConfigError, match="custom contains 'mine'; expected a benchmark with name"):
         custom_benchmark("mine")
 
 

@@ -1,4 +1,4 @@
-"""A lock that a killed build left behind stops no run; one that a process holds is left alone."""
+"""An abandoned lock of a killed build does not block a run. A lock that a process holds is not removed."""
 
 import logging
 import os

@@ -122,7 +122,7 @@ def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, ca
 
 
 def test_starting_anew_where_checkpoints_are_is_refused(model, whole):
-    with pytest.raises(ConfigError, match=r"holds checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
+    with pytest.raises(ConfigError, match=r"contains checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
         train(model, whole("plain"))
 
 
@@ -367,7 +367,7 @@ def test_a_checkpoint_of_more_processes_is_spread_where_nothing_is_cut(model, wh
 
     of_two(between_generations=False)
     with pytest.raises(
-        ConfigError, match=r"2 processes and this run has 1; it holds the untrained rest of a generation"
+        ConfigError, match=r"2 processes, but this run has 1; it contains the untrained rest of a generation"
     ):
         train(model, folder, True)
     of_two(between_generations=True, sharding="DeepSpeed ZeRO-3")

@@ -123,10 +123,10 @@ def test_tree_shows_whole_texts_if_requested(monkeypatch, capsys, log):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Give the output_dir of a run"),
+        (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Pass the output_dir of a run"),
         (("{folder}/empty",), "empty has no logged trees. Pass the output_dir of a run, or train with"),
         (("{log}", "--group", "2"), "There is no logged tree of group 2; expected one of 0, 1."),
-        (("{folder}", "--step", "9"), "has no logged trees of step 9; it has those of 4."),
+        (("{folder}", "--step", "9"), "has no logged trees of step 9; it has trees of the steps 4."),
         (("{folder}", "--group", "1"), "--group 1 needs a --step"),
         (("{folder}/broken.jsonl",), "broken.jsonl, line 1: not a logged tree"),
     ],
@@ -163,8 +163,11 @@ def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, lo
             "judge_url: http://me:hunter2@h/v1\njudge_model: wise",
             "ConfigError: judge_url must be an address like http",
         ),
-        ("limit: " + "[" * 3000, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100 deep"),
-        ("limit: " + "[" * 101 + "]" * 101, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100"),
+        ("limit: " + "[" * 3000, r"ConfigError: .*config\.yaml: lists and mappings are nested more than 100 deep"),
+        (
+            "limit: " + "[" * 101 + "]" * 101,
+            r"ConfigError: .*config\.yaml: lists and mappings are nested more than 100",
+        ),
         ("limit: 2025-13-45", r"ConfigError: .*config\.yaml is not valid YAML"),
         ("limit: \udcff", r"ConfigError: .*config\.yaml is not UTF-8 text \(byte 7\)"),
     ],

@@ -136,17 +136,17 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"entropy_weight": float("inf")}, "entropy_weight is inf; expected a finite number"),
         (
             {"branch_rule_kwargs": {"beam": 2}},
-            r"branch_rule_kwargs has \['beam'\], but .* 'threshold' takes no options",
+            r"branch_rule_kwargs has \['beam'\], but .* 'threshold' has no options",
         ),
         (
             {"branch_rule_kwargs": {"branch_threshold": 0.6}},
-            r"branch_rule_kwargs has \['branch_threshold'\], but .* 'threshold' takes no options",
+            r"branch_rule_kwargs has \['branch_threshold'\], but .* 'threshold' has no options",
         ),
         ({"branch_rule_kwargs": [1]}, r"branch_rule_kwargs is \[1\]; expected options of the branch rule"),
         ({"branch_rule_kwargs": 0}, "branch_rule_kwargs is 0; expected options of the branch rule"),
         ({"branch_rule_kwargs": ""}, "branch_rule_kwargs is ''; expected options of the branch rule"),
         ({"branch_rule_kwargs": '{"beam": '}, "branch_rule_kwargs is '{\"beam\": '; expected JSON such as .* Correct"),
-        ({"branch_rule_kwargs": {"branch_threshold": 0.6}}, "branch_threshold is a setting of its own: set it there"),
+        ({"branch_rule_kwargs": {"branch_threshold": 0.6}}, "branch_threshold is a separate setting: set it there"),
         (
             {"branch_rule": "schedule", "branch_rule_kwargs": {"width": [16]}},
             "Did you mean 'widths' instead of 'width'",

@@ -301,16 +301,16 @@ def test_once_wraps_the_credit_that_gives_the_advantages():
         (
             "soft",
             {"decay": 1.0},
-            r"_kwargs has \['decay'\], but the credit 'soft' takes no options",
+            r"_kwargs has \['decay'\], but the credit 'soft' has no options",
         ),
-        ("siblings", {"omega": 1.0}, r"the credit 'siblings' takes \['decay'\]"),
+        ("siblings", {"omega": 1.0}, r"the credit 'siblings' has \['decay'\]"),
         ("siblings", {"decay": 1.5}, r"decay is 1.5; expected a number in \(0, 1\]"),
         ("tree", {"average": "median"}, r"average is 'median'; expected one of"),
         ("igpo", {"template": "<answer>"}, "template is '<answer>'; expected a text with {answer} in it"),
         ("igpo", {"template": None}, "advantage_attribution_kwargs: template is None; expected a text with"),
         ("tree", {"difference": "false"}, "difference is 'false'; expected true or false"),
         ("gigpo", {"gama": 0.9}, "Did you mean 'gamma' instead of 'gama'"),
-        ("aepo", {"reads_entropies": False}, r"takes \['weight'\]"),
+        ("aepo", {"reads_entropies": False}, r"has \['weight'\]"),
     ],
 )
 def test_options_that_a_credit_does_not_take_are_errors(tmp_path, attribution, options, message):

@@ -143,7 +143,7 @@ def test_silent_rows_are_judged_together_by_their_answers(tmp_path: Path, caplog
 
     # 3 of 4 are a number or LaTeX: math, all of them
     assert tasks(["-1,000.5", r"\frac{1}{2}", "x^2", "Evelyn"]) == ["math"] * 4
-    assert "4 row(s) do not state their task; their task is set to math, since 75 %" in caplog.text
+    assert "4 row(s) do not state their task. It is set to math, since 75 %" in caplog.text
     # 1 of 4: qa
     assert tasks(["1999", "Essex", "Crystal Dynamics", "yes"]) == ["qa"] * 4
     # 2 of 4 tell nothing
@@ -202,7 +202,7 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
         ("a.jsonl", b"", "a.jsonl .* contains no rows"),
         ("a.json", b"{}", "a.json contains a dict; expected a list of objects"),
         ("a.json", b"[", "a.json: not valid JSON"),
-        ("a.json", b"[" * 100_000, "a.json: lists and mappings stand more than 100 deep"),
+        ("a.json", b"[" * 100_000, "a.json: lists and mappings are nested more than 100 deep"),
         ("a.jsonl", b'{"question": "\xff"}', r"a.jsonl, line 1 is not UTF-8 text \(byte 14\)"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
         ("a.csv", b"question,answer", r"a.csv is not a dataset file; expected one of \('.jsonl'"),
@@ -300,7 +300,9 @@ def test_a_system_prompt_for_a_tool_that_tags_cannot_offer_is_refused() -> None:
         """
         return a + b
 
-    with pytest.raises(ToolSpecError, match=r"'add' takes \['a', 'b'\]; .* or set tool_protocol \"chat_template\""):
+    with pytest.raises(
+        ToolSpecError, match=r"'add' has the parameters \['a', 'b'\]; .* or set tool_protocol \"chat_template\""
+    ):
         tags_system_prompt([add])
 
 

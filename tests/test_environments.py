@@ -223,7 +223,7 @@ class Lossy(ForkingShop):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Clock, r'put returned "0/0 at \d", and the recorded one "0/0 at 1"'),
+        (Clock, r'put returned "0/0 at \d", but the recorded one "0/0 at 1"'),
         (Failing, "OSError: no second shop"),
         (Lossy, r"fork\(\) of Lossy has the digest '0/0', and the original 'a\|0/0'"),
     ],
@@ -364,7 +364,7 @@ class Odd(Shop):
     [
         (raising, ConfigError, "environment_factory raised OSError: no shops today. Correct it"),
         (hanging, ConfigError, "environment_factory did not return within 0.2 s. .* or raise tool_timeout_s"),
-        (lambda: ONE, ConfigError, "returned the same Shop twice, and paths would share its state. Return a new"),
+        (lambda: ONE, ConfigError, "returned the same Shop twice, so paths would share its state. Return a new"),
         (ONE, ConfigError, "environment_factory is a Shop; expected a class, or a function"),
         (object, ToolSpecError, r"The environment object has no method reset. Define `def reset\(self, \*\*row\)`"),
         (Odd, ToolSpecError, "The environment Odd has copyable = 'yes'; expected True or False"),
@@ -427,7 +427,7 @@ class Selfish(ForkingShop):
 
 def test_a_fork_that_is_the_original_ends_the_run():
     environments = environments_of(Selfish)
-    with pytest.raises(ToolSpecError, match=r"fork\(\) of Selfish returned an object that another path has"):
+    with pytest.raises(ToolSpecError, match=r"fork\(\) of Selfish returned an object that another path already uses"):
         run(environments)
     assert all_closed(environments)
 
@@ -436,7 +436,7 @@ def test_a_factory_that_repeats_itself_later_ends_the_run():
     made = iter([Shop(), Shop(), ONE, ONE])
     environments = environments_of(lambda: next(made))
     OPENED.append(ONE)
-    with pytest.raises(ToolSpecError, match="environment_factory returned an object that another path has"):
+    with pytest.raises(ToolSpecError, match="environment_factory returned an object that another path already uses"):
         run(environments, at_root=2)
     assert all_closed(environments)
 
@@ -471,7 +471,7 @@ def test_a_path_without_an_environment_reads_an_error(hangs, caplog):
     assert len(broken) == 1
     reason = "the opening of the states call took longer than 0.3 s" if hangs else "OSError: sold out"
     assert broken[0].calls[0].text == "Error: the environment of this conversation is not available."
-    assert f"The environment Rare of a path could not be made: {reason}." in caplog.text
+    assert f"The environment Rare of a path could not be created: {reason}." in caplog.text
     assert broken[0].calls[0].failure is ToolFailure.DEGRADED
     assert environments.instances.take_counts().failed == 1
     release.set()
@@ -495,7 +495,9 @@ def test_a_first_environment_that_cannot_be_made_is_tried_again():
             if fails == 2:
                 assert environments.begin({0: {}}, toolbox, lambda: None) == {0: "ready"}
             else:
-                with pytest.raises(ConfigError, match="could not be made for a row, in 3 attempts: OSError: not yet"):
+                with pytest.raises(
+                    ConfigError, match="could not be created for a row in 3 attempts: OSError: not yet"
+                ):
                     environments.begin({0: {}}, toolbox, lambda: None)
             assert all_closed(environments)
 

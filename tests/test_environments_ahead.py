@@ -178,7 +178,7 @@ def test_a_reward_that_raises_and_a_reset_that_fails_end_the_run_and_leave_none_
         raise RuntimeError("broken")
 
     made = trainer(model_path, tmp_path / "reset", Broken)
-    with pytest.raises(ConfigError, match="Broken could not be made for a row, in 3 attempts: OSError: sold out"):
+    with pytest.raises(ConfigError, match="Broken could not be created for a row in 3 attempts: OSError: sold out"):
         made.train()
     assert all_closed(made)
     made = trainer(model_path, tmp_path / "reward", reward_funcs=raises)

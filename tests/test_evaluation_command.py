@@ -323,7 +323,7 @@ def test_two_runs_are_compared(monkeypatch, capsys, here):
     assert "| gsm8k | math equality | 4 | 0.250 | 0.750 | +0.500 | " in out and "| 0 | 2 | 0.5000 |" in out
     assert (here / "b/against-a.png").exists()
     status, _, err = run(monkeypatch, capsys, "compare", "a", "nowhere")
-    assert status == 2 and "nowhere holds no results.json" in err
+    assert status == 2 and "nowhere contains no results.json" in err
 
 
 def test_the_benchmarks_are_listed_and_no_id_is_broken(monkeypatch, capsys):
@@ -366,7 +366,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
         (("--model", "m", "--temperature", "-1"), "temperature is -1.0"),
         (("--model", "m", "--top-p", "0"), "top_p is 0.0"),
         (("--model", "m", "--engine", "sglang"), "engine is 'sglang'; expected one of ['transformers', 'vllm']"),
-        (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits holds 'python'"),
+        (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits contains 'python'"),
         (("--model", "m", "--judge-url", "http://x"), "Only one of judge_url and judge_model is set"),
         (("--model", "m", "--resume"), "resume is set without output"),
         (("--model", "m", "--base-url", "http://x/v1", "--engine", "vllm"), "base_url is set together with"),
@@ -416,12 +416,12 @@ def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
         words = flags(here, server.url)
         assert run(monkeypatch, capsys, *words)[0] == 0
         status, _, err = run(monkeypatch, capsys, *words, "--resume", "--temperature", "1")
-        assert status == 2 and "holds a different run: settings.temperature is 0.6 there and 1.0 here" in err
+        assert status == 2 and "contains a different run: settings.temperature is 0.6 there and 1.0 here" in err
         status, _, err = run(monkeypatch, capsys, *words)
         assert status == 2 and "already contains this run" in err
         data(here, count=3)
         status, _, err = run(monkeypatch, capsys, *words, "--resume")
-        assert status == 2 and "holds a different run: questions.gsm8k is" in err
+        assert status == 2 and "contains a different run: questions.gsm8k is" in err
         assert run(monkeypatch, capsys, *words[:-1], here / "other", "--concurrency", "1")[0] == 0
 
 

@@ -527,7 +527,7 @@ def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{folder}/run",), "ConfigError: No repository is given to push to. Give --repo, --trajectories or both."),
+        (("{folder}/run",), "ConfigError: No repository is given. Pass --repo, --trajectories or both."),
         (("{folder}/none", "--repo", "me/a"), "DataError: {folder}/none contains no model and no adapter."),
         (("{folder}/run", "--trajectories", "me/a"), "DataError: {folder}/run/trajectories contains no .jsonl file."),
         (("{folder}/run", "--repo", "them/policy"), "ConfigError: --repo requires the model repository 'them/policy'"),

@@ -1,4 +1,4 @@
-"""Which addresses are of the public internet is decided by our own list, address by address."""
+"""Our own list decides for each address whether it is on the public internet."""
 
 import ipaddress
 

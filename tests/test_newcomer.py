@@ -1,4 +1,4 @@
-"""Mistakes that newcomers make end in one line that names the way out, without a traceback: the rows of a page."""
+"""Typical mistakes of newcomers result in one line with a remedy and no traceback: the rows of a page."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_the_page_has_more_than_eighty_mistakes() -> None:
 
 def test_a_search_setting_without_search_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     build_tools(ToolArguments(tools=[], search_index="passages.jsonl"))
-    assert "search_index is set, but tools is []: nothing is searched. Add search to tools." in caplog.text
+    assert "search_index is set, but tools is [], without search. Add search to tools." in caplog.text
 
 
 @pytest.mark.parametrize("words", [["--config=settings.yaml"], ["--config", "settings.yaml"]])

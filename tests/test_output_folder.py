@@ -1,4 +1,4 @@
-"""A run refuses an output folder that holds another run's model or trajectories."""
+"""An output folder with another run's model or trajectories is an error."""
 
 from pathlib import Path
 
@@ -34,13 +34,13 @@ def test_what_an_earlier_run_left_is_refused(tmp_path, name, found, resume):
     fill(tmp_path, name)
     with pytest.raises(ConfigError) as raised:
         prepare(tmp_path, resume)
-    assert f"holds {found} of an earlier run" in str(raised.value)
+    assert f"contains {found} of an earlier run" in str(raised.value)
     assert "overwrite_output_dir" in str(raised.value)
     assert ("resume_from_checkpoint" in str(raised.value)) == (found == "checkpoint-2")
 
 
 def test_the_newest_checkpoint_is_named_and_not_the_last_by_name(tmp_path):
-    with pytest.raises(ConfigError, match="holds checkpoint-10 of an earlier run"):
+    with pytest.raises(ConfigError, match="contains checkpoint-10 of an earlier run"):
         prepare(fill(tmp_path, "checkpoint-2/a", "checkpoint-10/a", "checkpoint-best/a"))
 
 

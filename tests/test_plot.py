@@ -61,7 +61,7 @@ def test_the_lines_of_several_runs_name_their_run(tmp_path: Path) -> None:
 
 def test_a_run_without_such_metrics_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
     run = run_with(tmp_path / "a", {"step": 1, "reward": 0.5})
-    with pytest.raises(DataError, match=r"has no logged phases. Give the output_dir"):
+    with pytest.raises(DataError, match=r"has no logged phases. Pass the output_dir"):
         draw_plot([run], "phases")
     with pytest.raises(ConfigError, match=r"--output is x.gif; expected a file that ends in .png, .svg, .pdf"):
         draw_plot([run], "reward", Path("x.gif"))

@@ -1,4 +1,4 @@
-"""Sampling and training use the same distribution with every precision that users set."""
+"""Sampling and training use the same distribution in every precision."""
 
 import pytest
 import torch

@@ -267,7 +267,7 @@ def test_a_gpu_or_heads_that_the_flash_kernel_does_not_take_are_named(monkeypatc
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert why_no_attention(cuda, torch.float16, 4, 2, 64) == (
-        "torch's flash kernel needs a GPU of compute capability 8.0 or more, and this one has 7.5"
+        "torch's flash kernel needs a GPU of compute capability 8.0 or more, but this one has 7.5"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for head_dim in (20, 264):

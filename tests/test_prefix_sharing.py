@@ -271,7 +271,7 @@ def test_a_model_for_which_packs_are_not_exact_is_recognised(make, reason):
 def test_a_model_that_keeps_packs_from_its_attention_is_found_out_before_training():
     model = model_of(NemotronConfig, NemotronForCausalLM)  # its layers hand no keywords on
     assert why_not_shared(model, CPU) is None  # nothing is known against it
-    assert "passes packs to the attention of 0 of its 2 layers only" in why_packs_differ(model)
+    assert "passes packs to the attention of only 0 of its 2 layers" in why_packs_differ(model)
 
 
 def test_a_model_that_takes_packs_is_compared_with_its_padded_self(monkeypatch):

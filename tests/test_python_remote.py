@@ -1,4 +1,4 @@
-"""The remote executor shows results as the local one does, and turns every server response into text."""
+"""The remote executor returns results like the local one, and turns every server response into text."""
 
 import asyncio
 import json

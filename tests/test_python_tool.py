@@ -1,4 +1,4 @@
-"""The python tool shows what a notebook shows, and the sandbox blocks everything that its docstring lists."""
+"""The python tool has the output of a notebook, and the sandbox blocks everything that its docstring lists."""
 
 import json
 import os
@@ -713,7 +713,7 @@ def test_an_unknown_isolation_is_refused() -> None:
 
 @pytest.fixture
 def no_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which every sandbox starts and none holds."""
+    """A machine on which every sandbox starts but none isolates."""
 
     class LeakyWorker(Worker):
         def __init__(self, limits: Limits, *, tier: Tier, preload: bool) -> None:

@@ -1,4 +1,4 @@
-"""Runs on two processes resume after a kill, or after a stop of one rank after the other."""
+"""Runs on two processes resume after a kill, and after a stop of each rank."""
 
 import json
 import signal

@@ -294,9 +294,7 @@ def test_leaves_beyond_a_rules_supply_start_at_the_root_immediately():
 
 def test_options_are_read_from_json_text_and_checked_by_the_rule():
     assert settings(branch_rule="surest_last", branch_rule_kwargs='{"width": 2}').make_branch_rule().width == 2
-    with pytest.raises(
-        ConfigError, match=r"branch_rule_kwargs has \['with'\], but .* 'surest_last' takes \['width'\]"
-    ):
+    with pytest.raises(ConfigError, match=r"branch_rule_kwargs has \['with'\], but .* 'surest_last' has \['width'\]"):
         settings(branch_rule="surest_last", branch_rule_kwargs={"with": 2})
     with pytest.raises(ConfigError, match=r"The branch rule 'widths' needs values for \['widths'\]. Set them in"):
         settings(branch_rule="widths")

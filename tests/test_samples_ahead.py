@@ -558,5 +558,5 @@ def test_a_dataset_shorter_than_what_is_read_ahead_is_refused(model_path, tmp_pa
 
 def test_an_engine_that_cannot_change_its_weights_meanwhile_is_refused(model_path, tmp_path, monkeypatch):
     monkeypatch.delattr(ahead_run.EngineWithVersions, "sync")
-    with pytest.raises(ConfigError, match="EngineWithVersions gets new weights only while nothing is sampled"):
+    with pytest.raises(ConfigError, match="EngineWithVersions cannot update its weights during sampling"):
         make_trainer(model_path, tmp_path)

@@ -248,8 +248,8 @@ def test_recordings_that_found_nothing_are_a_recording(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "holds an empty object"),
-        (["a"], "holds list"),
+        ({}, "contains an empty object"),
+        (["a"], "contains list"),
         ({"a query": ["x"]}, "query 'a query': the result is list; expected a string"),
     ],
 )

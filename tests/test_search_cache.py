@@ -159,7 +159,7 @@ def test_a_file_that_is_not_a_cache_or_has_another_version_is_rejected(tmp_path:
 
 
 def _search_all(path: str, url: str, worker: int) -> None:
-    """40 queries that everybody asks and 20 that nobody else does."""
+    """40 queries common to all processes, and 20 queries of this process alone."""
     search = WebSearch(make_provider("searxng", url=url), SearchCache(path), timeout_s=60, run="run")
     for step in range(60):
         query = f"shared {step}" if step < 40 else f"own {worker} {step}"

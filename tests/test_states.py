@@ -234,8 +234,8 @@ def test_a_failed_close_of_a_state_is_logged_once_and_the_rollout_continues(capl
         tree = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)().trees[0]
     assert len(tree.leaves()) == 4 and world.is_closed() and len(world.opened) > 1
     assert [record.getMessage() for record in caplog.records if "close()" in record.getMessage()] == [
-        "close() of Notes failed: OSError: stuck. The run continues, but what the state held may not be released. "
-        "Further failures of its close() are not logged."
+        "close() of Notes failed: OSError: stuck. The run continues, but the resources of the state "
+        "may not be released. Further failures of its close() are not logged."
     ]
 
 

@@ -1,6 +1,6 @@
-"""Every chat template that TRL ships, with its family's special tokens and each EOS of its models.
+"""Tests every chat template that TRL ships, with its family's special tokens and each EOS of its models.
 
-tests/cases/templates.jsonl has the expected reading of each template, or why it is refused.
+tests/cases/templates.jsonl contains the expected reading of each template, or the reason for its rejection.
 """
 
 import copy

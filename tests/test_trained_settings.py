@@ -1,4 +1,4 @@
-"""What was trained is what is evaluated: a run's settings become those of its evaluation."""
+"""A run's settings become the settings of its evaluation."""
 
 import dataclasses
 import os

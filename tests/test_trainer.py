@@ -353,7 +353,9 @@ def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_
     rollout = made._last.rollout
     assert [len(tree.leaves()) for tree in rollout.trees] == [1] * 6
     made.model.train()
-    with pytest.raises(ConfigError, match="6 rows, which are not whole groups of 4; a tree cannot span ranks"):
+    with pytest.raises(
+        ConfigError, match="6 rows, which is not a multiple of the group size 4; a tree cannot span ranks"
+    ):
         made._rollout(prompts, made)
 
 

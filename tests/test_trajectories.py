@@ -272,7 +272,7 @@ def test_a_broken_line_names_the_part_too(tmp_path, line, part):
     ("line", "message"),
     [
         (broken()[:-20].encode(), "line 2: not valid JSON"),
-        (b"[" * 5000 + b"]" * 5000, "line 2: lists and mappings stand more than 100 deep"),
+        (b"[" * 5000 + b"]" * 5000, "line 2: lists and mappings are nested more than 100 deep"),
         (b"\xff\xfe{}", r"line 2 is not UTF-8 text \(byte 0\)"),
     ],
 )

@@ -1,6 +1,6 @@
 """One test for each fact of TRL or transformers that the trainer and the engines rely on.
 
-If an upgrade breaks one of them, the name of the test says where to start.
+If an upgrade breaks one of them, the name of the test shows where to start.
 """
 
 import ast
@@ -179,7 +179,7 @@ def test_the_seam_has_all_that_it_names_and_imports_vllm_for_none_of_it_but_one(
 
 
 class Watched(GRPOTrainer):
-    """Notes the order in which a run calls what `Resumable` overrides."""
+    """Records the order in which a run calls the methods that `Resumable` overrides."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -631,7 +631,7 @@ def test_the_accelerators_autocast_is_the_training_forwards(trainer):
 
 
 def test_vllm_generation_connects_in_one_method_and_names_parameters_as_vllm_does(model_path):
-    """What weight_sync: disk builds on: TRL's walk over the parameters, without TRL's connection."""
+    """The basis of weight_sync: disk: TRL's iteration over the parameters, without TRL's connection."""
 
     class Unconnected(VLLMGeneration):
         def _init_vllm(self):
@@ -705,7 +705,7 @@ def vllm_folder() -> Path:
 
 @pytest.mark.vllm
 def test_vllm_packs_weights_for_a_cpu_nowhere_else():
-    """A file that is new here packs something that vllm_cpu_weights does not know of."""
+    """A new file here packs weights that `cpu_weights` does not support."""
     packs = re.compile(
         r"convert_weight_packed|create_onednn_\w*mm\(|prepack_for_linear|prepack_moe|conv1d_weight_pack"
     )

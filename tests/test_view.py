@@ -1,4 +1,4 @@
-"""`arpo-trl view`: what the page holds, what it lets through, and what a browser makes of it."""
+"""`arpo-trl view`: the content of the page, its content security policy, and its behaviour in a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Characters that steer a terminal or hide from a reader are symbols wherever text of unknown origin is shown."""
+"""Terminal control characters and invisible characters are shown as symbols in all untrusted text."""
 
 import io
 import logging

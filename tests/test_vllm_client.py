@@ -105,7 +105,7 @@ def client(url: str) -> ServerClient:
 
 
 class Arrived:
-    """Weights that are always there."""
+    """Weights that are always synced."""
 
     def __init__(self, url):
         self.clients, self.version, self.syncs, self.restored = [client(url)], "arpo-x-1", 0, 0
@@ -314,7 +314,7 @@ def test_the_trees_of_a_batch_are_shared_out_and_each_stays_with_one_server(serv
 
 
 class Still:
-    """A way for weights to travel that has nothing to do."""
+    """A transfer of weights that does nothing."""
 
     def __getattr__(self, name):
         return lambda *args: None

@@ -59,7 +59,7 @@ def server(model_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half_server(model_path, tmp_path_factory):
-    """One that computes in what training computes in by default."""
+    """A server that computes in the default precision of training."""
     log = tmp_path_factory.mktemp("half_server") / "log"
     with running(model_path, log, "--dtype", "bfloat16", "--enable-lora", "--max-lora-rank", "8") as made:
         yield made

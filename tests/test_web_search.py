@@ -47,7 +47,7 @@ def server() -> Iterator[Loopback]:
 
 
 class Service:
-    """Searches of one cache file, against one server."""
+    """Searches with one cache file and one server."""
 
     def __init__(self, server: Loopback, folder: Path) -> None:
         self.server = server
