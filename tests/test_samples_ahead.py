@@ -527,7 +527,7 @@ def test_later_epochs_are_those_that_the_data_loader_will_deal_out():
     ("settings", "message"),
     [
         ({"rollouts_ahead": -1}, "rollouts_ahead is -1; expected an integer of at least 0"),
-        ({"use_vllm": False}, "rollouts_ahead is 1, but the model that is updated samples"),
+        ({"use_vllm": False}, "rollouts_ahead is 1, but the updated model itself samples"),
         ({"vllm_mode": "colocate"}, "rollouts_ahead is 1, but vLLM shares the device with the update"),
         ({"rollout_schedule": "rounds"}, "rollout_schedule is 'rounds', whose rollouts are reproducible bit for bit"),
         (

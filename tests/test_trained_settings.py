@@ -87,7 +87,7 @@ def test_a_downloaded_folder_decides_nothing_dangerous(tmp_path, monkeypatch, ca
     _, tools = parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
     assert tools == dataclasses.replace(ToolArguments(), search_top_k=1)
     said = capsys.readouterr().err
-    assert "not taken over: allow_unsafe, mcp_servers, python_executor_url, search_cache, search_url, tools;" in said
+    assert "not used: allow_unsafe, mcp_servers, python_executor_url, search_cache, search_url, tools;" in said
     (tmp_path / "own.py").write_text("def lookup(country: str) -> str: ...\n")
     own = EvaluationSettings.of({"tools": ["own:lookup", "search"]})
     assert own.values["tools"] == ["own:lookup", "search"]

@@ -551,7 +551,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             return
         told = f"rollouts_ahead is {self.rollouts_ahead}"
         if not self.use_vllm or self.vllm_mode != "server":
-            engine = "vLLM shares the device with the update" if self.use_vllm else "the model that is updated samples"
+            engine = "vLLM shares the device with the update" if self.use_vllm else "the updated model itself samples"
             raise ConfigError(
                 f"{told}, but {engine}, so that a rollout cannot run during the update. Set use_vllm: true and "
                 f"vllm_mode: "

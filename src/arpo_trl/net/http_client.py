@@ -43,7 +43,7 @@ class RequestFailed(Exception):
 
     Args:
         status: The HTTP status of the answer; None if there was none.
-        retry_after_s: The seconds after which the server asks to retry.
+        retry_after_s: The seconds after which the server requests a retry.
         about_account: Whether the answer mentions the API key, or the credits or quota of the account.
     """
 
@@ -219,4 +219,4 @@ def _retry_after_s(value: str | None) -> float | None:
         except (ValueError, OverflowError):
             return None
         seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # nan, too, becomes this
+    return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # this also replaces nan

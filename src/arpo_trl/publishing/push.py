@@ -71,7 +71,7 @@ def prepare_repo(
     except Exception as error:  # after any error of the client the run must not start
         raise ConfigError(
             f"{setting} requires the {kind} repository {name!r}, but {reason_of(error)}. Set HF_TOKEN to a token with "
-            f"write access to it (or log in with `hf auth login`), set {setting} to a repository of yours, or train "
+            f"write access to it (or log in with `hf auth login`), set {setting} to your own repository, or train "
             "without pushing and run `arpo-trl push` afterwards."
         ) from None
 

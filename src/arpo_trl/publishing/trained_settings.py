@@ -87,7 +87,7 @@ class EvaluationSettings:
         taken = {name: value for name, value in self.values.items() if used.get(name) == value}
         line = f"settings of its training: {EvaluationSettings(values=taken, left_out=[]).flags()}"
         if missing := [name for name in self.left_out if used.get(name) == _DEFAULTS[name]]:
-            line += f" (not taken over: {', '.join(missing)}; set them yourself if you trust the run)"
+            line += f" (not used: {', '.join(missing)}; set them yourself if you trust the run)"
         return " ".join(visible(line).split())
 
     def flags(self) -> str:

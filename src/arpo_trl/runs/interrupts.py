@@ -5,7 +5,7 @@ Code that waits (a rollout between two events, a reward function) polls the reco
 at points that all ranks reach, and the ranks decide together.
 
     SIGTERM, Ctrl-C ─▶ told ─┬─▶ check()      ends a wait of this rank: `Interrupted`
-                             └─▶ the trainer  asks all ranks, and all raise `Interrupted` at the same place
+                             └─▶ the trainer  polls all ranks, and all raise `Interrupted` at the same place
     Ctrl-C again ──────────────▶ this process and its children are killed
 """
 

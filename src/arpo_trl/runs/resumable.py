@@ -130,7 +130,7 @@ class Resumable(GRPOTrainer):
         Args:
             resume_from_checkpoint: True: resume from the last complete checkpoint in `output_dir`, or start a new run
                 if there is none. So a job can be restarted with the same command. A path: resume from that
-                checkpoint. None or False: start a new run; `output_dir` must not hold checkpoints.
+                checkpoint. None or False: start a new run; `output_dir` must not contain checkpoints.
 
         Raises:
             CheckpointError: The checkpoint is incomplete.

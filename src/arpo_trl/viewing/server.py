@@ -71,4 +71,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Prints nothing: the page asks every two seconds."""
+        """Prints nothing, since the page sends a request every two seconds."""

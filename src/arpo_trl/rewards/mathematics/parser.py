@@ -628,7 +628,7 @@ class Parser(Numerals, Units):
         return group
 
     def _single(self, item: Value) -> Any:
-        """Return the content of brackets around a single value: its formula if it is one, else the value."""
+        """Return the content of brackets around a single value: its formula if it is one, otherwise the value."""
         if isinstance(item, Quantity) and item.unit in ("", "degree"):
             return item.value * DEGREE if item.unit else item.value
         return item

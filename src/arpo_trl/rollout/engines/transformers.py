@@ -219,7 +219,7 @@ class TransformersEngine:
         logger.log(
             logging.WARNING if tight else logging.INFO,
             f"During a rollout the KV cache takes up to {self._cache.described()} on {self._device}, and finished "
-            f"turns that others continue up to {RETAINED_BYTES / GIB:.2f} GiB more. Free memory besides: "
+            f"turns that others continue up to {RETAINED_BYTES / GIB:.2f} GiB more. Other free memory: "
             f"{'unknown' if free is None else f'{free / GIB:.2f} GiB'}.",
         )
 

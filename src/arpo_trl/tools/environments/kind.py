@@ -250,7 +250,7 @@ def _in_time(call: Callable[[], Any], timeout_s: float, name: str) -> Any:
     thread.join(timeout_s)
     if not outcome:
         raise ConfigError(
-            f"{name} did not return within {timeout_s:g} s. Check what it waits for, or raise tool_timeout_s."
+            f"{name} did not return within {timeout_s:g} s. Find the cause of the wait, or raise tool_timeout_s."
         )
     value, error = outcome[0]
     if error is not None:

@@ -80,7 +80,7 @@ class Rule:
 
 
 _ENOSYS, _ENOTTY = 38, 25
-_OWN_PROCESS = -1  # in `values`: stands for the id of the confined process
+_OWN_PROCESS = -1  # in `values`: a placeholder for the id of the confined process
 # CLONE_VM, FS, FILES, SIGHAND, THREAD: a thread with a separate descriptor table could exceed the limit of open files
 _THREAD_NEEDS = 0x00010F00
 # also allowed: SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED

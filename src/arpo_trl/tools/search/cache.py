@@ -34,7 +34,7 @@ FILE_VERSION = 1
 EMPTY_TTL_S = 600.0
 """Seconds after which a result without hits expires."""
 ERROR_TTL_S = 30.0
-"""Seconds after which a failed query may be asked again."""
+"""Seconds after which a failed query may be sent again."""
 
 _BUSY_TIMEOUT_S = 30.0
 _SCHEMA = """

@@ -51,7 +51,7 @@ def _reseed_instead_of_rewinding() -> None:
         for i in self.discard_request_mask.np[: batch.num_reqs].nonzero()[0]:
             if (generator := generators.get(int(i))) is not None:
                 generator.manual_seed(generator.initial_seed())
-        batch.generators = {}  # else vLLM rewinds them
+        batch.generators = {}  # otherwise vLLM rewinds them
         try:
             return bookkeeping(self, *args, **kwargs)
         finally:

@@ -97,6 +97,6 @@ def _pack_latents_at_use() -> None:
         pack(self, q.dtype)
         attend(self, q, *args, **rest)
 
-    AMXMLAImpl.uses_amx_bmm = False  # else the layer deletes the weights, which decoding reads
+    AMXMLAImpl.uses_amx_bmm = False  # otherwise the layer deletes the weights, which decoding reads
     AMXMLAImpl.process_weights_after_loading = lambda self, act_dtype: None
     AMXMLAImpl.forward_mha = pack_and_attend
