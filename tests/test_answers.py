@@ -156,7 +156,7 @@ def test_a_worker_that_died_while_idle_is_replaced() -> None:
     worker.close()
 
 
-def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RewardError, match=r"did not start \(exit code"):
         MathWorker().equal("1", "2")

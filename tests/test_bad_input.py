@@ -359,7 +359,7 @@ def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
         (torch.tensor([0.0, 0.0, 0.0, math.nan]), r"returned tensor\(nan\) for completion 3"),
     ],
 )
-def test_a_reward_that_is_none_is_an_error_that_names_its_function(make, returned, message):
+def test_an_invalid_reward_is_an_error_that_names_its_function(make, returned, message):
     def scored(completions, **columns):
         return returned
 
@@ -397,7 +397,7 @@ def test_an_error_before_the_first_step_leaves_the_model_as_it_was(make, model_p
     assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
 
 
-def test_a_failing_step_keeps_what_was_logged(make, tmp_path: Path):
+def test_a_failing_step_keeps_the_logged_values(make, tmp_path: Path):
     def fails_later(completions, trainer_state, **_):
         return [math.nan if trainer_state.global_step == 1 else float(i % 2) for i in range(len(completions))]
 

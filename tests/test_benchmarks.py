@@ -45,7 +45,7 @@ def test_the_registry_has_the_papers_thirteen_in_three_suites_and_simpleqa():
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda b: b.name)
-def test_every_benchmark_says_where_it_is_how_it_is_scored_and_under_which_terms(benchmark):
+def test_every_benchmark_has_a_source_a_scorer_and_terms(benchmark):
     assert benchmark.hub_id and "/" in benchmark.hub_id and benchmark.split
     assert isinstance(benchmark.scorer, Scorer)
     assert benchmark.system_prompt in SYSTEM_PROMPTS
@@ -86,7 +86,7 @@ def test_aime_has_numbers_problems_and_solutions(tmp_path):
     assert row["prompt"][1]["content"] == "What is $1+1$?"
 
 
-def test_the_gold_of_gsm8k_is_what_follows_the_hashes(tmp_path):
+def test_the_gold_of_gsm8k_is_the_text_after_the_hashes(tmp_path):
     write(tmp_path / "gsm8k.jsonl", {"question": "How many?", "answer": "9 * 200 = <<9*200=1800>>1800\n#### 1,800"})
     assert answers("gsm8k", tmp_path) == [["1800"]]
 
@@ -184,7 +184,7 @@ def test_the_hub_request_has_repository_configuration_and_split_and_the_papers_s
     assert asked[0] == ("RUC-NLPIR/FlashRAG_datasets", "hotpotqa", "dev")
 
 
-def test_a_gated_benchmark_without_a_token_says_how_to_get_it():
+def test_a_gated_benchmark_without_a_token_is_an_error_with_instructions():
     with pytest.raises(
         DataError,
         match=r"GAIA could not be loaded.*accept its terms at https://huggingface.co/datasets/"
@@ -193,7 +193,7 @@ def test_a_gated_benchmark_without_a_token_says_how_to_get_it():
         load_questions(BENCHMARKS["gaia"])
 
 
-def test_a_missing_benchmark_says_that_a_local_file_would_do():
+def test_a_missing_benchmark_is_an_error_that_suggests_a_local_file():
     with pytest.raises(DataError, match=r"GSM8K could not be loaded from the Hub. Or get its file elsewhere"):
         load_questions(BENCHMARKS["gsm8k"])
 

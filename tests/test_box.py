@@ -272,7 +272,7 @@ def test_a_value_becomes_encodable_text(value: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [b"bytes", None, object(), {"a": object()}, [b"x"], {1, 2}])
-def test_a_value_without_text_is_a_failure_that_says_so(value: Any) -> None:
+def test_a_value_without_text_is_a_failure_with_a_message(value: Any) -> None:
     result = call_once(returning(value))
     assert result.failure == "not_text"
     assert result.text == f"Error: the tool call returned {type(value).__name__}, which is not text."
@@ -556,7 +556,7 @@ def price_tool() -> Callable[[str], str]:
     return price
 
 
-def test_a_tool_that_needs_the_thread_it_was_made_in_runs_there_if_it_says_so() -> None:
+def test_a_tool_with_run_in_main_runs_in_the_polling_thread() -> None:
     assert call_once(wanting(price_tool(), run_in="main"), {"metal": "tin"}).text == "31"
 
 
@@ -651,9 +651,7 @@ def test_what_a_tool_raises_in_the_main_thread_is_text_but_ctrl_c_is_not() -> No
         ({"deterministic": "yes"}, named("x"), "deterministic is 'yes'; expected a bool"),
     ],
 )
-def test_an_attribute_that_means_nothing_is_refused(
-    attributes: dict[str, Any], tool: Callable[..., Any], message: str
-) -> None:
+def test_an_invalid_attribute_is_refused(attributes: dict[str, Any], tool: Callable[..., Any], message: str) -> None:
     with pytest.raises(ToolSpecError, match=message):
         tool_spec(wanting(tool, **attributes))
 
@@ -904,7 +902,7 @@ def test_calls_on_a_state_without_a_key_share_nothing_and_run_one_after_the_othe
     assert {result.source for result in results.values()} == {"executed"}
 
 
-def test_a_create_state_that_cannot_be_one_is_refused() -> None:
+def test_an_invalid_create_state_is_refused() -> None:
     note = notebook([])
     note.create_state = "Notes"  # type: ignore[attr-defined]
     with pytest.raises(ToolSpecError, match="tool 'note': the attribute create_state is 'Notes'; expected a function"):

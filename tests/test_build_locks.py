@@ -96,7 +96,7 @@ def test_only_the_first_process_of_a_machine_removes_it_and_the_others_wait(lock
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_one_that_cannot_be_removed_is_named_with_the_way_out(lock):
+def test_a_lock_that_cannot_be_removed_is_named_with_the_remedy(lock):
     lock.unlink()
     lock.mkdir()
     os.utime(lock, (time.time() - 600,) * 2)

@@ -121,7 +121,7 @@ def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, ca
     assert "A new run starts" in caplog.text
 
 
-def test_starting_anew_where_checkpoints_are_is_refused(model, whole):
+def test_a_new_run_in_a_folder_with_checkpoints_is_refused(model, whole):
     with pytest.raises(ConfigError, match=r"contains checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
         train(model, whole("plain"))
 
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named_if_requested(whole, tmp_path)
         here.find(str(folder / "checkpoint-6"))
 
 
-def test_a_memory_of_the_right_size_that_is_none_is_named(model, whole, tmp_path):
+def test_an_invalid_memory_file_of_the_right_size_is_named(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     memory = folder / "checkpoint-6" / "arpo_memory_0.pt"
     memory.write_bytes(b"\0" * memory.stat().st_size)
@@ -199,7 +199,7 @@ def test_without_any_whole_checkpoint_true_is_an_error(whole, tmp_path, content)
         Checkpoints(tmp_path).find(True)
 
 
-def test_a_path_that_is_no_folder_is_an_error(tmp_path):
+def test_a_path_that_is_not_a_folder_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"expected a folder, true or false\..*contains no complete checkpoint"):
         Checkpoints(tmp_path).find("elsewhere")
 
@@ -262,7 +262,7 @@ class FullFrom(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(model, tmp_path):
+def test_a_full_disk_is_an_error_and_keeps_the_earlier_checkpoint(model, tmp_path):
     trainer = made(model, tmp_path, max_steps=3, save_total_limit=1)
     trainer.add_callback(FullFrom(2))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -278,7 +278,7 @@ def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(model, tmp_path):
     assert Checkpoints(tmp_path).find(True).step == 2
 
 
-def test_a_folder_that_exists_but_takes_no_files_is_refused_before_the_model_is_loaded():
+def test_a_read_only_folder_is_refused_before_the_model_is_loaded():
     with pytest.raises(ConfigError, match=r"output_dir /proc/self cannot be written"):
         make_trainer("no/model", Path("/proc/self"))
 
@@ -337,7 +337,7 @@ def test_skipping_no_data_is_refused(model, whole):
         train(model, whole("plain"), True, ignore_data_skip=True)
 
 
-def test_a_reference_model_that_moves_is_refused(model, tmp_path):
+def test_an_updated_reference_model_is_refused(model, tmp_path):
     moving = {"sync_ref_model": True, "beta": 0.1}
     train(model, tmp_path, max_steps=1, **moving)
     with pytest.raises(

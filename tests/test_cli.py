@@ -220,7 +220,7 @@ def test_index_builds_and_saves_an_index(monkeypatch, capsys, tmp_path):
     assert (status, err.count("\n")) == (2, 1)
 
 
-def test_a_released_cache_goes_in_answers_and_comes_out_again(monkeypatch, capsys, tmp_path):
+def test_a_released_cache_is_imported_answers_and_is_exported(monkeypatch, capsys, tmp_path):
     released, cache, out_file = tmp_path / "search_cache.json", str(tmp_path / "c.sqlite"), tmp_path / "out.json"
     released.write_text(json.dumps({"capital of france": "Page 1: Paris."}))
     status, out, err = run(monkeypatch, capsys, "cache", "import", cache, str(released), "--provider", "brightdata")

@@ -200,7 +200,7 @@ def test_a_turn_may_take_only_so_long(monkeypatch):
     assert failed.reason == "The server failed (TimeoutError), 1 times."
 
 
-def test_a_server_that_stays_away_ends_the_rollout_and_says_so():
+def test_a_server_that_stays_unreachable_fails_the_rollout_with_an_error():
     with Loopback(Server(lambda prompt: "fine", ids=False)) as loopback:
         made = engine(loopback, away_s=0.2)
     with pytest.raises(EngineError, match=r"is unreachable and has not answered for 0 s. Restart it"):

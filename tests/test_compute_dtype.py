@@ -52,7 +52,7 @@ def test_bf16_on_a_cpu_is_nothing_to_speak_of(monkeypatch, caplog):
     assert said(caplog) == []
 
 
-def test_bf16_on_a_device_without_it_is_refused_by_name(monkeypatch, tmp_path):
+def test_unsupported_bf16_is_an_error_that_names_the_setting(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
     with pytest.raises(ConfigError, match=r"bf16.*use_cpu"):

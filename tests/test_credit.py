@@ -210,7 +210,7 @@ def test_tree_grpo_adds_the_z_score_within_the_turns_subtree_at_the_root():
     assert credited("tree_grpo") == [pytest.approx(row, abs=1e-4) for row in expected]
 
 
-def test_cbpo_enlarges_what_follows_a_fork_of_varied_ends():
+def test_cbpo_enlarges_advantages_after_a_fork_with_varied_outcomes():
     # CBV: node 2 √(14/3) = 2.16025, node 5 2; z of two values: ±1/√2 = ±.70711, within |A|/2 but for A = 1
     expected = [[1, 1 + 0.2 * 0.5], [2, 2 + 0.2 * 0.70711, 2 - 0.2 * 0.70711]]
     assert credited("cbpo")[:2] == [pytest.approx(row, abs=1e-4) for row in expected]
@@ -260,7 +260,7 @@ def test_a_credits_result_is_padded_to_the_batch():
     assert made[:, 5:].abs().sum() == weights[:, 5:].sum() == 0
 
 
-def test_a_credit_of_another_shape_is_an_error_that_says_so():
+def test_a_credit_of_another_shape_is_an_error():
     class Narrow(Credit):
         def __call__(self, trees, rewards, advantages):
             return advantages.unsqueeze(1), None

@@ -208,7 +208,9 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
         ("a.csv", b"question,answer", r"a.csv is not a dataset file; expected one of \('.jsonl'"),
     ],
 )
-def test_an_unreadable_file_says_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_unreadable_file_is_an_error_with_the_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_arpo_dataset(str(tmp_path / name))
@@ -238,7 +240,7 @@ def test_anything_else_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -
     assert load_arpo_dataset("someone/rows", "test")["answer"][:] == [["3"]]
 
 
-def test_an_unreachable_hub_dataset_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_dataset_is_an_error_with_the_attempted_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
         raise ConnectionError("no network")
 
@@ -277,7 +279,7 @@ def test_good_rows_are_valid(tmp_path: Path) -> None:
         ({"prompt": [[user("a")], []], "answer": ["1", "1"]}, r"row 1: 'prompt' is \[\]"),
     ],
 )
-def test_a_dataset_that_cannot_be_trained_on_says_which_row_and_field(rows: dict[str, Any], message: str) -> None:
+def test_an_unusable_dataset_is_an_error_with_row_and_field(rows: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         validate_rows(datasets.Dataset.from_dict(rows))
 

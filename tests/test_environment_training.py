@@ -176,7 +176,7 @@ def test_too_little_room_is_an_error_at_the_start(model_path, tmp_path):
         trainer(model_path, tmp_path, settings={"environment_concurrency": 7})
 
 
-def test_a_class_that_cannot_fork_trains_without_branches_and_says_so(model_path, tmp_path, caplog):
+def test_a_class_that_cannot_fork_trains_without_branches_with_a_warning(model_path, tmp_path, caplog):
     class Final(Shop):
         replayable = False
 

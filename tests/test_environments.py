@@ -181,7 +181,7 @@ def test_a_copy_is_dropped_for_a_path():
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))
-def test_paths_wait_for_room_and_none_waits_forever(limit, schedule):
+def test_paths_wait_for_a_slot_and_none_waits_forever(limit, schedule):
     environments = environments_of(Shop, limit=limit, keeps=False)
     batch = run(environments, groups=2, leaves=4, at_root=3, schedule=schedule)
     assert [len(tree.leaves()) for tree in batch.trees] == [4, 4]
@@ -316,7 +316,7 @@ def test_several_calls_of_a_turn_run_in_their_order(kind):
     assert all_closed(environments)
 
 
-def test_the_trajectory_says_what_a_call_changed():
+def test_the_trajectory_contains_the_changes_of_a_call():
     class Described(Shop):
         def describe(self) -> str:
             return "\n".join(sorted(self.items))
@@ -394,7 +394,7 @@ def test_an_environment_and_a_tool_of_one_name_are_an_error_at_the_start():
         ToolBox([put, *environments_of(Shop).tools])
 
 
-def test_a_reset_that_takes_no_row_is_an_error_at_the_start():
+def test_a_reset_without_row_arguments_is_an_error_at_the_start():
     class Bare(Shop):
         def reset(self) -> None:  # type: ignore[override]
             pass
@@ -478,7 +478,7 @@ def test_a_path_without_an_environment_reads_an_error(hangs, caplog):
     assert all_closed(environments)
 
 
-def test_a_first_environment_that_cannot_be_made_is_tried_again():
+def test_the_creation_of_a_first_environment_is_retried():
     class Slow(Shop):
         tries = 0
 
@@ -626,7 +626,7 @@ def test_a_close_that_hangs_is_waited_for_once(caplog):
     assert all_closed(environments)
 
 
-def test_a_reset_that_returns_late_says_nothing_of_the_next_rollout():
+def test_a_late_reset_does_not_affect_the_next_rollout():
     release = threading.Event()
 
     class Late(Shop):
@@ -679,7 +679,7 @@ class Hidden(Shop):
         (Hidden, ToolSpecError, "Hidden has a method put and an attribute put, a int, that hides it. Rename one"),
     ],
 )
-def test_a_class_whose_instances_break_what_it_declares_is_an_error_at_the_start(kind, error, message):
+def test_a_class_with_a_false_declaration_is_an_error_at_the_start(kind, error, message):
     with pytest.raises(error, match=message):
         environment_kind(kind, 5.0)
     assert Counter(map(id, OPENED)) == CLOSED or kind is Locked

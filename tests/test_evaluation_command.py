@@ -397,7 +397,7 @@ def test_broken_rows_can_be_left_out(monkeypatch, capsys, here):
     assert status == 0 and "| gsm8k | math equality | 1 |" in out
 
 
-def test_a_model_without_a_chat_template_says_so(monkeypatch, capsys, here):
+def test_a_model_without_a_chat_template_is_an_error(monkeypatch, capsys, here):
     import copy
 
     data(here)

@@ -35,7 +35,7 @@ def without_seconds(records):
 # Records -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_holds_all_there_is_to_know_of_a_sample():
+def test_a_record_contains_all_data_of_a_sample():
     (good, wrong) = Evaluating(sums)(questions("0", "7"))
     assert (good["prediction"], good["scores"], good["fault"], good["stop"]) == (
         "0",
@@ -80,7 +80,7 @@ def test_an_answer_in_a_bad_format_counts_by_the_papers_rule_and_its_fault_is_re
     assert (none["prediction"], none["scores"]["math"], none["fault"]) == (None, 0.0, "no_answer")
 
 
-def test_a_prompt_that_cannot_be_made_or_does_not_fit_fails_alone():
+def test_a_prompt_that_cannot_be_rendered_or_does_not_fit_fails_alone():
     asked = questions("0", "1", "2")
     asked.rows[1]["prompt"] = [{"role": "user", "content": "iron " * 2000}]
     evaluating = Evaluating(sums)
@@ -248,7 +248,7 @@ def test_a_last_line_without_a_newline_counts_as_incomplete(tmp_path):
     assert repair(path)[0] == {("gsm8k", 0, 0)}
 
 
-def test_model_output_that_is_no_unicode_is_written_all_the_same(tmp_path):
+def test_invalid_unicode_in_model_output_is_written(tmp_path):
     log = SampleLog(tmp_path / "samples.jsonl")
     log.write({**record(0, 1.0), "prediction": "\ud800 \x00 \u2028"})
     log.close()
@@ -256,7 +256,7 @@ def test_model_output_that_is_no_unicode_is_written_all_the_same(tmp_path):
     assert read["prediction"] == "? \x00 \u2028"
 
 
-def test_a_line_that_is_no_record_is_named_when_results_are_read(tmp_path):
+def test_an_invalid_record_is_named_when_results_are_read(tmp_path):
     path = write_lines(tmp_path / "samples.jsonl", [record(0, 1.0), {"a": 1}])
     with pytest.raises(DataError, match=r"samples.jsonl, line 2: not a sample .* no 'benchmark'.* Resume"):
         list(read_records(path))
@@ -304,7 +304,7 @@ def test_a_half_written_description_of_a_killed_run_is_ignored(tmp_path):
     assert json.loads((tmp_path / "run/run.json").read_text()) == IDENTITY
 
 
-def test_a_description_that_is_none_is_named(tmp_path):
+def test_an_invalid_description_is_named(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{")
     with pytest.raises(DataError, match=r"run.json: not valid JSON .* Choose another output folder"):

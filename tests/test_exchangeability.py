@@ -67,7 +67,7 @@ def exchange(*groups: tuple[RolloutTree, list[float]]) -> dict[str, float]:
     return {name.removeprefix("exchange/"): value for name, value in values.items() if name.startswith("exchange/")}
 
 
-def test_every_metric_of_a_small_tree_is_what_one_works_out_by_hand():
+def test_every_metric_of_a_small_tree_equals_the_value_by_hand():
     # Leaves in order of address: (0,) 1.0, (0, 1, 0) 0.5, (0, 1, 1) 0.0, (0, 2, 0) 0.0, (1,) 1.0
     values = exchange((forked(), [1.0, 0.5, 0.0, 0.0, 1.0]))
     assert values == pytest.approx(

@@ -330,7 +330,7 @@ def test_arguments_may_be_given_by_their_place(models, tmp_path):
     assert made.tools == []
 
 
-def test_a_reward_may_name_only_what_it_needs_and_return_any_numbers_in_a_row(models, tmp_path):
+def test_a_reward_may_name_only_its_arguments_and_return_any_sequence_of_numbers(models, tmp_path):
     def named(completions, stop_reason):  # with GRPO an error: it would be handed prompts as well
         return (float(len(completion)) for completion in completions)
 

@@ -394,7 +394,7 @@ def test_an_unreachable_hub_at_the_end_is_reported(hub, model_path, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_never_answers_is_given_up(hub, model_path, tmp_path, monkeypatch):
+def test_a_request_to_a_silent_hub_times_out(hub, model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "ANSWER_TIMEOUT_S", 0.2)
     hub_module._limit_silence.cache_clear()
     released = threading.Event()
@@ -547,7 +547,7 @@ def test_a_push_that_cannot_work_is_one_line(hub, model_path, tmp_path, capsys, 
     assert hub.commits == []
 
 
-def test_an_evaluation_goes_into_the_card_of_a_finished_run(hub, model_path, tmp_path, capsys, monkeypatch):
+def test_an_evaluation_is_added_to_the_card_of_a_finished_run(hub, model_path, tmp_path, capsys, monkeypatch):
     made = trainer(model_path, tmp_path / "run", push_to_hub=False, hub_model_id=None)
     made.train()
     made.save_model()

@@ -154,7 +154,7 @@ def test_the_handlers_of_before_are_back_afterwards(model, tmp_path):
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_child_that_ends_is_no_signal_to_stop():
+def test_the_end_of_a_child_does_not_stop_the_run():
     before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch does once a data loader has workers
     try:
         interrupts = Interrupts()
@@ -324,7 +324,7 @@ def test_a_killed_script_resumes_like_an_uninterrupted_run(model, left_alone, st
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once_what_listens_to_nothing(started):
+def test_a_second_ctrl_c_immediately_stops_code_that_ignores_signals(started):
     """The launcher's copy of the first one, a moment later, is no second one."""
     run = started("deaf")
     run.process.send_signal(signal.SIGINT)

@@ -137,7 +137,7 @@ def test_verdicts_outlive_the_process_in_their_file(tmp_path: Path) -> None:
         assert len(server.asked) == 4
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"question": 1}\n')
     with pytest.raises(DataError, match="no verdicts"):
         LLMJudge("http://127.0.0.1:1/v1", "wise", cache=tmp_path / "other.jsonl")
@@ -152,7 +152,7 @@ def test_an_invalid_address_is_rejected_without_quoting_it(url: str) -> None:
     assert "password@" not in str(caught.value)
 
 
-def test_a_judge_goes_with_its_setting_only() -> None:
+def test_a_judge_requires_its_setting() -> None:
     judge = LLMJudge("http://127.0.0.1:1/v1", "wise")
     for accuracy, given in (("judge", None), ("task", judge)):
         with pytest.raises(ConfigError, match="judge_url"):

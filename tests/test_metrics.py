@@ -322,7 +322,7 @@ def test_a_fire_rate_is_taken_over_all_decisions_since_the_last_look():
 
 @pytest.mark.parametrize("rule", [Random(), Ranked(), Released()])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
+def test_the_fire_rate_of_other_rules_raises_no_alarm(rule, share):
     assert Alarms(rule).check(heard(share, FIRE_RATE_COUNT, "tree/fire_rate")) == []
 
 

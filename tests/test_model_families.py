@@ -130,7 +130,7 @@ def test_a_model_that_ignores_its_positions_is_refused_with_the_figures(tmp_path
         trainer_of(model, tmp_path)
 
 
-def test_paths_end_where_a_rotary_embedding_would_turn_what_was_sampled(tmp_path, caplog):
+def test_paths_end_before_the_rotary_embedding_would_change(tmp_path, caplog):
     factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     model = model_of("phi3", {"rope_parameters": factors, "original_max_position_embeddings": 64})
     made = trainer_of(model, tmp_path, max_completion_length=None)

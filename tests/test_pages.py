@@ -150,7 +150,7 @@ def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(server
     assert server.asked[0].headers["host"] == f"rebinding.test:{server.port}"
 
 
-def test_a_name_that_is_not_resolved_in_time_is_given_up() -> None:
+def test_the_resolution_of_a_name_times_out() -> None:
     answered = threading.Event()
 
     def resolve(host: str, port: int) -> list[str]:
@@ -163,7 +163,7 @@ def test_a_name_that_is_not_resolved_in_time_is_given_up() -> None:
     answered.set()
 
 
-def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopback) -> None:
+def test_a_redirect_is_followed_within_the_limits(visit: Any, server: Loopback) -> None:
     assert visit(f"{server.url}/there") == "just text"
 
 
@@ -426,7 +426,7 @@ def test_settings_that_cannot_work_say_so(settings: dict[str, Any], message: str
         build_tools(ToolArguments(["visit"], **settings))
 
 
-def test_a_missing_library_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs trafilatura: pip install 'arpo-trl\[tools\]'"):
         visit_tool()

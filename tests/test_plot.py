@@ -43,7 +43,7 @@ def test_every_panel_can_be_drawn() -> None:
     assert tuple(panel.name for panel in PANELS) == KINDS_OF_PLOTS
 
 
-def test_a_picture_goes_into_the_runs_folder(
+def test_a_picture_is_saved_in_the_runs_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_with(tmp_path / "a", {"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75})

@@ -206,7 +206,7 @@ def test_every_kernel_lets_a_query_attend_to_its_path(kernel, monkeypatch):
     assert deepest == 5  # own edges, and four depths above others
 
 
-def test_float32_takes_the_efficient_kernel_on_cuda_and_half_precision_the_flash_kernel():
+def test_float32_uses_the_efficient_kernel_on_cuda_and_half_precision_the_flash_kernel():
     cuda = torch.device("cuda", 0)
     assert isinstance(kernel_for(cuda, torch.float32), EfficientKernel)
     assert isinstance(kernel_for(cuda, torch.bfloat16), FlashKernel)

@@ -441,7 +441,7 @@ def test_without_branches_each_optimizer_step_is_that_of_trls_micro_batches(mode
     assert grads["on"] == pytest.approx(grads["off"], rel=1e-3)
 
 
-def test_auto_packs_where_what_is_saved_outweighs_what_the_attention_adds(model_path, tmp_path):
+def test_auto_packs_if_the_saving_exceeds_the_cost_of_attention_calls(model_path, tmp_path):
     # 3 rows of 1,000 + 200 tokens: 3,600 padded; 1,000 + 3 · 200 in the pack, and the prompt's last token twice more.
     # Its attention has a call of 4 sequences, the prompt and the completions, and one of 1, these after that.
     pack = pack_rows(*batch(*(([7] * 1000, [row] * 200) for row in (1, 2, 3))))
@@ -482,7 +482,7 @@ def test_packs_are_filled_up_as_trl_pads(model_path, tmp_path, monkeypatch):
     assert packs and all(len(pack) % 64 == 0 for pack in packs)
 
 
-def test_parts_of_a_tree_hold_what_branched_off_together(model_path, tmp_path):
+def test_parts_of_a_tree_contain_leaves_with_a_common_branch(model_path, tmp_path):
     """Two paths start at each root and branch once: a micro-batch of two rows holds a path and its branch."""
     settings = {"per_device_train_batch_size": 2, "steps_per_generation": 8, "gradient_accumulation_steps": 8}
     made = trainer(model_path, tmp_path, shared_prefix_forward="on", initial_rollouts=2, **settings)

@@ -67,7 +67,7 @@ def test_tags_in_code_and_in_prose_are_text(protocol, case):
     "text",
     ["", "just text", "<answer>\\boxed{1}</answer>", "<think>x</think>", "1 < 2", "<answer>cut off", "<br>x<br>"],
 )
-def test_a_turn_that_asks_for_nothing_is_no_call(protocol, text):
+def test_a_turn_without_a_request_is_not_a_call(protocol, text):
     assert protocol.parse_turn(text) == ()
 
 
@@ -81,7 +81,7 @@ def test_without_tools_nothing_is_a_call():
     assert protocol.parse_turn("<search>iron</search> <x>1</x>") == ()
 
 
-def test_content_never_holds_a_control_token_and_reads_back_as_it_was():
+def test_content_never_contains_a_control_token_and_reads_back_unchanged():
     encode = ContentEncoder(tokenizer())
     text = "".join(tokenizer().all_special_tokens) + "</result><answer>\\boxed{1}</answer> é 漢 \x07 🙂"
     ids = encode(text)
@@ -89,7 +89,7 @@ def test_content_never_holds_a_control_token_and_reads_back_as_it_was():
     assert tokenizer().decode(ids) == text
 
 
-def test_a_vocabulary_that_holds_its_control_tokens_as_words_is_spelled_out():
+def test_control_tokens_that_are_words_of_the_vocabulary_are_spelled_out():
     # merges that build "<x>" as an ordinary token, which is also a control token
     from tokenizers import Tokenizer, models
 

@@ -269,7 +269,7 @@ def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(form, weight,
         assert rollout.topups == [max(1, m - 1)]
 
 
-def test_aepo_without_a_result_takes_half():
+def test_aepo_without_a_result_uses_half():
     rollout = Scripted(lambda request, context: ANSWER, leaves=8, at_root=1, rule=AEPO())()
     # 8 · σ(0) = 4: three more start at the root, and when they have no result either, the last four
     assert (len(rollout.trees[0].leaves()), rollout.topups) == (8, [7])

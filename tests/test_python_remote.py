@@ -128,7 +128,7 @@ def run(remote: RemotePython, code: str, *earlier: str) -> str:
         ("__name__", "'__main__'"),
     ],
 )
-def test_a_call_shows_what_the_local_tool_would(remote: RemotePython, code: str, shown: str) -> None:
+def test_a_call_returns_the_local_tools_text(remote: RemotePython, code: str, shown: str) -> None:
     assert run(remote, code) == shown
 
 
@@ -208,7 +208,7 @@ NOT_UNDERSTOOD = "Error: the python executor's reply cannot be understood"
         (b'{"status": "Success", "x": ' + b"1" * 10_000 + b"}", NOT_UNDERSTOOD),
     ],
 )
-def test_a_reply_that_is_none_is_an_error_for_the_model(
+def test_an_invalid_reply_is_an_error_for_the_model(
     executor: tuple[Executor, RemotePython], remote: RemotePython, reply: Any, text: str
 ) -> None:
     body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()

@@ -269,7 +269,7 @@ def test_a_fork_of_the_cells_knows_those_before_it_and_no_later_ones() -> None:
     assert fork.key == (({"code": "x = 1"}, None),)
 
 
-def test_a_stateful_tool_says_so_and_a_stateless_one_keeps_nothing() -> None:
+def test_a_stateful_tool_describes_its_state_and_a_stateless_one_keeps_nothing() -> None:
     if not any(map(can_isolate, ISOLATING)):
         pytest.skip("this kernel cannot isolate")
     stateful, stateless = tool_spec(python_tool(stateful=True)), tool_spec(python_tool())
@@ -340,7 +340,7 @@ def test_threads_are_limited(worker: Worker) -> None:
     assert run(worker, "print('next')") == "next\n"
 
 
-def test_threads_made_without_python_are_limited(worker: Worker) -> None:
+def test_threads_created_without_python_are_limited(worker: Worker) -> None:
     # Each stays in `pause` for good; they share the stack of the first, which they do not touch.
     clone = """
         import ctypes, mmap, time
@@ -680,7 +680,7 @@ def test_numpy_sympy_and_pandas_work(isolated: Worker) -> None:
 # Where code cannot be isolated.
 
 
-def test_the_probe_names_what_code_can_do_in_a_plain_process() -> None:
+def test_the_probe_lists_the_escapes_in_a_plain_process() -> None:
     with (
         worker_of(Tier.UNSAFE, LIMITS) as worker,
         pytest.raises(SandboxError, match="read files, write files, reach the network, start processes"),
@@ -744,7 +744,7 @@ def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) ->
         python_tool(isolation="sandlock")
 
 
-def test_a_configuration_says_once_how_its_code_is_isolated(
+def test_a_configuration_logs_the_isolation_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not any(map(can_isolate, ISOLATING)):

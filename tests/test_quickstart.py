@@ -68,7 +68,7 @@ def test_the_corpus_is_some_hundred_distinct_sentences_and_always_the_same() -> 
     assert texts == passages()
 
 
-def test_every_alias_points_to_an_entity_and_is_none_itself() -> None:
+def test_every_alias_points_to_an_entity_and_is_not_an_entity() -> None:
     titles = {title for topic in TOPICS for title in topic.titles}
     assert set(ALIASES.values()) <= titles
     assert titles.isdisjoint(ALIASES)
@@ -139,12 +139,12 @@ def test_the_same_seed_makes_the_same_tasks_and_another_seed_others() -> None:
     assert make_tasks(3, 50, 10) != make_tasks(4, 50, 10)
 
 
-def test_more_tasks_than_pairs_is_an_error_that_says_how_many_there_are() -> None:
+def test_more_tasks_than_pairs_is_an_error_with_the_number_of_pairs() -> None:
     with pytest.raises(ConfigError, match=r"n_train \(5000\) \+ n_heldout \(400\) is more than the \d+ pairs"):
         make_tasks(0, 5000, 400)
 
 
-def test_text_of_another_form_is_no_question() -> None:
+def test_text_in_another_form_is_not_a_question() -> None:
     with pytest.raises(ValueError, match="Not a quickstart question: 'How high is Denali\\?'"):
         parse_question("How high is Denali?")
 
@@ -211,7 +211,7 @@ def test_with_the_default_noise_about_a_third_of_the_demonstrations_is_right(sea
 FAILURES = {"search": ["search: down", "search: late"], "python": ["python: down"]}
 
 
-def test_a_failed_call_is_made_again_until_it_succeeds(search: Callable[[str], str]) -> None:
+def test_a_failed_call_is_retried_until_it_succeeds(search: Callable[[str], str]) -> None:
     tasks, _ = make_tasks(seed=0, n_train=300, n_heldout=0)
     rows = make_demonstrations(tasks, search, 0, 300, NO_NOISE, Failures(rate=0.3, texts=FAILURES))
     made: Counter[str] = Counter()

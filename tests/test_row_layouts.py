@@ -31,7 +31,7 @@ def test_cases(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("gold", [float("nan"), float("inf"), [1.0, float("-inf")]])
-def test_a_gold_that_is_no_number_is_an_error(gold: Any) -> None:
+def test_a_gold_that_is_not_a_number_is_an_error(gold: Any) -> None:
     with pytest.raises(DataError, match=r"'answer' contains -?(nan|inf); expected text or a finite number"):
         convert({"row": {"question": "q", "answer": gold}})
 

@@ -136,7 +136,7 @@ def test_branches_take_one_leaf_for_each_path_with_one_result_to_come():
     assert supply([], 3) == 0
 
 
-def test_every_extra_turn_per_fork_raises_what_branches_can_take():
+def test_every_extra_turn_per_fork_raises_the_supply_of_branches():
     # Z = 2, one result to come: 3¹ − 1 = 2 of 5
     assert supply([1], 5, branches_per_fork=2) == 2
 
@@ -350,13 +350,13 @@ def test_a_rule_reads_the_rewards_of_finished_leaves():
     assert asked == [(0, 2)]
 
 
-def test_a_rule_that_reads_rewards_is_refused_where_nothing_computes_them():
+def test_a_rule_that_reads_rewards_is_refused_without_a_score_function():
     rule = settings(branch_rule="disputed").make_branch_rule()
     with pytest.raises(ConfigError, match=r"The branch rule 'disputed' reads the rewards .* no `score` function"):
         Scripted(two_searches, rule=rule)
 
 
-def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
+def test_a_rule_that_grants_more_than_the_budget_is_an_error():
     class Greedy(Disputed):
         moment = Moment.PROBE
 
@@ -370,7 +370,7 @@ def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
 
 
 @pytest.mark.parametrize("roots", [0, 4])
-def test_a_rule_that_starts_no_path_or_too_many_is_an_error_that_says_so(roots):
+def test_a_rule_that_starts_no_path_or_too_many_is_an_error(roots):
     class Rootless(Disputed):
         moment = Moment.PROBE
 

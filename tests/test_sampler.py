@@ -40,7 +40,7 @@ def test_a_branch_is_an_extra_turn_under_the_observation():
     assert rollout.topups == [0]
 
 
-def test_every_path_is_what_its_requests_saw_token_for_token():
+def test_every_path_equals_the_tokens_of_its_requests():
     run = Scripted(one_search, leaves=4, at_root=2)
     tree = run().trees[0]
     seen = {request.key: request.ids for request in run.engine.requests}
@@ -138,7 +138,7 @@ def test_ranked_waits_for_the_first_paths_and_branches_where_entropy_was_highest
     assert rollout.turns_in_sequence == [5]
 
 
-def test_ranked_tops_up_what_no_result_can_take():
+def test_ranked_tops_up_leaves_that_no_result_can_use():
     rollout = Scripted(lambda r, c: ANSWER, leaves=4, at_root=2, rule=Ranked())()
     assert rollout.topups == [2]
     assert addresses(rollout) == [(0,), (1,), (2,), (3,)]
@@ -282,7 +282,7 @@ def test_a_result_that_leaves_no_room_is_dropped_and_the_path_ends_on_its_turn()
     assert [node.kind for node in leaf.nodes] == [NodeKind.TURN]
 
 
-def test_a_prompt_that_fills_the_context_is_an_error_that_says_so():
+def test_a_prompt_that_fills_the_context_is_an_error():
     with pytest.raises(ConfigError, match="no room for a completion"):
         Scripted(one_search, max_length=8)()
 

@@ -86,7 +86,7 @@ def test_what_the_limit_of_calls_leaves_no_room_for_starts_at_the_root_at_once()
     assert addresses(run) == [(0,), (0, 1, 0), (0, 1, 1), (1,), (2,), (3,)]
 
 
-def test_a_share_that_does_not_divide_goes_to_the_earlier_children_first():
+def test_the_remainder_of_a_share_goes_to_the_earlier_children():
     # estimated widths before the first estimate: N = 2 roots with 3 + 2 leaves, split at the first results
     run = Scripted(searches(2), leaves=5, at_root=2, rule=Schedule(exploration=0.0))
     assert addresses(run) == [(0,), (0, 1, 0), (0, 1, 1), (1,), (1, 1, 0)]

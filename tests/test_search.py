@@ -45,7 +45,7 @@ def test_passages_that_share_no_word_are_left_out(index: LocalIndex) -> None:
 
 
 @pytest.mark.parametrize("query", ["", "   ", "???", "the of", "zzz", "\0", "数"])
-def test_a_query_that_matches_nothing_says_so(index: LocalIndex, query: str) -> None:
+def test_a_query_without_matches_returns_a_message(index: LocalIndex, query: str) -> None:
     assert search_tool(index)(query) == NOTHING_FOUND
 
 
@@ -89,7 +89,7 @@ def test_an_index_is_silent(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_jsonl_file_holds_a_string_or_an_object_per_line(tmp_path: Path) -> None:
+def test_a_jsonl_file_contains_a_string_or_an_object_per_line(tmp_path: Path) -> None:
     path = tmp_path / "passages.jsonl"
     path.write_text("\n".join(map(json.dumps, PASSAGES)) + "\n\n")
     assert LocalIndex.from_jsonl(path).search("gold density", 3) == LocalIndex(PASSAGES).search("gold density", 3)
@@ -158,7 +158,7 @@ def test_a_dataset_that_cannot_be_had_is_an_error() -> None:
         LocalIndex.open("nobody/nothing")
 
 
-def test_an_index_of_another_version_is_refused_with_the_way_out(tmp_path: Path, index: LocalIndex) -> None:
+def test_an_index_of_another_version_is_refused_with_the_remedy(tmp_path: Path, index: LocalIndex) -> None:
     index.save(tmp_path)
     (tmp_path / "search_index.json").write_text('{"format": 99}')
     with pytest.raises(
@@ -253,12 +253,12 @@ def test_recordings_that_found_nothing_are_a_recording(tmp_path: Path) -> None:
         ({"a query": ["x"]}, "query 'a query': the result is list; expected a string"),
     ],
 )
-def test_a_recording_of_another_shape_is_refused(tmp_path: Path, content: object, message: str) -> None:
+def test_a_recording_with_another_format_is_refused(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         recorded(tmp_path, content)
 
 
-def test_a_recording_that_is_not_json_or_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_or_missing_recording_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         RecordedSearch(tmp_path / "broken.json")

@@ -398,7 +398,7 @@ def test_a_trainer_refuses_a_tool_that_is_not_declared_before_the_first_step(tmp
         trainer(tmp_path, [*Die().tools, search])
 
 
-def test_a_trainer_shares_calls_and_logs_them_and_what_forks_did(tmp_path):
+def test_a_trainer_shares_calls_and_logs_shared_and_forked_calls(tmp_path):
     made = trainer(tmp_path, Die().tools)
     made.train()
     (logged,) = (entry for entry in made.state.log_history if "loss" in entry)

@@ -190,7 +190,7 @@ def test_a_failed_group_in_a_stream_closes_its_states_and_the_others_continue(fa
 
 
 @pytest.mark.parametrize("failing", ["create", "fork"])
-def test_a_state_that_cannot_be_made_ends_a_batch_and_all_states_are_closed(failing):
+def test_a_failed_creation_of_a_state_fails_the_batch_and_all_states_are_closed(failing):
     world = World(failing)
     with pytest.raises(OSError, match=r"no room|no second"):
         Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(2)

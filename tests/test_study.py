@@ -149,7 +149,7 @@ def test_the_page_shows_finished_parts_and_lists_missing_ones(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 0
 
 
-def test_the_figure_has_panels_only_for_what_ran(monkeypatch, tmp_path):
+def test_the_figure_has_panels_only_for_finished_parts(monkeypatch, tmp_path):
     drawn: list[list[tuple[str, list[str]]]] = []
 
     def saved(figure, path, **_):

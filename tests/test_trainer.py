@@ -579,7 +579,7 @@ def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, 
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_an_engine_that_is_given_is_taken_instead_of_vllm_and_still_corrected_for(model_path, tmp_path, mode):
+def test_a_given_engine_replaces_vllm_and_is_still_corrected_for(model_path, tmp_path, mode):
     made = trainer(model_path, tmp_path, engine=scripted(), use_vllm=True, vllm_mode=mode)
     made.train()
     assert made.tree_sampler.engine.sessions == 2

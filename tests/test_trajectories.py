@@ -117,7 +117,7 @@ def test_every_field_of_a_node_survives(tmp_path):
     assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
 
 
-def test_the_limits_notice_which_is_no_call_survives(tmp_path):
+def test_the_notice_at_the_limit_is_kept_and_is_not_a_call(tmp_path):
     def insists(request, context):
         return ANSWER if "No tool calls are left" in context else "<search>more</search>"
 
@@ -276,7 +276,7 @@ def test_a_broken_line_names_the_part_too(tmp_path, line, part):
         (b"\xff\xfe{}", r"line 2 is not UTF-8 text \(byte 0\)"),
     ],
 )
-def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
+def test_a_line_with_invalid_json_is_named(tmp_path, line, message):
     path = tmp_path / "log.jsonl"
     path.write_bytes(f"{broken()}\n".encode() + line + b"\n")
     with pytest.raises(DataError, match=rf"log\.jsonl, {message}"):

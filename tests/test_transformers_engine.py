@@ -111,7 +111,7 @@ def test_the_tokens_of_a_turn_do_not_depend_on_other_turns(model):
     torch.testing.assert_close(torch.tensor(alone[3].logprobs), torch.tensor(together[3].logprobs), atol=1e-5, rtol=0)
 
 
-def test_a_turn_that_joins_later_samples_what_it_would_have_alone(model):
+def test_a_turn_that_joins_later_samples_the_same_tokens_as_alone(model):
     made = engine(model)
     turns = {}
     with made.session():
@@ -269,7 +269,7 @@ def test_attention_that_takes_no_mask_is_replaced_for_the_session():
     assert {i: turn.ids for i, turn in eager.items()} == {i: turn.ids for i, turn in sdpa.items()}
 
 
-def test_polling_outside_a_session_says_so(model):
+def test_polling_outside_a_session_is_an_error(model):
     with pytest.raises(EngineError, match="session"):
         engine(model).poll(0.0)
 
@@ -330,7 +330,7 @@ def test_a_session_that_fails_frees_its_buffers_while_its_traceback_lives(model)
         gc.enable()
 
 
-def test_a_rollout_without_room_is_an_error_before_it_that_says_what_it_needs_and_what_to_lower(monkeypatch):
+def test_a_rollout_beyond_memory_is_an_error_before_it_with_its_size_and_the_settings_to_lower(monkeypatch):
     # two layers × 2 (keys, values) × 1 head × 16 × 4 bytes: 128 bytes for each row, position and layer
     made = engine(tiny_model(), smaller="Lower this and that.")
     monkeypatch.setattr(slots, "free_bytes", lambda device: 128 * 4 * 128 - 1)
@@ -369,7 +369,7 @@ def test_a_trainers_rollout_without_room_names_the_settings_to_lower(tmp_path, m
         made.train()
 
 
-def test_memory_that_runs_out_on_the_way_is_an_error_with_the_way_out(model):
+def test_running_out_of_memory_is_an_error_with_a_remedy(model):
     made = engine(model, smaller="Lower this and that.")
 
     def forward(*args, **kwargs):

@@ -217,7 +217,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_the_command_writes_the_page_and_says_where(
+def test_the_command_writes_the_page_and_prints_its_path(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "view", str(run)) == 0
@@ -343,7 +343,7 @@ def test_the_list_filters_and_searches(shown: Tab) -> None:
 
 
 @pytest.mark.slow
-def test_a_tree_says_why_it_branched_and_what_its_leaves_earned(shown: Tab) -> None:
+def test_a_tree_shows_decisions_and_rewards(shown: Tab) -> None:
     shown.run("show('step-000004-rank0.jsonl:0')")
     text = shown.run("document.getElementById('tree').innerText")
     assert "Step 4, group 0" in text
@@ -404,7 +404,7 @@ def test_the_page_fits_and_follows_the_systems_colours(run: Path, shown: Tab, wi
 
 
 @pytest.mark.slow
-def test_the_page_of_a_live_run_takes_in_new_steps(run: Path, server: ViewServer, tab: Tab) -> None:
+def test_the_page_of_a_live_run_shows_new_steps(run: Path, server: ViewServer, tab: Tab) -> None:
     tab.errors.clear()
     tab.open(server.url)
     assert len(tab.run(LISTED)) == 3

@@ -191,7 +191,7 @@ def test_a_missing_feature_of_a_server_is_named_with_the_remedy(serve, changes, 
         check_server(client(url), tokenizer(), 20)
 
 
-def test_no_limit_on_logprobs_is_no_lack_of_them(serve):
+def test_an_unlimited_number_of_logprobs_is_accepted(serve):
     url, _ = serve(server_info=info(max_logprobs=-1))
     assert check_server(client(url), tokenizer(), 500).max_logprobs == -1
 
@@ -435,7 +435,7 @@ def test_moving_weights_from_a_gpu_is_refused_without_one():
         NcclTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), ["http://127.0.0.1:9"], 51216, 1.0)
 
 
-def test_a_folder_for_weights_that_cannot_be_made_is_found_at_the_start(serve, tmp_path):
+def test_a_folder_for_weights_that_cannot_be_created_is_an_error_at_the_start(serve, tmp_path):
     url, _ = serve()
     (tmp_path / "file").write_text("")
     with pytest.raises(

@@ -85,7 +85,7 @@ def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
 
 
 @real
-def test_later_settings_train_on_what_vllm_samples(findings):
+def test_later_settings_train_on_vllms_samples(findings):
     """A baseline from the sampling logprobs, and old logprobs that differ from the policy's, with ratios per turn."""
     for row in findings["adapter"]["log"]:
         assert 0.0 <= row["arpo/baseline/value"] <= 2.0  # rewards are 0, 1 and 2

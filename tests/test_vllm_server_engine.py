@@ -266,7 +266,7 @@ def test_each_turn_has_its_own_length_budget(server, model, tmp_path):
         assert len(turn.entropies) == min(5, len(turn.ids))
 
 
-def test_a_context_that_is_used_to_the_last_token_is_no_error(server, model, tmp_path):
+def test_a_fully_used_context_is_not_an_error(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
     prompt = (PROMPTS[3] * 100)[: setup.engine.max_length - 3]
     turns, _ = setup.run([TurnRequest(id=0, ids=prompt, max_tokens=3, probe_tokens=2, seed=1, key=(0, 0))])
@@ -416,7 +416,7 @@ def shift(model, scale=0.02):
             parameter.add_(scale * torch.randn_like(parameter))
 
 
-def test_new_weights_change_what_is_sampled_and_are_synced_once_a_step(server, model, tmp_path):
+def test_new_weights_change_the_samples_and_are_synced_once_per_step(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
     first, _ = setup.run(requests())
     shift(model)
@@ -454,7 +454,7 @@ def test_a_server_that_loads_nothing_is_noticed_even_within_the_tolerance(server
         setup.run(requests([0]))
 
 
-def test_an_adapter_travels_alone_where_the_server_takes_adapters(server, model, tmp_path):
+def test_only_the_adapter_is_sent_if_the_server_accepts_adapters(server, model, tmp_path):
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
     setup = Setup(adapted, tmp_path, server)
     assert setup.transfer.sends_adapter

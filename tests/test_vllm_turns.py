@@ -52,7 +52,7 @@ def test_first_the_probe_with_top_logprobs_then_the_rest_without():
     assert turn.entropies == probe.entropies
 
 
-def test_each_segment_has_a_seed_of_its_own_that_vllm_takes():
+def test_each_segment_has_its_own_seed_that_vllm_accepts():
     made = draft(seed=2**64 - 1)
     seeds = [made.next_segment().seed]
     made.add(segment([60, 61, 62, 63], probed=True))
@@ -161,7 +161,7 @@ def test_without_stop_strings_there_is_no_search():
     assert finder(()).missing(encode("</sea")) == 0
 
 
-def test_an_end_that_vllm_only_imagined_is_none():
+def test_a_turn_continues_after_a_wrong_end_from_vllm():
     made = draft(probe=0)
     assert made.add(segment([60])) is None  # it had 39 more
     assert made.next_segment().ids == [*PROMPT, 60]

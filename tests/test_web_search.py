@@ -65,7 +65,7 @@ def service(server: Loopback, tmp_path: Path) -> Service:
 # What each mode asks and writes
 
 
-def test_cache_asks_once_for_what_the_file_lacks(service: Service) -> None:
+def test_cache_sends_one_request_for_a_missing_answer(service: Service) -> None:
     for _ in range(2):
         assert service.search().search("Iron  ore", 5) == ["facts about Iron ore"]
     assert service.search().search("iron ore", 5) == ["facts about Iron ore"]  # the same query to the cache
@@ -345,7 +345,7 @@ def test_a_missing_key_is_named_at_start_up(service: Service, monkeypatch: pytes
             service.search()
 
 
-def test_a_key_with_a_line_end_is_taken_without_and_one_of_other_characters_refused(
+def test_a_line_end_is_removed_from_a_key_and_other_invalid_characters_are_refused(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAVILY_API_KEY", KEY + "\n")
@@ -450,7 +450,7 @@ def test_a_configuration_names_the_service(server: Loopback, tmp_path: Path) -> 
         ({"search_recorded": "b", "search_top_k": 0}, "search_top_k is 0"),
     ],
 )
-def test_a_configuration_that_cannot_work_says_so(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_configuration_that_cannot_work_is_an_error(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         build_tools(ToolArguments(["search"], search_cache=str(tmp_path / "cache.sqlite"), **settings))
 
