@@ -143,7 +143,7 @@ def test_the_page_of_several_samples_has_pass_at_k():
 
 def test_a_page_without_a_single_good_sample_is_one():
     text = Page(page_of(record(0, None))).text
-    assert "1 sample(s) failed and are left out of all scores: 1 × EngineError: died" in " ".join(text.split())
+    assert "1 sample(s) failed and are excluded from all scores: 1 × EngineError: died" in " ".join(text.split())
 
 
 def test_wrong_answers_come_first_and_every_sample_is_on_some_page():
