@@ -672,6 +672,31 @@ def test_an_environment_may_own_the_data(models, tmp_path, monkeypatch):
         assert made.state.log_history[0]["rewards/Owner/mean"] > 0
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_an_environment_may_have_no_tools(several, models, tmp_path):
+    seen = []
+
+    class Riddle:
+        def reset(self, **row: Any) -> str:
+            return "What am I?"
+
+        def get_reward(self) -> float:
+            return 2.0
+
+    def reward(completions, prompts, environments):
+        seen.append((prompts[0][-1]["content"], len({id(each) for each in environments}), len(environments)))
+        return letters(completions)
+
+    factory: Any = {"riddle": Riddle, "count": Counter} if several else Riddle
+    rows = Dataset.from_dict({"environment": ["riddle"] * 2, "start": [1, 2]}) if several else None
+    given = _with(model=models["qwen3"], train_dataset=rows, environment_factory=factory, reward_funcs=reward)
+    case = Case({"tool_protocol": "chat_template"}, given, moves=False)
+    made = trained(ARPOTrainer, tmp_path, case, models)
+    assert seen == [("What am I?", M, M)]
+    assert made.state.log_history[0]["rewards/Riddle/mean"] == 2
+    assert made._environments.instances.live == 0
+
+
 def test_calls_by_tags_are_shown_to_rewards_in_the_same_way(models, tmp_path):
     tok = AutoTokenizer.from_pretrained(models["qwen2"])
     seen = []
