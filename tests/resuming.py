@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_settings, report_errors
-from arpo_trl.errors import ToolUnavailable
+from arpo_trl.errors import ToolError
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from loopback import Loopback, Reply
@@ -91,8 +91,8 @@ def tools_with_processes() -> list[Callable[..., Any]]:
 
 
 def quietly(call: Callable[[], Any]) -> None:
-    """Makes a call whose server is taken from it."""
-    with contextlib.suppress(ToolUnavailable):
+    """Makes a call whose server or process is taken from it."""
+    with contextlib.suppress(ToolError):
         call()
 
 

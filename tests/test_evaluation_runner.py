@@ -173,12 +173,11 @@ def run_in(folder_path, asked, script=sums, *, resume=False, samples=1):
 
 
 def test_samples_are_written_as_they_finish(tmp_path):
-    release = threading.Event()
     seen = threading.Event()
     path = tmp_path / "run/samples.jsonl"
 
     def script(request, context):
-        return ScriptedTurn(text=boxed(0), polls=1 if request.key[0] == 0 or release.is_set() else 10**9)
+        return ScriptedTurn(text=boxed(0), polls=1 if request.key[0] == 0 else 10**9)
 
     def watch(record):
         assert [one["number"] for one in read_records(path)] == [0]  # on the disk while the other still runs
@@ -190,7 +189,7 @@ def test_samples_are_written_as_they_finish(tmp_path):
     def poll_until_seen(timeout_s=0.0):
         if seen.is_set():
             for running in engine._running:
-                running.turn = ScriptedTurn(text=boxed(0))
+                running.polls_until_done = 0
         return poll(timeout_s)
 
     engine.poll = poll_until_seen

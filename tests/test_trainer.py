@@ -346,7 +346,8 @@ def test_evaluation_does_not_branch(model_path, tmp_path):
 
 def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_path, tmp_path):
     made = trainer(model_path, tmp_path, engine=scripted())
-    prompts = [ROWS[i // 4]["prompt"] for i in range(6)]  # a group of four, and the half of one
+    made._rows = [ROWS[i // 4] for i in range(6)]  # a group of four, and the half of one
+    prompts = [row["prompt"] for row in made._rows]
     made.model.eval()
     made._rollout(prompts, made)
     rollout = made._last.rollout

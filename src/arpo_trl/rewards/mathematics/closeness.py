@@ -16,7 +16,7 @@ FLOAT_DIGITS = 15
 0.30000000000000004."""
 _FLOAT_NOISE = 1e-13
 _PRECISION = 120  # decimal digits of numeric evaluation
-_EXACT = Rational(1, 10**100)
+_EXACT_DIGITS = 1000
 _SAMPLES = 8
 _WHOLE = frozenset("n k m N".split())  # names that mostly stand for integers
 
@@ -54,16 +54,21 @@ def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
         x, y = sympy.N(a, _PRECISION), sympy.N(b, _PRECISION)
         if not (x.is_number and y.is_number) or x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):
             return False
-        parts = [(_rational(f(x)), _rational(f(y))) for f in (sympy.re, sympy.im)]
-        size = max(abs(part) for pair in parts for part in pair)
-        if all(abs(one - other) <= _EXACT * size for one, other in parts):
+        if _vanishes(gap):
             return True
+        parts = [(_rational(f(x)), _rational(f(y))) for f in (sympy.re, sympy.im)]
     if a_digits == b_digits < FLOAT_DIGITS:  # with the same precision, neither is a rounding of the other
         return False
     return any(
         digits >= ROUNDED_DIGITS and all(_is_rounding(*pair, digits) for pair in ordered)
         for digits, ordered in ((a_digits, parts), (b_digits, [(other, one) for one, other in parts]))
     )
+
+
+def _vanishes(gap: Expr) -> bool:
+    """Whether a difference is zero, as far as 1,000 digits of its largest term tell."""
+    size = max(abs(sympy.N(term, 3)) for term in sympy.Add.make_args(gap))
+    return bool(abs(sympy.N(gap, 3, maxn=2 * _EXACT_DIGITS)) <= size / Rational(10) ** _EXACT_DIGITS)
 
 
 def _rational(value: Expr) -> Rational:
@@ -95,12 +100,13 @@ def _close_formulas(a: Expr, b: Expr, symbols: Sequence[Symbol], digits: int) ->
     Polynomials and fractions are compared exactly, because the points are rational. By the Schwartz–Zippel lemma, a
     wrong formula passes with negligible probability.
     """
-    tolerance = Rational(1, 2) / Rational(10) ** (digits - 1) if digits >= ROUNDED_DIGITS else _EXACT
+    tolerance = Rational(1, 2) / Rational(10) ** (digits - 1)
     draw = random.Random(0)
     agreed = 0
     for attempt in range(3 * _SAMPLES):
         point = {symbol: sample(symbol, draw, positive=attempt % 3 == 0) for symbol in symbols}
         x, y = (value.xreplace(point) for value in (a, b))
+        gap = x - y
         if isinstance(x, Rational) and isinstance(y, Rational):
             if x != y and digits < ROUNDED_DIGITS:
                 return False
@@ -110,7 +116,7 @@ def _close_formulas(a: Expr, b: Expr, symbols: Sequence[Symbol], digits: int) ->
             continue
         if not (x.is_number and y.is_number):
             return False
-        if abs(x - y) > tolerance * max(abs(x), abs(y)):
+        if abs(x - y) > tolerance * max(abs(x), abs(y)) if digits >= ROUNDED_DIGITS else not _vanishes(gap):
             return False
         agreed += 1
         if agreed == _SAMPLES:
