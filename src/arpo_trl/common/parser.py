@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from trl import TrlParser
 
+from arpo_trl.common.flags import NUMBERS
 from arpo_trl.errors import ConfigError
 
 
 class SettingsParser(TrlParser):
-    """TRL's parser, which raises an error instead of printing all flags and exiting."""
+    """TRL's parser without abbreviated flags. It raises an error instead of printing all flags and exiting."""
+
+    def __init__(self, kinds: Sequence[type[Any]], **parser: Any):
+        super().__init__(kinds, allow_abbrev=False, **parser)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with `message`. If it is about a value, the message is reworded in this package's
@@ -22,5 +27,4 @@ class SettingsParser(TrlParser):
         if wrong is None:
             raise ConfigError(message.replace("argument --", "", 1))
         name, kind, value = wrong.groups()
-        kinds = {"int": "an integer", "float": "a number"}
-        raise ConfigError(f"{name.replace('-', '_')} is {value}; expected {kinds.get(kind, kind)}.")
+        raise ConfigError(f"{name.replace('-', '_')} is {value}; expected {NUMBERS.get(kind, kind)}.")

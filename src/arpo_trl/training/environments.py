@@ -64,8 +64,8 @@ def environments_for(
             raise ConfigError("environment_factory is an empty dict; expected a class for each name in the rows.")
         if datasets[0] is None:
             raise ConfigError(
-                f"environment_factory is a dict of {list(factory)}, but there is no train_dataset whose rows select "
-                f"one of them. Pass a dataset with a column 'environment', or pass one class."
+                f"environment_factory is a dict of {list(factory)}, which requires a `train_dataset` whose rows "
+                f"select one of them. Pass a dataset with a column 'environment', or pass one class."
             )
         made: Any = {name: environment_kind(each, args.tool_timeout_s) for name, each in factory.items()}
     else:
