@@ -144,7 +144,7 @@ def _check_names(names: Sequence[Any], fields: Sequence[str], elsewhere: str | N
 
 
 def _similar(name: str, fields: Sequence[str]) -> str:
-    """The settings that `name` can mean, as text for people: a misspelt one, or those with all of its words."""
+    """The settings that `name` can mean, as text for users: a similar name, or the names with all its words."""
     if (near := nearest(name, fields, cutoff=NEAR)) and not near.startswith(f"{name}_"):
         return repr(near)
     words = set(name.split("_"))

@@ -32,7 +32,7 @@ LAUNCH_FLAGS = {
 """Flag of `accelerate launch` → its meaning. A --config_file sets all other options of accelerate."""
 
 OWN_FLAGS = ("accelerate", "config", *LAUNCH_FLAGS)
-"""The flags that are no settings. No setting has a name that is similar to one of theirs or begins it."""
+"""The flags that are not settings. No setting's name is similar to one of these, or a prefix of it."""
 
 DEFAULT = "single"
 MOST_THREADS = 4

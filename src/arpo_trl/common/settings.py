@@ -115,7 +115,7 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
 
 
 def _is_own(kind: type, name: str) -> bool:
-    """Whether this package, and not the one that a class inherits from, annotates the field."""
+    """Whether this package annotates the field, and not the package of a base class."""
     owner = next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {}))
     return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 

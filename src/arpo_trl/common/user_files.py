@@ -25,7 +25,7 @@ these keys. Keys that end in ? may be missing."""
 
 
 def is_url(name: str) -> bool:
-    """Whether the name of a file or folder is a web address, which nothing here opens."""
+    """Whether the name of a file or folder is a web address, which this package does not open."""
     return name.startswith(("http://", "https://"))
 
 

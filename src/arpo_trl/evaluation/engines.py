@@ -34,7 +34,8 @@ READ_BYTES = 1 << 20
 
 
 def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the model in the settings. Call it before the tools are made: it finds a wrong model.
+    """Return the tokenizer of the model in the settings. Call it before the tools are created, because it detects a
+    wrong model.
 
     Raises:
         ConfigError: The model, its tokenizer or its chat template is missing or cannot be used.
@@ -53,7 +54,7 @@ def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
 
 
 def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrainedTokenizerBase) -> TreeSampler:
-    """Return a sampler without branching for the model in the settings, of which `tokenizer` is the tokenizer.
+    """Return a sampler without branching for the model in the settings. `tokenizer` is the model's tokenizer.
 
     Raises:
         ConfigError: The model cannot be used, its generation config has a rule that the engine would ignore, or a

@@ -57,7 +57,8 @@ def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
         ) from error
     except SafetensorError as error:
         raise ConfigError(
-            f"The weights of the model cannot be read ({error}): a file is cut off or not a safetensors file. Copy or "
+            f"The weights of the model cannot be read ({error}): a file is truncated or not a safetensors file. Copy "
+            f"or "
             "download the model again."
         ) from error
 
@@ -73,7 +74,8 @@ class _Begun(TrainerCallback):
 
 @contextmanager
 def until_first_step(trainer: Trainer) -> Iterator[None]:
-    """As `start_errors`, until the trainer begins a step. Optimizer, scheduler and data loader are made before it."""
+    """Like `start_errors`, until the trainer begins a step. Optimizer, scheduler and data loader are created before
+    it."""
     begun = _Begun()
     trainer.add_callback(begun)
     with start_errors(lambda: not begun.yet):

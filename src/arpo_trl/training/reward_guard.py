@@ -99,7 +99,7 @@ def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mappin
 
 @contextmanager
 def _told(function: Any, name: str) -> Iterator[None]:
-    """Within it, an error of the user's function becomes a RewardError that says where it was raised."""
+    """A context in which an error of the user's function becomes a RewardError with the place of the error."""
     try:
         yield
     except ArpoError:
