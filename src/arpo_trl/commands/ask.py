@@ -16,7 +16,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="arpo-trl ask",
         usage='arpo-trl ask RUN "QUESTION" [options of arpo-trl eval]',
-        allow_abbrev=False,  # what is left are options of the evaluation
+        allow_abbrev=False,  # the remaining words are options of the evaluation
         description="Asks a trained model one question, with the tools, lengths and protocol of its training.",
         epilog="Every option of `arpo-trl eval` about the model, sampling and tools can follow, such as "
         "--temperature 0, --search-index FILE or --system-prompt NAME.",
