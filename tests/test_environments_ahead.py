@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ahead_run import ROWS, make_trainer
 from arpo_trl import ARPOTrainer
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from support import save_tiny_model
 
@@ -182,6 +182,6 @@ def test_a_failing_reward_or_reset_stops_the_run_and_all_environments_are_closed
         made.train()
     assert all_closed(made)
     made = trainer(model_path, tmp_path / "reward", reward_funcs=raises)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RewardError, match="'raises' raised RuntimeError: broken"):
         made.train()
     assert all_closed(made)
