@@ -38,14 +38,15 @@ _LANGUAGES = ("python", "python3", "py", "py3", "ipython", "{python}")
 _INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u200c\u200d\u2060\ufeff"))
 _SPACES = dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2009\u202f\u3000"), " ")
 _FENCE = re.compile(
-    r"^[ \t]*(?P<mark>`{3,}|~{3,})[ \t]*(?P<info>[^\n`]*)\n(?P<code>.*?)(?:^[ \t]*(?P=mark)[ \t]*$|\Z)",
+    r"^(?P<margin>[ \t]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<info>[^\n`]*)\n(?P<code>.*?)"
+    r"(?:^(?P=margin)(?P=mark)[ \t]*$|\s*(?P=mark)\s*\Z|\Z)",
     re.DOTALL | re.MULTILINE,
 )
 _FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*$", re.MULTILINE)
 _INLINE = re.compile(r"\s*(`{1,3})(?:(?:python3?|py)[ \t])?([^\n`]+)\1\s*")
 _PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.)(?: (.*))?")
 _MAGIC = re.compile(
-    r"^(?P<margin>[ \t]*)(?:%%?(?:time|timeit|capture)\b(?:[ \t]+-\w+)*[ \t]*(?P<code>.*)"
+    r"^(?P<margin>[ \t]*)(?:%%?(?:time|timeit|capture)\b(?:[ \t]+-\w+(?:[ \t]+\d+)?)*[ \t]*(?P<code>.*)"
     r"|[!%]{0,2}[ \t]*(?:python3?[ \t]+-m[ \t]+)?(?:pip3?|conda|apt|apt-get)[ \t]+\S.*"
     r"|%(?:matplotlib|config|load_ext|reload_ext|autoreload)\b.*)$",
     re.MULTILINE,
@@ -143,7 +144,7 @@ def _without_markdown(source: str) -> str:
         return inline[2]
     blocks = [(fence["info"].split(), fence["code"]) for fence in _FENCE.finditer(source)]
     if not any(code.strip() for _, code in blocks):
-        return _FENCE_LINE.sub("", source)
+        return _FENCE_LINE.sub("", source) if _FENCE.sub("", source).strip() else ""
     python = [code for info, code in blocks if info and info[0].lower() in _LANGUAGES]
     return "\n".join(python or [code for info, code in blocks if not info] or [code for _, code in blocks])
 

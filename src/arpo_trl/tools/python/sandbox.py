@@ -91,11 +91,13 @@ _ENVIRONMENT = {
     "MPLBACKEND": "Agg",  # there is no display
 }
 _SITE_PACKAGES = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+_PREFIXES = {sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix)} - {"/usr", "/usr/local"}
 _LIBRARIES = (
     *((path, "site-packages") for path in _SITE_PACKAGES),
     (os.path.dirname(os.path.realpath(os.__file__)), "python"),
+    *((path, "/python") for path in sorted(_PREFIXES, key=len, reverse=True)),
 )
-"""Folders of installed packages, and how the output of a call shows them."""
+"""Folders of Python and of installed packages, and how the output of a call shows them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -32,20 +32,12 @@ class Retrieve(Provider):
 
 
 def _hit(found: Any) -> Hit:
-    if isinstance(found, str):
-        found = {"contents": found}
-    document = found.get("document") or found
+    document = found if isinstance(found, str) else found.get("document") or found
     if isinstance(document, str):
         document = {"contents": document}
-    address = document.get("url")
-    url = address if isinstance(address, str) else ""
-    contents = document.get("contents")
-    if isinstance(contents, str):  # "title"\ntext
-        title, _, text = contents.partition("\n")
-        title, text = (title.strip().strip('"'), text) if text else ("", title)
-        return Hit(title=title, url=url, text=text)
-    text = next((document[field] for field in _TEXTS if isinstance(document.get(field), str)), None)
-    if text is None:
-        raise KeyError("no text")
-    title = document.get("title")
-    return Hit(title=title if isinstance(title, str) else "", url=url, text=text)
+    title, url = (value if isinstance(value, str) else "" for value in (document.get("title"), document.get("url")))
+    if isinstance(contents := document.get("contents"), str):  # "title"\ntext
+        first, _, rest = contents.partition("\n")
+        return Hit(title=first.strip().strip('"') if rest else "", url=url, text=rest or first)
+    texts = [document[field] for field in _TEXTS if isinstance(document.get(field), str)]
+    return Hit(title=title, url=url, text=texts[0])
