@@ -13,6 +13,7 @@ from arpo_trl.data.fields import decoded, first, is_blank, text_of
 from arpo_trl.errors import DataError
 
 _CHOICE_FIELDS = ("choices", "options")
+_TEXT_KEYS, _LABEL_KEYS = ("text", "content", "value"), ("label", "key")
 _RIGHT, _WRONG = "Correct Answer", "Incorrect Answer "  # GPQA
 _NAMED_CHOICE = re.compile(r"\(?\s*(?P<label>\w)\s*(?:[).:]\s*(?P<text>.*))?", re.DOTALL)
 """How an answer names a choice: `B`, `(B)`, `B.`, `B) heart`."""
@@ -37,7 +38,10 @@ def find_choices(row: Mapping[str, Any], golds: Sequence[str]) -> dict[str, str]
         given = {str(label): text for label, text in value.items() if text is not None}
         labels, texts = list(given), list(given.values())
     elif isinstance(value, list | tuple):
-        labels, texts = _letters(len(value)), list(value)
+        texts = [_text_in(choice) for choice in value]
+        given_labels = [first(choice, _LABEL_KEYS) for choice in value if isinstance(choice, Mapping)]
+        is_labelled = len(given_labels) == len(texts) and all(isinstance(label, str) for label in given_labels)
+        labels = given_labels if is_labelled else _letters(len(value))
     else:
         raise DataError(f"'choices' is {shown(value)}; expected a list of texts, or labels with texts.")
     if len(labels) != len(texts):
@@ -55,13 +59,20 @@ def chosen(golds: Sequence[str], value: Any, choices: Mapping[str, str]) -> list
         DataError: An answer is none of the choices.
     """
     places = value if isinstance(value, list | tuple) else [value]
-    is_place = all(isinstance(place, int) and not isinstance(place, bool) for place in places)
+    is_place = all(
+        isinstance(place, int | float) and not isinstance(place, bool) and place == int(place) for place in places
+    )
     found = {gold: _label_of(gold, choices, is_place=is_place) for gold in golds}
     is_yes_or_no = any(isinstance(place, bool) for place in places)  # of several words, one is a choice
     for gold, label in found.items():
         if label is None and not (is_yes_or_no and any(found.values())):
             raise DataError(f"the answer is {shown(gold)}; expected one of the choices {shown(dict(choices))}.")
     return [part for label in found.values() if label is not None for part in (label, choices[label])]
+
+
+def _text_in(choice: Any) -> Any:
+    """The text of a choice, which may be in a dict with its label."""
+    return first(choice, _TEXT_KEYS) if isinstance(choice, Mapping) else choice
 
 
 def _label_of(gold: str, choices: Mapping[str, str], *, is_place: bool) -> str | None:
