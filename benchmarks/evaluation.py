@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from arpo_trl.evaluation.benchmarks import load_dataset_questions
-from arpo_trl.evaluation.engines import make_sampler
+from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
 from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.evaluation.samples import Record
 from arpo_trl.evaluation.settings import EvalSettings
@@ -33,7 +33,7 @@ def main() -> None:
     questions = load_dataset_questions(str(arguments.data / "heldout.jsonl"), "train", limit=arguments.limit)
     tools = build_tools(ToolArguments(search_index=str(arguments.data / "corpus.jsonl"), search_top_k=2))
     with ToolBox(tools) as toolbox:
-        sampler = make_sampler(settings, toolbox)
+        sampler = make_sampler(settings, toolbox, load_tokenizer(settings))
         print("| answers at once | samples per minute | engine idle |\n|---:|---:|---:|")
         for turn, count in enumerate([max(arguments.concurrency), *arguments.concurrency]):
             evaluator = Evaluator(sampler, samples=1, seed=0, concurrency=count)

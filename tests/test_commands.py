@@ -57,6 +57,8 @@ def test_a_flag_is_accelerates_or_a_setting_but_not_both() -> None:
         (["--config", "quick"], r"no shipped configuration 'quick'"),
         (["--config", "mine.yaml"], "mine.yaml does not exist"),
         (["--config"], "--config is set without a value"),
+        (["--config", "quickstart", "--config=quickstart"], "--config is given twice"),
+        (["--config", "."], "The configuration . is a folder"),
         (["--accelerate", "ddp", "--config_file", "mine.yaml"], "both set, or set twice"),
     ],
 )
@@ -168,6 +170,16 @@ def test_the_doctor_names_keys_but_not_their_values(monkeypatch, capsys) -> None
     assert doctor.main([]) == 0
     shown = capsys.readouterr().out
     assert "SERPER_API_KEY" in shown and "secret-value" not in shown
+
+
+def test_the_doctor_finds_a_package_that_has_no_metadata(monkeypatch, tmp_path) -> None:
+    """A checkout of vLLM on the path, or a folder of it that was copied, has none."""
+    monkeypatch.setattr(doctor, "EXTRAS", {"bare_package": "a test", "absent_package": "another"})
+    (tmp_path / "bare_package.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    found = {finding.subject: finding for finding in doctor.packages()}
+    assert (found["bare_package"].verdict, found["bare_package"].text) == ("ok", "version unknown: a test")
+    assert found["absent_package"].text == "is not installed: no another"
 
 
 def test_the_doctor_fails_if_training_cannot_work(monkeypatch, capsys) -> None:

@@ -18,10 +18,11 @@ from transformers import GenerationConfig
 from arpo_trl import cli
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
-from arpo_trl.evaluation.engines import make_sampler
+from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
 from arpo_trl.evaluation.samples import key_of, read_records
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.engines.completions import CompletionsEngine
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from evaluating import asked_number, boxed, completions, save_tokenizer
 from loopback import Loopback
@@ -37,6 +38,10 @@ def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
         cli.main()
     out, err = capsys.readouterr()
     return end.value.code, out, err
+
+
+def sampler_of(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
+    return make_sampler(settings, toolbox, load_tokenizer(settings))
 
 
 @pytest.fixture(scope="module")
@@ -503,11 +508,11 @@ def test_a_turn_ends_where_the_models_generation_config_stops_too(tmp_path):
     eos = tokenizer().eos_token_id
     GenerationConfig(eos_token_id=[7, eos]).save_pretrained(folder)
     with ToolBox([search]) as toolbox:
-        sampler = make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox)
+        sampler = sampler_of(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox)
         assert sampler.protocol.eos_ids == (eos, 7)
         assert sampler.engine.settings.eos_ids == (eos, 7)
         (tmp_path / "generation_config.json").unlink()
-        assert make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox).protocol.eos_ids == (eos,)
+        assert sampler_of(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox).protocol.eos_ids == (eos,)
 
 
 @pytest.mark.parametrize(
@@ -523,5 +528,5 @@ def test_a_rule_of_the_models_generation_config_is_applied_or_refused(tmp_path, 
     GenerationConfig(suppress_tokens=[7], eos_token_id=tokenizer().eos_token_id).save_pretrained(folder)
     with ToolBox([search]) as toolbox:
         with pytest.raises(ConfigError, match="sets suppress_tokens, .*" + says):
-            make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"], **changes), toolbox)
-        make_sampler(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox)
+            sampler_of(EvalSettings(model=folder, benchmarks=["gsm8k"], **changes), toolbox)
+        sampler_of(EvalSettings(model=folder, benchmarks=["gsm8k"]), toolbox)

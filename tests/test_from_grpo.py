@@ -370,15 +370,33 @@ def multiply(a: int, b: int) -> int:
     return a * b
 
 
-def written(row: int, turn: int) -> str:
-    """One right call, one with a wrong argument, no call at all; then the last turn."""
+async def multiply_later(a: int, b: int) -> int:
+    """Multiplies two integers.
+
+    Args:
+        a: The first integer.
+        b: The second integer.
+    """
+    return a * b
+
+
+def written(row: int, turn: int, tool: str, wrong: str) -> str:
+    """One right call, one wrong call, no call at all; then the last turn."""
     if turn or row == 2:
         return "so"
-    arguments = f'{{"a": 3, "{"bc"[row]}": 4}}'
-    return f'<tool_call>\n{{"name": "multiply", "arguments": {arguments}}}\n</tool_call>'
+    call = [f'{{"name": "{tool}", "arguments": {{"a": 3, "b": 4}}}}', wrong][row]
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
-def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_path):
+@pytest.mark.parametrize(
+    ("tool", "wrong"),
+    [
+        (multiply, '{"name": "multiply", "arguments": {"a": 3, "c": 4}}'),  # no such argument
+        (multiply_later, '{"name": "multiply_later", "arguments": {"a": 3, "c": 4}}'),
+        (multiply, '{"name": "divide", "arguments": {"a": 3, "b": 4}}'),  # no such tool
+    ],
+)
+def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(tool, wrong, models, tmp_path):
     tok = AutoTokenizer.from_pretrained(models["qwen3"])
     seen: dict[str, list[Any]] = {}
     shown: list[list[int]] = []
@@ -386,11 +404,13 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
     class TrlsLoop(GRPOTrainer):
         def _generate_single_turn(self, prompt_ids, *args: Any, **kwargs: Any):
             turn = int(len(prompt_ids) < M)  # the second has but the rows that called
-            return [tok(written(row, turn))["input_ids"] + [tok.eos_token_id] for row in range(len(prompt_ids))], None
+            texts = [written(row, turn, tool.__name__, wrong) for row in range(len(prompt_ids))]
+            return [tok(text)["input_ids"] + [tok.eos_token_id] for text in texts], None
 
-    engine = ScriptedEngine(
-        tok, SamplingParams(eos_ids=(tok.eos_token_id,)), lambda request, _: written(request.key[1], request.key[-1])
-    )
+    def script(request, context):
+        return written(request.key[1], request.key[-1], tool.__name__, wrong)
+
+    engine = ScriptedEngine(tok, SamplingParams(eos_ids=(tok.eos_token_id,)), script)
     for kind, given in ((TrlsLoop, {}), (ARPOTrainer, {"engine": engine})):
 
         def reward(completions, name=kind.__name__, **kwargs):
@@ -400,11 +420,11 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
         protocol = {"tool_protocol": "chat_template"} if kind is ARPOTrainer else {}
         case = Case(
             {"max_completion_length": 400, **protocol},
-            _with(model=models["qwen3"], train_dataset=CHAT, tools=[multiply], reward_funcs=reward, **given),
+            _with(model=models["qwen3"], train_dataset=CHAT, tools=[tool], reward_funcs=reward, **given),
             moves=False,
         )
         made = trained(kind, tmp_path / kind.__name__, case, models)
-        assert made.tools == [multiply]
+        assert made.tools == [tool]
         prompt = CHAT[0]["prompt"]
         shown.append(
             made.protocol.encode_prompt(prompt) if kind is ARPOTrainer else made._tokenize_prompts([prompt])[0][0]
@@ -417,7 +437,7 @@ def test_tools_are_counted_and_shown_to_rewards_as_by_trls_own_loop(models, tmp_
     assert ours[0] == theirs[0]
     assert [message["role"] for message in ours[0]] == ["assistant", "tool", "assistant"]
     assert ours[0][0]["tool_calls"] == [
-        {"type": "function", "function": {"name": "multiply", "arguments": {"a": 3, "b": 4}}}
+        {"type": "function", "function": {"name": tool.__name__, "arguments": {"a": 3, "b": 4}}}
     ]
     assert ours[2] == theirs[2]
     # What a model reads of its mistakes is our own text.
@@ -590,11 +610,35 @@ def test_each_row_chooses_one_of_several_environments_as_in_trl(models, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("reward_funcs", "weights", "factory", "names", "expected"),
+    [
+        (None, None, Counter, ["Counter"], [1.0]),
+        (letters, [0.5], Counter, ["letters", "Counter"], [0.5, 1.0]),
+        # one reward for each class, not for each name
+        (letters, None, {"count": Counter, "words": Words, "again": Counter}, ["letters", "Counter"], [1.0, 1.0]),
+    ],
+)
+def test_an_environment_gives_the_rewards_and_tools_that_it_gives_in_trl(
+    reward_funcs, weights, factory, names, expected, models, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    settings = {"use_cpu": True, "report_to": "none", "reward_weights": weights}
+    given = {"train_dataset": SEVERAL, "environment_factory": factory}
+    theirs = GRPOTrainer(models["qwen3"], reward_funcs, GRPOConfig(str(tmp_path / "theirs"), **settings), **given)
+    settings["tool_protocol"] = "chat_template"
+    ours = ARPOTrainer(models["qwen3"], reward_funcs, ARPOConfig(str(tmp_path / "ours"), **settings), **given)
+    for made in (theirs, ours):
+        assert made.reward_func_names == names
+        assert made.reward_weights.tolist() == expected
+        assert {tool.__name__ for tool in made.tools} == {"add", "double"}
+
+
+@pytest.mark.parametrize(
     ("factories", "rows", "message"),
     [
-        ({"count": Counter}, SEVERAL, "A row has environment = 'words', but environment_factory is a dict of"),
+        ({"count": Counter}, SEVERAL, "A row has environment = 'words', which is not among the environments of"),
         ({"count": Counter}, CHAT, r"has only the columns \['prompt'\]. Add a column 'environment' with one of"),
-        ({"count": Counter}, None, "there is no train_dataset, whose rows choose one of them. Give a dataset with"),
+        ({"count": Counter}, None, "requires a `train_dataset`, whose rows choose one of them. Give a dataset with"),
         ({}, SEVERAL, "environment_factory is an empty dict"),
     ],
 )
@@ -614,12 +658,43 @@ def test_an_environment_may_own_the_data(models, tmp_path, monkeypatch):
             return super().reset(start, **row)
 
     case = Case({"tool_protocol": "chat_template"}, _with(reward_funcs=None, environment_factory=Owner), moves=False)
-    for rows, given in ((None, ["prompt"]), (Dataset.from_dict({"start": [1, 2]}), [])):
+    for i, (rows, given, factory) in enumerate(
+        [
+            (None, ["prompt"], Owner),
+            (Dataset.from_dict({"start": [1, 2]}), [], Owner),
+            (Dataset.from_dict({"environment": ["own", "own"]}), [], {"own": Owner, "words": Words}),
+        ]
+    ):
         prompts.clear()
-        case.given = _with(model=models["qwen3"], reward_funcs=None, train_dataset=rows, environment_factory=Owner)
-        made = trained(ARPOTrainer, tmp_path / str(rows is None), case, models)
+        case.given = _with(model=models["qwen3"], reward_funcs=None, train_dataset=rows, environment_factory=factory)
+        made = trained(ARPOTrainer, tmp_path / str(i), case, models)
         assert prompts == [given] * M
         assert made.state.log_history[0]["rewards/Owner/mean"] > 0
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_environment_may_have_no_tools(several, models, tmp_path):
+    seen = []
+
+    class Riddle:
+        def reset(self, **row: Any) -> str:
+            return "What am I?"
+
+        def get_reward(self) -> float:
+            return 2.0
+
+    def reward(completions, prompts, environments):
+        seen.append((prompts[0][-1]["content"], len({id(each) for each in environments}), len(environments)))
+        return letters(completions)
+
+    factory: Any = {"riddle": Riddle, "count": Counter} if several else Riddle
+    rows = Dataset.from_dict({"environment": ["riddle"] * 2, "start": [1, 2]}) if several else None
+    given = _with(model=models["qwen3"], train_dataset=rows, environment_factory=factory, reward_funcs=reward)
+    case = Case({"tool_protocol": "chat_template"}, given, moves=False)
+    made = trained(ARPOTrainer, tmp_path, case, models)
+    assert seen == [("What am I?", M, M)]
+    assert made.state.log_history[0]["rewards/Riddle/mean"] == 2
+    assert made._environments.instances.live == 0
 
 
 def test_calls_by_tags_are_shown_to_rewards_in_the_same_way(models, tmp_path):
@@ -652,6 +727,33 @@ def test_calls_by_tags_are_shown_to_rewards_in_the_same_way(models, tmp_path):
         {"role": "assistant", "content": "so"},
     ]
     assert turns == ["<find>iron</find>", "so"]
+
+
+def test_logprobs_and_the_loss_of_rows_made_by_hand_are_those_of_trl(models, tmp_path):
+    usual = {"model": models["qwen2"], "reward_funcs": length, "train_dataset": TEXT}
+    theirs = GRPOTrainer(args=GRPOConfig(str(tmp_path / "theirs"), use_cpu=True, report_to="none"), **usual)
+    ours = ARPOTrainer(args=config(tmp_path / "ours", loss_type="dapo"), **usual)
+    prompt, completion = torch.tensor([[5, 6, 7], [5, 6, 7]]), torch.tensor([[8, 9, 10, 11], [8, 12, 13, 0]])
+    rows = {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt),
+        "completion_ids": completion,
+        "completion_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
+        "advantages": torch.tensor([1.0, -0.5]),
+        "num_items_in_batch": torch.tensor(7),
+    }
+    found = []
+    for made in (theirs, ours):
+        made.model.eval()
+        made.current_gradient_accumulation_steps = 1
+        ids = torch.cat([prompt, completion], dim=1)
+        mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+        with torch.no_grad():
+            logprobs = made._get_per_token_logps_and_entropies(made.model, ids, mask, 4)[0]
+        loss = made._compute_loss(made.model, rows | {"old_per_token_logps": logprobs + 0.05})
+        found.append((logprobs, loss.item()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=0.03, abs=0.01)
 
 
 def test_the_default_settings_allow_evaluation(tmp_path):

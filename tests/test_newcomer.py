@@ -25,12 +25,24 @@ from support import save_tiny_model, script
 from test_view import logged, save
 
 PAGE = Path(__file__).parents[1] / "docs/mistakes.md"
-ROWS = re.findall(r"^\| `(.*?)` \| (.*) \|$", PAGE.read_text("utf-8"), re.MULTILINE)
+ROW = re.compile(r"^\| `(.*?)` \| (.*) \|$", re.MULTILINE)
+ROWS = ROW.findall(PAGE.read_text("utf-8"))
+COLD_START = ROW.findall(PAGE.read_text("utf-8").partition("## The cold start")[2].partition("\n## ")[0])
+"""The rows whose YAML file is that of `arpo-trl sft`."""
 SLOW = re.compile(
-    r"report_to|eval_strategy|dtype: |attn_|use_peft|reward: my_code:(one|by)|resume_|long\.jsonl|dtype float99"
+    r"report_to|eval_strategy|dtype: |attn_|use_peft|reward: my_code:(one|by|fails|texts)|optim_args|: broken|resume_"
+    r"|long\.jsonl|dtype float99"
 )
 """Mistakes that are found once the model is loaded, or later."""
 CODE = '''
+def fails(completions, **_):
+    return [1 / 0 for _ in completions]
+
+
+def texts(completions, **_):
+    return ["good"] * len(completions)
+
+
 def one(completions, **_):
     return [1.0]
 
@@ -67,15 +79,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(made / "model", made / f"checkpoints/checkpoint-{step}")
     shutil.copytree(made / "model", made / "earlier")
     save(made / "earlier", logged(9), name="step-000009")
-    (made / "empty").mkdir()
+    shutil.copytree(made / "model", made / "broken")
+    (made / "broken/model.safetensors").write_bytes(b"{" * 100)
+    for name in ("empty", "runs"):
+        (made / name).mkdir()
     (made / "my_code.py").write_text(CODE, "utf-8")
     row = {"question": "What is 1 + 1?", "answer": "2", "task": "math"}
     for name, rows in {
         "questions": [row], "empty": [], "texts": [{"text": "1 + 1 = 2"}], "maths": [{**row, "task": "maths"}],
+        "misspelt": [{"question": "What is 1 + 1?", "anwser": "2"}],
+        "demonstrations": [{"prompt": "What is 1 + 1?", "text": "<answer>2</answer>"}],
         "long": [{**row, "question": "what " * 3000}],
     }.items():  # fmt: skip
         (made / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), "utf-8")
     (made / "broken.jsonl").write_text('{"question": "What is 1 + 1?"\n', "utf-8")
+    (made / "latin1.jsonl").write_bytes('{"question": "café?", "answer": "2"}'.encode("latin-1"))
+    (made / "list.yaml").write_text("- seed\n", "utf-8")
     (made / "table.csv").write_text("question,answer\n", "utf-8")
     return made
 
@@ -108,6 +127,15 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
         Path("config.yaml").write_text(json.dumps(settings), "utf-8")  # JSON is YAML
         return run(script("train").main, "train.py", "--config", "config.yaml")
 
+    def cold_start(changes: dict[str, object]) -> str:
+        shutil.rmtree("run", ignore_errors=True)
+        settings = {
+            "model_name_or_path": "model", "dataset": "demonstrations.jsonl", "output_dir": "run", "max_steps": 1,
+            "per_device_train_batch_size": 2, "report_to": "none", **changes,
+        }  # fmt: skip
+        Path("config.yaml").write_text(json.dumps(settings), "utf-8")
+        return run(script("sft").main, "sft.py", "--config", "config.yaml")
+
     def evaluate(code: str) -> str:
         names = {"ARPOTrainer": ARPOTrainer, "GRPOConfig": GRPOConfig, "HierarchicalReward": HierarchicalReward}
         names |= {"load_arpo_dataset": load_arpo_dataset, "model": "model", "reward": lambda completions: [0.0]}
@@ -117,10 +145,12 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
             eval(code, names)
         return f"{type(raised.value).__name__}: {raised.value}"
 
-    def made(mistake: str) -> str:
+    def made(mistake: str, *, in_cold_start: bool = False) -> str:
         if mistake.startswith("arpo-trl "):
             return run(cli.main, *shlex.split(mistake))
-        return evaluate(mistake) if "(" in mistake else train(yaml.safe_load(mistake))
+        if "(" in mistake:
+            return evaluate(mistake)
+        return (cold_start if in_cold_start else train)(yaml.safe_load(mistake))
 
     return made
 
@@ -130,13 +160,15 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     [pytest.param(*row, marks=[pytest.mark.slow] if SLOW.search(row[0]) else [], id=row[0]) for row in ROWS],
 )
 def test_a_mistake_says_what_the_page_says(make, mistake: str, line: str) -> None:
-    said = re.sub(r"^(\w+Error|arpo-trl[\w ]*: error): ", "", make(mistake))
+    said = re.sub(
+        r"^(\w+Error|arpo-trl[\w ]*: error): ", "", make(mistake, in_cold_start=(mistake, line) in COLD_START)
+    )
     parts = [re.escape(part) for part in line.replace("\\", "").split("…")]
     assert re.fullmatch(".*".join(parts), said), said
 
 
-def test_the_page_has_more_than_eighty_mistakes() -> None:
-    assert len(ROWS) == len(set(ROWS)) > 80
+def test_the_page_has_more_than_a_hundred_mistakes() -> None:
+    assert len(ROWS) == len(set(ROWS)) > 120
 
 
 def test_a_search_setting_without_search_is_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -161,6 +193,8 @@ def test_yaml_that_is_none_is_told_in_one_line(tmp_path) -> None:
 
 
 def test_a_folder_without_a_model_is_told(tmp_path):
+    (tmp_path / "notes.txt").touch()
+
     def load(name: str) -> None:
         raise OSError("no file\nnamed config.json")
 
@@ -180,6 +214,8 @@ def test_an_error_that_this_packages_own_code_raises_by_accident_keeps_its_trace
 
 def test_a_variable_keeps_the_traceback_of_other_errors(monkeypatch):
     with pytest.raises(ConfigError, match="Training cannot start"), start_errors():
+        json.loads("{")
+    with pytest.raises(json.JSONDecodeError), start_errors(lambda: False):  # training has begun
         json.loads("{")
     monkeypatch.setenv("ARPO_TRACEBACK", "1")
     with pytest.raises(json.JSONDecodeError), start_errors():

@@ -123,12 +123,17 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    pages = sorted((tmp_path / "site").rglob("index.html"))
+    pages = sorted((tmp_path / "site").rglob("*.html"))
     assert len(pages) > 25
     loaded = re.compile(
         r"<(?:script|img|iframe)[^>]+src=\"(?:https?:)?//|<link[^>]+(?:stylesheet|icon)[^>]+href=\"https?:"
     )
     assert [page for page in pages if loaded.search(page.read_text("utf-8"))] == []
-    reference = (tmp_path / "site" / "reference" / "index.html").read_text("utf-8")
+    reference = (tmp_path / "site" / "reference.html").read_text("utf-8")
+    for page in pages:  # from the disk, a link to a folder would show a list of its files
+        links = re.findall(r'href="([^":#?]+)"', page.read_text("utf-8"))
+        assert [link for link in links if page.name != "404.html" and not (page.parent / link).is_file()] == []
     assert 'id="arpo_trl.ARPOTrainer"' in reference and 'id="arpo_trl.load_arpo_dataset"' in reference
-    assert "H_turn" in (tmp_path / "site" / "concepts" / "index.html").read_text("utf-8")
+    settings = (tmp_path / "site" / "settings.html").read_text("utf-8")
+    assert '<td data-label="default">' in settings  # shown on a phone, which has no room for the table's head
+    assert "H_turn" in (tmp_path / "site" / "concepts.html").read_text("utf-8")

@@ -19,6 +19,7 @@ import arpo_trl
 
 ROOT = Path(__file__).parents[2]
 OUTSIDE = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+_TAG = re.compile(r"<[^>]+>")
 _LINK = re.compile(r"\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -46,6 +47,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return text if (ROOT / path).exists() else found[0]  # what is missing is reported by the build
 
     return _LINK.sub(in_site, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Gives each cell of a table its column's heading, which site.css shows on a phone, where rows are blocks."""
+
+    def labelled(table: re.Match[str]) -> str:
+        heads = [_TAG.sub("", head) for head in re.findall(r"<th[^>]*>(.*?)</th>", table[0], re.DOTALL)]
+        rows = re.split("(?=<tr)", table[0])
+        for i, row in enumerate(rows):
+            parts = row.split("<td")
+            labels = [f'<td data-label="{head}"' for head in heads]
+            rows[i] = parts[0] + "".join(map("".join, zip(labels, parts[1:], strict=False)))
+        return "".join(rows)
+
+    return re.sub(r"<table>.*?</table>", labelled, html, flags=re.DOTALL)
 
 
 def repository_path(page: str, target: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import importlib
 import json
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import arpo_trl
+from arpo_trl.common.flags import NEAR, CommandParser, nearest
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.viewing.command import add_commands as add_viewing_commands
 
@@ -32,6 +32,8 @@ COMMANDS = {
     "ask": ("ask:main", "ask a trained model one question, with its tools"),
 }
 """Command → its function in `arpo_trl.commands`, which parses its own words, and its line in the help."""
+
+CONFIG_TWICE = "--config is given twice; expected one file. Flags change single settings of it."
 
 
 def report_errors(main: Callable[[], T]) -> Callable[[], T]:
@@ -61,11 +63,13 @@ def parse_settings(
     kinds: Sequence[type[Any]],
     argv: Sequence[str] | None = None,
     defaults: Mapping[str, Any] | None = None,
+    elsewhere: str | None = None,
     **parser: Any,
 ) -> tuple[Any, ...]:
     """Makes one instance of each dataclass from the YAML file of `--config` and the command line, which wins.
 
-    `defaults` replace the fields' own. `parser` is passed to the argument parser.
+    `defaults` replace the fields' own. `elsewhere` is the program in `arpo_trl.scripts` whose settings are easily
+    mixed up with these, for the errors. `parser` is passed to the argument parser.
 
     Raises:
         ConfigError: The file cannot be read, a key or flag is not a field (the message names the most similar one), or
@@ -77,7 +81,8 @@ def parse_settings(
     fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
     if "--config" in words[:-1]:
         # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
-        _check_names([key for key in _read_config(words[words.index("--config") + 1]) if key != "env"], fields)
+        keys = [key for key in _read_config(words[words.index("--config") + 1]) if key != "env"]
+        _check_names(keys, fields, elsewhere)
     try:
         reader = SettingsParser(kinds, **parser)
         reader.set_defaults_with_config(**(defaults or {}))
@@ -86,7 +91,9 @@ def parse_settings(
         raise
     except ValueError as error:  # raised by TRL's own dataclasses
         raise ConfigError(str(error)) from error
-    _check_names([word[2:].partition("=")[0] for word in left if word.startswith("--")], fields)
+    _check_names(
+        [word[2:].partition("=")[0] for word in left if word.startswith("--")], ["config", *fields], elsewhere
+    )
     if left:
         raise ConfigError(f"{left[0]!r} does not belong to a setting; expected --name value.")
     return tuple(settings)
@@ -100,7 +107,7 @@ def _config_apart(words: Sequence[str]) -> list[str]:
     """
     apart = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else (word,))]
     if apart.count("--config") > 1:
-        raise ConfigError("--config is given twice; expected one file. Flags change single settings of it.")
+        raise ConfigError(CONFIG_TWICE)
     if apart[-1:] == ["--config"]:
         raise ConfigError("--config is set without a value; expected a YAML file.")
     return apart
@@ -120,17 +127,35 @@ def _read_config(path: str) -> dict[Any, Any]:
     return config
 
 
-def _check_names(names: Sequence[Any], fields: Sequence[str]) -> None:
-    for name in names:
-        if name not in fields:
-            near = difflib.get_close_matches(str(name), fields, n=1)
+def _check_names(names: Sequence[Any], fields: Sequence[str], elsewhere: str | None) -> None:
+    unknown = next((str(name) for name in names if name not in fields), None)
+    if unknown is None:
+        return
+    if elsewhere is not None:
+        kinds = importlib.import_module(f"arpo_trl.scripts.{elsewhere}").SETTINGS
+        if any(field.name == unknown for kind in kinds for field in dataclasses.fields(kind)):
             raise ConfigError(
-                f"There is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ". Remove it.")
+                f"There is no setting {unknown!r} here: it is one of arpo-trl {elsewhere}. Run that program, or "
+                "remove the setting."
             )
+    near = _similar(unknown.replace("-", "_"), fields)
+    raise ConfigError(f"There is no setting {unknown!r}" + (f"; did you mean {near}?" if near else ". Remove it."))
+
+
+def _similar(name: str, fields: Sequence[str]) -> str:
+    """The settings that `name` can mean, as text for people: a misspelt one, or those with all of its words."""
+    if (near := nearest(name, fields, cutoff=NEAR)) and not near.startswith(f"{name}_"):
+        return repr(near)
+    words = set(name.split("_"))
+    longer = [field for field in fields if words <= set(field.split("_"))]
+    longer.sort(key=lambda field: not field.startswith(name))
+    short = [field for field in fields if "".join(word[:1] for word in field.split("_")) == name]
+    found = (short or longer)[:3] or [near for near in [nearest(name, fields)] if near]
+    return " or ".join(map(repr, found))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="arpo-trl", description="Agentic Reinforced Policy Optimization with TRL.")
+    parser = CommandParser(prog="arpo-trl", description="Agentic Reinforced Policy Optimization with TRL.")
     parser.add_argument("--version", action="version", version=f"arpo-trl {arpo_trl.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
@@ -202,7 +227,7 @@ def _eval_parser() -> argparse.ArgumentParser:
     """Prints the help of `arpo-trl eval`. `parse_settings` does the parsing."""
     from arpo_trl.evaluation.settings import GROUPS, EvalSettings
 
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="arpo-trl eval",
         usage=EVAL_USAGE,
         description="Answers questions with the tools, as in training but without branching, and scores the answers.",

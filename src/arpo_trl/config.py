@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,8 +14,9 @@ from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
 from arpo_trl.common.build_locks import remove_left_build_locks
-from arpo_trl.common.settings import ToolLimits, check_fields, described
-from arpo_trl.errors import ConfigError
+from arpo_trl.common.settings import Range, ToolLimits, check_fields, described
+from arpo_trl.common.user_files import read_json
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.addresses import check_server_url
 from arpo_trl.options import (
     VLLM_KEY_VARIABLE,
@@ -43,6 +45,20 @@ _OF_RULES = ("branch_probability", "entropy_weight", "branch_threshold", "branch
 """Settings that a branch rule receives if it has a field of that name. `branch_rule_kwargs` sets its other fields."""
 
 
+INHERITED: dict[str, dict[str, Any]] = {
+    **{name: {"range": Range(at_least=0)} for name in ("learning_rate", "weight_decay", "max_grad_norm", "beta")},
+    **{name: {"range": Range(at_least=0)} for name in ("epsilon", "epsilon_high", "dataloader_num_workers")},
+    **{name: {"range": Range(at_least=0, at_most=1)} for name in ("adam_beta1", "adam_beta2")},
+    **{name: {"range": Range(at_least=1)} for name in ("gradient_accumulation_steps", "steps_per_generation")},
+    "num_iterations": {"range": Range(at_least=1)},
+    "seed": {"range": Range(at_least=0, at_most=2**32 - 1)},
+    **{name: {"text": True} for name in ("output_dir", "run_name", "hub_model_id")},
+    **{name: {"options": True} for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")},
+    **{name: {"options": True} for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")},
+}
+"""What settings of TRL and transformers accept, which these find out late or not at all; see `check_fields`."""
+
+
 def refuse_token(args: TrainingArguments) -> None:
     """Returns if `args` contain no token.
 
@@ -69,16 +85,22 @@ def take_the_cpu_if_alone(args: TrainingArguments) -> None:
 
 
 def refuse_missing_deepspeed_config(args: TrainingArguments) -> None:
-    """Returns unless `deepspeed` is the path of a file that does not exist.
+    """Returns unless `deepspeed` is the path of a file that does not exist or is not JSON.
 
-    transformers refuses such a path too, but leaves a half-made object behind that breaks the next model it loads.
+    transformers refuses such a path too, but does not name the setting, and leaves a half-made object behind that
+    breaks the next model it loads.
 
     Raises:
-        ConfigError: The file does not exist.
+        ConfigError: The file does not exist, or is not JSON.
     """
     path = args.deepspeed
     if isinstance(path, str) and path.endswith(".json") and not os.path.exists(path):
         raise ConfigError(f"deepspeed is {path!r}, but there is no such file. Check the path of the DeepSpeed config.")
+    if isinstance(path, str) and os.path.isfile(path):
+        try:
+            read_json(Path(path))
+        except DataError as error:
+            raise ConfigError(f"deepspeed is {path!r}, which is no DeepSpeed config. {error}") from error
 
 
 def refuse_broken_json(args: TrainingArguments) -> None:
@@ -406,7 +428,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        check_fields(self, INHERITED)
         self._check_paths()
         if self.generation_batch_size is None:  # otherwise the number of steps depends on the number of ranks
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)

@@ -16,6 +16,7 @@ def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="arpo-trl ask",
         usage='arpo-trl ask RUN "QUESTION" [options of arpo-trl eval]',
+        allow_abbrev=False,  # what is left are options of the evaluation
         description="Asks a trained model one question, with the tools, lengths and protocol of its training.",
         epilog="Every option of `arpo-trl eval` about the model, sampling and tools can follow, such as "
         "--temperature 0, --search-index FILE or --system-prompt NAME.",
@@ -23,12 +24,16 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("run", metavar="RUN", help="folder of a run, or any model")
     parser.add_argument("question", metavar="QUESTION", help="the question")
     arguments, options = parser.parse_known_args(words)
+    if not arguments.question.strip():
+        parser.error("the question is blank")
+    if options and not options[0].startswith("-"):
+        parser.error(f"{options[0]!r} follows the question. Put a question of several words in quotes")
     settings, tool_arguments = parse_evaluation(["--model", arguments.run, *options])
     from rich.console import Console
     from rich.markup import escape
 
     from arpo_trl.data.layouts import system_prompt_text
-    from arpo_trl.evaluation.engines import make_sampler
+    from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
     from arpo_trl.logs.progress import hide_noise
     from arpo_trl.logs.render import render_tree
     from arpo_trl.logs.trajectories import LoggedTree
@@ -42,9 +47,10 @@ def main(words: Sequence[str]) -> int:
     system = system_prompt_text(settings.system_prompt)
     messages = [] if not system else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": arguments.question})
+    tokenizer = load_tokenizer(settings)
     tools = build_tools(tool_arguments, run=arguments.run)
     with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
-        sampler = make_sampler(settings, toolbox)
+        sampler = make_sampler(settings, toolbox, tokenizer)
         rollout = sampler.sample(
             [GroupRequest(id=0, prompt_ids=sampler.protocol.encode_prompt(messages))],
             seed=(settings.seed, "ask"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import platform
 import shutil
@@ -12,6 +11,7 @@ from enum import StrEnum
 from importlib import metadata, util
 from pathlib import Path
 
+from arpo_trl.common.flags import CommandParser
 from arpo_trl.errors import ArpoError
 
 GB = 1e9
@@ -45,7 +45,7 @@ class Finding:
 
 
 def main(words: Sequence[str]) -> int:
-    argparse.ArgumentParser(
+    CommandParser(
         prog="arpo-trl doctor",
         description="Shows versions, devices, the python tool's sandbox, vLLM, which keys are set (never their "
         "values), free memory and disk, and what will not work here and why. Exit status: 1 if training cannot work.",
@@ -59,7 +59,10 @@ def main(words: Sequence[str]) -> int:
 
 
 def packages() -> Iterator[Finding]:
-    """The required packages, against the ranges that this package declares; then what optional ones are for."""
+    """The required packages, against the ranges that this package declares; then what optional ones are for.
+
+    An optional package that can be imported counts, also without the metadata that an installation writes.
+    """
     from packaging.requirements import Requirement
 
     yield Finding("python", Verdict.GOOD, f"{platform.python_version()} on {platform.platform()}")
@@ -77,10 +80,10 @@ def packages() -> Iterator[Finding]:
             yield Finding(requirement.name, Verdict.GOOD, found)
     for name, use in EXTRAS.items():
         found = _version(name)
-        if found is None:
+        if found is None and util.find_spec(name) is None:
             yield Finding(name, Verdict.LIMITED, f"is not installed: no {use}")
         else:
-            yield Finding(name, Verdict.GOOD, f"{found}: {use}")
+            yield Finding(name, Verdict.GOOD, f"{found or 'version unknown'}: {use}")
 
 
 def devices() -> Iterator[Finding]:

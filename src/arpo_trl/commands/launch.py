@@ -14,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from arpo_trl.cli import CONFIG_TWICE
+from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
 from arpo_trl.errors import ConfigError
 
@@ -29,6 +31,9 @@ LAUNCH_FLAGS = {
 }
 """Flag of `accelerate launch` → its meaning. Everything else of accelerate is set in a --config_file."""
 
+OWN_FLAGS = ("accelerate", "config", *LAUNCH_FLAGS)
+"""The flags that are no settings. No setting has a name that is similar to one of theirs or begins it."""
+
 DEFAULT = "single"
 MOST_THREADS = 4
 """A small model on a CPU does not get faster with more threads. OMP_NUM_THREADS overrides it."""
@@ -38,8 +43,8 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words for `accelerate launch` and those for the program, with the names of shipped files resolved.
 
     Raises:
-        ConfigError: A named file does not exist, a flag lacks its value, or --accelerate and --config_file are both
-            set.
+        ConfigError: A named file does not exist, a flag is misspelt or lacks its value, --config is given twice, or
+            --accelerate and --config_file are both set.
     """
     for_accelerate: list[str] = []
     for_program: list[str] = []
@@ -47,8 +52,9 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
     while rest:
         word = rest.pop(0)
         name, equals, value = word.removeprefix("--").replace("-", "_").partition("=")
-        known = word.startswith("--") and name in {"accelerate", "config", *LAUNCH_FLAGS}
-        if not known:
+        if not word.startswith("--") or name not in OWN_FLAGS:
+            if word.startswith("--") and (near := nearest(name, OWN_FLAGS, cutoff=NEAR)):
+                raise ConfigError(f"There is no flag --{name}; did you mean --{near}?")
             for_program.append(word)
             continue
         if equals:
@@ -58,6 +64,8 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
         else:
             raise ConfigError(f"--{name} is set without a value.")
         if name == "config":
+            if "--config" in for_program:
+                raise ConfigError(CONFIG_TWICE)
             for_program += ["--config", str(file_or_shipped(CONFIGS, value))]
         elif name == "accelerate":
             for_accelerate += ["--config_file", str(shipped_file(ACCELERATE_CONFIGS, value))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.commands.project.my_tools import CAPITALS, lookup
+from arpo_trl.common.flags import CommandParser
 from arpo_trl.errors import ConfigError
 
 TEMPLATE = Path(__file__).with_name("project")
@@ -20,7 +20,7 @@ GUESSED, MISTAKEN = 0.25, 0.15
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="arpo-trl new",
         description="Creates a project: a configuration, a tool, a reward, questions, and a tiny model to try them "
         "with on a CPU. Takes about half a minute and downloads nothing.",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.commands.launch import LAUNCH_FLAGS
+from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, shipped_names
 
 HELP_FILE = Path(__file__).with_name("settings.json")
@@ -105,7 +106,7 @@ def print_help(program: str, words: Sequence[str]) -> bool:
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=f"arpo-trl {program}",
         usage=f"arpo-trl {program} --config NAME_OR_FILE [--accelerate NAME] [--SETTING VALUE …]",
         description=PURPOSE[program],

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from torch.utils.cpp_extension import get_default_build_root
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.visible import get_logger
@@ -38,6 +37,8 @@ def remove_left_build_locks(deepspeed: object) -> None:
     """
     if deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         return
+    from torch.utils.cpp_extension import get_default_build_root  # the settings import nothing of torch
+
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     is_first = os.environ.get("LOCAL_RANK", "0") == "0"
     for lock in Path(root).rglob("lock"):

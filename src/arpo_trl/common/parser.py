@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from trl import TrlParser
 
+from arpo_trl.common.flags import NUMBERS
 from arpo_trl.errors import ConfigError
 
 
 class SettingsParser(TrlParser):
-    """TRL's parser, which raises where argparse prints all flags and exits."""
+    """TRL's parser, which takes no abbreviated flags, and raises where argparse prints all flags and exits."""
+
+    def __init__(self, kinds: Sequence[type[Any]], **parser: Any):
+        super().__init__(kinds, allow_abbrev=False, **parser)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError with `message`, put into this package's words if it is about a value."""
@@ -21,5 +26,4 @@ class SettingsParser(TrlParser):
         if wrong is None:
             raise ConfigError(message.replace("argument --", "", 1))
         name, kind, value = wrong.groups()
-        kinds = {"int": "an integer", "float": "a number"}
-        raise ConfigError(f"{name.replace('-', '_')} is {value}; expected {kinds.get(kind, kind)}.")
+        raise ConfigError(f"{name.replace('-', '_')} is {value}; expected {NUMBERS.get(kind, kind)}.")

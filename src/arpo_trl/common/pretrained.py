@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from transformers.trainer_utils import get_last_checkpoint
 
+from arpo_trl.common.user_files import is_url
 from arpo_trl.errors import ConfigError
 
 T = TypeVar("T")
@@ -34,12 +35,18 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
 
 def _reason(name: str, error: Exception) -> str:
     folder = Path(name)
-    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    told = f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"
     if not folder.exists():
+        if is_url(name):
+            return "that is a web address; expected a folder or a Hub id, such as Qwen/Qwen2.5-3B-Instruct."
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
             return "there is no such folder. Check the path."
         return f"there is no such folder, and the Hub does not provide it ({told}). Check the name and the connection."
+    if not folder.is_dir():
+        return "that is a file; expected the folder that it is in, or a Hub id."
+    if not any(folder.iterdir()):
+        return "the folder is empty. Check the path."
     finished = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
-    if not finished and folder.is_dir() and (newest := get_last_checkpoint(name)) is not None:
+    if not finished and (newest := get_last_checkpoint(name)) is not None:
         return f"the folder has checkpoints, but no finished model. Give the newest checkpoint: {newest}."
     return f"{told}. Expected a folder that save_pretrained wrote, or a Hub id."

@@ -16,6 +16,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
+from os import PathLike
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -87,23 +88,36 @@ def described(
     return made
 
 
-def check_fields(settings: Any) -> None:
+def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:
     """Returns if the metadata of every field of the dataclass instance `settings` accepts its value.
 
     A number must have the annotated type, be finite and lie within its range. True and False are bools, not numbers;
     nothing else is a bool. None is accepted if the annotation allows it. Where "on" or "off" is a choice, True and
-    False become it, because YAML reads a bare `on` or `off` as a bool.
+    False become it, because YAML reads a bare `on` or `off` as a bool. A field that this package defines and that is
+    annotated as text, or as a list of texts, must be that.
+
+    Args:
+        inherited: What a field of another package's class accepts, by the field's name: `{"range": Range(…)}`,
+            `{"text": True}` or `{"options": True}`, for a mapping, or its JSON text.
 
     Raises:
         ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
     """
     hints = get_type_hints(type(settings))
     for setting in fields(settings):
+        metadata = {**setting.metadata, **(inherited or {}).get(setting.name, {})}
+        metadata.setdefault("text", _is_own(type(settings), setting.name))
         value = getattr(settings, setting.name)
-        if isinstance(value, bool) and (word := "on" if value else "off") in setting.metadata.get("choices", ()):
+        if isinstance(value, bool) and (word := "on" if value else "off") in metadata.get("choices", ()):
             setattr(settings, setting.name, value := word)
-        if expected := _unmet(setting.metadata, hints[setting.name], value):
+        if expected := _unmet(metadata, hints[setting.name], value):
             raise ConfigError(f"{setting.name} is {value!r}; expected {expected}.")
+
+
+def _is_own(kind: type, name: str) -> bool:
+    """Whether this package, and not the one that a class inherits from, annotates the field."""
+    owner = next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {}))
+    return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
@@ -117,6 +131,14 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
             accepted = isinstance(value, list) and all(entry in choices for entry in value)
             return None if accepted else f"a list of some of {choices}"
         return None if value in choices else f"one of {choices}"
+    if metadata.get("options"):
+        accepted = isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{"))
+        return None if accepted else "a mapping, such as {option: value}"
+    if metadata["text"] and set(kinds) <= {str, NoneType} and not isinstance(value, str | PathLike):
+        return "a text" + ("" if isinstance(value, Mapping | list | tuple) else ", in quotes")
+    if metadata["text"] and set(kinds) <= {list[str], NoneType}:
+        accepted = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        return None if accepted else "a list of texts"
     kind = next((kind for kind in (bool, int, float) if kind in kinds), None)
     if kind is None or "range" not in metadata:
         return None

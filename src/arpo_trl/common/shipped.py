@@ -41,9 +41,11 @@ def file_or_shipped(kind: str, name: str) -> Path:
     """The file at the path `name`, or else the shipped one of that name.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: There is neither, or a folder at the path.
     """
-    if Path(name).exists():
+    if Path(name).is_dir() and name not in shipped_names(kind):
+        raise ConfigError(f"The configuration {name} is a folder; expected a YAML file in it.")
+    if Path(name).is_file():
         return Path(name)
     if Path(name).name != name or name.endswith((".yaml", ".yml")):
         raise ConfigError(f"The configuration {name} does not exist. Check the path.")

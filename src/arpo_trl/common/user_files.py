@@ -23,6 +23,11 @@ Shape = type | UnionType | list[Any] | dict[str, Any]
 which those that end in ? may be missing."""
 
 
+def is_url(name: str) -> bool:
+    """Whether the name of a file or folder is a web address, which nothing here opens."""
+    return name.startswith(("http://", "https://"))
+
+
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8; `DataError` where it cannot be read."""
     try:

@@ -15,7 +15,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from arpo_trl.common.user_files import json_lines, read_json
+from arpo_trl.common.user_files import is_url, json_lines, read_json
 from arpo_trl.data.layouts import (
     DEFAULT_SYSTEM_PROMPT,
     QUESTION_FIELDS,
@@ -155,6 +155,10 @@ def refuse_taken_columns(columns: Iterable[str]) -> None:
 
 
 def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
+    if is_url(path_or_hub_id):
+        raise DataError(
+            f"{path_or_hub_id} is a web address; expected a file, a folder or a Hub id. Download the file."
+        )
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         files = _files_of_split(path, split)

@@ -31,7 +31,7 @@ from arpo_trl.evaluation.benchmarks import (
     suite,
 )
 from arpo_trl.evaluation.comparison import compare, draw
-from arpo_trl.evaluation.engines import fingerprint, make_sampler
+from arpo_trl.evaluation.engines import fingerprint, load_tokenizer, make_sampler
 from arpo_trl.evaluation.results import provenance, suites_of, summarise
 from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark
 from arpo_trl.evaluation.samples import Record, counted, read_records
@@ -65,6 +65,7 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     judge = None
     if settings.judge_url is not None and settings.judge_model is not None:
         judge = LLMJudge(settings.judge_url, settings.judge_model, cache=settings.judge_cache)
+    tokenizer = load_tokenizer(settings)
     output = Path(settings.output) if settings.output is not None else _new_folder(settings)
     tools = build_tools(tool_arguments, run=str(output))
     with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
@@ -74,7 +75,7 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
                     f"tool_call_limits names {name!r}, but the tools are {list(toolbox.names)}. Remove it, or add the "
                     "tool."
                 )
-        sampler = make_sampler(settings, toolbox)
+        sampler = make_sampler(settings, toolbox, tokenizer)
         _check_template(sampler, chosen)
         evaluator = Evaluator(
             sampler, samples=settings.samples, seed=settings.seed, concurrency=settings.concurrency, judge=judge

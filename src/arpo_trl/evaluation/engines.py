@@ -33,25 +33,34 @@ from arpo_trl.tools.toolbox import ToolBox
 READ_BYTES = 1 << 20
 
 
-def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
-    """Return a sampler without branching for the model in the settings.
+def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of the model in the settings. Call it before the tools are made: it finds a wrong model.
 
     Raises:
-        ConfigError: The model, its tokenizer or its chat template is missing or cannot be used, its generation config
-            has a rule that the engine would ignore, or a limit is set for a tool that the sampler does not have.
-        EngineError: A server does not respond.
+        ConfigError: The model, its tokenizer or its chat template is missing or cannot be used.
     """
     if settings.model is None:
         raise ConfigError(
             "model is missing. Set it to a folder or a Hub id; with base_url it is needed for its tokenizer."
         )
-    limits = settings.call_limits()
     tokenizer = load_pretrained("tokenizer", settings.model, AutoTokenizer.from_pretrained)
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"The tokenizer of {settings.model} has no chat template; expected one, to render questions as prompts. "
             "Set `tokenizer.chat_template = …` and save the tokenizer, or use the instruct version of the model."
         )
+    return tokenizer
+
+
+def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrainedTokenizerBase) -> TreeSampler:
+    """Return a sampler without branching for the model in the settings, of which `tokenizer` is the tokenizer.
+
+    Raises:
+        ConfigError: The model cannot be used, its generation config has a rule that the engine would ignore, or a
+            limit is set for a tool that the sampler does not have.
+        EngineError: A server does not respond.
+    """
+    assert settings.model is not None
     saved = saved_generation_config(settings.model)
     _refuse_ignored_rules(settings, saved)
     protocol = PROTOCOLS[ProtocolKind(settings.tool_protocol)](
@@ -75,7 +84,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox) -> TreeSampler:
         context=settings.context,
         max_completion_length=settings.max_completion_length,
         max_tool_calls=settings.max_tool_calls,
-        max_calls_of=limits,
+        max_calls_of=settings.call_limits(),
     )
 
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from arpo_trl.cli import report_errors
+from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.render import render_tree
@@ -198,7 +199,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="arpo-trl quickstart",
         description="Builds a tiny model, teaches it the format of tool calls on demonstrations, trains it with ARPO "
         "and reports the results. Takes a few minutes on a CPU and downloads nothing.",

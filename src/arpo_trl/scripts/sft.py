@@ -19,13 +19,13 @@ from arpo_trl.cli import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
-from arpo_trl.config import refuse_missing_deepspeed_config, refuse_token, take_the_cpu_if_alone
+from arpo_trl.config import INHERITED, refuse_missing_deepspeed_config, refuse_token, take_the_cpu_if_alone
 from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.output_folder import prepare_output, wants_to_resume
-from arpo_trl.scripts.start import required_model, start_errors
+from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -60,6 +60,7 @@ class ColdStartConfig(SFTConfig):
     """TRL's `SFTConfig`, with `use_cpu` set if there is no accelerator."""
 
     def __post_init__(self) -> None:
+        check_fields(self, INHERITED)
         take_the_cpu_if_alone(self)
         refuse_missing_deepspeed_config(self)
         remove_left_build_locks(self.deepspeed)
@@ -71,7 +72,7 @@ SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
 
 @report_errors
 def main() -> None:
-    arguments, config, model_config = parse_settings(SETTINGS)
+    arguments, config, model_config = parse_settings(SETTINGS, elsewhere="train")
     refuse_token(config)
     prepare_output(
         config.output_dir,
@@ -89,8 +90,15 @@ def main() -> None:
             if loader
             else load_dataset(arguments.dataset, split=arguments.dataset_split)
         )
+    except FileNotFoundError as error:
+        raise DataError(f"dataset {arguments.dataset} does not exist. Check the path.") from error
+    except StopIteration as error:  # the library reads the first row to see the columns
+        raise DataError(f"dataset {arguments.dataset} contains no rows; expected at least one.") from error
     except Exception as error:  # the library raises its own errors, pyarrow's, the Hub's and the file system's
-        raise DataError(f"dataset {arguments.dataset} cannot be read ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"dataset {arguments.dataset} cannot be read ({type(error).__name__}: {error}). Expected a "
+            ".jsonl or .parquet file, or a Hub id."
+        ) from error
     dataset, too_long = encode_dataset(rows, protocol, config.max_length)
     if too_long:
         logger.warning(
@@ -116,7 +124,8 @@ def main() -> None:
     resume = wants_to_resume(config.resume_from_checkpoint)
     if resume is True and get_last_checkpoint(config.output_dir) is None:
         resume = False
-    trainer.train(resume_from_checkpoint=resume)
+    with until_first_step(trainer):
+        trainer.train(resume_from_checkpoint=resume)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=arguments.dataset)  # also saves the model
     else:

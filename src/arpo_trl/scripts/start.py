@@ -4,48 +4,80 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback
 from trl import ModelConfig
 
 from arpo_trl.errors import ArpoError, ConfigError
 
 TRACEBACK = "ARPO_TRACEBACK"
 """Environment variable: if it is 1, mistakes that other packages find keep their traceback."""
+STARTING = (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError)
+"""What packages raise for settings that they cannot use."""
 
 
 def required_model(model_config: ModelConfig) -> str:
     """The model to train.
 
     Raises:
-        ConfigError: `model_name_or_path` is not set.
+        ConfigError: `model_name_or_path` is not set, or is no text.
     """
-    if not model_config.model_name_or_path:
-        raise ConfigError("model_name_or_path is not set; expected a folder or a Hub id of the model to train.")
-    return model_config.model_name_or_path
+    name: Any = model_config.model_name_or_path
+    expected = "expected a folder or a Hub id of the model to train."
+    if not name:
+        raise ConfigError(f"model_name_or_path is not set; {expected}")
+    if not isinstance(name, str):
+        raise ConfigError(f"model_name_or_path is {name!r}; {expected}")
+    return name
 
 
 @contextmanager
-def start_errors() -> Iterator[None]:
-    """Within it, a mistake that another package finds becomes a ConfigError, which the scripts print in one line.
+def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Within it, and while `starting()`, a mistake that another package finds becomes a ConfigError.
 
-    These are errors of types that packages raise for unusable settings. Errors that this package's own code raises
-    by accident keep their traceback.
+    The scripts print it in one line. These are errors of types that packages raise for unusable settings. Errors that
+    this package's own code raises by accident keep their traceback.
     """
     try:
         yield
     except ArpoError:
         raise
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except STARTING as error:
         package = _package_of(error)
-        if package == "arpo_trl" or os.environ.get(TRACEBACK) == "1":
+        if not starting() or package == "arpo_trl" or os.environ.get(TRACEBACK) == "1":
             raise
         told = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"Training cannot start. {package} says: {told} (Set {TRACEBACK}=1 to see where it was raised.)"
         ) from error
+    except SafetensorError as error:
+        raise ConfigError(
+            f"The weights of the model cannot be read ({error}): a file is cut off or not a safetensors file. Copy or "
+            "download the model again."
+        ) from error
+
+
+class _Begun(TrainerCallback):
+    """Whether a step has begun."""
+
+    yet = False
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.yet = True
+
+
+@contextmanager
+def until_first_step(trainer: Trainer) -> Iterator[None]:
+    """As `start_errors`, until the trainer begins a step. Optimizer, scheduler and data loader are made before it."""
+    begun = _Begun()
+    trainer.add_callback(begun)
+    with start_errors(lambda: not begun.yet):
+        yield
 
 
 def _package_of(error: BaseException) -> str:

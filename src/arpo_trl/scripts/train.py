@@ -25,8 +25,11 @@ from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.runs.output_folder import prepare_output
-from arpo_trl.scripts.start import required_model, start_errors
+from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -75,9 +78,9 @@ class TrainArguments(JudgeArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fields(self)
         given: Any = self.reward
         self.reward = [given] if isinstance(given, str) else given  # in YAML possibly a single text
+        check_fields(self)
         if self.reward and (self.judge_url is not None or self.accuracy != "task"):
             raise ConfigError("reward is set, so accuracy and the judge are not used. Unset them, or unset reward.")
         self.columns = read_columns(self.columns)
@@ -105,7 +108,7 @@ SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)
 def main() -> None:
     follow_launcher()
     show_log()
-    arguments, tool_arguments, config, model_config = parse_settings(SETTINGS)
+    arguments, tool_arguments, config, model_config = parse_settings(SETTINGS, elsewhere="sft")
     prepare_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,
@@ -126,6 +129,10 @@ def main() -> None:
         )
 
     evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"
+    if arguments.eval_dataset is not None and not evaluates:
+        logger.warning(
+            "eval_dataset is set, but eval_strategy is 'no': nothing is evaluated. Set it to steps or epoch."
+        )
     with start_errors():
         trainer = ARPOTrainer(
             model=name,
@@ -139,7 +146,7 @@ def main() -> None:
         )
     trainer.other_settings = (model_config, arguments, tool_arguments)
     show_compactly(trainer)
-    with closed_bars(trainer):
+    with closed_bars(trainer), until_first_step(trainer):
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_state()
     if config.push_to_hub:

@@ -162,12 +162,12 @@ class ToolArguments:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self)
         if not isinstance(self.tools, list) or not all(t in BUILT_IN or is_import_path(str(t)) for t in self.tools):
             raise ConfigError(
                 f"tools is {self.tools!r}; expected a list of some of {list(BUILT_IN)} and of import paths of "
                 "functions, such as my_tools:weather."
             )
+        check_fields(self)
 
 
 def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Callable[..., Any]]:

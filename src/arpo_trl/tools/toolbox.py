@@ -195,11 +195,14 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
 class ToolSet:
     """Tools that are offered together.
 
+    Args:
+        path_state: A `create_state` whose state each path has, even if no tool acts on it.
+
     Raises:
         ToolSpecError: A function cannot be a tool (see `tool_spec`), or two have the same name.
     """
 
-    def __init__(self, tools: Sequence[Callable[..., Any]]):
+    def __init__(self, tools: Sequence[Callable[..., Any]], path_state: CreateState | None = None):
         self.specs: dict[str, ToolSpec] = {}
         self.functions: dict[str, Callable[..., Any]] = {}
         for tool in tools:
@@ -210,6 +213,8 @@ class ToolSet:
             self.functions[spec.name] = tool
         self._no_state = NoState(self.functions)
         self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
+        if path_state is not None:
+            self._create[""] = path_state  # no tool has this name
 
     def create_states(self, group: int, close_failed: Callable[[PathState, Exception], None]) -> PathStates:
         """Return the states of a path from the root; `PathStates` explains the arguments."""
@@ -279,6 +284,7 @@ class ToolBox:
             deterministic.
         max_chars: The longest text that a model is shown. A longer text keeps its beginning and end, with a mark
             between them.
+        path_state: As in `ToolSet`.
 
     Raises:
         ConfigError: A number is out of range, or `per_tool` names an unknown tool.
@@ -294,13 +300,14 @@ class ToolBox:
         per_tool: Mapping[str, int] | None = None,
         cache: bool = False,
         max_chars: int = 100_000,
+        path_state: CreateState | None = None,
     ) -> None:
         for setting, value, least in (("concurrency", concurrency, 1), ("max_chars", max_chars, _MIN_MAX_CHARS)):
             if value < least:
                 raise ConfigError(f"{setting} of a ToolBox is {value}, expected at least {least}")
         if not timeout_s > 0:
             raise ConfigError(f"timeout_s of a ToolBox is {timeout_s}, expected more than 0")
-        self._offered = ToolSet(tools)
+        self._offered = ToolSet(tools, path_state)
         self.specs = self._offered.specs
         for name, limit in (per_tool or {}).items():
             if name not in self.specs:

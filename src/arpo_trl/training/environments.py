@@ -63,8 +63,8 @@ def environments_for(
             raise ConfigError("environment_factory is an empty dict; expected a class for each name that rows have.")
         if datasets[0] is None:
             raise ConfigError(
-                f"environment_factory is a dict of {list(factory)}, but there is no train_dataset, whose rows choose "
-                "one of them. Give a dataset with a column 'environment', or one class."
+                f"environment_factory is a dict of {list(factory)}, which requires a `train_dataset`, whose rows "
+                "choose one of them. Give a dataset with a column 'environment', or one class."
             )
         made: Any = {name: environment_kind(each, args.tool_timeout_s) for name, each in factory.items()}
     else:

@@ -74,7 +74,10 @@ def tool_sets(tools: Tools, environments: Environments | None) -> dict[Any, Tool
     """
     if environments is None or not environments.kinds.several:
         return {}
-    return {name: ToolSet([*tools, *kind.methods.values()]) for name, kind in environments.kinds.by_name.items()}
+    return {
+        name: ToolSet([*tools, *kind.methods.values()], environments)
+        for name, kind in environments.kinds.by_name.items()
+    }
 
 
 def all_tools(tools: Tools, environments: Environments | None) -> list[Callable[..., Any]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, SupportsFloat
 
 import torch
 
-from arpo_trl.errors import Interrupted, RewardError
+from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
@@ -29,8 +31,8 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
 
     Raises:
-        RewardError: Raised by the wrapper if a required argument is missing, or if the function does not return one
-            finite number, or None, per completion.
+        RewardError: Raised by the wrapper if a required argument is missing, if the function raises an error that is
+            not an `ArpoError`, or if it does not return one finite number, or None, per completion.
     """
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
@@ -47,7 +49,9 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
                 if interrupts.told is not None:
                     task.cancel()
                     return [0.0] * len(completions)
-            return _spread(_checked(task.result(), name, len(rows)), rows, len(completions))
+            with _told(function, name):
+                rewards = task.result()
+            return _spread(_checked(rewards, name, len(rows)), rows, len(completions))
 
         wrapper: Any = checked_async
     else:
@@ -55,7 +59,7 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
         def checked(*, completions: Sequence[Any], **columns: Any) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
             try:
-                with interrupts.raising():
+                with _told(function, name), interrupts.raising():
                     rewards = function(**select(given))
             except Interrupted:
                 return [0.0] * len(completions)
@@ -91,6 +95,24 @@ def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mappin
         return given if _VAR_KEYWORD in kinds else {key: given[key] for key in named if key in given}
 
     return select
+
+
+@contextmanager
+def _told(function: Any, name: str) -> Iterator[None]:
+    """Within it, an error of the user's function becomes a RewardError that says where it was raised."""
+    try:
+        yield
+    except ArpoError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
+        in_function = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
+        place = in_function[-1] if in_function else frames[-1]
+        raise RewardError(
+            f"The reward function {name!r} raised {type(error).__name__}: {error} ({place.filename}, line "
+            f"{place.lineno}). Correct the function; for a completion that it cannot score it may return None."
+        ) from error
 
 
 def _named(function: Any) -> Collection[str]:

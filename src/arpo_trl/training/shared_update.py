@@ -78,9 +78,8 @@ class SharedPrefixUpdate(GRPOTrainer):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, size: int
     ) -> list[Pack]:
         """The rows as packs; an empty list where they are to be computed padded."""
-        if not self._shares_prefixes:
+        if not self._shares_prefixes or self._loss_mask is None:  # None: called outside of an update, for all tokens
             return []
-        assert self._loss_mask is not None
         return pack_batches(
             input_ids,
             attention_mask,
@@ -92,7 +91,7 @@ class SharedPrefixUpdate(GRPOTrainer):
         )
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        with self._loss_tokens(inputs["completion_mask"] * inputs["tool_mask"]):
+        with self._loss_tokens(inputs["completion_mask"] * inputs.get("tool_mask", 1)):
             return super()._compute_loss(model, inputs)
 
     @contextmanager

@@ -17,6 +17,7 @@ from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.protocols import PROTOCOLS, ToolProtocol
 from arpo_trl.rollout.sampler import TreeSampler
+from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox, ToolSpec
 from arpo_trl.training.vllm_setup import (
     colocated_weights,
@@ -27,14 +28,17 @@ from arpo_trl.training.vllm_setup import (
 from arpo_trl.trl_seam import VLLMGeneration
 
 
-def toolbox_for(args: ARPOConfig, tools: Sequence[Callable[..., Any]]) -> ToolBox:
-    """The toolbox of `tools`, with the limits in `args`."""
+def toolbox_for(
+    args: ARPOConfig, tools: Sequence[Callable[..., Any]], environments: Environments | None = None
+) -> ToolBox:
+    """The toolbox of `tools`, with the limits in `args`. Each path has one of `environments`, if there are any."""
     return ToolBox(
         tools,
         timeout_s=args.tool_timeout_s,
         concurrency=args.tool_concurrency,
         per_tool=args.tool_places,
         cache=args.tool_cache,
+        path_state=environments,
     )
 
 

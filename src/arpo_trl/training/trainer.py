@@ -156,7 +156,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         owned = owned_rewards(self._environments)
         sets = tool_sets(tools or (), self._environments)
         tools = all_tools(tools or (), self._environments)
-        self.toolbox = toolbox_for(args, tools)
+        self.toolbox = toolbox_for(args, tools, self._environments)
         tokenizer = tokenizer_for(model, processing_class, args)
         ends = generation_ends(model, args)
         self.protocol = protocol_for(args, tokenizer, self.toolbox.specs, ends)

@@ -70,11 +70,10 @@ def add_commands(commands: Any) -> None:
 
 
 def at_least_one(text: str) -> int:
-    """The number in a flag; argparse reports the ValueError."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number}; expected an integer of at least 1")
-    return number
+    """The number in a flag; argparse prints the error."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}; expected an integer of at least 1")
+    return int(text)
 
 
 def tree_run(arguments: argparse.Namespace) -> None:

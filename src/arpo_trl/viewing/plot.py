@@ -9,6 +9,9 @@ from arpo_trl.common.files import whole_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.viewing.curves import PANELS, curves
 from arpo_trl.viewing.run import log_history
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
 
 FORMATS = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -43,6 +46,8 @@ def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Pa
             f"{', '.join(map(str, runs))} has no logged {kind}. Give the output_dir of a run that has ended or saved "
             "a checkpoint."
         )
+    for run in (run for run, of_run in lines.items() if not of_run):
+        logger.warning("%s has no logged %s and is left out of the picture.", run, kind)
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for i, (run, of_run) in enumerate(lines.items()):

@@ -30,7 +30,9 @@ class ViewServer(http.server.ThreadingHTTPServer):
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
-            raise ConfigError(f"Port {port} of {HOST} cannot be used: {error}. Choose another --port.") from error
+            raise ConfigError(
+                f"Port {port} of {HOST} cannot be used: {str(error).rstrip('.')}. Choose another --port."
+            ) from error
 
     @property
     def url(self) -> str:

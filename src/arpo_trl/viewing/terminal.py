@@ -36,7 +36,15 @@ def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -
     else:
         if not path.exists():
             raise DataError(f"{path} does not exist. Give the output_dir of a run, or a file of its trajectories.")
-        trees = [("", tree) for tree in read_trees(path) if step in (None, tree.step)]
+        logged = list(read_trees(path))
+        if not logged:
+            raise DataError(
+                f"{path} has no logged trees. Give the output_dir of a run, or a file of its trajectories."
+            )
+        trees = [("", tree) for tree in logged if step in (None, tree.step)]
+        if not trees:
+            steps = sorted({tree.step for tree in logged})
+            raise DataError(f"{path} has no logged trees of step {step}; it has those of {listed(steps)}.")
     shown = [(kind, tree) for kind, tree in trees if group in (None, tree.group)]
     if not shown:
         groups = sorted({tree.group for _, tree in trees})

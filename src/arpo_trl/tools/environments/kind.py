@@ -98,8 +98,8 @@ class Kinds:
         name = row.get(COLUMN)
         if name not in self.by_name:
             raise DataError(
-                f"A row has {COLUMN} = {name!r}, but environment_factory is a dict of {list(self.by_name)}. Give each "
-                f"row one of these names in the column {COLUMN!r}."
+                f"A row has {COLUMN} = {name!r}, which is not among the environments of environment_factory, "
+                f"{list(self.by_name)}. Give each row one of these names in the column {COLUMN!r}."
             )
         return name
 

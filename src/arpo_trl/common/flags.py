@@ -1,0 +1,50 @@
+"""The parser of a command's own flags: a flag has one name, and an error says which one was meant. Pure: no torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+NUMBERS = {"int": "an integer", "float": "a number"}
+"""The name of a type in argparse's messages → what it expects."""
+NEAR = 0.8
+"""Names at least this similar, as difflib measures it, are taken to be misspellings of each other."""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse's parser, which takes no abbreviated flags and names the nearest flag for an unknown one.
+
+    An abbreviation would change its meaning, or lose it, as soon as another flag begins in the same way.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but prints an error and exits with status 2 if a word is left."""
+        known, left = super().parse_known_args(args, namespace)
+        if not left:
+            return known, left
+        if not left[0].startswith("-"):
+            self.error(f"{left[0]!r} is one word too many. Put words with spaces between them in quotes")
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        word = left[0].partition("=")[0]
+        near = nearest(word, flags)
+        self.error(
+            f"there is no flag {word}; " + (f"did you mean {near}?" if near else f"expected {' or '.join(flags)}")
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse's, with the kind of number that a flag expects in words."""
+        if wrong := re.fullmatch(r"(argument \S+: )invalid (int|float) value: (.+)", message, re.DOTALL):
+            message = f"{wrong[1]}{wrong[3]}; expected {NUMBERS[wrong[2]]}"
+        super().error(message)
+
+
+def nearest(name: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """The one of `names` that begins with `name`, or else the most similar one; None if none is similar."""
+    longer = [other for other in names if other.startswith(name)]
+    return next(iter(longer or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)
