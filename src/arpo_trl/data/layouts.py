@@ -226,16 +226,19 @@ def _prompt(row: Mapping[str, Any]) -> Any:
     if isinstance(prompt, str):
         _refuse_ciphertext(prompt, field, row)
         parsed = decoded(prompt)
-        is_messages = isinstance(parsed, list) and parsed and all(isinstance(part, Mapping) for part in parsed)
-        if is_messages:
+        if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)):
             return parsed
         body = row.get("Body")  # SVAMP tells its story there
         return f"{body.strip()} {prompt}" if field == "Question" and isinstance(body, str) else prompt
     if isinstance(prompt, Mapping):
         if isinstance(prompt.get("text"), str):  # Natural Questions
             return prompt["text"]
-        return [prompt] if "role" in prompt else prompt
+        return [prompt] if _is_message(prompt) else prompt
     return prompt
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("role" in value or "from" in value)
 
 
 def _refuse_ciphertext(question: str, field: str, row: Mapping[str, Any]) -> None:
