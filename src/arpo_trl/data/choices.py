@@ -31,22 +31,30 @@ def find_choices(row: Mapping[str, Any], golds: Sequence[str]) -> dict[str, str]
     value = decoded(first(row, _CHOICE_FIELDS))
     if value is None:
         return _of_columns(row, golds)
-    if isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple):  # ARC
-        texts = list(value["text"])
-        labels = [text_of(label, "choices") for label in value.get("label") or _letters(len(texts))]
-    elif isinstance(value, Mapping):  # MedQA
-        given = {str(label): text for label, text in value.items() if text is not None}
-        labels, texts = list(given), list(given.values())
-    elif isinstance(value, list | tuple):
-        texts = [_text_in(choice) for choice in value]
-        given_labels = [first(choice, _LABEL_KEYS) for choice in value if isinstance(choice, Mapping)]
-        is_labelled = len(given_labels) == len(texts) and all(isinstance(label, str) for label in given_labels)
-        labels = given_labels if is_labelled else _letters(len(value))
+    given, texts = _labels_and_texts(value)
+    if isinstance(given, list | tuple) and given:
+        labels = [text_of(label, "choices") for label in given]
     else:
-        raise DataError(f"'choices' is {shown(value)}; expected a list of texts, or labels with texts.")
+        labels = _letters(len(texts))
     if len(labels) != len(texts):
         raise DataError(f"'choices' has {len(labels)} labels for {len(texts)} texts; expected one label per text.")
     return _without_labels(dict(zip(labels, (text_of(text, "choices").strip() for text in texts), strict=True)))
+
+
+def _labels_and_texts(value: Any) -> tuple[Any, list[Any]]:
+    """The labels, None if there are none, and the texts of choices that stand in one field."""
+    if isinstance(value, Mapping) and isinstance(value.get("text"), list | tuple):  # ARC
+        return value.get("label"), list(value["text"])
+    if isinstance(value, Mapping):  # MedQA
+        given = {str(label): text for label, text in value.items() if text is not None}
+        return list(given), list(given.values())
+    if not isinstance(value, list | tuple):
+        raise DataError(f"'choices' is {shown(value)}; expected a list of texts, or labels with texts.")
+    if not all(isinstance(choice, Mapping) for choice in value):
+        return None, list(value)
+    labels = [first(choice, _LABEL_KEYS) for choice in value]
+    is_labelled = all(isinstance(label, str) for label in labels)
+    return labels if is_labelled else None, [first(choice, _TEXT_KEYS) for choice in value]
 
 
 def chosen(golds: Sequence[str], value: Any, choices: Mapping[str, str]) -> list[str]:
@@ -67,12 +75,7 @@ def chosen(golds: Sequence[str], value: Any, choices: Mapping[str, str]) -> list
     for gold, label in found.items():
         if label is None and not (is_yes_or_no and any(found.values())):
             raise DataError(f"the answer is {shown(gold)}; expected one of the choices {shown(dict(choices))}.")
-    return [part for label in found.values() if label is not None for part in (label, choices[label])]
-
-
-def _text_in(choice: Any) -> Any:
-    """The text of a choice, which may be in a dict with its label."""
-    return first(choice, _TEXT_KEYS) if isinstance(choice, Mapping) else choice
+    return [part for label in found.values() if label is not None for part in (label, choices[label]) if part]
 
 
 def _label_of(gold: str, choices: Mapping[str, str], *, is_place: bool) -> str | None:
@@ -80,7 +83,7 @@ def _label_of(gold: str, choices: Mapping[str, str], *, is_place: bool) -> str |
     if gold in choices:
         return gold
     if is_place:
-        return labels[int(gold)] if int(gold) in range(len(labels)) else None
+        return next((label for place, label in enumerate(labels) if gold == str(place)), None)
     if (label := next((label for label, text in choices.items() if text == gold), None)) is not None:
         return label
     if (name := _NAMED_CHOICE.fullmatch(gold)) is not None:

@@ -122,7 +122,7 @@ def _flat(value: Any, field: str) -> Iterable[Any]:
 
 def _result_of(solution: Any) -> Any:
     """The result of a worked solution; a solution that is itself a result, such as `34`, is returned as it is."""
-    text = str(solution[-1] if isinstance(solution, list) else solution).strip()
+    text = text_of(solution[-1] if isinstance(solution, list) else solution, "solution").strip()
     if box := _last_box(text):
         return box
     if "\n" in text or _WORD.search(_LATEX_WORD.sub(" ", text)):

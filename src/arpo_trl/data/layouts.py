@@ -157,7 +157,7 @@ def check_prompt(prompt: Any) -> None:
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
-    if not any(message.get("content") and str(message["content"]).strip() for message in messages):
+    if all(is_blank(message.get("content")) for message in messages):
         raise DataError(f"'prompt' is {shown(prompt)}; expected some text in it.")
 
 
