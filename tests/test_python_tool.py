@@ -131,6 +131,11 @@ def test_a_call_shows_output_and_last_value(tool: PythonTool, code: str, shown: 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "python_code.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize("code", ["```\n" + " " * 50_000 + "\nx x", "```python\n" * 20_000, "    x x\n" * 10_000])
+def test_a_repair_takes_less_than_a_call(hurried: Worker, code: str) -> None:
+    assert hurried.run(code).ending in (Ending.FINISHED, Ending.RAISED)  # not stopped at its second
+
+
 def check_case(worker: Worker, case: dict[str, str]) -> None:
     ran = worker.run(case["code"])
     if "error" in case:

@@ -39,7 +39,7 @@ _INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u200c\u200d\u2060\ufeff"))
 _SPACES = dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2009\u202f\u3000"), " ")
 _FENCE = re.compile(
     r"^(?P<margin>[ \t]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<info>[^\n`]*)\n(?P<code>.*?)"
-    r"(?:^(?P=margin)(?P=mark)[ \t]*$|\s*(?P=mark)\s*\Z|\Z)",
+    r"(?:^(?P=margin)(?P=mark)[ \t]*$|(?P=mark)\s*\Z|\Z)",
     re.DOTALL | re.MULTILINE,
 )
 _FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*$", re.MULTILINE)
@@ -47,7 +47,7 @@ _INLINE = re.compile(r"\s*(`{1,3})(?:(?:python3?|py)[ \t])?([^\n`]+)\1\s*")
 _PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.)(?: (.*))?")
 _MAGIC = re.compile(
     r"^(?P<margin>[ \t]*)(?:%%?(?:time|timeit|capture)\b(?:[ \t]+-\w+(?:[ \t]+\d+)?)*[ \t]*(?P<code>.*)"
-    r"|[!%]{0,2}[ \t]*(?:python3?[ \t]+-m[ \t]+)?(?:pip3?|conda|apt|apt-get)[ \t]+\S.*"
+    r"|(?:[!%]{1,2}[ \t]*)?(?:python3?[ \t]+-m[ \t]+)?(?:pip3?|conda|apt|apt-get)[ \t]+\S.*"
     r"|%(?:matplotlib|config|load_ext|reload_ext|autoreload)\b.*)$",
     re.MULTILINE,
 )
