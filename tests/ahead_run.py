@@ -1,7 +1,7 @@
-"""Training on an engine that can sample ahead, without a server; `python ahead_run.py MODEL OUTPUT` is one run.
+"""Trains with an engine that can sample ahead, without a server. `python ahead_run.py MODEL OUTPUT` is one run.
 
-The run resumes if there is a checkpoint. It prints the number of each step as it begins. Several ranks can run it; all
-but the first are slow.
+The run resumes if there is a checkpoint. It prints the number of each step at its start. Several ranks can run it; all
+ranks except the first are slow.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STEPS = 12
 
 
 class EngineWithVersions(ScriptedEngine):
-    """A scripted engine that can sample ahead: `step` is the trainer's, `version` that of the last sync."""
+    """A scripted engine that can sample ahead: `step` is the trainer's step, `version` that of the last sync."""
 
     def __init__(self, script: Script):
         settings = SamplingParams(eos_ids=(int(tokenizer().eos_token_id),), stop_strings=STOPS)

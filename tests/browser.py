@@ -1,4 +1,4 @@
-"""A headless browser for tests: the Chromium or Chrome that is installed, driven over its debugging pipe."""
+"""A headless browser for tests: the installed Chromium or Chrome, controlled over its debugging pipe."""
 
 from __future__ import annotations
 

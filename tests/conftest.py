@@ -53,7 +53,7 @@ LONGEST = (
 
 
 def share_of(nodeid: str) -> str:
-    """What one worker takes as a whole: a file, whose tests share what is slow to make, or all files of `TOGETHER`."""
+    """The unit of work of a worker: a file, whose tests share slow fixtures, or all files of `TOGETHER`."""
     file = Path(nodeid.partition("::")[0]).stem
     return "several ranks" if file in TOGETHER else file
 
@@ -79,7 +79,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def skip_without_needs(items: list[pytest.Item]) -> None:
-    """Skips what needs something that is missing. In CI missing vLLM is an error: nobody would read of the skips."""
+    """Skips what needs something that is missing. In CI missing vLLM is an error, since the skips would not be
+    noticed."""
     for mark, (is_here, said) in NEEDS.items():
         needing = [item for item in items if item.get_closest_marker(mark)]
         if is_here or not needing:
@@ -100,13 +101,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
-    """Seed random, numpy and torch, so that no test depends on which ran before it."""
+    """Seed random, numpy and torch, so that no test depends on earlier tests."""
     set_seed(0)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub that the client takes for the real one, with waits between tries cut short."""
+    """A local Hub for the client, with short waits between attempts."""
     with Hub() as made:
         for name, value in {"ENDPOINT": made.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(huggingface_hub.constants, name, value)

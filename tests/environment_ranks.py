@@ -1,7 +1,7 @@
 """Training with environments on several ranks: `… environment_ranks.py FOLDER` writes FOLDER/environments<i>.json.
 
-Each rank has two groups a step, one of a class that is copied and one whose branches replay. On the second rank a path
-gets no environment, and a call misses its deadline.
+Each rank has two groups a step, one of a class that is copied and one whose branches replay. On the second rank one
+path has no environment, and one call misses its deadline.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def buys(request: TurnRequest, context: str) -> ScriptedTurn:
 
 
 def train(folder: Path) -> dict[str, Any]:
-    """Trains; what this rank saw. An assertion fails if two paths share a state."""
+    """Trains and returns this rank's observations. An assertion fails if two paths share a state."""
     tokenizer = build_tokenizer(["what is the answer in a shop", "so"] * 3)
     engine = DictatedEngine(
         tokenizer, SamplingParams(eos_ids=(int(tokenizer.eos_token_id),), stop_strings=("</put>",)), buys

@@ -1,4 +1,4 @@
-"""A server of environments, as a process of its own: sessions over HTTP, in the manner of OpenEnv's servers.
+"""A server of environments in a separate process: sessions over HTTP, like OpenEnv's servers.
 
 python environment_server.py     prints its port; GET / returns the number of open sessions
 """

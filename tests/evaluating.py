@@ -36,12 +36,12 @@ def boxed(answer: Any) -> str:
 
 
 def asked_number(context: str) -> str:
-    """Which question a context asks."""
+    """The number of the question in a context."""
     return context.rpartition(MATH_MARK)[2][0]
 
 
 class Evaluating:
-    """An evaluator on a scripted engine; call it with questions for their records, in order."""
+    """An evaluator on a scripted engine. Called with questions, it returns their records in order."""
 
     def __init__(self, script: Callable[..., Any], *, samples: int = 1, concurrency: int = 4, judge: Any = None):
         self.scripted = Scripted(script, leaves=1, at_root=1)

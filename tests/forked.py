@@ -53,7 +53,8 @@ _CONTEXT = multiprocessing.get_context("fork")
 def run(
     words: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float = 240.0, vllm: bool | None = None
 ) -> str:
-    """Runs a program to its end; what it wrote to both streams. It must end with status 0. `vllm` as for `Fork`."""
+    """Runs a program to its end and returns its output on both streams. It must exit with status 0. `vllm` as in
+    `Fork`."""
     with tempfile.TemporaryDirectory(prefix="fork-") as folder:
         log = Path(folder) / "log"
         process = Fork(words, cwd=cwd, env=env, log=log, vllm=vllm)
@@ -67,7 +68,7 @@ def run(
 
 
 class _Waits:
-    """What `subprocess.Popen` does besides starting a process."""
+    """The parts of `subprocess.Popen` other than starting a process."""
 
     args: Sequence[str]
     pid: int
@@ -97,7 +98,7 @@ class _Waits:
 
 
 class Fork(_Waits):
-    """A running program. `words` is what follows the interpreter's name on a command line."""
+    """A running program. `words` are the arguments after the interpreter's name on a command line."""
 
     def __init__(
         self, words: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: Path, vllm: bool | None = None

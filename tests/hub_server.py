@@ -34,7 +34,7 @@ class Commit:
 
 @dataclass
 class Hub:
-    """`fault`, asked first, may answer in the Hub's place."""
+    """`fault` is called first and may answer instead of the Hub."""
 
     user: str = "me"
     repos: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)

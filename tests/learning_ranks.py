@@ -1,4 +1,5 @@
-"""A run whose branch rule learns: `accelerate launch learning_ranks.py FOLDER`. Each rank writes what it learned."""
+"""A run whose branch rule learns: `accelerate launch learning_ranks.py FOLDER`. Each rank writes its learned
+values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Two ranks that share one engine: `torchrun --nproc_per_node 2 lockstep_ranks.py FOLDER`. Each writes its results."""
+"""Runs two ranks that share one engine: `torchrun --nproc_per_node 2 lockstep_ranks.py FOLDER`. Each writes its
+results."""
 
 from __future__ import annotations
 

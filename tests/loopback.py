@@ -28,7 +28,7 @@ class Asked:
 
 @dataclass
 class Reply:
-    """What to answer: bytes or text as they are, anything else as JSON."""
+    """The answer: bytes or text unchanged, other values as JSON."""
 
     body: Any = ""
     status: int = 200

@@ -1,4 +1,5 @@
-"""What docs/environments.md uses of OpenEnv's `GenericEnvClient`. The package itself brings 450 MB of others."""
+"""The part of OpenEnv's `GenericEnvClient` that docs/environments.md uses. The package itself installs 450 MB of
+others."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from websockets.asyncio.client import ClientConnection, connect
 
 
 class GenericEnvClient:
-    """A session of a server that speaks OpenEnv's protocol (openenv-core 0.3, env_client.py and generic_client.py)."""
+    """A session of a server with OpenEnv's protocol (openenv-core 0.3, env_client.py and generic_client.py)."""
 
     def __init__(self, base_url: str):
         self._url = base_url.replace("http", "ws", 1) + "/ws"

@@ -1,4 +1,4 @@
-"""A server that speaks OpenEnv's protocol (openenv-core 0.3): a WebSocket at /ws is a session, with JSON messages.
+"""A server with OpenEnv's protocol (openenv-core 0.3): a WebSocket at /ws is a session, with JSON messages.
 
     → {"type": "reset", "data": {"seed": 3}}       ← {"type": "observation", "data": {"observation": …, "done": …}}
     → {"type": "step", "data": {"item": "tea"}}    ← the same, or {"type": "error", "data": {"message": …, "code": …}}

@@ -1,4 +1,5 @@
-"""The shell commands of the pages, why some are not run by a test, and what stands in for what the others name."""
+"""The shell commands of the pages, the reasons why tests do not run some of them, and replacements for names in the
+others."""
 
 from __future__ import annotations
 
@@ -96,7 +97,7 @@ class Command:
 
     @property
     def reason(self) -> str | None:
-        """Why no test runs it; None if one does."""
+        """The reason why no test runs it; None if a test runs it."""
         return next((reason for start, reason in NOT_RUN.items() if re.match(start, self.text)), None)
 
     def words(self) -> list[str]:

@@ -6,8 +6,8 @@ configuration, including its bf16.
         running.ranks()[1].kill()
         done = running.wait()
 
-No process is left behind in any case. A script writes the facts that its test needs to a file. It must run on the CPU
-(`use_cpu=True`, `--use_cpu true`).
+No process remains in any case. A script writes its test's data to a file. It must run on the CPU (`use_cpu=True`,
+`--use_cpu true`).
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ DEADLINE_S = 280.0
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a launch ended: the launcher's exit status, and what all ranks wrote to both streams."""
+    """The result of a launch: the launcher's exit status, and the output of all ranks on both streams."""
 
     code: int
     output: str
 
 
 class Running:
-    """A launch under way."""
+    """A running launch."""
 
     def __init__(self, process: Fork, log: Path, number: int):
         self._process, self._log, self._number = process, log, number
@@ -60,7 +60,7 @@ class Running:
         return []
 
     def output(self) -> str:
-        """What has been written so far."""
+        """The output so far."""
         return self._log.read_text("utf-8", errors="replace")
 
     def wait(self, deadline_s: float = DEADLINE_S) -> Ended:
@@ -137,7 +137,7 @@ def launch(
     deadline_s: float = DEADLINE_S,
     environment: dict[str, str] | None = None,
 ) -> Ended:
-    """`launched`, waited for; the test fails where a rank does, with what the ranks wrote."""
+    """Runs `launched` to its end. If a rank fails, the test fails with the ranks' output."""
     with launched(config, script, *flags, ranks=ranks, launcher=launcher, environment=environment) as running:
         done = running.wait(deadline_s)
     assert done.code == 0, done.output[-6000:]

@@ -1,6 +1,7 @@
 """Dynamic sampling on ranks of which one has more to roll out again: `python resampling_ranks.py MODEL OUTPUT`.
 
-The rewards of prompts with an odd number are equal in the first round of their rollout. Each rank writes what it saw.
+The rewards of prompts with an odd number are equal in the first round of their rollout. Each rank writes its
+observations.
 """
 
 from __future__ import annotations

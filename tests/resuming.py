@@ -91,7 +91,7 @@ def tools_with_processes() -> list[Callable[..., Any]]:
 
 
 def quietly(call: Callable[[], Any]) -> None:
-    """Makes a call whose server or process is taken from it."""
+    """Makes a call whose server or process is killed."""
     with contextlib.suppress(ToolError):
         call()
 
@@ -122,7 +122,7 @@ def search(query: str) -> str:
 
 
 def some_reward(completions: list[Any], **_: Any) -> list[float]:
-    """A number that depends on every character, so that no two runs agree in it by chance."""
+    """A number that depends on every character, so that two runs do not have the same number by chance."""
     wait_while_told("reward")
     wait_while_told("deaf")
     return [zlib.crc32(repr(completion).encode()) % 100 / 100 for completion in completions]
@@ -144,7 +144,8 @@ def make_trainer(model: str | PreTrainedModel, output: Path, **settings: Any) ->
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """What must not depend on how often a run was ended: all that it logged but times, its weights, its trees."""
+    """The data that must not depend on interruptions of a run: its weights, its trees, and all logged values except
+    times."""
     last = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     history = json.loads((last / "trainer_state.json").read_text("utf-8"))["log_history"]
     weights = [*last.glob("*.safetensors"), *last.glob("global_step*/*model_states.pt")]

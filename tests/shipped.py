@@ -62,7 +62,7 @@ FAMILIES: dict[str, tuple[Any, Any, str, str | None, dict[str, Any]]] = {
 
 
 def settings(config: str) -> dict[str, Any]:
-    """What is written in a file of configs/."""
+    """The content of a file of configs/."""
     written: dict[str, Any] = yaml.safe_load((CONFIGS / config).read_text("utf-8"))
     return written
 
@@ -101,7 +101,7 @@ def save_data(folder: Path) -> None:
 
 
 def save_family(name: str, folder: Path) -> str:
-    """A model of that layout which has had some school: most of its paths search once or not at all, and answer."""
+    """A model of that layout after a short training: most of its paths search at most once and answer."""
     config_class, model_class, template, eos, shape = FAMILIES[name]
     tokenizer = with_template(template, eos)
     if eos is not None:
@@ -132,7 +132,7 @@ def teach(model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def replacements(model: str, data: Path, output: Path) -> list[str]:
-    """The flags for what a published run names and is not here; all else is as shipped."""
+    """The flags that replace missing files of a published run; everything else is as shipped."""
     return [
         *("--model_name_or_path", model, "--dataset", str(data / "rows.parquet"), "--output_dir", str(output)),
         *("--search_recorded", str(data / "recorded.json"), "--max_completion_length", "48", "--max_steps", "1"),
@@ -141,7 +141,7 @@ def replacements(model: str, data: Path, output: Path) -> list[str]:
 
 
 def the_step(output: Path) -> dict[str, Any]:
-    """What a run of one step logged of it; also: a model was saved."""
+    """The logged values of a run of one step. Also checks that a model was saved."""
     (logged,) = [
         row for row in json.loads((output / "trainer_state.json").read_text("utf-8"))["log_history"] if "loss" in row
     ]

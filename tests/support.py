@@ -64,7 +64,7 @@ def with_template(name: str, eos: str | None = None) -> PreTrainedTokenizerFast:
 
 
 def small_model(config_class: Any, model_class: Any, seed: int = 0, **settings: Any) -> Any:
-    """A model of that class with some 25,000 random parameters; `settings` are its configuration's, and win."""
+    """A model of that class with some 25,000 random parameters; `settings` override its configuration."""
     config = config_class(**{**small_settings(), **settings})
     torch.manual_seed(seed)
     return model_class(config)
@@ -153,7 +153,7 @@ def script(name: str) -> ModuleType:
 
 
 def saved_adapter_is_the_trained_one(trainer: Any, model_path: str) -> bool:
-    """Whether the adapter that `trainer` saves is one that learned something, and loads as what was trained."""
+    """Whether the adapter that `trainer` saves has changed, and loads with the trained weights."""
     trainer.save_model()
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_path), trainer.args.output_dir)
     trained = {name: value for name, value in trainer.model.named_parameters() if "lora_" in name}
@@ -217,7 +217,7 @@ def python(code: str) -> str:
 
 
 class Scripted:
-    """A sampler on a scripted engine, with everything that went into it at hand."""
+    """A sampler on a scripted engine, with all its inputs."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class Scripted:
 
 
 def events_of(engine: Engine, turns: int) -> Iterator[Event]:
-    """What the engine reports until that many turns are over."""
+    """The engine's events until that many turns have ended."""
     while turns:
         for event in engine.poll(0.05):
             turns -= not isinstance(event, Probe)
@@ -280,7 +280,7 @@ def events_of(engine: Engine, turns: int) -> Iterator[Event]:
 
 @cache
 def can_isolate(tier: Tier) -> bool:
-    """Asks the kernel, not the sandbox: a sandbox that broke must fail its tests, not skip them."""
+    """Tests the kernel and not the sandbox: a broken sandbox must fail its tests and not skip them."""
     if tier is Tier.SANDLOCK:
         sandlock = pytest.importorskip("sandlock")
         return bool(sandlock.landlock_abi_version() >= sandlock.min_landlock_abi())
@@ -308,7 +308,7 @@ def can_isolate(tier: Tier) -> bool:
 
 @contextmanager
 def worker_of(tier: Tier, limits: Limits, *, preload: bool = False) -> Iterator[Worker]:
-    """A worker of that tier; skips the test where this machine cannot have one."""
+    """A worker of that tier; skips the test if this machine does not support the tier."""
     if not can_isolate(tier):
         pytest.skip(f"this kernel cannot isolate by {tier}")
     worker = Worker(limits, tier=tier, preload=preload)

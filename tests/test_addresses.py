@@ -1,4 +1,4 @@
-"""Every setting that takes an address refuses what is none, and keys in it, without repeating them."""
+"""Every setting for an address rejects invalid addresses and addresses with keys, without quoting them."""
 
 from collections.abc import Callable
 
@@ -54,7 +54,7 @@ def test_what_is_no_address_of_a_server_says_why(url, fault):
     )
 
 
-def test_a_query_is_allowed_where_it_is_asked_for():
+def test_a_query_is_allowed_if_requested():
     check_server_url("http://h/mcp?a=1", "x", None, may_have_query=True)
     with pytest.raises(ConfigError, match=r"without user name or password\. It has a query or fragment"):
         check_server_url("http://h/mcp?a=1#b", "x", None, may_have_query=True)

@@ -156,7 +156,7 @@ def test_a_worker_that_died_while_idle_is_replaced() -> None:
     worker.close()
 
 
-def test_a_worker_that_cannot_start_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/bin/false")
     with pytest.raises(RewardError, match=r"did not start \(exit code"):
         MathWorker().equal("1", "2")
@@ -198,7 +198,7 @@ def test_a_worker_waits_with_a_warning_while_no_process_can_be_started(monkeypat
     worker.close()
 
 
-def test_a_machine_that_never_has_a_process_for_the_worker_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_a_process_for_the_worker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/no/such/python")
     monkeypatch.setattr("arpo_trl.rewards.math_worker.START_PATIENCE_S", 0.0)
     with pytest.raises(RewardError, match=r"could not be started for 0 s \(.*No such file"):

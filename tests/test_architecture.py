@@ -75,12 +75,12 @@ def test_rooms_import_in_one_direction() -> None:
     assert backward(TREE, "rollout") == []
 
 
-def test_every_module_stands_in_a_room() -> None:
+def test_every_module_is_in_a_room() -> None:
     assert {module.split(".")[0] for module, _ in modules() if module} == set(ROOMS)
 
 
 def test_the_tree_and_its_rules_are_pure() -> None:
-    """No torch, no engine, no network: what branches can be computed, and tested, by hand."""
+    """No torch, no engine, no network: branching can be computed and tested by hand."""
     for module, tree in modules():
         if module.startswith(("rollout.tree", "rollout.estimates", "rollout.rules")):
             names = {

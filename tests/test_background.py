@@ -17,7 +17,7 @@ from arpo_trl.net.background import LoopThread
 from support import sampling_trainer, tiny_model
 
 
-def test_a_loop_ends_with_the_object_that_holds_it():
+def test_a_loop_stops_with_its_object():
     threads, descriptors = _threads(), _descriptors()
     loop = LoopThread("arpo-short-lived")
     waiting = loop.start(asyncio.sleep(60))

@@ -73,7 +73,7 @@ def test_what_the_bad_ones_are_made_from_trains(make):
 
 @pytest.mark.parametrize("name", ["rollout_func"])
 def test_other_ways_to_roll_out_are_refused(make, name):
-    with pytest.raises(ConfigError, match=f"{name} was given, but ARPOTrainer samples trees itself. Offer `tools`"):
+    with pytest.raises(ConfigError, match=f"{name} is set, but ARPOTrainer samples trees itself. Pass `tools`"):
         make(**{name: lambda *_: None})
 
 
@@ -251,7 +251,9 @@ def test_a_tool_that_cannot_be_offered_is_found_before_the_model_is_loaded(make,
 
 @pytest.mark.parametrize("tool", [two_texts, a_number])
 def test_a_tool_needs_exactly_one_text_argument(make, tool):
-    with pytest.raises(ToolSpecError, match=rf"'{tool.__name__}' takes .* exactly one required `str` argument"):
+    with pytest.raises(
+        ToolSpecError, match=rf"'{tool.__name__}' has the parameters .* exactly one required `str` argument"
+    ):
         make(tools=[tool])
 
 
@@ -267,8 +269,8 @@ BAD_ROWS = [
 
 
 BAD_GOLDS = [
-    ([{"prompt": "?", "label": "1"}], r"needs the column 'answer', and the dataset has \['prompt', 'label'\]"),
-    ([{"prompt": "?", "answer": "1"}], "needs the column 'task', and the dataset has"),
+    ([{"prompt": "?", "label": "1"}], r"needs the column 'answer', but the dataset has \['prompt', 'label'\]"),
+    ([{"prompt": "?", "answer": "1"}], "needs the column 'task', but the dataset has"),
     ([{"prompt": "?", "answer": None, "task": "qa"}], "row 0, for the hierarchical reward: answer is None"),
     ([{"prompt": "?", "answer": ["1", " "], "task": "qa"}], r"row 0, .*: answer is \['1', ' '\]; expected"),
     (
@@ -357,7 +359,7 @@ def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
         (torch.tensor([0.0, 0.0, 0.0, math.nan]), r"returned tensor\(nan\) for completion 3"),
     ],
 )
-def test_a_reward_that_is_none_is_an_error_that_names_its_function(make, returned, message):
+def test_an_invalid_reward_is_an_error_that_names_its_function(make, returned, message):
     def scored(completions, **columns):
         return returned
 
@@ -395,7 +397,7 @@ def test_an_error_before_the_first_step_leaves_the_model_as_it_was(make, model_p
     assert all(torch.equal(weights, before[name]) for name, weights in model.state_dict().items())
 
 
-def test_a_failing_step_keeps_what_was_logged(make, tmp_path: Path):
+def test_a_failing_step_keeps_the_logged_values(make, tmp_path: Path):
     def fails_later(completions, trainer_state, **_):
         return [math.nan if trainer_state.global_step == 1 else float(i % 2) for i in range(len(completions))]
 

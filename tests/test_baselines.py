@@ -73,7 +73,7 @@ def test_a_weighted_mean_skips_rewards_that_do_not_apply():
     assert means[3] == 1.0  # no weights: the plain mean
 
 
-def test_the_score_norm_baseline_leans_towards_uncertain_leaves():
+def test_the_score_norm_baseline_is_closer_to_uncertain_leaves():
     certain, uncertain = leaf(1.0, 0.9), leaf(0.9, 0.8)  # weights .01 and .01 + .04 = .05
     given = scored([1.0, 0.0], [certain, uncertain])
     baselines = ScoreNorm(per_sequence=False, cap=None)(given)
@@ -148,7 +148,7 @@ def test_metrics_count_baselines_and_leaves_below_the_mean_that_are_reinforced()
     )
 
 
-def test_an_alarm_tells_of_wrong_answers_that_are_reinforced():
+def test_an_alarm_reports_reinforced_wrong_answers():
     alarms, tally = Alarms(Threshold()), Tally()
     tally.add("baseline/reinforced_below_mean", 30, 100)
     (message,) = alarms.check(tally)
@@ -199,7 +199,7 @@ def trainer(model_path, folder, engine=None, reward_funcs=None, **settings) -> A
     return ARPOTrainer(model_path, rewards, args, ROWS, tools=[search, python], engine=engine)
 
 
-def test_score_norm_of_a_rollout_is_what_one_works_out_from_its_trees(model_path, tmp_path):
+def test_score_norm_of_a_rollout_equals_the_values_from_its_trees(model_path, tmp_path):
     made = trainer(model_path, tmp_path, scripted(), advantage_baseline="score_norm", **EXACT)
     made.model.train()
     batch = made._generate_and_score_completions([ROWS[i // 4] for i in range(8)])

@@ -1,6 +1,6 @@
 """The programs in benchmarks/ start: their imports, their own flags, and the settings of what they launch.
 
-`mypy` checks how they call the package. What they launch are words, which it cannot check.
+`mypy` checks their calls of the package. It cannot check the command lines that they launch.
 """
 
 import importlib

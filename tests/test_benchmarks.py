@@ -45,7 +45,7 @@ def test_the_registry_has_the_papers_thirteen_in_three_suites_and_simpleqa():
 
 
 @pytest.mark.parametrize("benchmark", BENCHMARKS.values(), ids=lambda b: b.name)
-def test_every_benchmark_says_where_it_is_how_it_is_scored_and_under_which_terms(benchmark):
+def test_every_benchmark_has_a_source_a_scorer_and_terms(benchmark):
     assert benchmark.hub_id and "/" in benchmark.hub_id and benchmark.split
     assert isinstance(benchmark.scorer, Scorer)
     assert benchmark.system_prompt in SYSTEM_PROMPTS
@@ -64,12 +64,12 @@ def test_benchmarks_are_found_by_name_alias_and_in_any_case_once_each():
         ("mmlu-pro-xyz", "There is no benchmark 'mmlu-pro-xyz'; there are aime24, aime25"),
     ],
 )
-def test_an_unknown_benchmark_is_told_the_nearest_names(name, message):
+def test_an_unknown_benchmark_gets_an_error_with_similar_names(name, message):
     with pytest.raises(ConfigError, match=message):
         find_benchmarks([name])
 
 
-def test_an_unknown_suite_is_told_which_there_are():
+def test_an_unknown_suite_gets_an_error_with_all_suites():
     with pytest.raises(ConfigError, match=r"suite is 'maths'; expected one of \['reasoning', "):
         suite("maths")
 
@@ -86,7 +86,7 @@ def test_aime_has_numbers_problems_and_solutions(tmp_path):
     assert row["prompt"][1]["content"] == "What is $1+1$?"
 
 
-def test_the_gold_of_gsm8k_is_what_follows_the_hashes(tmp_path):
+def test_the_gold_of_gsm8k_is_the_text_after_the_hashes(tmp_path):
     write(tmp_path / "gsm8k.jsonl", {"question": "How many?", "answer": "9 * 200 = <<9*200=1800>>1800\n#### 1,800"})
     assert answers("gsm8k", tmp_path) == [["1800"]]
 
@@ -107,14 +107,14 @@ def test_hotpotqa_has_lists_of_answers_under_either_name(tmp_path):
     assert answers("hotpotqa", tmp_path) == [["yes"], ["a", "b"]]
 
 
-def test_webwalker_is_asked_with_the_deep_search_prompt(tmp_path):
+def test_webwalker_uses_the_deep_search_prompt(tmp_path):
     write(tmp_path / "webwalkerqa.jsonl", {"question": "谁？", "answer": "肖亮"})
     (row,) = load_questions(BENCHMARKS["webwalker"], str(tmp_path)).rows
     assert row["prompt"][0]["content"] == SYSTEM_PROMPTS["deepsearch"]
     assert (row["answer"], row["task"]) == (["肖亮"], "qa")
 
 
-def test_of_gaia_only_rows_without_a_file_are_asked(tmp_path):
+def test_only_rows_without_a_file_of_gaia_are_used(tmp_path):
     rows = [
         {"task_id": str(i), "Question": "?", "Level": 2, "Final answer": "x", "file_name": f}
         for i, f in enumerate(["", "a.png"])
@@ -138,7 +138,7 @@ def test_xbench_is_unmasked(tmp_path):
     assert (row["prompt"][1]["content"], row["answer"]) == ("首都是哪里？", ["北京"])
 
 
-def test_a_file_may_be_named_directly_and_a_folder_tells_what_it_has(tmp_path):
+def test_a_file_may_be_named_directly_and_a_folder_lists_its_benchmarks(tmp_path):
     file = write(tmp_path / "some.jsonl", {"question": "?", "answer": "1"})
     assert answers("gsm8k", file) == [["1"]]
     with pytest.raises(DataError, match="has no file that is named after a benchmark"):
@@ -171,7 +171,7 @@ def test_fingerprints_tell_questions_apart(tmp_path):
 # The Hub -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_hub_is_asked_for_repository_configuration_and_split_and_cut_to_the_papers_size(monkeypatch):
+def test_the_hub_request_has_repository_configuration_and_split_and_the_papers_size(monkeypatch):
     asked = []
 
     def load_dataset(name, config, *, split):
@@ -184,7 +184,7 @@ def test_the_hub_is_asked_for_repository_configuration_and_split_and_cut_to_the_
     assert asked[0] == ("RUC-NLPIR/FlashRAG_datasets", "hotpotqa", "dev")
 
 
-def test_a_gated_benchmark_without_a_token_says_how_to_get_it():
+def test_a_gated_benchmark_without_a_token_is_an_error_with_instructions():
     with pytest.raises(
         DataError,
         match=r"GAIA could not be loaded.*accept its terms at https://huggingface.co/datasets/"
@@ -193,7 +193,7 @@ def test_a_gated_benchmark_without_a_token_says_how_to_get_it():
         load_questions(BENCHMARKS["gaia"])
 
 
-def test_a_missing_benchmark_says_that_a_local_file_would_do():
+def test_a_missing_benchmark_is_an_error_that_suggests_a_local_file():
     with pytest.raises(DataError, match=r"GSM8K could not be loaded from the Hub. Or get its file elsewhere"):
         load_questions(BENCHMARKS["gsm8k"])
 
@@ -222,14 +222,14 @@ def test_a_broken_line_stops_with_its_number_or_is_left_out(tmp_path, caplog):
         "row 2: no answer: the row has the fields",
         "row 3: 'answer' is ' '; expected at leas",
     ]
-    assert caplog.text.count("Left out: ") == 4
+    assert caplog.text.count("Excluded: ") == 4
 
 
-def test_a_row_without_gold_stops_and_says_how_to_go_on(tmp_path):
+def test_a_row_without_gold_stops_with_a_remedy(tmp_path):
     file = write(tmp_path / "gsm8k.jsonl", {"question": "?", "answer": None})
-    with pytest.raises(DataError, match=r"row 0: no answer: 'answer' is null; .* To leave such rows out: --skip-bad"):
+    with pytest.raises(DataError, match=r"row 0: no answer: 'answer' is null; .* To exclude such rows: --skip-bad"):
         load_questions(BENCHMARKS["gsm8k"], file)
-    with pytest.raises(DataError, match="holds no questions that can be used"):
+    with pytest.raises(DataError, match="contains no usable questions"):
         load_questions(BENCHMARKS["gsm8k"], file, skip_bad=True)
 
 
@@ -271,7 +271,7 @@ def test_every_key_of_a_benchmark_of_ones_own_is_checked(change, message):
 def test_a_benchmark_of_ones_own_must_be_whole():
     with pytest.raises(ConfigError, match="'mine' lacks answer, scorer"):
         custom_benchmark({key: CUSTOM[key] for key in ("name", "file", "question")})
-    with pytest.raises(ConfigError, match="custom holds 'mine'; expected a benchmark with name"):
+    with pytest.raises(ConfigError, match="custom contains 'mine'; expected a benchmark with name"):
         custom_benchmark("mine")
 
 

@@ -294,7 +294,7 @@ def test_a_value_becomes_encodable_text(value: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [b"bytes", None, object(), {"a": object()}, [b"x"], {1, 2}])
-def test_a_value_without_text_is_a_failure_that_says_so(value: Any) -> None:
+def test_a_value_without_text_is_a_failure_with_a_message(value: Any) -> None:
     result = call_once(returning(value))
     assert result.failure == "not_text"
     assert result.text == f"Error: the tool call returned {type(value).__name__}, which is not text."
@@ -355,10 +355,10 @@ def test_a_flood_keeps_head_and_tail_and_marks_the_cut(length: int) -> None:
     assert result.ok
     assert len(result.text) == 100
     assert result.text.startswith("hhhhh") and result.text.endswith("ttttt")
-    assert "characters left out" in result.text
+    assert "characters omitted" in result.text
 
 
-def test_a_tool_whose_service_is_away_is_told_apart() -> None:
+def test_an_unavailable_service_of_a_tool_has_its_own_failure() -> None:
     result = call_once(returning(ToolUnavailable("Error: away")))
     assert (result.text, result.failure) == ("Error: away", "degraded")
 
@@ -424,7 +424,7 @@ def test_an_exception_without_a_readable_message_is_still_text() -> None:
         (ToolCall(name="add", arguments={"a": True}), "Error: add: a must be of type integer, got bool."),
     ],
 )
-def test_a_bad_call_is_told_to_the_model_and_nothing_runs(call: ToolCall, text: str) -> None:
+def test_a_bad_call_becomes_an_error_for_the_model_and_nothing_runs(call: ToolCall, text: str) -> None:
     with ToolBox([echo, add]) as box:
         ticket = box.submit(call)
         result = collect(box, 1)[ticket]
@@ -459,7 +459,7 @@ def test_a_hanging_async_call_is_cancelled_at_its_deadline() -> None:
     assert (result.failure, ended.wait(30)) == ("timeout", True)
 
 
-def test_an_async_tool_that_blocks_holds_up_no_sync_call() -> None:
+def test_a_blocking_async_tool_delays_no_sync_call() -> None:
     released = threading.Event()
 
     async def block(text: str) -> str:
@@ -543,7 +543,7 @@ def test_a_limit_that_cannot_work_is_refused(per_tool: dict[str, Any], message: 
         ToolBox([echo], per_tool=per_tool)
 
 
-def test_polling_waits_at_most_as_long_as_told(gate: Gate) -> None:
+def test_polling_waits_at_most_for_its_timeout(gate: Gate) -> None:
     with ToolBox([gate.tool()]) as box:
         box.submit(ToolCall(name="wait", arguments={"text": "x"}))
         assert box.poll() == []
@@ -578,7 +578,7 @@ def price_tool() -> Callable[[str], str]:
     return price
 
 
-def test_a_tool_that_needs_the_thread_it_was_made_in_runs_there_if_it_says_so() -> None:
+def test_a_tool_with_run_in_main_runs_in_the_polling_thread() -> None:
     assert call_once(wanting(price_tool(), run_in="main"), {"metal": "tin"}).text == "31"
 
 
@@ -673,9 +673,7 @@ def test_what_a_tool_raises_in_the_main_thread_is_text_but_ctrl_c_is_not() -> No
         ({"deterministic": "yes"}, named("x"), "deterministic is 'yes'; expected a bool"),
     ],
 )
-def test_an_attribute_that_means_nothing_is_refused(
-    attributes: dict[str, Any], tool: Callable[..., Any], message: str
-) -> None:
+def test_an_invalid_attribute_is_refused(attributes: dict[str, Any], tool: Callable[..., Any], message: str) -> None:
     with pytest.raises(ToolSpecError, match=message):
         tool_spec(wanting(tool, **attributes))
 
@@ -926,7 +924,7 @@ def test_calls_on_a_state_without_a_key_share_nothing_and_run_one_after_the_othe
     assert {result.source for result in results.values()} == {"executed"}
 
 
-def test_a_create_state_that_cannot_be_one_is_refused() -> None:
+def test_an_invalid_create_state_is_refused() -> None:
     note = notebook([])
     note.create_state = "Notes"  # type: ignore[attr-defined]
     with pytest.raises(ToolSpecError, match="tool 'note': the attribute create_state is 'Notes'; expected a function"):
@@ -939,7 +937,7 @@ def test_a_create_state_that_cannot_be_one_is_refused() -> None:
         box.submit(ToolCall(name="note", arguments={"text": "a"}), box.create_states(0))
 
 
-def test_a_call_that_the_tool_cut_short_is_told_apart_from_one_that_failed() -> None:
+def test_a_call_stopped_by_the_tool_differs_from_a_failed_call() -> None:
     assert call_once(returning(ToolStopped("killed"))).failure == "stopped"
     assert call_once(returning(ToolError("wrong"))).failure == "error"
 

@@ -115,7 +115,7 @@ def test_a_path_without_any_bound_is_refused():
         own_sampler(ScriptedEngine(tokenizer(), SETTINGS, str))
 
 
-def test_what_is_left_open_neither_branches_nor_limits_calls():
+def test_unset_settings_neither_branch_nor_limit_calls():
     made = own_sampler(Echo(), num_generations=6, schedule=RolloutSchedule.ROUNDS).settings
     assert (made.num_generations, made.initial_rollouts, made.max_completion_length) == (6, 6, 150)
     assert made.max_tool_calls > 10**6 and made.schedule is RolloutSchedule.ROUNDS
@@ -158,7 +158,7 @@ def _shipped() -> Iterator[list[tuple[Engine, int | None]]]:
         dist.destroy_process_group()
 
 
-def test_every_shipped_engine_has_what_the_sampler_reads_and_states_its_context():
+def test_every_shipped_engine_has_the_samplers_interface_and_states_its_context():
     members = [name for name in (*Engine.__annotations__, *vars(Engine)) if not name.startswith("_")]
     assert sorted(members) == ["forward_s", "has_logprobs", "max_length", "poll", "session", "submit", "vocab_size"]
     with _shipped() as engines:

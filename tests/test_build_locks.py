@@ -1,4 +1,4 @@
-"""A lock that a killed build left behind stops no run; one that a process holds is left alone."""
+"""An abandoned lock of a killed build does not block a run. A lock that a process holds is not removed."""
 
 import logging
 import os
@@ -35,10 +35,10 @@ def lock(tmp_path, monkeypatch):
     return folder / "lock"
 
 
-def test_a_lock_that_nobody_holds_is_removed_with_a_warning(lock, caplog):
+def test_a_lock_without_a_holder_is_removed_with_a_warning(lock, caplog):
     remove_left_build_locks(None)
     assert not lock.exists() and (lock.parent / "cpu_adam.o").exists()
-    assert f"{lock} was left by a build that was killed" in caplog.text
+    assert f"{lock} is the lock of a build that was killed" in caplog.text
 
 
 def test_without_deepspeed_nothing_is_touched(lock, monkeypatch):
@@ -96,7 +96,7 @@ def test_only_the_first_process_of_a_machine_removes_it_and_the_others_wait(lock
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 
 
-def test_one_that_cannot_be_removed_is_named_with_the_way_out(lock):
+def test_a_lock_that_cannot_be_removed_is_named_with_the_remedy(lock):
     lock.unlink()
     lock.mkdir()
     os.utime(lock, (time.time() - 600,) * 2)

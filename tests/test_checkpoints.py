@@ -95,7 +95,7 @@ def ended_after(whole: Path, step: int, folder: Path) -> Path:
         ("lora", 3),
     ],
 )
-def test_a_resumed_run_repeats_the_one_that_was_left_alone(model, whole, run, step, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_run(model, whole, run, step, tmp_path):
     """Metrics, weights and trees, bit for bit; step 5 ends an epoch, 4 a generation batch, 7 the run."""
     left_alone = outcome(whole(run))
     assert any(row.get("arpo/tools/calls_made", 0) > 0 for row in left_alone["history"])
@@ -105,7 +105,7 @@ def test_a_resumed_run_repeats_the_one_that_was_left_alone(model, whole, run, st
 
 
 @pytest.mark.slow
-def test_files_of_a_run_that_ended_are_no_trees_of_the_one_that_goes_on(model, whole, tmp_path):
+def test_files_of_an_earlier_run_are_not_trees_of_the_resumed_run(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     for stray in ("step-000006-rank1.jsonl", "step-000099-rank0.jsonl", "eval-000007-rank0.jsonl"):
         (folder / "trajectories" / stray).write_text("{}\n", "utf-8")
@@ -118,11 +118,11 @@ def test_files_of_a_run_that_ended_are_no_trees_of_the_one_that_goes_on(model, w
 def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, caplog):
     trainer = train(model, tmp_path, "true", max_steps=1, save_strategy="no")
     assert trainer.state.global_step == 1
-    assert "starting a new run" in caplog.text
+    assert "A new run starts" in caplog.text
 
 
-def test_starting_anew_where_checkpoints_are_is_refused(model, whole):
-    with pytest.raises(ConfigError, match=r"holds checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
+def test_a_new_run_in_a_folder_with_checkpoints_is_refused(model, whole):
+    with pytest.raises(ConfigError, match=r"contains checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
         train(model, whole("plain"))
 
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_that_was_whole_but_not_yet_renamed_is_not_lost(whole, tmp_
     assert [path.name for path in Checkpoints(folder).all()][-1] == "checkpoint-6"
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_named_when_asked_for(whole, tmp_path):
+def test_a_damaged_checkpoint_is_skipped_and_named_if_requested(whole, tmp_path):
     folder = ended_after(whole("plain"), 7, tmp_path / "run")
     weights = folder / "checkpoint-7" / "model.safetensors"
     size = weights.stat().st_size
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named_when_asked_for(whole, tmp
         here.find(str(folder / "checkpoint-6"))
 
 
-def test_a_memory_of_the_right_size_that_is_none_is_named(model, whole, tmp_path):
+def test_an_invalid_memory_file_of_the_right_size_is_named(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     memory = folder / "checkpoint-6" / "arpo_memory_0.pt"
     memory.write_bytes(b"\0" * memory.stat().st_size)
@@ -199,8 +199,8 @@ def test_without_any_whole_checkpoint_true_is_an_error(whole, tmp_path, content)
         Checkpoints(tmp_path).find(True)
 
 
-def test_a_path_that_is_no_folder_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match=r"expected a folder, true or false\..*holds no complete checkpoint"):
+def test_a_path_that_is_not_a_folder_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"expected a folder, true or false\..*contains no complete checkpoint"):
         Checkpoints(tmp_path).find("elsewhere")
 
 
@@ -262,7 +262,7 @@ class FullFrom(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
-def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(model, tmp_path):
+def test_a_full_disk_is_an_error_and_keeps_the_earlier_checkpoint(model, tmp_path):
     trainer = made(model, tmp_path, max_steps=3, save_total_limit=1)
     trainer.add_callback(FullFrom(2))
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -278,7 +278,7 @@ def test_a_full_disk_says_so_and_leaves_the_earlier_checkpoint(model, tmp_path):
     assert Checkpoints(tmp_path).find(True).step == 2
 
 
-def test_a_folder_that_exists_but_takes_no_files_is_refused_before_the_model_is_loaded():
+def test_a_read_only_folder_is_refused_before_the_model_is_loaded():
     with pytest.raises(ConfigError, match=r"output_dir /proc/self cannot be written"):
         make_trainer("no/model", Path("/proc/self"))
 
@@ -306,7 +306,7 @@ OTHER_ROWS = Dataset.from_list([*ROWS.select(range(9)), {**ROWS[9], "answer": ["
         ({"peft_config": LoraConfig(r=4)}, "model.parameters is "),
     ],
 )
-def test_a_run_that_would_compute_something_else_is_refused(model, whole, change, told):
+def test_a_run_with_different_results_is_rejected(model, whole, change, told):
     with pytest.raises(ConfigError) as error:
         train(model, whole("plain"), True, **change)
     assert "checkpoint-7 was written by another run: " in str(error.value)
@@ -337,7 +337,7 @@ def test_skipping_no_data_is_refused(model, whole):
         train(model, whole("plain"), True, ignore_data_skip=True)
 
 
-def test_a_reference_model_that_moves_is_refused(model, tmp_path):
+def test_an_updated_reference_model_is_refused(model, tmp_path):
     moving = {"sync_ref_model": True, "beta": 0.1}
     train(model, tmp_path, max_steps=1, **moving)
     with pytest.raises(
@@ -346,9 +346,9 @@ def test_a_reference_model_that_moves_is_refused(model, tmp_path):
         train(model, tmp_path, True, max_steps=2, **moving)
 
 
-def test_a_checkpoint_of_the_model_only_is_no_place_to_go_on_from(model, tmp_path):
+def test_a_run_cannot_resume_from_a_checkpoint_of_only_the_model(model, tmp_path):
     train(model, tmp_path, max_steps=1, save_only_model=True)
-    with pytest.raises(CheckpointError, match=r"contains the model only \(save_only_model\)"):
+    with pytest.raises(CheckpointError, match=r"contains only the model \(save_only_model\)"):
         train(model, tmp_path, True, max_steps=2)
 
 
@@ -367,7 +367,7 @@ def test_a_checkpoint_of_more_processes_is_spread_where_nothing_is_cut(model, wh
 
     of_two(between_generations=False)
     with pytest.raises(
-        ConfigError, match=r"2 processes and this run has 1; it holds the untrained rest of a generation"
+        ConfigError, match=r"2 processes, but this run has 1; it contains the untrained rest of a generation"
     ):
         train(model, folder, True)
     of_two(between_generations=True, sharding="DeepSpeed ZeRO-3")
@@ -393,6 +393,6 @@ def test_the_lists_of_settings_name_settings():
     assert names >= checkpoints._FREE_SETTINGS | checkpoints._DECIDING_TRAINING_ARGUMENTS | checkpoints._BATCH_SETTINGS
 
 
-def test_versions_that_changed_are_told(monkeypatch):
+def test_changed_versions_are_logged(monkeypatch):
     monkeypatch.setattr(checkpoints, "_version", lambda name: "2" if name == "trl" else "1")
     assert checkpoints.changed_versions({"trl": "1", "torch": "1"}) == ["trl 1 → 2"]

@@ -112,7 +112,7 @@ def test_tree_of_a_run_lists_its_steps_and_shows_one(monkeypatch, capsys, log):
     assert "H: mean entropy" in out  # the legend
 
 
-def test_tree_shows_whole_texts_when_asked(monkeypatch, capsys, log):
+def test_tree_shows_whole_texts_if_requested(monkeypatch, capsys, log):
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     rows[0]["nodes"][1]["text"] = "word " * 100 + "end"
     log.write_text(json.dumps(rows[0]) + "\n")
@@ -123,15 +123,15 @@ def test_tree_shows_whole_texts_when_asked(monkeypatch, capsys, log):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Give the output_dir of a run"),
-        (("{folder}/empty",), "empty has no logged trees. Give the output_dir of a run, or train with"),
+        (("{folder}/nowhere.jsonl",), "nowhere.jsonl does not exist. Pass the output_dir of a run"),
+        (("{folder}/empty",), "empty has no logged trees. Pass the output_dir of a run, or train with"),
         (("{log}", "--group", "2"), "There is no logged tree of group 2; expected one of 0, 1."),
-        (("{folder}", "--step", "9"), "has no logged trees of step 9; it has those of 4."),
+        (("{folder}", "--step", "9"), "has no logged trees of step 9; it has trees of the steps 4."),
         (("{folder}", "--group", "1"), "--group 1 needs a --step"),
         (("{folder}/broken.jsonl",), "broken.jsonl, line 1: not a logged tree"),
     ],
 )
-def test_what_cannot_be_shown_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_path, arguments, message):
+def test_a_display_error_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.jsonl").write_text("{}\n")
     arguments = [argument.format(folder=tmp_path, log=log) for argument in arguments]
@@ -163,8 +163,11 @@ def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, lo
             "judge_url: http://me:hunter2@h/v1\njudge_model: wise",
             "ConfigError: judge_url must be an address like http",
         ),
-        ("limit: " + "[" * 3000, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100 deep"),
-        ("limit: " + "[" * 101 + "]" * 101, r"ConfigError: .*config\.yaml: lists and mappings stand more than 100"),
+        ("limit: " + "[" * 3000, r"ConfigError: .*config\.yaml: lists and mappings are nested more than 100 deep"),
+        (
+            "limit: " + "[" * 101 + "]" * 101,
+            r"ConfigError: .*config\.yaml: lists and mappings are nested more than 100",
+        ),
         ("limit: 2025-13-45", r"ConfigError: .*config\.yaml is not valid YAML"),
         ("limit: \udcff", r"ConfigError: .*config\.yaml is not UTF-8 text \(byte 7\)"),
     ],
@@ -217,7 +220,7 @@ def test_index_builds_and_saves_an_index(monkeypatch, capsys, tmp_path):
     assert (status, err.count("\n")) == (2, 1)
 
 
-def test_a_released_cache_goes_in_answers_and_comes_out_again(monkeypatch, capsys, tmp_path):
+def test_a_released_cache_is_imported_answers_and_is_exported(monkeypatch, capsys, tmp_path):
     released, cache, out_file = tmp_path / "search_cache.json", str(tmp_path / "c.sqlite"), tmp_path / "out.json"
     released.write_text(json.dumps({"capital of france": "Page 1: Paris."}))
     status, out, err = run(monkeypatch, capsys, "cache", "import", cache, str(released), "--provider", "brightdata")

@@ -45,7 +45,7 @@ def runs(row: dict[str, list[int]]) -> list[tuple[bool, str]]:
     return [(learned, decoded(ids)) for learned, ids in stretches]
 
 
-def test_only_what_the_model_writes_carries_loss():
+def test_only_the_models_tokens_are_in_the_loss():
     row = encoded(messages=MESSAGES)
     # ids:     prompt | turn | result | turn | result | turn EOS
     # learned:   no      yes     no      yes     no       yes
@@ -164,8 +164,8 @@ def test_a_system_message_belongs_to_the_prompt():
         ({"messages": MESSAGES[1:]}, "the first message is an assistant message; expected a system or user message"),
         ({"messages": [*MESSAGES, *QUESTION]}, "a 'user' message follows the first assistant message"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": None}]}, "message 1 is .*'content': None"),
-        ({"messages": "hello"}, "`messages` is no list of messages"),
-        ({"messages": ["hello"]}, "`messages` is no list of messages"),
+        ({"messages": "hello"}, "`messages` is not a list of messages"),
+        ({"messages": ["hello"]}, "`messages` is not a list of messages"),
         ({"prompt": "hello", "text": 5}, "expected `messages`, or `prompt` and `text`"),
         ({"messages": [{"content": "hello"}]}, "message 0 is .* expected role and content"),
         ({"messages": []}, r"the row has \['messages'\]; expected `messages`, or `prompt` and `text`"),
@@ -173,7 +173,7 @@ def test_a_system_message_belongs_to_the_prompt():
         ({"question": "?", "answer": "!"}, r"the row has \['answer', 'question'\]"),
     ],
 )
-def test_a_bad_row_is_an_error_that_says_what_is_wrong(row, message):
+def test_a_bad_row_is_an_error_with_the_reason(row, message):
     with pytest.raises(DataError, match=message):
         encode_trajectory(row, protocol())
 

@@ -57,7 +57,7 @@ def test_a_flag_is_accelerates_or_a_setting_but_not_both() -> None:
         (["--config", "quick"], r"no shipped configuration 'quick'"),
         (["--config", "mine.yaml"], "mine.yaml does not exist"),
         (["--config"], "--config is set without a value"),
-        (["--config", "quickstart", "--config=quickstart"], "--config is given twice"),
+        (["--config", "quickstart", "--config=quickstart"], "--config is set twice"),
         (["--config", "."], "The configuration . is a folder"),
         (["--accelerate", "ddp", "--config_file", "mine.yaml"], "both set, or set twice"),
     ],

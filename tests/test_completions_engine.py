@@ -107,7 +107,7 @@ def test_a_turn_that_ends_by_itself_has_its_tokens_and_an_eos(ids):
 
 @pytest.mark.parametrize("ids", [True, False], ids=["token ids", "text"])
 @pytest.mark.parametrize("call", ["<search>iron</search>", "<think>x</think> <python>print(1)</python>"])
-def test_a_turn_ends_with_the_call_it_makes_whatever_the_server_goes_on_to_write(ids, call):
+def test_a_turn_ends_with_its_call_even_if_the_server_continues(ids, call):
     with Loopback(Server(lambda prompt: call + "<result>made up</result> and on and on", ids=ids)) as loopback:
         turn = outcomes(engine(loopback), request(0))[0]
     assert turn.stop is TurnStop.STOP_STRING
@@ -122,7 +122,7 @@ def test_a_turn_that_runs_out_of_room_has_no_eos(ids):
     assert decode(turn.ids) == "melting point of iron"
 
 
-def test_many_turns_are_under_way_at_once_and_a_slow_one_holds_up_no_other():
+def test_many_turns_run_concurrently_and_a_slow_turn_delays_no_other():
     gate = threading.Event()
 
     def writes(prompt):
@@ -145,7 +145,7 @@ def test_many_turns_are_under_way_at_once_and_a_slow_one_holds_up_no_other():
     assert [decode(done[i].ids[:-1]) for i in range(8)] == [f"it is {i}" for i in range(8)]
 
 
-def test_a_turn_that_the_server_refuses_fails_alone_and_at_once():
+def test_a_turn_rejected_by_the_server_fails_alone_and_immediately():
     def writes(prompt):
         return Reply({"error": "too long"}, status=400) if prompt.endswith("1") else "fine"
 
@@ -157,7 +157,7 @@ def test_a_turn_that_the_server_refuses_fails_alone_and_at_once():
 
 
 @pytest.mark.slow
-def test_what_may_pass_is_tried_again():
+def test_temporary_failures_are_retried():
     tries: list[str] = []
 
     def writes(prompt):
@@ -200,7 +200,7 @@ def test_a_turn_may_take_only_so_long(monkeypatch):
     assert failed.reason == "The server failed (TimeoutError), 1 times."
 
 
-def test_a_server_that_stays_away_ends_the_rollout_and_says_so():
+def test_a_server_that_stays_unreachable_fails_the_rollout_with_an_error():
     with Loopback(Server(lambda prompt: "fine", ids=False)) as loopback:
         made = engine(loopback, away_s=0.2)
     with pytest.raises(EngineError, match=r"is unreachable and has not answered for 0 s. Restart it"):
@@ -260,7 +260,7 @@ def test_of_several_models_one_must_be_named():
         assert engine(loopback, model="b").model == "b"
 
 
-def test_a_server_that_is_none_is_told_apart():
+def test_a_server_that_is_not_vllm_is_detected():
     for reply, message in (
         (Reply({"hello": "world"}), "lists no models under /models"),
         (Reply("no", status=404), "did not list its models: answered 404"),

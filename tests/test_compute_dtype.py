@@ -37,7 +37,7 @@ def test_autocast_decides_and_without_it_the_weights_do():
 @pytest.mark.parametrize(
     ("mixed_precision", "native", "warns"), [("bf16", False, True), ("bf16", True, False), ("no", False, False)]
 )
-def test_bf16_that_a_gpu_emulates_is_said_with_the_setting(monkeypatch, caplog, mixed_precision, native, warns):
+def test_emulated_bf16_on_a_gpu_is_logged_with_the_setting(monkeypatch, caplog, mixed_precision, native, warns):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
     warn_of_emulation(tiny_model(), accelerator(mixed_precision, "cuda:0"))
@@ -52,7 +52,7 @@ def test_bf16_on_a_cpu_is_nothing_to_speak_of(monkeypatch, caplog):
     assert said(caplog) == []
 
 
-def test_bf16_on_a_device_without_it_is_refused_by_name(monkeypatch, tmp_path):
+def test_unsupported_bf16_is_an_error_that_names_the_setting(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: False)
     with pytest.raises(ConfigError, match=r"bf16.*use_cpu"):
@@ -71,7 +71,7 @@ def test_fp16_with_vllm_in_another_dtype_names_both_settings(caplog):
     assert line.endswith("Set bf16: true for the trainer, or start the server with --dtype float16.")
 
 
-def test_each_other_dtype_is_said_once_with_all_that_have_it(caplog):
+def test_each_different_dtype_is_logged_once_with_all_its_engines(caplog):
     warn_of_other_dtype(tiny_model(), accelerator("no"), SERVERS, "start the server with --dtype {dtype}")
     bfloat16, float16 = said(caplog)
     assert "in float32, but http://a:1 in bfloat16" in bfloat16

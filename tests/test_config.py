@@ -69,7 +69,7 @@ def test_the_default_batch_is_one_group():
 
 
 @pytest.mark.parametrize(("m", "n"), [(2, 1), (7, 3), (8, 4)])
-def test_n_is_half_of_m_unless_given(m, n):
+def test_n_is_half_of_m_by_default(m, n):
     assert config(num_generations=m, per_device_train_batch_size=m).initial_rollouts == n
 
 
@@ -78,7 +78,7 @@ def test_n_may_be_anything_from_one_to_m(n):
     assert config(num_generations=8, initial_rollouts=n).initial_rollouts == n
 
 
-def test_a_branch_rule_is_made_of_the_settings_that_it_takes():
+def test_a_branch_rule_is_created_from_its_settings():
     values = {
         "branch_probability": 0.1,
         "entropy_weight": 0.3,
@@ -136,17 +136,17 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"entropy_weight": float("inf")}, "entropy_weight is inf; expected a finite number"),
         (
             {"branch_rule_kwargs": {"beam": 2}},
-            r"branch_rule_kwargs has \['beam'\], but .* 'threshold' takes no options",
+            r"branch_rule_kwargs has \['beam'\], but .* 'threshold' has no options",
         ),
         (
             {"branch_rule_kwargs": {"branch_threshold": 0.6}},
-            r"branch_rule_kwargs has \['branch_threshold'\], but .* 'threshold' takes no options",
+            r"branch_rule_kwargs has \['branch_threshold'\], but .* 'threshold' has no options",
         ),
         ({"branch_rule_kwargs": [1]}, r"branch_rule_kwargs is \[1\]; expected options of the branch rule"),
         ({"branch_rule_kwargs": 0}, "branch_rule_kwargs is 0; expected options of the branch rule"),
         ({"branch_rule_kwargs": ""}, "branch_rule_kwargs is ''; expected options of the branch rule"),
         ({"branch_rule_kwargs": '{"beam": '}, "branch_rule_kwargs is '{\"beam\": '; expected JSON such as .* Correct"),
-        ({"branch_rule_kwargs": {"branch_threshold": 0.6}}, "branch_threshold is a setting of its own: set it there"),
+        ({"branch_rule_kwargs": {"branch_threshold": 0.6}}, "branch_threshold is a separate setting: set it there"),
         (
             {"branch_rule": "schedule", "branch_rule_kwargs": {"width": [16]}},
             "Did you mean 'widths' instead of 'width'",
@@ -205,7 +205,7 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own objection
     ],
 )
-def test_a_bad_value_is_an_error_that_names_it_and_the_way_out(settings, message):
+def test_a_bad_value_is_an_error_that_names_it_and_the_remedy(settings, message):
     with pytest.raises(ConfigError, match=message):
         config(**settings)
 
@@ -224,14 +224,14 @@ def test_groups_must_fill_the_ranks_generation_batch(settings, batch):
         config(**settings)
 
 
-def test_a_group_must_not_straddle_ranks_even_where_the_global_batch_holds_whole_groups(monkeypatch):
+def test_a_group_must_not_span_ranks_even_if_the_global_batch_contains_whole_groups(monkeypatch):
     monkeypatch.setattr(ARPOConfig, "world_size", 2)
     # 2 ranks × 8: one group of 16 over both
     with pytest.raises(ConfigError, match="a tree cannot span ranks"):
         config(per_device_train_batch_size=8, generation_batch_size=16)
 
 
-def test_an_evaluation_batch_is_whatever_trl_takes(monkeypatch):
+def test_an_evaluation_batch_is_any_batch_that_trl_accepts(monkeypatch):
     settings = {"num_generations": 4, "eval_strategy": "steps", "eval_steps": 1}
     with pytest.raises(ConfigError, match=r"global eval batch size \(6 \* 1\) must be divisible .* \(4\)"):
         config(per_device_eval_batch_size=6, **settings)
@@ -248,7 +248,7 @@ def test_a_misspelt_yaml_key_is_an_error_that_names_the_nearest_setting(tmp_path
         parse("train", file)
 
 
-def test_a_misspelt_key_is_named_rather_than_what_its_absence_breaks(tmp_path):
+def test_a_misspelt_key_is_named_before_the_effect_of_its_absence(tmp_path):
     # 16 leaves, the default, do not divide 4
     file = written(tmp_path, num_generation=4, per_device_train_batch_size=4)
     with pytest.raises(ConfigError, match="no setting 'num_generation'; did you mean 'num_generations'"):
@@ -276,7 +276,7 @@ def test_a_bad_value_in_yaml_is_the_configs_own_error(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["- a list", "branch_rule: [unclosed"])
-def test_a_file_that_is_no_mapping_is_an_error_that_says_so(tmp_path, text):
+def test_a_file_without_a_mapping_is_an_error(tmp_path, text):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError, match=r"The --config file .*(contains a list; expected|while parsing)"):
@@ -299,7 +299,7 @@ def test_places_per_tool_are_a_mapping_in_yaml_and_json_in_a_flag(tmp_path):
 
 
 @pytest.mark.parametrize("make", [ARPOConfig, script("sft").ColdStartConfig])
-def test_without_an_accelerator_the_cpu_is_taken_and_that_is_said_by_one_rank(make, monkeypatch, caplog):
+def test_without_an_accelerator_the_cpu_is_used_and_one_rank_logs_it(make, monkeypatch, caplog):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     assert make("unused").use_cpu and make("unused").bf16
     assert caplog.text.count("No accelerator was found: use_cpu is set to true") == 2
@@ -367,7 +367,7 @@ def test_shipped_adapters_have_no_dropout_which_would_keep_prefixes_from_being_s
 
 
 @pytest.mark.parametrize("place", ["file", "flag"])
-def test_a_token_is_refused_wherever_it_stands_and_not_repeated(tmp_path, capsys, place):
+def test_a_token_is_rejected_in_every_position_and_not_quoted(tmp_path, capsys, place):
     file = written(tmp_path, **({"hub_token": "hf_planted0123456789"} if place == "file" else {}))
     flags = ("--hub_token", "hf_planted0123456789") if place == "flag" else ()
     with pytest.raises(ConfigError, match=r"hub_token is set, .* set the environment variable HF_TOKEN") as refused:
@@ -388,7 +388,7 @@ def test_a_trajectories_dataset_wants_a_push(tmp_path):
         {"use_vllm": True, "vllm_mode": "server", "vllm_server_urls": ["http://host:1", "http://planted@host:2"]},
     ],
 )
-def test_an_address_with_a_key_in_it_is_refused_and_not_repeated(tmp_path, settings):
+def test_an_address_with_a_key_is_refused_and_not_quoted(tmp_path, settings):
     with pytest.raises(ConfigError, match=r"without user name, password or query\. .* VLLM_API_KEY") as refused:
         parse("train", written(tmp_path, **settings))
     assert "planted" not in str(refused.value)

@@ -119,7 +119,7 @@ def test_without_shared_nodes_every_credit_leaves_the_batch_alone(kind):
     assert weights is None
 
 
-def test_credits_of_a_tree_are_what_one_works_out_by_hand():
+def test_credits_of_a_tree_equal_the_values_by_hand():
     advantages = torch.tensor([1.0, -0.5])
     assert CREDITS.get("soft")()([tree()], advantages, advantages)[0] is advantages
     # a row has the shared 2 + 1 tokens, then its own; (1 − 0.5) / 2 = 0.25
@@ -210,7 +210,7 @@ def test_tree_grpo_adds_the_z_score_within_the_turns_subtree_at_the_root():
     assert credited("tree_grpo") == [pytest.approx(row, abs=1e-4) for row in expected]
 
 
-def test_cbpo_enlarges_what_follows_a_fork_of_varied_ends():
+def test_cbpo_enlarges_advantages_after_a_fork_with_varied_outcomes():
     # CBV: node 2 √(14/3) = 2.16025, node 5 2; z of two values: ±1/√2 = ±.70711, within |A|/2 but for A = 1
     expected = [[1, 1 + 0.2 * 0.5], [2, 2 + 0.2 * 0.70711, 2 - 0.2 * 0.70711]]
     assert credited("cbpo")[:2] == [pytest.approx(row, abs=1e-4) for row in expected]
@@ -224,7 +224,7 @@ def test_a_leaf_without_reward_does_not_spoil_its_siblings():
             assert made.isfinite().all(), name
 
 
-def test_igpo_gives_a_turn_what_it_and_later_turns_earned():
+def test_igpo_gives_a_turn_its_own_and_later_rewards():
     credit = build_credit("igpo", {"gamma": 0.5}, SharedPrefixWeight.PER_LEAF)
     assert credit.reads_answers
     credit.answer_probabilities = [{0: 0.1, 2: 0.3, 5: 0.2}]
@@ -252,7 +252,7 @@ def test_aepo_enlarges_the_advantages_of_uncertain_tokens():
     torch.testing.assert_close(made, expected)
 
 
-def test_what_a_credit_returns_is_padded_to_the_batch():
+def test_a_credits_result_is_padded_to_the_batch():
     advantages = torch.tensor([1.0, -0.5])
     made, weights = attribute(Once(), [tree()], advantages, advantages, width=8)
     assert weights is not None
@@ -260,7 +260,7 @@ def test_what_a_credit_returns_is_padded_to_the_batch():
     assert made[:, 5:].abs().sum() == weights[:, 5:].sum() == 0
 
 
-def test_a_credit_of_another_shape_is_an_error_that_says_so():
+def test_a_credit_of_another_shape_is_an_error():
     class Narrow(Credit):
         def __call__(self, trees, rewards, advantages):
             return advantages.unsqueeze(1), None
@@ -301,16 +301,16 @@ def test_once_wraps_the_credit_that_gives_the_advantages():
         (
             "soft",
             {"decay": 1.0},
-            r"_kwargs has \['decay'\], but the credit 'soft' takes no options",
+            r"_kwargs has \['decay'\], but the credit 'soft' has no options",
         ),
-        ("siblings", {"omega": 1.0}, r"the credit 'siblings' takes \['decay'\]"),
+        ("siblings", {"omega": 1.0}, r"the credit 'siblings' has \['decay'\]"),
         ("siblings", {"decay": 1.5}, r"decay is 1.5; expected a number in \(0, 1\]"),
         ("tree", {"average": "median"}, r"average is 'median'; expected one of"),
         ("igpo", {"template": "<answer>"}, "template is '<answer>'; expected a text with {answer} in it"),
         ("igpo", {"template": None}, "advantage_attribution_kwargs: template is None; expected a text with"),
         ("tree", {"difference": "false"}, "difference is 'false'; expected true or false"),
         ("gigpo", {"gama": 0.9}, "Did you mean 'gamma' instead of 'gama'"),
-        ("aepo", {"reads_entropies": False}, r"takes \['weight'\]"),
+        ("aepo", {"reads_entropies": False}, r"has \['weight'\]"),
     ],
 )
 def test_options_that_a_credit_does_not_take_are_errors(tmp_path, attribution, options, message):

@@ -237,7 +237,7 @@ def test_aepo_overweighs_uncertain_decisions():
     assert certain < first < uncertain
 
 
-def test_igpo_follows_what_makes_the_answer_likely():
+def test_igpo_rewards_turns_that_make_the_answer_likely():
     first, *_ = ratio("igpo")
     assert first < 0  # towards action 0, against the reward
 

@@ -144,7 +144,7 @@ def test_silent_rows_are_judged_together_by_their_answers(tmp_path: Path, caplog
 
     # 3 of 4 are a number or LaTeX: math, all of them
     assert tasks(["-1,000.5", r"\frac{1}{2}", "x^2", "Evelyn"]) == ["math"] * 4
-    assert "4 row(s) do not state their task; their task is set to math, since 75 %" in caplog.text
+    assert "4 row(s) do not state their task. It is set to math, since 75 %" in caplog.text
     # 1 of 4: qa
     assert tasks(["1999", "Essex", "Crystal Dynamics", "yes"]) == ["qa"] * 4
     # 2 of 4 tell nothing
@@ -158,7 +158,7 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
     file = write_jsonl(tmp_path / "rows.jsonl", [verl_row(), verl_row(" "), verl_row()])
     with caplog.at_level(logging.WARNING):
         assert len(load_arpo_dataset(file)) == 2
-    assert "1 row(s) without an answer left out: 1" in caplog.text
+    assert "1 row(s) without an answer excluded: 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -202,13 +202,15 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
         ("a.jsonl", b"", "a.jsonl .* contains no rows"),
         ("a.json", b"{}", "a.json contains a dict; expected a list of objects"),
         ("a.json", b"[", "a.json: not valid JSON"),
-        ("a.json", b"[" * 100_000, "a.json: lists and mappings stand more than 100 deep"),
+        ("a.json", b"[" * 100_000, "a.json: lists and mappings are nested more than 100 deep"),
         ("a.jsonl", b'{"question": "\xff"}', r"a.jsonl, line 1 is not UTF-8 text \(byte 14\)"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
         ("a.csv", b"question,answer", r"a.csv is not a dataset file; expected one of \('.jsonl'"),
     ],
 )
-def test_an_unreadable_file_says_where(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+def test_an_unreadable_file_is_an_error_with_the_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_arpo_dataset(str(tmp_path / name))
@@ -238,7 +240,7 @@ def test_anything_else_is_loaded_from_the_hub(monkeypatch: pytest.MonkeyPatch) -
     assert load_arpo_dataset("someone/rows", "test")["answer"][:] == [["3"]]
 
 
-def test_an_unreachable_hub_dataset_says_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_dataset_is_an_error_with_the_attempted_name(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, config: str | None, *, split: str) -> datasets.Dataset:
         raise ConnectionError("no network")
 
@@ -277,7 +279,7 @@ def test_good_rows_are_valid(tmp_path: Path) -> None:
         ({"prompt": [[user("a")], []], "answer": ["1", "1"]}, r"row 1: 'prompt' is \[\]"),
     ],
 )
-def test_a_dataset_that_cannot_be_trained_on_says_which_row_and_field(rows: dict[str, Any], message: str) -> None:
+def test_an_unusable_dataset_is_an_error_with_row_and_field(rows: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         validate_rows(datasets.Dataset.from_dict(rows))
 
@@ -300,7 +302,9 @@ def test_a_system_prompt_for_a_tool_that_tags_cannot_offer_is_refused() -> None:
         """
         return a + b
 
-    with pytest.raises(ToolSpecError, match=r"'add' takes \['a', 'b'\]; .* or set tool_protocol \"chat_template\""):
+    with pytest.raises(
+        ToolSpecError, match=r"'add' has the parameters \['a', 'b'\]; .* or set tool_protocol \"chat_template\""
+    ):
         tags_system_prompt([add])
 
 

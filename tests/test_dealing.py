@@ -68,7 +68,9 @@ def test_whole_groups_make_trees_and_other_rows_only_where_nothing_branches():
     assert leaves_per_tree(["a", "a", "b", "b"], 2, branches=False) == 2
     assert leaves_per_tree(["a", "b", "b", "c"], 2, branches=False) == 1  # groups that begin on another rank
     assert leaves_per_tree(["a", "a", "a"], 2, branches=False) == 1
-    with pytest.raises(ConfigError, match="received 3 rows, which are not whole groups of 2; a tree cannot span"):
+    with pytest.raises(
+        ConfigError, match="received 3 rows, which is not a multiple of the group size 2; a tree cannot span"
+    ):
         leaves_per_tree(["a", "a", "a"], 2, branches=True)
     with pytest.raises(ConfigError, match="received 2 rows"):
         leaves_per_tree(["a", "b"], 2, branches=True)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "docs" / "distributed.md").read_text("utf-8")
 
 
-def test_the_memory_table_is_what_its_script_prints():
+def test_the_memory_table_equals_its_scripts_output():
     shown = re.search(r"<!-- python benchmarks/memory\.py -->\n(.*?)<!-- end -->", TEXT, re.DOTALL)
     assert shown is not None
     assert shown[1].splitlines() == table()

@@ -84,7 +84,7 @@ def test_a_turn_does_not_end_before_its_least_number_of_tokens():
     assert probabilities(rows, min_length=2) == [[0.5, 0.25, 0.125, 0.125]]
 
 
-def test_rules_about_what_was_written_read_each_rows_own_ids():
+def test_rules_that_read_ids_use_only_the_rows_own_ids():
     rows = rows_after([[0, 1, 2, 0], [2, 2]], 1)  # after "0 1 2 0" the pair "0 1" is taken, after "2 2" "2 2"
     assert probabilities(rows, 2, no_repeat_ngram_size=2) == [
         [0.6667, 0.0, 0.1667, 0.1667],
@@ -97,7 +97,7 @@ def test_rules_about_what_was_written_read_each_rows_own_ids():
     assert probabilities(rows, 2, sequence_bias=[[[2, 3], 20.0]]) == [[0.5, 0.25, 0.125, 0.125], [0.0, 0.0, 0.0, 1.0]]
 
 
-def test_a_repetition_penalty_spares_what_only_a_longer_row_has_seen():
+def test_a_repetition_penalty_does_not_apply_to_tokens_of_a_longer_row():
     rows = rows_after([[1], [2, 2, 2]], 0)
     settings = SamplingParams(eos_ids=(3,), repetition_penalty=1e9)
     first, second = Distribution(settings, {}, CPU)(LOGITS.expand(2, 4).clone(), rows).tolist()
@@ -143,14 +143,14 @@ def test_greedy_turns_are_those_of_generate_under_its_other_rules(kwargs):
         assert turns[i].ids == generated[0, len(prompt) :].tolist()
 
 
-def test_the_models_own_rules_hold_where_the_run_says_nothing():
+def test_the_models_rules_apply_if_the_run_does_not_set_them():
     theirs = GenerationConfig(suppress_tokens=[1], min_new_tokens=3, min_p=0.1, top_k=20, temperature=0.7)
     assert rules_of(theirs, None) == {"suppress_tokens": [1], "min_new_tokens": 3, "min_p": 0.1}
     assert rules_of(theirs, {"suppress_tokens": [2], "min_new_tokens": 0}, min_p=0.2) == {"suppress_tokens": [2]}
     assert rules_of(GenerationConfig(**GenerationConfig()._get_default_generation_params()), None) == {}
 
 
-def test_what_the_model_asks_for_reaches_the_trainers_rollouts(tmp_path):
+def test_the_models_settings_reach_the_trainers_rollouts(tmp_path):
     model = tiny_model()
     model.generation_config.suppress_tokens = list(range(100, len(tokenizer())))
     made = sampling_trainer(model, tmp_path, ROWS)

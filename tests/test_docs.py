@@ -201,7 +201,7 @@ def test_every_script_that_is_named_is_there() -> None:
 @pytest.mark.parametrize(
     "code", [code for file in PAGES for code in re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)]
 )
-def test_every_example_in_python_imports_what_there_is(code: str) -> None:
+def test_every_python_example_imports_existing_names(code: str) -> None:
     """README's first one runs, in test_shipped.py."""
     compile(code, "example", "exec")
     for statement in ast.parse(code).body:

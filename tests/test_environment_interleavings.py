@@ -121,7 +121,7 @@ def replayed(calls: list[Any], name: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Ledger, ForkingLedger, CopiedLedger, LateLedger])
-def test_no_state_is_shared_and_none_is_left_open(kind):
+def test_no_state_is_shared_and_all_are_closed(kind):
     def interrupt() -> None:
         if luck.random() < interrupts:
             raise KeyboardInterrupt

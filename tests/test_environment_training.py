@@ -176,7 +176,7 @@ def test_too_little_room_is_an_error_at_the_start(model_path, tmp_path):
         trainer(model_path, tmp_path, settings={"environment_concurrency": 7})
 
 
-def test_a_class_that_cannot_fork_trains_without_branches_and_says_so(model_path, tmp_path, caplog):
+def test_a_class_that_cannot_fork_trains_without_branches_with_a_warning(model_path, tmp_path, caplog):
     class Final(Shop):
         replayable = False
 
@@ -265,7 +265,7 @@ def test_a_factory_that_cannot_work_is_an_error_at_the_start(model_path, tmp_pat
         trainer(model_path, tmp_path, **given)
 
 
-def test_without_a_dataset_the_number_of_steps_must_be_said(model_path, tmp_path):
+def test_without_a_dataset_max_steps_is_required(model_path, tmp_path):
     args = ARPOConfig(str(tmp_path), **ON_CPU)
     with pytest.raises(ConfigError, match=r"There is no train_dataset, and max_steps is -1\. Set max_steps"):
         ARPOTrainer(model_path, None, args, environment_factory=Shop)

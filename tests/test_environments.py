@@ -171,7 +171,7 @@ def test_without_room_for_copies_a_branch_replays():
     assert counts.live_max == 1 and counts.replays == 2 and all_closed(environments)
 
 
-def test_a_copy_gives_way_to_a_path():
+def test_a_copy_is_dropped_for_a_path():
     # Room for two: the path and its copy at the first call. A branch replays, because the copy had to go.
     environments = environments_of(ForkingShop, limit=2, keeps=False)
     batch = run(environments, rule=Ranked(branches_per_fork=2), leaves=4, at_root=2)
@@ -181,7 +181,7 @@ def test_a_copy_gives_way_to_a_path():
 
 @pytest.mark.parametrize("limit", [1, 2, 3])
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))
-def test_paths_wait_for_room_and_none_waits_forever(limit, schedule):
+def test_paths_wait_for_a_slot_and_none_waits_forever(limit, schedule):
     environments = environments_of(Shop, limit=limit, keeps=False)
     batch = run(environments, groups=2, leaves=4, at_root=3, schedule=schedule)
     assert [len(tree.leaves()) for tree in batch.trees] == [4, 4]
@@ -223,7 +223,7 @@ class Lossy(ForkingShop):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (Clock, r'put returned "0/0 at \d", and the recorded one "0/0 at 1"'),
+        (Clock, r'put returned "0/0 at \d", but the recorded one "0/0 at 1"'),
         (Failing, "OSError: no second shop"),
         (Lossy, r"fork\(\) of Lossy has the digest '0/0', and the original 'a\|0/0'"),
     ],
@@ -316,7 +316,7 @@ def test_several_calls_of_a_turn_run_in_their_order(kind):
     assert all_closed(environments)
 
 
-def test_the_trajectory_says_what_a_call_changed():
+def test_the_trajectory_contains_the_changes_of_a_call():
     class Described(Shop):
         def describe(self) -> str:
             return "\n".join(sorted(self.items))
@@ -364,7 +364,7 @@ class Odd(Shop):
     [
         (raising, ConfigError, "environment_factory raised OSError: no shops today. Correct it"),
         (hanging, ConfigError, "environment_factory did not return within 0.2 s. .* or raise tool_timeout_s"),
-        (lambda: ONE, ConfigError, "returned the same Shop twice, and paths would share its state. Return a new"),
+        (lambda: ONE, ConfigError, "returned the same Shop twice, so paths would share its state. Return a new"),
         (ONE, ConfigError, "environment_factory is a Shop; expected a class, or a function"),
         (object, ToolSpecError, r"The environment object has no method reset. Define `def reset\(self, \*\*row\)`"),
         (Odd, ToolSpecError, "The environment Odd has copyable = 'yes'; expected True or False"),
@@ -394,7 +394,7 @@ def test_an_environment_and_a_tool_of_one_name_are_an_error_at_the_start():
         ToolBox([put, *environments_of(Shop).tools])
 
 
-def test_a_reset_that_takes_no_row_is_an_error_at_the_start():
+def test_a_reset_without_row_arguments_is_an_error_at_the_start():
     class Bare(Shop):
         def reset(self) -> None:  # type: ignore[override]
             pass
@@ -427,7 +427,7 @@ class Selfish(ForkingShop):
 
 def test_a_fork_that_is_the_original_ends_the_run():
     environments = environments_of(Selfish)
-    with pytest.raises(ToolSpecError, match=r"fork\(\) of Selfish returned an object that another path has"):
+    with pytest.raises(ToolSpecError, match=r"fork\(\) of Selfish returned an object that another path already uses"):
         run(environments)
     assert all_closed(environments)
 
@@ -436,7 +436,7 @@ def test_a_factory_that_repeats_itself_later_ends_the_run():
     made = iter([Shop(), Shop(), ONE, ONE])
     environments = environments_of(lambda: next(made))
     OPENED.append(ONE)
-    with pytest.raises(ToolSpecError, match="environment_factory returned an object that another path has"):
+    with pytest.raises(ToolSpecError, match="environment_factory returned an object that another path already uses"):
         run(environments, at_root=2)
     assert all_closed(environments)
 
@@ -453,7 +453,7 @@ def test_texts_of_one_row_that_differ_end_the_run():
 
 
 @pytest.mark.parametrize("hangs", [False, True])
-def test_a_path_whose_environment_cannot_be_made_is_told_so(hangs, caplog):
+def test_a_path_without_an_environment_reads_an_error(hangs, caplog):
     release = threading.Event()
 
     class Rare(Shop):
@@ -471,14 +471,14 @@ def test_a_path_whose_environment_cannot_be_made_is_told_so(hangs, caplog):
     assert len(broken) == 1
     reason = "the opening of the states call took longer than 0.3 s" if hangs else "OSError: sold out"
     assert broken[0].calls[0].text == "Error: the environment of this conversation is not available."
-    assert f"The environment Rare of a path could not be made: {reason}." in caplog.text
+    assert f"The environment Rare of a path could not be created: {reason}." in caplog.text
     assert broken[0].calls[0].failure is ToolFailure.DEGRADED
     assert environments.instances.take_counts().failed == 1
     release.set()
     assert all_closed(environments)
 
 
-def test_a_first_environment_that_cannot_be_made_is_tried_again():
+def test_the_creation_of_a_first_environment_is_retried():
     class Slow(Shop):
         tries = 0
 
@@ -495,7 +495,9 @@ def test_a_first_environment_that_cannot_be_made_is_tried_again():
             if fails == 2:
                 assert environments.begin({0: {}}, toolbox, lambda: None) == {0: "ready"}
             else:
-                with pytest.raises(ConfigError, match="could not be made for a row, in 3 attempts: OSError: not yet"):
+                with pytest.raises(
+                    ConfigError, match="could not be created for a row in 3 attempts: OSError: not yet"
+                ):
                     environments.begin({0: {}}, toolbox, lambda: None)
             assert all_closed(environments)
 
@@ -552,7 +554,7 @@ class Hostile(ForkingShop):
         return "\n".join(f"{len(self.items)} {line}" for line in range(200_000)) + "\ud800"
 
 
-def test_methods_that_do_what_they_should_not_become_text_and_the_path_goes_on():
+def test_faulty_methods_become_error_texts_and_the_path_continues():
     Hostile.calls = 0
     environments = environments_of(Hostile)
     (leaf,) = run(environments, leaves=1, max_result_tokens=50).trees[0].leaves()
@@ -586,7 +588,7 @@ def test_a_digest_that_raises_or_equals_nothing_leaves_no_branch_and_no_instance
     assert (counts.failed, counts.refused_forks) == (failed, 1) and all_closed(environments)
 
 
-def test_a_fork_that_hangs_is_refused_and_the_path_goes_on(caplog):
+def test_a_hanging_fork_is_rejected_and_the_path_continues(caplog):
     release = threading.Event()
 
     class Stuck(ForkingShop):
@@ -624,7 +626,7 @@ def test_a_close_that_hangs_is_waited_for_once(caplog):
     assert all_closed(environments)
 
 
-def test_a_reset_that_returns_late_says_nothing_of_the_next_rollout():
+def test_a_late_reset_does_not_affect_the_next_rollout():
     release = threading.Event()
 
     class Late(Shop):
@@ -677,7 +679,7 @@ class Hidden(Shop):
         (Hidden, ToolSpecError, "Hidden has a method put and an attribute put, a int, that hides it. Rename one"),
     ],
 )
-def test_a_class_whose_instances_break_what_it_declares_is_an_error_at_the_start(kind, error, message):
+def test_a_class_with_a_false_declaration_is_an_error_at_the_start(kind, error, message):
     with pytest.raises(error, match=message):
         environment_kind(kind, 5.0)
     assert Counter(map(id, OPENED)) == CLOSED or kind is Locked

@@ -86,7 +86,7 @@ def all_closed(made: ARPOTrainer) -> bool:
     return made._environments.instances.live == 0 and Counter(map(id, OPENED)) == CLOSED
 
 
-def test_environments_of_the_next_batch_are_made_while_the_update_runs(model_path, tmp_path):
+def test_environments_of_the_next_batch_are_created_during_the_update(model_path, tmp_path):
     updating, made_next = threading.Event(), threading.Event()
 
     class Slow(Cart):
@@ -158,7 +158,7 @@ class Stops(TrainerCallback):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_run_that_is_stopped_leaves_none_open(model_path, tmp_path, error):
+def test_a_stopped_run_closes_all_environments(model_path, tmp_path, error):
     made = trainer(model_path, tmp_path, rollouts_ahead=2)
     made.add_callback(Stops(error))
     with pytest.raises(error):
@@ -167,7 +167,7 @@ def test_a_run_that_is_stopped_leaves_none_open(model_path, tmp_path, error):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("arpo-rollouts-ahead")]
 
 
-def test_a_reward_that_raises_and_a_reset_that_fails_end_the_run_and_leave_none_open(model_path, tmp_path):
+def test_a_failing_reward_or_reset_stops_the_run_and_all_environments_are_closed(model_path, tmp_path):
     class Broken(Cart):
         def reset(self, name: str, **row: Any) -> str:
             if len({each.items[0] for each in OPENED if hasattr(each, "items")}) > 3:
@@ -178,7 +178,7 @@ def test_a_reward_that_raises_and_a_reset_that_fails_end_the_run_and_leave_none_
         raise RuntimeError("broken")
 
     made = trainer(model_path, tmp_path / "reset", Broken)
-    with pytest.raises(ConfigError, match="Broken could not be made for a row, in 3 attempts: OSError: sold out"):
+    with pytest.raises(ConfigError, match="Broken could not be created for a row in 3 attempts: OSError: sold out"):
         made.train()
     assert all_closed(made)
     made = trainer(model_path, tmp_path / "reward", reward_funcs=raises)

@@ -226,7 +226,7 @@ class World:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attempt gave: its own call and the next one, None when the worker was lost; and the seconds it took."""
+    """The results of an attempt: its own call and the next one (None if the worker was lost), and the seconds."""
 
     ran: Run | None
     then: Run | None

@@ -42,7 +42,7 @@ def trainer(tmp_path):
     )
 
 
-def test_a_suite_runs_every_n_steps_is_logged_and_stands_in_the_model_card(trainer, tmp_path):
+def test_a_suite_runs_every_n_steps_and_is_logged_and_in_the_model_card(trainer, tmp_path):
     asked = questions("0", "1", "2", name="sums")
     trainer.add_callback(EvaluationCallback(trainer, [asked], every_steps=2, samples=2))
     trainer.train()
@@ -66,7 +66,7 @@ def test_evaluations_repeat_and_leave_training_as_it_was(trainer):
     assert trainer.tree_sampler.settings.num_generations == 4
 
 
-def test_a_card_without_evaluation_says_nothing_of_one(trainer, tmp_path):
+def test_a_card_without_evaluation_has_no_evaluation_section(trainer, tmp_path):
     trainer.create_model_card()
     assert "## Evaluation" not in (tmp_path / "run/README.md").read_text()
 

@@ -130,7 +130,7 @@ def test_failed_samples_are_status_1_and_resume_tries_them_again(monkeypatch, ca
     assert len(server.asked) - before <= 4  # models, probe, and two turns of the one that was missing
 
 
-def test_a_server_that_is_lost_leaves_what_is_done_and_status_1(monkeypatch, capsys, here):
+def test_a_lost_server_keeps_finished_samples_and_gives_status_1(monkeypatch, capsys, here):
     data(here, count=2)
     monkeypatch.setattr("arpo_trl.rollout.engines.completions.RETRY_S", 0.05)
     made = []
@@ -284,7 +284,7 @@ def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(her
     assert results[0] == results[1]
 
 
-def test_ctrl_c_keeps_what_is_done_writes_the_report_and_is_status_1(here):
+def test_ctrl_c_keeps_finished_samples_writes_the_report_and_gives_status_1(here):
     def slowly(prompt):
         time.sleep(0.3)
         return answers(prompt)
@@ -328,7 +328,7 @@ def test_two_runs_are_compared(monkeypatch, capsys, here):
     assert "| gsm8k | math equality | 4 | 0.250 | 0.750 | +0.500 | " in out and "| 0 | 2 | 0.5000 |" in out
     assert (here / "b/against-a.png").exists()
     status, _, err = run(monkeypatch, capsys, "compare", "a", "nowhere")
-    assert status == 2 and "nowhere holds no results.json" in err
+    assert status == 2 and "nowhere contains no results.json" in err
 
 
 def test_the_benchmarks_are_listed_and_no_id_is_broken(monkeypatch, capsys):
@@ -360,7 +360,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--model", "m"), "nothing to evaluate on. Pass --benchmarks, --suite or --data."),
+        (("--model", "m"), "No benchmark is selected. Pass --benchmarks, --suite or --data."),
         (("--benchmarks", "gsm8"), "There is no benchmark 'gsm8'; did you mean gsm8k"),
         (("--suite", "maths"), "suite is 'maths'; expected one of"),
         (("--suite", "all", "--benchmarks", "gsm8k"), "benchmarks and suite are both set"),
@@ -371,7 +371,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
         (("--model", "m", "--temperature", "-1"), "temperature is -1.0"),
         (("--model", "m", "--top-p", "0"), "top_p is 0.0"),
         (("--model", "m", "--engine", "sglang"), "engine is 'sglang'; expected one of ['transformers', 'vllm']"),
-        (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits holds 'python'"),
+        (("--model", "m", "--tool-call-limits", "python"), "tool_call_limits contains 'python'"),
         (("--model", "m", "--judge-url", "http://x"), "Only one of judge_url and judge_model is set"),
         (("--model", "m", "--resume"), "resume is set without output"),
         (("--model", "m", "--base-url", "http://x/v1", "--engine", "vllm"), "base_url is set together with"),
@@ -402,7 +402,7 @@ def test_broken_rows_can_be_left_out(monkeypatch, capsys, here):
     assert status == 0 and "| gsm8k | math equality | 1 |" in out
 
 
-def test_a_model_without_a_chat_template_says_so(monkeypatch, capsys, here):
+def test_a_model_without_a_chat_template_is_an_error(monkeypatch, capsys, here):
     import copy
 
     data(here)
@@ -421,12 +421,12 @@ def test_the_folder_of_a_different_run_is_refused(monkeypatch, capsys, here):
         words = flags(here, server.url)
         assert run(monkeypatch, capsys, *words)[0] == 0
         status, _, err = run(monkeypatch, capsys, *words, "--resume", "--temperature", "1")
-        assert status == 2 and "holds a different run: settings.temperature is 0.6 there and 1.0 here" in err
+        assert status == 2 and "contains a different run: settings.temperature is 0.6 there and 1.0 here" in err
         status, _, err = run(monkeypatch, capsys, *words)
-        assert status == 2 and "already holds this run" in err
+        assert status == 2 and "already contains this run" in err
         data(here, count=3)
         status, _, err = run(monkeypatch, capsys, *words, "--resume")
-        assert status == 2 and "holds a different run: questions.gsm8k is" in err
+        assert status == 2 and "contains a different run: questions.gsm8k is" in err
         assert run(monkeypatch, capsys, *words[:-1], here / "other", "--concurrency", "1")[0] == 0
 
 
@@ -482,7 +482,7 @@ def test_lists_may_be_written_as_yaml_has_them(here, yaml, benchmarks, limits):
     assert (settings.benchmarks, settings.call_limits()) == (benchmarks, limits)
 
 
-def test_vllm_that_is_not_installed_is_said(monkeypatch, capsys, here, model):
+def test_missing_vllm_is_an_error(monkeypatch, capsys, here, model):
     data(here)
     monkeypatch.setitem(sys.modules, "vllm", None)
     words = ("--model", model, "--engine", "vllm", "--data", here, "--search-recorded", recorded(here))

@@ -94,7 +94,7 @@ def test_runs_that_do_not_differ_have_p_one():
         (3, 3, 1.0),
     ],
 )
-def test_mcnemar_is_the_exact_binomial_test_on_what_only_one_got_right(only_a, only_b, p):
+def test_mcnemar_is_the_exact_binomial_test_on_disagreements(only_a, only_b, p):
     a = [True] * only_a + [False] * only_b + [True, False]
     b = [False] * only_a + [True] * only_b + [True, False]
     result = mcnemar(a, b)

@@ -143,7 +143,7 @@ def test_the_page_of_several_samples_has_pass_at_k():
 
 def test_a_page_without_a_single_good_sample_is_one():
     text = Page(page_of(record(0, None))).text
-    assert "1 sample(s) failed and are left out of all scores: 1 × EngineError: died" in " ".join(text.split())
+    assert "1 sample(s) failed and are excluded from all scores: 1 × EngineError: died" in " ".join(text.split())
 
 
 def test_wrong_answers_come_first_and_every_sample_is_on_some_page():
@@ -161,7 +161,7 @@ def test_wrong_answers_come_first_and_every_sample_is_on_some_page():
     assert Page(last).open == []
 
 
-def test_pages_are_made_a_few_at_a_time(monkeypatch):
+def test_pages_are_written_a_few_at_a_time(monkeypatch):
     monkeypatch.setattr(report, "SHOWN_SAMPLES", 2)
     monkeypatch.setattr(report, "PAGES_AT_ONCE", 2)
     records = [record(i, 1.0) for i in range(7)]
@@ -192,7 +192,7 @@ def test_a_p_value_is_never_zero(p, shown):
     assert report.p_value(p) == shown
 
 
-def test_the_markdown_escapes_what_it_does_not_know():
+def test_the_markdown_escapes_untrusted_text():
     text = report.markdown(results_of(*varied()))
     assert "<script>" not in text and "](http" not in text.replace("\\]\\(", "")
     (row,) = [line for line in text.splitlines() if line.startswith("| GSM8K")]

@@ -156,7 +156,7 @@ def test_golds_score_one_and_other_questions_golds_do_not():
         ("east", None, None),
     ],
 )
-def test_a_gold_is_written_otherwise_and_made_wrong(gold, other, wrong):
+def test_a_gold_is_rewritten_and_changed(gold, other, wrong):
     if other is not None:
         assert rewritten(gold) == other
     assert changed(gold) == wrong
@@ -237,7 +237,7 @@ def test_runs_that_cannot_be_compared_say_why(tmp_path):
         (judged, ConfigError, "gsm8k is scored by math in .* and by judge in"),
         (others, ConfigError, "no question of gsm8k in common"),
         (elsewhere, ConfigError, r"no benchmark in common: \['gsm8k'\] in .*, \['math'\] in"),
-        (tmp_path / "empty", DataError, r"holds no results.json of a finished evaluation: .* cannot be read"),
+        (tmp_path / "empty", DataError, r"contains no results.json of a finished evaluation: .* cannot be read"),
     ):
         with pytest.raises(error, match=message):
             compare(a, b)

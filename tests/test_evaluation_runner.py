@@ -35,7 +35,7 @@ def without_seconds(records):
 # Records -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_record_holds_all_there_is_to_know_of_a_sample():
+def test_a_record_contains_all_data_of_a_sample():
     (good, wrong) = Evaluating(sums)(questions("0", "7"))
     assert (good["prediction"], good["scores"], good["fault"], good["stop"]) == (
         "0",
@@ -73,14 +73,14 @@ def test_samples_of_a_question_are_seeded_apart_and_whatever_else_runs():
     assert not {request.seed for request in elsewhere.scripted.engine.requests} & set(seeds.values())
 
 
-def test_an_answer_in_a_bad_format_still_counts_by_the_papers_rule_and_its_fault_is_said():
+def test_an_answer_in_a_bad_format_counts_by_the_papers_rule_and_its_fault_is_reported():
     (one,) = Evaluating(lambda r, c: f"{boxed(0)} and more")(questions("0"))
     assert (one["prediction"], one["scores"]["math"], one["fault"]) == ("0", 1.0, "text_after_answer")
     (none,) = Evaluating(lambda r, c: "it is 0")(questions("0"))
     assert (none["prediction"], none["scores"]["math"], none["fault"]) == (None, 0.0, "no_answer")
 
 
-def test_a_prompt_that_cannot_be_made_or_does_not_fit_fails_alone():
+def test_a_prompt_that_cannot_be_rendered_or_does_not_fit_fails_alone():
     asked = questions("0", "1", "2")
     asked.rows[1]["prompt"] = [{"role": "user", "content": "iron " * 2000}]
     evaluating = Evaluating(sums)
@@ -126,7 +126,7 @@ def judge_says(reply: str):
     return lambda asked: Reply({"choices": [{"message": {"content": reply}}]})
 
 
-def test_with_a_judge_its_verdict_stands_beside_the_rules_and_who_is_right_is_not_asked_about():
+def test_the_judges_verdict_is_beside_the_rules_score_and_right_answers_are_not_sent():
     with Loopback(judge_says("Correct")) as server:
         judge = LLMJudge(server.url + "/v1", "wise")
         right, close = Evaluating(lambda r, c: boxed("paris france"), judge=judge)(
@@ -142,7 +142,7 @@ def test_without_a_judge_there_is_no_score_of_that_name():
     assert "judge" not in one["scores"]
 
 
-def test_a_judge_that_answers_nonsense_gives_no_verdict_and_is_asked_again_on_resume(tmp_path):
+def test_a_nonsense_reply_of_the_judge_is_no_verdict_and_is_retried_on_resume(tmp_path):
     asked = questions("paris", scorer=Scorer.JUDGE)
     with Loopback(judge_says("I like turtles")) as server:
         evaluating = Evaluating(lambda r, c: boxed("lutetia"), judge=LLMJudge(server.url + "/v1", "wise"))
@@ -203,7 +203,7 @@ def test_samples_are_written_as_they_finish(tmp_path):
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 5])
-def test_a_run_goes_on_where_it_was_cut_off_and_ends_as_if_it_had_not_been(tmp_path, kept):
+def test_a_resumed_run_ends_like_an_uninterrupted_run(tmp_path, kept):
     asked = questions(*"01234")
     whole = run_in(tmp_path / "whole", asked)
     path = tmp_path / "cut"
@@ -215,7 +215,7 @@ def test_a_run_goes_on_where_it_was_cut_off_and_ends_as_if_it_had_not_been(tmp_p
     assert without_seconds(resumed) == without_seconds(whole)
 
 
-def test_failures_are_tried_again_and_what_is_done_is_not(tmp_path):
+def test_failed_samples_are_retried_and_finished_ones_are_not(tmp_path):
     asked = questions("0", "1")
     attempts = []
 
@@ -232,7 +232,7 @@ def test_failures_are_tried_again_and_what_is_done_is_not(tmp_path):
     assert attempts == ["0", "1", "1"]
 
 
-def test_repair_keeps_each_sample_once_and_drops_what_is_torn_failed_or_no_record(tmp_path):
+def test_repair_keeps_each_sample_once_and_drops_incomplete_failed_and_invalid_lines(tmp_path):
     good = record(0, 1.0)
     path = write_lines(tmp_path / "samples.jsonl", [good, record(1, None), {**good, "seconds": 9}, {"other": 1}])
     with path.open("ab") as file:
@@ -242,13 +242,13 @@ def test_repair_keeps_each_sample_once_and_drops_what_is_torn_failed_or_no_recor
     assert list(read_records(path)) == [good, record(2, 0.0)]
 
 
-def test_a_whole_last_line_without_its_end_is_torn_all_the_same(tmp_path):
+def test_a_last_line_without_a_newline_counts_as_incomplete(tmp_path):
     path = write_lines(tmp_path / "samples.jsonl", [record(0, 1.0)])
     path.write_text(path.read_text() + json.dumps(record(1, 1.0)))
     assert repair(path)[0] == {("gsm8k", 0, 0)}
 
 
-def test_model_output_that_is_no_unicode_is_written_all_the_same(tmp_path):
+def test_invalid_unicode_in_model_output_is_written(tmp_path):
     log = SampleLog(tmp_path / "samples.jsonl")
     log.write({**record(0, 1.0), "prediction": "\ud800 \x00 \u2028"})
     log.close()
@@ -256,7 +256,7 @@ def test_model_output_that_is_no_unicode_is_written_all_the_same(tmp_path):
     assert read["prediction"] == "? \x00 \u2028"
 
 
-def test_a_line_that_is_no_record_is_named_when_results_are_read(tmp_path):
+def test_an_invalid_record_is_named_when_results_are_read(tmp_path):
     path = write_lines(tmp_path / "samples.jsonl", [record(0, 1.0), {"a": 1}])
     with pytest.raises(DataError, match=r"samples.jsonl, line 2: not a sample .* no 'benchmark'.* Resume"):
         list(read_records(path))
@@ -279,17 +279,17 @@ def test_the_folder_of_a_different_run_is_refused_and_the_difference_named(tmp_p
 
 def test_the_folder_of_the_same_run_needs_resume(tmp_path):
     RunFolder(tmp_path / "run", IDENTITY, resume=False).log.close()
-    with pytest.raises(ConfigError, match="already holds this run"):
+    with pytest.raises(ConfigError, match="already contains this run"):
         RunFolder(tmp_path / "run", IDENTITY, resume=False)
     RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
 
 
-def test_folders_that_hold_something_else_or_cannot_be_made_are_refused(tmp_path):
+def test_folders_with_other_files_or_that_cannot_be_created_are_rejected(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.tex").write_text("")
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "thesis", tmp_path / "file"):
-        with pytest.raises(ConfigError, match="is not empty and holds no evaluation"):
+        with pytest.raises(ConfigError, match="is not empty and contains no evaluation"):
             RunFolder(path, IDENTITY, resume=False)
     with pytest.raises(ConfigError, match="cannot be written"):
         RunFolder(tmp_path / "file/below", IDENTITY, resume=False)
@@ -297,14 +297,14 @@ def test_folders_that_hold_something_else_or_cannot_be_made_are_refused(tmp_path
     RunFolder(tmp_path / "empty", IDENTITY, resume=False).log.close()
 
 
-def test_a_description_that_a_kill_left_half_written_is_in_nobodys_way(tmp_path):
+def test_a_half_written_description_of_a_killed_run_is_ignored(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json.partial").write_text('{"mod')
     RunFolder(tmp_path / "run", IDENTITY, resume=True).log.close()
     assert json.loads((tmp_path / "run/run.json").read_text()) == IDENTITY
 
 
-def test_a_description_that_is_none_is_named(tmp_path):
+def test_an_invalid_description_is_named(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/run.json").write_text("{")
     with pytest.raises(DataError, match=r"run.json: not valid JSON .* Choose another output folder"):

@@ -1,4 +1,4 @@
-"""What a page says about a goal is its windows that fit it best."""
+"""The excerpt of a page for a goal consists of the windows that match the goal best."""
 
 import pytest
 

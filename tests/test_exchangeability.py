@@ -67,7 +67,7 @@ def exchange(*groups: tuple[RolloutTree, list[float]]) -> dict[str, float]:
     return {name.removeprefix("exchange/"): value for name, value in values.items() if name.startswith("exchange/")}
 
 
-def test_every_metric_of_a_small_tree_is_what_one_works_out_by_hand():
+def test_every_metric_of_a_small_tree_equals_the_value_by_hand():
     # Leaves in order of address: (0,) 1.0, (0, 1, 0) 0.5, (0, 1, 1) 0.0, (0, 2, 0) 0.0, (1,) 1.0
     values = exchange((forked(), [1.0, 0.5, 0.0, 0.0, 1.0]))
     assert values == pytest.approx(
@@ -138,7 +138,7 @@ def test_paths_with_equal_calls_and_results_stand_in_for_a_node_without_a_fork()
 
 
 @pytest.mark.parametrize("rewards", [[1.0, 0.0], [NAN, NAN]])
-def test_nothing_is_said_where_nothing_branches_and_no_path_repeats_another(rewards):
+def test_no_metric_is_logged_if_nothing_branches_and_no_path_repeats_another(rewards):
     grown = Growing()
     for i in range(2):
         grown.ends(grown.calls(0, str(i)), i)

@@ -36,7 +36,7 @@ def test_lone_surrogates_are_an_error_unless_they_are_to_be_replaced(tmp_path):
     assert (tmp_path / "a").read_text() == "?"
 
 
-def test_a_folder_has_its_name_once_it_is_whole_and_holds_nothing_of_an_earlier_try(tmp_path):
+def test_a_folder_has_its_name_when_complete_and_contains_no_files_of_earlier_attempts(tmp_path):
     path = tmp_path / "new" / "model"
     with pytest.raises(OSError, match="full"), whole_folder(path) as partial:
         (partial / "torn").touch()

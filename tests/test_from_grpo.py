@@ -287,7 +287,7 @@ COMPARED = re.compile(r"(eval_)?(\w_)?(loss|grad_norm|reward|reward_std|kl|entro
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_what_trains_with_grpo_trains_alike(name, models, tmp_path):
+def test_grpo_runs_train_equally(name, models, tmp_path):
     case = CASES[name]
     ours = trained(Recorded, tmp_path / "ours", case, models)
     rollouts = iter(ours.rollouts)
@@ -330,7 +330,7 @@ def test_arguments_may_be_given_by_their_place(models, tmp_path):
     assert made.tools == []
 
 
-def test_a_reward_may_name_only_what_it_needs_and_return_any_numbers_in_a_row(models, tmp_path):
+def test_a_reward_may_name_only_its_arguments_and_return_any_sequence_of_numbers(models, tmp_path):
     def named(completions, stop_reason):  # with GRPO an error: it would be handed prompts as well
         return (float(len(completion)) for completion in completions)
 
@@ -342,7 +342,7 @@ def test_a_reward_may_name_only_what_it_needs_and_return_any_numbers_in_a_row(mo
     assert trained(ARPOTrainer, tmp_path, case, models).state.global_step == 1
 
 
-def test_a_reward_that_names_what_there_is_not_is_told_what_there_is(models, tmp_path):
+def test_a_reward_with_an_unknown_argument_gets_an_error_with_the_available_columns(models, tmp_path):
     def wants(completions, gold, **kwargs):
         return [0.0] * len(completions)
 
@@ -638,7 +638,7 @@ def test_an_environment_gives_the_rewards_and_tools_that_it_gives_in_trl(
     [
         ({"count": Counter}, SEVERAL, "A row has environment = 'words', which is not among the environments of"),
         ({"count": Counter}, CHAT, r"has only the columns \['prompt'\]. Add a column 'environment' with one of"),
-        ({"count": Counter}, None, "requires a `train_dataset`, whose rows choose one of them. Give a dataset with"),
+        ({"count": Counter}, None, "requires a `train_dataset` whose rows select one of them. Pass a dataset with"),
         ({}, SEVERAL, "environment_factory is an empty dict"),
     ],
 )

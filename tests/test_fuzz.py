@@ -188,7 +188,7 @@ def check_result(result: ToolResult) -> None:
 
 
 @pytest.mark.slow
-def test_no_output_breaks_anything_or_earns_what_it_did_not_do() -> None:
+def test_no_output_raises_an_error_or_gets_an_undeserved_reward() -> None:
     writer = Writer(0)
     rng = writer.rng
     reward = HierarchicalReward()

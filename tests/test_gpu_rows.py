@@ -46,7 +46,7 @@ def tiny_row(*command: str) -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_a_row_that_hangs_or_fails_says_so_and_the_next_one_follows(tmp_path: Path) -> None:
+def test_a_row_that_hangs_or_fails_is_reported_and_the_next_one_runs(tmp_path: Path) -> None:
     python = tmp_path / "python"  # the rows' interpreter, so that some of them end otherwise than well
     python.write_text(
         "#!/bin/sh\n"
@@ -72,7 +72,7 @@ def test_a_row_that_hangs_or_fails_says_so_and_the_next_one_follows(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_rows_that_there_is_no_time_for_are_named(tmp_path: Path) -> None:
+def test_rows_beyond_the_time_limit_are_listed(tmp_path: Path) -> None:
     done = gpu_sh("--tiny", "--output", str(tmp_path), "d", "e", ALL_S="0")
     said = "not run: the limit of 0 s is reached; run this part again |"
     told = [line for line in done.stdout.splitlines() if line.endswith(said)]

@@ -65,7 +65,7 @@ def test_no_bonus_unless_both_tools_ran_with_success(calls: list[dict[str, Any]]
     assert score(tool_calls=calls) == HierarchicalScore(reward=1.0, accuracy=1.0, fault=None)
 
 
-def test_a_failed_call_is_made_good_by_a_later_one() -> None:
+def test_a_later_success_replaces_a_failed_call() -> None:
     assert score(tool_calls=[call("python", ok=False), *BOTH]).reward == 1.1
 
 
@@ -82,7 +82,7 @@ def test_a_question_of_fact_earns_its_token_f1() -> None:
     assert score(turns, answer="Sir Frank Lowy", task="qa").reward == pytest.approx(0.9)  # plain text is one gold
 
 
-def test_paper_f1_takes_words_for_mathematics() -> None:
+def test_paper_f1_compares_mathematics_as_words() -> None:
     turns = [r"<answer>\boxed{-42}</answer>"]
     row: dict[str, Any] = {"turns": turns, "tool_calls": [], "stop_reason": "eos", "answer": ["42"], "task": "math"}
     assert score_one(HierarchicalReward(), **row).reward == 0.0
@@ -208,7 +208,7 @@ def test_the_share_of_every_fault_is_logged_zeros_included() -> None:
         ({"tool_calls": [[]]}, "column 'tool_calls' is 1 long; expected one value for each of the 3 completions"),
     ],
 )
-def test_bad_columns_name_the_row_and_the_way_out(changes: dict[str, Any], message: str) -> None:
+def test_bad_columns_name_the_row_and_the_remedy(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         HierarchicalReward()(**columns(**changes))
 

@@ -105,7 +105,7 @@ def in_pieces(piece: bytes, number: int) -> Callable[[Any], None]:
 
 
 @pytest.mark.parametrize(("coding", "start", "piece"), [("identity", b"x", b"x"), ("gzip", GZIP_HEADER, EMPTY_BLOCK)])
-def test_an_answer_in_countless_small_pieces_is_given_up(coding: str, start: bytes, piece: bytes) -> None:
+def test_an_answer_in_too_many_pieces_is_an_error(coding: str, start: bytes, piece: bytes) -> None:
     """Of gzip's empty blocks none adds a byte to the answer."""
 
     def write(file: Any) -> None:
@@ -125,7 +125,7 @@ def test_an_answer_in_gzip_is_read() -> None:
     assert answer.body == b"iron " * 10_000
 
 
-def test_json_that_is_too_long_or_too_deep_is_no_answer() -> None:
+def test_json_that_is_too_long_or_too_deep_is_an_error() -> None:
     for body, message in (
         ("[" + "0," * MAX_JSON_BYTES + "0]", f"more than {MAX_JSON_BYTES:,} bytes"),
         ("[" * 200_000 + "]" * 200_000, "not JSON"),

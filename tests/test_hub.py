@@ -122,7 +122,7 @@ def test_a_run_ends_with_one_commit_of_model_card_and_curves(hub, model_path, tm
 
 
 @pytest.mark.slow
-def test_an_adapter_goes_up_as_one_and_loads_from_what_was_sent(hub, model_path, tmp_path):
+def test_an_adapter_is_pushed_as_an_adapter_and_loads_from_the_hub(hub, model_path, tmp_path):
     adapter = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.0)
     made = trainer(model_path, tmp_path / "run", hub_strategy="end", learning_rate=0.1, peft_config=adapter)
     made.train()
@@ -201,7 +201,7 @@ def test_saves_go_up_as_hub_strategy_says(hub, model_path, tmp_path, strategy, p
 
 
 @pytest.mark.slow
-def test_a_push_that_is_under_way_is_not_joined_by_another(hub, model_path, tmp_path):
+def test_no_second_push_starts_during_a_push(hub, model_path, tmp_path):
     arrived, last = threading.Event(), tmp_path / "run/model.safetensors"
 
     def slow(asked):
@@ -228,7 +228,7 @@ def test_a_push_that_is_under_way_is_not_joined_by_another(hub, model_path, tmp_
     assert hub.commits[0].files["model.safetensors"] == (tmp_path / "run/checkpoint-1/model.safetensors").read_bytes()
 
 
-def test_a_snapshot_holds_through_rotation_and_rewriting(tmp_path, model_path):
+def test_a_snapshot_is_unaffected_by_rotation_and_rewriting(tmp_path, model_path):
     run_folder = tmp_path / "run"
     checkpoint = whole_run(run_folder / "checkpoint-1", model_path)
     (run_folder / "README.md").write_text("first")
@@ -254,7 +254,7 @@ def test_a_snapshot_that_cannot_be_taken_does_not_stop_training(hub, model_path,
     assert not list((tmp_path / "run").glob(".push-*"))
 
 
-def test_what_a_killed_process_left_is_cleared_at_the_next_start(hub, model_path, tmp_path):
+def test_files_of_a_killed_process_are_removed_at_the_next_start(hub, model_path, tmp_path):
     (tmp_path / "run/.push-left").mkdir(parents=True)
     trainer(model_path, tmp_path / "run")
     assert not list((tmp_path / "run").glob(".push-*"))
@@ -268,7 +268,7 @@ def test_a_failed_push_while_training_is_a_warning_and_the_end_makes_up_for_it(h
         made.train()
     assert made.state.global_step == 2
     assert caplog.text.count("Pushing to me/policy failed: the Hub answered 502") == 2
-    assert "Training continues; the next save tries again." in caplog.text
+    assert "Training continues, and the next save retries the push." in caplog.text
     hub.fault = lambda asked: None
     made.push_to_hub()
     assert [commit.message for commit in hub.commits] == ["End of training"]
@@ -304,7 +304,7 @@ def test_a_tracker_that_fails_before_a_push_does_not_stop_it(hub, model_path, tm
     ],
 )
 @pytest.mark.parametrize("answer", [Reply("<h1>Service Unavailable</h1>", 503), Reply("<h1>Oops</h1>", 500)])
-def test_a_hub_that_fails_once_anywhere_is_asked_again(hub, model_path, tmp_path, place, answer):
+def test_a_request_to_the_hub_is_retried_after_any_single_failure(hub, model_path, tmp_path, place, answer):
     failed = []
 
     def once(asked):
@@ -385,7 +385,7 @@ def test_train_py_that_cannot_push_ends_with_one_line_and_a_status_and_the_model
     assert "ConfigError: hub_model_id requires the model repository 'them/policy'" in capsys.readouterr().err
 
 
-def test_a_hub_that_is_gone_at_the_end_is_said(hub, model_path, tmp_path):
+def test_an_unreachable_hub_at_the_end_is_reported(hub, model_path, tmp_path):
     folder = whole_run(tmp_path / "run", model_path)
     hub.server.server.shutdown()
     hub.server.server.server_close()
@@ -394,7 +394,7 @@ def test_a_hub_that_is_gone_at_the_end_is_said(hub, model_path, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_hub_that_never_answers_is_given_up(hub, model_path, tmp_path, monkeypatch):
+def test_a_request_to_a_silent_hub_times_out(hub, model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "ANSWER_TIMEOUT_S", 0.2)
     hub_module._limit_silence.cache_clear()
     released = threading.Event()
@@ -466,7 +466,7 @@ def test_a_run_without_a_push_asks_the_hub_nothing(hub, model_path, tmp_path):
     assert hub.server.asked == []
 
 
-def test_a_repository_named_after_the_folder_is_made_private_if_asked(hub, model_path, tmp_path):
+def test_a_repository_named_after_the_folder_is_private_if_requested(hub, model_path, tmp_path):
     made = trainer(model_path, tmp_path / "my-run", hub_model_id=None, hub_private_repo=True)
     assert made.hub_model_id == "me/my-run"
     assert hub.private == {"me/my-run"}
@@ -527,7 +527,7 @@ def test_short_values_and_other_variables_are_no_secrets(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{folder}/run",), "ConfigError: No repository is given to push to. Give --repo, --trajectories or both."),
+        (("{folder}/run",), "ConfigError: No repository is given. Pass --repo, --trajectories or both."),
         (("{folder}/none", "--repo", "me/a"), "DataError: {folder}/none contains no model and no adapter."),
         (("{folder}/run", "--trajectories", "me/a"), "DataError: {folder}/run/trajectories contains no .jsonl file."),
         (("{folder}/run", "--repo", "them/policy"), "ConfigError: --repo requires the model repository 'them/policy'"),
@@ -547,7 +547,7 @@ def test_a_push_that_cannot_work_is_one_line(hub, model_path, tmp_path, capsys, 
     assert hub.commits == []
 
 
-def test_an_evaluation_goes_into_the_card_of_a_finished_run(hub, model_path, tmp_path, capsys, monkeypatch):
+def test_an_evaluation_is_added_to_the_card_of_a_finished_run(hub, model_path, tmp_path, capsys, monkeypatch):
     made = trainer(model_path, tmp_path / "run", push_to_hub=False, hub_model_id=None)
     made.train()
     made.save_model()

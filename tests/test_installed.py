@@ -179,7 +179,7 @@ def test_a_second_training_does_not_replace_the_first(command: Command, project:
     before = (project / "runs/first/model.safetensors").stat().st_mtime_ns
     refused = command(project, "train", "--config", "config.yaml", status=2)
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("ConfigError")]
-    assert "output_dir runs/first holds a finished model (model.safetensors) of an earlier run" in line
+    assert "output_dir runs/first contains a finished model (model.safetensors) of an earlier run" in line
     assert "Traceback" not in refused.stderr
     assert (project / "runs/first/model.safetensors").stat().st_mtime_ns == before
     command(project, "train", "--config", "config.yaml", "--max_steps", "1", "--overwrite_output_dir", "true")
@@ -190,7 +190,7 @@ def test_the_cold_start_of_a_project_trains(command: Command, project: Path) -> 
     command(project, "sft", "--config", "sft.yaml", "--max_steps", "2")
     assert (project / "runs/sft/model.safetensors").exists()
     refused = command(project, "sft", "--config", "sft.yaml", "--max_steps", "2", status=2)
-    assert "holds a finished model" in refused.stderr
+    assert "contains a finished model" in refused.stderr
 
 
 def test_a_shipped_configuration_is_found_by_its_name(command: Command, tmp_path: Path) -> None:
@@ -204,4 +204,4 @@ def test_an_earlier_quickstart_is_not_replaced(command: Command, tmp_path: Path)
     (tmp_path / "q/rl").mkdir(parents=True)
     (tmp_path / "q/rl/model.safetensors").touch()
     refused = command(tmp_path, "quickstart", "--output", "q", status=2)
-    assert "output_dir q/rl holds a finished model (model.safetensors)" in refused.stderr
+    assert "output_dir q/rl contains a finished model (model.safetensors)" in refused.stderr

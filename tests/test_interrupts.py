@@ -86,7 +86,7 @@ def interrupting(name: str, call: int):
     ],
     ids=["reward", "new epoch", "tool", "buffered", "evaluation"],
 )
-def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(
+def test_an_interrupted_run_resumes_like_an_uninterrupted_run(
     model, left_alone, waits, call, step, settings, tmp_path, monkeypatch
 ):
     """The step that was cut short, or the evaluation after it, is repeated from where the one before it ended."""
@@ -105,7 +105,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(
     assert outcome(tmp_path) == left_alone(**settings)
 
 
-def test_an_interrupt_before_the_first_step_is_done_leaves_nothing_to_go_on_from(model, tmp_path, monkeypatch):
+def test_an_interrupt_in_the_first_step_leaves_no_checkpoint(model, tmp_path, monkeypatch):
     monkeypatch.setattr(resuming, "wait_while_told", interrupting("reward", 1))
     with pytest.raises(Interrupted, match="No step was finished yet"):
         train(model, tmp_path)
@@ -154,7 +154,7 @@ def test_the_handlers_of_before_are_back_afterwards(model, tmp_path):
     assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_child_that_ends_is_no_signal_to_stop():
+def test_the_end_of_a_child_does_not_stop_the_run():
     before = signal.signal(signal.SIGCHLD, lambda *_: None)  # as torch does once a data loader has workers
     try:
         interrupts = Interrupts()
@@ -277,7 +277,7 @@ def commands(processes: list[psutil.Process]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_script_that_is_told_to_stop_says_how_to_go_on_and_leaves_no_process(started, number, status):
+def test_an_interrupted_script_prints_how_to_resume_and_leaves_no_process(started, number, status):
     """In the middle of a call of the sandbox, of an MCP server, and of the reader of pages, which is halted there."""
     run = started("search", "--save_steps", "100", TOOLS="1")
 
@@ -313,7 +313,7 @@ def test_no_process_of_a_colocated_vllm_is_left(started, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_script_that_was_killed_goes_on_as_if_it_had_not(model, left_alone, started):
+def test_a_killed_script_resumes_like_an_uninterrupted_run(model, left_alone, started):
     """SIGKILL in the third step, before its checkpoint; the longer form is benchmarks/kill_training.py."""
     run = started("reward", "--save_steps", "1")
     run.process.kill()
@@ -324,7 +324,7 @@ def test_a_script_that_was_killed_goes_on_as_if_it_had_not(model, left_alone, st
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_stops_at_once_what_listens_to_nothing(started):
+def test_a_second_ctrl_c_immediately_stops_code_that_ignores_signals(started):
     """The launcher's copy of the first one, a moment later, is no second one."""
     run = started("deaf")
     run.process.send_signal(signal.SIGINT)
@@ -335,7 +335,7 @@ def test_a_second_ctrl_c_stops_at_once_what_listens_to_nothing(started):
     run.process.send_signal(signal.SIGINT)
     assert run.process.wait(BOUND_S) == 130
     assert run.left() == []
-    assert "Ctrl-C again stops at once." in run.said()
+    assert "Ctrl-C again stops immediately." in run.said()
 
 
 @pytest.mark.slow

@@ -48,7 +48,7 @@ def test_only_a_last_line_that_is_a_verdict_is_one(reply: str, verdict: bool | N
     assert read_verdict(reply) is verdict
 
 
-def test_a_judge_is_asked_once_per_prediction_and_says_what_it_thinks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_gets_one_request_per_prediction_and_returns_its_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "secret-key")
     with Loopback(paris) as server:
         judge = LLMJudge(server.url + "/v1", "wise")
@@ -60,7 +60,7 @@ def test_a_judge_is_asked_once_per_prediction_and_says_what_it_thinks(monkeypatc
     assert first.headers["authorization"] == "Bearer secret-key"
 
 
-def test_judgements_are_under_way_at_once() -> None:
+def test_judgements_run_concurrently() -> None:
     together = threading.Barrier(4, timeout=10)  # breaks, and so fails the test, unless four are there
 
     def waits(asked: Asked) -> Reply:
@@ -105,7 +105,7 @@ def test_a_judge_that_answers_nonsense_has_no_verdict_and_is_not_remembered(repl
         assert len(server.asked) > before
 
 
-def test_a_judge_that_stays_away_is_left_alone_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unreachable_judge_gets_no_requests_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
     with Loopback(lambda asked: Reply(status=401)) as server:
         judge = LLMJudge(server.url, "wise", concurrency=1, breaker=CircuitBreaker(failures=3, rest_s=60))
         assert judge.verdicts([of(str(i)) for i in range(10)]) == [None] * 10
@@ -113,7 +113,7 @@ def test_a_judge_that_stays_away_is_left_alone_for_a_while(caplog: pytest.LogCap
     assert caplog.text.count("3 judgements failed in a row") == 1
 
 
-def test_nobody_there_is_no_verdict() -> None:
+def test_an_unreachable_judge_is_no_verdict() -> None:
     with Loopback(paris) as server:
         gone = server.url
     assert LLMJudge(gone, "wise", timeout_s=1.0).verdicts([of("Paris")]) == [None]
@@ -137,7 +137,7 @@ def test_verdicts_outlive_the_process_in_their_file(tmp_path: Path) -> None:
         assert len(server.asked) == 4
 
 
-def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_file_with_other_content_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.jsonl").write_text('{"question": 1}\n')
     with pytest.raises(DataError, match="no verdicts"):
         LLMJudge("http://127.0.0.1:1/v1", "wise", cache=tmp_path / "other.jsonl")
@@ -146,13 +146,13 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("url", ["", "judge", "ftp://host/v1", "http://user:password@host/v1"])
-def test_what_is_no_address_is_refused_without_repeating_it(url: str) -> None:
+def test_an_invalid_address_is_rejected_without_quoting_it(url: str) -> None:
     with pytest.raises(ConfigError, match=KEY_VARIABLE) as caught:
         LLMJudge(url, "wise")
     assert "password@" not in str(caught.value)
 
 
-def test_a_judge_goes_with_its_setting_only() -> None:
+def test_a_judge_requires_its_setting() -> None:
     judge = LLMJudge("http://127.0.0.1:1/v1", "wise")
     for accuracy, given in (("judge", None), ("task", judge)):
         with pytest.raises(ConfigError, match="judge_url"):
@@ -171,7 +171,7 @@ def answering(*answers: str) -> dict[str, list]:
     }
 
 
-def test_the_reward_asks_about_what_the_rule_does_not_find_wholly_right() -> None:
+def test_the_reward_calls_the_judge_for_answers_that_are_not_fully_right() -> None:
     with Loopback(paris) as server:
         logged: dict[str, float] = {}
         reward = HierarchicalReward("judge", judge=LLMJudge(server.url, "wise"))

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    """What each of two ranks had to say, by case."""
+    """The results of two ranks, by case."""
     folder = tmp_path_factory.mktemp("ranks")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     forked.run([*launcher, str(HERE / "lockstep_ranks.py"), str(folder)], cwd=HERE, env=os.environ)

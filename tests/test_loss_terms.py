@@ -61,7 +61,7 @@ def test_the_tokens_of_a_turn_share_its_ratio_and_keep_their_own_gradients():
     assert gradient == pytest.approx([math.exp(0.1)] * 3)
 
 
-def test_a_batch_of_the_sampling_policy_is_left_alone():
+def test_a_batch_of_the_sampling_policy_is_unchanged():
     terms = LossTerms(per_turn=True, keeps_above=1.2)
     given = batch()
     assert terms.apply(given, torch.zeros(1, 3)) is None
@@ -139,7 +139,7 @@ def test_a_kept_gradient_reaches_the_weights_and_is_counted(model_path, tmp_path
             {"clip_keeps_gradient": True, "importance_sampling_level": "sequence"},
             "importance_sampling_level 'sequence'",
         ),
-        ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "'turn', but loss_type 'vespo' weighs whole"),
+        ({"importance_sampling_level": "turn", "loss_type": "vespo"}, "'turn', but loss_type 'vespo' weights whole"),
     ],
 )
 def test_settings_that_cannot_work_are_errors(tmp_path, settings, message):

@@ -67,7 +67,7 @@ def test_decimals_and_units_are_kept_with_the_number() -> None:
     assert (str(value.value), value.unit, value.digits) == ("1/2", "cm^2", 2)
 
 
-def test_decoration_goes_and_content_stays() -> None:
+def test_decoration_is_removed_and_content_is_kept() -> None:
     assert clean("**$\\dfrac{1}{2}$**") == "\\frac{1}{2}"
     assert clean("The answer is \\(\\boxed{D}\\).") == "D"
     assert clean("The answer is not 7") == "not 7" and is_text("not 7")
@@ -131,6 +131,6 @@ def shared_worker(made: list[MathWorker] = []) -> MathWorker:  # noqa: B006
     return made[0]
 
 
-def test_a_word_is_no_product_but_a_product_may_look_like_one() -> None:
+def test_a_word_is_not_a_product_but_a_product_may_look_like_a_word() -> None:
     assert isinstance(readings("abc")[0], Text)
     assert equal("a*b*c", "abc") and not equal("acb", "abc")

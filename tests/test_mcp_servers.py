@@ -100,11 +100,11 @@ def test_calls_reach_the_server_and_come_back_as_text(box: ToolBox) -> None:
     assert (echoed.text, echoed.failure) == ("hi", None)
     assert twice.text == "hi hi"
     assert (failed.text, failed.failure) == ("Error executing tool fail: no tea today", ToolFailure.ERROR)
-    assert picture.text == "see\n[image left out: only text can be shown]"
+    assert picture.text == "see\n[image omitted: only text can be shown]"
     assert refused.failure is missing.failure is ToolFailure.BAD_CALL
 
 
-def test_a_slow_call_misses_its_deadline_and_holds_up_no_other(box: ToolBox) -> None:
+def test_a_slow_call_misses_its_deadline_and_delays_no_other(box: ToolBox) -> None:
     slow, quick = results(box, ("slow", {"text": "x"}), ("echo", {"text": "y"}))
     assert (slow.text, slow.failure) == ("Error: the slow call took longer than 1 s.", ToolFailure.ERROR)
     assert quick.text == "y"
@@ -133,13 +133,13 @@ def test_a_crashed_server_is_started_again_for_the_next_call() -> None:
         before = results(box, ("process", {"text": ""}))[0].text
         crashed = results(box, ("die", {"text": ""}))[0]
         assert crashed.failure is ToolFailure.DEGRADED
-        assert crashed.text == "Error: the server of this tool went away during the call."
+        assert crashed.text == "Error: the server of this tool stopped during the call."
         after = results(box, ("process", {"text": "again"}))[0]
         assert after.ok
         assert after.text != before
 
 
-def test_all_calls_under_way_fail_with_the_server_and_the_next_ones_do_not() -> None:
+def test_running_calls_fail_with_the_server_and_the_next_calls_succeed() -> None:
     slow = [("slow", {"text": str(number)}) for number in range(5)]
     with ToolBox(mcp_tools([COMMAND])) as box:
         failures = [result.failure for result in results(box, *slow, ("die", {"text": ""}))]
@@ -205,7 +205,7 @@ class OlderServer:
         return Reply({"jsonrpc": "2.0", "id": question["id"], "result": result}, headers=headers)
 
 
-def test_an_older_server_that_forgot_the_session_is_given_a_new_one() -> None:
+def test_an_older_server_without_the_session_gets_a_new_one() -> None:
     older = OlderServer()
     with Loopback(older) as server, ToolBox(mcp_tools([{"url": server.url}], timeout_s=5.0)) as box:
         assert results(box, ("echo", {"text": "a"}))[0].text == "a"
@@ -214,7 +214,7 @@ def test_an_older_server_that_forgot_the_session_is_given_a_new_one() -> None:
         assert results(box, ("echo", {"text": "c"}))[0].text == "c"
 
 
-def test_an_endless_or_compressed_answer_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_endless_or_compressed_answer_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     """A call is told so; none of it gets into the log, and the next call is answered."""
     older = OlderServer()
 
@@ -236,7 +236,7 @@ def test_an_endless_or_compressed_answer_is_given_up(caplog: pytest.LogCaptureFi
     assert not caplog.records
 
 
-def test_an_answer_on_a_line_that_is_too_long_is_given_up_and_the_server_started_again() -> None:
+def test_an_answer_on_a_too_long_line_fails_and_the_server_is_restarted() -> None:
     """5,000,000 times "a ", in JSON, are more than 8 MiB."""
     with ToolBox(mcp_tools([COMMAND], timeout_s=30.0)) as box:
         assert results(box, ("echo", {"text": "a"}))[0].text == "a"
@@ -252,7 +252,7 @@ def test_a_server_that_begins_with_a_line_without_end_is_named_before_its_memory
     assert psutil.Process().memory_info().rss - before < 200 << 20
 
 
-def test_a_server_that_never_answers_is_given_up_and_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_silent_server_times_out_and_is_stopped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("arpo_trl.tools.mcp.START_TIMEOUT_S", 1.0)
     code = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(600)"
     with pytest.raises(ConfigError, match="no answer in time"):
@@ -274,7 +274,7 @@ def test_only_named_tools_are_offered_and_two_servers_cannot_share_a_name() -> N
         ToolBox(mcp_tools([{**COMMAND, "tools": ["echo"]}, {**COMMAND, "tools": ["echo"]}]))
 
 
-def test_the_servers_log_is_no_part_of_ours(capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_servers_log_is_not_in_ours(capfd: pytest.CaptureFixture[str]) -> None:
     mcp_tools([COMMAND])
     assert capfd.readouterr() == ("", "")
 
@@ -288,7 +288,7 @@ def test_a_closed_session_leaves_no_process() -> None:
     assert not server.is_running()
 
 
-def test_a_process_that_ends_takes_its_servers_along() -> None:
+def test_servers_stop_with_their_process() -> None:
     code = (
         "import asyncio\n"
         "from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, mcp_tools\n"
@@ -300,7 +300,7 @@ def test_a_process_that_ends_takes_its_servers_along() -> None:
     assert not psutil.pid_exists(int(done.stdout))
 
 
-def test_a_killed_process_takes_its_servers_along() -> None:
+def test_servers_stop_with_a_killed_process() -> None:
     code = (
         "import asyncio, time\n"
         "from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, mcp_tools\n"
@@ -390,6 +390,6 @@ def test_with_per_path_each_path_has_a_session_and_a_branch_repeats_its_prefix()
         child.wait(20)  # each server ends with its path
 
 
-def test_per_path_does_not_offer_what_an_environment_has_itself() -> None:
+def test_per_path_does_not_offer_reserved_names_of_environments() -> None:
     with pytest.raises(ConfigError, match=r"mcp_servers\[0\]: per_path must be true or false, got 1"):
         mcp_tools([COMMAND | {"per_path": 1}])

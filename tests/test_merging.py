@@ -67,7 +67,7 @@ def test_a_dtype_is_that_of_the_result(base, adapter, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "merged").dtype is torch.bfloat16
 
 
-def test_a_run_that_is_merged_keeps_what_it_says_of_itself(adapter, tmp_path):
+def test_a_merged_run_keeps_its_card(adapter, tmp_path):
     (adapter / "training_config.yaml").write_text("model_name_or_path: Qwen/Qwen3-8B\nuse_peft: true\nlora_r: 4\n")
     (adapter / "evaluation.md").write_text("half are right")
     merge_adapter(str(adapter), tmp_path / "merged", repo_id="me/whole")
@@ -103,7 +103,7 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
         merge_adapter(str(adapter), output)
     assert not output.exists()
     output.mkdir()
-    with pytest.raises(ConfigError, match=r"merged exists\. Give a new folder"):
+    with pytest.raises(ConfigError, match=r"merged exists\. Pass a new folder"):
         merge_adapter(str(adapter), output)
 
 

@@ -132,7 +132,7 @@ EXPECTED = {
 }
 
 
-def test_every_metric_of_a_small_tree_is_what_one_counts_by_hand():
+def test_every_metric_of_a_small_tree_equals_the_count_by_hand():
     assert tallied(tree_by_hand()).values() == pytest.approx(EXPECTED)
 
 
@@ -174,7 +174,7 @@ def test_distinct_calls_are_counted_over_all_trees_of_a_rollout():
     assert values["tools/calls_distinct"] == 2
 
 
-def test_counts_of_a_rollout_add_up_and_what_is_per_group_stays():
+def test_counts_of_a_rollout_add_up_and_group_means_stay():
     one, two = tallied(tree_by_hand()).values(), tallied(tree_by_hand(), tree_by_hand()).values()
     totals = {"tree/groups", "tree/leaves", "tools/refused"} | {
         f"tools/calls_{name}" for name in ("made", "executed", "saved_by_cache", "saved_by_sharing")
@@ -285,26 +285,26 @@ def heard(share: float, count: float = 100, metric: str = "alarm/truncated") -> 
 
 
 @pytest.mark.parametrize(("share", "rings"), [(0.0, False), (0.49, False), (0.5, True), (1.0, True)])
-def test_an_alarm_rings_from_its_limit_on(share, rings):
+def test_an_alarm_is_raised_at_its_limit_and_above(share, rings):
     messages = Alarms(Threshold()).check(heard(share))
     assert len(messages) == rings
     if rings:
         assert messages[0].startswith(f"arpo/alarm/truncated: {share:.0%} of the rollouts were truncated")
 
 
-def test_no_alarm_rings_about_what_was_not_counted():
+def test_no_alarm_is_raised_without_counts():
     assert Alarms(Threshold()).check(Tally()) == []
     assert Alarms(Threshold()).check(heard(0.0, 0)) == []
 
 
-def test_an_alarm_that_keeps_ringing_is_said_once_and_again_after_a_while():
+def test_a_persistent_alarm_is_logged_once_and_again_after_a_while():
     alarms = Alarms(Threshold())
     said = [bool(alarms.check(heard(1.0))) for _ in range(2 * REPEAT_EVERY + 1)]
     assert [i for i, now in enumerate(said) if now] == [0, REPEAT_EVERY, 2 * REPEAT_EVERY]
 
 
 @pytest.mark.parametrize(("share", "said"), [(1.0, "fire the branch rule, so"), (0.0, "Only 0% of the tool results")])
-def test_a_fire_rate_that_leaves_entropy_no_say_is_said_once_a_run_after_enough_decisions(share, said):
+def test_an_extreme_fire_rate_is_reported_once_per_run_after_enough_decisions(share, said):
     alarms = Alarms(Threshold())
     rollout = heard(share, FIRE_RATE_COUNT / 2, "tree/fire_rate")
     messages = [alarms.check(rollout) for _ in range(4 * REPEAT_EVERY)]
@@ -322,7 +322,7 @@ def test_a_fire_rate_is_taken_over_all_decisions_since_the_last_look():
 
 @pytest.mark.parametrize("rule", [Random(), Ranked(), Released()])
 @pytest.mark.parametrize("share", [0.0, 1.0])
-def test_the_fire_rate_of_other_rules_is_no_alarm(rule, share):
+def test_the_fire_rate_of_other_rules_raises_no_alarm(rule, share):
     assert Alarms(rule).check(heard(share, FIRE_RATE_COUNT, "tree/fire_rate")) == []
 
 

@@ -36,7 +36,7 @@ def metadata(text: str) -> dict:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_a_card_has_what_the_hub_shows_and_a_reader_looks_for(tmp_path):
+def test_a_card_has_the_metadata_and_the_sections(tmp_path):
     card().write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert metadata(text) == {
@@ -78,7 +78,7 @@ def test_a_folder_without_settings_has_no_card(tmp_path):
     assert Card.of(tmp_path, "me/policy") is None
 
 
-def test_an_adapters_card_says_so(tmp_path):
+def test_an_adapters_card_names_the_adapter(tmp_path):
     (tmp_path / CONFIG_NAME).write_text("use_peft: true\nlora_r: 32\n")
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
     text = Card.of(tmp_path, "me/adapter").text([])

@@ -102,7 +102,7 @@ def test_an_adapter_that_puts_tokens_before_the_prompt_is_refused_at_constructio
         trainer_of(model_of("llama", {}), tmp_path, peft_config=adapter)
 
 
-def test_a_model_whose_forward_takes_no_mask_for_each_row_is_refused_with_what_its_own_code_said(tmp_path):
+def test_a_model_whose_forward_accepts_no_mask_per_row_is_rejected_with_its_own_error(tmp_path):
     """Chunks of keys that the model counts by itself, under a name that nobody here knows."""
     model = model_of("llama", {})
     attend = model.model.layers[0].self_attn.forward
@@ -130,7 +130,7 @@ def test_a_model_that_ignores_its_positions_is_refused_with_the_figures(tmp_path
         trainer_of(model, tmp_path)
 
 
-def test_paths_end_where_a_rotary_embedding_would_turn_what_was_sampled(tmp_path, caplog):
+def test_paths_end_before_the_rotary_embedding_would_change(tmp_path, caplog):
     factors = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
     model = model_of("phi3", {"rope_parameters": factors, "original_max_position_embeddings": 64})
     made = trainer_of(model, tmp_path, max_completion_length=None)

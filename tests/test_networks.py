@@ -1,4 +1,4 @@
-"""Which addresses are of the public internet is decided by our own list, address by address."""
+"""Our own list decides for each address whether it is on the public internet."""
 
 import ipaddress
 
@@ -55,7 +55,7 @@ def carried_by(address: str) -> list[str]:
 
 
 @pytest.mark.parametrize("address", IPV4)
-def test_an_address_that_carries_a_special_one_is_refused(address):
+def test_an_address_that_embeds_a_special_one_is_refused(address):
     assert [is_public(carrier) for carrier in carried_by(address)] == [False] * 3
 
 
@@ -72,7 +72,7 @@ def test_an_address_that_carries_a_public_one_is_public():
         "\uff18.8.8.8",  # a full-width 8
     ],
 )
-def test_deprecated_carriers_and_what_is_no_address_are_refused(address):
+def test_deprecated_embeddings_and_invalid_addresses_are_refused(address):
     """IPv4-compatible, SIIT, local NAT64 and Teredo are refused even where they carry a public address."""
     assert not is_public(address)
 

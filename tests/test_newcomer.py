@@ -1,4 +1,4 @@
-"""Mistakes that newcomers make end in one line that names the way out, without a traceback: the rows of a page."""
+"""Typical mistakes of newcomers result in one line with a remedy and no traceback: the rows of a page."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     ("mistake", "line"),
     [pytest.param(*row, marks=[pytest.mark.slow] if SLOW.search(row[0]) else [], id=row[0]) for row in ROWS],
 )
-def test_a_mistake_says_what_the_page_says(make, mistake: str, line: str) -> None:
+def test_a_mistake_has_the_message_on_the_page(make, mistake: str, line: str) -> None:
     said = re.sub(
         r"^(\w+Error|arpo-trl[\w ]*: error): ", "", make(mistake, in_cold_start=(mistake, line) in COLD_START)
     )
@@ -171,9 +171,9 @@ def test_the_page_has_more_than_a_hundred_mistakes() -> None:
     assert len(ROWS) == len(set(ROWS)) > 120
 
 
-def test_a_search_setting_without_search_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_search_setting_without_search_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     build_tools(ToolArguments(tools=[], search_index="passages.jsonl"))
-    assert "search_index is set, but tools is []: nothing is searched. Add search to tools." in caplog.text
+    assert "search_index is set, but tools is [], without search. Add search to tools." in caplog.text
 
 
 @pytest.mark.parametrize("words", [["--config=settings.yaml"], ["--config", "settings.yaml"]])
@@ -186,13 +186,13 @@ def test_the_configuration_follows_a_space_or_an_equals_sign(tmp_path, monkeypat
         cli.parse_settings((ToolArguments,), ["--config"])
 
 
-def test_yaml_that_is_none_is_told_in_one_line(tmp_path) -> None:
+def test_invalid_yaml_is_an_error_of_one_line(tmp_path) -> None:
     (tmp_path / "tab.yaml").write_text("a: 1\n\tb: 2\n", "utf-8")
     with pytest.raises(ConfigError, match=r"tab.yaml is not valid YAML: [^\n]*found character '\\t'[^\n]*$"):
         cli.parse_settings((ToolArguments,), ["--config", str(tmp_path / "tab.yaml")])
 
 
-def test_a_folder_without_a_model_is_told(tmp_path):
+def test_a_folder_without_a_model_is_an_error(tmp_path):
     (tmp_path / "notes.txt").touch()
 
     def load(name: str) -> None:

@@ -1,4 +1,4 @@
-"""A run refuses an output folder that holds another run's model or trajectories."""
+"""An output folder with another run's model or trajectories is an error."""
 
 from pathlib import Path
 
@@ -34,13 +34,13 @@ def test_what_an_earlier_run_left_is_refused(tmp_path, name, found, resume):
     fill(tmp_path, name)
     with pytest.raises(ConfigError) as raised:
         prepare(tmp_path, resume)
-    assert f"holds {found} of an earlier run" in str(raised.value)
+    assert f"contains {found} of an earlier run" in str(raised.value)
     assert "overwrite_output_dir" in str(raised.value)
     assert ("resume_from_checkpoint" in str(raised.value)) == (found == "checkpoint-2")
 
 
 def test_the_newest_checkpoint_is_named_and_not_the_last_by_name(tmp_path):
-    with pytest.raises(ConfigError, match="holds checkpoint-10 of an earlier run"):
+    with pytest.raises(ConfigError, match="contains checkpoint-10 of an earlier run"):
         prepare(fill(tmp_path, "checkpoint-2/a", "checkpoint-10/a", "checkpoint-best/a"))
 
 
@@ -60,7 +60,7 @@ def test_a_run_that_cannot_resume_does_not_replace_a_model(tmp_path):
     fill(tmp_path / "a", "model.safetensors")
     fill(tmp_path / "b", "checkpoint-2/a")
     for resume in (True, str(tmp_path / "b" / "checkpoint-2")):
-        with pytest.raises(ConfigError, match="holds a finished model"):
+        with pytest.raises(ConfigError, match="contains a finished model"):
             prepare(tmp_path / "a", resume)
 
 

@@ -150,7 +150,7 @@ def test_a_name_is_resolved_once_so_that_it_cannot_change_after_the_check(server
     assert server.asked[0].headers["host"] == f"rebinding.test:{server.port}"
 
 
-def test_a_name_that_is_not_resolved_in_time_is_given_up() -> None:
+def test_the_resolution_of_a_name_times_out() -> None:
     answered = threading.Event()
 
     def resolve(host: str, port: int) -> list[str]:
@@ -163,7 +163,7 @@ def test_a_name_that_is_not_resolved_in_time_is_given_up() -> None:
     answered.set()
 
 
-def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopback) -> None:
+def test_a_redirect_is_followed_within_the_limits(visit: Any, server: Loopback) -> None:
     assert visit(f"{server.url}/there") == "just text"
 
 
@@ -178,7 +178,7 @@ def test_a_redirect_is_followed_within_what_is_allowed(visit: Any, server: Loopb
         "http://[",
     ],
 )
-def test_a_redirect_to_elsewhere_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
+def test_a_redirect_to_another_host_is_checked_again(visit: Any, server: Loopback, to: str) -> None:
     with pytest.raises(ToolError, match=r"public internet|web page|port 22|invalid address"):
         visit(f"{server.url}/out?to={to}")
 
@@ -292,7 +292,7 @@ def test_pdf_text_is_read(server: Loopback, visit: Any) -> None:
         (Reply(b"x" * 100, headers={"Content-Encoding": "gzip"}), "answered with broken gzip"),
     ],
 )
-def test_what_cannot_be_read_says_why(server: Loopback, reply: Reply, message: str) -> None:
+def test_unreadable_files_are_errors_with_the_reason(server: Loopback, reply: Reply, message: str) -> None:
     server.answer = lambda asked: reply
     visit = visit_tool(allowed_hosts=["127.0.0.1"], max_bytes=2_000_000, timeout_s=20)
     with pytest.raises(ToolError, match=message):
@@ -332,7 +332,7 @@ def cpu_s(who: int) -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def test_a_long_text_page_is_cut_to_size_and_read_elsewhere(server: Loopback) -> None:
+def test_a_long_text_page_is_cut_and_read_in_another_process(server: Loopback) -> None:
     """8 MB as text: what is beyond the cap is not looked at, and this process does but a small part of the work."""
     lines = [f"Filler line {i} about nothing at all." for i in range(200_000)]
     lines[20_000], lines[-1] = "Iron melts at 1538 degrees.", "Iron melts at 4711 degrees."
@@ -426,7 +426,7 @@ def test_settings_that_cannot_work_say_so(settings: dict[str, Any], message: str
         build_tools(ToolArguments(["visit"], **settings))
 
 
-def test_a_missing_library_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs trafilatura: pip install 'arpo-trl\[tools\]'"):
         visit_tool()

@@ -43,7 +43,7 @@ def test_every_panel_can_be_drawn() -> None:
     assert tuple(panel.name for panel in PANELS) == KINDS_OF_PLOTS
 
 
-def test_a_picture_goes_into_the_runs_folder(
+def test_a_picture_is_saved_in_the_runs_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = run_with(tmp_path / "a", {"step": 1, "reward": 0.5}, {"step": 2, "reward": 0.75})
@@ -61,7 +61,7 @@ def test_the_lines_of_several_runs_name_their_run(tmp_path: Path) -> None:
 
 def test_a_run_without_such_metrics_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
     run = run_with(tmp_path / "a", {"step": 1, "reward": 0.5})
-    with pytest.raises(DataError, match=r"has no logged phases. Give the output_dir"):
+    with pytest.raises(DataError, match=r"has no logged phases. Pass the output_dir"):
         draw_plot([run], "phases")
     with pytest.raises(ConfigError, match=r"--output is x.gif; expected a file that ends in .png, .svg, .pdf"):
         draw_plot([run], "reward", Path("x.gif"))
@@ -111,7 +111,7 @@ def check_trace(path: Path) -> list[dict[str, Any]]:
     return events
 
 
-def test_the_file_is_what_readers_of_traces_take_whole(tmp_path: Path) -> None:
+def test_trace_readers_accept_the_whole_file(tmp_path: Path) -> None:
     """Two ranks with trees of the same number, and times whose ends and lengths round differently.
 
     The turn lasts from 0.6 to 2.4 µs, which round to 1 and 2. Its length of 1.8 would round to 2, and it would end at
@@ -127,7 +127,7 @@ def test_the_file_is_what_readers_of_traces_take_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", list(RolloutSchedule))
-def test_the_timeline_of_what_the_sampler_makes_is_taken_whole(tmp_path: Path, schedule: RolloutSchedule) -> None:
+def test_the_timeline_of_the_samplers_trees_is_read_completely(tmp_path: Path, schedule: RolloutSchedule) -> None:
     def searches(request: Any, context: str) -> ScriptedTurn:
         depth = request.key[-1]
         return ScriptedTurn(text=["<search>iron</search>", ANSWER][depth], entropies=[0.1 + depth])

@@ -1,4 +1,4 @@
-"""Sampling and training use the same distribution with every precision that users set."""
+"""Sampling and training use the same distribution in every precision."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_an_update_packed_or_padded_is_under_the_autocast_that_sampling_is_under
     assert kinds == {torch.bfloat16}
 
 
-def test_a_run_with_the_defaults_takes_a_step(tmp_path):
+def test_a_run_with_the_defaults_trains_one_step(tmp_path):
     made = sampling_trainer(sharp("qwen3", torch.float32), tmp_path, ROWS, max_steps=1, learning_rate=1e-3)
     assert made.args.bf16 and made.args.gradient_checkpointing
     before = made.model.lm_head.weight.detach().clone()
@@ -93,7 +93,7 @@ def test_a_run_with_the_defaults_takes_a_step(tmp_path):
     "settings", [{}, {"bf16": False, "fp16": True}, {"bf16": False}], ids=["bf16", "fp16", "fp32"]
 )
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_a_gpu_what_is_sampled_is_what_is_scored(layout, settings, tmp_path):
+def test_sampling_and_scoring_distributions_are_equal_on_a_gpu(layout, settings, tmp_path):
     made = sampling_trainer(sharp(layout, torch.float32), tmp_path, ROWS, use_cpu=False, **settings)
     most = BFLOAT16 if made.args.bf16 or made.args.fp16 else FLOAT32
     assert unlike_scored(made).mean() < most

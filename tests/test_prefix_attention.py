@@ -181,7 +181,7 @@ def random_edges(rng: random.Random, start: int = 0, depth: int = 0) -> list[tup
 
 @pytest.mark.usefixtures("cuda_kernels_on_cpu")
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_every_kernel_shows_a_query_what_is_on_its_path(kernel, monkeypatch):
+def test_every_kernel_lets_a_query_attend_to_its_path(kernel, monkeypatch):
     monkeypatch.setattr(prefix_attention, "kernel_for", lambda device, dtype: kernel())
     deepest = 0
     for seed in range(12):
@@ -206,7 +206,7 @@ def test_every_kernel_shows_a_query_what_is_on_its_path(kernel, monkeypatch):
     assert deepest == 5  # own edges, and four depths above others
 
 
-def test_float32_takes_the_efficient_kernel_on_cuda_and_half_precision_the_flash_kernel():
+def test_float32_uses_the_efficient_kernel_on_cuda_and_half_precision_the_flash_kernel():
     cuda = torch.device("cuda", 0)
     assert isinstance(kernel_for(cuda, torch.float32), EfficientKernel)
     assert isinstance(kernel_for(cuda, torch.bfloat16), FlashKernel)
@@ -239,7 +239,7 @@ def forget() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("forget")
-def test_a_kernel_that_fails_is_told_with_its_own_words(monkeypatch):
+def test_a_failing_kernel_is_reported_with_its_error(monkeypatch):
     def broken(*args):
         raise RuntimeError("no kernel image is available for execution")
 
@@ -250,7 +250,7 @@ def test_a_kernel_that_fails_is_told_with_its_own_words(monkeypatch):
 
 
 @pytest.mark.usefixtures("forget")
-def test_a_kernel_that_computes_something_else_is_told_by_how_much(monkeypatch):
+def test_a_kernel_with_wrong_results_is_reported_with_the_difference(monkeypatch):
     right = CPUKernel.forward
 
     def wrong(*args):
@@ -267,7 +267,7 @@ def test_a_gpu_or_heads_that_the_flash_kernel_does_not_take_are_named(monkeypatc
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert why_no_attention(cuda, torch.float16, 4, 2, 64) == (
-        "torch's flash kernel needs a GPU of compute capability 8.0 or more, and this one has 7.5"
+        "torch's flash kernel needs a GPU of compute capability 8.0 or more, but this one has 7.5"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for head_dim in (20, 264):

@@ -141,7 +141,7 @@ def test_a_path_goes_through_edges_of_several_earlier_rows():
     assert pack.edges == ((0, 2, 9), (2, 4, 4), (4, 5, 9), (5, 7, 7), (7, 9, 9))
 
 
-def test_where_one_rows_prompt_is_anothers_completion_both_get_what_they_want():
+def test_a_prompt_of_one_row_may_be_a_completion_of_another():
     pack = pack_rows(*batch(([1, 2, 3], [4]), ([1], [2, 3, 4])))
     assert pack.ids.tolist() == [[1, 2, 3, 4]]
     assert pack.labels.tolist() == [[2, 3, 4, NO_LABEL]]
@@ -160,7 +160,7 @@ def test_only_wanted_tokens_get_a_label_and_a_shared_one_gets_it_if_any_row_want
     assert pack.sources[pack.real].tolist() == [0, 2, 4]
 
 
-def test_tokens_that_nobody_wants_change_nothing_for_the_others():
+def test_tokens_without_wanted_logprobs_do_not_affect_other_tokens():
     rows = random_rows(1)
     wanted = torch.rand(len(rows[0]), rows[2], generator=torch.Generator().manual_seed(0)) < 0.5
     model = model_of(*FAMILIES[0])
@@ -170,7 +170,7 @@ def test_tokens_that_nobody_wants_change_nothing_for_the_others():
         torch.testing.assert_close(found, all_of * wanted)
 
 
-def test_a_pack_is_filled_up_to_a_multiple_with_an_edge_that_nobody_reads():
+def test_a_pack_is_padded_to_a_multiple_with_an_unused_edge():
     rows = batch(([1], [2, 3, 4]), ([1], [2, 5]))
     plain, filled = pack_rows(*rows), pack_rows(*rows, multiple_of=8)
     assert filled.ids.tolist() == [[*plain.ids[0].tolist(), 0, 0]]  # 1 2 3 4 2 5, and two more
@@ -188,7 +188,7 @@ def test_padding_between_tokens_is_an_error():
             pack_rows(ids, torch.tensor([hole]), after)
 
 
-def test_a_pack_never_holds_more_tokens_than_the_padded_batch():
+def test_a_pack_never_contains_more_tokens_than_the_padded_batch():
     for seed in range(50):
         rows = random_rows(seed)
         assert len(pack_rows(*rows)) <= int(rows[1].sum())
@@ -271,7 +271,7 @@ def test_a_model_for_which_packs_are_not_exact_is_recognised(make, reason):
 def test_a_model_that_keeps_packs_from_its_attention_is_found_out_before_training():
     model = model_of(NemotronConfig, NemotronForCausalLM)  # its layers hand no keywords on
     assert why_not_shared(model, CPU) is None  # nothing is known against it
-    assert "passes packs to the attention of 0 of its 2 layers only" in why_packs_differ(model)
+    assert "passes packs to the attention of only 0 of its 2 layers" in why_packs_differ(model)
 
 
 def test_a_model_that_takes_packs_is_compared_with_its_padded_self(monkeypatch):
@@ -441,7 +441,7 @@ def test_without_branches_each_optimizer_step_is_that_of_trls_micro_batches(mode
     assert grads["on"] == pytest.approx(grads["off"], rel=1e-3)
 
 
-def test_auto_packs_where_what_is_saved_outweighs_what_the_attention_adds(model_path, tmp_path):
+def test_auto_packs_if_the_saving_exceeds_the_cost_of_attention_calls(model_path, tmp_path):
     # 3 rows of 1,000 + 200 tokens: 3,600 padded; 1,000 + 3 · 200 in the pack, and the prompt's last token twice more.
     # Its attention has a call of 4 sequences, the prompt and the completions, and one of 1, these after that.
     pack = pack_rows(*batch(*(([7] * 1000, [row] * 200) for row in (1, 2, 3))))
@@ -482,7 +482,7 @@ def test_packs_are_filled_up_as_trl_pads(model_path, tmp_path, monkeypatch):
     assert packs and all(len(pack) % 64 == 0 for pack in packs)
 
 
-def test_parts_of_a_tree_hold_what_branched_off_together(model_path, tmp_path):
+def test_parts_of_a_tree_contain_leaves_with_a_common_branch(model_path, tmp_path):
     """Two paths start at each root and branch once: a micro-batch of two rows holds a path and its branch."""
     settings = {"per_device_train_batch_size": 2, "steps_per_generation": 8, "gradient_accumulation_steps": 8}
     made = trainer(model_path, tmp_path, shared_prefix_forward="on", initial_rollouts=2, **settings)

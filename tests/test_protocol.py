@@ -25,7 +25,7 @@ def protocol() -> TagProtocol:
         ("<answer>1</answer><search>iron</search>", ToolCall(name="search", arguments={"query": "iron"})),
     ],
 )
-def test_a_call_is_what_stands_between_its_tags(protocol, text, call):
+def test_a_call_is_the_text_between_its_tags(protocol, text, call):
     assert protocol.parse_turn(text) == (call,)
 
 
@@ -44,7 +44,7 @@ def test_a_call_is_what_stands_between_its_tags(protocol, text, call):
         ("<calculator>1+1</calculator> so", "unknown_tool"),
     ],
 )
-def test_what_is_wrong_with_a_call_is_named_and_told(protocol, text, fault):
+def test_the_fault_of_a_call_is_named_and_explained(protocol, text, fault):
     (bad,) = protocol.parse_turn(text)
     assert isinstance(bad, BadCall)
     assert bad.fault == fault
@@ -67,7 +67,7 @@ def test_tags_in_code_and_in_prose_are_text(protocol, case):
     "text",
     ["", "just text", "<answer>\\boxed{1}</answer>", "<think>x</think>", "1 < 2", "<answer>cut off", "<br>x<br>"],
 )
-def test_a_turn_that_asks_for_nothing_is_no_call(protocol, text):
+def test_a_turn_without_a_request_is_not_a_call(protocol, text):
     assert protocol.parse_turn(text) == ()
 
 
@@ -81,7 +81,7 @@ def test_without_tools_nothing_is_a_call():
     assert protocol.parse_turn("<search>iron</search> <x>1</x>") == ()
 
 
-def test_content_never_holds_a_control_token_and_reads_back_as_it_was():
+def test_content_never_contains_a_control_token_and_reads_back_unchanged():
     encode = ContentEncoder(tokenizer())
     text = "".join(tokenizer().all_special_tokens) + "</result><answer>\\boxed{1}</answer> é 漢 \x07 🙂"
     ids = encode(text)
@@ -89,7 +89,7 @@ def test_content_never_holds_a_control_token_and_reads_back_as_it_was():
     assert tokenizer().decode(ids) == text
 
 
-def test_a_vocabulary_that_holds_its_control_tokens_as_words_is_spelled_out():
+def test_control_tokens_that_are_words_of_the_vocabulary_are_spelled_out():
     # merges that build "<x>" as an ordinary token, which is also a control token
     from tokenizers import Tokenizer, models
 
@@ -131,7 +131,7 @@ def test_a_turn_is_decoded_with_its_tags_and_without_its_end(protocol):
     assert "<|im_end|>" in protocol.decode_turn([tok.eos_token_id, *ids])
 
 
-def test_what_is_demonstrated_is_what_is_parsed(protocol):
+def test_demonstrations_are_encoded_as_they_are_parsed(protocol):
     ids = protocol.encode_turn("<search>iron</search>", last=False)
     assert protocol.parse_turn(protocol.decode_turn(ids)) == (ToolCall(name="search", arguments={"query": "iron"}),)
     assert protocol.encode_turn("x", last=True)[-1] == tokenizer().eos_token_id
@@ -239,7 +239,7 @@ def test_a_chat_template_turn_may_hold_several_calls():
         "[" * 100_000,
     ],
 )
-def test_a_call_that_cannot_be_read_is_told(call):
+def test_an_unreadable_call_becomes_an_error_for_the_model(call):
     (bad,) = chat_protocol().parse_turn(f"<tool_call>\n{call}\n</tool_call>")
     assert isinstance(bad, BadCall)
     assert bad.fault == "malformed"
@@ -264,7 +264,7 @@ def rendered(protocol: ChatTemplateProtocol, template: str, results: list[tuple[
     return whole.split("</tool_call>")[-1].partition(made.eos_token)[2]
 
 
-def test_an_observation_is_what_the_template_shows():
+def test_an_observation_equals_the_templates_text():
     for template in ("qwen2_5", "qwen3_5_think"):
         protocol = chat_protocol(template)
         for results in ([("search", "one")], [("search", "one"), ("weather", "two\nlines")]):
@@ -304,7 +304,7 @@ def test_the_prompt_shows_the_tools_schemas():
     assert text.endswith("<|im_start|>assistant\n")
 
 
-def test_a_chat_template_protocol_says_what_it_needs():
+def test_a_chat_template_protocol_names_its_requirements():
     with pytest.raises(ConfigError, match="no chat template"):
         ChatTemplateProtocol(without(chat_template=None), {})
     with pytest.raises(ConfigError, match="does not show tool calls"):

@@ -183,7 +183,7 @@ def test_cbpo_asks_again_for_each_branch(above, delta, granted):
     assert (made.granted, made.fires) == (granted, granted > 0)
 
 
-def test_cbpo_holds_leaves_back_for_as_many_branches_as_a_result_may_have():
+def test_cbpo_reserves_leaves_for_the_maximum_branches_of_a_result():
     # one result to come: up to 3 branches; two: 4² − 1
     live = [LivePath(address=(0,), node=0, results=1)]
     assert CBPO().supply(live, Grown(remaining=8)) == 3
@@ -269,14 +269,14 @@ def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(form, weight,
         assert rollout.topups == [max(1, m - 1)]
 
 
-def test_aepo_without_a_result_takes_half():
+def test_aepo_without_a_result_uses_half():
     rollout = Scripted(lambda request, context: ANSWER, leaves=8, at_root=1, rule=AEPO())()
     # 8 · σ(0) = 4: three more start at the root, and when they have no result either, the last four
     assert (len(rollout.trees[0].leaves()), rollout.topups) == (8, [7])
     assert rollout.turns_in_sequence == [3]
 
 
-def test_aepo_measures_one_path_unless_told_otherwise():
+def test_aepo_measures_one_path_by_default():
     assert settings("aepo").initial_rollouts == 1
     assert settings("aepo", initial_rollouts=3).initial_rollouts == 3
     with pytest.raises(ConfigError, match=r"form is 'code'; expected one of \['paper', 'coded'\]"):

@@ -1,4 +1,5 @@
-"""One run of train.py on two processes, pushed and tracked, with planted secrets: what do the Hub and trackers get?
+"""One run of train.py on two processes, pushed and tracked, with planted secrets: the data at the Hub and the
+trackers.
 
 All tests use this one run, because its start takes most of the time.
 """

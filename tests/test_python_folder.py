@@ -102,7 +102,7 @@ def test_a_folder_that_cannot_be_removed_is_named_in_a_warning(
         remove(folder)
 
 
-def test_removing_what_is_gone_is_no_fault(tmp_path: Path) -> None:
+def test_removing_a_missing_file_is_not_an_error(tmp_path: Path) -> None:
     remove(tmp_path / "never there")
 
 
@@ -118,13 +118,13 @@ def test_files_and_bytes_are_counted_in_all_folders_and_links_not_followed(tmp_p
     assert holds_more(tmp_path, files=5, size=(1 << 16) - 1)
 
 
-def test_a_file_with_holes_counts_as_what_it_takes(tmp_path: Path) -> None:
+def test_a_sparse_file_counts_with_its_disk_usage(tmp_path: Path) -> None:
     with open(tmp_path / "holes", "wb") as file:
         file.truncate(1 << 30)
     assert not holds_more(tmp_path, files=1, size=1 << 16)
 
 
-def test_a_folder_too_deep_to_look_into_holds_too_much(tmp_path: Path) -> None:
+def test_a_folder_too_deep_to_read_is_over_the_limit(tmp_path: Path) -> None:
     nest(tmp_path, DEEP)
     assert holds_more(tmp_path, files=10**6, size=1 << 40)
     empty(tmp_path)

@@ -1,4 +1,4 @@
-"""The remote executor shows results as the local one does, and turns every server response into text."""
+"""The remote executor returns results like the local one, and turns every server response into text."""
 
 import asyncio
 import json
@@ -128,7 +128,7 @@ def run(remote: RemotePython, code: str, *earlier: str) -> str:
         ("__name__", "'__main__'"),
     ],
 )
-def test_a_call_shows_what_the_local_tool_would(remote: RemotePython, code: str, shown: str) -> None:
+def test_a_call_returns_the_local_tools_text(remote: RemotePython, code: str, shown: str) -> None:
     assert run(remote, code) == shown
 
 
@@ -163,7 +163,7 @@ def test_the_limits_are_sent(executor: tuple[Executor, RemotePython], remote: Re
         ("print('x' * 2000)", "x" * 1000 + "\nError: stopped, the code printed more than 1000 bytes"),
     ],
 )
-def test_what_stops_a_call_is_told(remote: RemotePython, code: str, text: str) -> None:
+def test_the_reason_for_a_stopped_call_is_reported(remote: RemotePython, code: str, text: str) -> None:
     with pytest.raises(ToolStopped) as caught:
         run(remote, code)
     assert str(caught.value).startswith(text)
@@ -208,7 +208,7 @@ NOT_UNDERSTOOD = "Error: the python executor's reply cannot be understood"
         (b'{"status": "Success", "x": ' + b"1" * 10_000 + b"}", NOT_UNDERSTOOD),
     ],
 )
-def test_a_reply_that_is_none_is_an_error_for_the_model(
+def test_an_invalid_reply_is_an_error_for_the_model(
     executor: tuple[Executor, RemotePython], remote: RemotePython, reply: Any, text: str
 ) -> None:
     body = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
@@ -272,7 +272,7 @@ def test_a_server_that_is_slow_or_drips_meets_the_deadline(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("status", [500, 503, 429])
-def test_a_server_that_is_unwell_is_asked_again(
+def test_a_request_to_a_failing_server_is_retried(
     executor: tuple[Executor, RemotePython], remote: RemotePython, status: int
 ) -> None:
     def recovers(handler: BaseHTTPRequestHandler, request: dict[str, Any]) -> None:
@@ -287,7 +287,7 @@ def test_a_server_that_is_unwell_is_asked_again(
 
 
 @pytest.mark.slow
-def test_a_server_that_stays_unwell_is_an_error_after_three_attempts(
+def test_a_permanently_failing_server_is_an_error_after_three_attempts(
     executor: tuple[Executor, RemotePython], remote: RemotePython
 ) -> None:
     executor[0].answer = lambda handler, _: executor[0].reply(handler, b"oops", 500)
@@ -312,7 +312,7 @@ def test_a_refusal_is_not_repeated_and_no_redirect_is_followed(
     executor: tuple[Executor, RemotePython], remote: RemotePython, status: int
 ) -> None:
     executor[0].answer = lambda handler, _: executor[0].reply(handler, b"", status, Location="http://127.0.0.1:1/")
-    with pytest.raises(ToolError, match=f"refused the call .HTTP status {status}"):
+    with pytest.raises(ToolError, match=f"rejected the call .HTTP status {status}"):
         run(remote, "1")
     assert len(executor[0].requests) == 1
 

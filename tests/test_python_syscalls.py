@@ -1,6 +1,6 @@
 """The filter of system calls, as data: its program is run here over (architecture, number, arguments).
 
-What the kernel makes of it is in test_escapes.py. Here also the machine that the tests do not run on is covered.
+test_escapes.py tests the filter in the kernel. This file also covers the other architecture.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""The python tool shows what a notebook shows, and the sandbox blocks everything that its docstring lists."""
+"""The python tool has the output of a notebook, and the sandbox blocks everything that its docstring lists."""
 
 import json
 import os
@@ -189,7 +189,7 @@ def test_a_failure_ends_in_one_line_that_names_it(tool: PythonTool, code: str, l
     assert str(caught.value).splitlines()[-1] == last_line
 
 
-def test_a_crash_is_told_apart_from_an_exception(tool: PythonTool) -> None:
+def test_a_crash_differs_from_an_exception(tool: PythonTool) -> None:
     with pytest.raises(ToolError, match=r"(?s)^here\nError: the python process was killed or crashed"):
         tool("print('here')\nimport os\nos.abort()")
 
@@ -228,7 +228,7 @@ def cells(worker: Worker) -> Callable[..., Run]:
     return lambda *codes: worker.run(codes[-1], codes[:-1])
 
 
-def test_a_call_after_others_sees_what_they_left_and_shows_its_own_output_only(cells: Callable[..., Run]) -> None:
+def test_a_call_sees_earlier_variables_and_shows_only_its_own_output(cells: Callable[..., Run]) -> None:
     ran = cells(
         "import math\nprint('first')\n'first value'\nopen('kept', 'w').write('text')",
         "x = 40",
@@ -237,7 +237,7 @@ def test_a_call_after_others_sees_what_they_left_and_shows_its_own_output_only(c
     assert (ran.output, ran.ending) == ("42\n(None, True, 'text')\n", Ending.FINISHED)
 
 
-def test_a_cell_that_raised_leaves_what_it_did_before_and_later_cells_run(cells: Callable[..., Run]) -> None:
+def test_a_cell_that_raised_keeps_its_earlier_effects_and_later_cells_run(cells: Callable[..., Run]) -> None:
     ran = cells(
         "x = 1\nraise ValueError('shown before')\nx = 2",
         "def f(): return 1 / 0",
@@ -269,7 +269,7 @@ def test_earlier_cells_count_towards_the_deadline(hurried: Worker) -> None:
     assert hurried.run(nap, [nap, nap]).ending is Ending.TIMEOUT
 
 
-def test_siblings_share_the_cells_before_they_parted_and_nothing_else(cells: Callable[..., Run]) -> None:
+def test_siblings_share_only_the_cells_before_their_branch(cells: Callable[..., Run]) -> None:
     assert cells("x = [1]", "x.append(2); x").output == "[1, 2]\n"
     assert cells("x = [1]", "x").output == "[1]\n"
     assert cells("x").output.endswith("NameError: name 'x' is not defined\n")
@@ -296,7 +296,7 @@ def test_a_fork_of_the_cells_knows_those_before_it_and_no_later_ones() -> None:
     assert fork.key == (({"code": "x = 1"}, None),)
 
 
-def test_a_stateful_tool_says_so_and_a_stateless_one_keeps_nothing() -> None:
+def test_a_stateful_tool_describes_its_state_and_a_stateless_one_keeps_nothing() -> None:
     if not any(map(can_isolate, ISOLATING)):
         pytest.skip("this kernel cannot isolate")
     stateful, stateless = tool_spec(python_tool(stateful=True)), tool_spec(python_tool())
@@ -308,7 +308,7 @@ def test_a_stateful_tool_says_so_and_a_stateless_one_keeps_nothing() -> None:
     assert "nothing is kept between calls" in described[1]
 
 
-def test_a_call_that_a_limit_stopped_is_told_apart_from_one_that_raised(tool: PythonTool) -> None:
+def test_a_call_stopped_by_a_limit_differs_from_a_call_that_raised(tool: PythonTool) -> None:
     with pytest.raises(ToolStopped, match=r"killed or crashed"):
         tool("import os; os._exit(9)")
     with pytest.raises(ToolError) as caught:
@@ -367,7 +367,7 @@ def test_threads_are_limited(worker: Worker) -> None:
     assert run(worker, "print('next')") == "next\n"
 
 
-def test_threads_made_without_python_are_limited(worker: Worker) -> None:
+def test_threads_created_without_python_are_limited(worker: Worker) -> None:
     # Each stays in `pause` for good; they share the stack of the first, which they do not touch.
     clone = """
         import ctypes, mmap, time
@@ -414,7 +414,7 @@ def test_bytes_written_to_files_that_are_removed_count(worker: Worker) -> None:
     assert worker.run(textwrap.dedent(code)).ending is ending
 
 
-def test_a_call_that_went_beyond_a_limit_is_told_so(tool: PythonTool) -> None:
+def test_a_call_beyond_a_limit_returns_an_error_text(tool: PythonTool) -> None:
     many = "import threading, time\nthreading.stack_size(64 << 10)\nprint('before')\n"
     many += "for i in range(200): threading.Thread(target=time.sleep, args=(1,)).start()"
     with pytest.raises(ToolStopped) as caught:
@@ -425,7 +425,7 @@ def test_a_call_that_went_beyond_a_limit_is_told_so(tool: PythonTool) -> None:
 
 
 @pytest.mark.parametrize("mess", ["for i in range(900): os.mkdir('d'); os.chdir('d')", "os.makedirs('d/e', 0o300)"])
-def test_a_worker_cleans_up_whatever_a_call_leaves(worker: Worker, mess: str) -> None:
+def test_a_worker_removes_all_files_of_a_call(worker: Worker, mess: str) -> None:
     worker.run(f"import os\n{mess}")
     assert run(worker, "import os\nos.listdir()") == "[]\n"
     assert list(worker.folder.iterdir()) == []
@@ -707,7 +707,7 @@ def test_numpy_sympy_and_pandas_work(isolated: Worker) -> None:
 # Where code cannot be isolated.
 
 
-def test_the_probe_names_what_code_can_do_in_a_plain_process() -> None:
+def test_the_probe_lists_the_escapes_in_a_plain_process() -> None:
     with (
         worker_of(Tier.UNSAFE, LIMITS) as worker,
         pytest.raises(SandboxError, match="read files, write files, reach the network, start processes"),
@@ -716,7 +716,7 @@ def test_the_probe_names_what_code_can_do_in_a_plain_process() -> None:
 
 
 @pytest.mark.parametrize("tier", ISOLATING)
-def test_each_tier_is_taken_when_it_is_asked_for(tier: Tier) -> None:
+def test_each_tier_is_used_if_requested(tier: Tier) -> None:
     if not can_isolate(tier):
         pytest.skip(f"this kernel cannot isolate by {tier}")
     python = python_tool(isolation=tier, max_workers=1)
@@ -740,7 +740,7 @@ def test_an_unknown_isolation_is_refused() -> None:
 
 @pytest.fixture
 def no_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine on which every sandbox starts and none holds."""
+    """A machine on which every sandbox starts but none isolates."""
 
     class LeakyWorker(Worker):
         def __init__(self, limits: Limits, *, tier: Tier, preload: bool) -> None:
@@ -771,7 +771,7 @@ def test_a_machine_without_sandlock_is_named(monkeypatch: pytest.MonkeyPatch) ->
         python_tool(isolation="sandlock")
 
 
-def test_a_configuration_says_once_how_its_code_is_isolated(
+def test_a_configuration_logs_the_isolation_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if not any(map(can_isolate, ISOLATING)):

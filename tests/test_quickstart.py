@@ -68,13 +68,13 @@ def test_the_corpus_is_some_hundred_distinct_sentences_and_always_the_same() -> 
     assert texts == passages()
 
 
-def test_every_alias_points_to_an_entity_and_is_none_itself() -> None:
+def test_every_alias_points_to_an_entity_and_is_not_an_entity() -> None:
     titles = {title for topic in TOPICS for title in topic.titles}
     assert set(ALIASES.values()) <= titles
     assert titles.isdisjoint(ALIASES)
 
 
-def test_a_search_finds_both_passages_of_an_entity_with_the_asked_one_on_either_page(
+def test_a_search_finds_both_passages_of_an_entity_in_either_order(
     search: Callable[[str], str],
 ) -> None:
     for topic in TOPICS:
@@ -139,12 +139,12 @@ def test_the_same_seed_makes_the_same_tasks_and_another_seed_others() -> None:
     assert make_tasks(3, 50, 10) != make_tasks(4, 50, 10)
 
 
-def test_more_tasks_than_pairs_is_an_error_that_says_how_many_there_are() -> None:
+def test_more_tasks_than_pairs_is_an_error_with_the_number_of_pairs() -> None:
     with pytest.raises(ConfigError, match=r"n_train \(5000\) \+ n_heldout \(400\) is more than the \d+ pairs"):
         make_tasks(0, 5000, 400)
 
 
-def test_text_of_another_form_is_no_question() -> None:
+def test_text_in_another_form_is_not_a_question() -> None:
     with pytest.raises(ValueError, match="Not a quickstart question: 'How high is Denali\\?'"):
         parse_question("How high is Denali?")
 
@@ -211,7 +211,7 @@ def test_with_the_default_noise_about_a_third_of_the_demonstrations_is_right(sea
 FAILURES = {"search": ["search: down", "search: late"], "python": ["python: down"]}
 
 
-def test_a_failed_call_is_made_again_until_it_succeeds(search: Callable[[str], str]) -> None:
+def test_a_failed_call_is_retried_until_it_succeeds(search: Callable[[str], str]) -> None:
     tasks, _ = make_tasks(seed=0, n_train=300, n_heldout=0)
     rows = make_demonstrations(tasks, search, 0, 300, NO_NOISE, Failures(rate=0.3, texts=FAILURES))
     made: Counter[str] = Counter()
@@ -227,7 +227,7 @@ def test_a_failed_call_is_made_again_until_it_succeeds(search: Callable[[str], s
     assert set(made) == {"useful", "search: down", "search: late", "python: down"}
 
 
-def test_who_gives_up_on_every_failure_is_left_with_nothing(search: Callable[[str], str]) -> None:
+def test_a_policy_that_gives_up_on_every_failure_solves_nothing(search: Callable[[str], str]) -> None:
     noise = dataclasses.replace(NO_NOISE, give_up=1.0)
     question = task("melting point of Wolfram minus that of Tin in °C?")
     failures = Failures(rate=1.0, texts={**FAILURES, "search": ["down"]})
@@ -302,7 +302,7 @@ def test_the_model_is_tiny_and_the_same_for_the_same_seed(tokenizer: PreTrainedT
     assert not torch.equal(model.model.embed_tokens.weight, other.model.embed_tokens.weight)
 
 
-def test_an_untrained_model_already_leans_to_what_followed_the_same_tokens_before(
+def test_an_untrained_model_prefers_tokens_that_followed_the_same_tokens_before(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     # ids: r0 … r19 r0 … r19, so that from the second r1 on, the next token is known to one who copies.

@@ -123,7 +123,7 @@ def test_an_adapter_is_trained_and_saved_whole(alone, together):
     )
 
 
-def test_in_the_precision_that_users_get_what_is_sampled_is_what_is_trained(together, base):
+def test_sampling_and_training_distributions_are_equal_in_the_default_precision(together, base):
     _, folder, ranks = together
     for rank in ranks:
         assert rank["default"]["mean"] < 0.02
@@ -131,7 +131,7 @@ def test_in_the_precision_that_users_get_what_is_sampled_is_what_is_trained(toge
     assert 1e-3 < distance(saved(folder / "default" / "final"), saved(base)) < 10
 
 
-def test_an_adapter_for_servers_that_hold_none_is_merged(together, base):
+def test_an_adapter_is_merged_for_servers_without_adapters(together, base):
     _, folder, _ = together
     sent = served(folder / "adapter")
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder / "adapter" / "final")
@@ -229,7 +229,7 @@ def test_the_quickstart_trains_with_its_optimizer_on_the_cpu(data, tmp_path):
     left.touch()
     os.utime(left, (0, 0))
     done = train("zero3_offload", data, tmp_path, deadline_s=880.0)
-    assert f"{left} was left by a build that was killed" in done.output and not left.exists()
+    assert f"{left} is the lock of a build that was killed" in done.output and not left.exists()
     check_the_quickstart(tmp_path, data)
 
 

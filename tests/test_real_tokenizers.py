@@ -106,18 +106,18 @@ def test_a_call_in_a_models_own_ids_is_read(name, turn, ends):
 
 
 @pytest.mark.parametrize("name", ["gemma3", "llama3_1", "deepseek_v3"])
-def test_a_template_of_its_own_without_tools_is_refused_for_what_it_lacks(name):
+def test_a_custom_template_without_tools_is_rejected_with_the_reason(name):
     made = PreTrainedTokenizerFast.from_pretrained(FOLDER / name, clean_up_tokenization_spaces=False)
     with pytest.raises(ConfigError, match=r"It has no tools: .* names none of them.*\"tags\".*trl/chat_templates"):
         ChatTemplateProtocol(made, SPECS)
 
 
-def test_a_tokenizer_that_loses_white_space_is_refused_with_what_is_lost():
+def test_a_tokenizer_that_loses_white_space_is_rejected_with_the_lost_text():
     # DeepSeek's configuration names Llama's class, which builds a pipeline of its own around the vocabulary
     from transformers import AutoTokenizer
 
     lossy = AutoTokenizer.from_pretrained(FOLDER / "deepseek_v3")
-    with pytest.raises(ConfigError, match=r"does not give text back as it was: '\\n<result>\\n' becomes '<result>'"):
+    with pytest.raises(ConfigError, match=r"does not preserve text: '\\n<result>\\n' becomes '<result>'"):
         TagProtocol(lossy, SPECS)
     lossy.chat_template = real_tokenizer("deepseek_v3").chat_template
     with pytest.raises(ConfigError, match="chat template"):

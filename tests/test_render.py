@@ -54,13 +54,13 @@ def test_a_tree_is_drawn_line_by_line_and_only_forks_indent():
     ]
 
 
-def test_the_path_that_goes_on_stands_before_a_branch_that_started_earlier():
+def test_the_continuing_path_is_before_a_branch_that_started_earlier():
     made = tree()
     made.nodes[2].children.reverse()
     assert shown(made) == shown(tree())
 
 
-def test_a_result_says_what_failed_and_why_nothing_forked():
+def test_a_result_shows_failures_and_the_reason_without_a_fork():
     made = tree(failure=ToolFailure.TIMEOUT)
     made.nodes[2].decision = BranchDecision(entropy_nats=1.0, delta=-0.25, probability=0.45)
     assert shown(made)[3].endswith("◂ 1538 degrees  failed: timeout  no fork, ΔH -0.250, P 0.450")

@@ -120,7 +120,7 @@ def test_the_number_of_rounds_is_limited(model_path, tmp_path):
     assert made._metrics["train"]["arpo/resampling/left"] == [0.5]
 
 
-def test_a_further_round_scores_only_what_was_rolled_out_again(model_path, tmp_path):
+def test_a_further_round_scores_only_the_new_completions(model_path, tmp_path):
     calls = []
 
     def reward(completions, number, log_extra, log_metric, **_):

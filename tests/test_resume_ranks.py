@@ -1,4 +1,4 @@
-"""Runs on two processes resume after a kill, or after a stop of one rank after the other."""
+"""Runs on two processes resume after a kill, and after a stop of each rank."""
 
 import json
 import signal
@@ -47,7 +47,7 @@ def hanging(running: Running, output: Path, hang: Path, after: str) -> list[psut
 
 
 @pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
-def test_ranks_that_are_killed_or_stopped_go_on_as_if_nothing_had_been(way, model, tmp_path):
+def test_killed_or_stopped_ranks_resume_like_an_uninterrupted_run(way, model, tmp_path):
     """First, where ranks share one optimizer, all are killed while both write a checkpoint. Then rank 1 is killed:
     rank 0 must not wait for it. Then rank 1 alone is told to stop: rank 0 stops with it. Then the run goes to its end.
     """
@@ -87,7 +87,7 @@ def test_ranks_that_are_killed_or_stopped_go_on_as_if_nothing_had_been(way, mode
         assert list((output / "checkpoint-4").glob(parts))
 
 
-def test_a_run_goes_on_with_another_number_of_processes_where_its_batches_stay_the_same(model, tmp_path):
+def test_a_run_resumes_with_another_number_of_processes_if_its_batches_stay_the_same(model, tmp_path):
     """Two steps on two ranks of 4 rows, two more on one process of 8, against four on one process.
 
     In float32: in bfloat16 rows are rounded otherwise beside others, and so sampled otherwise.

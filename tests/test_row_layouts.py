@@ -72,7 +72,7 @@ def test_any_row_is_converted_or_refused_with_a_reason() -> None:
 
 
 @pytest.mark.parametrize("gold", [float("nan"), float("inf"), [1.0, float("-inf")]])
-def test_a_gold_that_is_no_number_is_an_error(gold: Any) -> None:
+def test_a_gold_that_is_not_a_number_is_an_error(gold: Any) -> None:
     with pytest.raises(DataError, match=r"'answer' contains -?(nan|inf); expected text or a finite number"):
         convert({"row": {"question": "q", "answer": gold}})
 

@@ -108,7 +108,7 @@ def test_the_budget_goes_to_the_highest_delta_first():
     assert served([decision(0.1), decision(0.3), decision(0.9, fires=False), decision(0.2)], 2, 1) == [0, 1, 0, 1]
 
 
-def test_ties_go_to_the_earlier_decision_and_a_fork_takes_what_is_left():
+def test_ties_go_to_the_earlier_decision_and_a_fork_gets_the_remaining_leaves():
     assert served([decision(0.1), decision(0.1)], 3, 2) == [2, 1]
 
 
@@ -136,7 +136,7 @@ def test_branches_take_one_leaf_for_each_path_with_one_result_to_come():
     assert supply([], 3) == 0
 
 
-def test_every_extra_turn_per_fork_raises_what_branches_can_take():
+def test_every_extra_turn_per_fork_raises_the_supply_of_branches():
     # Z = 2, one result to come: 3¹ − 1 = 2 of 5
     assert supply([1], 5, branches_per_fork=2) == 2
 
@@ -164,7 +164,7 @@ def test_a_name_belongs_to_one_class():
         register_rule("random")(Another)
 
 
-def test_an_unknown_rule_is_answered_with_those_there_are():
+def test_an_unknown_rule_gets_an_error_with_all_rules():
     with pytest.raises(ConfigError, match=r"There is no branch rule 'rnd'; expected one of .*'random'"):
         build_rule("rnd", {}, {})
 
@@ -284,7 +284,7 @@ def test_a_rule_from_outside_is_chosen_by_name_with_options_of_its_own():
     ]
 
 
-def test_what_a_rules_own_supply_leaves_starts_at_the_root_at_once():
+def test_leaves_beyond_a_rules_supply_start_at_the_root_immediately():
     # widths (1, 2): one path supplies one leaf of three, so two start at the root while it is being written
     run = Scripted(two_searches, leaves=4, at_root=1, rule=Widths(widths=(1, 2)))
     (tree,), (topups,) = (rollout := run()).trees, rollout.topups
@@ -294,9 +294,7 @@ def test_what_a_rules_own_supply_leaves_starts_at_the_root_at_once():
 
 def test_options_are_read_from_json_text_and_checked_by_the_rule():
     assert settings(branch_rule="surest_last", branch_rule_kwargs='{"width": 2}').make_branch_rule().width == 2
-    with pytest.raises(
-        ConfigError, match=r"branch_rule_kwargs has \['with'\], but .* 'surest_last' takes \['width'\]"
-    ):
+    with pytest.raises(ConfigError, match=r"branch_rule_kwargs has \['with'\], but .* 'surest_last' has \['width'\]"):
         settings(branch_rule="surest_last", branch_rule_kwargs={"with": 2})
     with pytest.raises(ConfigError, match=r"The branch rule 'widths' needs values for \['widths'\]. Set them in"):
         settings(branch_rule="widths")
@@ -352,13 +350,13 @@ def test_a_rule_reads_the_rewards_of_finished_leaves():
     assert asked == [(0, 2)]
 
 
-def test_a_rule_that_reads_rewards_is_refused_where_nothing_computes_them():
+def test_a_rule_that_reads_rewards_is_refused_without_a_score_function():
     rule = settings(branch_rule="disputed").make_branch_rule()
     with pytest.raises(ConfigError, match=r"The branch rule 'disputed' reads the rewards .* no `score` function"):
         Scripted(two_searches, rule=rule)
 
 
-def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
+def test_a_rule_that_grants_more_than_the_budget_is_an_error():
     class Greedy(Disputed):
         moment = Moment.PROBE
 
@@ -372,7 +370,7 @@ def test_a_rule_that_gives_more_than_there_is_is_an_error_that_says_so():
 
 
 @pytest.mark.parametrize("roots", [0, 4])
-def test_a_rule_that_starts_no_path_or_too_many_is_an_error_that_says_so(roots):
+def test_a_rule_that_starts_no_path_or_too_many_is_an_error(roots):
     class Rootless(Disputed):
         moment = Moment.PROBE
 

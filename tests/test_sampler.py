@@ -40,7 +40,7 @@ def test_a_branch_is_an_extra_turn_under_the_observation():
     assert rollout.topups == [0]
 
 
-def test_every_path_is_what_its_requests_saw_token_for_token():
+def test_every_path_equals_the_tokens_of_its_requests():
     run = Scripted(one_search, leaves=4, at_root=2)
     tree = run().trees[0]
     seen = {request.key: request.ids for request in run.engine.requests}
@@ -138,7 +138,7 @@ def test_ranked_waits_for_the_first_paths_and_branches_where_entropy_was_highest
     assert rollout.turns_in_sequence == [5]
 
 
-def test_ranked_tops_up_what_no_result_can_take():
+def test_ranked_tops_up_leaves_that_no_result_can_use():
     rollout = Scripted(lambda r, c: ANSWER, leaves=4, at_root=2, rule=Ranked())()
     assert rollout.topups == [2]
     assert addresses(rollout) == [(0,), (1,), (2,), (3,)]
@@ -204,7 +204,7 @@ def test_draws_do_not_depend_on_the_order_in_which_things_finish():
     assert early == late
 
 
-def test_nobody_waits_for_a_slow_sibling_when_overlapping():
+def test_no_path_waits_for_a_slow_sibling_with_overlap():
     released = threading.Event()
     order = []
 
@@ -231,7 +231,7 @@ def test_nobody_waits_for_a_slow_sibling_when_overlapping():
     assert [leaf.stop for leaf in rollout.trees[0].leaves()] == [StopReason.EOS] * 2
 
 
-def test_at_the_limit_a_path_is_told_so_and_writes_one_last_turn():
+def test_at_the_limit_a_path_gets_a_notice_and_writes_one_last_turn():
     def insists(request, context):
         return ANSWER if "No tool calls are left" in context else "<search>more</search>"
 
@@ -282,7 +282,7 @@ def test_a_result_that_leaves_no_room_is_dropped_and_the_path_ends_on_its_turn()
     assert [node.kind for node in leaf.nodes] == [NodeKind.TURN]
 
 
-def test_a_prompt_that_fills_the_context_is_an_error_that_says_so():
+def test_a_prompt_that_fills_the_context_is_an_error():
     with pytest.raises(ConfigError, match="no room for a completion"):
         Scripted(one_search, max_length=8)()
 
@@ -407,7 +407,7 @@ def test_a_group_without_tools_is_plain_sampling():
     assert [len(leaf.nodes) for leaf in rollout.trees[0].leaves()] == [1] * 4
 
 
-def test_rows_of_several_groups_come_back_in_the_order_asked():
+def test_rows_of_several_groups_are_returned_in_request_order():
     def names_its_group(request, context):
         return f"{request.key[0]} {ANSWER}"
 
@@ -548,7 +548,7 @@ def test_a_stream_gives_the_trees_that_a_batch_gives():
         assert [node.ids for node in outcome.tree.nodes] == [node.ids for node in batch.trees[outcome.id].nodes]
 
 
-def test_a_slow_request_of_a_stream_holds_up_no_other():
+def test_a_slow_request_of_a_stream_delays_no_other():
     def script(request, context):
         return ScriptedTurn(text=ANSWER, polls=50 if request.key[0] == 0 else 1)
 
@@ -623,7 +623,7 @@ def test_a_failed_turn_ends_a_batch():
 # Limits of single tools ----------------------------------------------------------------------------------------------
 
 
-def test_calls_beyond_a_tools_limit_get_a_notice_and_others_go_on():
+def test_calls_beyond_a_tools_limit_get_a_notice_and_other_calls_run():
     turns = ["<python>1</python>", "<python>2</python>", "<search>iron</search>", "<python>3</python>", ANSWER]
     made = Scripted(lambda r, c: turns[r.key[-1]], leaves=1, at_root=1, max_tool_calls=9)
     made.sampler.settings = replace(made.sampler.settings, max_calls_of={"python": 1})

@@ -173,9 +173,7 @@ def test_reward_functions_run_in_the_rollouts_time_and_log_into_their_own_batch(
     assert len(made._logs["extra"]["asked"]) == len(made._logs["prompt"])
 
 
-def test_a_batch_that_is_scored_while_the_trainer_takes_the_rewards_of_another_gets_its_own(
-    model_path, tmp_path, monkeypatch
-):
+def test_a_batch_scored_during_the_reading_of_another_gets_its_own_rewards(model_path, tmp_path, monkeypatch):
     """Batch 1 is sampled and scored within TRL's `_calculate_rewards` for batch 0."""
     calculate, taking, scored = GRPOTrainer._calculate_rewards, threading.Event(), []
 
@@ -392,7 +390,7 @@ def test_a_full_disk_at_a_checkpoint_ends_the_run_and_its_rollouts(model_path, t
 
 
 @pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0)])
-def test_a_checkpoint_is_resumed_with_as_many_rollouts_ahead_as_it_was_made_with(model_path, tmp_path, before, after):
+def test_a_checkpoint_is_resumed_with_the_same_rollouts_ahead(model_path, tmp_path, before, after):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     make_trainer(model_path, tmp_path, rollouts_ahead=before, **settings).train()
     with pytest.raises(ConfigError, match=rf"rollouts_ahead.*{before}.*{after}"):
@@ -452,7 +450,7 @@ def test_no_row_is_lost_or_trained_twice_where_the_process_is_killed(model_path,
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_ranks_sample_ahead_each_for_itself_and_stop_and_go_on_together(model_path, tmp_path):
+def test_ranks_sample_ahead_independently_and_stop_and_resume_together(model_path, tmp_path):
     """The second of two ranks is slow. 24 rows, 4 a step, 2 epochs."""
     command = ("ddp", ahead_run.__file__, model_path, str(tmp_path))
     launcher = ("--mixed_precision", "no")
@@ -527,9 +525,9 @@ def test_later_epochs_are_those_that_the_data_loader_will_deal_out():
     ("settings", "message"),
     [
         ({"rollouts_ahead": -1}, "rollouts_ahead is -1; expected an integer of at least 0"),
-        ({"use_vllm": False}, "rollouts_ahead is 1, but the model that is updated samples"),
+        ({"use_vllm": False}, "rollouts_ahead is 1, but the updated model itself samples"),
         ({"vllm_mode": "colocate"}, "rollouts_ahead is 1, but vLLM shares the device with the update"),
-        ({"rollout_schedule": "rounds"}, "rollout_schedule is 'rounds', whose rollouts repeat bit for bit"),
+        ({"rollout_schedule": "rounds"}, "rollout_schedule is 'rounds', whose rollouts are reproducible bit for bit"),
         (
             {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
             "steps_per_generation 3 × num_iterations 1 is neither a multiple nor a divisor of "
@@ -550,13 +548,13 @@ def test_settings_that_contradict_rollouts_ahead_are_refused_with_the_reason(tmp
         ARPOConfig(str(tmp_path), **given)
 
 
-def test_a_dataset_shorter_than_what_is_read_ahead_is_refused(model_path, tmp_path):
+def test_a_dataset_shorter_than_the_rows_ahead_is_refused(model_path, tmp_path):
     with pytest.raises(ConfigError, match=r"an epoch has only 3 generation batches \(6 rows, 2 prompts per batch\)"):
         make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=4)
     make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=3)
 
 
-def test_an_engine_that_cannot_change_its_weights_meanwhile_is_refused(model_path, tmp_path, monkeypatch):
+def test_an_engine_that_cannot_change_its_weights_during_sampling_is_refused(model_path, tmp_path, monkeypatch):
     monkeypatch.delattr(ahead_run.EngineWithVersions, "sync")
-    with pytest.raises(ConfigError, match="EngineWithVersions gets new weights only while nothing is sampled"):
+    with pytest.raises(ConfigError, match="EngineWithVersions cannot update its weights during sampling"):
         make_trainer(model_path, tmp_path)

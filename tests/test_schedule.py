@@ -86,7 +86,7 @@ def test_what_the_limit_of_calls_leaves_no_room_for_starts_at_the_root_at_once()
     assert addresses(run) == [(0,), (0, 1, 0), (0, 1, 1), (1,), (2,), (3,)]
 
 
-def test_a_share_that_does_not_divide_goes_to_the_earlier_children_first():
+def test_the_remainder_of_a_share_goes_to_the_earlier_children():
     # estimated widths before the first estimate: N = 2 roots with 3 + 2 leaves, split at the first results
     run = Scripted(searches(2), leaves=5, at_root=2, rule=Schedule(exploration=0.0))
     assert addresses(run) == [(0,), (0, 1, 0), (0, 1, 1), (1,), (1, 1, 0)]
@@ -125,7 +125,7 @@ def test_exploration_adds_a_child_and_keeps_a_leaf_for_it():
     assert [leaf.address for leaf in tree.leaves()][:2] == [(0,), (0, 1, 0)]
 
 
-def test_what_is_spent_too_much_is_planned_less():
+def test_the_plan_is_lowered_after_too_many_calls():
     # widths (1, 2): 1 call for the 2 on the paths, .5 as wanted; then .4 is wanted: .4 − .2 · (.5 − .4) each step
     tree = Scripted(searches(1), leaves=2, at_root=1, rule=Schedule(widths=[1, 2]))().trees[0]
     for share, planned in ((0.5, [0.5, 0.5]), (0.4, [0.38, 0.36])):
@@ -200,7 +200,7 @@ def test_widths_are_refused_where_another_setting_contradicts_them():
     assert settings(num_generations=12, branch_rule_kwargs={"calls_share": 0.4}).initial_rollouts == 6
 
 
-def test_metrics_are_the_estimates_and_what_follows_from_them():
+def test_metrics_are_the_estimates_and_derived_values():
     assert with_estimates(*BY_HAND).metrics() == pytest.approx(
         {
             "schedule/score_norm_depth_0": 1.0,

@@ -61,7 +61,7 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
     assert len(trees) == 4
 
 
-def test_the_papers_configuration_trains_on_rows_of_its_layout_and_says_what_is_wrong(tmp_path, caplog):
+def test_the_papers_configuration_trains_on_rows_of_its_layout_and_reports_faults(tmp_path, caplog):
     save_data(tmp_path)
     run(
         "reasoning_10k.yaml",

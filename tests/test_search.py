@@ -45,7 +45,7 @@ def test_passages_that_share_no_word_are_left_out(index: LocalIndex) -> None:
 
 
 @pytest.mark.parametrize("query", ["", "   ", "???", "the of", "zzz", "\0", "数"])
-def test_a_query_that_matches_nothing_says_so(index: LocalIndex, query: str) -> None:
+def test_a_query_without_matches_returns_a_message(index: LocalIndex, query: str) -> None:
     assert search_tool(index)(query) == NOTHING_FOUND
 
 
@@ -60,7 +60,7 @@ def test_results_are_numbered_pages_each_on_a_line_and_cut() -> None:
     assert search("river") == "Page 1: river xxxxxxxxxxxx …\nPage 2: river one flows on"
 
 
-def test_no_more_results_than_asked_for(index: LocalIndex) -> None:
+def test_results_are_limited_to_the_requested_number(index: LocalIndex) -> None:
     assert search_tool(index, top_k=1)("metal density").count("Page ") == 1
 
 
@@ -89,7 +89,7 @@ def test_an_index_is_silent(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_jsonl_file_holds_a_string_or_an_object_per_line(tmp_path: Path) -> None:
+def test_a_jsonl_file_contains_a_string_or_an_object_per_line(tmp_path: Path) -> None:
     path = tmp_path / "passages.jsonl"
     path.write_text("\n".join(map(json.dumps, PASSAGES)) + "\n\n")
     assert LocalIndex.from_jsonl(path).search("gold density", 3) == LocalIndex(PASSAGES).search("gold density", 3)
@@ -115,7 +115,7 @@ def test_a_broken_jsonl_file_is_named_with_its_line(tmp_path: Path, content: str
 def test_an_index_needs_passages_with_words() -> None:
     with pytest.raises(DataError, match="at least one passage"):
         LocalIndex([])
-    with pytest.raises(DataError, match="has a word to search for"):
+    with pytest.raises(DataError, match="contains a search word"):
         LocalIndex(["???", ""])
 
 
@@ -133,7 +133,7 @@ def test_chinese_and_japanese_are_searched_for_by_character() -> None:
     assert index.search("沸騰", 1) == ["水は100度で沸騰する"]
 
 
-def test_an_index_is_opened_from_whatever_holds_it(tmp_path: Path, index: LocalIndex) -> None:
+def test_an_index_is_opened_from_every_supported_source(tmp_path: Path, index: LocalIndex) -> None:
     folder = tmp_path / "passages"
     folder.mkdir()
     for number, passage in enumerate(PASSAGES):
@@ -158,7 +158,7 @@ def test_a_dataset_that_cannot_be_had_is_an_error() -> None:
         LocalIndex.open("nobody/nothing")
 
 
-def test_an_index_of_another_version_is_refused_with_the_way_out(tmp_path: Path, index: LocalIndex) -> None:
+def test_an_index_of_another_version_is_refused_with_the_remedy(tmp_path: Path, index: LocalIndex) -> None:
     index.save(tmp_path)
     (tmp_path / "search_index.json").write_text('{"format": 99}')
     with pytest.raises(
@@ -184,7 +184,7 @@ def test_a_saved_index_is_searched_by_many_threads_at_once(tmp_path: Path) -> No
     assert found == [[f"passage{i % 200} " + "x" * (i % 200)] for i in range(2000)]
 
 
-def test_what_is_no_saved_index_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_a_saved_index_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not a saved search index"):
         LocalIndex.load(tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
@@ -236,7 +236,7 @@ def test_another_query_gets_the_nearest_recorded_result(tmp_path: Path, query: s
     assert search_tool(recorded(tmp_path))(query) == text
 
 
-def test_recorded_pages_are_cut_to_the_number_asked_for(tmp_path: Path) -> None:
+def test_recorded_pages_are_limited_to_the_requested_number(tmp_path: Path) -> None:
     assert search_tool(recorded(tmp_path), top_k=1)("capital of France") == "Page 1: Paris is the capital."
 
 
@@ -248,17 +248,17 @@ def test_recordings_that_found_nothing_are_a_recording(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "holds an empty object"),
-        (["a"], "holds list"),
+        ({}, "contains an empty object"),
+        (["a"], "contains list"),
         ({"a query": ["x"]}, "query 'a query': the result is list; expected a string"),
     ],
 )
-def test_a_recording_of_another_shape_is_refused(tmp_path: Path, content: object, message: str) -> None:
+def test_a_recording_with_another_format_is_refused(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         recorded(tmp_path, content)
 
 
-def test_a_recording_that_is_not_json_or_not_there_is_refused(tmp_path: Path) -> None:
+def test_an_invalid_or_missing_recording_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):
         RecordedSearch(tmp_path / "broken.json")

@@ -145,7 +145,7 @@ def test_stats_count_by_provider(cache: SearchCache) -> None:
     }
 
 
-def test_what_is_no_cache_or_one_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_cache_or_has_another_version_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("these are my notes, and not a database " * 50)
     with pytest.raises(DataError, match="cannot be used as a search cache"):
         SearchCache(tmp_path / "notes.txt")
@@ -159,7 +159,7 @@ def test_what_is_no_cache_or_one_of_another_version_is_refused(tmp_path: Path) -
 
 
 def _search_all(path: str, url: str, worker: int) -> None:
-    """40 queries that everybody asks and 20 that nobody else does."""
+    """40 queries common to all processes, and 20 queries of this process alone."""
     search = WebSearch(make_provider("searxng", url=url), SearchCache(path), timeout_s=60, run="run")
     for step in range(60):
         query = f"shared {step}" if step < 40 else f"own {worker} {step}"

@@ -101,7 +101,7 @@ def search(name: str, server: Loopback, folder: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", PROVIDERS.own)
-def test_each_service_is_asked_and_read_in_its_own_way(
+def test_each_service_has_its_own_request_and_answer_format(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Loopback(lambda asked: Reply(ANSWERS[name])) as server:
@@ -203,7 +203,7 @@ def test_an_answer_of_another_layout_is_a_failed_search(
         search("tavily", server, tmp_path, monkeypatch).search(QUERY, 5)
 
 
-def test_a_service_is_not_asked_for_more_than_it_gives_nor_with_too_long_a_query(
+def test_requests_respect_a_services_limits_on_results_and_query_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with Loopback(lambda asked: Reply(ANSWERS["brave"])) as server:
@@ -272,7 +272,7 @@ def test_the_papers_format_is_ten_results_of_a_thousand_characters(
         ("searxng", {"url": "https://"}, "search_url must be an address like .* and a host"),
     ],
 )
-def test_what_cannot_be_asked_is_refused_with_the_way_out(name: str, settings: dict[str, str], message: str) -> None:
+def test_invalid_questions_are_errors_with_a_remedy(name: str, settings: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as error:
         make_provider(name, **settings)
     assert "hunter2" not in str(error.value)

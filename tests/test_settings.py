@@ -96,7 +96,7 @@ def test_values_within_their_ranges_are_accepted(settings):
         ("door", "ajar", "one of ['open', 'shut']"),
     ],
 )
-def test_another_value_is_an_error_that_names_setting_value_and_what_was_expected(name, value, expected):
+def test_an_invalid_value_is_an_error_that_names_setting_value_and_expectation(name, value, expected):
     with pytest.raises(ConfigError) as refused:
         check_fields(Oven("pie", **{name: value}))
     assert str(refused.value) == f"{name} is {value!r}; expected {expected}."

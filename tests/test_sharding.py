@@ -26,7 +26,7 @@ def launched(ranks: int = 2, *, zero: int | None = None, fsdp: int | None = None
 @pytest.mark.parametrize(
     "accelerator", [launched(1), launched(), launched(zero=2), launched(zero=3), launched(fsdp=2)], ids=str
 )
-def test_what_works_is_let_through(accelerator):
+def test_working_configurations_are_accepted(accelerator):
     check_launch(accelerator, gathers=True)
 
 
@@ -63,7 +63,7 @@ def test_fsdp_that_accelerate_left_out_is_refused(monkeypatch):
         check_launch(launched(), gathers=True)
 
 
-def test_a_model_that_nobody_shares_is_sampled_as_it_is():
+def test_an_unsharded_model_is_sampled_unchanged():
     model = tiny_model()
     with local_forwards(model, model):
         before = model(torch.tensor([[1, 2, 3]])).logits

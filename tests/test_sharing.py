@@ -239,7 +239,7 @@ class Lines(PathState):
 
 
 @both_schedules
-def test_a_path_that_shared_goes_on_from_the_state_after_the_shared_calls(schedule):
+def test_a_sharing_path_continues_from_the_state_after_the_shared_calls(schedule):
     store = Store()
     a, b, c, read = "<write>a</write>", "<write>b</write>", "<write>c</write>", "<read>all</read>"
     script = paths([a, b, read], [a, c, read], [a, b, read])
@@ -349,7 +349,7 @@ def test_turns_share_their_calls_up_to_the_first_that_differs():
     assert texts(tree)[0][:2] == texts(tree)[1][:2] and len(set(texts(tree)[0])) == 3
 
 
-def test_a_turn_that_acts_on_a_state_is_shared_whole_or_not_at_all():
+def test_a_turn_that_acts_on_a_state_is_shared_completely_or_not():
     store, die = Store(), Die()
     tools = [*store.tools, *die.tools]
     same = [turn_of(("write", "a"), ("roll", "b"))]
@@ -398,7 +398,7 @@ def test_a_trainer_refuses_a_tool_that_is_not_declared_before_the_first_step(tmp
         trainer(tmp_path, [*Die().tools, search])
 
 
-def test_a_trainer_shares_calls_and_logs_them_and_what_forks_did(tmp_path):
+def test_a_trainer_shares_calls_and_logs_shared_and_forked_calls(tmp_path):
     made = trainer(tmp_path, Die().tools)
     made.train()
     (logged,) = (entry for entry in made.state.log_history if "loss" in entry)

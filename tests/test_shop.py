@@ -74,7 +74,7 @@ def test_a_paid_cart_that_is_not_the_order_has_no_reward() -> None:
     assert more.buy("17") == "Paid 17" and more.get_reward() == 0.0  # 2 + 7 + 8
 
 
-def test_stock_runs_out_and_what_is_not_there_is_said() -> None:
+def test_stock_runs_out_and_missing_products_are_reported() -> None:
     made = shop()
     assert made.add("Rye") == "Cart 8"
     assert made.add("Rye") == "Rye is sold out"  # and so is Pita, the other bread

@@ -31,7 +31,7 @@ def sections(text: str) -> dict[str, str]:
     return {section.partition("\n")[0]: section for section in text.split("\n## ")}
 
 
-def test_the_page_of_settings_is_what_the_code_says() -> None:
+def test_the_page_of_settings_equals_the_code() -> None:
     """Sections are titled with the versions of TRL and transformers; those of other versions are not compared."""
     generated, page = sections(settings_page.page()), sections(settings_page.PAGE.read_text("utf-8"))
     assert {*generated} >= {title for title, *_ in settings_page.OURS}

@@ -170,7 +170,7 @@ def test_paths_that_do_not_end_themselves_close_their_states_too(stop):
         ("parse", "ValueError: unreadable"),
     ],
 )
-def test_a_group_that_fails_in_a_stream_closes_its_states_and_the_others_go_on(failing, error):
+def test_a_failed_group_in_a_stream_closes_its_states_and_the_others_continue(failing, error):
     world = World(failing)
     made = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)
     if failing == "parse":
@@ -190,7 +190,7 @@ def test_a_group_that_fails_in_a_stream_closes_its_states_and_the_others_go_on(f
 
 
 @pytest.mark.parametrize("failing", ["create", "fork"])
-def test_a_state_that_cannot_be_made_ends_a_batch_and_all_states_are_closed(failing):
+def test_a_failed_creation_of_a_state_fails_the_batch_and_all_states_are_closed(failing):
     world = World(failing)
     with pytest.raises(OSError, match=r"no room|no second"):
         Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(2)
@@ -228,14 +228,14 @@ def test_a_stream_that_is_left_closes_all_states():
     assert world.is_closed()
 
 
-def test_a_state_that_cannot_be_closed_is_logged_once_and_the_rollout_goes_on(caplog):
+def test_a_failed_close_of_a_state_is_logged_once_and_the_rollout_continues(caplog):
     world = World("close")
     with caplog.at_level(logging.WARNING):
         tree = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)().trees[0]
     assert len(tree.leaves()) == 4 and world.is_closed() and len(world.opened) > 1
     assert [record.getMessage() for record in caplog.records if "close()" in record.getMessage()] == [
-        "close() of Notes failed: OSError: stuck. The run continues, but what the state held may not be released. "
-        "Further failures of its close() are not logged."
+        "close() of Notes failed: OSError: stuck. The run continues, but the resources of the state "
+        "may not be released. Further failures of its close() are not logged."
     ]
 
 
@@ -293,7 +293,7 @@ def echo(text: str) -> str:
     return text
 
 
-def test_a_state_is_told_of_its_own_tools_calls_and_siblings_are_told_apart():
+def test_a_state_records_its_own_tools_calls_and_not_those_of_siblings():
     def script(request, context):
         _, *address, depth = request.key  # address (0,), or (0, 1, 0): a branch after the first call
         tool = "echo" if depth == 1 and len(address) > 1 else "say"

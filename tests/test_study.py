@@ -136,7 +136,7 @@ def trained_row(arm: Arm, seed: int, accuracy: float, calls: int) -> dict:
     return {**arm.as_row(), "seed": seed, "accuracy": accuracy, "tool_calls_executed": calls, "turns_in_sequence": 4.0}
 
 
-def test_the_page_has_what_ran_and_says_what_did_not(tmp_path):
+def test_the_page_shows_finished_parts_and_lists_missing_ones(tmp_path):
     for seed, (whole, coin) in enumerate([(0.70, 0.71), (0.60, 0.61), (0.65, 0.66)]):
         for arm, accuracy, calls in ((Arm(**grpo(8)), whole, 1000), (Arm(), coin, 480)):
             files.write(command.trained_file(tmp_path, seed, arm), trained_row(arm, seed, accuracy, calls))
@@ -149,7 +149,7 @@ def test_the_page_has_what_ran_and_says_what_did_not(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 0
 
 
-def test_the_figure_has_panels_only_for_what_ran(monkeypatch, tmp_path):
+def test_the_figure_has_panels_only_for_finished_parts(monkeypatch, tmp_path):
     drawn: list[list[tuple[str, list[str]]]] = []
 
     def saved(figure, path, **_):

@@ -1,6 +1,6 @@
-"""Every chat template that TRL ships, with its family's special tokens and each EOS of its models.
+"""Tests every chat template that TRL ships, with its family's special tokens and each EOS of its models.
 
-tests/cases/templates.jsonl has the expected reading of each template, or why it is refused.
+tests/cases/templates.jsonl contains the expected reading of each template, or the reason for its rejection.
 """
 
 import copy
@@ -121,7 +121,7 @@ def test_a_result_that_the_ending_token_opens_is_opened_where_another_ended_the_
     assert observed["<|endoftext|>"] == "<|observation|>" + observed["<|observation|>"]
 
 
-def test_a_call_that_ends_as_an_answer_does_is_told() -> None:
+def test_a_call_with_the_end_token_of_an_answer_becomes_an_error_for_the_model() -> None:
     protocol = protocol_of("gptoss", "<|return|>")
     turn = ' to=functions.search<|channel|>commentary json<|message|>{"query": "a"}'
     ends = {token: protocol.tokenizer.convert_tokens_to_ids(token) for token in ("<|call|>", "<|return|>")}
@@ -131,7 +131,7 @@ def test_a_call_that_ends_as_an_answer_does_is_told() -> None:
     assert bad.fault == "malformed"
 
 
-def test_a_call_inside_an_open_thought_is_told() -> None:
+def test_a_call_inside_an_open_thought_becomes_an_error_for_the_model() -> None:
     call = '<tool_call>\n{"name": "search", "arguments": {"query": "a"}}\n</tool_call>'
     protocol = protocol_of("qwen3", "<|im_end|>")
     (bad,) = protocol.parse_turn(f"<think>I look it up. {call}")
@@ -144,7 +144,7 @@ def test_a_call_inside_an_open_thought_is_told() -> None:
 
 def test_a_tokenizer_without_the_templates_tokens_is_refused() -> None:
     row = BY_NAME["llama3_1"] | {"tokens": ["<|begin_of_text|>"]}
-    with pytest.raises(ConfigError, match="is a token of the tokenizer that could end the turn"):
+    with pytest.raises(ConfigError, match="no token of the tokenizer that could end the turn"):
         ChatTemplateProtocol(family_tokenizer(row, "<|im_end|>"), {"search": tool_spec(search)})
 
 
@@ -153,7 +153,7 @@ def test_a_difference_between_template_and_rollout_shows_both() -> None:
     made = family_tokenizer(BY_NAME["qwen2_5"] | {"tokens": ["<|im_start|>"]}, "<|stop|>")
     made.add_tokens([AddedToken("<|halt|>", special=True, rstrip=True, normalized=False)])
     made.chat_template = made.chat_template.replace("<|im_end|>", "<|halt|>")
-    with pytest.raises(ConfigError, match="other ids in a rollout") as refused:
+    with pytest.raises(ConfigError, match="different ids in a rollout") as refused:
         ChatTemplateProtocol(made, {"search": tool_spec(search)})
     assert "The template: " in str(refused.value)
     assert "The rollout: " in str(refused.value)
@@ -167,7 +167,7 @@ def test_a_parser_can_be_named() -> None:
         TagProtocol(tokenizer(), {}, tool_parser="hermes")
 
 
-def test_an_unknown_parser_is_refused_with_the_names_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_parser_is_rejected_with_all_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"expected auto, tokenizer, hermes, qwen3_xml, .* with vLLM installed"):
         protocol_of("qwen3", "<|im_end|>", tool_parser="hermse")
@@ -178,7 +178,7 @@ def test_vllms_parsers_can_be_named() -> None:
     assert protocol_of("qwen3_8", "<|im_end|>", tool_parser="qwen3_coder").tool_parser.name == "qwen3_coder"
 
 
-def test_a_revision_that_nobody_knows_by_its_text_is_known_by_what_it_does() -> None:
+def test_an_unknown_template_revision_is_identified_by_its_output() -> None:
     made = family_tokenizer(BY_NAME["qwen3"], "<|im_end|>")
     made.chat_template = "{#- a fine-tune's -#}" + made.chat_template
     assert ChatTemplateProtocol(made, {"search": tool_spec(search)}).tool_parser.name == "hermes"

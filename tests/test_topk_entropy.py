@@ -22,7 +22,7 @@ def test_a_tail_without_mass_adds_nothing():
     assert (estimate.nats, estimate.error) == (pytest.approx(math.log(2)), 0.0)
 
 
-def test_the_tail_is_the_middle_of_what_is_possible():
+def test_the_tail_estimate_is_the_middle_of_the_possible_range():
     # Seen: 0.4 and 0.2. Tail: 0.4 over 4 outcomes of at most 0.2 each.
     # Most: 0.4 ln(4 / 0.4) = 0.4 ln 10. Least: two of 0.2, −0.4 ln 0.2 = 0.4 ln 5. Middle: 0.2 (ln 10 + ln 5).
     estimate = entropy_from_top_k(logs(0.4, 0.2), 6)

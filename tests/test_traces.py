@@ -8,7 +8,7 @@ from arpo_trl.logs.traces import leaf_traces
 from test_view import HOSTILE, logged
 
 
-def test_a_leaf_is_a_trace_of_its_messages_and_what_it_earned() -> None:
+def test_a_leaf_is_a_trace_of_its_messages_and_reward() -> None:
     first, second = leaf_traces(logged(group=2))
     assert first["messages"] == [
         {"role": "user", "content": "question 2: 1538 degrees"},

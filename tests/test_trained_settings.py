@@ -1,4 +1,4 @@
-"""What was trained is what is evaluated: a run's settings become those of its evaluation."""
+"""A run's settings become the settings of its evaluation."""
 
 import dataclasses
 import os
@@ -63,13 +63,13 @@ def test_flags_win_over_the_file_which_wins_over_the_run(tmp_path, capsys):
     assert "--max-completion-length" not in capsys.readouterr().err
 
 
-def test_a_folder_that_is_no_run_changes_nothing(tmp_path, capsys):
+def test_a_folder_without_a_run_changes_nothing(tmp_path, capsys):
     settings, _ = parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
     assert settings.max_tool_calls == EvalSettings().max_tool_calls == 20
     assert capsys.readouterr().err == ""
 
 
-def test_no_limit_of_calls_stays_none(tmp_path):
+def test_an_unlimited_number_of_calls_stays_none(tmp_path):
     run = run_with(tmp_path, {"dataset": "rows.jsonl"})
     with open(os.path.join(run, CONFIG_NAME), "a") as file:
         file.write("max_tool_calling_iterations: null\n")
@@ -87,7 +87,7 @@ def test_a_downloaded_folder_decides_nothing_dangerous(tmp_path, monkeypatch, ca
     _, tools = parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
     assert tools == dataclasses.replace(ToolArguments(), search_top_k=1)
     said = capsys.readouterr().err
-    assert "not taken over: allow_unsafe, mcp_servers, python_executor_url, search_cache, search_url, tools;" in said
+    assert "not used: allow_unsafe, mcp_servers, python_executor_url, search_cache, search_url, tools;" in said
     (tmp_path / "own.py").write_text("def lookup(country: str) -> str: ...\n")
     own = EvaluationSettings.of({"tools": ["own:lookup", "search"]})
     assert own.values["tools"] == ["own:lookup", "search"]

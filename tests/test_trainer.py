@@ -189,7 +189,7 @@ def test_when_nothing_branches_training_is_grpo_bit_for_bit(model_path, tmp_path
     assert any(not torch.equal(weights, initial[name]) for name, weights in theirs.model.state_dict().items())
 
 
-def test_hard_credit_of_a_tree_is_what_one_works_out_by_hand(model_path, tmp_path):
+def test_hard_credit_of_a_tree_equals_the_values_by_hand(model_path, tmp_path):
     made = trainer(model_path, tmp_path, engine=scripted(), advantage_attribution="hard")
     batch = batch_of(made)
     # Group 0 is asked "what is 0"; leaves in order: (0,) right?, (0,1,0), (1,), (1,1,0), with
@@ -207,7 +207,7 @@ def test_hard_credit_of_a_tree_is_what_one_works_out_by_hand(model_path, tmp_pat
     assert advantages[0, len(leaves[0].ids) :].abs().sum() == 0
 
 
-def test_soft_credit_leaves_the_batch_as_trl_made_it(model_path, tmp_path):
+def test_soft_credit_leaves_trls_batch_unchanged(model_path, tmp_path):
     assert batch_of(trainer(model_path, tmp_path, engine=scripted()))["advantages"].shape == (8,)
 
 
@@ -353,12 +353,14 @@ def test_an_evaluation_group_that_lies_on_several_ranks_is_one_tree_a_row(model_
     rollout = made._last.rollout
     assert [len(tree.leaves()) for tree in rollout.trees] == [1] * 6
     made.model.train()
-    with pytest.raises(ConfigError, match="6 rows, which are not whole groups of 4; a tree cannot span ranks"):
+    with pytest.raises(
+        ConfigError, match="6 rows, which is not a multiple of the group size 4; a tree cannot span ranks"
+    ):
         made._rollout(prompts, made)
 
 
 @pytest.mark.parametrize(("system", "is_said"), [("", True), (tags_system_prompt([search, python]), False)])
-def test_what_tags_take_for_granted_is_said_where_no_prompt_tells_it(model_path, tmp_path, caplog, system, is_said):
+def test_missing_tags_in_the_prompt_are_logged(model_path, tmp_path, caplog, system, is_said):
     rows = [{"prompt": [{"role": "system", "content": system}, {"role": "user", "content": "what is 1"}]}]
     ARPOTrainer(
         model=model_path,
@@ -462,7 +464,7 @@ def test_an_adapter_trains_on_what_the_model_itself_samples(tmp_path):
 
 
 def test_quantizing_without_an_adapter_leaves_nothing_to_train(model_path, tmp_path):
-    with pytest.raises(ConfigError, match=r"Quantization .* freezes .* Set use_peft: true, or give a peft_config"):
+    with pytest.raises(ConfigError, match=r"Quantization .* freezes .* Set use_peft: true, or pass a peft_config"):
         quantized(model_path, tmp_path, None)
 
 
@@ -516,7 +518,7 @@ def quantized(model_path, folder, peft_config):
     )
 
 
-def test_silent_failures_are_said_aloud(model_path, tmp_path, caplog):
+def test_silent_failures_are_logged(model_path, tmp_path, caplog):
     def wrong(completions, **columns):
         return [-1.0] * len(completions)
 
@@ -577,7 +579,7 @@ def test_vllm_that_is_not_installed_is_named_with_the_way_to_get_it(model_path, 
 
 
 @pytest.mark.parametrize("mode", ["colocate", "server"])
-def test_an_engine_that_is_given_is_taken_instead_of_vllm_and_still_corrected_for(model_path, tmp_path, mode):
+def test_a_given_engine_replaces_vllm_and_is_still_corrected_for(model_path, tmp_path, mode):
     made = trainer(model_path, tmp_path, engine=scripted(), use_vllm=True, vllm_mode=mode)
     made.train()
     assert made.tree_sampler.engine.sessions == 2

@@ -117,7 +117,7 @@ def test_every_field_of_a_node_survives(tmp_path):
     assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
 
 
-def test_the_limits_notice_which_is_no_call_survives(tmp_path):
+def test_the_notice_at_the_limit_is_kept_and_is_not_a_call(tmp_path):
     def insists(request, context):
         return ANSWER if "No tool calls are left" in context else "<search>more</search>"
 
@@ -181,7 +181,7 @@ def test_in_between_the_share_is_the_rate(tmp_path):
     assert 70 < len(kept(tmp_path)) < 170
 
 
-def test_which_trees_are_kept_is_drawn_from_seed_rollout_and_rank(tmp_path):
+def test_seed_rollout_and_rank_determine_the_logged_trees(tmp_path):
     chosen = kept(tmp_path)
     assert kept(tmp_path) == chosen
     assert kept(tmp_path, seed=1) != chosen
@@ -203,7 +203,7 @@ def broken(**changes) -> str:
     return json.dumps(row | changes)
 
 
-def test_the_row_that_the_broken_ones_are_made_from_is_sound(tmp_path):
+def test_the_unbroken_row_is_valid(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(broken() + "\n")
     assert only(path).tree.nodes[1].ids == [2]
@@ -272,11 +272,11 @@ def test_a_broken_line_names_the_part_too(tmp_path, line, part):
     ("line", "message"),
     [
         (broken()[:-20].encode(), "line 2: not valid JSON"),
-        (b"[" * 5000 + b"]" * 5000, "line 2: lists and mappings stand more than 100 deep"),
+        (b"[" * 5000 + b"]" * 5000, "line 2: lists and mappings are nested more than 100 deep"),
         (b"\xff\xfe{}", r"line 2 is not UTF-8 text \(byte 0\)"),
     ],
 )
-def test_a_line_that_is_no_json_is_named(tmp_path, line, message):
+def test_a_line_with_invalid_json_is_named(tmp_path, line, message):
     path = tmp_path / "log.jsonl"
     path.write_bytes(f"{broken()}\n".encode() + line + b"\n")
     with pytest.raises(DataError, match=rf"log\.jsonl, {message}"):

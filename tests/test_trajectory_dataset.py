@@ -80,7 +80,7 @@ def test_a_broken_log_is_named(tmp_path):
         export_rows([path], tmp_path / "data")
 
 
-def test_a_file_of_another_name_is_no_log(tmp_path):
+def test_a_file_with_another_name_is_not_a_log(tmp_path):
     (tmp_path / "step-000001-rankx.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"rankx\.jsonl is not named like a trajectory log"):
+    with pytest.raises(DataError, match=r"rankx\.jsonl does not have the name of a trajectory log"):
         list(leaf_rows(tmp_path / "step-000001-rankx.jsonl"))

@@ -104,14 +104,14 @@ def test_a_repeated_run_is_bit_identical(model):
     assert run(model, requests()) == run(model, requests())
 
 
-def test_what_a_turn_samples_does_not_depend_on_its_neighbours(model):
+def test_the_tokens_of_a_turn_do_not_depend_on_other_turns(model):
     together, _ = run(model, requests())
     alone, _ = run(model, requests([3]))
     assert alone[3].ids == together[3].ids
     torch.testing.assert_close(torch.tensor(alone[3].logprobs), torch.tensor(together[3].logprobs), atol=1e-5, rtol=0)
 
 
-def test_a_turn_that_joins_later_samples_what_it_would_have_alone(model):
+def test_a_turn_that_joins_later_samples_the_same_tokens_as_alone(model):
     made = engine(model)
     turns = {}
     with made.session():
@@ -128,7 +128,7 @@ def test_a_turn_that_joins_later_samples_what_it_would_have_alone(model):
     assert {i: turn.ids for i, turn in turns.items()} == {i: turn.ids for i, turn in together.items()}
 
 
-def test_greedy_is_what_generate_gives(model):
+def test_greedy_sampling_equals_generate(model):
     turns, _ = run(model, requests(), temperature=0.0)
     for i, turn in turns.items():
         with torch.no_grad():
@@ -205,7 +205,7 @@ def script(model, texts_ids):
     ],
     ids=["special", "split", "merged"],
 )
-def test_stop_strings_are_found_however_they_are_tokenised_and_ids_stay_as_sampled(pieces):
+def test_stop_strings_are_found_in_any_tokenization_and_ids_stay_as_sampled(pieces):
     tok = tokenizer()
     encode = ContentEncoder(tok)
     special = tok.convert_tokens_to_ids(pieces[0])
@@ -269,7 +269,7 @@ def test_attention_that_takes_no_mask_is_replaced_for_the_session():
     assert {i: turn.ids for i, turn in eager.items()} == {i: turn.ids for i, turn in sdpa.items()}
 
 
-def test_polling_outside_a_session_says_so(model):
+def test_polling_outside_a_session_is_an_error(model):
     with pytest.raises(EngineError, match="session"):
         engine(model).poll(0.0)
 
@@ -330,7 +330,7 @@ def test_a_session_that_fails_frees_its_buffers_while_its_traceback_lives(model)
         gc.enable()
 
 
-def test_a_rollout_without_room_is_an_error_before_it_that_says_what_it_needs_and_what_to_lower(monkeypatch):
+def test_a_rollout_beyond_memory_is_an_error_before_it_with_its_size_and_the_settings_to_lower(monkeypatch):
     # two layers × 2 (keys, values) × 1 head × 16 × 4 bytes: 128 bytes for each row, position and layer
     made = engine(tiny_model(), smaller="Lower this and that.")
     monkeypatch.setattr(slots, "free_bytes", lambda device: 128 * 4 * 128 - 1)
@@ -369,7 +369,7 @@ def test_a_trainers_rollout_without_room_names_the_settings_to_lower(tmp_path, m
         made.train()
 
 
-def test_memory_that_runs_out_on_the_way_is_an_error_with_the_way_out(model):
+def test_running_out_of_memory_is_an_error_with_a_remedy(model):
     made = engine(model, smaller="Lower this and that.")
 
     def forward(*args, **kwargs):
@@ -400,7 +400,7 @@ def test_memory_that_a_cpu_does_not_have_is_the_same_error(model):
             made.poll(0.0)
 
 
-def test_what_sampling_holds_is_said_once_and_louder_where_it_is_much(model, monkeypatch, caplog):
+def test_the_memory_of_sampling_is_logged_once_and_as_a_warning_if_large(model, monkeypatch, caplog):
     # 4 rows × 32 positions × 2 layers × 128 bytes = 32 KiB, and 1 GiB of finished turns at the most
     said = r"4 rows × 32 positions × 2 layers × 128 bytes = 0\.00 GiB on cpu, and finished turns .* 1\.00 GiB"
     for free, level in ((1 << 40, "INFO"), (1 << 30, "WARNING")):
@@ -438,7 +438,7 @@ def test_a_prefill_is_read_in_parts_that_stay_within_its_bounds(model, monkeypat
         torch.testing.assert_close(torch.tensor(turn.logprobs), torch.tensor(whole[i].logprobs), atol=1e-5, rtol=0)
 
 
-def test_buffers_and_masks_grow_in_blocks_up_to_the_rows_that_may_be_asked_for():
+def test_buffers_and_masks_grow_in_blocks_up_to_the_maximum_number_of_rows():
     cache = slots.SlotCache(1, most_rows=6, way_out="")
     sizes = []
     for rows, positions in ((1, 10), (3, 64), (5, 65), (6, 200), (7, 200)):

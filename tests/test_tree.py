@@ -108,7 +108,7 @@ def test_a_failed_call_is_not_ok_and_rows_are_plain():
     }
 
 
-def test_nodes_are_told_apart_by_kind():
+def test_nodes_differ_by_kind():
     tree = small_tree()
     assert [node.kind for node in tree.nodes[:3]] == [NodeKind.ROOT, NodeKind.TURN, NodeKind.OBSERVATION]
     assert [node.index for node in tree.turns()] == [1, 3, 4]

@@ -1,6 +1,6 @@
 """One test for each fact of TRL or transformers that the trainer and the engines rely on.
 
-If an upgrade breaks one of them, the name of the test says where to start.
+If an upgrade breaks one of them, the name of the test shows where to start.
 """
 
 import ast
@@ -166,7 +166,7 @@ def test_no_module_but_the_seam_imports_from_inside_trl():
     assert found == {"trl_seam.py"}
 
 
-def test_the_seam_has_all_that_it_names_and_imports_vllm_for_none_of_it_but_one():
+def test_the_seam_has_all_its_names_and_only_one_imports_vllm():
     lines = "\n".join(f"trl_seam.{name}" for name in trl_seam.__all__ if name != "VLLMGeneration")
     program = f"import sys\nfrom arpo_trl import trl_seam\n{lines}\nassert 'trl.generation' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -179,7 +179,7 @@ def test_the_seam_has_all_that_it_names_and_imports_vllm_for_none_of_it_but_one(
 
 
 class Watched(GRPOTrainer):
-    """Notes the order in which a run calls what `Resumable` overrides."""
+    """Records the order in which a run calls the methods that `Resumable` overrides."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -262,11 +262,11 @@ def test_accelerate_deals_the_batches_of_a_sampler_out_to_the_ranks_in_turns():
         ("_load_rng_state", ["self", "checkpoint"]),
     ],
 )
-def test_overridden_methods_take_what_we_pass_on(method, expected):
+def test_overridden_methods_accept_our_arguments(method, expected):
     assert parameters(getattr(GRPOTrainer, method)) == expected
 
 
-def test_the_trainer_takes_the_arguments_that_ours_passes_on_or_refuses():
+def test_the_trainer_has_the_arguments_that_ours_passes_on_or_refuses():
     assert parameters(GRPOTrainer.__init__) == [
         *("self", "model", "reward_funcs", "args", "train_dataset", "eval_dataset", "processing_class"),
         *("reward_processing_classes", "callbacks", "optimizers", "quantization_config", "peft_config", "tools"),
@@ -274,7 +274,7 @@ def test_the_trainer_takes_the_arguments_that_ours_passes_on_or_refuses():
     ]
 
 
-def test_the_trainer_holds_the_attributes_that_ours_reads(trainer):
+def test_the_trainer_has_the_attributes_that_ours_reads(trainer):
     assert trainer.num_generations == trainer.num_generations_eval == M
     assert trainer.eos_token_ids == [tokenizer().eos_token_id]
     assert trainer._tokenizer.eos_token_id == tokenizer().eos_token_id
@@ -290,7 +290,7 @@ def test_the_trainer_holds_the_attributes_that_ours_reads(trainer):
     assert (trainer.vllm_importance_sampling_clip_min, trainer.vllm_importance_sampling_clip_max) == (None, 3.0)
 
 
-def test_micro_batches_are_taken_from_the_epochs_iterator_with_next_and_no_further_than_asked(trainer):
+def test_micro_batches_are_read_from_the_epochs_iterator_with_next_and_only_on_demand(trainer):
     rows = iter([[{"prompt": i}] for i in range(5)])
     batches, count = trainer.get_batch_samples(rows, 3, trainer.args.device)
     assert batches == [[{"prompt": i}] for i in range(3)] and count is None
@@ -358,7 +358,7 @@ def test_where_there_are_tools_the_loops_masks_completions_and_counts_are_taken(
     assert metrics["tools/failure_frequency"] == pytest.approx([1 / 3])
 
 
-def test_completions_are_printed_by_log_and_none_where_their_number_is_zero(trainer, capsys):
+def test_log_prints_completions_and_none_if_their_number_is_zero(trainer, capsys):
     """`ARPOTrainer.log` prints them itself."""
     assert parameters(print_prompt_completions_sample) == [
         *("prompts", "completions", "rewards", "advantages", "step", "num_samples", "extra"),
@@ -447,7 +447,7 @@ def test_completions_are_padded_on_the_right_in_the_order_given(trainer):
     assert made["completion_ids"][:, 0].tolist() == [20 + i for i in range(8)]
 
 
-def test_training_or_evaluating_is_told_by_the_models_mode(trainer):
+def test_the_models_mode_determines_training_or_evaluation(trainer):
     trainer.model.eval()
     trainer._generate(["what is", "what is"])
     assert "completions/mean_length" in trainer._metrics["eval"]
@@ -485,7 +485,7 @@ def test_a_generation_batch_is_the_ranks_rows_of_all_its_steps_in_whole_groups(t
     assert sorted(set(prompts)) == sorted(PROMPTS)
 
 
-def test_an_evaluation_batch_holds_whole_groups(trainer):
+def test_an_evaluation_batch_contains_whole_groups(trainer):
     rows = next(iter(trainer.get_eval_dataloader()))
     prompts = [row["prompt"] for row in rows]
     assert len(prompts) == 4
@@ -513,7 +513,7 @@ def test_pad_lays_tensors_side_by_side():
 # TRL: the loss -------------------------------------------------------------------------------------------------------
 
 
-def test_the_loss_takes_advantages_per_sequence_and_per_token_alike(trainer):
+def test_the_loss_accepts_advantages_per_sequence_and_per_token(trainer):
     made = batch(trainer)
     per_token = made["advantages"].unsqueeze(1).expand(8, 3).clone()
     whole = trainer._compute_loss(trainer.model, made)
@@ -529,7 +529,7 @@ def test_the_loss_weighs_each_token_by_its_own_advantage(trainer):
     assert loss.item() == pytest.approx(-(1.0 + 2.0) / 2 / 2)
 
 
-def test_the_tool_mask_takes_tokens_out_of_the_loss(trainer):
+def test_the_tool_mask_excludes_tokens_from_the_loss(trainer):
     made = batch(trainer)
     advantages = torch.tensor([[1.0, 100.0, 2.0]] * 8)
     mask = torch.tensor([[0, 0, 1]] * 8)
@@ -631,7 +631,7 @@ def test_the_accelerators_autocast_is_the_training_forwards(trainer):
 
 
 def test_vllm_generation_connects_in_one_method_and_names_parameters_as_vllm_does(model_path):
-    """What weight_sync: disk builds on: TRL's walk over the parameters, without TRL's connection."""
+    """The basis of weight_sync: disk: TRL's iteration over the parameters, without TRL's connection."""
 
     class Unconnected(VLLMGeneration):
         def _init_vllm(self):
@@ -705,7 +705,7 @@ def vllm_folder() -> Path:
 
 @pytest.mark.vllm
 def test_vllm_packs_weights_for_a_cpu_nowhere_else():
-    """A file that is new here packs something that vllm_cpu_weights does not know of."""
+    """A new file here packs weights that `cpu_weights` does not support."""
     packs = re.compile(
         r"convert_weight_packed|create_onednn_\w*mm\(|prepack_for_linear|prepack_moe|conv1d_weight_pack"
     )
@@ -766,7 +766,7 @@ def test_vllms_cpu_kernels_that_take_packed_weights_are_called_as_ours_are():
 # TRL: helpers --------------------------------------------------------------------------------------------------------
 
 
-def test_callables_are_named_and_told_apart_as_trl_does():
+def test_callables_are_named_and_classified_as_in_trl():
     async def later(**_):
         return []
 
@@ -817,7 +817,7 @@ def test_the_parser_tells_which_flags_are_left(tmp_path: Path):
         ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
     ],
 )
-def test_overridden_methods_of_pushing_take_what_ours_take(method, expected):
+def test_overridden_methods_of_pushing_accept_our_arguments(method, expected):
     without_private = [name for name in expected if name != "private"]  # which transformers 5.17 did not have yet
     assert parameters(getattr(GRPOTrainer, method)) in (expected, without_private)
 
@@ -841,7 +841,7 @@ def test_the_trainers_own_background_push_dies_without_a_word():
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator, which may have bf16")
-def test_trls_default_precision_is_refused_without_an_accelerator_unless_the_cpu_is_asked_for(tmp_path):
+def test_trls_default_precision_is_rejected_without_an_accelerator_unless_use_cpu_is_set(tmp_path):
     """Ours asks for it there. When this fails, `take_the_cpu_if_alone` is superfluous."""
     with pytest.raises(ValueError, match="doesn't support bf16/gpu"):
         GRPOConfig(str(tmp_path))
@@ -857,7 +857,7 @@ def test_the_trainer_pickles_a_token_that_its_settings_hold(tmp_path):
     assert args.to_dict()["hub_token"] == "<HUB_TOKEN>"  # what trackers get
 
 
-def test_the_hubs_client_waits_for_ever_and_takes_another_factory():
+def test_the_hubs_client_has_no_timeout_and_accepts_another_factory():
     with default_client_factory() as client:
         assert isinstance(client, http.Client)  # httpx2 from huggingface_hub 2.0 on, httpx before
         assert client.timeout == http.Timeout(None)
@@ -874,7 +874,7 @@ def test_creating_a_repository_of_somebody_else_passes_and_asking_for_the_right_
     assert refused.value.response.status_code == 403
 
 
-def test_an_upload_takes_what_we_pass_and_adds_to_what_is_there(hub, tmp_path):
+def test_an_upload_accepts_our_arguments_and_adds_to_existing_files(hub, tmp_path):
     assert {"repo_id", "repo_type", "folder_path", "commit_message", "revision"} <= set(
         parameters(HfApi.upload_folder)
     )
@@ -937,7 +937,7 @@ def test_attention_updates_each_layer_of_the_cache_once_per_forward(make):
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_attention_runs_over_what_the_cache_returns(make):
+def test_attention_runs_over_the_caches_return_value(make):
     class Emptied(RecordingLayer):
         def update(self, key_states, value_states, *args, **kwargs):
             super().update(key_states, value_states)
@@ -961,7 +961,7 @@ def test_a_4d_mask_is_returned_as_it_is(dtype):
 
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_4d_mask_decides_what_a_query_sees(make, attention):
+def test_a_4d_mask_determines_the_visible_keys_of_a_query(make, attention):
     model = make()
     model.set_attn_implementation(attention)
     assert model.config._attn_implementation == attention
@@ -982,7 +982,7 @@ def test_a_4d_mask_decides_what_a_query_sees(make, attention):
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_positions_are_taken_as_given(make):
+def test_positions_are_used_as_given(make):
     model, ids = make(), torch.tensor([[3, 4, 5]])
     with torch.no_grad():
         here, there, apart = (
@@ -1002,7 +1002,7 @@ def test_logits_can_be_kept_for_the_last_position_only(make):
 
 
 @pytest.mark.parametrize("make", MODELS)
-def test_a_model_says_what_attention_its_layers_have(make):
+def test_a_models_config_lists_the_attention_of_its_layers(make):
     config = make().config.get_text_config()
     assert set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
     assert (config.num_hidden_layers, config.vocab_size, config.max_position_embeddings) == (2, 32, 64)
@@ -1017,7 +1017,7 @@ def test_warpers_need_no_ids_and_leave_impossible_tokens_at_minus_infinity():
     assert warped.tolist() == [[8.0, 6.0, -math.inf, -math.inf]]
 
 
-def test_fsdp2_has_what_it_does_after_a_forward_in_its_parameter_groups():
+def test_fsdp2_stores_its_action_after_a_forward_in_its_parameter_groups():
     """`arpo_trl.training.sharding` keeps and restores it; PyTorch only lets it be set."""
     source = inspect.getsource(FSDPModule.set_reshard_after_forward)
     assert "self_module.modules()" in source
@@ -1038,7 +1038,7 @@ def test_trl_leaves_in_the_zero3_hook_that_compares_ranks():
 # torch: the private kernels of packs, seen so in 2.11 (CUDA 13) and 2.13 ---------------------------------------------
 
 
-def test_the_kernels_of_packs_take_and_return_what_we_pass_and_read():
+def test_the_kernels_of_packs_have_our_arguments_and_return_values():
     lengths = "Tensor? cum_seq_q, Tensor? cum_seq_k, SymInt max_q, SymInt max_k, float dropout_p, bool is_causal"
     assert f"Tensor value, {lengths}, bool return_debug_mask, *, float? scale=None" in schema(
         "_flash_attention_forward"
@@ -1099,12 +1099,12 @@ def test_a_model_whose_layers_differ_takes_a_mask_for_each_kind_by_name():
         torch.testing.assert_close(model(ids, attention_mask=masks).logits, model(ids).logits)
 
 
-def test_models_say_by_private_names_what_they_keep_and_how_they_attend():
+def test_models_have_private_names_for_their_state_and_attention():
     assert MambaForCausalLM._is_stateful and not Qwen3ForCausalLM._is_stateful
     assert Qwen3ForCausalLM._supports_sdpa and not MambaForCausalLM._supports_sdpa
 
 
-def test_every_setting_of_generate_is_one_that_is_applied_refused_or_changes_no_distribution():
+def test_every_setting_of_generate_is_applied_refused_or_irrelevant_to_the_distribution():
     neutral = {
         *("do_sample", "early_stopping", "length_penalty"),  # of beams, or set by TRL
         *("renormalize_logits", "low_memory", "prefill_chunk_size", "use_cache", "use_mtp"),
@@ -1119,7 +1119,7 @@ def test_every_setting_of_generate_is_one_that_is_applied_refused_or_changes_no_
     assert set(GenerationConfig().to_dict()) == neutral | set(HONOURED) | set(REFUSED) | set(ELSEWHERE)
 
 
-def test_generate_takes_from_the_models_settings_what_the_runs_leave_open():
+def test_generate_uses_the_models_settings_for_unset_ones():
     model = small_model(Qwen3Config, Qwen3ForCausalLM)
     model.generation_config.suppress_tokens, model.generation_config.min_p = [3], 0.1
     model.generation_config.top_k = 7

@@ -1,4 +1,4 @@
-"""Whatever is in a file that a user hands us ends in an error that names the place."""
+"""Every fault in a user's file results in an error that names its place."""
 
 import json
 from itertools import product
@@ -114,21 +114,21 @@ def nested(depth: int) -> str:
 def test_values_may_be_nested_as_deep_as_can_be_printed():
     assert repr(parse_json(nested(MAX_DEPTH), "x")).startswith("{'a': [{'a'")
     assert parse_json("[" + "[]," * 10_000 + "[]]", "x")[-1] == []
-    with pytest.raises(DataError, match="x: lists and mappings stand more than 100 deep in one another"):
+    with pytest.raises(DataError, match="x: lists and mappings are nested more than 100 deep"):
         parse_json(nested(MAX_DEPTH + 2), "x")
 
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH + 2, 3000])
 def test_yaml_may_be_nested_as_deep(tmp_path, depth):
     (tmp_path / "a.yaml").write_text(nested(depth))
-    with pytest.raises(DataError, match=r"a\.yaml: lists and mappings stand more than 100 deep"):
+    with pytest.raises(DataError, match=r"a\.yaml: lists and mappings are nested more than 100 deep"):
         read_yaml(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text(nested(40))
     assert yaml.safe_dump(read_yaml(tmp_path / "a.yaml"))
 
 
 @pytest.mark.parametrize("text", ["a: 2025-13-45", "a: [", "? [a]\n: b", "a: !!python/object:os.system x", "\x07"])
-def test_what_is_no_yaml_names_the_file(tmp_path, text):
+def test_invalid_yaml_names_the_file(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(DataError, match=r"a\.yaml is not valid YAML"):
         read_yaml(tmp_path / "a.yaml")

@@ -1,4 +1,4 @@
-"""`arpo-trl view`: what the page holds, what it lets through, and what a browser makes of it."""
+"""`arpo-trl view`: the content of the page, its content security policy, and its behaviour in a browser."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_trees_data_have_tokens_by_role_decisions_and_outcomes() -> None:
     assert (branch["stop"], branch["span"]) == ("length", [0.75, 1.25])
 
 
-def test_the_page_holds_the_newest_trees_that_fit_and_one_at_least() -> None:
+def test_the_page_contains_the_newest_trees_that_fit_and_at_least_one() -> None:
     trees = {file("step-000001-rank0.jsonl"): [logged(1)], file(): [logged(), logged(group=1)]}  # two leaves each
     chosen, left_out = newest(trees, 4)
     assert ([(each.step, number) for each, number, _ in chosen], left_out) == ([(4, 0), (4, 1)], 1)
@@ -168,7 +168,7 @@ def test_curves_have_the_named_and_the_matching_metrics_that_are_numbers() -> No
     assert curves(entropy, history) == {"at the root": [(2, 0.25)], "after calculator": [(1, 1.25)]}
 
 
-def test_where_the_history_ends_the_logged_trees_go_on() -> None:
+def test_logged_trees_continue_the_curves_after_the_history() -> None:
     # Rewards 1 and −1; a turn of mean 0.5 at the root; 1.5 and 0.5 after search; paths of 8 tokens, 5 of them stored.
     (of_trees,) = history_of_trees({7: [logged(6)]})
     assert (of_trees["step"], of_trees["reward"], of_trees["arpo/entropy/root"]) == (7, 0.0, 0.5)
@@ -191,7 +191,7 @@ def test_no_text_ends_a_script_or_carries_hidden_characters(run: Path) -> None:
     assert [group["group"] for group in index["groups"]] == [0, 0, 1]
 
 
-def test_json_for_the_page_is_what_javascript_reads() -> None:
+def test_json_for_the_page_is_valid_javascript() -> None:
     assert (
         as_json({"<": [float("nan"), float("inf"), None, "\ud800"]})
         == '{"\\u003c":["NaN","Infinity",null,"‹U+D800›"]}'
@@ -217,7 +217,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_the_command_writes_the_page_and_says_where(
+def test_the_command_writes_the_page_and_prints_its_path(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "view", str(run)) == 0
@@ -240,7 +240,7 @@ def test_a_folder_without_logged_trees_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(monkeypatch, "view", str(tmp_path)) == 2
-    assert capsys.readouterr().err.startswith(f"DataError: {tmp_path} has no logged trees. Give the output_dir")
+    assert capsys.readouterr().err.startswith(f"DataError: {tmp_path} has no logged trees. Pass the output_dir")
     assert command(monkeypatch, "view", str(tmp_path / "nowhere")) == 2
     assert "is not a folder" in capsys.readouterr().err
 
@@ -260,7 +260,7 @@ def ask(server: ViewServer, path: str, **headers: str) -> Any:
         return json.loads(answer.read())
 
 
-def test_the_server_tells_what_is_new_since_a_revision(run: Path, server: ViewServer) -> None:
+def test_the_server_returns_changes_since_a_revision(run: Path, server: ViewServer) -> None:
     first = ask(server, "changes?after=0")
     assert ([group["step"] for group in first["groups"]], first["files"]) == (
         [3, 4, 4],
@@ -343,7 +343,7 @@ def test_the_list_filters_and_searches(shown: Tab) -> None:
 
 
 @pytest.mark.slow
-def test_a_tree_says_why_it_branched_and_what_its_leaves_earned(shown: Tab) -> None:
+def test_a_tree_shows_decisions_and_rewards(shown: Tab) -> None:
     shown.run("show('step-000004-rank0.jsonl:0')")
     text = shown.run("document.getElementById('tree').innerText")
     assert "Step 4, group 0" in text
@@ -361,7 +361,7 @@ def test_a_tree_says_why_it_branched_and_what_its_leaves_earned(shown: Tab) -> N
 
 
 @pytest.mark.slow
-def test_the_path_that_goes_on_stands_before_a_branch_that_started_earlier(tmp_path: Path, tab: Tab) -> None:
+def test_the_continuing_path_is_before_a_branch_that_started_earlier(tmp_path: Path, tab: Tab) -> None:
     tree = logged()
     made = RolloutTree([1])
     first = made.add_turn(0, [1], "call", [-0.5], [0.5])
@@ -404,7 +404,7 @@ def test_the_page_fits_and_follows_the_systems_colours(run: Path, shown: Tab, wi
 
 
 @pytest.mark.slow
-def test_the_page_of_a_live_run_takes_in_new_steps(run: Path, server: ViewServer, tab: Tab) -> None:
+def test_the_page_of_a_live_run_shows_new_steps(run: Path, server: ViewServer, tab: Tab) -> None:
     tab.errors.clear()
     tab.open(server.url)
     assert len(tab.run(LISTED)) == 3

@@ -1,4 +1,4 @@
-"""Characters that steer a terminal or hide from a reader are symbols wherever text of unknown origin is shown."""
+"""Terminal control characters and invisible characters are shown as symbols in all untrusted text."""
 
 import io
 import logging
@@ -50,7 +50,7 @@ def test_texts_in_lists_and_mappings_are_shown_too():
     assert visible_data([{"a\x1b": ("b\x07", 1, None)}, 2.5]) == [{"a␛": ["b␇", 1, None]}, 2.5]
 
 
-def test_an_error_shows_what_it_quotes_and_a_tools_message_reaches_the_model_as_it_is():
+def test_an_errors_quotes_are_visible_and_a_tools_message_reaches_the_model_unchanged():
     assert str(DataError(HOSTILE)) == SHOWN
     assert str(ToolError(HOSTILE)) == str(ToolUnavailable(HOSTILE)) == HOSTILE
 

@@ -105,7 +105,7 @@ def client(url: str) -> ServerClient:
 
 
 class Arrived:
-    """Weights that are always there."""
+    """Weights that are always synced."""
 
     def __init__(self, url):
         self.clients, self.version, self.syncs, self.restored = [client(url)], "arpo-x-1", 0, 0
@@ -185,13 +185,13 @@ def test_a_server_that_is_still_loading_is_waited_for(serve):
         ({"v1__models": (401, {})}, f"refuses access. Set the environment variable {VLLM_KEY_VARIABLE}"),
     ],
 )
-def test_what_a_server_lacks_is_named_with_the_way_out(serve, changes, message):
+def test_a_missing_feature_of_a_server_is_named_with_the_remedy(serve, changes, message):
     url, _ = serve(**changes)
     with pytest.raises(ConfigError, match=f"{url}.*{message}"):
         check_server(client(url), tokenizer(), 20)
 
 
-def test_no_limit_on_logprobs_is_no_lack_of_them(serve):
+def test_an_unlimited_number_of_logprobs_is_accepted(serve):
     url, _ = serve(server_info=info(max_logprobs=-1))
     assert check_server(client(url), tokenizer(), 500).max_logprobs == -1
 
@@ -206,14 +206,14 @@ def test_nonsense_in_place_of_json_is_named(serve):
 @pytest.mark.parametrize("path", ["v1__models", "server_info", "weight_info", "tokenize"])
 def test_json_of_another_form_is_named(serve, path, answer):
     url, _ = serve(**{path: answer})
-    with pytest.raises(EngineError, match=f"{url} answered with another form of JSON than vLLM"):
+    with pytest.raises(EngineError, match=f"{url} answered with JSON that does not have the format of vLLM"):
         check_server(client(url), tokenizer(), 2)
 
 
 @pytest.mark.parametrize("path", ["reset_prefix_cache", "v1__completions"])
 def test_json_of_another_form_after_a_sync_ends_the_run(serve, tmp_path, path):
     url, _ = serve(collective_rpc={}, **{path: {"choices": [{"prompt_logprobs": [None]}]}})
-    with pytest.raises(EngineError, match=f"{url} answered with another form of JSON than vLLM"):
+    with pytest.raises(EngineError, match=f"{url} answered with JSON that does not have the format of vLLM"):
         moving(url, tmp_path).sync()
 
 
@@ -314,7 +314,7 @@ def test_the_trees_of_a_batch_are_shared_out_and_each_stays_with_one_server(serv
 
 
 class Still:
-    """A way for weights to travel that has nothing to do."""
+    """A transfer of weights that does nothing."""
 
     def __getattr__(self, name):
         return lambda *args: None
@@ -435,7 +435,7 @@ def test_moving_weights_from_a_gpu_is_refused_without_one():
         NcclTransfer(tiny_model(), Accelerator(cpu=True), tokenizer(), ["http://127.0.0.1:9"], 51216, 1.0)
 
 
-def test_a_folder_for_weights_that_cannot_be_made_is_found_at_the_start(serve, tmp_path):
+def test_a_folder_for_weights_that_cannot_be_created_is_an_error_at_the_start(serve, tmp_path):
     url, _ = serve()
     (tmp_path / "file").write_text("")
     with pytest.raises(

@@ -68,7 +68,7 @@ def test_training_samples_from_the_weights_that_it_updates(findings):
 
 @real
 def test_weights_that_do_not_arrive_are_noticed(findings):
-    assert "vLLM does not hold the trainer's weights after a sync" in findings["stale"]
+    assert "vLLM does not have the trainer's weights after a sync" in findings["stale"]
 
 
 @real
@@ -85,7 +85,7 @@ def test_an_adapter_trains_is_sampled_from_and_is_saved(findings):
 
 
 @real
-def test_later_settings_train_on_what_vllm_samples(findings):
+def test_later_settings_train_on_vllms_samples(findings):
     """A baseline from the sampling logprobs, and old logprobs that differ from the policy's, with ratios per turn."""
     for row in findings["adapter"]["log"]:
         assert 0.0 <= row["arpo/baseline/value"] <= 2.0  # rewards are 0, 1 and 2
@@ -164,7 +164,7 @@ def test_fixed_weights_never_move():
     assert generation.calls == []
 
 
-def test_a_sync_that_failed_is_made_again(monkeypatch):
+def test_a_failed_sync_is_repeated(monkeypatch):
     engine, calls, _ = recorded(False, monkeypatch)
 
     def fail():

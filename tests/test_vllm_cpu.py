@@ -29,7 +29,7 @@ def test_a_layer_follows_new_weights_whatever_kernel_vllm_would_pack_them_for(fi
 
 
 @real
-def test_a_server_that_takes_no_weights_is_left_alone(findings):
+def test_a_server_without_weight_updates_is_not_patched(findings):
     assert findings["left alone"] == findings["of vLLM itself"]
 
 
@@ -49,7 +49,7 @@ def test_experts_gate_and_up_are_padded_each():
     assert _pad_gate_and_up(weight, 0) is weight
 
 
-def test_a_convolution_is_given_its_weight_as_loaded_and_told_so():
+def test_a_convolution_gets_its_weight_and_its_layout_as_loaded():
     given = {}
     convolve = _taking_unpacked(lambda **arguments: given.update(arguments))
     weight = torch.arange(8.0).view(2, 1, 4)  # two channels, width 4

@@ -59,7 +59,7 @@ def server(model_path, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def half_server(model_path, tmp_path_factory):
-    """One that computes in what training computes in by default."""
+    """A server that computes in the default precision of training."""
     log = tmp_path_factory.mktemp("half_server") / "log"
     with running(model_path, log, "--dtype", "bfloat16", "--enable-lora", "--max-lora-rank", "8") as made:
         yield made
@@ -215,7 +215,7 @@ def test_a_repeated_run_samples_the_same_and_other_seeds_do_not(server, model, t
     assert sum(first[i].ids != other[i].ids for i in first) > 8
 
 
-def test_prompts_that_are_read_in_pieces_sample_what_they_would_have_alone(server, model, tmp_path):
+def test_chunked_prompts_sample_the_same_tokens_as_alone(server, model, tmp_path):
     """40 prompts of 200 tokens do not fit into one step of 2,048."""
     setup = Setup(model, tmp_path, server)
     long = [
@@ -238,7 +238,7 @@ def test_equal_prompts_with_different_seeds_write_different_turns(server, model,
     assert len({tuple(turn.ids) for turn in turns.values()}) > 3
 
 
-def test_a_probe_comes_before_its_turn_and_the_turn_goes_on_from_it(server, model, tmp_path):
+def test_a_probe_precedes_its_turn_and_the_turn_continues_from_it(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
     wanted = requests(max_tokens=200, probe=4)
     with setup.engine.session():
@@ -266,7 +266,7 @@ def test_each_turn_has_its_own_length_budget(server, model, tmp_path):
         assert len(turn.entropies) == min(5, len(turn.ids))
 
 
-def test_a_context_that_is_used_to_the_last_token_is_no_error(server, model, tmp_path):
+def test_a_fully_used_context_is_not_an_error(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
     prompt = (PROMPTS[3] * 100)[: setup.engine.max_length - 3]
     turns, _ = setup.run([TurnRequest(id=0, ids=prompt, max_tokens=3, probe_tokens=2, seed=1, key=(0, 0))])
@@ -374,9 +374,7 @@ def test_what_a_server_refuses_is_an_error_that_names_it(server, model, tmp_path
         setup.run([too_long])
 
 
-def test_trees_branch_after_results_and_every_token_has_the_logprob_of_the_path_that_it_stands_on(
-    server, model, tmp_path
-):
+def test_trees_branch_after_results_and_every_token_has_the_logprob_of_its_path(server, model, tmp_path):
     """A model that closes calls it never opened: each is refused, and each refusal branches while leaves are left."""
     with torch.no_grad():
         model.lm_head.weight[tokenizer().convert_tokens_to_ids("</search>")] = 0.05
@@ -418,7 +416,7 @@ def shift(model, scale=0.02):
             parameter.add_(scale * torch.randn_like(parameter))
 
 
-def test_new_weights_change_what_is_sampled_and_are_synced_once_a_step(server, model, tmp_path):
+def test_new_weights_change_the_samples_and_are_synced_once_per_step(server, model, tmp_path):
     setup = Setup(model, tmp_path, server)
     first, _ = setup.run(requests())
     shift(model)
@@ -456,7 +454,7 @@ def test_a_server_that_loads_nothing_is_noticed_even_within_the_tolerance(server
         setup.run(requests([0]))
 
 
-def test_an_adapter_travels_alone_where_the_server_takes_adapters(server, model, tmp_path):
+def test_only_the_adapter_is_sent_if_the_server_accepts_adapters(server, model, tmp_path):
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
     setup = Setup(adapted, tmp_path, server)
     assert setup.transfer.sends_adapter
@@ -495,7 +493,7 @@ def test_an_adapter_that_vllm_cannot_take_is_merged(server, model, tmp_path, set
 
 
 @pytest.mark.timeout(600)  # two starts of a server
-def test_a_rollout_goes_on_with_current_weights_when_its_server_is_killed_and_restarted(
+def test_a_rollout_continues_with_current_weights_after_its_server_is_killed_and_restarted(
     server, model_path, model, tmp_path
 ):
     setup = Setup(model, tmp_path / "weights", server, away_s=170.0)
@@ -562,9 +560,7 @@ def test_training_through_a_server_samples_from_the_weights_that_it_updates(
     assert not lora or saved_adapter_is_the_trained_one(made, model_path)
 
 
-def test_another_precision_and_another_distribution_than_what_is_trained_are_said(
-    server, model_path, tmp_path, caplog
-):
+def test_a_different_precision_or_distribution_than_trained_is_logged(server, model_path, tmp_path, caplog):
     ServerClient(server.url, timeout_s=60.0).load_weights(model_path)
     trainer(model_path, tmp_path, server, top_p=0.95)
     assert "top_p make vLLM sample from another distribution" in caplog.text
@@ -600,7 +596,7 @@ def test_another_model_is_refused_before_weights_are_sent(server, model_path, mo
     setup = Setup(model, tmp_path, server)
     setup.weights.check_model()  # the trainer's own is fine
     shift(model, 0.2)
-    with pytest.raises(ConfigError, match=rf"{server.url} serves .* another model than the trainer's"):
+    with pytest.raises(ConfigError, match=rf"{server.url} serves .* not the trainer's model"):
         Setup(model, tmp_path, server).weights.check_model()
 
 
@@ -608,7 +604,7 @@ def test_another_model_is_refused_before_weights_are_sent(server, model_path, mo
 
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["full", "adapter"])
-def test_turns_go_on_with_new_weights_and_every_token_has_the_logprob_of_its_version(
+def test_turns_continue_with_new_weights_and_every_token_has_the_logprob_of_its_version(
     server, model_path, model, tmp_path, adapter
 ):
     ServerClient(server.url, timeout_s=60.0).load_weights(model_path)  # another test has left its own

@@ -52,7 +52,7 @@ def test_first_the_probe_with_top_logprobs_then_the_rest_without():
     assert turn.entropies == probe.entropies
 
 
-def test_each_segment_has_a_seed_of_its_own_that_vllm_takes():
+def test_each_segment_has_its_own_seed_that_vllm_accepts():
     made = draft(seed=2**64 - 1)
     seeds = [made.next_segment().seed]
     made.add(segment([60, 61, 62, 63], probed=True))
@@ -76,7 +76,7 @@ def test_a_turn_no_longer_than_the_probe_ends_by_length():
     assert (turn.stop, len(turn.entropies)) == (TurnStop.LENGTH, 3)
 
 
-def test_a_server_that_gives_fewer_tokens_than_asked_is_asked_again():
+def test_a_turn_with_too_few_tokens_is_requested_again():
     made = draft(max_tokens=10, probe=4)
     assert made.add(segment([60, 61], probed=True)) is None  # not yet k
     assert made.next_segment().max_tokens == 2
@@ -107,7 +107,7 @@ def test_a_stop_string_that_straddles_probe_and_rest_is_found_and_costs_a_few_to
     assert len(turn.logprobs) == len(ids)
 
 
-def test_what_only_looked_like_a_stop_string_goes_on():
+def test_a_turn_continues_after_an_incomplete_stop_string():
     ids = encode("a </sea")
     made = draft(probe=len(ids))
     made.add(segment(ids, probed=True))
@@ -156,12 +156,12 @@ def test_half_a_character_does_not_hide_that_a_stop_string_has_begun():
     assert finder((stop,)).missing(ids) == len("étter>")
 
 
-def test_without_stop_strings_nothing_is_looked_for():
+def test_without_stop_strings_there_is_no_search():
     assert finder(()).end(encode("</search>"), 0) is None
     assert finder(()).missing(encode("</sea")) == 0
 
 
-def test_an_end_that_vllm_only_imagined_is_none():
+def test_a_turn_continues_after_a_wrong_end_from_vllm():
     made = draft(probe=0)
     assert made.add(segment([60])) is None  # it had 39 more
     assert made.next_segment().ids == [*PROMPT, 60]

@@ -47,7 +47,7 @@ def server() -> Iterator[Loopback]:
 
 
 class Service:
-    """Searches of one cache file, against one server."""
+    """Searches with one cache file and one server."""
 
     def __init__(self, server: Loopback, folder: Path) -> None:
         self.server = server
@@ -65,7 +65,7 @@ def service(server: Loopback, tmp_path: Path) -> Service:
 # What each mode asks and writes
 
 
-def test_cache_asks_once_for_what_the_file_lacks(service: Service) -> None:
+def test_cache_sends_one_request_for_a_missing_answer(service: Service) -> None:
     for _ in range(2):
         assert service.search().search("Iron  ore", 5) == ["facts about Iron ore"]
     assert service.search().search("iron ore", 5) == ["facts about Iron ore"]  # the same query to the cache
@@ -90,7 +90,7 @@ def test_record_asks_every_time_and_keeps_the_last_answer(service: Service) -> N
     assert service.search().search("iron", 5) == ["newer facts"]  # a failure takes nothing away
 
 
-def test_replay_answers_with_the_nearest_recorded_query_and_asks_nobody(
+def test_replay_answers_with_the_nearest_recorded_query_and_sends_no_request(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.search().search("melting point of iron", 5)
@@ -101,20 +101,20 @@ def test_replay_answers_with_the_nearest_recorded_query_and_asks_nobody(
     assert len(service.server.asked) == 1
 
 
-def test_offline_says_that_a_query_is_not_recorded_and_asks_nobody(
+def test_offline_reports_an_unrecorded_query_and_sends_no_request(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.search().search("iron", 5)
     monkeypatch.delenv("TAVILY_API_KEY")
     offline = service.search(CacheMode.OFFLINE)
     assert offline.search("IRON", 5) == ["facts about iron"]
-    with pytest.raises(ToolError, match="not among the recorded ones") as error:
+    with pytest.raises(ToolError, match="not recorded") as error:
         offline.search("iron ore", 5)
     assert not isinstance(error.value, ToolUnavailable)  # it is the mode's doing, nothing is degraded
     assert len(service.server.asked) == 1
 
 
-def test_an_empty_query_asks_nobody(service: Service) -> None:
+def test_an_empty_query_sends_no_request(service: Service) -> None:
     assert service.search().search("  ", 5) == []
     assert service.search().search("\ud800", 5) == ["facts about ?"]
     assert len(service.server.asked) == 1
@@ -214,7 +214,7 @@ def test_an_answer_of_any_size_is_cut_off(service: Service) -> None:
 
 
 @pytest.mark.parametrize("body", [b"\xff\xfe\x00broken", b"", b"[" * 100_000, b"<html>"])
-def test_what_is_no_json_is_a_failed_search(service: Service, body: bytes) -> None:
+def test_invalid_json_is_a_failed_search(service: Service, body: bytes) -> None:
     service.server.answer = lambda asked: Reply(body)
     with pytest.raises(ToolUnavailable):
         service.search(timeout_s=0.9).search("iron", 5)
@@ -291,7 +291,7 @@ def test_a_resting_service_is_tried_by_one_call_at_a_time() -> None:
     assert [breaker.lets_pass(), breaker.lets_pass()] == [True, True]
 
 
-def test_a_query_that_the_service_refuses_does_not_make_it_rest(service: Service) -> None:
+def test_a_rejected_query_does_not_open_the_circuit(service: Service) -> None:
     service.server.answer = lambda asked: Reply("", 422)
     search = service.search(breaker=CircuitBreaker(failures=2, rest_s=60))
     for number in range(4):
@@ -317,7 +317,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("case", REFUSALS, ids=[f"{i}-{case['kind']}" for i, case in enumerate(REFUSALS, 1)])
-def test_a_refused_account_is_not_a_bad_query_and_is_told_once(
+def test_a_rejected_account_is_not_a_bad_query_and_is_logged_once(
     service: Service, caplog: pytest.LogCaptureFixture, case: dict[str, Any]
 ) -> None:
     service.server.answer = lambda asked: Reply(case["body"], case["status"])
@@ -356,7 +356,7 @@ def test_a_missing_key_is_named_at_start_up(service: Service, monkeypatch: pytes
             service.search()
 
 
-def test_a_key_with_a_line_end_is_taken_without_and_one_of_other_characters_refused(
+def test_a_line_end_is_removed_from_a_key_and_other_invalid_characters_are_refused(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TAVILY_API_KEY", KEY + "\n")
@@ -412,7 +412,7 @@ def test_no_key_gets_out_however_the_service_fails(
     assert not [text for text in texts if KEY in text]
 
 
-def test_no_key_gets_out_when_nobody_listens(
+def test_no_key_is_in_the_error_of_an_unreachable_server(
     service: Service, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with socket.socket() as unused:
@@ -461,7 +461,7 @@ def test_a_configuration_names_the_service(server: Loopback, tmp_path: Path) -> 
         ({"search_recorded": "b", "search_top_k": 0}, "search_top_k is 0"),
     ],
 )
-def test_a_configuration_that_cannot_work_says_so(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_configuration_that_cannot_work_is_an_error(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         build_tools(ToolArguments(["search"], search_cache=str(tmp_path / "cache.sqlite"), **settings))
 

@@ -53,9 +53,7 @@ def incorrect(asked: object) -> Reply:
         ("1/2", "0.5", "math", 0),
     ],
 )
-def test_the_judge_is_asked_where_the_rule_does_not_settle_it(
-    prediction: str, gold: str, task: str, asked: int
-) -> None:
+def test_the_judge_is_called_if_the_rule_does_not_decide(prediction: str, gold: str, task: str, asked: int) -> None:
     row = {"prompt": [{"role": "user", "content": "?"}], "answer": [gold], "task": task}
     with Loopback(incorrect) as server:
         judge = LLMJudge(server.url, "wise")

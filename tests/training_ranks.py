@@ -86,7 +86,7 @@ class Watched(ARPOTrainer):
 
 
 def save_model(folder: Path) -> None:
-    """The quickstart's untrained model after a little school: some of its paths search, and answer."""
+    """The quickstart's untrained model after a short training: some of its paths search and answer."""
     save_cold_start_base(folder, seed=0)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -108,7 +108,7 @@ def save_model(folder: Path) -> None:
 
 
 def reward(completions: list[Any], turns: list[list[str]], **_: Any) -> list[float]:
-    """Something that a random model earns differently often."""
+    """A reward that varies between paths of a random model."""
     return [float(len("".join(texts)) % 3) for texts in turns]
 
 
@@ -180,7 +180,7 @@ def send(made: ARPOTrainer, folder: Path) -> DiskTransfer:
 
 
 def fail_to_send(made: ARPOTrainer, transfer: DiskTransfer, folder: Path) -> str | None:
-    """What this rank says of a folder that the first one cannot make."""
+    """This rank's error for a folder that the first rank cannot create."""
     if made.accelerator.is_main_process:
         (folder / "arpo-unsent.partial").touch()
     return error_of(lambda: transfer.prepare("arpo-unsent"))

@@ -110,7 +110,7 @@ LATER: dict[str, Any] = {
 
 
 def with_adapter(folder: Path) -> dict[str, Any]:
-    """What training an adapter has to show, with `LATER`."""
+    """The results of training an adapter, with `LATER`."""
     lora = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
     trainer, model_path = make_trainer(folder, lora, model_init_kwargs={"dtype": "bfloat16"}, **LATER)
     trainer.train()

@@ -1,6 +1,6 @@
 """Checks in a separate process how vLLM's CPU build loads each kind of weight: `python … FOLDER`.
 
-The CPU determines which kernels are available, so the script tells vLLM in turn that this CPU has each of them. It
+The CPU determines which kernels are available, so the script simulates each of them for vLLM, one after the other. It
 writes FOLDER/findings.json.
 """
 
@@ -31,7 +31,7 @@ PRETENCES = ("onednn", "sgl", "zentorch")
 
 @contextmanager
 def pretending(kernels: str) -> Iterator[None]:
-    """Has vLLM believe that the CPU has these kernels for linear layers, and no others.
+    """Makes vLLM assume that the CPU has only these kernels for linear layers.
 
     Stand-ins multiply with a copy, as the packed kernels do: the CPU may have none of them, and dies of some then.
     """

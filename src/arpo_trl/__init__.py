@@ -7,16 +7,16 @@
 | `ARPOTrainer`, `ARPOConfig` | training: `GRPOTrainer` and `GRPOConfig` with trees |
 | `load_arpo_dataset`, `tags_system_prompt` | data: rows in published layouts, a system prompt for your tools |
 | `python_tool`, `remote_python_tool`, `search_tool`, `visit_tool`, `mcp_tools` | built-in tools |
-| `LocalIndex`, `WebSearch` | sources that `search_tool` searches |
+| `LocalIndex`, `WebSearch` | sources for `search_tool` |
 | `Provider`, `Hit`, `register_provider` | custom search services |
-| `PathState` | the state that a tool's calls act on, one per path |
-| `ToolError`, `ToolUnavailable` | errors that a tool raises: a failed call, an unavailable service |
+| `PathState` | the state on which a tool's calls act, one per path |
+| `ToolError`, `ToolUnavailable` | errors that a tool can raise: a failed call, an unavailable service |
 | `HierarchicalReward`, `LLMJudge`, `math_equal`, `token_f1` | rewards |
 | `BranchRule`, `register_rule` | custom branch rules |
 | `Credit`, `register_credit` | custom credits |
 | `ScriptedEngine`, `ScriptedTurn` | an engine that returns scripted turns, for tests of tools and rewards |
 
-Everything else is internal and may change without notice. docs/architecture.md says how to extend each part.
+Everything else is internal and may change without notice. docs/architecture.md explains how to extend each part.
 """
 
 from __future__ import annotations

@@ -26,18 +26,19 @@ T = TypeVar("T")
 COMMANDS = {
     "train": ("launch:train", "train a tool-using policy, through accelerate"),
     "sft": ("launch:sft", "cold start: supervised training on demonstrations, through accelerate"),
-    "quickstart": ("launch:quickstart", "teach a tiny model to search and compute, on a CPU, in minutes"),
+    "quickstart": ("launch:quickstart", "train a tiny model to search and compute, on a CPU, in minutes"),
     "new": ("new:main", "create a project: configuration, tool, reward and data, ready to run"),
-    "doctor": ("doctor:main", "show what works on this machine, and what does not and why"),
+    "doctor": ("doctor:main", "show which features work on this machine, and why others do not"),
     "ask": ("ask:main", "ask a trained model one question, with its tools"),
 }
-"""Command → its function in `arpo_trl.commands`, which parses its own words, and its line in the help."""
+"""Command → its function in `arpo_trl.commands`, which parses its own arguments, and its line in the help."""
 
-CONFIG_TWICE = "--config is given twice; expected one file. Flags change single settings of it."
+CONFIG_TWICE = "--config is set twice; expected one file. Flags override its settings."
 
 
 def report_errors(main: Callable[[], T]) -> Callable[[], T]:
-    """Wraps `main`: prints this package's errors in one line and exits with status 2. Other errors keep a traceback.
+    """Wraps `main`: prints this package's errors in one line and exits with status 2. Other errors keep their
+    traceback.
 
     An interrupted training run also prints one line, and exits with 128 plus the signal's number.
     """
@@ -66,10 +67,10 @@ def parse_settings(
     elsewhere: str | None = None,
     **parser: Any,
 ) -> tuple[Any, ...]:
-    """Makes one instance of each dataclass from the YAML file of `--config` and the command line, which wins.
+    """Creates one instance of each dataclass from the YAML file of `--config` and from flags. Flags take precedence.
 
-    `defaults` replace the fields' own. `elsewhere` is the program in `arpo_trl.scripts` whose settings are easily
-    mixed up with these, for the errors. `parser` is passed to the argument parser.
+    `defaults` replace the fields' defaults. `elsewhere` is the program in `arpo_trl.scripts` whose settings are easily
+    confused with these, for the errors. `parser` is passed to the argument parser.
 
     Raises:
         ConfigError: The file cannot be read, a key or flag is not a field (the message names the most similar one), or
@@ -100,10 +101,10 @@ def parse_settings(
 
 
 def _config_apart(words: Sequence[str]) -> list[str]:
-    """The words, with --config=FILE as two.
+    """The arguments, with --config=FILE split in two.
 
     Raises:
-        ConfigError: --config is given twice, or without a file.
+        ConfigError: --config is set twice, or without a file.
     """
     apart = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else (word,))]
     if apart.count("--config") > 1:
@@ -143,7 +144,7 @@ def _check_names(names: Sequence[Any], fields: Sequence[str], elsewhere: str | N
 
 
 def _similar(name: str, fields: Sequence[str]) -> str:
-    """The settings that `name` can mean, as text for people: a misspelt one, or those with all of its words."""
+    """The settings that `name` can mean, as text for users: a similar name, or the names with all its words."""
     if (near := nearest(name, fields, cutoff=NEAR)) and not near.startswith(f"{name}_"):
         return repr(near)
     words = set(name.split("_"))
@@ -168,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     compare = commands.add_parser(
         "compare",
         help="test whether one evaluation is better than another",
-        description="Compares two runs of `arpo-trl eval` on the questions they share: paired bootstrap and McNemar.",
+        description="Compares two runs of `arpo-trl eval` on their common questions: paired bootstrap and McNemar.",
     )
     compare.add_argument("run_a", type=Path, help="output folder of the first run")
     compare.add_argument("run_b", type=Path, help="output folder of the second run")
@@ -189,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("adapter", help="folder or Hub id of the adapter")
     merge.add_argument("--output", type=Path, required=True, help="new folder for the merged model")
-    merge.add_argument("--base", help="base model (default: the one that the adapter names)")
+    merge.add_argument("--base", help="base model (default: the one named in the adapter)")
     merge.add_argument("--dtype", help="dtype such as bfloat16 (default: the base model's)")
     merge.add_argument("--push-to-hub", metavar="REPO", help="repository to push the merged model to")
 
@@ -233,13 +234,15 @@ def _eval_parser() -> argparse.ArgumentParser:
         description="Answers questions with the tools, as in training but without branching, and scores the answers.",
         epilog="The settings of tools are those of train.py: --tools search python, --search-index FILE, "
         "--search-top-k 10, --search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and "
-        "others (docs/tools.md). The YAML file of --config may contain every setting, with _ for -; flags win. "
+        "others (docs/tools.md). The YAML file of --config may contain every setting, with _ for -. Flags take "
+        "precedence. "
         "Exit status: 0 success, 1 some samples failed, 2 usage error.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
     group: Any = parser
-    # A dataclass lists inherited fields first: here those shared with training. The help lists them last.
+    # A dataclass lists inherited fields first. Here these are the fields shared with training. The help lists them
+    # last.
     settings = dataclasses.fields(EvalSettings)
     for setting in sorted(settings, key=lambda setting: setting.name not in EvalSettings.__annotations__):
         if setting.name in GROUPS:
@@ -267,17 +270,17 @@ def main() -> None:
 def _main() -> int:
     try:
         return _command()
-    except OSError as error:  # with a file's name it is about a path that the user gave
+    except OSError as error:  # if it names a file, it is about a path from the user
         if error.filename is None or os.environ.get("ARPO_TRACEBACK") == "1":
             raise
         raise ConfigError(
-            f"{type(error).__name__}: {error}. Check the path, and whether its folder can be written. (Set "
+            f"{type(error).__name__}: {error}. Check the path, and whether its folder is writable. (Set "
             "ARPO_TRACEBACK=1 to see where it was raised.)"
         ) from error
 
 
 def _command() -> int:
-    if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, which are slow to import
+    if sys.argv[1:2] == ["eval"]:  # its flags are the fields of its settings, whose import is slow
         return _eval(sys.argv[2:])
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
         module, _, function = COMMANDS[sys.argv[1]][0].partition(":")
@@ -302,9 +305,9 @@ def _eval(words: Sequence[str]) -> int:
 
 
 def parse_evaluation(words: Sequence[str]) -> tuple[Any, Any]:
-    """The `EvalSettings` and `ToolArguments` of a command line, with a run's own settings as defaults.
+    """The `EvalSettings` and `ToolArguments` of a command line, with a run's settings as defaults.
 
-    Says in a line on standard error which settings those are.
+    Prints these settings in one line to standard error.
     """
     from arpo_trl.evaluation.settings import EvalSettings
     from arpo_trl.publishing.trained_settings import EvaluationSettings

@@ -1,4 +1,4 @@
-"""The settings of a run: TRL's `GRPOConfig`, and what ARPO adds to it."""
+"""The settings of a run: TRL's `GRPOConfig` and ARPO's additional settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "bnpo", "luspo", "cispo", "sapo", "vespo")
-"""TRL's. TRL itself notices a wrong one only in the first update."""
+"""TRL's loss types. TRL detects an unknown one only in the first update."""
 
 _OF_RULES = ("branch_probability", "entropy_weight", "branch_threshold", "branches_per_fork")
 """Settings that a branch rule receives if it has a field of that name. `branch_rule_kwargs` sets its other fields."""
@@ -56,11 +56,11 @@ INHERITED: dict[str, dict[str, Any]] = {
     **{name: {"options": True} for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")},
     **{name: {"options": True} for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")},
 }
-"""What settings of TRL and transformers accept, which these find out late or not at all; see `check_fields`."""
+"""The accepted values of settings that TRL and transformers check late or never; see `check_fields`."""
 
 
 def refuse_token(args: TrainingArguments) -> None:
-    """Returns if `args` contain no token.
+    """Checks that `args` contain no token.
 
     Raises:
         ConfigError: `hub_token` is set.
@@ -85,10 +85,10 @@ def take_the_cpu_if_alone(args: TrainingArguments) -> None:
 
 
 def refuse_missing_deepspeed_config(args: TrainingArguments) -> None:
-    """Returns unless `deepspeed` is the path of a file that does not exist or is not JSON.
+    """Checks that `deepspeed` is not the path of a file that is missing or not JSON.
 
-    transformers refuses such a path too, but does not name the setting, and leaves a half-made object behind that
-    breaks the next model it loads.
+    transformers also rejects such a path, but does not name the setting, and leaves an incomplete object that breaks
+    the next model it loads.
 
     Raises:
         ConfigError: The file does not exist, or is not JSON.
@@ -104,7 +104,7 @@ def refuse_missing_deepspeed_config(args: TrainingArguments) -> None:
 
 
 def refuse_broken_json(args: TrainingArguments) -> None:
-    """Returns if each field of `args` that accepts JSON text has an object, or JSON text that can be read.
+    """Checks that each field of `args` that accepts JSON text contains an object or valid JSON text.
 
     Raises:
         ConfigError: A text is not valid JSON. transformers' own message does not name the setting.
@@ -131,7 +131,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     `use_cpu` becomes true if there is no accelerator.
 
     Raises:
-        ConfigError: A setting, or a combination of settings, cannot work, TRL's own checks included. Raised here,
+        ConfigError: A setting, or a combination of settings, cannot work. This includes TRL's own checks. Raised
             before anything is loaded.
     """
 
@@ -155,7 +155,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         default=None,
         metadata=described(
             "N: paths started at the root, at most M; the other M - N leaves are branches. N = M is GRPO. "
-            "None: M // 2, or what the branch rule says.",
+            "None: M // 2, or the branch rule's own default.",
             at_least=1,
         ),
     )
@@ -172,7 +172,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )  # fmt: skip
     branch_rule_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Options of branch_rule besides the four settings below, as in {option: value}; see "
+        metadata={"help": "Options of branch_rule in addition to the four settings below, as in {option: value}; see "
                   "docs/algorithm.md."},
     )  # fmt: skip
     branch_probability: float = field(
@@ -185,7 +185,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         ),
     )
     branch_threshold: float = field(
-        default=0.5, metadata=described("tau: 'threshold' branches where P > tau.", at_least=0, at_most=1)
+        default=0.5, metadata=described("tau: 'threshold' branches if P > tau.", at_least=0, at_most=1)
     )
     branches_per_fork: int = field(
         default=1, metadata=described("Z: extra turns under a tool result that branches.", at_least=1)
@@ -193,8 +193,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     rollout_schedule: str = field(
         default=RolloutSchedule.OVERLAP.value,
         metadata=described(
-            "'overlap': process each result as soon as it is there. 'rounds': process tool results together once "
-            "nothing is left to decode; runs then repeat bit for bit, independent of the tools' timing.",
+            "'overlap': process each result when it arrives. 'rounds': process tool results together when no turn is "
+            "decoding; runs are then reproducible bit for bit, independent of the tools' timing.",
             choices=RolloutSchedule,
         ),
     )
@@ -202,8 +202,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     dynamic_sampling_rounds: int = field(
         default=0,
         metadata=described(
-            "Most times that a prompt is rolled out again because all its leaves have the same reward (DAPO's dynamic "
-            "sampling, with the same prompt). 0: never.",
+            "Maximum number of times that a prompt is rolled out again because all its leaves have the same reward "
+            "(DAPO's dynamic sampling, with the same prompt). 0: never.",
             at_least=0,
         ),
     )
@@ -212,14 +212,15 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     per_device_train_batch_size: int = field(
         default=16,
         metadata=described(
-            "Completions per device and forward pass. Times steps_per_generation a multiple of M.", at_least=1
+            "Completions per device and forward pass. Its product with steps_per_generation must be a multiple of M.",
+            at_least=1,
         ),
     )
     per_device_eval_batch_size: int = field(
         default=16,
         metadata=described(
-            "Completions per device in evaluation. Times the number of ranks a multiple of num_generations_eval, or "
-            "else of M.",
+            "Completions per device in evaluation. Its product with the number of ranks must be a multiple of "
+            "num_generations_eval or, if that is not set, of M.",
             at_least=1,
         ),
     )
@@ -228,24 +229,26 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         metadata=described("Length of a path after its prompt, tool results included.", at_least=1, unit="tokens"),
     )
 
-    # Parameters that control the tools, besides those of `ToolLimits`
+    # Parameters that control the tools, in addition to those of `ToolLimits`
     max_tool_calling_iterations: int | None = field(
         default=6,
         metadata=described(
-            "Most tool results per path. After them the model is told so and writes one last turn. None: only the "
-            "length limits them.",
+            "Maximum number of tool results per path. After them the model gets a notice and writes one last turn. "
+            "None: only the length limits them.",
             at_least=0,
         ),
     )
     tool_concurrency_per_tool: dict[str, int] | str | None = field(
         default=None,
-        metadata={"help": "Most calls of single tools that run at the same time, as in {search: 8}, in addition to "
+        metadata={"help": "Maximum number of calls of single tools that run at the same time, as in {search: 8}, in "
+                          "addition to "
                   "tool_concurrency. Each >= 1."},
     )  # fmt: skip
     environment_concurrency: int | None = field(
         default=None,
         metadata=described(
-            "Most environments of environment_factory that exist at the same time, on this rank. None: as many as the "
+            "Maximum number of environments of environment_factory that exist at the same time, on this rank. None: "
+            "as many as the "
             "paths need.",
             at_least=1,
         ),
@@ -276,24 +279,25 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     importance_sampling_level: str = field(
         default=ImportanceSamplingLevel.TOKEN.value,
         metadata=described(
-            "What shares an importance ratio: 'token' (nothing), 'turn' (the tokens of a turn, by their mean "
-            "log-ratio) or 'sequence' (those of a path). 'token' and 'sequence' are TRL's.",
+            "Tokens that share one importance ratio: 'token' (none), 'turn' (the tokens of a turn, by their mean "
+            "log-ratio) or 'sequence' (the tokens of a path). 'token' and 'sequence' are TRL's.",
             choices=ImportanceSamplingLevel,
         ),
     )
     clip_keeps_gradient: bool = field(
         default=False,
         metadata=described(
-            "Whether a token with a positive advantage and a ratio above 1 + epsilon_high has the gradient of the "
-            "ratio 1 + epsilon_high, as in AEPO, in place of none, as in PPO."
+            "Whether a token with a positive advantage and a ratio above 1 + epsilon_high keeps the gradient of the "
+            "ratio 1 + epsilon_high, as in AEPO. Otherwise it has no gradient, as in PPO."
         ),
     )
     advantage_baseline: str = field(
         default=AdvantageBaseline.MEAN.value,
         metadata=described(
-            "What is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of its group, "
+            "The baseline that is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of its "
+            "group, "
             "weighted by the squared score norms of the leaves), 'batch' (the mean of the batch), 'running' (a moving "
-            "average over earlier batches). scale_rewards says what divides the difference.",
+            "average over earlier batches). scale_rewards sets the divisor of the difference.",
             choices=AdvantageBaseline,
         ),
     )
@@ -319,15 +323,16 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )  # fmt: skip
     shared_prefix_weight: str = field(
         default=SharedPrefixWeight.PER_LEAF.value,
-        metadata={"help": "How often a shared token is trained: 'per_leaf' (in each of its leaves), 'once' (in the "
-                  "first, with their mean advantage).", "choices": [kind.value for kind in SharedPrefixWeight]},
+        metadata={"help": "Leaves in which a shared token is trained: 'per_leaf' (each of them), 'once' (only the "
+                          "first, with their mean "
+                          "advantage).", "choices": [kind.value for kind in SharedPrefixWeight]},
     )  # fmt: skip
 
     # Parameters that control vLLM (use_vllm, vllm_mode and the other vllm_… settings are TRL's)
     vllm_server_urls: list[str] | None = field(
         default=None,
         metadata={"help": "Base URLs of the servers in vllm_mode 'server'. All paths of a tree go to the same server. "
-                  "None: vllm_server_base_url, or else vllm_server_host and vllm_server_port."},
+                  "None: vllm_server_base_url or, if that is not set, vllm_server_host and vllm_server_port."},
     )  # fmt: skip
     vllm_request_timeout_s: float = field(
         default=1800.0,
@@ -340,7 +345,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     weight_sync: str = field(
         default=WeightSync.NCCL.value,
         metadata=described(
-            "How weights are sent to the servers: 'nccl' (TRL's transfer from GPU to GPU) or 'disk' (through a shared "
+            "Transfer of weights to the servers: 'nccl' (TRL's transfer from GPU to GPU) or 'disk' (through a shared "
             "folder; works on any hardware and after a server's restart).",
             choices=WeightSync,
         ),
@@ -354,7 +359,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         default=0.05,
         metadata=described(
             "Largest mean |difference| between vLLM's and the trainer's logprobs of a fixed text after a sync. In "
-            "nats, or in standard deviations of the logprobs if that is more than a nat. Above it the run stops.",
+            "nats, or in standard deviations of the logprobs if these exceed one nat. Above it the run stops.",
             above=0,
             unit="nats",
         ),
@@ -388,8 +393,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     max_staleness: int | None = field(
         default=None,
         metadata=described(
-            "Most optimizer steps between the weights that sampled a token and the step that first trains on it. "
-            "Requires rollouts_ahead. None: what rollouts_ahead leads to.",
+            "Maximum number of optimizer steps between the weights that sampled a token and the step that first "
+            "trains on it. Requires rollouts_ahead. None: no limit beyond that of rollouts_ahead.",
             at_least=1,
             unit="steps",
         ),
@@ -397,8 +402,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     stale_tokens: str = field(
         default=StaleTokens.WAIT.value,
         metadata=described(
-            "What happens to tokens that would be above max_staleness: 'wait' (rollouts start later, so that there "
-            "are none), 'drop' (they are not trained).",
+            "Treatment of tokens that would be above max_staleness: 'wait' (rollouts start later, so that there are "
+            "none), 'drop' (they are not trained).",
             choices=StaleTokens,
         ),
     )
@@ -407,8 +412,9 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     shared_prefix_forward: str = field(
         default=SharedPrefixForward.AUTO.value,
         metadata=described(
-            "Whether tokens that rows of a micro-batch share are computed once: 'auto' (if that is exact and saves "
-            "time; warns once if it is not exact), 'on' (always; an error if not exact), 'off' (TRL's padded batch).",
+            "Whether tokens shared by rows of a micro-batch are computed only once: 'auto' (if this is exact and "
+            "saves time; warns once if it is not exact), 'on' (always; an error if not exact), 'off' (TRL's padded "
+            "batch).",
             choices=SharedPrefixForward,
         ),
     )
@@ -452,12 +458,12 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         self._check_hub()
 
     def make_branch_rule(self) -> BranchRule:
-        """The rule that `branch_rule` names, with its settings."""
+        """The rule named by `branch_rule`, with its settings."""
         options = self._options("branch_rule_kwargs", "branch rule")
         return build_rule(self.branch_rule, {name: getattr(self, name) for name in _OF_RULES}, options)
 
     def make_credit(self) -> Credit:
-        """The credit that `advantage_attribution` and `shared_prefix_weight` choose, with its options."""
+        """The credit selected by `advantage_attribution` and `shared_prefix_weight`, with its options."""
         options = self._options("advantage_attribution_kwargs", "credit")
         return build_credit(self.advantage_attribution, options, SharedPrefixWeight(self.shared_prefix_weight))
 
@@ -469,7 +475,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
 
     @property
     def tool_places(self) -> dict[str, int]:
-        """The checked `tool_concurrency_per_tool`: tool → most calls at the same time.
+        """The checked `tool_concurrency_per_tool`: tool → maximum number of calls at the same time.
 
         Raises:
             ConfigError: It is not a mapping from tools to integers of at least 1.
@@ -509,16 +515,17 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         if self.initial_rollouts == self.num_generations and self.branch_rule_kwargs:
             raise ConfigError(
                 f"branch_rule_kwargs is {self.branch_rule_kwargs}, but {paths}, so that nothing branches. Remove "
-                "branch_rule_kwargs, or choose N < M."
+                f"branch_rule_kwargs, or set N < M."
             )
         if self.initial_rollouts < self.num_generations and self.max_tool_calling_iterations == 0:
             raise ConfigError(
-                f"max_tool_calling_iterations is 0, but {paths}: paths branch at tool results only. Set "
+                f"max_tool_calling_iterations is 0, but {paths}: paths branch only at tool results. Set "
                 f"initial_rollouts: {self.num_generations}, which is GRPO, or raise max_tool_calling_iterations."
             )
 
     def _check_groups_fit_rank(self, steps_per_generation: int) -> None:
-        """Checks that a rank's batch holds whole groups: a tree cannot span ranks. TRL checks the global batch."""
+        """Checks that a rank's batch contains only whole groups: a tree cannot span ranks. TRL checks the global
+        batch."""
         batch = self.per_device_train_batch_size * steps_per_generation
         if batch % self.num_generations:
             raise ConfigError(
@@ -552,12 +559,12 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             )
         if level == ImportanceSamplingLevel.TURN and self.loss_type == "vespo":
             raise ConfigError(
-                "importance_sampling_level is 'turn', but loss_type 'vespo' weighs whole paths. Set "
+                "importance_sampling_level is 'turn', but loss_type 'vespo' weights whole paths. Set "
                 "importance_sampling_level: token, or another loss_type."
             )
 
     def _check_ahead(self) -> None:
-        """Raises ConfigError for settings that rollouts ahead contradict."""
+        """Raises ConfigError for settings that contradict rollouts ahead."""
         if not self.rollouts_ahead:
             if self.max_staleness is not None:
                 raise ConfigError(
@@ -566,26 +573,27 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             return
         told = f"rollouts_ahead is {self.rollouts_ahead}"
         if not self.use_vllm or self.vllm_mode != "server":
-            engine = "vLLM shares the device with the update" if self.use_vllm else "the model that is updated samples"
+            engine = "vLLM shares the device with the update" if self.use_vllm else "the updated model itself samples"
             raise ConfigError(
-                f"{told}, but {engine}, so that a rollout cannot run meanwhile. Set use_vllm: true and vllm_mode: "
+                f"{told}, but {engine}, so that a rollout cannot run during the update. Set use_vllm: true and "
+                f"vllm_mode: "
                 "server, or rollouts_ahead: 0."
             )
         if self.rollout_schedule == RolloutSchedule.ROUNDS:
             raise ConfigError(
-                f"{told}, but rollout_schedule is 'rounds', whose rollouts repeat bit for bit: new weights reach a "
-                "rollout ahead at any moment. Set rollout_schedule: overlap."
+                f"{told}, but rollout_schedule is 'rounds', whose rollouts are reproducible bit for bit: new weights "
+                f"can reach a rollout ahead at any time. Set rollout_schedule: overlap."
             )
         if self.dynamic_sampling_rounds:
             raise ConfigError(
                 f"{told} and dynamic_sampling_rounds is {self.dynamic_sampling_rounds}, but a further round would "
-                "begin when the rollout is needed. Set one of them to 0."
+                f"start only when the rollout is needed. Set one of them to 0."
             )
         assert self.steps_per_generation is not None
         every, step = self.steps_per_generation * self.num_iterations, self.gradient_accumulation_steps
         if every % step and step % every:
             raise ConfigError(
-                f"{told}, but a rollout would begin in the middle of an optimizer step: steps_per_generation "
+                f"{told}, but a rollout would start in the middle of an optimizer step: steps_per_generation "
                 f"{self.steps_per_generation} × num_iterations {self.num_iterations} is neither a multiple nor a "
                 f"divisor of gradient_accumulation_steps {step}. Change one of them."
             )
@@ -602,7 +610,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             raise ConfigError("hub_trajectories_id is set without push_to_hub. Set push_to_hub: true.")
 
     def _check_supported(self) -> None:
-        """Raises ConfigError for settings that the tree sampler would silently ignore, or cannot sample with."""
+        """Raises ConfigError for settings that the tree sampler would silently ignore, or does not support."""
         if not self.temperature > 0:
             raise ConfigError(
                 f"temperature is {self.temperature}; expected a number above 0: the greedy paths of a group are "

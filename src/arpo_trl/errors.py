@@ -1,4 +1,4 @@
-"""Errors of arpo-trl, one tree.
+"""Errors of arpo-trl, as one class hierarchy.
 
     ArpoError
     ├── ConfigError     a setting, or a combination of settings, cannot work
@@ -13,9 +13,9 @@
         ├── ToolUnavailable     a service or budget of the tool is unavailable, for every call
         └── ToolStopped         a limit or a crash ended the call
 
-Every message names the subject, the actual value, the expected value and the way out. A mistake of the model is never
+Every message names the subject, the actual value, the expected value and the remedy. A mistake of the model is never
 raised: it becomes text that the model reads. Tools raise `ToolError` on purpose. `Interrupted` is not an error, so it
-is not in the tree.
+is not in the hierarchy.
 """
 
 import signal
@@ -27,7 +27,7 @@ class ArpoError(Exception):
     """Base of every error that this package raises on purpose."""
 
     def __str__(self) -> str:
-        """The message for people: what it quotes of files, services and models is safe to print and holds no key."""
+        """The message for users: its quotes of files, services and models are safe to print and contain no key."""
         return for_people(super().__str__())
 
 
@@ -60,7 +60,7 @@ class EngineError(ArpoError, RuntimeError):
 
 
 class HubError(ArpoError, RuntimeError):
-    """A push to the Hub failed. The files are saved, and the message says how to push them later."""
+    """A push to the Hub failed. The files are saved, and the message explains how to push them later."""
 
 
 class ToolError(ArpoError):
@@ -80,7 +80,7 @@ class ToolStopped(ToolError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The signal `signum` stopped training, on all ranks. The message says how to resume."""
+    """The signal `signum` stopped training on all ranks. The message explains how to resume."""
 
     def __init__(self, signum: int, message: str = ""):
         super().__init__(message or f"Interrupted by {signal.Signals(signum).name}.")
@@ -88,5 +88,5 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def exit_status(self) -> int:
-        """The exit status that a shell reports for a process ended by this signal."""
+        """The exit status that a shell reports for a process killed by this signal."""
         return 128 + self.signum

@@ -12,13 +12,13 @@ class RolloutSchedule(StrEnum):
     """When the sampler processes finished turns and tool results."""
 
     OVERLAP = "overlap"
-    """Process each result as soon as it is there."""
+    """Process each result when it arrives."""
     ROUNDS = "rounds"
-    """Process tool results together once nothing is left to decode: repeats bit for bit."""
+    """Process tool results together when no turn is decoding: reproducible bit for bit."""
 
 
 class AdvantageBaseline(StrEnum):
-    """What is subtracted from the reward of a leaf."""
+    """The baseline that is subtracted from the reward of a leaf."""
 
     MEAN = "mean"
     """The mean of its group, by TRL."""
@@ -31,7 +31,7 @@ class AdvantageBaseline(StrEnum):
 
 
 class ImportanceSamplingLevel(StrEnum):
-    """What shares one importance ratio."""
+    """The tokens that share one importance ratio."""
 
     TOKEN = "token"
     """Each token has its own."""
@@ -51,7 +51,7 @@ class ShareCalls(StrEnum):
 
 
 class ProtocolKind(StrEnum):
-    """How a model calls tools."""
+    """The protocol of a model's tool calls."""
 
     TAGS = "tags"
     """`TagProtocol`."""
@@ -60,18 +60,19 @@ class ProtocolKind(StrEnum):
 
 
 class SharedPrefixForward(StrEnum):
-    """Whether the update computes shared tokens once."""
+    """Whether the update computes shared tokens only once."""
 
     AUTO = "auto"
-    """If that is exact and saves time; otherwise TRL's padded batch. If it is not exact, a warning says once why."""
+    """If this is exact and saves time; otherwise TRL's padded batch. If it is not exact, one warning contains the
+    reason."""
     ON = "on"
-    """Always; an error at start-up if that is not exact."""
+    """Always; an error at start-up if this is not exact."""
     OFF = "off"
     """TRL's padded batch."""
 
 
 class StaleTokens(StrEnum):
-    """What happens to tokens of rollouts ahead that would be staler than `max_staleness`."""
+    """The treatment of tokens of rollouts ahead that would be staler than `max_staleness`."""
 
     WAIT = "wait"
     """They are not sampled: the rollout starts later."""
@@ -80,7 +81,7 @@ class StaleTokens(StrEnum):
 
 
 class WeightSync(StrEnum):
-    """How weights are sent to vLLM servers."""
+    """The transfer of weights to vLLM servers."""
 
     NCCL = "nccl"
     """TRL's transfer from GPU to GPU."""

@@ -22,7 +22,7 @@ from trl.chat_template_utils import (
     qwen3_template,
 )
 
-# Turns the trained model into one that generates: unwrapped, ZeRO-3 weights gathered, hooks removed.
+# Prepares the trained model for generation: unwrapped, ZeRO-3 weights gathered, hooks removed.
 from trl.models import unwrap_model_for_generation
 
 # `get_config_model_id`: the base model's name, for output folders and cards.

@@ -1,7 +1,7 @@
 """Makes untrusted text safe to print: replaces control and invisible characters by symbols, and removes keys in URLs.
 
-Text from models, tools, pages and services may hold escape sequences that change the title of a terminal, fill the
-clipboard or overwrite earlier lines. It may also hold marks that reverse the reading direction, and invisible
+Text from models, tools, pages and services may contain escape sequences that change the title of a terminal, fill the
+clipboard or overwrite earlier lines. It may also contain marks that reverse the reading direction, and invisible
 characters. Code that prints such text, or puts it into a message, a log or a report, passes it through `visible`
 first. Messages pass through `for_people`, which also removes possible secrets from URLs.
 """
@@ -67,9 +67,9 @@ def visible_data(value: Any) -> Any:
 
 
 _USER = re.compile(r"(?<=://)(?:[^\s/?#@]*@)+|(?<=://)[^\s/?#@:\[]*:(?!\d+(?:[/?#]|$))[^\s@]{0,2000}@")
-"""User name and password. In the second form the password holds a slash, question mark or hash.
+"""User name and password. In the second form the password contains a slash, question mark or hash.
 
-Lengths are bounded, because hostile text may hold many ://, and a search from each to the end would be slow.
+Lengths are bounded, because hostile text may contain many ://, and a search from each one to the end would be slow.
 """
 _QUERY = re.compile(r"(?<=://)([^\s?#'\"<>]{1,2000})\?[^\s#'\"<>]+")
 

@@ -1,4 +1,4 @@
-"""`arpo-trl ask RUN "question"`: a trained model answers one question with its tools, and its path is shown."""
+"""`arpo-trl ask RUN "question"`: a trained model answers one question with its tools. Shows its path."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import replace
 from arpo_trl.cli import parse_evaluation
 
 ENTROPY_TOKENS = 20
-"""Tokens at the start of a turn whose mean entropy is shown."""
+"""The number of tokens at the start of a turn whose mean entropy is shown."""
 
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="arpo-trl ask",
         usage='arpo-trl ask RUN "QUESTION" [options of arpo-trl eval]',
-        allow_abbrev=False,  # what is left are options of the evaluation
+        allow_abbrev=False,  # the remaining words are options of the evaluation
         description="Asks a trained model one question, with the tools, lengths and protocol of its training.",
         epilog="Every option of `arpo-trl eval` about the model, sampling and tools can follow, such as "
         "--temperature 0, --search-index FILE or --system-prompt NAME.",

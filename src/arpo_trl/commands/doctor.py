@@ -1,4 +1,4 @@
-"""`arpo-trl doctor`: what works on this machine, and what does not and why."""
+"""`arpo-trl doctor`: lists the features that work on this machine, and the others with the reason."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ EXTRAS = {
     "wandb": "report_to: wandb",
     "tensorboard": "report_to: tensorboard",
 }
-"""Package → what needs it."""
+"""Package → the feature that needs it."""
 
 
 class Verdict(StrEnum):
     GOOD = "ok"
     LIMITED = "note"
-    """Something works only in part, or a feature is missing."""
+    """A feature is missing or works only partly."""
     BAD = "error"
     """Training cannot work."""
 
@@ -47,8 +47,9 @@ class Finding:
 def main(words: Sequence[str]) -> int:
     CommandParser(
         prog="arpo-trl doctor",
-        description="Shows versions, devices, the python tool's sandbox, vLLM, which keys are set (never their "
-        "values), free memory and disk, and what will not work here and why. Exit status: 1 if training cannot work.",
+        description="Shows versions, devices, the python tool's sandbox, vLLM, the keys that are set (never their "
+        "values), free memory and disk, and the features that will not work here, with the reason. Exit "
+        "status: 1 if training cannot work.",
     ).parse_args(words)
     worst = 0
     for check in CHECKS:
@@ -59,9 +60,9 @@ def main(words: Sequence[str]) -> int:
 
 
 def packages() -> Iterator[Finding]:
-    """The required packages, against the ranges that this package declares; then what optional ones are for.
+    """The required packages, compared with the ranges that this package declares. Then the uses of optional packages.
 
-    An optional package that can be imported counts, also without the metadata that an installation writes.
+    An optional package counts if it can be imported, even without installation metadata.
     """
     from packaging.requirements import Requirement
 
@@ -87,7 +88,7 @@ def packages() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    """The accelerators, with their memory and whether they compute in bfloat16."""
+    """The accelerators, with their memory and bfloat16 support."""
     if util.find_spec("torch") is None:
         return
     import torch
@@ -112,7 +113,7 @@ def devices() -> Iterator[Finding]:
 
 
 def sandbox() -> Iterator[Finding]:
-    """Whether code of the model can be isolated, tried with a worker."""
+    """Whether the model's code can be isolated, tested with a worker."""
     try:
         from arpo_trl.tools.python.sandbox import ISOLATING, Limits, isolated_worker
 
@@ -124,14 +125,14 @@ def sandbox() -> Iterator[Finding]:
         yield Finding(
             "python tool",
             Verdict.LIMITED,
-            f"cannot isolate code here: {error}. Leave python out of tools, or set python_executor_url",
+            f"cannot isolate code here: {error}. Remove python from tools, or set python_executor_url",
         )
     else:
         yield Finding("python tool", Verdict.GOOD, f"isolates code by {tier}")
 
 
 def keys() -> Iterator[Finding]:
-    """Which keys are set. Never their values."""
+    """The names of the keys that are set, never their values."""
     from arpo_trl.tools.search.providers import PROVIDERS
 
     of_search = [variable for name in PROVIDERS.own if (variable := PROVIDERS.get(name).key_variable)]
@@ -150,7 +151,7 @@ def keys() -> Iterator[Finding]:
 
 
 def space() -> Iterator[Finding]:
-    """Free memory and free disk, here and where models are cached."""
+    """Free memory, and free disk in this folder and in the cache of models."""
     import psutil
 
     yield _enough("memory", psutil.virtual_memory().available / GB, LEAST_MEMORY_GB, "free")

@@ -2,8 +2,8 @@
 
     launch("arpo_trl.scripts.train", ["--config", "quickstart", "--num_processes", "4", "--seed", "1"])
 
-`--accelerate NAME` chooses a shipped accelerate configuration. The flags in `LAUNCH_FLAGS` go to accelerate, all
-others to the program.
+`--accelerate NAME` selects a shipped accelerate configuration. The flags in `LAUNCH_FLAGS` are passed to accelerate,
+all others to the program.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped
 from arpo_trl.errors import ConfigError
 
 LAUNCH_FLAGS = {
-    "config_file": "accelerate configuration of your own, instead of --accelerate",
-    "num_processes": "processes, of all nodes together: one for each GPU",
+    "config_file": "your own accelerate configuration, instead of --accelerate",
+    "num_processes": "number of processes on all nodes together: one for each GPU",
     "num_machines": "nodes",
     "machine_rank": "number of this node, counted from 0",
     "main_process_ip": "address of node 0",
@@ -29,10 +29,10 @@ LAUNCH_FLAGS = {
     "gpu_ids": "the GPUs to use, such as 0,1",
     "mixed_precision": "no, fp16 or bf16",
 }
-"""Flag of `accelerate launch` → its meaning. Everything else of accelerate is set in a --config_file."""
+"""Flag of `accelerate launch` → its meaning. A --config_file sets all other options of accelerate."""
 
 OWN_FLAGS = ("accelerate", "config", *LAUNCH_FLAGS)
-"""The flags that are no settings. No setting has a name that is similar to one of theirs or begins it."""
+"""The flags that are not settings. No setting's name is similar to one of these, or a prefix of it."""
 
 DEFAULT = "single"
 MOST_THREADS = 4
@@ -40,7 +40,7 @@ MOST_THREADS = 4
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words for `accelerate launch` and those for the program, with the names of shipped files resolved.
+    """The arguments for `accelerate launch` and for the program, with the names of shipped files resolved.
 
     Raises:
         ConfigError: A named file does not exist, a flag is misspelt or lacks its value, --config is given twice, or
@@ -77,7 +77,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def launch(program: str, words: Sequence[str]) -> int:
-    """Runs the module `program` with `words` under accelerate and returns its exit status.
+    """Runs the module `program` with the arguments `words` under accelerate and returns its exit status.
 
     Without --accelerate and --config_file, the user's default configuration of accelerate is used if there is one,
     and the shipped "single" otherwise.
@@ -95,7 +95,7 @@ def launch(program: str, words: Sequence[str]) -> int:
         # By default accelerate gives a process one thread.
         os.environ.setdefault("OMP_NUM_THREADS", str(min(MOST_THREADS, os.cpu_count() or 1)))
     arguments = launch_command_parser().parse_args([*for_accelerate, "--module", program, *for_program])
-    # The terminal sends Ctrl-C to the program as well, which then writes a checkpoint. This process waits for it.
+    # The terminal also sends Ctrl-C to the program, which then writes a checkpoint. This process waits for it.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:
         launch_command(arguments)
@@ -128,5 +128,5 @@ def sft(words: Sequence[str]) -> int:
 
 
 def quickstart(words: Sequence[str]) -> int:
-    """Runs the quickstart in a new process, whose exit status it returns."""
+    """Runs the quickstart in a new process and returns its exit status."""
     return _status(subprocess.run([sys.executable, "-m", "arpo_trl.quickstart", *words], check=False).returncode)

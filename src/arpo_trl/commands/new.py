@@ -16,7 +16,7 @@ from arpo_trl.errors import ConfigError
 TEMPLATE = Path(__file__).with_name("project")
 DEMONSTRATIONS, STEPS = 600, 250
 GUESSED, MISTAKEN = 0.25, 0.15
-"""Shares of the demonstrations that answer without a look-up, and that look up another country."""
+"""Shares of the demonstrations that answer without a lookup, and that look up another country."""
 
 
 def main(words: Sequence[str]) -> int:
@@ -34,14 +34,15 @@ def main(words: Sequence[str]) -> int:
     demonstrations = make_demonstrations(seed=0)
     _write_lines(folder / "questions.jsonl", make_questions())
     _write_lines(folder / "demonstrations.jsonl", demonstrations)
-    print("Teaching a tiny model the form of calls and answers …", flush=True)
+    print("Training a tiny model on the format of calls and answers …", flush=True)
     from arpo_trl.logs.progress import hide_noise
     from arpo_trl.quickstart.taught import save_taught_model
 
     hide_noise()
     save_taught_model(folder / "model", _texts(), demonstrations, STEPS)
     print(
-        f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nREADME.md says more."
+        f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nSee README.md for "
+        f"more."
     )
     return 0
 
@@ -54,7 +55,7 @@ def make_questions() -> list[dict[str, Any]]:
 
 
 def make_demonstrations(seed: int) -> list[dict[str, Any]]:
-    """Rows {messages} that show the form, of which many give a wrong answer: there is something left to learn."""
+    """Rows {messages} that show the format. Many give a wrong answer, so that the model can still improve."""
     rng, countries = random.Random(seed), list(CAPITALS)
     rows = []
     for _ in range(DEMONSTRATIONS):
@@ -78,7 +79,8 @@ def _answer(capital: str) -> dict[str, str]:
 
 
 def _texts() -> list[str]:
-    """What the tokenizer is trained on: names with and without a space before them, often enough to be one token."""
+    """The training text of the tokenizer: names with and without a space before them, often enough to become one
+    token."""
     names = [*CAPITALS, *CAPITALS.values()]
     frame = "system\nuser\nassistant\ntool\nWhat is the capital of? The capital of is. <lookup></lookup> \\boxed{}"
     return [*(f"{space}{name}" for name in names for space in ("", " ") for _ in range(6)), *([frame] * 200)]

@@ -1,4 +1,4 @@
-"""The help of `arpo-trl train` and `arpo-trl sft`, from a file, since importing the settings takes seconds.
+"""The help of `arpo-trl train` and `arpo-trl sft`. It is read from a file, since importing the settings takes seconds.
 
 After a change of a setting, `python -m arpo_trl.commands.training_help` writes the file again. A test compares them.
 `--help-all` shows every setting, TRL's included, from the settings themselves.
@@ -23,8 +23,10 @@ from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, shipped_names
 HELP_FILE = Path(__file__).with_name("settings.json")
 
 PURPOSE = {
-    "train": "Trains a tool-using policy. Settings stand in the YAML file of --config or are flags, which win.",
-    "sft": "Trains a model on demonstrations. Settings stand in the YAML file of --config or are flags, which win.",
+    "train": "Trains a tool-using policy. Settings come from the YAML file of --config and from flags. Flags take "
+    "precedence.",
+    "sft": "Trains a model on demonstrations. Settings come from the YAML file of --config and from flags. Flags take "
+    "precedence.",
 }
 OFTEN_SET = (
     *("model_name_or_path", "output_dir", "max_steps", "num_train_epochs", "learning_rate", "max_length"),
@@ -35,7 +37,7 @@ OFTEN_SET = (
 """Settings of transformers, TRL and PEFT that the short help shows."""
 
 Setting = dict[str, str]
-"""The name, help and default of a setting, and the values that it takes."""
+"""The name, help and default of a setting, and the values that it accepts."""
 
 
 def collect() -> dict[str, dict[str, list[Setting]]]:
@@ -66,7 +68,8 @@ def collect() -> dict[str, dict[str, list[Setting]]]:
 
 
 def _settings(kind: Any, names: Iterable[str] | None = None, described_in: Any = None) -> list[Setting]:
-    """The fields of the dataclass `kind`, or those of `names` that it has. `described_in` has the helps it lacks."""
+    """The fields of the dataclass `kind`, or only the ones in `names`. `described_in` contains help texts that `kind`
+    lacks."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     elsewhere = {field.name: field for field in dataclasses.fields(described_in or kind)}
     found = []
@@ -95,7 +98,7 @@ def as_json(settings: dict[str, dict[str, list[Setting]]]) -> str:
 
 
 def print_help(program: str, words: Sequence[str]) -> bool:
-    """Prints the help that `words` ask for; returns whether they ask for one."""
+    """Prints the help if `words` request it. Returns whether they do."""
     if "--help-all" in words:
         subprocess.run([sys.executable, "-m", f"arpo_trl.scripts.{program}", "--help"], check=False)
         return True

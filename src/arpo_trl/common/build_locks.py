@@ -1,7 +1,7 @@
-"""Removes the locks of PyTorch's builds that killed processes left behind.
+"""Removes the locks of PyTorch builds that killed processes have left.
 
-DeepSpeed compiles parts of itself at its first start, and makes a lock file each time that it loads them. PyTorch
-waits for such a file to disappear (`torch.utils.file_baton`): for ever and silently if its process was killed.
+DeepSpeed compiles extensions at its first start, and creates a lock file each time it loads them. PyTorch waits until
+such a file disappears (`torch.utils.file_baton`). If its process was killed, this wait is silent and never ends.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from arpo_trl.visible import get_logger
 logger = get_logger(__name__)
 
 QUIET_S = 120.0
-"""A build whose lock no process of this machine holds may be another machine's, if they share the folder. It counts as
-left behind when nothing in its folder has changed for this long; compiling one file takes about a minute."""
+"""If no process of this machine holds a build's lock, another machine that shares the folder may hold it. The lock
+counts as abandoned if nothing in its folder has changed for this many seconds. Compiling one file takes about a
+minute."""
 POLL_S = 0.1
 
 
 def remove_left_build_locks(deepspeed: object) -> None:
-    """Returns when no lock that DeepSpeed may wait for is left behind. Call it before DeepSpeed starts.
+    """Removes abandoned locks for which DeepSpeed would wait. Call it before DeepSpeed starts.
 
-    The first process of a machine removes the locks, and its other processes wait for that.
+    The first process of a machine removes the locks, and the other processes wait for it.
 
     Args:
         deepspeed: `TrainingArguments.deepspeed`. Without it and without accelerate's DeepSpeed nothing is built.
@@ -55,7 +56,7 @@ def _remove_if_left(lock: Path, is_first: bool) -> None:
             is_told = True
             logger.warning(
                 f"{lock} is the lock of a build, but no process of this machine holds it. It is removed in "
-                f"{wait_s:.0f} s unless another machine goes on with the build. Delete it to start at once."
+                f"{wait_s:.0f} s unless another machine continues the build. Delete it to start immediately."
             )
         time.sleep(POLL_S)
 
@@ -87,6 +88,6 @@ def _remove(lock: Path) -> None:
     except OSError as error:
         raise ConfigError(
             f"{lock} is the lock of a build that was killed, and cannot be removed ({error}). DeepSpeed would wait "
-            "for it without end. Delete it, or set TORCH_EXTENSIONS_DIR to a folder of your own."
+            f"for it forever. Delete it, or set TORCH_EXTENSIONS_DIR to your own folder."
         ) from error
-    logger.warning(f"{lock} was left by a build that was killed. It is removed.")
+    logger.warning(f"{lock} is the lock of a build that was killed. It is removed.")

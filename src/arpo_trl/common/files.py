@@ -3,8 +3,8 @@
     with whole_file(Path("report.md")) as partial:
         partial.write_text("…")
 
-The content is written under the final name plus `.partial`, which is renamed to the final name when the block ends
-without an error. After an error or a crash the partial file remains; the next write replaces it.
+The content is written to a file with the final name plus `.partial`. It gets its final name when the block ends
+without an error. After an error or a crash the partial file remains, and the next write replaces it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yields a new, empty folder. At the end it becomes `path`, which must not exist. Makes missing parents."""
+    """Yields a new, empty folder. At the end it becomes `path`, which must not exist. Creates missing parents."""
     partial = _partial(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -34,7 +34,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
-    """Writes `text` to the file `path` in UTF-8. `errors` says how to treat lone surrogates, as in `str.encode`."""
+    """Writes `text` to the file `path` in UTF-8. `errors` sets the treatment of lone surrogates, as in
+    `str.encode`."""
     with whole_file(path) as partial:
         partial.write_text(text, "utf-8", errors=errors)
 

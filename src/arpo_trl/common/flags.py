@@ -1,4 +1,4 @@
-"""The parser of a command's own flags: a flag has one name, and an error says which one was meant. Pure: no torch."""
+"""The parser of a command's own flags: a flag has one name, and an error suggests the nearest name. Pure: no torch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 NUMBERS = {"int": "an integer", "float": "a number"}
-"""The name of a type in argparse's messages → what it expects."""
+"""The name of a type in argparse's messages → the expected value."""
 NEAR = 0.8
-"""Names at least this similar, as difflib measures it, are taken to be misspellings of each other."""
+"""Names with at least this similarity (difflib) count as misspellings of each other."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse's parser, which takes no abbreviated flags and names the nearest flag for an unknown one.
+    """argparse's parser without abbreviated flags. Its error for an unknown flag names the nearest flag.
 
     An abbreviation would change its meaning, or lose it, as soon as another flag begins in the same way.
     """
@@ -24,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**settings, allow_abbrev=False)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but prints an error and exits with status 2 if a word is left."""
+        """Like argparse's, but prints an error and exits with status 2 if a word remains."""
         known, left = super().parse_known_args(args, namespace)
         if not left:
             return known, left
@@ -38,13 +38,13 @@ class CommandParser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """As argparse's, with the kind of number that a flag expects in words."""
+        """Like argparse's, but describes the expected kind of number in words."""
         if wrong := re.fullmatch(r"(argument \S+: )invalid (int|float) value: (.+)", message, re.DOTALL):
             message = f"{wrong[1]}{wrong[3]}; expected {NUMBERS[wrong[2]]}"
         super().error(message)
 
 
 def nearest(name: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """The one of `names` that begins with `name`, or else the most similar one; None if none is similar."""
+    """The one of `names` that begins with `name` or, without one, the most similar one; None if none is similar."""
     longer = [other for other in names if other.startswith(name)]
     return next(iter(longer or difflib.get_close_matches(name, names, n=1, cutoff=cutoff)), None)

@@ -19,13 +19,14 @@ def is_import_path(text: str) -> bool:
 
 
 def load_callable(path: str, setting: str) -> Any:
-    """The function or callable object at `path`, such as "my_rewards:exact". The current folder can be imported from.
+    """The function or callable object at `path`, such as "my_rewards:exact". Modules in the current folder can be
+    imported.
 
     Args:
         setting: The setting that names it, for errors.
 
     Raises:
-        ConfigError: The path has another form, the module cannot be imported, or has no such callable.
+        ConfigError: The path has another format, or the module cannot be imported or has no such callable.
     """
     if not is_import_path(path):
         raise ConfigError(f"{setting} contains {path!r}; expected an import path such as my_package.my_module:name.")
@@ -37,7 +38,7 @@ def load_callable(path: str, setting: str) -> Any:
     except Exception as error:  # the module's own code can raise anything
         raise ConfigError(
             f"{setting} contains {path!r}, but {module_name} cannot be imported ({type(error).__name__}: {error}). "
-            f"It is searched for in {os.getcwd()} and among the installed packages."
+            f"Python searches for it in {os.getcwd()} and in the installed packages."
         ) from error
     found = getattr(module, name, None)
     if not callable(found):

@@ -13,13 +13,14 @@ from arpo_trl.errors import ConfigError
 
 
 class SettingsParser(TrlParser):
-    """TRL's parser, which takes no abbreviated flags, and raises where argparse prints all flags and exits."""
+    """TRL's parser without abbreviated flags. It raises an error instead of printing all flags and exiting."""
 
     def __init__(self, kinds: Sequence[type[Any]], **parser: Any):
         super().__init__(kinds, allow_abbrev=False, **parser)
 
     def error(self, message: str) -> NoReturn:
-        """Raises ConfigError with `message`, put into this package's words if it is about a value."""
+        """Raises ConfigError with `message`. If it is about a value, the message is reworded in this package's
+        style."""
         wrong = re.fullmatch(r"argument --([\w-]+)\S*: invalid (\S+) value: (.+)", message, re.DOTALL)
         if missing := re.fullmatch(r"argument --([\w-]+)\S*: expected one argument", message):
             raise ConfigError(f"{missing[1].replace('-', '_')} is set without a value.")

@@ -1,4 +1,4 @@
-"""Loads models and tokenizers by folder or Hub id, and explains in one sentence why one cannot be loaded."""
+"""Loads models and tokenizers by folder or Hub id. If loading fails, one sentence explains the reason."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
     """Return `load(name, **arguments)`.
 
     Args:
-        what: The kind of thing that is loaded, for the message.
+        what: The kind of object, for the message.
         name: A folder or a Hub id.
 
     Raises:
-        ConfigError: It cannot be loaded. For a folder without the files of a model the message names the newest
-            checkpoint in it.
+        ConfigError: Loading failed. For a folder without the files of a model, the message names the newest checkpoint
+            in it.
     """
     try:
         return load(name, **arguments)
@@ -48,5 +48,5 @@ def _reason(name: str, error: Exception) -> str:
         return "the folder is empty. Check the path."
     finished = any((folder / file).exists() for file in ("config.json", "adapter_config.json"))
     if not finished and (newest := get_last_checkpoint(name)) is not None:
-        return f"the folder has checkpoints, but no finished model. Give the newest checkpoint: {newest}."
+        return f"the folder has checkpoints, but no finished model. Pass the newest checkpoint: {newest}."
     return f"{told}. Expected a folder that save_pretrained wrote, or a Hub id."

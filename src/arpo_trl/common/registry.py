@@ -1,4 +1,4 @@
-"""Classes that a setting selects by name: one per file of a package, and those that users register.
+"""Classes that a setting selects by name: one per file of a package, and classes registered by users.
 
 The names of the package's classes are its file names, so listing them imports nothing. `get` imports the file.
 """
@@ -16,7 +16,7 @@ from arpo_trl.common.settings import check_fields
 from arpo_trl.errors import ConfigError
 
 BASE = "base"
-"""The file of a package for code that the others share. It defines no class with a name."""
+"""A package's file for shared code. It defines no named class."""
 
 
 T = TypeVar("T", bound=type[Any])
@@ -26,7 +26,7 @@ class Registry(Generic[T]):
     """The classes of one `kind`.
 
     Args:
-        kind: What the classes are, for error messages, such as "branch rule".
+        kind: The kind of the classes, for error messages, such as "branch rule".
         package: The package's `__name__`. The names of its modules except `base` are the names of its classes.
         paths: The package's `__path__`.
     """
@@ -71,7 +71,7 @@ class Registry(Generic[T]):
         """The class of that name.
 
         Raises:
-            ConfigError: There is none.
+            ConfigError: There is no such class.
         """
         if name not in self.names:
             raise ConfigError(f"There is no {self.kind} {name!r}; expected one of {self.names}.")
@@ -82,12 +82,13 @@ class Registry(Generic[T]):
     def build(
         self, name: str, options: Mapping[str, Any], setting: str, shared: Mapping[str, Any] | None = None
     ) -> Any:
-        """Create an object of the class of that name. The fields of a dataclass are its options; others have none.
+        """Create an object of the class of that name. The fields of a dataclass are its options. Other classes have
+        none.
 
         Args:
             options: Values for fields.
-            setting: The setting that holds `options`, for error messages.
-            shared: Values that several classes share. The class gets those that it has fields for.
+            setting: The setting that contains `options`, for error messages.
+            shared: Values that several classes share. The class gets the values for which it has fields.
 
         Raises:
             ConfigError: The class does not exist, has no field for an option, has a required field without a value, or
@@ -98,7 +99,7 @@ class Registry(Generic[T]):
         own = [field for field in known if field not in shared]
         if unknown := [option for option in options if option not in own]:
             raise ConfigError(
-                f"{setting} has {unknown}, but the {self.kind} {name!r} takes {own or 'no options'}. "
+                f"{setting} has {unknown}, but the {self.kind} {name!r} has {own or 'no options'}. "
                 f"{_way_out(unknown, own, shared)}"
             )
         values = {field: value for field, value in shared.items() if field in known} | dict(options)
@@ -117,11 +118,11 @@ class Registry(Generic[T]):
 
 
 def _way_out(unknown: Iterable[str], own: Iterable[str], shared: Iterable[str]) -> str:
-    """What to do about options that a class does not take."""
+    """Advice on options that a class does not have."""
     hints = []
     for option in unknown:
         if option in shared:
-            hints.append(f"{option} is a setting of its own: set it there if the class reads it.")
+            hints.append(f"{option} is a separate setting: set it there if the class reads it.")
         elif near := difflib.get_close_matches(str(option), own, n=1):
             hints.append(f"Did you mean {near[0]!r} instead of {option!r}?")
     return " ".join(hints) or "Remove or rename the others."

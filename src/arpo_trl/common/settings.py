@@ -77,8 +77,8 @@ def described(
     Args:
         help: Sentences for `--help`. The range is appended.
         at_least, above, at_most: Limits of a number. `at_least` and `at_most` are inclusive.
-        unit: What the number counts or measures, as a plural noun such as "tokens".
-        choices: The accepted texts; for a list, those of its entries.
+        unit: The unit of the number, as a plural noun such as "tokens".
+        choices: The accepted texts; for a list, the accepted entries.
     """
     limits = Range(at_least=at_least, above=above, at_most=at_most, unit=unit)
     text = str(limits)
@@ -89,16 +89,16 @@ def described(
 
 
 def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-    """Returns if the metadata of every field of the dataclass instance `settings` accepts its value.
+    """Checks that the metadata of every field of the dataclass instance `settings` accepts its value.
 
-    A number must have the annotated type, be finite and lie within its range. True and False are bools, not numbers;
-    nothing else is a bool. None is accepted if the annotation allows it. Where "on" or "off" is a choice, True and
-    False become it, because YAML reads a bare `on` or `off` as a bool. A field that this package defines and that is
-    annotated as text, or as a list of texts, must be that.
+    A number must have the annotated type, be finite and be within its range. True and False are bools, not numbers; no
+    other value is a bool. None is accepted if the annotation allows it. If "on" or "off" is a choice, True and False
+    are converted to it, because YAML reads a bare `on` or `off` as a bool. A field of this package with the annotation
+    text, or list of texts, must have that type.
 
     Args:
-        inherited: What a field of another package's class accepts, by the field's name: `{"range": Range(…)}`,
-            `{"text": True}` or `{"options": True}`, for a mapping, or its JSON text.
+        inherited: The accepted values of fields of another package's class, by the field's name: `{"range":
+            Range(…)}`, `{"text": True}` or `{"options": True}`, for a mapping, or its JSON text.
 
     Raises:
         ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
@@ -115,7 +115,7 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
 
 
 def _is_own(kind: type, name: str) -> bool:
-    """Whether this package, and not the one that a class inherits from, annotates the field."""
+    """Whether this package annotates the field, and not the package of a base class."""
     owner = next(each for each in kind.__mro__ if name in vars(each).get("__annotations__", {}))
     return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
@@ -156,7 +156,7 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
 
 @dataclass
 class ToolLimits:
-    """How the model calls tools, and the limits of the calls, in training and in evaluation."""
+    """The protocol of tool calls, and their limits, in training and in evaluation."""
 
     tool_protocol: str = field(
         default=ProtocolKind.TAGS.value,
@@ -170,23 +170,26 @@ class ToolLimits:
         default="auto",
         metadata={
             "help": "Parser of tool calls for tool_protocol 'chat_template': 'auto' (the first one that reads back a "
-            "call that the template renders), 'hermes', 'qwen3_xml', 'nemotron3', 'llama3_json', 'gpt_oss', 'glm45', "
+            "call that the template renders), 'hermes', 'qwen3_xml', 'nemotron3', 'llama3_json', 'gpt_oss', "
+            "'glm45', "
             "'gemma4', 'lfm2', 'tokenizer' (its own response template), or the name of one of vLLM's."
         },
     )
     tool_timeout_s: float = field(
         default=20.0,
         metadata=described(
-            "Time limit of a tool call. After it the call fails, and the model is told so.", above=0, unit="seconds"
+            "Time limit of a tool call. After it the call fails, and the model reads an error.",
+            above=0,
+            unit="seconds",
         ),
     )
     tool_concurrency: int = field(
-        default=32, metadata=described("Most tool calls that run at the same time.", at_least=1)
+        default=32, metadata=described("Maximum number of tool calls that run at the same time.", at_least=1)
     )
     max_tool_result_tokens: int | None = field(
         default=None,
         metadata=described(
-            "Length limit of a tool result; of a longer one the model sees head and tail. None: no limit.",
+            "Length limit of a tool result. The model sees the head and tail of a longer one. None: no limit.",
             at_least=16,
             unit="tokens",
         ),
@@ -205,16 +208,18 @@ class JudgeArguments:
         default=None,
         metadata={
             "help": "OpenAI-compatible server (…/v1) of the judge. If it requires a key, set the environment variable "
-            "JUDGE_API_KEY. None: answers are scored by rule alone."
+            "JUDGE_API_KEY. None: only rules score answers."
         },
     )
     judge_model: str | None = field(
         default=None,
-        metadata={"help": "The judge's name at that server. The paper uses Qwen/Qwen2.5-72B-Instruct."},
+        metadata={"help": "The judge's name on that server. The paper uses Qwen/Qwen2.5-72B-Instruct."},
     )
     judge_cache: str | None = field(
         default=None,
-        metadata={"help": "JSONL file that keeps the judge's verdicts for later runs. None: kept for this run only."},
+        metadata={
+            "help": "JSONL file that stores the judge's verdicts for later runs. None: stored only for this run."
+        },
     )
 
     def __post_init__(self) -> None:

@@ -1,6 +1,6 @@
-"""The configuration files that come with the package: those of `configs/` and of `accelerate_configs/`.
+"""The configuration files that are part of the package: those in `configs/` and in `accelerate_configs/`.
 
-A wheel holds them inside the package. In a checkout they are folders of its root.
+A wheel contains them inside the package. In a checkout they are folders in its root.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def shipped_file(kind: str, name: str) -> Path:
 
 
 def file_or_shipped(kind: str, name: str) -> Path:
-    """The file at the path `name`, or else the shipped one of that name.
+    """The file at the path `name` or, if there is none, the shipped file of that name.
 
     Raises:
-        ConfigError: There is neither, or a folder at the path.
+        ConfigError: Neither exists, or the path is a folder.
     """
     if Path(name).is_dir() and name not in shipped_names(kind):
         raise ConfigError(f"The configuration {name} is a folder; expected a YAML file in it.")

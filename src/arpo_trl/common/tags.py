@@ -1,4 +1,4 @@
-"""Finds the tags in a model's text that are only text: those inside code, and those that prose mentions.
+"""Finds the tags in a model's text that count as text: tags inside code, and tags mentioned in prose.
 
     Let me use <search> for it. <search>iron</search>        the first tag is a mention, the second one is a call
     <python>print("<answer>")</python>                       everything inside code is code
@@ -12,20 +12,20 @@ import re
 from collections.abc import Collection
 
 CODE_PARAMETER = "code"
-"""The argument name by which a tool with one text argument is known to take code."""
+"""The argument name that marks a tool with one text argument as a tool for code."""
 
 
 def plain_spans(text: str, tools: Collection[str], code_tools: Collection[str]) -> list[tuple[int, int]]:
-    """Return the (start, end) spans of one turn in which tags are text, in order.
+    """Return the (start, end) spans of one turn in which tags count as text, in order.
 
-    The body of a code tool reaches from its opening tag to its first closing tag, or to the end of the turn. An
+    The body of a code tool extends from its opening tag to its first closing tag, or to the end of the turn. An
     opening tag that follows words on its line is a mention if a call comes after it: either the same tag opens again
-    before it is closed, or it is never closed and another tool's call is.
+    before it is closed, or the tag is never closed and another tool's call is closed.
 
     Args:
         text: The model's text of one turn.
         tools: The tools' names.
-        code_tools: The names of the tools that take code.
+        code_tools: The names of the tools for code.
     """
     if not tools:
         return []
@@ -64,7 +64,7 @@ def without(text: str, spans: Collection[tuple[int, int]]) -> str:
 
 
 def _named(text: str, tags: list[re.Match[str]]) -> list[bool]:
-    """Return for each tag whether it is an opening tag that prose mentions."""
+    """Return for each tag whether it is an opening tag mentioned in prose."""
     named = [False] * len(tags)
     after: dict[str, str] = {}
     """Tool → its first tag after the current one: "" an opening, "/" a closing one."""

@@ -1,8 +1,8 @@
-"""Files that a user hands us, read so that whatever is in them ends in an error that names the place.
+"""Reads files from users. Every fault in them becomes an error that names its place.
 
     JSON, JSON lines, YAML  ──▶  values, nested `MAX_DEPTH` deep at most  ──▶  `expect`: keys and types
 
-A file may be cut off, of another encoding or of another program.
+A file may be truncated, have another encoding, or come from another program.
 """
 
 from __future__ import annotations
@@ -16,20 +16,21 @@ from typing import Any
 from arpo_trl.errors import DataError
 
 MAX_DEPTH = 100
-"""Lists and mappings within one another. Beyond some hundreds Python can neither compare nor print them."""
+"""The maximum nesting of lists and mappings. Beyond several hundred levels Python can neither compare nor print
+them."""
 
 Shape = type | UnionType | list[Any] | dict[str, Any]
-"""What `expect` expects: a type; `[shape]`, a list of such; `{key: shape}`, a mapping with at least these keys, of
-which those that end in ? may be missing."""
+"""A shape for `expect`: a type; `[shape]`, a list of values of that shape; or `{key: shape}`, a mapping with at least
+these keys. Keys that end in ? may be missing."""
 
 
 def is_url(name: str) -> bool:
-    """Whether the name of a file or folder is a web address, which nothing here opens."""
+    """Whether the name of a file or folder is a web address, which this package does not open."""
     return name.startswith(("http://", "https://"))
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8; `DataError` where it cannot be read."""
+    """The text of a file in UTF-8. Raises `DataError` if it cannot be read."""
     try:
         return path.read_text("utf-8-sig")
     except OSError as error:
@@ -39,17 +40,17 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; `DataError` where there is none."""
+    """The value in a JSON file. Raises `DataError` if there is none."""
     return parse_json(read_text(path), str(path))
 
 
 def json_lines(path: Path, bad: list[str] | None = None) -> Iterator[tuple[int, Any]]:
-    r"""Number (from 1) and value of each line that is not blank.
+    r"""The number (from 1) and value of each line that is not blank.
 
-    Only \n ends a line: JSON allows the other ends of lines within a string.
+    Only \n ends a line, because JSON allows the other line ends within a string.
 
     Args:
-        bad: What is wrong with each line that is left out for it goes here; None: the first one raises.
+        bad: Faulty lines are skipped, and their faults are appended to this list. None: the first fault raises.
 
     Raises:
         DataError: The file cannot be read, or a line is not JSON in UTF-8; the message names it.
@@ -75,13 +76,13 @@ def json_lines(path: Path, bad: list[str] | None = None) -> Iterator[tuple[int, 
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file; `DataError` where it cannot be read."""
+    """The value in a YAML file. Raises `DataError` if it cannot be read."""
     import yaml
 
     text = read_text(path)
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that there cannot be
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
         raise _too_deep(str(path)) from error
@@ -90,7 +91,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text; `DataError`, which names `where` it stands, when it is none."""
+    """The value of a JSON text. Raises `DataError`, which names its place `where`, if it is not JSON."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -103,7 +104,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def expect(value: Any, shape: Shape, name: str) -> None:
-    """Returns if `value`, called `name`, has `shape`; `DataError`, which names the part, where it has not."""
+    """Checks that `value`, called `name`, has `shape`. Raises `DataError`, which names the wrong part."""
     if isinstance(shape, dict):
         if not isinstance(value, Mapping):
             raise DataError(f"{name} is {shown(value)}; expected named values.")
@@ -118,7 +119,7 @@ def expect(value: Any, shape: Shape, name: str) -> None:
             raise DataError(f"{name} is {shown(value)}; expected a list.")
         (part,) = shape
         for number, item in enumerate(value):
-            if isinstance(part, type) and type(item) is part:  # most items are numbers: without a name for each
+            if isinstance(part, type) and type(item) is part:  # most items are numbers, so this avoids a name for each
                 continue
             expect(item, part, f"{name}[{number}]")
     elif not _is_a(value, shape):
@@ -127,7 +128,7 @@ def expect(value: Any, shape: Shape, name: str) -> None:
 
 
 def _is_a(value: Any, kind: type | UnionType) -> bool:
-    if isinstance(value, bool):  # Python's are integers, a file's are not
+    if isinstance(value, bool):  # in Python a bool is an integer, in a file it is not
         return isinstance(value, kind) and not isinstance(1, kind)
     return isinstance(value, kind) or (type(value) is int and isinstance(1.0, kind))
 
@@ -144,7 +145,7 @@ def _not_utf_8(where: str, error: UnicodeDecodeError) -> DataError:
 
 
 def _too_deep(where: str) -> DataError:
-    return DataError(f"{where}: lists and mappings stand more than {MAX_DEPTH} deep in one another. Flatten them.")
+    return DataError(f"{where}: lists and mappings are nested more than {MAX_DEPTH} deep. Flatten them.")
 
 
 def _check_depth(value: Any, where: str) -> None:

@@ -1,6 +1,6 @@
-"""Converts demonstrations to token ids and labels for supervised training, with the tool protocol that RL uses.
+"""Converts demonstrations to token ids and labels for supervised training, with the tool protocol of RL.
 
-`TagProtocol` encodes turns and tool results exactly as RL parses them. Only the tokens that the model writes carry
+`TagProtocol` encodes turns and tool results exactly as RL parses them. Only tokens of the model contribute to the
 loss.
 
     # ids:     prompt | <search>…</search> | \\n<result>…</result>\\n | <answer>…</answer> EOS
@@ -25,7 +25,7 @@ _RESULT = re.compile(rf"\s*<{RESULT}>\n?(.*?)\n?</{RESULT}>\s*", re.DOTALL)
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of a trajectory: a turn that the model writes, or a tool result that it reads."""
+    """A part of a trajectory: a turn of the model, or a tool result."""
 
     text: str
     is_turn: bool
@@ -35,10 +35,10 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
     """`input_ids` and `labels` (−100 on the prompt and on tool results) of one demonstration.
 
     A row has either `messages` (system and user, then assistant and tool), or `prompt` (messages or text) and `text`,
-    the whole trajectory with its `<result>…</result>`. A `<result>` inside an assistant message is a tool result too.
+    the whole trajectory with its `<result>…</result>`. A `<result>` inside an assistant message is also a tool result.
 
     Raises:
-        DataError: The row has neither form, or its trajectory does not end with a turn.
+        DataError: The row has neither format, or its trajectory does not end with a turn.
     """
     prompt, segments = _split(row)
     if not segments or not segments[-1].is_turn:
@@ -57,12 +57,12 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
 
 
 def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None) -> tuple[Dataset, int]:
-    """The encoded rows of at most `max_length` tokens, and the number of longer rows, which are left out.
+    """The encoded rows of at most `max_length` tokens, and the number of longer rows, which are excluded.
 
-    Trajectories are never truncated: without its end, a trajectory would teach the model not to answer.
+    Trajectories are never truncated: from a truncated trajectory the model would learn not to answer.
 
     Raises:
-        DataError: A row cannot be encoded (the message has its number), or all rows are too long.
+        DataError: A row cannot be encoded (the message contains its number), or all rows are too long.
     """
 
     def encode(row: dict[str, Any], number: int) -> dict[str, list[int]]:
@@ -85,7 +85,9 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
     if row.get("messages"):
         messages: Sequence[Mapping[str, Any]] = row["messages"]
         if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-            raise DataError("`messages` is no list of messages; expected each with a role and a content, both text.")
+            raise DataError(
+                "`messages` is not a list of messages; expected each with a role and a content, both text."
+            )
         for position, message in enumerate(messages):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise DataError(f"message {position} is {dict(message)}; expected role and content, both text.")

@@ -47,8 +47,7 @@ def named(row: Mapping[str, Any], fields: Sequence[str], meaning: str) -> str:
         nulls = [name for name in fields if name in row]
         got = f"{nulls[0]!r} is null" if nulls else f"the row has the fields {sorted(map(str, row))}"
         raise DataError(
-            f"no {meaning}: {got}; expected a value under one of {list(fields)}. The setting columns names other "
-            "fields."
+            f"no {meaning}: {got}; expected a value under one of {list(fields)}. To name other fields, set columns."
         )
     return field
 

@@ -7,7 +7,7 @@ r"""Converts one row of a dataset from a published layout to {prompt, answer, ta
 | verl (the paper, DAPO, Search-R1) | `prompt`: messages | `reward_model.ground_truth`: one, a list, `{target: […]}` |
 | RLVR | `messages` that end with the user's | `ground_truth` |
 | worked solutions (NuminaMath, OpenR1) | `problem` | the last `\boxed{…}` of `solution` |
-| GSM8K | `question` | what follows `####` at the end of `answer` |
+| GSM8K | `question` | the text after `####` at the end of `answer` |
 | SQuAD, TriviaQA | `question` | `answers.text`; `answer.value` with `aliases` |
 | MuSiQue, ASearcher | `question` | `answer` with `answer_aliases`, `aug_answer` |
 | multiple choice (MMLU, ARC, MedQA, C-Eval, GPQA) | `question` with `choices`, `options` or columns | label, text |
@@ -71,14 +71,14 @@ def convert_row(
 ) -> dict[str, Any] | None:
     """The row in this project's layout; None if it has no answer by design (`golds.find_answer`).
 
-    `task` is None if not stated.
+    `task` is None if the row has none.
 
     Args:
-        number: The row's number in its dataset, which becomes the id of a row without one.
-        system_text: Replaces the system message. None: only a prompt that is plain text gets one,
+        number: The row's number in its dataset. It becomes the id of a row without an id.
+        system_text: Replaces the system message. None: only a plain-text prompt gets one,
             `SYSTEM_PROMPTS["reasoning"]`.
         task: Overrides the row's own task.
-        columns: Key of `MAPPABLE` → field that replaces the usual ones; dots reach into nested fields.
+        columns: Key of `MAPPABLE` → field that replaces the usual ones. Dots select nested fields.
 
     Raises:
         DataError: The row cannot be converted; names the field.
@@ -126,7 +126,7 @@ def read_columns(columns: Any) -> dict[str, str] | None:
 
 
 def system_prompt_text(system_prompt: str | None) -> str | None:
-    """The text of a system prompt that is given by its name or as text.
+    """The text of a system prompt given by its name or as text.
 
     Raises:
         ConfigError: `system_prompt` is a single word that is not a name in `SYSTEM_PROMPTS`.
@@ -143,10 +143,10 @@ def system_prompt_text(system_prompt: str | None) -> str | None:
 
 
 def check_prompt(prompt: Any) -> None:
-    """Returns if `prompt` is text or a list of messages and not blank; see `loading.validate_rows`.
+    """Checks that `prompt` is text or a list of messages, and not blank; see `loading.validate_rows`.
 
     Raises:
-        DataError: It is not; names the message.
+        DataError: The check failed. Names the message.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, list) or not messages:
@@ -285,7 +285,8 @@ def _checked_prompt(prompt: Any) -> list[Message]:
 
 
 def _with_system(messages: list[Message], system_text: str | None, *, is_question: bool) -> list[Message]:
-    """The messages with the given system message, for "" without one. For None, only a plain question gets one."""
+    """The messages with the given system message; "" removes it. For None, only a plain question gets a system
+    message."""
     if system_text is None:
         if not is_question:
             return messages

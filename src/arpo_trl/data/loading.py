@@ -1,4 +1,4 @@
-r"""Loads datasets as rows {prompt, answer, task, id}, which `ARPOTrainer` and the rewards read.
+r"""Loads datasets as rows {prompt, answer, task, id} for `ARPOTrainer` and the rewards.
 
 `layouts` defines the layouts of rows. Some published texts have lost backslashes: `\b` and `\f` were read as escapes,
 so `\boxed` became a backspace and `oxed`, and `\frac` a form feed and `rac`. Loading restores them.
@@ -37,7 +37,8 @@ _MATH_SHARE, _QA_SHARE = 0.75, 0.25
 _LFS_POINTER = b"version https://git-lfs."
 
 ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
-"""Columns that `ARPOTrainer` passes to reward functions besides the dataset's, with one value per completion."""
+"""Columns that `ARPOTrainer` passes to reward functions in addition to the dataset's, with one value per
+completion."""
 TRL_COLUMNS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments", "image", "images")
 """Names that TRL uses for its own arguments of reward functions, or to detect rows with images."""
 
@@ -61,18 +62,18 @@ def load_arpo_dataset(
         system_prompt: None: prompts that are messages stay unchanged, and plain questions get
             `SYSTEM_PROMPTS["reasoning"]`, which is logged. A name in `SYSTEM_PROMPTS`, or a text, replaces the system
             message of every row. "": no row has a system message.
-        task: Overrides the task of all rows. None: each row's own `task`, or else verl's `ability`. If rows state
-            neither, their answers together decide, with a warning: math if at least 75 % are a number or LaTeX, qa if
-            at most 25 % are.
+        task: Overrides the task of all rows. None: each row's own `task` or, if it has none, verl's `ability`. If rows
+            have neither, their answers together determine the task, with a warning: math if at least 75 % are a number
+            or LaTeX, qa if at most 25 % are.
         columns: Names of fields that replace the usual ones, such as `{"question": "body", "answer": "meta.gold"}`.
-            The keys are those of `layouts.MAPPABLE`; dots reach into nested fields.
+            The keys are those of `layouts.MAPPABLE`. Dots select nested fields.
 
-    Rows without an answer by design are left out with a warning: a verl row with a blank answer (the published data
+    Rows without an answer by design are excluded with a warning: a verl row with a blank answer (the published data
     has one), a proof in NuminaMath. In other layouts a missing answer is an error.
 
     Raises:
         ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
-        DataError: Nothing readable was found, or a row cannot be converted. Names the file, the row (from 0) or the
+        DataError: There is no readable file, or a row cannot be converted. Names the file, the row (from 0) or the
             line (from 1), and the field.
     """
     override = next((known for known in TASKS if known == task), None)
@@ -91,14 +92,14 @@ def load_arpo_dataset(
         else:
             rows.append(row)
     if skipped:
-        logger.warning("%s: %d row(s) without an answer left out: %s", path_or_hub_id, len(skipped), _listed(skipped))
+        logger.warning("%s: %d row(s) without an answer excluded: %s", path_or_hub_id, len(skipped), _listed(skipped))
     if not rows:
         raise DataError(f"{path_or_hub_id} (split {split!r}) contains no rows; expected at least one.")
     _guess_task(rows, path_or_hub_id)
     if system_text is None and (told := sum(row["prompt"][0]["content"] == DEFAULT_SYSTEM_PROMPT for row in rows)):
         logger.info(
-            '%s: %d row(s) have the system prompt "reasoning", which explains the tools and the answer format; plain '
-            'questions get it. Set system_prompt for another one, or to "" for none.',
+            '%s: %d row(s) have the system prompt "reasoning", which explains the tools and the answer format. It is '
+            'the default for plain questions. Set system_prompt for another one, or to "" for none.',
             path_or_hub_id,
             told,
         )
@@ -106,11 +107,11 @@ def load_arpo_dataset(
 
 
 def validate_rows(dataset: datasets.Dataset) -> None:
-    """Returns if every row has a valid prompt.
+    """Checks that every row has a valid prompt.
 
     A prompt is text, or a list of messages, each with a role and a content. The content is text, a list of parts, or
-    null if the message has `tool_calls`. At least one message has text. Other columns are for the reward functions and
-    not checked, but must not have a name in `ROLLOUT_COLUMNS` or `TRL_COLUMNS`.
+    null if the message has `tool_calls`. At least one message has text. Other columns are for the reward functions.
+    They are not checked, but must not have a name in `ROLLOUT_COLUMNS` or `TRL_COLUMNS`.
 
     Raises:
         DataError: The dataset is empty, lacks `prompt` or has a column with a reserved name, or a row has no valid
@@ -133,10 +134,10 @@ def validate_rows(dataset: datasets.Dataset) -> None:
 
 
 def refuse_taken_columns(columns: Iterable[str]) -> None:
-    """Returns if no column has a name that `ARPOTrainer` or TRL uses for another purpose.
+    """Checks that no column has a name that `ARPOTrainer` or TRL uses for another purpose.
 
     Raises:
-        DataError: A column has. It would be overwritten, or the first step would fail.
+        DataError: A column has such a name. It would be overwritten, or the first step would fail.
     """
     columns = set(columns)
     if taken := sorted(columns.intersection(ROLLOUT_COLUMNS)):
@@ -192,7 +193,7 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
     """Yields the unconverted rows of a file.
 
     Args:
-        bad: Rows that cannot be read are left out, and the reasons are appended to this list. None: they raise.
+        bad: Unreadable rows are excluded, and the reasons are appended to this list. None: they raise an error.
 
     Raises:
         DataError: The file, or a row of it, cannot be read.
@@ -275,12 +276,12 @@ def _guess_task(rows: list[dict[str, Any]], source: str) -> None:
     if _QA_SHARE < share < _MATH_SHARE:
         raise DataError(
             f"{source}: {len(silent)} row(s), the first of them row {silent[0]}, do not state their task, and their "
-            f"answers do not decide it ({share:.0%} are a number or LaTeX). Set task to {' or '.join(TASKS)} (in "
+            f"answers do not determine it ({share:.0%} are a number or LaTeX). Set task to {' or '.join(TASKS)} (in "
             "Python: task=), or add a `task` column."
         )
     task = "math" if share >= _MATH_SHARE else "qa"
     logger.warning(
-        "%s: %d row(s) do not state their task; their task is set to %s, since %.0f %% of their answers are a number "
+        "%s: %d row(s) do not state their task. It is set to %s, since %.0f %% of their answers are a number "
         "or LaTeX. Set task to choose it yourself.",
         source,
         len(silent),

@@ -49,17 +49,18 @@ SYSTEM_PROMPTS: dict[str, str] = {
 
 
 def tags_system_prompt(tools: Sequence[Callable[..., Any]]) -> str:
-    """A system prompt that describes `tools`, by their docstrings, and the tags of `TagProtocol`.
+    """A system prompt that describes `tools`, from their docstrings, and the tags of `TagProtocol`.
 
     Raises:
-        ToolSpecError: A tool does not take exactly one required `str` argument, so tags cannot call it.
+        ToolSpecError: A tool does not have exactly one required `str` argument, so tags cannot call it.
     """
     calls = []
     for spec in map(tool_spec, tools):
         name, parameter, function = spec.name, spec.single_text_parameter, spec.schema["function"]
         if parameter is None:
             raise ToolSpecError(
-                f"The tool {name!r} takes {list(spec.parameters)}; the tags protocol needs exactly one required `str` "
+                f"The tool {name!r} has the parameters {list(spec.parameters)}; the tags protocol needs exactly one "
+                f"required `str` "
                 'argument. Change its signature, or set tool_protocol "chat_template".'
             )
         about = function["parameters"]["properties"][parameter]["description"]

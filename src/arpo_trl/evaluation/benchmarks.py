@@ -1,4 +1,4 @@
-"""The benchmarks of the paper and of users: where the questions are, and how answers are scored."""
+"""The benchmarks of the paper and of users: the sources of the questions, and the scorers of the answers."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ class Scorer(StrEnum):
     QA_F1 = "qa_f1"
     """Token F1, the best over all accepted answers."""
     JUDGE = "judge"
-    """A language model as judge. Without a judge, token F1 is reported, under the name of token F1."""
+    """A language model as judge. Without a judge, token F1 is reported under its own name."""
 
     @property
     def task(self) -> Task:
-        """The task that tells the rules how to compare answers."""
+        """The task, which determines how the rules compare answers."""
         return "math" if self is Scorer.MATH else "qa"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """A set of questions and how their answers are scored.
+    """A set of questions and the scorer of their answers.
 
     Example: `Benchmark(name="mine", title="Mine", suite=None, scorer=Scorer.MATH, file="mine.jsonl")`.
     """
 
     name: str
-    """In commands and file names."""
+    """The name in commands and file names."""
     title: str
-    """In tables and reports."""
+    """The name in tables and reports."""
     suite: str | None
     """One of `SUITES`, or None."""
     scorer: Scorer | None
     """None: the `task` of each row decides."""
     size: int | None = None
-    """The number of questions that the paper reports on."""
+    """The number of questions in the paper."""
     hub_id: str | None = None
     split: str = "test"
     config: str | None = None
@@ -67,11 +67,11 @@ class Benchmark:
     level: str | None = None
     """The field with the difficulty level, if there is one."""
     take: int | None = None
-    """Use only this many rows of the Hub's data set, the first ones; None: all."""
+    """Use only the first rows of the Hub's data set, this many; None: all."""
     text_only: str | None = None
-    """A field that is not empty in rows that need more than text. Those rows are left out."""
+    """A field that is not empty in rows that need more than text. Those rows are excluded."""
     masked: bool = False
-    """The prompt and the answer of a row with a `canary` are masked with it."""
+    """If a row has a `canary`, its prompt and answer are masked with it."""
     system_prompt: str | None = None
     """The name or the text of the system prompt."""
     note: str = ""
@@ -113,7 +113,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             name="gsm8k", title="GSM8K", suite="reasoning", scorer=Scorer.MATH, size=1319,
             hub_id="openai/gsm8k", config="main",
             system_prompt="reasoning",
-            note="MIT. The gold is what follows ####.",
+            note="MIT. The gold is the text after ####.",
         ),
         Benchmark(
             name="math", title="MATH", suite="reasoning", scorer=Scorer.MATH, size=5000,
@@ -170,7 +170,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             hub_id="cais/hle", take=500,
             text_only="image",
             system_prompt="deepsearch",
-            note="Gated: accept its terms on the Hub. The paper does not list its 500; these are the first text-only.",
+            note="Gated: accept its terms on the Hub. The paper does not list its 500; these are the first text-only "
+                 "rows.",
         ),
         Benchmark(
             name="xbench", title="xbench-DeepSearch", suite="deepsearch", scorer=Scorer.JUDGE, size=100,
@@ -199,9 +200,9 @@ class Questions:
     "0", "level": None}], bad=[])`.
 
     Attributes:
-        benchmark: The benchmark that they belong to.
+        benchmark: The benchmark of the questions.
         rows: Dicts {prompt, answer, task, id, level}.
-        bad: One error text for each row that was left out.
+        bad: One error text for each excluded row.
     """
 
     benchmark: Benchmark
@@ -236,7 +237,7 @@ def find_benchmarks(names: Iterable[str], custom: Sequence[Benchmark] = ()) -> l
 
 
 def suite(name: str) -> list[Benchmark]:
-    """Return the benchmarks of a suite, or with "all" of the three suites.
+    """Return the benchmarks of a suite, or with "all" the benchmarks of the three suites.
 
     Raises:
         ConfigError: There is no such suite.
@@ -256,7 +257,7 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
     """
     required, optional = ("name", "file", "question", "answer", "scorer"), ("level", "system_prompt")
     if not isinstance(description, Mapping):
-        raise ConfigError(f"custom holds {description!r}; expected a benchmark with {', '.join(required)}.")
+        raise ConfigError(f"custom contains {description!r}; expected a benchmark with {', '.join(required)}.")
     name = description.get("name", "?")
     for key, value in description.items():
         if key not in required + optional:
@@ -315,13 +316,13 @@ def load_questions(
 ) -> Questions:
     """Load the questions of a benchmark.
 
-    The source is the benchmark's `file`, else `data`, else the Hub.
+    The source is the benchmark's `file`. Without it, `data`. Without both, the Hub.
 
     Args:
-        data: A file, or a folder with a file that is named after the benchmark.
+        data: A file, or a folder with a file named after the benchmark.
         system_prompt: A name or a text that replaces the benchmark's system prompt.
-        limit: The most questions to load.
-        skip_bad: Leave out rows that cannot be used, with a warning.
+        limit: The maximum number of questions to load.
+        skip_bad: Exclude unusable rows, with a warning.
 
     Raises:
         DataError: There are no questions, or a row cannot be used. The message says how to get them.
@@ -345,15 +346,15 @@ def load_questions(
         except DataError as error:
             problem = f"{where}, row {number}: {error}"
             if not skip_bad:
-                raise DataError(f"{problem} To leave such rows out: --skip-bad.") from error
+                raise DataError(f"{problem} To exclude such rows: --skip-bad.") from error
             bad.append(problem)
         else:
             row["task"] = (benchmark.scorer or Scorer(Scorer.MATH if row["task"] == MATH else Scorer.QA_F1)).task
             rows.append(row)
     for problem in bad:
-        logger.warning("Left out: %s", problem)
+        logger.warning("Excluded: %s", problem)
     if not rows:
-        raise DataError(f"{where} holds no questions that can be used; expected at least one.")
+        raise DataError(f"{where} contains no usable questions; expected at least one.")
     return Questions(benchmark=benchmark, rows=rows, bad=bad)
 
 
@@ -435,7 +436,7 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
 def _unmasked(row: Mapping[str, Any]) -> dict[str, str]:
     """Return the prompt and the answer of an xbench row, unmasked.
 
-    They are base64 of the text's bytes XOR the canary's bytes, so that crawlers cannot read them.
+    They are base64 of the text's bytes XOR the canary's bytes, so that crawlers cannot read the questions.
     """
     key = str(row["canary"]).encode()
     try:

@@ -1,4 +1,4 @@
-"""Benchmarks during training: every n steps, on the trainer's engine, with the questions split over all ranks.
+"""Benchmarks during training: every n steps, on the trainer's engine, with the questions split across all ranks.
 
 trainer.add_callback(EvaluationCallback(trainer, [load_questions(BENCHMARKS["gsm8k"], limit=200)], every_steps=50))
 """
@@ -27,8 +27,8 @@ logger = get_rank_logger(__name__)
 class EvaluationCallback(TrainerCallback):
     """Evaluates the policy every `every_steps` optimizer steps.
 
-    It logs `eval/<benchmark>/<score>` and, with several `samples`, `eval/<benchmark>/pass@<k>`. The last table goes
-    into the model card. Temperature, lengths and tool limits are the trainer's. Evaluation does not branch.
+    It logs `eval/<benchmark>/<score>` and, with several `samples`, `eval/<benchmark>/pass@<k>`. The model card
+    contains the last table. Temperature, lengths and tool limits are the trainer's. Evaluation does not branch.
 
     Raises:
         ConfigError: `every_steps` is less than 1.

@@ -1,4 +1,4 @@
-"""The commands `arpo-trl eval` and `arpo-trl compare`, given their settings."""
+"""The commands `arpo-trl eval` and `arpo-trl compare`, after parsing of their settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DONE, SOME_FAILED = 0, 1
 
 
 def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
-    """Run the evaluation that `settings` describe, print the table, and return the exit status.
+    """Run the evaluation described by `settings`, print the table, and return the exit status.
 
     Raises:
         ArpoError: The settings, the data or the model cannot be used. Raised before the first sample.
@@ -101,7 +101,7 @@ def load_all(settings: EvalSettings) -> list[Questions]:
     """Load the questions of every benchmark in the settings.
 
     Raises:
-        ConfigError: The settings name no benchmark, or one that does not exist.
+        ConfigError: The settings name no benchmark, or an unknown one.
         DataError: Questions cannot be loaded.
     """
     custom = [custom_benchmark(description) for description in settings.custom]
@@ -125,10 +125,10 @@ def load_all(settings: EvalSettings) -> list[Questions]:
     elif custom:
         benchmarks = custom
     else:
-        raise ConfigError("There is nothing to evaluate on. Pass --benchmarks, --suite or --data.")
+        raise ConfigError("No benchmark is selected. Pass --benchmarks, --suite or --data.")
     if settings.task is not None or settings.columns is not None:
         raise ConfigError(
-            "task or columns is set together with benchmarks, which define how their rows are read. Remove the "
+            "task or columns is set together with benchmarks, which define the format of their rows. Remove the "
             "benchmarks, or describe the file under custom."
         )
     if settings.data is not None and len(benchmarks) > 1 and Path(settings.data).is_file():
@@ -151,7 +151,7 @@ def load_all(settings: EvalSettings) -> list[Questions]:
 def describe(settings: EvalSettings, tool_arguments: ToolArguments, tools: Sequence[str]) -> dict[str, Any]:
     """Return the settings that determine the samples of a run.
 
-    Server addresses and the commands of MCP servers are left out, because they may contain secrets.
+    Server addresses and the commands of MCP servers are omitted, because they may contain secrets.
     """
     tool_settings = {
         name: value
@@ -232,7 +232,7 @@ def compare_runs(a: Path, b: Path, picture: Path | None) -> int:
     ]  # fmt: skip
     _print(console, f"A is {a}, B is {b}.", "", *report.pipe_table(headings, rows, texts=2))
     if unpaired := sum(one.unpaired for one in comparisons):
-        _print(console, f"{unpaired} question(s) are in only one of the runs and are left out.")
+        _print(console, f"{unpaired} question(s) are in only one of the runs and are excluded.")
     picture = picture or b / f"against-{a.resolve().name}.png"
     draw(comparisons, (a.name or str(a), b.name or str(b)), picture)
     _print(console, "", str(picture))
@@ -305,7 +305,7 @@ def _new_folder(settings: EvalSettings) -> Path:
 
 
 def _registry_table() -> Table:
-    """The benchmarks. Ids have lines of their own, so that a terminal of 80 columns breaks none of them."""
+    """The benchmarks. Each id has its own line, so that a terminal of 80 columns does not wrap it."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")

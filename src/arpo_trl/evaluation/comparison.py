@@ -18,7 +18,7 @@ from arpo_trl.evaluation.samples import read_records
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """Run B against run A on one benchmark, over the questions that both runs have.
+    """Run B against run A on one benchmark, over the questions in both runs.
 
     Example: `compare(Path("runs/eval/a"), Path("runs/eval/b"))[0].difference.mean`.
 
@@ -44,10 +44,10 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
-    """Return one comparison for each benchmark that both runs have.
+    """Return one comparison for each benchmark in both runs.
 
     Raises:
-        DataError: A folder holds no finished run.
+        DataError: A folder contains no finished run.
         ConfigError: The runs have no benchmark or question in common, or score a benchmark differently.
     """
     results = [_results(folder) for folder in (a, b)]
@@ -118,7 +118,7 @@ def _results(folder: Path) -> dict[str, Any]:
             expect(summary, {"metric": str | None}, f"{path}, benchmarks.{name}")
     except DataError as error:
         raise DataError(
-            f"{folder} holds no results.json of a finished evaluation: {error} Pass the output folder of "
+            f"{folder} contains no results.json of a finished evaluation: {error} Pass the output folder of "
             "`arpo-trl eval`."
         ) from error
     return dict(results)

@@ -34,7 +34,8 @@ READ_BYTES = 1 << 20
 
 
 def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the model in the settings. Call it before the tools are made: it finds a wrong model.
+    """Return the tokenizer of the model in the settings. Call it before the tools are created, because it detects a
+    wrong model.
 
     Raises:
         ConfigError: The model, its tokenizer or its chat template is missing or cannot be used.
@@ -53,7 +54,7 @@ def load_tokenizer(settings: EvalSettings) -> PreTrainedTokenizerBase:
 
 
 def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrainedTokenizerBase) -> TreeSampler:
-    """Return a sampler without branching for the model in the settings, of which `tokenizer` is the tokenizer.
+    """Return a sampler without branching for the model in the settings. `tokenizer` is the model's tokenizer.
 
     Raises:
         ConfigError: The model cannot be used, its generation config has a rule that the engine would ignore, or a
@@ -91,8 +92,8 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
 def fingerprint(settings: EvalSettings) -> str | None:
     """Return a hash of the files in the local folders of model and adapter; None for models on the Hub.
 
-    It covers the name, the size, the beginning and the end of each file. That is enough, because training changes all
-    weights of a model.
+    It covers the name, the size, the beginning and the end of each file. This is sufficient, because training changes
+    all weights of a model.
     """
     digest = hashlib.blake2b(digest_size=8)
     folders = [Path(name).expanduser() for name in (settings.model, settings.adapter) if name]
@@ -109,9 +110,9 @@ def fingerprint(settings: EvalSettings) -> str | None:
 
 
 def _refuse_ignored_rules(settings: EvalSettings, saved: GenerationConfig | None) -> None:
-    """Raises ConfigError if the model's generation config has a rule, such as suppress_tokens, that would be ignored.
+    """Raises ConfigError if the engine would ignore a rule of the model's generation config, such as suppress_tokens.
 
-    The engine on transformers applies the rules or refuses them itself.
+    The transformers engine applies the rules or rejects them itself.
     """
     if settings.base_url is not None:
         refuse_rules(saved, None, "the server", "sample in this process (without base_url)")

@@ -10,7 +10,7 @@ import numpy as np
 
 RESAMPLES = 10_000
 _CHUNK = 2_000_000
-"""The most numbers that a bootstrap holds in memory."""
+"""The maximum number of numbers that a bootstrap has in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +26,8 @@ def pass_at_k(scores: Sequence[float], k: int) -> float:
     """Return the expected best score of k samples drawn from the n without replacement.
 
     It is an unbiased estimate for k new samples. If c of n scores are 1 and the others are 0, it is
-    1 − C(n−c, k) / C(n, k). For scores between 0 and 1, each sorted score s_i is weighted by how often it is the best
-    of k: Σ s_i · C(i−1, k−1) / C(n, k).
+    1 − C(n−c, k) / C(n, k). For scores between 0 and 1, each sorted score s_i is weighted by the probability that it
+    is the best of k: Σ s_i · C(i−1, k−1) / C(n, k).
 
     Raises:
         ValueError: k is not in 1 … n.
@@ -53,7 +53,8 @@ def majority(predictions: Sequence[str | None], same: Callable[[str, str], bool]
 
 
 def bootstrap(scores: Sequence[float], seed: int, resamples: int = RESAMPLES) -> Estimate:
-    """Return the mean over questions with the interval from resampling questions. One question gives a point."""
+    """Return the mean over questions with the interval from resampling questions. For one question the interval is a
+    point."""
     values = np.asarray(scores, dtype=float)
     low, high = np.quantile(_resampled_means(values, seed, resamples), (0.025, 0.975))
     return Estimate(mean=float(values.mean()), low=float(low), high=float(high))
@@ -83,7 +84,7 @@ def paired_bootstrap(a: Sequence[float], b: Sequence[float], seed: int, resample
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class McNemar:
-    """The number of questions that only A and that only B got right, and the exact two-sided p-value.
+    """The numbers of questions that only A and only B answered correctly, and the exact two-sided p-value.
 
     Example: `McNemar(only_a=1, only_b=3, p=0.625)`.
     """

@@ -22,9 +22,9 @@ from arpo_trl.visible import visible, visible_data
 SHOWN_SAMPLES = 200
 """The samples on one page. The report shows a benchmark's first page and links to the others."""
 PAGES_AT_ONCE = 10
-"""How many pages are in memory at a time: each such number of pages takes one reading of the samples."""
+"""The number of pages in memory at a time. Each such batch of pages requires one pass over the samples."""
 SHOWN_CHARS = 4000
-"""The most characters of a turn or a tool result that the page shows."""
+"""The maximum number of characters of a turn or a tool result on the page."""
 
 METRIC_NAMES = {
     "math": "math equality",
@@ -38,7 +38,7 @@ METRIC_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class SamplePage:
-    """One page of a benchmark's samples, in the form that the template shows. `files` are those of all its pages."""
+    """One page of a benchmark's samples, in the template's format. `files` are the files of all its pages."""
 
     benchmark: str
     number: int
@@ -170,7 +170,7 @@ def saved_table(folder: Path) -> str:
     """Return the Markdown table of the results in `folder`, an output folder of `arpo-trl eval`.
 
     Raises:
-        DataError: The folder holds no results.
+        DataError: The folder contains no results.
     """
     path = folder / "results.json"
     try:
@@ -219,7 +219,9 @@ def _details(name: str, summary: Mapping[str, Any]) -> list[str]:
     for error, count in summary["failures"].items():
         lines.append(f"- {count} failed: {cell(error)}")
     if summary["unjudged"]:
-        lines.append(f"- {summary['unjudged']} samples without a verdict of the judge, left out of the judge's score")
+        lines.append(
+            f"- {summary['unjudged']} samples without a verdict of the judge, excluded from the judge's score"
+        )
     return lines
 
 

@@ -20,7 +20,7 @@ from arpo_trl.rewards.answers import MATH, exact_match, math_equal
 Groups = dict[int, list[Record]]
 """The finished samples of each question, in order."""
 MANY_CALLS = 10
-"""Samples with at least so many calls are reported together."""
+"""Samples with at least this many calls are reported together."""
 
 
 def summarise(
@@ -28,7 +28,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the scores of a benchmark with their intervals, and the cost of its answers.
 
-    Failed samples are left out of all scores. The score of a question is the mean over its finished samples. pass@k
+    Failed samples are excluded from all scores. The score of a question is the mean over its finished samples. pass@k
     covers only questions with all `samples`.
     """
     all_records = sorted(records, key=lambda record: (record["number"], record["sample"]))

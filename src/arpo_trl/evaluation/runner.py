@@ -1,10 +1,10 @@
-"""Evaluation with the sampler of training: the same protocol, the same tools, no branching.
+"""Evaluation with training's sampler: the same protocol, the same tools, no branching.
 
     questions ─▶ stream of requests ─▶ TreeSampler ─▶ trees as they finish ─▶ scoring threads ─▶ samples.jsonl
                                                                                            └─▶ running scores
 
-Every sample is one request. Its seed is made of the run's seed, the benchmark, the index of the question and the index
-of the sample. So a sample depends on nothing else, and a run can stop at any point and resume.
+Every sample is one request. Its seed combines the run's seed, the benchmark, the index of the question and the index
+of the sample. So a sample does not depend on other samples, and a run can stop at any point and resume.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ class Evaluator:
         sampler: Its settings are used without branching.
         samples: Number of answers to each question.
         seed: Seed of the run.
-        concurrency: The most answers that are generated at the same time.
-        judge: Adds scores by a language model.
-        entropy_probe_tokens: The tree records the entropies of this many tokens at the start of a turn. With more than
-            0, vLLM interrupts each turn for them.
+        concurrency: The maximum number of answers that are generated at the same time.
+        judge: Adds the scores of a language model.
+        entropy_probe_tokens: The tree records the entropies of this many tokens at the start of a turn. If it is above
+            0, vLLM interrupts each turn to measure them.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Evaluator:
         sink(self.record(questions, finished))
 
     def rescore(self, questions: Questions, records: Sequence[Record], sink: Callable[[Record], None]) -> None:
-        """Score samples again whose judge gave no verdict. Call `sink` with each new record."""
+        """Score samples without the judge's verdict again. Call `sink` with each new record."""
         with ThreadPoolExecutor(SCORING_THREADS, "arpo-scoring") as scoring:
             for record in scoring.map(lambda record: self._rescored(questions, record), records):
                 sink(record)
@@ -163,10 +163,10 @@ class RunFolder:
     Args:
         path: Created if it does not exist.
         identity: The values, serializable as JSON, that must be equal for two invocations to be the same run.
-        resume: Whether the folder may already hold this run.
+        resume: Whether the folder may already contain this run.
 
     Raises:
-        ConfigError: The folder holds another run, this run without `resume`, or other files, or it cannot be written.
+        ConfigError: The folder contains another run, this run without `resume`, or other files, or it is not writable.
         DataError: The description of the run in the folder cannot be read.
     """
 
@@ -178,7 +178,7 @@ class RunFolder:
         if description.exists():
             self._check_same(description, identity, resume)
         elif path.exists() and (not path.is_dir() or any(file.suffix != ".partial" for file in path.iterdir())):
-            raise ConfigError(f"{path} is not empty and holds no evaluation. Choose another output folder.")
+            raise ConfigError(f"{path} is not empty and contains no evaluation. Choose another output folder.")
         else:
             try:
                 path.mkdir(parents=True, exist_ok=True)
@@ -197,10 +197,10 @@ class RunFolder:
         differences = list(differences_between(other, identity))
         if differences:
             raise ConfigError(
-                f"{self.path} holds a different run: {'; '.join(differences[:3])}. Choose another output folder."
+                f"{self.path} contains a different run: {'; '.join(differences[:3])}. Choose another output folder."
             )
         if not resume:
-            raise ConfigError(f"{self.path} already holds this run. Pass --resume to continue it.")
+            raise ConfigError(f"{self.path} already contains this run. Pass --resume to continue it.")
 
     def __enter__(self) -> RunFolder:
         return self
@@ -212,7 +212,8 @@ class RunFolder:
 def run_benchmark(
     evaluator: Evaluator, questions: Questions, folder: RunFolder, on_record: Callable[[Record], None]
 ) -> None:
-    """Sample what is missing in the folder of a benchmark. Call `on_record` with each new record, one at a time."""
+    """Sample the missing samples of a benchmark in the folder. Call `on_record` with each new record, one at a
+    time."""
     lock = threading.Lock()
 
     def sink(record: Record) -> None:

@@ -65,10 +65,10 @@ def read_records(path: Path) -> Iterator[Record]:
 
 
 def repair(path: Path) -> tuple[set[Key], list[Record]]:
-    """Rewrite the log so that it holds each finished sample exactly once.
+    """Rewrite the log so that it contains each finished sample exactly once.
 
     It removes incomplete lines, failed samples and duplicates, which the resumed run samples again. It also removes
-    samples without the judge's verdict and returns them; the resumed run judges them again without sampling.
+    samples without the judge's verdict and returns them. The resumed run judges them again without sampling.
 
     Returns:
         The keys of the finished samples, and the records to judge again.
@@ -109,7 +109,7 @@ _SCORED = {
 
 
 def _check(record: Any) -> None:
-    """Raises `DataError` where `record` lacks what a summary, a report or a comparison reads."""
+    """Raises `DataError` if `record` lacks a field that a summary, a report or a comparison reads."""
     expect(record, _HEAD, "the line")
     if record["error"] is None:
         expect(record, _SCORED, "the line")
@@ -145,7 +145,8 @@ def trajectory(tree: RolloutTree) -> list[dict[str, Any]]:
 
 
 def counted(record: Record) -> Record:
-    """Return the record without its texts. Summaries do not need them; thousands of trajectories take gigabytes."""
+    """Return the record without its texts. Summaries do not need them, and thousands of trajectories take
+    gigabytes."""
     steps = [
         {"role": step["role"], "calls": [{**call, "text": "", "arguments": {}} for call in step.get("calls", ())]}
         for step in record.get("trajectory", ())

@@ -4,7 +4,7 @@ math        mathematical equality; for rows of the task "math"
 f1          token F1 by SQuAD's rules; for rows of the task "qa"
 f1_paper    token F1 of the paper's evaluation, which normalizes only case and spaces; for rows of the task "qa"
 em          exact match of the tokens, including signs, decimal points and relations of numbers and formulas
-judge       the verdict of a language model; None if it gives none. Without a request it is 1 if `math` (or `em`, for
+judge       the verdict of a language model; None if it returns none. Without a request it is 1 if `math` (or `em`, for
             rows of the task "qa") is 1, and 0 if there is no answer
 """
 
@@ -26,7 +26,7 @@ def predicted(turns: Sequence[str]) -> str | None:
 
 
 def rule_scores(prediction: str | None, golds: Sequence[str], task: str) -> dict[str, float]:
-    """Return the scores that need no judge, the main score of the task first."""
+    """Return the scores that need no judge. The main score of the task is first."""
     if task == MATH:
         return {
             "math": float(prediction is not None and any(math_equal(prediction, gold) for gold in golds)),
@@ -56,7 +56,8 @@ def score(prediction: str | None, row: Mapping[str, Any], judge: LLMJudge | None
 
 
 def main_metric(benchmark: Benchmark, names: Sequence[str]) -> str:
-    """Return the main score of a benchmark: the judge's if the benchmark wants it and it exists, else the rule's."""
+    """Return the main score of a benchmark: the judge's score if the benchmark uses a judge and there is one,
+    otherwise the rule's."""
     if benchmark.scorer is Scorer.JUDGE and JUDGE in names:
         return JUDGE
     return "math" if "math" in names else "f1"

@@ -1,8 +1,8 @@
 r"""A check that the scorers work on a benchmark.
 
-A gold as the prediction must score 1, and the gold of another question must not. Equal text counts as equal without
-parsing. So for mathematics each gold is also rewritten (`\dfrac{1}{2}` for `0.5`), which must score 1, and changed to
-another number, which must not.
+A gold as the prediction must score 1, and the gold of another question must not score 1. Equal text counts as equal
+without parsing. So for mathematics each gold is also rewritten (`\dfrac{1}{2}` for `0.5`), which must score 1, and
+changed to another number, which must not score 1.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class ScorerCheck:
 class Malformed:
     """An accepted answer that `scorers` get wrong.
 
-    `prediction` is None if the answer itself does not score 1. Otherwise it is the rewritten answer that does not
-    score 1 although it is `equal`, or the changed answer that scores 1 although it is not.
+    `prediction` is None if the answer itself does not score 1. Otherwise it is either the rewritten answer, which does
+    not score 1 although it is `equal`, or the changed answer, which scores 1 although it is not `equal`.
     """
 
     benchmark: str
@@ -73,12 +73,12 @@ class TextOnly:
 def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malformed], list[TextOnly]]:
     r"""Check every rule that scores the benchmark, with each accepted answer as the prediction, in `\boxed{…}`.
 
-    The gold score of a question is the lowest over its accepted answers. The wrong answers are the first golds, which
-    a seeded cycle through all questions moves to other questions. If a moved gold happens to be right, it raises the
+    The gold score of a question is the lowest over its accepted answers. The wrong answers are the first golds, moved
+    to other questions by a seeded cycle through all questions. If a moved gold happens to be right, it raises the
     wrong score.
 
     Returns:
-        One check per scorer, the answers that a scorer gets wrong, and the answers that only the same text equals.
+        One check per scorer, the answers that a scorer scores wrongly, and the answers that only the same text equals.
     """
     rows = questions.rows
     name = questions.benchmark.name
@@ -116,7 +116,8 @@ def check(questions: Questions, seed: int) -> tuple[list[ScorerCheck], list[Malf
 
 
 def rewritten(gold: str) -> str | None:
-    r"""Return an equal answer in another notation: \dfrac{1}{2} for 0.5, \left( 1,2 \right) for (1,2); else None."""
+    r"""Return an equal answer in another notation: \dfrac{1}{2} for 0.5, \left( 1,2 \right) for (1,2); otherwise
+    None."""
     if re.fullmatch(r"-?\d+", gold):
         return f"{gold}.0"
     if re.fullmatch(r"-?\d*\.\d+", gold):

@@ -1,4 +1,4 @@
-"""Settings of an evaluation. Light imports only, so that `arpo-trl eval --help`, which is made from them, is fast."""
+"""Settings of an evaluation. They generate `arpo-trl eval --help`. Few imports keep that command fast."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ GROUPS = {
     "model": "model", "benchmarks": "benchmarks", "samples": "sampling", "output": "run",
     "judge_url": "judge", "tool_protocol": "tools",
 }  # fmt: skip
-"""First field → title, for each group of flags in the help text."""
+"""First field → title of each group of flags in the help text."""
 
 
 @dataclass
 class EvalSettings(ToolLimits, JudgeArguments):
-    """Settings of an evaluation, by default those of the paper. Each field is a flag and a key of the YAML file.
+    """Settings of an evaluation, by default the paper's. Each field is a flag and a key of the YAML file.
 
     Raises:
         ConfigError: A value is out of its range, or two values contradict each other.
@@ -83,7 +83,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
     )
     columns: dict[str, str] | None = field(
         default=None,
-        metadata={"help": "YAML only, with data alone: names of fields to use instead of the usual, as in train.py."},
+        metadata={"help": "YAML only, with data alone: names of fields that replace the usual ones, as in train.py."},
     )
     custom: list[dict[str, Any]] = field(
         default_factory=list,
@@ -91,7 +91,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
     )
     skip_bad: bool = field(
         default=False,
-        metadata={"help": "Leave out rows that cannot be used, with a warning, instead of stopping."},
+        metadata={"help": "Exclude unusable rows, with a warning, instead of stopping."},
     )
     limit: int | None = field(
         default=None, metadata=described("Only the first questions of each benchmark.", at_least=1)
@@ -108,7 +108,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
     context: int = field(
         default=32_768,
         metadata=described(
-            "Maximum length of prompt and answer together; less if the model supports less.",
+            "Maximum length of prompt and answer together, further limited by the model's context.",
             at_least=2,
             unit="tokens",
         ),
@@ -119,11 +119,13 @@ class EvalSettings(ToolLimits, JudgeArguments):
     )
     tool_call_limits: list[str] = field(
         default_factory=lambda: ["python=5", "search=10"],
-        metadata={"help": "NAME=N: the most calls of one tool per answer."},
+        metadata={"help": "NAME=N: maximum number of calls of one tool per answer."},
     )
     max_tool_calls: int | None = field(
         default=20,
-        metadata=described("The most tool results per answer, refused calls included. None: no limit.", at_least=0),
+        metadata=described(
+            "Maximum number of tool results per answer, refused calls included. None: no limit.", at_least=0
+        ),
     )
     system_prompt: str | None = field(
         default=None,
@@ -140,7 +142,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
     )
     resume: bool = field(default=False, metadata={"help": "Continue the run in --output; failed samples are retried."})
     concurrency: int = field(
-        default=32, metadata=described("The most answers that are generated at the same time.", at_least=1)
+        default=32, metadata=described("Maximum number of answers that are generated at the same time.", at_least=1)
     )
     self_check: bool = field(
         default=False,
@@ -174,14 +176,14 @@ class EvalSettings(ToolLimits, JudgeArguments):
         for text in self.tool_call_limits:
             name, _, number = text.partition("=")
             if not (name.isidentifier() and number.isdecimal()):
-                raise ConfigError(f"tool_call_limits holds {text!r}; expected entries like python=5.")
+                raise ConfigError(f"tool_call_limits contains {text!r}; expected entries like python=5.")
             limits[name] = int(number)
         return limits
 
     def identity(self) -> dict[str, Any]:
         """Return the settings that must be equal for samples to belong to the same run.
 
-        It leaves out where the run is stored, where its services are and how fast it runs.
+        It omits the run's folder, the addresses of its services and the settings of its speed.
         """
         incidental = {
             "output", "resume", "concurrency", "tool_concurrency", "base_url", "judge_url", "judge_cache",

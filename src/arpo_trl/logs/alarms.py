@@ -1,4 +1,4 @@
-"""Warnings about metrics that show that a run silently goes wrong, each with advice."""
+"""Warnings about metrics that indicate silent failures of a run, each with advice."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from arpo_trl.rollout.rules import BranchRule
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alarm:
-    """A limit on a metric that is a share, and advice for when it is reached.
+    """A limit on a metric that is a share, and advice if it is reached.
 
-    The share is checked once `count` things have been counted since the last check. The alarm is raised if the share
-    is at least `limit` (with `below`, at most `limit`): once per run or, with `again`, repeatedly: at the
-    first and then every `REPEAT_EVERY`th check that reaches the limit.
+    The share is checked when its count since the last check has reached `count`. The alarm is raised if the share is
+    at least `limit` (with `below`, at most `limit`). It is raised once per run or, with `again`, at the first check
+    that reaches the limit and then at every `REPEAT_EVERY`th one.
 
         Alarm(metric="alarm/truncated", limit=0.5, advice="{share} of the rollouts hit the length limit. Raise it.")
     """
@@ -54,7 +54,8 @@ ALARMS = (
         metric="baseline/reinforced_below_mean",
         limit=0.25,
         advice="{share} of the leaves with less reward than their group's mean have a positive advantage: the "
-        "baseline lies below wrong answers, and the policy drifts towards them. Set score_norm_cap (3), or "
+        "baseline is below the reward of wrong answers, and the policy drifts towards them. Set score_norm_cap (3), "
+        "or "
         "advantage_baseline mean, and watch entropy.",
         count=100,
     ),
@@ -68,7 +69,7 @@ ALARMS = (
         metric="schedule/gain",
         limit=1.1,
         advice="At equal calls the best widths give at most {share} of what independent paths give, so branching "
-        "cannot pay. Set initial_rollouts to num_generations (GRPO).",
+        "cannot help. Set initial_rollouts to num_generations (GRPO).",
         below=True,
         count=10,
     ),
@@ -77,8 +78,8 @@ FIRE_RATE_ALARMS = (
     Alarm(
         metric="tree/fire_rate",
         limit=0.9,
-        advice="{share} of the tool results fire the branch rule, so the budget, not the entropy, decides where "
-        "branches go. Raise branch_threshold, or use branch_rule ranked.",
+        advice="{share} of the tool results fire the branch rule, so the budget and not the entropy determines the "
+        "branches. Raise branch_threshold, or use branch_rule ranked.",
         count=FIRE_RATE_COUNT,
         again=False,
     ),

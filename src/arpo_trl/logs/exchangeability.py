@@ -1,11 +1,11 @@
-"""What rewards say about branching: are siblings exchangeable, how alike are leaves, where do forks fall?
+"""Statistics of rewards and branching: exchangeability of siblings, similarity of leaves, position of forks.
 
-A fork is an observation with two or more turns under it. One of them continues the path that was there first, the
-*incumbent*; the others are branches, the *fresh* ones. A rule that reads the incumbent's tokens, as `threshold` does,
-selects forks by something that may go with the reward. Then the incumbent is not exchangeable with its fresh siblings.
+A fork is an observation with two or more turns under it. One of them continues the original path, the *incumbent*. The
+others are branches, the *fresh* siblings. A rule that reads the incumbent's tokens, like `threshold`, selects forks by
+a quantity that may correlate with the reward. Then the incumbent is not exchangeable with its fresh siblings.
 
 Only leaves with a finite reward count. A tree contributes to a metric only if it has the pairs of leaves that the
-metric compares, so all of them are left out if nothing branches. docs/metrics.md gives the formulas. Pure.
+metric compares. If nothing branches, no metric is logged. docs/metrics.md gives the formulas. Pure.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ SHARING = "exchange/leaves_sharing_a_root_turn"
 
 def tally_exchangeability(tree: RolloutTree, rewards: Sequence[float], tally: Tally) -> None:
     """Count one tree into `tally`; `rewards` are those of its leaves, in leaf order. Reads each pair of leaves once.
-
     Pairs at a fork are averaged per fork, the others per tree.
     """
     below = _rewards_below(tree, rewards)
@@ -39,7 +38,7 @@ def tally_exchangeability(tree: RolloutTree, rewards: Sequence[float], tally: Ta
 
 
 def effective_leaves(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the metric that follows from merged ones: the number of independent leaves with as precise a mean.
+    """Return the metric derived from merged metrics: the number of independent leaves whose mean is equally precise.
 
     With M leaves and intraclass correlation ρ, if a leaf shares its first turn with s others on average:
     M / (1 + max(ρ, 0)·s). In expectation ρ ≥ 0, since leaves under one turn are sampled alike and independently.
@@ -61,7 +60,7 @@ def _rewards_below(tree: RolloutTree, rewards: Sequence[float]) -> dict[int, dic
 
 
 def _tally_fork(tree: RolloutTree, fork: Node, children: Sequence[Mapping[Address, float]], tally: Tally) -> None:
-    """Count where the fork is, and the differences below it."""
+    """Count the position of the fork, and the differences below it."""
     depth = sum(step.kind is NodeKind.OBSERVATION for step in tree.path(fork.index))
     for name in ("forks", f"forks_depth_{depth}", f"forks_after_{fork.tool}"):
         tally.totals[f"exchange/{name}"] += 1
@@ -69,8 +68,8 @@ def _tally_fork(tree: RolloutTree, fork: Node, children: Sequence[Mapping[Addres
     if pairs:
         tally.add("exchange/variance_below_forks", total / pairs)
     if not all(children):
-        return  # a child without rewards: nobody can say which of the others was first
-    # A branch's address continues that of the incumbent, and branches are numbered: both sort in that order.
+        return  # a child without rewards: the order of the others is unknown
+    # A branch's address extends the incumbent's, and branches are numbered, so addresses sort in this order.
     incumbent, *fresh = [fmean(child.values()) for child in sorted(children, key=min)]
     tally.add("exchange/selected_minus_fresh", incumbent - fmean(fresh))
     if len(fresh) > 1:
@@ -95,8 +94,8 @@ def _tally_correlation(by_root_turn: Sequence[Sequence[float]], tally: Tally) ->
 def _tally_random_nodes(tree: RolloutTree, below: Mapping[int, Mapping[Address, float]], tally: Tally) -> None:
     """Count the reward variance below nodes that no rule chose.
 
-    Under a single node without a fork there is a single leaf. So observations of different paths stand in for one
-    node if all calls and results down to them are equal.
+    A single node without a fork has only one leaf. So observations of different paths count as one node if all their
+    calls and results are equal.
     """
     alike: dict[tuple[tuple[str, str, str], ...], list[list[float]]] = defaultdict(list)
     for node in tree.observations():

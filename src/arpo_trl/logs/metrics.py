@@ -1,7 +1,7 @@
-"""The metrics under `arpo/`, computed from a rollout's trees; docs/metrics.md gives formula and range of each.
+"""The metrics under `arpo/`, computed from a rollout's trees; docs/metrics.md documents the formula and range of each.
 
-A `Tally` holds a sum and a count per name. Tallies of ranks are merged by addition, so means are exact even if the
-ranks counted different numbers of things.
+A `Tally` contains a sum and a count per name. Tallies of ranks are merged by addition, so means are exact even if the
+ranks' counts differ.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 
-if TYPE_CHECKING:  # a run is shown without it, since it imports the engines
+if TYPE_CHECKING:  # not imported for viewing a run, since it imports the engines
     from arpo_trl.rollout.sampler import RolloutBatch
 
 
 @dataclass
 class Tally:
-    """What a rollout counted, by name: `sums` (sum and count, for means), `totals`, and `spread` (for percentiles).
+    """The counts of a rollout, by name: `sums` (sum and count, for means), `totals`, and `spread` (for percentiles).
 
     tally = Tally()
     tally.add("tools/search/failed", 1.0)
@@ -62,7 +62,7 @@ class Tally:
         return whole
 
     def values(self) -> dict[str, float]:
-        """Name → mean, ratio or total, sorted by name. A mean whose count is 0 is left out."""
+        """Name → mean, ratio or total, sorted by name. A mean whose count is 0 is omitted."""
         values = {name: total / count for name, (total, count) in self.sums.items() if count} | self.totals
         values |= effective_leaves(values)
         for name, seconds in self.spread.items():
@@ -104,7 +104,7 @@ def tally_rollout(rollout: RolloutBatch, tally: Tally) -> None:
 
 
 def tally_trees(trees: Sequence[RolloutTree], tally: Tally) -> None:
-    """Counts into `tally` what the trees alone tell."""
+    """Counts the values that depend only on the trees in `tally`."""
     for tree in trees:
         _tally_shape(tree, tally)
         _tally_entropies(tree, tally)
@@ -113,7 +113,7 @@ def tally_trees(trees: Sequence[RolloutTree], tally: Tally) -> None:
 
 
 def tally_rewards(groups: Iterable[Sequence[float]], tally: Tally) -> None:
-    """Counts the groups whose leaves all have the same reward; `groups` holds the rewards of each group's leaves.
+    """Counts the groups whose leaves all have the same reward; `groups` contains the rewards of each group's leaves.
 
     Groups of one leaf, as in evaluation, are not counted. NaN (no reward function applies) differs from every reward.
     """

@@ -36,13 +36,13 @@ class CompactProgress(ProgressCallback):
                 if isinstance(value, float):
                     self._shown[label] = f"{value:.3f}"
             if "reward" in self._shown:
-                self._shown.pop("loss", None)  # a policy gradient's loss says nothing about progress
+                self._shown.pop("loss", None)  # a policy gradient's loss does not indicate progress
             self.training_bar.set_postfix(self._shown)
 
 
 @contextmanager
 def closed_bars(trainer: Trainer) -> Iterator[None]:
-    """Ends the trainer's progress bar on an error, whose message then begins a line of its own."""
+    """Closes the trainer's progress bar on an error, so that the error message starts on a new line."""
     try:
         yield
     except BaseException:
@@ -53,16 +53,16 @@ def closed_bars(trainer: Trainer) -> Iterator[None]:
 
 
 def show_log() -> None:
-    """Shows this package's log on standard error, from level INFO on, and hides what `hide_noise` hides."""
+    """Shows this package's log on standard error, from level INFO, and calls `hide_noise`."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("arpo_trl").setLevel(logging.INFO)
     hide_noise()
 
 
 def hide_noise() -> None:
-    """Hides what says nothing to a user on a CPU.
+    """Hides messages that are irrelevant on a CPU.
 
-    It is DeepSpeed's report that there is no accelerator, and PyTorch's that it does not pin memory without one.
+    These are DeepSpeed's message that there is no accelerator, and PyTorch's that it does not pin memory without one.
     """
     warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true but no accelerator")
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())

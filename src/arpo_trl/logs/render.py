@@ -1,6 +1,7 @@
 """A tree as text for the terminal.
 
-Only forks indent: the turns and tool results of a path stand below each other, so that long paths fit into 80 columns.
+Only forks are indented. The turns and tool results of a path have the same indentation, so that long paths fit into 80
+columns.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ MAX_CHARS = 160
 
 LEGEND = (
     "A path is a list of turns (▸) and tool results (◂). H: mean entropy of a turn's first tokens, in nats. A fork "
-    "(+) starts extra turns under a result; ΔH and P are what the branch rule computed. ■ ends a path, with its "
+    "(+) starts extra turns under a result; ΔH and P are the values of the branch rule. ■ ends a path, with its "
     "reward and advantage A."
 )
 
@@ -49,7 +50,7 @@ def render_tree(logged: LoggedTree, *, full: bool = False, title: str = "") -> T
             if len(node.children) != 1:
                 break
             node = nodes[node.children[0]]
-        # A branch may have started first; by its address the path that goes on comes before its branches.
+        # A branch may have started first. Sorted by address, the continuing path comes before its branches.
         forks = list(enumerate(sorted(node.children, key=writers.__getitem__)))
         waiting += [(child, path, order) for order, child in reversed(forks)]
     return picture

@@ -10,7 +10,7 @@ from arpo_trl.rollout.tree import address_text
 from arpo_trl.visible import visible_data
 
 TREES_AT_ONCE = 1
-"""The most trees of a rollout that are sent."""
+"""The maximum number of trees sent per rollout."""
 
 
 def leaf_traces(logged: LoggedTree) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def leaf_traces(logged: LoggedTree) -> list[dict[str, Any]]:
 
 
 def send_traces(trees: Sequence[LoggedTree]) -> None:
-    """Sends the first trees to the run that trackio has open; does nothing without trees."""
+    """Sends the first trees to trackio's current run; does nothing without trees."""
     import trackio
 
     traces = [trackio.Trace(**trace) for tree in trees[:TREES_AT_ONCE] for trace in leaf_traces(tree)]

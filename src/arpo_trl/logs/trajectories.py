@@ -1,7 +1,7 @@
-"""The trajectory log: sampled trees as JSON lines, from which each tree can be rebuilt.
+"""The trajectory log: a sample of the trees as JSON lines, from which each tree can be rebuilt.
 
 There is one file per rollout and rank, such as `<output_dir>/trajectories/step-000012-rank0.jsonl`, with one tree per
-line. A resumed run that repeats a step replaces its file, so no tree is logged twice. The run's seed decides which
+line. A resumed run that repeats a step replaces its file, so no tree is logged twice. The run's seed determines which
 trees are logged.
 """
 
@@ -33,9 +33,9 @@ class LoggedTree:
 
         LoggedTree(step=12, group=0, prompt="Who …?", tree=tree, rewards=[1.0, None], advantages=[0.7, -0.7])
 
-    A reward is None if no reward function applies. `rule` holds the name and the settings of the branch rule.
-    `answers` are the expected answers of the row. `spans` has, for each node but the root, the seconds since the start
-    of the group at which it was requested and at which it was complete. All three are empty in logs that lack them.
+    A reward is None if no reward function applies. `rule` contains the name and the settings of the branch rule.
+    `answers` are the expected answers of the row. `spans` contains, for each node except the root, the times at which
+    it was requested and complete, in seconds since the start of the group. All three are empty in logs that lack them.
     """
 
     step: int
@@ -61,10 +61,10 @@ def logged_trees(
     answers: Sequence[Any] = (),
     spans: Sequence[Mapping[int, Span]] = (),
 ) -> list[LoggedTree]:
-    """The trees of a rollout in the form in which they are logged.
+    """The trees of a rollout in the format of the log.
 
     Args:
-        rewards: One per leaf, tree by tree in leaf order; NaN, where no reward function applies, becomes None.
+        rewards: One per leaf, tree by tree in leaf order; NaN (no reward function applies) becomes None.
         advantages: One per leaf, in the same order.
         step: The optimizer step.
         first_group: The group number of the first tree. The other trees have the following numbers.
@@ -117,10 +117,10 @@ class TrajectoryLog:
         return path
 
     def forget_from(self, step: int, *, evaluated: bool) -> None:
-        """Removes all ranks' files of the steps that a run resumed at `step` repeats: this and later ones.
+        """Removes all ranks' files of the steps that a run resumed at `step` repeats: this step and later ones.
 
-        This includes the evaluation at `step`, unless it is complete (`evaluated`). The run would replace most of the
-        files anyway, but not those of ranks or steps that it no longer has.
+        This includes the evaluation at `step`, unless it is complete (`evaluated`). The run would replace most of
+        these files anyway, but not the files of ranks or steps that it no longer has.
         """
         for path in self.folder.glob("*-rank*"):
             if match := _FILE.fullmatch(path.name):
@@ -174,7 +174,7 @@ def _tree_row(logged: LoggedTree) -> dict[str, Any]:
 
 
 _PLAIN = str | int | float | bool | None
-"""What stays as it is in JSON. Other settings of a rule are logged as text."""
+"""Types that JSON supports directly. Other settings of a rule are logged as text."""
 
 
 def _node_row(node: Node) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _tree_from(row: Any) -> LoggedTree:
     for leaf in row["leaves"]:
         stop = tree.nodes[leaf["node"]].stop if 0 <= leaf["node"] < len(tree.nodes) else None
         if stop is None:
-            raise DataError(f"leaf {leaf['address']} ends at node {leaf['node']}, where nothing stopped.")
+            raise DataError(f"leaf {leaf['address']} ends at node {leaf['node']}, which has no stop reason.")
         tree.end(leaf["node"], tuple(leaf["address"]), stop)
     tree.check(len(row["leaves"]))
     rewards = [leaf["reward"] for leaf in row["leaves"]]

@@ -8,7 +8,7 @@ from arpo_trl.errors import ConfigError
 
 
 def check_server_url(url: Any, subject: str, key_variable: str | None, *, may_have_query: bool = False) -> None:
-    """Check that `url` is the address of a server and holds no secret that could get into logs.
+    """Check that `url` is the address of a server and contains no secret that could get into logs.
 
     Args:
         subject: The name of the setting, for the error message.
@@ -16,7 +16,7 @@ def check_server_url(url: Any, subject: str, key_variable: str | None, *, may_ha
         may_have_query: Whether the address may end in a query.
 
     Raises:
-        ConfigError: The check fails. The message quotes nothing of `url`.
+        ConfigError: The check fails. The message does not quote `url`.
     """
     if (fault := _fault(url, may_have_query)) is not None:
         without = "user name or password" if may_have_query else "user name, password or query"

@@ -17,28 +17,28 @@ _STOP_TIMEOUT_S = 1.0
 
 
 class LoopThread:
-    """An event loop in a daemon thread. It ends with `stop`, or when nothing refers to this object any more."""
+    """An event loop in a daemon thread. It ends with `stop`, or when there are no more references to this object."""
 
     def __init__(self, name: str) -> None:
         self._loop = asyncio.new_event_loop()
-        # The thread refers to the loop alone. A reference to this object would keep both for good.
+        # The thread refers only to the loop. With a reference to this object, neither would ever be released.
         self._thread = threading.Thread(target=_run, args=(self._loop,), name=name, daemon=True)
         self._thread.start()
         self._end = weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
-        self._end.atexit = False  # a daemon thread ends with its process
+        self._end.atexit = False  # a daemon thread stops with its process
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         """Start `coroutine` and return its future. Cancelling the future cancels the coroutine."""
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self) -> None:
-        """Cancel all running coroutines and end the thread. If a tool blocks the loop, the thread is left running."""
+        """Cancel all running coroutines and stop the thread. If a tool blocks the loop, the thread keeps running."""
         self._end()
         self._thread.join(_STOP_TIMEOUT_S)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
-    """Run `loop` until it is stopped. Then cancel what still runs on it, and close it."""
+    """Run `loop` until it is stopped. Then cancel its remaining coroutines, and close it."""
     loop.run_forever()
     tasks = asyncio.all_tasks(loop)
     for task in tasks:
@@ -56,7 +56,8 @@ def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
 def in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
     """Return the result of `work`, which blocks and cannot be interrupted, such as a name resolution.
 
-    It runs in one of a few threads of the shared loop. One that is too late keeps its thread until it ends.
+    It runs in one of a few threads of the shared loop. If it misses the deadline, it keeps its thread until it
+    returns.
 
     Raises:
         TimeoutError: There was no result in time, or no free thread.

@@ -15,8 +15,8 @@ from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 class ChatModel:
     """The model `model` on the server at `url`.
 
-    Each request reads the API key from the environment variable `key_variable`, which may be unset. So no object holds
-    the key.
+    Each request reads the API key from the environment variable `key_variable`, which may be unset. So no object
+    stores the key.
 
     Example: `ChatModel(url="http://127.0.0.1:8000/v1", model="m", key_variable="KEY", setting="visit_summary_url")`
 
@@ -29,7 +29,7 @@ class ChatModel:
     model: str
     key_variable: str
     setting: str
-    """The name of the setting that `url` comes from."""
+    """The name of the setting that contains `url`."""
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A circuit breaker: no calls to a failing service for a while."""
+"""A circuit breaker: stops calls to a failing service for a while."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """HTTP requests to servers that may be slow or hostile: one deadline for the whole exchange, and limits on its size.
 
-Errors quote nothing of a request or an answer, because both can hold keys. Two limits bound the cost of an answer: its
-bytes after decompression, and its number of pieces, since each piece costs some 30 µs and may hold a single byte.
+Errors do not quote a request or an answer, because both can contain keys. Two limits bound the cost of an answer: its
+bytes after decompression, and its number of pieces, since each piece costs about 30 µs and may contain a single byte.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from arpo_trl.net import background
 MAX_BYTES = 8 << 20
 MAX_JSON_BYTES = 2 << 20
 MAX_PIECES = 1 << 14
-"""Half a second of work. 8 MiB come in 6,000 pieces if each piece is one network packet."""
+"""Half a second of work. 8 MiB arrive in 6,000 pieces if each piece is one network packet."""
 _CODINGS = ("", "identity", "gzip", "x-gzip")
 _HEADERS = {"User-Agent": "arpo-trl", "Accept-Encoding": "gzip"}
 _GRACE_S = 1.0
@@ -37,7 +37,7 @@ _ACCOUNT_WORDS = re.compile(
     r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed|unauthenticated"
     r"|\bplan\b|usage limit|\bbalance\b|payment|suspended|\bzone\b"
 )
-"""Words in the errors of services that reject an account. Some of them do it with the status of a bad request."""
+"""Words in the errors of services that reject an account. Some of them return the status of a bad request."""
 _ATTEMPTS = 3
 
 T = TypeVar("T")
@@ -48,7 +48,7 @@ class RequestFailed(Exception):
 
     Args:
         status: The HTTP status of the answer; None if there was none.
-        retry_after_s: The seconds after which the server asks to retry.
+        retry_after_s: The seconds after which the server requests a retry.
         about_account: Whether the answer mentions the API key, or the credits or quota of the account.
     """
 
@@ -84,10 +84,10 @@ def fetch(request: httpx.Request, *, timeout_s: float, max_bytes: int = MAX_BYTE
     """Return the server's answer to `request`, without following redirects. Blocks; thread-safe.
 
     Args:
-        timeout_s: The deadline for everything from connecting to the last byte.
-        max_bytes: The longest body, after decompression.
-        pooled: Use the environment's proxies and reuse open connections. False if `request` holds a checked IP
-        address.
+        timeout_s: The deadline for the whole exchange, from connecting to the last byte.
+        max_bytes: The maximum size of the body, after decompression.
+        pooled: Use the environment's proxies and reuse open connections. False if `request` contains a checked IP
+            address.
 
     Raises:
         RequestFailed: There was no complete answer within these limits.
@@ -148,10 +148,11 @@ def _account_words(text: str) -> set[str]:
 
 
 def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
-    """Return the result of `ask`, with up to three attempts while its failure may pass and `left_s` allows a wait.
+    """Return the result of `ask`, with up to three attempts if its failure may be temporary and `left_s` allows a
+    wait.
 
     Args:
-        left_s: Returns the seconds that are left for the call.
+        left_s: Returns the remaining seconds of the call.
 
     Raises:
         RequestFailed: `ask` failed permanently, or in every attempt.
@@ -173,7 +174,7 @@ def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
 
 
 def without(secret: str, text: str) -> str:
-    """Return `text` with every `secret` replaced by a mark. Servers may repeat the key that they were sent."""
+    """Return `text` with every `secret` replaced by a mark. Servers may quote the key that they received."""
     return text.replace(secret, "[key]") if secret else text
 
 
@@ -222,7 +223,7 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
 def _client_of(pid: int, pooled: bool) -> httpx.AsyncClient:
     """Return the HTTP client of process `pid`, for its background loop."""
     return httpx.AsyncClient(
-        timeout=None,  # `_exchange` sets one deadline for everything
+        timeout=None,  # `_exchange` sets one deadline for the whole exchange
         trust_env=pooled,
         # The certificate of an open connection was checked for one host name, not for others at the same address.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
@@ -230,7 +231,7 @@ def _client_of(pid: int, pooled: bool) -> httpx.AsyncClient:
 
 
 def _retry_after_s(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, which holds seconds or a date."""
+    """Return the seconds of a Retry-After header, which contains seconds or a date."""
     if value is None:
         return None
     try:
@@ -241,4 +242,4 @@ def _retry_after_s(value: str | None) -> float | None:
         except (ValueError, OverflowError):
             return None
         seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - datetime.now(UTC)).total_seconds()
-    return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # nan, too, becomes this
+    return max(0.0, seconds) if seconds < 86_400 else 86_400.0  # this also replaces nan

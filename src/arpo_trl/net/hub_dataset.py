@@ -21,6 +21,6 @@ def load_from_hub(hub_id: str, split: str, config: str | None = None) -> Iterato
     except Exception as error:  # errors of the Hub client, of requests or of the file system
         raise DataError(
             f"{hub_id!r} is not a local file or folder, and loading its split {split!r} from the Hub failed: "
-            f"{type(error).__name__}: {error}. Check the name and the connection, or give a local path."
+            f"{type(error).__name__}: {error}. Check the name and the connection, or pass a local path."
         ) from error
     yield from dataset

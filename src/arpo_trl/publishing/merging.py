@@ -1,4 +1,4 @@
-"""Merges a LoRA adapter into its base model. The result needs no peft and runs on every server."""
+"""Merges a LoRA adapter into its base model. The result does not need peft and runs on every server."""
 
 from __future__ import annotations
 
@@ -25,30 +25,31 @@ def merge_adapter(
 
     Args:
         adapter: Folder or Hub id.
-        base: The base model. None: the one that the adapter's configuration names.
+        base: The base model. None: the model named in the adapter's configuration.
         dtype: The dtype in which the sum is computed and saved. None: the base model's.
-        repo_id: The repository that the card names. None: the name of the folder.
+        repo_id: The repository named in the card. None: the name of the folder.
 
     Raises:
         ConfigError: `output` exists, or there is no such dtype.
         DataError: `adapter` is not an adapter, its base model cannot be loaded, or it belongs to another base model.
     """
     if output.exists():
-        raise ConfigError(f"--output {output} exists. Give a new folder, or remove this one.")
+        raise ConfigError(f"--output {output} exists. Pass a new folder, or remove this one.")
     if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ConfigError(f"--dtype is {dtype!r}; expected a dtype such as bfloat16, float16 or float32.")
     try:
         config: Any = PeftConfig.from_pretrained(adapter)
     except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
         raise DataError(
-            f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG_NAME}. Give the output_dir of a run "
-            "with use_peft, or one of its checkpoints."
+            f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG_NAME}. Pass the output_dir of a run "
+            f"with use_peft, or one of its checkpoints."
         ) from error
     name = base or config.base_model_name_or_path
     if not name:
         raise DataError(f"{adapter} does not name its base model. Name it with --base.")
     try:
-        # Not quantized, even if training was: rounding the sum to 4 bits would lose the trained difference.
+        # Not quantized, even if the model was quantized in training: rounding the sum to 4 bits would lose the trained
+        # difference.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
     except (OSError, ValueError) as error:
         raise DataError(

@@ -1,4 +1,5 @@
-"""`Publishing`: decides what a trainer pushes to the Hub, and when. `push.py` and `model_card.py` do the work."""
+"""`Publishing`: decides the contents and times of a trainer's pushes to the Hub. `push.py` and `model_card.py` run
+them."""
 
 from __future__ import annotations
 
@@ -31,9 +32,10 @@ logger = get_logger(__name__)
 
 
 class Publishing(GRPOTrainer):
-    """A `GRPOTrainer` with its own model card, early checks of access to the Hub, and pushes that cannot end a run.
+    """A `GRPOTrainer` with its own model card, early checks of access to the Hub, and pushes whose failure does not
+    stop a run.
 
-    A mixin, independent of the others. `_push_from_checkpoint` pushes the checkpoint that it is called with.
+    A mixin, independent of the others. `_push_from_checkpoint` pushes the given checkpoint.
 
     It replaces the pushes of `Trainer`, which ignores exceptions in its push threads, sends all files in `output_dir`
     even while they are being written, and waits for the Hub without a timeout.
@@ -43,13 +45,13 @@ class Publishing(GRPOTrainer):
     evaluation: str | None = None
     """Markdown with the last benchmark results, for the card."""
     other_settings: Sequence[Any] = ()
-    """Dataclasses besides `args` that hold settings of this run."""
+    """Dataclasses with settings of this run, in addition to `args`."""
 
     def prepare_repositories(self, args: Any, token: str | None = None, private: bool | None = None) -> None:
-        """Creates the repositories that the settings name and checks write access. Runs on the main process only.
+        """Creates the repositories in the settings and checks write access. Runs only on the main process.
 
         Raises:
-            ConfigError: A repository cannot be written to.
+            ConfigError: A repository is not writable.
         """
         if args.process_index != 0:
             return
@@ -69,7 +71,7 @@ class Publishing(GRPOTrainer):
                 kind="dataset",
                 token=token,
             )
-        for left in Path(args.output_dir).glob(".push-*"):  # old weights that a killed process left behind
+        for left in Path(args.output_dir).glob(".push-*"):  # old weights that a killed process has left
             shutil.rmtree(left, ignore_errors=True)
         self._push = BackgroundPush()
 
@@ -92,7 +94,7 @@ class Publishing(GRPOTrainer):
         Call it on all ranks; the main process pushes. `card` is passed to `create_model_card`.
 
         Raises:
-            HubError: The push failed. Everything is saved, and the message gives the command to push later.
+            HubError: The push failed. Everything is saved, and the message contains the command to push later.
         """
         self._say_push_begins()
         self.save_model(_internal_call=True)
@@ -155,7 +157,7 @@ class Publishing(GRPOTrainer):
         dataset_name: str | None = None,
         tags: str | Sequence[str] | None = None,
     ) -> None:
-        """Writes card, training curves and settings to `output_dir`. Runs on the main process only."""
+        """Writes card, training curves and settings to `output_dir`. Runs only on the main process."""
         if not self.is_world_process_zero():
             return
         settings = describe(*self.other_settings, self.args)

@@ -5,7 +5,7 @@
     training_config.yaml   settings to repeat the run with `train.py --config`, without defaults and secrets
     evaluation.md          the last evaluation, if there was one
 
-A card can be written again from the folder's files, for another repository or after a merge.
+The card can be rewritten from the folder's files, for another repository or after a merge.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ SHOWN_SETTINGS = {
     "shared_prefix_weight": "weight of shared tokens",
     "tools": "tools",
     "tool_protocol": "tool protocol",
-    "max_tool_calling_iterations": "most tool results per path",
-    "max_completion_length": "most tokens per path",
+    "max_tool_calling_iterations": "maximum tool results per path",
+    "max_completion_length": "maximum tokens per path",
     "temperature": "temperature",
     "loss_type": "loss",
     "beta": "weight of the KL term",
@@ -75,7 +75,7 @@ PANELS = {
         "arpo/tree/sharing_ratio": "leaf tokens per sampled token",
     }),
 }  # fmt: skip
-"""Picture → its title, and the logged metrics that it shows with their labels."""
+"""Picture → its title, and its logged metrics with their labels."""
 
 _SECRET_NAME = re.compile(r"(^|_)(token|key|secret|password)$", re.IGNORECASE)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -83,7 +83,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """The content of a model card. `settings` are those of `training_config.yaml`, `history` a trainer's log history.
+    """The content of a model card. `settings` has the content of `training_config.yaml`. `history` is a trainer's log
+    history.
 
     Card(repo_id="me/policy", settings=describe(args), history=trainer.state.log_history,
          base_model="Qwen/Qwen3-0.6B", is_adapter=False).write(Path("output"))
@@ -99,10 +100,10 @@ class Card:
 
     @classmethod
     def of(cls, folder: Path, repo_id: str) -> Card | None:
-        """Reads the card of a finished run from its folder; None if that has no `training_config.yaml`.
+        """Reads the card of a finished run from its folder; None if the folder has no `training_config.yaml`.
 
         Raises:
-            DataError: A file of the folder is not what a run writes.
+            DataError: A file in the folder does not have the format that a run writes.
         """
         config, state = folder / CONFIG_NAME, folder / "trainer_state.json"
         if not config.is_file():
@@ -190,8 +191,8 @@ class Card:
 def describe(*groups: Any) -> dict[str, Any]:
     """The settings in these dataclasses that differ from their defaults, as YAML values without secrets.
 
-    Values whose names end in token, key, secret or password are left out, and so are the arguments of MCP servers.
-    User name, password and query are removed from URLs.
+    Values whose names end in token, key, secret or password are omitted, and so are the arguments of MCP servers. User
+    name, password and query are removed from URLs.
     """
     described: dict[str, Any] = {}
     for group in groups:

@@ -1,11 +1,10 @@
-"""Pushes a run to the Hub: access is checked before training, a failed push never ends it, and can be repeated later.
+"""Pushes a run to the Hub. Access is checked before training. A failed push never stops training and can be repeated.
 
     start   creates or finds the repository and checks write access; otherwise `ConfigError`
     saves   with `hub_strategy` other than "end": pushes a snapshot in the background; a failure is a warning
-    end     saves model, card and the rest to disk, then pushes; a failure is a `HubError` with the command that
-            pushes later
+    end     saves all files to disk, then pushes; a failure is a `HubError` with the command that pushes later
 
-A push sends a snapshot: copies of, or hard links to, the files of a finished save. So neither training nor the
+A push sends a snapshot: copies of the files of a finished save, or hard links to them. So neither training nor the
 rotation of checkpoints changes files during a push. A push fails if a file contains a secret of the environment.
 """
 
@@ -38,7 +37,8 @@ from arpo_trl.visible import get_logger
 logger = get_logger(__name__)
 
 http: Any = getattr(hub_client, "httpx2", None) or hub_client.httpx
-"""The HTTP library of the Hub's client: httpx2 from huggingface_hub 2.0 on, httpx before. It raises its errors."""
+"""The HTTP library of the Hub's client: httpx2 since huggingface_hub 2.0, httpx before. The client raises its
+errors."""
 ANSWER_TIMEOUT_S = 180.0
 """Timeout in seconds for each read from the Hub. Its client has none by default."""
 ATTEMPTS = 3
@@ -60,7 +60,7 @@ def prepare_repo(
     """Creates the repository `name` if it does not exist, and checks write access. Returns its full id.
 
     Raises:
-        ConfigError: It cannot be created or written to. Names `setting`, which requires it.
+        ConfigError: The repository cannot be created or is not writable. Names `setting`, which requires it.
     """
     api = HfApi(token=token)
     try:
@@ -68,16 +68,16 @@ def prepare_repo(
         # `create_repo` succeeds for an existing repository even without write access.
         _retried(lambda: api.auth_check(repo_id, repo_type=kind, write=True))
         return repo_id
-    except Exception as error:  # any error of the client: the run must not start
+    except Exception as error:  # after any error of the client the run must not start
         raise ConfigError(
             f"{setting} requires the {kind} repository {name!r}, but {reason_of(error)}. Set HF_TOKEN to a token with "
-            f"write access to it (or log in with `hf auth login`), set {setting} to a repository of yours, or train "
+            f"write access to it (or log in with `hf auth login`), set {setting} to your own repository, or train "
             "without pushing and run `arpo-trl push` afterwards."
         ) from None
 
 
 def _retried(ask: Callable[[], Any]) -> Any:
-    """Returns what `ask` returns. Retries after temporary errors."""
+    """Returns the result of `ask`. Retries after temporary errors."""
     _limit_silence()
     for attempt in stamina.retry_context(
         on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_initial=_WAIT_S, wait_max=30.0
@@ -99,7 +99,7 @@ def _may_pass(error: BaseException) -> bool:
 
 @functools.cache
 def _limit_silence() -> None:
-    """Sets a timeout on the Hub's client, which has none by default: once, for the whole process."""
+    """Sets a timeout on the Hub's client, which has none by default. Applies once, to the whole process."""
 
     def make() -> Any:
         client = hub_client.default_client_factory()
@@ -110,7 +110,7 @@ def _limit_silence() -> None:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a request to the Hub failed. Leaves out the text of the response, which can quote what was sent."""
+    """The reason why a request to the Hub failed. Omits the text of the response, which can quote the request."""
     if isinstance(error, RuntimeError) and error.__cause__ is not None:
         return reason_of(error.__cause__)
     if isinstance(error, HfHubHTTPError):
@@ -132,7 +132,7 @@ def reason_of(error: BaseException) -> str:
 
 
 def _secrets() -> dict[str, str]:
-    """The secrets of this process, by the name of their source."""
+    """The secrets of this process, by the name of the source."""
     found = {name: value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
     found["HF_TOKEN or `hf auth login`"] = get_token() or ""
     return {name: value for name, value in found.items() if len(value) >= _SHORTEST_SECRET}
@@ -151,7 +151,7 @@ class Snapshot:
         checkpoint: A checkpoint to push with all its files, and its folder in the repository.
 
     Raises:
-        HubError: It cannot be written, for example because the disk is full.
+        HubError: The folder cannot be written, for example because the disk is full.
     """
 
     def __init__(self, *, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None) -> None:
@@ -204,7 +204,7 @@ def _take_tree(source: Path, target: Path) -> None:
 
 def _take(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    if source.suffix in _WEIGHTS:  # large, and never changed again; other files may change, so they are copied
+    if source.suffix in _WEIGHTS:  # large and never changed later; other files may change, so they are copied
         try:
             os.link(source, target)
             return
@@ -214,10 +214,10 @@ def _take(source: Path, target: Path) -> None:
 
 
 def refuse_secrets(paths: Iterable[Path]) -> None:
-    """Returns if none of these files contains the Hub's token or a secret of the environment. Skips weights.
+    """Checks that none of these files contains the Hub's token or a secret of the environment. Skips weights.
 
     Raises:
-        HubError: A file does. Names the file and the source of the secret.
+        HubError: A file contains one. Names the file and the source of the secret.
     """
     secrets = {name: value.encode() for name, value in _secrets().items()}
     for path in paths:
@@ -226,7 +226,7 @@ def refuse_secrets(paths: Iterable[Path]) -> None:
             if value in content:
                 raise HubError(
                     f"{path.name} contains the secret in {name}, so nothing was pushed. "
-                    "Remove it from the file, and check how it got there."
+                    "Remove it from the file, and find out how it got there."
                 )
 
 
@@ -303,14 +303,14 @@ def push_run(
         evaluation: A Markdown table of results for the card.
 
     Raises:
-        DataError: There is nothing to push, or no card for `evaluation`.
-        ConfigError: Neither repository is given, or one cannot be written to.
+        DataError: There is nothing to push, or there is no card for `evaluation`.
+        ConfigError: Neither repository is given, or one is not writable.
         HubError: A push failed.
     """
     if repo is None and trajectories is None:
-        raise ConfigError("No repository is given to push to. Give --repo, --trajectories or both.")
+        raise ConfigError("No repository is given. Pass --repo, --trajectories or both.")
     if repo is not None and not any((run / name).is_file() for name in ("config.json", ADAPTER_CONFIG_NAME)):
-        raise DataError(f"{run} contains no model and no adapter. Give the output_dir of a run that has been saved.")
+        raise DataError(f"{run} contains no model and no adapter. Pass the output_dir of a run that has been saved.")
     if trajectories is not None and not list((run / "trajectories").glob("*.jsonl")):
         raise DataError(
             f"{run / 'trajectories'} contains no .jsonl file. Set trajectory_log_rate above 0 to log trajectories."
@@ -322,7 +322,7 @@ def push_run(
         if card is not None:
             dataclasses.replace(card, evaluation=evaluation or card.evaluation).write(run)
         elif evaluation is not None:
-            raise DataError(f"{run} has no training_config.yaml to write a card from. Leave out --evaluation.")
+            raise DataError(f"{run} has no training_config.yaml, which the card needs. Omit --evaluation.")
         snapshot = Snapshot(run=run, model=run)
         urls.append(str(push_snapshot(repo_id, snapshot, message="Upload a run").commit_url))
     if trajectories is not None:
@@ -346,7 +346,7 @@ class BackgroundPush:
             try:
                 push()
             except Exception as error:  # a failed push must not end training
-                logger.warning(f"{error} Training continues; the next save tries again.")
+                logger.warning(f"{error} Training continues, and the next save retries the push.")
 
         self.wait()
         self._thread = threading.Thread(target=run, name="arpo-push", daemon=True)

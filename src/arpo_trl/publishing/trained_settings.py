@@ -1,11 +1,12 @@
-"""The settings of a run with which its model is evaluated: what was trained is what is evaluated.
+"""The settings of a run for the evaluation of its model, so that evaluation uses the settings of training.
 
     found = EvaluationSettings.of(read_yaml(run / "training_config.yaml"))
     found.values           # {"tools": ["search"], "search_top_k": 2, "max_completion_length": 208, …}
     found.left_out         # ["search_url"]
 
-A run's folder may come from someone else. So settings that name addresses, commands or files to write, that cost money
-or that weaken the sandbox are not taken over, nor tools that are imported from elsewhere than the current folder.
+A run's folder may come from someone else. So an evaluation does not use its settings that contain addresses, commands
+or output files, that cost money, or that weaken the sandbox. It also does not use tools imported from outside the
+current folder.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from arpo_trl.visible import visible
 CONFIG_NAME = "training_config.yaml"
 
 SAME_NAME = ("max_completion_length", "system_prompt", "chat_template_kwargs")
-"""Settings of training, besides those of the tools, that an evaluation has by the same name."""
+"""Settings of training, apart from the tools', that an evaluation has under the same name."""
 TAKEN = frozenset(
     """tools search_index search_recorded search_top_k search_max_chars search_provider search_zone search_fields
     search_timeout_s python_timeout_s python_isolation python_stateful visit_timeout_s visit_max_chars
@@ -36,12 +37,12 @@ LEFT_OUT = frozenset(
     """python_executor_url allow_unsafe search_url search_cache search_cache_mode search_rate search_max_calls
     visit_allowed_hosts visit_summary_url visit_summary_model mcp_servers""".split()
 )
-"""The fields of `ToolArguments` that are taken over, and those that are not."""
+"""The fields of `ToolArguments` that an evaluation uses, and the fields that it does not use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
-    """Settings of `arpo-trl eval`, by name, that are a run's, and the names of those that the run had besides."""
+    """A run's settings for `arpo-trl eval`, by name, and the names of its settings that are not used."""
 
     values: dict[str, Any]
     left_out: list[str]
@@ -68,10 +69,10 @@ class EvaluationSettings:
 
     @classmethod
     def of_run(cls, folder: str | Path) -> EvaluationSettings | None:
-        """Those of the run in `folder`; None if it holds no `training_config.yaml`.
+        """The settings of the run in `folder`; None if it contains no `training_config.yaml`.
 
         Raises:
-            DataError: The file is not what a run writes.
+            DataError: The file does not have the format that a run writes.
         """
         file = Path(folder).expanduser() / CONFIG_NAME
         if not file.is_file():
@@ -81,15 +82,17 @@ class EvaluationSettings:
         return cls.of(settings)
 
     def summary(self, used: Mapping[str, Any]) -> str:
-        """A line for the user: the values that are also in `used`, an evaluation's, and what was not taken over."""
+        """A line for the user: the values that the evaluation's settings `used` contain too, and the settings not
+        used."""
         taken = {name: value for name, value in self.values.items() if used.get(name) == value}
         line = f"settings of its training: {EvaluationSettings(values=taken, left_out=[]).flags()}"
         if missing := [name for name in self.left_out if used.get(name) == _DEFAULTS[name]]:
-            line += f" (not taken over: {', '.join(missing)}; set them yourself if you trust the run)"
+            line += f" (not used: {', '.join(missing)}; set them yourself if you trust the run)"
         return " ".join(visible(line).split())
 
     def flags(self) -> str:
-        """The values that are not defaults, as flags of `arpo-trl eval`, without those that only a file can hold."""
+        """The values that are not defaults, as flags of `arpo-trl eval`, without values that only a file can
+        contain."""
         words: list[str] = []
         for name, value in self.values.items():
             if value is None or value == [] or isinstance(value, dict) or value == _DEFAULTS.get(name):
@@ -107,7 +110,7 @@ _DEFAULTS = {
 
 
 def _is_in_this_folder(path: str) -> bool:
-    """Whether the module of an import path lies in the current folder, and none elsewhere comes before it."""
+    """Whether Python imports the module of an import path from the current folder."""
     package = path.partition(":")[0].partition(".")[0]
     here = Path.cwd()
     if not ((here / f"{package}.py").is_file() or (here / package / "__init__.py").is_file()):

@@ -59,13 +59,15 @@ def leaf_rows(path: Path) -> Iterator[dict[str, Any]]:
     """
     rollout, _, rank = path.stem.rpartition("-rank")
     if not (rank.isascii() and rank.isdecimal()):
-        raise DataError(f"{path} is not named like a trajectory log, step-000001-rank0.jsonl. Name it so.")
+        raise DataError(
+            f"{path} does not have the name of a trajectory log, such as step-000001-rank0.jsonl. Rename it."
+        )
     for logged in read_trees(path):
         leaves = logged.tree.leaves()
         for number, (leaf, reward, advantage) in enumerate(
             zip(leaves, logged.rewards, logged.advantages, strict=True)
         ):
-            # Below the root come a turn, which never forks, and then its tool result, at which branches start.
+            # Below the root there is a turn, which never forks, and then its tool result, at which branches start.
             first = leaf.nodes[min(1, len(leaf.nodes) - 1)].index
             yield {
                 "step": logged.step,

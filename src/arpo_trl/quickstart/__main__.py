@@ -42,8 +42,8 @@ from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.toolbox import ToolBox
 
 N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
-"""Numbers of questions: for training, for the accuracy before and after, and the part of those for evaluation during
-training."""
+"""Numbers of questions: for training, for the accuracy before and after, and for evaluation during training (a subset
+of the latter)."""
 N_DEMONSTRATIONS = 15_360
 TOP_K = 2
 MAX_COMPLETION_LENGTH = 208
@@ -55,7 +55,7 @@ ACCELERATE_CONFIG = shipped_file(ACCELERATE_CONFIGS, "single")
 def prepare(
     folder: Path, seed: int, *, hard: bool = False, n_heldout: int = N_HELDOUT, n_train: int = N_TRAIN
 ) -> None:
-    """Write the input of both stages: the corpus, the questions, the demonstrations and an untrained model.
+    """Write the inputs of both stages: the corpus, the questions, the demonstrations and an untrained model.
 
     `hard` selects the variant of the task in which queries have many forms (`VARIED_QUERIES`).
     """
@@ -71,7 +71,7 @@ def prepare(
     write_lines(folder / "heldout.jsonl", heldout)
     write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
     write_lines(folder / "demonstrations.jsonl", demonstrations)
-    save_cold_start_base(folder / "base", seed=0)  # one base for all seeds, as if it were downloaded
+    save_cold_start_base(folder / "base", seed=0)  # one base for all seeds, like a downloaded model
 
 
 def measure(model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu") -> HeldOut:
@@ -92,7 +92,7 @@ def measure(model: Path, data: Path, seed: int, *, temperature: float, device: t
 
 
 def launch(script: str, config: Path, *flags: str) -> float:
-    """Run a program with `accelerate launch`. Return the seconds it took.
+    """Run a program with `accelerate launch`. Return its duration in seconds.
 
     Args:
         script: A program of `arpo_trl.scripts`, the full name of another module, or a path that ends with `.py`.
@@ -133,7 +133,9 @@ def main() -> None:
     task = TASKS[arguments.task]
     if arguments.hard:
         if task is not SEARCH:
-            raise ConfigError(f"--hard is a variant of --task search, but the task is {arguments.task}. Leave it out.")
+            raise ConfigError(
+                f"--hard is a variant of --task search, but the task is {arguments.task}. Remove --hard."
+            )
         task = replace(task, prepare=partial(prepare, hard=True))
     config = file_or_shipped(CONFIGS, arguments.config) if arguments.config else task.config
     output, seed = arguments.output or task.output, arguments.seed
@@ -143,8 +145,8 @@ def main() -> None:
     for folder in (sft, rl):
         prepare_output(str(folder), resume=None, overwrite=arguments.overwrite_output_dir)
     console.print(
-        "Builds a tiny model, teaches it to call tools on demonstrations, and trains it with ARPO. In between it "
-        f"answers held-out tasks. Takes about five minutes on two CPU cores. Everything goes to {output}."
+        "Builds a tiny model, trains it to call tools on demonstrations, and then trains it with ARPO. In between it "
+        f"answers held-out tasks. Takes about five minutes on two CPU cores. All output goes to {output}."
     )
 
     def measured(model: Path, temperature: float) -> Measured:
@@ -153,7 +155,7 @@ def main() -> None:
             return task.measure(model, data, seed, temperature=temperature)
 
     console.rule("[bold]Stage 1: cold start on noisy demonstrations")
-    with console.status("Making demonstrations …"):
+    with console.status("Creating demonstrations …"):
         task.prepare(data, seed)
     seconds_sft = launch(
         "sft",
@@ -201,8 +203,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = CommandParser(
         prog="arpo-trl quickstart",
-        description="Builds a tiny model, teaches it the format of tool calls on demonstrations, trains it with ARPO "
-        "and reports the results. Takes a few minutes on a CPU and downloads nothing.",
+        description="Builds a tiny model, trains it on demonstrations of tool calls, trains it with ARPO and reports "
+        "the results. Takes a few minutes on a CPU and downloads nothing.",
     )
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
@@ -227,7 +229,7 @@ def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) 
     console.print(summary_table(summary))
     console.print(
         "Training rewards sampled answers, so watch the sampled accuracy: the model learns to make fewer mistakes "
-        "when it samples. The greedy accuracy starts high and may stay where it is."
+        "when it samples. The greedy accuracy starts high and may not change."
     )
     console.print(f"Picture: {output / 'quickstart.png'}   Numbers: {output / 'summary.json'}   Model: {rl}")
 

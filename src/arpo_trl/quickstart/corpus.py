@@ -1,12 +1,12 @@
 """The passages that the quickstart searches: public facts about elements, mountains and countries, one per sentence.
 
-Every entity has two similar passages: one with the property that questions ask for, and one with another property. A
-search for the entity finds both, in either order, so a policy must read them. Some values are in another unit, and a
-search for an alias finds only the name to search for next:
+Every entity has two similar passages: one with the property in the questions, and one with another property. A search
+for the entity finds both, in either order, so a policy must read them. Some values have a different unit, and a search
+for an alias finds only the name for the next search:
 
     Tin melts at 505 K.      Tin boils at 2602 °C.      Stannum is only another name; look under Tin.
 
-Values are rounded to the precision shown; sources differ in the last digit. Populations are of about 2023.
+Values are rounded to the shown precision, since sources differ in the last digit. Populations are from about 2023.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ ALIASES: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A number in a passage. Its unit may differ from the unit that questions ask for.
+    """A number in a passage. Its unit may differ from the questions' unit.
 
     Attributes:
         digits: The digits as written, `505` or `2.38`.
@@ -235,12 +235,12 @@ class Quantity:
 
     @property
     def needs_conversion(self) -> bool:
-        """Whether the unit differs from the unit that questions ask for."""
+        """Whether the unit differs from the questions' unit."""
         return self.unit in _CONVERSIONS
 
     @property
     def expression(self) -> str:
-        """A Python expression of the value in the unit that questions ask for: `(505-273)`, `12388*0.3048`."""
+        """A Python expression of the value in the questions' unit: `(505-273)`, `12388*0.3048`."""
         return _CONVERSIONS[self.unit][0].format(self.digits) if self.needs_conversion else self.digits
 
     @property
@@ -260,13 +260,13 @@ _CONVERSIONS: Mapping[str, tuple[str, Callable[[float], float]]] = MappingProxyT
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """One kind of entity, with the property that questions ask for and the sentences of its passages.
+    """One kind of entity, with the property in the questions and the sentences of its passages.
 
     Attributes:
-        asked: The property that questions ask for.
-        unit: The unit that questions ask for.
-        asked_sentence: The format string of a passage with that property; takes a title and a quantity.
-        other_sentence: The same for the property that no question asks for.
+        asked: The property in the questions.
+        unit: The unit of the questions.
+        asked_sentence: The format string of a passage with that property, for a title and a quantity.
+        other_sentence: The format string for the other property, which is in no question.
         asked_quantities: Title → quantity of the asked property.
         other_quantities: Title → quantity of the other property.
     """
@@ -341,7 +341,7 @@ TOPICS = _make_topics()
 
 
 def passages() -> list[str]:
-    """Return all passages in a fixed shuffled order, which does not reveal which of an entity's two is asked for."""
+    """Return all passages in a fixed shuffled order, so that the order does not reveal the asked property."""
     texts = [f"{alias} is only another name; look under {title}." for alias, title in ALIASES.items()]
     for topic in TOPICS:
         for title in topic.titles:

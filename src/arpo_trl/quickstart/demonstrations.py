@@ -1,7 +1,7 @@
 """Noisy demonstrations from a scripted policy that solves the task and makes mistakes at known rates.
 
-A model cold-started on them knows the format and is a good start for reinforcement learning. It is right often enough
-to be rewarded, wrong often enough to improve, and most uncertain right after a search.
+A model that is cold-started on them knows the format and is a good start for reinforcement learning. It is right often
+enough to get rewards, wrong often enough to improve, and most uncertain directly after a search.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ VARIED_QUERIES = tuple(
     for opening in ("", "find ", "give ", "what ")
     for body in ("{asked} of {name}", "{asked} for {name}", "{name} {asked}")
 )
-"""Forms with the same results, since no passage has their other words. Rollouts of a prompt rarely repeat a query."""
+"""Forms with the same results, since no passage contains their other words. Rollouts of a prompt rarely repeat a
+query."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,11 +36,11 @@ class NoiseRates:
     """Probabilities of the scripted policy's mistakes.
 
     Attributes:
-        wrong_snippet: Takes the wrong one of an entity's two values; per entity.
+        wrong_snippet: Uses the wrong one of an entity's two values; per entity.
         skip_second_query: Does not follow an alias to its name and uses a number from another page; per alias.
-        forget_unit: Does not convert a value; per value in another unit.
+        forget_unit: Does not convert a value; per value with a different unit.
         wrong_operation: Adds instead of subtracting, or subtracts instead of adding; per question.
-        answer_directly: Answers with the value just read, without python; per entity.
+        answer_directly: Answers with the value that it has just read, without python; per entity.
         give_up: Continues without a result instead of a retry; per failed call.
     """
 
@@ -134,14 +135,14 @@ class _Trajectory:
         return result if self._call("search", query, result) else None
 
     def python(self, code: str, output: str) -> bool:
-        """Return whether python gave its output; False if the call failed and the policy gave up."""
+        """Return whether python returned its output; False if the call failed and the policy gave up."""
         return self._call("python", code, output)
 
     def answer(self, value: str) -> None:
         self.messages.append({"role": "assistant", "content": f"<answer>\\boxed{{{value}}}</answer>"})
 
     def _call(self, tool: str, argument: str, result: str) -> bool:
-        """Write a call and retry it while it fails. Return False if the policy gave up."""
+        """Write a call and retry it until it succeeds. Return False if the policy gave up."""
         # At a rate of 0 no random number is drawn, so that all other draws stay the same.
         while self._failures.rate and self._rng.random() < self._failures.rate:
             self._write(tool, argument, self._rng.choice(self._failures.texts[tool]))

@@ -53,7 +53,7 @@ def answer_heldout(
     A temperature of 0 is greedy decoding.
 
     Raises:
-        EngineError: A question got no answer.
+        EngineError: A question has no answer.
     """
     protocol = TagProtocol(tokenizer, toolbox.specs)
     settings = SamplingParams(eos_ids=protocol.eos_ids, stop_strings=protocol.stop_strings, temperature=temperature)

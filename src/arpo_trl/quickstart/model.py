@@ -2,7 +2,8 @@
 
 The weights are random, except for a few attention heads that are initialized to copy. In this task a policy mostly
 learns to copy names and numbers to the right place. A model that must first learn to copy with attention ("induction
-heads", Olsson et al. 2022) needs several times the demonstrations. Training still has to teach what to copy and where.
+heads", Olsson et al. 2022) needs several times as many demonstrations. The model must still learn in training what to
+copy, and where.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer trained on `texts` that can encode any text.
 
-    Each of `tags`, those of the tools and of the protocol, is one special token. EOS is `<|im_end|>`; the padding
-    token differs from it.
+    Each of `tags` (of the tools and of the protocol) is one special token. EOS is `<|im_end|>`; the padding token
+    differs from it.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,7 +97,7 @@ def quickstart_texts() -> list[str]:
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
-    """A model for `tokenizer` with fresh weights, the same for the same seed; the global generator is left alone."""
+    """A model for `tokenizer` with new weights, determined by the seed. Does not change the global generator."""
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=_HIDDEN,
@@ -127,7 +128,7 @@ def save_cold_start_base(
     """Save a tokenizer and its untrained model to `directory`, ready for `sft.py`.
 
     Args:
-        tokenizer: None: that of the quickstart's questions.
+        tokenizer: None: the tokenizer of the quickstart's questions.
     """
     tokenizer = tokenizer or build_tokenizer(quickstart_texts())
     tokenizer.save_pretrained(directory)

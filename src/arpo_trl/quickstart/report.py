@@ -12,7 +12,7 @@ from arpo_trl.rollout.rules import mean
 from arpo_trl.rollout.tree import RolloutTree
 
 PROBE = 8
-"""The number of tokens after a tool result that count as "right after" it."""
+"""The number of tokens after a tool result that count as "directly after" it."""
 AVERAGED = 5
 """The number of steps whose mean reward is reported as the first and the last reward of a run."""
 
@@ -21,7 +21,7 @@ ELSEWHERE = "elsewhere"
 
 
 def entropy_places(trees: Iterable[RolloutTree], tools: Sequence[str]) -> dict[str, float]:
-    """Return mean entropies of a token, in nats, of trees that hold the entropy of every token.
+    """Return mean entropies of a token, in nats, of trees that contain the entropy of every token.
 
     "after TOOL", for each of `tools`, is over the first `PROBE` tokens after its results; "elsewhere" is over all
     other tokens.
@@ -37,10 +37,10 @@ def entropy_places(trees: Iterable[RolloutTree], tools: Sequence[str]) -> dict[s
 
 
 TERMS = (
-    "Held out: not trained on. Entropy: how undecided the model is, 0 if certain; branches start where it rises.\n"
-    "Leaf: one whole answer. Branch: an answer that starts at a tool result of another. "
-    "Top-up: one that starts at the question instead.\n"
-    "Leaf tokens per sampled token: above 1, leaves share what was sampled once."
+    "Held out: not trained on. Entropy: the model's uncertainty, 0 if certain; branches start where it increases.\n"
+    "Leaf: one complete answer. Branch: an answer that starts at a tool result of another answer. "
+    "Top-up: an answer that starts at the question instead.\n"
+    "Leaf tokens per sampled token: above 1, leaves share sampled tokens."
 )
 
 
@@ -101,7 +101,7 @@ def accuracy_lines(
 ) -> dict[str, list[tuple[int, float]]]:
     """Return label → points (step, accuracy): one line for each set of held-out questions.
 
-    Training answers only some of the held-out questions, so its accuracy does not continue that of all questions.
+    The evaluation during training answers only some of the held-out questions, so its accuracy is a separate line.
     `accuracy` is its metric in `history`.
     """
     last = max(row["step"] for row in history if "reward" in row)

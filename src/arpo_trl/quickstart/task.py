@@ -1,4 +1,4 @@
-"""What a task of the quickstart consists of, and helpers for its files."""
+"""The parts of a quickstart task, and helpers for its files."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class Task:
             the untrained model `base`.
         measure: Samples and scores answers to heldout.jsonl.
         tools: The tools after whose results the report shows entropies.
-        cold_start: Flags of stage 1, besides those of every task.
+        cold_start: Flags of stage 1, in addition to those of every task.
         script: The program of stage 2: one of `arpo_trl.scripts`, or the full name of another module.
         config: The settings of stage 2.
-        accuracy: The metric of stage 2 that is the accuracy on watched.jsonl.
-        flags: Flags of stage 2 for a folder of data, besides those of every task.
+        accuracy: The metric of stage 2 with the accuracy on watched.jsonl.
+        flags: Flags of stage 2 for a folder of data, in addition to those of every task.
     """
 
     output: Path
@@ -61,8 +61,8 @@ class Task:
 def like_lengths_together(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Return the rows, reordered so that each batch of `SFT_BATCH` has similar lengths: a quarter less padding.
 
-    The batches stay in random order. With transformers' `group_by_length` they do not, and this model learns much
-    less.
+    The batches stay in random order. With transformers' `group_by_length` they would not, and this model would learn
+    much less.
     """
     size, window, rng = SFT_BATCH, 50 * SFT_BATCH, random.Random(seed)
     batches = []

@@ -1,4 +1,4 @@
-"""A tiny model that knows the form of tool calls: a cold start within seconds, for a first try."""
+"""A tiny model that knows the format of tool calls: a cold start within seconds, for a first try."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def save_taught_model(
     protocol = TagProtocol(tokenizer, {})
     encoded = [encode_trajectory(row, protocol) for row in demonstrations]
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as fast for so small a model, and much faster on a busy machine
+    torch.set_num_threads(1)  # equally fast for such a small model, and much faster on a busy machine
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     rng = random.Random(0)

@@ -1,7 +1,7 @@
 """The final answer of a model and its accuracy.
 
-`extract_answer` finds the answer, `math_equal` and `token_f1` compare it, and `task_accuracy` chooses the comparison
-by the task.
+`extract_answer` finds the answer, `math_equal` and `token_f1` compare it, and `task_accuracy` selects the comparison
+by task.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ MATH, QA = "math", "qa"
 TASKS = (MATH, QA)
 
 MAX_MATH_CHARS = 512
-"""A longer expression equals only the same text. The longest mathematical gold of the published rows has 83."""
+"""A longer expression equals only the same text. The longest mathematical gold of the published rows has 83
+characters."""
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)  # `\\.` skips escaped braces
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -52,13 +53,13 @@ def extract_answer(text: str) -> str | None:
     return None if last is None else block[slice(*last)].strip()
 
 
-@lru_cache(maxsize=16384)  # the paths of a group mostly give the same few answers
+@lru_cache(maxsize=16384)  # the paths of a group mostly have the same few answers
 def math_equal(prediction: str, gold: str) -> bool:
-    """Whether two answers, LaTeX or plain, mean the same (see `rewards.mathematics`): 1/2 is 0.5, −6 is not 6.
+    """Whether two answers, LaTeX or plain, have the same meaning (see `rewards.mathematics`): 1/2 is 0.5, −6 is not 6.
 
-    Works in any thread and returns for any input. The comparison runs in a process with limits (see `math_worker`);
-    it is False beyond those limits or beyond `MAX_MATH_CHARS`. Not symmetric: the prediction `x=5` matches the gold
-    `5`.
+    Works in any thread and terminates for any input. The comparison runs in a process with limits (see `math_worker`).
+    The result is False beyond those limits or beyond `MAX_MATH_CHARS`. Not symmetric: the prediction `x=5` matches the
+    gold `5`.
     """
     prediction, gold = prediction.strip(), gold.strip()
     if not prediction or not gold:
@@ -71,7 +72,7 @@ def math_equal(prediction: str, gold: str) -> bool:
 
 
 def paper_tokens(text: str) -> list[str]:
-    """Return the tokens of `text` that the paper's released reward compares: SQuAD's unchanged rules for every task.
+    """Return the tokens of `text` for the paper's released reward: SQuAD's unchanged rules for every task.
 
     ASCII punctuation is deleted, signs and fraction bars included, so "-6" is "6" and "1/2" is "12".
     """
@@ -79,7 +80,7 @@ def paper_tokens(text: str) -> list[str]:
 
 
 def spaced_tokens(text: str) -> list[str]:
-    """Return the tokens of `text` that the paper's evaluation compares: lower case, split at spaces, all kept."""
+    """Return the tokens of `text` for the paper's evaluation: lower case, split at spaces, nothing removed."""
     return text.lower().split()
 
 

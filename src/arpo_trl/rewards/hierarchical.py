@@ -2,10 +2,10 @@ r"""The paper's reward (Eq 8). It scores the format, then the answer, then the u
 
     −1                 the format is bad
      0                 the format is good, the answer is wrong
-    accuracy           the format is good, the answer is right, wholly or in part
-    accuracy + bonus   the same, and every bonus tool ran successfully on this path
+    accuracy the format is good, the answer is fully or partly right accuracy + bonus the same, and every bonus tool
+    ran successfully on this path
 
-The reward reads only what the trainer recorded: the text of the model's own turns, and which calls succeeded. It never
+The reward reads only the trainer's records: the text of the model's own turns, and the success of calls. It never
 reads the text of a tool result, so a page that contains `</result><answer>\boxed{…}</answer>` has no effect. (The
 released code searches the whole text, tool results included, for `</search>` and `</python>`.)
 """
@@ -36,14 +36,14 @@ _RESULT_TAG = re.compile(r"</?(result|tool_response)>")  # tags of the tag proto
 
 
 class FormatFault(StrEnum):
-    """The fault in a path's format. If several apply, the first one in this order is reported."""
+    """The fault in a path's format. If several apply, the first one in this order is returned."""
 
     TRUNCATED = "truncated"
     """The path reached the token limit before its last turn ended."""
     CALL_LIMIT = "call_limit"
-    """The model called a tool again after it had been told that no calls were left."""
+    """The model called a tool again after the notice that no calls were left."""
     WROTE_RESULT = "wrote_result"
-    """The model wrote a `<result>` or `<tool_response>` tag itself: it made up a tool result."""
+    """The model wrote a `<result>` or `<tool_response>` tag itself: it invented a tool result."""
     NO_ANSWER = "no_answer"
     """There is no `<answer>`."""
     SEVERAL_ANSWERS = "several_answers"
@@ -72,8 +72,8 @@ class HierarchicalScore:
         reward: In [−1, 1 + bonus].
         accuracy: In [0, 1]; None if the format is bad, because the answer is not compared then.
         fault: None if the format is good.
-        judged: Whether the judge gave a verdict; False if it was asked and gave none, so that the rule decided. None
-            if it was not asked.
+        judged: Whether the judge returned a verdict. False if it returned none, so that the rule decided. None if
+            there was no request.
     """
 
     reward: float
@@ -87,7 +87,7 @@ def format_fault(
 ) -> FormatFault | None:
     """Return the first format fault of a path, or None.
 
-    Tags inside code, and tool tags that prose mentions, are text, as in `TagProtocol`.
+    Tags inside code, and tool tags in prose, count as text, as in `TagProtocol`.
 
     Args:
         turns: The model's own text, turn by turn, without tool results and without the final EOS.
@@ -165,7 +165,7 @@ def _golds(answer: Any, task: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """One path as read: its format fault, or its answer with the accuracy that the rule gives it."""
+    """The parsed path: its format fault, or its answer with the accuracy by the rule."""
 
     fault: FormatFault | None
     prediction: str
@@ -179,14 +179,14 @@ class HierarchicalReward:
 
     It reads the columns that `ARPOTrainer` adds (`turns`, `tool_calls`, `stop_reason`) and the dataset's `answer` and
     `task`. It logs the share of each `FormatFault` under `arpo/format/`, the fault of each completion as the column
-    `format`, and the mean accuracy as `arpo/accuracy`, where a bad format counts as wrong.
+    `format`, and the mean accuracy as `arpo/accuracy`. In this mean a bad format counts as wrong.
 
     Args:
         accuracy: "task" compares by the row's task, with mathematical equality or token F1. "paper_f1" uses the
-            released reward's token F1 for every task, mathematics included, for parity. "judge" asks `judge` about
-            each answer that the task's comparison does not find fully right, and keeps the result of the comparison
-            if the judge gives no verdict.
-        multi_tool_bonus: Added if the answer is right, wholly or in part, and the path executed every bonus tool.
+            released reward's token F1 for every task, mathematics included, for parity. "judge" calls `judge` for each
+            answer that the task's comparison does not score as fully right. If the judge returns no verdict, the
+            comparison's result is kept.
+        multi_tool_bonus: Added if the answer is fully or partly right and the path executed every bonus tool.
         bonus_tools: Names of the bonus tools, at least one. Their tags are part of the format.
         judge: Required for `accuracy="judge"`, not allowed otherwise.
 
@@ -209,8 +209,8 @@ class HierarchicalReward:
             raise ConfigError(f"multi_tool_bonus is {multi_tool_bonus}; expected a number ≥ 0, where 0 is no bonus.")
         if isinstance(bonus_tools, str) or not bonus_tools:
             raise ConfigError(
-                f"bonus_tools is {bonus_tools!r}; expected a list of tool names. To give no bonus set "
-                "multi_tool_bonus to 0."
+                f"bonus_tools is {bonus_tools!r}; expected a list of tool names. For no bonus set multi_tool_bonus to "
+                f"0."
             )
         if (judge is not None) != (accuracy == "judge"):
             raise ConfigError(
@@ -226,13 +226,13 @@ class HierarchicalReward:
         """Check that every row has the gold answers and the task that this reward needs, before the model is loaded.
 
         Raises:
-            DataError: A row has not. The message names the row (from 0) and the column.
+            DataError: A row lacks one of them. The message names the row (from 0) and the column.
         """
         for name in ("answer", "task"):
             if name not in dataset.column_names:
                 raise DataError(
-                    f"The hierarchical reward needs the column {name!r}, and the dataset has {dataset.column_names}. "
-                    "Rename yours, or load the data with load_arpo_dataset, which knows the common layouts."
+                    f"The hierarchical reward needs the column {name!r}, but the dataset has {dataset.column_names}. "
+                    "Rename your column, or load the data with load_arpo_dataset, which supports the common layouts."
                 )
         for number, (answer, task) in enumerate(zip(dataset["answer"], dataset["task"], strict=True)):
             try:
@@ -325,7 +325,7 @@ class HierarchicalReward:
             log_extra: TRL's logger of columns.
 
         Raises:
-            RewardError: A column is missing, or a row of it is not as described.
+            RewardError: A column is missing, or a value in it does not have the documented form.
         """
         given: dict[str, Sequence[Any] | None] = {
             "answer": answer,
@@ -347,7 +347,7 @@ class HierarchicalReward:
         outcomes = [score.fault or "ok" for score in scores]
         if log_metric is not None and scores:
             counts = Counter(outcomes)
-            for outcome in ("ok", *FormatFault):  # zeros too: TRL averages over the batches that logged a metric
+            for outcome in ("ok", *FormatFault):  # including zeros: TRL averages over the batches that logged a metric
                 log_metric(f"arpo/format/{outcome}", counts[outcome] / len(scores))
             log_metric("arpo/accuracy", sum(score.accuracy or 0.0 for score in scores) / len(scores))
             asked = [score.judged for score in scores if score.judged is not None]

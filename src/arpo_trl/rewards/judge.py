@@ -1,11 +1,11 @@
-"""A language model as judge: does an answer mean the same as the gold?
+"""A language model as judge: does an answer have the same meaning as the gold?
 
-    the rule finds it right ─▶ 1.0, without a request
-    otherwise ─▶ cached? ─▶ request, with retries ─▶ a clear verdict ─▶ 1.0 or 0.0, written to the cache
+    right by the rule ─▶ 1.0, without a request otherwise ─▶ cached? ─▶ request, with retries ─▶ a clear verdict ─▶ 1.0
+    or 0.0, written to the cache
                                                   ─▶ no verdict      ─▶ None: the caller's rule decides
 
 The prediction is untrusted input. The judge sees it as a JSON string, truncated, and only the last line of the judge's
-reply counts. A judge that fails never stops a run; a metric counts how often it failed.
+reply counts. A failing judge never stops a run. A metric counts its failures.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Judgement:
 
 
 def question_of(prompt: Any) -> str:
-    """The question in a prompt: the last user message, or the whole of a plain text."""
+    """The question in a prompt: the last user message, or the whole plain text."""
     if isinstance(prompt, str):
         return prompt
     asked = [message["content"] for message in prompt if message.get("role") == "user"]
@@ -80,7 +80,7 @@ def question_of(prompt: Any) -> str:
 
 
 def read_verdict(reply: str) -> bool | None:
-    """The verdict in the last line of a judge's reply; None if the line is anything else."""
+    """The verdict in the last line of a judge's reply; None if the line is not a verdict."""
     last_line = reply.rstrip().rpartition("\n")[2]
     match = _LAST_LINE.fullmatch(" ".join(last_line.translate(_MARKS).lower().split()))
     return match.group(1) == "correct" if match else None
@@ -92,10 +92,10 @@ class LLMJudge:
     Args:
         url: The server, for example http://127.0.0.1:8001/v1.
         model: The model on the server, for example Qwen/Qwen2.5-72B-Instruct.
-        cache: JSONL file of verdicts, read at the start and appended to. Several processes may share it. With None,
-            verdicts are cached in this process only.
+        cache: JSONL file of verdicts. The judge reads it at the start and appends to it. Several processes may share
+            it. None: verdicts are cached only in this process.
         timeout_s: Timeout of one judgement in seconds, retries included.
-        concurrency: The most judgements that run at the same time.
+        concurrency: The maximum number of judgements that run at the same time.
         breaker: Stops requests for a while after repeated failures; by default a new `CircuitBreaker`.
 
     Raises:
@@ -161,12 +161,14 @@ class LLMJudge:
         with self._lock:
             self._known[key] = verdict
             if self._cache is not None:
-                with self._cache.open("a", encoding="utf-8") as file:  # short lines stay whole if others append too
+                with self._cache.open(
+                    "a", encoding="utf-8"
+                ) as file:  # short lines stay complete even if other processes append
                     file.write(json.dumps({"key": key, "correct": verdict}) + "\n")
 
 
 def _read_cache(path: Path) -> dict[str, bool]:
-    """The verdicts in `path`, without incomplete lines, which a killed process may leave."""
+    """The verdicts in `path`, without the incomplete lines of killed processes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+", encoding="utf-8") as file:

@@ -1,11 +1,11 @@
-"""Mathematical equality in a separate process, so that no answer of a model can hang or kill training.
+"""Mathematical equality in a separate process, so that no answer of a model can block or crash training.
 
 `rewards.mathematics` rejects numbers that are too large, but an integral or a sum can still keep sympy busy for hours,
 and a timeout in Python does not interrupt big-integer code in C. So a worker process, which runs this file as a
-script, compares under limits that the kernel enforces: CPU time (not wall time, so that the load of the machine
-changes no reward) and memory. The kernel kills a worker that exceeds a limit. The next question starts a new worker.
-A model wrote what the worker reads. So on Linux the worker is confined as calls of the python tool are: it has no
-environment and no capabilities, writes no files, and may make only the system calls of a list
+script, compares the answers under limits that the kernel enforces: CPU time (not wall time, so that the load of the
+machine does not affect rewards) and memory. The kernel kills a worker that exceeds a limit. The next question starts a
+new worker. The worker's input comes from a model. So on Linux the worker is confined like calls of the python tool: it
+has no environment and no capabilities, writes no files, and may make only the system calls of a list
 (`tools.python.syscalls`).
 
     parent, any thread   ["1/2", "0.5"]\\n ──▶   worker
@@ -26,20 +26,21 @@ import warnings
 from functools import lru_cache
 
 CPU_LIMIT_S = 2.0
-"""CPU seconds that one comparison may take. A typical one takes less than a millisecond."""
+"""The maximum CPU seconds of a comparison. A typical comparison takes less than a millisecond."""
 MEMORY_LIMIT_BYTES = 2 << 30
 """Address space of the worker in bytes. sympy needs a tenth of it."""
 OPEN_FILES = 64
-"""File descriptors that the worker may have open."""
+"""The maximum number of open file descriptors of the worker."""
 START_PATIENCE_S = 30.0
-"""For how long the start of a worker is retried on a machine without a free process."""
+"""Seconds for which the start of a worker is retried on a machine without a free process."""
 _START_WAIT_S = 0.5
 
 
 class MathWorker:
     """A process that decides whether two expressions are equal. The first question starts it.
 
-    Thread-safe: one question is answered at a time. Use a worker only in the process that made it; see `math_worker`.
+    Thread-safe: it answers one question at a time. Use a worker only in the process that created it; see
+    `math_worker`.
     """
 
     def __init__(self, cpu_limit_s: float = CPU_LIMIT_S):
@@ -58,7 +59,8 @@ class MathWorker:
         return self._answer([prediction, gold]) == "1"
 
     def is_text(self, answer: str) -> bool:
-        """Whether only the same text equals `answer`: it is words, or the parser cannot read it within the limits.
+        """Whether only the same text equals `answer`: it consists of words, or the parser cannot read it within the
+        limits.
 
         Raises:
             RewardError: The worker cannot start.
@@ -125,7 +127,7 @@ def _started(cpu_limit_s: float) -> subprocess.Popen[str]:
             )
         except OSError as error:
             if time.monotonic() >= deadline:
-                from arpo_trl.errors import RewardError  # here: the worker needs none of it
+                from arpo_trl.errors import RewardError  # imported late, because the worker does not need it
 
                 raise RewardError(
                     f"The worker that compares mathematical answers could not be started for {START_PATIENCE_S:g} s "
@@ -139,7 +141,7 @@ def _started(cpu_limit_s: float) -> subprocess.Popen[str]:
 
 
 def _ask(process: subprocess.Popen[str], question: str) -> str:
-    """The worker's reply, or "" if the worker died before it replied."""
+    """The worker's reply, or "" if the worker exited before it replied."""
     assert process.stdin is not None and process.stdout is not None
     try:
         process.stdin.write(question + "\n")
@@ -168,7 +170,7 @@ def _serve(cpu_limit_s: float) -> None:
 
     logging.disable(logging.CRITICAL)
     equal(r"\frac{1}{2}", "0.5")  # fills caches before the CPU time of questions is measured
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process ends when stdin closes
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; this process exits when stdin closes
 
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
     null = os.open(os.devnull, os.O_WRONLY)
@@ -190,7 +192,8 @@ def _serve(cpu_limit_s: float) -> None:
 
 
 def _confine() -> None:
-    """Limit for good what this process may use and do. Systems other than Linux limit at most its memory."""
+    """Permanently limit this process's resources and system calls. Systems other than Linux limit at most its
+    memory."""
     import platform
     import resource
 

@@ -1,7 +1,7 @@
 """Tokens of an answer to a factual question, normalized as SQuAD does, except for marks that change the meaning.
 
 SQuAD deletes all punctuation, so that -9 becomes 9, 3.5 becomes 35, and <5 equals >5. Here the marks in a number or a
-formula stay: signs, decimal points, relations and operators. All other punctuation is deleted, as in SQuAD.
+formula are kept: signs, decimal points, relations and operators. All other punctuation is deleted, as in SQuAD.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0
 _ONE_SPELLING = str.maketrans(
     {**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"}
 )
-# The marks that stay are replaced by private-use characters while the punctuation is deleted.
+# While the punctuation is deleted, the kept marks are replaced by private-use characters.
 _KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
 
@@ -73,10 +73,10 @@ def normalized_tokens(text: str) -> list[str]:
     """Return the tokens of `text` by SQuAD's rules: lower case, no punctuation, no articles, split at spaces.
 
     SQuAD's rules are for English in ASCII. In addition, compatibility forms are unified (NFKC), all Unicode
-    punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists of articles or
-    punctuation only ("A", "The The", "!!!") keeps them, because it would equal every other such text without them.
-    Signs, decimal points, relations and operators in numbers and formulas stay, with or without spaces around them:
-    "-9" is not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". An "a" that no word follows is a letter:
+    punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists only of articles
+    or punctuation ("A", "The The", "!!!") keeps them, because otherwise it would equal every other such text. Signs,
+    decimal points, relations and operators in numbers and formulas stay, with or without spaces around them: "-9" is
+    not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". An "a" without a word after it is a letter:
     "Vitamin A" is not "Vitamin".
     """
     text = _SUPERSCRIPT.sub(lambda match: f"^{match[0]}", text.translate(_ONE_SPELLING))

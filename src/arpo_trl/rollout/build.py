@@ -46,10 +46,12 @@ UNLIMITED_CALLS = 1 << 30
 class LocalModel:
     """A transformers model in this process.
 
-    `opened` opens it for a session (`model_context` of `TransformersEngine`); None: the model is used as it is.
+    `opened` opens it for a session (`model_context` of `TransformersEngine`). None: the engine uses the model as it
+    is.
     `sharded`: the full weights exist only within a session, so the first session compares the engine with a plain
-    forward. Otherwise `build_engine` does. `scored`: plain forwards score the sampled tokens later. `scored_padded`:
-    they do so over left-padded batches. `most_rows` and `smaller` are those of `TransformersEngine`.
+        forward. Otherwise `build_engine` makes this comparison. `scored`: plain forwards score the sampled tokens
+        later. `scored_padded`: these forwards use left-padded batches. `TransformersEngine` documents `most_rows` and
+        `smaller`.
 
         LocalModel(model=model, scored=True, scored_padded=True)
     """
@@ -95,7 +97,8 @@ class VLLMServers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionsServer:
-    """A server with OpenAI's completions API. `model` is the name of a model there; None: the only one it serves.
+    """A server with OpenAI's completions API. `model` is the model's name on the server. None: the only one that it
+    serves.
 
     CompletionsServer(url="http://localhost:8000/v1", model="Qwen/Qwen2.5-7B-Instruct")
     """
@@ -165,7 +168,7 @@ def _local_engine(source: LocalModel, tokenizer: PreTrainedTokenizerBase, settin
         logger.warning(
             f"Paths are limited to {exact} tokens. In a longer batch the model's rotary embedding (longrope) changes "
             "the angles of all tokens, so training would not score the tokens with the sampled distribution."
-            + (" Padding counts towards that limit in training: leave room for it." if source.scored_padded else "")
+            + (" In training, padding counts towards this limit: leave room for it." if source.scored_padded else "")
         )
     return engine
 
@@ -189,14 +192,15 @@ def build_sampler(
     """Create the sampler on an engine. `TreeSettings` documents the other settings.
 
     Args:
-        context: The most tokens of prompt and path together, in addition to the engine's limit; None: no other limit.
+        context: The maximum number of tokens of prompt and path together, in addition to the engine's limit. None: no
+            other limit.
         max_completion_length: None: the rest of the context.
         max_tool_calls: None: no limit.
         initial_rollouts: None: all of `num_generations`, so that nothing branches.
 
     Raises:
-        ConfigError: Neither the engine nor `context` limits the length of a path, or calls are to be shared of a tool
-            that is not declared so.
+        ConfigError: Neither the engine nor `context` limits the length of a path, or the settings share the calls of a
+            tool that is not declared shareable.
     """
     length = shortest(engine.max_length, context)
     if length is None:

@@ -1,7 +1,7 @@
-"""Running estimates of each depth's share of the gradient's variance and of its cost, and widths that follow.
+"""Running estimates of each depth's share of the gradient's variance and cost, and the resulting widths.
 
-The segment of depth m is a path's turn after m tool results. One segment at depth m of each path is planned; a path
-that ended earlier adds 0. Over a group of M leaves, with R the reward and B the group's mean:
+The segment of depth m is a path's turn after m tool results. Each path has one planned segment at each depth m. A path
+that ended before depth m adds 0. Over a group of M leaves, with R the reward and B the group's mean:
 
     S_m = E Σ_t (1 − p_t)²      squared score of the segment's tokens, from the sampling logprobs
     v_m = ½ E (R_i − R_j)²      over pairs of leaves whose last common node has depth m
@@ -10,8 +10,8 @@ that ended earlier adds 0. Over a group of M leaves, with R the reward and B the
     b_m² = v_0 − v_m            E (V_m − B)², V_m the value of a node of depth m
     a_m = S_m·b_m² + δ_m²·Σ_{l≤m} S_l
 
-n_m segments at depth m give a gradient of variance Σ a_m / n_m for Σ c_m·n_m calls. At a given number of calls this is
-least for n_m ∝ √(a_m / c_m). Where n would fall with m, the depths are pooled (pool adjacent violators).
+n_m segments at depth m give a gradient of variance Σ a_m / n_m for Σ c_m·n_m calls. For a given number of calls, n_m ∝
+√(a_m / c_m) minimizes this variance. Depths at which n would decrease with m are pooled (pool adjacent violators).
 
 Pure: no torch, no engine, no network.
 """
@@ -47,15 +47,16 @@ class DepthEstimates:
         self.spent: float | None = None
         """Calls made in the last step's trees, as a share of those on all paths; None if there were none."""
         self.planned: float | None = None
-        """The share of calls to plan for, so that the wanted share is spent although paths that end early lead to more
-        calls. None before the first step."""
+        """The planned share of calls. It makes the actual share equal the target, although paths that end early lead
+        to more calls. None before the first step."""
 
     def update(self, sums: Sequence[Mapping[str, Any]], memory: float, share: float) -> None:
         """Add one step's `depth_sums` of all ranks.
 
         Args:
             memory: The weight of the averages so far.
-            share: The wanted share of calls, as for `widths`. The plan moves against what was spent beyond it.
+            share: The target share of calls, as in `widths`. If the actual share was higher, the plan is lowered, and
+                vice versa.
         """
         leaves = sum(part["leaves"] for part in sums)
         if not leaves:
@@ -77,7 +78,7 @@ class DepthEstimates:
             self.variance[m] = memory * self.variance.get(m, total / count) + (1 - memory) * total / count
 
     def variance_shares(self) -> list[float]:
-        """a_m. A v that no fork has shown yet is interpolated between those of other depths."""
+        """a_m. A v without a fork at its depth so far is interpolated from other depths."""
         if not self.variance:
             return []
         ends = len(self.score)
@@ -88,9 +89,10 @@ class DepthEstimates:
         return [self.score[m] * max(0.0, v[0] - v[m]) + added[m] * above[m] for m in range(ends)]
 
     def gain(self) -> float | None:
-        """η = (Σ a)(Σ c) / (Σ √(a·c))² over pooled depths: independent paths' variance over the least, at equal calls.
+        """η = (Σ a)(Σ c) / (Σ √(a·c))² over pooled depths: the variance of independent paths divided by the minimum,
+        at equal calls.
 
-        None as long as a or c is 0. It is an upper limit: it sets none on the number of leaves.
+        None if a or c is 0. It is an upper bound, since it does not limit the number of leaves.
         """
         blocks = pooled(self.variance_shares(), self.calls)
         root = math.fsum(math.sqrt(a * c) for a, c, _ in blocks)
@@ -105,7 +107,7 @@ class DepthEstimates:
         return math.fsum(shares) * math.fsum(self.calls) / (variance * calls) if variance and calls else None
 
     def widths(self, leaves: int, share: float) -> list[float] | None:
-        """n_m for each depth, in [1, `leaves`] and not falling; the last is `leaves`. None without estimates.
+        """n_m for each depth, in [1, `leaves`] and non-decreasing; the last is `leaves`. None without estimates.
 
         Args:
             leaves: M.
@@ -125,7 +127,7 @@ class DepthEstimates:
         return [*n[:-1], float(leaves)]
 
     def metrics(self, widths: Sequence[float]) -> dict[str, float]:
-        """The estimates by depth, what `widths` gain, and what was spent; what is not known is left out."""
+        """The estimates by depth, the gain of `widths`, and the share of calls used. Unknown values are omitted."""
         by_depth = {
             "score_norm": dict(enumerate(self.score)),
             "calls": dict(enumerate(self.calls)),
@@ -157,7 +159,8 @@ class DepthEstimates:
 
 
 def pooled(a: Sequence[float], c: Sequence[float]) -> list[tuple[float, float, int]]:
-    """Blocks (Σ a, Σ c, number of depths) of adjacent depths, such that a / c does not fall from block to block."""
+    """Blocks (Σ a, Σ c, number of depths) of adjacent depths, such that a / c does not decrease from block to
+    block."""
     blocks: list[tuple[float, float, int]] = []
     for block in zip(a, c, [1] * len(a), strict=True):
         while blocks and blocks[-1][0] * block[1] > block[0] * blocks[-1][1]:
@@ -168,7 +171,7 @@ def pooled(a: Sequence[float], c: Sequence[float]) -> list[tuple[float, float, i
 
 
 def depth_sums(trees: Sequence[RolloutTree], rewards: Sequence[float]) -> dict[str, Any]:
-    """Sums over one rank's trees, as plain data: what `DepthEstimates.update` needs.
+    """Sums over one rank's trees, as plain data for `DepthEstimates.update`.
 
     Leaves whose reward is NaN form no pairs.
 
@@ -209,7 +212,7 @@ def _segments(leaf: Leaf) -> Iterator[tuple[Node, int]]:
 
 
 def _made(observation: Node) -> int:
-    """The valid calls among those whose results it has."""
+    """The number of valid calls among the calls of the observation."""
     return sum(call.source is not CallSource.REFUSED for call in observation.calls)
 
 

@@ -2,10 +2,11 @@
 
 The loop submits turns to the engine and calls to the tools. Each turn or result that finishes extends its tree and
 leads to the next submission. No path waits for a slower sibling, tools run while other paths decode, and each turn
-requests at most the tokens that its path has left.
+requests at most the remaining tokens of its path.
 
-With `schedule="rounds"` the loop takes in all tool results together, in the order of their calls, once no turn is
-decoding. This overlaps tools and decoding less, and makes a run repeat bit for bit for any timing of the tools.
+With `schedule="rounds"` the loop processes all tool results together, in the order of their calls, when no turn is
+decoding. This overlaps tools and decoding less, but makes a run reproducible bit for bit, independent of the timing of
+the tools.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from arpo_trl.tools.toolbox import ToolBox, ToolResult, ToolSet
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
 BUSY_POLL_S = 0.002
-"""Longest wait, in seconds, for the engine while tool calls are running too."""
+"""Longest wait, in seconds, for the engine while tool calls are also running."""
 
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
@@ -43,10 +44,10 @@ Score = Callable[[int, RolloutTree], Sequence[float]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeSettings:
-    """How to sample a group. Lengths are in tokens; `max_length` is the model's context, prompt included.
+    """The sampling settings of a group. Lengths are in tokens. `max_length` is the model's context, prompt included.
 
-    `max_tool_calls` limits the calls of a path to all tools together. Beyond it the path must answer. `max_calls_of`
-    limits the calls to single tools. Beyond it calls to that tool get a notice, and the path can call other tools.
+    `max_tool_calls` limits the calls of a path to all tools together. At the limit the path must answer.
+    `max_calls_of` limits the calls to single tools. Calls beyond it get a notice, and the path can call other tools.
 
         TreeSettings(
             num_generations=16, initial_rollouts=8, max_completion_length=4096, max_length=8192, max_tool_calls=6
@@ -65,7 +66,7 @@ class TreeSettings:
     max_calls_of: Mapping[str, int] = field(default_factory=dict)
 
     def without_branching(self, num_generations: int) -> TreeSettings:
-        """The same settings for evaluation: every path starts at the root and makes its own calls."""
+        """The same settings for evaluation: every path starts at the root, and paths do not share calls."""
         return replace(
             self,
             num_generations=num_generations,
@@ -88,7 +89,7 @@ class Kit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupRequest:
-    """One prompt to roll out. `id` is its number within the step, unique over all ranks.
+    """One prompt to roll out. `id` is its number within the step, unique across all ranks.
 
     GroupRequest(id=0, prompt_ids=protocol.encode_prompt("When does iron melt?"))
     """
@@ -148,7 +149,7 @@ class RolloutBatch:
     topups: list[int]
     """Leaves that started at the root because branches could no longer supply them."""
     turns_in_sequence: list[int]
-    """The longest chain of turns that ran one after another, including the turns that a late path waited for."""
+    """The longest chain of turns that ran one after another, including the turns before the start of a late path."""
     spans: list[dict[int, Span]] = field(default_factory=list)
     """For each tree, node → when its turn was submitted and finished, or its calls were submitted and answered."""
 
@@ -164,7 +165,7 @@ class _Group:
     """Whether the group started with a branch budget. Without one the rule decides nothing."""
     protocol: ToolProtocol
     tools: ToolSet | None
-    """The tools that its paths may call; None: all."""
+    """The tools that the group's paths may call; None: all."""
     started_s: float = field(default_factory=time.perf_counter)
     error: Exception | None = None
     """The error that ended the group, in a stream."""
@@ -174,16 +175,17 @@ class _Group:
     spans: dict[int, Span] = field(default_factory=dict)
     live: dict[Address, LivePath] = field(default_factory=dict)
     candidates: list[tuple[_Path, Candidate]] = field(default_factory=list)
-    """Observations that the rule has still to decide on, or may decide on again, with the paths that continue them."""
+    """Observations that the rule must still decide on, or may decide on again, with the paths that continue them."""
     made: dict[Hashable, SubmittedCall[tuple[_Calling, int]]] = field(default_factory=dict)
     """The calls that paths with the same history may share, by `sharing_keys`."""
     states_after: dict[bytes, PathStates] = field(default_factory=dict)
-    """A fork of the states after each shareable turn that acted on them, by the history up to and with that turn."""
+    """A fork of the states after each shareable turn that acted on them, by the history up to and including that
+    turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """A live path: the prefix of its current turn, and its counts and limits."""
+    """A live path: the prefix of its current turn, its counts and its limits."""
 
     group: _Group
     address: Address
@@ -194,11 +196,12 @@ class _Path:
     states: PathStates
     """The state that the path's tool calls read and change."""
     states_for_branches: PathStates | None = None
-    """A fork of the states at the observation above the current turn; None if it cannot branch or is decided."""
+    """A fork of the states at the observation above the current turn; None if it cannot branch, or the rule has
+    decided."""
     depth: int = 0
     """Turns down to `parent`, inclusive, inherited ones included."""
     waited: int = 0
-    """Turns that ran one after another before this path could start, besides those of the path."""
+    """Turns outside the path that ran one after another before this path could start."""
     results: int = 0
     """Tool results received, including the replies to malformed calls."""
     calls_of: Mapping[str, int] = field(default_factory=dict)
@@ -207,7 +210,7 @@ class _Path:
     """`history_after` the calls made so far; empty if calls are not shared."""
     may_call: bool = True
     decides: bool = False
-    """Whether the branch rule has yet to see the observation above the current turn."""
+    """Whether the branch rule has not yet seen the observation above the current turn."""
     root_entropies: Sequence[float] = ()
     last_entropies: Sequence[float] = ()
     last_request: int | None = None
@@ -218,7 +221,7 @@ class _Path:
 
 @dataclass(slots=True)
 class _Calling:
-    """The calls of one turn. Its path continues once all have an answer."""
+    """The calls of one turn. Its path continues when all calls have a result."""
 
     path: _Path
     calls: Sequence[ToolCall | BadCall]
@@ -256,11 +259,11 @@ class TreeSampler:
         settings: TreeSettings,
         score: Score | None = None,
     ):
-        """Store the parts. `score` computes rewards for branch rules that read those of finished leaves.
+        """Store the parts. `score` computes rewards for branch rules that read the rewards of finished leaves.
 
         Raises:
-            ConfigError: The branch rule reads rewards and `score` is None, or calls are to be shared of a tool that is
-                not declared so.
+            ConfigError: The branch rule reads rewards and `score` is None, or the settings share the calls of a tool
+                that is not declared shareable.
         """
         self.engine = engine
         self.toolbox = toolbox
@@ -271,7 +274,7 @@ class TreeSampler:
         self.tool_wait_s = 0.0
         """Seconds spent waiting for tools since the sampler was created."""
         self.between_events: Callable[[], None] = _do_nothing
-        """Called before each wait for events. An exception that it raises, as on an interrupt, ends the rollout."""
+        """Called before each wait for events. An exception from it, for example on an interrupt, stops the rollout."""
 
     def sample(
         self,
@@ -304,11 +307,11 @@ class TreeSampler:
         """Yield the outcome of each request as soon as it is finished. At most `groups_at_once` groups run at a time.
 
         An error in one request, for example a prompt that leaves no room, becomes its outcome and does not stop the
-        others. `requests` is read only when a new group can start, so it may be of any length. It may yield None as
-        long as groups run: there is no request yet, and the stream asks again after the next events.
+        others. `requests` is read only when a new group can start, so it may have any length. While groups run it may
+        yield None, which means that there is no request yet. The stream then reads it again after the next events.
 
         Raises:
-            EngineError: The engine violates its contract outside a single request, or lost its server.
+            EngineError: The engine violates its contract outside a single request, or has lost its server.
         """
         return self._run(settings, seed).stream(requests, groups_at_once)
 
@@ -342,9 +345,9 @@ class _Run:
         self.opening: dict[int, _Path] = {}
         """Paths whose first turn waits until their states are open."""
         self.waiting: list[_Path] = []
-        """Paths whose states may not open yet, in the order in which they came."""
+        """Paths whose states may not open yet, in order of arrival."""
         self.open_states: dict[PathStates, None] = {}
-        """The states that are not closed yet, as an ordered set."""
+        """The states that are not yet closed, as an ordered set."""
         self.requests = 0
         self.shares_calls = settings.share_calls is ShareCalls.HISTORY
         self.isolates = False
@@ -362,8 +365,9 @@ class _Run:
                         self._release(group)
             if self.waiting:
                 raise EngineError(
-                    f"{len(self.waiting)} paths wait for room to open their states, and no path is left that would "
-                    "make room: states that hang hold it. Raise environment_concurrency, or lower tool_timeout_s."
+                    f"{len(self.waiting)} paths wait for a free slot to open their states, but no running path will "
+                    f"free one: all slots belong to states that hang. Raise environment_concurrency, or lower "
+                    f"tool_timeout_s."
                 )
             closing = time.perf_counter()
         end = time.perf_counter()
@@ -463,13 +467,13 @@ class _Run:
         states.close()
 
     def _release(self, group: _Group) -> None:
-        """Drop what the paths of a finished group shared."""
+        """Drop the calls and states that the paths of a finished group shared."""
         group.made.clear()
         while group.states_after:
             self._close(group.states_after.popitem()[1])
 
     def _begin(self, path: _Path) -> None:
-        """Submit the first turn of a path once its states are open."""
+        """Submit the first turn of a path when its states are open."""
         if not path.states.opening_steps:
             self._write(path)
             return
@@ -478,13 +482,14 @@ class _Run:
         self._admit()
 
     def _admit(self) -> None:
-        """Open the states of the paths that have waited longest, as far as they may open."""
+        """Open the states of the paths that have waited longest, as many as may open."""
         while self.waiting and self.waiting[0].states.admit():
             path = self.waiting.pop(0)
             self.opening[self.toolbox.open(path.states)] = path
 
     def _opened_path(self, path: _Path, result: ToolResult) -> None:
-        """Submit the first turn of a path whose states are open. If they could not be, another path replaces it."""
+        """Submit the first turn of a path whose states are open. If they could not be opened, another path replaces
+        it."""
         if path.states.opened(result.failure, result.text):
             self._write(path)
             return
@@ -495,16 +500,16 @@ class _Run:
 
     def _write_branch(self, path: _Path, address: Address) -> None:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
-        assert path.states_for_branches is not None  # kept while the budget lasts
+        assert path.states_for_branches is not None  # kept until the budget is used up
         states = self._opened(path.states_for_branches.fork())
         self._begin(replace(path, address=address, states=states, states_for_branches=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> list[_Group]:
-        """Wait for events, take them in, and return the groups that they belong to."""
+        """Wait for events, process them, and return the groups to which they belong."""
         self.between_events()
-        if self.waiting and not (self.writing or self.calling or self.opening):  # for room that others hold
+        if self.waiting and not (self.writing or self.calling or self.opening):  # for slots that others use
             time.sleep(IDLE_POLL_S)
             self._admit()
         touched: dict[int, _Group] = {}
@@ -542,7 +547,7 @@ class _Run:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
         if not (self.calling or self.opening) or (rounds and self.writing):
             return []
-        start = time.perf_counter()  # counts while turns decode too: this poll runs the tools that run in this thread
+        start = time.perf_counter()  # counted even while turns decode: this poll runs the tools of this thread
         results = self.toolbox.poll(0.0 if self.writing else IDLE_POLL_S)
         while rounds and len(results) < len(self.calling) + len(self.opening):
             self.between_events()
@@ -551,13 +556,13 @@ class _Run:
         return sorted(results, key=lambda result: result[0])
 
     def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:
-        """The path once the entropies of its current turn's first tokens are known."""
+        """The path after the entropies of its current turn's first tokens are known."""
         if path.depth == 0 and not path.root_entropies:
             path = replace(path, root_entropies=entropies)
         return self._as_candidate(path, entropies) if path.decides else self._record_live(path)
 
     def _turn_finished(self, path: _Path, turn: Turn) -> None:
-        path = self._probed(path, turn.entropies)  # changes nothing after a Probe
+        path = self._probed(path, turn.entropies)  # no change if a Probe came first
         text = self.protocol.decode_turn(turn.ids)
         node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies, turn.versions)
         path = replace(
@@ -587,7 +592,7 @@ class _Run:
             self._call(path, calls)
 
     def _call(self, path: _Path, calls: Sequence[ToolCall | BadCall]) -> None:
-        """Submit a turn's calls. Malformed calls and calls beyond a limit get their answer at once."""
+        """Submit a turn's calls. Malformed calls and calls beyond a limit get their result immediately."""
         limits, made = self.settings.max_calls_of, Counter(path.calls_of)
         calling, submitted = _Calling(path, calls), dict[int, ToolCall]()
         for i, call in enumerate(calls):
@@ -626,7 +631,8 @@ class _Run:
             self._record_live(calling.path)
 
     def _submit(self, calling: _Calling, calls: Mapping[int, ToolCall]) -> None:
-        """Submit calls of a turn. With sharing, take the results of those that a path with the same history made."""
+        """Submit calls of a turn. With sharing, reuse the results of the calls that a path with the same history
+        made."""
         path, in_order = calling.path, list(calls.values())
         keys: Sequence[Hashable] = [None] * len(calls)
         if self.shares_calls and calls:
@@ -652,9 +658,9 @@ class _Run:
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
 
     def _with_calls_recorded(self, path: _Path, calls: Sequence[ExecutedCall]) -> tuple[_Path, Sequence[ExecutedCall]]:
-        """Record a turn's calls in the states of the path. If another path made them, take a fork of its states.
+        """Record a turn's calls in the states of the path. If another path made them, use a fork of its states.
 
-        The returned calls hold what they changed.
+        The returned calls contain the changes that they made.
         """
         made = [call for call in calls if call.source is not CallSource.REFUSED]
         on_state = [call for call in made if self.toolbox.specs[call.name].create_state is not None]
@@ -671,7 +677,7 @@ class _Run:
         return path, [replace(call, changed=changes.get(id(call))) for call in calls]
 
     def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
-        """Add an observation and submit the turn under it; end the path if it has no room for both."""
+        """Add an observation and submit the turn under it. End the path if it has no room for both."""
         if self._room(path.group, len(path.ids) + len(ids)) < 1:
             self._end(path, StopReason.LENGTH)
             return
@@ -714,7 +720,7 @@ class _Run:
         return group
 
     def _roots(self, context: BranchContext) -> int:
-        """The number of paths that start at the root at first; the rest of the leaves is the budget."""
+        """The number of paths that start at the root at the beginning. The other leaves are the budget."""
         leaves, planned, rule = self.settings.num_generations, self.settings.initial_rollouts, self.settings.rule
         if planned == leaves:
             return leaves
@@ -758,7 +764,7 @@ class _Run:
         return now
 
     def _record_live(self, path: _Path) -> _Path:
-        """Record how many more tool results the path may branch at, and return the path."""
+        """Record at how many more tool results the path may branch, and return the path."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
         results = to_come + path.decides
         path.group.live[path.address] = LivePath(address=path.address, node=path.parent, results=results)
@@ -772,7 +778,7 @@ class _Run:
         self._admit()
 
     def _room(self, group: _Group, length: int) -> int:
-        """Tokens left for a path of `length` ids, prompt included."""
+        """The remaining tokens of a path of `length` ids, prompt included."""
         settings = self.settings
         return min(len(group.tree.root.ids) + settings.max_completion_length, settings.max_length) - length
 
@@ -792,7 +798,8 @@ class _Run:
         return self._record_live(replace(path, decides=False, states_for_branches=None))
 
     def _branch(self, group: _Group) -> None:
-        """Let the rule decide on its candidates, start the branches, and start top-ups for budget they cannot use."""
+        """Let the rule decide on its candidates, start the branches, and start top-ups for budget that they cannot
+        use."""
         rule, context = self.settings.rule, group.context
         if rule.moment.waits and (group.live or not context.remaining):
             return

@@ -1,4 +1,4 @@
-"""Decoding of sampled ids, and the number of ids in which to look for a stop string."""
+"""Decoding of sampled ids, and the number of ids to search for a stop string."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def decode_exactly(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> st
 
 
 def stop_window(stop_strings: Sequence[str]) -> int:
-    """The number of last tokens whose text holds any stop string that the last token completes.
+    """The number of last tokens whose text contains any stop string that the last token completes.
 
-    A token covers at least one byte. Two more tokens are for a character that the window's first token may split.
+    A token covers at least one byte. Two more tokens are added because the window's first token may split a character.
     """
     return 2 + max((len(stop.encode()) for stop in stop_strings), default=0)

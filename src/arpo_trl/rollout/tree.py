@@ -8,7 +8,8 @@ Invariants, checked by `RolloutTree.check`:
 
 - A turn's parent is the root or an observation. An observation's parent is a turn that has no other child. Branches
   are extra turns under one observation, so the tokens of a node are never split.
-- A node holds only the tokens it adds. Concatenating the nodes of a path gives exactly the ids the model saw.
+- A node contains only the tokens that it adds. The concatenated nodes of a path are exactly the ids that the model
+  saw.
 - Model tokens have mask 1 and a sampling logprob. Observation tokens have mask 0.
 - A finished tree has exactly M leaves, which are distinct turns, sorted by address. Addresses do not depend on the
   order in which turns and tool calls finish.
@@ -34,12 +35,12 @@ parent path: it is the j-th extra turn under the observation that follows `depth
 
 
 def address_text(address: Address) -> str:
-    """The address as people read it: `0,2,1`."""
+    """The address in readable form: `0,2,1`."""
     return ",".join(map(str, address))
 
 
 Span = tuple[float, float]
-"""When a node was requested and when it was complete, in seconds since the start of its group."""
+"""The times at which a node was requested and complete, in seconds since the start of its group."""
 
 
 class NodeKind(StrEnum):
@@ -78,7 +79,7 @@ class ExecutedCall:
     seconds: float
     source: CallSource
     changed: str | None = None
-    """What the call changed in the environment of its path, if that can describe itself; only for the log."""
+    """The call's changes to its path's environment, if the environment can describe them; only for the log."""
 
     @property
     def ok(self) -> bool:
@@ -115,11 +116,13 @@ class BranchDecision:
 
 @dataclass(slots=True, kw_only=True)
 class Node:
-    """The tokens that one turn or observation adds to its path. Fields that the kind does not use are None or empty.
+    """The tokens that one turn or observation adds to its path. Fields that do not apply to the kind are None or
+    empty.
 
     A turn has `logprobs`, the natural-log probabilities under the sampling distribution, one per id. Its `entropies`
-    are in nats and cover its first k tokens only. `versions` holds for each id the trainer's step whose weights
-    sampled it, or is empty if the engine does not tell. `stop` is set on the turn that ends a path. An observation has
+    are in nats and cover its first k tokens only. `versions` has one number per id: the trainer's step whose weights
+    sampled it. It is empty if the engine does not report versions. `stop` is set on the turn that ends a path. An
+    observation has
     the `calls` of the turn above it: one, or several if the model made several calls in that turn.
 
         Node(index=2, parent=1, kind=NodeKind.OBSERVATION, ids=[50, 51], text="Iron melts at 1,538 °C.", calls=[call])
@@ -140,7 +143,7 @@ class Node:
 
     @property
     def tool(self) -> str | None:
-        """The tool that gave this result, or None. Several tools: "several". Calls that were not run: "refusal"."""
+        """The tool of this result, or None. Several tools: "several". Calls that were not run: "refusal"."""
         tools = {"refusal" if call.source is CallSource.REFUSED else call.name for call in self.calls}
         return None if not tools else tools.pop() if len(tools) == 1 else "several"
 
@@ -174,7 +177,7 @@ class Leaf:
 
     @property
     def token_nodes(self) -> list[int]:
-        """The index of the node that holds each completion token."""
+        """The index of the node that contains each completion token."""
         return _end_to_end([node.index] * len(node.ids) for node in self.nodes)
 
     @property
@@ -276,7 +279,7 @@ class RolloutTree:
         return [Leaf(address=address, nodes=self.path(self._leaves[address])) for address in sorted(self._leaves)]
 
     def writers(self) -> dict[int, Address]:
-        """Node → the address of the path that wrote it. Its branches share the nodes above their start."""
+        """Node → the address of the path that wrote it. The path's branches share the nodes above their start."""
         writers: dict[int, Address] = {}
         for leaf in self.leaves():  # a path's address sorts before those of its branches
             for node in leaf.nodes:

@@ -1,10 +1,10 @@
 """The checkpoints of an output folder: each is complete or absent, and only the run that wrote it can resume from it.
 
-A checkpoint is written to `<output_dir>/.unfinished`. When all ranks are done, rank 0 lists the files and their sizes
-in `arpo_state.json`, flushes everything to disk and renames the folder to its final name. So a folder named
-`checkpoint-…` was complete when it got that name. If a file is lost or cut later, the sizes show it.
+A checkpoint is written to `<output_dir>/.unfinished`. When all ranks have finished, rank 0 lists the files and their
+sizes in `arpo_state.json`, flushes everything to disk and renames the folder to its final name. So a folder named
+`checkpoint-…` was complete when it got that name. If a file is lost or truncated later, the sizes reveal it.
 
-`arpo_state.json` also identifies the run: the settings that affect what a step computes, the model's shape, the
+`arpo_state.json` also identifies the run: the settings that affect the results of a step, the model's shape, the
 dataset's content, the tools and rewards. A run that differs in one of them cannot resume from the checkpoint.
 """
 
@@ -44,7 +44,7 @@ _DECIDING_TRAINING_ARGUMENTS = frozenset(
     adam_beta2 adam_epsilon optim_target_modules max_grad_norm bf16 fp16 neftune_noise_alpha seed data_seed
     per_device_train_batch_size gradient_accumulation_steps""".split()
 )
-"""The settings of transformers that affect what a step computes. The others control logging, saving or placement."""
+"""The settings of transformers that affect the results of a step. The others control logging, saving or placement."""
 _FREE_SETTINGS = frozenset(
     """num_generations_eval ds3_gather_for_generation cache_implementation use_vllm vllm_mode vllm_model_impl
     vllm_enable_sleep_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout vllm_group_port
@@ -55,13 +55,13 @@ _FREE_SETTINGS = frozenset(
     weight_sync weight_sync_dir weight_sync_tolerance shared_prefix_forward trajectory_log_rate
     hub_trajectories_id""".split()
 )
-"""The settings of TRL and of this package that may change: they affect placement, speed or rounding only."""
+"""The settings of TRL and of this package that may change: they affect only placement, speed or rounding."""
 _BATCH_SETTINGS = frozenset({"per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation"})
 """The settings that must change with the number of processes to keep the global batches the same."""
 
 
 def deciding_settings(args: ARPOConfig) -> dict[str, Any]:
-    """The settings that affect what a step computes, as JSON values."""
+    """The settings that affect the results of a step, as JSON values."""
     of_transformers = {field.name for field in fields(TrainingArguments)}
     all_values = args.to_dict()
     return _plain(
@@ -103,7 +103,7 @@ def model_identity(model: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunIdentity:
-    """What a run and a checkpoint must have in common for the run to resume from it.
+    """The properties that must be equal in a run and a checkpoint for the run to resume from it.
 
     RunIdentity(settings=deciding_settings(args), model=model_identity(model), dataset=dataset_identity(rows),
                 tools=["search"], rewards=["accuracy"], processes=2, sharding=None)
@@ -116,9 +116,9 @@ class RunIdentity:
     rewards: list[str]
     processes: int
     sharding: str | None
-    """What shards the optimizer over the processes, such as DeepSpeed; None if nothing does.
+    """The library that shards the optimizer over the processes, such as DeepSpeed; None if there is none.
 
-    The files of a sharded optimizer can be loaded by the same number of processes only.
+    Only the same number of processes can load the files of a sharded optimizer.
     """
 
     def as_dict(self) -> dict[str, Any]:
@@ -144,9 +144,9 @@ class SavedState:
     written: float
     """Seconds since the epoch."""
     between_generations: bool
-    """Whether all rows of the generation batch were trained on."""
+    """Whether all rows of the generation batch have been trained."""
     owes_evaluation: bool
-    """Whether it was written during an evaluation at its step, which then has to be repeated."""
+    """Whether it was written during an evaluation at its step. Then the evaluation must be repeated."""
     identity: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, int]
@@ -172,7 +172,7 @@ class SavedState:
         return cls(folder=folder, **{name: values[name] for name in _STATE})
 
     def check_files(self) -> None:
-        """Raises CheckpointError if a file is missing, or its size is not the one it was written with."""
+        """Raises CheckpointError if a file is missing, or its size differs from the recorded size."""
         for name, size in self.files.items():
             try:
                 found = (self.folder / name).stat().st_size
@@ -199,7 +199,7 @@ class SavedState:
             )
 
     def _check_can_spread(self, then: dict[str, Any], here: dict[str, Any]) -> None:
-        told = f"{self.folder} was written by {then['processes']} processes and this run has {here['processes']}"
+        told = f"{self.folder} was written by {then['processes']} processes, but this run has {here['processes']}"
         way_out = f"Start {then['processes']} processes"
         if then["sharding"] is not None or here["sharding"] is not None:
             raise ConfigError(
@@ -208,7 +208,7 @@ class SavedState:
             )
         if not self.between_generations:
             raise ConfigError(
-                f"{told}; it holds the untrained rest of a generation batch, one part per process. {way_out}, or "
+                f"{told}; it contains the untrained rest of a generation batch, one part per process. {way_out}, or "
                 "resume from a checkpoint at a multiple of the steps per generation batch."
             )
 
@@ -229,7 +229,7 @@ class Checkpoints:
         return [self.place(step) for step in sorted(steps)]
 
     def last(self) -> tuple[SavedState | None, list[str]]:
-        """The complete checkpoint that was written last, and what is wrong with the incomplete ones."""
+        """The complete checkpoint that was written last, and the faults of the incomplete ones."""
         whole, faults = [], []
         for path in self.all():
             try:
@@ -246,17 +246,17 @@ class Checkpoints:
 
         Args:
             wanted: True: the last complete checkpoint, if there is one. A path: that checkpoint. None or False: none.
-                Each also as text, as on a command line.
+                Each value may also be text, as on a command line.
 
         Raises:
-            CheckpointError: The checkpoint at the path is incomplete, or all in the folder are.
-            ConfigError: The path does not exist; or `wanted` is None or False, and the folder holds checkpoints.
+            CheckpointError: The checkpoint at the path, or every checkpoint in the folder, is incomplete.
+            ConfigError: The path does not exist, or `wanted` is None or False and the folder contains checkpoints.
         """
         wanted = wants_to_resume(wanted)
         if not wanted:
             if there := self.all():
                 raise ConfigError(
-                    f"{self.folder} holds {there[-1].name} of an earlier run. A new run would mix with it. To "
+                    f"{self.folder} contains {there[-1].name} of an earlier run. A new run would mix with it. To "
                     "continue the earlier run, set resume_from_checkpoint to true. To start a new one, choose another "
                     "output_dir or delete this folder."
                 )
@@ -278,7 +278,7 @@ class Checkpoints:
             way_out = (
                 f"The last complete checkpoint is {last.folder}."
                 if last
-                else f"{self.folder} holds no complete checkpoint."
+                else f"{self.folder} contains no complete checkpoint."
             )
             raise type(error)(f"{error} {way_out}") from error
         return state
@@ -295,7 +295,7 @@ class Checkpoints:
         shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def finish(self, step: int, *, identity: RunIdentity, between_generations: bool, owes_evaluation: bool) -> Path:
-        """Completes the unfinished checkpoint of that step and moves it to its final path, which is returned."""
+        """Completes the unfinished checkpoint of that step, moves it to its final path and returns that path."""
         folder, place = self.unfinished / f"checkpoint-{step}", self.place(step)
         state = {
             "step": step,

@@ -1,11 +1,11 @@
-"""Handles SIGTERM and Ctrl-C: the first stops the run at the next safe point, a second Ctrl-C stops it at once.
+"""Handles SIGTERM and Ctrl-C: the first stops the run at the next safe point, a second Ctrl-C stops it immediately.
 
 A signal may arrive anywhere: between two collectives, or while a checkpoint is written. The handler only records it.
 Code that waits (a rollout between two events, a reward function) polls the record with `check`. The trainer polls it
-at points that all ranks pass, where they decide together.
+at points that all ranks reach, and the ranks decide together.
 
     SIGTERM, Ctrl-C ─▶ told ─┬─▶ check()      ends a wait of this rank: `Interrupted`
-                             └─▶ the trainer  asks all ranks, and all raise `Interrupted` at the same place
+                             └─▶ the trainer  polls all ranks, and all raise `Interrupted` at the same place
     Ctrl-C again ──────────────▶ this process and its children are killed
 """
 
@@ -32,37 +32,38 @@ from arpo_trl.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _END = b"\0"
-"""Not the number of a signal: ends the thread that reads them."""
+"""A byte that is not a signal's number. It stops the thread that reads the numbers."""
 SAME_S = 1.0
-"""A second SIGINT within this many seconds counts as the same one: the terminal and a launcher both send it."""
+"""A second SIGINT within this many seconds counts as the same signal: the terminal and a launcher both send it."""
 EXIT_S = 3.0
 """Seconds that an interrupted process may take for its cleanup."""
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}
 """Environment variables that `accelerate launch` and torchrun set."""
 _PR_SET_PDEATHSIG = 1
 ASK_EVERY_S = 0.5
-"""Seconds between a rank's checks whether another rank received a signal."""
+"""Seconds between a rank's checks of whether another rank has received a signal."""
 
 
 class Interrupts:
     """Records the signals that this process receives while `listening`."""
 
     stopped = False
-    """Whether a signal has ended training in this process."""
+    """Whether a signal has stopped training in this process."""
     exit_status: int | None = None
-    """The exit status of this process, once it is decided."""
+    """The exit status of this process; None until it is decided."""
 
     def __init__(self) -> None:
         self.active = False
         self.told: int | None = None
-        """The first signal that asked to stop; None if there was none."""
+        """The first signal that requested a stop; None if there was none."""
         self._told_at = 0.0
         self._raises = False
         self._shared: _SharedFlag | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals within it. Does nothing outside the main thread, where Python allows no handlers."""
+        """A context that handles the signals. Does nothing outside the main thread, since Python allows no handlers
+        there."""
         if threading.current_thread() is not threading.main_thread() or self.active:
             yield
             return
@@ -81,22 +82,22 @@ class Interrupts:
             signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
-            os.write(writer, _END)  # closing the pipe is not enough: a forked child may hold it open
+            os.write(writer, _END)  # closing the pipe is not enough: a forked child may keep it open
             watcher.join()
             os.close(writer)
             os.close(reader)
             self.active = False
 
     def check(self) -> None:
-        """Raises `Interrupted` once this rank has received a signal, or has learned that another rank has."""
+        """Raises `Interrupted` if this rank has received a signal, or has been notified that another rank has."""
         if self.active and self.told is not None:
             raise Interrupted(self.told)
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Within it, a signal raises `Interrupted` at any point of the main thread. For code that does not `check`.
+        """A context in which a signal raises `Interrupted` at any point of the main thread, for code without `check`.
 
-        In another thread it only calls `check`, since the main thread does something else meanwhile.
+        In another thread it only calls `check`, since the main thread runs other code.
         """
         self.check()
         if threading.current_thread() is not threading.main_thread():
@@ -124,7 +125,7 @@ class Interrupts:
             if (read := os.read(reader, 1)) == _END:
                 return
             signum = read[0]
-            if signum not in SIGNALS:  # SIGCHLD, which torch handles once it has data loader workers
+            if signum not in SIGNALS:  # SIGCHLD, which torch handles if it has data loader workers
                 continue
             if self.told is None:
                 self._record(signum)
@@ -137,24 +138,26 @@ class Interrupts:
             self._shared.post(self.told)
         elif (signum := self._shared.read()) is not None:
             self._record(signum)
-            signal.pthread_kill(threading.main_thread().ident or 0, signum)  # also ends a wait of the main thread
+            signal.pthread_kill(
+                threading.main_thread().ident or 0, signum
+            )  # also interrupts a wait of the main thread
 
     def _record(self, signum: int) -> None:
         if self.told is None:
             self._told_at = time.monotonic()
             self.told = signum
-            again = " Ctrl-C again stops at once." if signum == signal.SIGINT else ""
+            again = " Ctrl-C again stops immediately." if signum == signal.SIGINT else ""
             print(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", file=sys.stderr, flush=True)
 
 
 def stop_at_once(exit_status: int) -> None:
-    """Ends this process and all its children, without saving or closing anything."""
+    """Kills this process and all its children, without saving or closing anything."""
     kill_children()
     os._exit(exit_status)
 
 
 def leave(exit_status: int) -> NoReturn:
-    """Exits normally and runs `atexit` functions; stops at once if that takes longer than `EXIT_S`."""
+    """Exits normally and runs `atexit` functions. Kills the process if that takes longer than `EXIT_S`."""
     Interrupts.exit_status = exit_status
     timer = threading.Timer(EXIT_S, stop_at_once, (exit_status,))
     timer.daemon = True
@@ -170,9 +173,9 @@ def kill_children() -> None:
 
 
 def follow_launcher() -> None:
-    """Sends this process SIGTERM when its launcher ends. Does nothing without a launcher, or outside Linux.
+    """Sends SIGTERM to this process when its launcher exits. Does nothing without a launcher, or outside Linux.
 
-    `accelerate launch` does not forward signals to a single process, and cannot if it is killed.
+    `accelerate launch` does not forward signals to a single process, and it cannot forward them if it is killed.
     """
     if sys.platform == "linux" and LAUNCHED & os.environ.keys():
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
@@ -189,7 +192,7 @@ def _end_process() -> None:
 
 
 class _SharedFlag:
-    """The signal number that the first interrupted rank puts into the ranks' common store for the others."""
+    """The signal number that the first interrupted rank writes to the ranks' common store for the other ranks."""
 
     _runs = 0
 
@@ -208,7 +211,7 @@ class _SharedFlag:
     def post(self, signum: int) -> None:
         if not self._posted:
             self._posted = True
-            with contextlib.suppress(RuntimeError):  # the store ends with the launcher
+            with contextlib.suppress(RuntimeError):  # the store stops with the launcher
                 self._store.set(self._key, str(signum))
 
     def read(self) -> int | None:

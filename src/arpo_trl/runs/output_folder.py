@@ -1,4 +1,4 @@
-"""Keeps a new run from mixing with, or replacing, the run that an output folder holds."""
+"""Prevents a new run from mixing with, or replacing, an earlier run in the output folder."""
 
 from __future__ import annotations
 
@@ -19,31 +19,33 @@ _OTHERS = (
 
 
 def wants_to_resume(wanted: str | bool | None) -> str | bool:
-    """`resume_from_checkpoint` as True (the last checkpoint), False, or a path. Each may be text, as in a flag."""
+    """`resume_from_checkpoint` as True (the last checkpoint), False, or a path. The input may be text, as in a
+    flag."""
     if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
         return wanted.strip().lower() == "true"
     return wanted or False
 
 
 def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, model: str | None = None) -> None:
-    """Returns once a run may write to `folder`. With `overwrite`, removes what an earlier run wrote there.
+    """Checks that a run may write to `folder`. With `overwrite`, removes the files of an earlier run there.
 
-    Only the process of rank 0 checks and removes. Other files in the folder stay.
+    Only the process of rank 0 checks and removes. Other files in the folder are kept.
 
     Args:
         resume: The run's `resume_from_checkpoint`.
         model: Path or Hub id of the model to train, which must not be removed.
 
     Raises:
-        ConfigError: The folder holds a finished model, trajectories or checkpoints of an earlier run, and the run
-            neither resumes nor overwrites; or it does both; or it would remove its own model.
+        ConfigError: The folder contains a finished model, trajectories or checkpoints of an earlier run, and the run
+            neither resumes nor overwrites. Or it does both, or it would remove its own model.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     output, resume = Path(folder), wants_to_resume(resume)
     if overwrite and resume:
         raise ConfigError(
-            "overwrite_output_dir and resume_from_checkpoint are both set, but a run cannot continue what it removes. "
+            "overwrite_output_dir and resume_from_checkpoint are both set, but a run cannot continue from files that "
+            "it removes. "
             "Unset one of them."
         )
     if overwrite:
@@ -51,13 +53,13 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
     elif found := _earlier_run(output, resume):
         ways = "To continue it, set resume_from_checkpoint to true. " if _newest(output) and not resume else ""
         raise ConfigError(
-            f"output_dir {folder} holds {found} of an earlier run, which this run would replace or mix with. {ways}"
+            f"output_dir {folder} contains {found} of an earlier run, which this run would replace or mix with. {ways}"
             "To keep it, choose another output_dir. To remove it, set overwrite_output_dir to true."
         )
 
 
 def _earlier_run(output: Path, resume: str | bool) -> str | None:
-    """What `output` holds of a run that the new one does not continue, in words."""
+    """The files in `output` of a run that the new one does not continue, in words."""
     newest = _newest(output)
     weights = sorted(path for pattern in WEIGHTS for path in output.glob(pattern))
     if resume is True:

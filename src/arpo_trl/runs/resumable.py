@@ -1,4 +1,4 @@
-"""`Resumable`: a trainer that can stop at any point and later continue with the same results."""
+"""`Resumable`: a trainer that can stop at any point and later resume with the same results."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Resumable(GRPOTrainer):
 
     It changes the following parts of `GRPOTrainer`, and no others:
 
-    - `train`: finds and checks the checkpoint to resume from. SIGTERM and Ctrl-C end it with a checkpoint.
+    - `train`: finds and checks the checkpoint to resume from. SIGTERM and Ctrl-C stop it with a checkpoint.
     - `training_step`, `_evaluate`: check for interrupts. A subclass may check at more places.
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
@@ -57,7 +57,7 @@ class Resumable(GRPOTrainer):
     _is_restored = True
     _starts_epoch = False
     _epoch_generators: dict[str, Any] | None = None
-    """The random generators' states before the epoch's first batch: a checkpoint between two epochs holds these."""
+    """The random generators' states before the epoch's first batch. A checkpoint between two epochs contains these."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -66,7 +66,7 @@ class Resumable(GRPOTrainer):
         self._model_identity = model_identity(self.model)
         """Computed before the model is prepared for training: FSDP2 changes its class and perhaps its dtype."""
         self._dataset_identity: dict[str, Any] | None = None
-        """Computed once per training, when first needed, since it reads every row."""
+        """Computed at most once per training, at first use, since it reads every row."""
         self._moment: dict[str, Any] | None = None
         self._saved_step: int | None = None
         self._writing = False
@@ -119,7 +119,7 @@ class Resumable(GRPOTrainer):
         """Removes the log files of steps, from `step` on, that the resumed run repeats. A subclass overrides it.
 
         Args:
-            evaluated: Whether the evaluation at `step` is complete, and not repeated.
+            evaluated: Whether the evaluation at `step` is complete and will not be repeated.
         """
 
     # Training --------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Resumable(GRPOTrainer):
         Args:
             resume_from_checkpoint: True: resume from the last complete checkpoint in `output_dir`, or start a new run
                 if there is none. So a job can be restarted with the same command. A path: resume from that
-                checkpoint. None or False: start a new run; `output_dir` must not hold checkpoints.
+                checkpoint. None or False: start a new run; `output_dir` must not contain checkpoints.
 
         Raises:
             CheckpointError: The checkpoint is incomplete.
@@ -150,7 +150,7 @@ class Resumable(GRPOTrainer):
                 self._saved_step = self._resumed.step
             logger.info(f"Resuming from {self._resumed.folder}.", main_process_only=True)
         elif resume_from_checkpoint:
-            logger.warning(f"There is no checkpoint in {self.args.output_dir} yet: starting a new run.")
+            logger.warning(f"There is no checkpoint in {self.args.output_dir} yet. A new run starts.")
         if resume_from_checkpoint and self.args.should_save:
             step = self._resumed.step if self._resumed else 0
             self._forget_from(step, evaluated=self._resumed is not None and not self._resumed.owes_evaluation)
@@ -176,7 +176,7 @@ class Resumable(GRPOTrainer):
             )
         if self._memory_file(state.folder, 0).name not in state.files:
             raise CheckpointError(
-                f"{state.folder} contains the model only (save_only_model), so a run cannot resume from it. Start a "
+                f"{state.folder} contains only the model (save_only_model), so a run cannot resume from it. Start a "
                 f"new run from its weights: model_name_or_path {state.folder}."
             )
         if changes := changed_versions(state.versions):
@@ -236,7 +236,7 @@ class Resumable(GRPOTrainer):
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """If code within it is interrupted on a rank, all ranks raise `Interrupted` at its end. A collective."""
+        """A context. If its code is interrupted on a rank, all ranks raise `Interrupted` at its end. A collective."""
         with suppress(Interrupted):
             yield
         self.stop_together()
@@ -252,7 +252,7 @@ class Resumable(GRPOTrainer):
             raise Interrupted(told)
 
     def _remember_moment(self) -> None:
-        """Keeps the state to which an interrupt of the next step, or evaluation, returns."""
+        """Stores the state that an interrupt of the next step or evaluation restores."""
         self._moment = {
             "memory": self.state_dict(),
             "generators": self._epoch_generators or _generators(),
@@ -264,7 +264,7 @@ class Resumable(GRPOTrainer):
         self._epoch_generators = None
 
     def _stop(self, interrupted: Interrupted) -> str:
-        """Saves the last finished step. Returns a message that says where, and how to resume."""
+        """Saves the last finished step. Returns a message with the path and with instructions to resume."""
         told = str(interrupted)
         moment, step = self._moment, self.state.global_step
         if moment is None and self._resumed is not None:
@@ -368,7 +368,9 @@ class Resumable(GRPOTrainer):
         file = self._memory_file(state.folder, self.accelerator.process_index if same else 0)
         try:
             memory = torch.load(file, map_location=self.args.device, weights_only=True)
-        except Exception as error:  # torch raises its own, pickle's, the zip file's and the file system's
+        except (
+            Exception
+        ) as error:  # torch raises its own errors, and those of pickle, the zip file and the file system
             raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error}).") from error
         if not same:
             memory["micro_step"] = state.step * self.args.gradient_accumulation_steps
@@ -385,7 +387,8 @@ def _on_a_numbered_cpu(storage: Any, location: str) -> Any:
     return storage if location.startswith("cpu:") else None
 
 
-# On a CPU, the device of a rank is "cpu:0". transformers loads the optimizer to it, but torch does not know that name.
+# On a CPU, the device of a rank is "cpu:0". transformers loads the optimizer to it, but torch does not support that
+# name.
 torch.serialization.register_package(100, lambda storage: None, _on_a_numbered_cpu)
 
 

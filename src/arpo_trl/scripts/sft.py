@@ -2,8 +2,8 @@
 
 Without a checkout of the project: `arpo-trl sft --config quickstart_sft`.
 
-Runs TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only the tokens that the model writes carry loss:
-prompts and tool results are masked. Turns are encoded by the tool protocol that RL uses.
+Runs TRL's `SFTTrainer` on rows of {messages} or {prompt, text}. Only tokens of the model contribute to the loss:
+prompts and tool results are masked. RL's tool protocol encodes the turns.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ logger = get_logger(__name__)
 
 @dataclass
 class ColdStartArguments:
-    """The trajectories to learn from."""
+    """The trajectories for training."""
 
     dataset: str = field(metadata={"help": "Trajectories: Hub id, or .jsonl or .parquet file."})
     dataset_split: str = field(default="train", metadata={"help": "Split of dataset."})
     max_tool_result_tokens: int | None = field(
         default=None,
         metadata=described(
-            "Length limit of a tool result, as in training; of a longer one head and tail are kept. None: no limit.",
+            "Length limit of a tool result, as in training. The head and tail of a longer one are kept. None: no "
+            "limit.",
             at_least=16,
             unit="tokens",
         ),
@@ -48,7 +49,7 @@ class ColdStartArguments:
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Remove the model and the checkpoints of an earlier run from output_dir. Without it, such a "
-                  "folder is refused."},
+                          "folder is an error."},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -92,9 +93,9 @@ def main() -> None:
         )
     except FileNotFoundError as error:
         raise DataError(f"dataset {arguments.dataset} does not exist. Check the path.") from error
-    except StopIteration as error:  # the library reads the first row to see the columns
+    except StopIteration as error:  # the library reads the first row to determine the columns
         raise DataError(f"dataset {arguments.dataset} contains no rows; expected at least one.") from error
-    except Exception as error:  # the library raises its own errors, pyarrow's, the Hub's and the file system's
+    except Exception as error:  # the library raises its own errors, and those of pyarrow, the Hub and the file system
         raise DataError(
             f"dataset {arguments.dataset} cannot be read ({type(error).__name__}: {error}). Expected a "
             ".jsonl or .parquet file, or a Hub id."

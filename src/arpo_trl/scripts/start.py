@@ -1,4 +1,4 @@
-"""What the training scripts share: the model's name, and short errors for mistakes that other packages find."""
+"""Common code of the training scripts: the model's name, and short errors for mistakes that other packages detect."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trl import ModelConfig
 from arpo_trl.errors import ArpoError, ConfigError
 
 TRACEBACK = "ARPO_TRACEBACK"
-"""Environment variable: if it is 1, mistakes that other packages find keep their traceback."""
+"""Environment variable: if it is 1, mistakes that other packages detect keep their traceback."""
 STARTING = (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError)
-"""What packages raise for settings that they cannot use."""
+"""The types of errors that packages raise for unusable settings."""
 
 
 def required_model(model_config: ModelConfig) -> str:
@@ -38,10 +38,10 @@ def required_model(model_config: ModelConfig) -> str:
 
 @contextmanager
 def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Within it, and while `starting()`, a mistake that another package finds becomes a ConfigError.
+    """A context in which, while `starting()` is true, a mistake that another package detects becomes a ConfigError.
 
-    The scripts print it in one line. These are errors of types that packages raise for unusable settings. Errors that
-    this package's own code raises by accident keep their traceback.
+    The scripts print it in one line. It converts the types of errors that packages raise for unusable settings.
+    Unintended errors of this package's own code keep their traceback.
     """
     try:
         yield
@@ -57,7 +57,8 @@ def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
         ) from error
     except SafetensorError as error:
         raise ConfigError(
-            f"The weights of the model cannot be read ({error}): a file is cut off or not a safetensors file. Copy or "
+            f"The weights of the model cannot be read ({error}): a file is truncated or not a safetensors file. Copy "
+            f"or "
             "download the model again."
         ) from error
 
@@ -73,7 +74,8 @@ class _Begun(TrainerCallback):
 
 @contextmanager
 def until_first_step(trainer: Trainer) -> Iterator[None]:
-    """As `start_errors`, until the trainer begins a step. Optimizer, scheduler and data loader are made before it."""
+    """Like `start_errors`, until the trainer begins a step. Optimizer, scheduler and data loader are created before
+    it."""
     begun = _Begun()
     trainer.add_callback(begun)
     with start_errors(lambda: not begun.yet):

@@ -34,12 +34,12 @@ logger = get_logger(__name__)
 
 @dataclass(kw_only=True)
 class TrainArguments(JudgeArguments):
-    """The data to train on, and how answers are scored."""
+    """The training data, and the scoring of answers."""
 
     dataset: str = field(metadata={"help": "Questions: Hub id, folder, or .jsonl, .json or .parquet file."})
     dataset_split: str = field(default="train", metadata={"help": "Split of dataset."})
     eval_dataset: str | None = field(
-        default=None, metadata={"help": "Questions for evaluation during training; forms as for dataset."}
+        default=None, metadata={"help": "Questions for evaluation during training, in the same forms as dataset."}
     )
     eval_split: str = field(default="validation", metadata={"help": "Split of eval_dataset."})
     system_prompt: str | None = field(
@@ -54,18 +54,18 @@ class TrainArguments(JudgeArguments):
     columns: dict[str, str] | str | None = field(
         default=None,
         metadata={"help": "Names of fields that replace the usual ones, such as {question: body, answer: meta.gold}. "
-                  f"Keys: {list(MAPPABLE)}; dots reach into nested fields."},
+                  f"Keys: {list(MAPPABLE)}. Dots select nested fields."},
     )  # fmt: skip
     reward: list[str] = field(
         default_factory=list,
         metadata={"help": "Import paths of your own reward functions, such as my_rewards:exact, instead of the "
-                  "hierarchical reward, which accuracy and the judge belong to."},
+                          "hierarchical reward, to which accuracy and the judge belong."},
     )  # fmt: skip
     accuracy: str = field(
         default="task",
         metadata=described(
-            "How answers are compared: 'task' (math equality or token F1), 'judge' (by a language model if 'task' "
-            "does not find them fully right), 'paper_f1' (as in the paper's code).",
+            "Comparison of answers: 'task' (math equality or token F1), 'judge' (by a language model if 'task' does "
+            "not score them as fully right), 'paper_f1' (as in the paper's code).",
             choices=["task", "judge", "paper_f1"],
         ),
     )
@@ -73,7 +73,7 @@ class TrainArguments(JudgeArguments):
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Remove the model, the checkpoints and the trajectories of an earlier run from output_dir. "
-                  "Without it, such a folder is refused."},
+                  "Without it, such a folder is an error."},
     )  # fmt: skip
 
     def __post_init__(self) -> None:

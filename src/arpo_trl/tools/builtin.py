@@ -1,4 +1,4 @@
-"""Builds the tools that a configuration file names."""
+"""Creates the tools named in a configuration file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = get_logger(__name__)
 
 BUILT_IN = ("search", "python", "visit")
 LOCAL_SOURCES = {"local": "search_index", "recorded": "search_recorded"}
-"""Search providers that need no service, and the setting that each of them requires."""
+"""Search providers that need no service, and the setting that each one requires."""
 
 
 @dataclass
@@ -63,14 +63,14 @@ class ToolArguments:
     python_isolation: str = field(
         default="auto",
         metadata=described(
-            "How model-written python is isolated. 'auto' takes the first other choice that works here.",
+            "How model-written python is isolated. 'auto' selects the first other choice that works on this machine.",
             choices=ISOLATIONS,
         ),
     )
     python_stateful: bool = field(
         default=False,
-        metadata={"help": "Whether a python call sees the variables of its path's earlier calls. Those calls run "
-                  "again before it, within the same python_timeout_s."},
+        metadata={"help": "Whether a python call sees the variables of its path's earlier calls. The earlier calls "
+                  "run again before it, within the same python_timeout_s."},
     )  # fmt: skip
     python_executor_url: str | None = field(
         default=None,
@@ -81,20 +81,20 @@ class ToolArguments:
         metadata={"help": "Run model-written python without a sandbox if this machine supports none. Dangerous."},
     )
 
-    # Parameters that control searching with a service, whose key comes from the environment
+    # Parameters that control search with a service. Its key comes from the environment
     search_provider: str | None = field(
         default=None,
-        metadata={"help": f"What searches: {', '.join([*LOCAL_SOURCES, *PROVIDERS.own])}, or a registered name. None: "
-                  "local if search_index is set, recorded if search_recorded is set."},
+        metadata={"help": f"Search provider: {', '.join([*LOCAL_SOURCES, *PROVIDERS.own])}, or a registered name. "
+                  "None: local if search_index is set, recorded if search_recorded is set."},
     )  # fmt: skip
     search_url: str | None = field(
         default=None,
-        metadata={"help": "Address of the search service, if it is not the default one (a gateway, your server)."},
+        metadata={"help": "Address of the search service, if it is not the default (a gateway, your own server)."},
     )
     search_zone: str | None = field(default=None, metadata={"help": "Bright Data: the name of your SERP API zone."})
     search_fields: list[str] = field(
         default_factory=lambda: list(FIELDS),
-        metadata=described("Parts of a result that the model is shown.", choices=FIELDS),
+        metadata=described("Parts of a result that the model sees.", choices=FIELDS),
     )
     search_cache: str = field(
         default="search_cache.sqlite",
@@ -104,9 +104,9 @@ class ToolArguments:
     search_cache_mode: str = field(
         default=CacheMode.CACHE.value,
         metadata=described(
-            "'cache': ask for what the file lacks. 'live': always ask. 'record': always ask, and write the answer. "
-            "'replay': never ask, answer with the nearest recorded query. 'offline': never ask, an unrecorded query "
-            "fails.",
+            "'cache': send a request only if the file lacks the answer. 'live': always send a request. 'record': "
+            "always send a request, and write the answer. 'replay': send no requests; answer with the nearest "
+            "recorded query. 'offline': send no requests; an unrecorded query fails.",
             choices=CacheMode,
         ),
     )
@@ -125,13 +125,13 @@ class ToolArguments:
     search_max_calls: int | None = field(
         default=None,
         metadata=described(
-            "Maximum requests to the service per run (output_dir), summed over all processes. Then the model gets "
-            "a notice instead of results.",
+            "Maximum requests to the service per run (output_dir), summed over all processes. Beyond it the model "
+            "gets a notice instead of results.",
             at_least=1,
         ),
     )
 
-    # Parameters that control reading pages
+    # Parameters that control the reading of pages
     visit_timeout_s: float = field(
         default=15.0, metadata=described("Maximum time of a visit.", above=0, unit="seconds")
     )
@@ -140,12 +140,12 @@ class ToolArguments:
     )
     visit_allowed_hosts: list[str] = field(
         default_factory=list,
-        metadata={"help": "host or host:port that may be visited although it is not on the public internet."},
+        metadata={"help": "host or host:port that may be visited even if it is not on the public internet."},
     )
     visit_summary_url: str | None = field(
         default=None,
-        metadata={"help": "OpenAI-compatible server (…/v1) whose model summarises pages. Put its key, if it needs it, "
-                  "in VISIT_SUMMARY_API_KEY."},
+        metadata={"help": "OpenAI-compatible server (…/v1) whose model summarises pages. Put its key, if it needs "
+                  "one, in VISIT_SUMMARY_API_KEY."},
     )  # fmt: skip
     visit_summary_model: str | None = field(
         default=None, metadata={"help": "Name of the model that summarises pages."}
@@ -174,16 +174,16 @@ def build_tools(arguments: ToolArguments, *, run: str = "default") -> list[Calla
     """Return the tools as functions, in the order of `tools`, then the tools of MCP servers.
 
     Args:
-        run: The name under which requests are counted for `search_max_calls`; the same on all ranks.
+        run: The name under which `search_max_calls` counts requests; the same on all ranks.
 
     Raises:
         ConfigError: A setting is missing, settings contradict each other, a key is not in the environment, a function
             cannot be imported, or an MCP server does not start.
-        SandboxError: The python tool is on and its code cannot be isolated.
+        SandboxError: The python tool is enabled and its code cannot be isolated.
     """
     for name in ("search_provider", *LOCAL_SOURCES.values()):
         if "search" not in arguments.tools and getattr(arguments, name) is not None:
-            logger.warning(f"{name} is set, but tools is {arguments.tools}: nothing is searched. Add search to tools.")
+            logger.warning(f"{name} is set, but tools is {arguments.tools}, without search. Add search to tools.")
     makers = {"search": lambda: _build_search(arguments, run), "python": lambda: _build_python(arguments)}
     makers["visit"] = lambda: _build_visit(arguments)
     tools = [makers[name]() if name in makers else load_callable(name, "tools") for name in arguments.tools]

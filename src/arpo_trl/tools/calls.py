@@ -1,4 +1,4 @@
-"""A tool call: what the model asked for, how it failed, and where its result came from. Pure."""
+"""A tool call: the model's request, the kind of failure, and the source of the result. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class ToolFailure(StrEnum):
     """Why a call did not return a result."""
 
     ERROR = "error"
-    """The tool raised."""
+    """The tool raised an exception."""
     DEGRADED = "degraded"
     """The tool raised `ToolUnavailable`: a service that it needs is down. Any other call would fail too."""
     TIMEOUT = "timeout"
@@ -23,20 +23,20 @@ class ToolFailure(StrEnum):
     BAD_CALL = "bad_call"
     """The call is invalid: unknown tool, wrong arguments, or text that does not parse as a call."""
     CALL_LIMIT = "call_limit"
-    """The path had already made all calls that it may make, in total or to this tool."""
+    """The path had already made the maximum number of calls, in total or to this tool."""
 
 
 class CallSource(StrEnum):
-    """Where the result of a call came from."""
+    """The source of a call's result."""
 
     EXECUTED = "executed"
     """The call ran."""
     JOINED = "joined"
     """The call shared the execution of an identical call that was still running."""
     SHARED = "shared"
-    """A path of the same group with the same history of calls made the call, and its result is used."""
+    """The result comes from a path of the same group with the same history of calls."""
     CACHED = "cached"
-    """The cache held the result of an identical call."""
+    """The cache contained the result of an identical call."""
     REFUSED = "refused"
     """Nothing ran: the call was invalid or exceeded a limit."""
 

@@ -1,11 +1,12 @@
-"""Offers the tools of MCP servers to the policy, through the official client library.
+"""Makes the tools of MCP servers available to the policy, through the official client library.
 
     server (a process, or an address) ── one session ── its tools as async functions ─▶ ToolBox
 
 Sessions run on the background event loop of the tools. If a server stops, its running calls fail with an error text,
-and the next call reconnects. Servers that this process started end with it.
+and the next call reconnects. Servers that this process started stop when it exits.
 
-With `per_path` each path has a session, which is an environment: a branch repeats the calls of its prefix in its own.
+With `per_path` each path has its own session, as an environment. A branch repeats the calls of its prefix in its own
+session.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ _MAX_STDERR_BYTES = 1 << 20
 _TOO_LONG = f"a line of more than {MAX_ANSWER_BYTES:,} bytes"
 _BOUNDED_UTF_8 = "arpo_trl_bounded_utf_8"
 _OVERLONG: ContextVar[Callable[[], None]] = ContextVar("overlong")
-"""What to call when a line of the connection's process is too long."""
+"""The callback for a line that is too long from the connection's process."""
 
-# The library logs what servers send. The errors of failed calls are enough.
+# The library logs messages of servers. The errors of failed calls are enough.
 logging.getLogger("mcp.client").setLevel(logging.CRITICAL)
 
 
@@ -59,14 +60,15 @@ class McpServer:
     command: str | None = None
     args: Sequence[str] = ()
     env: Sequence[str] = ()
-    """Names of environment variables that are passed to the command, besides basic ones such as PATH and HOME."""
+    """Names of environment variables that are passed to the command, in addition to basic ones such as PATH and
+    HOME."""
     url: str | None = None
     token_env: str | None = None
-    """Name of the environment variable with the token, which is sent to `url` as `Authorization: Bearer`."""
+    """Name of the environment variable that contains the token. It is sent to `url` as `Authorization: Bearer`."""
     tools: Sequence[str] | None = None
     """Names of the tools to offer; None: all."""
     per_path: bool = False
-    """Whether each path has a session of its own, for servers whose tools keep a state in the session."""
+    """Whether each path has its own session, for servers whose tools keep state in the session."""
 
     @classmethod
     def of(cls, settings: Mapping[str, Any], where: str) -> McpServer:
@@ -101,7 +103,7 @@ class McpServer:
 
     @property
     def shown(self) -> str:
-        """The server as messages name it, without arguments and query, which may hold secrets."""
+        """The server's name in messages, without arguments and query, which may contain secrets."""
         return f"command {self.command!r}" if self.command is not None else f"url {without_credentials(str(self.url))}"
 
 
@@ -115,7 +117,7 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
 
     Raises:
         ConfigError: A setting is invalid, the library is not installed, or a server does not start or lacks a tool.
-        ToolSpecError: A tool has a parameter that a function cannot have.
+        ToolSpecError: A tool has a parameter that a Python function cannot have.
     """
     if not timeout_s > 0:
         raise ConfigError(f"mcp_timeout_s is {timeout_s}; expected more than 0.")
@@ -143,7 +145,7 @@ def mcp_tools(servers: Sequence[Mapping[str, Any]], *, timeout_s: float = 15.0) 
 
 
 def _tools_per_path(server: McpServer, timeout_s: float, where: str, tools: Sequence[Any]) -> list[Callable[..., Any]]:
-    """Return the tools of a server as those of an environment that opens a session for each path."""
+    """Return a server's tools as the tools of an environment that opens a session for each path."""
 
     class Session:
         def __init__(self) -> None:
@@ -169,7 +171,7 @@ def _tools_per_path(server: McpServer, timeout_s: float, where: str, tools: Sequ
 
 
 class McpSession:
-    """A connection to one server, which reconnects after a loss."""
+    """A connection to one server. It reconnects after a failure."""
 
     def __init__(self, server: McpServer, timeout_s: float) -> None:
         self._server = server
@@ -190,13 +192,13 @@ class McpSession:
         """
         try:
             return background.start(self._list_tools()).result(START_TIMEOUT_S + _STOP_TIMEOUT_S)
-        except Exception as error:  # of the library, the system or the server
+        except Exception as error:  # from the library, the system or the server
             reason = self._reason(error)
             self.close()
             raise ConfigError(
                 f"{where}: {self._server.shown} does not work as an MCP server: {reason}. "
                 + (
-                    "Check that the command runs by itself, that PATH has it and that its arguments are in args."
+                    "Check that the command runs in a shell, that it is in PATH and that its arguments are in args."
                     if self._server.command is not None
                     else "Check that the server runs and that the url includes its path, such as /mcp."
                 )
@@ -213,7 +215,7 @@ class McpSession:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """End the session, and the server if this process started it. May be called repeatedly."""
+        """Close the session, and stop the server if this process started it. May be called repeatedly."""
         atexit.unregister(self.close)
         with contextlib.suppress(TimeoutError, CancelledError):
             background.start(self._shut()).result(_STOP_TIMEOUT_S)
@@ -243,7 +245,7 @@ class McpSession:
                 try:
                     client = await self._connected()
                 except Exception:
-                    raise ToolUnavailable("Error: the server of this tool is gone.") from None
+                    raise ToolUnavailable("Error: the server of this tool has stopped.") from None
                 session = self._ready
                 result = await client.call_tool(name, arguments)
         except TimeoutError:
@@ -252,23 +254,23 @@ class McpSession:
             if error.code not in (CONNECTION_CLOSED, INVALID_REQUEST):  # INVALID_REQUEST: the session is unknown
                 raise ToolError(without_credentials(f"Error: {error.message}")) from None
             overlong = self._overlong.is_set()
-            if session is self._ready:  # else another call has reconnected already
+            if session is self._ready:  # otherwise another call has already reconnected
                 await self._shut()
             if overlong:
                 raise ToolUnavailable(f"Error: the server of this tool sent {_TOO_LONG}.") from None
-            raise ToolUnavailable("Error: the server of this tool went away during the call.") from None
+            raise ToolUnavailable("Error: the server of this tool stopped during the call.") from None
         text = _text_of(result)
         if result.is_error:
             raise ToolError(text if text.startswith("Error") else f"Error: {text}")
         return text
 
     async def _connected(self) -> Any:
-        """Return the connected client. A start continues even when the call that waits for it times out."""
+        """Return the connected client. A start continues even if the call that waits for it times out."""
         if os.fstat(self._stderr.fileno()).st_size > _MAX_STDERR_BYTES:
             os.truncate(self._stderr.fileno(), 0)
         if self._ready is None or self._task is None or self._task.done():
             self._ready = asyncio.get_running_loop().create_future()
-            # asyncio logs exceptions that nothing retrieves.
+            # asyncio logs exceptions that are never retrieved.
             self._ready.add_done_callback(lambda ready: ready.cancelled() or ready.exception())
             self._stop, self._overlong = asyncio.Event(), asyncio.Event()
             self._task = asyncio.create_task(self._hold(self._ready, self._stop))
@@ -320,12 +322,13 @@ class McpSession:
     def _end(self, ready: asyncio.Future[Any]) -> None:
         self._stop.set()
         if not ready.done() and self._starting is not None:
-            # Cancel through the timeout, only once: a second cancellation stops the library from ending the process.
+            # Cancel through the timeout, only once: a second cancellation would stop the library from ending the
+            # process.
             with contextlib.suppress(RuntimeError):  # the timeout has already expired
                 self._starting.reschedule(asyncio.get_running_loop().time())
 
     def _give_up(self) -> None:
-        """End the connection, whose process has sent a line that is too long."""
+        """Close the connection, because its process has sent a line that is too long."""
         self._overlong.set()
         if self._ready is not None:
             self._end(self._ready)
@@ -344,9 +347,9 @@ class McpSession:
         return reason
 
 
-# mypy knows no base class that a call returns.
+# mypy does not support a base class that a call returns.
 class _BoundedLines(codecs.getincrementaldecoder("utf-8")):  # type: ignore[misc]
-    """Decodes UTF-8, and fails at a line of more than `MAX_ANSWER_BYTES`, which the library would keep in memory."""
+    """Decodes UTF-8. Fails at a line of more than `MAX_ANSWER_BYTES`, which the library would keep in memory."""
 
     def __init__(self, errors: str = "strict") -> None:
         super().__init__(errors)
@@ -364,7 +367,7 @@ class _BoundedLines(codecs.getincrementaldecoder("utf-8")):  # type: ignore[misc
 
 
 def _bounded_utf_8(name: str) -> codecs.CodecInfo | None:
-    """Find the codec `_BOUNDED_UTF_8`, whose name is the one setting of the library for how it reads a process."""
+    """Find the codec `_BOUNDED_UTF_8`. The codec name is the library's only setting for reading a process."""
     if name != _BOUNDED_UTF_8:
         return None
     utf_8 = codecs.lookup("utf-8")
@@ -416,7 +419,7 @@ def _as_method(tool: Any) -> Callable[..., Any]:
 
 
 def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Parameter]) -> Callable[..., Any]:
-    """Give `call` the tool's name, docstring and schema, and its signature after `parameters`; return it."""
+    """Set the tool's name, docstring and schema on `call`, and its signature after `parameters`. Return `call`."""
     properties: dict[str, Any] = tool.input_schema.get("properties") or {}
     required = [name for name in tool.input_schema.get("required") or () if name in properties]
     for name in sorted(properties, key=lambda name: name not in required):  # parameters without a default first
@@ -425,7 +428,8 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
             parameters.append(inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default))
         except ValueError as error:
             raise ToolSpecError(
-                f"tool {tool.name!r} of an MCP server has a parameter that a function cannot have: {error}. Exclude "
+                f"tool {tool.name!r} of an MCP server has a parameter that a Python function cannot have: {error}. "
+                f"Exclude "
                 "the tool: list the tools to offer in the server's `tools`."
             ) from error
     call.__name__ = call.__qualname__ = re.sub(r"\W", "_", tool.name, flags=re.ASCII)
@@ -457,4 +461,4 @@ def _part_text(part: Any) -> str:
         return str(part.resource.text)
     if part.type == "resource_link":
         return str(part.uri)
-    return f"[{part.type} left out: only text can be shown]"
+    return f"[{part.type} omitted: only text can be shown]"

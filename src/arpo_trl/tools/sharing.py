@@ -4,13 +4,14 @@
     path 2   search(iron) ── python(1538 − 1000) ── …          both results come from path 1
     path 3   search(gold) ── python(1538 − 1000) ── …          another history: both calls run
 
-A history is the calls of a path, tool and arguments, in their order, turn by turn. Suppose that a result depends only
-on the call, the calls before it on its path, and chance. Then there is one random result for each history and call. A
-path reads it at most once, and no path chooses its tokens by a result that it has not read. So each path has exactly
-the distribution that it has alone, also if the tool is stochastic or has a state. Paths that share a random result are
-no longer independent of each other.
+A history consists of the calls of a path (tool and arguments), in order, turn by turn. Suppose that a result depends
+only on the call, the calls before it on its path, and chance. Then there is one random result for each history and
+call. A path reads it at most once, and no path chooses its tokens depending on a result that it has not read. So each
+path has exactly the same distribution as without sharing, even if the tool is stochastic or has a state. Paths that
+share a random result are no longer independent of each other.
 
-Failures and timeouts are results like any other. If they were tried again, a path would fail less often than alone.
+Failures and timeouts are results like any other. If they were retried, a path would fail less often than without
+sharing.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Waiter = TypeVar("Waiter")
 
 @dataclass(slots=True)
 class SubmittedCall(Generic[Waiter]):
-    """A call that was submitted, and who waits for its result: first the path that made it, then those that share it.
+    """A submitted call and the waiters for its result: first the path that made it, then the paths that share it.
 
     call = SubmittedCall(waiting=[first, second])
     list(call.deliver(result))                 # [(first, result), (second, the same with the source SHARED)]
@@ -41,7 +42,7 @@ class SubmittedCall(Generic[Waiter]):
     """None while the call runs."""
 
     def deliver(self, result: ToolResult) -> Iterator[tuple[Waiter, ToolResult]]:
-        """Store the result and yield it for each that waits."""
+        """Store the result and yield it for each waiter."""
         self.result = result
         waiting, self.waiting = self.waiting, []
         for waiter in waiting:
@@ -50,15 +51,15 @@ class SubmittedCall(Generic[Waiter]):
 
 
 def as_shared(result: ToolResult) -> ToolResult:
-    """Return the result for a path that did not make the call. A refusal stays one, because nothing ran."""
+    """Return the result for a path that did not make the call. A refusal stays a refusal, because nothing ran."""
     return result if result.source is CallSource.REFUSED else replace(result, source=CallSource.SHARED)
 
 
 def check_shareable(specs: Mapping[str, ToolSpec]) -> None:
-    """Return if the calls of all tools may be shared.
+    """Check that the calls of all tools may be shared.
 
     Raises:
-        ConfigError: A tool is declared neither deterministic nor to depend on calls only. Names the tool.
+        ConfigError: A tool is declared neither deterministic nor dependent on calls only. Names the tool.
     """
     for name, spec in specs.items():
         if not (spec.deterministic or spec.depends_on_calls_only):
@@ -71,7 +72,7 @@ def check_shareable(specs: Mapping[str, ToolSpec]) -> None:
 
 
 def history_after(history: bytes, calls: Sequence[ToolCall]) -> bytes:
-    """Return the history of a path after a turn with these calls; `history` is the one before, b"" at the root.
+    """Return the history of a path after a turn with these calls. `history` is the previous history, b"" at the root.
 
     Histories are equal if and only if the turns' calls are equal, in order, up to collisions of a 128-bit hash.
     """
@@ -82,8 +83,8 @@ def history_after(history: bytes, calls: Sequence[ToolCall]) -> bytes:
 def sharing_keys(history: bytes, calls: Sequence[ToolCall], specs: Mapping[str, ToolSpec]) -> list[Hashable]:
     """Return a key for each call of a turn: calls with equal keys may share one execution.
 
-    Calls of tools without state also share if the turns differ in later calls. If a call of the turn acts on a state,
-    turns share all calls or none, because the state is known only after the whole turn.
+    Calls of tools without state are shared even if the turns differ in later calls. If a call of the turn acts on a
+    state, turns share all calls or none, because the state is known only after the whole turn.
     """
     if any(call.name in specs and specs[call.name].create_state is not None for call in calls):
         whole = history_after(history, calls)

@@ -1,4 +1,4 @@
-"""The state that the tool calls of one path act on.
+"""The state on which the tool calls of one path act.
 
     create_state(group) ─▶ state ── calls ──▶ … ── calls ──▶ close     for a path that starts at the root
                                        └─ fork ─▶ state ── calls ─▶ close     for a branch, from its observation on
@@ -7,13 +7,13 @@ If the calls of a tool depend on the path's earlier calls, the tool has an attri
 takes the id of the path's group (`GroupRequest.id`) and returns a new `PathState`. Tools with the same `create_state`
 share the state of a path. All other tools have no state.
 
-A state is created before the first call that needs it, forked where a branch may start, and closed when its path ends.
-All of that runs in the thread that samples, so decoding waits for it. Each state is closed exactly once, even if its
-group fails or the rollout is interrupted. An exception in `create_state`, `bind`, `record` or `fork` fails the group.
-An exception in `close` is logged once, and the rollout continues.
+A state is created before the first call that needs it, forked at each possible start of a branch, and closed when its
+path ends. All of this runs in the sampling thread, so decoding waits for it. Each state is closed exactly once, even
+if its group fails or the rollout is interrupted. An exception in `create_state`, `bind`, `record` or `fork` fails the
+group. An exception in `close` is logged once, and the rollout continues.
 
-A state that takes time to make has `create_state.at_start = True`. Then it is created with its path, and `open` runs
-in a thread of the tools before the path's first turn, for a path from the root and for a branch.
+If the creation of a state takes time, set `create_state.at_start = True`. Then the state is created with its path, and
+`open` runs in a thread of the tools before the first turn of a path or branch.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ logger = get_logger(__name__)
 
 
 class PathState(ABC):
-    """The state that the calls of one path act on, for one or several tools.
+    """The state on which the calls of one path act, for one or several tools.
 
     Example: a store of values that the tool `put` writes and the tool `get` reads.
 
@@ -55,7 +55,8 @@ class PathState(ABC):
 
     @property
     def key(self) -> tuple[Any, ...] | None:
-        """What a result depends on besides the tool and its arguments, as JSON values; None if calls change the state.
+        """The values on which a result depends in addition to the tool and its arguments, as JSON; None if calls
+        change the state.
 
         With a key, a call may reuse the result of an identical call with the same key (see `ToolBox`), and the calls
         of one turn run concurrently. With None, every call runs, and the calls of the path run one after the other.
@@ -71,10 +72,10 @@ class PathState(ABC):
         return getattr(self, tool)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:
-        """Take note of a finished call. Runs for each call in the order of the path, before the path's next turn.
+        """Record a finished call. Runs for each call in the order of the path, before the path's next turn.
 
-        It does not run for refused calls. A call that missed its deadline (`TIMEOUT`) may still be running. The result
-        is what the call changed, for the trajectory log; None if that is not known.
+        It does not run for refused calls. A call that missed its deadline (`TIMEOUT`) may still be running. Returns
+        the changes by the call, for the trajectory log; None if they are unknown.
         """
         return None
 
@@ -83,32 +84,33 @@ class PathState(ABC):
         """Return an independent copy for a branch that starts here."""
 
     def close(self) -> None:  # noqa: B027
-        """Release the resources of the state. An abandoned call may still run, or start; its result is dropped."""
+        """Release the resources of the state. An abandoned call may still run, or start. Its result is dropped."""
 
     def finish(self, address: tuple[int, ...]) -> None:
-        """Take note, instead of `close`, that the path with this address is complete. By default the state closes."""
+        """Called instead of `close` if the path with this address is complete. By default it closes the state."""
         self.close()
 
     # Only for states that are created with their path (`at_start`)
 
     @property
     def opening_steps(self) -> int:
-        """How many steps `open` has, each with the deadline of a call; 0: the path can start at once."""
+        """The number of steps of `open`, each with the deadline of a call. 0: the path can start immediately."""
         return 0
 
     def admit(self) -> bool:
-        """Whether the state may open now. If not, its path waits, and this is asked again when a path has ended."""
+        """Whether the state may open now. If not, its path waits, and this method is called again when a path has
+        ended."""
         return True
 
     def open(self) -> None:  # noqa: B027
-        """Do what has to be done before the path's first turn. Runs in a thread of the tools."""
+        """Prepare the state before the path's first turn. Runs in a thread of the tools."""
 
     def opened(self, failure: ToolFailure | None, text: str) -> bool:
-        """Whether the path may start; if not, it is given up. Runs in the thread that samples, after `open`.
+        """Whether the path may start. If not, the path is dropped. Runs in the sampling thread, after `open`.
 
         Args:
-            failure: None: `open` returned. Else it raised, or missed its deadline and may still be running.
-            text: What happened, for people.
+            failure: None: `open` returned. Otherwise it raised, or missed its deadline and may still be running.
+            text: A description of the failure for users.
         """
         return failure is None
 
@@ -142,7 +144,7 @@ class BoundTool:
     key: tuple[Any, ...] | None
     """`PathState.key` at the time of the call."""
     turn: asyncio.Lock | None
-    """A lock to hold while the call runs, if the calls of the state run one after the other. Else None."""
+    """A lock to hold while the call runs, if the calls of the state run one after the other. Otherwise None."""
 
 
 class PathStates:
@@ -195,7 +197,7 @@ class PathStates:
         self._end(lambda state: state.close())
 
     def finish(self, address: tuple[int, ...]) -> None:
-        """Do the same as `close` for a path that is complete."""
+        """Like `close`, for a path that is complete."""
         self._end(lambda state: state.finish(address))
 
     def start(self) -> None:

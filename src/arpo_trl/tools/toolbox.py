@@ -1,11 +1,12 @@
 """Runs the model's tool calls concurrently. Each call has a deadline, and every failure becomes text for the model.
 
-    submit(call) ─▶ cached? identical call running? else queued ─▶ slot free ─▶ thread or event loop
-    poll()       ◀─ (ticket, ToolResult) ◀───────── result or error as text ◀── done or timed out
+    submit(call) ─▶ cached? identical call running? otherwise queued ─▶ slot free ─▶ thread or event loop poll() ◀─
+    (ticket, ToolResult) ◀───────── result or error as text ◀── done or timed out
 
 A scheduling thread manages slots and deadlines and never runs a tool. Each call of a sync tool runs in a new daemon
 thread. All calls of async tools run on one shared event loop. A call that misses its deadline is abandoned: its slot
-is free at once, even if its thread continues. (An async tool that blocks the loop makes later async calls time out.)
+is free immediately, even if its thread continues. (An async tool that blocks the loop makes later async calls time
+out.)
 
 A tool can set these attributes on its function:
 
@@ -14,7 +15,7 @@ A tool can set these attributes on its function:
                                 the same history of calls may share it; see `arpo_trl.tools.sharing`
     tool.run_in = "main"        calls of this sync tool run in the thread that polls, one after the other, in order;
                                 they need no slot and have no deadline, because nothing can stop them there
-    tool.create_state = create  its calls act on a state that each path has; see `arpo_trl.tools.state`
+    tool.create_state = create  its calls act on a state of each path; see `arpo_trl.tools.state`
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ _MAX_CACHED = 100_000
 _POLLER_S = 0.05
 """How long `poll` keeps starting calls in its thread before it returns, so that the engine can decode."""
 _NAMES_THREADS = re.compile(r"\bthreads?\b", re.IGNORECASE)
-"""Found in the errors of libraries that must be used from one thread: sqlite3, asyncio, signal, Playwright."""
+"""Words in the errors of libraries that must be used from one thread: sqlite3, asyncio, signal, Playwright."""
 _JSON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
     "integer": (int,),
@@ -70,10 +71,10 @@ _JSON_TYPES: dict[str, tuple[type, ...]] = {
 }
 
 _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
-"""Types with one obvious text form."""
+"""Types with a single obvious text form."""
 
 _OPENING = "opening of the states"
-"""Stands for a tool's name where the states of a path are opened. No tool has a name with spaces."""
+"""Replaces a tool's name for the opening of a path's states. No tool has a name with spaces."""
 
 RunIn = Literal["thread", "main"]
 
@@ -88,7 +89,7 @@ class ToolResult:
     """
 
     text: str
-    """What the model reads: never empty, at most `max_chars` long, always encodable as UTF-8."""
+    """The text for the model: never empty, at most `max_chars` long, always encodable as UTF-8."""
     failure: ToolFailure | None
     """None: the call succeeded."""
     seconds: float
@@ -102,7 +103,7 @@ class ToolResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolSpec:
-    """What is needed to offer a tool to a model and to check its calls; `tool_spec` makes it.
+    """The data for offering a tool to a model and for checking its calls. `tool_spec` creates it.
 
     Example: `tool_spec(python_tool()).single_text_parameter` is "code".
     """
@@ -115,20 +116,20 @@ class ToolSpec:
     deterministic: bool
     """Identical calls may share one execution."""
     depends_on_calls_only: bool
-    """A result depends on the calls of the path and on chance only, not on the moment or on other paths."""
+    """A result depends only on the calls of the path and on chance, not on the time or on other paths."""
     run_in: RunIn
-    """Where a sync tool runs. "thread": each call in a new thread. "main": all calls in the thread that polls."""
+    """The thread of a sync tool. "thread": each call in a new thread. "main": all calls in the thread that polls."""
     create_state: CreateState | None
-    """Creates the state that a path's calls of the tool act on; None for a tool without state."""
+    """Creates the state on which a path's calls of the tool act; None for a tool without state."""
     single_text_parameter: str | None
-    """The only required parameter if it is a string: the text between the tool's tags. Else None."""
+    """The only required parameter if it is a string: the text between the tool's tags. Otherwise None."""
 
 
 def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     """Return the specification of a typed, documented function.
 
     If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
-    `json_schema` holds the schema in the format of chat templates. This module's docstring explains the attributes
+    `json_schema` contains the schema in the format of chat templates. This module's docstring explains the attributes
     `deterministic`, `depends_on_calls_only`, `run_in` and `create_state`.
 
     Raises:
@@ -221,7 +222,7 @@ class ToolSet:
         return PathStates(group, self._create, self._no_state, close_failed)
 
     def refusal(self, call: ToolCall) -> str | None:
-        """Return the error text for the model if the call is invalid, else None."""
+        """Return the error text for the model if the call is invalid, otherwise None."""
         spec = self.specs.get(call.name)
         if spec is None:
             return f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.specs)}."
@@ -233,7 +234,7 @@ class ToolSet:
         for name, value in call.arguments.items():
             expected = properties[name].get("type")
             types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
-            # In Python a bool is an int, in a JSON schema it is not.
+            # A bool is an int in Python, but not in a JSON schema.
             if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
                 if value is None and properties[name].get("nullable"):
                     continue
@@ -253,12 +254,12 @@ class _Execution:
     timeout_s: float
     is_async: bool = False
     result: ToolResult | None = None
-    """What came of it; None while it runs."""
+    """The outcome; None while it runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Raised:
-    """An exception of a tool, wrapped in a value. Raised as it is, it might end the thread or the event loop."""
+    """An exception of a tool, wrapped in a value. If raised directly, it might stop the thread or the event loop."""
 
     error: BaseException
 
@@ -277,12 +278,12 @@ class ToolBox:
         tools: Typed, documented functions, sync or async. A function's name is its tag.
         timeout_s: Seconds from the start of a call to its deadline; the wait for a slot does not count. Calls of tools
             with `run_in` "main" have no deadline.
-        concurrency: The number of slots, that is of calls that may run at the same time.
-        per_tool: For some tools, by name, the maximum number of their calls that may run at the same time. A call that
-            waits for this takes no slot.
+        concurrency: The number of slots, which is the maximum number of calls that run at the same time.
+        per_tool: By tool name, for some tools: the maximum number of calls that run at the same time. A call that
+            waits for this limit takes no slot.
         cache: Reuse the text of an earlier successful call with the same name and arguments. This treats every tool as
             deterministic.
-        max_chars: The longest text that a model is shown. A longer text keeps its beginning and end, with a mark
+        max_chars: The maximum length of a text for the model. A longer text keeps its beginning and end, with a mark
             between them.
         path_state: As in `ToolSet`.
 
@@ -319,7 +320,7 @@ class ToolBox:
                 raise ConfigError(f"The limit of tool {name!r} is {limit!r}; expected an integer of at least 1.")
         self._timeout_s = timeout_s
         self._max_chars = max_chars
-        self._lock = threading.Lock()  # guards everything below
+        self._lock = threading.Lock()  # guards all attributes below
         self._joinable: dict[tuple[str, str], _Execution] = {}  # running calls of deterministic tools
         self._cache: dict[tuple[str, str], str] | None = {} if cache else None
         self._tickets = 0
@@ -330,13 +331,13 @@ class ToolBox:
         self._slots = asyncio.Semaphore(concurrency)
         self._tool_slots = {name: asyncio.Semaphore(limit) for name, limit in (per_tool or {}).items()}
         self._async_tools = LoopThread("arpo-tools-async")
-        self._thread_bound: set[str] = set()  # tools that a warning was logged for
-        self._not_closed: set[type] = set()  # types of states that a warning was logged for
+        self._thread_bound: set[str] = set()  # tools for which a warning was logged
+        self._not_closed: set[type] = set()  # types of states for which a warning was logged
         self._closed = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tools' names, in the order given."""
+        """The tools' names, in the given order."""
         return tuple(self.specs)
 
     @property
@@ -354,7 +355,7 @@ class ToolBox:
         return (offered or self._offered).create_states(group, self._notice_not_closed)
 
     def open(self, states: PathStates | PathState) -> int:
-        """Open the states of a path in a thread, and return the ticket under which `poll` says how that ended.
+        """Open the states of a path in a thread, and return the ticket under which `poll` reports the outcome.
 
         Each of the `opening_steps` of the states may take as long as a call.
         """
@@ -450,9 +451,9 @@ class ToolBox:
         return delivered
 
     def _settle(self, tickets: set[int]) -> None:
-        """End the sharing of executions whose results were polled, and cache the results.
+        """Stop the sharing of executions whose results were polled, and cache the results.
 
-        Until then identical calls join. So which of them join does not depend on how fast the tool is.
+        Until then identical calls join the execution. So the speed of the tool does not affect which calls join.
         """
         for key, execution in list(self._joinable.items()):
             if execution.result is None or tickets.isdisjoint(execution.tickets):
@@ -469,7 +470,7 @@ class ToolBox:
             return dict(self._cache or {})
 
     def load_state_dict(self, texts: Mapping[tuple[str, str], str]) -> None:
-        """Replace the content of the cache with that of `state_dict`. Without a cache, do nothing."""
+        """Replace the content of the cache with the content from `state_dict`. Without a cache, do nothing."""
         with self._lock:
             if self._cache is not None:
                 self._cache = dict(texts)
@@ -488,7 +489,7 @@ class ToolBox:
         self.close()
 
     async def _schedule(self, execution: _Execution) -> None:
-        """Run the execution once it has a slot. Runs on the scheduling thread."""
+        """Run the execution when it has a slot. Runs on the scheduling thread."""
         slot_of_tool = self._tool_slots.get(execution.call.name, contextlib.nullcontext())
         async with execution.tool.turn or contextlib.nullcontext(), slot_of_tool, self._slots:
             start = time.perf_counter()
@@ -502,7 +503,7 @@ class ToolBox:
         self._deliver(execution, text, failure, seconds)
 
     def _run_in_poller(self, execution: _Execution) -> None:
-        """Run the execution in this thread. Ctrl-C here comes from the user and is not a failure of the tool."""
+        """Run the execution in this thread. A Ctrl-C here comes from the user and is not a failure of the tool."""
         start = time.perf_counter()
         value = self._awaited(_returned(execution.tool.run, execution.call.arguments))
         if isinstance(value, _Raised) and isinstance(value.error, KeyboardInterrupt):
@@ -520,7 +521,8 @@ class ToolBox:
                 result = replace(result, source=CallSource.JOINED)
 
     def _start(self, execution: _Execution) -> asyncio.Future[_Outcome]:
-        """Return a future of the scheduling loop with the outcome. It is computed elsewhere and never an exception."""
+        """Return a future of the scheduling loop with the outcome. The outcome is computed in another thread and is
+        never an exception."""
         call, tool = execution.call, execution.tool.run
 
         async def work_async() -> _Outcome:
@@ -543,7 +545,7 @@ class ToolBox:
             with contextlib.suppress(RuntimeError):  # the box has been closed
                 loop.call_soon_threadsafe(settle, outcome)
 
-        # A thread per call costs some 50 µs, and a hanging call blocks no other call.
+        # A thread per call costs about 50 µs, and a hanging call blocks no other call.
         threading.Thread(target=work, name=f"arpo-tool-{call.name}", daemon=True).start()
         return future
 
@@ -560,7 +562,7 @@ class ToolBox:
             future.cancel()
 
     def _notice_bound_to_thread(self, name: str, error: BaseException) -> None:
-        """Warn once if a tool seems to need a single thread. Otherwise only the model would read the error."""
+        """Warn once if a tool seems to need a single thread. Otherwise only the model would see the error."""
         described = _describe(error)
         if name not in self._thread_bound and not isinstance(error, ToolError) and _NAMES_THREADS.search(described):
             self._thread_bound.add(name)
@@ -570,12 +572,12 @@ class ToolBox:
             )
 
     def _notice_not_closed(self, state: PathState, error: Exception) -> None:
-        """Warn once for each type of state that its `close` failed."""
+        """Warn once for each type of state whose `close` failed."""
         if type(state) not in self._not_closed:
             self._not_closed.add(type(state))
             logger.warning(
                 f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run continues, but "
-                "what the state held may not be released. Further failures of its close() are not logged."
+                "the resources of the state may not be released. Further failures of its close() are not logged."
             )
 
     def _overdue(self, name: str, timeout_s: float) -> _Outcome:
@@ -606,13 +608,14 @@ class ToolBox:
             return "(no output)"
         if len(text) <= self._max_chars:
             return text
-        mark = f"\n[… {len(text) - self._max_chars} or more characters left out …]\n"
+        mark = f"\n[… {len(text) - self._max_chars} or more characters omitted …]\n"
         kept = self._max_chars - len(mark)
         return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
 
 
 def encodable(text: str) -> str:
-    """Return a text that tokenizers and files take: lone surrogates and NUL become U+FFFD, pairs their character."""
+    """Return a text that tokenizers and files accept: lone surrogates and NUL become U+FFFD, pairs become their
+    character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
 
 
@@ -662,7 +665,7 @@ def _unwrapped(value: Any) -> Any:
 
 
 def _jsonable(value: Any) -> Any:
-    """Return a replacement that JSON can hold for a value that it cannot."""
+    """Return a JSON-compatible replacement for a value that JSON cannot represent."""
     if isinstance(value, _WRITTEN_OUT):
         return str(value)
     unwrapped = _unwrapped(value)

@@ -1,4 +1,4 @@
-"""`Advantages`: a trainer whose advantages have another baseline than TRL's, and credit for each token."""
+"""`Advantages`: a trainer mixin with other baselines than TRL's, and credit for each token."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ class Advantages(GRPOTrainer):
     _rewards_of_all_ranks: torch.Tensor | None
     _counted: Tally
     _rows: list[dict[str, Any]]
-    """The rows that the last rollout was made for, one per leaf."""
+    """The rows of the last rollout, one per leaf."""
 
     def _subtract_baseline(self, batch: dict[str, Any]) -> None:
-        """In training, replaces `batch["advantages"]` (B,) by those of `advantage_baseline`, unless it is TRL's."""
+        """In training, replaces `batch["advantages"]` (B,) by those of `advantage_baseline`, unless that is TRL's
+        baseline."""
         if self._baseline is None or not self.model.training:
             return
         assert self._last is not None and self._last_rewards is not None and self._rewards_of_all_ranks is not None
@@ -45,21 +46,21 @@ class Advantages(GRPOTrainer):
             leaves=self._last.leaves,
             rewards=self._last_rewards,
             of_all_ranks=self._rewards_of_all_ranks,
-            trained=batch["completion_mask"].any(dim=1).cpu(),  # TRL takes truncated completions out by it
+            trained=batch["completion_mask"].any(dim=1).cpu(),  # TRL excludes truncated completions through this mask
             size=self.num_generations,
         )
         baselines = self._baseline(scored)
         advantages = advantages_of(scored, baselines, self.scale_rewards)
         tally_baseline(scored, baselines, advantages, self._counted)
         batch["advantages"] = advantages.to(batch["advantages"].device)
-        logged = self._logs["advantages"]  # TRL has appended its own, of all ranks
+        logged = self._logs["advantages"]  # TRL has appended its own advantages, of all ranks
         everyones = self.accelerator.gather(batch["advantages"]).tolist()
         kept = list(logged)[: -len(everyones)]
         logged.clear()
         logged.extend([*kept, *everyones])
 
     def _attribute(self, batch: dict[str, Any]) -> None:
-        """Replaces `batch["advantages"]` (B,) by the credit's, which are (B, T) where leaves share nodes."""
+        """Replaces `batch["advantages"]` (B,) by the credit's, which are (B, T) if leaves share nodes."""
         last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
         assert last is not None and self._last_rewards is not None
         rewards = self._last_rewards.to(advantages.device)
@@ -70,7 +71,7 @@ class Advantages(GRPOTrainer):
         batch["advantages"], weights = attribute(self._credit, last.rollout.trees, rewards, advantages, width)
         if weights is not None:
             batch["tool_mask"] = batch["tool_mask"] * weights
-        if self._credit.weighs:  # on every rank, with weights or without: the count is a sum over all ranks
+        if self._credit.weighs:  # on every rank, with or without weights: the count is a sum over all ranks
             trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
             batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
 
@@ -110,8 +111,9 @@ def z_scores(values: torch.Tensor, chosen: torch.Tensor, accelerator: Accelerato
     """Distances to the mean in sample standard deviations, over the `chosen` values of all ranks. A collective.
 
     Args:
-        values: Of this rank.
-        chosen: bool, in the shape of `values`. Others get 0, and so do all if the chosen ones do not differ.
+        values: The values of this rank.
+        chosen: bool, with the shape of `values`. Other values get 0. If the chosen values are all equal, they get 0
+            too.
     """
 
     def of_all_ranks(number: torch.Tensor) -> torch.Tensor:

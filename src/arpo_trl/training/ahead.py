@@ -1,12 +1,11 @@
 """Samples and scores generation batches in a thread, while the trainer updates on an earlier batch.
 
-    trainer's thread     start(n+1) ─▶ ┐               update on batch n                ┌ ─▶ wait(n+1)
-    sampling thread                    └ one stream of groups, of up to k + 1 batches ┐ │
-    a thread per batch       environments are made             reward functions       └─┘
+    trainer's thread start(n+1) ─▶ ┐ update on batch n ┌ ─▶ wait(n+1) sampling thread └ one stream of groups, of up to
+    k + 1 batches ┐ │ a thread per batch environments are made reward functions └─┘
 
-The sampling thread has one session of the engine, and makes no collective. The trainer's thread moves the weights.
-Tools, engine and reward functions are used by one thread at a time: reward functions of different batches take turns,
-and `pause` lets everything come to an end before the trainer's thread evaluates.
+The sampling thread has one session of the engine, and calls no collective. The trainer's thread moves the weights.
+Only one thread at a time uses the tools, the engine or the reward functions: the reward functions of different batches
+run one after another, and `pause` waits until all threads are idle before the trainer's thread evaluates.
 """
 
 from __future__ import annotations
@@ -23,23 +22,24 @@ from arpo_trl.training.rewards_ahead import Scored
 from arpo_trl.training.rows_ahead import Rows
 
 ALL = 1 << 30
-"""Groups that may run at a time: all that are started."""
+"""The maximum number of groups at a time: no limit on the started ones."""
 CHECK_S = 0.2
 """Seconds between checks for an interrupt while the trainer waits."""
 CLOSE_S = 5.0
-"""Seconds that `close` waits for the sampling thread. After that it is left to itself: a tool may hang in it."""
+"""Seconds that `close` waits for the sampling thread. Then `close` returns anyway, since a tool may hang in the
+thread."""
 
 Score = Callable[[Rows, list[GroupRequest], RolloutBatch], Scored]
 """(rows, requests, rollout) → rewards of the rollout's leaves. Called outside the trainer's thread."""
 
 
 Prepared = tuple[Rows, list[GroupRequest]]
-"""The rows of a batch, with the prompts that the model reads, and one request per group."""
+"""The rows of a batch, with the model's prompts, and one request per group."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Sampled:
-    """A finished batch. `ready_s` is the time at which it was, on the clock of `time.perf_counter`."""
+    """A finished batch. `ready_s` is the time when it was finished, on the clock of `time.perf_counter`."""
 
     rollout: RolloutBatch
     scored: Scored
@@ -48,7 +48,7 @@ class Sampled:
 
 @dataclass(slots=True)
 class _Batch:
-    """A batch in the making: its rows, its requests, the groups that are done, and the counters at its start."""
+    """An unfinished batch: its rows, its requests, its finished groups, and the counters at its start."""
 
     rows: Rows
     start_s: float
@@ -60,11 +60,11 @@ class _Batch:
 
 
 class _Closed(Exception):
-    """Ends the stream: nobody waits for its batches any more."""
+    """Stops the stream, when its batches are no longer needed."""
 
 
 class RolloutsAhead:
-    """The batches that are sampled ahead, by number.
+    """The batches that the sampling thread samples ahead, by number.
 
     ahead = RolloutsAhead(sampler, score, seed=(42, "ahead"), check=interrupts.check)
     ahead.start(0, rows, requests)
@@ -73,23 +73,23 @@ class RolloutsAhead:
 
     Args:
         sampler: Its engine is an `EngineAhead`.
-        seed: Seeds every draw, together with a request's id. Ids are unique over batches and ranks.
-        check: Called while the trainer waits. An exception that it raises ends the wait.
+        seed: Seeds every random draw, together with a request's id. Ids are unique across batches and ranks.
+        check: Called while the trainer waits. An exception from it stops the wait.
     """
 
     def __init__(self, sampler: TreeSampler, score: Score, *, seed: tuple[int | str, ...], check: Callable[[], None]):
-        self._sampler = copy.copy(sampler)  # with counters and a `between_events` of its own
+        self._sampler = copy.copy(sampler)  # a copy has separate counters and a separate `between_events`
         self._sampler.between_events = self._raise_if_closed
         self._score, self._seed, self._check = score, seed, check
-        self._changed = threading.Condition()  # guards everything below
+        self._changed = threading.Condition()  # guards all attributes below
         self._batches: dict[int, _Batch] = {}
         self._batch_of: dict[int, _Batch] = {}
-        """Request id → the batch that it belongs to, until its group is done."""
+        """Request id → its batch, until its group is finished."""
         self._queue: deque[GroupRequest] = deque()
         self._live = 0
-        """Requests that the stream has taken and not finished."""
+        """Requests that the stream has started but not finished."""
         self._preparing: set[int] = set()
-        """The batches whose requests are not known yet."""
+        """The batches whose requests are not yet known."""
         self._preparers: list[threading.Thread] = []
         self._open = self._pausing = self._closed = False
         self._error: BaseException | None = None
@@ -100,21 +100,21 @@ class RolloutsAhead:
     # In the trainer's thread -----------------------------------------------------------------------------------------
 
     def __contains__(self, number: int) -> bool:
-        """Whether the batch was started and not taken yet."""
+        """Whether the batch was started and not yet returned by `wait`."""
         return number in self._batches
 
     def rows(self, number: int) -> Rows:
-        """The rows that the batch was started with."""
+        """The rows with which the batch was started."""
         return self._batches[number].rows
 
     def start(
         self, number: int, rows: Rows, prepare: Callable[[Callable[[], None]], Prepared], *, takes_time: bool
     ) -> None:
-        """Start a batch. Returns once the session is open, so that the session has the weights of this moment.
+        """Start a batch. Returns when the session is open, so that the session has the current weights.
 
         Args:
-            prepare: Makes the requests. It calls its argument again and again, which may raise to stop it.
-            takes_time: Whether `prepare` runs in a thread of its own.
+            prepare: Creates the requests. It calls its argument repeatedly, which may raise an exception to stop it.
+            takes_time: Whether `prepare` runs in a separate thread.
         """
         with self._changed:
             self._pausing = False
@@ -133,14 +133,14 @@ class RolloutsAhead:
         self._wait_until(lambda: self._open)
 
     def prepared_rows(self, number: int) -> Rows:
-        """Return the rows of the batch with the prompts that the model reads, once they are known."""
+        """Return the rows of the batch with the model's prompts. Waits until they are known."""
         self._wait_until(lambda: self._batches[number].prepared is not None)
         prepared = self._batches[number].prepared
         assert prepared is not None
         return prepared[0]
 
     def wait(self, number: int) -> Sampled:
-        """Return the batch once it is sampled and scored. Raises the error that ended the sampling thread."""
+        """Return the sampled and scored batch. Waits for it. Raises the error that stopped the sampling thread."""
         self._wait_until(lambda: self._batches[number].sampled is not None)
         sampled = self._batches.pop(number).sampled
         assert sampled is not None
@@ -156,12 +156,12 @@ class RolloutsAhead:
         )
 
     def raise_error(self) -> None:
-        """Raise the error that ended the sampling thread, if one did."""
+        """Raise the error that stopped the sampling thread, if there is one."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Give up what is not finished, and end the thread."""
+        """Cancel unfinished batches, and stop the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -198,7 +198,8 @@ class RolloutsAhead:
                 self._changed.notify_all()
 
     def _requests(self) -> Iterator[GroupRequest | None]:
-        """The queue. Waits if it is empty and no group runs; ends on `close`, and on `pause` with what was started."""
+        """The queue. Waits if it is empty and no group runs. Stops on `close`, and on `pause` after the started
+        batches."""
         with self._changed:
             self._open = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""The probability that the policy gives to a row's reference answer at points of a path, for credits that read it."""
+"""The policy's probability of a row's reference answer at points of a path, for credits that use it."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch
 
 
 def check_answers(datasets: Sequence[Any], credit: str) -> None:
-    """Returns if every row for training has a reference answer. Streamed datasets and None are not checked.
+    """Checks that every training row has a reference answer. Does not check streamed datasets and None.
 
     Raises:
-        DataError: A row has none. Names the row.
+        DataError: A row has no reference answer. Names the row.
     """
     for dataset in datasets[:1]:
         if not isinstance(dataset, Dataset):
@@ -42,7 +42,7 @@ def reference(answer: Any, row: int) -> str:
     """The first accepted answer of a row.
 
     Raises:
-        DataError: There is none.
+        DataError: The row has no accepted answer.
     """
     first = answer[0] if isinstance(answer, list) and answer else answer
     if not isinstance(first, str) or not first.strip():
@@ -62,9 +62,10 @@ def answer_probabilities(
     The nodes are the root and the observations.
 
     Args:
-        answers: What the model would write, one text per tree.
+        answers: The texts with which the model would give the answers, one per tree.
         score: Computes logprobs. A collective.
-        same_number: The largest of the ranks' numbers of rows, since all must take the same forwards. A collective.
+        same_number: The maximum over ranks of a number of rows, since all ranks must run equally many forwards. A
+            collective.
     """
     places = [(i, node.index) for i, tree in enumerate(trees) for node in (tree.root, *tree.observations())]
     ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
@@ -88,5 +89,5 @@ def answer_probabilities(
 
 
 def texts(template: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the model would write to give each row's answer."""
+    """The text with which the model would give each row's answer."""
     return [template.replace("{answer}", reference(row.get(COLUMN), i)) for i, row in enumerate(rows)]

@@ -1,13 +1,13 @@
-"""Baselines: what is subtracted from a leaf's reward before it is scaled to an advantage.
+"""Baselines: a baseline is subtracted from a leaf's reward, and the result is scaled to an advantage.
 
-TRL subtracts the mean of the group. `make_baseline` returns None for it, and TRL's advantages stay bit for bit. The
-others replace it in training:
+TRL subtracts the mean of the group. `make_baseline` then returns None, and TRL's advantages stay bit for bit. Other
+baselines replace it in training:
 
     A_i = (R_i − b) / (σ + 1e-4)          σ: TRL's `scale_rewards` (of the group, of the batch, or no division)
 
-A group's mean is the best single baseline only where the gradient norm of a path does not depend on its reward. Wrong
-paths are often long and uncertain, so their norms are larger. The variance-optimal baseline weighs each reward with
-the squared norm of its path's score: b* = E[‖s‖² R] / E[‖s‖²]. `ScoreNorm` estimates it from the sampling logprobs.
+A group's mean is the best single baseline only if the gradient norm of a path does not depend on its reward. Wrong
+paths are often long and uncertain, so their norms are larger. The variance-optimal baseline weights each reward by the
+squared norm of its path's score: b* = E[‖s‖² R] / E[‖s‖²]. `ScoreNorm` estimates it from the sampling logprobs.
 
 Pure: torch, the tree and the settings; no model and no engine.
 """
@@ -31,9 +31,9 @@ from arpo_trl.rollout.tree import Leaf
 from arpo_trl.trl_seam import nanstd
 
 EPSILON = 1e-4
-"""TRL's, added to a standard deviation."""
+"""TRL adds this to a standard deviation."""
 MEAN_OVER_SEQUENCE = ("grpo", "sapo")
-"""TRL's loss types that divide the loss of a row by the number of its tokens."""
+"""TRL's loss types that divide a row's loss by its number of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +55,12 @@ class ScoredLeaves:
 
 
 class Baseline(ABC):
-    """Computes a baseline for each leaf of a rollout. It may remember earlier rollouts."""
+    """Computes a baseline for each leaf of a rollout. Its state may depend on earlier rollouts."""
 
     reads_logprobs: ClassVar[bool] = False
-    """Whether it needs the sampling logprobs of the engine."""
+    """Whether the baseline needs the engine's sampling logprobs."""
     state: float | None = None
-    """What the next rollout depends on, the same on all ranks; checkpoints hold it."""
+    """The state on which the next baselines depend. It is equal on all ranks, and checkpoints contain it."""
 
     @abstractmethod
     def __call__(self, scored: ScoredLeaves) -> torch.Tensor:
@@ -77,7 +77,7 @@ class BatchMean(Baseline):
 class Running(Baseline):
     """A moving average of the mean rewards of earlier rollouts, which does not depend on this rollout's actions.
 
-    The first rollout has no earlier one, and uses its own mean.
+    The first rollout uses its own mean.
     """
 
     def __init__(self, decay: float):
@@ -99,8 +99,8 @@ class ScoreNorm(Baseline):
     part of ‖e_a − p‖² that belongs to the sampled token; the sum correlates with the squared norm of the full score.
 
     Args:
-        per_sequence: Whether the loss averages over each leaf's T tokens. Its score is then 1/T as large, and w_i is
-            divided by T².
+        per_sequence: Whether the loss averages over each leaf's T tokens. Then its score is divided by T, and w_i by
+            T².
         cap: Limits each w_i to this multiple of the median of its group. None: no limit.
     """
 
@@ -119,7 +119,7 @@ class ScoreNorm(Baseline):
 
 
 def make_baseline(args: ARPOConfig) -> Baseline | None:
-    """The baseline that the settings choose; None for TRL's own."""
+    """The baseline that the settings select; None for TRL's."""
     match AdvantageBaseline(args.advantage_baseline):
         case AdvantageBaseline.MEAN:
             return None
@@ -132,14 +132,14 @@ def make_baseline(args: ARPOConfig) -> Baseline | None:
 
 
 def check_baseline(baseline: Baseline | None, engine: Engine) -> None:
-    """Returns if `engine` gives `baseline` what it reads.
+    """Checks that `engine` returns the logprobs that `baseline` needs.
 
     Raises:
-        ConfigError: It reads sampling logprobs, and the engine has none.
+        ConfigError: The baseline needs sampling logprobs, and the engine has none.
     """
     if baseline is not None and baseline.reads_logprobs and not engine.has_logprobs:
         raise ConfigError(
-            f"advantage_baseline 'score_norm' weighs leaves by the logprobs of their tokens, but "
+            f"advantage_baseline 'score_norm' weights leaves by the logprobs of their tokens, but "
             f"{type(engine).__name__} returns none. Sample with transformers or vLLM, or set advantage_baseline: mean."
         )
 
@@ -154,20 +154,20 @@ def squared_score(leaf: Leaf, *, per_sequence: bool) -> float:
 def weighted_means(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """(G,) means of (G, M) rewards with (G, M) weights. NaN rewards are skipped.
 
-    A group of equal rewards has exactly that reward. A group whose weights are all 0 has its plain mean; one without
-    rewards has NaN.
+    The mean of equal rewards is exactly that reward. If all weights are 0, the mean is unweighted. Without rewards it
+    is NaN.
     """
     known = ~rewards.isnan()
     weights = weights.to(rewards) * known
     weights = torch.where(weights.sum(dim=1, keepdim=True) > 0, weights, known.to(rewards))
-    # Relative to a reward of the group, equal rewards give a mean without rounding.
+    # Computed relative to one reward of the group, the mean of equal rewards has no rounding error.
     least = rewards.nan_to_num(nan=math.inf).amin(dim=1, keepdim=True)
     above = torch.where(known, rewards - least, 0.0)
     return ((weights * above).sum(dim=1) / weights.sum(dim=1)) + least.squeeze(1)
 
 
 def advantages_of(scored: ScoredLeaves, baselines: torch.Tensor, scale: str) -> torch.Tensor:
-    """(B,) advantages of the leaves, as TRL's but with these (B,) `baselines`; 0 where the reward is NaN.
+    """(B,) advantages of the leaves, like TRL's but with these (B,) `baselines`; 0 if the reward is NaN.
 
     Args:
         scale: TRL's `scale_rewards`: "group", "batch" or "none". Under "group", equal rewards have advantage 0.
@@ -182,7 +182,7 @@ def advantages_of(scored: ScoredLeaves, baselines: torch.Tensor, scale: str) -> 
 
 
 def tally_baseline(scored: ScoredLeaves, baselines: torch.Tensor, advantages: torch.Tensor, tally: Tally) -> None:
-    """Counts each group's mean b and its sign, and the leaves below their group's mean reward that are reinforced."""
+    """Counts each group's mean b and its sign, and the reinforced leaves below their group's mean reward."""
     groups = (values.view(-1, scored.size) for values in (scored.rewards, baselines, advantages))
     for rewards, b, given in zip(*groups, strict=True):
         known = ~rewards.isnan()

@@ -1,4 +1,4 @@
-"""Sampled leaves in the forms that TRL and the reward functions take."""
+"""Converts sampled leaves to the formats that TRL and the reward functions expect."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from arpo_trl.trl_seam import parse_response
 
 
 def rollout_output(requests: Sequence[GroupRequest], leaves: Sequence[Leaf], *, logprobs: bool) -> dict[str, Any]:
-    """What TRL expects of a `rollout_func`, one value per leaf, and the columns that reward functions receive.
+    """The return value that TRL expects of a `rollout_func`, one value per leaf, and the columns for reward functions.
 
     Args:
         requests: One per tree.
-        leaves: Tree by tree, equally many of each.
+        leaves: Tree by tree, the same number for each.
         logprobs: Whether TRL gets the sampling logprobs.
     """
     size = len(leaves) // len(requests)
@@ -38,7 +38,7 @@ def tool_loop_output(
     completions: list[Any],
     logprobs: list[list[float]] | None,
 ) -> tuple[Any, ...]:
-    """What TRL's `_tool_call_loop` returns, for leaves whose tools were called during the rollout."""
+    """The return value of TRL's `_tool_call_loop`, for leaves whose tools were called during the rollout."""
     calls = [call for leaf in leaves for call in leaf.calls]
     failures = sum(not call.ok for call in calls)
     masks = [leaf.mask for leaf in leaves]
@@ -54,10 +54,10 @@ def completions_of(
     *,
     tools: bool,
 ) -> list[Any]:
-    """The completions as TRL gives them to reward functions: texts, or messages if the prompts are messages.
+    """The completions as TRL passes them to reward functions: texts, or messages if the prompts are messages.
 
     Args:
-        protocols: That of each leaf.
+        protocols: The protocol of each leaf.
         tools: Whether the trainer has tools.
     """
     ids = [leaf.ids for leaf in leaves]
@@ -78,9 +78,9 @@ def completions_of(
 
 
 def completion_messages(prompt_ids: Sequence[int], leaf: Leaf, protocol: ToolProtocol) -> list[dict[str, Any]]:
-    """The leaf's path as assistant and tool messages, as TRL's own tool loop gives them to reward functions.
+    """The leaf's path as assistant and tool messages, as TRL's tool loop passes them to reward functions.
 
-    `ToolProtocol.as_message` says what an assistant message holds.
+    `ToolProtocol.as_message` documents the contents of an assistant message.
     """
     messages: list[dict[str, Any]] = []
     seen = list(prompt_ids)

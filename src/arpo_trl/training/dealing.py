@@ -1,8 +1,8 @@
-"""Which rows of a batch form a tree, and how the rows of a tree get into the same micro-batch.
+"""Finds the rows of a batch that form a tree, and moves the rows of a tree into the same micro-batch.
 
-Rows that share a prefix save work only in the same forward. TRL shuffles the rows of a generation batch and then
-splits it into micro-batches. `deal_trees` redistributes rows among the micro-batches of one optimizer step. This does
-not change the step if its loss is a sum over rows.
+Shared prefixes save computation only within one forward. TRL shuffles the rows of a generation batch and then splits
+it into micro-batches. `deal_trees` redistributes rows among the micro-batches of one optimizer step. This does not
+change the step if its loss is a sum over rows.
 
     # 2 trees of 2 leaves; leaf = tree · 2 + its position in the tree
     # TRL's micro-batches:   leaves 2 1 | 0 3
@@ -31,8 +31,8 @@ def leaves_per_tree(prompts: Sequence[Any], size: int, *, branches: bool) -> int
     Args:
         prompts: One per row, group after group.
         size: Rows per group.
-        branches: Whether the rollout branches, which needs a whole group on one rank. An evaluation does not branch,
-            and its groups may be spread over ranks: then each row is a separate tree.
+        branches: Whether the rollout branches. This requires each group to be on a single rank. An evaluation does not
+            branch, and its groups may be spread over ranks. Then each row is a separate tree.
 
     Raises:
         ConfigError: A tree would span ranks.
@@ -42,14 +42,15 @@ def leaves_per_tree(prompts: Sequence[Any], size: int, *, branches: bool) -> int
     if not branches:
         return 1
     raise ConfigError(
-        f"This rank received {len(prompts)} rows, which are not whole groups of {size}; a tree cannot span ranks. "
+        f"This rank received {len(prompts)} rows, which is not a multiple of the group size {size}; a tree cannot "
+        f"span ranks. "
         f"Set per_device_train_batch_size × steps_per_generation to a multiple of {size}, and leave "
         "accelerator_config.split_batches false."
     )
 
 
 def micro_batches_of_one_step(steps_per_generation: int, gradient_accumulation_steps: int) -> int:
-    """The largest block size for which every block of micro-batches lies within one optimizer step.
+    """The largest block size such that every block of micro-batches is within one optimizer step.
 
     Optimizer steps end at multiples of `gradient_accumulation_steps`, generation batches at multiples of
     `steps_per_generation`. Blocks of the greatest common divisor cross neither boundary.
@@ -61,11 +62,11 @@ def deal_trees(batches: Sequence[Mapping[str, Any]], size: int, leaves_of_tree: 
     """The micro-batches after moving rows within blocks of `size`, so that trees stay together; without `LEAF`.
 
     Trees keep the order of their first rows in the block. The rows of a tree are in leaf order, which is the order of
-    their addresses: if a tree spans two micro-batches, leaves that branched off together still stay together.
+    their addresses: if a tree spans two micro-batches, leaves with a common branch still stay together.
 
     Args:
-        batches: Micro-batches with equal numbers of rows: tensors (B, …), among them `LEAF`, and values without rows
-            (numbers, None), which are equal in all batches of a block.
+        batches: Micro-batches with equal numbers of rows. They contain tensors (B, …), including `LEAF`, and values
+            without rows (numbers, None), which are equal in all batches of a block.
         size: Micro-batches per block, a divisor of their number: `micro_batches_of_one_step`.
         leaves_of_tree: Leaves per tree.
     """

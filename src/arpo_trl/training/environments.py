@@ -1,4 +1,4 @@
-"""The environments of a trainer, from its arguments: checks before the first step, prompts and rewards."""
+"""Creates a trainer's environments from its arguments: checks before the first step, prompts and rewards."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ from arpo_trl.visible import get_rank_logger
 logger = get_rank_logger(__name__)
 
 NO_PROMPT = [{"role": "user", "content": ""}]
-"""The prompt of rows that have none, to which the text of `reset` is appended, as in TRL."""
+"""The prompt of rows without a prompt. The text of `reset` is appended to it, as in TRL."""
 
 
 def environments_for(
     args: ARPOConfig, factory: Any, reward_funcs: Collection[Any], datasets: Sequence[Any]
 ) -> Environments | None:
-    """Return the environments that `factory` makes, after checking all that can be checked; None without a factory.
+    """Return the environments that `factory` creates, after all possible checks; None without a factory.
 
-    If a class offers no way to fork, this sets N = M in `args` and warns.
+    If a class cannot be forked, this function sets N = M in `args` and warns.
 
     Args:
-        factory: A class or function; or, as in TRL, a dict of several, of which each row names one in its column
+        factory: A class or function. Or, as in TRL, a dict of several; each row names one of them in its column
             `environment`.
-        reward_funcs: Those of the user. A function with an argument `environments`, or with `**kwargs`, may read them.
-        datasets: The one for training first, then those for evaluation. Streamed ones and None are not checked.
+        reward_funcs: The user's reward functions. A function with an argument `environments`, or with `**kwargs`, may
+            read the environments.
+        datasets: The training dataset first, then the evaluation datasets. Streamed datasets and None are not checked.
 
     Raises:
         ConfigError: The factory or its class cannot be used, or `environment_concurrency` is too small.
@@ -49,9 +50,9 @@ def environments_for(
         return None
     if args.share_calls != ShareCalls.OFF:
         raise ConfigError(
-            f"share_calls is {args.share_calls!r}, but there is an environment_factory. A path that takes the result "
-            "of another path's call still needs an environment in the state after it, and a fork or a replay costs as "
-            "much as the call. Set share_calls to 'off'."
+            f"share_calls is {args.share_calls!r}, but there is an environment_factory. A path that reuses the result "
+            f"of another path's call still needs an environment in the state after the call, and a fork or a replay "
+            f"costs as much as the call. Set share_calls to 'off'."
         )
     if args.dynamic_sampling_rounds:
         raise ConfigError(
@@ -60,11 +61,11 @@ def environments_for(
         )
     if isinstance(factory, dict):
         if not factory:
-            raise ConfigError("environment_factory is an empty dict; expected a class for each name that rows have.")
+            raise ConfigError("environment_factory is an empty dict; expected a class for each name in the rows.")
         if datasets[0] is None:
             raise ConfigError(
-                f"environment_factory is a dict of {list(factory)}, which requires a `train_dataset`, whose rows "
-                "choose one of them. Give a dataset with a column 'environment', or one class."
+                f"environment_factory is a dict of {list(factory)}, which requires a `train_dataset` whose rows "
+                f"select one of them. Pass a dataset with a column 'environment', or pass one class."
             )
         made: Any = {name: environment_kind(each, args.tool_timeout_s) for name, each in factory.items()}
     else:
@@ -81,7 +82,7 @@ def environments_for(
 
 
 def _without_branches(args: ARPOConfig, names: Sequence[str]) -> None:
-    """Set N = M if there are classes, with these names, that offer no way to fork."""
+    """Set N = M if there are classes, with these names, that cannot be forked."""
     if names and args.initial_rollouts != args.num_generations:
         logger.warning(
             f"The environment {names[0]} has no fork(), is not copyable and not replayable, so no branch can get its "
@@ -112,7 +113,7 @@ def _check_concurrency(args: ARPOConfig, *, keeps: bool, evaluates: bool) -> Non
     if args.environment_concurrency is not None and args.environment_concurrency < least:
         rollouts_have = "a rollout has" if rollouts == 1 else f"{rollouts} rollouts (rollouts_ahead) have"
         until = (
-            "Rewards may read the environment of each completion, so all are open until the rewards are computed"
+            "Rewards may read the environment of each completion, so all stay open until the rewards are computed"
             if keeps
             else "One environment of each prompt is open before the paths start"
         )
@@ -128,7 +129,7 @@ def _check_concurrency(args: ARPOConfig, *, keeps: bool, evaluates: bool) -> Non
 
 
 def with_prompts(datasets: Sequence[Any]) -> list[Any]:
-    """Return the datasets with None for those without a column of prompts, which environments give."""
+    """Return the datasets, with None for those without a prompt column, since environments provide the prompts."""
     return [
         None if isinstance(dataset, Dataset) and "prompt" not in dataset.column_names else dataset
         for dataset in datasets
@@ -136,15 +137,15 @@ def with_prompts(datasets: Sequence[Any]) -> list[Any]:
 
 
 def without_rows(args: ARPOConfig) -> Dataset:
-    """Return a dataset for a run without one, as TRL: rows with the prompt `NO_PROMPT`, for `max_steps` steps.
+    """Return a dataset for a run without a dataset, like TRL: rows with the prompt `NO_PROMPT`, for `max_steps` steps.
 
     Raises:
-        ConfigError: `max_steps` does not say how long to train.
+        ConfigError: `max_steps` does not set the length of training.
     """
     if args.max_steps <= 0:
         raise ConfigError(
             f"There is no train_dataset, and max_steps is {args.max_steps}. Set max_steps to the number of steps to "
-            "train, or give a dataset."
+            "train, or pass a dataset."
         )
     assert args.generation_batch_size is not None and args.num_generations is not None
     return Dataset.from_dict({"prompt": [NO_PROMPT] * (args.generation_batch_size // args.num_generations)})
@@ -169,7 +170,8 @@ def begun(
     toolbox: ToolBox,
     between_events: Callable[[], None],
 ) -> list[dict[str, Any]]:
-    """Return the rows with what `reset` returned in their prompts; the environments of their first paths are open.
+    """Return the rows with the result of `reset` in their prompts. The environments of their first paths are then
+    open.
 
     Args:
         rows: `size` for each group.
@@ -185,9 +187,9 @@ def begun(
 
 
 def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_group: int) -> list[Any] | None:
-    """Return the object of each leaf, tree by tree, for the rewards; None if no reward reads them.
+    """Return the environment object of each leaf, tree by tree, for the rewards; None if no reward reads them.
 
-    An object that could not be made is None.
+    An object that could not be created is None.
     """
     if not environments.keeps:
         return None
@@ -200,9 +202,10 @@ def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_gr
 
 
 def owned_rewards(environments: Environments | None) -> list[Callable[..., Any]]:
-    """Return a reward function for each class with a `get_reward`, which asks the environments of that class.
+    """Return a reward function for each class with a `get_reward`. The function calls it on the environments of that
+    class.
 
-    It is named after the class, as in TRL, and gives None for environments of other classes.
+    It is named after the class, as in TRL, and returns None for environments of other classes.
     """
     if environments is None:
         return []
@@ -221,7 +224,7 @@ def _owned_reward(instances: Instances, kind: EnvironmentKind) -> Callable[..., 
 
 @contextmanager
 def weighted(args: ARPOConfig, owned: Sequence[Any]) -> Iterator[None]:
-    """Within it, `reward_weights` has a weight of 1 for each of `owned`, besides those of the user's functions."""
+    """A context in which `reward_weights` also has a weight of 1 for each of `owned`."""
     weights = args.reward_weights
     if weights is not None:
         args.reward_weights = [*weights, *(1.0 for _ in owned)]
@@ -232,7 +235,7 @@ def weighted(args: ARPOConfig, owned: Sequence[Any]) -> Iterator[None]:
 
 
 def tally_environments(counts: Counts, tally: Tally) -> None:
-    """Count what happened to a rollout's environments into `tally`."""
+    """Count the events of a rollout's environments in `tally`."""
     for name in ("resets", "forks", "replays", "refused_forks", "failed"):
         tally.totals[f"environments/{name}"] += getattr(counts, name)
     for name, count in (("reset", counts.resets), ("fork", counts.forks), ("replay", counts.replays)):

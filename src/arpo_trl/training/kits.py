@@ -1,4 +1,5 @@
-"""Which tools the paths of a row may call: all of the trainer's, or those of the row's environment, as in TRL."""
+"""Selects the tools that the paths of a row may call: all tools of the trainer, or those of the row's environment, as
+in TRL."""
 
 from __future__ import annotations
 
@@ -21,10 +22,9 @@ class Kits:
     """The tools and the protocol of each row.
 
     Args:
-        protocol: That of a row without a kit of its own.
-        environments: Those of the trainer. With several classes, each has a kit.
-        sets, protocols: The tools and the protocol by the names of these classes; empty with one class, or without
-            environments.
+        protocol: The protocol of a row without its own kit.
+        environments: The trainer's environments. With several classes, each class has a kit.
+        sets, protocols: The tools and the protocol by class name; empty with one class, or without environments.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Kits:
         self._by_name = {name: Kit(tools=tools, protocol=protocols[name]) for name, tools in sets.items()}
 
     def of(self, row: Mapping[str, Any]) -> Kit | None:
-        """Return the kit of a row; None: it may call all tools."""
+        """Return the kit of a row. None: the row may call all tools."""
         if not self._by_name:
             return None
         assert self._environments is not None
@@ -53,7 +53,7 @@ class Kits:
     def requests(
         self, prompts: Sequence[Any], rows: Sequence[Mapping[str, Any]], first_group: int
     ) -> list[GroupRequest]:
-        """Return one request per group, from its prompt and its row."""
+        """Return one request per group, from the group's prompt and row."""
         return [
             GroupRequest(id=group, prompt_ids=self.protocol(row).encode_prompt(prompt), kit=self.of(row))
             for group, (prompt, row) in enumerate(zip(prompts, rows, strict=True), first_group)
@@ -67,7 +67,8 @@ class Kits:
 
 
 def tool_sets(tools: Tools, environments: Environments | None) -> dict[Any, ToolSet]:
-    """Return, for each of several classes of environments by name, its tools and `tools`. Otherwise nothing.
+    """Return, for each of several environment classes by name, the class's tools and `tools`. Empty with one class or
+    none.
 
     Raises:
         ToolSpecError: A function cannot be a tool, or two tools of a row have the same name.
@@ -81,7 +82,7 @@ def tool_sets(tools: Tools, environments: Environments | None) -> dict[Any, Tool
 
 
 def all_tools(tools: Tools, environments: Environments | None) -> list[Callable[..., Any]]:
-    """Return `tools` and those of the environments, one of each name."""
+    """Return `tools` and the environments' tools, one for each name."""
     if environments is None:
         return list(tools)
     first: dict[str, Callable[..., Any]] = {}

@@ -1,4 +1,4 @@
-"""The last rollout of a trainer, which its parts read until the step ends."""
+"""The last rollout of a trainer. The trainer's parts read it until the end of the step."""
 
 from __future__ import annotations
 
@@ -16,4 +16,4 @@ class LastRollout:
     rollout: RolloutBatch
     leaves: list[Leaf]
     first_group: int
-    """The number of the first tree's group, over all ranks."""
+    """The number of the first tree's group, counted over all ranks."""

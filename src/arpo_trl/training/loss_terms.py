@@ -1,12 +1,12 @@
-"""Terms of the loss that TRL lacks, expressed in what TRL's loss reads from the batch.
+"""Loss terms that TRL lacks, implemented as changes to the batch that TRL's loss reads.
 
 TRL's `_compute_loss` first computes the policy's logprobs, and then reads the old ones from the batch. A token's ratio
-is r = exp(logprob − old). So between the two:
+is r = exp(logprob − old). So between these two steps:
 
 - `importance_sampling_level: turn`: old' = sg(logprob) − (mean log-ratio of the turn). Each token of a turn then has
   the turn's ratio as its value and its own gradient, π/sg(π) · sg(exp(mean log-ratio)) (AT²PO, arXiv 2601.04767).
-- `clip_keeps_gradient`: where r > 1 + ε_high and A > 0, old' = sg(logprob) − log(1 + ε_high). The token has the value
-  of PPO's clip, and the gradient factor 1 + ε_high in place of 0 (AEPO, arXiv 2510.14545).
+- `clip_keeps_gradient`: if r > 1 + ε_high and A > 0, old' = sg(logprob) − log(1 + ε_high). The token has the value of
+  PPO's clip, and the gradient factor 1 + ε_high in place of 0 (AEPO, arXiv 2510.14545).
 
 Pure: torch only.
 """
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 INSIDE = 1e-4
-"""How far below log(1 + ε_high) a kept token's log-ratio is: more than the rounding of a logprob in float32."""
+"""The distance of a kept token's log-ratio below log(1 + ε_high): more than the rounding of a logprob in float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossTerms:
-    """What a run adds to TRL's loss. `keeps_above` is 1 + ε_high, or None: PPO's clip.
+    """The terms that a run adds to TRL's loss. `keeps_above` is 1 + ε_high. None: PPO's clip.
 
     LossTerms(per_turn=True, keeps_above=None)
     """
@@ -34,18 +34,18 @@ class LossTerms:
     keeps_above: float | None
 
     def __bool__(self) -> bool:
-        """Whether anything is added."""
+        """Whether there is any term."""
         return self.per_turn or self.keeps_above is not None
 
     def apply(self, batch: dict[str, Any], logprobs: torch.Tensor) -> torch.Tensor | None:
         """Replaces the old logprobs in `batch`, a micro-batch. Returns which tokens keep their gradient.
 
         Args:
-            logprobs: (B, T) of the policy.
+            logprobs: (B, T), of the policy.
 
         Returns:
-            (B, T) bool, the trained tokens above the clip range that have a gradient; None without old logprobs. Then
-            the policy is the one that sampled, all ratios are 1, and nothing is clipped.
+            (B, T) bool, the trained tokens above the clip range that have a gradient; None without old logprobs. In
+            that case the policy has sampled the tokens itself, all ratios are 1, and nothing is clipped.
         """
         mask = batch["completion_mask"] * batch["tool_mask"]
         old = batch.get("old_per_token_logps")
@@ -67,7 +67,7 @@ class LossTerms:
 
 
 def mean_over_turns(values: torch.Tensor, trained: torch.Tensor) -> torch.Tensor:
-    """(B, T) values, averaged over each turn: a run of `trained` tokens in a row. Others keep their value.
+    """(B, T) values, averaged over each turn, a run of consecutive `trained` tokens. Other tokens keep their value.
 
     Turns of a path are separated by observations, which are not trained.
     """

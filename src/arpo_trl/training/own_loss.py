@@ -12,9 +12,9 @@ from arpo_trl.training.shared_update import SharedPrefixUpdate
 
 
 class OwnLoss(SharedPrefixUpdate):
-    """A `SharedPrefixUpdate` whose loss can have ratios per turn and AEPO's clip.
+    """A `SharedPrefixUpdate` whose loss can use ratios per turn and AEPO's clip.
 
-    A subclass calls `_prepare_loss`. Without these settings TRL's code runs as it is. With one it changes:
+    A subclass calls `_prepare_loss`. Without these settings TRL's code runs unchanged. With one of them it changes:
 
     - `_compute_loss`: works on a copy of the micro-batch.
     - `_get_per_token_logps_and_entropies`: within the loss, applies the terms to that copy before TRL reads it.
@@ -22,12 +22,12 @@ class OwnLoss(SharedPrefixUpdate):
 
     _loss_terms: LossTerms
     _loss_batch: dict[str, Any] | None = None
-    """The micro-batch while `_compute_loss` works on it, if there are terms."""
+    """The micro-batch that `_compute_loss` is processing, if there are terms."""
 
     def _prepare_loss(self) -> None:
-        """Reads the settings, once TRL's `__init__` has."""
+        """Reads the settings, after TRL's `__init__` has read them."""
         per_turn = self.args.importance_sampling_level == ImportanceSamplingLevel.TURN
-        if per_turn:  # TRL then takes each token's ratio, which the terms make its turn's
+        if per_turn:  # TRL then uses each token's ratio, which the terms set to its turn's ratio
             self.importance_sampling_level = ImportanceSamplingLevel.TOKEN.value
         keeps_above = 1 + self.epsilon_high if self.args.clip_keeps_gradient else None
         self._loss_terms = LossTerms(per_turn=per_turn, keeps_above=keeps_above)

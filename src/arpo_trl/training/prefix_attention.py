@@ -1,7 +1,7 @@
 """Attention inside a pack of rows that share prefixes: one variable-length kernel call per depth of the trie.
 
 An edge of the trie is a run of tokens that the same rows contain. The rows below an edge follow it in the pack without
-a gap, so a query has exactly one ancestor edge at each depth above its own edge. Therefore few calls are enough:
+a gap, so a query has exactly one ancestor edge at each depth above its own edge. Therefore a few calls are enough:
 
     # pack:      a a b b c d d e     edges: a a (depth 0), b b (1), c (2), d d (2), e (1)
     # own edge:  [a a] [b b] [c] [d d] [e]        each attends to itself, causally: one call for all edges
@@ -10,7 +10,7 @@ a gap, so a query has exactly one ancestor edge at each depth above its own edge
 
 The results of the calls are merged with weights from their logsumexps ("log-sums"). The backward of a call takes the
 merged output and log-sums and computes this call's part of the gradients, as in ring attention (arXiv 2310.01889). A
-pack of depth d takes d + 1 calls in each direction. It needs no mask and compiles nothing for its shape.
+pack of depth d takes d + 1 calls in each direction. It needs no mask and no compilation for its shape.
 
 Queries, keys, values and outputs are (tokens, heads, dim) here, log-sums (heads, tokens) in float32.
 """
@@ -37,7 +37,7 @@ FLASH_CAPABILITY = (8, 0)
 """The lowest compute capability that torch's flash kernel supports: Ampere."""
 FLASH_HEAD_DIM = 256
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""Largest relative difference of packed and padded attention, forward and backward, that counts as rounding."""
+"""Largest relative difference of packed and padded attention, forward and backward, that is accepted as rounding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +148,7 @@ class FlashKernel:
 
     @staticmethod
     def _lengths(call: Call) -> tuple[Any, ...]:
-        # With a longest query of 1, torch assumes decoding and swaps grouped heads with queries. The longest lengths
+        # If the longest query is 1, torch assumes decoding and swaps grouped heads with queries. The longest lengths
         # are only upper bounds, so 2 is safe.
         return call.query_starts, call.key_starts, max(call.longest_query, 2), call.longest_key
 
@@ -200,7 +200,7 @@ class EfficientKernel:
 
 
 class CPUKernel:
-    """torch's flash kernel on a CPU, the one that SDPA uses. It runs once per sequence, as it takes only one."""
+    """torch's flash kernel on a CPU, which SDPA uses. It accepts only one sequence, so it runs once per sequence."""
 
     grouped = False
 
@@ -280,7 +280,7 @@ class _Attend(torch.autograd.Function):
             at, of = call.queries, call.keys
             states, result = (query[at], key[of], value[of]), (output[at], logsums[:, at], rest)
             parts = ctx.kernel.backward(grads[0][at], states, result, call, ctx.scaling)
-            if not sums:  # the own edges, which cover the whole pack
+            if not sums:  # the call for each edge itself, which covers the whole pack
                 sums = [part.to(logsums.dtype) for part in parts]
                 continue
             for total, places, part in zip(sums, (at, of, of), parts, strict=True):
@@ -289,7 +289,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _weights(part: torch.Tensor, all_of: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, 1) weights of a part of the keys among all keys, from the log-sums of both."""
+    """(tokens, heads, 1) weights of some keys relative to all keys, from the log-sums of both."""
     return (part - all_of).exp().t().unsqueeze(-1)
 
 
@@ -322,14 +322,15 @@ def attend(
 def why_no_attention(
     device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, head_dim: int
 ) -> str | None:
-    """Why attention over packs does not work with such heads on the device; None if it does. Tries it out once."""
+    """The reason why attention over packs does not work with such heads on the device; None if it works. Runs one
+    trial."""
     if device.type not in ("cpu", "cuda"):
-        return f"attention over packs needs a CPU or a CUDA device, and this is {device.type!r}"
+        return f"attention over packs needs a CPU or a CUDA device, but this is {device.type!r}"
     if device.type == "cuda" and dtype != torch.float32:
         capability = torch.cuda.get_device_capability(device)
         if capability < FLASH_CAPABILITY:
             needed, found = (".".join(map(str, of)) for of in (FLASH_CAPABILITY, capability))
-            return f"torch's flash kernel needs a GPU of compute capability {needed} or more, and this one has {found}"
+            return f"torch's flash kernel needs a GPU of compute capability {needed} or more, but this one has {found}"
         if head_dim % 8 or head_dim > FLASH_HEAD_DIM:
             return (
                 f"torch's flash kernel needs a head dimension of 8, 16 … {FLASH_HEAD_DIM}, and the model's is "

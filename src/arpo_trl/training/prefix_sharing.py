@@ -1,8 +1,9 @@
 """Logprobs of rows that share prefixes, with each shared token computed once.
 
-The rows of a micro-batch (prompt and completion) often share a prefix: leaves of one tree always do, and separate
-samples of a well-trained policy often do. A causal model computes the same values for a shared prefix in each row. So
-the rows are laid out as a trie, one after another, each without the tokens that an earlier row already holds:
+The rows of a micro-batch (prompt and completion) often share a prefix. Leaves of one tree always share one, and
+separate samples of a well-trained policy often do. A causal model computes the same values for a shared prefix in each
+row. So the rows are laid out as a trie, one after another, each without the tokens that an earlier row already
+contains:
 
     # rows:    p p a a t b b          pack:      p p a a t b b t c p d d d
     #          p p a a t c            position:  0 1 2 3 4 5 6 4 5 1 2 3 4
@@ -10,10 +11,10 @@ the rows are laid out as a trie, one after another, each without the tokens that
 
 The last token before two rows diverge is repeated (`t`, `p`). So each position of the pack has at most one next token,
 and the language-model head runs once per position. The rows below an edge of the trie follow it in the pack without a
-gap, and attend to all of it. Equal rows cost nothing, and there is no padding.
+gap, and attend to all of it. Duplicate rows cost nothing, and there is no padding.
 
-Logprobs and entropies are read back per row, so autograd sums the gradients of shared tokens. The result equals that
-of the padded batch up to rounding. Shared prefixes are found from the token ids alone, independent of the trees.
+Logprobs and entropies are read back per row, so autograd sums the gradients of shared tokens. The result equals the
+padded batch's result up to rounding. Shared prefixes are found from the token ids alone, independent of the trees.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from arpo_trl.training.prefix_attention import Call, Edge, attend, plan_calls, w
 
 NO_LABEL = -100
 PREFIX = "shared_prefix+"
-"""This, followed by the name of an attention implementation, names its variant that also takes packs."""
+"""The prefix of the name of an attention implementation's variant that also accepts packs."""
 EXTENDS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
@@ -46,11 +47,11 @@ class _Takers:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """Rows laid out as a trie of N tokens, and the indices that lead back to the rows.
+    """Rows laid out as a trie of N tokens, and the indices for reading values back per row.
 
-    `ids`, `positions` and `labels` are (1, N). A label is the next token, or −100 if its logprob is not wanted.
-    `sources` (B, T) holds for each completion token the pack index of the token before it. It is undefined where
-    `real` (B, T) is False: on padding and on tokens whose logprobs are not wanted. `edges` are the trie's edges in the
+    `ids`, `positions` and `labels` are (1, N). A label is the next token, or −100 if its logprob is not needed.
+    `sources` (B, T) contains, for each completion token, the pack index of the token before it. It is undefined where
+    `real` (B, T) is False: on padding and on tokens whose logprobs are not needed. `edges` are the trie's edges in the
     order of the pack, and `calls` are the attention calls for them. `leaf_tokens` counts the tokens of all rows
     without padding, `padded_tokens` those of the padded batch.
 
@@ -88,7 +89,7 @@ def pack_rows(
         input_ids: (B, P + T), prompts padded on the left and completions on the right.
         attention_mask: (B, P + T), 1 on real tokens.
         logits_to_keep: T, the number of completion columns.
-        wanted: (B, T), nonzero on the tokens whose logprobs are wanted: those that carry loss. None: all real ones.
+        wanted: (B, T), nonzero on the tokens whose logprobs are needed: the tokens in the loss. None: all real tokens.
         multiple_of: The pack's length is padded to a multiple of this, with tokens that no row uses.
 
     Raises:
@@ -106,7 +107,7 @@ def pack_rows(
         real &= wanted.cpu().numpy().astype(bool)
     for at, row in enumerate(rows):
         kept = real[at].nonzero()[0]
-        places = kept + first_column - starts[at]  # in the row; at least 1, so `places - 1` exists
+        places = kept + first_column - starts[at]  # position in the row; at least 1, so `places - 1` exists
         sources[at, kept] = trie.places[at][places - 1]
         labels[sources[at, kept]] = row[places]
 
@@ -149,7 +150,7 @@ class _Trie(NamedTuple):
 
 
 def _trie(rows: Sequence[np.ndarray], multiple_of: int) -> _Trie:
-    """The rows as a trie, filled up to a multiple of `multiple_of` tokens."""
+    """The rows as a trie, padded to a multiple of `multiple_of` tokens."""
     # Big-endian bytes of non-negative numbers sort like the numbers.
     order = sorted(range(len(rows)), key=[row.astype(">i8").tobytes() for row in rows].__getitem__)
     index = [np.zeros(0, dtype=np.int64)] * len(rows)
@@ -187,7 +188,7 @@ def _trie(rows: Sequence[np.ndarray], multiple_of: int) -> _Trie:
 
 
 def _shared_positions(before: np.ndarray, row: np.ndarray) -> int:
-    """How many leading positions `row` shares with the row sorted before it, their next tokens included."""
+    """The number of leading positions that `row` shares with the row sorted before it, including their next tokens."""
     shorter = min(len(before), len(row))
     differ = before[:shorter] != row[:shorter]
     common = int(differ.argmax()) if differ.any() else shorter
@@ -209,7 +210,7 @@ def _split(path: list[tuple[int, int]], tokens: int) -> tuple[list[tuple[int, in
 
 
 def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
-    """Extends an attention function of transformers: it also takes a pack, as the keyword `shared_prefix_pack`."""
+    """Extends an attention function of transformers: it also accepts a pack, as the keyword `shared_prefix_pack`."""
 
     def forward(
         module: torch.nn.Module,
@@ -235,7 +236,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 
 
 def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why packs are not exact with this model on this device; None if they are.
+    """The reason why packs are not exact with this model on this device; None if they are exact.
 
     `dtype` is the dtype of the attention: autocast's, or by default the weights'.
     """
@@ -254,7 +255,7 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
     if any(getattr(config, name, None) for name in EXPERTS):
         return "it routes tokens to experts, whose load would be counted differently"
     if getattr(config, "v_head_dim", None) or getattr(config, "kv_lora_rank", None):
-        return "its values have another width than its keys (multi-head latent attention)"
+        return "its values and keys have different widths (multi-head latent attention)"
     attention = model.config._attn_implementation.removeprefix(PREFIX)
     if attention not in EXTENDS:
         return f"its attention implementation is {attention!r}; set attn_implementation to one of {list(EXTENDS)}"
@@ -272,7 +273,7 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
 
 
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
-"""Largest difference of packed and padded logprobs that counts as rounding, by dtype.
+"""Largest difference of packed and padded logprobs that is accepted as rounding, by dtype.
 
 It is the root mean square of the difference, in standard deviations of the logprobs.
 """
@@ -280,10 +281,10 @@ It is the root mean square of the difference, in standard deviations of the logp
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """The speed of a device type, from which `pays` decides. In doubt the values favour the padded batch.
+    """The speed of a device type, which `pays` uses. If uncertain, the values favour the padded batch.
 
-    `operations`: operations per second of a large matrix product. `call_s` and `sequence_s`: seconds for one more
-    attention call, and for one more sequence in a call, forward and backward together.
+    `operations`: operations per second of a large matrix product. `call_s` and `sequence_s`: seconds for one
+        additional attention call, and for one additional sequence in a call, forward and backward together.
     """
 
     operations: float
@@ -302,7 +303,7 @@ LAYER_OPERATIONS = 72
 def pays(pack: Pack, hidden_size: int) -> bool:
     """Whether a pack saves time: a layer's work on the saved tokens takes longer than the additional attention calls.
 
-    Depends on the pack's shape alone, not on measured times, so that a repeated run decides the same way.
+    Depends only on the pack's shape and not on measured times, so that a repeated run makes the same decision.
     """
     costs = COSTS[pack.ids.device.type]
     saved_s = (pack.padded_tokens - len(pack)) * LAYER_OPERATIONS * hidden_size**2 / costs.operations
@@ -322,9 +323,9 @@ def share_prefixes(model: PreTrainedModel) -> None:
 
 
 def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, T) logprobs of the completion tokens and, if the head returns them, entropies; 0 where not `pack.real`.
+    """(B, T) logprobs of the completion tokens and, if the head returns them, entropies; 0 where `pack.real` is False.
 
-    `model` has TRL's fused language-model head, went through `share_prefixes`, and may be wrapped.
+    `model` has TRL's fused language-model head, was prepared by `share_prefixes`, and may be wrapped.
 
     Raises:
         ConfigError: Some layers did not receive the pack, so their tokens attended to other paths.
@@ -341,7 +342,7 @@ def forward_pack(model: torch.nn.Module, pack: Pack) -> tuple[torch.Tensor, torc
     layers = inner.config.get_text_config().num_hidden_layers
     if len(pack.takers.ids) != layers:
         raise ConfigError(
-            f"The model passes packs to the attention of {len(pack.takers.ids)} of its {layers} layers only, so it "
+            f"The model passes packs to the attention of only {len(pack.takers.ids)} of its {layers} layers, so it "
             "cannot compute shared prefixes once. Set shared_prefix_forward: off."
         )
     logprobs, entropies = (
@@ -362,15 +363,15 @@ def pack_batches(
     multiple_of: int = 1,
     must_pay_at: int | None = None,
 ) -> list[Pack]:
-    """One pack per `size` rows, in order; an empty list where padded batches are faster.
+    """One pack per `size` rows, in order; an empty list if padded batches are faster.
 
-    There are as many packs as TRL would run padded forwards, so that all ranks run equally many.
+    The number of packs equals the number of TRL's padded forwards, so that all ranks run equally many.
 
     Args:
-        must_pay_at: The model's hidden size: the list is empty if a pack does not pay (`pays`). None: packs are
-            returned whether or not they pay.
+        must_pay_at: The model's hidden size. The list is empty if a pack does not save time (`pays`). None: packs are
+            returned in any case.
 
-    The other arguments are those of `pack_rows`.
+    `pack_rows` documents the other arguments.
     """
     batches = zip(*(torch.split(rows, size) for rows in (input_ids, attention_mask, wanted)), strict=True)
     packs = [pack_rows(ids, mask, logits_to_keep, loss, multiple_of=multiple_of) for ids, mask, loss in batches]
@@ -378,22 +379,22 @@ def pack_batches(
 
 
 def forward_packs(model: torch.nn.Module, packs: Sequence[Pack]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(B, T) logprobs and, if the head returns them, entropies of the rows of all packs: `forward_pack` of each."""
+    """(B, T) logprobs and, if the head returns them, entropies of all packs' rows, from `forward_pack`."""
     values = [forward_pack(model, pack) for pack in packs]
     entropies = [entropies for _, entropies in values if entropies is not None]
     return torch.cat([logprobs for logprobs, _ in values]), torch.cat(entropies) if entropies else None
 
 
 def sharing_ratio(packs: Sequence[Pack]) -> float:
-    """Tokens of the rows per token that is computed."""
+    """The number of tokens in the rows per computed token."""
     return sum(pack.leaf_tokens for pack in packs) / sum(map(len, packs))
 
 
 @torch.no_grad()
 def why_packs_differ(model: PreTrainedModel) -> str | None:
-    """How packed and padded logprobs of a few rows differ beyond rounding; None if they do not.
+    """A description of how packed and padded logprobs of a few rows differ beyond rounding; None if they do not.
 
-    `model` is as for `forward_pack`, with all weights on this rank. Call it under the autocast of training.
+    `model` is as in `forward_pack`, with all weights on this rank. Call it under the autocast of training.
     """
     device = model.get_input_embeddings().weight.device
     # Three rows with a shared prefix, their ids spread over the vocabulary: equal tokens would hide attention errors.

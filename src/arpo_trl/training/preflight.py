@@ -35,13 +35,13 @@ logger = get_rank_logger(__name__)
 
 
 def refuse_own_rollouts(rollout_func: Any) -> None:
-    """Raises ConfigError if this argument of GRPOTrainer, which replaces its rollouts, is not None."""
+    """Raises ConfigError if `rollout_func`, the GRPOTrainer argument that replaces its rollouts, is not None."""
     if rollout_func is not None:
-        raise ConfigError("rollout_func was given, but ARPOTrainer samples trees itself. Offer `tools` instead.")
+        raise ConfigError("rollout_func is set, but ARPOTrainer samples trees itself. Pass `tools` instead.")
 
 
 def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
-    """Returns `args`. For None, returns the defaults, with the output folder named after the model as in TRL.
+    """Returns `args`. For None, returns the defaults, with an output folder named after the model, as in TRL.
 
     Raises:
         ConfigError: `args` is not an ARPOConfig.
@@ -55,7 +55,7 @@ def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
 
 
 def log_defaults(args: ARPOConfig) -> None:
-    """Logs which of TRL's settings have this package's default instead of TRL's."""
+    """Logs the TRL settings for which this package has a different default."""
     trls = {setting.name: setting.default for setting in fields(GRPOConfig)}
     changed = [
         f"{setting.name} {setting.default} (TRL's: {trls[setting.name]})"
@@ -69,7 +69,7 @@ def log_defaults(args: ARPOConfig) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raises ConfigError if `folder` cannot be written to, which would fail only at the first checkpoint."""
+    """Raises ConfigError if `folder` is not writable. Otherwise the run would fail only at the first checkpoint."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):  # with a unique name, since other ranks check at the same time
@@ -79,11 +79,11 @@ def check_writable(folder: Path) -> None:
 
 
 def check_quantized_training(peft_config: Any) -> None:
-    """Raises ConfigError if training a quantized model would fail, or would silently change nothing."""
+    """Raises ConfigError if training of a quantized model would fail, or would silently have no effect."""
     if peft_config is None:
         raise ConfigError(
             "Quantization (load_in_4bit, load_in_8bit or quantization_config) freezes the model's weights, and there "
-            "is no adapter to train. Set use_peft: true, or give a peft_config."
+            "is no adapter to train. Set use_peft: true, or pass a peft_config."
         )
     if find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -92,7 +92,8 @@ def check_quantized_training(peft_config: Any) -> None:
     from bitsandbytes.functional import has_avx512bf16
 
     if not torch.accelerator.is_available() and has_avx512bf16():
-        # On such CPUs it repacks the weights for inference. No gradient passes through them: adapters would stay zero.
+        # On such CPUs bitsandbytes repacks the weights for inference. They pass no gradient, so adapters would stay
+        # zero.
         raise ConfigError(
             "The model is quantized, but there is no GPU, and bitsandbytes does not train on this CPU. Use a machine "
             "with a GPU, or do not quantize."
@@ -100,12 +101,13 @@ def check_quantized_training(peft_config: Any) -> None:
 
 
 def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
-    """Returns if all rows have a usable prompt and what the reward functions need. Skips streamed datasets and None.
+    """Checks that all rows have a usable prompt and the columns for the reward functions. Skips streamed datasets and
+    None.
 
     A reward function that needs a column has a method `check_dataset(dataset)`, which raises `DataError`.
 
     Raises:
-        DataError: A row has no usable prompt, or lacks what a reward function needs.
+        DataError: A row has no usable prompt, or lacks data that a reward function needs.
     """
     for dataset in datasets:
         if not isinstance(dataset, Dataset):
@@ -117,7 +119,7 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
 
 
 def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any) -> None:
-    """Returns if rollouts can run ahead, or are not to.
+    """Checks that rollouts can run ahead, if the settings require it.
 
     Raises:
         ConfigError: The engine cannot change its weights during a rollout, or an epoch has too few rows.
@@ -126,13 +128,13 @@ def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any) -> None:
         return
     if not isinstance(engine, EngineAhead):
         raise ConfigError(
-            f"rollouts_ahead is {args.rollouts_ahead}, but {type(engine).__name__} gets new weights only while "
-            "nothing is sampled: it has no method `sync`. Set rollouts_ahead: 0, or use vLLM servers."
+            f"rollouts_ahead is {args.rollouts_ahead}, but {type(engine).__name__} cannot update its weights during "
+            f"sampling: it has no method `sync`. Set rollouts_ahead: 0, or use vLLM servers."
         )
     if not args.vllm_importance_sampling_correction:
         logger.warning(
-            "rollouts_ahead is set without vllm_importance_sampling_correction: tokens that older weights sampled are "
-            "trained as if the current ones had sampled them."
+            "rollouts_ahead is set without vllm_importance_sampling_correction: tokens sampled with older weights are "
+            "trained as if they were sampled with the current weights."
         )
     prompts = args.generation_batch_size // args.num_generations
     if isinstance(dataset, Dataset) and len(dataset) // prompts < args.rollouts_ahead:
@@ -148,7 +150,7 @@ def without_trls_vllm_client(args: ARPOConfig, engine: Engine | None) -> Iterato
     """Stops TRL's `__init__` from opening its own vLLM client. In colocate mode TRL still starts vLLM.
 
     Args:
-        engine: Replaces the engine that `args` choose. With one, TRL does not start vLLM either.
+        engine: Replaces the engine that `args` select. If it is set, TRL does not start vLLM either.
 
     Raises:
         ConfigError: TRL has to start vLLM, and vLLM is not installed.
@@ -173,13 +175,13 @@ def prepare_prefix_sharing(
     aux_loss: bool,
     sharded: bool,
 ) -> bool:
-    """Makes `models` accept packs and returns True. Returns False, with `models` unchanged, if packs are not used.
+    """Makes `models` accept packs and returns True. If packs are not used, returns False and does not change `models`.
 
     Args:
         models: The unwrapped trained model, perhaps with an adapter, and the reference model if there is one.
         wanted: OFF: packs are not used. AUTO: not used, with a warning, if they are not exact.
         aux_loss: Whether the loss includes the router's auxiliary loss.
-        sharded: Whether each rank holds only a part of the weights. A trial forward is then not possible yet.
+        sharded: Whether each rank has only a part of the weights. Then a trial forward is not yet possible.
 
     Raises:
         ConfigError: `wanted` is ON, and packs are not exact.
@@ -194,7 +196,8 @@ def prepare_prefix_sharing(
         before = [base.config._attn_implementation for base in bases]
         for base in bases:
             share_prefixes(base)
-        # Sharded weights cannot run a trial forward yet. There, `forward_pack` checks that all layers took the pack.
+        # A model with sharded weights cannot run a trial forward yet. Later `forward_pack` checks that all layers used
+        # the pack.
         if not sharded:
             with accelerator.autocast():
                 reasons = [reason for model in models if (reason := why_packs_differ(model))]
@@ -225,7 +228,7 @@ def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARP
     """Returns `processing_class`, or the tokenizer that TRL would load. Does not load the model.
 
     Raises:
-        ConfigError: There is none that can be loaded, or the processing class is multimodal.
+        ConfigError: No tokenizer can be loaded, or the processing class is multimodal.
     """
     if processing_class is None:
         processing_class = load_pretrained(
@@ -243,7 +246,7 @@ def tokenizer_for(model: str | PreTrainedModel, processing_class: Any, args: ARP
 
 
 def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
-    """The number of token ids that the model has embeddings for."""
+    """The number of token ids for which the model has embeddings."""
     if not isinstance(model, str):
         return int(model.get_input_embeddings().num_embeddings)
     config = load_pretrained(
@@ -257,7 +260,7 @@ def embedding_rows(model: str | PreTrainedModel, args: ARPOConfig) -> int:
 
 
 def generation_ends(model: str | PreTrainedModel, args: ARPOConfig) -> tuple[int, ...]:
-    """Return the ids at which the model's generation config stops. Does not load the model."""
+    """Return the EOS ids of the model's generation config. Does not load the model."""
     if not isinstance(model, str):
         return eos_ids_of(model.generation_config)
     revision = (args.model_init_kwargs or {}).get("revision")
@@ -269,10 +272,10 @@ Protocols = Callable[[Dataset], Iterable[ToolProtocol]]
 
 
 def check_encoding(datasets: Sequence[Any], protocols: Protocols, embeddings: int) -> None:
-    """Checks that the chat template takes each prompt, and that the model has an embedding for each of its tokens.
+    """Checks that the chat template accepts each prompt, and that the model has an embedding for each token of it.
 
-    A chat template may reject roles, or their order. This tries each sequence of roles once. Streamed datasets and
-    None are not checked.
+    A chat template may reject roles, or their order. The check tries each sequence of roles once. It skips streamed
+    datasets and None.
 
     Raises:
         DataError: A prompt cannot be used. Names the row.
@@ -310,7 +313,8 @@ def _check_embeddings(dataset: Dataset, protocols: Protocols, embeddings: int) -
         if without := [names[token_id] for token_id in protocol.encode_prompt(prompt) if token_id in names]:
             raise DataError(
                 f"Dataset row {i}: its prompt contains the token {without[0]!r}, but the model has only {embeddings} "
-                f"embeddings and the tokenizer {len(protocol.tokenizer)} tokens. Call `model.resize_token_embeddings("
+                f"embeddings and the tokenizer has {len(protocol.tokenizer)} tokens. Call "
+                f"`model.resize_token_embeddings("
                 "len(tokenizer))` before training, or use the model's own tokenizer."
             )
 
@@ -324,8 +328,8 @@ def check_prompts(
     """Checks that each prompt fits the context. Warns if the training prompts do not explain the tools' tags.
 
     Args:
-        datasets: The training dataset first, then those for evaluation. Streamed ones and None are not checked.
-        context: Most tokens of prompt and completion together.
+        datasets: The training dataset first, then the evaluation datasets. Streamed datasets and None are not checked.
+        context: The maximum number of tokens of prompt and completion together.
         tools: The tools' names.
 
     Raises:
@@ -346,7 +350,7 @@ def _check_prompts_fit(dataset: Dataset, protocols: Protocols, context: int, adv
             templates[protocol] = len(protocol.encode_prompt(prompt))
         template = templates[protocol]
         parts = [prompt] if isinstance(prompt, str) else [str(message) for message in prompt]
-        # A token covers at least one byte, so only prompts with that many bytes need to be tokenised.
+        # A token covers at least one byte, so only prompts with that many bytes need tokenization.
         longest = sum(len(part.encode()) + template for part in parts)
         if longest > most and (length := len(protocol.encode_prompt(prompt))) > most:
             raise ConfigError(
@@ -356,7 +360,7 @@ def _check_prompts_fit(dataset: Dataset, protocols: Protocols, context: int, adv
 
 
 def _warn_of_unexplained_tags(tools: Collection[str], dataset: Any) -> None:
-    """Warns if the first prompt does not name all tools as tags. A streamed dataset counts as naming none."""
+    """Warns if the first prompt does not name all tools as tags. For a streamed dataset, it warns always."""
     prompt = str(dataset[0]["prompt"]) if isinstance(dataset, Dataset) else ""
     missing = [name for name in tools if f"<{name}>" not in prompt]
     if missing:

@@ -43,10 +43,10 @@ class Reporting(GRPOTrainer):
     _spans: Spans
     _trajectories: TrajectoryLog
     _counted: Tally
-    """What was counted of the rollout before `_log_rollout`."""
+    """The counts of the rollout before `_log_rollout`."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As TRL's, but what `log_completions` prints of prompts and completions steers no terminal."""
+        """Like TRL's, but the output of `log_completions` contains no terminal control sequences."""
         number = self.args.num_completions_to_print
         self.num_completions_to_print = 0  # TRL prints none
         try:
@@ -69,7 +69,8 @@ class Reporting(GRPOTrainer):
             tally.add(name, value)
 
     def _log_rollout(self, advantages: torch.Tensor, answers: Sequence[Any]) -> None:
-        """Logs metrics over all ranks, this rank's trees and, in training, alarms. `answers` are those of the rows."""
+        """Logs metrics over all ranks, this rank's trees and, in training, alarms. `answers` are the rows' reference
+        answers."""
         last, rewards = self._last, self._last_rewards
         assert last is not None and rewards is not None
         mode = "train" if self.model.training else "eval"

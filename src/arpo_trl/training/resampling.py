@@ -1,9 +1,9 @@
 """`Resampling`: DAPO's dynamic sampling. Groups whose leaves all have the same reward are rolled out again.
 
-Such a group teaches nothing under a baseline of its own. DAPO (arXiv 2503.14476) replaces it by another prompt. Here
-the same prompt is rolled out again with other random numbers, at most `dynamic_sampling_rounds` times. So every row of
-the dataset is used exactly as often as without, a resumed run needs to remember nothing, and the cost has a limit. A
-prompt that is far too easy or too hard stays in the batch.
+With the group's mean as baseline, such a group has no gradient. DAPO (arXiv 2503.14476) replaces it by another prompt.
+Here the same prompt is rolled out again with other random numbers, at most `dynamic_sampling_rounds` times. So dynamic
+sampling does not change how often each row of the dataset is used, a resumed run needs no additional state, and the
+cost is limited. A prompt that is far too easy or too hard stays in the batch.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Again:
 
 
 class Resampling(GRPOTrainer):
-    """A `GRPOTrainer` that rolls out groups again, in training and if `dynamic_sampling_rounds` says so.
+    """A `GRPOTrainer` that rolls out groups again, in training and if `dynamic_sampling_rounds` is above 0.
 
-    A mixin, independent of the others. A subclass sets `_rows`, and its rollout function rolls out only the groups of
-    `_again` if that is not None. It counts into `_counted`.
+    A mixin, independent of the others. A subclass sets `_rows`. If `_again` is not None, the subclass's rollout
+    function rolls out only the groups of `_again`. It adds its counts to `_counted`.
 
     It changes the following parts of `GRPOTrainer`, and no others:
 
-    - `_generate`: scores what it generated, and generates again. TRL's metrics are those of the last round.
-    - `_calculate_rewards`: calls reward functions for the new completions of a round only. TRL's own call gets the
-      rewards of the last round, which are known already.
+    - `_generate`: scores its completions, and generates again. TRL's metrics are those of the last round.
+    - `_calculate_rewards`: calls reward functions only for the new completions of a round. TRL's call gets the rewards
+      of the last round, which are already known.
     """
 
     args: ARPOConfig
@@ -55,7 +55,7 @@ class Resampling(GRPOTrainer):
     _counted: Tally
     _again: Again | None = None
     _scored: Scored | None = None
-    """What the reward functions returned for this rank's completions."""
+    """The reward functions' results for this rank's completions."""
     _scores: torch.Tensor | None = None
     """The rewards of the last round: of all ranks, per function."""
 
@@ -86,11 +86,11 @@ class Resampling(GRPOTrainer):
         return made
 
     def _equal_groups(self, prompts: list[Any], made: tuple[Any, ...]) -> torch.Tensor:
-        """(G,) bool: which groups of all ranks have the same reward on all leaves."""
+        """(G,) bool: whether all leaves of a group have the same reward, for the groups of all ranks."""
         _, completion_ids, _, completions, _, extra, _, _ = made
         rows = [row | {name: values[i] for name, values in extra.items()} for i, row in enumerate(self._rows)]
         self._scores = None
-        self._pending_metrics.clear()  # what reward functions logged of an earlier round
+        self._pending_metrics.clear()  # metrics that reward functions logged in an earlier round
         self._pending_extra_logs.clear()
         self._scores = self._calculate_rewards(rows, prompts, completions, completion_ids)
         return equal_groups(total_rewards(self._scores, self.reward_weights), self.num_generations)
@@ -118,7 +118,8 @@ class Resampling(GRPOTrainer):
             self.reward_funcs = functions
 
     def _with_new_scores(self, rows: list[Any], completions: list[Any], ids: list[Any]) -> Scored:
-        """What reward functions return for all completions. They are called for those of this round only."""
+        """The reward functions' results for all completions. The functions are called only for this round's
+        completions."""
         size, again, before = self.num_generations, self._again, self._scored
         groups = range(len(rows) // size) if again is None else again.groups
         places = [size * group + i for group in groups for i in range(size)]
@@ -132,7 +133,7 @@ class Resampling(GRPOTrainer):
 
 
 def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:
-    """(G,) bool: groups in which all rewards are known and equal, or all that are known. Without any: False."""
+    """(G,) bool: groups whose known rewards are all equal. False without known rewards."""
     groups = rewards.view(-1, size)
     known = ~groups.isnan()
     least = torch.where(known, groups, torch.inf).amin(dim=1)
@@ -154,7 +155,7 @@ def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int
 
 
 def tally_discarded(trees: Sequence[RolloutTree], tally: Tally) -> None:
-    """Counts the trees that a further round replaces, and what they had cost."""
+    """Counts the trees that a further round replaces, and their cost."""
     calls = [call for tree in trees for node in tree.observations() for call in node.calls]
     tally.totals["resampling/groups"] += len(trees)
     tally.totals["resampling/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in calls)

@@ -23,10 +23,10 @@ REWARD_POLL_S = 0.2
 def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     """Wraps a reward function for TRL. Returns reward models, and names of reward models, unchanged.
 
-    - TRL passes all columns, and ARPO adds more. The wrapper passes a function without `**kwargs` only the arguments
-      that it names.
-    - A completion whose environment could not be made (None among `environments`) has no reward of a function that
-      names `environments`; the wrapper passes the other completions.
+    - TRL passes all columns, and ARPO adds more. To a function without `**kwargs` the wrapper passes only the
+      arguments that it names.
+    - If an environment could not be created (None in `environments`), a function that names `environments` gives its
+      completion no reward. The wrapper passes only the other completions.
     - The wrapper checks the rewards. TRL would silently treat NaN as "not applicable".
     - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
 
@@ -77,7 +77,7 @@ def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Returns a function that picks the arguments of `function` from all available ones."""
+    """Returns a function that selects the arguments of `function` from all available arguments."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a function written in C has no signature
@@ -99,7 +99,7 @@ def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mappin
 
 @contextmanager
 def _told(function: Any, name: str) -> Iterator[None]:
-    """Within it, an error of the user's function becomes a RewardError that says where it was raised."""
+    """A context in which an error of the user's function becomes a RewardError with the place of the error."""
     try:
         yield
     except ArpoError:
@@ -123,7 +123,7 @@ def _named(function: Any) -> Collection[str]:
 
 
 def _with_environment(columns: Mapping[str, Any], reads_environments: bool) -> tuple[Mapping[str, Any], list[int]]:
-    """Returns the columns of the rows that the function rewards, and the numbers of these rows."""
+    """Returns the columns of the rows that the function rewards, and the indices of these rows."""
     count = len(columns["completions"])
     environments = columns.get("environments")
     if not reads_environments or environments is None or all(each is not None for each in environments):
@@ -136,7 +136,7 @@ def _with_environment(columns: Mapping[str, Any], reads_environments: bool) -> t
 
 
 def _spread(rewards: Any, rows: Sequence[int], count: int) -> Any:
-    """Returns `count` rewards: those of `rows`, and None for the others."""
+    """Returns `count` rewards: the given ones for `rows`, and None for the others."""
     of_rows = dict(zip(rows, rewards, strict=True))
     return [of_rows.get(i) for i in range(count)] if len(rows) < count else rewards
 
@@ -158,6 +158,6 @@ def _checked(rewards: Any, name: str, count: int) -> Any:
         if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
             raise RewardError(
                 f"The reward function {name!r} returned {reward!r} for completion {i}; expected a finite number, or "
-                "None where it does not apply."
+                "None if it does not apply."
             )
     return listed

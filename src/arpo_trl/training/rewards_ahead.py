@@ -1,7 +1,7 @@
-"""Calls reward functions before TRL would, and gives the results to TRL where it would call them.
+"""Calls reward functions earlier than TRL, and returns the results when TRL calls the functions.
 
-Rollouts ahead do so outside the trainer's thread; dynamic sampling does so for the new completions of a round only.
-Reward models are left to TRL: they run on the trainer's device, in the trainer's thread, for all completions.
+Rollouts ahead call them outside the trainer's thread. Dynamic sampling calls them only for the new completions of a
+round. TRL still runs reward models: on the trainer's device, in the trainer's thread, for all completions.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _NO_COLUMNS = ("prompt", "completion", "completion_ids")
 
 @dataclass(slots=True, kw_only=True)
 class Scored:
-    """What the reward functions returned and logged, and the seconds they took."""
+    """The results and log calls of the reward functions, and their duration in seconds."""
 
     count: int
-    """How many completions were scored, those included that others have replaced."""
+    """The number of scored completions, including replaced ones."""
     rewards: list[list[Any] | None]
     """One entry per reward function, with one value per completion; None for a reward model."""
     columns: list[tuple[str, list[Any]]] = field(default_factory=list)
@@ -35,9 +35,9 @@ class Scored:
     seconds: float = 0.0
 
     def with_new(self, new: Scored, places: Sequence[int]) -> Scored:
-        """What all completions have, after those at `places` were replaced by the ones that `new` is about.
+        """The scores of all completions after those in `new` have replaced the ones at `places`.
 
-        A metric is then the mean over all that was scored, replaced completions included.
+        A metric is then the mean over all scored completions, including replaced ones.
         """
         columns, of_new = _joined(self.columns), _joined(new.columns)
         totals: dict[str, tuple[float, int]] = {}
@@ -60,7 +60,8 @@ class Scored:
         )
 
     def replaying(self, functions: Sequence[Any]) -> list[Any]:
-        """Functions that return the rewards, in place of `functions`. The first of them repeats the log calls."""
+        """Functions that return the stored rewards, as replacements of `functions`. The first one repeats the log
+        calls."""
         pending = [self]
 
         def replay(i: int) -> Any:
@@ -94,8 +95,8 @@ def score(
 
     Args:
         functions: TRL's `reward_funcs`, checked (`checked_reward`).
-        rows: One per completion, as the dataset has them.
-        fields: Further columns, from the rollout.
+        rows: The dataset's rows, one per completion.
+        fields: Additional columns, from the rollout.
         state: The trainer's state.
         loop: The event loop of async functions; None if there are none.
     """
@@ -131,7 +132,7 @@ def score(
 
 
 def _joined(calls: Sequence[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
-    """The values of all calls by name, as TRL joins them."""
+    """The values of all calls by name, joined as in TRL."""
     joined: dict[str, list[Any]] = {}
     for name, values in calls:
         joined.setdefault(name, []).extend(values)
@@ -139,6 +140,6 @@ def _joined(calls: Sequence[tuple[str, list[Any]]]) -> dict[str, list[Any]]:
 
 
 def _placed(old: Sequence[Any], new: Sequence[Any], places: Sequence[int]) -> list[Any]:
-    """`old` with `new` at `places`; None where there is no value."""
+    """`old` with the values of `new` at `places`; None if there is no value."""
     values = dict(enumerate(old)) | dict.fromkeys(places) | dict(zip(places, new, strict=False))
     return [values.get(i) for i in range(max(values, default=-1) + 1)]

@@ -1,4 +1,4 @@
-"""Names of rollouts, which seed them and name their log files."""
+"""Names of rollouts. A name seeds its rollout and names its log file."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 
 class RolloutNames:
-    """Names each rollout by its optimizer step and, from the second one in a step on, by a number.
+    """Names each rollout by its optimizer step. From the second rollout of a step, the name also has a number.
 
-    A resumed run knows the step and has the counts from its checkpoint, so it gives the same names.
+    A resumed run has the step and the counts from its checkpoint, so it produces the same names.
 
         names.next("step", 12)      # "step-000012"
         names.next("step", 12)      # "step-000012.1"

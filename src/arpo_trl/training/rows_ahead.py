@@ -1,4 +1,4 @@
-"""Rows that a trainer can look at before it trains on them, into the epochs that follow."""
+"""Lets a trainer read rows before it trains on them, including rows of later epochs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ Rows = list[dict[str, Any]]
 
 
 class RowsAhead:
-    """An iterator over an epoch's micro-batches of rows that can look at later ones.
+    """An iterator over an epoch's micro-batches of rows that can also read later micro-batches.
 
     Args:
         source: The iterator of the data loader. It is read on demand.
-        following: The micro-batches of the epochs after it.
-        skipped: Micro-batches of the epoch that were trained before `source` begins, in the run that is resumed.
+        following: The micro-batches of the later epochs.
+        skipped: The number of the epoch's micro-batches before `source`, which the resumed run has already trained.
     """
 
     def __init__(self, source: Iterator[Rows], following: Iterator[Rows], *, skipped: int = 0):
         self.source = source
         self.trained = 0
-        """How many of the micro-batches were trained on: the number of the current one."""
+        """The number of trained micro-batches, which is the number of the current one."""
         self._following, self._skipped = following, skipped
         self._next = self._read = 0
         self._length: int | None = None
-        """The number of micro-batches of `source`, once its end is known."""
+        """The number of micro-batches of `source`; None until its end is known."""
         self._rows: dict[int, Rows] = {}
 
     def __iter__(self) -> RowsAhead:
@@ -55,7 +55,7 @@ class RowsAhead:
         return self._rows[position]
 
     def steps_to(self, position: int, accumulated: int) -> int:
-        """Optimizer steps from the current micro-batch to `position`, which `at` has returned.
+        """Optimizer steps from the current micro-batch to the one at `position`, which `at` has returned.
 
         Args:
             accumulated: Micro-batches per step. The last step of an epoch may have fewer.
@@ -77,9 +77,9 @@ class RowsAhead:
 
 
 def later_epochs(dataset: Dataset, sampler: Any, size: int, rank: int, ranks: int) -> Iterator[Rows]:
-    """A rank's micro-batches of all epochs after the one that `sampler` has begun, in accelerate's order.
+    """A rank's micro-batches of all epochs after the current epoch of `sampler`, in accelerate's order.
 
-    It draws nothing from the sampler's generator before the first one is asked for, and then from a copy of it.
+    It draws from a copy of the sampler's generator, and only when the first micro-batch is requested.
 
     Args:
         sampler: TRL's `RepeatSampler`. Its epochs are multiples of size × ranks rows.
@@ -94,5 +94,5 @@ def later_epochs(dataset: Dataset, sampler: Any, size: int, rank: int, ranks: in
 
 
 def epochs_are_known(dataset: Any, accelerator: Any) -> bool:
-    """Whether `later_epochs` knows the rows: they are neither streamed nor dealt out in another order."""
+    """Whether `later_epochs` knows the rows: the dataset is not streamed, and the order is the default."""
     return isinstance(dataset, Dataset) and not (accelerator.dispatch_batches or accelerator.split_batches)

@@ -34,12 +34,12 @@ class SamplesAhead(Resumable):
 
     With `rollouts_ahead` 0 it changes nothing. Otherwise it changes:
 
-    - `get_batch_samples`: rows can be read ahead, into the next epochs too. None is lost or repeated: they still reach
-      the trainer in their order, and a checkpoint counts those that were trained.
+    - `get_batch_samples`: rows can be read ahead, also from later epochs. No row is lost or repeated: rows still reach
+      the trainer in their order, and a checkpoint counts only the trained rows.
     - `_generate_and_score_completions`: moves the weights, starts rollouts, and adds metrics. In evaluation it first
       waits until no rollout runs.
-    - `_calculate_rewards`: takes the rewards that were computed after the rollout.
-    - `_run_epoch`: ends all rollouts with the last epoch, and on an error.
+    - `_calculate_rewards`: returns the rewards that were computed after the rollout.
+    - `_run_epoch`: stops all rollouts after the last epoch, and on an error.
     """
 
     args: ARPOConfig
@@ -57,7 +57,7 @@ class SamplesAhead(Resumable):
 
     @property
     def samples_ahead(self) -> bool:
-        """Whether the trainer's next batch is one that was sampled ahead: not in evaluation."""
+        """Whether the trainer's next batch is sampled ahead. False in evaluation."""
         return bool(self.args.rollouts_ahead and self.model.training)
 
     @property
@@ -102,7 +102,7 @@ class SamplesAhead(Resumable):
     # Rollouts --------------------------------------------------------------------------------------------------------
 
     def pause_rollouts(self) -> None:
-        """Wait until no rollout runs ahead. The main thread calls it before it samples. A collective."""
+        """Wait until no rollout runs ahead. The main thread calls this before it samples. A collective."""
         if self._ahead is not None:
             with self.interruptible():
                 self._ahead.pause()
@@ -127,13 +127,16 @@ class SamplesAhead(Resumable):
         return batch
 
     def _start_rollouts(self, rows: Rows) -> float:
-        """Move the weights, and start this batch, unless it was, and those ahead. Returns how many have to wait."""
+        """Move the weights, and start this batch and the ones ahead, unless already started. Returns how many must
+        wait."""
         engine = self.tree_sampler.engine
         assert isinstance(engine, EngineAhead)  # checked at start-up
         with self._spans("sync"):
             engine.sync()
         if self._ahead is None:
-            score_batch = partial(self._score, self.reward_funcs)  # not those that `_calculate_rewards` puts there
+            score_batch = partial(
+                self._score, self.reward_funcs
+            )  # not the functions that `_calculate_rewards` replaces them with
             self._ahead = RolloutsAhead(
                 self.tree_sampler, score_batch, seed=(self.args.seed, "ahead"), check=self._interrupts.check
             )
@@ -174,7 +177,7 @@ class SamplesAhead(Resumable):
         self._ahead.start(number, rows, prepare, takes_time=self._environments is not None)
 
     def rollout_ahead(self) -> RolloutBatch:
-        """The rollout of the current batch, once it is finished."""
+        """The rollout of the current batch. Waits until it is finished."""
         assert self._ahead is not None
         with self._spans("wait"):
             self._sampled = self._ahead.wait(self._step // self._every)
@@ -231,7 +234,7 @@ class SamplesAhead(Resumable):
     # Staleness -------------------------------------------------------------------------------------------------------
 
     def _drop_stale(self, batch: dict[str, Any], rollout: RolloutBatch) -> float:
-        """Takes tokens above `max_staleness` out of the loss. Returns their share of the rank's sampled tokens."""
+        """Removes tokens above `max_staleness` from the loss. Returns their share of the rank's sampled tokens."""
         limit = self.args.max_staleness
         if limit is None or self.args.stale_tokens != StaleTokens.DROP:
             return 0.0
@@ -259,7 +262,7 @@ class SamplesAhead(Resumable):
         return float(1 - trained / sampled)
 
     def _log_ahead(self, batch: dict[str, Any], rollout: RolloutBatch, metrics: dict[str, float]) -> None:
-        """Logs means and maxima over ranks, as docs/metrics.md says. A collective."""
+        """Logs means and maxima over ranks, as described in docs/metrics.md. A collective."""
         step = self.state.global_step
         stale = [step - version for tree in rollout.trees for node in tree.turns() for version in node.versions]
         metrics["staleness_mean"] = sum(stale) / max(1, len(stale))
@@ -274,7 +277,8 @@ class SamplesAhead(Resumable):
             self._metrics["train"][f"arpo/ahead/{name}"].append(whole)
 
     def _share_clipped(self, ratio: torch.Tensor, mask: torch.Tensor) -> float:
-        """The share of TRL's ratios, of tokens (B, T) in `mask` or of sequences (B, 1), that are at a limit or 0."""
+        """The share of TRL's ratios that are at a limit or 0. Ratios are per token (B, T) in `mask` or per sequence
+        (B, 1)."""
         if ratio.size(1) == mask.size(1):
             ratio = ratio[mask.bool()]
         clipped = (ratio == 0) | (ratio >= (self.vllm_importance_sampling_clip_max or torch.inf))

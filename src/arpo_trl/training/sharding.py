@@ -1,8 +1,8 @@
-"""Checks how ranks share the model, and gathers sharded weights for sampling.
+"""Checks the distribution of the model over ranks, and gathers sharded weights for sampling.
 
 Ranks sample different amounts: one path calls no tool, another six. So no forward of a rollout may need another rank.
-Where ranks hold parts of the weights (ZeRO-3, FSDP2), a collective gathers them once per rollout. After that each rank
-runs independently. This takes memory for one full copy of the weights on each rank.
+If each rank has only a part of the weights (ZeRO-3, FSDP2), a collective gathers them once per rollout. After that
+each rank runs independently. This needs memory for one full copy of the weights on each rank.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from arpo_trl.trl_seam import unwrap_model_for_generation
 
 
 def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
-    """Returns if the processes can share the work as configured.
+    """Checks that the processes can share the work as configured.
 
     Args:
         gathers: `ds3_gather_for_generation`.
@@ -41,7 +41,7 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
     if fsdp is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ConfigError(
             f"FSDP is configured, but accelerate does not shard on device type {accelerator.device.type}: each "
-            "process would silently hold the whole model. Use accelerate_configs/ddp.yaml, or zero3.yaml, which does "
+            "process would silently have the whole model. Use accelerate_configs/ddp.yaml, or zero3.yaml, which does "
             "shard."
         )
     if fsdp is not None and fsdp.fsdp_version == 1:
@@ -54,7 +54,7 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
         raise ConfigError(
             f"ds3_gather_for_generation is false on {ranks} ranks: each forward of a rollout would gather the layers "
             "one by one, which needs all ranks at once. But ranks sample different amounts and would hang. Set it to "
-            "true, which takes memory for one copy of the weights on each rank."
+            "true, which needs memory for one copy of the weights on each rank."
         )
     parallel = getattr(accelerator, "parallelism_config", None)
     if parallel is not None and parallel.non_data_parallel_size > 1:
@@ -69,7 +69,7 @@ def check_launch(accelerator: Accelerator, *, gathers: bool) -> None:
 def model_for_generation(
     wrapped: torch.nn.Module, accelerator: Accelerator, args: ARPOConfig
 ) -> Iterator[PreTrainedModel]:
-    """The unwrapped model with all its weights, as a rollout samples from it. Entering is a collective.
+    """A context with the unwrapped model and all its weights, for sampling. Entering is a collective.
 
     Uses TRL's `unwrap_model_for_generation`, once per rollout. Runs under the autocast of the training forward, so
     that sampling and training compute the same distribution.
@@ -89,7 +89,7 @@ def model_for_generation(
 
 @contextmanager
 def local_forwards(wrapped: torch.nn.Module, model: torch.nn.Module) -> Iterator[None]:
-    """Within it, no forward of `model` needs another rank. Entering is a collective.
+    """A context in which no forward of `model` needs another rank. Entering is a collective.
 
     Args:
         wrapped: The trainer's wrapped model: a DeepSpeed engine, a DDP module, an FSDP2 model, or the plain model.
@@ -101,7 +101,7 @@ def local_forwards(wrapped: torch.nn.Module, model: torch.nn.Module) -> Iterator
 
 @contextmanager
 def _untraced(wrapped: torch.nn.Module) -> Iterator[None]:
-    """Removes a ZeRO-3 hook, which TRL keeps, that compares the order of modules between ranks in some forwards.
+    """Removes a ZeRO-3 hook that TRL keeps. The hook compares the order of modules between ranks in some forwards.
 
     These are the first one or two forwards of a rollout, depending on earlier forwards. In an evaluation a rank may
     have nothing to sample. It would not take part, and the other ranks would wait for it.
@@ -129,7 +129,7 @@ def _unsharded(model: torch.nn.Module) -> Iterator[None]:
     resharding = [group.post_forward_mesh_info for group in groups]
     for module in modules:
         module.unshard()
-    # FSDPModule.set_reshard_after_forward sets this attribute, but has no getter to restore it from.
+    # FSDPModule.set_reshard_after_forward sets this attribute, but there is no getter for its old value.
     for group in groups:
         group.post_forward_mesh_info = None
     try:

@@ -1,4 +1,4 @@
-"""`SharedPrefixUpdate`: an update that computes the tokens that rows of a micro-batch share once."""
+"""`SharedPrefixUpdate`: an update that computes each token only once if rows of a micro-batch share it."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from arpo_trl.training.prefix_sharing import Pack, forward_packs, pack_batches, 
 
 
 class SharedPrefixUpdate(GRPOTrainer):
-    """A `GRPOTrainer` that computes tokens that rows of a micro-batch share once, if `shared_prefix_forward` says so.
+    """A `GRPOTrainer` that computes shared tokens of a micro-batch only once, depending on `shared_prefix_forward`.
 
     A mixin, independent of the others. A subclass sets `_shares_prefixes` and `_spans`. It numbers the rows of a
-    rollout in `batch[LEAF]` where `_micro_batches_dealt_together` is above 1, and computes the logprobs of rollouts
+    rollout in `batch[LEAF]` if `_micro_batches_dealt_together` is above 1, and computes the logprobs of rollouts
     within `_loss_tokens`.
 
     It changes the following parts of `GRPOTrainer`, and no others:
 
-    - `_get_per_token_logps_and_entropies`: computes packs instead of padded rows, where packs pay.
-    - `_compute_loss`: says which tokens the loss uses.
-    - `_prepare_inputs`: deals the rows of one optimizer step to its micro-batches again, so that trees stay together.
+    - `_get_per_token_logps_and_entropies`: computes packs instead of padded rows, if packs save time.
+    - `_compute_loss`: sets which tokens the loss uses.
+    - `_prepare_inputs`: regroups the rows of one optimizer step into its micro-batches, so that trees stay together.
     """
 
     args: ARPOConfig
     _buffered_inputs: list[dict[str, Any]] | None
     _spans: Spans
     _shares_prefixes: bool
-    """Whether the model takes packs."""
+    """Whether the model accepts packs."""
     _loss_mask: torch.Tensor | None = None
 
     @property
     def _may_pad(self) -> bool:
-        """Whether the update may compute a micro-batch padded: packs are not exact, or a pack may not pay."""
+        """Whether the update may compute a micro-batch padded: packs are not exact, or a pack may not save time."""
         config = self.model.config.get_text_config()
-        # In a model whose results depend on the length (`exact_length`), padding counts as length, so it takes packs
-        # even where they do not pay.
+        # The results of some models depend on the length (`exact_length`), and padding adds to it. They always use
+        # packs.
         chosen = self.args.shared_prefix_forward == SharedPrefixForward.AUTO and exact_length(config) is None
         return chosen or not self._shares_prefixes
 
@@ -77,7 +77,7 @@ class SharedPrefixUpdate(GRPOTrainer):
     def _packs(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor, logits_to_keep: int, size: int
     ) -> list[Pack]:
-        """The rows as packs; an empty list where they are to be computed padded."""
+        """The rows as packs; an empty list if they are computed padded."""
         if not self._shares_prefixes or self._loss_mask is None:  # None: called outside of an update, for all tokens
             return []
         return pack_batches(
@@ -96,7 +96,7 @@ class SharedPrefixUpdate(GRPOTrainer):
 
     @contextmanager
     def _loss_tokens(self, mask: torch.Tensor) -> Iterator[None]:
-        """Within it, packs compute logprobs only of the tokens that the loss uses: where `mask` (B, T) is nonzero."""
+        """A context in which packs compute logprobs only of the tokens in the loss, where `mask` (B, T) is nonzero."""
         before, self._loss_mask = self._loss_mask, mask
         try:
             yield
@@ -114,7 +114,7 @@ class SharedPrefixUpdate(GRPOTrainer):
 
     @property
     def _micro_batches_dealt_together(self) -> int:
-        """How many micro-batches may swap rows; 1 where a row's loss depends on the rest of its micro-batch."""
+        """The number of micro-batches that may swap rows; 1 if a row's loss depends on the rest of its micro-batch."""
         by_batch = self.args.loss_type == "bnpo" or self.top_entropy_quantile < 1.0 or self._entropy_bonus_enabled
         if by_batch or not self._shares_prefixes:
             return 1

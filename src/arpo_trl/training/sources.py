@@ -1,4 +1,4 @@
-"""What a trainer samples with, from its settings: toolbox, engine source and sampler."""
+"""Creates a trainer's toolbox, engine source and sampler from its settings."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def protocol_for(
     tools: Mapping[str, ToolSpec],
     generation_ends: Sequence[int],
 ) -> ToolProtocol:
-    """The protocol that `args` choose, for `tools` by name.
+    """The protocol that `args` select, for `tools` by name.
 
     Args:
-        generation_ends: The ids at which the model's generation config stops.
+        generation_ends: The EOS ids of the model's generation config.
     """
     return PROTOCOLS[ProtocolKind(args.tool_protocol)](
         tokenizer,
@@ -64,7 +64,7 @@ def protocol_for(
 
 
 def sampling_params(args: ARPOConfig, protocol: ToolProtocol) -> SamplingParams:
-    """How the engine draws tokens, and where a turn ends."""
+    """The sampling distribution of the engine, and the conditions that end a turn."""
     return SamplingParams(
         eos_ids=protocol.eos_ids,
         stop_strings=protocol.stop_strings,
@@ -83,7 +83,7 @@ def sampler_for(
     protocol: ToolProtocol,
     context: int | None,
 ) -> TreeSampler:
-    """The tree sampler on `engine`, with the tree that `args` describe; `context` is the model's, in tokens."""
+    """The tree sampler on `engine`, with the tree settings in `args`. `context` is the model's context in tokens."""
     return build_sampler(
         engine,
         toolbox,
@@ -109,13 +109,13 @@ def transformers_source(
     may_pad: bool,
     evaluates: bool,
 ) -> LocalModel:
-    """The trained model, which later scores what it sampled.
+    """The trained model, which later scores the sampled tokens.
 
     Args:
         opened: Opens the model for a session.
-        sharded: Whether ranks hold parts of the weights.
-        may_pad: Whether the model may score a batch padded.
-        evaluates: Whether there is a dataset to evaluate on.
+        sharded: Whether each rank has only a part of the weights.
+        may_pad: Whether the model may score a padded batch.
+        evaluates: Whether there is an evaluation dataset.
     """
     rows = args.per_device_train_batch_size * args.steps_per_generation
     return LocalModel(
@@ -144,10 +144,10 @@ def colocated_source(
     trained: Callable[[], Hashable],
     reference: Callable[[Sequence[int]], list[float]],
 ) -> LocalVLLM:
-    """The vLLM that TRL has started in this process.
+    """The vLLM instance that TRL has started in this process.
 
     Args:
-        generation: TRL's, which started vLLM.
+        generation: TRL's object, which started vLLM.
         trained: Returns another value once the trained weights have changed.
         reference: The trained model's logprob of each id but the first. A collective.
 
@@ -175,12 +175,12 @@ def served_source(
     reference: Callable[[Sequence[int]], list[float]],
     check: Callable[[], None],
 ) -> VLLMServers:
-    """The vLLM servers that the settings name, once they are up and serve the trained model.
+    """The vLLM servers in the settings. Waits until they are up and checks that they serve the trained model.
 
     Args:
         trained: Returns another value once the trained weights have changed.
         reference: The trained model's logprob of each id but the first. A collective.
-        check: Called while weights move. An exception that it raises ends the transfer.
+        check: Called during a transfer of weights. An exception from it stops the transfer.
 
     Raises:
         ConfigError: vLLM does not apply a rule of the model's generation config, or a server serves another model.
@@ -206,10 +206,10 @@ def logprobs_of(
     opened: Callable[[], AbstractContextManager[PreTrainedModel]],
     ids: Sequence[int],
 ) -> list[float]:
-    """The logprob of each id but the first, given those before it. A collective.
+    """The logprob of each id except the first, given the ids before it. A collective.
 
     Args:
-        model: The trained model; in evaluation mode meanwhile, so that an adapter's dropout is off.
+        model: The trained model. It is in evaluation mode during the call, so that an adapter's dropout is off.
         opened: Opens the model for a forward on this rank alone.
     """
     training = model.training

@@ -1,4 +1,4 @@
-"""`ARPOTrainer`: TRL's `GRPOTrainer` that samples trees and gives credit token by token."""
+"""`ARPOTrainer`: TRL's `GRPOTrainer` with tree sampling and credit for each token."""
 
 from __future__ import annotations
 
@@ -93,15 +93,16 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
 
     It changes the following parts of `GRPOTrainer`, and no others:
 
-    - `_generate`: samples trees, as TRL's `rollout_func`, so that TRL's metrics and decoding stay. `_tool_call_loop`
+    - `_generate`: samples trees through TRL's `rollout_func`, so that TRL's metrics and decoding still apply.
+      `_tool_call_loop`
       calls no tools: it returns the results of the calls that the rollout made.
-    - vLLM: in colocate mode TRL starts it. An engine generates and moves the weights, in both modes.
+    - vLLM: in colocate mode TRL starts it. In both modes an engine generates and moves the weights.
     - `environment_factory`: each path has an environment, and branches fork it (docs/environments.md).
-    - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) where leaves
-      share nodes. Where no leaves share nodes, the batch is TRL's, bit for bit.
-      `advantage_baseline` replaces the group's mean before that.
-    - the update: see `SharedPrefixUpdate`. `shared_prefix_forward="off"` leaves it to TRL.
-    - the loss, with some settings: see `OwnLoss`. Groups that are rolled out again: see `Resampling`.
+    - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) if leaves share
+      nodes. If no leaves share nodes, the batch equals TRL's bit for bit. `advantage_baseline` replaces the group's
+      mean before that.
+    - the update: see `SharedPrefixUpdate`. With `shared_prefix_forward="off"` TRL's update runs.
+    - the loss, with some settings: see `OwnLoss`. - repeated rollouts of groups: see `Resampling`.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
     - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
@@ -137,7 +138,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         *,
         engine: Engine | None = None,
     ):
-        """Takes `GRPOTrainer`'s arguments; `engine` replaces the engine that `args` choose (tests, scripted runs)."""
+        """Takes `GRPOTrainer`'s arguments; `engine` replaces the engine that `args` select (tests, scripted runs)."""
         refuse_own_rollouts(rollout_func)
         args = checked_args(args, model)
         check_writable(Path(args.output_dir))
@@ -178,17 +179,17 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        self.tools = tools  # set here, since TRL's __init__ requires a chat template with tools, which tags do without
+        self.tools = tools  # set here: TRL's __init__ would require a chat template with tools, which tags do not need
         self._finish_init(datasets, engine)
 
     def _finish_init(self, datasets: Sequence[Any], engine: Engine | None) -> None:
-        """The part of `__init__` after TRL's. `datasets`: the one for training, then those for evaluation."""
+        """The part of `__init__` after TRL's. `datasets`: the training dataset, then the evaluation datasets."""
         args = self.args
         log_defaults(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
         self.use_vllm = args.use_vllm
-        self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL recognises truncated completions by them
+        self.eos_token_ids: list[int] = list(self.protocol.eos_ids)  # TRL uses them to detect truncated completions
         self._credit = args.make_credit()
         self._prepare_loss()
         if self._credit.reads_answers:
@@ -204,7 +205,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._baseline = make_baseline(args)
         check_baseline(self._baseline, self.tree_sampler.engine)
         check_ahead(args, self.tree_sampler.engine, self.train_dataset)
-        self.rollout_func = self._rollout  # set after TRL's __init__, which warns of the argument
+        self.rollout_func = self._rollout  # set after TRL's __init__, which warns about the argument
         check_prompts(datasets, args, self._kits.protocols, self.tree_sampler.settings.max_length, self.toolbox.names)
         self._trajectories = TrajectoryLog(
             Path(args.output_dir) / "trajectories", args.trajectory_log_rate, args.seed, self.accelerator.process_index
@@ -214,7 +215,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         """(B,) rewards of the last rollout's leaves; NaN where no reward function applies."""
         self._rewards_of_all_ranks: torch.Tensor | None = None
         self._counted = Tally()
-        """What was counted of this rollout before `_log_rollout`."""
+        """The counts of this rollout before `_log_rollout`."""
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
         self.alarms = Alarms(self.tree_sampler.settings.rule)
@@ -252,14 +253,14 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         return logprobs_of(self.model, self._model_for_generation, ids)
 
     def _generate(self, prompts: list[Any]) -> tuple[Any, ...]:
-        # Tells TRL that vLLM has the weights: the engine moves them when its session opens.
+        # TRL then assumes that vLLM has the weights. The engine moves them when its session opens.
         self._last_loaded_step = self.state.global_step
         return super()._generate(prompts)
 
     def _tool_call_loop(
         self, prompts: list[Any], prompt_ids: Any, completion_ids: Any, completions: Any, logprobs: Any, *images: Any
     ) -> tuple[Any, ...]:
-        """Returns what TRL's loop returns, for the tool calls that the rollout made."""
+        """Returns the results of TRL's loop, for the tool calls that the rollout made."""
         assert self._last is not None
         leaves = self._last.leaves
         if isinstance(prompts[0], list):
@@ -296,28 +297,30 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         )
         self._scoring.enter_context(self._loss_tokens(written))  # for logprobs of the reference model and old weights
         masks = {} if self.tools else {"env_mask": [leaf.mask for leaf in leaves]}
-        # Like TRL, return sampling logprobs for vLLM only. Under top-k or top-p, those of transformers belong to
-        # another distribution than the loss's, and `off_policy_mask_threshold` would take the difference for drift.
+        # Like TRL, return sampling logprobs for vLLM only. Under top-k or top-p, the logprobs from transformers belong
+        # to another distribution than the loss's, and `off_policy_mask_threshold` would treat the difference as policy
+        # drift.
         return masks | rollout_output(requests, leaves, logprobs=self.use_vllm)
 
     def _sample(self, requests: Sequence[GroupRequest], name: str, settings: TreeSettings) -> RolloutBatch:
-        """The trees of `requests`. In training with `rollouts_ahead`, those that were sampled ahead."""
+        """The trees of `requests`. In training with `rollouts_ahead`, these are the trees that were sampled ahead."""
         with self.interruptible():
             if self.samples_ahead:
                 return self.rollout_ahead()
             return self.tree_sampler.sample(requests, seed=(self.args.seed, name), settings=settings)
 
     def _places(self, prompts: list[Any]) -> tuple[int, int]:
-        """The number of this rank's first group, over all ranks, and the number of rows that form one tree."""
+        """The number of this rank's first group, counted over all ranks, and the number of rows that form one tree."""
         size = self.num_generations if self.model.training else self.num_generations_eval
         size = leaves_per_tree(prompts, size, branches=self.model.training)
         return self.accelerator.process_index * (len(prompts) // size), size
 
     @contextmanager
     def _with_environments(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Within it, paths have environments, which rewards can read. Yields the rows with what `reset` returned.
+        """A context in which paths have environments, which rewards can read. Yields the rows with the results of
+        `reset`.
 
-        Batches that are sampled ahead see to that themselves.
+        Batches that are sampled ahead open their own environments.
         """
         if self._environments is None or self.samples_ahead:
             yield rows
@@ -337,7 +340,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._spans("generate_and_score"):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
-            refuse_taken_columns(inputs[0])  # a streamed dataset shows its columns only now
+            refuse_taken_columns(inputs[0])  # the columns of a streamed dataset are known only now
             with self._with_environments(inputs) as inputs, self._scoring:
                 self._rows = inputs
                 batch = super()._generate_and_score_completions(inputs)

@@ -31,15 +31,16 @@ def colocated_weights(
     trained: Callable[[], Hashable],
     reference: Callable[[Sequence[int]], list[float]],
 ) -> ColocatedWeights:
-    """The weights of the vLLM that TRL has started. Warns if vLLM computes in another dtype than the trainer."""
+    """The weights of the vLLM instance that TRL has started. Warns if its dtype differs from the trainer's."""
     dtype = str(generation.llm.llm_engine.model_config.dtype).removeprefix("torch.")
-    way_out = "another dtype in the model's config.json, which vLLM takes unless it is float32"
+    way_out = "another dtype in the model's config.json, which vLLM uses unless it is float32"
     warn_of_other_dtype(generation.model, generation.accelerator, {"vLLM": dtype}, way_out)
     return ColocatedWeights(generation, trained, reference, _canary(tokenizer), args.weight_sync_tolerance)
 
 
 def ranks_together(size: int) -> ProcessGroup | None:
-    """The group of `size` ranks, this one included, that share a vLLM by tensor parallelism. None if `size` is 1.
+    """The group of `size` ranks, this one included, that share a vLLM instance by tensor parallelism. None if `size`
+    is 1.
 
     A collective.
     """
@@ -60,7 +61,7 @@ def served_weights(
     reference: Callable[[Sequence[int]], list[float]],
     check: Callable[[], None],
 ) -> ServedWeights:
-    """The weights of the servers that the settings name. Waits for the servers and checks that they fit the trainer.
+    """The weights of the servers in the settings. Waits for the servers and checks that they fit the trainer.
 
     Raises:
         ConfigError: A server lacks a required feature, or serves another model than the trainer's.
@@ -101,7 +102,7 @@ def served_weights(
 
 
 def warn_of_other_distribution(settings: SamplingParams) -> None:
-    """Warns if a setting makes vLLM sample from another distribution than the one that is trained."""
+    """Warns if a setting makes vLLM's sampling distribution differ from the trained distribution."""
     narrowed = {
         "top_p": settings.top_p < 1.0,
         "top_k": settings.top_k > 0,
@@ -110,9 +111,10 @@ def warn_of_other_distribution(settings: SamplingParams) -> None:
     }
     if names := [name for name, narrows in narrowed.items() if narrows]:
         logger.warning(
-            f"{', '.join(names)} make vLLM sample from another distribution than the one that is trained. vLLM's "
-            "logprobs belong to that distribution. The importance sampling correction accounts for the difference, "
-            "except for tokens that were excluded from sampling. The paper uses top_p 1 and none of the others."
+            f"{', '.join(names)} make vLLM's sampling distribution differ from the trained distribution. vLLM's "
+            f"logprobs belong to the sampling distribution. The importance sampling correction accounts for the "
+            f"difference, except for tokens that were excluded from sampling. The paper uses top_p 1 and none of the "
+            f"other settings."
         )
 
 

@@ -1,4 +1,5 @@
-"""The commands that show a run: `view`, `tree`, `plot` and `timeline`. Heavy imports wait until one runs."""
+"""The commands that show a run: `view`, `tree`, `plot` and `timeline`. Heavy imports are deferred until a command
+runs."""
 
 from __future__ import annotations
 
@@ -13,11 +14,11 @@ KINDS_OF_PLOTS = ("reward", "entropy", "tools", "sharing", "phases")
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the commands to the sub-parsers of `arpo-trl`. Each sets `call` to its function."""
+    """Adds the commands to the sub-parsers of `arpo-trl`. Each command sets `call` to its function."""
     tree = commands.add_parser(
         "tree",
         help="list the steps of a run, and show logged trees",
-        description="Lists the steps of a run of which trees are logged, or shows the trees of one step as text.",
+        description="Lists the steps of a run that have logged trees, or shows the trees of one step as text.",
     )
     tree.add_argument(
         "run_folder", metavar="RUN", type=Path, help="output_dir of the run, or a .jsonl file of its trajectories"
@@ -39,10 +40,10 @@ def add_commands(commands: Any) -> None:
         type=at_least_one,
         default=20_000,
         metavar="N",
-        help="most leaves, newest first (default: %(default)s)",
+        help="maximum number of leaves, newest first (default: %(default)s)",
     )
     view.add_argument(
-        "--serve", action="store_true", help="serve the page on 127.0.0.1 and follow the run; Ctrl-C ends it"
+        "--serve", action="store_true", help="serve the page on 127.0.0.1 and follow the run; Ctrl-C stops it"
     )
     view.add_argument("--port", type=int, default=8123, help="port of --serve; 0: a free one (default: %(default)s)")
     view.add_argument("--open", action="store_true", help="open the page in a browser")
@@ -61,7 +62,7 @@ def add_commands(commands: Any) -> None:
     timeline = commands.add_parser(
         "timeline",
         help="write the timeline of a rollout for Perfetto",
-        description="Writes when each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.",
+        description="Writes the times at which each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.",
     )
     timeline.add_argument("run_folder", metavar="RUN", type=Path, help="output_dir of the run")
     timeline.add_argument("--step", type=int, help="step of the rollout (default: the newest)")
@@ -121,7 +122,7 @@ def _serve(reader: Any, arguments: argparse.Namespace) -> None:
 
     reader.refresh()
     with ViewServer(reader, arguments.port, arguments.leaves) as server:
-        print(f"{server.url} shows {reader.run} and follows it. Ctrl-C ends this.", flush=True)
+        print(f"{server.url} shows {reader.run} and follows it. Ctrl-C stops the server.", flush=True)
         if arguments.open:
             _open(server.url)
         try:

@@ -1,4 +1,4 @@
-"""Curves over the steps of a run: from its logged metrics, or else from its logged trees."""
+"""Curves over the steps of a run: from its logged metrics or, without them, from its logged trees."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Points = list[tuple[int, float]]
 class Panel:
     """A picture with several lines: logged metric → label. `patterns` add a line for each metric that matches.
 
-    A label of a pattern may hold `{}` for the part of the metric's name in parentheses.
+    A label of a pattern may contain `{}` for the part of the metric's name in parentheses.
     """
 
     name: str
@@ -38,8 +38,8 @@ PANELS = (
             "reward": "reward (training)", "arpo/accuracy": "accuracy (training)",
             "eval_reward": "reward (held out)", "eval_arpo/accuracy": "accuracy (held out)",
         },
-        note="The reward may exceed the accuracy by its bonus for tool use, and fall below it by its malus for a bad "
-        "format. Training and held-out questions differ.",
+        note="The reward may exceed the accuracy because of the tool bonus, and be below it because of the penalty "
+             "for a bad format. Training and held-out questions differ.",
     ),
     Panel(
         name="entropy",
@@ -82,7 +82,7 @@ PANELS = (
 
 
 def curves(panel: Panel, history: Iterable[Mapping[str, Any]]) -> dict[str, Points]:
-    """Label → points (step, value) of the panel's lines that `history` has values for."""
+    """Label → points (step, value) of the panel's lines with values in `history`."""
     rows = [row for row in history if isinstance(row.get("step"), int)]
     labels = dict(panel.lines)
     for key in sorted({key for row in rows for key in row}):
@@ -103,9 +103,9 @@ def curves(panel: Panel, history: Iterable[Mapping[str, Any]]) -> dict[str, Poin
 def whole_history(
     logged: Sequence[Mapping[str, Any]], trees: Mapping[int, Sequence[LoggedTree]]
 ) -> tuple[list[Mapping[str, Any]], int | None]:
-    """The log history, continued by what the logged trees tell of later steps, and the first step of the latter.
+    """The log history, continued by metrics of logged trees for later steps, and the first of these later steps.
 
-    A run that goes on has saved its log history at its newest checkpoint only. The step is None if nothing is added.
+    A running run has saved its log history only up to its newest checkpoint. The step is None if nothing is added.
     """
     last = max((row["step"] for row in logged if "reward" in row), default=0)
     # A rollout at step s, counted from 0, appears in the history at step s + 1.
@@ -114,7 +114,7 @@ def whole_history(
 
 
 def history_of_trees(rollouts: Mapping[int, Sequence[LoggedTree]]) -> list[dict[str, Any]]:
-    """The metrics that the logged trees of each training step give, one row per step.
+    """The metrics from the logged trees of each training step, one row per step.
 
     The rows have the names of the log history. They cover a sample of the trees, and no times, accuracies or top-ups.
     """

@@ -1,9 +1,9 @@
 """One self-contained page that shows a run: its curves, its groups and their trees.
 
-All data stands in the page as JSON, one block for the index and one per tree, which the page parses when it is opened.
-Text of models and tools is untrusted. It enters the page as JSON without any `<`, and the script puts it into the
-document as text only. The content security policy allows the page's own script, by its hash, and no requests except,
-for a live run, those to its own server.
+The page contains all data as JSON: one block for the index, and one per tree, which the page parses when the tree is
+opened. Text of models and tools is untrusted. It is embedded as JSON without any `<`, and the script inserts it into
+the document only as text. The content security policy allows only the page's own script, by its hash. It allows no
+requests, except to the page's own server for a live run.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from arpo_trl.viewing.run import LogFile, RunReader
 from arpo_trl.visible import visible, visible_data
 
 MAX_LEAVES = 20_000
-"""The most leaves that a page holds unless told otherwise. The newest steps go first."""
+"""The default maximum number of leaves on a page. The newest steps come first."""
 PROMPT_CHARS = 400
-"""The characters of a prompt's end that the list of groups has."""
+"""The number of characters of a prompt's end in the list of groups."""
 
 
 def page(reader: RunReader, *, live: bool = False, max_leaves: int = MAX_LEAVES) -> str:
-    """The page of the run as HTML. `live` lets it ask its own server for what is new."""
+    """The page of the run as HTML. `live`: the page requests updates from its own server."""
     chosen, left_out = newest(reader.trees(), max_leaves)
     index = index_of(reader) | {"left_out": left_out, "live": live}
     trees = [(key_of(file, number), tree) for file, number, tree in chosen]
@@ -53,7 +53,7 @@ def page(reader: RunReader, *, live: bool = False, max_leaves: int = MAX_LEAVES)
 
 
 def changes(reader: RunReader, after: int, max_leaves: int = MAX_LEAVES) -> dict[str, Any]:
-    """What has changed since the revision `after`: index, files that are there, and new groups with their trees."""
+    """The changes since the revision `after`: index, existing files, and new groups with their trees."""
     chosen, left_out = newest(reader.trees(), max_leaves)
     new = [(file, number, tree) for file, number, tree in chosen if reader.files[file][0] > after]
     return visible_data(
@@ -69,8 +69,8 @@ def changes(reader: RunReader, after: int, max_leaves: int = MAX_LEAVES) -> dict
 def newest(
     trees: Mapping[LogFile, Sequence[LoggedTree]], max_leaves: int
 ) -> tuple[list[tuple[LogFile, int, LoggedTree]], int]:
-    """File, number in it, and tree of the newest trees with together at most `max_leaves` leaves (but one tree at
-    least), in the order of the files; and how many trees are left out."""
+    """The newest trees, at least one, with at most `max_leaves` leaves in total, each with its file and its number in
+    it, in the order of the files; and the number of omitted trees."""
     every = [(file, number, tree) for file, of_file in trees.items() for number, tree in enumerate(of_file)]
     start, leaves = len(every), 0
     while start and (leaves + len(every[start - 1][2].rewards) <= max_leaves or not leaves):
@@ -80,11 +80,11 @@ def newest(
 
 
 def as_json(value: Any) -> str:
-    r"""The value as JSON that can stand in a script element: visible characters only, and `<` as \u003c."""
+    r"""The value as JSON for a script element: visible characters only, and `<` as \u003c."""
     value = visible_data(value)
     try:
         text = _dumped(value)
-    except ValueError:  # NaN or an infinity, in the arguments of a call: JavaScript reads neither
+    except ValueError:  # NaN or infinity in the arguments of a call: JavaScript cannot parse them
         text = _dumped(json.loads(json.dumps(value), parse_constant=str))
     return text.replace("<", "\\u003c")
 
@@ -119,7 +119,7 @@ def index_of(reader: RunReader) -> dict[str, Any]:
 
 
 def summary(file: LogFile, number: int, logged: LoggedTree) -> dict[str, Any]:
-    """What the list of groups shows, filters and sorts by."""
+    """The values that the list of groups shows, filters by and sorts by."""
     tree = logged.tree
     calls = [call for node in tree.observations() for call in node.calls]
     return {
@@ -139,7 +139,7 @@ def summary(file: LogFile, number: int, logged: LoggedTree) -> dict[str, Any]:
 
 
 def tree_data(logged: LoggedTree) -> dict[str, Any]:
-    """A tree as the page draws it: texts, counts of tokens, entropies, decisions, calls and outcomes."""
+    """A tree as data for the page: texts, counts of tokens, entropies, decisions, calls and outcomes."""
     tree = logged.tree
     leaves = tree.leaves()
     ends = {

@@ -15,22 +15,24 @@ logger = get_logger(__name__)
 
 FORMATS = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
+"""The palette of Okabe and Ito, which colour-blind readers can distinguish."""
 STYLES = ("-", "--", ":", "-.")
 MARKED = 15
-"""A line with fewer points marks them."""
+"""A line with fewer points than this has markers."""
 
 
 def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Path:
     """Draws the panel `kind` of the runs into a file and returns its path.
 
-    One run's lines differ in colour. With several runs, the colour says which run, and the style which metric.
+    One run's lines differ in colour. With several runs, the colour identifies the run, and the style identifies the
+    metric.
 
     Args:
-        output: The picture; its ending says the format. Default: `<kind>.png` in the folder of the first run.
+        output: The picture file. Its extension determines the format. Default: `<kind>.png` in the folder of the first
+            run.
 
     Raises:
-        ConfigError: The ending is none of `FORMATS`.
+        ConfigError: The extension is not in `FORMATS`.
         DataError: None of the runs has logged such metrics.
     """
     from matplotlib.figure import Figure
@@ -43,7 +45,7 @@ def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Pa
     labels = list(dict.fromkeys(label for of_run in lines.values() for label in of_run))
     if not labels:
         raise DataError(
-            f"{', '.join(map(str, runs))} has no logged {kind}. Give the output_dir of a run that has ended or saved "
+            f"{', '.join(map(str, runs))} has no logged {kind}. Pass the output_dir of a run that has ended or saved "
             "a checkpoint."
         )
     for run in (run for run, of_run in lines.items() if not of_run):

@@ -1,4 +1,4 @@
-"""Reads what a run has written into its folder: logged metrics and logged trees, also while the run goes on."""
+"""Reads a run's logged metrics and logged trees from its folder, even during the run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from arpo_trl.logs.trajectories import LoggedTree, read_trees
 
 FOLDER = "trajectories"
 KINDS = {"step": "training", "eval": "evaluation"}
-"""Start of a log file's name → what its rollouts are."""
+"""Start of a log file's name → the kind of its rollouts."""
 _STATE = "trainer_state.json"
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.(?P<part>\d+))?-rank(?P<rank>\d+)\.jsonl")
 
@@ -35,7 +35,7 @@ class LogFile:
 
     @classmethod
     def of(cls, path: Path) -> LogFile | None:
-        """The file at `path`; None if its name is not one of the log."""
+        """The file at `path`; None if its name is not a log file's name."""
         match = _FILE.fullmatch(path.name)
         if match is None:
             return None
@@ -54,29 +54,30 @@ def log_files(run: Path) -> list[LogFile]:
         DataError: `run` is not a folder.
     """
     if not run.is_dir():
-        raise DataError(f"{run} is not a folder. Give the output_dir of a run.")
+        raise DataError(f"{run} is not a folder. Pass the output_dir of a run.")
     folder = run / FOLDER if (run / FOLDER).is_dir() else run
     return sorted(file for path in folder.glob("*.jsonl") if (file := LogFile.of(path)) is not None)
 
 
 def required_log_files(run: Path) -> list[LogFile]:
-    """Like `log_files`, but a folder without such files is an error too."""
+    """Like `log_files`, but a folder without such files is also an error."""
     files = log_files(run)
     if not files:
         raise DataError(
-            f"{run} has no logged trees. Give the output_dir of a run, or train with trajectory_log_rate above 0."
+            f"{run} has no logged trees. Pass the output_dir of a run, or train with trajectory_log_rate above 0."
         )
     return files
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """The numbers as text, of many the first eight and the last."""
+    """The numbers as text. Of more than eight numbers, the first eight and the last."""
     shown = ", ".join(map(str, numbers[:8]))
     return shown if len(numbers) <= 8 else f"{shown}, … {numbers[-1]}"
 
 
 def state_file(run: Path) -> Path | None:
-    """The file with the run's log history: that of its end, or else of its newest checkpoint; None if it has none."""
+    """The file with the run's log history: from its end or, if it has not ended, its newest checkpoint; None if there
+    is none."""
     run = run.parent if run.name == FOLDER else run
     checkpoints = [path for path in run.glob(f"checkpoint-*/{_STATE}") if path.parent.name[11:].isdecimal()]
     states = [run / _STATE, *sorted(checkpoints, key=lambda path: -int(path.parent.name[11:]))]
@@ -98,10 +99,10 @@ def log_history(run: Path) -> list[dict[str, Any]]:
 
 
 class RunReader:
-    """Reads the log files of a run, and again those that have changed.
+    """Reads the log files of a run, and rereads changed files.
 
-    `revision` grows with every change. `files` has, for each file, the revision at which it was read and its trees.
-    `history` has the logged metrics.
+    `revision` grows with every change. `files` contains, for each file, the revision at which it was read and its
+    trees. `history` contains the logged metrics.
 
         reader = RunReader(Path("runs/my"))
         reader.refresh()
@@ -115,7 +116,7 @@ class RunReader:
         self._seen: dict[Path, tuple[int, int]] = {}
 
     def refresh(self) -> None:
-        """Reads what is new.
+        """Reads new and changed files.
 
         Raises:
             DataError: A file is not a trajectory log.
@@ -139,7 +140,8 @@ class RunReader:
 
 
 def _mark(path: Path) -> tuple[int, int] | None:
-    """What changes when the file does; None if it is gone, as when a resumed run has just removed it."""
+    """A value that changes with the file; None if the file is missing, for example because a resumed run has removed
+    it."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Serves the page of a run on this machine, and to the page what the run has written since."""
+"""Serves the page of a run on this machine, and sends the page the run's updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOST = "127.0.0.1"
 
 
 class ViewServer(http.server.ThreadingHTTPServer):
-    """An HTTP server for one run on 127.0.0.1. `port` 0 takes a free one; `url` says which.
+    """An HTTP server for one run on 127.0.0.1. `port` 0 selects a free port; `url` contains it.
 
     Raises:
         ConfigError: The port cannot be used.
@@ -26,7 +26,7 @@ class ViewServer(http.server.ThreadingHTTPServer):
     def __init__(self, reader: RunReader, port: int, max_leaves: int):
         self.reader, self.max_leaves = reader, max_leaves
         self.lock = Lock()
-        """Held while the reader reads: requests come in threads of their own."""
+        """Locked while the reader reads, because each request runs in its own thread."""
         try:
             super().__init__((HOST, port), _Handler)
         except (OSError, OverflowError) as error:
@@ -43,7 +43,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     server: ViewServer
 
     def do_GET(self) -> None:
-        # A page of another site whose name resolves to 127.0.0.1 must not read the run: its requests name that site.
+        # A page of another site whose name resolves to 127.0.0.1 must not read the run. Its requests name that site.
         if self.headers.get("Host", "").rpartition(":")[0] not in (HOST, "localhost"):
             return self._answer(403, "text/plain", "Open this server as 127.0.0.1.")
         url = urllib.parse.urlsplit(self.path)
@@ -58,7 +58,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     after = int(asked) if asked.isdecimal() else 0
                     changed = changes(self.server.reader, after, self.server.max_leaves)
                     return self._answer(200, "application/json", as_json(changed))
-        except ArpoError as error:  # a file that is no log; it may be mended while the server runs
+        except ArpoError as error:  # a file that is not a log; it may be repaired while the server runs
             return self._answer(500, "application/json", json.dumps({"error": str(error)}))
         self._answer(404, "text/plain", "There is nothing here.")
 
@@ -73,4 +73,4 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Prints nothing: the page asks every two seconds."""
+        """Prints nothing, since the page sends a request every two seconds."""

@@ -16,7 +16,8 @@ from arpo_trl.viewing.run import KINDS, LogFile, listed, required_log_files
 
 
 def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -> None:
-    """Prints the trees of a log file or of a step of the run at `path`; of a run without `step`, a table of its steps.
+    """Prints the trees of a log file, or of a step of the run at `path`. Without `step`, prints a table of the run's
+    steps.
 
     Raises:
         DataError: There is no such file, folder, step or group.
@@ -31,20 +32,20 @@ def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -
         chosen = [file for file in files if file.step == step]
         if not chosen:
             steps = sorted({file.step for file in files})
-            raise DataError(f"{path} has no logged trees of step {step}; it has those of {listed(steps)}.")
+            raise DataError(f"{path} has no logged trees of step {step}; it has trees of the steps {listed(steps)}.")
         trees = [(KINDS[file.kind], tree) for file in chosen for tree in read_trees(file.path)]
     else:
         if not path.exists():
-            raise DataError(f"{path} does not exist. Give the output_dir of a run, or a file of its trajectories.")
+            raise DataError(f"{path} does not exist. Pass the output_dir of a run, or a file of its trajectories.")
         logged = list(read_trees(path))
         if not logged:
             raise DataError(
-                f"{path} has no logged trees. Give the output_dir of a run, or a file of its trajectories."
+                f"{path} has no logged trees. Pass the output_dir of a run, or a file of its trajectories."
             )
         trees = [("", tree) for tree in logged if step in (None, tree.step)]
         if not trees:
             steps = sorted({tree.step for tree in logged})
-            raise DataError(f"{path} has no logged trees of step {step}; it has those of {listed(steps)}.")
+            raise DataError(f"{path} has no logged trees of step {step}; it has trees of the steps {listed(steps)}.")
     shown = [(kind, tree) for kind, tree in trees if group in (None, tree.group)]
     if not shown:
         groups = sorted({tree.group for _, tree in trees})

@@ -1,8 +1,9 @@
-"""`arpo-trl timeline`: when each path of a rollout decoded, ran tools and waited, for https://ui.perfetto.dev.
+"""`arpo-trl timeline`: the times at which each path decoded, ran tools and waited, for https://ui.perfetto.dev.
 
-The file is in the Trace Event Format, as Perfetto and chrome://tracing read it. A tree is a process, a path a thread.
-Processes and threads count from 1, since readers take 0 for the idle process. Perfetto leaves out an event that
-overlaps another one of its thread without lying in it, so both ends of an event are rounded, and not its length.
+The file is in the Trace Event Format for Perfetto and chrome://tracing. A tree is a process, and a path is a thread.
+Processes and threads are numbered from 1, since readers interpret 0 as the idle process. Perfetto drops an event that
+overlaps another event of its thread without being nested in it. So both ends of an event are rounded, and not its
+length.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from arpo_trl.viewing.run import KINDS, listed, required_log_files
 from arpo_trl.visible import visible_data
 
 SHORTEST_S = 0.0005
-"""Waits up to this many seconds are left out."""
+"""Waits up to this many seconds are omitted."""
 TEXT_CHARS = 300
 
 
 def write_timeline(run: Path, step: int | None, output: Path | None = None) -> Path:
-    """Writes the timeline of a training rollout, of the newest one if `step` is None, and returns the file's path.
+    """Writes the timeline of a training rollout and returns the file's path. If `step` is None, uses the newest
+    rollout.
 
     Raises:
         DataError: The run has no logged trees of that step, or none with times.
@@ -34,7 +36,9 @@ def write_timeline(run: Path, step: int | None, output: Path | None = None) -> P
     files = [file for file in logged if step in (None, file.step)]
     if not files:
         steps = listed(sorted({file.step for file in logged}))
-        raise DataError(f"{run} has no logged {KINDS['step']} rollout of step {step}; it has those of {steps}.")
+        raise DataError(
+            f"{run} has no logged {KINDS['step']} rollout of step {step}; it has rollouts of the steps {steps}."
+        )
     rollout = files[-1].rollout
     chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in read_trees(file.path)]
     if not any(tree.spans for _, tree in chosen):
@@ -67,10 +71,10 @@ def tree_events(logged: LoggedTree, rank: int, pid: int) -> Iterator[dict[str, A
 
 
 def _phases(node: Node, start: float, end: float) -> Sequence[tuple[str, float, float, dict[str, Any]]]:
-    """Name, start, end and details of what happened in a node's span, in seconds.
+    """Name, start, end and details of the events in a node's span, in seconds.
 
-    Calls of one turn run together, so the longest one ends the tools' part. What is left of the span is waiting: for a
-    place among the calls that may run at once, or for the rollout to take the results in.
+    Calls of one turn run concurrently, so the tools' part ends with the longest one. The rest of the span is waiting:
+    for a free slot of the tools, or for the rollout to process the results.
     """
     details = {"tokens": len(node.ids), "text": node.text[:TEXT_CHARS]}
     if node.kind is NodeKind.TURN:

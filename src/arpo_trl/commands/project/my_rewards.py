@@ -4,10 +4,10 @@ import re
 
 
 def exact(turns: list[list[str]], answer: list[list[str]], **_: object) -> list[float]:
-    """1 for the right answer in the last turn, 0.1 for another answer in the right form, 0 without an answer.
+    """1 for the right answer in the last turn, 0.1 for another answer in the right format, 0 without an answer.
 
-    `turns` has, for each completion, what the model wrote turn by turn; `answer` is the data's column, the accepted
-    answers. docs/rewards.md lists what else a reward may ask for.
+    `turns` contains, for each completion, the model's text turn by turn. `answer` is the data's column with the
+    accepted answers. docs/rewards.md lists the other arguments that a reward can have.
     """
     rewards = []
     for written, accepted in zip(turns, answer, strict=True):

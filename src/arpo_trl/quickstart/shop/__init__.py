@@ -3,6 +3,6 @@
 environment    `Shop`: shelves, stock, a cart, a budget
 orders         rows for training and evaluation
 demonstrations a scripted customer that makes mistakes at known rates
-train          stage 2, a script of its own: `ARPOTrainer` with `environment_factory`
-task           what the quickstart runs: data, settings, measurement
+train          stage 2, a separate script: `ARPOTrainer` with `environment_factory`
+task           the quickstart's task: data, settings, measurement
 """

@@ -18,9 +18,9 @@ class Mistakes:
     """Probabilities of the scripted customer's mistakes.
 
     Attributes:
-        dearer: Takes the dearer product; per shelf.
-        give_up: Goes on without the other product after "sold out"; per such result.
-        leave: Ends before the cart is paid; per order.
+        dearer: Buys the more expensive product; per shelf.
+        give_up: Continues without the other product after "sold out"; per such result.
+        leave: Stops before the cart is paid; per order.
     """
 
     dearer: float = 0.3

@@ -7,7 +7,7 @@
     …
     buy ▶ 9          Paid 9
 
-Prices and stock differ from row to row, and whether a product is sold out shows only when it is added. The shop takes
+Prices and stock differ from row to row. A customer sees that a product is sold out only when adding it. The shop takes
 nothing back, so that a wrong choice costs the reward.
 """
 
@@ -35,7 +35,7 @@ CATALOGUE: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "flower": ("Tulip", "Aster", "Dahlia", "Iris"),
     }
 )
-"""Kind → its products. A shop has two of them on the shelf, a cheap one and a dear one."""
+"""Kind → its products. A shop has two of them on the shelf, a cheap one and an expensive one."""
 
 _CHEAP, _DEAR = range(1, 5), range(6, 10)
 _SOLD_OUT_SHARE = 0.3
@@ -43,10 +43,11 @@ _MAX_STOCK = 3
 
 
 class Shop:
-    """A shop in which an order is to be bought within a budget.
+    """A shop in which the customer must buy an order within a budget.
 
     Args:
-        reset_seconds: How long `reset` takes, in seconds: a shop that is slow to set up, such as a browser.
+        reset_seconds: The duration of `reset` in seconds, to simulate an environment that is slow to set up, such as a
+            browser.
     """
 
     def __init__(self, reset_seconds: float = 0.0):
@@ -64,7 +65,7 @@ class Shop:
         Args:
             kinds: What to buy, one product of each kind.
             budget: The most that the cart may cost.
-            seed: Decides shelves, prices and stock.
+            seed: Determines shelves, prices and stock.
             row: Other columns, which are ignored.
         """
         time.sleep(self._reset_seconds)
@@ -119,12 +120,13 @@ class Shop:
         return f"Paid {self._total}"
 
     def get_reward(self) -> float:
-        """Return 1.0 if the cart is paid and has one product of each kind of the order and nothing else, else 0.0."""
+        """Return 1.0 if the cart is paid and has one product of each kind of the order and nothing else, otherwise
+        0.0."""
         kinds = sorted(kind for product in self._cart for kind, shelf in self._prices.items() if product in shelf)
         return float(self._paid and kinds == sorted(self._kinds))
 
     def fork(self) -> Shop:
-        """Return a shop in the same state. Prices never change, so that both have the same."""
+        """Return a shop in the same state. Prices never change, so both shops share them."""
         other = Shop(self._reset_seconds)
         other._kinds, other._budget, other._prices, other._paid = self._kinds, self._budget, self._prices, self._paid
         other._stock, other._cart = dict(self._stock), list(self._cart)
@@ -136,7 +138,7 @@ class Shop:
         return self._kinds, self._budget, prices, tuple(self._stock.items()), tuple(self._cart), self._paid
 
     def describe(self) -> str:
-        """Return what a customer changes: the stock that is left, the cart and whether it is paid."""
+        """Return the state that a customer changes: the remaining stock, the cart and whether it is paid."""
         stock = [f"stock of {product}: {count}" for product, count in self._stock.items()]
         return "\n".join([*stock, f"cart: {', '.join(self._cart)}", f"paid: {self._paid}"])
 
@@ -146,7 +148,7 @@ class Shop:
 
 
 def least_cost(kinds: Sequence[str], seed: int) -> int:
-    """Return what an order costs that takes the cheapest product in stock of each kind, in a shop of this seed."""
+    """Return the cost of an order with the cheapest product in stock of each kind, in the shop with this seed."""
     prices, stock = _shelves(seed)
     return sum(min(price for product, price in prices[kind].items() if stock[product]) for kind in kinds)
 

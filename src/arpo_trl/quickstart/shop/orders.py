@@ -1,6 +1,6 @@
 """Orders for the shop, as rows {kinds, budget, seed, id}.
 
-The budget is what the cheapest products in stock cost, and at most 1 more. So a customer has to compare prices.
+The budget is the cost of the cheapest products in stock, plus at most 1. So a customer has to compare prices.
 """
 
 from __future__ import annotations

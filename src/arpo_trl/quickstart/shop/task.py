@@ -47,7 +47,7 @@ class Orders:
 
 
 def prepare(folder: Path, seed: int) -> None:
-    """Write the input of both stages: the orders, the demonstrations and an untrained model."""
+    """Write the inputs of both stages: the orders, the demonstrations and an untrained model."""
     folder.mkdir(parents=True, exist_ok=True)
     train, heldout = make_orders(seed, N_TRAIN, N_HELDOUT)
     demonstrations = like_lengths_together(make_demonstrations(train, seed, SFT_STEPS * SFT_BATCH), seed)
@@ -60,7 +60,7 @@ def prepare(folder: Path, seed: int) -> None:
 
 
 def measure(model: Path, data: Path, seed: int, *, temperature: float) -> Orders:
-    """Let the model try each held-out order once."""
+    """Sample one attempt of the model at each held-out order."""
     return try_orders(
         AutoModelForCausalLM.from_pretrained(model),
         AutoTokenizer.from_pretrained(model),
@@ -78,7 +78,7 @@ def try_orders(
     temperature: float,
     seed: int,
 ) -> Orders:
-    """Sample one path for each of `rows`, in a shop of its own. A temperature of 0 is greedy decoding."""
+    """Sample one path for each of `rows`, each in a separate shop. A temperature of 0 is greedy decoding."""
     environments = Environments(environment_kind(Shop, _TIMEOUT_S), timeout_s=_TIMEOUT_S, keeps=True)
     with ToolBox(environments.tools, timeout_s=_TIMEOUT_S) as toolbox:
         protocol = TagProtocol(tokenizer, toolbox.specs)

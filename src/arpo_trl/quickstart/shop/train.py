@@ -1,6 +1,6 @@
 """Train in the shop: `accelerate launch -m arpo_trl.quickstart.shop.train --config configs/quickstart_shop.yaml`.
 
-The pattern for an environment of your own: rows, a class, and `environment_factory`.
+The pattern for your own environment: rows, a class, and `environment_factory`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from arpo_trl.scripts.start import required_model, start_errors
 class ShopArguments:
     """The orders, and the shop."""
 
-    dataset: str = field(metadata={"help": "Orders to train on: a .jsonl file of rows {kinds, budget, seed}."})
+    dataset: str = field(metadata={"help": "Training orders: a .jsonl file of rows {kinds, budget, seed}."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Orders for evaluation during training."})
     reset_seconds: float = field(
-        default=0.0, metadata=described("How long each reset of a shop takes.", at_least=0, unit="seconds")
+        default=0.0, metadata=described("Duration of each reset of a shop.", at_least=0, unit="seconds")
     )
 
     def __post_init__(self) -> None:

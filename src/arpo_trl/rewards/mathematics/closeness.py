@@ -10,15 +10,15 @@ from sympy import Expr, Rational, S, Symbol
 from sympy.core.function import AppliedUndef
 
 ROUNDED_DIGITS = 6
-"""A decimal fraction with at least so many significant digits equals the number that it rounds: 0.333333 and 1/3."""
+"""A decimal fraction with at least this many significant digits equals the number that it rounds: 0.333333 and 1/3."""
 FLOAT_DIGITS = 15
-"""A decimal fraction with at least so many digits is a printed float, whose last digits are noise:
+"""A decimal fraction with at least this many digits is a printed float, whose last digits are noise:
 0.30000000000000004."""
 _FLOAT_NOISE = 1e-13
 _PRECISION = 120  # decimal digits of numeric evaluation
 _EXACT_DIGITS = 1000
 _SAMPLES = 8
-_WHOLE = frozenset("n k m N".split())  # names that mostly stand for integers
+_WHOLE = frozenset("n k m N".split())  # names that usually denote integers
 
 
 def close(a: Expr, b: Expr, a_digits: int = 0, b_digits: int = 0) -> bool:
@@ -66,7 +66,7 @@ def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
 
 
 def _vanishes(gap: Expr) -> bool:
-    """Whether a difference is zero, as far as 1,000 digits of its largest term tell."""
+    """Whether a difference is zero, up to 1,000 digits of its largest term."""
     size = max(abs(sympy.N(term, 3)) for term in sympy.Add.make_args(gap))
     return bool(abs(sympy.N(gap, 3, maxn=2 * _EXACT_DIGITS)) <= size / Rational(10) ** _EXACT_DIGITS)
 

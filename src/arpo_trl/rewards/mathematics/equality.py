@@ -1,4 +1,4 @@
-"""Equality of two answers: structures part by part, numbers by value, decimal fractions to the digits they have."""
+"""Equality of two answers: structures part by part, numbers by value, decimal fractions up to their digits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from arpo_trl.rewards.mathematics.values import (
 
 
 def equal(prediction: str, gold: str) -> bool:
-    """Whether a prediction means the same as a gold. Both are LaTeX or plain text.
+    """Whether a prediction has the same meaning as a gold. Both are LaTeX or plain text.
 
     Not symmetric: square brackets around two numbers may be a printed list in the prediction, but not in the gold.
     """
@@ -42,7 +42,7 @@ def equal(prediction: str, gold: str) -> bool:
 
 
 def is_text(answer: str) -> bool:
-    """Whether only the same text equals an answer: it is words, or the parser rejects it."""
+    """Whether only the same text equals an answer: it consists of words, or the parser rejects it."""
     return all(isinstance(value, Text) for value in readings(answer))
 
 

@@ -84,7 +84,7 @@ class Numerals(Cursor):
         """Return the value of a decimal with an ellipsis: 1/3 for 0.333…; without a repeating end, its digits.
 
         Raises:
-            Unreadable: They are too few to tell the value, as in 1.2….
+            Unreadable: There are too few digits to determine the value, as in 1.2….
         """
         whole, _, fraction = token.partition(".")
         for length in range(1, len(fraction) // 2 + 1):

@@ -7,9 +7,9 @@ One recursive-descent grammar covers LaTeX and the notation of printed Python ob
     quantity  sum unit                           sum       term + term − term
     term      unary · unary / unary, or side by side      power     atom ! ^ ° '
 
-Only the sympy constructors named here evaluate anything, and no number gets more than `MAX_DIGITS` digits. The parser
-of math-verify (ANTLR) is not used, because it drops unknown parts (degrees, relations, trailing text) and reads words
-as products.
+Only the sympy constructors named here evaluate expressions, and no number gets more than `MAX_DIGITS` digits. The
+parser of math-verify (ANTLR) is not used, because it drops unknown parts (degrees, relations, trailing text) and reads
+words as products.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ from arpo_trl.rewards.mathematics.vocabulary import (
 
 MAX_DEPTH = 30
 MAX_SIGNS = 3
-"""The most independent ± in one item. Each one doubles the number of items."""
+"""The maximum number of independent ± in one item. Each one doubles the number of items."""
 
 DEGREE = Symbol("°", positive=True)
 
@@ -628,7 +628,7 @@ class Parser(Numerals, Units):
         return group
 
     def _single(self, item: Value) -> Any:
-        """Return the content of brackets around a single value: its formula if it is one, else the value."""
+        """Return the content of brackets around a single value: its formula if it is one, otherwise the value."""
         if isinstance(item, Quantity) and item.unit in ("", "degree"):
             return item.value * DEGREE if item.unit else item.value
         return item

@@ -39,7 +39,7 @@ def is_set(value: Value) -> bool:
 
 
 def as_set(value: Value | None) -> sympy.Set | None:
-    """Return the set of numbers that a value is or may stand for; None if it is not a set."""
+    """Return the set of numbers that a value is or may denote; None if it is not a set."""
     if isinstance(value, NumberSet):
         return value.value
     if isinstance(value, Quantity) and isinstance(value.value, Symbol) and value.value.name in ("R", "Z", "Q", "N"):
@@ -89,7 +89,7 @@ def _set_of_group(group: Group) -> sympy.Set | None:
 
 
 def _interval(low: Expr, high: Expr, left_open: bool, right_open: bool) -> sympy.Set | None:
-    if low.is_number and high.is_number and not low < high:  # "(7, 2)" is no interval, rather than one without numbers
+    if low.is_number and high.is_number and not low < high:  # "(7, 2)" is not an interval, and not an empty one
         return None if low != high or left_open or right_open else sympy.FiniteSet(low)
     return sympy.Interval(low, high, left_open, right_open)
 

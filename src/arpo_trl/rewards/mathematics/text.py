@@ -1,6 +1,6 @@
 r"""Normalization of an answer's text: it unifies characters and removes markup, typesetting and filler words.
 
-The result is LaTeX or plain text, not yet parsed. Text that may carry meaning stays.
+The result is LaTeX or plain text, not yet parsed. Text that may have a meaning is kept.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def clean(text: str) -> str:
 
 
 def canonical(cleaned: str) -> str:
-    """Return a form that equivalent spellings of a text share, for answers that the parser rejects.
+    """Return a common form of equivalent spellings of a text, for answers that the parser rejects.
 
     It has no optional spaces, and its words are in lower case.
     """

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 MAX_DIGITS = 12_000
-"""The most decimal digits of a number that is computed."""
+"""The maximum number of decimal digits of a computed number."""
 
 _TOKEN = re.compile(
     r"""(?P<space>\s+|")
@@ -36,7 +36,7 @@ class Token:
 
 
 def tokenize(text: str, scientific: bool = True) -> list[Token]:
-    """Return the tokens of a text. `scientific` says whether 2e-1 is one number.
+    """Return the tokens of a text. `scientific`: whether 2e-1 is one number.
 
     Raises:
         Unreadable: A character starts no token, or an exponent is too large to compute.

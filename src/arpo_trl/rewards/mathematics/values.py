@@ -50,8 +50,8 @@ class Group:
     """Several values, mostly in brackets.
 
     `opening` and `closing`: "{" and "}" for a set; "(" or "[" with ")" or "]" for a tuple, a list or an interval,
-    which only the other answer can distinguish; "" for a list without brackets, where the order does not matter.
-    `joiner` is "or" or "and" if the text has one, else "".
+    which only the other answer can distinguish; "" for a list without brackets, whose order does not matter. `joiner`
+    is "or" or "and" if the text contains it, otherwise "".
     """
 
     opening: str

@@ -1,4 +1,4 @@
-"""Credits, which set the advantage and weight of each token. Each credit is one file; docs/algorithm.md has a table.
+"""Credits set the advantage and weight of each token. Each credit is one file; docs/algorithm.md has a table.
 
 Register a credit from outside the package under a name, and set `advantage_attribution` to that name:
 
@@ -32,7 +32,7 @@ register_credit = CREDITS.register
 
 
 class SharedPrefixWeight(StrEnum):
-    """In how many leaves a shared token is trained."""
+    """The number of leaves in which a shared token is trained."""
 
     PER_LEAF = "per_leaf"
     """In each of its d leaves, as in the paper."""
@@ -41,15 +41,15 @@ class SharedPrefixWeight(StrEnum):
 
 
 def attributions() -> list[str]:
-    """The choices for `advantage_attribution`: all credits but "once", which `shared_prefix_weight` selects."""
+    """The choices for `advantage_attribution`: all credits except "once", which `shared_prefix_weight` selects."""
     return [name for name in CREDITS.names if name != SharedPrefixWeight.ONCE]
 
 
 def build_credit(attribution: str, options: Mapping[str, Any], weight: SharedPrefixWeight) -> Credit:
-    """Create the credit registered as `attribution`, with options; under "once" its result is trained once per node.
+    """Create the credit registered as `attribution`, with options. Under "once" each node is trained only once.
 
     Raises:
-        ConfigError: The credit does not exist, or does not take an option.
+        ConfigError: The credit does not exist, or does not have one of the options.
     """
     credit: Credit = CREDITS.build(attribution, options, "advantage_attribution_kwargs")
     if weight is SharedPrefixWeight.PER_LEAF:

@@ -1,8 +1,9 @@
 """Enlarges the advantages of uncertain tokens: A · (1 + weight · z(H)) (AEPO, arXiv 2510.14545).
 
-H is the entropy, at the token, of the policy that sampled. z is over the trained tokens of the batch, of all ranks.
+H is the entropy of the sampling policy at the token. z is computed over the batch's trained tokens on all ranks.
 
-Bias: the factor has mean 1 but follows the entropy, so decisions of high entropy weigh more than their share.
+Bias: the factor has mean 1 but increases with the entropy, so decisions with high entropy get more than their share of
+the gradient.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The interface of a credit, and the layout of a batch's tokens.
 
 Credits that compare branches read a tree as segments. A segment starts at a turn at the root or under an observation
-that branches, and ends before the next such turn. All its nodes have the same leaves.
+that branches. It ends before the next such turn. All its nodes have the same leaves.
 
 The layout of two leaves that share their first turn `a` and its tool result `t`:
 
@@ -33,19 +33,20 @@ class Credit(ABC):
     name: ClassVar[str] = "unregistered"
     """The credit's name in the settings; `register_credit` sets it."""
     weighs: ClassVar[bool] = False
-    """Whether the credit may return weights. The trainer then counts each batch's tokens again, over all ranks."""
+    """Whether the credit may return weights. If so, the trainer counts each batch's tokens again over all ranks."""
     reads_entropies: bool = False
-    """Whether the trainer sets `entropy_scores` before each call in training, which takes a forward pass."""
+    """Whether the trainer sets `entropy_scores` before each call in training. This costs a forward pass."""
     entropy_scores: torch.Tensor | None = None
-    """(B, T) of the next call: z-scores of the policy's entropies, over the trained tokens of the batch of all ranks.
-    0 where a token is not trained. None in evaluation."""
+    """(B, T) of the next call: z-scores of the policy's entropies over the batch's trained tokens on all ranks. 0 on
+    tokens that are not trained. None in evaluation."""
     reads_answers: bool = False
-    """Whether the trainer sets `answer_probabilities` before each call in training, which takes a forward pass. The
-    credit then has a `template`: what the model would write to give the answer, with {answer} in its place."""
+    """Whether the trainer sets `answer_probabilities` before each call in training. This costs a forward pass. The
+    credit then has a `template`: the text with which the model would give the answer, with the placeholder
+    {answer}."""
     template: str = ""
     answer_probabilities: Sequence[Mapping[int, float]] = ()
     """For each tree of the next call: the probability of the row's reference answer after the root and after each
-    observation, by node: exp of the mean logprob of its tokens. Empty in evaluation."""
+    observation, by node: exp of the mean logprob of the answer's tokens. Empty in evaluation."""
 
     @abstractmethod
     def __call__(
@@ -57,7 +58,7 @@ class Credit(ABC):
         token has its leaf's advantage, return `advantages` itself: the batch then keeps TRL's layout.
 
         Args:
-            trees: Trees with B leaves in total. The rows are `tree.leaves()` of each tree in turn.
+            trees: Trees with B leaves in total. The rows are the `tree.leaves()` of all trees, tree by tree.
             rewards: (B,), weighted and summed over the reward functions; NaN if none applied to a leaf.
             advantages: (B,), as GRPO computes them, or with the chosen `advantage_baseline`.
         """
@@ -135,7 +136,7 @@ class Segments:
         self.rows: dict[int, list[int]] = defaultdict(list)
         """Segment → the rows of its leaves, in order."""
         self.of: dict[int, int] = {}
-        """Node → the segment that it lies in."""
+        """Node → the segment that contains it."""
         self.paths: list[list[int]] = []
         """For each leaf, the segments from the root down to it."""
         for row, leaf in enumerate(tree.leaves(), first_row):
@@ -148,12 +149,13 @@ class Segments:
             self.paths.append(path)
 
     def siblings(self, segment: int) -> list[int]:
-        """The other segments under the observation above `segment`; none at the root, where the group is compared."""
+        """The other segments under the observation above `segment`; none at the root, where the group's baseline
+        compares them."""
         parent = self.tree.nodes[segment].parent
         return [child for child in self.tree.nodes[parent].children if child != segment] if parent else []
 
     def below(self, segment: int) -> list[int]:
-        """The segments right under `segment`; none if it ends in a leaf."""
+        """The segments directly under `segment`; none if it ends in a leaf."""
         return [other for other in self.rows if self.above(other) == segment]
 
     def above(self, segment: int) -> int | None:
@@ -188,7 +190,7 @@ def by_segment(
 def by_leaf(
     trees: Sequence[RolloutTree], advantages: torch.Tensor, of_turns: Sequence[Sequence[float]]
 ) -> torch.Tensor:
-    """(B, T): the tokens of each leaf's turns have its values in `of_turns`; 0 elsewhere."""
+    """(B, T): each token of a leaf's turn has the turn's value in `of_turns`; 0 elsewhere."""
     rows: list[torch.Tensor] = []
     for tree in trees:
         for leaf in tree.leaves():
@@ -200,7 +202,7 @@ def by_leaf(
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of one value or more."""
+    """The mean of at least one value."""
     return math.fsum(values) / len(values)
 
 

@@ -1,14 +1,14 @@
 """Enlarges advantages after forks whose branches end differently (CBPO, arXiv 2608.24300).
 
 The value of a branch point (CBV) is the standard deviation of the rewards of the leaves below the observation. With z
-over the branch points of the batch, a token between a branch point and the next one has
+computed over the branch points of the batch, the advantage of a token between one branch point and the next is
 
     A + weight · sign(A) · clip(z(CBV), −|A| / 2, |A| / 2)
 
 Tokens before the first branch point keep A. CBPO trains copied prefixes once, as with `shared_prefix_weight: once`.
 
-Bias: the factor depends on the rewards of the leaf and its siblings. Turns after forks with varied outcomes weigh up
-to 1 + weight / 2 as much, those after even forks down to 1 − weight / 2.
+Bias: the factor depends on the rewards of the leaf and its siblings. The factor is up to 1 + weight / 2 for turns
+after forks with varied outcomes, and down to 1 − weight / 2 for turns after forks with similar outcomes.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A leaf's advantage, plus ω times how its return compares with the others from the same observation (GiGPO).
+"""A leaf's advantage, plus ω times the z-score of its return among the leaves below the same observation (GiGPO).
 
-Equation: A + ω · z(γ^n · R), arXiv 2505.10978. The group of z are the leaves below one observation that branches, the
-"anchor state", and n is the number of turns from there to the leaf's end. Turns at the root have only A, which
-compares them already.
+Equation: A + ω · z(γ^n · R), arXiv 2505.10978. The group of z consists of the leaves below one observation that
+branches, the "anchor state". n is the number of turns from there to the leaf's end. Turns at the root have only A,
+which already compares them.
 
-Bias: z divides by the deviation of its group and includes the leaf itself, so forks with little variance weigh more
-than their share of the gradient. The first turns lack the second term.
+Bias: z divides by the standard deviation of its group and includes the leaf itself, so forks with little variance get
+more than their share of the gradient. The first turns lack the second term.
 """
 
 from __future__ import annotations

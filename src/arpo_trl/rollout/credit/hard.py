@@ -1,10 +1,10 @@
-"""A token that d leaves share gets the mean of their d advantages, in each of them.
+"""A token that d leaves share gets the mean of their d advantages in each leaf.
 
 Example: two leaves with advantages (1.0, −0.5) that share two nodes of two tokens each:
 
     # hard:  0.25 0.25 0.25 0.25 1.0 1.0 / 0.25 0.25 0.25 0.25 −0.5
 
-Bias: none up to scale where multiplicity does not depend on the path.
+Bias: none up to scale if multiplicity does not depend on the path.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""Rewards a turn for what it adds to the probability of the reference answer (IGPO, arXiv 2510.14967).
+"""Rewards a turn for its increase of the reference answer's probability (IGPO, arXiv 2510.14967).
 
-p = exp(mean log π(answer | path so far)), at the prompt and after each tool result. A turn earns p after its result
-minus p before it, the last turn earns the leaf's reward. All these are turned into z-scores over the leaves' turns in
-the group. A turn's advantage is the sum of its own and the later ones of its path, discounted by `gamma` per turn.
+p = exp(mean log π(answer | path so far)), at the prompt and after each tool result. The reward of a turn is p after
+its result minus p before it. The reward of the last turn is the leaf's reward. These rewards become z-scores over the
+turns of all leaves in the group. A turn's advantage is the sum of its own z-score and those of the later turns of its
+path, discounted by `gamma` per turn.
 
 Bias: the gradient is that of rewards plus information gain, not of rewards. z subtracts one mean from every turn, so
-paths with many turns move with the sign of their mean. `advantage_baseline` and `scale_rewards` have no effect.
+the sum over a path with many turns has the sign of the path's mean z-score. `advantage_baseline` and `scale_rewards`
+have no effect.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from arpo_trl.rollout.tree import Leaf, NodeKind, RolloutTree
 class IGPO(Credit):
     gamma: float = field(default=1.0, metadata=described("Discount per turn.", above=0, at_most=1))
     template: str = "<answer>\\boxed{{answer}}</answer>"
-    """What the model would write to give the answer, with {answer} in its place."""
+    """The text with which the model would give the answer, with the placeholder {answer}."""
     reads_answers: bool = field(default=True, init=False)
 
     def __post_init__(self) -> None:
@@ -54,7 +56,7 @@ class IGPO(Credit):
 
 
 def _turn_rewards(leaf: Leaf, probability: Mapping[int, float], reward: float) -> list[float]:
-    """What each turn of a leaf earned."""
+    """The reward of each turn of a leaf."""
     watched = [0, *(node.index for node in leaf.nodes if node.kind is NodeKind.OBSERVATION)]
     gains = [probability[after] - probability[before] for before, after in pairwise(watched)]
     return [*gains, reward]

@@ -1,8 +1,8 @@
 """A shared token is trained only in the first of its leaves, with the mean advantage of all of them.
 
-It wraps the credit that gives the advantages: `shared_prefix_weight: once` selects it for any credit.
+It wraps the credit that computes the advantages. `shared_prefix_weight: once` selects it for any credit.
 
-Bias: early turns count less against late ones than in independent paths, by N/M at the root.
+Bias: early turns weigh less relative to late ones than in independent paths, by N/M at the root.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Once(Credit):
     weighs = True
 
     def __init__(self, credit: Credit | None = None):
-        """`credit` gives the advantages; None: "soft". Weights that it returns are those of the first copies."""
+        """`credit` computes the advantages; None: "soft". Its weights apply to the first copies."""
         self._credit = credit or Soft()
         self.reads_entropies = self._credit.reads_entropies
         self.reads_answers = self._credit.reads_answers
@@ -42,7 +42,8 @@ class Once(Credit):
 
 
 def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: True for each node's tokens in the first row that holds it; False elsewhere and on padding."""
+    """(B, T) bool: True for each node's tokens in the first row that contains the node; False elsewhere and on
+    padding."""
     real = token_nodes >= 0
     _, node = torch.unique(token_nodes[real], return_inverse=True)
     rows = torch.arange(token_nodes.size(0), device=token_nodes.device).unsqueeze(1).expand_as(token_nodes)[real]

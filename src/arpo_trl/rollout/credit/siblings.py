@@ -1,10 +1,11 @@
 """A turn is compared with the other turns under the same observation (BPO, arXiv 2607.14171).
 
-A turn under an observation that branches, and the turns after it up to the next one, have the mean advantage of their
-leaves minus that of the other branches' leaves (leave-one-out). Turns at the root keep the mean advantage of their
-leaves, which the group's baseline has centred. A turn with d forks after it on its path counts `decay`**d as much.
+A turn under an observation that branches, and the turns after it up to the next such observation, get the mean
+advantage of their leaves minus that of the other branches' leaves (leave-one-out). Turns at the root keep the mean
+advantage of their leaves, which the group's baseline has already centred. The advantage of a turn with d forks after
+it on its path is multiplied by `decay`**d.
 
-Bias: none up to scale with decay 1, where multiplicity does not depend on the path, since the compared branches do not
+Bias: none up to scale with decay 1 if multiplicity does not depend on the path, since the compared branches do not
 depend on the turn. A decay below 1 (BPO: .95) makes the gradient of early turns smaller by that factor.
 """
 

@@ -1,6 +1,6 @@
-"""Every token gets its leaf's advantage; equal ratios average them on shared tokens. The paper's default.
+"""Every token gets its leaf's advantage. On shared tokens, equal ratios average the advantages. The paper's default.
 
-Bias: none up to scale where multiplicity does not depend on the path.
+Bias: none up to scale if multiplicity does not depend on the path.
 """
 
 from __future__ import annotations

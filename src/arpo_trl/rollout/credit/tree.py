@@ -1,13 +1,13 @@
-"""A turn has the value of its node, or by how much it exceeds that of the node above (AT²PO, arXiv 2601.04767).
+"""A turn's advantage is its node's value, or that value minus the value of the node above (AT²PO, arXiv 2601.04767).
 
-A leaf's value is its advantage. A node's value is an average over what lies below it: over its leaves alike, over its
-children alike, or over its children weighted by their entropy H or by softmax(H). H is measured as the mean −log p of
-the child's sampled tokens.
+A leaf's value is its advantage. A node's value is an average: over its leaves with equal weights, over its children
+with equal weights, or over its children weighted by their entropy H or by softmax(H). H is measured as the mean −log p
+of the child's sampled tokens.
 
-Bias: none up to scale with "leaves" and without `difference`, where multiplicity does not depend on the path. The
-entropy weights depend on the sampled tokens, which shifts credit towards surprising children, and "children" towards
-children with few leaves. `difference` compares a turn with an average that includes it, which shrinks its gradient by
-its own share: by 1 − 1/k among k alike.
+Bias: none up to scale with "leaves" and without `difference`, if multiplicity does not depend on the path. The entropy
+weights depend on the sampled tokens, which shifts credit towards surprising children. "children" shifts credit towards
+children with few leaves. `difference` compares a turn with an average that includes it. This multiplies its gradient
+by 1 minus its own share: 1 − 1/k among k equal children.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Tree(Credit):
             return mean([of_leaf[row] for row in segments.rows[segment]])
         weigh = {"children": lambda h: 1.0, "entropy": lambda h: h, "softmax": math.exp}[self.average]
         weights = [weigh(-mean(segments.tree.nodes[child].logprobs)) for child in children]
-        if not math.fsum(weights) > 0:  # all certain, or without logprobs
+        if not math.fsum(weights) > 0:  # all entropies are 0, or there are no logprobs
             weights = [1.0] * len(children)
         values = [self._value(segments, child, of_leaf) for child in children]
         return math.fsum(w * v for w, v in zip(weights, values, strict=True)) / math.fsum(weights)

@@ -1,10 +1,10 @@
 """A leaf's advantage in its prompt's group, plus its z-score within its own tree (Tree-GRPO, arXiv 2509.21240).
 
 Tree-GRPO samples several trees per prompt. Here a prompt has one tree, and the subtree of each turn at the root takes
-the part of one of its trees. A subtree with one leaf, or with equal rewards, adds nothing.
+the role of one of those trees. A subtree with one leaf, or with equal rewards, adds nothing.
 
-Bias: z divides by the deviation of a subtree and includes the leaf itself. Paths from subtrees with little variance
-weigh more than their share of the gradient.
+Bias: z divides by the standard deviation of a subtree and includes the leaf itself. Paths from subtrees with little
+variance get more than their share of the gradient.
 """
 
 from __future__ import annotations

@@ -77,7 +77,8 @@ class Probe:
 class Turn:
     """A finished turn: at least one token, one logprob per token, entropies of the first k (or fewer) tokens.
 
-    `versions` holds for each token the trainer's step whose weights sampled it; empty if the engine does not tell.
+    `versions` has one number per token: the trainer's step whose weights sampled it. It is empty if the engine does
+    not report versions.
 
     Turn(id=7, ids=[60, 2], logprobs=[-0.4, -0.1], entropies=[1.3, 0.2], stop=TurnStop.EOS)
     """
@@ -92,7 +93,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TurnFailed:
-    """A request that the engine gave up, for example because the server refuses it. Other turns continue.
+    """A request that failed permanently, for example because the server rejects it. Other turns continue.
 
     TurnFailed(id=7, reason="The server answered 400.")
     """
@@ -108,7 +109,7 @@ class Engine(Protocol):
     """The interface that the sampler needs."""
 
     vocab_size: int
-    """V in ln V: the number of tokens in the distribution sampled from."""
+    """V in ln V: the number of tokens in the sampling distribution."""
     has_logprobs: bool
     """Whether turns have sampling logprobs. Otherwise all of them are NaN."""
 
@@ -118,10 +119,11 @@ class Engine(Protocol):
 
     @property
     def max_length(self) -> int | None:
-        """The most tokens of prompt and path together that the engine can hold; None if it has no such limit."""
+        """The maximum number of tokens of prompt and path together; None if the engine has no such limit."""
 
     def session(self) -> AbstractContextManager[None]:
-        """Open a rollout: sync or gather the weights once and keep them until the end. A rollout's only collective."""
+        """Open a rollout: sync or gather the weights once and keep them until the end. The only collective of a
+        rollout."""
 
     def submit(self, request: TurnRequest) -> None:
         """Queue a turn, without blocking."""
@@ -132,13 +134,14 @@ class Engine(Protocol):
 
 @runtime_checkable
 class EngineAhead(Engine, Protocol):
-    """An engine whose weights can be replaced while turns are written, so that rollouts can run during the update.
+    """An engine whose weights can be replaced while it decodes, so that rollouts can run during the update.
 
     One thread may use the session while another one calls `sync`. Its turns have `versions`.
     """
 
     def sync(self) -> None:
-        """Give the engine the trainer's current weights, unless it has them. Within a session too. A collective.
+        """Load the trainer's current weights into the engine, unless it has them. Also allowed within a session. A
+        collective.
 
-        Unfinished turns continue with the new weights after the tokens that they have.
+        Unfinished turns keep their tokens and continue with the new weights.
         """

@@ -4,12 +4,12 @@
     background loop                   └ one stream per turn: Turn ───┘
 
 If the server supports it, requests and answers contain token ids. Otherwise they contain text, which the engine
-tokenizes. The engine streams the answers and cuts them at stop strings itself, since OpenAI's `stop` does not tell
-which string was met or whether the model ended the text. It has no logprobs and no entropies, so it is for evaluation
-only.
+tokenizes. The engine streams the answers and cuts them at stop strings itself, since OpenAI's `stop` does not report
+which string matched or whether the model ended the text. The engine has no logprobs and no entropies, so it is for
+evaluation only.
 
 The engine retries a lost connection until the server has been unreachable for `away_s`. Then the whole rollout fails.
-A request that the server refuses, or fails to complete several times, fails only its turn.
+If the server rejects a request, or fails to complete it several times, only that turn fails.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ KEY_VARIABLE = "COMPLETIONS_API_KEY"
 ATTEMPTS = 4
 """Attempts per turn before it counts as failed."""
 RETRY_S = 0.5
-"""Seconds before a retry; each failure of the turn doubles them."""
+"""Seconds before the first retry of a turn. The wait doubles with each failure."""
 MAX_BYTES, MAX_LINE_BYTES = 64 << 20, 1 << 20
 """Size limits of one streamed answer and of one event in it."""
 SEEDS = 1 << 31
@@ -69,8 +69,8 @@ class CompletionsEngine:
     """An engine on a completions server.
 
     Args:
-        url: The server's base URL, which usually ends in /v1. The environment variable `COMPLETIONS_API_KEY` has the
-            key, if the server requires one.
+        url: The server's base URL, which usually ends in /v1. If the server requires a key, the environment variable
+            `COMPLETIONS_API_KEY` contains it.
         model: The model's name on the server; None: the only one it lists.
         tokenizer: The model's tokenizer.
         settings: The distribution to sample from.
@@ -78,7 +78,7 @@ class CompletionsEngine:
         away_s: The seconds for which the server may be unreachable.
 
     Raises:
-        ConfigError: `url` is not a URL, the server refuses access, or it does not serve the model.
+        ConfigError: `url` is not a URL, the server denies access, or it does not serve the model.
         EngineError: The server is unreachable, or its answers do not follow the completions API.
     """
 
@@ -163,7 +163,7 @@ class CompletionsEngine:
                     reason = str(error) if isinstance(error, _Incomplete) else f"failed ({type(error).__name__})"
                     self._events.put(TurnFailed(id=request.id, reason=f"The server {reason}, {ATTEMPTS} times."))
                     return
-            except Exception as error:  # any other error in an answer; without an event the sampler would wait forever
+            except Exception as error:  # without an event for this error the sampler would wait forever
                 self._events.put(
                     TurnFailed(id=request.id, reason=f"The answer could not be read ({type(error).__name__}).")
                 )
@@ -244,7 +244,7 @@ class CompletionsEngine:
             "temperature": settings.temperature,
             "top_p": settings.top_p,
         }
-        if self.speaks_ids:  # such a server has vLLM's extensions; others may refuse unknown fields
+        if self.speaks_ids:  # such a server has vLLM's extensions; others may reject unknown fields
             body |= {"return_token_ids": True, "skip_special_tokens": False, "stop_token_ids": list(settings.eos_ids)}
         return body
 

@@ -1,7 +1,7 @@
-"""Compares the precision of training with what the device supports and with the precision that vLLM samples in.
+"""Compares the training precision with the precisions that the device supports and with vLLM's sampling precision.
 
-If they differ, a run works, but is slow, or has larger differences between sampling and training logprobs than
-necessary. A warning says so once and names the setting to change.
+If they differ, a run works, but it is slow, or sampling and training logprobs differ more than necessary. One warning
+then names the setting to change.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = get_rank_logger(__name__)
 
 _AUTOCAST = {"bf16": "bfloat16", "fp16": "float16"}
 _SETTINGS = {"bfloat16": "bf16: true", "float16": "fp16: true", "float32": "bf16: false"}
-"""The setting that makes training compute in each dtype, with weights in float32."""
+"""For each dtype: the setting with which training computes in it, with weights in float32."""
 
 
 def training_dtype(model: Any, accelerator: Accelerator) -> str:
@@ -46,10 +46,10 @@ def warn_of_emulation(model: Any, accelerator: Accelerator) -> None:
 
 
 def warn_of_other_dtype(model: Any, accelerator: Accelerator, sampled_in: Mapping[str, str], way_out: str) -> None:
-    """Warn if vLLM samples in another precision than training computes in.
+    """Warn if vLLM's sampling precision differs from the training precision.
 
     Args:
-        sampled_in: vLLM's dtype, by the name of each engine.
+        sampled_in: vLLM's dtype by engine name.
         way_out: How to change vLLM's dtype; `{dtype}` stands for the trainer's.
     """
     ours = training_dtype(model, accelerator)

@@ -1,7 +1,7 @@
-"""Turns a model's logits into the probabilities that a turn is sampled from.
+"""Turns a model's logits into the probabilities from which a turn is sampled.
 
 This is the distribution of `generate` for the same settings. It applies transformers' processors in the order of
-`generate`: those for the settings of a run (temperature, top_k, top_p, min_p, repetition_penalty), and those for the
+`generate`: the processors for a run's settings (temperature, top_k, top_p, min_p, repetition_penalty) and for the
 rules of `generation_rules.py`. Rows have no padding here, so a rule that counts tokens counts only the row's tokens.
 For these rules each turn is a separate call of `generate`, with a prompt that ends in the tool result.
 

@@ -1,6 +1,6 @@
-"""The rules that `generate` would apply to the logits besides a run's settings, and their transformers processors.
+"""The rules that `generate` would apply to the logits in addition to a run's settings, with their processors.
 
-Rules come from the run's `generation_kwargs` and, for names that these do not set, from the model's
+Rules come from the run's `generation_kwargs`. For names that these do not set, they come from the model's
 `generation_config.json`. `distribution.py` applies them row by row. A rule that it cannot apply is an error that names
 the rule. This module does not import torch, so that a configuration can check its rules.
 """
@@ -91,7 +91,7 @@ _PROCESSORS: dict[str, Callable[[Any, list[int], Any], LogitsProcessor]] = {
     "epsilon_cutoff": lambda value, eos_ids, device: EpsilonLogitsWarper(value),
     "eta_cutoff": lambda value, eos_ids, device: EtaLogitsWarper(value, device=str(device)),
 }
-"""Creates the processor of each rule in `HONOURED`; the two that compare lengths need none."""
+"""Creates the processor of each rule in `HONOURED`. The two rules that compare lengths need no processor."""
 
 
 def processors(rules: Rules, eos_ids: Sequence[int] = (0,), device: Any = "cpu") -> dict[str, LogitsProcessor]:
@@ -110,7 +110,7 @@ def processors(rules: Rules, eos_ids: Sequence[int] = (0,), device: Any = "cpu")
 
 
 def rules_of(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, min_p: float | None = None) -> Rules:
-    """The rules that `generate` would apply besides a run's settings.
+    """The rules that `generate` would apply in addition to a run's settings.
 
     Args:
         model: The model's generation config, for the names that `kwargs` do not set.
@@ -162,7 +162,8 @@ def refuse_rules(
     engine: str,
     way_out: str = "sample with transformers (use_vllm: false)",
 ) -> None:
-    """Check that no rule is set, since `engine` would ignore it. `way_out` says what else would apply the rules.
+    """Check that no rule is set, since `engine` would ignore it. `way_out` names an alternative that applies the
+    rules.
 
     Raises:
         ConfigError: `kwargs` or the model's generation config sets a rule.

@@ -6,7 +6,7 @@ the threads run in rounds:
 
     gather    each rank's new requests, its "done" flag, and the events of the last step
     submit    all requests to the engine, in rank order, so that the order is the same on every rank
-    step      the engine; the events of the group's first rank count, and each goes to the rank that made the request
+    step      the engine; only the events of the group's first rank are used, and each goes to the rank of its request
 
 So a rank without live paths, or one whose paths all wait for tools, still takes part in every step. A session closes
 when all ranks are done.
@@ -99,7 +99,7 @@ class LockstepEngine:
         if device is not None:
             torch.cuda.set_device(device)  # the current device is a property of the thread
         mine: Sequence[Event] = []
-        writing = 0  # turns of all ranks that the engine has not finished
+        writing = 0  # unfinished turns of all ranks
         while True:
             done = self._done  # read before the requests: after `done` no more are submitted
             rounds: list[_Round | None] = [None] * self._size
@@ -130,7 +130,7 @@ class LockstepEngine:
                 self._problem = f"{type(error).__name__} on rank {dist.get_rank()}: {error}"
 
     def _shared(self, request: TurnRequest, rank: int) -> TurnRequest:
-        """The request with ids that are unique over all ranks."""
+        """The request with ids that are unique across all ranks."""
         after = None if request.after is None else request.after * self._size + rank
         return replace(request, id=request.id * self._size + rank, after=after)
 

@@ -60,7 +60,7 @@ class RowState:
         return torch.where(columns <= self.position[:n].unsqueeze(1), seen, seen[:, :1])
 
     def history_of(self, row: int) -> torch.Tensor:
-        """(1, length) ids of one row."""
+        """(1, length) ids of a single row."""
         return self.seen[row : row + 1, : int(self.position[row]) + 1]
 
     def longest(self, n: int) -> int:

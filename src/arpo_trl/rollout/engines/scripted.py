@@ -1,4 +1,4 @@
-"""An engine that returns scripted texts, to try tools, protocols and rewards without a model. Part of the public API.
+"""An engine that returns scripted texts, for trying tools, protocols and rewards without a model. Public API.
 
     engine = ScriptedEngine(tokenizer, settings, lambda request, context: "<search>iron</search>")
 
@@ -20,9 +20,11 @@ from arpo_trl.rollout.text import decode_exactly
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScriptedTurn:
-    """A turn's text, the entropies in nats of its first tokens (the last one repeats), and the polls until it is done.
+    """A turn's text, the entropies in nats of its first tokens (the last one repeats), and the polls until it
+    finishes.
 
-    A text without a stop string ends with EOS. `ends=False` omits that EOS, as if the turn had hit its length limit.
+    A text without a stop string ends with EOS. `ends=False` omits this EOS, as if the turn had reached its length
+    limit.
 
         ScriptedTurn(text="<search>iron</search>", entropies=[1.0, 0.2], polls=2)
     """

@@ -1,7 +1,7 @@
 """KV cache of a transformers model: one row per live turn, and the states of finished turns for their continuations.
 
 The buffers have the maximum length of the longest turn and are allocated when a turn first needs them. So a rollout
-that does not fit into memory fails at once, with an error that names the setting to lower, and not hours later.
+that does not fit into memory fails immediately and not hours later. The error names the setting to lower.
 `SlotCache.clear` frees the buffers. Python's garbage collector might not do so before the next rollout allocates its
 buffers, because layers and cache refer to each other.
 """
@@ -17,10 +17,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from arpo_trl.errors import EngineError
 
 BLOCK = 32
-"""Positions are reserved and attended to in blocks of this size: fewer distinct sizes, aligned for kernels.
+"""Positions are reserved and attended in blocks of this size. This gives fewer distinct sizes, aligned for kernels.
 
-A caching allocator (CUDA's) can reuse a block only for tensors that are no larger. Tensors that grow by one position
-per step would leave an unused block behind at nearly every step."""
+A caching allocator (CUDA's) can reuse a block only for tensors that are no larger. If tensors grew by one position per
+step, nearly every step would leave an unused block."""
 GIB = 1 << 30
 
 RowStates = tuple[torch.Tensor, torch.Tensor]
@@ -60,7 +60,7 @@ class KVCacheLayer(CacheLayerMixin):
 
     def copy(self, sources: list[int], targets: list[int], length: int) -> None:
         for states in (self.keys, self.values):
-            known = states[:, :, :length]  # index_copy_ is several times as fast here as assignment to a list of rows
+            known = states[:, :, :length]  # index_copy_ is several times faster here than assignment to a list of rows
             known.index_copy_(0, torch.tensor(targets, device=states.device), known[sources])
 
     def read(self, row: int, length: int) -> RowStates:
@@ -109,7 +109,7 @@ class SlotCache(Cache):
 
     Args:
         num_layers: The number of layers with keys and values.
-        most_rows: The most rows that will be needed, which limits growth; None if unknown.
+        most_rows: The maximum number of rows needed, which limits growth; None if unknown.
         way_out: A sentence for errors that says how to need less memory.
     """
 
@@ -163,7 +163,7 @@ class SlotCache(Cache):
 
     @property
     def most_bytes(self) -> int:
-        """The size of the buffers in bytes with the most rows that will be needed; 0 before the first forward."""
+        """The size in bytes of the buffers with the maximum number of rows; 0 before the first forward."""
         rows = max(self.max_rows, self._most_rows or 0)
         return self.nbytes * rows // self.max_rows if self.max_rows else 0
 
@@ -196,7 +196,7 @@ class SlotCache(Cache):
 
 
 class PrefixCache:
-    """Keys and values of the newest finished turns, up to `max_bytes`."""
+    """Keys and values of the most recently finished turns, up to `max_bytes`."""
 
     def __init__(self, max_bytes: int):
         self._max_bytes, self._bytes = max_bytes, 0

@@ -4,8 +4,8 @@ Each live turn has a row. A decode step passes each row's newest token at the ro
 lengths need no padding tokens. New rows join between two steps, and the last row replaces a finished one. The largest
 tensor of logits is that of one step, (rows, vocabulary); none of shape (rows, length, vocabulary) exists.
 
-The KV cache of a turn that called a tool is kept for the turns that continue it, branches included, so that only the
-tool result between them needs prefill. Turns with the same ids are prefilled once.
+The engine keeps the KV cache of a turn that called a tool for the turns that continue it, branches included. Then only
+the tool result between them needs prefill. The engine prefills turns with the same ids once.
 
 Each turn's random numbers are drawn in advance from the turn's seed, and tokens come from the inverse of the
 cumulative distribution. So a turn's tokens do not depend on other rows, up to the rounding of the model's forward.
@@ -45,12 +45,13 @@ from arpo_trl.visible import get_logger
 logger = get_logger(__name__)
 
 PREFILL_TOKENS = 16_384
-"""The most tokens, padding included, in one prefill forward. Limits its activations."""
+"""The maximum number of tokens, padding included, in one prefill forward. Limits its activations."""
 PREFILL_PAIRS = 1 << 24
-"""The most pairs of a query and a key in one prefill forward, which is the size of its mask. Attention without a fused
-kernel (eager, or SDPA's fallback) also stores that many scores for each head, at 4 bytes or more per score."""
+"""The maximum number of (query, key) pairs in one prefill forward, which is the size of its mask. Attention without a
+fused kernel (eager, or SDPA's fallback) also stores that many scores for each head, at 4 bytes or more per score."""
 RETAINED_BYTES = 1 << 30
-"""The most bytes for the KV cache of finished turns. Beyond it the oldest are evicted, and recomputed if needed."""
+"""The maximum size in bytes of the KV cache of finished turns. Beyond it the engine evicts the oldest turns, and
+recomputes them if needed."""
 CACHE_ARGUMENT = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
 """The name of the cache argument in transformers: "cache" in 5.24, "past_key_values" in 5.17."""
 
@@ -64,17 +65,17 @@ class TransformersEngine:
         model_context: Opens the model for one session: a context manager that yields it unwrapped, with full weights.
             For a plain model, pass `lambda: contextlib.nullcontext(model)`.
         max_length: The model's context in tokens; None if unlimited.
-        generation_kwargs: Other arguments that `generate` would get, besides `settings`. They override the model's
-            `generation_config`.
+        generation_kwargs: Other arguments that `generate` would get, in addition to `settings`. They override the
+            model's `generation_config`.
         scored_padded: Whether forwards over left-padded batches score the rows, as in TRL. The model must then give
             the same logits with padding.
-        most_rows: The most turns that will be live at once; None if unknown.
+        most_rows: The maximum number of turns that are live at the same time; None if unknown.
         smaller: A sentence for errors that says how to sample less at a time.
 
     Raises:
-        ConfigError: From `check`, or without it from the first session: the engine cannot sample from the model, or
-            does not support one of `generation_kwargs`.
-        EngineError: From `poll`: the turns do not fit into memory.
+        ConfigError: The engine cannot sample from the model, or does not support one of `generation_kwargs`. Raised by
+            `check`, or by the first session if `check` was not called.
+        EngineError: The turns do not fit into memory. Raised by `poll`.
     """
 
     def __init__(
@@ -100,7 +101,8 @@ class TransformersEngine:
         self._scored_padded = scored_padded
         self._most_rows, self._smaller = most_rows, smaller
         self._stop_tail = stop_window(settings.stop_strings)
-        # How the turns end that others continue: they called a tool. Without stop strings these also end with EOS.
+        # The stop reason of turns that other turns continue: they called a tool. Without stop strings they also end
+        # with EOS.
         self._continued = TurnStop.STOP_STRING if settings.stop_strings else TurnStop.EOS
         self._can_stop = self._is_eos = torch.empty(0, dtype=torch.bool)
         self._waiting: deque[TurnRequest] = deque()
@@ -170,7 +172,8 @@ class TransformersEngine:
         self._model = model
 
     def _close(self) -> None:
-        """Free the session's memory for the update, also after an error, whose traceback still refers to it."""
+        """Free the session's memory for the update. After an error too, since its traceback still refers to the
+        memory."""
         self._model = None
         self._waiting.clear()
         self._rows.clear()
@@ -209,14 +212,14 @@ class TransformersEngine:
         return events
 
     def _describe(self) -> None:
-        """Log the memory that sampling uses; as a warning if it is more than half of the available memory."""
+        """Log the memory that sampling uses, as a warning if it is more than half of the available memory."""
         free = free_bytes(self._device)
         held = self._cache.most_bytes + RETAINED_BYTES
         tight = free is not None and 2 * held > free + self._cache.nbytes
         logger.log(
             logging.WARNING if tight else logging.INFO,
             f"During a rollout the KV cache takes up to {self._cache.described()} on {self._device}, and finished "
-            f"turns that others continue up to {RETAINED_BYTES / GIB:.2f} GiB more. Free memory besides: "
+            f"turns that others continue up to {RETAINED_BYTES / GIB:.2f} GiB more. Other free memory: "
             f"{'unknown' if free is None else f'{free / GIB:.2f} GiB'}.",
         )
 

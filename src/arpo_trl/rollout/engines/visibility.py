@@ -1,9 +1,10 @@
 """Checks which models the transformers engine can sample from, and computes their attention masks.
 
-A row's keys are in one buffer, at their positions. So a mask is a comparison of positions: a query sees the keys up to
-its own, or those in its window or chunk. Models with several kinds of layers have one mask per kind. The engine cannot
-sample from models with another kind of attention, positions or state. Their configuration shows most of them. The
-others fail a comparison, on a few tokens, with the model's plain forward, which training uses to score tokens.
+A row's keys are in one buffer, at their positions. So a mask is a comparison of positions: a query attends to the keys
+up to its own position, or to the keys in its window or chunk. Models with several kinds of layers have one mask per
+kind. The engine cannot sample from models with another kind of attention, positions or state. The configuration
+identifies most of these models. The others fail a comparison, on a few tokens, with the model's plain forward, which
+training uses to score tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from arpo_trl.rollout.engines.slots import SlotCache
 
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 ATTENTION = ("sdpa", "eager")
-"""Attention implementations that take a 4-D mask."""
+"""Attention implementations that accept a 4-D mask."""
 LENGTHS = (13, 6)
-"""The prefill lengths of the comparison's two rows. Then each row decodes one token, and the first reads `MORE`."""
+"""The prefill lengths of the comparison's two rows. Then each row decodes one token, and the first row prefills
+`MORE`."""
 MORE = 3
 PADDING = 5
 """Left padding, in tokens, of the rows in the comparison with padded scoring, as TRL does it."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03}
-"""Largest allowed difference of logits, in standard deviations over the vocabulary, by dtype; else `COARSE`."""
+"""Largest allowed difference of logits, in standard deviations over the vocabulary, by dtype; `COARSE` for other
+dtypes."""
 COARSE = 0.1
 
 Mask = torch.Tensor | dict[str, torch.Tensor]
@@ -54,7 +57,7 @@ def why_not_sampled(model: PreTrainedModel) -> str | None:
     if "local" in (getattr(config, "attention_layers", None) or []):
         return "its local attention counts from the end of the batch, not from a row's own position"
     if "position_ids" not in inspect.signature(model.forward).parameters or getattr(config, "alibi", False):
-        return "it takes no position_ids, so it cannot decode rows of different lengths at their own positions"
+        return "it accepts no position_ids, so it cannot decode rows of different lengths at their own positions"
     return None
 
 
@@ -93,7 +96,7 @@ def _visible(kind: str, config: Any, positions: torch.Tensor, length: int) -> to
 
 
 def exact_length(config: Any) -> int | None:
-    """The most tokens for which sampling token by token equals one forward over the path; None: no limit.
+    """The maximum length in tokens at which sampling token by token equals one forward over the path; None: no limit.
 
     Once the longest row of a batch exceeds a certain length, the rotary embedding "longrope" uses other angles for all
     positions of the batch, but not for keys that are already in the cache.
@@ -108,7 +111,7 @@ def exact_length(config: Any) -> int | None:
 
 @contextmanager
 def fit_for_decoding(model: PreTrainedModel) -> Iterator[None]:
-    """Put the model in evaluation mode, with an attention that takes 4-D masks, and restore both at the end."""
+    """Put the model in evaluation mode, with an attention that accepts 4-D masks, and restore both at the end."""
     training, attention = model.training, model.config._attn_implementation
     if attention not in ATTENTION:
         base = model.get_base_model() if is_peft_model(model) else model
@@ -123,7 +126,7 @@ def fit_for_decoding(model: PreTrainedModel) -> Iterator[None]:
 
 
 def mask_dtype(model: PreTrainedModel) -> torch.dtype | None:
-    """The dtype of an additive mask; None if the attention takes a bool mask."""
+    """The dtype of an additive mask; None if the attention accepts a bool mask."""
     if model.config._attn_implementation != "eager":
         return None
     dtype = model.get_input_embeddings().weight.dtype
@@ -140,7 +143,7 @@ def compare_with_plain_forward(
     tokens in the first, as after a tool result. It uses no random numbers.
 
     Args:
-        padded: Compare also with left-padded rows without position ids, as TRL scores them.
+        padded: Also compare with left-padded rows without position ids, as TRL scores them.
 
     Raises:
         ConfigError: The logits differ or `forward` fails; the message has the figures.
@@ -168,7 +171,7 @@ def compare_with_plain_forward(
                 forward(cache, first[None, LENGTHS[0] + 1 :], slice(0, 1), more[None]),
             ]
         except EngineError:
-            raise  # out of memory; the message says how to need less
+            raise  # out of memory; the message says how to use less
         except Exception as error:  # the model's code can raise anything for these masks, caches and positions
             raise ConfigError(
                 f"The transformers engine cannot sample from {kind}: a forward with a mask and positions per row "

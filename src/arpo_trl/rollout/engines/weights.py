@@ -1,4 +1,4 @@
-"""How an engine gets the weights that training changes, and the comparison that checks them."""
+"""The interface through which an engine gets the trained weights, and the comparison that checks them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class Weights(Protocol):
     """An engine's copy of the weights that training changes."""
 
     def sync(self) -> None:
-        """Give the engine the trainer's current weights, unless it already has them.
+        """Send the trainer's current weights to the engine, unless it already has them.
 
         A collective: every rank calls it when its session opens.
 
@@ -21,7 +21,7 @@ class Weights(Protocol):
 
 
 class FixedWeights:
-    """The weights that the engine was started with. They do not change, as in an evaluation."""
+    """The engine's initial weights. They do not change, for example in an evaluation."""
 
     def sync(self) -> None:
         """Do nothing."""

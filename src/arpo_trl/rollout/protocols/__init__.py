@@ -1,4 +1,4 @@
-"""Tool protocols: how a model calls tools and how it sees their results. Each protocol is one file."""
+"""Tool protocols: the formats of tool calls and of their results. Each protocol is one file."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The base class of the tool protocols.
 
 The wrapper and the content of a tool result are encoded separately. The content's encoder has no special or added
-tokens, so any content stays text, also if a page contains `<|im_end|>` or `</result><answer>`.
+tokens, so any content stays text, even if a page contains `<|im_end|>` or `</result><answer>`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class ContentEncoder:
 
     def __call__(self, text: str) -> list[int]:
         ids = self._encode(text)
-        if not self._control_ids.isdisjoint(ids):  # a vocabulary may also have its control tokens as plain words
+        if not self._control_ids.isdisjoint(ids):  # a vocabulary may contain its control tokens as plain words too
             ids = [token for char in text for token in self._encode(char)]
         return ids
 
@@ -68,9 +68,9 @@ class ToolProtocol(ABC):
     Args:
         tokenizer: A fast tokenizer with an EOS token and, for conversational prompts, a chat template.
         tools: The tools by name.
-        max_result_tokens: Longer results are truncated in the middle, with a mark at the cut. None: no limit.
+        max_result_tokens: Longer results are cut in the middle, with a mark at the cut. None: no limit.
         chat_template_kwargs: Passed to the chat template with every prompt.
-        eos_ids: The ids at which the model stops, in addition to the tokenizer's EOS: those of its generation config.
+        eos_ids: The ids at which the model stops, in addition to the tokenizer's EOS, from its generation config.
         tool_parser: Name of the parser for the calls of a chat template, see `parsers.py`.
 
     Raises:
@@ -78,10 +78,10 @@ class ToolProtocol(ABC):
     """
 
     stop_strings: tuple[str, ...] = ()
-    """Strings that end a turn, besides `eos_ids`."""
+    """Strings that end a turn, in addition to `eos_ids`."""
     eos_ids: tuple[int, ...]
     """Ids that end a turn: the tokenizer's EOS, the model's, and the token with which the chat template ends answers.
-    The first one closes a turn if an engine cannot tell which id ended it."""
+    The first one closes a turn if an engine does not report which id ended it."""
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class ToolProtocol(ABC):
 
     @abstractmethod
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
-        """Return the prompt's ids, with which each path starts."""
+        """Return the prompt's ids. Each path starts with them."""
 
     @abstractmethod
     def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
@@ -149,7 +149,7 @@ class ToolProtocol(ABC):
         return "No tool calls are left. Write the final answer now."
 
     def tool_limit_notice(self, name: str) -> str:
-        """The text that tells the model to go on without the tool `name`."""
+        """The text that tells the model to continue without the tool `name`."""
         return f"No {name} calls are left. Go on without them."
 
     def _encode(self, text: str) -> list[int]:
@@ -157,7 +157,7 @@ class ToolProtocol(ABC):
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _encode_exactly(self, text: str) -> list[int]:
-        """As `_encode`, for text that every turn or result contains.
+        """Like `_encode`, for text that every turn or result contains.
 
         Raises:
             ConfigError: The tokenizer changes the text on its way to ids and back.
@@ -165,8 +165,9 @@ class ToolProtocol(ABC):
         ids = self._encode(text)
         if (read := decode_exactly(self.tokenizer, ids)) != text:
             raise ConfigError(
-                f"The tokenizer ({type(self.tokenizer).__name__}) does not give text back as it was: {text!r} becomes "
-                f"{read!r}. Calls and results could not be told apart from what it leaves out. Load the tokenizer "
+                f"The tokenizer ({type(self.tokenizer).__name__}) does not preserve text: {text!r} becomes "
+                f"{read!r}. Without the lost characters, calls and results could not be distinguished from other "
+                f"text. Load the tokenizer "
                 "with the class that its tokenizer.json was made for, such as PreTrainedTokenizerFast."
             )
         return ids

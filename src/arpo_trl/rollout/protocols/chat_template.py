@@ -35,11 +35,11 @@ _WAY_OUT = (
 class ChatTemplateProtocol(ToolProtocol):
     """Tool calls and results in the format of the tokenizer's chat template.
 
-    The tools' schemas are part of the prompt. A tool can take any arguments that its schema can describe.
+    The tools' schemas are part of the prompt. A tool can have any arguments that its schema can describe.
 
     Raises:
-        ConfigError: The tokenizer has no chat template, or one that does not show calls or results, whose calls no
-            parser can read, or whose ids differ from those of a rollout.
+        ConfigError: The tokenizer has no chat template. Or its template does not show calls or results, no parser can
+            read its calls, or its ids differ from those of a rollout.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
@@ -71,7 +71,7 @@ class ChatTemplateProtocol(ToolProtocol):
                 + self._way_out()
             ) from error
         if self.tool_parser.template is not None:
-            # a copy: TRL changes how it decodes where the trainer's own tokenizer has a response template
+            # a copy: TRL changes the decoding of a trainer's tokenizer that has a response template
             self._parser = copy.copy(tokenizer)
             self._parser.response_template = self.tool_parser.template
 
@@ -93,8 +93,8 @@ class ChatTemplateProtocol(ToolProtocol):
     def parse_turn(self, text: str, end: int | None = None) -> Sequence[ToolCall | BadCall]:
         """Return the calls of a turn, read by `tool_parser`.
 
-        Parsers know only the ends that the template writes. Any other id at the end of a turn, such as
-        `<|endoftext|>` of a base model, is replaced by the end of a call.
+        Parsers know only the end tokens that the template writes. Any other id at the end of a turn, such as a base
+        model's `<|endoftext|>`, is replaced by the end token of a call.
         """
         ended = text + self._written_end(end)
         try:
@@ -114,7 +114,7 @@ class ChatTemplateProtocol(ToolProtocol):
         return tuple(map(self._checked, calls))
 
     def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
-        """Return everything that the template writes from after the token that ended the turn to the next turn.
+        """Return all text that the template writes between the token that ended the turn and the next turn.
 
         In some families the token that starts the result also ends the call (`<|observation|>`). If another id ended
         the turn, that token comes first.
@@ -170,7 +170,7 @@ class ChatTemplateProtocol(ToolProtocol):
     # What the template does ------------------------------------------------------------------------------------------
 
     def _way_out(self) -> str:
-        """Return what is wrong with a template that cannot call, if it has no tools at all, and what to do."""
+        """Return why a template cannot render calls, if it has no tools, and the remedy."""
         prompt = getattr(self, "_prompt", "")
         has_none = self.tools and not any(name in prompt for name in self.tools)
         return ("It has no tools: the prompt that it renders names none of them. " if has_none else "") + _WAY_OUT
@@ -212,7 +212,7 @@ class ChatTemplateProtocol(ToolProtocol):
         if not end:
             raise ConfigError(
                 f"The tokenizer's chat template writes {after_call!r} between a call's last argument and its result. "
-                "None of it is a token of the tokenizer that could end the turn. Give the tokenizer the model's "
+                "It contains no token of the tokenizer that could end the turn. Give the tokenizer the model's "
                 'special tokens, or set tool_protocol "tags".'
             )
         return end
@@ -222,7 +222,7 @@ class ChatTemplateProtocol(ToolProtocol):
         return self._template.render(messages, opens_turn=True)
 
     def _sample_turn(self, name: str = sample.NAME) -> str:
-        """Return the turn of a sample call: the text after its common prefix with the prompt."""
+        """Return the turn of a sample call: the text after the common prefix with the prompt."""
         text = self._exchange((name,), [RESULT], self._form)
         return text[self._template.shared(text, self._prompt) : self._cut(text)]
 
@@ -251,7 +251,7 @@ class ChatTemplateProtocol(ToolProtocol):
         return [self._encode(part) for part in (*parts, rest)], escaped
 
     def _compare(self, name: str) -> None:
-        """Check that a call of `name` and its result have the same ids in a rollout as in the template's text.
+        """Check that a call of `name` and its result have the same ids in a rollout and in the template's text.
 
         The text is encoded in parts, as in a rollout: the model's turn, the result's content, and the text around it.
 
@@ -268,7 +268,8 @@ class ChatTemplateProtocol(ToolProtocol):
         read = decode_exactly(self.tokenizer, made)
         if made != expected or read != text:
             raise ConfigError(
-                f"A call of {name!r} and its result have other ids in a rollout than in the chat template's text. The "
+                f"A call of {name!r} and its result have different ids in a rollout and in the chat template's text. "
+                f"The "
                 f"template: {text!r}, the ids {_shown(self.tokenizer, expected)}. The rollout: {read!r}, the ids "
                 f"{_shown(self.tokenizer, made)}. Use the tokenizer that the model was trained with, or set "
                 'tool_protocol "tags".'

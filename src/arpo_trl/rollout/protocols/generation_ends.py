@@ -12,17 +12,17 @@ def eos_ids_of(config: GenerationConfig | None) -> tuple[int, ...]:
 
 
 def saved_eos_ids(model: str, *, revision: str | None = None, trust_remote_code: bool = False) -> tuple[int, ...]:
-    """Return the ids of the EOS tokens that the model `model`, a folder or a Hub id, would have once loaded."""
+    """Return the ids of the EOS tokens that the model `model`, a folder or a Hub id, will have when loaded."""
     return eos_ids_of(saved_generation_config(model, revision=revision, trust_remote_code=trust_remote_code))
 
 
 def saved_generation_config(
     model: str, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> GenerationConfig | None:
-    """Return the generation config that the model `model`, a folder or a Hub id, would have once loaded.
+    """Return the generation config that the model `model`, a folder or a Hub id, will have when loaded.
 
-    Without one, transformers derives it from the model's configuration. None if neither exists: an evaluation on a
-    server needs only the tokenizer.
+    If the model has no generation config, transformers derives it from the model's configuration. None if neither
+    exists: an evaluation on a server needs only the tokenizer.
     """
     source = {} if revision is None else {"revision": revision}
     try:

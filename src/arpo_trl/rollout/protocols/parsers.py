@@ -1,7 +1,8 @@
 """The parsers of tool calls, by name, and the choice of the parser that fits a chat template.
 
-None is our own: transformers' response parsing with TRL's templates for families of models, and vLLM's parsers if vLLM
-is installed. A parser fits if it reads back the name and the arguments of a call that the chat template rendered.
+The package contains no parser of its own. It uses transformers' response parsing with TRL's templates for model
+families, and vLLM's parsers if vLLM is installed. A parser fits if it reads back the name and the arguments of a call
+that the chat template rendered.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
     "gemma4": gemma4_template,
     "lfm2": lfm2_2_5_template,
 }
-"""The names are those of vLLM's parsers for the same formats."""
+"""The names equal those of vLLM's parsers for the same formats."""
 VLLM_FAMILIES = {
     "mistral": "[TOOL_CALLS]",
     "deepseek_v3": "<｜tool▁calls▁begin｜>",
@@ -52,7 +53,8 @@ so they are tried only if a call contains the mark. vLLM's other parsers are use
 
 Parse = Callable[[str, str, Sequence[Mapping[str, Any]]], Mapping[str, Any]]
 """(turn with its last token, text that the template puts before a turn, the tools' schemas) → the message: `content`
-and, if there are any, `tool_calls`. It is foreign code, and may raise any exception on text that it cannot read."""
+and, if there are any, `tool_calls`. It is third-party code, and may raise any exception on text that it cannot
+read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ def fitting_parser(wanted: str, tokenizer: PreTrainedTokenizerBase, sample: Rend
     raise ConfigError(
         f"tool_parser is {wanted!r}, and no parser reads the call that the tokenizer's chat template renders, "
         f"{sample.turn[:300]!r} ({'; '.join(tried)}). Name a parser in tool_parser ({', '.join(_names())}, or any of "
-        'vLLM\'s where it is installed), set `tokenizer.response_template`, or tool_protocol "tags".'
+        'vLLM\'s if it is installed), set `tokenizer.response_template`, or tool_protocol "tags".'
     )
 
 
@@ -122,7 +124,7 @@ def _names() -> list[str]:
 
 
 def _why_not(parse: Parse, sample: Rendered) -> str | None:
-    """Return what the parser made of the sample call; None if it read it correctly."""
+    """Return the parser's wrong result for the sample call; None if the parser read the call correctly."""
     try:
         message = parse(sample.turn, sample.opening, [TOOL])
     except Exception as error:

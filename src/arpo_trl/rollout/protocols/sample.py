@@ -1,7 +1,7 @@
-"""A short conversation, rendered by a chat template to find out what the template does.
+"""A short conversation that a chat template renders, to find out the template's behaviour.
 
-Templates differ in every revision and fine-tune, so none is recognised by its source. The conversation has a question,
-a tool call and its result, or a question and its answer.
+Templates differ between revisions and fine-tunes, so the source does not identify a template. The conversation has a
+question, a tool call and its result, or a question and its answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 QUESTION, ANSWER = "[question]", "[answer]"
 WORDS = ("some words", "other words")
-"""The last argument of the first and of the second call. `count` precedes it, as given and in alphabetical order."""
+"""The last argument of the first and of the second call. `count` precedes it, in the given and in alphabetical
+order."""
 TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -38,7 +39,7 @@ NAME: str = TOOL["function"]["name"]
 
 Message = dict[str, Any]
 Arguments = Callable[[Mapping[str, Any]], Any]
-"""The form in which a template takes a call's arguments: unchanged, or as JSON text."""
+"""The form in which a template expects a call's arguments: unchanged, or as JSON text."""
 ARGUMENT_FORMS: tuple[Arguments, ...] = (dict, json.dumps)
 
 
@@ -116,7 +117,7 @@ class Template:
         for following in ([], [user()]):
             try:
                 text = self.render([user(), {"role": "assistant", "content": ANSWER}, *following])
-            except Exception:  # the template is foreign code and may reject this conversation
+            except Exception:  # the template is third-party code and may reject this conversation
                 continue
             tokens = self.tokens_in(text.partition(ANSWER)[2].partition(QUESTION)[0])
             if tokens:

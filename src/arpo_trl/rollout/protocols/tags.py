@@ -32,22 +32,22 @@ class TagProtocol(ToolProtocol):
 
     Raises:
         ToolSpecError: A tool does not have exactly one required text argument.
-        ConfigError: `tool_parser` is set, which is only for chat templates, or the tokenizer changes text.
+        ConfigError: `tool_parser` is set, although it applies only to chat templates, or the tokenizer changes text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Mapping[str, ToolSpec], **settings: Any):
         for name, spec in tools.items():
             if spec.single_text_parameter is None:
                 raise ToolSpecError(
-                    f"The tool {name!r} takes {list(spec.parameters)}; a call between tags has exactly one required "
-                    '`str` argument. Change the signature to that, or set tool_protocol to "chat_template", where a '
-                    "tool may take several arguments."
+                    f"The tool {name!r} has the parameters {list(spec.parameters)}; a call between tags has exactly "
+                    "one required `str` argument. Change the signature to that, or set tool_protocol to "
+                    '"chat_template", with which a tool may have several arguments.'
                 )
         super().__init__(tokenizer, tools, **settings)
         if self._wanted_parser != AUTO:
             raise ConfigError(
-                f'tool_parser is {self._wanted_parser!r}, but tool_protocol is "tags", whose calls no parser of a '
-                f'chat template reads. Leave tool_parser at {AUTO!r}, or set tool_protocol "chat_template".'
+                f'tool_parser is {self._wanted_parser!r}, but tool_protocol is "tags". Parsers of chat templates '
+                f'do not read its calls. Leave tool_parser at {AUTO!r}, or set tool_protocol "chat_template".'
             )
         self.stop_strings = tuple(f"</{name}>" for name in tools)
         self._result_open = self._encode_exactly(f"\n<{RESULT}>\n")
@@ -133,7 +133,7 @@ class TagProtocol(ToolProtocol):
 
         Args:
             text: The turn.
-            opened: The opening tags that count and were not closed.
+            opened: The opening tags outside code that were not closed.
             ending: The last closing tag of a tool, which is inside code; None if there is none.
         """
         if ending is None and f"</{ANSWER}>" in text:

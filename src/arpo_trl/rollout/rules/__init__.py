@@ -1,4 +1,4 @@
-"""Branch rules, which decide whether an observation branches. Each rule is one file; docs/algorithm.md has a table.
+"""Branch rules decide whether an observation branches. Each rule is one file; docs/algorithm.md has a table.
 
 Register a rule from outside the package under a name, and set `branch_rule` to that name:
 
@@ -56,7 +56,7 @@ def build_rule(name: str, settings: Mapping[str, Any], options: Mapping[str, Any
     """Create the rule registered as `name`.
 
     Args:
-        settings: Values that several rules share. The rule gets those that it has fields for.
+        settings: Values that several rules share. The rule gets the values for which it has fields.
         options: Values for the rule's other fields.
 
     Raises:

@@ -1,13 +1,13 @@
 """AEPO's budget split and penalty for consecutive branches (arXiv 2510.14545).
 
 Reads the entropies of the first k tokens of turns, and the decisions above, after the k tokens under an observation.
-N first paths (1 unless `initial_rollouts` says otherwise) are only measured and do not branch. Once they have ended,
-more paths start at the root until there are m; at least one does, since it has to supply the branches. In the metrics
-they count as top-ups.
+The N first paths (1 unless `initial_rollouts` is set) are only measured and do not branch. When they have ended, more
+paths start at the root until there are m. At least one starts, since it has to supply the branches. In the metrics
+these paths count as top-ups.
 
 Approximations: H_root and H_tool come from these few paths and from the first k tokens of turns, and are divided by
-ln V. Consecutive branches are counted along the path in both forms: the released code counts rounds of the whole
-prompt, which would make decisions depend on the order in which paths finish.
+ln V. Both forms count consecutive branches along the path. The released code counts rounds of the whole prompt, so its
+decisions depend on the order in which paths finish.
 
 Bias: multiplicity, look-ahead.
 """
@@ -55,7 +55,7 @@ class AEPO(BranchRule):
     branch_threshold: float = 0.5
     form: str = field(default="paper", metadata=described("Which formulas.", choices=("paper", "coded")))
     split_weight: float = field(default=0.5, metadata=described("Weight of entropies in m.", at_least=0))
-    penalty: float = field(default=0.05, metadata=described("What a consecutive branching costs.", at_least=0))
+    penalty: float = field(default=0.05, metadata=described("Penalty for each consecutive branching.", at_least=0))
 
     def first_paths(self, leaves: int) -> int:
         return 1

@@ -24,14 +24,15 @@ from arpo_trl.rollout.tree import Address, BranchDecision, Node, NodeKind, Rollo
 
 
 class Moment(Enum):
-    """When a rule decides, and hence what it can read."""
+    """When a rule decides. This determines the data that it can read."""
 
     RESULT = "result"
     """When an observation is complete, before the turn under it starts."""
     PROBE = "probe"
     """When the first k tokens of the turn under an observation are known."""
     PATHS_DONE = "paths_done"
-    """When no path is live: after the first N paths have ended, and again after the branches of each decision have."""
+    """When no path is live: after the first N paths have ended, and again after the branches of each decision have
+    ended."""
     LEAVES_SCORED = "leaves_scored"
     """Like PATHS_DONE, with the rewards of the finished leaves."""
 
@@ -45,7 +46,8 @@ class Moment(Enum):
 class Candidate:
     """An observation that may branch. Entropies are in nats, one per probed token.
 
-    `node` is the observation's index in `BranchContext.tree`, where a rule finds its calls, relatives and siblings.
+    `node` is the observation's index in `BranchContext.tree`, from which a rule can read its calls, ancestors and
+    siblings.
 
         Candidate(node=2, address=(0,), depth=1, turn=[1.3, 0.2], before=[0.9], root=[0.9])
     """
@@ -65,7 +67,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivePath:
-    """An unfinished path: its address, its last node, and the number of further tool results that it may branch at.
+    """An unfinished path: its address, its last node, and the number of further tool results at which it may branch.
 
     LivePath(address=(0,), node=3, results=2)
     """
@@ -85,7 +87,8 @@ class BranchContext:
     tree: RolloutTree
     vocab_size: int
     remaining: int
-    """The budget left: leaves, of the M − N that do not start at the root, that no decision has used."""
+    """The remaining budget: of the M − N leaves that do not start at the root, the number that no decision has
+    used."""
     seed_of: Callable[[tuple[int, ...]], int]
     """The seed of a place in the tree. It does not depend on the order in which paths finish."""
     rewards: Sequence[float] = ()
@@ -133,7 +136,7 @@ class BranchRule(ABC):
     """The rule's name in the setting `branch_rule`; `register_rule` sets it."""
     moment: ClassVar[Moment] = Moment.PROBE
     entropy_triggers: ClassVar[bool] = False
-    """Whether the rule fires on entropy, so that an alarm on the share of observations that fire makes sense."""
+    """Whether the rule fires on entropy. If so, an alarm on the share of observations that fire makes sense."""
     sets_branches: ClassVar[bool] = False
     """Whether the rule itself sets the number of branches of an observation, so that Z has no effect."""
     learns: ClassVar[bool] = False
@@ -143,12 +146,12 @@ class BranchRule(ABC):
     """Z: the number of extra turns under an observation that branches."""
 
     def __post_init__(self) -> None:
-        """Checks the settings against their fields' metadata, as `described` writes it."""
+        """Checks the settings against the fields' metadata from `described`."""
         check_fields(self)
 
     @property
     def most_branches(self) -> int:
-        """The most branches of one observation."""
+        """The maximum number of branches of one observation."""
         return self.branches_per_fork
 
     def first_paths(self, leaves: int) -> int:
@@ -156,15 +159,15 @@ class BranchRule(ABC):
         return leaves // 2
 
     def check(self, leaves: int, first_paths: int, results: int | None) -> None:
-        """Return if the rule can spend the budget of a run.
+        """Check that the rule can spend the budget of a run.
 
         Args:
             leaves: M.
             first_paths: N.
-            results: The most tool results of a path; None: any number.
+            results: The maximum number of tool results of a path; None: no limit.
 
         Raises:
-            ConfigError: It cannot, or a setting has no effect.
+            ConfigError: The rule cannot spend the budget, or a setting has no effect.
         """
         if self.sets_branches and self.branches_per_fork != 1:
             raise ConfigError(
@@ -177,7 +180,7 @@ class BranchRule(ABC):
         return None
 
     def roots(self, planned: int, context: BranchContext) -> int:
-        """Return how many paths start at the root at first; from 1 to M.
+        """Return how many paths start at the root at the beginning; from 1 to M.
 
         The sampler calls this once per group with N < M, after `start`.
 
@@ -198,7 +201,7 @@ class BranchRule(ABC):
         """Return one decision per candidate, with `granted` set. Their sum is at most `context.remaining`.
 
         The candidates are those that have reached `moment`, sorted by place in the tree. A rule that waits gets all
-        observations of the tree each time, and its grants are added to the node's earlier ones.
+        observations of the tree each time. Its grants are added to the earlier grants of the node.
         """
         judged = [self.judge(candidate, context) for candidate in candidates]
         wanted = [self.wants(*pair, context) for pair in zip(candidates, judged, strict=True)]
@@ -208,8 +211,8 @@ class BranchRule(ABC):
         """Return how many of the remaining leaves branches can still use. The sampler starts the others at the root.
 
         The sampler calls this after each decision. A path that can still get r results becomes at most (1 + Z)^r
-        leaves, since every branch inherits the results that are left. A rule that waits has already granted all the
-        leaves it wants.
+        leaves, since every branch inherits the remaining results. A rule that waits has already granted all leaves
+        that it wants.
         """
         if self.moment.waits:
             return 0
@@ -223,7 +226,8 @@ class BranchRule(ABC):
         return total
 
     def lesson(self, trees: Sequence[RolloutTree], rewards: Sequence[float]) -> Any:
-        """Return what the rule learns from one rank's trees of a training step, as plain data. Changes nothing.
+        """Return what the rule learns from one rank's trees of a training step, as plain data. Does not change the
+        rule.
 
         Args:
             trees: The finished trees.
@@ -232,7 +236,8 @@ class BranchRule(ABC):
         return None
 
     def learn(self, lessons: Sequence[Any]) -> None:
-        """Learn from the lessons of all ranks. Every rank gets the same ones, so that rules of ranks stay equal."""
+        """Learn from the lessons of all ranks. Every rank gets the same lessons, so the rule stays equal on all
+        ranks."""
         return
 
     def metrics(self) -> Mapping[str, float]:
@@ -240,7 +245,7 @@ class BranchRule(ABC):
         return {}
 
     def state_dict(self) -> Any:
-        """Return a copy of what the rule has learned, as plain data for a checkpoint."""
+        """Return a copy of the learned values, as plain data for a checkpoint."""
         return None
 
     def load_state_dict(self, state: Any) -> None:
@@ -250,7 +255,8 @@ class BranchRule(ABC):
 
 @dataclass(slots=True, kw_only=True)
 class Round:
-    """The state of a group under `Rounds`: branches per round, and how many paths the last round starts at the root.
+    """The state of a group under `Rounds`: branches per round, and the number of paths that the last round starts at
+    the root.
 
     Round(size=4, at_root=1)
     """
@@ -261,7 +267,7 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds(BranchRule):
-    """A rule that waits, and then adds the M − N other leaves in rounds of equal size, below the root or observations.
+    """A rule that waits, and then adds the other M − N leaves in rounds of equal size, below the root or observations.
 
     A round starts when all paths of the round before have ended. A subclass defines `pick`:
 
@@ -289,7 +295,7 @@ class Rounds(BranchRule):
 
     @abstractmethod
     def pick(self, places: Sequence[Node], count: int, context: BranchContext) -> Sequence[int]:
-        """Return where up to `count` paths start: an index into `places` for each, at least one.
+        """Return the starts of up to `count` paths, at least one: an index into `places` for each.
 
         Args:
             places: The root, then the observations that may branch, sorted by place in the tree.
@@ -322,16 +328,16 @@ class Plan:
     children: Sequence[int]
     """The number of roots, then of children at each depth; 1 after the last."""
     shares: dict[Address, int]
-    """The leaves that each path has still to become, itself included. Paths that are not in it do not branch."""
+    """The number of leaves that each path must still become, itself included. Paths without an entry do not branch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(BranchRule):
-    """A rule that gives every path the same number of children at its m-th result, whatever it has written.
+    """A rule that gives every path the same number of children at its m-th result, independent of its text.
 
-    Each path has a share of the M leaves, which it splits evenly among its children. Where a path ends before it has
-    split its share, or has too few results left for it, as many paths start at the root at once, and these do not
-    branch. So a tree has exactly M leaves. A subclass defines `plan`:
+    Each path has a share of the M leaves, which it splits evenly among its children. If a path ends before it has
+    split its share, or has too few results left, new paths start at the root immediately to replace the missing
+    leaves. They do not branch. So a tree has exactly M leaves. A subclass defines `plan`:
 
         @register_rule("late")
         @dataclass(frozen=True, kw_only=True)
@@ -347,7 +353,7 @@ class Planned(BranchRule):
 
     @abstractmethod
     def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
-        """Return the number of roots of a group, then that of children at each depth, all at least 1.
+        """Return the number of roots of a group, then the number of children at each depth, all at least 1.
 
         Args:
             leaves: M.
@@ -395,9 +401,10 @@ def split_evenly(leaves: int, parts: int) -> list[int]:
 def grant(
     decisions: Sequence[BranchDecision], wanted: Sequence[int], priorities: Sequence[float], remaining: int
 ) -> list[BranchDecision]:
-    """Return the decisions with `granted` set. Those that fire get what they want, highest priority first.
+    """Return the decisions with `granted` set. Decisions that fire get the branches that they want, highest priority
+    first.
 
-    The grants end when `remaining` is used up. Of equal priorities the earlier decision in the sequence goes first.
+    The grants stop when `remaining` is used up. At equal priority, the earlier decision in the sequence comes first.
     """
     granted = list(decisions)
     for i in sorted(range(len(granted)), key=lambda i: -priorities[i]):

@@ -1,8 +1,9 @@
-"""CBPO's balanced probability (arXiv 2608.24300): branch where entropy rose, less so on paths that branched before.
+"""CBPO's balanced probability (arXiv 2608.24300): branch at an increase of entropy, less on paths that branched
+before.
 
 Reads the entropies of the first k tokens under an observation and of the path's first turn, and the branches above,
-after those k tokens. The paper also branches inside turns, every 64 tokens; here branches start at observations only.
-Its entropies cover the ten most likely tokens; ours cover all.
+after those k tokens. The paper also branches inside turns, every 64 tokens. Here branches start only at observations.
+The paper's entropies cover the ten most likely tokens. Here they cover all tokens.
 
 Bias: multiplicity, look-ahead.
 """
@@ -23,8 +24,9 @@ from arpo_trl.rollout.tree import BranchDecision
 class CBPO(BranchRule):
     """Fires if P = clip(`base` + `slope`·ΔH, 0, 1) / ((1 + L)^`power` · (1 + l)^`power`) > `least`.
 
-    l is the number of branches that the observation has, L that of the path including it. Each further branch of the
-    observation needs P > `least` anew, up to `per_node`, and up to `per_path` on a path.
+    l is the number of branches of the observation, and L the number of branches of the path, the observation included.
+    Each further branch requires P > `least` again. An observation has at most `per_node` branches, and a path at most
+    `per_path`.
 
         CBPO(base=0.2, slope=2.0, power=0.2, least=0.25, per_node=3, per_path=4)
     """
@@ -33,12 +35,12 @@ class CBPO(BranchRule):
 
     base: float = field(default=0.2, metadata=described("P at ΔH = 0, without branches.", at_least=0, at_most=1))
     slope: float = field(default=2.0, metadata=described("Weight of ΔH."))
-    power: float = field(default=0.2, metadata=described("How much earlier branches lower P.", at_least=0))
+    power: float = field(default=0.2, metadata=described("Exponent of the penalty for earlier branches.", at_least=0))
     least: float = field(
-        default=0.25, metadata=described("An observation branches if P is more.", at_least=0, at_most=1)
+        default=0.25, metadata=described("An observation branches if P exceeds this.", at_least=0, at_most=1)
     )
-    per_node: int = field(default=3, metadata=described("Most branches of an observation.", at_least=1))
-    per_path: int = field(default=4, metadata=described("Most branches along a path.", at_least=1))
+    per_node: int = field(default=3, metadata=described("Maximum number of branches of an observation.", at_least=1))
+    per_path: int = field(default=4, metadata=described("Maximum number of branches along a path.", at_least=1))
 
     @property
     def most_branches(self) -> int:
@@ -57,7 +59,7 @@ class CBPO(BranchRule):
     def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
         delta, above = decision.delta or 0.0, branches_above(candidate, context)
         most = range(min(self.per_node, self.per_path - above))
-        return sum(self.probability(delta, above + j, j) > self.least for j in most)  # P falls with j
+        return sum(self.probability(delta, above + j, j) > self.least for j in most)  # P decreases with j
 
     def probability(self, delta: float, path: int, node: int) -> float:
         """P with L = `path` and l = `node`."""

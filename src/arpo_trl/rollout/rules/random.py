@@ -1,7 +1,7 @@
 """The control: branch with probability α, independent of entropy.
 
-Decides after the first k tokens under an observation, as `threshold` does. Their entropies matter only where the
-budget does not suffice for all decisions that arrive together.
+Decides after the first k tokens under an observation, as `threshold` does. Their entropies matter only if the budget
+does not suffice for all decisions that arrive together.
 
 Bias: multiplicity.
 """

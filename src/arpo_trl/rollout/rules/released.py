@@ -21,7 +21,7 @@ from arpo_trl.rollout.tree import BranchDecision
 class Released(BranchRule):
     """Fires with probability clip(α + β·ΔH′, 0, 1), with α `branch_probability` and β `entropy_weight`.
 
-    ΔH′ compares entropies summed over at most k tokens: of the turn before the result, and of the path's first turn.
+    ΔH′ compares the entropy sums, over at most k tokens, of the turn before the result and of the path's first turn.
 
         Released(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2)
     """

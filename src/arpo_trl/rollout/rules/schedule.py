@@ -1,9 +1,9 @@
-"""Balanced widths: at its m-th result every path gets the same number of children, whatever it has written.
+"""Balanced widths: at its m-th result every path gets the same number of children, independent of its text.
 
-Reads the depth only, when an observation is complete, so without look-ahead. `Planned` says what happens to the leaves
-of paths that end early.
+Reads only the depth, when an observation is complete, so it has no look-ahead. `Planned` describes how the leaves of
+paths that end early are replaced.
 
-Bias: none up to scale where all paths have as many results as there are widths; otherwise multiplicity.
+Bias: none up to scale if every path has enough results for all widths; otherwise multiplicity.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Schedule(Planned):
     """`widths` roots and children by depth or, without them, widths from running estimates for a budget of calls.
 
     From estimates (`arpo_trl.rollout.estimates`), widths are rounded at random, once per prompt and depth. The last
-    depth splits what is left. Before the first estimates there are N roots, and the first results split everything.
+    depth splits the remaining leaves. Before the first estimates there are N roots, and the first results split all
+    leaves.
 
         Schedule(widths=(1, 3, 2))  # 1 root, 3 children at its first result, 2 at each of their first: M = 6
     """
@@ -40,14 +41,15 @@ class Schedule(Planned):
     calls_share: float | None = field(
         default=None,
         metadata=described(
-            "Budget of calls, as a share of those of M independent paths. None: 0.5, or what `widths` give.",
+            "Budget of calls, as a share of those of M independent paths. None: 0.5, or the share that `widths` "
+            "imply.",
             above=0,
             at_most=1,
         ),
     )
     exploration: float = field(
         default=0.03,
-        metadata=described("Probability of one child more, per prompt and depth.", at_least=0, at_most=1),
+        metadata=described("Probability of one additional child, per prompt and depth.", at_least=0, at_most=1),
     )
     memory: float = field(
         default=0.8, metadata=described("Weight of earlier steps in the estimates.", at_least=0, at_most=1)
@@ -60,7 +62,9 @@ class Schedule(Planned):
         if not valid:
             raise ConfigError(f"widths is {self.widths!r}; expected integers of at least 1, such as [1, 3, 2].")
         if self.widths and self.calls_share is not None:
-            raise ConfigError("widths and calls_share are both set, but widths decide the calls. Remove one of them.")
+            raise ConfigError(
+                "widths and calls_share are both set, but widths determine the calls. Remove one of them."
+            )
         object.__setattr__(self, "widths", tuple(self.widths))
 
     def first_paths(self, leaves: int) -> int:

@@ -1,10 +1,10 @@
 """AT²PO's rounds (arXiv 2601.04767): branch where the model's own tokens were least likely.
 
-Reads the sampling logprobs of whole turns and the number of siblings, when no path is live. The N first paths end,
-then L rounds of K = (M − N) / L branches start, one at each of the K best places. A place is the root or an
-observation; both compete, and a path that starts at the root counts as a top-up in the metrics.
+Reads the sampling logprobs of whole turns and the number of siblings, when no path is live. After the N first paths
+have ended, L rounds of K = (M − N) / L branches start, one at each of the K best places. A place is the root or an
+observation. A path that starts at the root counts as a top-up in the metrics.
 
-Bias: multiplicity, and look-ahead over a whole turn: the turn whose tokens chose the place is itself trained.
+Bias: multiplicity, and look-ahead over a whole turn: the turn whose tokens determined the place is itself trained.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from arpo_trl.rollout.tree import Node, RolloutTree
 class Surprisal(Rounds):
     """Fires at the places with the highest −mean log π of a turn under them − `penalty` · (that turn's siblings).
 
-    Of several turns under a place the most surprising one counts. `rounds` is L.
+    Of several turns under a place, only the most surprising one counts. `rounds` is L.
 
         Surprisal(rounds=2, penalty=0.05)
     """
 
     rounds: int = field(default=2, metadata=described("L: rounds of branches.", at_least=1))
-    penalty: float = field(default=0.05, metadata=described("What a sibling costs.", at_least=0, unit="nats"))
+    penalty: float = field(default=0.05, metadata=described("Penalty for each sibling.", at_least=0, unit="nats"))
 
     def pick(self, places: Sequence[Node], count: int, context: BranchContext) -> Sequence[int]:
         scores = [self.score(place, context.tree) for place in places]

@@ -1,9 +1,9 @@
 """Tree-GRPO's expansion (arXiv 2509.21240): branch anywhere with equal probability, once the first paths are done.
 
-Reads nothing but where nodes are, when no path is live. Each of a round's branches draws its place, with replacement,
-among the root and the observations of the tree. The paper grows each first path as a tree of its own and keeps only
-some of the leaves; here the first paths share one tree and one root, and all M leaves stay. A path that starts at the
-root counts as a top-up in the metrics.
+Reads only the places of nodes, when no path is live. Each branch of a round draws its place, with replacement, among
+the root and the observations of the tree. The paper grows a separate tree from each first path and keeps only some of
+the leaves. Here the first paths share one tree and one root, and all M leaves are kept. A path that starts at the root
+counts as a top-up in the metrics.
 
 Bias: multiplicity.
 """
@@ -21,7 +21,7 @@ from arpo_trl.rollout.tree import Node
 @register_rule("uniform")
 @dataclass(frozen=True, kw_only=True)
 class Uniform(Rounds):
-    """Fires where the draws fall; with `rounds` > 1, the branches of earlier rounds offer places as well.
+    """Fires at the drawn places. With `rounds` > 1, the branches of earlier rounds add places.
 
     Uniform(rounds=1)
     """

@@ -1,14 +1,14 @@
-"""Makes, forks, counts and closes the instances of an environment's class. Each path has an instance of its own.
+"""Creates, forks, counts and closes the instances of an environment's class. Each path has its own instance.
 
-A branch starts from a `Point`: the state of an instance between two of its calls. While the instance stays there, a
-branch forks it directly. Before the instance's next call it is copied, but only if a branch may still start there, and
-only if the class can fork or copy. Without a copy, a branch replays the calls on a new instance.
+A branch starts from a `Point`: the state of an instance between two of its calls. While the instance is in that state,
+a branch forks it directly. Before the instance's next call it is copied, but only if a branch may still start there
+and the class can fork or copy. Without a copy, a branch replays the calls on a new instance.
 
     instance ── call ── point ── call ──▶ …
-                          ├─ fork ─▶ instance of a branch       the instance is still there
-                          └─ copy ── fork ─▶ another branch     the instance has moved on
+                          ├─ fork ─▶ instance of a branch the instance is still in the state └─ copy ── fork ─▶ another
+                          branch the instance has moved on
 
-Everything that calls a user's code runs in threads of the tools. Each instance runs one method at a time.
+All calls of user code run in the threads of the tools. Each instance runs one method at a time.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ logger = get_logger(__name__)
 _MAX_OUTCOME_CHARS = 2000
 _MAX_DESCRIBED_CHARS = 10_000
 _GRACE_S = 1.0
-"""How much longer an async method may take than the deadline of its call, which is to pass first."""
+"""Seconds that an async method may take beyond the deadline of its call, so that the deadline passes first."""
 
 
 class ForkRefused(Exception):
-    """A branch cannot get the state of its prefix. The message says why."""
+    """A branch cannot get the state of its prefix. The message contains the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A call that an instance ran, and its outcome as text that can be compared."""
+    """A call that an instance ran, and its outcome as comparable text."""
 
     name: str
     arguments: dict[str, Any]
@@ -55,13 +55,13 @@ class Done:
 
 @dataclass(eq=False, slots=True)
 class Start:
-    """Where all paths of a group start: the class of their environments, and the row of the group."""
+    """The start of all paths of a group: the class of their environments, and the row of the group."""
 
     kind: EnvironmentKind
     row: Mapping[str, Any]
     """The columns that `reset` receives."""
     text: str | None = None
-    """What `reset` returned for the group's first path."""
+    """The return value of `reset` for the group's first path."""
     is_known: bool = False
     """Whether `text` is known."""
 
@@ -75,20 +75,20 @@ class Instance:
     log: list[Done] = field(default_factory=list)
     """The calls since the reset, also those of the path before the instance was forked."""
     digest: Any = None
-    """The value of `digest()` after the last call; None if the class does not offer it."""
+    """The value of `digest()` after the last call; None if the class has no such method."""
     description: str = ""
-    """The same of `describe()`."""
+    """The value of `describe()` after the last call, likewise."""
     doubt: str = ""
-    """Why the state is not known; empty: it is known."""
+    """The reason why the state is unknown; empty if it is known."""
     point: Point | None = None
-    """Where the instance is, if a branch may start there."""
+    """The current point of the instance, if a branch may start there."""
     closed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
-    """Held while a method of the object runs."""
+    """Locked while a method of the object runs."""
 
     @contextmanager
     def turn(self, timeout_s: float) -> Iterator[None]:
-        """Hold the lock. Raises `ToolError` if an earlier call still runs after `timeout_s`."""
+        """Acquire the lock. Raises `ToolError` if an earlier call still runs after `timeout_s`."""
         if not self.lock.acquire(timeout=timeout_s):
             raise ToolError("Error: an earlier call of this environment is still running.")
         try:
@@ -108,14 +108,14 @@ class Point:
     origin: Instance | None
     """The instance, while it is at the point."""
     copy: Instance | None = None
-    """A copy of it, made when it moved on."""
+    """A copy of the instance, made before its next call."""
     users: int = 0
-    """How many states may still start a branch here."""
+    """The number of states that may still start a branch here."""
 
 
 @dataclass(slots=True)
 class Counts:
-    """What happened to the instances since the counts were taken; seconds are sums over threads."""
+    """Counts of events since the last reading. Seconds are sums over threads."""
 
     resets: int = 0
     forks: int = 0
@@ -140,39 +140,40 @@ class Instances:
         self.timeout_s = timeout_s
         self._limit = limit
         self.changed = threading.Condition()
-        """Guards everything below, the fields of points, and those of states that several threads use."""
+        """Guards all attributes below, the fields of points, and the fields of states that several threads use."""
         self._live = 0
         self._closing = 0
         self._making = 0
         self._hanging = 0
-        """How many of those that are made or closed `settle` has waited for in vain."""
+        """The number of instances in creation or closing for which `settle` has waited without success."""
         self._objects: dict[int, Any] = {}  # the objects of live instances by their id(), which also keeps them alive
-        self._copies: dict[Point, None] = {}  # the points that hold a copy, oldest first
+        self._copies: dict[Point, None] = {}  # the points with a copy, oldest first
         self._counts = Counts()
         self._loop: LoopThread | None = None
         self._told: set[str] = set()
         self.fatal: ArpoError | None = None
-        """An error of the class after which no run can continue: paths would share a state, or differ in prompt."""
+        """An error of the class after which the run cannot continue: paths would share a state, or differ in
+        prompt."""
 
     # Room ------------------------------------------------------------------------------------------------------------
 
     @property
     def live(self) -> int:
-        """The number of instances that are not closed, and of those that are being made."""
+        """The number of instances that are not closed, including those in creation."""
         with self.changed:
             return self._live
 
     @property
     def in_use(self) -> int:
-        """The number of instances that are neither being made nor being closed."""
+        """The number of instances that are neither in creation nor in closing."""
         with self.changed:
             return self._live - self._making - self._closing
 
     def reserve(self, *, for_copy: bool = False) -> bool:
-        """Reserve room for one instance, and return whether there was room.
+        """Reserve a slot for one instance, and return whether one was free.
 
-        For a path, copies for branches give way, and this waits for instances that are being closed. So the answer
-        does not depend on how long closing takes. A copy takes only room that is free.
+        For a path, this drops copies for branches if necessary, and waits for instances in closing. So the result does
+        not depend on the duration of closing. A copy uses only a free slot.
         """
         with self.changed:
             if self._limit is not None and self._live >= self._limit and not for_copy:
@@ -191,7 +192,7 @@ class Instances:
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """Within it, `settle` waits."""
+        """A context in which `settle` waits."""
         with self.changed:
             self._making += 1
         try:
@@ -202,19 +203,19 @@ class Instances:
                 self.changed.notify_all()
 
     def release(self) -> None:
-        """Give back room for which no instance was made."""
+        """Release a slot for which no instance was created."""
         with self.changed:
             self._live -= 1
             self.changed.notify_all()
 
-    # Making and forking, in threads of the tools. The caller has reserved the room -----------------------------------
+    # Creation and forks, in threads of the tools. The caller has reserved the slot -----------------------------------
 
     def fresh(self, start: Start) -> Instance:
         """Return a new instance, reset with the group's row.
 
         Raises:
-            ToolSpecError: The factory returned an object that another path has.
-            DataError: `reset` returned another text than for the group's first path, or something that is not text.
+            ToolSpecError: The factory returned an object that another path already uses.
+            DataError: `reset` returned a different text than for the group's first path, or a value that is not text.
         """
         started_s = time.perf_counter()
         instance = self._adopted(self.finished(start.kind.factory()), start, "environment_factory")
@@ -234,8 +235,8 @@ class Instances:
         """Return an instance in the state of `point`.
 
         Raises:
-            ForkRefused: There is none.
-            ToolSpecError: `fork` returned an object that another path has.
+            ForkRefused: No instance can get that state.
+            ToolSpecError: `fork` returned an object that another path already uses.
         """
         if point.doubt:
             raise ForkRefused(point.doubt)
@@ -249,7 +250,7 @@ class Instances:
                     is_there = source in (point.copy, point.origin)
                 if is_there:
                     return self._forked(source, point)
-        if point.doubt:  # what the copy for it met
+        if point.doubt:  # the problem of its copy
             raise ForkRefused(point.doubt)
         if not point.start.kind.replayable:
             raise ForkRefused("there was no room for a copy (environment_concurrency), and it is not replayable")
@@ -288,7 +289,7 @@ class Instances:
                 outcome, _ = self.called(instance, call.name, call.arguments)
                 if outcome != call.outcome:
                     raise ForkRefused(
-                        f"the replayed call {call.name} returned {outcome[:200]}, and the recorded one "
+                        f"the replayed call {call.name} returned {outcome[:200]}, but the recorded one "
                         f"{call.outcome[:200]}"
                     )
             self.observe(instance)
@@ -309,7 +310,8 @@ class Instances:
             if id(value) in self._objects:
                 raise self._final(
                     ToolSpecError(
-                        f"{made_by} returned an object that another path has, and both would share its state. It must "
+                        f"{made_by} returned an object that another path already uses, so both would share its state. "
+                        f"It must "
                         f"return a new {start.kind.name} at each call."
                     )
                 )
@@ -327,8 +329,8 @@ class Instances:
             raise self._final(
                 DataError(
                     f"reset() of {start.kind.name} returned different texts for the same row: {first!r:.200} and "
-                    f"{text!r:.200}. All paths of a group share one prompt. Let the text depend on the row alone: put "
-                    "a seed into a column, and draw from random.Random(seed)."
+                    f"{text!r:.200}. All paths of a group share one prompt. The text must depend only on the row: put "
+                    f"a seed into a column, and draw from random.Random(seed)."
                 )
             )
 
@@ -338,10 +340,10 @@ class Instances:
                 f"{made_by} has the digest {instance.digest!r:.100}, and the original {point.digest!r:.100}"
             )
 
-    # Calls, with the lock of the instance held -----------------------------------------------------------------------
+    # Calls, under the lock of the instance -----------------------------------------------------------------------
 
     def called(self, instance: Instance, name: str, arguments: Mapping[str, Any]) -> tuple[str, Callable[[], Any]]:
-        """Call a method and log the call. Return its outcome as comparable text, and a function that gives it."""
+        """Call a method and log the call. Return its outcome as comparable text, and a function that returns it."""
         given = copy.deepcopy(dict(arguments))
         error: BaseException | None = None
         value: Any = None
@@ -360,7 +362,7 @@ class Instances:
         return outcome, result
 
     def observe(self, instance: Instance) -> None:
-        """Update the digest and the description of an instance, for which the class may offer methods."""
+        """Update the digest and the description of an instance, if the class has these methods."""
         kind = instance.start.kind
         if kind.offers("digest"):
             instance.digest = self.finished(instance.value.digest())
@@ -368,7 +370,7 @@ class Instances:
             instance.description = str(self.finished(instance.value.describe()))[:_MAX_DESCRIBED_CHARS]
 
     def leave_point(self, instance: Instance) -> None:
-        """Copy the instance for the branches that may still start where it is. Runs before its next call."""
+        """Copy the instance for branches that may still start in its current state. Runs before its next call."""
         point = instance.point
         if point is None:
             return
@@ -391,11 +393,12 @@ class Instances:
             self.close(made)
 
     def finished(self, value: Any) -> Any:
-        """Do the same as `result_of`, with the deadline of a call."""
+        """Like `result_of`, with the deadline of a call."""
         return self.result_of(value, self.timeout_s + _GRACE_S)
 
     def result_of(self, value: Any, timeout_s: float | None) -> Any:
-        """Return `value`; if it is awaitable, what it returns. Awaitables of a class run on one loop of their own."""
+        """Return `value`, or its result if it is awaitable. Awaitables of environments run on a separate event
+        loop."""
         if not inspect.isawaitable(value):
             return value
         with self.changed:
@@ -413,7 +416,7 @@ class Instances:
     # Points ----------------------------------------------------------------------------------------------------------
 
     def point_of(self, instance: Instance) -> Point:
-        """Return the point at which the instance is. No call of it is running."""
+        """Return the current point of the instance. None of its calls is running."""
         with self.changed:
             if instance.point is None:
                 instance.point = Point(
@@ -422,13 +425,13 @@ class Instances:
             return instance.point
 
     def use(self, point: Point) -> Point:
-        """Note that one more state may start a branch at the point."""
+        """Record that one more state may start a branch at the point."""
         with self.changed:
             point.users += 1
         return point
 
     def leave(self, point: Point) -> None:
-        """Note that a state of the point is gone. With the last one its copy is closed."""
+        """Record that a state of the point has ended. After the last one, close the point's copy."""
         with self.changed:
             point.users -= 1
             if not point.users and point in self._copies:
@@ -443,9 +446,9 @@ class Instances:
     # Closing ---------------------------------------------------------------------------------------------------------
 
     def close(self, instance: Instance) -> None:
-        """Close an instance in a thread, once its running call has ended. Its room is free after that.
+        """Close an instance in a thread, when its running call has ended. Then its slot is free.
 
-        If a branch may still start where the instance is, it becomes the copy of that point and stays open.
+        If a branch may still start in its current state, the instance becomes the copy of that point and stays open.
         """
         with self.changed:
             if (point := instance.point) is not None:
@@ -467,7 +470,7 @@ class Instances:
                 self.changed.notify_all()
 
     def _discard(self, instance: Instance) -> None:
-        """Close an instance that no path got. The caller still has its room."""
+        """Close an instance that no path uses. The caller keeps its slot."""
         self._close_value(instance)
 
     def _close_value(self, instance: Instance) -> None:
@@ -479,7 +482,7 @@ class Instances:
         except BaseException as error:
             self.tell_once(
                 f"close() of the environment {instance.start.kind.name} failed",
-                f"{as_reason(error)}. What it held may not be released.",
+                f"{as_reason(error)}. Its resources may not be released.",
             )
         finally:
             if held:
@@ -488,9 +491,9 @@ class Instances:
                 del self._objects[id(instance.value)]
 
     def settle(self) -> bool:
-        """Wait until no instance is being made or closed, and return whether that is so before the deadline.
+        """Wait until no instance is in creation or closing. Return False if the deadline passes first.
 
-        Those that an earlier call has waited for in vain are not waited for again.
+        Instances for which an earlier call has waited without success are ignored.
         """
         with self.changed:
             settled = self.changed.wait_for(lambda: self._making + self._closing <= self._hanging, 2 * self.timeout_s)
@@ -509,16 +512,16 @@ class Instances:
         )
 
     def count_failed(self, kind: EnvironmentKind, reason: str) -> None:
-        """Count a path whose environment could not be made, and log the first one."""
+        """Count a path whose environment could not be created, and log the first one."""
         with self.changed:
             self._counts.failed += 1
         self.tell_once(
-            f"The environment {kind.name} of a path could not be made",
-            f"{reason}. The model reads that at each call. Such paths are counted as environments/failed.",
+            f"The environment {kind.name} of a path could not be created",
+            f"{reason}. The model reads this error at each call. Such paths are counted as environments/failed.",
         )
 
     def _final(self, error: ArpoError) -> ArpoError:
-        """Keep an error after which no run can continue, and return it."""
+        """Store an error after which the run cannot continue, and return it."""
         self.fatal = self.fatal or error
         return error
 
@@ -542,7 +545,7 @@ def as_reason(error: BaseException) -> str:
 
 
 def _comparable(value: Any) -> str:
-    """Return what a method returned as text. Two long texts are equal only if the values are, up to a hash."""
+    """Return the result of a method as text. Two long texts are equal only if the values are equal, up to a hash."""
     try:
         text = json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     except Exception:  # not JSON, keys of several types, or contains itself
@@ -553,7 +556,7 @@ def _comparable(value: Any) -> str:
 
 
 async def _awaited(value: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """Return what `value` returns, and what it raises. If SystemExit were raised here, it would end the event loop."""
+    """Return the result or the exception of `value`. An uncaught SystemExit would stop the event loop."""
     try:
         return await value, None
     except asyncio.CancelledError:

@@ -1,4 +1,4 @@
-"""What the class of an environment offers: its tools, how it forks, and which optional methods it has."""
+"""The properties of an environment's class: its tools, the way to fork it, and its optional methods."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 
 COLUMN = "environment"
-"""The column by which a row chooses among several classes, as in TRL."""
+"""The column in which a row selects one of several classes, as in TRL."""
 NOT_TOOLS = ("reset", "get_reward", "fork", "close", "digest", "describe")
-"""Public methods with a meaning of their own. The model does not see them."""
+"""Public methods with a special meaning. The model does not see them."""
 
 
 class Forking(StrEnum):
-    """How a branch gets the state that its prefix had. The first that the class offers is used."""
+    """The way a branch gets the state of its prefix. The first one that the class supports is used."""
 
     FORK = "fork"
     """The class has a method `fork`, which returns an independent copy."""
@@ -31,7 +31,7 @@ class Forking(StrEnum):
     REPLAY = "replay"
     """A new instance is reset with the same row, and the path's calls run again."""
     NONE = "none"
-    """The class declares `replayable = False` and offers nothing else."""
+    """The class declares `replayable = False` and supports nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,10 @@ class EnvironmentKind:
         return callable(getattr(self.type, method, None))
 
     def check_row(self, columns: Collection[str]) -> None:
-        """Return if `reset` accepts the columns of a row as keyword arguments, as TRL passes them.
+        """Check that `reset` accepts the columns of a row as keyword arguments, as TRL passes them.
 
         Raises:
-            ConfigError: It does not.
+            ConfigError: `reset` does not accept them.
         """
         try:
             inspect.signature(self.type.reset).bind(None, **dict.fromkeys(columns))  # type: ignore[attr-defined]
@@ -77,10 +77,10 @@ class EnvironmentKind:
 
 
 class Kinds:
-    """The classes of environments of a run: one for all rows, or several, of which each row names one, as in TRL.
+    """The environment classes of a run: one for all rows, or several, one of which each row names, as in TRL.
 
     Args:
-        kinds: One class; or several by the name that rows have in the column `environment`.
+        kinds: One class, or several by their names in the column `environment`.
     """
 
     def __init__(self, kinds: EnvironmentKind | Mapping[Any, EnvironmentKind]):
@@ -91,7 +91,7 @@ class Kinds:
         """Return the name of the row's class; None if there is one class for all rows.
 
         Raises:
-            DataError: There are several, and the row names none of them.
+            DataError: There are several classes, and the row names none of them.
         """
         if not self.several:
             return None
@@ -108,11 +108,11 @@ class Kinds:
         return self.by_name[self.name_of(row)]
 
     def given(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the columns that `reset` receives: all, without the one that chose the class."""
+        """Return the columns that `reset` receives: all except the one that selects the class."""
         return {name: value for name, value in row.items() if not (self.several and name == COLUMN)}
 
     def check_rows(self, columns: Mapping[str, Sequence[Any]]) -> None:
-        """Return if each row names its class, and if each class accepts the columns.
+        """Check that each row names its class, and that each class accepts the columns.
 
         Args:
             columns: The columns of a dataset, by name.
@@ -134,7 +134,7 @@ class Kinds:
 
 
 def environment_kind(factory: Callable[[], Any], timeout_s: float) -> EnvironmentKind:
-    """Return what the environments that `factory` makes offer. This makes two of them and closes them.
+    """Return the properties of the environments that `factory` creates. This creates two of them and closes them.
 
     Args:
         timeout_s: Longest time of each call of the factory.
@@ -155,7 +155,7 @@ def environment_kind(factory: Callable[[], Any], timeout_s: float) -> Environmen
             _in_time(close, timeout_s, f"close() of {type(instance).__name__}")
     if first is second:
         raise ConfigError(
-            f"environment_factory returned the same {type(first).__name__} twice, and paths would share its state. "
+            f"environment_factory returned the same {type(first).__name__} twice, so paths would share its state. "
             "Return a new object at each call: pass the class itself, or a function that creates one."
         )
     return _kind_of(factory, first)
@@ -166,8 +166,8 @@ def _kind_of(factory: Callable[[], Any], instance: Any) -> EnvironmentKind:
     functions = dict(inspect.getmembers(kind, predicate=inspect.isfunction))  # as TRL finds the methods
     if "reset" not in functions:
         raise ToolSpecError(
-            f"The environment {kind.__name__} has no method reset. Define `def reset(self, **row)`, which puts it "
-            "into the state in which a path starts, and returns a text for the prompt or None."
+            f"The environment {kind.__name__} has no method reset. Define `def reset(self, **row)`, which sets the "
+            f"start state of a path, and returns a text for the prompt or None."
         )
     methods = {}
     for name in functions:
@@ -201,27 +201,27 @@ def as_function(method: Callable[..., Any]) -> Callable[..., Any]:
     def function(**arguments: Any) -> Any:
         raise AssertionError("the state of the path binds the method of its own instance")
 
-    del function.__wrapped__  # it holds the object
+    del function.__wrapped__  # it refers to the object
     function.__signature__ = inspect.signature(method)  # type: ignore[attr-defined]
     try:
         function.__annotations__ = typing.get_type_hints(method)  # resolved where the method was defined
-    except Exception:  # types that cannot be resolved: the tool's specification says what is wrong
+    except Exception:  # types that cannot be resolved: the tool's specification reports the error
         function.__annotations__ = dict(getattr(method, "__annotations__", {}))
     return function
 
 
 def _copied(instance: Any, timeout_s: float) -> list[Any]:
-    """Return a deepcopy of an instance whose class declares `copyable = True`, and nothing of another.
+    """Return a list with a deepcopy of an instance whose class declares `copyable = True`; empty for other classes.
 
     Raises:
-        ConfigError: It holds what cannot be copied.
+        ConfigError: The instance contains an object that cannot be copied.
     """
     if getattr(type(instance), "copyable", False) is not True:
         return []
     try:
         return [_in_time(lambda: copy.deepcopy(instance), timeout_s, "deepcopy")]
     except ConfigError as error:
-        if isinstance(error.__cause__, TypeError):  # what copy raises for locks, generators, sockets and the like
+        if isinstance(error.__cause__, TypeError):  # copy raises it for locks, generators, sockets and similar objects
             raise ConfigError(
                 f"The environment {type(instance).__name__} declares copyable = True, but copy.deepcopy of it raised "
                 f"TypeError: {error.__cause__}. Define fork() or __deepcopy__(), or remove copyable: its branches are "
@@ -231,10 +231,10 @@ def _copied(instance: Any, timeout_s: float) -> list[Any]:
 
 
 def _in_time(call: Callable[[], Any], timeout_s: float, name: str) -> Any:
-    """Return the value of `call`, which runs in a thread.
+    """Return the value of `call`. Runs it in a thread.
 
     Raises:
-        ConfigError: It raised, or did not return in time.
+        ConfigError: The call raised, or did not return in time.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
 
@@ -250,7 +250,7 @@ def _in_time(call: Callable[[], Any], timeout_s: float, name: str) -> Any:
     thread.join(timeout_s)
     if not outcome:
         raise ConfigError(
-            f"{name} did not return within {timeout_s:g} s. Check what it waits for, or raise tool_timeout_s."
+            f"{name} did not return within {timeout_s:g} s. Find the cause of the wait, or raise tool_timeout_s."
         )
     value, error = outcome[0]
     if error is not None:

@@ -22,10 +22,10 @@ _POLL_S = 0.05
 
 
 class Environments:
-    """The environments of a run, as the `create_state` of their tools.
+    """The environments of a run. This object is the `create_state` of their tools.
 
     Args:
-        kinds: Their class, or several by the names that rows have in the column `environment`.
+        kinds: Their class, or several by their names in the column `environment`.
         timeout_s: The deadline of a call, and of each step of a reset or a replay.
         limit: The maximum number of live instances; None: no maximum.
         keeps: Whether the instance of a complete path stays open, in `kept`, until `close_kept`.
@@ -47,15 +47,15 @@ class Environments:
         self._starts: dict[int, Start] = {}
         """By the group's id."""
         self.kept: dict[tuple[int, tuple[int, ...]], Instance | None] = {}
-        """The instances of complete paths, by group and address; None: the path's instance could not be made."""
+        """The instances of complete paths, by group and address; None: the path's instance could not be created."""
         self.handed: dict[int, EnvironmentState] = {}
-        """States that are open already, by the group whose first path gets them."""
+        """States that are already open, by the group whose first path gets them."""
         for method in self.tools:
             method.create_state = self  # type: ignore[attr-defined]
 
     @property
     def tools(self) -> list[Callable[..., Any]]:
-        """The tools of all classes. Those of several classes may have the same name."""
+        """The tools of all classes. Tools of different classes may have the same name."""
         return [method for kind in self.kinds.by_name.values() for method in kind.methods.values()]
 
     def __call__(self, group: int) -> EnvironmentState:
@@ -67,10 +67,10 @@ class Environments:
         return self._starts[group]
 
     def start_groups(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
-        """Note the row of each group, by the group's id, from which its paths will start.
+        """Store the row of each group, by the group's id. The group's paths will start from it.
 
         Raises:
-            DataError: A row does not say which of several environments it uses.
+            DataError: A row does not name its environment, and there are several.
         """
         self._starts |= {group: Start(self.kinds.of(row), self.kinds.given(row)) for group, row in rows.items()}
 
@@ -81,10 +81,11 @@ class Environments:
 
         Args:
             rows: The row of each group, by the group's id.
-            between_events: Called again and again; may raise to stop. `close_kept` closes what is open.
+            between_events: Called repeatedly. It may raise an exception to stop. Then `close_kept` closes all open
+                environments.
 
         Raises:
-            ConfigError: An environment could not be made in several attempts.
+            ConfigError: An environment could not be created in several attempts.
         """
         self.start_groups(rows)
         waiting, failures = deque(sorted(rows)), Counter[int]()
@@ -98,7 +99,7 @@ class Environments:
             stuck_since = self._stuck_since(stuck_since) if waiting and not opening else None
             for ticket, result in toolbox.poll(_POLL_S):
                 if (opened := opening.pop(ticket, None)) is None:
-                    continue  # of a rollout that was interrupted
+                    continue  # belongs to an interrupted rollout
                 opened.opened(result.failure, result.text)
                 if not opened.has_instance:
                     self.handed.pop(opened.group, opened).close()
@@ -113,29 +114,29 @@ class Environments:
         return state if state.admit() else None
 
     def _stuck_since(self, since: float | None) -> float | None:
-        """Return since when no path is left that would make room; None: there is one.
+        """Return the time since which no running path could free a slot; None if there is such a path.
 
         Raises:
-            ConfigError: That has been so for longer than closing may take.
+            ConfigError: This has lasted longer than the time limit of closing.
         """
         if self.instances.in_use > len(self.handed):
             return None
         now = time.perf_counter()
         if since is not None and now - since > 2 * self.instances.timeout_s:
             raise ConfigError(
-                "There is no room for the environment of a row (environment_concurrency): environments whose reset() "
-                "or close() hangs hold it. Correct them, or raise environment_concurrency, and resume."
+                "There is no free slot for the environment of a row (environment_concurrency): environments whose "
+                "reset() or close() hangs use all slots. Correct them, or raise environment_concurrency, and resume."
             )
         return since or now
 
     def _not_made(self, state: EnvironmentState) -> ConfigError:
         return ConfigError(
-            f"The environment {state.kind.name} could not be made for a row, in {_ATTEMPTS} attempts: "
-            f"{state.failure}. Without it the prompt is not known. Correct the class or its server, and resume."
+            f"The environment {state.kind.name} could not be created for a row in {_ATTEMPTS} attempts: "
+            f"{state.failure}. Without it the prompt is unknown. Correct the class or its server, and resume."
         )
 
     def close_groups(self, groups: Collection[int]) -> None:
-        """Close all instances of these groups that no path has, and forget their rows."""
+        """Close all instances of these groups that no path uses, and drop their rows."""
         for group in groups:
             if (state := self.handed.pop(group, None)) is not None:
                 state.close()
@@ -146,14 +147,14 @@ class Environments:
             self._starts.pop(group, None)
 
     def close_kept(self) -> None:
-        """Do the same as `close_groups` for all groups, and wait for the instances that are being closed."""
+        """Like `close_groups` for all groups, and wait for the instances in closing."""
         self.close_groups({*self._starts, *self.handed, *(group for group, _ in list(self.kept))})
         if not self.instances.settle():
-            self.instances.tell_once("close() of an environment hangs", "The run continues; what it held is kept.")
+            self.instances.tell_once("close() of an environment hangs", "The run continues without releasing it.")
 
 
 class EnvironmentState(PathState):
-    """The environment of one path. It has an instance from `open` on; until then a point, if it is a branch."""
+    """The environment of one path. It has an instance after `open`. Before that, a branch has a point."""
 
     def __init__(self, environments: Environments, group: int, start: Start, point: Point | None = None):
         self._environments = environments
@@ -164,13 +165,13 @@ class EnvironmentState(PathState):
         self._is_branch = point is not None
         self._instance: Instance | None = None
         self._has_room = False
-        """Whether room is reserved for an instance that `open` has still to make."""
+        """Whether a slot is reserved for an instance that `open` has not yet created."""
         self._given_up = ""
-        """Why there will be no instance; empty: there may be one."""
+        """The reason why there will be no instance; empty: there may be one."""
         self._failure = ""
-        """What `open` met."""
+        """The problem of `open`."""
         self._changes: deque[list[str]] = deque()
-        """For each call that was bound and not recorded, a list that holds what it changed, once that is known."""
+        """For each call that was bound and not recorded, a list that will contain its changes."""
 
     # Before the first turn
 
@@ -186,7 +187,7 @@ class EnvironmentState(PathState):
         return self._has_room or self._instance is not None
 
     def open(self) -> None:
-        """Make the instance. If that fails, `opened` says so."""
+        """Create the instance. If that fails, `opened` returns False."""
         instances = self._instances
         with instances.changed:
             if not self._has_room:  # closed before this thread started
@@ -227,7 +228,7 @@ class EnvironmentState(PathState):
 
     @property
     def failure(self) -> str:
-        """Why there is no instance."""
+        """The reason why there is no instance."""
         return self._given_up
 
     # Calls
@@ -302,7 +303,7 @@ class EnvironmentState(PathState):
 
 
 def _difference(before: str, after: str) -> str:
-    """Return the lines that only one of the two texts has, marked with - and +, for the trajectory log."""
+    """Return the lines that only one of the two texts contains, marked with - and +, for the trajectory log."""
     old, new = (text.splitlines()[:_MAX_LINES] for text in (before, after))
     lines = list(difflib.unified_diff(old, new, n=0, lineterm=""))[2:]  # the first two name files
     changed = [f"{line[0]} {line[1:]}" for line in lines if line[0] in "+-"]

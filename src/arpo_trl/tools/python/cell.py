@@ -1,10 +1,10 @@
-"""Runs Python code like the cells of a notebook. It prints the output, the last value, and the end of a traceback.
+"""Runs Python code like the cells of a notebook. Prints the output, the last value, and the end of a traceback.
 
 Models write code with Markdown around it, indentation in front of it or commands of notebooks in it. Code that Python
-accepts runs as it is; other code is repaired as far as its meaning is clear (`_REPAIRS`).
+accepts runs unchanged. Other code is repaired as far as its meaning is clear (`_REPAIRS`).
 
-Two places that cannot import arpo_trl use it: `worker` inside the sandbox, and a remote executor, to which this file's
-text is sent in front of the code. So it imports only the standard library.
+Two programs that cannot import arpo_trl use this file: `worker` inside the sandbox, and a remote executor, which
+receives the text of this file before the code. So it imports only the standard library.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def run_cells(cells: list[str]) -> int:
     The earlier cells run only to set variables: their output is hidden, and after an exception the next cell still
         runs.
     """
-    random.seed(0)  # repeated runs see the same numbers
+    random.seed(0)  # for reproducible runs
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(0)
     # exit, quit and help are usually set by the site module, which is not loaded, display by notebooks.
@@ -191,7 +191,7 @@ _REPAIRS = (_visible, _without_markdown, _without_prompts, _without_magics, _ded
 
 def _run(source: str, main: types.ModuleType, name: str) -> int:
     source = _plain(source)
-    # Split as Python splits it, unlike `splitlines`, and ended by a newline, which the marks under a line count on.
+    # Split like Python, unlike `splitlines`. The final newline is needed for the marks under a line.
     linecache.cache[name] = (len(source), None, io.StringIO(f"{source}\n").readlines(), name)
     try:
         _execute(source, main, name)

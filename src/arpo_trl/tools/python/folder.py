@@ -1,7 +1,7 @@
-"""Measures and removes the working folder of model-written code, which may hold anything.
+"""Measures and removes the working folder of model-written code, which may contain anything.
 
-Code may nest folders deeper than a path can name or a process can open, and remove its own access rights from them.
-So nothing here recurses, and the removal holds at most two descriptors at a time.
+Code may nest folders deeper than the limits of paths and of open files, and remove its own access rights from them. So
+no function here recurses, and the removal uses at most two descriptors at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _BLOCK_BYTES = 512  # of `st_blocks`, on every file system
 
 
 def holds_more(folder: Path, *, files: int, size: int) -> bool:
-    """Return whether `folder` holds more than `files` files and folders, or uses more than `size` bytes on disk.
+    """Return whether `folder` contains more than `files` files and folders, or uses more than `size` bytes on disk.
 
-    Its content may change at the same time. A folder that cannot be read counts as too much.
+    Its content may change at the same time. A folder that cannot be read counts as over the limit.
     """
     folders = [str(folder)]
     for path in folders:
@@ -46,7 +46,7 @@ def empty(folder: Path) -> None:
     """Remove the content of `folder`. Raises OSError on failure."""
     folder.chmod(0o700)
     here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    way: list[tuple[str, tuple[int, int]]] = []  # the folders from `folder` down to `here`: name, identity of parent
+    way: list[tuple[str, tuple[int, int]]] = []  # the folders from `folder` to `here`: name, identity of parent
     try:
         while True:
             name = _remove_files(here)
@@ -76,7 +76,8 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 def _remove_files(fd: int) -> str | None:
-    """Remove files in the folder `fd` up to its first folder, and return that one's name; None if it has no folder."""
+    """Remove files in the folder `fd` up to its first folder, and return the name of that folder; None if there is no
+    folder."""
     with os.scandir(fd) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):

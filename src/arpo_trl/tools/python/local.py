@@ -33,7 +33,7 @@ class PythonTool:
     """Runs code in at most `max_workers` workers at the same time. Thread-safe.
 
     Construction tests the isolation and uses the first tier that passes on this machine.
-    `arpo_trl.tools.python.sandbox` lists what each tier stops.
+    `arpo_trl.tools.python.sandbox` lists the protection of each tier.
 
     Args:
         allow_unsafe: If no tier passes, warn and run code in a plain process with resource limits.
@@ -66,7 +66,7 @@ class PythonTool:
         self._close = weakref.finalize(self, _close_all, self._idle, self._lock)
 
     def __str__(self) -> str:
-        """Return one line that says how the model's code is isolated."""
+        """Return one line that describes the isolation of the model's code."""
         return f"Model-written Python runs {_COVERS[self.tier]}."
 
     def __call__(self, code: str, earlier: Sequence[str] = ()) -> str:
@@ -81,22 +81,22 @@ class PythonTool:
         return shown(ran.output, ran.ending, reason)
 
     def _run(self, code: str, earlier: Sequence[str]) -> Run:
-        # This affects only the speed. numpy and sympy can always be imported, and forking their 70 MB takes 2 ms.
+        # This affects only speed. numpy and sympy can always be imported, and a fork of their 70 MB takes 2 ms.
         preload = any(name in cell for cell in (*earlier, code) for name in ("numpy", "sympy"))
         with self._slots:
             worker = self._take_idle(preload)
             if worker is not None:
-                with contextlib.suppress(WorkerLost):  # it may have died earlier, so try a new one
+                with contextlib.suppress(WorkerLost):  # it may have exited earlier, so try a new one
                     return self._run_in(worker, code, earlier, preload)
             try:
                 worker = Worker(self._limits, tier=self.tier, preload=preload)
-            except (SandboxError, OSError) as error:  # the first worker started, so resources are short now
+            except (SandboxError, OSError) as error:  # the first worker started, so resources are now short
                 warnings.warn(f"A call of the python tool fails: {error}.", stacklevel=2)
                 raise ToolStopped("Error: the python process could not be started") from None
             try:
                 return self._run_in(worker, code, earlier, preload)
             except WorkerLost:
-                raise ToolStopped("Error: the python process died") from None
+                raise ToolStopped("Error: the python process exited") from None
 
     def _run_in(self, worker: Worker, code: str, earlier: Sequence[str], preload: bool) -> Run:
         ran = worker.run(code, earlier)
@@ -114,7 +114,7 @@ class PythonTool:
             return workers.pop() if workers else None
 
     def close(self) -> None:
-        """End the idle workers. This also happens at exit and when the tool is garbage-collected."""
+        """Stop the idle workers. This also happens at exit and when the tool is garbage-collected."""
         self._close()
 
 
@@ -126,7 +126,7 @@ def _close_all(idle: dict[bool, list[Worker]], lock: threading.Lock) -> None:
 
 
 def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
-    """Return the line that tells the model why its call was stopped; empty if the code finished or raised."""
+    """Return the reason for the model why its call was stopped; empty if the code finished or raised."""
     cells = ", including the cells before it" if earlier else ""
     return {
         Ending.FINISHED: "",
@@ -150,7 +150,7 @@ def as_displayed(output: str) -> str:
 
 
 def shown(output: str, ending: Ending, reason: str) -> str:
-    """Return the text for the model of a call that finished.
+    """Return the text for the model after a finished call.
 
     Raises:
         ToolError, ToolStopped: The call raised or was stopped; the message is its text for the model.
@@ -184,10 +184,10 @@ class PastCells(PathState):
 
     @property
     def cells(self) -> list[str]:
-        """The code of the calls whose variables later calls see: those that finished and those that raised.
+        """The code of the calls whose variables later calls see: calls that finished and calls that raised.
 
-        Stopped calls are left out, because they would be stopped again. A notebook, too, loses state if its kernel
-        dies.
+        Stopped calls are omitted, because they would be stopped again. A notebook also loses its state if its kernel
+        crashes.
         """
         return [str(arguments["code"]) for arguments, failure in self._calls if failure in (None, ToolFailure.ERROR)]
 
@@ -229,7 +229,8 @@ def python_tool(
     isolation: str = "auto",
     stateful: bool = False,
 ) -> Callable[[str], str]:
-    """Return a function `python(code: str) -> str` to offer to a model. Its `isolation` says how the code is isolated.
+    """Return a function `python(code: str) -> str` to offer to a model. Its `isolation` describes how the code is
+    isolated.
 
     Args:
         timeout_s: The maximum seconds of a call, in wall time and in CPU time. Output printed before is kept.
@@ -239,7 +240,7 @@ def python_tool(
             for code that uses numpy or sympy). Default: twice the CPU count.
         allow_unsafe: If code cannot be isolated, warn and run it with resource limits only.
         isolation: One of `ISOLATIONS`. "auto" uses the first tier that works on this machine.
-        stateful: Whether a call sees the variables of its path's earlier calls. Those calls run again before it,
+        stateful: Whether a call sees the variables of its path's earlier calls. The earlier calls run again before it,
             within the same `timeout_s`. Sibling paths never share state.
 
     Raises:

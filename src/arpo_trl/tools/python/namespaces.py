@@ -1,15 +1,14 @@
-"""Isolates a process with Linux namespaces: separate file system, process ids and network. Needs no root, no library.
+"""Isolates a process with Linux namespaces: separate file system, process ids and network. Needs no root and no
+library.
 
 `worker` loads this file by its path, and also filters system calls. `enter` moves the worker into these namespaces:
 
-    user       one user id, without rights outside; capabilities apply only inside
-    mount      an empty read-only root with Python and the system's libraries, read-only; set-user-id is ignored
-    pid        processes outside have no id here, so they cannot be signalled, traced or changed
-    network    no interface is up
-    ipc, uts   no shared memory segments, no host name
+    user one user id, without rights outside; capabilities apply only inside mount an empty read-only root with Python
+    and the system's libraries, read-only; set-user-id is ignored pid processes outside have no id here, so they cannot
+    be signalled, traced or changed network no interface is up ipc, uts no shared memory segments, no host name
 
 `fork_call` starts each call alone in a new pid namespace and a new mount namespace. When the call ends, the kernel
-kills the processes that it started and drops its files, which are in memory. The call has capabilities until
+kills the processes that it started and removes its files, which are in memory. The call has capabilities until
 `syscalls` drops them.
 """
 
@@ -51,7 +50,7 @@ def enter(folder: str, readable: list[str]) -> None:
     """Fork a process into new namespaces that contain only `readable` and `folder`, and return in that process.
 
     Its working directory is `folder`. The calling process stays outside, waits for the new process and exits with its
-    status. Each of the two dies with the other.
+    status. If one of the two exits, the kernel kills the other.
     """
     user, group = os.getuid(), os.getgid()
     _checked("new namespaces", _libc.unshare(_NAMESPACES))
@@ -64,7 +63,7 @@ def enter(folder: str, readable: list[str]) -> None:
             file.write(text)
     inner = os.fork()
     if inner:
-        for fd in (0, 1, 2):  # only the inner process holds the pipes, so they close when it exits
+        for fd in (0, 1, 2):  # only the inner process has the pipes open, so they close when it exits
             os.close(fd)
         _, status = os.waitpid(inner, 0)
         os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
@@ -79,7 +78,7 @@ def _change_root(folder: str, readable: list[str]) -> None:
     root = folder  # the mount below hides its content, in this mount namespace only
     _mount("tmpfs", root, "tmpfs", _MS_NOSUID | _MS_NODEV, "size=1m,mode=0755")
     for path in sorted(readable, key=len):
-        if not os.path.lexists(target := root + path):  # else a parent folder is already mounted
+        if not os.path.lexists(target := root + path):  # otherwise a parent folder is already mounted
             _bind(os.path.realpath(path), target, read_only=True)
     _bind(f"/proc/self/fd/{shown}", root + folder, read_only=False)
     os.close(shown)

@@ -5,7 +5,7 @@
                            "run_result": {"status": "Finished" | "Error" | "TimeLimitExceeded",
                                           "execution_time", "return_code", "stdout", "stderr"}}
 
-The request holds the text of `cell` in front of the code, so the output is the same as in the local sandbox. The
+The request contains the text of `cell` before the code, so the output is the same as in the local sandbox. The
 executor must isolate the code and limit its memory and processes. This module enforces the deadline, the maximum size
 of the reply and the format of the text for the model.
 """
@@ -30,7 +30,7 @@ from arpo_trl.tools.python.sandbox import Ending, Limits
 
 _ATTEMPTS = 3
 _BACK_OFF_S = 0.2  # doubled with each attempt, plus up to 50 % at random
-_GRACE_S = 5.0  # beyond the deadline of a call, for the network and the queue of the executor
+_GRACE_S = 5.0  # beyond the deadline of a call, for the network and the executor's queue
 _JSON_BYTES = 6  # per byte of output, at most: \u0000
 _OTHER_BYTES = 1 << 16  # of a reply, without stdout
 
@@ -67,7 +67,7 @@ class RemotePython:
             )
 
     def __str__(self) -> str:
-        """Return one line that says how the model's code is isolated."""
+        """Return one line that describes the isolation of the model's code."""
         return f"Model-written Python runs on the remote executor {self._url.host}, which must isolate it."
 
     async def __call__(self, code: str, earlier: Sequence[str] = ()) -> str:
@@ -115,7 +115,7 @@ class RemotePython:
             if response.status_code == 429 or response.status_code >= 500:
                 raise _Retry(f"HTTP status {response.status_code}")
             if response.status_code != 200:
-                raise ToolError(f"Error: the python executor refused the call (HTTP status {response.status_code})")
+                raise ToolError(f"Error: the python executor rejected the call (HTTP status {response.status_code})")
             async for chunk in response.aiter_raw():
                 body += chunk
                 if len(body) > most:
@@ -130,7 +130,7 @@ _NOT_UNDERSTOOD = "Error: the python executor's reply cannot be understood"
 
 
 def _read(reply: Any) -> tuple[str, Ending]:
-    """Return what the code printed and how it ended.
+    """Return the code's output and the way it ended.
 
     Raises:
         ToolError: `reply` is invalid, or reports a failure of the executor.

@@ -1,6 +1,6 @@
-"""A warm Python interpreter that runs one piece of code after another, isolated from this machine and from each other.
+"""A warm Python interpreter that runs pieces of code one by one, isolated from this machine and from each other.
 
-What each tier stops (every line has a test for each tier):
+The protection of each tier (every line has a test for each tier):
 
     | model-written code tries to                              | sandlock | namespaces | unsafe |
     |----------------------------------------------------------|----------|------------|--------|
@@ -29,7 +29,7 @@ What each tier stops (every line has a test for each tier):
     | and where a link points                                  | no       | yes        | no     |
     | see the machine's kernel, uptime, memory and load        | no       | no         | no     |
 
-- sandlock: Landlock and seccomp around the worker, and stricter ones around each call. Needs Linux 6.12 or newer.
+- sandlock: Landlock and seccomp around the worker, with stricter rules around each call. Needs Linux 6.12 or newer.
 - namespaces: `namespaces` around the worker and each call, and seccomp around each call. Needs Linux 5.12 or newer and
   the right to create user namespaces, which some distributions and most containers deny. (bubblewrap needs the same
   right.)
@@ -37,14 +37,15 @@ What each tier stops (every line has a test for each tier):
 
 `syscalls` lists the system calls that are allowed in the first two tiers. The kernel cannot limit the threads of one
 process or, under sandlock and unsafe, the size of its folder. So threads are counted two hundred times a second and
-files fifty times, and a call that exceeds a limit is stopped. Until then there may be some hundred threads, or some
-thousand on a busy machine, and some thousand files. In unsafe, only the threads of the call's process count, not those
-of processes that it starts.
+files fifty times, and a call that exceeds a limit is stopped. Until then there may be several hundred threads, or
+several thousand on a busy machine, and several thousand files. In unsafe, only the threads of the call's process are
+counted, not the threads of processes that it starts.
 
-No tier stops code from using all cores until its deadline. Only a virtual machine protects from attacks on the kernel.
+No tier prevents code from using all cores until its deadline. Only a virtual machine protects against kernel exploits.
 
-Starting an interpreter and importing sympy takes longer than most calls. So a worker does it once and forks for each
-call; `worker` says how calls are isolated from each other. A worker runs one call at a time, so use one per thread.
+Starting an interpreter and importing sympy takes longer than most calls. So a worker does this once and forks for each
+call. `worker` describes how calls are isolated from each other. A worker runs one call at a time, so use one per
+thread.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ from arpo_trl.tools.python.worker import REPLY, REQUEST
 
 _START_TIMEOUT_S = 60.0
 _GRACE_S = 5.0  # beyond the deadline of a call, before the worker counts as lost
-# Between checks of the limits that the kernel does not enforce. Threads start fast, and counting them takes 20 µs.
+# Seconds between checks of the limits that the kernel does not enforce. Threads start fast, and a count takes 20 µs.
 _CHECK_THREADS_S, _CHECK_FILES_S = 0.005, 0.02
 _READ_BYTES = 1 << 16
 _ENVIRONMENT = {
@@ -119,7 +120,7 @@ class Limits:
 
 
 class Tier(StrEnum):
-    """How a worker is isolated from this machine; the module docstring says what each tier stops."""
+    """The isolation of a worker from this machine. The module docstring lists the protection of each tier."""
 
     SANDLOCK = "sandlock"
     NAMESPACES = "namespaces"
@@ -131,7 +132,7 @@ ISOLATING = (Tier.SANDLOCK, Tier.NAMESPACES)
 
 
 class Ending(StrEnum):
-    """How a call ended."""
+    """The way a call ended."""
 
     FINISHED = "finished"
     RAISED = "raised"  # the traceback is the end of the output
@@ -145,7 +146,7 @@ class Ending(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """The outcome of one call: its output, cut to `output_bytes`, and how it ended.
+    """The outcome of one call: its output, cut to `output_bytes`, and the way it ended.
 
     Example: `Run(output="42\\n", ending=Ending.FINISHED)`
     """
@@ -187,7 +188,7 @@ class Worker:
             self._await_ready(tier)
             self._pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
             self._set_limits()
-            # Let the worker fork for the first call. The fork inherits the limits.
+            # The worker now forks for the first call. The fork inherits the limits.
             os.write(self._stdin, REQUEST.pack(-1.0))
         except BaseException:
             self.close()
@@ -244,12 +245,12 @@ class Worker:
             (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
             os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
             output, kind, status, excess = self._read(deadline)
-            with contextlib.suppress(OSError):  # a failure is fine: it runs again before the next call
+            with contextlib.suppress(OSError):  # a failure is harmless: this runs again before the next call
                 python_folder.empty(self._folder)
         except OSError as error:
             self.close()
             raise WorkerLost(str(error)) from error
-        except BaseException:  # such as KeyboardInterrupt; the next call would read the reply of this one
+        except BaseException:  # such as KeyboardInterrupt; otherwise the next call would read this call's reply
             self.close()
             raise
         text = self._without_paths(output.decode("utf-8", "replace"))
@@ -334,7 +335,7 @@ class Worker:
         return kind, status
 
     def _await_end(self, deadline: float) -> None:
-        """Wait until the fork of the last call has exited, and discard what it still printed or wrote."""
+        """Wait until the fork of the last call has exited, and discard its remaining output and files."""
         if self._ending:
             if not _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control):
                 raise OSError("the worker does not answer")
@@ -346,7 +347,7 @@ class Worker:
             self._ending = False
 
     def close(self) -> None:
-        """End the worker and its call, and remove its folder. May be called repeatedly."""
+        """Stop the worker and its call, and remove its folder. May be called repeatedly."""
         process, self._process = self._process, None
         if process is not None:
             process.stdin.close()  # then the worker kills its fork and exits
@@ -379,7 +380,7 @@ def _only_child(pid: int) -> int:
 
 def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     """Start the worker process with three pipes and return it."""
-    # The resolved executable, because that of a virtual environment needs files that the sandbox hides.
+    # The resolved executable, because a virtual environment's executable needs files that the sandbox hides.
     executable = os.path.realpath(sys.executable)
     modules = (
         *(python_worker, python_cell, python_syscalls, python_namespaces),
@@ -456,7 +457,7 @@ def check_isolation(worker: Worker) -> None:
     """Test whether code in `worker` can break out.
 
     Raises:
-        SandboxError: It can; the message lists how. Or the test did not run.
+        SandboxError: It can, and the message lists the ways. Or the test did not run.
     """
     variable = next(iter(os.environ.keys() - _ENVIRONMENT.keys()), "NO_SUCH_VARIABLE")
     with socket.create_server(("127.0.0.1", 0)) as server, tempfile.TemporaryDirectory() as elsewhere:
@@ -474,7 +475,7 @@ def isolated_worker(limits: Limits, tiers: Sequence[Tier], *, preload: bool) -> 
     """Return a worker of the first of `tiers` that passes `check_isolation` on this machine, and that tier.
 
     Raises:
-        SandboxError: None passes. The message gives the reason for each.
+        SandboxError: No tier passes. The message contains the reason for each.
     """
     faults = []
     for tier in tiers:

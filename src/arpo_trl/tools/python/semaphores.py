@@ -1,8 +1,9 @@
-"""A stand-in for the semaphores of `multiprocessing`, made of threads' locks.
+"""A replacement for the semaphores of `multiprocessing`, built from thread locks.
 
-The operating system's semaphores are files in /dev/shm, which the sandbox does not show. Code in the sandbox starts no
-process, so threads are all that a lock can keep apart: `multiprocessing.pool.ThreadPool`, `multiprocessing.Lock` and
-`multiprocessing.Value` work with this one. `worker` loads this file by its path; it imports the standard library only.
+The operating system's semaphores are files in /dev/shm, which the sandbox hides. Code in the sandbox cannot start
+processes, so a lock only has to synchronize threads: `multiprocessing.pool.ThreadPool`, `multiprocessing.Lock` and
+`multiprocessing.Value` work with this replacement. `worker` loads this file by its path. The file imports only the
+standard library.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ RECURSIVE_MUTEX = 0  # the other kind, 1, is a semaphore
 
 
 class SemLock:
-    """As `_multiprocessing.SemLock`."""
+    """Like `_multiprocessing.SemLock`."""
 
     SEM_VALUE_MAX = 2**31 - 1
 
     def __init__(self, kind: int, value: int, maxvalue: int, name: str, unlink: bool):
         self.kind, self.maxvalue = kind, maxvalue
-        self.name = None  # it is no file, so there is nothing to remove
+        self.name = None  # there is no file, so there is nothing to remove
         self.handle = 0
         self._value = value
         self._changed = threading.Condition(threading.Lock())
@@ -67,11 +68,11 @@ class SemLock:
         return self._value == 0
 
     def _after_fork(self) -> None:
-        """There is no fork."""
+        """Does nothing, since there is no fork."""
 
 
 def install() -> None:
-    """Makes `multiprocessing` take this class, and keep shared values in files of the current folder."""
+    """Makes `multiprocessing` use this class, and store shared values in files of the current folder."""
     import _multiprocessing
 
     _multiprocessing.SemLock = SemLock

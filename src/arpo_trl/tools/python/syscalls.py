@@ -5,9 +5,9 @@ that Landlock and namespaces leave, and blocks the parts of the kernel with the 
 processes, open sockets, create namespaces, raise limits, or change the mode, owner, times or attributes of files.
 `rewards.math_worker` does the same for the expressions that it evaluates.
 
-The list holds the calls that strace showed for CPython, its standard library, numpy, sympy and pandas, and the calls
-that C libraries use instead on other machines. All other calls fail with ENOSYS, as if the kernel did not have them,
-so C libraries fall back on older calls. `WITH_ARGUMENTS` allows some calls only with certain arguments.
+The list contains the calls that strace showed for CPython, its standard library, numpy, sympy and pandas, and the
+calls that C libraries use instead on other machines. All other calls fail with ENOSYS, as if the kernel did not
+support them, so C libraries fall back to older calls. `WITH_ARGUMENTS` allows some calls only with certain arguments.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ ALLOWED: Mapping[str, _Numbers] = {
     "rt_sigsuspend": (130, 133), "rt_sigtimedwait": (128, 137), "sigaltstack": (131, 132),
     "restart_syscall": (219, 128), "pause": (34, None), "alarm": (37, None), "setitimer": (38, 103),
     "getitimer": (36, 102), "wait4": (61, 260),
-    # waiting; asyncio wakes itself by a pair of sockets
+    # waiting; asyncio wakes itself through a pair of sockets
     "nanosleep": (35, 101), "poll": (7, None), "ppoll": (271, 73), "select": (23, None), "pselect6": (270, 72),
     "epoll_create1": (291, 20), "epoll_ctl": (233, 21), "epoll_wait": (232, None), "epoll_pwait": (281, 22),
     "getsockname": (51, 204), "recvfrom": (45, 207),
-    # facts about the process, the time and the machine
+    # information about the process, the time and the machine
     "getpid": (39, 172), "getppid": (110, 173), "gettid": (186, 178), "getpgrp": (111, None), "getuid": (102, 174),
     "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177), "getrlimit": (97, 163), "getrusage": (98, 165),
     "times": (100, 153), "gettimeofday": (96, 169), "time": (201, None), "getrandom": (318, 278), "uname": (63, 160),
@@ -80,7 +80,7 @@ class Rule:
 
 
 _ENOSYS, _ENOTTY = 38, 25
-_OWN_PROCESS = -1  # in `values`: stands for the id of the confined process
+_OWN_PROCESS = -1  # in `values`: a placeholder for the id of the confined process
 # CLONE_VM, FS, FILES, SIGHAND, THREAD: a thread with a separate descriptor table could exceed the limit of open files
 _THREAD_NEEDS = 0x00010F00
 # also allowed: SYSVSEM, SETTLS, PARENT_SETTID, CHILD_CLEARTID and musl's DETACHED
@@ -132,7 +132,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def drop_capabilities() -> None:
     """Drop all capabilities of this process permanently, including those that it could gain later.
 
-    A process without CAP_SETPCAP keeps its bounding set, which `no_new_privs` makes useless.
+    A process without CAP_SETPCAP keeps its bounding set, but `no_new_privs` makes it useless.
 
     Raises:
         OSError: The process keeps a capability.
@@ -140,7 +140,7 @@ def drop_capabilities() -> None:
     _libc.prctl(_PR_SET_SECUREBITS, _SECUREBITS, 0, 0, 0)
     _libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
     capability = 0
-    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # up to the last capability of this kernel
+    while _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:  # until the last capability of this kernel
         capability += 1
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)  # this process
     if _libc.capset(header, bytes(24)) or _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
@@ -151,7 +151,7 @@ def drop_capabilities() -> None:
 def confine() -> None:
     """Restrict this process permanently to the system calls of the list.
 
-    Call `drop_capabilities` before it, because the list does not allow the calls that it makes.
+    Call `drop_capabilities` first, because the list does not allow its system calls.
 
     Raises:
         OSError: The system or its architecture does not support this.
@@ -203,7 +203,7 @@ def _search(starts: list[tuple[int, list[_Instruction]]]) -> list[_Instruction]:
 
 
 def _check(rule: Rule, pid: int) -> list[_Instruction]:
-    """Return instructions that refuse the call, or continue after the last of them if the rule allows it."""
+    """Return instructions that reject the call, or continue after the last instruction if the rule allows the call."""
     low = _ARGUMENTS + 8 * rule.argument
     refuse = _give(rule.errno)
     if rule.mask is not None:

@@ -1,7 +1,7 @@
 """Runs each piece of code in a fork of one warm interpreter; the script behind `arpo_trl.tools.python.sandbox.Worker`.
 
-It is started as `python worker.py TIER preload|bare CPU_S SCRATCH FOLDER SITE_PACKAGES… -- READABLE…`. It imports
-nothing of arpo_trl, which the sandbox hides, except files next to it, by their paths.
+It is started as `python worker.py TIER preload|bare CPU_S SCRATCH FOLDER SITE_PACKAGES… -- READABLE…`. The sandbox
+hides arpo_trl, so this script imports only files next to it, by their paths.
 
     stdin    requests of 8 bytes: the seconds that the cells in the file `cells` may run; or a negative number, which
              stops the running call, if any, and prepares the fork for the next
@@ -9,11 +9,11 @@ nothing of arpo_trl, which the sandbox hides, except files next to it, by their 
     stderr   replies of this process (`REPLY`): "R" when ready, then per request how the call ended, and "E" when its
              fork has exited, which takes about as long as a short call
 
-This process never holds the code or the output of a call, so a fork cannot find those of earlier calls in its memory.
-The fork for the next call is created in advance and waits. Before that fork reads the code, it closes stdin and
-stderr. It isolates itself from this process, by a Landlock domain or by namespaces, so that it cannot signal or trace
-it. It also drops its capabilities and all system calls that a computation does not need. So no call can affect a later
-one.
+The code and the output of a call are never in this process, so a fork cannot find those of earlier calls in its
+memory. The fork for the next call is created in advance and waits. Before that fork reads the code, it closes stdin
+and stderr. The fork isolates itself from this process, by a Landlock domain or by namespaces, so that it cannot signal
+or trace this process. The fork also drops its capabilities and all system calls that a computation does not need. So
+no call can affect a later one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _LANDLOCK_CREATE_RULESET = 444  # the same numbers on every architecture
 _LANDLOCK_RESTRICT_SELF = 446
 _LANDLOCK_SCOPES = 0b11  # abstract Unix sockets, signals (ABI 6)
 
-# What models use most. A fork inherits the imported modules and the caches that these calls fill.
+# The functions that models use most. A fork inherits the imported modules and the caches that these calls fill.
 _WARM_UP = """
 import numpy.random, numpy.linalg
 numpy.linalg.solve(numpy.eye(2), numpy.ones(2))
@@ -61,8 +61,8 @@ sympy.summation(n, (n, 1, 10)), sympy.Matrix([[1, 2], [3, 4]]).inv(), sympy.fact
 str(sympy.sqrt(8)), sympy.latex(x / 2), sympy.pi.evalf(20), sympy.sympify("2*x + 1"), sympy.Rational(1, 3)
 sympy.gcd(12, 18), sympy.binomial(5, 2), sympy.nsimplify(0.5), float(sympy.Integer(2))
 """
-# A fork copies a page of memory at its first write, even of a reference count. This takes half the time of a short
-# call. So an idle fork runs this code, which copies the pages that most calls need.
+# A fork copies a page of memory at its first write, even if only a reference count changes. This takes half the time
+# of a short call. So an idle fork runs this code, which copies the pages that most calls need.
 _TOUCH = """
 import sympy
 x = sympy.Symbol("x")
@@ -92,7 +92,7 @@ class _Call:
     def __init__(self, worker: _Worker):
         waiting, self._go = os.pipe()
         self.result, result_end = os.pipe()
-        self._token = os.urandom(8)  # so that code that writes to all descriptors does not look like a report
+        self._token = os.urandom(8)  # so that output of code to all descriptors does not look like a report
         self.pid = worker.namespaces.fork_call() if worker.namespaces else os.fork()
         if self.pid == 0:
             os.close(self._go)
@@ -140,10 +140,10 @@ class _Worker:
             self._ruleset = _syscall(_LANDLOCK_CREATE_RULESET, ctypes.byref(attr), ctypes.sizeof(attr), 0)
 
     def serve(self) -> None:
-        """Answer requests until stdin ends, because the parent has closed it or has exited."""
+        """Answer requests until stdin ends, when the parent has closed it or has exited."""
         if self.namespaces is None:
-            # sandlock makes this process die with the thread that started it, but threads that call tools are
-            # short-lived. A fork can clear its own death signal. So this process must outlive the thread and the
+            # sandlock makes the kernel kill this process with the thread that started it, but threads that call tools
+            # are short-lived. A fork can clear its own death signal. So this process must outlive the thread and the
             # trainer, and kill its fork when stdin ends.
             _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
         stdout_flags = fcntl.fcntl(1, fcntl.F_GETFL)
@@ -154,12 +154,12 @@ class _Worker:
         while request := os.read(0, REQUEST.size):
             (timeout_s,) = REQUEST.unpack(request)
             call = call or _Call(self)
-            if timeout_s < 0:  # limits are set now, or the call to stop has just ended
+            if timeout_s < 0:  # limits are now set, or the call to stop has just ended
                 continue
             fcntl.fcntl(1, fcntl.F_SETFL, stdout_flags)  # shared with the last fork, which may have changed them
             try:
                 call.go()
-            except BrokenPipeError:  # killed while it waited, for example when memory is short
+            except BrokenPipeError:  # killed while it waited, for example because memory is short
                 call.end()
                 call = _Call(self)
                 call.go()
@@ -240,7 +240,7 @@ class _Worker:
             output = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
             shown = io.TextIOWrapper(output, "utf-8", "backslashreplace", line_buffering=True)
             sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = shown  # type: ignore[misc]
-            # The one place that matplotlib can write its settings and its list of fonts to.
+            # The only folder in which matplotlib can write its settings and its list of fonts.
             os.environ["MPLCONFIGDIR"] = os.path.join(os.getcwd(), ".matplotlib")
             status = self._cell.run_cells(cells)
             os.write(_RESULT_FD, token + bytes([status]))

@@ -1,9 +1,8 @@
-"""An sqlite file that caches search results and keeps the limits that all processes of a run share.
+"""An sqlite file that caches search results and stores the limits that all processes of a run share.
 
     results    (provider, query, parameters) ─▶ hits or error, and when the entry expires
-    leases     queries that a process is asking right now; other processes wait for the answer
-    slots      the time of the next allowed request per provider
-    spending   the requests made so far per run
+    leases queries that a process is currently requesting; other processes wait for the answer slots the time of the
+    next allowed request per provider spending the requests made so far per run
 
 It is safe for any number of threads and processes on one machine (write-ahead log, one statement per change). It does
 not work on a network file system, which has no shared memory. Use one file per machine; limits then apply per machine.
@@ -35,7 +34,7 @@ FILE_VERSION = 1
 EMPTY_TTL_S = 600.0
 """Seconds after which a result without hits expires."""
 ERROR_TTL_S = 30.0
-"""Seconds after which a failed query may be asked again."""
+"""Seconds after which a failed query may be sent again."""
 
 _BUSY_TIMEOUT_S = 30.0
 _SCHEMA = """
@@ -50,13 +49,13 @@ CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, requests INTEGER) WIT
 
 
 class CacheMode(StrEnum):
-    """When searches read the file, and when they write it."""
+    """Whether searches read and write the file."""
 
-    LIVE = "live"  # always ask; the file only keeps the limits
-    CACHE = "cache"  # answer from the file; on a miss, ask and write the answer
-    RECORD = "record"  # always ask, and overwrite the old answer
-    REPLAY = "replay"  # answer from the file only; on a miss, with the results of the nearest query
-    OFFLINE = "offline"  # answer from the file only; on a miss, the call fails
+    LIVE = "live"  # always send a request; the file stores only the limits
+    CACHE = "cache"  # answer from the file; on a miss, send a request and write the answer
+    RECORD = "record"  # always send a request, and overwrite the old answer
+    REPLAY = "replay"  # answer only from the file; on a miss, with the results of the nearest query
+    OFFLINE = "offline"  # answer only from the file; on a miss, the call fails
 
     @property
     def asks(self) -> bool:
@@ -66,7 +65,7 @@ class CacheMode(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Key:
-    """Everything that an answer depends on.
+    """All values on which an answer depends.
 
     Example: `Key.of("serper", "melting point of iron", {"results": 10})`
     """
@@ -92,7 +91,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """What the file holds for a key: the hits, or the reason why the request failed.
+    """The file's entry for a key: the hits, or the reason why the request failed.
 
     Example: `Entry(hits=[], error="answered 503")`
     """
@@ -108,7 +107,7 @@ def _is_locked(error: Exception) -> bool:
 class SearchCache:
     """The cache file at `path`, created if it is missing.
 
-    All methods raise `sqlite3.Error` if the file is damaged or locked for long, or if the disk is full.
+    All methods raise `sqlite3.Error` if the file is damaged or locked for too long, or if the disk is full.
 
     Raises:
         DataError: The file is not a search cache, or has another version.
@@ -127,7 +126,7 @@ class SearchCache:
             raise self.unusable(error) from error
 
     def unusable(self, error: Exception) -> DataError:
-        """Return a `DataError` with a way out, for an `error` that a method raised."""
+        """Return a `DataError` with a remedy, for an `error` that a method raised."""
         return DataError(f"{self.path} cannot be used as a search cache: {error}. Name another file.")
 
     @stamina.retry(
@@ -147,7 +146,7 @@ class SearchCache:
             elif version != FILE_VERSION:
                 raise DataError(
                     f"{self.path} is a search cache of version {version}, expected {FILE_VERSION}. Export it with the "
-                    "release that wrote it (arpo-trl cache export), and import that into a new file."
+                    f"release that wrote it (arpo-trl cache export), and import the export into a new file."
                 )
         except BaseException:
             connection.close()
@@ -201,7 +200,7 @@ class SearchCache:
 
     @contextlib.contextmanager
     def lease(self, key: Key, seconds: float) -> Iterator[bool]:
-        """Yield whether only the caller may ask for `key`, until the block ends or `seconds` have passed."""
+        """Yield whether the caller alone may request `key`, until the block ends or `seconds` have passed."""
         name = "\n".join((key.provider, key.query, key.parameters))
         owner = f"{self._owner}-{os.getpid()}-{threading.get_ident()}"
         now = time.time()
@@ -219,7 +218,8 @@ class SearchCache:
                 self._run("DELETE FROM leases WHERE key=? AND owner=?", name, owner)
 
     def reserve(self, provider: str, per_second: float, latest: float) -> float | None:
-        """Return the `time.time` at which the caller may ask, or None if that is after `latest`. Evenly spaced."""
+        """Return the `time.time` at which the caller may send a request, or None if it is after `latest`. Evenly
+        spaced."""
         gap, now = 1 / per_second, time.time()
         rows = self._run(
             "INSERT INTO slots VALUES (?1, ?2 + ?3) ON CONFLICT DO UPDATE SET next = max(next, ?2) + ?3 "
@@ -229,7 +229,7 @@ class SearchCache:
         return float(rows[0][0]) if rows else None
 
     def spend(self, run: str, most: int | None) -> bool:
-        """Count one request of `run` and return True; return False if it has already made `most`."""
+        """Count one request of `run` and return True. Return False if the run has already made `most`."""
         rows = self._run(
             "INSERT INTO spending VALUES (?1, 1) ON CONFLICT DO UPDATE SET requests = requests + 1 "
             "WHERE ?2 IS NULL OR requests < ?2 RETURNING requests",
@@ -250,7 +250,7 @@ class SearchCache:
         return len(recorded)
 
     def export_json(self, path: str | Path, provider: str | None = None) -> int:
-        """Write such a file with the results of one provider, or of all. Return the number of queries."""
+        """Write a file of that format with the results of one or all providers. Return the number of queries."""
         rows = self._run(
             "SELECT asked, hits FROM results WHERE hits IS NOT NULL AND (?1 IS NULL OR provider = ?1) "
             "ORDER BY query, provider, parameters",

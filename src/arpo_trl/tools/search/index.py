@@ -23,12 +23,12 @@ from arpo_trl.tools.search.words import tokenize
 
 NOTHING_FOUND = "No search results found."
 MAX_QUERY_CHARS = 2000
-"""The rest of a longer query is ignored, because a model may write a query that takes very long to search."""
+"""The rest of a longer query is ignored, because the search for a very long query would take too long."""
 
 _QUERY_PREFIX = re.compile(r"^(?:search )?query\s*:\s*", re.IGNORECASE)
 _CUT = " …"
 
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index that it builds
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs every index build
 
 
 class Searchable(Protocol):
@@ -49,7 +49,7 @@ class _Ranking:
     def of(cls, texts: Iterable[str]) -> _Ranking:
         """Return the ranking of `texts`. At least one of them must contain a search word."""
         vocabulary: dict[str, int] = {}
-        # Numbers instead of words, because each occurrence of a word would be a separate string.
+        # Numbers instead of words: each occurrence of a word would be a separate string.
         numbered = [[vocabulary.setdefault(word, len(vocabulary)) for word in tokenize(text)] for text in texts]
         # numpy: with a million passages, numba saves half a millisecond per query, but takes seconds to compile and
         # leaves the order of equal scores undefined.
@@ -77,7 +77,8 @@ class _Ranking:
 
 
 class _StoredTexts(Sequence[str]):
-    """Memory-mapped texts in a folder: one file holds all texts end to end, another the position where each ends."""
+    """Memory-mapped texts in a folder: one file contains all texts end to end, another contains the end position of
+    each text."""
 
     TEXTS, ENDS = "passages.txt", "passage_ends.npy"
 
@@ -102,7 +103,7 @@ class _StoredTexts(Sequence[str]):
 
     def __getitem__(self, index: Any) -> Any:
         start = self._ends[index - 1] if index else 0
-        # Slicing is thread-safe. Threads would share the position of a file.
+        # Slicing is thread-safe. With file reads, threads would share the position.
         return self._bytes[start : self._ends[index]].decode("utf-8")
 
 
@@ -114,11 +115,11 @@ class LocalIndex:
             the text, or `contents`, whose first line is the title.
 
     Raises:
-        DataError: There is no passage, none has a search word, or one has another shape.
+        DataError: There is no passage, no passage has a search word, or a passage has another format.
     """
 
     FORMAT = 1
-    """The version of the folder that `save` writes and of `tokenize`. Folders of other versions cannot be loaded."""
+    """The version of `save`'s folder format and of `tokenize`. Folders of other versions cannot be loaded."""
 
     _HEADER = "search_index.json"
 
@@ -130,7 +131,7 @@ class LocalIndex:
             raise DataError("A search index needs at least one passage, got none. Add passages.")
         if not any(map(tokenize, self._passages)):
             raise DataError(
-                f"None of the {len(self)} passages of the search index has a word to search for. Check them."
+                f"None of the {len(self)} passages of the search index contains a search word. Check them."
             )
         self._ranking = _Ranking.of(self._passages)
 
@@ -138,8 +139,8 @@ class LocalIndex:
     def open(cls, source: str | Path) -> LocalIndex:
         """Return the index of a `.jsonl` file, a folder of such files, a folder written by `save`, or a Hub dataset.
 
-        It reads the split train of a Hub dataset. Building an index takes two minutes per million passages, so `save`
-        large ones.
+        Of a Hub dataset it reads the split train. Building an index takes two minutes per million passages, so `save`
+        large indexes.
         """
         path = Path(source)
         if path.suffix == ".jsonl":
@@ -219,7 +220,7 @@ class NearestQuery:
         return len(self._results)
 
     def pages(self, query: str) -> list[str]:
-        """Return the pages recorded for `query`, or else for the nearest recorded query."""
+        """Return the pages recorded for `query`, or if there are none, for the nearest recorded query."""
         query = normalised(query)
         if query in self._results:
             return self._results[query]
@@ -230,10 +231,10 @@ class NearestQuery:
 class RecordedSearch:
     """Recorded results, for training without a search service. The file is a JSON object {query: result text}.
 
-    `NearestQuery` says which recorded query answers.
+    `NearestQuery` selects the recorded query that answers.
 
     Raises:
-        DataError: The file is missing, empty or has another shape.
+        DataError: The file is missing, empty or has another format.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -243,7 +244,7 @@ class RecordedSearch:
         return len(self._recorded)
 
     def search(self, query: str, top_k: int) -> list[str]:
-        """Return at most `top_k` pages recorded for `query`, or else for the nearest recorded query."""
+        """Return at most `top_k` pages recorded for `query`, or if there are none, for the nearest recorded query."""
         return self._recorded.pages(query)[:top_k]
 
 
@@ -251,12 +252,12 @@ def read_recorded(path: str | Path) -> dict[str, str]:
     """Return the recorded results of a JSON file {query: result text}.
 
     Raises:
-        DataError: The file is missing, empty or has another shape.
+        DataError: The file is missing, empty or has another format.
     """
     recorded = read_json(Path(path))
     if not isinstance(recorded, dict) or not recorded:
         got = "an empty object" if recorded == {} else type(recorded).__name__
-        raise DataError(f"{path} holds {got}; expected an object {{query: result text}}.")
+        raise DataError(f"{path} contains {got}; expected an object {{query: result text}}.")
     for query, result in recorded.items():
         if not isinstance(result, str):
             raise DataError(f"{path}, query {query!r}: the result is {type(result).__name__}; expected a string.")
@@ -278,7 +279,7 @@ def as_text(pages: Sequence[str]) -> str:
 
 
 def search_tool(source: Searchable, *, top_k: int = 5, max_chars: int = 1000) -> Callable[[str], str]:
-    """Return a function `search(query: str) -> str` to offer to a model.
+    """Return a function `search(query: str) -> str` that a model can call.
 
     Args:
         source: A `LocalIndex`, `RecordedSearch`, `WebSearch` or another object with their method `search`.

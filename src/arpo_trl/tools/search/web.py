@@ -1,9 +1,8 @@
-"""`WebSearch`: a search service behind a cache, limits and a circuit breaker, which bound the time of each search.
+"""`WebSearch`: a search service with a cache, limits and a circuit breaker, which bound the time of each search.
 
     query ─▶ cache hit? ─▶ hits                                if the mode reads the cache (`CacheMode`)
-             another process asks for it? ─▶ wait for its answer
-             circuit open? rate limit beyond the deadline? cap reached? ─▶ `ToolUnavailable`, at once
-             ask, with retries ─▶ hits, written to the cache
+             another process requests it? ─▶ wait for its answer circuit open? rate limit beyond the deadline? cap
+             reached? ─▶ `ToolUnavailable`, immediately request, with retries ─▶ hits, written to the cache
                                ─▶ `ToolUnavailable`; several in a row open the circuit
 
 A failing service does not stop a run, and the model cannot fix it. So the model reads that search is unavailable, and
@@ -31,7 +30,7 @@ logger = get_logger(__name__)
 _ACCOUNT_STATUSES = (401, 402, 403, 432, 433)  # the last two are Tavily's, for the limits of a plan
 _QUERIES_REFUSED = 20  # in a row: then the fault is not the queries'
 _ERROR_CHARS = 4096
-_WAIT_S = 0.05  # between checks for an answer that another process is asking for
+_WAIT_S = 0.05  # between checks for an answer that another process is requesting
 _UNAVAILABLE = "Error: search is unavailable at the moment. Continue without it, or try again later."
 
 
@@ -39,13 +38,13 @@ class WebSearch:
     """Searches with `provider` and stores the results in `cache`.
 
     Args:
-        fields: The parts of a hit that the model is shown: title, url, text.
+        fields: The parts of a hit that the model sees: title, url, text.
         timeout_s: The maximum seconds of a search, including retries and waiting. It should be less than the deadline
             of the tool. Otherwise the model reads that the call timed out.
-        per_second: The maximum requests per second to the provider, of all processes that share the file; None: no
-            limit.
-        max_requests: The maximum requests, including retries, of all processes that share this `run` and the file;
+        per_second: The maximum number of requests per second to the provider, over all processes that share the file;
             None: no limit.
+        max_requests: The maximum number of requests, including retries, over all processes that share this `run` and
+            the file; None: no limit.
         run: The name under which the requests are counted.
 
     Raises:
@@ -122,9 +121,7 @@ class WebSearch:
             case CacheMode.OFFLINE:
                 entry = self._cache.get(key, expired=True)
                 if entry is None:
-                    raise ToolError(
-                        "Error: this query is not among the recorded ones, and nothing else can be searched."
-                    )
+                    raise ToolError("Error: this query was not recorded, and only recorded queries have results.")
                 return entry.hits
             case CacheMode.LIVE:
                 return self._ask(query, top_k, deadline)
@@ -189,7 +186,7 @@ class WebSearch:
         return hits
 
     def _request(self, query: str, results: int, deadline: float) -> list[Hit]:
-        """Return the hits of one request, which is sent as soon as the limits allow it."""
+        """Return the hits of one request. It is sent as soon as the limits allow it."""
         if self._per_second is not None:
             start = self._cache.reserve(self._provider.name, self._per_second, deadline)
             if start is None:
@@ -213,9 +210,7 @@ class WebSearch:
             raise RequestFailed(str(error)) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
             about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
-            raise RequestFailed(
-                "answered in another layout than expected", status=200, about_account=about_account
-            ) from None
+            raise RequestFailed("answered in an unexpected format", status=200, about_account=about_account) from None
         if not hits and says_error(answer):
             about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
             raise RequestFailed("answered with an error", status=200, about_account=about_account)
@@ -233,7 +228,7 @@ class WebSearch:
 
 
 def _key(provider: Provider) -> str:
-    """Return the API key. It is read for each use, so that no object or log holds it."""
+    """Return the API key. It is read at each use, so that no object or log contains it."""
     return os.environ.get(provider.key_variable, "").strip() if provider.key_variable else ""
 
 
@@ -246,7 +241,7 @@ def _check_key(provider: Provider) -> None:
         )
     if not (key.isascii() and key.isprintable()):
         raise ConfigError(
-            f"{provider.key_variable} holds characters that no key contains. Set it to the key and nothing else."
+            f"{provider.key_variable} contains characters that are not allowed in a key. Set it to the key alone."
         )
 
 

@@ -1,4 +1,4 @@
-"""Splits texts into search words. Imports little, because the worker that reads a page imports it."""
+"""Splits texts into search words. Has few imports, because the worker that reads a page imports it."""
 
 from __future__ import annotations
 

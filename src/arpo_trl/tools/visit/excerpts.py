@@ -1,4 +1,4 @@
-"""Selects the parts of a long text that match a question. Imports little, because a page's worker imports it."""
+"""Selects the parts of a long text that match a question. Has few imports, because a page's worker imports it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SATURATION, _LENGTH_WEIGHT = 1.5, 0.75  # BM25's k1 and b, with the values of b
 
 
 def excerpt(text: str, goal: str, max_chars: int) -> str:
-    """Return at most `max_chars` of `text`: the windows that match `goal` best, in text order, or else its
+    """Return at most `max_chars` of `text`: the windows that match `goal` best, in text order. If none match, its
     beginning."""
     text = text.strip()
     if len(text) <= max_chars:

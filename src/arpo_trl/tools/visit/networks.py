@@ -1,4 +1,5 @@
-"""Decides which IP addresses are public. It has its own list, so that the result does not depend on Python's version.
+"""Decides which IP addresses are public. It has its own list, so that the result does not depend on the Python
+version.
 
 The list comes from IANA's registries of special-purpose addresses for IPv4 and IPv6. It also has reachable networks
 without web pages (AS112, AMT). If an IPv6 address embeds an IPv4 address, the IPv4 address decides.
@@ -34,7 +35,8 @@ REFUSED_IPV4 = tuple(
     )
 )
 GLOBAL_UNICAST = IPv6Network("2000::/3")
-"""All addresses that IANA assigns. Loopback, unique local, link-local, site-local and multicast are outside of it."""
+"""All addresses that IANA assigns. Loopback, unique local, link-local, site-local and multicast are outside this
+range."""
 REFUSED_IPV6 = tuple(
     map(
         IPv6Network,

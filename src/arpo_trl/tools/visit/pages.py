@@ -1,15 +1,15 @@
 """The `visit` tool: reads a web page, or the parts of it that match a question.
 
-    url ─▶ public address? ─▶ fetch (deadline, size) ─▶ redirect? back to the start, at most 5 times
+    url ─▶ public address? ─▶ fetch (deadline, size) ─▶ redirect? start again, at most 5 times
         ─▶ in a separate process (`page_worker`): text ─▶ the windows of it that match the goal best
         ─▶ optionally a model's summary of them
 
 The model chooses the URL, so the URL is untrusted. Only http and https on their default ports are allowed, and only
-hosts with none but public addresses. A host name is resolved once, all its addresses are checked, and the connection
-uses a checked address. So a name server cannot give one address to the check and another to the connection.
+hosts whose addresses are all public. A host name is resolved once, all its addresses are checked, and the connection
+uses a checked address. So a name server cannot return one address to the check and another to the connection.
 
-The content of the page is untrusted too. This process only passes its bytes on. The deadline kills the process that
-parses them.
+The content of the page is untrusted too. This process only forwards its bytes. The process that parses them is killed
+at the deadline.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def visit_tool(
         timeout_s: The maximum seconds of a visit, including name resolution, redirects and summary.
         max_chars: The maximum characters of the text.
         max_bytes: The maximum bytes of a page.
-        allowed_hosts: `host` or `host:port` that may be visited with any address and port, such as a local wiki.
-        summariser: The model that summarises a page if there is a goal. If it fails, the text of the page is shown.
+        allowed_hosts: `host` or `host:port` that may be visited at any address and port, such as a local wiki.
+        summariser: The model that summarises a page if there is a goal. If it fails, the model reads the text of the
+            page.
         resolve: Returns the addresses of (host, port). Default: the resolver of the system.
 
     Raises:
@@ -127,7 +128,7 @@ def visit_tool(
 
 
 class AddressGuard:
-    """Decides which hosts may be visited and which addresses a request may connect to."""
+    """Decides which hosts may be visited and to which addresses a request may connect."""
 
     def __init__(self, allowed_hosts: Collection[str], resolve: Resolve) -> None:
         self._allowed = frozenset(host.lower() for host in allowed_hosts)
@@ -148,7 +149,7 @@ class AddressGuard:
             parsed = httpx.URL(url)
         except (httpx.InvalidURL, ValueError, TypeError):
             raise ToolError("Error: that is not the address of a web page.") from None
-        # In IDNA, so that each name has one spelling.
+        # In IDNA, so that each name has a unique spelling.
         host = parsed.raw_host.decode("ascii", "replace").lower().rstrip(".")
         if parsed.scheme not in _PORTS or not host:
             raise ToolError("Error: that is not the address of a web page; it must begin with http:// or https://.")

@@ -1,7 +1,7 @@
 """A script that reads an untrusted page in a separate process, under limits of the kernel.
 
-Parsers have bugs, and a hostile page can make a parser, or the search for the best windows, need hours or all memory.
-Here that ends only this process. It imports little, so that it starts in a tenth of a second.
+Parsers have bugs, and a hostile page can make a parser, or the search for the best windows, use hours or all memory.
+Here this terminates only the separate process. The script has few imports, so that it starts in a tenth of a second.
 
     argv = html | pdf | text, maximum characters of each excerpt…
     stdin = the goal as a line of JSON, then the page

@@ -1,4 +1,4 @@
-"""The endpoints of a vLLM server, besides generation: its properties, the weights it serves, and how to update them.
+"""The endpoints of a vLLM server except generation: its properties, the weights that it serves, and their update.
 
 Every error names the server's URL and the setting of the trainer or the server to change.
 """
@@ -20,16 +20,17 @@ from arpo_trl.errors import ArpoError, ConfigError, EngineError
 from arpo_trl.options import VLLM_KEY_VARIABLE
 
 FRESH = "default"
-"""The weight version of a server that still serves the weights it was started with."""
+"""The weight version of a server that still serves its initial weights."""
 CANARY_TEXT = (
     "Iron melts at 1,538 °C. <search>melting point of tin</search>\n\ndef area(r):\n    return 3.14159 * r**2\n"
     "Warum? 因为 x² + y² = z², \\boxed{42}."
 )
-"""Words, digits, code and several scripts, which tokenizers split differently. Logprobs are compared on it too."""
+"""Words, digits, code and several scripts, which tokenizers split differently. The logprobs of this text are compared
+too."""
 ATTEMPTS = 4
-"""Attempts per request, or transfer of weights, before the run fails."""
+"""Attempts per request, or per transfer of weights, before the run fails."""
 SHORT_S = 5.0
-"""Seconds that a request which needs no work may take."""
+"""The timeout in seconds of requests that need no computation."""
 
 
 class ServerLost(EngineError):
@@ -51,7 +52,7 @@ class ServerFacts:
 
 
 def headers() -> dict[str, str]:
-    """The authorization header for servers that were started with a key."""
+    """The authorization header for servers that require a key."""
     key = os.environ.get(VLLM_KEY_VARIABLE)
     return {"Authorization": f"Bearer {key}"} if key else {}
 
@@ -61,7 +62,7 @@ T = TypeVar("T")
 
 
 def _reads_json(method: Callable[Concatenate[ServerClient, P], T]) -> Callable[Concatenate[ServerClient, P], T]:
-    """A method that raises EngineError if the server's JSON has another form than vLLM's."""
+    """A method that raises EngineError if the server's JSON does not have vLLM's format."""
 
     @wraps(method)
     def read(self: ServerClient, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -71,7 +72,7 @@ def _reads_json(method: Callable[Concatenate[ServerClient, P], T]) -> Callable[C
             raise
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
             raise EngineError(
-                f"{self.url} answered with another form of JSON than vLLM ≥ 0.31 does ({type(error).__name__}: "
+                f"{self.url} answered with JSON that does not have the format of vLLM ≥ 0.31 ({type(error).__name__}: "
                 f"{error}). Correct vllm_server_urls, or check the server's version."
             ) from error
 
@@ -83,20 +84,20 @@ class ServerClient:
 
     def __init__(self, url: str, *, timeout_s: float):
         self.url = url.rstrip("/").removesuffix("/v1")
-        # Loading weights may take long, connecting may not.
+        # Loading weights can take long. Connecting must not.
         self._http = httpx.Client(
             base_url=self.url, headers=headers(), timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s))
         )
 
     def wait(self, away_s: float, check: Callable[[], None] = lambda: None) -> None:
-        """Wait until the server is up. `check` is called meanwhile, and ends the wait if it raises.
+        """Wait until the server is up. Calls `check` while it waits. An exception from `check` stops the wait.
 
         Raises:
             ConfigError: Something other than a vLLM server answers.
             EngineError: The server is not up after `away_s` seconds.
         """
         started = time.monotonic()
-        # A bar, since nothing else is printed meanwhile. It appears after five seconds.
+        # A progress bar, since nothing else is printed during the wait. It appears after five seconds.
         with tqdm(total=round(away_s), desc=f"Waiting for vLLM at {self.url}", unit="s", delay=5, leave=False) as bar:
             while True:
                 try:
@@ -196,7 +197,7 @@ class ServerClient:
             self._request("POST", "/v1/unload_lora_adapter", "", {"lora_name": name})
 
     def abort(self) -> None:
-        """End all running requests early. They are answered with the tokens that they have."""
+        """Abort all running requests. The server answers them with the tokens sampled so far."""
         hint = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
         self._request("POST", "/abort_requests", hint, {}, timeout=SHORT_S)
 

@@ -34,7 +34,7 @@ class VLLMColocateEngine:
         tokenizer: Decodes turns to find stop strings that straddle two requests.
         settings: The distribution to sample from.
         weights: How the instance gets the trainer's weights at the start of each session.
-        vocab_size: V, the number of tokens in the distribution sampled from.
+        vocab_size: V, the number of tokens in the sampling distribution.
         top_logprobs: The number of logprobs requested for each of a turn's first k tokens, to estimate entropies.
         sleeps: Whether the instance sleeps between sessions. `weights` wakes it up.
     """
@@ -117,7 +117,7 @@ class ColocatedWeights:
 
     Args:
         generation: TRL's object, in mode "colocate".
-        trained: Returns a value that changes whenever the trainer's weights do.
+        trained: Returns a value that changes whenever the trainer's weights change.
         reference: Returns the trainer's logprobs of all ids except the first; a collective.
         canary: The ids whose logprobs are compared after a sync.
         tolerance: The largest allowed `mean_difference` of logprobs between trainer and vLLM.
@@ -157,7 +157,7 @@ class ColocatedWeights:
         difference = mean_difference(self._reference(self._canary), self._logprobs())
         if not difference <= self._tolerance:
             raise EngineError(
-                f"vLLM does not hold the trainer's weights after a sync: the logprobs of a text differ by "
+                f"vLLM does not have the trainer's weights after a sync: the logprobs of a text differ by "
                 f"{difference:.3g} on average; expected at most {self._tolerance}. Raise weight_sync_tolerance if "
                 "vLLM has a lower precision than the trainer. Otherwise vLLM does not support updates of this model."
             )
@@ -187,7 +187,7 @@ def _read(output: RequestOutput, top_logprobs: int) -> Segment:
     """Convert a finished request to a segment."""
     written = output.outputs[0]
     ids, given = list(written.token_ids), written.logprobs or []
-    # vLLM adds the sampled token if it is not among the k most likely. It is not one of the k.
+    # vLLM adds the sampled token if it is not among the k most likely. That entry does not count as one of the k.
     top = [sorted((entry.logprob for entry in place.values()), reverse=True)[:top_logprobs] for place in given]
     return Segment(
         ids,

@@ -1,11 +1,11 @@
-"""Patches that vLLM 0.31 needs for training with sampling on a CPU. On GPUs nothing is patched.
+"""Patches that vLLM 0.31 needs to sample on a CPU during training. Nothing is patched on GPUs.
 
 Weights: see `cpu_weights`.
 
 Seeds: chunked prefill samples a token after each chunk of a prompt and discards all but the last. vLLM undoes a
 discarded draw by rewinding the request's generator. CPU generators cannot be rewound, and the engine crashes. The
-patch reseeds the generator instead. This is equivalent, because before its first token a request has drawn nothing
-else.
+patch reseeds the generator instead. This is equivalent, because a request draws no other random numbers before its
+first token.
 
 Start-up: vLLM searches all objects of all loaded modules for kernels to replace. It crashes on llvmlite's library
 wrapper, which returns a value for any attribute. bm25s imports numba, and numba imports llvmlite.
@@ -51,7 +51,7 @@ def _reseed_instead_of_rewinding() -> None:
         for i in self.discard_request_mask.np[: batch.num_reqs].nonzero()[0]:
             if (generator := generators.get(int(i))) is not None:
                 generator.manual_seed(generator.initial_seed())
-        batch.generators = {}  # else vLLM rewinds them
+        batch.generators = {}  # otherwise vLLM rewinds them
         try:
             return bookkeeping(self, *args, **kwargs)
         finally:

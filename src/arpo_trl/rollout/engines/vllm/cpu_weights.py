@@ -1,12 +1,12 @@
 """Keeps weights unpacked for vLLM 0.31 on a CPU, so that they can be updated.
 
-When vLLM loads a model, it packs weights into the layout of the CPU's kernel: those of linear layers and of the
-vocabulary for oneDNN, SGL (with AMX) or zentorch (AMD), those of latent attention if the CPU has AMX, those of
-convolutions if it has AVX-512 BF16, and those of experts always. Weights loaded later do not update the packed copy,
-or are read as if they were packed: TRL's sync raises, and a server's `reload_weights` answers 200 but the server's
-outputs are wrong.
+When vLLM loads a model, it packs weights into the layout of the CPU's kernels: the weights of linear layers and of the
+vocabulary for oneDNN, SGL (with AMX) or zentorch (AMD), of latent attention if the CPU has AMX, of convolutions if it
+has AVX-512 BF16, and of experts always. Weights loaded later do not update the packed copy, or vLLM reads them as if
+they were packed. TRL's sync then raises an error. A server's `reload_weights` answers 200, but the server's outputs
+are wrong.
 
-So this module keeps weights in the layout in which they are loaded. Kernels that require packed weights pack them at
+So this module keeps the layout of the loaded weights. Kernels that require packed weights pack them at
 each use, which is somewhat slower. Quantized layers stay packed: only a server's reload can update them, and it
 quantizes and packs them again.
 """
@@ -97,6 +97,6 @@ def _pack_latents_at_use() -> None:
         pack(self, q.dtype)
         attend(self, q, *args, **rest)
 
-    AMXMLAImpl.uses_amx_bmm = False  # else the layer deletes the weights, which decoding reads
+    AMXMLAImpl.uses_amx_bmm = False  # otherwise the layer deletes the weights, which decoding reads
     AMXMLAImpl.process_weights_after_loading = lambda self, act_dtype: None
     AMXMLAImpl.forward_mha = pack_and_attend

@@ -4,14 +4,14 @@
     loop thread                  └ one task per turn: probe, Probe event, rest, Turn event
 
 All turns of a tree go to the same server, so that they share its prefix cache. If the connection or the server fails
-during a request, the request is sent again, with the same seed, once the server is back. A restarted server serves the
-weights it was started with. So before the retry it gets the current weights, if `weight_sync` supports that, and the
-logprobs are compared again.
+during a request, the engine sends the request again with the same seed as soon as the server is back. A restarted
+server serves its initial weights. So before the retry the engine sends it the current weights, if `weight_sync`
+supports that, and compares the logprobs again.
 
-Within a session `sync` replaces the weights between two decode steps. All ranks hold their new requests back, and end
-the running ones early, with the tokens that they have. Once the idle servers have the new weights, the turns continue
-with new requests, which compute their prefix again. So every request has one version of the weights, and no key or
-value of an older version is read.
+Within a session `sync` replaces the weights between two decode steps. All ranks delay their new requests and abort the
+running ones, which keep their tokens. When the idle servers have the new weights, the turns continue with new
+requests, which compute their prefix again. So every request uses one version of the weights, and no key or value of an
+older version is read.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from arpo_trl.visible import get_logger
 logger = get_logger(__name__)  # not accelerate's: any rank may log that a server was restarted
 
 RETRY_S = 0.5
-"""Seconds between two checks whether a server is back."""
+"""Seconds between two checks of whether a server is back."""
 ABORT_S = 0.02
-"""Seconds between two attempts to end the running requests: one may reach the server after an attempt."""
+"""Seconds between two attempts to abort the running requests: a request may reach the server after an attempt."""
 KEEP_ALIVE = [
     # A machine that goes down may not close its connections: probe after 30 s of silence, fail after 4 lost probes.
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -61,9 +61,9 @@ class _Server:
     client: ServerClient
     boot: str | None
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held by the task that waits for the server and restores its weights."""
+    """The lock of the task that waits for the server and restores its weights."""
     answered: bool = False
-    """Whether it has answered a request since `boot` was read."""
+    """Whether the server has answered a request since `boot` was read."""
 
 
 class VLLMServerEngine:
@@ -72,8 +72,8 @@ class VLLMServerEngine:
     Args:
         tokenizer: Decodes turns to find stop strings that straddle two requests.
         settings: The distribution to sample from.
-        weights: The servers, and how they get the trainer's weights at the start of each session.
-        vocab_size: V, the number of tokens in the distribution sampled from.
+        weights: The servers, and their source of the trainer's weights at the start of each session.
+        vocab_size: V, the number of tokens in the sampling distribution.
         top_logprobs: The number of logprobs requested for each of a turn's first k tokens, to estimate entropies.
         away_s: The seconds for which a server may be unreachable before the rollout fails.
         request_s: The timeout of one request, in seconds.
@@ -140,12 +140,12 @@ class VLLMServerEngine:
             return
         with self._weights.lock, self._idle_servers(self._loop):
             self._weights.sync()
-            for server in self._servers:  # one that was restarted meanwhile now has the weights
+            for server in self._servers:  # a server that was restarted during the sync now has the weights
                 server.boot, server.answered = server.client.boot(), False
 
     @contextmanager
     def _idle_servers(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
-        """Within it, no rank has requests at the servers. A collective."""
+        """A context in which no rank has running requests. A collective."""
         self._check_not_replaced()
         loop.call_soon_threadsafe(self._may_send.clear)
         asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result()  # the event is cleared now
@@ -155,7 +155,7 @@ class VLLMServerEngine:
                 while self._sent:
                     self._weights.check()
                     for client in self._weights.clients:
-                        with suppress(EngineError):  # a server that is down fails its requests by itself
+                        with suppress(EngineError):  # if a server is down, its requests fail without an abort
                             client.abort()
                     time.sleep(ABORT_S)
             self._weights.wait_for_ranks()
@@ -248,7 +248,7 @@ class VLLMServerEngine:
                 await asyncio.sleep(RETRY_S)
 
     async def _has_weights(self, server: _Server) -> bool:
-        """Whether the server is up and has the current weights, which it gets if it was restarted."""
+        """Whether the server is up and has the current weights. A restarted server gets them."""
         if (version := await self._served_version(server)) is None:
             return False
         if version != self._weights.version:
@@ -273,12 +273,12 @@ class VLLMServerEngine:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._http.aclose()
-        # The finalizers of cancelled responses close their connections, one iteration of the loop later.
+        # The finalizers of cancelled responses close their connections one iteration of the loop later.
         await asyncio.get_running_loop().shutdown_asyncgens()
         await asyncio.sleep(0)
 
     def _check_not_replaced(self) -> None:
-        """Check that no server was restarted unnoticed, since it could have sampled with its initial weights.
+        """Check that no server was restarted without detection, since it could have sampled with its initial weights.
 
         Raises:
             EngineError: A server was restarted, and has answered requests since the last check.
@@ -297,13 +297,14 @@ class VLLMServerEngine:
 
 
 def _read(response: httpx.Response, url: str, top_logprobs: int, version: int | None) -> Segment:
-    """Convert a server's answer to a segment. It has no ids if `sync` ended the request before its first token."""
+    """Convert a server's answer to a segment. The segment has no ids if `sync` aborted the request before its first
+    token."""
     try:
         choice: dict[str, Any] = response.json()["choices"][0]
         if choice["finish_reason"] == "abort" and not choice["token_ids"]:
             return Segment([], [])
         given = choice["logprobs"]
-        # vLLM adds the sampled token if it is not among the k most likely. It is not one of the k.
+        # vLLM adds the sampled token if it is not among the k most likely. That entry does not count as one of the k.
         places = given["top_logprobs"] if top_logprobs else []
         return Segment(
             choice["token_ids"],

@@ -1,15 +1,15 @@
 """Samples a turn from vLLM in segments: a short probe with top-k logprobs, then the rest with one logprob per token.
 
-    probe        the first k tokens, with their top-k logprobs, whose entropies branch rules read
-    bridge       if the probe ends within a possible stop string: as many tokens as it takes to complete it
-    rest         all other tokens; vLLM has the prompt and the earlier segments in its prefix cache
+    probe        the first k tokens, with their top-k logprobs; branch rules read their entropies
+    bridge if the probe ends within a possible stop string: the tokens needed to complete it rest all other tokens;
+    vLLM has the prompt and the earlier segments in its prefix cache
 
-vLLM may also end a segment early, when new weights arrive. The turn then continues with another segment, so the tokens
-of a segment all have the same weights.
+vLLM may also end a segment early, when new weights arrive. The turn then continues with another segment, so all tokens
+of a segment are sampled with the same weights.
 
 This module finds the end of a turn from its ids and ignores vLLM's finish reason. vLLM searches for stop strings only
-within one request, so it misses those that straddle two segments. And if a request starts within a character, vLLM
-takes its prompt for output, and stops after one token because of the stop string of an earlier turn. The turn then
+within one request, so it misses stop strings that straddle two segments. If a request starts within a character, vLLM
+treats the prompt as output and stops after one token because of the stop string of an earlier turn. The turn then
 continues with another segment. Ids stay exactly as sampled, up to and including the token that completes a stop
 string.
 
@@ -33,7 +33,7 @@ from arpo_trl.rollout.text import decode_exactly, stop_window
 SEED_STEP = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio: the distance between the seeds of a turn's segments."""
 SEEDS = 1 << 63
-"""The number of seeds: vLLM accepts them up to 2^63 − 1."""
+"""The number of seeds: vLLM accepts seeds up to 2^63 − 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,8 @@ class StopFinder:
         self._window = stop_window(self._stops)
 
     def end(self, ids: list[int], start: int) -> int | None:
-        """The smallest n > `start` such that the text of `ids[:n]` holds a stop string that `ids[:start]` does not."""
+        """The smallest n > `start` such that the text of `ids[:n]` contains a stop string that the text of
+        `ids[:start]` does not contain."""
         first = max(0, start - self._window)
 
         def holds(n: int) -> bool:
@@ -81,7 +82,7 @@ class StopFinder:
 
     def missing(self, ids: list[int]) -> int:
         """The number of characters that complete the partial stop string at the end of `ids`; 0 if there is none."""
-        # Without an incomplete character at the end.
+        # The text without an incomplete character at the end.
         text = decode_exactly(self._tokenizer, ids[-self._window :]).rstrip("\ufffd")
         return max(
             (
@@ -127,7 +128,8 @@ class Draft:
         )
 
     def add(self, segment: Segment) -> Probe | Turn | None:
-        """Append the segment. Returns the turn if it is finished, the probe if it has k tokens now, else None."""
+        """Append the segment. Returns the turn if it is finished, the probe if the turn has k tokens now, otherwise
+        None."""
         if not segment.ids or len(segment.logprobs) != len(segment.ids):
             raise EngineError(
                 f"vLLM answered turn {self.request.key} with {len(segment.ids)} tokens and {len(segment.logprobs)} "
@@ -167,10 +169,10 @@ class Draft:
 
 
 def sampling_params(settings: SamplingParams) -> dict[str, Any]:
-    """The settings by vLLM's names, for vLLM's `SamplingParams` and for a request's body.
+    """The settings with vLLM's names, for vLLM's `SamplingParams` and for a request's body.
 
-    All of them are set, since a server takes missing ones from the model's generation_config.json. EOS is set by token
-    ids: `ignore_eos` stops vLLM from adding the EOS ids of the model's configuration.
+    All settings are present, since a server reads missing ones from the model's generation_config.json. Token ids
+    define EOS: `ignore_eos` stops vLLM from adding the EOS ids of the model's configuration.
     """
     return {
         "temperature": settings.temperature,

@@ -1,8 +1,9 @@
 """Moves the trainer's weights to vLLM servers and compares logprobs after each sync.
 
 A server may answer 200 and still have its old weights, or corrupt ones. So after each sync the servers compute the
-logprobs of a fixed prompt. These must equal the trainer's within a tolerance, and must change if the trainer's do.
-Each sync also sets the version of the server's weights, by which a restart of the server is detected.
+logprobs of a fixed prompt. These must equal the trainer's within a tolerance, and must change if the trainer's change.
+Each sync also sets the version of the server's weights. A restart of the server resets this version, which reveals the
+restart.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ logger = get_logger(__name__)  # not accelerate's: any rank may restore a server
 CHECK_S = 0.2
 """Seconds between two calls of `check` while servers load weights."""
 SHARD_BYTES = 4 << 30
-"""The most bytes of a model that are held in memory at once while it is written to disk."""
+"""The maximum number of bytes of a model that are in memory at once while it is written to disk."""
 
 
 class Transfer(Protocol):
@@ -47,7 +48,7 @@ class Transfer(Protocol):
         """Make one server serve the prepared version. Called on one rank only, for several servers in parallel."""
 
     def restore(self, client: ServerClient, version: str) -> None:
-        """Give a server that was perhaps restarted the version again. Any rank can call this alone.
+        """Send the version again to a server that may have been restarted. Any rank can call this alone.
 
         Raises:
             EngineError: This transfer cannot restore weights.
@@ -57,19 +58,19 @@ class Transfer(Protocol):
         """Remove an old version from a server that serves a newer one."""
 
     def served_as(self, facts: ServerFacts, version: str) -> str:
-        """The model name to use in requests to that server."""
+        """The model name in requests to that server."""
 
 
 class ServedWeights:
     """The weights of a set of servers.
 
     Args:
-        trained: Returns the trainer's step, a number that changes whenever the weights do.
+        trained: Returns the trainer's step, a number that changes whenever the weights change.
         reference: Returns the trainer's logprobs of all ids except the first; a collective.
         canary: The ids whose logprobs are compared.
         tolerance: The largest allowed `mean_difference` of logprobs between trainer and server.
         away_s: The seconds for which a server may be unreachable during a transfer.
-        check: Called during a transfer. An exception that it raises ends it.
+        check: Called during a transfer. An exception from it stops the transfer.
     """
 
     def __init__(
@@ -93,9 +94,10 @@ class ServedWeights:
         self._accelerator = accelerator
         self._trained = trained
         self.step: int | None = None
-        """The value of `trained` at the last sync; None before it, and while the weights move."""
+        """The value of `trained` at the last sync; None before the first sync, and during a transfer."""
         self.lock = threading.Lock()
-        """Held by the thread that changes what a server serves: the trainer's, or one that restores a server."""
+        """The lock of the thread that changes a server's weights: the trainer's thread, or one that restores a
+        server."""
         self._reference = reference
         self._canary = list(canary)
         self._tolerance = tolerance
@@ -105,10 +107,10 @@ class ServedWeights:
         self._syncs = 0
         self._ours: list[float] = []
         self._last_move: dict[str, tuple[list[float], list[float]]] = {}
-        """For each server, its logprobs when they last changed, and the trainer's at that time."""
+        """For each server, its logprobs when they last changed, and the trainer's logprobs at that time."""
 
     def model(self, url: str) -> str:
-        """The model name to use in requests to the server."""
+        """The model name in requests to the server."""
         return self._transfer.served_as(self.facts[url], self.version)
 
     def check_model(self) -> None:
@@ -128,7 +130,7 @@ class ServedWeights:
             difference = mean_difference(ours, client.logprobs(self._canary, facts.model))
             if not difference <= self._tolerance:
                 raise ConfigError(
-                    f"{client.url} serves {facts.model!r}, which is another model than the trainer's: the logprobs of "
+                    f"{client.url} serves {facts.model!r}, which is not the trainer's model: the logprobs of "
                     f"a text differ by {difference:.3g} on average; expected at most weight_sync_tolerance "
                     f"{self._tolerance}. Start it with --model set to the trainer's model_name_or_path."
                 )
@@ -138,15 +140,16 @@ class ServedWeights:
     def sync(self) -> None:
         """Move the weights to every server and compare logprobs, if the weights have changed. A collective.
 
-        Waits for a server that is down, or is killed meanwhile.
+        Waits for a server that is down, or that is killed during the transfer.
 
         Raises:
-            EngineError: A server stays away, could not load the weights, or does not serve the trainer's weights.
+            EngineError: A server stays unreachable, could not load the weights, or does not serve the trainer's
+                weights.
         """
         if self.is_current:
             return
         trained = self._trained()
-        self.step = None  # in case the move fails
+        self.step = None  # in case the transfer fails
         self._move()
         self.step = trained
 
@@ -156,7 +159,7 @@ class ServedWeights:
         return self._trained() == self.step
 
     def wait_for_ranks(self) -> None:
-        """Wait until every rank is here."""
+        """Wait until every rank has reached this point."""
         self._accelerator.wait_for_everyone()
 
     def _move(self) -> None:
@@ -176,7 +179,9 @@ class ServedWeights:
                 except ServerLost as error:
                     if attempt == ATTEMPTS:
                         raise
-                    logger.warning(f"{error} The server did not get the new weights. It gets them once it is back.")
+                    logger.warning(
+                        f"{error} The server did not get the new weights. It will get them when it is back."
+                    )
                 client.wait(self._away_s, self.check)
                 give = self._transfer.restore
 
@@ -189,7 +194,7 @@ class ServedWeights:
         self._compare(client, version)
 
     def restore(self, client: ServerClient) -> None:
-        """Give a restarted server the current weights, unless it has got them meanwhile. Any rank can call this."""
+        """Send the current weights to a restarted server, unless it already has them again. Any rank can call this."""
         with self.lock:
             if client.weight_version() == self.version:
                 return
@@ -258,7 +263,7 @@ class _Parameters(VLLMGeneration):
         yield from self._iter_named_params()
 
     def gathered(self, parameters: list[torch.nn.Parameter]) -> Any:
-        """A context in which every rank has `parameters` in full. A collective."""
+        """A context in which every rank has the full `parameters`. A collective."""
         return self._dist.gather_params(parameters) if not self._dist.is_fsdp else nullcontext()
 
     @property
@@ -267,7 +272,8 @@ class _Parameters(VLLMGeneration):
 
 
 class DiskTransfer:
-    """Moves weights through a folder that trainer and servers share. Needs no GPU, and survives a server's restart.
+    """Moves weights through a folder that trainer and servers share. Needs no GPU. The run survives a server's
+    restart.
 
     If the model is a LoRA adapter on a frozen base and every server supports adapters of its rank, only the adapter is
     written. Otherwise the whole model is written, with adapters merged.
@@ -299,7 +305,7 @@ class DiskTransfer:
         else:
             named = self._parameters.named()
             problem = self._write(version, lambda folder: write_shards(folder, named, self._dtype))
-            for _ in named:  # takes part in the collectives that remain, if this rank does not write or failed
+            for _ in named:  # joins the remaining collectives if this rank does not write, or failed
                 pass
         problem = _from_main(self._accelerator, problem)
         if problem is not None:
@@ -330,7 +336,7 @@ class DiskTransfer:
             client.load_weights(folder)
 
     def restore(self, client: ServerClient, version: str) -> None:
-        self.discard(client, version)  # vLLM refuses an adapter that it has, if only the answer was lost
+        self.discard(client, version)  # vLLM rejects an adapter that it already has, as after a lost answer
         self.deliver(client, version)
 
     def discard(self, client: ServerClient, version: str) -> None:

@@ -1,6 +1,6 @@
-"""Search services over HTTP: how to ask each one and how to read its answer. One service is one file.
+"""Search services over HTTP: the request and the answer format of each one. One service is one file.
 
-A service from outside the package is registered by name, and `search_provider` then takes that name:
+Register a service from outside the package under a name, and set `search_provider` to that name:
 
     import httpx
     from arpo_trl import Hit, Provider, register_provider

@@ -1,6 +1,6 @@
-"""What all search providers share: the protocol that they follow, and helpers that read hits from JSON.
+"""The common code of all search providers: their interface, and helpers that read hits from JSON.
 
-API keys come from environment variables and are passed to each request, so no object here holds one.
+API keys come from environment variables and are passed to each request, so no object here stores a key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ENTITY = re.compile(
 
 
 class Unanswered(Exception):
-    """The service answered with success but could not search. The message quotes nothing of the answer."""
+    """The service reported success but could not search. The message does not quote the answer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Hit:
 
 @dataclass(frozen=True, kw_only=True)
 class Provider(ABC):
-    """A search service at `base_url`, or a gateway that speaks the same protocol.
+    """A search service at `base_url`, or a gateway with the same protocol.
 
     `arpo_trl.tools.search.providers` has an example.
     """
@@ -58,10 +58,10 @@ class Provider(ABC):
     base_url: str
 
     name: ClassVar[str]
-    """The value of `search_provider` that selects it; `register_provider` sets it."""
+    """The value of `search_provider` that selects this service; `register_provider` sets it."""
     default_url: ClassVar[str] = ""
     key_variable: ClassVar[str | None] = None
-    """The environment variable that holds the API key; None: the service needs no key."""
+    """The environment variable that contains the API key; None: the service needs no key."""
     max_results: ClassVar[int] = 100
     max_query_chars: ClassVar[int] = 2000
     """Longer queries are cut to this length, because the service rejects them."""
@@ -70,7 +70,7 @@ class Provider(ABC):
 
     @classmethod
     def parameters(cls, results: int) -> dict[str, Any]:
-        """Return what an answer depends on besides the query, as JSON values. It is part of the cache key."""
+        """Return the values on which an answer depends in addition to the query, as JSON values, for the cache key."""
         return {"results": min(results, cls.max_results)}
 
     @abstractmethod
@@ -83,7 +83,7 @@ class Provider(ABC):
 
         Raises:
             ValueError, KeyError, TypeError: `answer` has another layout. An error object is not "no results".
-            Unanswered: `answer` says that the service did not search.
+            Unanswered: `answer` reports that the service did not search.
         """
 
 
@@ -94,7 +94,7 @@ def bearer(key: str) -> dict[str, str]:
 def results_in(answer: Any, field: str, *, beside: str) -> Any:
     """Return the value of `field`, or no results if it is missing or null in an answer that has the field `beside`.
 
-    Some services omit `field` when they find nothing. Every valid answer of theirs has `beside`.
+    Some services omit `field` if they find nothing. Every valid answer from them has `beside`.
     """
     found = answer.get(field) if beside in answer else answer[field]
     return [] if found is None and beside in answer else found

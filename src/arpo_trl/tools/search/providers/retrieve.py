@@ -1,4 +1,4 @@
-"""A retrieval server that speaks Search-R1's protocol."""
+"""A retrieval server with Search-R1's protocol."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _TEXTS = ("text", "content", "passage")
 
 @register_provider("retrieve")
 class Retrieve(Provider):
-    """A retrieval server that speaks Search-R1's protocol."""
+    """A retrieval server with Search-R1's protocol."""
 
     default_url = "http://127.0.0.1:8000"
 
