@@ -11,12 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
+import pydantic
 import pytest
 
 import arpo_trl
@@ -238,6 +242,16 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
     assert {(result.ok, result.source) for result in results.values()} == {(True, "executed")}
 
 
+class Colour(Enum):
+    RED = "red"
+
+
+@dataclass
+class Point:
+    x: float
+    next: Any = None
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -258,6 +272,14 @@ def test_sync_and_async_tools_return_their_text_under_their_tickets() -> None:
         (np.bool_(True), "true"),
         ({"n": np.int32(3), "a": np.array([[1, 2], [3, 4]])}, '{"n": 3, "a": [[1, 2], [3, 4]]}'),
         (["a"], '["a"]'),
+        (np.float32(0.1), "0.1"),
+        ({"a": np.array([0.1, 2.0], np.float32)}, '{"a": [0.1, 2.0]}'),
+        (np.datetime64("2024-02-29"), "2024-02-29"),
+        (Colour.RED, "red"),
+        ([Colour.RED], '["red"]'),
+        (Point(1.5, [Point(0.0)]), '{"x": 1.5, "next": [{"x": 0.0, "next": null}]}'),
+        (pydantic.RootModel[list[int]]([1, 2]), "[1, 2]"),
+        (pandas.DataFrame({"city": ["Oslo"], "n": [3]}), "   city  n\n0  Oslo  3"),
         ("", "(no output)"),
         (" \n", "(no output)"),
         ("nul \0 here", "nul \ufffd here"),

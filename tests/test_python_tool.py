@@ -24,6 +24,7 @@ from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.python.local import PastCells, PythonTool, python_tool, stop_reason
+from arpo_trl.tools.python.local import shown as displayed
 from arpo_trl.tools.python.sandbox import (
     ISOLATING,
     Ending,
@@ -130,9 +131,35 @@ def test_a_call_shows_output_and_last_value(tool: PythonTool, code: str, shown: 
 CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "python_code.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case['kind']}" for i, case in enumerate(CASES, 1)])
+@pytest.mark.parametrize("code", ["```\n" + " " * 50_000 + "\nx x", "```python\n" * 20_000, "    x x\n" * 10_000])
+def test_a_repair_takes_less_than_a_call(hurried: Worker, code: str) -> None:
+    assert hurried.run(code).ending in (Ending.FINISHED, Ending.RAISED)  # not stopped at its second
+
+
+def check_case(worker: Worker, case: dict[str, str]) -> None:
+    ran = worker.run(case["code"])
+    if "error" in case:
+        with pytest.raises(ToolError) as caught:
+            displayed(ran.output, ran.ending, "")
+        assert str(caught.value).endswith(case["error"])
+    else:
+        assert displayed(ran.output, ran.ending, "") == case["shown"]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=f"{i}-{case['kind']}") for i, case in enumerate(CASES, 1) if case["kind"] != "refused"],
+)
 def test_cases(worker: Worker, case: dict[str, str]) -> None:
-    assert run(worker, case["code"]).rstrip("\n") == case["shown"]
+    check_case(worker, case)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=f"{i}-{case['kind']}") for i, case in enumerate(CASES, 1) if case["kind"] == "refused"],
+)
+def test_cases_of_isolated_code(isolated: Worker, case: dict[str, str]) -> None:
+    check_case(isolated, case)
 
 
 def test_an_exception_shows_the_output_before_it_and_the_users_frames_only(tool: PythonTool) -> None:
@@ -153,7 +180,7 @@ def test_an_exception_shows_the_output_before_it_and_the_users_frames_only(tool:
         ("print(", "SyntaxError: '(' was never closed"),
         ("raise SystemExit(3)", "SystemExit: 3"),
         ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
-        ("input()", "EOFError: EOF when reading a line"),
+        ("input()", "EOFError: there is no input here; write the values into the code"),
     ],
 )
 def test_a_failure_ends_in_one_line_that_names_it(tool: PythonTool, code: str, last_line: str) -> None:

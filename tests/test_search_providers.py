@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -11,6 +12,7 @@ import pytest
 
 from arpo_trl import Hit, Provider, register_provider
 from arpo_trl.errors import ConfigError, ToolUnavailable
+from arpo_trl.net.circuit_breaker import CircuitBreaker
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.search.cache import CacheMode, SearchCache
 from arpo_trl.tools.search.index import search_tool
@@ -159,6 +161,28 @@ def test_an_answer_without_results_is_not_no_results_and_is_not_kept(
         with pytest.raises(ToolUnavailable, match="unavailable"):
             service.search(QUERY, 5)
         assert service.search(QUERY, 5) == TEXTS[name]
+
+
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "cases" / "search_answers.jsonl").read_text("utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{i}-{case['kind']}" for i, case in enumerate(CASES, 1)])
+def test_cases(
+    case: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    body = case["body"] if "body" in case else case["text"].encode(case.get("encoding", "utf-8"))
+    reply = Reply(body, case.get("status", 200), {"Content-Type": case.get("content_type", "application/json")})
+    with Loopback(lambda asked: reply) as server:
+        service = search(case["provider"], server, tmp_path, monkeypatch, breaker=CircuitBreaker(failures=1))
+        if "shown" in case:
+            assert service.search(QUERY, 5) == case["shown"]
+            return
+        with pytest.raises(ToolUnavailable):
+            service.search(QUERY, 5)
+    assert case["told"] in caplog.text
 
 
 def test_a_searxng_whose_engines_do_not_respond_has_not_found_nothing(

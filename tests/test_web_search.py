@@ -300,6 +300,17 @@ def test_a_rejected_query_does_not_open_the_circuit(service: Service) -> None:
     assert len(service.server.asked) == 4
 
 
+def test_a_service_that_refuses_every_query_rests(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    service.server.answer = lambda asked: Reply({"detail": "field required"}, 422)
+    search = service.search(breaker=CircuitBreaker(failures=2, rest_s=60))
+    for number in range(25):
+        with pytest.raises(ToolUnavailable):
+            search.search(f"iron {number}", 5)
+    # The 20th refusal in a row and each later one count as failures of the service; after two of them it rests.
+    assert len(service.server.asked) == 21
+    assert [record.getMessage()[:40] for record in caplog.records] == ["Search is degraded: tavily answered 422,"]
+
+
 REFUSALS = [
     json.loads(line) for line in (Path(__file__).parent / "cases" / "search_refusals.jsonl").read_text().splitlines()
 ]

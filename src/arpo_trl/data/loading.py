@@ -18,6 +18,7 @@ import pyarrow.parquet
 from arpo_trl.common.user_files import is_url, json_lines, read_json
 from arpo_trl.data.layouts import (
     DEFAULT_SYSTEM_PROMPT,
+    QUESTION_FIELDS,
     TASKS,
     check_prompt,
     convert_row,
@@ -33,6 +34,7 @@ logger = get_logger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet")
 _NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
 _MATH_SHARE, _QA_SHARE = 0.75, 0.25
+_LFS_POINTER = b"version https://git-lfs."
 
 ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
 """Columns that `ARPOTrainer` passes to reward functions in addition to the dataset's, with one value per
@@ -66,8 +68,8 @@ def load_arpo_dataset(
         columns: Names of fields that replace the usual ones, such as `{"question": "body", "answer": "meta.gold"}`.
             The keys are those of `layouts.MAPPABLE`. Dots select nested fields.
 
-    A row of the verl layout with a blank answer is excluded with a warning (the published data has one such row). In
-    other layouts it is an error.
+    Rows without an answer by design are excluded with a warning: a verl row with a blank answer (the published data
+    has one), a proof in NuminaMath. In other layouts a missing answer is an error.
 
     Raises:
         ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
@@ -90,9 +92,7 @@ def load_arpo_dataset(
         else:
             rows.append(row)
     if skipped:
-        logger.warning(
-            "%s: %d row(s) with a blank answer excluded: %s", path_or_hub_id, len(skipped), _listed(skipped)
-        )
+        logger.warning("%s: %d row(s) without an answer excluded: %s", path_or_hub_id, len(skipped), _listed(skipped))
     if not rows:
         raise DataError(f"{path_or_hub_id} (split {split!r}) contains no rows; expected at least one.")
     _guess_task(rows, path_or_hub_id)
@@ -178,6 +178,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     """Files such as train.jsonl, train_10k.parquet or train-00000-of-00002.parquet, sorted by name."""
     readable = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     files = [path for path in readable if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", path.name)]
+    if not readable and (folder / "data").is_dir():  # a snapshot of a dataset on the Hub
+        return _files_of_split(folder / "data", split)
     if not files:
         raise DataError(
             f"The folder {folder} has no file of the split {split!r}; expected {split}*{{{','.join(SUFFIXES)}}}, got "
@@ -196,10 +198,11 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
     Raises:
         DataError: The file, or a row of it, cannot be read.
     """
+    _refuse_pointer(path)
     match path.suffix:
         case ".parquet":
             try:
-                rows = pyarrow.parquet.read_table(path).to_pylist()
+                rows = _as_written(pyarrow.parquet.read_table(path)).to_pylist()
             except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
                 raise DataError(f"{path} is not a readable parquet file: {error}") from error
         case ".jsonl":
@@ -220,10 +223,36 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         bad.append(problem)
 
 
-def _rows_of_json(path: Path) -> Any:
-    """Reads a .json file: one JSON value, or JSON Lines under that name."""
+def _refuse_pointer(path: Path) -> None:
+    """A clone of a Git repository without Git LFS has small text files in place of the data."""
     try:
-        return read_json(path)
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error}.") from error
+    if start == _LFS_POINTER:
+        raise DataError(f"{path} is a pointer of Git LFS, not the data. Fetch the data: git lfs pull.")
+
+
+def _as_written(table: pyarrow.Table) -> pyarrow.Table:
+    """The table with the shortest numbers that its columns of float32 stand for: 0.1, not 0.10000000149011612."""
+    for place, field in enumerate(table.schema):
+        if pyarrow.types.is_float32(field.type):
+            numbers = table.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
+            table = table.set_column(place, field.name, numbers)
+    return table
+
+
+def _rows_of_json(path: Path) -> Any:
+    """Reads a .json file: a list of rows, an object with one such list, or JSON Lines under that name."""
+    try:
+        value = read_json(path)
+        if not isinstance(value, dict):
+            return value
+        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
+        # An object without such a list is JSON Lines with one line. Several lists may be splits, so neither is read.
+        has_question = any(name in value for name in ("messages", *QUESTION_FIELDS))
+        return [value] if has_question else lists[0] if len(lists) == 1 else value
     except DataError as whole:
         try:
             rows = [row for _, row in json_lines(path)]

@@ -17,7 +17,7 @@ from arpo_trl.data.layouts import Task, convert_row, system_prompt_text
 from arpo_trl.data.loading import SUFFIXES, load_arpo_dataset, read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
-from arpo_trl.rewards.answers import MATH, extract_answer
+from arpo_trl.rewards.answers import MATH
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -68,8 +68,6 @@ class Benchmark:
     """The field with the difficulty level, if there is one."""
     take: int | None = None
     """Use only the first rows of the Hub's data set, this many; None: all."""
-    boxed: bool = False
-    r"""The gold is the last `\boxed{…}` of a worked solution."""
     text_only: str | None = None
     """A field that is not empty in rows that need more than text. Those rows are excluded."""
     masked: bool = False
@@ -120,7 +118,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         Benchmark(
             name="math", title="MATH", suite="reasoning", scorer=Scorer.MATH, size=5000,
             hub_id="DigitalLearningGmbH/MATH-lighteval",
-            question="problem", answer="solution", level="level", boxed=True,
+            question="problem", answer="solution", level="level",
             system_prompt="reasoning",
             note=r"MIT. The gold is the last \boxed of the solution.",
         ),
@@ -432,8 +430,6 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
             )
     if row.get("question") is not None and isinstance(row.get("prompt"), str):
         del row["prompt"]  # `question` takes precedence: it gets the benchmark's system prompt
-    if benchmark.boxed and (solution := row.get("answer")) is not None and r"\boxed" in str(solution):
-        row["answer"] = extract_answer(f"<answer>{solution}</answer>")
     return row
 
 

@@ -7,6 +7,8 @@ bytes after decompression, and its number of pieces, since each piece costs abou
 from __future__ import annotations
 
 import asyncio
+import codecs
+import contextlib
 import json
 import os
 import re
@@ -27,11 +29,14 @@ MAX_BYTES = 8 << 20
 MAX_JSON_BYTES = 2 << 20
 MAX_PIECES = 1 << 14
 """Half a second of work. 8 MiB arrive in 6,000 pieces if each piece is one network packet."""
-_CODINGS = ("", "identity", "gzip")
+_CODINGS = ("", "identity", "gzip", "x-gzip")
 _HEADERS = {"User-Agent": "arpo-trl", "Accept-Encoding": "gzip"}
 _GRACE_S = 1.0
 _ERROR_BYTES = 4096
-_ACCOUNT_WORDS = re.compile(r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed")
+_ACCOUNT_WORDS = re.compile(
+    r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed|unauthenticated"
+    r"|\bplan\b|usage limit|\bbalance\b|payment|suspended|\bzone\b"
+)
 """Words in the errors of services that reject an account. Some of them return the status of a bad request."""
 _ATTEMPTS = 3
 
@@ -110,14 +115,32 @@ def fetch_json(request: httpx.Request, *, timeout_s: float, sent: str = "") -> A
     answer = fetch(request, timeout_s=timeout_s, max_bytes=MAX_JSON_BYTES)
     if answer.status != 200:
         retry_after = _retry_after_s(answer.headers.get("retry-after"))
-        words = _account_words(answer.body[:_ERROR_BYTES].decode("utf-8", "replace")) - _account_words(sent)
+        redirect = ", a redirect, which is not followed" if 300 <= answer.status < 400 else ""
         raise RequestFailed(
-            f"answered {answer.status}", status=answer.status, retry_after_s=retry_after, about_account=bool(words)
+            f"answered {answer.status}{redirect}",
+            status=answer.status,
+            retry_after_s=retry_after,
+            about_account=mentions_account(answer.body[:_ERROR_BYTES].decode("utf-8", "replace"), sent),
         )
     try:
-        return json.loads(answer.body.decode("utf-8", "replace"))
+        return json.loads(_text(answer))
     except (ValueError, RecursionError):
-        raise RequestFailed("answered with something that is not JSON", status=200) from None
+        kind = "a web page instead of JSON" if answer.body.lstrip()[:1] == b"<" else "something that is not JSON"
+        raise RequestFailed(f"answered with {kind}", status=200) from None
+
+
+def _text(answer: Answer) -> str:
+    """Return the text of an answer, in the encoding that it states or, as JSON is, in UTF-8, UTF-16 or UTF-32."""
+    stated = httpx.Response(200, headers=answer.headers).charset_encoding
+    with contextlib.suppress(LookupError, UnicodeError):  # an encoding that is unknown, or not that of the text
+        if stated is not None and answer.body[:3] != codecs.BOM_UTF8:
+            return answer.body.decode(stated)
+    return answer.body.decode(json.detect_encoding(answer.body), "replace")
+
+
+def mentions_account(text: str, sent: str) -> bool:
+    """Return whether an error is about the API key or the account. Words that `sent` has do not count."""
+    return bool(_account_words(text) - _account_words(sent))
 
 
 def _account_words(text: str) -> set[str]:
@@ -180,7 +203,7 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
     coding, status = response.headers.get("content-encoding", "").lower(), response.status_code
     if coding not in _CODINGS:
         raise RequestFailed("answered in an unsupported compression", status=status)
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding == "gzip" else None
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 16) if coding.endswith("gzip") else None
     body, pieces = bytearray(), 0
     async for piece in response.aiter_raw():
         pieces += 1

@@ -30,10 +30,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import date, timedelta
 from datetime import time as time_of_day
 from decimal import Decimal
+from enum import Enum
 from fractions import Fraction
 from pathlib import PurePath
 from typing import Any, Literal, get_args
@@ -587,14 +588,17 @@ class ToolBox:
             return self._overdue(name, self._timeout_s)
         if isinstance(value, _Raised):
             return self._presentable(_describe(value.error)), _failure_of(value.error)
+        kind = type(value).__name__
+        with contextlib.suppress(Exception):  # code of the value's class
+            value = _unwrapped(value)
         if isinstance(value, str):
             return self._presentable(value), None
         if isinstance(value, _WRITTEN_OUT):
             return self._presentable(str(value)), None
-        if isinstance(value, (bool, int, float, dict, list, tuple)) or _is_array(value):
+        if isinstance(value, (bool, int, float, dict, list, tuple)):
             with contextlib.suppress(Exception):  # not JSON, contains itself, or an odd subclass
                 return self._presentable(json.dumps(value, ensure_ascii=False, default=_jsonable)), None
-        message = f"Error: the {name} call returned {type(value).__name__}, which is not text."
+        message = f"Error: the {name} call returned {kind}, which is not text."
         return message, ToolFailure.NOT_TEXT
 
     def _presentable(self, text: str) -> str:
@@ -642,18 +646,32 @@ async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -
         return _Raised(error)
 
 
-def _is_array(value: Any) -> bool:
-    """Return whether `value` is an array or scalar of numpy, or of a library with the same interface."""
-    return callable(getattr(value, "tolist", None)) and hasattr(value, "dtype")
+def _unwrapped(value: Any) -> Any:
+    """Return what an enum, an array, a table, a dataclass or a pydantic model holds; other values unchanged."""
+    if isinstance(value, Enum) and not isinstance(value, str):
+        return value.value
+    if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # numpy, or a library with its interface
+        is_short = getattr(value.dtype, "kind", "") == "f" and value.dtype.itemsize < 8
+        return (value.astype(str).astype(float) if is_short else value).tolist()  # 0.1, not 0.10000000149011612
+    if isinstance(value, type):
+        return value
+    if callable(to_string := getattr(value, "to_string", None)):  # a table of pandas
+        return to_string()
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if callable(model_dump := getattr(value, "model_dump", None)):  # pydantic
+        return model_dump()
+    return value
 
 
 def _jsonable(value: Any) -> Any:
     """Return a JSON-compatible replacement for a value that JSON cannot represent."""
     if isinstance(value, _WRITTEN_OUT):
         return str(value)
-    if _is_array(value):
-        return value.tolist()
-    raise TypeError(type(value).__name__)
+    unwrapped = _unwrapped(value)
+    if unwrapped is value:
+        raise TypeError(type(value).__name__)
+    return unwrapped
 
 
 def _failure_of(error: BaseException) -> ToolFailure:

@@ -1,5 +1,8 @@
 """Runs Python code like the cells of a notebook. Prints the output, the last value, and the end of a traceback.
 
+Models write code with Markdown around it, indentation in front of it or commands of notebooks in it. Code that Python
+accepts runs unchanged. Other code is repaired as far as its meaning is clear (`_REPAIRS`).
+
 Two programs that cannot import arpo_trl use this file: `worker` inside the sandbox, and a remote executor, which
 receives the text of this file before the code. So it imports only the standard library.
 """
@@ -9,6 +12,8 @@ from __future__ import annotations
 import ast
 import builtins
 import contextlib
+import errno
+import html
 import io
 import linecache
 import os
@@ -18,12 +23,35 @@ import sys
 import threading
 import traceback
 import types
+from typing import Any, TypeGuard
 
 SUCCEEDED = 0
 RAISED = 1
 SHOWN_NAME = "<python>"
 TRACEBACK_LINES = 12
-_FENCE = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
+NOT_PERMITTED: str | None = None
+"""What a refused system call means here; None: unknown."""
+
+_FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
+_COROUTINE = 0x80  # inspect.CO_COROUTINE
+_LANGUAGES = ("python", "python3", "py", "py3", "ipython", "{python}")
+_INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u200c\u200d\u2060\ufeff"))
+_SPACES = dict.fromkeys(map(ord, "\u00a0\u2002\u2003\u2007\u2009\u202f\u3000"), " ")
+_FENCE = re.compile(
+    r"^(?P<margin>[ \t]*)(?P<mark>`{3,}|~{3,})[ \t]*(?P<info>[^\n`]*)\n(?P<code>.*?)"
+    r"(?:^(?P=margin)(?P=mark)[ \t]*$|(?P=mark)\s*\Z|\Z)",
+    re.DOTALL | re.MULTILINE,
+)
+_FENCE_LINE = re.compile(r"^[ \t]*(?:`{3,}|~{3,})[ \t]*$", re.MULTILINE)
+_INLINE = re.compile(r"\s*(`{1,3})(?:(?:python3?|py)[ \t])?([^\n`]+)\1\s*")
+_PROMPT = re.compile(r"[ \t]*(?:>>>|\.\.\.)(?: (.*))?")
+_MAGIC = re.compile(
+    r"^(?P<margin>[ \t]*)(?:%%?(?:time|timeit|capture)\b(?:[ \t]+-\w+(?:[ \t]+\d+)?)*[ \t]*(?P<code>.*)"
+    r"|(?:[!%]{1,2}[ \t]*)?(?:python3?[ \t]+-m[ \t]+)?(?:pip3?|conda|apt|apt-get)[ \t]+\S.*"
+    r"|%(?:matplotlib|config|load_ext|reload_ext|autoreload)\b.*)$",
+    re.MULTILINE,
+)
+"""Commands of notebooks that measure time, install packages or set up the display. Nothing can be installed here."""
 
 
 def run_cells(cells: list[str]) -> int:
@@ -35,7 +63,11 @@ def run_cells(cells: list[str]) -> int:
     random.seed(0)  # for reproducible runs
     if "numpy.random" in sys.modules:
         sys.modules["numpy.random"].seed(0)
-    vars(builtins).update(exit=sys.exit, quit=sys.exit)  # usually set by the site module, which is not loaded
+    # exit, quit and help are usually set by the site module, which is not loaded, display by notebooks.
+    vars(builtins).update(exit=sys.exit, quit=sys.exit, help=_help, display=_display, input=_input)
+    sys.argv = [SHOWN_NAME]  # else it has the arguments of this process
+    sys.orig_argv = [SHOWN_NAME]
+    threading.excepthook = _print_thread_exception
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
     *earlier, last = cells
@@ -59,11 +91,78 @@ def _flush() -> None:
         sys.stdout.flush()
 
 
+def _display(*values: object, **_: object) -> None:
+    for value in values:
+        print(repr(value))
+
+
+def _help(*subjects: object) -> None:
+    import pydoc
+
+    pydoc.help(*subjects or ("help",))
+
+
+def _input(prompt: object = "", /) -> str:
+    raise EOFError("there is no input here; write the values into the code")
+
+
+# Repairs
+
+
+def _is_python(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
 def _plain(source: str) -> str:
-    """Return the code without a surrounding Markdown fence, and without the common indentation of all lines."""
-    fenced = _FENCE.fullmatch(source)
-    if fenced is not None and "```" not in fenced[1]:
-        source = fenced[1]
+    """Return the code in what a model wrote; see `_REPAIRS`."""
+    source = source.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads them
+    first, _, rest = source.lstrip().partition("\n")
+    if first.strip().lower() in _LANGUAGES and rest.strip():  # the fence is gone, its language is not
+        source = rest
+    for repair in _REPAIRS:
+        if _is_python(source):
+            return source
+        source = repair(source)
+    for guess in (_lines_after_the_first_dedented, _unescaped, html.unescape):
+        if not _is_python(source) and _is_python(guessed := guess(source)):
+            return guessed
+    return source
+
+
+def _visible(source: str) -> str:
+    """Return the code without characters that nobody sees, and with plain spaces."""
+    return source.translate(_INVISIBLE).translate(_SPACES)
+
+
+def _without_markdown(source: str) -> str:
+    """Return the code in Markdown fences: all that are Python's, or all without a language, or all."""
+    if (inline := _INLINE.fullmatch(source)) is not None:
+        return inline[2]
+    blocks = [(fence["info"].split(), fence["code"]) for fence in _FENCE.finditer(source)]
+    if not any(code.strip() for _, code in blocks):
+        return _FENCE_LINE.sub("", source) if _FENCE.sub("", source).strip() else ""
+    python = [code for info, code in blocks if info and info[0].lower() in _LANGUAGES]
+    return "\n".join(python or [code for info, code in blocks if not info] or [code for _, code in blocks])
+
+
+def _without_prompts(source: str) -> str:
+    """Return the input of a session with `>>>`, without its output."""
+    if not source.lstrip().startswith(">>>"):
+        return source
+    lines = [_PROMPT.fullmatch(line) for line in source.split("\n")]
+    return "\n".join(line[1] or "" for line in lines if line is not None)
+
+
+def _without_magics(source: str) -> str:
+    return _MAGIC.sub(lambda magic: magic["margin"] + (magic["code"] or "pass"), source)
+
+
+def _dedented(source: str) -> str:
+    """Return the code without indentation that all lines share."""
     lines = source.split("\n")
     code = [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
     margin = code[0][: len(code[0]) - len(code[0].lstrip(" \t"))] if code else ""
@@ -72,15 +171,30 @@ def _plain(source: str) -> str:
     return "\n".join(line.removeprefix(margin) for line in lines)
 
 
+def _lines_after_the_first_dedented(source: str) -> str:
+    """Return indented code whose first line lost its indentation, as `strip` does it, without the other lines'."""
+    first, _, rest = source.lstrip().partition("\n")
+    return f"{first}\n{_dedented(rest)}"
+
+
+def _unescaped(source: str) -> str:
+    r"""Return code in one line that has `\n` between its lines."""
+    return source if "\n" in source.strip() else source.replace("\\n", "\n").replace("\\t", "\t").replace('\\"', '"')
+
+
+_REPAIRS = (_visible, _without_markdown, _without_prompts, _without_magics, _dedented)
+"""Applied in turn to code that Python does not accept."""
+
+
+# Running
+
+
 def _run(source: str, main: types.ModuleType, name: str) -> int:
     source = _plain(source)
     # Split like Python, unlike `splitlines`. The final newline is needed for the marks under a line.
     linecache.cache[name] = (len(source), None, io.StringIO(f"{source}\n").readlines(), name)
     try:
-        body = ast.parse(source, name).body
-        last = [body.pop()] if body and isinstance(body[-1], ast.Expr) else []
-        exec(compile(ast.Module(body, []), name, "exec", dont_inherit=True), main.__dict__)
-        exec(compile(ast.Interactive(last), name, "single", dont_inherit=True), main.__dict__)
+        _execute(source, main, name)
         for thread in threading.enumerate():
             if thread is not threading.current_thread() and not thread.daemon:
                 thread.join()
@@ -95,8 +209,55 @@ def _run(source: str, main: types.ModuleType, name: str) -> int:
     return SUCCEEDED
 
 
+def _execute(source: str, main: types.ModuleType, name: str) -> None:
+    """Run the code and show the value of its last line, if that is an expression without a semicolon behind it."""
+    body: list[ast.stmt] = ast.parse(source, name).body
+    last: list[ast.stmt] = []
+    if body and isinstance(body[-1], ast.Expr):
+        end = source.encode().split(b"\n")[(body[-1].end_lineno or 1) - 1][body[-1].end_col_offset :]
+        is_exit = isinstance(body[-1].value, ast.Name) and body[-1].value.id in ("exit", "quit")
+        if is_exit:
+            body.pop()
+        elif not end.lstrip().startswith(b";"):
+            last = [body.pop()]
+    codes = [
+        compile(ast.Module(body, []), name, "exec", _FLAGS, dont_inherit=True),
+        compile(ast.Interactive(last), name, "single", _FLAGS, dont_inherit=True),
+    ]
+    if any(code.co_flags & _COROUTINE for code in codes):
+        import asyncio
+
+        asyncio.run(_awaited(codes, main))
+    else:
+        for code in codes:
+            exec(code, main.__dict__)
+
+
+async def _awaited(codes: list[types.CodeType], main: types.ModuleType) -> None:
+    """Run code with `await` outside functions, as notebooks do."""
+    for code in codes:
+        result = eval(code, main.__dict__)
+        if code.co_flags & _COROUTINE:
+            await result
+
+
+def _print_thread_exception(args: Any) -> None:
+    if args.exc_value is not None and args.exc_type is not SystemExit:
+        print(f"Exception in thread {args.thread.name if args.thread else '?'}:")
+        _print_traceback(args.exc_value)
+
+
+def _is_refusal(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a system call was refused that is not about a file."""
+    return isinstance(error, PermissionError) and error.errno == errno.EPERM and error.filename is None
+
+
 def _print_traceback(error: BaseException) -> None:
     """Print the last lines of the traceback, with only the frames of the cells' code."""
+    if isinstance(error, SyntaxError) and error.text is None and error.filename and error.lineno:
+        error.text = linecache.getline(error.filename, error.lineno)
+    elif _is_refusal(error) and NOT_PERMITTED and NOT_PERMITTED not in str(error):
+        error.strerror = f"{error.strerror}: {NOT_PERMITTED}"
     trace = traceback.TracebackException.from_exception(error)
     own = [frame for frame in trace.stack if frame.filename.startswith(SHOWN_NAME[:-1])]
     trace.stack = traceback.StackSummary.from_list(own)

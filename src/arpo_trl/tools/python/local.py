@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import warnings
 import weakref
@@ -18,6 +19,7 @@ from arpo_trl.tools.state import PathState
 
 ISOLATIONS = ("auto", *(str(tier) for tier in ISOLATING))
 
+_ANSI_CODE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\))")
 _COVERS = {
     Tier.SANDLOCK: "isolated by sandlock (Landlock, seccomp): no access to other files, processes or the network; "
     "limits on time, memory, disk, threads and output",
@@ -139,13 +141,21 @@ def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
     }[ending]
 
 
+def as_displayed(output: str) -> str:
+    """Return what a terminal shows at the end: of a progress bar the last state, and no codes of colours."""
+    if "\r" not in output and "\x1b" not in output:
+        return output
+    lines = (line.rstrip("\r").rpartition("\r")[2] for line in _ANSI_CODE.sub("", output).split("\n"))
+    return "\n".join(lines)
+
+
 def shown(output: str, ending: Ending, reason: str) -> str:
     """Return the text for the model after a finished call.
 
     Raises:
         ToolError, ToolStopped: The call raised or was stopped; the message is its text for the model.
     """
-    output = output.rstrip("\n")
+    output = as_displayed(output).rstrip("\n")
     if ending is Ending.FINISHED:
         return output
     error = ToolError if ending is Ending.RAISED else ToolStopped

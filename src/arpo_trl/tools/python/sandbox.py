@@ -72,6 +72,7 @@ from arpo_trl.errors import SandboxError
 from arpo_trl.tools.python import cell as python_cell
 from arpo_trl.tools.python import folder as python_folder
 from arpo_trl.tools.python import namespaces as python_namespaces
+from arpo_trl.tools.python import refusals as python_refusals
 from arpo_trl.tools.python import semaphores as python_semaphores
 from arpo_trl.tools.python import syscalls as python_syscalls
 from arpo_trl.tools.python import worker as python_worker
@@ -90,6 +91,14 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "MPLBACKEND": "Agg",  # there is no display
 }
+_SITE_PACKAGES = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+_PREFIXES = {sys.prefix, sys.base_prefix, os.path.realpath(sys.base_prefix)} - {"/usr", "/usr/local"}
+_LIBRARIES = (
+    *((path, "site-packages") for path in _SITE_PACKAGES),
+    (os.path.dirname(os.path.realpath(os.__file__)), "python"),
+    *((path, "/python") for path in sorted(_PREFIXES, key=len, reverse=True)),
+)
+"""Folders of Python and of installed packages, and how the output of a call shows them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,9 +253,10 @@ class Worker:
         except BaseException:  # such as KeyboardInterrupt; otherwise the next call would read this call's reply
             self.close()
             raise
-        text = output.decode("utf-8", "replace")
+        text = self._without_paths(output.decode("utf-8", "replace"))
         if len(output) > self._limits.output_bytes:
-            return Run(output=output[: self._limits.output_bytes].decode("utf-8", "ignore"), ending=Ending.FLOOD)
+            cut = output[: self._limits.output_bytes].decode("utf-8", "ignore")
+            return Run(output=self._without_paths(cut), ending=Ending.FLOOD)
         if excess is not None:
             return Run(output=text, ending=excess)
         if kind == b"T":
@@ -258,6 +268,12 @@ class Worker:
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) == python_cell.RAISED:
             return Run(output=text, ending=Ending.RAISED)
         return Run(output=text, ending=Ending.DIED)
+
+    def _without_paths(self, text: str) -> str:
+        """Return what a call printed without paths of this machine, such as those in tracebacks that code prints."""
+        for path, name in ((str(self._folder), "/sandbox"), *_LIBRARIES):
+            text = text.replace(path, name)
+        return text
 
     def _read(self, deadline: float) -> tuple[bytes, bytes, int, Ending | None]:
         """Return (output up to just beyond the limit, reply kind, wait status, limit that stopped it) of a call."""
@@ -366,16 +382,18 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     """Start the worker process with three pipes and return it."""
     # The resolved executable, because a virtual environment's executable needs files that the sandbox hides.
     executable = os.path.realpath(sys.executable)
-    site_packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
-    modules = (python_worker, python_cell, python_syscalls, python_namespaces, python_semaphores)
+    modules = (
+        *(python_worker, python_cell, python_syscalls, python_namespaces),
+        *(python_semaphores, python_refusals),
+    )
     scripts = [os.path.realpath(str(module.__file__)) for module in modules]
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", f"{sys.base_prefix}/lib"]
-    readable = [executable, *scripts, *libraries, *site_packages, *zoneinfo.TZPATH, "/dev/null", "/dev/urandom"]
+    readable = [executable, *scripts, *libraries, *_SITE_PACKAGES, *zoneinfo.TZPATH, "/dev/null", "/dev/urandom"]
     readable = [path for path in readable if os.path.exists(path)]
     command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
     scratch = f"size={limits.disk_mb}m,nr_inodes={limits.files}"
     command += [tier, "preload" if preload else "bare", str(limits.cpu_s), scratch, str(folder)]
-    command += [*site_packages, "--", *readable]
+    command += [*_SITE_PACKAGES, "--", *readable]
     if tier is not Tier.SANDLOCK:
         try:
             return subprocess.Popen(

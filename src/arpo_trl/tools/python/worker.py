@@ -1,7 +1,7 @@
 """Runs each piece of code in a fork of one warm interpreter; the script behind `arpo_trl.tools.python.sandbox.Worker`.
 
 It is started as `python worker.py TIER preload|bare CPU_S SCRATCH FOLDER SITE_PACKAGES… -- READABLE…`. The sandbox
-hides arpo_trl, so this script imports only three files next to it, by their paths.
+hides arpo_trl, so this script imports only files next to it, by their paths.
 
     stdin    requests of 8 bytes: the seconds that the cells in the file `cells` may run; or a negative number, which
              stops the running call, if any, and prepares the fork for the next
@@ -223,6 +223,7 @@ class _Worker:
             self._syscalls.drop_capabilities()
             if self._tier != "unsafe":
                 self._syscalls.confine()
+                vars(self._cell)["NOT_PERMITTED"] = vars(sys.modules["python_refusals"])["MEANING"]
             if self._warm:
                 poller = select.poll()
                 poller.register(waiting, select.POLLIN)
@@ -237,7 +238,8 @@ class _Worker:
             os.closerange(_RESULT_FD + 1, 64)
             # Line-buffered, so that output printed before a deadline is not lost.
             output = io.BufferedWriter(io.FileIO(1, "w", closefd=False))
-            sys.stdout = sys.stderr = io.TextIOWrapper(output, "utf-8", "backslashreplace", line_buffering=True)
+            shown = io.TextIOWrapper(output, "utf-8", "backslashreplace", line_buffering=True)
+            sys.stdout = sys.stderr = sys.__stdout__ = sys.__stderr__ = shown  # type: ignore[misc]
             # The only folder in which matplotlib can write its settings and its list of fonts.
             os.environ["MPLCONFIGDIR"] = os.path.join(os.getcwd(), ".matplotlib")
             status = self._cell.run_cells(cells)
@@ -270,6 +272,7 @@ def main() -> None:
     sys.path.extend(site_packages)
     if tier != "unsafe":
         _load("python_semaphores").install()
+        _load("python_refusals").install()
     warm = False
     if preload == "preload":
         with contextlib.suppress(Exception):  # numpy and sympy may be missing; Python works without them

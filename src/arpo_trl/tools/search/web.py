@@ -18,14 +18,18 @@ from collections.abc import Sequence
 
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
 from arpo_trl.net.circuit_breaker import CircuitBreaker
-from arpo_trl.net.http_client import RequestFailed, fetch_json, retried, without
+from arpo_trl.net.http_client import RequestFailed, fetch_json, mentions_account, retried, without
 from arpo_trl.tools.search.cache import CacheMode, Entry, Key, SearchCache
 from arpo_trl.tools.search.index import NearestQuery
 from arpo_trl.tools.search.providers import FIELDS, Hit, Provider, Unanswered
+from arpo_trl.tools.search.providers.base import says_error
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
+_ACCOUNT_STATUSES = (401, 402, 403, 432, 433)  # the last two are Tavily's, for the limits of a plan
+_QUERIES_REFUSED = 20  # in a row: then the fault is not the queries'
+_ERROR_CHARS = 4096
 _WAIT_S = 0.05  # between checks for an answer that another process is requesting
 _UNAVAILABLE = "Error: search is unavailable at the moment. Continue without it, or try again later."
 
@@ -89,6 +93,7 @@ class WebSearch:
             except sqlite3.Error as error:
                 raise cache.unusable(error) from error
         self._capped = False
+        self._queries_refused = 0
 
     def search(self, query: str, top_k: int) -> list[str]:
         """Return at most `top_k` texts for `query`, from the cache or the service, best first.
@@ -166,6 +171,9 @@ class WebSearch:
             # These statuses blame the query, not the service. But some services also use them for a bad key or
             # account.
             at_query = error.status in (400, 414, 422) and not error.about_account
+            if at_query:
+                self._queries_refused += 1
+                at_query = self._queries_refused < _QUERIES_REFUSED
             if not at_query and self._breaker.failed():
                 logger.warning(
                     "Search is degraded: %s %s, %d times in a row%s. It gets no requests for %g s, and the model gets "
@@ -174,6 +182,7 @@ class WebSearch:
                 )
             raise _Refused(str(error)) from None
         self._breaker.succeeded()
+        self._queries_refused = 0
         return hits
 
     def _request(self, query: str, results: int, deadline: float) -> list[Hit]:
@@ -200,14 +209,20 @@ class WebSearch:
         except Unanswered as error:
             raise RequestFailed(str(error)) from None
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-            raise RequestFailed("answered in an unexpected format", status=200) from None
-        return [
-            Hit(title=without(key, hit.title), url=without(key, hit.url), text=without(key, hit.text))
-            for hit in hits[:results]
+            about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
+            raise RequestFailed("answered in an unexpected format", status=200, about_account=about_account) from None
+        if not hits and says_error(answer):
+            about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
+            raise RequestFailed("answered with an error", status=200, about_account=about_account)
+        hits = [
+            Hit(title=without(key, hit.title), url=without(key, hit.url), text=without(key, hit.text)) for hit in hits
         ]
+        return list(dict.fromkeys(hits))[:results]
 
     def _hint(self, error: RequestFailed) -> str:
-        if (error.status in (401, 402, 403) or error.about_account) and self._provider.key_variable:
+        if error.status == 403 and self._provider.if_refused:
+            return f" ({self._provider.if_refused})"
+        if (error.status in _ACCOUNT_STATUSES or error.about_account) and self._provider.key_variable:
             return f" (is the key in {self._provider.key_variable} valid, and does its account have credits left?)"
         return ""
 

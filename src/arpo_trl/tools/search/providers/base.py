@@ -5,14 +5,23 @@ API keys come from environment variables and are passed to each request, so no o
 
 from __future__ import annotations
 
+import html
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import httpx
 
 FIELDS = ("title", "url", "text")
+_TAG = re.compile(
+    r"</?(?:a|b|br|code|div|em|font|i|mark|p|small|span|strong|sub|sup|u|wbr)(?:\s[^<>]*)?/?>", re.IGNORECASE
+)
+_BREAK = re.compile(r"<(?:br|p|div)\b", re.IGNORECASE)
+_ENTITY = re.compile(
+    r"&(?:#\d{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z]\w{1,31});"
+)  # with its semicolon: a=1&copy=2 is no ©
 
 
 class Unanswered(Exception):
@@ -56,6 +65,8 @@ class Provider(ABC):
     max_results: ClassVar[int] = 100
     max_query_chars: ClassVar[int] = 2000
     """Longer queries are cut to this length, because the service rejects them."""
+    if_refused: ClassVar[str] = ""
+    """What to check when a service without a key answers 403."""
 
     @classmethod
     def parameters(cls, results: int) -> dict[str, Any]:
@@ -81,21 +92,44 @@ def bearer(key: str) -> dict[str, str]:
 
 
 def results_in(answer: Any, field: str, *, beside: str) -> Any:
-    """Return the value of `field`, or no results if `answer` has only the field `beside`.
+    """Return the value of `field`, or no results if it is missing or null in an answer that has the field `beside`.
 
     Some services omit `field` if they find nothing. Every valid answer from them has `beside`.
     """
-    return answer[field] if field in answer or beside not in answer else []
+    found = answer.get(field) if beside in answer else answer[field]
+    return [] if found is None and beside in answer else found
 
 
 def hits_of(items: Iterable[Any], title: str, url: str, *texts: str) -> list[Hit]:
     """Return a hit for each item that has a title or a text; the other arguments name the fields of an item."""
-    hits = [hit_of(item, title, url, texts) for item in items]
+    hits = [hit_of(item, title, url, texts) for item in items if item is not None]
     return [hit for hit in hits if hit.title or hit.text]
 
 
 def hit_of(item: Any, title: str, url: str, texts: Sequence[str]) -> Hit:
-    """Return the hit in the named fields. A missing or null field is empty; lists of texts are joined."""
+    """Return the hit in the named fields, without HTML. A missing or null field is empty; lists of texts are joined.
+
+    Services return parts of web pages, in which the matching words may be in bold, and characters escaped.
+    """
     found = (item.get(field) for field in texts)
-    parts = [part for value in found if value for part in (value if isinstance(value, list) else [value])]
-    return Hit(title=str(item.get(title) or ""), url=str(item.get(url) or ""), text=" … ".join(map(str, parts)))
+    parts = [part for value in found for part in (value if isinstance(value, list) else [value])]
+    text = " … ".join(part for part in map(without_html, parts) if part)
+    address = item.get(url)
+    return Hit(
+        title=without_html(item.get(title)),
+        url=address.replace("&amp;", "&") if isinstance(address, str) else "",
+        text=text,
+    )
+
+
+def without_html(value: Any) -> str:
+    """Return a text or a number as text, without the tags and entities of HTML; any other value is empty."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    text = _TAG.sub(lambda tag: " " if _BREAK.match(tag[0]) else "", str(value))
+    return _ENTITY.sub(lambda entity: html.unescape(entity[0]), text)
+
+
+def says_error(answer: Any) -> bool:
+    """Whether an answer states an error. Then a list without results does not mean that there are none."""
+    return isinstance(answer, Mapping) and any(answer.get(field) for field in ("error", "errors"))

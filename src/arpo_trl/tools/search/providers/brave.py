@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 
 from arpo_trl.tools.search.providers import register_provider
-from arpo_trl.tools.search.providers.base import Hit, Provider, hits_of
+from arpo_trl.tools.search.providers.base import Hit, Provider, hits_of, results_in
 
 
 @register_provider("brave")
@@ -29,5 +29,5 @@ class Brave(Provider):
         )
 
     def read(self, answer: Any) -> list[Hit]:
-        web = answer["web"] if "web" in answer or "query" not in answer else {"results": []}
-        return hits_of(web["results"], "title", "url", "description", "extra_snippets")
+        web = results_in(answer, "web", beside="query") or {"results": []}
+        return hits_of(web["results"] or [], "title", "url", "description", "extra_snippets")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
 
 from arpo_trl.tools.search.providers import register_provider
-from arpo_trl.tools.search.providers.base import Hit, Provider, hit_of
+from arpo_trl.tools.search.providers.base import Hit, Provider
+
+_TEXTS = ("text", "content", "passage")
+"""What other servers of this protocol call the text of a document."""
 
 
 @register_provider("retrieve")
@@ -21,13 +25,19 @@ class Retrieve(Provider):
         return httpx.Request("POST", url, json={"queries": [query], "topk": results, "return_scores": True})
 
     def read(self, answer: Any) -> list[Hit]:
-        hits = []
-        for found in answer["result"][0]:
-            document = found.get("document", found)
-            if "contents" in document:  # "title"\ntext
-                title, _, text = str(document["contents"]).partition("\n")
-                title, text = (title.strip().strip('"'), text) if text else ("", title)
-                hits.append(Hit(title=title, url="", text=text))
-            else:
-                hits.append(hit_of(document, "title", "url", ("text",)))
-        return hits
+        found = answer["result"]
+        if not (found and isinstance(found[0], Mapping)):  # else a server for one query, which returns its list
+            found = found[0]
+        return [_hit(document) for document in found]
+
+
+def _hit(found: Any) -> Hit:
+    document = found if isinstance(found, str) else found.get("document") or found
+    if isinstance(document, str):
+        document = {"contents": document}
+    title, url = (value if isinstance(value, str) else "" for value in (document.get("title"), document.get("url")))
+    if isinstance(contents := document.get("contents"), str):  # "title"\ntext
+        first, _, rest = contents.partition("\n")
+        return Hit(title=first.strip().strip('"') if rest else "", url=url, text=rest or first)
+    texts = [document[field] for field in _TEXTS if isinstance(document.get(field), str)]
+    return Hit(title=title, url=url, text=texts[0])

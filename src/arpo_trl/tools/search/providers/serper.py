@@ -22,4 +22,9 @@ class Serper(Provider):
         return httpx.Request("POST", f"{self.base_url}/search", headers=headers, json={"q": query, "num": results})
 
     def read(self, answer: Any) -> list[Hit]:
-        return hits_of(results_in(answer, "organic", beside="searchParameters"), "title", "link", "snippet")
+        found = hits_of(results_in(answer, "organic", beside="searchParameters"), "title", "link", "snippet")
+        if found:
+            return found
+        # Google answers some queries itself, without results.
+        boxes = hits_of([answer.get("answerBox")], "title", "link", "answer", "snippet")
+        return boxes + hits_of([answer.get("knowledgeGraph")], "title", "descriptionLink", "type", "description")

@@ -1,0 +1,138 @@
+r"""The accepted answers of a row, as text.
+
+    the column map's field ─▶ `reward_model.ground_truth` ─▶ a field such as `answer` ─▶ the box of a `solution`
+    first of these with a value ─▶ lists, dicts of known datasets, JSON text ─▶ texts ─▶ + aliases
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from arpo_trl.common.user_files import shown
+from arpo_trl.data.fields import decoded, first, first_field, is_blank, named, text_of
+from arpo_trl.errors import DataError
+from arpo_trl.rewards.answers import extract_answer
+
+ANSWER_FIELDS = (
+    "reference_answer",  # MegaScience: the result of the worked answer in `answer`
+    "answer",
+    "Answer",
+    "final_answer",
+    "Final answer",
+    "golden_answers",
+    "answers",
+    "possible_answers",  # PopQA
+    "ground_truth",
+    "expected_answer",
+    "answerKey",
+    "Correct Answer",  # GPQA
+)
+_ALIAS_FIELDS = ("answer_aliases", "aliases", "aug_answer")  # MuSiQue, TriviaQA, ASearcher
+_SOLUTION_FIELDS = ("solution", "Solution")
+_DICT_KEYS = ("value", "target", "text", "answer", "answers")
+"""What a dict holds its answers under: TriviaQA, Search-R1, SQuAD, others."""
+_KIND_FIELDS = ("question_type", "problem_type")
+_NO_ANSWERS = ("proof", "notfound")
+"""NuminaMath 1.5 writes these instead of an answer."""
+
+_WORKED_SOLUTION = re.compile(r"(?:\A|\n)####\s*([^\n]+?)\s*\Z")  # GSM8K's last line
+_OTHER_BOX = re.compile(r"\\fbox(?=\s*\{)|\\boxed\s+(?P<bare>[^\s{}$.,;]+)")
+_LATEX_WORD = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{2,}")
+
+
+def find_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> tuple[Any, str] | None:
+    """The value that holds the answer, and the name of its field; None if the row has none by design.
+
+    That is a verl row with a blank answer, or a proof in NuminaMath.
+
+    Raises:
+        DataError: No field has an answer.
+    """
+    if "answer" in mapped:
+        return row["answer"], mapped["answer"]
+    field = first_field(row, ANSWER_FIELDS)
+    has_answer = field is not None and not is_blank(row[field])
+    verl = decoded(row.get("reward_model"))
+    if isinstance(verl, Mapping) and not (has_answer and is_blank(verl.get("ground_truth"))):
+        gold = verl[named(verl, ("ground_truth",), "reward_model.ground_truth")]
+        return None if isinstance(gold, str) and not gold.strip() else (gold, "reward_model.ground_truth")
+    if field is not None and has_answer:
+        is_proof = row[field] in _NO_ANSWERS and any(kind in row for kind in _KIND_FIELDS)
+        return None if is_proof else (row[field], field)
+    if (solution := first(row, _SOLUTION_FIELDS)) is not None:
+        return _result_of(solution), "solution"
+    field = named(row, ANSWER_FIELDS, "answer")
+    return row[field], field
+
+
+def accepted(value: Any, field: str) -> list[str]:
+    """The answers in a value, as text, at least one.
+
+    Numbers are written in full, a boolean is yes or no, and a worked solution gives its result.
+
+    Raises:
+        DataError: There is none, or one of them is blank or cannot be written as text.
+    """
+    texts: list[str] = []
+    for gold in _flat(value, field):
+        if isinstance(gold, bool):
+            texts += ["yes", "true"] if gold else ["no", "false"]
+            continue
+        text = text_of(gold, field).strip()
+        if (solution := _WORKED_SOLUTION.search(text)) is not None:
+            text = solution.group(1).replace(",", "")
+        text = _last_box(text) or text
+        if not text:
+            raise DataError(f"{field!r} is {shown(value)}; expected at least one answer, none of them blank.")
+        texts.append(text)
+    if not texts:
+        raise DataError(f"{field!r} contains no answer ({shown(value)}); expected at least one.")
+    return texts
+
+
+def aliases(row: Mapping[str, Any]) -> list[str]:
+    """The other names of the answer."""
+    return [text for name in _ALIAS_FIELDS if not is_blank(row.get(name)) for text in accepted(row[name], name)]
+
+
+def _flat(value: Any, field: str) -> Iterable[Any]:
+    """The answers in a value: the value itself, the items of a list, or the answers in the dict of a known dataset."""
+    parsed = decoded(value)
+    if isinstance(parsed, Mapping):
+        key = first_field(parsed, _DICT_KEYS)
+        if key is None:
+            return [value]
+        other = parsed.get("aliases")
+        golds = list(_flat(parsed[key], field)) if not is_blank(parsed[key]) or is_blank(other) else []
+        return golds + (list(_flat(other, field)) if not is_blank(other) else [])
+    if isinstance(value, str):  # [1, 2] is a mathematical answer, ["a", "b"] is a list of answers
+        is_list = isinstance(parsed, list) and parsed and all(isinstance(item, str) for item in parsed)
+        return parsed if is_list else [value]
+    if not isinstance(value, list | tuple):
+        return [value]
+    if len(value) == 1 and isinstance(value[0], list | tuple):
+        return _flat(value[0], field)
+    return [gold for item in value for gold in (_flat(item, field) if isinstance(item, Mapping) else [item])]
+
+
+def _result_of(solution: Any) -> Any:
+    """The result of a worked solution; a solution that is itself a result, such as `34`, is returned as it is."""
+    text = text_of(solution[-1] if isinstance(solution, list) else solution, "solution").strip()
+    if box := _last_box(text):
+        return box
+    if "\n" in text or _WORD.search(_LATEX_WORD.sub(" ", text)):
+        raise DataError(r"'solution' has no \boxed{…}, and no other field has an answer; expected one.")
+    return text
+
+
+def _last_box(text: str) -> str:
+    r"""The content of the last `\boxed{…}`, `\boxed 2` or `\fbox{…}`; empty if there is none."""
+    if r"\boxed" not in text and r"\fbox" not in text:
+        return ""
+    text = _OTHER_BOX.sub(lambda box: f"\\boxed{{{box['bare']}}}" if box["bare"] else r"\boxed", text)
+    return extract_answer(f"<answer>{text}</answer>") or ""
