@@ -563,7 +563,7 @@ def test_training_through_a_server_samples_from_the_weights_that_it_updates(
 def test_a_different_precision_or_distribution_than_trained_is_logged(server, model_path, tmp_path, caplog):
     ServerClient(server.url, timeout_s=60.0).load_weights(model_path)
     trainer(model_path, tmp_path, server, top_p=0.95)
-    assert "top_p make vLLM sample from another distribution" in caplog.text
+    assert "top_p make vLLM's sampling distribution differ from the trained distribution" in caplog.text
     assert f"Training computes in bfloat16, but {server.url} in float32" in caplog.text
     assert "Set bf16: false for the trainer, or start the server with --dtype bfloat16." in caplog.text
 
