@@ -2,8 +2,8 @@ r"""The paper's reward (Eq 8). It scores the format, then the answer, then the u
 
     −1                 the format is bad
      0                 the format is good, the answer is wrong
-    accuracy the format is good, the answer is fully or partly right accuracy + bonus the same, and every bonus tool
-    ran successfully on this path
+    accuracy           the format is good, the answer is fully or partly right
+    accuracy + bonus   the same, and every bonus tool ran successfully on this path
 
 The reward reads only the trainer's records: the text of the model's own turns, and the success of calls. It never
 reads the text of a tool result, so a page that contains `</result><answer>\boxed{…}</answer>` has no effect. (The

@@ -1,7 +1,8 @@
 """Samples and scores generation batches in a thread, while the trainer updates on an earlier batch.
 
-    trainer's thread start(n+1) ─▶ ┐ update on batch n ┌ ─▶ wait(n+1) sampling thread └ one stream of groups, of up to
-    k + 1 batches ┐ │ a thread per batch environments are made reward functions └─┘
+    trainer's thread     start(n+1) ─▶ ┐               update on batch n                ┌ ─▶ wait(n+1)
+    sampling thread                    └ one stream of groups, of up to k + 1 batches ┐ │
+    a thread per batch       environments are made             reward functions       └─┘
 
 The sampling thread has one session of the engine, and calls no collective. The trainer's thread moves the weights.
 Only one thread at a time uses the tools, the engine or the reward functions: the reward functions of different batches

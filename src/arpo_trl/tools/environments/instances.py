@@ -5,8 +5,8 @@ a branch forks it directly. Before the instance's next call it is copied, but on
 and the class can fork or copy. Without a copy, a branch replays the calls on a new instance.
 
     instance ── call ── point ── call ──▶ …
-                          ├─ fork ─▶ instance of a branch the instance is still in the state └─ copy ── fork ─▶ another
-                          branch the instance has moved on
+                          ├─ fork ─▶ instance of a branch       the instance is still in the state
+                          └─ copy ── fork ─▶ another branch     the instance has moved on
 
 All calls of user code run in the threads of the tools. Each instance runs one method at a time.
 """

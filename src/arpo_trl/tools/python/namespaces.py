@@ -3,9 +3,11 @@ library.
 
 `worker` loads this file by its path, and also filters system calls. `enter` moves the worker into these namespaces:
 
-    user one user id, without rights outside; capabilities apply only inside mount an empty read-only root with Python
-    and the system's libraries, read-only; set-user-id is ignored pid processes outside have no id here, so they cannot
-    be signalled, traced or changed network no interface is up ipc, uts no shared memory segments, no host name
+    user       one user id, without rights outside; capabilities apply only inside
+    mount      an empty read-only root with Python and the system's libraries, read-only; set-user-id is ignored
+    pid        processes outside have no id here, so they cannot be signalled, traced or changed
+    network    no interface is up
+    ipc, uts   no shared memory segments, no host name
 
 `fork_call` starts each call alone in a new pid namespace and a new mount namespace. When the call ends, the kernel
 kills the processes that it started and removes its files, which are in memory. The call has capabilities until

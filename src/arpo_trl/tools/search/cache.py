@@ -1,8 +1,9 @@
 """An sqlite file that caches search results and stores the limits that all processes of a run share.
 
     results    (provider, query, parameters) ─▶ hits or error, and when the entry expires
-    leases queries that a process is currently requesting; other processes wait for the answer slots the time of the
-    next allowed request per provider spending the requests made so far per run
+    leases     queries that a process is currently requesting; other processes wait for the answer
+    slots      the time of the next allowed request per provider
+    spending   the requests made so far per run
 
 It is safe for any number of threads and processes on one machine (write-ahead log, one statement per change). It does
 not work on a network file system, which has no shared memory. Use one file per machine; limits then apply per machine.

@@ -1,8 +1,9 @@
 """`WebSearch`: a search service with a cache, limits and a circuit breaker, which bound the time of each search.
 
     query ─▶ cache hit? ─▶ hits                                if the mode reads the cache (`CacheMode`)
-             another process requests it? ─▶ wait for its answer circuit open? rate limit beyond the deadline? cap
-             reached? ─▶ `ToolUnavailable`, immediately request, with retries ─▶ hits, written to the cache
+             another process requests it? ─▶ wait for its answer
+             circuit open? rate limit beyond the deadline? cap reached? ─▶ `ToolUnavailable`, immediately
+             request, with retries ─▶ hits, written to the cache
                                ─▶ `ToolUnavailable`; several in a row open the circuit
 
 A failing service does not stop a run, and the model cannot fix it. So the model reads that search is unavailable, and

@@ -1,8 +1,8 @@
 """Samples a turn from vLLM in segments: a short probe with top-k logprobs, then the rest with one logprob per token.
 
     probe        the first k tokens, with their top-k logprobs; branch rules read their entropies
-    bridge if the probe ends within a possible stop string: the tokens needed to complete it rest all other tokens;
-    vLLM has the prompt and the earlier segments in its prefix cache
+    bridge       if the probe ends within a possible stop string: the tokens needed to complete it
+    rest         all other tokens; vLLM has the prompt and the earlier segments in its prefix cache
 
 vLLM may also end a segment early, when new weights arrive. The turn then continues with another segment, so all tokens
 of a segment are sampled with the same weights.
