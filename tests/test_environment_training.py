@@ -15,7 +15,7 @@ import pytest
 from datasets import Dataset
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.errors import ConfigError, ToolSpecError
+from arpo_trl.errors import ConfigError, RewardError, ToolSpecError
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
@@ -148,7 +148,7 @@ def test_a_reward_that_raises_leaves_no_environment_open(model_path, tmp_path):
         raise RuntimeError("broken")
 
     made = trainer(model_path, tmp_path, rewards=breaks)
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(RewardError, match="'breaks' raised RuntimeError: broken"):
         made.train()
     assert Counter(map(id, OPENED)) == CLOSED and made._environments.instances.live == 0
 
