@@ -59,23 +59,28 @@ class OnStep(TrainerCallback):
 
 
 def test_the_next_rollout_runs_while_the_update_does(model_path, tmp_path):
-    updating, sampled = threading.Event(), threading.Event()
+    """Update n waits until all answers of batch n + 1 are sampled, and these wait for the update to begin."""
     made = make_trainer(model_path, tmp_path, max_steps=3)
+    engine, compute = made.tree_sampler.engine, made.compute_loss
+    poll, updating, answers = engine.poll, [-1], Counter()
+    all_sampled = [threading.Event() for _ in range(4)]
 
-    def holds(request):
-        """The answers of batch 1 come during the first update."""
-        if request.key[0] // 2 == 1 and request.key[-1] == 1 and updating.is_set():
-            sampled.set()
-        return request.key[0] // 2 == 1 and not updating.is_set()
-
-    made.tree_sampler.engine.holds = holds
-    compute = made.compute_loss
+    def poll_and_count(timeout_s=0.0):
+        events = poll(timeout_s)
+        keys = {request.id: request.key for request in engine.requests}
+        for batch in [keys[event.id][0] // 2 for event in events if keys[event.id][-1] == 1]:
+            answers[batch] += 1
+            if answers[batch] == 8:
+                all_sampled[batch].set()
+        return events
 
     def compute_loss(*args, **kwargs):
-        updating.set()
-        assert sampled.wait(20.0)
+        updating[0] += 1
+        assert all_sampled[min(updating[0] + 1, 2)].wait(20.0)
         return compute(*args, **kwargs)
 
+    engine.poll = poll_and_count
+    engine.holds = lambda request: request.key[0] // 2 > updating[0] + 1
     made.compute_loss = compute_loss
     made.train()
     assert [row["arpo/ahead/staleness_max"] for row in losses(made)] == [0.0, 1.0, 1.0]
