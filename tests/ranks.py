@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from arpo_trl.common.build_locks import is_held
+from arpo_trl.common.build_locks import is_held, locks
 from forked import RANKS, Fork
 
 ROOT = Path(__file__).parent.parent
@@ -151,7 +151,6 @@ def _kill(process: psutil.Process) -> None:
 
 def _remove_build_locks() -> None:
     """Locks that killed ranks held: DeepSpeed takes one whenever it loads, and the next start would wait for it."""
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
-    for lock in folder.rglob("lock"):
+    for lock in locks():
         if not is_held(lock):
             lock.unlink(missing_ok=True)

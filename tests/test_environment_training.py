@@ -19,6 +19,7 @@ from arpo_trl.errors import ConfigError, RewardError, ToolSpecError
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from basket import Basket
 from support import ANSWER, ON_CPU, save_tiny_model, search, tokenizer
 
 ROWS = Dataset.from_list(
@@ -39,25 +40,12 @@ def counted() -> None:
     CLOSED.clear()
 
 
-class Shop:
+class Shop(Basket):
     """A cart whose reward is the number of different items."""
 
     def __init__(self) -> None:
         OPENED.append(self)
         self.items: list[str] = []
-
-    def reset(self, name: str, **row: Any) -> str:
-        self.items = [name]
-        return f" in {name}"
-
-    def put(self, item: str) -> str:
-        """Put an item into the cart.
-
-        Args:
-            item: Which.
-        """
-        self.items.append(item)
-        return " ".join(self.items)
 
     def describe(self) -> str:
         return "\n".join(self.items)

@@ -14,6 +14,7 @@ from ahead_run import ROWS, make_trainer
 from arpo_trl import ARPOTrainer
 from arpo_trl.errors import ConfigError, RewardError
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from basket import Basket
 from support import save_tiny_model
 
 OPENED: list[Any] = []
@@ -26,7 +27,7 @@ def model_path(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-class Cart:
+class Cart(Basket):
     """What was put into it, after the name of its row."""
 
     copyable = True
@@ -38,19 +39,6 @@ class Cart:
         made = type(self)()
         made.items = list(self.items)
         return made
-
-    def reset(self, name: str, **row: Any) -> str:
-        self.items = [name]
-        return f" in {name}"
-
-    def put(self, item: str) -> str:
-        """Put an item into the cart.
-
-        Args:
-            item: Which.
-        """
-        self.items.append(item)
-        return " ".join(self.items)
 
     def close(self) -> None:
         CLOSED[id(self)] += 1

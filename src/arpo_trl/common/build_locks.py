@@ -38,12 +38,16 @@ def remove_left_build_locks(deepspeed: object) -> None:
     """
     if deepspeed is None and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") != "true":
         return
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
+    for lock in locks():
+        _remove_if_left(lock, is_first)
+
+
+def locks() -> list[Path]:
+    """The lock files in PyTorch's build folder, held or abandoned."""
     from torch.utils.cpp_extension import get_default_build_root  # the settings import nothing of torch
 
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    is_first = os.environ.get("LOCAL_RANK", "0") == "0"
-    for lock in Path(root).rglob("lock"):
-        _remove_if_left(lock, is_first)
+    return list(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).rglob("lock"))
 
 
 def _remove_if_left(lock: Path, is_first: bool) -> None:
@@ -58,7 +62,7 @@ def _remove_if_left(lock: Path, is_first: bool) -> None:
                 f"{lock} is the lock of a build, but no process of this machine holds it. It is removed in "
                 f"{wait_s:.0f} s unless another machine continues the build. Delete it to start immediately."
             )
-        time.sleep(POLL_S)
+        time.sleep(POLL_S)  # a file of another process: nothing notifies this one
 
 
 def _seconds_until_left(lock: Path) -> float | None:
