@@ -327,6 +327,21 @@ def test_a_reward_that_fails_ends_the_run_with_its_error(model_path, tmp_path):
         made.train()
 
 
+def test_no_reward_is_called_after_one_failed(model_path, tmp_path):
+    calls = []
+
+    def reward(completions, **_):
+        calls.append(len(completions))
+        time.sleep(0.5)  # meanwhile the other batches are sampled and wait for their rewards
+        raise ValueError("broken")
+
+    made = make_trainer(model_path, tmp_path, reward_funcs=reward, rollouts_ahead=2)
+    with pytest.raises(RewardError, match="'reward' raised ValueError: broken"):
+        made.train()
+    assert len(calls) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("arpo-rewards-ahead")]
+
+
 @pytest.mark.parametrize("where", ["engine", "tool", "reward", "evaluation", "update"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(model_path, tmp_path, where, signum):

@@ -27,8 +27,8 @@ ALL = 1 << 30
 CHECK_S = 0.2
 """Seconds between checks for an interrupt while the trainer waits."""
 CLOSE_S = 5.0
-"""Seconds that `close` waits for the sampling thread. Then `close` returns anyway, since a tool may hang in the
-thread."""
+"""Seconds that `close` waits for each thread. Then `close` returns anyway, since a tool or a reward function may hang
+in the thread."""
 
 Score = Callable[[Rows, list[GroupRequest], RolloutBatch], Scored]
 """(rows, requests, rollout) → rewards of the rollout's leaves. Called outside the trainer's thread."""
@@ -49,7 +49,7 @@ class Sampled:
 
 @dataclass(slots=True)
 class _Batch:
-    """An unfinished batch: its rows, its requests, its finished groups, and the counters at its start."""
+    """An unfinished batch: its rows, its requests, its finished groups, its threads, and the counters at its start."""
 
     rows: Rows
     start_s: float
@@ -58,6 +58,7 @@ class _Batch:
     prepared: Prepared | None = None
     done: dict[int, Finished] = field(default_factory=dict)
     sampled: Sampled | None = None
+    threads: list[threading.Thread] = field(default_factory=list)
 
 
 class _Closed(Exception):
@@ -91,7 +92,6 @@ class RolloutsAhead:
         """Requests that the stream has started but not finished."""
         self._preparing: set[int] = set()
         """The batches whose requests are not yet known."""
-        self._preparers: list[threading.Thread] = []
         self._open = self._pausing = self._closed = False
         self._error: BaseException | None = None
         self._scoring = threading.Lock()
@@ -127,7 +127,7 @@ class RolloutsAhead:
             thread = threading.Thread(
                 target=self._prepare, args=(number, prepare), name="arpo-rollouts-ahead-prepare", daemon=True
             )
-            self._preparers.append(thread)
+            self._batches[number].threads.append(thread)
             thread.start()
         else:
             self._prepare(number, prepare)
@@ -162,12 +162,15 @@ class RolloutsAhead:
             raise self._error
 
     def close(self) -> None:
-        """Cancel unfinished batches, and stop the thread."""
+        """Cancel unfinished batches, and wait for the threads. No reward function is called after that, unless one
+        call takes longer than `CLOSE_S`."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        for thread in (*self._preparers, self._thread):
-            thread.join(CLOSE_S)
+        self._thread.join(CLOSE_S)  # first: it starts threads of batches
+        for batch in self._batches.values():
+            for thread in batch.threads:
+                thread.join(CLOSE_S)
 
     def _wait_until(self, done: Callable[[], bool]) -> None:
         while True:
@@ -228,9 +231,11 @@ class RolloutsAhead:
         rows, requests = batch.prepared
         if len(batch.done) == len(requests):
             rollout = self._rollout_of(batch, requests)
-            threading.Thread(
+            thread = threading.Thread(
                 target=self._score_batch, args=(batch, rows, requests, rollout), name="arpo-rewards-ahead", daemon=True
-            ).start()
+            )
+            batch.threads.append(thread)
+            thread.start()
 
     def _rollout_of(self, batch: _Batch, requests: list[GroupRequest]) -> RolloutBatch:
         groups = [batch.done[request.id] for request in requests]
@@ -270,12 +275,14 @@ class RolloutsAhead:
             self._changed.notify_all()
 
     def _score_batch(self, batch: _Batch, rows: Rows, requests: list[GroupRequest], rollout: RolloutBatch) -> None:
-        try:
-            with self._scoring:
+        with self._scoring:
+            if self._closed or self._error is not None:
+                return
+            try:
                 scored = self._score(rows, requests, rollout)
-        except BaseException as error:
-            self._fail(error)
-            return
+            except BaseException as error:
+                self._fail(error)
+                return
         with self._changed:
             batch.sampled = Sampled(rollout=rollout, scored=scored, ready_s=time.perf_counter())
             self._changed.notify_all()

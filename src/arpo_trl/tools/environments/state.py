@@ -136,12 +136,12 @@ class Environments:
         )
 
     def close_groups(self, groups: Collection[int]) -> None:
-        """Close all instances of these groups that no path uses, and drop their rows."""
+        """Close all instances of these groups that no path uses, and drop their rows. Any thread may call this."""
         for group in groups:
             if (state := self.handed.pop(group, None)) is not None:
                 state.close()
         for key in [key for key in list(self.kept) if key[0] in groups]:
-            if (instance := self.kept.pop(key)) is not None:
+            if (instance := self.kept.pop(key, None)) is not None:
                 self.instances.close(instance)
         for group in groups:
             self._starts.pop(group, None)
