@@ -265,6 +265,9 @@ BAD_ROWS = [
     ([{"prompt": "?", "answer": "1"}, {"prompt": " ", "answer": "1"}], "row 1: 'prompt' is ' '; expected some text"),
     ([{"prompt": "?", "turns": 3}], r"has the column\(s\) \['turns'\], .* Rename the column"),
     ([{"prompt": [{"role": "user", "content": None}], "answer": "1"}], "row 0: message 0 of 'prompt'"),
+    ([{"prompt": [{"role": "usr", "content": "?"}]}], "row 0: message 0 of 'prompt' has the role 'usr'; .*'user'"),
+    ([{"prompt": [{"role": "human", "content": "?"}]}], "'prompt' has the role 'human'; did you mean 'user'"),
+    ([{"prompt": [{"role": "", "content": "?"}]}], "message 0 of 'prompt' is .*; expected role and content"),
 ]
 
 

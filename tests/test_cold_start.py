@@ -168,6 +168,7 @@ def test_a_system_message_belongs_to_the_prompt():
         ({"messages": ["hello"]}, "`messages` is not a list of messages"),
         ({"prompt": "hello", "text": 5}, "expected `messages`, or `prompt` and `text`"),
         ({"messages": [{"content": "hello"}]}, "message 0 is .* expected role and content"),
+        ({"messages": [{"role": "usr", "content": "hello"}]}, "message 0 has the role 'usr'; did you mean 'user'"),
         ({"messages": []}, r"the row has \['messages'\]; expected `messages`, or `prompt` and `text`"),
         ({"prompt": QUESTION}, r"the row has \['prompt'\]; expected `messages`, or `prompt` and `text`"),
         ({"question": "?", "answer": "!"}, r"the row has \['answer', 'question'\]"),

@@ -90,6 +90,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "misspelt": [{"question": "What is 1 + 1?", "anwser": "2"}],
         "demonstrations": [{"prompt": "What is 1 + 1?", "text": "<answer>2</answer>"}],
         "long": [{**row, "question": "what " * 3000}],
+        "roles": [{"prompt": [{"role": "usr", "content": "What is 1 + 1?"}], "answer": "2", "task": "math"}],
     }.items():  # fmt: skip
         (made / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), "utf-8")
     (made / "broken.jsonl").write_text('{"question": "What is 1 + 1?"\n', "utf-8")

@@ -124,6 +124,8 @@ def test_the_released_codes_json_is_read_and_written(cache: SearchCache, tmp_pat
         "nowhere": "No search results found.",
     }
     assert cache.export_json(tmp_path / "some.json", "serper") == 1
+    with pytest.raises(DataError, match=r"has no results of 'serpr'; it has results of \['brightdata', 'serper'\]"):
+        cache.export_json(tmp_path / "none.json", "serpr")
 
 
 def test_an_exported_cache_comes_back_the_same(cache: SearchCache, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from arpo_trl.data.layouts import check_role
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.protocols.tags import RESULT, TagProtocol
 
@@ -91,6 +92,7 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
         for position, message in enumerate(messages):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise DataError(f"message {position} is {dict(message)}; expected role and content, both text.")
+            check_role(message["role"], f"message {position}")
         start = next((i for i, message in enumerate(messages) if message["role"] == "assistant"), len(messages))
         if start == 0:
             raise DataError("the first message is an assistant message; expected a system or user message before it.")

@@ -21,6 +21,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -54,6 +55,9 @@ _ABILITIES: dict[str, Task] = {
 }
 """verl's `ability`, in lower case → task."""
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_NEAR_ROLE = 0.66
+"""The similarity that makes a role a misspelt one. Roles of some chat templates, such as tool_call, are below it."""
 _CIPHERTEXT_CHARS = 24
 
 
@@ -152,13 +156,31 @@ def check_prompt(prompt: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"'prompt' is {shown(prompt)}; expected text or a list of messages, not empty.")
     for position, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or not message["role"]:
             raise DataError(f"message {position} of 'prompt' is {shown(message)}; expected role and content.")
         content = message.get("content")
         if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
             raise DataError(f"message {position} of 'prompt' has the content {shown(content)}; expected text.")
+        check_role(message["role"], f"message {position} of 'prompt'")
     if all(is_blank(message.get("content")) for message in messages):
         raise DataError(f"'prompt' is {shown(prompt)}; expected some text in it.")
+
+
+def check_role(role: str, message: str) -> None:
+    """Checks that a role is not a misspelt one, which most chat templates would render without an error. Other unknown
+    roles are left to the chat template.
+
+    Args:
+        role: The role.
+        message: Names the message in the error.
+
+    Raises:
+        DataError: The role is almost a known one, or ShareGPT's name of one.
+    """
+    near = difflib.get_close_matches(role.lower(), _ROLES, n=1, cutoff=_NEAR_ROLE)
+    meant = _SHAREGPT_ROLES.get(role, near[0] if near else role)
+    if role != meant:
+        raise DataError(f"{message} has the role {role!r}; did you mean {meant!r}?")
 
 
 # Fields

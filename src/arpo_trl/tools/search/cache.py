@@ -251,7 +251,14 @@ class SearchCache:
         return len(recorded)
 
     def export_json(self, path: str | Path, provider: str | None = None) -> int:
-        """Write a file of that format with the results of one or all providers. Return the number of queries."""
+        """Write a file of that format with the results of one or all providers. Return the number of queries.
+
+        Raises:
+            DataError: The cache has no result of the provider.
+        """
+        names = list(self.stats()["results"])
+        if provider is not None and provider not in names:
+            raise DataError(f"The search cache {self.path} has no results of {provider!r}; it has results of {names}.")
         rows = self._run(
             "SELECT asked, hits FROM results WHERE hits IS NOT NULL AND (?1 IS NULL OR provider = ?1) "
             "ORDER BY query, provider, parameters",
