@@ -1,6 +1,9 @@
 """Cold start on tool-using trajectories: `accelerate launch sft.py --config configs/quickstart_sft.yaml`."""
 
-from arpo_trl.scripts.sft import main
+from arpo_trl.common.waiting import say_loading
 
 if __name__ == "__main__":
+    say_loading("sft.py")
+    from arpo_trl.scripts.sft import main
+
     main()

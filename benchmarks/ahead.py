@@ -34,7 +34,7 @@ from transformers import TrainerCallback
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.data.loading import load_arpo_dataset
 from arpo_trl.logs.trajectories import read_trees
-from arpo_trl.quickstart.__main__ import RL_CONFIG, measure
+from arpo_trl.quickstart.stages import RL_CONFIG, measure
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.tools import LocalIndex, python_tool, search_tool
 from serving import Server, running

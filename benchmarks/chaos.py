@@ -29,7 +29,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl
 
 from arpo_trl import ARPOTrainer
-from arpo_trl.quickstart.__main__ import (
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
+from arpo_trl.quickstart.stages import (
     N_HELDOUT,
     N_TRAIN,
     RL_CONFIG,
@@ -38,8 +40,6 @@ from arpo_trl.quickstart.__main__ import (
     launch,
     measure,
 )
-from arpo_trl.quickstart.corpus import passages
-from arpo_trl.quickstart.demonstrations import Failures, make_demonstrations
 from arpo_trl.quickstart.task import SFT_BATCH, like_lengths_together
 from arpo_trl.quickstart.tasks import make_tasks
 from arpo_trl.scripts import train

@@ -21,8 +21,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from arpo_trl.quickstart.__main__ import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
 from arpo_trl.quickstart.report import summarise
+from arpo_trl.quickstart.stages import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
 
 LEAVES = 8
 VARIANTS = {

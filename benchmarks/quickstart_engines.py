@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from arpo_trl.quickstart.__main__ import RL_CONFIG, measure
 from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.quickstart.stages import RL_CONFIG, measure
 from arpo_trl.quickstart.tasks import make_tasks
 from card import PeakMemory, device_name, own_stdout, shown, start_vllm_eagerly
 

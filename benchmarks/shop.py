@@ -17,9 +17,9 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from arpo_trl.quickstart.__main__ import SFT_CONFIG, launch
 from arpo_trl.quickstart.report import summarise
 from arpo_trl.quickstart.shop.task import SHOP, measure, prepare
+from arpo_trl.quickstart.stages import SFT_CONFIG, launch
 from arpo_trl.quickstart.task import read_lines
 from compare_rules import as_table
 

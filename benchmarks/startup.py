@@ -1,4 +1,4 @@
-"""Measures the start-up times of `arpo-trl --help` and of the first training step of `train.py`.
+"""Measures the start-up times of `arpo-trl --help`, `arpo-trl train --help` and the first training step of `train.py`.
 
 python benchmarks/startup.py --quickstart runs/quickstart
 """
@@ -45,9 +45,11 @@ def main() -> None:
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    command = [str(Path(sys.executable).with_name("arpo-trl")), "--help"]
+    program = str(Path(sys.executable).with_name("arpo-trl"))
     print("| | seconds |\n|---|---:|")
-    print(f"| `arpo-trl --help` | {median(seconds(command) for _ in range(arguments.repeats)):.2f} |")
+    for words in (["--help"], ["train", "--help"]):
+        taken = median(seconds([program, *words]) for _ in range(arguments.repeats))
+        print(f"| `arpo-trl {' '.join(words)}` | {taken:.2f} |")
     runs = [first_step(arguments.quickstart) for _ in range(arguments.repeats)]
     print(f"| `accelerate launch train.py` with one step | {median(total for total, _ in runs):.1f} |")
     print(f"| of these in the step | {median(step for _, step in runs):.1f} |")

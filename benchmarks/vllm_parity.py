@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from arpo_trl.quickstart.__main__ import RL_CONFIG, launch, measure
+from arpo_trl.quickstart.stages import RL_CONFIG, launch, measure
 from compare_rules import cold_start
 from serving import running
 

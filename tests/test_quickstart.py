@@ -20,8 +20,10 @@ from arpo_trl.quickstart.demonstrations import NO_NOISE, Failures, NoiseRates, m
 from arpo_trl.quickstart.heldout import HeldOut
 from arpo_trl.quickstart.model import TAGS, build_model, build_tokenizer, quickstart_texts, save_cold_start_base
 from arpo_trl.quickstart.report import accuracy_lines
+from arpo_trl.quickstart.stages import _tree_to_show
 from arpo_trl.quickstart.tasks import make_tasks, parse_question
 from arpo_trl.tools.search.index import LocalIndex, search_tool
+from test_view import logged, save
 
 
 @pytest.fixture(scope="module")
@@ -352,3 +354,20 @@ def test_each_set_of_questions_has_a_line_of_its_own() -> None:
     whole, watched = "accuracy, all held-out questions", "accuracy, those watched in training"
     assert accuracy_lines(history, summary) == {whole: [(0, 0.25), (2, 0.75)], watched: [(1, 0.9)]}
     assert accuracy_lines(history[:1], summary) == {whole: [(0, 0.25), (1, 0.75)]}
+
+
+def test_the_tree_that_is_shown_forks_even_if_later_ones_do_not(tmp_path: Path) -> None:
+    assert _tree_to_show(tmp_path / "trajectories") is None
+    for step, text, rewards in (
+        (1, "iron", [1.0, -1.0]),
+        (2, "gold", [1.0, -1.0]),
+        (3, "lead", [1.0, 1.0]),
+        (4, "cut off", [1.0, -1.0]),  # both turns after the result are "cut off"
+    ):
+        save(tmp_path, dataclasses.replace(logged(step, text=text), rewards=rewards), name=f"step-00000{step}")
+    shown = _tree_to_show(tmp_path / "trajectories")
+    assert shown is not None and shown.step == 2  # the last one with two different turns and two rewards
+    for step in (1, 2):
+        (tmp_path / f"trajectories/step-00000{step}-rank0.jsonl").unlink()
+    shown = _tree_to_show(tmp_path / "trajectories")
+    assert shown is not None and shown.step == 3  # a fork before different rewards

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import environment_ranks
 import training_ranks
 import uneven_ranks
-from arpo_trl.quickstart.__main__ import prepare
+from arpo_trl.quickstart.stages import prepare
 from ranks import DEADLINE_S, EXACT, Ended, launch, launched
 from servers import running
 from serving import free_port

@@ -260,6 +260,7 @@ def test_accelerate_deals_the_batches_of_a_sampler_out_to_the_ranks_in_turns():
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_save_rng_state", ["self", "output_dir"]),
         ("_load_rng_state", ["self", "checkpoint"]),
+        ("_issue_warnings_after_load", ["self", "load_result"]),
     ],
 )
 def test_overridden_methods_accept_our_arguments(method, expected):

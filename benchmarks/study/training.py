@@ -21,8 +21,8 @@ from transformers import TrainerCallback
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.common.files import whole_folder
 from arpo_trl.data.loading import load_arpo_dataset
-from arpo_trl.quickstart.__main__ import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
 from arpo_trl.quickstart.report import summarise
+from arpo_trl.quickstart.stages import RL_CONFIG, SFT_CONFIG, launch, measure, prepare
 from arpo_trl.rewards import HierarchicalReward
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import arpo_trl
 from arpo_trl.common.flags import NEAR, CommandParser, nearest
+from arpo_trl.common.noise import hide_noise
+from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.viewing.command import add_commands as add_viewing_commands
 
@@ -268,6 +270,7 @@ def main() -> None:
 
 @report_errors
 def _main() -> int:
+    hide_noise()
     try:
         return _command()
     except OSError as error:  # if it names a file, it is about a path from the user
@@ -299,6 +302,7 @@ def _eval(words: Sequence[str]) -> int:
         return 0
     if not words:
         _eval_parser().error("a model and questions are required; see --help")
+    say_loading("arpo-trl eval")
     from arpo_trl.evaluation.command import evaluate
 
     return evaluate(*parse_evaluation(words))
@@ -324,6 +328,7 @@ def parse_evaluation(words: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    say_loading("arpo-trl compare")
     from arpo_trl.evaluation.command import compare_runs
 
     return compare_runs(arguments.run_a, arguments.run_b, arguments.plot)
@@ -338,6 +343,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
 
 def _merge(arguments: argparse.Namespace) -> None:
+    say_loading("arpo-trl merge")
     from arpo_trl.publishing.merging import merge_adapter
 
     if arguments.push_to_hub is not None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from arpo_trl.cli import parse_evaluation
+from arpo_trl.common.waiting import say_loading
 
 ENTROPY_TOKENS = 20
 """The number of tokens at the start of a turn whose mean entropy is shown."""
@@ -28,13 +29,13 @@ def main(words: Sequence[str]) -> int:
         parser.error("the question is blank")
     if options and not options[0].startswith("-"):
         parser.error(f"{options[0]!r} follows the question. Put a question of several words in quotes")
+    say_loading("arpo-trl ask")
     settings, tool_arguments = parse_evaluation(["--model", arguments.run, *options])
     from rich.console import Console
     from rich.markup import escape
 
     from arpo_trl.data.layouts import system_prompt_text
     from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
-    from arpo_trl.logs.progress import hide_noise
     from arpo_trl.logs.render import render_tree
     from arpo_trl.logs.trajectories import LoggedTree
     from arpo_trl.rewards.answers import extract_answer
@@ -43,7 +44,6 @@ def main(words: Sequence[str]) -> int:
     from arpo_trl.tools.toolbox import ToolBox
     from arpo_trl.visible import visible
 
-    hide_noise()
     system = system_prompt_text(settings.system_prompt)
     messages = [] if not system else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": arguments.question})

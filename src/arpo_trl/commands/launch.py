@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from arpo_trl.cli import CONFIG_TWICE
 from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
+from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
 
 LAUNCH_FLAGS = {
@@ -86,6 +87,7 @@ def launch(program: str, words: Sequence[str]) -> int:
         ConfigError: See `split_words`.
     """
     for_accelerate, for_program = split_words(words)
+    say_loading(f"arpo-trl {program.rpartition('.')[2]}")
     from accelerate.commands.config.config_args import default_config_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

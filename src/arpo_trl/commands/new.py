@@ -11,6 +11,7 @@ from typing import Any
 
 from arpo_trl.commands.project.my_tools import CAPITALS, lookup
 from arpo_trl.common.flags import CommandParser
+from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
 
 TEMPLATE = Path(__file__).with_name("project")
@@ -34,11 +35,13 @@ def main(words: Sequence[str]) -> int:
     demonstrations = make_demonstrations(seed=0)
     _write_lines(folder / "questions.jsonl", make_questions())
     _write_lines(folder / "demonstrations.jsonl", demonstrations)
-    print("Training a tiny model on the format of calls and answers …", flush=True)
-    from arpo_trl.logs.progress import hide_noise
+    print(
+        "Makes a project, and trains a tiny model for it on the format of calls and answers, in about half a minute.",
+        flush=True,
+    )
+    say_loading("arpo-trl new")
     from arpo_trl.quickstart.taught import save_taught_model
 
-    hide_noise()
     save_taught_model(folder / "model", _texts(), demonstrations, STEPS)
     print(
         f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nSee README.md for "

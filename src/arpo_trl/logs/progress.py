@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,19 +52,9 @@ def closed_bars(trainer: Trainer) -> Iterator[None]:
 
 
 def show_log() -> None:
-    """Shows this package's log on standard error, from level INFO, and calls `hide_noise`."""
+    """Shows this package's log on standard error, from level INFO."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("arpo_trl").setLevel(logging.INFO)
-    hide_noise()
-
-
-def hide_noise() -> None:
-    """Hides messages that are irrelevant on a CPU.
-
-    These are DeepSpeed's message that there is no accelerator, and PyTorch's that it does not pin memory without one.
-    """
-    warnings.filterwarnings("ignore", message=".*'pin_memory' argument is set as true but no accelerator")
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def show_compactly(trainer: Trainer) -> None:

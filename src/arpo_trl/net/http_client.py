@@ -21,8 +21,8 @@ from functools import lru_cache
 from typing import Any, TypeVar
 
 import httpx
-import stamina
 
+from arpo_trl.common.retries import retry
 from arpo_trl.net import background
 
 MAX_BYTES = 8 << 20
@@ -165,12 +165,11 @@ def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:
             return left_s() > 1.0
         return error.retry_after_s if error.retry_after_s < left_s() else False
 
-    for attempt in stamina.retry_context(
-        pause, attempts=_ATTEMPTS, timeout=None, wait_initial=0.25, wait_max=4.0, wait_jitter=0.25
-    ):
-        with attempt:
-            return ask()
-    raise AssertionError("unreachable")
+    @retry(on=pause, attempts=_ATTEMPTS, timeout=None, wait_initial=0.25, wait_max=4.0, wait_jitter=0.25)
+    def attempt() -> T:
+        return ask()
+
+    return attempt()
 
 
 def without(secret: str, text: str) -> str:

@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import stamina
 from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http as hub_client
 
+from arpo_trl.common.retries import retry
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card
@@ -79,12 +79,12 @@ def prepare_repo(
 def _retried(ask: Callable[[], Any]) -> Any:
     """Returns the result of `ask`. Retries after temporary errors."""
     _limit_silence()
-    for attempt in stamina.retry_context(
-        on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_initial=_WAIT_S, wait_max=30.0
-    ):
-        with attempt:
-            return ask()
-    raise AssertionError("unreachable")
+
+    @retry(on=_may_pass, attempts=ATTEMPTS, timeout=None, wait_initial=_WAIT_S, wait_max=30.0)
+    def attempt() -> Any:
+        return ask()
+
+    return attempt()
 
 
 def _may_pass(error: BaseException) -> bool:

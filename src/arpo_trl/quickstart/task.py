@@ -35,7 +35,6 @@ class Task:
     """A task of the quickstart.
 
     Attributes:
-        output: The default folder of its output.
         prepare: Writes into a folder, for a seed: demonstrations.jsonl, train.jsonl, heldout.jsonl, watched.jsonl and
             the untrained model `base`.
         measure: Samples and scores answers to heldout.jsonl.
@@ -47,7 +46,6 @@ class Task:
         flags: Flags of stage 2 for a folder of data, in addition to those of every task.
     """
 
-    output: Path
     prepare: Callable[[Path, int], None]
     measure: Measure
     tools: tuple[str, ...]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from arpo_trl.data.demonstrations import encode_trajectory
 from arpo_trl.quickstart.model import build_model, build_tokenizer
@@ -21,7 +22,7 @@ def save_taught_model(
 ) -> None:
     """Saves a model to `folder`, with a tokenizer for `texts`, after `steps` batches of rows {messages}.
 
-    The same arguments give the same model on the same machine.
+    Shows a progress bar. The same arguments give the same model on the same machine.
     """
     tokenizer = build_tokenizer(texts)
     model = build_model(tokenizer, seed=0)
@@ -32,7 +33,7 @@ def save_taught_model(
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     rng = random.Random(0)
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc="Training a tiny model", unit="step"):
         rows = rng.sample(encoded, BATCH)
         longest = max(len(row["input_ids"]) for row in rows)
         ids = torch.tensor([row["input_ids"] + [0] * (longest - len(row["input_ids"])) for row in rows])

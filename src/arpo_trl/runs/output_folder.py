@@ -7,8 +7,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from arpo_trl.errors import ConfigError
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
@@ -77,7 +75,11 @@ def _earlier_run(output: Path, resume: str | bool) -> str | None:
 
 def _newest(output: Path) -> str | None:
     """The name of the newest checkpoint in `output`."""
-    newest = get_last_checkpoint(str(output)) if output.is_dir() else None
+    if not output.is_dir() or not any(output.glob("checkpoint-*")):
+        return None
+    from transformers.trainer_utils import get_last_checkpoint  # slow to import, and most new runs do not need it
+
+    newest = get_last_checkpoint(str(output))
     return None if newest is None else Path(newest).name
 
 

@@ -28,6 +28,7 @@ from arpo_trl.runs.checkpoints import (
     model_identity,
 )
 from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.trl_seam import get_callable_name
 from arpo_trl.visible import get_rank_logger
 
@@ -45,6 +46,7 @@ class Resumable(GRPOTrainer):
     - `training_step`, `_evaluate`: check for interrupts. A subclass may check at more places.
     - `_save_checkpoint`, `_get_output_dir`, `_push_from_checkpoint`: write a checkpoint to a temporary folder, then
       move it to its final path and push it.
+    - `_issue_warnings_after_load`: a checkpoint has tied weights under one of their names.
     - `_save_rng_state`, `_load_rng_state`: also save and load the trainer's state in memory between two steps.
     - `_run_epoch`: a resumed epoch has the same order of rows, and a finished run takes no further step.
     """
@@ -348,6 +350,9 @@ class Resumable(GRPOTrainer):
         return (
             self._buffered_inputs is None or self._step % (self.args.steps_per_generation * self.num_iterations) == 0
         )
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(without_tied_keys(self.model, load_result))
 
     @staticmethod
     def _memory_file(folder: Path, rank: int) -> Path:

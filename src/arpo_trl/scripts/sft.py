@@ -9,6 +9,7 @@ prompts and tool results are masked. RL's tool protocol encodes the turns.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from datasets import load_dataset
 from transformers import AutoTokenizer
@@ -25,6 +26,7 @@ from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.runs.output_folder import prepare_output, wants_to_resume
+from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 from arpo_trl.visible import get_logger
 
@@ -66,6 +68,13 @@ class ColdStartConfig(SFTConfig):
         refuse_missing_deepspeed_config(self)
         remove_left_build_locks(self.deepspeed)
         super().__post_init__()
+
+
+class ColdStartTrainer(SFTTrainer):
+    """TRL's `SFTTrainer`. It does not warn that a checkpoint has tied weights under one of their names."""
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        super()._issue_warnings_after_load(without_tied_keys(self.model, load_result))
 
 
 SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
@@ -114,7 +123,7 @@ def main() -> None:
         "dtype": model_config.dtype,
     }
     with start_errors():
-        trainer = SFTTrainer(
+        trainer = ColdStartTrainer(
             model=name,
             args=config,
             train_dataset=dataset,

@@ -109,7 +109,6 @@ def try_orders(
 
 
 SHOP = Task(
-    output=Path("runs/quickstart_shop"),
     prepare=prepare,
     measure=measure,
     tools=("look", "add"),

@@ -18,7 +18,7 @@ from arpo_trl.logs.progress import show_compactly, show_log
 from arpo_trl.quickstart.shop.environment import Shop
 from arpo_trl.quickstart.task import read_lines
 from arpo_trl.runs.interrupts import follow_launcher
-from arpo_trl.scripts.start import required_model, start_errors
+from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,8 @@ def main() -> None:
         )
     trainer.other_settings = (model_config, arguments)
     show_compactly(trainer)
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    with until_first_step(trainer):
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_state()
     trainer.save_model(config.output_dir)
 

@@ -24,8 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import stamina
-
+from arpo_trl.common.retries import retry
 from arpo_trl.common.user_files import expect, parse_json
 from arpo_trl.errors import DataError
 from arpo_trl.tools.search.index import NearestQuery, as_text, normalised, pages_of, read_recorded
@@ -130,9 +129,7 @@ class SearchCache:
         """Return a `DataError` with a remedy, for an `error` that a method raised."""
         return DataError(f"{self.path} cannot be used as a search cache: {error}. Name another file.")
 
-    @stamina.retry(
-        on=_is_locked, attempts=None, timeout=_BUSY_TIMEOUT_S, wait_initial=0.02, wait_max=0.5, wait_jitter=0.1
-    )
+    @retry(on=_is_locked, attempts=None, timeout=_BUSY_TIMEOUT_S, wait_initial=0.02, wait_max=0.5, wait_jitter=0.1)
     def _connect(self) -> None:
         # Many processes may create the file at once, and switching to the write-ahead log does not wait for the lock.
         connection = sqlite3.connect(

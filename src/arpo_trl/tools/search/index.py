@@ -10,6 +10,7 @@ import json
 import logging
 import mmap
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ from typing import Any, Protocol
 import bm25s
 import numpy as np
 
+from arpo_trl.common import waiting
 from arpo_trl.common.user_files import json_lines, read_json
 from arpo_trl.errors import DataError
 from arpo_trl.tools.search.words import tokenize
@@ -47,14 +49,19 @@ class _Ranking:
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> _Ranking:
-        """Return the ranking of `texts`. At least one of them must contain a search word."""
+        """Return the ranking of `texts`. At least one of them must contain a search word. Shows bars if it is slow."""
         vocabulary: dict[str, int] = {}
+        start = time.monotonic()
         # Numbers instead of words: each occurrence of a word would be a separate string.
-        numbered = [[vocabulary.setdefault(word, len(vocabulary)) for word in tokenize(text)] for text in texts]
+        numbered = [
+            [vocabulary.setdefault(word, len(vocabulary)) for word in tokenize(text)]
+            for text in waiting.bar(texts, "Splitting texts into words", "texts")
+        ]
         # numpy: with a million passages, numba saves half a millisecond per query, but takes seconds to compile and
         # leaves the order of equal scores undefined.
         index = bm25s.BM25(backend="numpy")
-        index.index((numbered, vocabulary), show_progress=False)
+        is_slow = time.monotonic() - start > waiting.BAR_AFTER_S
+        index.index((numbered, vocabulary), show_progress=is_slow and waiting.is_first_rank())
         return cls(index)
 
     def best(self, query: str, k: int) -> list[int]:
@@ -125,7 +132,8 @@ class LocalIndex:
 
     def __init__(self, passages: Iterable[str | Mapping[str, str]]) -> None:
         self._passages: Sequence[str] = [
-            _shown(passage, f"passage {number}") for number, passage in enumerate(passages)
+            _shown(passage, f"passage {number}")
+            for number, passage in enumerate(waiting.bar(passages, "Reading passages", "passages"))
         ]
         if not self._passages:
             raise DataError("A search index needs at least one passage, got none. Add passages.")
@@ -160,7 +168,8 @@ class LocalIndex:
 
     @classmethod
     def _of_files(cls, files: Sequence[Path]) -> LocalIndex:
-        passages = [passage for file in files for passage in _passages(file)]
+        lines = (passage for file in files for passage in _passages(file))
+        passages = list(waiting.bar(lines, "Reading passages", "passages"))
         if not passages:
             raise DataError(f"{' and '.join(map(str, files))} has no passages; expected one per line.")
         return cls(passages)

@@ -1,0 +1,218 @@
+"""The stages of `arpo-trl quickstart`: build, cold-start and train a small tool-using model, then report the results.
+
+Stage 1 runs `arpo_trl.scripts.sft` and stage 2 `arpo_trl.scripts.train`, with configurations that users start from.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, shipped_file
+from arpo_trl.common.waiting import say_loading
+from arpo_trl.logs.render import render_tree
+from arpo_trl.logs.trajectories import LoggedTree, read_trees
+from arpo_trl.quickstart.corpus import passages
+from arpo_trl.quickstart.demonstrations import PLAIN_QUERIES, VARIED_QUERIES, make_demonstrations
+from arpo_trl.quickstart.heldout import HeldOut, answer_heldout
+from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
+from arpo_trl.quickstart.shop.task import SHOP
+from arpo_trl.quickstart.task import Measured, Task, like_lengths_together, read_lines, write_lines
+from arpo_trl.quickstart.tasks import make_tasks
+from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.search.index import LocalIndex, search_tool
+from arpo_trl.tools.toolbox import ToolBox
+
+N_TRAIN, N_HELDOUT, N_WATCHED = 2400, 600, 96
+"""Numbers of questions: for training, for the accuracy before and after, and for evaluation during training (a subset
+of the latter)."""
+N_DEMONSTRATIONS = 15_360
+TOP_K = 2
+MAX_COMPLETION_LENGTH = 208
+MAX_TOOL_CALLS = 5
+SFT_CONFIG, RL_CONFIG = shipped_file(CONFIGS, "quickstart_sft"), shipped_file(CONFIGS, "quickstart")
+ACCELERATE_CONFIG = shipped_file(ACCELERATE_CONFIGS, "single")
+
+
+def prepare(
+    folder: Path, seed: int, *, hard: bool = False, n_heldout: int = N_HELDOUT, n_train: int = N_TRAIN
+) -> None:
+    """Write the inputs of both stages: the corpus, the questions, the demonstrations and an untrained model.
+
+    `hard` selects the variant of the task in which queries have many forms (`VARIED_QUERIES`).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    corpus = passages()
+    train, heldout = make_tasks(seed, n_train, n_heldout)
+    search = search_tool(LocalIndex(corpus), top_k=TOP_K)
+    queries = VARIED_QUERIES if hard else PLAIN_QUERIES
+    made = make_demonstrations(train, search, seed, N_DEMONSTRATIONS, queries=queries)
+    demonstrations = like_lengths_together(made, seed)
+    write_lines(folder / "corpus.jsonl", corpus)
+    write_lines(folder / "train.jsonl", train)
+    write_lines(folder / "heldout.jsonl", heldout)
+    write_lines(folder / "watched.jsonl", heldout[:N_WATCHED])
+    write_lines(folder / "demonstrations.jsonl", demonstrations)
+    save_cold_start_base(folder / "base", seed=0)  # one base for all seeds, like a downloaded model
+
+
+def measure(model: Path, data: Path, seed: int, *, temperature: float, device: torch.device | str = "cpu") -> HeldOut:
+    """Sample one answer of the model to each held-out question."""
+    arguments = ToolArguments(search_index=str(data / "corpus.jsonl"), search_top_k=TOP_K)
+    rows = read_lines(data / "heldout.jsonl")
+    with ToolBox(build_tools(arguments), cache=True) as toolbox:
+        return answer_heldout(
+            AutoModelForCausalLM.from_pretrained(model).to(device),
+            AutoTokenizer.from_pretrained(model),
+            rows,
+            toolbox,
+            temperature=temperature,
+            max_completion_length=MAX_COMPLETION_LENGTH,
+            max_tool_calls=MAX_TOOL_CALLS,
+            seed=seed,
+        )
+
+
+def launch(script: str, config: Path, *flags: str) -> float:
+    """Run a program with `accelerate launch`. Return its duration in seconds.
+
+    Args:
+        script: A program of `arpo_trl.scripts`, the full name of another module, or a path that ends with `.py`.
+
+    Raises:
+        SystemExit: The script failed. It has printed its own error.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
+    # By default accelerate gives a process one thread. This model does not get faster with more than four.
+    environment = {"OMP_NUM_THREADS": str(min(4, os.cpu_count() or 1)), **os.environ}
+    start = time.perf_counter()
+    if not script.endswith(".py"):
+        command.append("--module")
+        script = script if "." in script else f"arpo_trl.scripts.{script}"
+    command += [script, "--config", str(config), *flags]
+    say_loading(script)
+    status = subprocess.run(command, env=environment, check=False).returncode
+    if status:
+        raise SystemExit(status)
+    return time.perf_counter() - start
+
+
+SEARCH = Task(
+    prepare=prepare,
+    measure=measure,
+    tools=("search", "python"),
+    script="train",
+    config=RL_CONFIG,
+    accuracy="eval_arpo/accuracy",
+    flags=lambda data: ("--search_index", str(data / "corpus.jsonl")),
+)
+TASKS = {"search": SEARCH, "shop": SHOP}
+
+
+def run(name: str, output: Path, seed: int, *, hard: bool = False, config: Path | None = None) -> None:
+    """Run both stages of the task `name` and print the results. All output goes to `output`.
+
+    Args:
+        hard: The variant of the task "search" in which queries have many forms.
+        config: The settings of stage 2. None: the task's.
+    """
+    task = TASKS[name]
+    if hard:
+        task = replace(task, prepare=partial(prepare, hard=True))
+    config = config or task.config
+    transformers_logging.disable_progress_bar()
+    console = Console()
+    data, sft, rl = output / "data", output / "sft", output / "rl"
+
+    def measured(model: Path, temperature: float) -> Measured:
+        how = "sampled" if temperature else "greedy"
+        with console.status(f"Answering the held-out tasks, {how} …"):
+            return task.measure(model, data, seed, temperature=temperature)
+
+    console.rule("[bold]Stage 1: cold start on noisy demonstrations")
+    with console.status("Creating demonstrations …"):
+        task.prepare(data, seed)
+    seconds_sft = launch(
+        "sft",
+        SFT_CONFIG,
+        *("--model_name_or_path", str(data / "base")),
+        *("--dataset", str(data / "demonstrations.jsonl")),
+        *("--output_dir", str(sft), "--seed", str(seed)),
+        *task.cold_start,
+    )
+    before, greedy_before = measured(sft, 1.0), measured(sft, 0.0)
+    places = entropy_places(before.trees, task.tools)
+    entropies = ", ".join(f"{entropy:.2f} {place}" for place, entropy in places.items())
+    console.print(f"Held-out accuracy {before.accuracy:.2f}. Entropy of a token, in nats: {entropies}.")
+
+    console.rule("[bold]Stage 2: reinforcement learning")
+    seconds_rl = launch(
+        task.script,
+        config,
+        *("--model_name_or_path", str(sft)),
+        *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
+        *("--output_dir", str(rl), "--seed", str(seed)),
+        *task.flags(data),
+    )
+    after, greedy_after = measured(rl, 1.0), measured(rl, 0.0)
+
+    history = json.loads((rl / "trainer_state.json").read_text("utf-8"))["log_history"]
+    summary = {
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "greedy_before": greedy_before.accuracy,
+        "greedy_after": greedy_after.accuracy,
+        **summarise(history),
+        **{f"entropy_{place.replace(' ', '_')}": entropy for place, entropy in places.items()},
+        "seconds_sft": seconds_sft,
+        "seconds_rl": seconds_rl,
+        "seed": seed,
+        "hard": hard,
+        "config": config.name,
+    }
+    (output / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", "utf-8")
+    draw(history, summary, places, entropy_places(after.trees, task.tools), output / "quickstart.png", task.accuracy)
+    _show(console, output, rl, summary)
+
+
+def _show(console: Console, output: Path, rl: Path, summary: Mapping[str, Any]) -> None:
+    """Print a tree that branched, and the table of the main numbers."""
+    console.rule("[bold]One tree")
+    if (tree := _tree_to_show(rl / "trajectories")) is not None:
+        console.print(render_tree(tree))
+    console.rule("[bold]Result")
+    console.print(summary_table(summary))
+    console.print(
+        "Training rewards sampled answers, so watch the sampled accuracy: the model learns to make fewer mistakes "
+        "when it samples. The greedy accuracy starts high and may not change."
+    )
+    console.print(f"Picture: {output / 'quickstart.png'}   Numbers: {output / 'summary.json'}   Model: {rl}")
+
+
+def _tree_to_show(folder: Path) -> LoggedTree | None:
+    """Return the last logged tree that forks and has different rewards, or the best match; None without trees.
+
+    A fork is a tool result after which two turns differ.
+    """
+    trees = [tree for file in sorted(folder.glob("step-*.jsonl"), reverse=True) for tree in read_trees(file)]
+
+    def interest(logged: LoggedTree) -> tuple[bool, bool]:
+        nodes = logged.tree.nodes
+        forks = any(len({nodes[child].text for child in seen.children}) > 1 for seen in logged.tree.observations())
+        return forks, len(set(logged.rewards)) > 1
+
+    return max(trees, key=interest, default=None)
