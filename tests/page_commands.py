@@ -20,7 +20,7 @@ PAGES.remove(ROOT / "docs/mistakes.md")  # test_newcomer.py makes its mistakes
 PROGRAMS = ("arpo-trl", "python", "make", "pip", "accelerate", "vllm", "srun")
 
 IN_A_CHECKOUT = (
-    "the scripts of a checkout: test_scripts.py and test_shipped.py run them, test_docs.py reads each command"
+    "the scripts of a checkout: test_ranks.py, test_hub.py and test_shop.py run them, test_docs.py reads each command"
 )
 MANY_GPUS = "several GPUs or nodes: test_docs.py reads each command, test_ranks.py trains on two ranks"
 NOT_RUN = {
@@ -35,8 +35,6 @@ NOT_RUN = {
     r"vllm serve|python -m vllm\.|arpo-trl eval .*--engine vllm": "vLLM: test_vllm_cpu.py, test_evaluation_vllm.py",
     r"arpo-trl eval .*--search-provider serper": "a paid service: test_search_providers.py answers in its place",
     r"arpo-trl (push|merge .*--push-to-hub)": "a key of the Hub: test_hub.py answers in its place",
-    r"arpo-trl quickstart$": "minutes: test_scripts.py runs its stages",
-    r"arpo-trl (sft --config quickstart_sft|train --config config.yaml --learning_rate 1e-6)$": "as others",
     r"(export |for |done$)": "a part of a script for a cluster",
 }  # fmt: skip
 """Start of a command, as a regular expression → why no test runs it from an installed package."""
@@ -61,6 +59,8 @@ OF_PAGE = {
 """The same for one page."""
 SMALLER = {
     "eval --model": ["--limit", "2", "--max-completion-length", "24", "--data", "questions"],
+    "train --config config.yaml --learning_rate": ["--max_steps", "1", "--overwrite_output_dir", "true"],
+    "sft --config quickstart_sft": ["--max_steps", "1", "--per_device_train_batch_size", "2"],
     "train --config quickstart": [
         *("--max_steps", "1", "--num_generations", "2", "--initial_rollouts", "1", "--eval_strategy", "no"),
         *("--per_device_train_batch_size", "2", "--max_completion_length", "16"),
@@ -88,6 +88,24 @@ with open("answers.json", "w") as file:
     json.dump(answers, file)
 """
 """Runs commands one after the other in one process, since each would import torch again."""
+
+
+SMALL_QUICKSTART = """
+from dataclasses import replace
+from functools import partial
+from arpo_trl.quickstart import __main__ as quickstart, stages
+
+search, steps = stages.SEARCH, ("--max_steps", "2", "--per_device_train_batch_size", "32", "--eval_steps", "2")
+stages.N_DEMONSTRATIONS = 1600
+stages.TASKS["search"] = replace(
+    search,
+    prepare=partial(stages.prepare, n_train=64, n_heldout=24),
+    cold_start=("--max_steps", "100"),
+    flags=lambda data: (*search.flags(data), *steps, "--trajectory_log_rate", "1"),
+)
+quickstart.main()
+"""
+"""The quickstart with few questions and steps, all of whose trees are logged."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +139,8 @@ def fill(project: Path) -> None:
     for name in ("train", "heldout", "watched"):
         (runs / "quickstart/data").mkdir(exist_ok=True)
         shutil.copy(project / "questions.jsonl", runs / f"quickstart/data/{name}.jsonl")
+    shutil.copy(project / "demonstrations.jsonl", runs / "quickstart/data")
+    shutil.copytree(project / "model", runs / "quickstart/data/base")
     passages = [{"id": "1", "contents": "The capital of Peru is Lima."}]
     for path in (project / "corpus.jsonl", runs / "quickstart/data/corpus.jsonl"):
         write_rows(path, passages)

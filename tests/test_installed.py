@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import urllib.request
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from evaluating import completions
 from loopback import Loopback
-from page_commands import BY_PROJECT, DRIVER, NOT_RUN, fill, page_commands
+from page_commands import BY_PROJECT, DRIVER, NOT_RUN, SMALL_QUICKSTART, fill, page_commands
 from page_commands import Command as PageCommand
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +27,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Command = Callable[..., subprocess.CompletedProcess[str]]
 PAGE_COMMANDS = page_commands()
 TRAINING = "arpo-trl train --config quickstart"
+COLD_START = "arpo-trl sft --config quickstart_sft"
+AGAIN = "arpo-trl train --config config.yaml --learning_rate 1e-6"
 SERVING = "arpo-trl view runs/quickstart/rl --serve --open"
-AT_ONCE = [each for each in PAGE_COMMANDS if each.reason is None and each.text not in (*BY_PROJECT, TRAINING, SERVING)]
+QUICKSTART = "arpo-trl quickstart"
+APART = (*BY_PROJECT, TRAINING, COLD_START, AGAIN, SERVING, QUICKSTART)
+"""The commands of the pages that have a test of their own."""
+AT_ONCE = [each for each in PAGE_COMMANDS if each.reason is None and each.text not in APART]
 """The commands of the pages that one process runs."""
+NOISE = re.compile(
+    r"'pin_memory'|missing keys|lm_head|Setting accelerator|Disabling Triton|stamina|(User|Future|Deprecation)Warning"
+)
+"""What a user is not shown: messages of other packages that are irrelevant there."""
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +60,39 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(site: Path) -> dict[str, str]:
-    """That of a user who has installed the package, and whose browser opens at once."""
-    variables = {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BROWSER": "true"}
+    """That of a user who has installed the package without its extra for vLLM, and whose browser opens at once."""
+    folders = os.pathsep.join([str(ROOT / "tests/without_vllm"), str(site)])
+    variables = {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BROWSER": "true"}
     return {**os.environ, **variables, "ACCELERATE_USE_CPU": "true", "COLUMNS": "120"}
 
 
-CALL = [sys.executable, "-c", "import sys; from arpo_trl.cli import main; main()"]
+ENTRY = """
+import sys
+from importlib.metadata import distribution
+(entry,) = distribution("arpo-trl").entry_points.select(group="console_scripts", name="arpo-trl")
+sys.exit(entry.load()())
+"""
+CALL = [sys.executable, "-c", ENTRY]
+"""What the script `arpo-trl` runs that pip makes from the wheel's entry points."""
 
 
 @pytest.fixture(scope="module")
-def command(environment: dict[str, str]) -> Command:
+def outputs() -> list[str]:
+    """The output of every command that `command` and `said` have run."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def command(environment: dict[str, str], outputs: list[str]) -> Command:
     """Runs `arpo-trl WORDS` in a folder with the installed package."""
 
-    def run(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+    def run(
+        folder: Path, *words: str, status: int = 0, call: Sequence[str] = CALL
+    ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*CALL, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            [*call, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False
         )
+        outputs.append(done.stdout + done.stderr)
         assert done.returncode == status, (words, done.returncode, done.stdout[-2000:], done.stderr[-4000:])
         return done
 
@@ -76,8 +103,9 @@ def command(environment: dict[str, str]) -> Command:
 def project(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project after the commands that `arpo-trl new` prints."""
     folder = tmp_path_factory.mktemp("home")
-    said = command(folder, "new", "my-agent").stdout
-    assert "cd my-agent\n    arpo-trl train --config config.yaml" in said
+    made = command(folder, "new", "my-agent")
+    assert "cd my-agent\n    arpo-trl train --config config.yaml" in made.stdout
+    assert "Training a tiny model: 100%" in made.stderr
     command(folder / "my-agent", "train", "--config", "config.yaml")
     return folder / "my-agent"
 
@@ -85,6 +113,7 @@ def project(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_package_is_the_installed_one_and_has_a_version(command: Command, site: Path, tmp_path: Path) -> None:
     assert re.fullmatch(r"arpo-trl \d+\.\d+\.\d+\S*\n", command(tmp_path, "--version").stdout)
     assert f"in {site}/arpo_trl" in command(tmp_path, "doctor").stdout
+    assert len(list(site.glob("arpo_trl-*.dist-info/entry_points.txt"))) == 1  # which `CALL` reads
 
 
 @pytest.mark.parametrize("words", [("--help",), ("train", "--help"), ("sft", "--help"), ("new", "--help")])
@@ -97,6 +126,31 @@ def test_help_imports_nothing_heavy(command: Command, tmp_path: Path, words: tup
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+def test_help_all_has_every_setting_of_trl(command: Command, tmp_path: Path) -> None:
+    short, whole = (command(tmp_path, "train", flag).stdout for flag in ("--help", "--help-all"))
+    for setting in ("--branch_rule", "--num_generations", "--lora_r"):
+        assert setting in short and setting in whole
+    assert "--adam_beta1" in whole and "--adam_beta1" not in short
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["train", "--config", "quickstart"], ["sft", "--config", "quickstart_sft"], ["quickstart"], ["new", "mine"]),
+        *(["eval", "--model", "m", "--data", "q"], ["ask", "m", "What?"], ["merge", "m", "--output", "merged"]),
+        ["compare", "run_a", "run_b"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_command_says_something_before_it_imports_torch(command: Command, tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "torch.py").write_text("raise SystemExit(3)", "utf-8")
+    done = command(tmp_path, *words, status=3)
+    assert f"arpo-trl {words[0]}: loading PyTorch and TRL …" in done.stderr
+    if words == ["quickstart"]:
+        assert done.stdout.startswith("The quickstart builds a tiny model that learns to search and compute.")
+        assert "about four minutes on two CPU cores and downloads nothing. All output goes to" in done.stdout
 
 
 def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: Path) -> None:
@@ -129,7 +183,9 @@ def pages_folder(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def said(pages_folder: Path, environment: dict[str, str]) -> dict[PageCommand, tuple[int | None, str]]:
+def said(
+    pages_folder: Path, environment: dict[str, str], outputs: list[str]
+) -> dict[PageCommand, tuple[int | None, str]]:
     """Exit status and output of each of the pages' commands in `AT_ONCE`. A status of None is a traceback."""
     with Loopback(completions(lambda prompt: "<answer>\\boxed{1}</answer>")) as server:
         words = [each.words() for each in AT_ONCE]
@@ -140,6 +196,7 @@ def said(pages_folder: Path, environment: dict[str, str]) -> dict[PageCommand, t
         )
     assert done.returncode == 0, done.stderr[-4000:]
     answers = json.loads((pages_folder / "answers.json").read_text("utf-8"))
+    outputs += [done.stdout, done.stderr, *(text for _, text in answers)]
     return {each: (status, text) for each, (status, text) in zip(AT_ONCE, answers, strict=True)}
 
 
@@ -149,15 +206,38 @@ def test_a_command_on_a_page_works(said: dict[PageCommand, tuple[int | None, str
     assert status == 0, text
 
 
-def test_the_shipped_configuration_on_the_first_page_trains(command: Command, pages_folder: Path) -> None:
-    (shown,) = {each for each in PAGE_COMMANDS if each.text == TRAINING}
-    command(pages_folder, *shown.words())
-    assert (pages_folder / "runs/quickstart/mine/model.safetensors").exists()
+@pytest.mark.parametrize(("text", "output"), [(TRAINING, "mine"), (COLD_START, "my-sft")])
+def test_a_shipped_configuration_on_a_page_trains(
+    command: Command, pages_folder: Path, text: str, output: str
+) -> None:
+    command(pages_folder, *words_of(text))
+    assert (pages_folder / f"runs/quickstart/{output}/model.safetensors").exists()
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a page's command, made small."""
+    return next(each for each in PAGE_COMMANDS if each.text == text).words()
+
+
+def test_the_quickstart_runs_to_its_end(command: Command, tmp_path: Path) -> None:
+    done = command(tmp_path, "--output", "q", call=[sys.executable, "-c", SMALL_QUICKSTART])
+    shown = done.stdout
+    assert shown.startswith("The quickstart builds a tiny model")
+    assert shown.index("Stage 1") < shown.index("Held-out accuracy") < shown.index("Stage 2") < shown.index("One tree")
+    tree = shown[shown.index("One tree") : shown.index("─ Result")]
+    assert re.search(r"\+ \d extra", tree) and "── branch 0," in tree  # a fork, and what started there
+    assert "The greedy accuracy starts high and may not change." in " ".join(shown.split())
+    assert done.stderr.count("During a rollout the KV cache takes up to") == 1
+    summary = json.loads((tmp_path / "q/summary.json").read_text("utf-8"))
+    assert (summary["leaves"], summary["steps"]) == (64, 2)
+    assert summary["branches"] + summary["topups"] == 32  # M − N = 4 in each of the 8 groups
+    assert {"entropy_after_search", "entropy_after_python", "entropy_elsewhere"} < set(summary)
+    assert (tmp_path / "q/quickstart.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "q/rl/model.safetensors").exists()
 
 
 def test_a_run_is_served_as_a_page_says(pages_folder: Path, environment: dict[str, str]) -> None:
-    (shown,) = {each for each in PAGE_COMMANDS if each.text == SERVING}
-    words = [*shown.words(), "--port", "0"]
+    words = [*words_of(SERVING), "--port", "0"]
     with subprocess.Popen([*CALL, *words], cwd=pages_folder, env=environment, stdout=subprocess.PIPE) as served:
         assert served.stdout is not None
         url = served.stdout.readline().decode().split()[0]
@@ -171,7 +251,7 @@ def test_every_command_on_a_page_is_run_or_has_a_reason_not_to_be() -> None:
     assert len(PAGE_COMMANDS) > 150 and len(AT_ONCE) >= 40
     left = [each for each in PAGE_COMMANDS if each.reason is None and not each.text.startswith("arpo-trl ")]
     assert {each.text for each in left} == {"cd my-agent"}
-    assert {TRAINING, SERVING, *BY_PROJECT} <= {each.text for each in PAGE_COMMANDS}
+    assert set(APART) <= {each.text for each in PAGE_COMMANDS}
     assert [start for start in NOT_RUN if not any(re.match(start, each.text) for each in PAGE_COMMANDS)] == []
 
 
@@ -182,8 +262,12 @@ def test_a_second_training_does_not_replace_the_first(command: Command, project:
     assert "output_dir runs/first contains a finished model (model.safetensors) of an earlier run" in line
     assert "Traceback" not in refused.stderr
     assert (project / "runs/first/model.safetensors").stat().st_mtime_ns == before
-    command(project, "train", "--config", "config.yaml", "--max_steps", "1", "--overwrite_output_dir", "true")
+    saved = ("--save_strategy", "steps", "--save_steps", "1")
+    command(project, *words_of(AGAIN), *saved)
     assert len(list((project / "runs/first/trajectories").glob("*.jsonl"))) == 1
+    resumed = ("--max_steps", "2", "--resume_from_checkpoint", "true")
+    command(project, *shlex.split(AGAIN)[1:], *saved, *resumed)  # of a model with tied weights
+    assert len(list((project / "runs/first/trajectories").glob("*.jsonl"))) == 2
 
 
 def test_the_cold_start_of_a_project_trains(command: Command, project: Path) -> None:
@@ -205,3 +289,9 @@ def test_an_earlier_quickstart_is_not_replaced(command: Command, tmp_path: Path)
     (tmp_path / "q/rl/model.safetensors").touch()
     refused = command(tmp_path, "quickstart", "--output", "q", status=2)
     assert "output_dir q/rl contains a finished model (model.safetensors)" in refused.stderr
+
+
+@pytest.mark.usefixtures("project", "said")
+def test_no_output_has_noise(outputs: list[str]) -> None:
+    """The last test of this file, after all commands."""
+    assert [line for text in outputs for line in text.splitlines() if NOISE.search(line)] == []

@@ -9,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import yaml
@@ -107,7 +108,9 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "my_code", raising=False)
     monkeypatch.setenv("COLUMNS", "1000")
-    monkeypatch.delenv("SERPER_API_KEY", raising=False)
+    for name in ("SERPER_API_KEY", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(folder / "no_keys"))
 
     def run(main, *words: str) -> str:
         monkeypatch.setattr("sys.argv", list(words))
@@ -211,6 +214,18 @@ def test_an_error_that_this_packages_own_code_raises_by_accident_keeps_its_trace
     with pytest.raises(ValueError, match="A row has no token") as raised, start_errors():
         pack_rows(torch.ones(1, 2), torch.zeros(1, 2), 1)
     assert not isinstance(raised.value, ConfigError)
+
+
+def test_an_error_of_a_type_that_its_package_defines_is_converted_and_one_of_the_users_code_is_not():
+    class Own(Exception): ...
+
+    with pytest.raises(ConfigError, match=r"cannot start\. httpx says: Invalid port: 'x'"), start_errors():
+        httpx.URL("http://127.0.0.1:x")  # its InvalidURL is an Exception of no built-in type
+    assert httpx.InvalidURL.__mro__[1] is Exception
+    with pytest.raises(Own), start_errors():
+        raise Own
+    with pytest.raises(KeyError), start_errors():  # a built-in type that is no verdict on a setting
+        {}["missing"]
 
 
 def test_a_variable_keeps_the_traceback_of_other_errors(monkeypatch):

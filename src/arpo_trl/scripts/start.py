@@ -15,10 +15,11 @@ from trl import ModelConfig
 
 from arpo_trl.errors import ArpoError, ConfigError
 
+PYTHON = "Python"
 TRACEBACK = "ARPO_TRACEBACK"
 """Environment variable: if it is 1, mistakes that other packages detect keep their traceback."""
 STARTING = (ValueError, TypeError, ArithmeticError, OSError, ImportError, RuntimeError)
-"""The types of errors that packages raise for unusable settings."""
+"""The built-in types of errors that packages raise for unusable settings. Many packages also define their own."""
 
 
 def required_model(model_config: ModelConfig) -> str:
@@ -40,26 +41,27 @@ def required_model(model_config: ModelConfig) -> str:
 def start_errors(starting: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """A context in which, while `starting()` is true, a mistake that another package detects becomes a ConfigError.
 
-    The scripts print it in one line. It converts the types of errors that packages raise for unusable settings.
-    Unintended errors of this package's own code keep their traceback.
+    The scripts print it in one line. It converts the types of errors that packages raise for unusable settings:
+    `STARTING`, and types that the package defines, such as a tracker's for a missing key. Unintended errors of this
+    package's own code keep their traceback.
     """
     try:
         yield
     except ArpoError:
         raise
-    except STARTING as error:
+    except SafetensorError as error:
+        raise ConfigError(
+            f"The weights of the model cannot be read ({error}): a file is truncated or not a safetensors file. Copy "
+            "or download the model again."
+        ) from error
+    except Exception as error:
         package = _package_of(error)
-        if not starting() or package == "arpo_trl" or os.environ.get(TRACEBACK) == "1":
+        intended = isinstance(error, STARTING) or (type(error).__module__ != "builtins" and package != PYTHON)
+        if not (intended and starting()) or package == "arpo_trl" or os.environ.get(TRACEBACK) == "1":
             raise
         told = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"Training cannot start. {package} says: {told} (Set {TRACEBACK}=1 to see where it was raised.)"
-        ) from error
-    except SafetensorError as error:
-        raise ConfigError(
-            f"The weights of the model cannot be read ({error}): a file is truncated or not a safetensors file. Copy "
-            f"or "
-            "download the model again."
         ) from error
 
 
@@ -83,10 +85,10 @@ def until_first_step(trainer: Trainer) -> Iterator[None]:
 
 
 def _package_of(error: BaseException) -> str:
-    """The package whose code raised the error."""
+    """The package whose code raised the error, `PYTHON` for code outside packages."""
     file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     folders = [*file.parts[:-1], file.stem]
     for parent in ("site-packages", "src"):
         if parent in folders[:-1]:
             return folders[len(folders) - folders[::-1].index(parent)]
-    return "Python"
+    return PYTHON
