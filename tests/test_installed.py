@@ -255,6 +255,7 @@ def test_every_command_on_a_page_is_run_or_has_a_reason_not_to_be() -> None:
     assert [start for start in NOT_RUN if not any(re.match(start, each.text) for each in PAGE_COMMANDS)] == []
 
 
+@pytest.mark.usefixtures("pages_folder")  # a copy of the project before this test changes it
 def test_a_second_training_does_not_replace_the_first(command: Command, project: Path) -> None:
     before = (project / "runs/first/model.safetensors").stat().st_mtime_ns
     refused = command(project, "train", "--config", "config.yaml", status=2)
