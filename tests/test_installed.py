@@ -228,6 +228,7 @@ def test_the_quickstart_runs_to_its_end(command: Command, tmp_path: Path) -> Non
     assert re.search(r"\+ \d extra", tree) and "── branch 0," in tree  # a fork, and what started there
     assert "The greedy accuracy starts high and may not change." in " ".join(shown.split())
     assert done.stderr.count("During a rollout the KV cache takes up to") == 1
+    assert done.stderr.count("Model-written Python runs isolated by ") == 2  # once in each process with the tool
     summary = json.loads((tmp_path / "q/summary.json").read_text("utf-8"))
     assert (summary["leaves"], summary["steps"]) == (64, 2)
     assert summary["branches"] + summary["topups"] == 32  # M − N = 4 in each of the 8 groups

@@ -21,7 +21,7 @@ import pytest
 import arpo_trl.tools.python.local as python_module
 import arpo_trl.tools.python.sandbox as sandbox_module
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
-from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.builtin import ToolArguments, _print_once, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.python.local import PastCells, PythonTool, python_tool, stop_reason
 from arpo_trl.tools.python.local import shown as displayed
@@ -778,7 +778,9 @@ def test_a_configuration_logs_the_isolation_once(
         pytest.skip("this kernel cannot isolate")
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", rank)
-        (python,) = build_tools(ToolArguments(tools=["python"], python_stateful=True))
+        _print_once.cache_clear()  # as in a new process
+        for _ in range(2):
+            (python,) = build_tools(ToolArguments(tools=["python"], python_stateful=True))
         assert tool_spec(python).create_state is not None
         assert capsys.readouterr().err.count("Model-written Python runs isolated by ") == lines
 

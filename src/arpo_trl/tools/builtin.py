@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -240,8 +241,14 @@ def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
             stateful=arguments.python_stateful,
         )
     if os.environ.get("RANK", "0") == "0":  # once per run, not once per process
-        print(python.isolation, file=sys.stderr)
+        _print_once(python.isolation)
     return python
+
+
+@functools.cache
+def _print_once(line: str) -> None:
+    """Prints a line to standard error that this process has not printed yet."""
+    print(line, file=sys.stderr)
 
 
 def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
