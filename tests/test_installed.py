@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.viewing.curves import PANELS, curves
 from evaluating import completions
 from loopback import Loopback
 from page_commands import BY_PROJECT, DRIVER, NOT_RUN, fill, page_commands
@@ -104,6 +105,8 @@ def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: 
     rewards = [row["reward"] for row in history if "reward" in row]
     assert len(rewards) == 10
     assert sum(rewards[-3:]) > sum(rewards[:3])  # it learns to look up and to copy
+    drawn = [label for panel in PANELS for label in curves(panel, history)]
+    assert {"after lookup", "share of lookup that failed"} <= set(drawn)
     readme = (project / "README.md").read_text("utf-8")
     lines = [line.partition("#")[0].split() for line in readme.split("```")[1].splitlines() if line]
     assert [line[1] for line in lines] == ["train", "tree", "ask", "eval"]

@@ -10,6 +10,7 @@ import forked
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.quickstart.__main__ import measure, prepare
 from arpo_trl.quickstart.report import draw, entropy_places, summarise, summary_table
+from arpo_trl.viewing.curves import PANELS, curves
 from shipped import replacements, run, save_data
 from support import child_environment, save_tiny_model
 
@@ -57,6 +58,8 @@ def test_the_quickstart_runs_from_cold_start_to_picture(tmp_path):
     draw(history, summary, places, places, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
     assert summary_table(summary).row_count == 8
+    for panel in PANELS:
+        assert set(panel.lines.values()) <= set(curves(panel, history)), panel.name
     trees = [tree for file in sorted((rl / "trajectories").glob("step-*.jsonl")) for tree in read_trees(file)]
     assert len(trees) == 4
 
