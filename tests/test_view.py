@@ -229,7 +229,7 @@ def test_no_text_ends_a_script_or_carries_hidden_characters(run: Path) -> None:
     assert len(scripts) == html.count("<script") == html.count("</script") == 5  # index, three trees, the page's own
     assert not set(html) & set("\x1b\u202e")
     index, _, _, tree = blocks(html)
-    assert tree["nodes"][2]["text"] == HOSTILE.replace("\x1b", "␛").replace("\u202e", "‹U+202E›")
+    assert tree["nodes"][2]["calls"][0]["text"] == HOSTILE.replace("\x1b", "␛").replace("\u202e", "‹U+202E›")
     assert [group["group"] for group in index["groups"]] == [0, 0, 1]
 
 

@@ -36,7 +36,7 @@ function treeOf(key) {
 function textOf(key) {
   if (!texts.has(key)) {
     const tree = treeOf(key), parts = [tree.prompt, ...tree.answers];
-    for (const node of tree.nodes) parts.push(node.text, ...(node.calls || []).flatMap((call) => Object.values(call.arguments).map(asText)));
+    for (const node of tree.nodes) parts.push(node.text ?? "", ...(node.calls || []).flatMap((call) => [call.text, ...Object.values(call.arguments).map(asText)]));
     texts.set(key, parts.join("\n").toLowerCase());
   }
   return texts.get(key);

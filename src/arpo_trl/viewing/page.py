@@ -173,7 +173,9 @@ def tree_data(logged: LoggedTree) -> dict[str, Any]:
 
 
 def _node_data(node: Node, logged: LoggedTree) -> dict[str, Any]:
-    data: dict[str, Any] = {"parent": node.parent, "kind": node.kind.value, "text": node.text, "tokens": len(node.ids)}
+    data: dict[str, Any] = {"parent": node.parent, "kind": node.kind.value, "tokens": len(node.ids)}
+    if not node.calls:
+        data["text"] = node.text  # that of an observation otherwise repeats the texts of its calls
     if node.index in logged.spans:
         start, end = logged.spans[node.index]
         data["span"] = [round(start, 3), round(end, 3)]
