@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -333,6 +336,23 @@ def test_the_curves_of_a_revision_are_computed_once(
         for after in (0, revision - 1, revision):
             assert ask(server, f"changes?after={after}")["revision"] == revision
         assert len(computed) == revision
+
+
+def test_a_page_that_is_closed_before_its_answer_leaves_no_traceback(
+    server: ViewServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answering() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+
+    with server.lock, socket.create_connection(server.server_address[:2]) as closed:  # it answers after the lock
+        closed.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+        while not answering():
+            time.sleep(0.01)
+        closed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    for thread in answering():
+        thread.join()
+    assert capsys.readouterr().err == ""
+    assert ask(server, "changes")["files"]
 
 
 def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server: ViewServer) -> None:
