@@ -64,7 +64,8 @@ class Tab:
             case "Runtime.exceptionThrown":
                 self.errors.append(json.dumps(event["params"]["exceptionDetails"])[:500])
             case "Log.entryAdded":
-                self.errors.append(event["params"]["entry"]["text"])
+                entry = event["params"]["entry"]
+                self.errors.append(f"{entry['text']} {entry.get('url', '')}")
             case "Network.requestWillBeSent":
                 self.requests.append(event["params"]["request"]["url"])
         return event
