@@ -5,7 +5,6 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -130,14 +129,6 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
             load_callable(path, "reward")
     with pytest.raises(ConfigError, match="reward is set, so accuracy and the judge are not used"):
         script("train").TrainArguments(dataset="rows.jsonl", reward=["own_code:good"], accuracy="paper_f1")
-
-
-def test_the_reward_on_the_page_reads_a_field_of_the_rows() -> None:
-    page = (ROOT / "docs/rewards.md").read_text("utf-8")
-    names: dict[str, Any] = {}
-    exec(next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "by_gold" in code), names)
-    completions = [[{"role": "assistant", "content": text}] for text in ("a fig", "a car")]
-    assert names["by_gold"](completions, [["fig", "date"]] * 2) == [1.0, 0.0]
 
 
 @pytest.mark.slow
