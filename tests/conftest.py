@@ -23,6 +23,7 @@ import pytest
 import stamina
 from transformers import set_seed
 
+from browser import VARIABLE, Tab, browsing, find_browser
 from fetch_tokenizers import FOLDER as TOKENIZERS
 from hub_server import TOKEN, Hub
 
@@ -35,8 +36,15 @@ NEEDS = {
         (TOKENIZERS / ".ready").exists(),
         "Models' tokenizers are missing: the tests marked `tokenizers` did not run. `make test` fetches them.",
     ),
+    "browser": (
+        find_browser() is not None,
+        "There is no Chromium or Chrome: the tests marked `browser` did not run. Install one, or set "
+        f"{VARIABLE} to its path.",
+    ),
 }
 """Mark → whether what its tests need is here, and what is said where it is not."""
+NEEDED_IN_CI = ("vllm", "browser")
+"""Marks whose tests CI must not skip."""
 
 
 TOGETHER = ("test_lockstep", "test_ranks", "test_resume_ranks", "test_shipped_ranks")
@@ -79,13 +87,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def skip_without_needs(items: list[pytest.Item]) -> None:
-    """Skips what needs something that is missing. In CI missing vLLM is an error, since the skips would not be
-    noticed."""
+    """Skips what needs something that is missing. In CI this is an error, since the skips would not be noticed; the
+    tokenizers are an exception, because their registry may be away."""
     for mark, (is_here, said) in NEEDS.items():
         needing = [item for item in items if item.get_closest_marker(mark)]
         if is_here or not needing:
             continue
-        if mark == "vllm" and os.environ.get("CI") == "true":
+        if mark in NEEDED_IN_CI and os.environ.get("CI") == "true":
             raise pytest.UsageError(said)
         for item in needing:
             item.add_marker(pytest.mark.skip(reason=said))
@@ -103,6 +111,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def seed() -> None:
     """Seed random, numpy and torch, so that no test depends on earlier tests."""
     set_seed(0)
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
+    """A tab of a headless browser, for tests marked `browser`."""
+    browser = find_browser()
+    assert browser is not None
+    with browsing(browser, tmp_path_factory.mktemp("profile")) as made:
+        yield made
 
 
 @pytest.fixture

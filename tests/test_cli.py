@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import subprocess
@@ -5,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from arpo_trl import cli
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
+from arpo_trl.rollout.tree import BranchDecision, RolloutTree, StopReason
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from support import ANSWER, Scripted
 
@@ -118,6 +121,42 @@ def test_tree_shows_whole_texts_if_requested(monkeypatch, capsys, log):
     log.write_text(json.dumps(rows[0]) + "\n")
     assert "word end" not in run(monkeypatch, capsys, "tree", str(log))[1]
     assert "word end" in " ".join(run(monkeypatch, capsys, "tree", str(log), "--full")[1].replace("│", "").split())
+
+
+def nested(levels: int) -> LoggedTree:
+    """A path that forks after each of its results, with long texts, wide characters and words that do not fit."""
+    made, parent = RolloutTree([1]), 0
+    text = "a long text " * 30 + "鉄の融点は何度ですか" * 20 + "w" * 200 + "\n" + "a second line"
+    for depth in range(1, levels + 1):
+        parent = made.add_observation(made.add_turn(parent, [1], text, [-0.5], [0.5]).index, [2], [], text).index
+        made.nodes[parent].decision = BranchDecision(
+            entropy_nats=1.0, delta=0.1, probability=0.5, fires=True, granted=1, reason="drew 0.312"
+        )
+        made.end(made.add_turn(parent, [1], text, [-0.5], [0.5]).index, (0, depth, 0), StopReason.EOS)
+    made.end(made.add_turn(parent, [1], text, [-0.5], [0.5]).index, (0,), StopReason.EOS)
+    leaves = levels + 1
+    return LoggedTree(step=123456, group=0, prompt=text, tree=made, rewards=[1.0] * leaves, advantages=[0.0] * leaves)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_tree_fits_80_columns(monkeypatch, capsys, tmp_path, full):
+    monkeypatch.setenv("COLUMNS", "80")
+    TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write(
+        "step-123456", [dataclasses.replace(nested(8), group=i) for i in range(20)]
+    )
+    TrajectoryLog(tmp_path / "trajectories", 1.0, 0, 0).write("eval-123456", [nested(8)])
+    _, table, _ = run(monkeypatch, capsys, "tree", str(tmp_path))
+    *lines, command = table.splitlines()
+    # 20 trees of 9 leaves with reward 1, and 8 forks
+    assert lines[2].split() == ["123456", "training", "20", "180", "1.00", "0", "160", "0", "0"]
+    assert command.endswith(f"arpo-trl tree {tmp_path} --step 123456")  # in one piece, however long
+    _, tree, _ = run(
+        monkeypatch, capsys, "tree", str(tmp_path), "--step", "123456", "--group", "1", *["--full"] * full
+    )
+    lines += tree.splitlines()
+    assert max(map(cell_len, lines)) <= 80
+    assert "…" not in table and ("…" in tree) is not full
+    assert "branch 0,8,0" in tree and "drew" in tree
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,18 @@
-import json
-import subprocess
+import dataclasses
 from html.parser import HTMLParser
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 
 from arpo_trl.evaluation import report
 from arpo_trl.evaluation.results import suites_of, summarise
-from browser import find_browser
+from browser import IS_COMPLETE
 from evaluating import GSM8K, called, record
 
 HOSTILE = (
     "</pre><script>document.title='owned'</script><img src='http://evil.example/x.png' onerror=alert(1)>"
     '"><a href="javascript:alert(1)">x</a> {{ 7*7 }} &lt;b&gt; | [link](http://evil.example) <https://evil.example>'
 )
-CHROMIUM = find_browser()
 VOID = {"meta", "br", "img", "input", "hr", "link"}
 
 
@@ -205,39 +202,25 @@ def test_a_table_is_markdown():
 
 # In a browser --------------------------------------------------------------------------------------------------------
 
-browser = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium here: the page is parsed in the tests above, but not looked at"
-)
 
-
-def chromium(folder: Path, *arguments: str) -> str:
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *arguments]
-    command += [f"--user-data-dir={folder / 'profile'}", "--host-resolver-rules=MAP * ~NOTFOUND"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-
-
-@browser
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [390, 1200])
-def test_the_page_fits_the_width_of_a_phone_and_of_a_screen(tmp_path, width):
-    page = page_of(*varied()).replace("<details>", "<details open>")
-    path = tmp_path / "report.html"
-    path.write_text(page, "utf-8")
-    picture = tmp_path / "shot.png"
-    chromium(tmp_path, f"--window-size={width},2000", f"--screenshot={picture}", path.as_uri())
-    pixels = matplotlib.image.imread(picture)
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("kind", ["report", "samples"])
+def test_the_pages_fit_the_width_of_a_phone_and_of_a_screen(tmp_path, tab, kind, width):
+    further = dataclasses.replace(pages_of(*varied())[0], files=[f"samples-1-{i}.html" for i in range(40)])
+    page = page_of(*varied()) if kind == "report" else report.samples_html(HOSTILE, further)
+    path = tmp_path / f"{kind}.html"
+    path.write_text(page.replace("<details>", "<details open>"), "utf-8")
+    tab.open(path.as_uri(), width, 2000, ready=IS_COMPLETE)
+    assert tab.run("document.documentElement.scrollWidth") <= width
+    # nothing is cut either: no cell or text is wider than its box
+    wide = "[...document.querySelectorAll('body *')].filter((each) => each.scrollWidth > each.clientWidth + 1"
+    assert tab.run(f"{wide} && getComputedStyle(each).display !== 'inline').map((each) => each.outerHTML)") == []
+    assert tab.run("document.title").startswith({"report": "Evaluation of runs/", "samples": "Samples of "}[kind])
+    assert {*tab.requests} - {"about:blank"} == {path.as_uri()} and tab.errors == []
+    tab.picture(tmp_path / "shot.png")
+    pixels = matplotlib.image.imread(tmp_path / "shot.png")
     assert pixels.shape[:2] == (2000, width)
     inked = (pixels[:, :, :3].min(axis=2) < 0.5).mean(axis=1) > 0
     assert inked[:1500].mean() > 0.3  # lines of text all the way down
-
-    # A browser's window is at least 500 wide, so a frame is the phone; without the policy it can be measured.
-    bare = page[: page.index("<meta http-equiv")] + page[page.index("<meta name") :]
-    source = json.dumps(bare).replace("</", "<\\/")
-    measure = (
-        f"<iframe id=f style='width:{width}px;height:900px;border:0'></iframe><p id=w></p><script>f.srcdoc = {source};"
-        "f.onload = () => { const d = f.contentDocument;"
-        "w.textContent = 'width ' + d.documentElement.scrollWidth + ' title ' + d.title }</script>"
-    )
-    (tmp_path / "measure.html").write_text("<!doctype html><meta charset=utf-8>" + measure, "utf-8")
-    found = chromium(tmp_path, "--virtual-time-budget=5000", "--dump-dom", (tmp_path / "measure.html").as_uri())
-    assert f"width {width} title Evaluation of runs/" in found

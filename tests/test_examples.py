@@ -74,6 +74,12 @@ def test_a_branch_of_the_tool_with_state_has_a_database_of_its_own() -> None:
     assert read == {(0,): '[["0"]]', (0, 1, 0): '[["0/1/0"]]', (1,): '[["1"]]', (1, 1, 0): '[["1/1/0"]]'}
 
 
+def test_a_reward_reads_a_field_of_the_rows() -> None:
+    by_gold = run(example("docs/rewards.md", "def by_gold"))["by_gold"]
+    completions = [[{"role": "assistant", "content": text}] for text in ("a fig", "a car")]
+    assert by_gold(completions, [["fig", "date"]] * 2) == [1.0, 0.0]
+
+
 def test_the_reward_falls_with_the_number_of_calls() -> None:
     few_calls = run(example("docs/rewards.md", "def few_calls"))["few_calls"]
     calls = [[], [{"name": "search"}], [{"name": "search"}, {"name": "python"}]]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.viewing.curves import PANELS, curves
 from evaluating import completions
 from loopback import Loopback
 from page_commands import BY_PROJECT, DRIVER, NOT_RUN, SMALL_QUICKSTART, fill, page_commands
@@ -158,6 +159,8 @@ def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: 
     rewards = [row["reward"] for row in history if "reward" in row]
     assert len(rewards) == 10
     assert sum(rewards[-3:]) > sum(rewards[:3])  # it learns to look up and to copy
+    drawn = [label for panel in PANELS for label in curves(panel, history)]
+    assert {"after lookup", "share of lookup that failed"} <= set(drawn)
     readme = (project / "README.md").read_text("utf-8")
     lines = [line.partition("#")[0].split() for line in readme.split("```")[1].splitlines() if line]
     assert [line[1] for line in lines] == ["train", "tree", "ask", "eval"]
@@ -233,6 +236,9 @@ def test_the_quickstart_runs_to_its_end(command: Command, tmp_path: Path) -> Non
     assert (summary["leaves"], summary["steps"]) == (64, 2)
     assert summary["branches"] + summary["topups"] == 32  # M − N = 4 in each of the 8 groups
     assert {"entropy_after_search", "entropy_after_python", "entropy_elsewhere"} < set(summary)
+    history = json.loads((tmp_path / "q/rl/trainer_state.json").read_text("utf-8"))["log_history"]
+    for panel in PANELS:
+        assert set(panel.lines.values()) <= set(curves(panel, history)), panel.name
     assert (tmp_path / "q/quickstart.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "q/rl/model.safetensors").exists()
 

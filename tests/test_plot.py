@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from arpo_trl import cli
@@ -19,8 +20,8 @@ from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.viewing.command import KINDS_OF_PLOTS
-from arpo_trl.viewing.curves import PANELS
-from arpo_trl.viewing.plot import draw_plot
+from arpo_trl.viewing.curves import PANELS, Panel
+from arpo_trl.viewing.plot import COLOURS, draw_plot, picture
 from arpo_trl.viewing.timeline import tree_events, write_timeline
 from support import ANSWER, Scripted
 from test_view import logged
@@ -39,8 +40,48 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(end.value.code or 0)
 
 
-def test_every_panel_can_be_drawn() -> None:
+def test_the_kinds_of_pictures_are_the_panels() -> None:
     assert tuple(panel.name for panel in PANELS) == KINDS_OF_PLOTS
+
+
+OF_TOOLS = {
+    **{"arpo/entropy/after_search": "after search", "arpo/entropy/after_python": "after python"},
+    "arpo/tools/search/failed": "share of search that failed",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("extension", ["png", "svg"])
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel.name)
+def test_every_kind_is_drawn_with_all_its_lines(tmp_path: Path, panel: Panel, extension: str) -> None:
+    of_tools = {key: label for key, label in OF_TOOLS.items() if key.startswith(f"arpo/{panel.name}/")}
+    labels = {**panel.lines, **of_tools}
+    rows = [{"step": step, **{key: i * step for i, key in enumerate(labels)}} for step in (1, 2)]
+    path = draw_plot([run_with(tmp_path / "a", *rows)], panel.name, tmp_path / f"picture.{extension}")
+    if extension == "png":
+        pixels = (matplotlib.image.imread(path)[..., :3] * 255).round().astype(int) @ [0x10000, 0x100, 1]
+        assert {int(colour[1:], 16) for colour in COLOURS[: len(labels)]} <= set(np.unique(pixels).tolist())
+    else:
+        text = path.read_text("utf-8")
+        assert text.startswith("<?xml") and all(f"<!-- {label} -->" in text for label in labels.values())
+
+
+OKABE_ITO = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+
+
+@pytest.mark.parametrize("points", [2, 200])
+@pytest.mark.parametrize(("runs", "metrics"), [(1, 6), (1, 12), (2, 6), (9, 6)])
+def test_no_two_lines_look_the_same_and_all_colours_are_those_of_okabe_and_ito(
+    runs: int, metrics: int, points: int
+) -> None:
+    lines = {
+        Path(f"run{i}"): {f"metric {j}": [(step, 0.5) for step in range(points)] for j in range(metrics)}
+        for i in range(runs)
+    }
+    drawn = picture(PANELS[0], lines).axes[0].lines
+    looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in drawn}
+    assert len(looks) == len(drawn) == runs * metrics
+    assert {colour for colour, _, _ in looks} <= set(OKABE_ITO)
 
 
 def test_a_picture_is_saved_in_the_runs_folder(

@@ -16,8 +16,13 @@ from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import BranchContext, BranchDecision, BranchRule, Candidate, LivePath
 from arpo_trl.rollout.rules.aepo import AEPO
 from arpo_trl.rollout.rules.cbpo import CBPO
+from arpo_trl.rollout.rules.probability import Probability
+from arpo_trl.rollout.rules.random import Random
+from arpo_trl.rollout.rules.ranked import Ranked
+from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.schedule import Schedule
 from arpo_trl.rollout.rules.surprisal import Surprisal
+from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.rules.uniform import Uniform
 from arpo_trl.rollout.tree import RolloutTree
 from support import ANSWER, ON_CPU, Scripted
@@ -87,7 +92,12 @@ def test_surprisal_gives_a_round_to_the_k_best_places():
     grown, candidates = surprising()
     rule = Surprisal(rounds=2)
     grown.state = rule.start(grown)  # K = 4 / 2 = 2
-    assert [made.granted for made in rule.decide(candidates, grown)] == [1, 0]
+    decisions = rule.decide(candidates, grown)
+    assert [made.granted for made in decisions] == [1, 0]
+    assert [made.reason for made in decisions] == [
+        "round 1: 1 of 2 paths, score 2.050 nats",
+        "round 1: 0 of 2 paths, score 1.000 nats",
+    ]
     grown.remaining -= 1
     assert rule.supply([], grown) == 2  # one of the 3 left starts at the root now, 2 are the next round's
     # with .2 nats a sibling the root falls behind to 2.0, but is still the second of two
@@ -108,6 +118,10 @@ def test_surprisal_rounds_follow_one_another():
     rollout = Scripted(one_search, leaves=5, at_root=1, rule=Surprisal(rounds=2))()
     assert [leaf.address for leaf in rollout.trees[0].leaves()] == [(0,), (0, 1, 0), (1,), (1, 1, 0), (2,)]
     assert rollout.turns_in_sequence == [6]  # three waves of two turns
+    assert [node.decision.reason for node in rollout.trees[0].observations() if node.decision] == [
+        "round 1: 1 of 2 paths, score 0.500 nats; round 2: 0 of 2 paths, score 0.450 nats",
+        "round 2: 1 of 2 paths, score 0.500 nats",
+    ]
 
 
 # uniform -------------------------------------------------------------------------------------------------------------
@@ -234,6 +248,7 @@ def test_aepo_as_coded_draws(coin, fires):
     grown = after_first_paths(rule, coin)
     made = rule.judge(candidate(grown.below([1, 1]), 0.15, address=(1,)), grown)
     assert (made.fires, made.probability) == (fires, pytest.approx(1 - (0.5 / 0.9 - 0.03)))
+    assert made.reason == f"2 consecutive branches above, drew {coin:.3f}"
     # twenty in a row leave nothing
     made = rule.judge(candidate(grown.below([1] * 20), 0.15, address=(1,)), grown)
     assert (made.fires, made.probability) == (False, 0.0)
@@ -264,6 +279,7 @@ def test_aepo_splits_the_leaves_by_the_entropies_of_the_first_path(form, weight,
     assert len(tree.leaves()) == 16
     first = [node for node in tree.observations() if node.decision and node.parent == 1]
     assert [node.decision.granted for node in first] == [0]  # the first path does not branch
+    assert first[0].decision.reason == "a first path, which is only measured"
     if form == "paper":  # α = 1 fires everywhere, so that branches take all that is left
         assert len(tree.root.children) == max(2, m)
         assert rollout.topups == [max(1, m - 1)]
@@ -316,6 +332,18 @@ def test_every_tree_has_exactly_m_leaves_whatever_fails(rule, at_root):
     run = Scripted(uneven, leaves=8, at_root=at_root, rule=rule, tools=[search], max_completion_length=120)
     for tree in run(groups=8).trees:
         tree.check(8)
+
+
+@pytest.mark.parametrize("rule", [*RULES, Threshold(), Probability(), Random(), Ranked(), Released()], ids=named)
+def test_every_decision_says_what_decided(rule):
+    decisions = [
+        node.decision
+        for tree in Scripted(uneven, leaves=8, at_root=2, rule=rule)(groups=4).trees
+        for node in tree.observations()
+        if node.decision is not None
+    ]
+    assert len(decisions) > 10
+    assert all(made.reason or made.probability is not None for made in decisions)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=named)

@@ -23,7 +23,9 @@ def tree(text: str = "words", failure: ToolFailure | None = None) -> RolloutTree
         source=CallSource.EXECUTED,
     )
     seen = made.add_observation(first.index, [2], [call], "1538 degrees")
-    seen.decision = BranchDecision(entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1)
+    seen.decision = BranchDecision(
+        entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1, reason="drew 0.312"
+    )
     made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
     made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
     return made
@@ -46,7 +48,7 @@ def test_a_tree_is_drawn_line_by_line_and_only_forks_indent():
         "step 12, group 3  a prompt",
         "└── path 0",
         "    ├── ▸ <search>iron</search>  H 0.50",
-        "    ├── ◂ 1538 degrees  + 1 extra, ΔH +0.125, P 0.525",
+        "    ├── ◂ 1538 degrees  + 1 extra, ΔH +0.125, P 0.525, drew 0.312",
         "    ├── path 0",
         "    │   └── ▸ words  H 1.50  ■ eos reward 1.00, A +0.75",
         "    └── branch 0,1,0",
@@ -66,6 +68,8 @@ def test_a_result_shows_failures_and_the_reason_without_a_fork():
     assert shown(made)[3].endswith("◂ 1538 degrees  failed: timeout  no fork, ΔH -0.250, P 0.450")
     made.nodes[2].decision = BranchDecision(fires=True)
     assert shown(made)[3].endswith("no leaves left")
+    made.nodes[2].decision = BranchDecision(reason="round 1: 0 of 2 paths, score 1.000 nats")
+    assert shown(made)[3].endswith("no fork, round 1: 0 of 2 paths, score 1.000 nats")
 
 
 def test_no_reward_is_not_zero():
@@ -93,6 +97,7 @@ def test_nothing_that_was_logged_steers_the_terminal():
     shown_as = "␛]52;c;Y3VybA==␇␛]0;owned␇␛[2J‹U+009B›2J‹U+202E›dlo"
     made = tree(hostile)
     made.nodes[2].text = hostile
+    made.nodes[2].decision = BranchDecision(reason=hostile)
     lines = shown(made, prompt=hostile)
     assert [shown_as in line for line in lines] == [True, False, False, True, False, True, False, False]
     assert all(char.isprintable() for line in lines for char in line)

@@ -82,7 +82,8 @@ def test_threshold_ignores_the_coin_and_may_exceed_one():
 @pytest.mark.parametrize(("coin", "fires"), [(0.69, True), (0.71, False)])
 def test_probability_is_a_coin_with_p(coin, fires):
     # ΔH = 1, P = 0.5 + 0.2 = 0.7
-    assert Probability().judge(seen([math.log(10)], [0.0]), Coin(coin)).fires is fires
+    made = Probability().judge(seen([math.log(10)], [0.0]), Coin(coin))
+    assert (made.fires, made.reason) == (fires, f"drew {coin:.3f}")
 
 
 @pytest.mark.parametrize("entropy", [0.0, 2.0])

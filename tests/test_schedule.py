@@ -58,6 +58,8 @@ def test_every_path_has_the_same_number_of_children_at_each_depth():
     assert found == [(0,), (0, 1, 0), (0, 1, 0, 2, 0), (0, 1, 1), (0, 1, 1, 2, 0), (0, 2, 0)]
     # 1 call, then 3, and nothing is started at the root
     assert (sum(len(node.calls) for node in tree.observations()), topups) == (4, 0)
+    reasons = [node.decision.reason for node in tree.observations() if node.decision]
+    assert reasons == ["planned width 3, share of leaves 6", *["planned width 2, share of leaves 2"] * 3]
 
 
 def test_after_the_last_width_nothing_branches():

@@ -46,7 +46,9 @@ def small(text: str = "hello") -> LoggedTree:
         source=CallSource.EXECUTED,
     )
     seen = tree.add_observation(first.index, [5], [call], text)
-    seen.decision = BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
+    seen.decision = BranchDecision(
+        entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0, reason="drew 0.312"
+    )
     last = tree.add_turn(seen.index, [6], text, [-0.5], [1.5])
     tree.end(last.index, (0,), StopReason.EOS)
     return LoggedTree(step=0, group=0, prompt=text, tree=tree, rewards=[0.0], advantages=[0.0])
@@ -113,7 +115,7 @@ def test_every_field_of_a_node_survives(tmp_path):
         )
     ]
     assert type(seen.calls[0].failure) is ToolFailure and type(seen.calls[0].source) is CallSource
-    assert seen.decision == BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
+    assert seen.decision == small().tree.nodes[2].decision
     assert (last.parent, last.text, last.stop) == (2, "hello", StopReason.EOS)
 
 
@@ -144,6 +146,14 @@ def test_the_log_is_plain_json_that_other_programs_can_read(tmp_path):
     assert sorted(row) == ["group", "leaves", "nodes", "prompt", "step"]
     assert row["leaves"] == [{"address": [0], "node": 3, "reward": 0.0, "advantage": 0.0}]
     assert [node["kind"] for node in row["nodes"]] == ["root", "turn", "observation", "turn"]
+
+
+def test_a_decision_of_an_older_log_has_no_reason(tmp_path):
+    path = log(tmp_path).write("step-000000", [small()])
+    assert path is not None
+    path.write_text(path.read_text().replace(', "reason": "drew 0.312"', ""))
+    made = only(path).tree.nodes[2].decision
+    assert made == BranchDecision(entropy_nats=1.5, delta=0.25, probability=0.55, fires=True, granted=0)
 
 
 def test_a_file_is_named_after_its_rollout_and_rank(tmp_path):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -17,8 +20,9 @@ from typing import Any
 import pytest
 
 from arpo_trl import cli
+from arpo_trl.common.user_files import read_json
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees
+from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog, logged_trees, read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
@@ -27,7 +31,7 @@ from arpo_trl.viewing.curves import PANELS, curves, history_of_trees, whole_hist
 from arpo_trl.viewing.page import as_json, newest, page, summary, tree_data
 from arpo_trl.viewing.run import LogFile, RunReader, log_history
 from arpo_trl.viewing.server import ViewServer
-from browser import VARIABLE, Tab, browsing, find_browser
+from browser import Tab
 from support import ANSWER, Scripted
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>\x1b[2J\u202e"
@@ -49,7 +53,9 @@ def logged(
         source=CallSource.EXECUTED,
     )
     seen = made.add_observation(first.index, [2], [call], text)
-    seen.decision = BranchDecision(entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1)
+    seen.decision = BranchDecision(
+        entropy_nats=1.0, delta=0.125, probability=0.525, fires=True, granted=1, reason="drew 0.312"
+    )
     made.end(made.add_turn(seen.index, [3], text, [-0.5], [1.5]).index, (0,), StopReason.EOS)
     made.end(made.add_turn(seen.index, [4], "cut off", [-0.5], [0.5]).index, (0, 1, 0), StopReason.LENGTH)
     return LoggedTree(
@@ -62,6 +68,16 @@ def logged(
         rule={"name": "threshold", "branch_threshold": 0.5},
         answers=["1538"],
         spans={1: (0.0, 0.5), 2: (0.5, 0.75), 3: (0.75, 1.0), 4: (0.75, 1.25)},
+    )
+
+
+def flat(step: int, group: int, rewards: list[float | None], entropy: float = 0.5) -> LoggedTree:
+    """Paths of one turn each."""
+    made = RolloutTree([1])
+    for i in range(len(rewards)):
+        made.end(made.add_turn(0, [1], "an answer", [-0.5], [entropy]).index, (i,), StopReason.EOS)
+    return LoggedTree(
+        step=step, group=group, prompt=f"flat {group}", tree=made, rewards=rewards, advantages=[0.0] * len(rewards)
     )
 
 
@@ -119,6 +135,7 @@ def test_a_trees_data_have_tokens_by_role_decisions_and_outcomes() -> None:
     first, seen, own, branch = data["nodes"][1:]
     assert seen["decision"] == {
         **{"entropy_nats": 1.0, "delta": 0.125, "probability": 0.525, "fires": True, "granted": 1},
+        "reason": "drew 0.312",
     }
     assert (first["path"], own["path"], branch["path"]) == ("0", "0", "0,1,0")
     assert branch["end"] == {"address": (0, 1, 0), "reward": -1.0, "advantage": -0.75, "tokens": 4}
@@ -157,6 +174,34 @@ def test_the_history_is_the_runs_or_else_that_of_its_newest_checkpoint(tmp_path:
         log_history(tmp_path)
 
 
+def test_a_file_that_is_removed_before_it_is_read_is_left_out(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run removes the trees of the steps that it repeats, and a run its old checkpoints."""
+
+    def read_after_removal(path: Path) -> Any:
+        if path.name == "step-000003-rank0.jsonl":
+            path.unlink()
+        return read_trees(path)
+
+    monkeypatch.setattr("arpo_trl.viewing.run.read_trees", read_after_removal)
+    reader = read(run)
+    assert [file.step for file in reader.trees()] == [4]
+    seen = reader.revision
+    reader.refresh()
+    assert (reader.revision, [file.step for file in reader.trees()]) == (seen + 1, [4])
+
+    def history_after_removal(path: Path) -> Any:
+        if path.parent.name == "checkpoint-9":
+            path.unlink()
+        return read_json(path)
+
+    for step in (8, 9):
+        (run / f"checkpoint-{step}").mkdir()
+        (run / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"log_history": [{"step": step}]}))
+    (run / "trainer_state.json").unlink()
+    monkeypatch.setattr("arpo_trl.viewing.run.read_json", history_after_removal)
+    assert log_history(run) == [{"step": 8}]
+
+
 def test_curves_have_the_named_and_the_matching_metrics_that_are_numbers() -> None:
     reward, entropy, *_ = PANELS
     history = [
@@ -187,7 +232,7 @@ def test_no_text_ends_a_script_or_carries_hidden_characters(run: Path) -> None:
     assert len(scripts) == html.count("<script") == html.count("</script") == 5  # index, three trees, the page's own
     assert not set(html) & set("\x1b\u202e")
     index, _, _, tree = blocks(html)
-    assert tree["nodes"][2]["text"] == HOSTILE.replace("\x1b", "␛").replace("\u202e", "‹U+202E›")
+    assert tree["nodes"][2]["calls"][0]["text"] == HOSTILE.replace("\x1b", "␛").replace("\u202e", "‹U+202E›")
     assert [group["group"] for group in index["groups"]] == [0, 0, 1]
 
 
@@ -266,13 +311,48 @@ def test_the_server_returns_changes_since_a_revision(run: Path, server: ViewServ
         [3, 4, 4],
         ["step-000003-rank0.jsonl", "step-000004-rank0.jsonl"],
     )
-    assert ask(server, f"changes?after={first['revision']}")["groups"] == []
+    assert ask(server, f"changes?after={first['revision']}") == {"revision": first["revision"]}
     save(run, logged(5), name="step-000005")
     (run / "trajectories/step-000003-rank0.jsonl").unlink()
     second = ask(server, f"changes?after={first['revision']}")
     assert [group["step"] for group in second["groups"]] == [5]
     assert second["files"] == ["step-000004-rank0.jsonl", "step-000005-rank0.jsonl"]
     assert second["groups"][0]["tree"]["prompt"] == "question 0: 1538 degrees"
+
+
+def test_the_curves_of_a_revision_are_computed_once(
+    run: Path, server: ViewServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+
+    def counting(*arguments: Any) -> Any:
+        computed.append(1)
+        return whole_history(*arguments)
+
+    monkeypatch.setattr("arpo_trl.viewing.page.whole_history", counting)
+    for revision in (1, 2):
+        if revision == 2:
+            save(run, logged(5), name="step-000005")
+        for after in (0, revision - 1, revision):
+            assert ask(server, f"changes?after={after}")["revision"] == revision
+        assert len(computed) == revision
+
+
+def test_a_page_that_is_closed_before_its_answer_leaves_no_traceback(
+    server: ViewServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answering() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if "process_request_thread" in thread.name]
+
+    with server.lock, socket.create_connection(server.server_address[:2]) as closed:  # it answers after the lock
+        closed.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+        while not answering():
+            time.sleep(0.01)
+        closed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+    for thread in answering():
+        thread.join()
+    assert capsys.readouterr().err == ""
+    assert ask(server, "changes")["files"]
 
 
 def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server: ViewServer) -> None:
@@ -292,21 +372,14 @@ def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server
 # In a browser --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    browser = find_browser()
-    if browser is None:
-        pytest.skip(f"no Chromium or Chrome: install one, or set {VARIABLE} to its path")
-    with browsing(browser, tmp_path_factory.mktemp("profile")) as made:
-        yield made
+def open_page(tab: Tab, run: Path) -> None:
+    (run / "view.html").write_text(page(read(run)), "utf-8")
+    tab.open((run / "view.html").as_uri())
 
 
 @pytest.fixture
 def shown(run: Path, tab: Tab) -> Tab:
-    (run / "view.html").write_text(page(read(run)), "utf-8")
-    tab.errors.clear()
-    tab.requests.clear()
-    tab.open((run / "view.html").as_uri())
+    open_page(tab, run)
     return tab
 
 
@@ -325,29 +398,134 @@ def choose(tab: Tab, **boxes: bool | str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_list_filters_and_searches(shown: Tab) -> None:
-    first, second, third = (
-        "step 3 · group 0 · 1 branch",
-        "step 4 · group 0 · 1 branch",
-        "step 4 · group 1 · 1 branch · 1 failed",
-    )
-    assert choose(shown) == [second, third, first]
-    assert choose(shown, order="oldest") == [first, second, third]
-    assert choose(shown, failed=True) == [third]
-    assert choose(shown, step="3") == [first]
-    assert choose(shown, wrong=True, branched=True) == [second, third, first]
-    assert choose(shown, search="ONERROR") == [third]  # also what is markup, in any case
-    assert choose(shown, search="entropies") == []  # names of fields are not text
-    assert choose(shown, low="0.5") == []  # the mean rewards are 0
-    assert choose(shown, low="-0.5", high="0") == [second, third, first]
+@pytest.mark.browser
+def test_each_filter_and_each_order_changes_the_list(tmp_path: Path, tab: Tab) -> None:
+    """Groups a to d. Only a and c branch, only b and c have a wrong leaf, d has no reward; mean rewards 0.75, 0.25
+    and 0; highest entropies 1.5, 2.5, 1.5 and 0.5."""
+    a = dataclasses.replace(logged(3), rewards=[1.0, 0.5])
+    (call,) = a.tree.nodes[2].calls
+    a.tree.nodes[2].calls = [dataclasses.replace(call, arguments={"code": 'print("x")\n', "lines": [12, 34]})]
+    c = logged(group=1, text=HOSTILE, failure=ToolFailure.TIMEOUT)
+    save(tmp_path, a, name="step-000003")
+    save(tmp_path, flat(4, 0, [0.0, 0.5], entropy=2.5), c)
+    save(tmp_path, flat(5, 0, [None, None]), name="step-000005")
+    open_page(tab, tmp_path)
+    names = {
+        **{"step 3 · group 0 · 1 branch": "a", "step 4 · group 0": "b"},
+        **{"step 4 · group 1 · 1 branch · 1 failed": "c", "step 5 · group 0": "d"},
+    }
+
+    def listed(**boxes: bool | str) -> str:
+        return "".join(names[row] for row in choose(tab, **boxes))
+
+    assert listed() == listed(order="newest") == "dbca"
+    assert listed(order="oldest") == "abcd"
+    assert listed(order="worst") == "cbad"
+    assert listed(order="entropy") == "bacd"
+    assert listed(wrong=True) == "bc"
+    assert listed(branched=True) == "ca"
+    assert listed(failed=True) == "c"
+    assert listed(step="4") == "bc"
+    assert listed(low="0.25") == "ba"
+    assert listed(high="0.25") == "bc"
+    assert listed(low="0.1", high="0.5", wrong=True) == "b"
+    assert listed(search="ONERROR") == "c"  # also what is markup, in any case
+    assert listed(search='print("x")') == listed(search="[12,34]") == "a"  # values of arguments
+    assert listed(search="entropies") == listed(search="query") == ""  # names of fields and arguments are not text
 
 
 @pytest.mark.slow
+@pytest.mark.browser
+def test_opening_a_page_parses_and_renders_only_what_is_shown(tmp_path: Path, tab: Tab) -> None:
+    save(tmp_path, *(flat(4, i, [1.0, 0.0]) for i in range(60)))
+    open_page(tab, tmp_path)
+    assert tab.run("[blocks.size, trees.size, texts.size]") == [60, 1, 0]
+    assert len(tab.run(LISTED)) == 50
+    assert tab.run("document.querySelectorAll('.path').length") == 2  # those of the first group
+    tab.run("document.querySelectorAll('.group')[1].click()")
+    assert tab.run("[trees.size, texts.size, document.querySelectorAll('.path').length]") == [2, 0, 2]
+    choose(tab, search="flat 59")
+    assert tab.run("texts.size") == 60
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_rest_of_long_lists_and_texts_is_shown_on_request(tmp_path: Path, tab: Tab) -> None:
+    """50 groups of step 3, and in step 4 one with 60 paths, of which path 0 forks."""
+    wide = RolloutTree([1])
+    for i in range(60):
+        turn = wide.add_turn(0, [1], "w" * 3000, [-0.5], [0.5])
+        seen = wide.add_observation(turn.index, [2], [], "seen")
+        wide.end(wide.add_turn(seen.index, [3], "done", [-0.5], [0.5]).index, (i,), StopReason.EOS)
+    wide.end(wide.add_turn(2, [3], "branch", [-0.5], [0.5]).index, (0, 1, 0), StopReason.EOS)
+    save(tmp_path, *(flat(3, i, [1.0]) for i in range(50)), name="step-000003")
+    save(tmp_path, dataclasses.replace(flat(4, 0, [1.0] * 61), tree=wide))
+    history = [{"step": step, "reward": 0.5} for step in (4, 5)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    open_page(tab, tmp_path)
+
+    def press(text: str) -> None:
+        tab.run(
+            f"[...document.querySelectorAll('button')].find((each) => each.textContent.startsWith('{text}')).click()"
+        )
+
+    def paths(kind: str = "") -> int:
+        return int(tab.run(f"document.querySelectorAll('.path{kind}').length"))
+
+    assert (paths(), paths("[open]")) == (50, 0)  # a large tree is opened path by path
+    press("Show 10 of 10 more paths")
+    assert paths() == 60
+    press("Expand all")
+    assert paths() == paths("[open]") == 62  # with the two of the fork
+    assert tab.run("document.querySelector('.path pre').textContent.length") < 1600
+    press("Show all 3,000 characters")
+    assert tab.run("document.querySelector('.path pre').textContent") == "w" * 3000
+    press("Collapse all")
+    assert paths("[open]") == 0
+
+    assert (len(tab.run(LISTED)), tab.run("document.getElementById('page').textContent")) == (50, "page 1 of 2")
+    press("Next")
+    assert (tab.run(LISTED), tab.run("document.getElementById('page').textContent")) == (
+        ["step 3 · group 49"],
+        "page 2 of 2",
+    )
+    press("‹ Previous")
+    assert len(tab.run(LISTED)) == 50
+    for side, steps in (("left", {"3"}), ("right", {"4"})):  # the curve's steps count the finished ones: 4 and 5
+        tab.run(
+            "(() => { const curve = document.querySelector('#curves svg'), box = curve.getBoundingClientRect();"
+            f"curve.dispatchEvent(new MouseEvent('click', {{ clientX: box.{side} }})); }})()"
+        )
+        assert {row.split()[1] for row in tab.run(LISTED)} == steps
+    assert tab.errors == []
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_the_colours_of_a_tree_are_those_of_its_legend(shown: Tab) -> None:
+    """Turns of 0.25 and 0.75, of 1.5 and of 0.5 nats. The scale ends at the highest mean of the run, 1.5."""
+    shown.run("show('step-000004-rank0.jsonl:0')")
+
+    def colours(selector: str, part: str) -> list[str]:
+        code = f"[...document.querySelectorAll('{selector}')].map((each) => getComputedStyle(each).{part})"
+        return list(shown.run(code))
+
+    legend = colours(".scale i", "backgroundColor")
+    assert len(set(legend)) == 11  # 0, 0.15, …, 1.5 nats
+    cells = colours(".node .cells i", "backgroundColor")
+    assert (cells[1], cells[2]) == (legend[5], legend[10])
+    first, highest, low = colours(".node:has(.of-model)", "borderLeftColor")
+    assert highest == legend[10] and first == low != highest
+    assert legend[3] != first != legend[4]  # 0.5 is between 0.45 and 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.browser
 def test_a_tree_shows_decisions_and_rewards(shown: Tab) -> None:
     shown.run("show('step-000004-rank0.jsonl:0')")
     text = shown.run("document.getElementById('tree').innerText")
     assert "Step 4, group 0" in text
-    assert "Branched: 1 extra turn — H 1.0000, ΔH +0.125000, P 0.525000, τ 0.5 (threshold)" in text
+    assert "Branched: 1 extra turn — H 1.0000, ΔH +0.125000, P 0.525000, drew 0.312, τ 0.5 (threshold)" in text
     assert "branch 0,1,0 · reward -1.00 · advantage −0.75 · cut off by the length limit · 4 tokens" in text
     assert re.search(r"expected\s+1538", text)
     assert re.search(r"prompt 3\s+model 4\s+tool 1", text)
@@ -361,6 +539,7 @@ def test_a_tree_shows_decisions_and_rewards(shown: Tab) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_the_continuing_path_is_before_a_branch_that_started_earlier(tmp_path: Path, tab: Tab) -> None:
     tree = logged()
     made = RolloutTree([1])
@@ -369,8 +548,7 @@ def test_the_continuing_path_is_before_a_branch_that_started_earlier(tmp_path: P
     for address in ((0, 1, 0), (0,)):
         made.end(made.add_turn(seen.index, [3], "x", [-0.5], [0.5]).index, address, StopReason.EOS)
     save(tmp_path, dataclasses.replace(tree, tree=made, spans={}), name="step-000000")
-    (tmp_path / "view.html").write_text(page(read(tmp_path)), "utf-8")
-    tab.open((tmp_path / "view.html").as_uri())
+    open_page(tab, tmp_path)
     names = tab.run(
         "[...document.querySelectorAll('#tree .path > summary > .strong:first-child')].map((each) => each.innerText)"
     )
@@ -378,6 +556,7 @@ def test_the_continuing_path_is_before_a_branch_that_started_earlier(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_hostile_text_stays_text_and_nothing_is_requested(shown: Tab) -> None:
     shown.run("show('step-000004-rank0.jsonl:1')")
     assert "<img src=x onerror=alert(1)>" in shown.run("document.getElementById('tree').innerText")
@@ -388,6 +567,7 @@ def test_hostile_text_stays_text_and_nothing_is_requested(shown: Tab) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_and_follows_the_systems_colours(run: Path, shown: Tab, width: int) -> None:
     backs = []
@@ -404,8 +584,8 @@ def test_the_page_fits_and_follows_the_systems_colours(run: Path, shown: Tab, wi
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_the_page_of_a_live_run_shows_new_steps(run: Path, server: ViewServer, tab: Tab) -> None:
-    tab.errors.clear()
     tab.open(server.url)
     assert len(tab.run(LISTED)) == 3
     save(run, logged(5), name="step-000005")
@@ -417,6 +597,7 @@ def test_the_page_of_a_live_run_shows_new_steps(run: Path, server: ViewServer, t
 
 
 @pytest.mark.slow
+@pytest.mark.browser
 def test_what_the_sampler_makes_is_shown(tmp_path: Path, tab: Tab) -> None:
     def searches(request: Any, context: str) -> ScriptedTurn:
         depth = request.key[-1]
@@ -427,7 +608,6 @@ def test_what_the_sampler_makes_is_shown(tmp_path: Path, tab: Tab) -> None:
         rollout.trees, [1.0] * 4, [0.0] * 4, step=0, first_group=0, decode=str, rule=Threshold(), spans=rollout.spans
     )
     save(tmp_path, *trees, name="step-000000")
-    (tmp_path / "view.html").write_text(page(read(tmp_path)), "utf-8")
-    tab.open((tmp_path / "view.html").as_uri())
+    open_page(tab, tmp_path)
     assert tab.run("document.querySelectorAll('#tree .path').length") == 6  # two paths, each forked into two
     assert tab.run("document.querySelectorAll('#tree .decision.granted').length") == 2

@@ -85,6 +85,8 @@ def _decision(decision: BranchDecision) -> str:
         for name, value, form in (("ΔH", decision.delta, "+.3f"), ("P", decision.probability, ".3f"))
         if value is not None
     )
+    if decision.reason:
+        values += f", {visible(decision.reason)}"
     if decision.granted:
         return f"+ {decision.granted} extra{values}"
     return f"no leaves left{values}" if decision.fires else f"no fork{values}"

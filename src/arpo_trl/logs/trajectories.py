@@ -191,7 +191,9 @@ _CALL = {
     "changed?": str | None,
 }  # fmt: skip
 _KNOWN = float | None
-_DECISION = {"entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int}
+_DECISION = {
+    "entropy_nats?": _KNOWN, "delta?": _KNOWN, "probability?": _KNOWN, "fires": bool, "granted": int, "reason?": str,
+}  # fmt: skip
 _NODE = {
     "kind": str, "parent": int, "ids": [int], "text": str, "entropies?": [float], "stop?": str, "calls?": [_CALL],
     "decision?": _DECISION, "versions?": [int],

@@ -26,7 +26,9 @@ const signed = (value, digits = 3) => value === null || value === undefined ? "�
 const counted = (count, one, many = one + "s") => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 const meanOf = (values) => values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null;
 const rewardsOf = (group) => group.rewards.filter((reward) => reward !== null);
-const isWrong = (reward) => reward === null || reward <= 0;
+const isWrong = (reward) => reward !== null && reward <= 0;
+const outcomeClass = (reward) => reward === null ? "" : isWrong(reward) ? "bad" : "good";
+const asText = (value) => typeof value === "string" ? value : JSON.stringify(value);
 function treeOf(key) {
   if (!trees.has(key)) trees.set(key, JSON.parse(blocks.get(key).textContent));
   return trees.get(key);
@@ -34,7 +36,7 @@ function treeOf(key) {
 function textOf(key) {
   if (!texts.has(key)) {
     const tree = treeOf(key), parts = [tree.prompt, ...tree.answers];
-    for (const node of tree.nodes) parts.push(node.text, ...(node.calls || []).map((call) => JSON.stringify(call.arguments)));
+    for (const node of tree.nodes) parts.push(node.text ?? "", ...(node.calls || []).flatMap((call) => [call.text, ...Object.values(call.arguments).map(asText)]));
     texts.set(key, parts.join("\n").toLowerCase());
   }
   return texts.get(key);
@@ -146,7 +148,7 @@ function showSteps() {
 const ORDERS = {
   oldest: () => 0,
   newest: (a, b) => b.step - a.step || a.group - b.group,
-  worst: (a, b) => (meanOf(rewardsOf(a)) ?? -Infinity) - (meanOf(rewardsOf(b)) ?? -Infinity),
+  worst: (a, b) => (meanOf(rewardsOf(a)) ?? Infinity) - (meanOf(rewardsOf(b)) ?? Infinity),
   entropy: (a, b) => b.highest - a.highest,
 };
 function filter(keepPage) {
@@ -171,7 +173,7 @@ function row(group) {
   made.dataset.key = group.key;
   made.setAttribute("aria-current", String(group.key === open));
   const squares = el("div", "squares");
-  for (const reward of group.rewards.slice(0, 64)) squares.append(el("i", reward === null ? "none" : isWrong(reward) ? "" : "good"));
+  for (const reward of group.rewards.slice(0, 64)) squares.append(el("i", outcomeClass(reward) || "none"));
   const reward = meanOf(rewardsOf(group));
   squares.append(el("span", "note", ` ${reward === null ? "no reward" : number(reward, 2)}`));
   const facts = [`step ${group.step}`, group.kind === "eval" ? "evaluation" : "", `group ${group.group}`,
@@ -182,7 +184,7 @@ function row(group) {
 function showList() {
   const pages = Math.max(1, Math.ceil(found.length / PAGE));
   at = Math.min(at, pages - 1);
-  $("found").textContent = `${counted(found.length, "group")}. A circle is a leaf with a reward above 0, a square one without.`;
+  $("found").textContent = `${counted(found.length, "group")}. A circle is a leaf with a reward above 0, a square one of 0 or less, a grey one has no reward.`;
   $("list").replaceChildren(...found.slice(at * PAGE, (at + 1) * PAGE).map(row));
   $("page").textContent = `page ${at + 1} of ${pages}`;
   $("previous").disabled = at === 0;
@@ -194,6 +196,12 @@ function colour(entropy) {
   const share = Math.min(1, Math.sqrt(entropy / scale));
   return `color-mix(in oklab, var(--cool), var(--hot) ${Math.round(share * 100)}%)`;
 }
+function cell(entropy) {
+  const made = el("i");
+  made.style.background = colour(entropy);
+  made.title = `${number(entropy)} nats`;
+  return made;
+}
 function longText(text) {
   const made = el("pre");
   if (text.length <= CLIP) made.textContent = text;
@@ -204,8 +212,7 @@ function longText(text) {
   return made;
 }
 function outcome(end, stop) {
-  const kind = isWrong(end.reward) ? "bad strong" : "good strong";
-  return [el("span", kind, `reward ${end.reward === null ? "none" : number(end.reward, 2)}`),
+  return [el("span", `strong ${outcomeClass(end.reward)}`, `reward ${end.reward === null ? "none" : number(end.reward, 2)}`),
     el("span", "", ` · advantage ${signed(end.advantage, 2)} · ${STOPS[stop] || stop} · ${counted(end.tokens, "token")}`)];
 }
 function decisionText(decision) {
@@ -213,6 +220,7 @@ function decisionText(decision) {
   if (decision.entropy_nats !== null) values.push(`H ${number(decision.entropy_nats, 4)}`);
   if (decision.delta !== null) values.push(`ΔH ${signed(decision.delta, 6)}`);
   if (decision.probability !== null) values.push(`P ${number(decision.probability, 6)}`);
+  if (decision.reason) values.push(decision.reason);
   for (const [name, value] of Object.entries(rule)) if (name !== "name") values.push(`${SYMBOLS[name] || name} ${value}`);
   const what = decision.granted ? `Branched: ${counted(decision.granted, "extra turn")}`
     : decision.fires ? "The rule fired, but no leaves were left" : "Not branched";
@@ -221,13 +229,7 @@ function decisionText(decision) {
 function turnBlock(node) {
   const entropies = node.entropies || [], entropy = meanOf(entropies), made = el("div", "node");
   made.style.borderLeftColor = entropy === null ? "" : colour(entropy);
-  const cells = el("span", "cells");
-  for (const each of entropies.slice(0, 40)) {
-    const cell = el("i");
-    cell.style.background = colour(each);
-    cell.title = `${number(each)} nats`;
-    cells.append(cell);
-  }
+  const cells = el("span", "cells", ...entropies.slice(0, 40).map(cell));
   made.append(el("div", "head", el("span", "role of-model", "model"), el("span", "", counted(node.tokens, "token")),
     entropy === null ? null : el("span", "", `H ${number(entropy)} nats`), cells, times(node)), longText(node.text));
   if (node.end) made.append(el("div", "head", ...outcome(node.end, node.stop)));
@@ -242,7 +244,7 @@ function resultBlock(node) {
       el("span", "", call.source === "executed" ? `${number(call.seconds, 2)} s` : call.source),
       calls.length === 1 ? el("span", "", counted(node.tokens, "token")) : null, times(node)));
     if (Object.keys(call.arguments).length) {
-      const given = Object.entries(call.arguments).map(([name, value]) => `${name}: ${typeof value === "string" ? value : JSON.stringify(value)}`);
+      const given = Object.entries(call.arguments).map(([name, value]) => `${name}: ${asText(value)}`);
       made.append(el("details", "", el("summary", "note", "arguments"), longText(given.join("\n"))));
     }
     made.append(longText(call.text));
@@ -339,7 +341,7 @@ function show(key) {
     .sort(([a], [b]) => inOrder(a.end.address, b.end.address));
   const leaves = el("div", "leaves", ...ends.slice(0, 200).map(([node, i]) => {
     const made = button(`${node.end.reward === null ? "none" : number(node.end.reward, 2)} / ${signed(node.end.advantage, 2)}`, () => goToLeaf(i));
-    made.classList.add(isWrong(node.end.reward) ? "bad" : "good");
+    made.className = outcomeClass(node.end.reward);
     made.title = `path ${node.end.address.join(",")}`;
     return made;
   }));
@@ -353,7 +355,7 @@ function show(key) {
     Object.assign(button("‹ Groups", () => { document.body.classList.remove("reading"); history.replaceState(null, "", "#"); }), { className: "back" }),
     el("h2", "", `Step ${group.step}, group ${group.group}${group.kind === "eval" ? ", evaluation" : ""}`),
     el("details", "", el("summary", "", question(group.prompt)), longText(tree.prompt)), facts, ...tokenBar(tree),
-    el("p", "note", "Entropy of a turn's first tokens: 0 ", el("span", "scale"), ` ${number(scale, 2)} nats or more. Reward / advantage per leaf:`), leaves,
+    el("p", "note", "Entropy of a turn's first tokens: 0 ", el("span", "cells scale", ...Array.from({ length: 11 }, (_, i) => cell(scale * i / 10))), ` ${number(scale, 2)} nats or more. Reward / advantage per leaf:`), leaves,
     el("div", "row", button("Expand all", expand), button("Collapse all", () => every(false))), paths);
   addPaths(paths, children[0], false);
   document.body.classList.add("reading");

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -53,7 +54,10 @@ def page(reader: RunReader, *, live: bool = False, max_leaves: int = MAX_LEAVES)
 
 
 def changes(reader: RunReader, after: int, max_leaves: int = MAX_LEAVES) -> dict[str, Any]:
-    """The changes since the revision `after`: index, existing files, and new groups with their trees."""
+    """The changes since the revision `after`: index, existing files, and new groups with their trees. Without changes
+    only the revision."""
+    if after == reader.revision:
+        return {"revision": after}
     chosen, left_out = newest(reader.trees(), max_leaves)
     new = [(file, number, tree) for file, number, tree in chosen if reader.files[file][0] > after]
     return visible_data(
@@ -100,6 +104,11 @@ def key_of(file: LogFile, number: int) -> str:
 
 def index_of(reader: RunReader) -> dict[str, Any]:
     """Name, revision and curves of the run."""
+    return _index_at(reader, reader.revision)
+
+
+@lru_cache(maxsize=1)  # one computation for all pages that a server updates
+def _index_at(reader: RunReader, revision: int) -> dict[str, Any]:
     by_step: dict[int, list[LoggedTree]] = {}
     for file, trees in reader.trees().items():
         if file.kind == "step":
@@ -108,7 +117,7 @@ def index_of(reader: RunReader) -> dict[str, Any]:
     drawn = [(panel, curves(panel, history)) for panel in PANELS]
     return {
         "name": reader.run.resolve().name if reader.run.name in ("", ".", "..") else str(reader.run),
-        "revision": reader.revision,
+        "revision": revision,
         "trees_from": first_of_trees,
         "panels": [
             {"title": panel.title, "unit": panel.unit, "note": panel.note, "lines": lines}
@@ -164,7 +173,9 @@ def tree_data(logged: LoggedTree) -> dict[str, Any]:
 
 
 def _node_data(node: Node, logged: LoggedTree) -> dict[str, Any]:
-    data: dict[str, Any] = {"parent": node.parent, "kind": node.kind.value, "text": node.text, "tokens": len(node.ids)}
+    data: dict[str, Any] = {"parent": node.parent, "kind": node.kind.value, "tokens": len(node.ids)}
+    if not node.calls:
+        data["text"] = node.text  # that of an observation otherwise repeats the texts of its calls
     if node.index in logged.spans:
         start, end = logged.spans[node.index]
         data["span"] = [round(start, 3), round(end, 3)]
@@ -175,7 +186,7 @@ def _node_data(node: Node, logged: LoggedTree) -> dict[str, Any]:
         data["calls"] = [{**call.as_row(), "seconds": round(call.seconds, 3)} for call in node.calls]
     if node.decision is not None:
         data["decision"] = {
-            name: value if isinstance(value, int) else _rounded(value, 7)
+            name: value if isinstance(value, int | str) else _rounded(value, 7)
             for name, value in dataclasses.asdict(node.decision).items()
         }
     return data

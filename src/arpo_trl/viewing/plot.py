@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from arpo_trl.common.files import whole_file
 from arpo_trl.errors import ConfigError, DataError
-from arpo_trl.viewing.curves import PANELS, curves
+from arpo_trl.viewing.curves import PANELS, Panel, Points, curves
 from arpo_trl.viewing.run import log_history
 from arpo_trl.visible import get_logger
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = get_logger(__name__)
 
@@ -17,15 +21,30 @@ FORMATS = (".png", ".svg", ".pdf")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 """The palette of Okabe and Ito, which colour-blind readers can distinguish."""
 STYLES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "x")
 MARKED = 15
-"""A line with fewer points than this has markers."""
+"""Lines with at least this number of points have about ten markers, or none if colour and style identify them."""
+
+
+def look(colour: int, style: int, points: int) -> dict[str, Any]:
+    """The colour, line style and marker of a line with that number of points.
+
+    Args:
+        colour: The colour's number. Those beyond the palette start again.
+        style: The number of the pair of line style and marker.
+    """
+    marker = style // len(STYLES)
+    return {
+        "color": COLOURS[colour % len(COLOURS)],
+        "linestyle": STYLES[style % len(STYLES)],
+        "marker": MARKERS[marker % len(MARKERS)] if marker or points < MARKED else None,
+        "markersize": 4,
+        "markevery": 1 if points < MARKED else points // 10,
+    }
 
 
 def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Path:
     """Draws the panel `kind` of the runs into a file and returns its path.
-
-    One run's lines differ in colour. With several runs, the colour identifies the run, and the style identifies the
-    metric.
 
     Args:
         output: The picture file. Its extension determines the format. Default: `<kind>.png` in the folder of the first
@@ -35,38 +54,46 @@ def draw_plot(runs: Sequence[Path], kind: str, output: Path | None = None) -> Pa
         ConfigError: The extension is not in `FORMATS`.
         DataError: None of the runs has logged such metrics.
     """
-    from matplotlib.figure import Figure
-
     output = output or runs[0] / f"{kind}.png"
     if output.suffix not in FORMATS:
         raise ConfigError(f"--output is {output}; expected a file that ends in {', '.join(FORMATS)}.")
     panel = next(panel for panel in PANELS if panel.name == kind)
     lines = {run: curves(panel, log_history(run)) for run in runs}
-    labels = list(dict.fromkeys(label for of_run in lines.values() for label in of_run))
-    if not labels:
+    if not any(lines.values()):
         raise DataError(
             f"{', '.join(map(str, runs))} has no logged {kind}. Pass the output_dir of a run that has ended or saved "
             "a checkpoint."
         )
     for run in (run for run, of_run in lines.items() if not of_run):
         logger.warning("%s has no logged %s and is left out of the picture.", run, kind)
+    figure = picture(panel, lines)
+    with whole_file(output) as partial:
+        figure.savefig(partial, dpi=200, format=output.suffix[1:])
+    return output
+
+
+def picture(panel: Panel, lines: Mapping[Path, Mapping[str, Points]]) -> Figure:
+    """Draws the lines of each run, by label.
+
+    One run's lines differ in colour. With several runs, the colour identifies the run, and the style identifies the
+    metric. Lines beyond the number of colours and styles also differ in their markers.
+    """
+    from matplotlib.figure import Figure
+
+    labels = list(dict.fromkeys(label for of_run in lines.values() for label in of_run))
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for i, (run, of_run) in enumerate(lines.items()):
         for label, points in of_run.items():
             j = labels.index(label)
+            colour, style = (i, j + len(labels) * (i // len(COLOURS))) if len(lines) > 1 else (j, j // len(COLOURS))
             axes.plot(
                 *zip(*points, strict=True),
-                color=COLOURS[(i if len(runs) > 1 else j) % len(COLOURS)],
-                linestyle=STYLES[j % len(STYLES)] if len(runs) > 1 else "-",
-                marker="o" if len(points) < MARKED else None,
-                markersize=4,
-                label=f"{run.name}: {label}" if len(runs) > 1 else label,
+                **look(colour, style, len(points)),
+                label=f"{run.name}: {label}" if len(lines) > 1 else label,
             )
     axes.set(title=panel.title, xlabel="step", ylabel=panel.unit)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=3, fontsize="small", frameon=False)
-    with whole_file(output) as partial:
-        figure.savefig(partial, dpi=200, format=output.suffix[1:])
-    return output
+    return figure

@@ -93,7 +93,12 @@ def log_history(run: Path) -> list[dict[str, Any]]:
     path = state_file(run)
     if path is None:
         return []
-    state = read_json(path)
+    try:
+        state = read_json(path)
+    except DataError:
+        if path.exists():
+            raise
+        return log_history(run)  # the run has removed an old checkpoint
     expect(state, {"log_history": [dict]}, str(path))
     return [row for row in state["log_history"] if isinstance(row.get("step"), int)]
 
@@ -116,7 +121,7 @@ class RunReader:
         self._seen: dict[Path, tuple[int, int]] = {}
 
     def refresh(self) -> None:
-        """Reads new and changed files.
+        """Reads new and changed files. A file that is removed in the meantime is left out.
 
         Raises:
             DataError: A file is not a trajectory log.
@@ -131,7 +136,12 @@ class RunReader:
         self.files = {file: held for file, held in self.files.items() if file.path in found}
         for path, file in files.items():
             if path in found and found[path] != self._seen.get(path):
-                self.files[file] = (self.revision, list(read_trees(path)))
+                try:
+                    self.files[file] = (self.revision, list(read_trees(path)))
+                except DataError:
+                    if path.exists():
+                        raise
+                    self.files.pop(file, None)
         self._seen = found
 
     def trees(self) -> Mapping[LogFile, Sequence[LoggedTree]]:

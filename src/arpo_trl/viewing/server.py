@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import http.server
 import json
+import sys
 import urllib.parse
 from threading import Lock
+from typing import Any
 
 from arpo_trl.errors import ArpoError, ConfigError
 from arpo_trl.viewing.page import as_json, changes, page
@@ -37,6 +39,11 @@ class ViewServer(http.server.ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://{HOST}:{self.server_address[1]}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints the traceback of an error, unless the page was closed before its answer."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

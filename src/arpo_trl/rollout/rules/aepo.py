@@ -69,14 +69,18 @@ class AEPO(BranchRule):
         consecutive = len(list(takewhile(lambda above: above.granted, context.decisions_above(candidate))))
         left = max(0.0, 1 - self.penalty * consecutive)
         change = self.entropy_weight * delta
+        reason = f"{consecutive} consecutive branches above"
         if self.form == "paper":
             probability = (self.branch_probability + change) * left
             fires = probability > self.branch_threshold
         else:
             probability = clipped(1 + change - self.branch_threshold / left) if left else 0.0
-            fires = (context.coin(candidate) + change) * left >= self.branch_threshold
-        fires = fires and candidate.address[0] >= context.state.first
-        return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires)
+            coin = context.coin(candidate)
+            fires = (coin + change) * left >= self.branch_threshold
+            reason += f", drew {coin:.3f}"
+        if candidate.address[0] < context.state.first:
+            fires, reason = False, "a first path, which is only measured"
+        return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires, reason=reason)
 
     def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
         split: _Split = context.state

@@ -104,6 +104,12 @@ class BranchContext:
         """The candidate's random number, uniform in [0, 1)."""
         return self.generator(*candidate.address, candidate.depth).random()
 
+    def drawn(self, candidate: Candidate, decision: BranchDecision) -> BranchDecision:
+        """The decision of a rule that fires with the decision's probability."""
+        coin = self.coin(candidate)
+        assert decision.probability is not None
+        return replace(decision, fires=coin < decision.probability, reason=f"drew {coin:.3f}")
+
     def measured(self, candidate: Candidate) -> tuple[float, float]:
         """The candidate's H_turn in nats, and its ΔH."""
         entropy = mean(candidate.turn)
@@ -258,11 +264,13 @@ class Round:
     """The state of a group under `Rounds`: branches per round, and the number of paths that the last round starts at
     the root.
 
-    Round(size=4, at_root=1)
+    Round(size=4, at_root=1, number=1)
     """
 
     size: int
     at_root: int = 0
+    number: int = 0
+    """The number of rounds so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +309,10 @@ class Rounds(BranchRule):
             places: The root, then the observations that may branch, sorted by place in the tree.
         """
 
+    def reason(self, place: Node, context: BranchContext) -> str:
+        """Return what decides about the place in this round, as text for people."""
+        return ""
+
     def start(self, context: BranchContext) -> Round:
         return Round(size=math.ceil(context.remaining / self.rounds))
 
@@ -312,7 +324,14 @@ class Rounds(BranchRule):
         places = [context.tree.root, *(nodes[candidate.node] for candidate in candidates)]
         picked = Counter(self.pick(places, min(context.state.size, context.remaining), context))
         context.state.at_root = picked[0]
-        return [BranchDecision(fires=picked[i] > 0, granted=picked[i]) for i in range(1, len(places))]
+        context.state.number += 1
+        decisions = []
+        for i, place in enumerate(places[1:], 1):
+            now = [f"round {context.state.number}: {picked[i]} of {picked.total()} paths", self.reason(place, context)]
+            before = [] if place.decision is None else [place.decision.reason]
+            reason = "; ".join([*before, ", ".join(filter(None, now))])
+            decisions.append(BranchDecision(fires=picked[i] > 0, granted=picked[i], reason=reason))
+        return decisions
 
     def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
         return context.remaining - int(context.state.at_root)
@@ -369,9 +388,11 @@ class Planned(BranchRule):
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         plan: Plan = context.state
-        children = plan.children[candidate.depth] if candidate.depth < len(plan.children) else 1
-        children = min(children, plan.shares.get(candidate.address, 1))
-        return BranchDecision(fires=children > 1, granted=children - 1)
+        width = plan.children[candidate.depth] if candidate.depth < len(plan.children) else 1
+        share = plan.shares.get(candidate.address, 1)
+        children = min(width, share)
+        reason = f"planned width {width}, share of leaves {share}"
+        return BranchDecision(fires=children > 1, granted=children - 1, reason=reason)
 
     def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
         decisions = [self.judge(candidate, context) for candidate in candidates]

@@ -54,7 +54,8 @@ class CBPO(BranchRule):
         above = branches_above(candidate, context)
         probability = self.probability(delta, above, 0)
         fires = probability > self.least and above < self.per_path
-        return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires)
+        reason = f"{above} branches above"
+        return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires, reason=reason)
 
     def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
         delta, above = decision.delta or 0.0, branches_above(candidate, context)

@@ -31,6 +31,4 @@ class Probability(BranchRule):
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         entropy, delta = context.measured(candidate)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
-        return BranchDecision(
-            entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability
-        )
+        return context.drawn(candidate, BranchDecision(entropy_nats=entropy, delta=delta, probability=probability))

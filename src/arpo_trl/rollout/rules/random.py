@@ -28,6 +28,4 @@ class Random(BranchRule):
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         entropy, delta = context.measured(candidate)
         probability = clipped(self.branch_probability)
-        return BranchDecision(
-            entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability
-        )
+        return context.drawn(candidate, BranchDecision(entropy_nats=entropy, delta=delta, probability=probability))

@@ -35,6 +35,4 @@ class Released(BranchRule):
         entropy = math.fsum(candidate.before)
         delta = rise(entropy, math.fsum(candidate.root), context.vocab_size)
         probability = clipped(self.branch_probability + self.entropy_weight * delta)
-        return BranchDecision(
-            entropy_nats=entropy, delta=delta, probability=probability, fires=context.coin(candidate) < probability
-        )
+        return context.drawn(candidate, BranchDecision(entropy_nats=entropy, delta=delta, probability=probability))

@@ -35,6 +35,9 @@ class Surprisal(Rounds):
         scores = [self.score(place, context.tree) for place in places]
         return sorted(range(len(places)), key=lambda i: -scores[i])[:count]
 
+    def reason(self, place: Node, context: BranchContext) -> str:
+        return f"score {self.score(place, context.tree):.3f} nats"
+
     def score(self, place: Node, tree: RolloutTree) -> float:
         """In nats per token."""
         surprisals = [-mean(tree.nodes[turn].logprobs) for turn in place.children]

@@ -15,6 +15,11 @@ from typing import Any
 VARIABLE = "ARPO_TEST_BROWSER"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
+VIEW_IS_READY = "document.body && document.body.dataset.ready === 'true'"
+"""Whether the page of `arpo-trl view` has run its script."""
+IS_COMPLETE = "location.href !== 'about:blank' && document.readyState === 'complete'"
+"""Whether any page is complete."""
+
 
 def find_browser() -> str | None:
     """The browser that `ARPO_TEST_BROWSER` names, or the first of `NAMES` on the path."""
@@ -59,21 +64,26 @@ class Tab:
             case "Runtime.exceptionThrown":
                 self.errors.append(json.dumps(event["params"]["exceptionDetails"])[:500])
             case "Log.entryAdded":
-                self.errors.append(event["params"]["entry"]["text"])
+                entry = event["params"]["entry"]
+                self.errors.append(f"{entry['text']} {entry.get('url', '')}")
             case "Network.requestWillBeSent":
                 self.requests.append(event["params"]["request"]["url"])
         return event
 
-    def open(self, url: str, width: int = 1280, height: int = 900, *, dark: bool = False) -> None:
-        """Opens the page and waits until its script is done."""
+    def open(
+        self, url: str, width: int = 1280, height: int = 900, *, dark: bool = False, ready: str = VIEW_IS_READY
+    ) -> None:
+        """Opens the page and waits until `ready` is true. `errors` and `requests` are those of this page."""
         self.send(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
         self.send("Page.navigate", url="about:blank")
+        self.errors.clear()
+        self.requests.clear()
         self.send("Page.navigate", url=url)
-        self.until("document.body && document.body.dataset.ready === 'true'")
+        self.until(ready)
 
     def run(self, code: str) -> Any:
         """The value of the JavaScript expression `code`; of a promise, its result."""
