@@ -400,7 +400,9 @@ def test_wrong_usage_is_one_line_and_status_2(monkeypatch, capsys, here, words, 
         monkeypatch, capsys, "eval", "--tools", "search", "--search-recorded", recorded(here), *words
     )
     assert (status, out) == (2, "")
-    assert message in err and err.count("\n") == 1
+    loading, error = err.splitlines()
+    assert loading == "arpo-trl eval: loading PyTorch and TRL …"
+    assert message in error
 
 
 def test_broken_rows_can_be_left_out(monkeypatch, capsys, here):
