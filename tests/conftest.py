@@ -23,6 +23,7 @@ import pytest
 import stamina
 from transformers import set_seed
 
+from fetch_openenv import READY as OPENENV
 from fetch_tokenizers import FOLDER as TOKENIZERS
 from hub_server import TOKEN, Hub
 
@@ -34,6 +35,10 @@ NEEDS = {
     "tokenizers": (
         (TOKENIZERS / ".ready").exists(),
         "Models' tokenizers are missing: the tests marked `tokenizers` did not run. `make test` fetches them.",
+    ),
+    "openenv": (
+        OPENENV.exists(),
+        "OpenEnv's client is missing: the tests marked `openenv` did not run. `make test` fetches it.",
     ),
 }
 """Mark → whether what its tests need is here, and what is said where it is not."""
@@ -79,13 +84,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def skip_without_needs(items: list[pytest.Item]) -> None:
-    """Skips what needs something that is missing. In CI missing vLLM is an error, since the skips would not be
+    """Skips what needs something that is missing. In CI missing packages are an error, since the skips would not be
     noticed."""
     for mark, (is_here, said) in NEEDS.items():
         needing = [item for item in items if item.get_closest_marker(mark)]
         if is_here or not needing:
             continue
-        if mark == "vllm" and os.environ.get("CI") == "true":
+        if mark in ("vllm", "openenv") and os.environ.get("CI") == "true":
             raise pytest.UsageError(said)
         for item in needing:
             item.add_marker(pytest.mark.skip(reason=said))
