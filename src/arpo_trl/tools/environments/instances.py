@@ -504,7 +504,8 @@ class Instances:
                 point.doubt = as_reason(error)
         with self.changed:
             instance.point = point.origin = None
-            if made is not None and point.users:
+            # If the path was closed meanwhile, its instance is the point's copy.
+            if made is not None and point.users and point.copy is None:
                 point.copy = made
                 self._copies[point] = None
                 made = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from arpo_trl.errors import ConfigError, ToolUnavailable
@@ -196,11 +197,12 @@ class EnvironmentState(PathState):
     def open(self) -> None:
         """Create the instance. If that fails, `opened` returns False."""
         instances = self._instances
-        with instances.changed:
-            if not self._has_room:  # closed before this thread started
-                return
-            self._has_room, point = False, self._point
-        with instances.making(self):
+        with ExitStack() as stack:
+            with instances.changed:
+                if not self._has_room:  # closed before this thread started
+                    return
+                self._has_room, point = False, self._point
+                stack.enter_context(instances.making(self))  # before another thread may call `settle`
             try:
                 made = instances.fresh(self._start) if point is None else instances.branch(point)
             except BaseException as error:
