@@ -36,7 +36,7 @@ from support import ON_CPU, python, tiny_model, tokenizer
 ROWS = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(10)])
 BOUND_S = 120.0
 """For a machine that is busy: how long a test waits for what takes a second."""
-TIMES = ("time", "per_second", "seconds_p", "latency")
+TIMES = ("time", "per_second", "seconds_p", "latency", "reset_s", "fork_s", "replay_s")
 SETTINGS = {
     "num_generations": 4,
     "per_device_train_batch_size": 8,

@@ -87,7 +87,7 @@ def interrupting(name: str, call: int):
         ("search", 4, None, {}),
         ("reward", 2, 4, BUFFERED),  # a generation batch serves four steps
         ("reward", 4, 2, {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}),
-        ("search", 14, None, ENVIRONMENTS),
+        ("search", 4, None, ENVIRONMENTS),
         ("reset", 18, None, ENVIRONMENTS),  # a step has 4 to 8 of them, with those of replays
     ],
     ids=["reward", "new epoch", "tool", "buffered", "evaluation", "call of an environment", "reset"],
