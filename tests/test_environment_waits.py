@@ -202,3 +202,23 @@ def test_a_branch_without_a_copy_and_without_a_replay_is_refused(caplog):
     assert "there was no room for a copy (environment_concurrency), and it is not replayable" in caplog.text
     counts = environments.instances.take_counts()
     assert (counts.refused_forks, counts.live_max) == (1, 1) and all_closed(environments)
+
+
+def test_a_path_waits_for_the_slot_of_a_creation_that_missed_its_deadline():
+    release = threading.Event()
+
+    class Late(Shop):
+        def reset(self, name: str = "", **row: Any) -> str | None:
+            if len(OPENED) == 1:
+                assert release.wait(10)
+            return super().reset(name, **row)
+
+    def script(request: Any, context: str) -> ScriptedTurn:
+        if request.key[-1] == 1:
+            release.set()
+        return buys(request, context)
+
+    environments = environments_of(Late, limit=1, keeps=False)
+    first, second = run_within(environments, 0.3, script, leaves=2, at_root=2).trees[0].leaves()
+    assert not any(call.ok for call in first.calls) and second.calls[-1].text == "a 1/0 1/1 z"
+    assert environments.instances.take_counts().failed == 1 and all_closed(environments)
