@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 TOKENIZERS := $(VENV)/tokenizers
-OPENENV := $(VENV)/openenv/.ready-0.10.0
+OPENENV := $(VENV)/openenv/.ready
 # The pinned versions were tested with 3.11, so it is tried first.
 PYTHON ?= python3.11 python3.12 python3.13 python3
 

@@ -1,7 +1,6 @@
 """Fetches OpenEnv's package, without its dependencies, into a folder of the virtual environment that runs it.
 
-Tests load its client from there (tests/openenv_client.py). Its server would need 450 MB of other packages. What was
-fetched before is not fetched again.
+Tests load its client from there (tests/openenv_client.py). Its server would need 450 MB of other packages.
 """
 
 import subprocess
@@ -12,8 +11,8 @@ from pathlib import Path
 FOLDER = Path(sys.prefix) / "openenv"
 VERSION = "0.10.0"
 CHECKSUM = "5e0a1019253802551de7890f7638c977c4a36540a4b19f01e5a6fcdb5f5fd135"
-READY = FOLDER / f".ready-{VERSION}"
-"""Tells make and tests/conftest.py that this version is there."""
+READY = FOLDER / ".ready"
+"""Tells make and tests/conftest.py that the package is there."""
 
 
 def main(folder: Path) -> None:
