@@ -1,5 +1,7 @@
 import base64
 import json
+import re
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -18,6 +20,8 @@ from arpo_trl.evaluation.benchmarks import (
     local_names,
     suite,
 )
+from arpo_trl.rollout.credit import CREDITS, SharedPrefixWeight
+from arpo_trl.rollout.rules import RULES
 
 PAPER = {
     "aime24": 30, "aime25": 30, "math500": 500, "gsm8k": 1319, "math": 5000, "hotpotqa": 200, "2wiki": 200,
@@ -112,6 +116,13 @@ def test_webwalker_uses_the_deep_search_prompt(tmp_path):
     (row,) = load_questions(BENCHMARKS["webwalker"], str(tmp_path)).rows
     assert row["prompt"][0]["content"] == SYSTEM_PROMPTS["deepsearch"]
     assert (row["answer"], row["task"]) == (["肖亮"], "qa")
+
+
+def test_an_empty_system_prompt_is_none(tmp_path):
+    file = write(tmp_path / "webwalker.jsonl", {"question": "Who?", "answer": "Ann", "q": "Who?", "a": "Ann"})
+    mine = custom_benchmark({**CUSTOM, "file": file, "system_prompt": ""})
+    for questions in (load_questions(BENCHMARKS["webwalker"], file, system_prompt=""), load_questions(mine)):
+        assert questions.rows[0]["prompt"] == [{"role": "user", "content": "Who?"}]
 
 
 def test_only_rows_without_a_file_of_gaia_are_used(tmp_path):
@@ -238,6 +249,15 @@ def test_files_that_are_not_there_are_named(tmp_path):
         load_questions(BENCHMARKS["gsm8k"], str(tmp_path))
     with pytest.raises(DataError, match=r"There is no file .*nowhere.jsonl for GSM8K"):
         load_questions(BENCHMARKS["gsm8k"], str(tmp_path / "nowhere.jsonl"))
+
+
+def test_the_comparison_counts_benchmarks_rules_and_credits():
+    page = (Path(__file__).parents[1] / "docs/compare.md").read_text("utf-8")
+    counts = {kind: count for count, kind in re.findall(r"\[(\w+) (rules|credits|benchmarks)\]\(", page)}
+    words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    assert int(counts["benchmarks"]) == len(BENCHMARKS)
+    assert words.index(counts["rules"]) == len(RULES.own)
+    assert words.index(counts["credits"]) == len({*CREDITS.own} - {SharedPrefixWeight.ONCE.value})
 
 
 # Benchmarks of users -------------------------------------------------------------------------------------------------

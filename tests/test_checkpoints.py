@@ -15,7 +15,10 @@ from trl import GRPOTrainer
 from arpo_trl import ARPOConfig
 from arpo_trl.errors import CheckpointError, ConfigError
 from arpo_trl.publishing import mixin as publishing
+from arpo_trl.publishing.merging import merge_adapter
 from arpo_trl.publishing.mixin import Publishing
+from arpo_trl.publishing.model_card import Card
+from arpo_trl.publishing.trained_settings import EvaluationSettings
 from arpo_trl.runs import checkpoints, resumable
 from arpo_trl.runs.checkpoints import STATE_FILE, Checkpoints, SavedState, dataset_identity
 from arpo_trl.training.trainer import ARPOTrainer
@@ -145,6 +148,19 @@ def test_a_checkpoint_lists_its_files_and_gets_its_name_last(model, tmp_path, mo
     state.check_files()
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "arpo_memory_0.pt"} <= set(state.files)
     assert not (tmp_path / checkpoints.UNFINISHED).exists()
+
+
+def test_a_checkpoint_has_the_settings_of_its_run(whole, tmp_path):
+    for run in (whole("plain"), whole("lora")):
+        of_run = EvaluationSettings.of_run(run)
+        assert of_run is not None and of_run.values["max_completion_length"] == 48
+        assert EvaluationSettings.of_run(run / "checkpoint-3") == of_run
+        card = Card.of(run / "checkpoint-3", "me/policy")
+        assert card.settings == Card.of(run, "me/policy").settings
+        assert "training_config.yaml" in SavedState.of(run / "checkpoint-3").files
+    merge_adapter(str(whole("lora") / "checkpoint-3"), tmp_path / "merged")
+    assert EvaluationSettings.of_run(tmp_path / "merged") == EvaluationSettings.of_run(whole("lora"))
+    assert "## How it was trained" in (tmp_path / "merged/README.md").read_text("utf-8")
 
 
 def test_a_half_written_checkpoint_is_never_picked_up(model, whole, tmp_path):

@@ -1,9 +1,13 @@
 """The commands of `arpo-trl` that start, prepare or inspect a run."""
 
 import dataclasses
+import json
+import os
+import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 
@@ -15,7 +19,8 @@ from arpo_trl.common.imports import is_import_path, load_callable
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file, shipped_names
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.builtin import ToolArguments, build_tools
-from support import script
+from arpo_trl.tools.python import sandbox
+from support import can_isolate, save_tiny_model, script
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,6 +131,29 @@ def test_a_tool_and_a_reward_are_imported_from_the_current_folder(tmp_path, monk
         script("train").TrainArguments(dataset="rows.jsonl", reward=["own_code:good"], accuracy="paper_f1")
 
 
+@pytest.mark.slow
+def test_a_reward_of_a_configuration_reads_the_other_fields_of_rows_without_answers(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "golden.py").write_text(
+        "def count(completions, gold):\n    return [float(len(words)) for words in gold]\n"
+    )
+    (tmp_path / "rows.jsonl").write_text('{"question": "Name a fruit.", "gold": ["fig", "date"]}\n', "utf-8")
+    settings = {
+        "model_name_or_path": save_tiny_model(tmp_path / "model"), "dataset": "rows.jsonl",
+        "eval_dataset": "rows.jsonl", "reward": "golden:count", "output_dir": "run", "tools": [], "use_cpu": True,
+        "num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 8, "max_steps": 1,
+        "num_generations_eval": 1, "per_device_eval_batch_size": 1, "eval_strategy": "steps", "eval_steps": 1,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+    }  # fmt: skip
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings), "utf-8")
+    monkeypatch.setattr("sys.argv", ["train.py", "--config", "mine.yaml"])
+    script("train").main()
+    history = json.loads((tmp_path / "run/trainer_state.json").read_text("utf-8"))["log_history"]
+    assert [row["reward"] for row in history if "reward" in row] == [2.0]
+    assert [row["eval_reward"] for row in history if "eval_reward" in row] == [2.0]
+
+
 @pytest.mark.parametrize(("text", "is_path"), [("a:b", 1), ("a.b:c", 1), ("a", 0), ("a:", 0), (":b", 0), ("a b:c", 0)])
 def test_an_import_path_has_a_module_and_a_name(text, is_path) -> None:
     assert is_import_path(text) == bool(is_path)
@@ -187,3 +215,38 @@ def test_the_doctor_fails_if_training_cannot_work(monkeypatch, capsys) -> None:
     monkeypatch.setattr(doctor, "LEAST_DISK_GB", 1e9)
     assert doctor.main([]) == 1
     assert "expected at least 1e+09 GB" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_doctor_tests_the_isolation_of_code(monkeypatch) -> None:
+    (found,) = doctor.sandbox()
+    if any(map(can_isolate, sandbox.ISOLATING)):
+        assert found.verdict == "ok" and re.fullmatch("isolates code by (sandlock|namespaces)", found.text)
+    else:
+        assert found.verdict == "note" and found.text.startswith("cannot isolate code here: sandlock: ")
+    monkeypatch.setattr(sandbox, "ISOLATING", (sandbox.Tier.UNSAFE,))
+    (found,) = doctor.sandbox()
+    assert (found.subject, found.verdict) == ("python tool", "note")
+    assert found.text.startswith("cannot isolate code here: unsafe: the sandbox does not isolate Python code here: ")
+    assert found.text.endswith(". Remove python from tools, or set python_executor_url")
+
+
+def test_the_doctor_names_the_devices_with_their_memory_and_what_they_lack(monkeypatch) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    (found,) = doctor.devices()
+    assert (found.verdict, found.text) == ("note", "no accelerator: training runs on 3 CPU cores")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    for name, answer in {
+        "is_available": True, "device_count": 2, "mem_get_info": (70e9, 80e9), "get_device_name": "H100",
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    new, newer, both = doctor.devices()
+    assert (new.subject, new.verdict, new.text) == ("GPU 0", "ok", "H100, 70 of 80 GB free")
+    assert newer.subject == "GPU 1"
+    assert both.text == "to use all: arpo-trl train --accelerate zero3 --num_processes 2 --config …"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    (old,) = doctor.devices()
+    assert old.verdict == "note" and old.text.endswith("; no bfloat16: set bf16: false and fp16: true")

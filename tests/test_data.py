@@ -11,10 +11,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from arpo_trl.data.layouts import system_prompt_text
+from arpo_trl.data.layouts import shared_system_prompt, system_prompt_text
 from arpo_trl.data.loading import load_arpo_dataset, validate_rows
 from arpo_trl.data.prompts import SYSTEM_PROMPTS, tags_system_prompt
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
+from arpo_trl.evaluation.benchmarks import load_dataset_questions
 from support import python, search
 
 REASONING = {"role": "system", "content": SYSTEM_PROMPTS["reasoning"]}
@@ -377,3 +378,126 @@ def test_numbers_of_a_parquet_file_are_as_written(tmp_path: Path) -> None:
     }
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
     assert load_arpo_dataset(str(tmp_path / "rows.parquet"))["answer"] == [["0.1", "3.5"], ["3"]]
+
+
+@pytest.mark.parametrize(
+    ("system", "setting"),
+    [
+        (["Think well."] * 3, "Think well."),
+        ([SYSTEM_PROMPTS["tools"]], "tools"),
+        ([None, None], ""),
+        (["Think well.", "Be brief."], None),
+        (["Think well.", None], None),
+        ([None, "Think well."], None),
+        (["Think."], None),  # the setting takes a single word for a misspelt name
+        (["tools"], None),  # which the setting would replace by another text
+        ([""], None),
+        ([], None),
+    ],
+)
+def test_the_system_prompt_that_all_prompts_share_is_a_setting(system: list[str | None], setting: str | None) -> None:
+    def prompt(text: str | None) -> list[dict[str, str]]:
+        return [*([] if text is None else [{"role": "system", "content": text}]), user("Who?")]
+
+    assert shared_system_prompt(map(prompt, system)) == setting
+    assert shared_system_prompt(["Who?"]) is None
+    assert shared_system_prompt([[{"role": "developer", "content": "Think well."}, user("Who?")]]) is None
+
+
+# Rows for a reward of one's own --------------------------------------------------------------------------------------
+
+
+def load_own(tmp_path: Path, *rows: dict[str, Any], **settings: Any) -> datasets.Dataset:
+    return load_arpo_dataset(write_jsonl(tmp_path / "rows.jsonl", list(rows)), own_reward=True, **settings)
+
+
+def test_rows_for_a_reward_of_ones_own_need_no_answer_and_keep_their_fields(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Name a fruit.", "gold": {"any": ["fig", "date"]}, "weight": 2},
+        {"question": "Name a city.", "gold": {"any": ["Rome"], "not": "Oslo"}},
+    ]
+    dataset = load_own(tmp_path, *rows)
+    assert dataset.column_names == ["prompt", "id", "question", "gold", "weight"]
+    assert dataset[0] == {
+        "prompt": [REASONING, user("Name a fruit.")],
+        "id": "0",
+        **rows[0],
+        "gold": {"any": ["fig", "date"], "not": None},
+    }
+    assert dataset["weight"][:] == [2, None]
+
+
+def test_an_answer_for_a_reward_of_ones_own_is_read_as_for_the_built_in_one(tmp_path: Path, caplog) -> None:
+    mmlu = {"question": "Which city?", "choices": ["Rome", "Oslo"], "answer": 1, "task": "qa"}
+    (row,) = load_own(tmp_path, mmlu)
+    assert row["answer"] == ["B", "Oslo"] and row["prompt"][1] == user("Which city?\nA. Rome\nB. Oslo")
+    assert row["choices"] == ["Rome", "Oslo"]
+    (row,) = load_own(
+        tmp_path, {"body": "Who?", "meta": {"gold": "Ann"}}, columns={"question": "body", "answer": "meta.gold"}
+    )
+    assert (row["answer"], row["task"], row["body"], row["meta"]) == (["Ann"], "qa", "Who?", {"gold": "Ann"})
+    assert "have no answer" not in caplog.text
+
+
+def test_rows_without_an_answer_are_reported_if_others_have_one(tmp_path: Path, caplog) -> None:
+    blank, none = verl_row(gold=" "), {**verl_row(), "reward_model": None}
+    assert load_own(tmp_path, verl_row(), blank, none)["answer"][:] == [["3"], None]
+    assert "rows.jsonl: 1 row(s) without an answer excluded: 1" in caplog.text  # as without a reward of one's own
+    assert "rows.jsonl: 1 of 2 rows have no answer, so the reward gets None: 1" in caplog.text
+    caplog.clear()
+    dataset = load_own(tmp_path, blank, none)
+    assert (len(dataset), "answer" in dataset.column_names, caplog.text) == (2, False, "")
+    assert dataset["reward_model"][:] == [{"ground_truth": " ", "style": "rule"}, None]
+
+
+def test_a_reward_of_ones_own_may_have_tasks_of_its_own(tmp_path: Path) -> None:
+    rows = [
+        {"question": "?", "task": "chess"},
+        {"question": "?", "ability": "poetry"},
+        {"question": "?", "task": "qa"},
+    ]
+    dataset = load_own(tmp_path, *rows)
+    assert dataset["task"][:] == ["chess", None, "qa"]
+    assert dataset["ability"][:] == [None, "poetry", None]
+    silent = load_own(tmp_path, {"question": "?", "answer": "7"}, {"question": "?", "answer": "Ann"})
+    assert "task" not in silent.column_names  # half of the answers are numbers, which determines no task
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "Who?", "answer": {"name": "Ann"}}, "row 0: 'answer' contains"),
+        ({"question": "Who?", "answer": ["Ann", " "]}, "expected at least one answer, none of them blank"),
+        ({"question": "Who?", "choices": ["Rome", "Oslo"], "answer": "Bern"}, "expected one of the choices"),
+        ({"anwser": "Ann"}, "no prompt or question"),
+    ],
+)
+def test_an_unusable_row_for_a_reward_of_ones_own_is_an_error(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_own(tmp_path, row)
+
+
+def test_a_missing_field_that_columns_names_is_an_error_for_a_reward_of_ones_own_too(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 1: the row has no field 'gold', to which the column map maps answer"):
+        load_own(tmp_path, {"question": "Who?", "gold": "Ann"}, {"question": "Who?"}, columns={"answer": "gold"})
+
+
+def test_a_field_of_several_types_is_no_column(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"rows.jsonl: the values of the field 'gold' cannot be one column .* one type"
+    ):
+        load_own(tmp_path, {"question": "?", "gold": "x"}, {"question": "?", "gold": [1]})
+
+
+def test_columns_that_look_like_choices_are_none_without_an_answer(tmp_path: Path) -> None:
+    (row,) = load_own(tmp_path, {"question": "Compare.", "A": "one text", "B": "another"})
+    assert row["prompt"][1] == user("Compare.") and row["A"] == "one text"
+
+
+def test_the_built_in_reward_still_needs_answers(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"row 0: no answer: the row has the fields \['question'\]"):
+        load_one(tmp_path, {"question": "Who?"})
+    with pytest.raises(DataError, match=r"row 0: no answer"):
+        load_dataset_questions(write_jsonl(tmp_path / "rows.jsonl", [{"question": "Who?"}]), "train")

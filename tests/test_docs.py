@@ -1,16 +1,17 @@
 """Code and commands in the documentation work as shown."""
 
-import ast
 import importlib
 import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
 
@@ -37,11 +38,32 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")
 TOOLS = (DOCS / "tools.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", TOOLS, re.DOTALL))
-def test_every_yaml_example_is_read(example: str, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(example)
-    (arguments,) = parse_settings((ToolArguments,), ["--config", str(tmp_path / "run.yaml")])
-    assert arguments.tools
+def blocks(language: str) -> list[tuple[str, str]]:
+    """The pages' blocks of code in that language: the page's name, and the code."""
+    fenced = rf"^ *```{language}\n(.*?)^ *```"
+    found = [(page.name, re.findall(fenced, page.read_text("utf-8"), re.MULTILINE | re.DOTALL)) for page in PAGES]
+    return [(name, code) for name, codes in found for code in codes]
+
+
+def settings_in(page: str, example: str, folder: Path) -> tuple[Any, ...]:
+    """What the page's program reads from a file with this example, and with the settings that it needs besides.
+
+    Raises:
+        ConfigError: A key is not a setting, or a value is wrong.
+    """
+    program = {"cold-start.md": "sft", "evaluation.md": "eval"}.get(page, "train")
+    kinds = (EvalSettings, ToolArguments) if program == "eval" else script(program).SETTINGS
+    needed = {} if program == "eval" else {"dataset": "rows.jsonl", "output_dir": str(folder), "use_cpu": True}
+    if page == "vllm.md":
+        needed |= {"use_vllm": True, "vllm_mode": "server"}
+    missing = {name: value for name, value in needed.items() if name not in yaml.safe_load(example)}
+    (folder / "run.yaml").write_text(yaml.safe_dump(missing) + example if missing else example)
+    return parse_settings(kinds, ["--config", str(folder / "run.yaml")])
+
+
+@pytest.mark.parametrize(("page", "example"), blocks("yaml"))
+def test_every_yaml_example_has_settings_of_its_program(page: str, example: str, tmp_path: Path) -> None:
+    settings_in(page, example, tmp_path)
 
 
 def test_every_provider_and_mode_is_in_the_tables() -> None:
@@ -52,27 +74,17 @@ def test_every_provider_and_mode_is_in_the_tables() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "example", re.findall(r"```yaml\n(.*?)```", (DOCS / "evaluation.md").read_text("utf-8"), re.DOTALL)
-)
-def test_every_yaml_example_of_an_evaluation_is_read(example: str, tmp_path: Path) -> None:
-    (tmp_path / "eval.yaml").write_text(example)
-    settings, _ = parse_settings((EvalSettings, ToolArguments), ["--config", str(tmp_path / "eval.yaml")])
+def test_the_columns_of_your_own_are_read(tmp_path: Path) -> None:
+    (example,) = [code for page, code in blocks("yaml") if page == "data.md"]
+    arguments, *_ = settings_in("data.md", example, tmp_path)
+    assert arguments.columns == {"question": "body", "answer": "meta.gold"}
+
+
+def test_the_benchmark_of_your_own_can_be_run(tmp_path: Path) -> None:
+    (example,) = [code for page, code in blocks("yaml") if page == "evaluation.md"]
+    settings, _ = settings_in("evaluation.md", example, tmp_path)
     custom = [custom_benchmark(description) for description in settings.custom]
     assert find_benchmarks(settings.benchmarks, custom) == custom
-
-
-@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", (DOCS / "hub.md").read_text("utf-8"), re.DOTALL))
-def test_every_yaml_example_of_adapters_and_the_hub_is_read(example: str, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(f"dataset: rows.jsonl\nuse_cpu: true\n{example}")
-    parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
-
-
-@pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", (DOCS / "data.md").read_text("utf-8"), re.DOTALL))
-def test_every_yaml_example_of_data_is_read(example: str, tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(f"use_cpu: true\n{example}")
-    arguments, *_ = parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
-    assert arguments.columns == {"question": "body", "answer": "meta.gold"}
 
 
 @pytest.mark.parametrize(
@@ -198,15 +210,22 @@ def test_every_script_that_is_named_is_there() -> None:
     assert [name for name in sorted(scripts) if not (ROOT / name).exists()] == []
 
 
-@pytest.mark.parametrize(
-    "code", [code for file in PAGES for code in re.findall(r"```python\n(.*?)```", file.read_text("utf-8"), re.DOTALL)]
-)
-def test_every_python_example_imports_existing_names(code: str) -> None:
-    """README's first one runs, in test_shipped.py."""
-    compile(code, "example", "exec")
-    for statement in ast.parse(code).body:
-        if isinstance(statement, ast.Import | ast.ImportFrom):
-            exec(ast.unparse(statement), {})
+def test_a_new_example_comes_with_a_test_that_runs_it() -> None:
+    """These are run here, in test_examples.py and in the file beside them."""
+    assert Counter(page for page, _ in blocks("python")) == {
+        "README.md": 2,  # the first in test_shipped.py
+        "algorithm.md": 2,
+        "api.md": 1,
+        "cold-start.md": 2,  # test_site.py
+        "data.md": 2,
+        "environments.md": 4,  # test_environment_docs.py too
+        "evaluation.md": 1,  # test_evaluation_callback.py
+        "from-grpo.md": 1,
+        "hub.md": 1,  # test_trajectory_dataset.py
+        "rewards.md": 2,
+        "tools.md": 2,
+    }
+    assert Counter(page for page, _ in blocks("json")) == {"cold-start.md": 1}  # test_site.py
 
 
 def test_the_scripted_example_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,9 @@ def test_environments_of_the_next_batch_are_created_during_the_update(model_path
 
     class Slow(Cart):
         def reset(self, name: str, **row: Any) -> str:
-            if name not in ("n0", "n1"):  # the rows of the first batch
+            if name in ("n0", "n1"):  # the rows of the first batch
+                time.sleep(0.4)
+            else:
                 assert updating.wait(15.0)
                 made_next.set()
             return super().reset(name)
@@ -96,6 +99,7 @@ def test_environments_of_the_next_batch_are_created_during_the_update(model_path
     made.train()
     logged = [log for log in made.state.log_history if "loss" in log]
     assert [log["arpo/ahead/staleness_max"] for log in logged] == [0.0, 1.0, 1.0]
+    assert logged[0]["arpo/ahead/update_waited_s"] > 0.4
     # 3 batches of 2 groups: 2 paths each from the prompt, and 2 branches, which are copies
     assert sum(log["arpo/environments/resets"] for log in logged) == 12
     assert sum(log["arpo/environments/forks"] for log in logged) >= 12

@@ -1,8 +1,14 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
 import pytest
 from datasets import Dataset
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
+from arpo_trl.evaluation.benchmarks import BENCHMARKS
 from arpo_trl.evaluation.callback import EvaluationCallback
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
@@ -57,6 +63,20 @@ def test_a_suite_runs_every_n_steps_and_is_logged_and_in_the_model_card(trainer,
     card = (tmp_path / "run/README.md").read_text()
     assert card.count("## Evaluation") == 1
     assert "At step 4:" in card and "| sums | math equality | 0.500 | " in card
+
+
+def test_the_callback_on_the_page_evaluates(trainer, tmp_path, monkeypatch):
+    """The page's benchmark, with its questions in a file. The script is right about 0 and wrong about 5."""
+    rows = [{"question": f"what is {gold}", "answer": f"so\n#### {gold}"} for gold in (0, 5)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    local = dataclasses.replace(BENCHMARKS["gsm8k"], file=str(tmp_path / "gsm8k.jsonl"))
+    monkeypatch.setitem(BENCHMARKS, "gsm8k", local)
+    page = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {"trainer": trainer})
+    (callback,) = [each for each in trainer.callback_handler.callbacks if isinstance(each, EvaluationCallback)]
+    callback.evaluate()
+    assert trainer.state.log_history[-1]["eval/gsm8k/math"] == 0.5
 
 
 def test_evaluations_repeat_and_leave_training_as_it_was(trainer):

@@ -1,6 +1,7 @@
 """`arpo-trl eval` and `arpo-trl compare` as users run them."""
 
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -315,6 +316,15 @@ def test_the_self_check_needs_no_model_and_lists_golds_that_cannot_be(monkeypatc
     assert status == 1 and "gsm8k, question 3: '}{' does not score 1 by math equality, exact match" in out
     assert "gsm8k, question 3: only equal text matches '}{'" in out
     assert not (here / "runs").exists()
+
+
+def test_an_evaluation_reports_the_system_prompt_of_plain_questions(monkeypatch, capsys, caplog, here):
+    data(here, "questions", count=3)
+    for prompt, reports in (([], True), (["--system-prompt", "deepsearch"], False)):
+        logging.getLogger("arpo_trl").setLevel(logging.NOTSET)
+        caplog.clear()
+        assert run(monkeypatch, capsys, "eval", "--self-check", "--data", here / "questions.jsonl", *prompt)[0] == 0
+        assert ('3 row(s) have the system prompt "reasoning"' in caplog.text) == reports
 
 
 def test_two_runs_are_compared(monkeypatch, capsys, here):

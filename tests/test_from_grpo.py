@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import (
@@ -41,7 +40,6 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import DataError, RewardError
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
-from arpo_trl.training.preflight import log_defaults
 from support import small_model, with_template
 
 M = 3
@@ -789,9 +787,10 @@ def test_the_defaults_that_differ_are_in_the_table():
     }
 
 
-def test_the_defaults_that_are_used_and_differ_are_logged(tmp_path, caplog):
-    PartialState()  # accelerate's logger needs it
+def test_the_trainer_logs_the_defaults_that_are_used_and_differ_once(models, tmp_path, caplog):
+    settings = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4, "max_steps": 1}
     with caplog.at_level("INFO", logger="arpo_trl"):
-        log_defaults(ARPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True))
-    assert "loss_type grpo (TRL's: dapo)" in caplog.text
-    assert "num_generations" not in caplog.text
+        ARPOTrainer(models["qwen2"], length, config(tmp_path, **settings), TEXT).train()
+    (said,) = [record.getMessage() for record in caplog.records if "differ from TRL's" in record.getMessage()]
+    assert "loss_type grpo (TRL's: dapo)" in said
+    assert "num_generations" not in said

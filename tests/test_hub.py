@@ -23,6 +23,7 @@ from arpo_trl.publishing import push as hub_module
 from arpo_trl.publishing.push import BackgroundPush, Snapshot, prepare_repo, push_snapshot, refuse_secrets
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
+from arpo_trl.runs.checkpoints import SavedState
 from hub_server import TOKEN, Hub
 from loopback import Reply
 from support import ON_CPU, python, save_tiny_model, script, search, tokenizer
@@ -570,6 +571,22 @@ def test_an_evaluation_is_added_to_the_card_of_a_finished_run(hub, model_path, t
     assert "## Evaluation" in card and "| GSM8K | math equality | 0.500 | 0.400 – 0.600 | 10 |" in card
     assert 'from_pretrained("me/late")' in card
     assert "me/late" in hub.private
+
+
+@pytest.mark.slow
+def test_a_pushed_checkpoint_has_a_card_and_can_still_be_resumed(hub, model_path, tmp_path, capsys, monkeypatch):
+    adapter = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.0)
+    made = trainer(model_path, tmp_path / "run", push_to_hub=False, hub_model_id=None, peft_config=adapter)
+    made.train()
+    checkpoint = tmp_path / "run/checkpoint-1"
+    assert (checkpoint / "README.md").is_file()  # peft's
+    assert run(capsys, monkeypatch, "push", str(checkpoint), "--repo", "me/early")[0] == 0
+    (commit,) = hub.commits
+    card = commit.files["README.md"].decode()
+    assert 'from_pretrained("me/early")' in card and "--max-completion-length 120" in card
+    assert "training_config.yaml" in commit.files
+    SavedState.of(checkpoint).check_files()
+    assert not list(checkpoint.glob(".push-*"))
 
 
 def test_background_pushes_do_not_outlive_their_wait():

@@ -1,4 +1,4 @@
-"""Rollouts that run during the update, on a scripted engine. tests/test_vllm_ahead.py does the same on a server."""
+"""Rollouts that run during the update, on a scripted engine. tests/test_vllm_server_engine.py has them on a server."""
 
 import errno
 import itertools
@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,9 +23,13 @@ import forked
 from ahead_run import ROWS, by_length, make_trainer, searching
 from arpo_trl import ARPOConfig
 from arpo_trl.errors import CheckpointError, ConfigError, EngineError, Interrupted, RewardError
+from arpo_trl.evaluation.callback import EvaluationCallback
+from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.training.rewards_ahead import Scored, score
 from arpo_trl.training.rows_ahead import RowsAhead, later_epochs
+from arpo_trl.training.samples_ahead import SamplesAhead
+from evaluating import questions
 from ranks import launch, launched
 from support import ON_CPU, save_tiny_model
 
@@ -271,7 +276,78 @@ def test_stale_tokens_are_dropped_from_the_loss_and_counted(model_path, tmp_path
     assert [row["loss"] for row in losses(made)][2:] == [0.0, 0.0]
 
 
+def test_a_batch_without_a_token_in_the_loss_has_no_dropped_tokens(model_path, tmp_path):
+    drops = {"max_staleness": 1, "stale_tokens": "drop"}
+    made = make_trainer(
+        model_path, tmp_path, max_completion_length=3, mask_truncated_completions=True, max_steps=2, **drops
+    )
+    made.train()
+    assert [row["arpo/ahead/dropped"] for row in losses(made)] == [0.0, 0.0]
+
+
+def test_waits_and_transfers_are_logged_in_seconds(model_path, tmp_path):
+    made = make_trainer(model_path, tmp_path, max_steps=4)
+    engine, compute, held_until = made.tree_sampler.engine, made.compute_loss, []
+    sync = engine.sync
+
+    def holds(request):
+        if request.key[0] // 2 == 0 and not held_until:
+            held_until.append(time.monotonic() + 0.5)
+        return request.key[0] // 2 == 0 and time.monotonic() < held_until[0]
+
+    def compute_loss(*args, **kwargs):
+        time.sleep(0.5 * (made.state.global_step == 1))
+        return compute(*args, **kwargs)
+
+    def slow_sync():
+        time.sleep(0.2 * (made.state.global_step == 3))
+        sync()
+
+    engine.holds, engine.sync, made.compute_loss = holds, slow_sync, compute_loss
+    made.train()
+    waited, waited_for, moved = (
+        [row[f"arpo/ahead/{name}"] for row in losses(made)]
+        for name in ("update_waited_s", "rollout_waited_s", "sync_s")
+    )
+    assert waited[0] > 0.4  # the first batch is held
+    assert waited_for[0] == 0.0 and waited_for[2] > 0.4  # the third one is ready long before the second update ends
+    assert moved[3] >= 0.2
+
+
+@pytest.mark.parametrize(
+    ("ratios", "limits", "share"),
+    [
+        ([[0.5, 3.0, 0.0, 3.0]], (None, 3.0), 2 / 3),  # of tokens: the last one is not in the mask
+        ([[0.5, 3.0, 0.9, 3.0]], (0.5, 3.0), 2 / 3),
+        ([[0.5, 2.9, 0.9, 3.0]], (None, 3.0), 0.0),
+        ([[3.0]], (None, 3.0), 1.0),  # of sequences
+        ([[3.0]], (None, None), 0.0),
+    ],
+)
+def test_the_share_of_ratios_at_a_limit(ratios, limits, share):
+    least, most = limits
+    settings = SimpleNamespace(vllm_importance_sampling_clip_min=least, vllm_importance_sampling_clip_max=most)
+    found = SamplesAhead._share_clipped(settings, torch.tensor(ratios), torch.tensor([[1, 1, 1, 0]]))
+    assert found == pytest.approx(share)
+
+
 # Evaluation ----------------------------------------------------------------------------------------------------------
+
+
+def test_benchmarks_are_sampled_while_nothing_runs_ahead(model_path, tmp_path, monkeypatch):
+    made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=5)
+    run, seen = Evaluator.run, []
+
+    def running(self, *args):
+        assert not made._ahead._open and not made.tree_sampler.engine._running
+        seen.append(made.state.global_step)
+        return run(self, *args)
+
+    monkeypatch.setattr(Evaluator, "run", running)
+    made.add_callback(EvaluationCallback(made, [questions("0")], every_steps=2))
+    made.train()
+    assert seen == [2, 4]
+    assert list(prompts_by_step(tmp_path)) == [0, 1, 2, 3, 4]
 
 
 def test_an_evaluation_samples_with_current_weights_while_nothing_runs_ahead(model_path, tmp_path):
@@ -349,7 +425,9 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(m
     hang, there = threading.Event(), threading.Event()
 
     def reward(completions, answer, **_):
-        if where == "reward" and rewarded.__next__() == 2:
+        if where == "reward":  # the other batches wait for their rewards
+            while sum(len(batch.threads) for batch in made._ahead._batches.values()) < 3:
+                time.sleep(0.01)
             there.set()
             hang.wait(60.0)
         return by_length(completions)
@@ -365,7 +443,7 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(m
             hang.wait(60.0)
         return "iron"
 
-    rewarded, searched = itertools.count(), itertools.count()
+    searched = itertools.count()
     settings = {}
     if where == "evaluation":  # after step 1, while the rollout of step 2 hangs
         settings = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": ROWS.select(range(2))}
@@ -431,41 +509,47 @@ class StopsAfter(TrainerCallback):
 
 
 @pytest.mark.slow
-def test_no_row_is_lost_or_trained_twice_over_twenty_stops(model_path, tmp_path):
-    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment; they take as many runs as they need."""
+def test_no_row_is_lost_or_trained_twice_over_many_stops(model_path, tmp_path):
+    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     make_trainer(model_path, tmp_path / "plain", **settings, rollouts_ahead=0).train()
-    draw, stops, run = random.Random(0), 0, 0
-    while stops < 20:
-        folder, run, finished = tmp_path / f"ahead-{run}", run + 1, False
-        while not finished:
-            made = make_trainer(model_path, folder, **settings, rollouts_ahead=2)
-            if stops < 20:
-                made.add_callback(StopsAfter(made, draw.choice([1, 2]), draw.random() * 0.2))
-            try:
-                made.train(resume_from_checkpoint=True)
-                finished = True
-            except Interrupted:
-                stops += 1
-        assert prompts_by_step(folder) == prompts_by_step(tmp_path / "plain")
-        trained = Counter(prompt for prompts in prompts_by_step(folder).values() for prompt in prompts)
-        assert len(trained) == 24 and set(trained.values()) == {2}  # each row once an epoch
+    draw, stops, finished = random.Random(0), 0, False
+    while not finished:
+        made = make_trainer(model_path, tmp_path / "ahead", **settings, rollouts_ahead=2)
+        made.add_callback(StopsAfter(made, draw.choice([4, 7]), draw.random() * 0.2))
+        try:
+            made.train(resume_from_checkpoint=True)
+            finished = True
+        except Interrupted:
+            stops += 1
+    assert stops > 2
+    assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
+    trained = Counter(prompt for prompts in prompts_by_step(tmp_path / "ahead").values() for prompt in prompts)
+    assert len(trained) == 24 and set(trained.values()) == {2}  # each row once an epoch
 
 
 @pytest.mark.slow
-def test_no_row_is_lost_or_trained_twice_where_the_process_is_killed(model_path, tmp_path):
-    command, log = [ahead_run.__file__, model_path, str(tmp_path / "ahead")], tmp_path / "log"
-    for until in ("step 2", "step 5"):
+def test_no_row_is_lost_or_trained_twice_over_twenty_kills(model_path, tmp_path):
+    """Each kill is at another moment. They take as many runs as they need."""
+    make_trainer(model_path, tmp_path / "plain", max_steps=ahead_run.STEPS, rollouts_ahead=0).train()
+    draw, kills, log, folder = random.Random(0), 0, tmp_path / "log", tmp_path / "ahead-0"
+    while kills < 20:
+        command = [ahead_run.__file__, model_path, str(folder)]
         log.write_text("")
         process = forked.Fork(command, cwd=tmp_path, env=os.environ, log=log)
-        while f"{until}\n" not in (written := log.read_text()):
-            assert process.poll() is None, written[-3000:]
+        steps, delay_s = draw.choice([1, 2]), draw.random() * 0.4
+        while log.read_text().count("step ") < steps and process.poll() is None:
             time.sleep(0.02)
-        process.kill()
+        time.sleep(delay_s)
+        if process.poll() is None:
+            process.kill()
+            kills += 1
         process.wait()
-    assert "done\n" in forked.run(command, cwd=tmp_path, env=os.environ)
-    make_trainer(model_path, tmp_path / "plain", max_steps=ahead_run.STEPS, rollouts_ahead=0).train()
-    assert prompts_by_step(tmp_path / "ahead") == prompts_by_step(tmp_path / "plain")
+        if "done\n" in log.read_text():
+            assert prompts_by_step(folder) == prompts_by_step(tmp_path / "plain")
+            folder = tmp_path / f"ahead-{kills}"
+    assert "done\n" in forked.run([ahead_run.__file__, model_path, str(folder)], cwd=tmp_path, env=os.environ)
+    assert prompts_by_step(folder) == prompts_by_step(tmp_path / "plain")
 
 
 @pytest.mark.slow
@@ -572,6 +656,11 @@ def test_a_dataset_shorter_than_the_rows_ahead_is_refused(model_path, tmp_path):
     with pytest.raises(ConfigError, match=r"an epoch has only 3 generation batches \(6 rows, 2 prompts per batch\)"):
         make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=4)
     make_trainer(model_path, tmp_path, train_dataset=ROWS.select(range(6)), rollouts_ahead=3)
+
+
+def test_sampling_ahead_without_the_correction_is_logged(model_path, tmp_path, caplog):
+    make_trainer(model_path, tmp_path, vllm_importance_sampling_correction=False)
+    assert "rollouts_ahead is set without vllm_importance_sampling_correction" in caplog.text
 
 
 def test_an_engine_that_cannot_change_its_weights_during_sampling_is_refused(model_path, tmp_path, monkeypatch):

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+import datasets
 import pytest
 from datasets import Dataset
 
 import run_notebooks
 import settings_page
-from arpo_trl.cli import parse_settings
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.protocols import TagProtocol
@@ -53,40 +53,107 @@ def test_a_setting_has_its_range_in_its_own_column() -> None:
     assert row == f"| `branches_per_fork` | `1` | `int`, at least 1 | {meaning} |"
 
 
+def test_names_in_a_meaning_are_code() -> None:
+    text = "Import paths such as my_rewards:exact, with <b> and 2*3; see 'qa' and arpo_trl.data.layouts."
+    shown = "Import paths such as `my_rewards:exact`, with `<b>` and 2\\*3; see `qa` and `arpo_trl.data.layouts`."
+    assert settings_page.in_table(text) == shown
+
+
+def verl_rows() -> list[list[str]]:
+    """The cells of each row: the flags, their values, and what replaces them here."""
+    lines = (DOCS / "from-verl.md").read_text("utf-8").splitlines()
+    return [line.strip("|").split("|") for line in lines if line.startswith("| ") and not line.startswith("| flag |")]
+
+
 def test_every_setting_of_the_released_scripts_has_one_here() -> None:
     """What stands in backticks in the last column is a setting, but for what is not in the YAML file."""
     known = {row[1] for row in re.finditer(r"^\| `(\w+)` \|", settings_page.page(), re.MULTILINE)}
     elsewhere = {"threshold", "server", "grpo", "HierarchicalReward", "BRIGHTDATA_API_KEY", "WANDB_PROJECT"}
-    rows = re.findall(r"^\| .* \| .* \| (.*) \|$", (DOCS / "from-verl.md").read_text("utf-8"), re.MULTILINE)
-    named = {name for row in rows for name in re.findall(r"`([A-Za-z_]\w+)(?:: [^`]*)?`", row)}
+    named = {name for *_, here in verl_rows() for name in re.findall(r"`([A-Za-z_]\w+)(?:: [^`]*)?`", here)}
     assert len(named) > 40
     assert named - known == elsewhere
 
 
-@pytest.mark.parametrize("page", ["from-verl.md", "cold-start.md"])
-def test_every_yaml_example_is_read(page: str, tmp_path: Path) -> None:
-    name = "sft" if page == "cold-start.md" else "train"
-    (example,) = re.findall(r"```yaml\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL)
-    given = "" if "dataset:" in example else f"dataset: rows.jsonl\noutput_dir: {tmp_path}\n"
-    (tmp_path / "run.yaml").write_text(f"use_cpu: true\n{given}{example}")
-    parse_settings(script(name).SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+RELEASED_FLAGS = """
+--config-path --config-name
+algorithm.adv_estimator algorithm.kl_ctrl.kl_coef
+data.train_files data.val_files data.prompt_key data.train_batch_size data.max_prompt_length data.max_response_length
+actor_rollout_ref.model.path actor_rollout_ref.model.enable_gradient_checkpointing
+actor_rollout_ref.model.use_remove_padding
+actor_rollout_ref.actor.optim.lr actor_rollout_ref.actor.ppo_mini_batch_size
+actor_rollout_ref.actor.use_dynamic_bsz actor_rollout_ref.actor.ppo_max_token_len_per_gpu
+actor_rollout_ref.actor.use_kl_loss actor_rollout_ref.actor.kl_loss_coef actor_rollout_ref.actor.kl_loss_type
+actor_rollout_ref.actor.fsdp_config.param_offload actor_rollout_ref.actor.fsdp_config.optimizer_offload
+actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu actor_rollout_ref.rollout.tensor_model_parallel_size
+actor_rollout_ref.rollout.name actor_rollout_ref.rollout.mode actor_rollout_ref.rollout.gpu_memory_utilization
+actor_rollout_ref.rollout.n actor_rollout_ref.rollout.initial_rollouts actor_rollout_ref.rollout.beam_size
+actor_rollout_ref.rollout.branch_probability actor_rollout_ref.rollout.entropy_weight
+actor_rollout_ref.rollout.tools.tool_instances.search.class_path
+actor_rollout_ref.rollout.tools.tool_instances.search.params.cache_file
+actor_rollout_ref.rollout.tools.tool_instances.search.params.api_key
+actor_rollout_ref.rollout.tools.tool_instances.search.params.zone
+actor_rollout_ref.rollout.tools.tool_instances.python.params.conda_path
+actor_rollout_ref.rollout.tools.tool_instances.python.params.conda_env
+actor_rollout_ref.rollout.multi_turn.enable
+actor_rollout_ref.ref.log_prob_max_token_len_per_gpu actor_rollout_ref.ref.fsdp_config.param_offload
+reward_model.reward_manager custom_reward_function.path custom_reward_function.name
+trainer.critic_warmup trainer.logger trainer.project_name trainer.experiment_name trainer.n_gpus_per_node
+trainer.nnodes trainer.save_freq trainer.test_freq trainer.total_epochs trainer.default_local_dir
+trainer.val_before_train trainer.rollout_data_dir hydra.run.dir
+""".split()
+"""The flags of the reasoning scripts and of the 14B deep search script, and those with which users set its tools."""
+CONFIGURED = [
+    f"actor_rollout_ref.rollout.tools.{key}" for key in ("call_limit", "timeout", "max_workers", "retry_count")
+]
+"""Keys of the scripts' YAML file that the page lists too."""
 
 
-def test_rows_of_the_papers_layout_become_demonstrations(tmp_path: Path) -> None:
+def test_every_flag_of_the_released_scripts_is_on_the_page() -> None:
+    """Once, and the page lists no other. A name that begins with `….` is the end of a flag."""
+    flags = sorted((*RELEASED_FLAGS, *CONFIGURED))
+
+    def meant(name: str) -> list[str]:
+        shortened = name.startswith("….")
+        return [flag for flag in flags if (flag.endswith(name[1:]) if shortened else flag == name)]
+
+    named = [name for first, *_ in verl_rows() for name in re.findall(r"`(.+?)`", first)]
+    assert [(name, meant(name)) for name in named if len(meant(name)) != 1] == []
+    assert sorted(flag for name in named for flag in meant(name)) == flags
+
+
+def examples(page: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL)
+
+
+def learned(rows: Dataset) -> str:
+    """The text of the first demonstration that carries loss."""
+    encoded, too_long = encode_dataset(rows, TagProtocol(tokenizer(), {}), 4096)
+    assert too_long == 0
+    return tokenizer().decode([label for label in encoded[0]["labels"] if label != IGNORED])
+
+
+def test_the_demonstration_on_the_page_teaches_the_models_turns() -> None:
+    (row,) = examples("cold-start.md", "json")
+    text = learned(Dataset.from_list([json.loads(row)]))
+    assert text.startswith("<think>Look it up.</think><search>iron melting point</search><think>")
+    assert "\\boxed{538}</answer>" in text
+    assert "which temperature" not in text and "Iron melts" not in text
+
+
+def test_rows_of_the_papers_layout_become_demonstrations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The turns carry loss, the question and the result of the tool do not."""
-    namespace: dict[str, Any] = {}
-    code, _ = re.findall(r"```python\n(.*?)```", (DOCS / "cold-start.md").read_text("utf-8"), re.DOTALL)
-    exec(code, namespace)
     text = "<think>find it</think><search>iron</search>\n<result>\n1538\n</result>\n<answer>\\boxed{1538}</answer>"
     conversations = [{"from": "human", "value": "what is it"}, {"from": "gpt", "value": text}]
-    namespace["write"]([{"system": "use tools", "conversations": conversations}], tmp_path / "sft.jsonl")
-    rows = Dataset.from_json(str(tmp_path / "sft.jsonl"), cache_dir=str(tmp_path))
-    encoded, too_long = encode_dataset(rows, TagProtocol(tokenizer(), {}), 4096)
-    (row,) = encoded
-    learned = tokenizer().decode([label for label in row["labels"] if label != IGNORED])
-    assert learned.startswith("<think>find it</think><search>iron</search><answer>")
-    assert "what is it" not in learned and "<result>" not in learned
-    assert too_long == 0
+    (tmp_path / "published").mkdir()
+    row = {"system": "use tools", "conversations": conversations}
+    Dataset.from_list([row]).to_parquet(tmp_path / "published" / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    convert, load = examples("cold-start.md", "python")
+    exec(convert + load.replace("dongguanting/ARPO-SFT-54K", str(tmp_path / "published")), {})
+    text = learned(Dataset.from_json("sft.jsonl", cache_dir=str(tmp_path)))
+    assert text.startswith("<think>find it</think><search>iron</search><answer>")
+    assert "what is it" not in text and "<result>" not in text
 
 
 @pytest.mark.parametrize("notebook", run_notebooks.NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,19 +1,29 @@
 """A run's settings become the settings of its evaluation."""
 
 import dataclasses
+import json
 import os
+import re
+import shlex
+from pathlib import Path
 
 import pytest
 import yaml
+from datasets import Dataset
 
+from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.cli import parse_evaluation, parse_settings
+from arpo_trl.commands import ask
 from arpo_trl.common.settings import ToolLimits
-from arpo_trl.errors import DataError
+from arpo_trl.data.prompts import SYSTEM_PROMPTS
+from arpo_trl.errors import ConfigError, DataError
+from arpo_trl.evaluation.command import evaluate
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.model_card import Card, describe
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, LEFT_OUT, TAKEN, EvaluationSettings
+from arpo_trl.rollout.protocols.tags import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments
-from support import script
+from support import ON_CPU, save_tiny_model, script
 
 TRAINED = {
     "dataset": "rows.jsonl", "tools": ["search"], "search_index": "corpus.jsonl", "search_top_k": 2,
@@ -63,6 +73,12 @@ def test_flags_win_over_the_file_which_wins_over_the_run(tmp_path, capsys):
     assert "--max-completion-length" not in capsys.readouterr().err
 
 
+def test_a_file_can_keep_the_system_messages_of_the_rows(tmp_path):
+    (tmp_path / "eval.yaml").write_text("system_prompt: null\n")
+    words = ["--model", run_with(tmp_path, TRAINED), "--data", "x", "--config", str(tmp_path / "eval.yaml")]
+    assert parse_evaluation(words)[0].system_prompt is None
+
+
 def test_a_folder_without_a_run_changes_nothing(tmp_path, capsys):
     settings, _ = parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
     assert settings.max_tool_calls == EvalSettings().max_tool_calls == 20
@@ -108,11 +124,101 @@ def test_a_file_that_no_run_wrote_is_an_error(tmp_path):
         parse_evaluation(["--model", str(tmp_path), "--data", "rows.jsonl"])
 
 
-def test_the_card_has_the_whole_command(tmp_path):
-    run_with(tmp_path, {name: value for name, value in TRAINED.items() if name != "chat_template_kwargs"})
+def test_the_system_prompt_of_all_rows_is_a_setting_of_the_saved_model(tmp_path):
+    """So the evaluation uses it, and `ask`, which has no row."""
+    path = save_tiny_model(tmp_path / "model")
+
+    def saved(train: list[str | None], evaluated: list[str | None] | None = None) -> str | None:
+        trainer = ARPOTrainer(
+            path,
+            lambda completions, **_: [0.0] * len(completions),
+            ARPOConfig(str(tmp_path / "run"), num_generations=2, per_device_train_batch_size=2, **ON_CPU),
+            train_dataset=rows_with(train),
+            eval_dataset=None if evaluated is None else {"held out": rows_with(evaluated)},
+        )
+        trainer.save_model(str(tmp_path / "saved"))
+        return parse_evaluation(["--model", str(tmp_path / "saved")])[0].system_prompt
+
+    assert saved(["Think well."] * 2) == "Think well."
+    assert saved([SYSTEM_PROMPTS["reasoning"]], [SYSTEM_PROMPTS["reasoning"]]) == "reasoning"
+    assert saved(["Think well."], ["Be brief."]) is None
+    assert saved([None, None]) == ""
+
+
+def rows_with(system: list[str | None]) -> Dataset:
+    question = {"role": "user", "content": "what is 1"}
+    return Dataset.from_list(
+        [{"prompt": [*([{"role": "system", "content": text}] if text else []), question]} for text in system]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "flag", "system"),
+    [
+        ({"question": "what is 1"}, "reasoning", SYSTEM_PROMPTS["reasoning"]),  # which training gives to such rows
+        ({"prompt": [{"role": "user", "content": "what is 1"}]}, "''", None),
+        (None, None, SYSTEM_PROMPTS["reasoning"]),
+    ],
+)
+def test_a_question_is_asked_with_the_prompt_of_training_and_evaluation(
+    tmp_path, monkeypatch, capsys, row, flag, system
+):
+    models = [save_tiny_model(tmp_path / "model")]
+    if row is not None:
+        (tmp_path / "rows.jsonl").write_text(json.dumps({**row, "answer": "1", "task": "math"}))
+        words = [
+            *("--model_name_or_path", models[0], "--dataset", str(tmp_path / "rows.jsonl"), "--tools", "python"),
+            *("--output_dir", str(tmp_path / "run"), "--use_cpu", "true", "--report_to", "none", "--save_steps", "1"),
+            *("--num_generations", "2", "--per_device_train_batch_size", "2", "--max_completion_length", "16"),
+            *("--max_steps", "1"),
+        ]
+        monkeypatch.setattr("sys.argv", ["train.py", *words])
+        script("train").main()
+        models = [str(tmp_path / "run"), str(tmp_path / "run/checkpoint-1")]
+    prompts = []
+    encode = TagProtocol.encode_prompt
+    monkeypatch.setattr(TagProtocol, "encode_prompt", lambda self, given: prompts.append(given) or encode(self, given))
+    question = [{"role": "user", "content": "what is 2"}]
+    expected = question if system is None else [{"role": "system", "content": system}, *question]
+    (tmp_path / "asked.jsonl").write_text('{"question": "what is 2", "answer": "2", "task": "math"}')
+    for model in models:
+        capsys.readouterr()
+        options = ["--tools", "python", "--max-completion-length", "16", "--context", "2000"]
+        assert ask.main([model, "what is 2", *options]) == 0
+        assert flag is None or f" --system-prompt {flag} " in capsys.readouterr().err
+        assert prompts.pop() == expected
+        output = ["--data", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / Path(model).name / "eval")]
+        evaluate(*parse_evaluation(["--model", model, *output, *options]))
+        assert prompts.pop() == expected
+        prompts.clear()
+
+
+def test_arguments_of_the_template_may_be_json(tmp_path):
+    words = ["--model", "m", "--data", "rows.jsonl", "--chat-template-kwargs"]
+    settings, _ = parse_evaluation([*words, '{"enable_thinking": false}'])
+    assert settings.chat_template_kwargs == {"enable_thinking": False}
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs is 'true'; expected a mapping"):
+        parse_evaluation([*words, "true"])
+    with pytest.raises(ConfigError, match=r"chat_template_kwargs is not valid JSON \(Expecting .*\): {a: 1}"):
+        parse_evaluation([*words, "{a: 1}"])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "deepsearch",
+        "",
+        'It\'s a task. Use "tools":\n\n```\n<search>$HOME `ls`</search>\n```\n````` and \\boxed{}.\n',
+    ],
+)
+def test_the_card_has_the_whole_command(tmp_path, prompt):
+    run_with(tmp_path, {**TRAINED, "system_prompt": prompt})
     text = Card.of(tmp_path, "me/policy").text([])
-    (command,) = [line for line in text.splitlines() if line.startswith("arpo-trl eval")]
-    (settings, tools) = parse_evaluation(command.split()[2:])
+    # In Markdown a block ends at the first line that is at least as long a fence as its first line.
+    ((_, command),) = re.findall(r"^(`{3,})\n(arpo-trl eval .*?)\n\1`*$", text, re.DOTALL | re.MULTILINE)
+    settings, tools = parse_evaluation(shlex.split(command)[2:])
+    assert settings.system_prompt == prompt and settings.chat_template_kwargs == {"enable_thinking": False}
     same, its_tools = parse_evaluation(["--model", str(tmp_path), "--data", "questions.jsonl"])
     assert dataclasses.replace(settings, model=same.model) == same
     assert tools == its_tools

@@ -1,5 +1,9 @@
 import json
+import re
+from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 import yaml
 from datasets import load_dataset
@@ -53,6 +57,16 @@ def test_a_leaf_is_a_row_with_all_that_was_logged_of_it(tmp_path):
     (call,) = row["tool_calls"]
     assert (call["name"], json.loads(call["arguments"]), call["failure"]) == ("search", {"query": "iron 1"}, None)
     assert row["shared_with"] == 1 and row["completion_tokens"] > 10
+
+
+def test_the_dataset_is_loaded_as_on_the_page(tmp_path, monkeypatch):
+    rows(tmp_path / "out", [log(tmp_path, "step-000007")])
+    page = (Path(__file__).parents[1] / "docs" / "hub.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    names: dict[str, Any] = {}
+    exec(code.replace("me/my-trees", str(tmp_path / "out")), names)
+    assert names["trajectories"]["leaf"] == [0, 1, 2, 3]
 
 
 def test_a_path_without_a_call_has_none(tmp_path):

@@ -815,6 +815,7 @@ def test_the_parser_tells_which_flags_are_left(tmp_path: Path):
         ("_push_from_checkpoint", ["self", "checkpoint_folder"]),
         ("_finish_current_push", ["self"]),
         ("create_model_card", ["self", "model_name", "dataset_name", "tags"]),
+        ("_save", ["self", "output_dir", "state_dict"]),
     ],
 )
 def test_overridden_methods_of_pushing_accept_our_arguments(method, expected):
@@ -829,6 +830,8 @@ def test_the_trainer_calls_the_methods_of_pushing_where_ours_expect_it():
     assert "self.create_model_card(" in inspect.getsource(GRPOTrainer._save_checkpoint)
     saved = inspect.getsource(Trainer.save_model)
     assert "if self.args.push_to_hub and not _internal_call" in saved  # so train.py saves or pushes, not both
+    assert "self._save(output_dir" in saved  # for a checkpoint too
+    assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(Trainer._save_checkpoint)
 
 
 def test_the_trainers_own_background_push_dies_without_a_word():

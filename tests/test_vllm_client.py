@@ -191,6 +191,16 @@ def test_a_missing_feature_of_a_server_is_named_with_the_remedy(serve, changes, 
         check_server(client(url), tokenizer(), 20)
 
 
+def test_a_server_that_cannot_abort_requests_is_refused_for_rollouts_ahead(serve):
+    url, seen = serve()
+    check_server(client(url), tokenizer(), 20)
+    with pytest.raises(ConfigError, match=f"{url} has no /abort_requests .*rollouts_ahead needs vLLM ≥ 0.31"):
+        check_server(client(url), tokenizer(), 20, ahead=True)
+    url, seen = serve(abort_requests=(405, {}))  # as vLLM answers a GET
+    check_server(client(url), tokenizer(), 20, ahead=True)
+    assert [path for path, _, _ in seen].count("/abort_requests") == 1
+
+
 def test_an_unlimited_number_of_logprobs_is_accepted(serve):
     url, _ = serve(server_info=info(max_logprobs=-1))
     assert check_server(client(url), tokenizer(), 500).max_logprobs == -1

@@ -676,7 +676,14 @@ def test_rollouts_run_ahead_through_weight_updates_an_evaluation_and_a_restart(s
     assert [row["step"] for row in log] == list(range(1, 9))
     assert log[0]["arpo/ahead/staleness_max"] == 0.0
     assert max(row["arpo/ahead/staleness_max"] for row in log) == 2.0
+    # Sampling and training logprobs agree exactly, except those of older weights
+    difference = [row["sampling/sampling_logp_difference/mean"] for row in log]
+    assert difference[0] < 1e-4 < 1e-3 < max(difference)
     assert len([row for row in made.state.log_history if "eval_reward" in row]) == 3  # steps 3, 6 and 8
+    evaluated = [tree for file in sorted((tmp_path / "trajectories").glob("eval-*")) for tree in read_trees(file)]
+    assert {tree.step for tree in evaluated} == {3, 6, 8}
+    for logged in evaluated:
+        assert {version for node in logged.tree.turns() for version in node.versions} == {logged.step}
     trees = [tree for file in sorted((tmp_path / "trajectories").glob("step-*")) for tree in read_trees(file)]
     assert Counter(tree.prompt for tree in trees) == {tree.prompt: 1 for tree in trees}  # 16 rows, each once
     assert len(trees) == 16

@@ -127,7 +127,7 @@ def first_sentences(text: str, at_most: int = 240) -> str:
     return kept
 
 
-_NAMES = re.compile(r"https?://\S+|</?\w+>(?:…</\w+>|/\w+)?|'(\w+)'|\w[\w.]*_[\w…]*(?:\.\w+)*|\w[\w.]*\.[A-Z_]+\b")
+_NAMES = re.compile(r"https?://\S+|</?\w+>(?:…</\w+>|/\w+)?|'(\w+)'|\w[\w.]*_[\w…]*(?:\.\w+)*(?::\w+)?|\w[\w.]*\.[A-Z_]+\b")
 
 
 def in_table(text: str) -> str:

@@ -17,7 +17,8 @@ def main(words: Sequence[str]) -> int:
         prog="arpo-trl ask",
         usage='arpo-trl ask RUN "QUESTION" [options of arpo-trl eval]',
         allow_abbrev=False,  # the remaining words are options of the evaluation
-        description="Asks a trained model one question, with the tools, lengths and protocol of its training.",
+        description="Asks a trained model one question, with the tools, lengths, protocol and system prompt of its "
+        "training.",
         epilog="Every option of `arpo-trl eval` about the model, sampling and tools can follow, such as "
         "--temperature 0, --search-index FILE or --system-prompt NAME.",
     )
@@ -32,7 +33,7 @@ def main(words: Sequence[str]) -> int:
     from rich.console import Console
     from rich.markup import escape
 
-    from arpo_trl.data.layouts import system_prompt_text
+    from arpo_trl.data.layouts import convert_row, system_prompt_text
     from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
     from arpo_trl.logs.progress import hide_noise
     from arpo_trl.logs.render import render_tree
@@ -44,15 +45,15 @@ def main(words: Sequence[str]) -> int:
     from arpo_trl.visible import visible
 
     hide_noise()
-    system = system_prompt_text(settings.system_prompt)
-    messages = [] if not system else [{"role": "system", "content": system}]
-    messages.append({"role": "user", "content": arguments.question})
+    # The prompt that training and evaluation give to a row that is a plain question. `own_reward`: it has no answer.
+    row = convert_row({"question": arguments.question}, 0, system_prompt_text(settings.system_prompt), own_reward=True)
+    assert row is not None
     tokenizer = load_tokenizer(settings)
     tools = build_tools(tool_arguments, run=arguments.run)
     with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
         sampler = make_sampler(settings, toolbox, tokenizer)
         rollout = sampler.sample(
-            [GroupRequest(id=0, prompt_ids=sampler.protocol.encode_prompt(messages))],
+            [GroupRequest(id=0, prompt_ids=sampler.protocol.encode_prompt(row["prompt"]))],
             seed=(settings.seed, "ask"),
             settings=replace(sampler.settings.without_branching(1), entropy_probe_tokens=ENTROPY_TOKENS),
         )

@@ -19,7 +19,7 @@ LEAST_MEMORY_GB, LEAST_DISK_GB = 2, 2
 EXTRAS = {
     "vllm": "rollouts on vLLM (use_vllm)",
     "deepspeed": "ZeRO (--accelerate zero2, zero3)",
-    "bitsandbytes": "QLoRA (load_in_4bit)",
+    "bitsandbytes": "QLoRA (load_in_4bit), on a GPU",
     "trafilatura": "the visit tool",
     "mcp": "tools of MCP servers",
     "trackio": "report_to: trackio",

@@ -101,7 +101,7 @@ def _of_columns(row: Mapping[str, Any], golds: Sequence[str]) -> dict[str, str] 
         texts = sorted(text_of(text, _RIGHT).strip() for text in (row[_RIGHT], *wrong))
         return dict(zip(_letters(len(texts)), texts, strict=True)) if wrong else None
     labels = list(takewhile(lambda label: not is_blank(row.get(label)), ascii_uppercase))
-    if len(labels) < 2 or not set(golds) <= set(labels):
+    if len(labels) < 2 or not golds or not set(golds) <= set(labels):
         return None
     return {label: text_of(row[label], label).strip() for label in labels}
 

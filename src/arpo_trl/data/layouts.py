@@ -24,7 +24,7 @@ import contextlib
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
 from arpo_trl.common.user_files import shown
@@ -72,10 +72,12 @@ def convert_row(
     *,
     task: Task | None = None,
     columns: Mapping[str, str] | None = None,
+    own_reward: bool = False,
 ) -> dict[str, Any] | None:
     """The row in this project's layout; None if it has no answer by design (`golds.find_answer`).
 
-    `task` is None if the row has none.
+    `task` is None if the row has none. With `own_reward`, `answer` is None if the row has none, and [] if that is by
+    design.
 
     Args:
         number: The row's number in its dataset. It becomes the id of a row without an id.
@@ -83,26 +85,29 @@ def convert_row(
             `SYSTEM_PROMPTS["reasoning"]`.
         task: Overrides the row's own task.
         columns: Key of `MAPPABLE` → field that replaces the usual ones. Dots select nested fields.
+        own_reward: The row is for a reward function of the user: it needs no answer, and its task may be any text. An
+            answer that cannot be read is still an error, and so is a missing one that `columns` names.
 
     Raises:
         DataError: The row cannot be converted; names the field.
     """
     row, mapped = _renamed(raw, columns or {}), columns or {}
-    if (answer := find_answer(row, mapped)) is None:
+    has_answer = not own_reward or _has_answer(row, mapped)
+    answer = find_answer(row, mapped) if has_answer else None
+    if answer is None and not own_reward:
         return None
-    value, field = answer
-    golds = accepted(value, field) + ([] if "answer" in mapped else aliases(row))
+    golds = [] if answer is None else accepted(*answer) + ([] if "answer" in mapped else aliases(row))
     prompt = _prompt(row)
     is_question = isinstance(prompt, str)
     if (choices := find_choices(row, golds)) is not None:
-        golds = chosen(golds, value, choices)
+        golds = [] if answer is None else chosen(golds, answer[0], choices)
         if is_question:
             prompt = "\n".join([prompt, *(f"{label}. {text}" for label, text in choices.items())])
     level = first(row, _LEVEL_FIELDS)
     return {
         "prompt": _with_system(_checked_prompt(prompt), system_text, is_question=is_question),
-        "answer": list(dict.fromkeys(golds)),
-        "task": task or _stated_task(row),
+        "answer": list(dict.fromkeys(golds)) if has_answer else None,
+        "task": task or (_own_task(row) if own_reward else _stated_task(row)),
         "id": text_of(_identity(row, number), "id"),
         "level": text_of(level, "level") if _is_plain(level) else None,
     }
@@ -144,6 +149,37 @@ def system_prompt_text(system_prompt: str | None) -> str | None:
             f"system_prompt is {system_prompt!r}; expected one of {list(SYSTEM_PROMPTS)}, or a text of several words."
         )
     return system_prompt
+
+
+def shared_system_prompt(prompts: Iterable[Any]) -> str | None:
+    """The value of the setting `system_prompt` with which all `prompts` stay as they are.
+
+    It is the name of their system message in `SYSTEM_PROMPTS` or, if it has none, the text; "" if no prompt has a
+    system message. None: there is no such value, because system messages differ, a prompt is no list of messages, or
+    the setting does not accept the text.
+    """
+    shared = None
+    for prompt in prompts:
+        text = _system_of(prompt)
+        if text is None or (shared is not None and text != shared):
+            return None
+        shared = text
+    if shared is None:
+        return None
+    setting = next((name for name, text in SYSTEM_PROMPTS.items() if text == shared), shared)
+    with contextlib.suppress(ConfigError):
+        return setting if system_prompt_text(setting) == shared else None
+    return None
+
+
+def _system_of(prompt: Any) -> str | None:
+    """The text of a prompt's system message, "" without one; None if a system prompt cannot express it."""
+    if not isinstance(prompt, list) or not prompt or not isinstance(prompt[0], Mapping):
+        return None
+    role, content = prompt[0].get("role"), prompt[0].get("content")
+    if role != "system":
+        return None if role == "developer" else ""
+    return content if isinstance(content, str) and content.strip() else None
 
 
 def check_prompt(prompt: Any) -> None:
@@ -214,6 +250,23 @@ def _identity(row: Mapping[str, Any], number: int) -> Any:
     index = extra.get("index") if isinstance(extra, Mapping) else None
     known = (*(row.get(field) for field in _ID_FIELDS), index)
     return next((value for value in known if _is_plain(value) and not is_blank(value)), number)
+
+
+def _has_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> bool:
+    """Whether `find_answer` finds an answer that is not blank, or the sign that there is none by design."""
+    try:
+        answer = find_answer(row, mapped)
+    except DataError:
+        return False
+    return answer is None or "answer" in mapped or not is_blank(answer[0])
+
+
+def _own_task(row: Mapping[str, Any]) -> str | None:
+    """The task that the row states or, if that is no known one, its field `task` as text; None if it has none."""
+    try:
+        return _stated_task(row)
+    except DataError:
+        return text_of(row["task"], "task") if _is_plain(row.get("task")) else None
 
 
 def _stated_task(row: Mapping[str, Any]) -> Task | None:

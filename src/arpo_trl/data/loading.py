@@ -7,7 +7,7 @@ so `\boxed` became a backspace and `oxed`, and `\frac` a form feed and `rac`. Lo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ _NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
 _MATH_SHARE, _QA_SHARE = 0.75, 0.25
 _LFS_POINTER = b"version https://git-lfs."
 
+CONVERTED = ("prompt", "answer", "task", "id", "level")
+"""The columns of a loaded dataset."""
 ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
 """Columns that `ARPOTrainer` passes to reward functions in addition to the dataset's, with one value per
 completion."""
@@ -50,10 +52,12 @@ def load_arpo_dataset(
     system_prompt: str | None = None,
     task: str | None = None,
     columns: Mapping[str, str] | None = None,
+    own_reward: bool = False,
 ) -> datasets.Dataset:
     """Loads a dataset with the columns prompt, answer, task and id, and level if the rows have it.
 
-    A prompt is a list of messages, an answer the list of accepted answers.
+    A prompt is a list of messages, an answer the list of accepted answers. With `own_reward`, the rows' other fields
+    are columns too.
 
     Args:
         path_or_hub_id: A `.jsonl`, `.json` or `.parquet` file (`split` is ignored); a folder of such files, of which
@@ -67,35 +71,52 @@ def load_arpo_dataset(
             or LaTeX, qa if at most 25 % are.
         columns: Names of fields that replace the usual ones, such as `{"question": "body", "answer": "meta.gold"}`.
             The keys are those of `layouts.MAPPABLE`. Dots select nested fields.
+        own_reward: The rows are for your own reward function. They need no answer, their task may be any text, and
+            their other fields stay, under their own names. `answer` and `task` are None in rows without them, and are
+            no columns if no row has them.
 
     Rows without an answer by design are excluded with a warning: a verl row with a blank answer (the published data
-    has one), a proof in NuminaMath. In other layouts a missing answer is an error.
+    has one), a proof in NuminaMath. With `own_reward` they stay if no other row has an answer. In other layouts a
+    missing answer is an error, and with `own_reward` a warning if other rows have one.
 
     Raises:
         ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
         DataError: There is no readable file, or a row cannot be converted. Names the file, the row (from 0) or the
-            line (from 1), and the field.
+            line (from 1), and the field. With `own_reward`: the values of a field have different types.
     """
     override = next((known for known in TASKS if known == task), None)
     if override is None and task is not None:
         raise ConfigError(f"task is {task!r}; expected one of {TASKS}, or None to read it from the rows.")
     columns = read_columns(columns)
     system_text = system_prompt_text(system_prompt)
-    rows, skipped = [], []
+    rows, raws, skipped = [], [], []
     for number, raw in enumerate(_read_rows(path_or_hub_id, split)):
         try:
-            row = convert_row(raw, number, system_text, task=override, columns=columns)
+            row = convert_row(raw, number, system_text, task=override, columns=columns, own_reward=own_reward)
         except DataError as error:
             raise DataError(f"{path_or_hub_id}, row {number}: {error}") from error
         if row is None:
             skipped.append(number)
         else:
             rows.append(row)
+            if own_reward:
+                raws.append(raw)
+    if own_reward:
+        rows, raws, skipped = _without_blanks(rows, raws)
     if skipped:
         logger.warning("%s: %d row(s) without an answer excluded: %s", path_or_hub_id, len(skipped), _listed(skipped))
     if not rows:
         raise DataError(f"{path_or_hub_id} (split {split!r}) contains no rows; expected at least one.")
-    _guess_task(rows, path_or_hub_id)
+    without = [number for number, row in enumerate(rows) if row["answer"] is None]
+    if 0 < len(without) < len(rows):
+        logger.warning(
+            "%s: %d of %d rows have no answer, so the reward gets None: %s",
+            path_or_hub_id,
+            len(without),
+            len(rows),
+            _listed(without),
+        )
+    _guess_task(rows, path_or_hub_id, own_reward=own_reward)
     if system_text is None and (told := sum(row["prompt"][0]["content"] == DEFAULT_SYSTEM_PROMPT for row in rows)):
         logger.info(
             '%s: %d row(s) have the system prompt "reasoning", which explains the tools and the answer format. It is '
@@ -103,7 +124,8 @@ def load_arpo_dataset(
             path_or_hub_id,
             told,
         )
-    return _as_dataset(rows)
+    dataset = _as_dataset(rows)
+    return _with_other_fields(dataset, raws, path_or_hub_id) if own_reward else dataset
 
 
 def validate_rows(dataset: datasets.Dataset) -> None:
@@ -266,14 +288,17 @@ def _rows_of_json(path: Path) -> Any:
 # Converting
 
 
-def _guess_task(rows: list[dict[str, Any]], source: str) -> None:
-    """Sets the task of rows that do not state one, from the form of their answers."""
-    silent = [number for number, row in enumerate(rows) if row["task"] is None]
+def _guess_task(rows: list[dict[str, Any]], source: str, *, own_reward: bool) -> None:
+    """Sets the task of rows that have an answer and do not state a task, from the form of their answers. With
+    `own_reward`, it stays None if the answers do not determine it."""
+    silent = [number for number, row in enumerate(rows) if row["task"] is None and row["answer"] is not None]
     if not silent:
         return
     golds = [rows[number]["answer"][0] for number in silent]
     share = sum(_NUMBER_OR_LATEX.fullmatch(gold) is not None for gold in golds) / len(golds)
     if _QA_SHARE < share < _MATH_SHARE:
+        if own_reward:
+            return
         raise DataError(
             f"{source}: {len(silent)} row(s), the first of them row {silent[0]}, do not state their task, and their "
             f"answers do not determine it ({share:.0%} are a number or LaTeX). Set task to {' or '.join(TASKS)} (in "
@@ -301,10 +326,39 @@ def _as_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
         "id": text,
         "level": text,
     }
-    if all(row["level"] is None for row in rows):
-        del features["level"]
+    for name in ("answer", "task", "level"):
+        if all(row[name] is None for row in rows):
+            del features[name]
     columns = {name: [row[name] for row in rows] for name in features}
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _without_blanks(
+    rows: list[dict[str, Any]], raws: list[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]], list[int]]:
+    """Rows for a reward of the user, as read too, without those that have no answer by design, and the numbers of
+    these. If no row has an answer, all rows stay."""
+    blank = [number for number, row in enumerate(rows) if row["answer"] == []]
+    if not blank:
+        return rows, raws, []
+    if not any(row["answer"] for row in rows):
+        return [{**row, "answer": None} for row in rows], raws, []
+    kept = sorted({*range(len(rows))} - {*blank})
+    return [rows[number] for number in kept], [raws[number] for number in kept], blank
+
+
+def _with_other_fields(dataset: datasets.Dataset, raws: Sequence[Mapping[str, Any]], source: str) -> datasets.Dataset:
+    """The dataset with the fields of the rows as read, except those that conversion creates, as further columns."""
+    parts = [dataset]
+    for name in dict.fromkeys(name for raw in raws for name in raw if name not in CONVERTED):
+        try:
+            parts.append(datasets.Dataset.from_dict({name: [raw.get(name) for raw in raws]}))
+        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+            raise DataError(
+                f"{source}: the values of the field {name!r} cannot be one column for the reward "
+                f"({str(error).splitlines()[0]}). Give them one type in all rows, or remove the field."
+            ) from error
+    return datasets.concatenate_datasets(parts, axis=1)
 
 
 def _listed(items: Iterable[object], limit: int = 10) -> str:

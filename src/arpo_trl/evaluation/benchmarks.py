@@ -266,7 +266,7 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
                 f"The custom benchmark {name!r} has a key {key!r}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(required + optional)}.")
             )
-        if not isinstance(value, str) or not value.strip():
+        if not isinstance(value, str) or not (value.strip() or key == "system_prompt"):
             raise ConfigError(f"The custom benchmark {name!r} has {key} {value!r}; expected text.")
     if missing := [key for key in required if key not in description]:
         raise ConfigError(f"The custom benchmark {name!r} lacks {', '.join(missing)}.")
@@ -320,7 +320,7 @@ def load_questions(
 
     Args:
         data: A file, or a folder with a file named after the benchmark.
-        system_prompt: A name or a text that replaces the benchmark's system prompt.
+        system_prompt: A name or a text that replaces the benchmark's system prompt. "": no system message.
         limit: The maximum number of questions to load.
         skip_bad: Exclude unusable rows, with a warning.
 
@@ -331,7 +331,7 @@ def load_questions(
     where, raws = _raw_rows(benchmark, data, bad if skip_bad else None)
     if where == benchmark.hub_id and benchmark.take is not None:
         limit = min(benchmark.take, limit or benchmark.take)
-    system_text = system_prompt_text(system_prompt or benchmark.system_prompt)
+    system_text = system_prompt_text(benchmark.system_prompt if system_prompt is None else system_prompt)
     rows: list[dict[str, Any]] = []
     for number, raw in enumerate(raws):
         if limit is not None and len(rows) == limit:

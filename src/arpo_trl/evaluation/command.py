@@ -37,7 +37,7 @@ from arpo_trl.evaluation.runner import Evaluator, RunFolder, run_benchmark
 from arpo_trl.evaluation.samples import Record, counted, read_records
 from arpo_trl.evaluation.scoring import main_metric
 from arpo_trl.evaluation.settings import EvalSettings
-from arpo_trl.logs.progress import hide_noise
+from arpo_trl.logs.progress import show_log
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
@@ -54,7 +54,7 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     Raises:
         ArpoError: The settings, the data or the model cannot be used. Raised before the first sample.
     """
-    hide_noise()
+    show_log()
     console = Console()
     if settings.list_benchmarks:
         console.print(_registry_table())

@@ -68,7 +68,7 @@ def make_sampler(settings: EvalSettings, toolbox: ToolBox, tokenizer: PreTrained
         tokenizer,
         toolbox.specs,
         max_result_tokens=settings.max_tool_result_tokens,
-        chat_template_kwargs=settings.chat_template_kwargs,
+        chat_template_kwargs=settings.template_arguments(),
         tool_parser=settings.tool_parser,
         eos_ids=eos_ids_of(saved),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -129,11 +130,11 @@ class EvalSettings(ToolLimits, JudgeArguments):
     )
     system_prompt: str | None = field(
         default=None,
-        metadata={"help": "Name or text of the system prompt. Default: the benchmark's."},
+        metadata={"help": 'Name or text of the system prompt, or "" for none. Default: the benchmark\'s.'},
     )
-    chat_template_kwargs: dict[str, Any] | None = field(
+    chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "YAML only: arguments for the chat template, such as {enable_thinking: false}."},
+        metadata={"help": 'Arguments for the chat template, as JSON such as {"enable_thinking": false}.'},
     )
     seed: int = field(default=0, metadata=described("Seed of sampling and of the bootstrap."))
 
@@ -158,7 +159,8 @@ class EvalSettings(ToolLimits, JudgeArguments):
         self.benchmarks = [name for part in names for name in part.replace(",", " ").split()]
         if isinstance(limits, dict):
             self.tool_call_limits = [f"{name}={number}" for name, number in limits.items()]
-        check_fields(self)
+        check_fields(self, {"chat_template_kwargs": {"options": True}})
+        self.chat_template_kwargs = self.template_arguments()
         if self.base_url is not None and (self.adapter is not None or self.engine != EngineKind.TRANSFORMERS):
             raise ConfigError(
                 "base_url is set together with engine or adapter; expected base_url alone, because the server has "
@@ -169,6 +171,18 @@ class EvalSettings(ToolLimits, JudgeArguments):
         if self.resume and self.output is None:
             raise ConfigError("resume is set without output. Set output to the folder of the run to continue.")
         self.call_limits()
+
+    def template_arguments(self) -> dict[str, Any] | None:
+        """Return `chat_template_kwargs`, which a flag gives as JSON text, as a dict."""
+        if not isinstance(self.chat_template_kwargs, str):
+            return self.chat_template_kwargs
+        try:
+            read = json.loads(self.chat_template_kwargs)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(
+                f"chat_template_kwargs is not valid JSON ({error}): {self.chat_template_kwargs}"
+            ) from error
+        return dict(read)
 
     def call_limits(self) -> dict[str, int]:
         """Return `tool_call_limits` as a dict {tool: limit}."""

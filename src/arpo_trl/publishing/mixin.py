@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,13 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from datasets import Dataset
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from trl import GRPOTrainer
 
 from arpo_trl.config import ARPOConfig
+from arpo_trl.data.layouts import shared_system_prompt
 from arpo_trl.errors import HubError
-from arpo_trl.publishing.model_card import Card, describe
+from arpo_trl.publishing.model_card import Card, describe, write_settings
 from arpo_trl.publishing.push import (
     BackgroundPush,
     Snapshot,
@@ -26,7 +29,7 @@ from arpo_trl.publishing.push import (
     reason_of,
 )
 from arpo_trl.trl_seam import get_config_model_id
-from arpo_trl.visible import get_logger
+from arpo_trl.visible import get_logger, without_credentials
 
 logger = get_logger(__name__)
 
@@ -151,6 +154,31 @@ class Publishing(GRPOTrainer):
         if hasattr(self, "_push"):
             self._push.wait()
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Also saves the settings of the run beside each saved model. So a checkpoint, or a copy of it, is evaluated,
+        merged and pushed with them."""
+        super()._save(output_dir, state_dict)
+        write_settings(Path(output_dir or self.args.output_dir), self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """The content of the run's `training_config.yaml`."""
+        settings = describe(*self.other_settings, self.args)
+        settings.setdefault("model_name_or_path", get_config_model_id(self.model.config))
+        if (shared := self._shared_system_prompt) is not None:
+            settings.setdefault("system_prompt", shared)
+        return settings
+
+    @functools.cached_property
+    def _shared_system_prompt(self) -> str | None:
+        """The system message of all rows as the setting `system_prompt`, for evaluation; None if rows have several. An
+        address with credentials stays out of the settings, as in `describe`."""
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        datasets = [each for each in (self.train_dataset, *evaluated) if each is not None]
+        if not all(isinstance(each, Dataset) and "prompt" in each.column_names for each in datasets):
+            return None
+        shared = shared_system_prompt(prompt for each in datasets for prompt in each["prompt"])
+        return shared if shared is not None and without_credentials(shared) == shared else None
+
     def create_model_card(
         self,
         model_name: str | None = None,
@@ -160,17 +188,15 @@ class Publishing(GRPOTrainer):
         """Writes card, training curves and settings to `output_dir`. Runs only on the main process."""
         if not self.is_world_process_zero():
             return
-        settings = describe(*self.other_settings, self.args)
+        settings = self._settings()
         if dataset_name is not None:
             settings["dataset"] = dataset_name
-        base = get_config_model_id(self.model.config)
-        settings.setdefault("model_name_or_path", base)
         given = (tags,) if isinstance(tags, str) else tuple(tags or ())
         Card(
             repo_id=self.hub_model_id or model_name or Path(self.args.output_dir).absolute().name,
             settings=settings,
             history=self.state.log_history,
-            base_model=base,
+            base_model=get_config_model_id(self.model.config),
             is_adapter=is_peft_model(self.model),
             evaluation=self.evaluation,
             extra_tags=(*given, *(getattr(self.model, "model_tags", None) or ())),

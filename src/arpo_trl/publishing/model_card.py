@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -134,7 +135,7 @@ class Card:
         """Writes card, curves and settings to `folder`, each file atomically."""
         folder.mkdir(parents=True, exist_ok=True)
         drawn = draw_curves(self.history, folder / CURVES_FOLDER)
-        write_whole(folder / CONFIG_NAME, self._settings_yaml())
+        write_settings(folder, self.settings)
         if self.evaluation is not None:
             write_whole(folder / EVALUATION_NAME, self.evaluation.strip() + "\n")
         write_whole(folder / "README.md", self.text(drawn))
@@ -166,14 +167,20 @@ class Card:
             datasets=datasets,
             steps=max((row["step"] for row in self.history if "reward" in row), default=0),
             settings={label: _cell(value) for label, value in self._shown()},
-            evaluation_flags=EvaluationSettings.of(self.settings).flags(),
+            command=self._evaluation(base),
             curves={name: PANELS[name][0] for name in curves},
             folder=CURVES_FOLDER,
             evaluation=self.evaluation,
             versions={name: version(name) for name in VERSIONS},
-            config=self._settings_yaml(),
-            fence="`" * (1 + max([2, *map(len, re.findall("`+", self._settings_yaml()))])),  # prompts have fences too
+            config=_as_yaml(self.settings),
+            fence=_fence,
         )
+
+    def _evaluation(self, base: str | None) -> str:
+        """The command that evaluates the model with the settings of its training."""
+        model = [base or "BASE", "--adapter", self.repo_id] if self.is_adapter else [self.repo_id]
+        command = shlex.join(["arpo-trl", "eval", "--model", *model, "--data", "questions.jsonl"])
+        return f"{command} {EvaluationSettings.of(self.settings).flags()}".rstrip()
 
     def _shown(self) -> Iterable[tuple[str, Any]]:
         from arpo_trl.config import ARPOConfig
@@ -184,8 +191,19 @@ class Card:
             if value is not None and (self.settings.get("use_peft") or not name.startswith("lora_")):
                 yield label, value
 
-    def _settings_yaml(self) -> str:
-        return yaml.safe_dump(dict(self.settings), sort_keys=False, allow_unicode=True)
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Writes `training_config.yaml` with `settings` to `folder`."""
+    write_whole(folder / CONFIG_NAME, _as_yaml(settings))
+
+
+def _as_yaml(settings: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
+
+
+def _fence(content: str) -> str:
+    """A Markdown fence that is longer than every run of backticks in `content`."""
+    return "`" * max(3, 1 + max(map(len, re.findall("`+", content)), default=0))
 
 
 def describe(*groups: Any) -> dict[str, Any]:

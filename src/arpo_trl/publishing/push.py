@@ -28,9 +28,10 @@ from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http as hub_client
 
+from arpo_trl.common.files import write_whole
 from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.net.http_client import without
-from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, Card
+from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
 from arpo_trl.visible import get_logger
 
@@ -149,16 +150,22 @@ class Snapshot:
 
     Args:
         checkpoint: A checkpoint to push with all its files, and its folder in the repository.
+        card: Written to the snapshot instead of the run's card. `run` stays unchanged, because it may be a checkpoint,
+            which is incomplete if a file changes.
 
     Raises:
         HubError: The folder cannot be written, for example because the disk is full.
     """
 
-    def __init__(self, *, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None) -> None:
+    def __init__(
+        self, *, run: Path, model: Path, checkpoint: tuple[Path, str] | None = None, card: Card | None = None
+    ) -> None:
         self.run = run
         try:
             self.folder = Path(tempfile.mkdtemp(prefix=".push-", dir=run))
             self._fill(model, checkpoint)
+            if card is not None:
+                card.write(self.folder)
         except OSError as error:
             for left in run.glob(".push-*"):
                 shutil.rmtree(left, ignore_errors=True)
@@ -319,11 +326,12 @@ def push_run(
     if repo is not None:
         repo_id = prepare_repo(repo, setting="--repo", private=private)
         card = Card.of(run, repo_id)
-        if card is not None:
-            dataclasses.replace(card, evaluation=evaluation or card.evaluation).write(run)
-        elif evaluation is not None:
-            raise DataError(f"{run} has no training_config.yaml, which the card needs. Omit --evaluation.")
-        snapshot = Snapshot(run=run, model=run)
+        if evaluation is not None:
+            if card is None:
+                raise DataError(f"{run} has no training_config.yaml, which the card needs. Omit --evaluation.")
+            card = dataclasses.replace(card, evaluation=evaluation)
+            write_whole(run / EVALUATION_NAME, evaluation.strip() + "\n")  # for later pushes
+        snapshot = Snapshot(run=run, model=run, card=card)
         urls.append(str(push_snapshot(repo_id, snapshot, message="Upload a run").commit_url))
     if trajectories is not None:
         repo_id = prepare_repo(trajectories, setting="--trajectories", private=private, kind="dataset")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,14 +92,13 @@ class EvaluationSettings:
         return " ".join(visible(line).split())
 
     def flags(self) -> str:
-        """The values that are not defaults, as flags of `arpo-trl eval`, without values that only a file can
-        contain."""
+        """The values that are not defaults, as flags of `arpo-trl eval`, quoted for a shell."""
         words: list[str] = []
         for name, value in self.values.items():
-            if value is None or value == [] or isinstance(value, dict) or value == _DEFAULTS.get(name):
+            if value is None or value == [] or value == _DEFAULTS.get(name):
                 continue
-            flag = f"--{name.replace('_', '-')}"
-            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+            given = json.dumps(value) if isinstance(value, dict) else value
+            words += [f"--{name.replace('_', '-')}", *(map(str, given) if isinstance(given, list) else [str(given)])]
         return shlex.join(words)
 
 

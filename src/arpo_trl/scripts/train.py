@@ -59,7 +59,8 @@ class TrainArguments(JudgeArguments):
     reward: list[str] = field(
         default_factory=list,
         metadata={"help": "Import paths of your own reward functions, such as my_rewards:exact, instead of the "
-                          "hierarchical reward, to which accuracy and the judge belong."},
+                          "hierarchical reward, to which accuracy and the judge belong. They get the rows' other "
+                          "fields, and rows need no answer."},
     )  # fmt: skip
     accuracy: str = field(
         default="task",
@@ -125,7 +126,12 @@ def main() -> None:
 
     def load(name: str, split: str) -> Dataset:
         return load_arpo_dataset(
-            name, split, system_prompt=arguments.system_prompt, task=arguments.task, columns=arguments.columns
+            name,
+            split,
+            system_prompt=arguments.system_prompt,
+            task=arguments.task,
+            columns=arguments.columns,
+            own_reward=bool(arguments.reward),
         )
 
     evaluates = arguments.eval_dataset is not None and config.eval_strategy != "no"

@@ -27,8 +27,8 @@ ALL = 1 << 30
 CHECK_S = 0.2
 """Seconds between checks for an interrupt while the trainer waits."""
 CLOSE_S = 5.0
-"""Seconds that `close` waits for each thread. Then `close` returns anyway, since a tool or a reward function may hang
-in the thread."""
+"""Seconds that `close` waits for all threads together. Then it returns anyway, since a tool or a reward function may
+hang in a thread."""
 
 Score = Callable[[Rows, list[GroupRequest], RolloutBatch], Scored]
 """(rows, requests, rollout) → rewards of the rollout's leaves. Called outside the trainer's thread."""
@@ -162,15 +162,15 @@ class RolloutsAhead:
             raise self._error
 
     def close(self) -> None:
-        """Cancel unfinished batches, and wait for the threads. No reward function is called after that, unless one
-        call takes longer than `CLOSE_S`."""
+        """Cancel unfinished batches, and wait at most `CLOSE_S` for the threads. Calls no further reward function."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = time.monotonic() + CLOSE_S
         self._thread.join(CLOSE_S)  # first: it starts threads of batches
         for batch in self._batches.values():
             for thread in batch.threads:
-                thread.join(CLOSE_S)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _wait_until(self, done: Callable[[], bool]) -> None:
         while True:

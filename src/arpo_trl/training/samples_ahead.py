@@ -116,7 +116,8 @@ class SamplesAhead(Resumable):
         with self.interruptible():
             delayed = self._start_rollouts([dict(row) for row in inputs])
             assert self._ahead is not None
-            inputs = self._ahead.prepared_rows(self._step // self._every)
+            with self._spans("wait"):
+                inputs = self._ahead.prepared_rows(self._step // self._every)
         metrics = {"delayed": delayed}
         batch = super()._generate_and_score_completions(inputs)
         sampled = self._sampled
@@ -235,7 +236,7 @@ class SamplesAhead(Resumable):
     # Staleness -------------------------------------------------------------------------------------------------------
 
     def _drop_stale(self, batch: dict[str, Any], rollout: RolloutBatch) -> float:
-        """Removes tokens above `max_staleness` from the loss. Returns their share of the rank's sampled tokens."""
+        """Removes tokens above `max_staleness` from the loss. Returns their share of the tokens in the loss."""
         limit = self.args.max_staleness
         if limit is None or self.args.stale_tokens != StaleTokens.DROP:
             return 0.0
@@ -260,7 +261,7 @@ class SamplesAhead(Resumable):
         batch["tool_mask"] = batch["tool_mask"] * fresh
         trained = (batch["completion_mask"] * batch["tool_mask"]).sum()
         batch["num_items_in_batch"] = self.accelerator.gather(trained).sum()
-        return float(1 - trained / sampled)
+        return float((sampled - trained) / sampled.clamp(min=1))
 
     def _log_ahead(self, batch: dict[str, Any], rollout: RolloutBatch, metrics: dict[str, float]) -> None:
         """Logs means and maxima over ranks, as described in docs/metrics.md. A collective."""

@@ -31,6 +31,8 @@ ATTEMPTS = 4
 """Attempts per request, or per transfer of weights, before the run fails."""
 SHORT_S = 5.0
 """The timeout in seconds of requests that need no computation."""
+ABORT = "/abort_requests"
+ABORT_HINT = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
 
 
 class ServerLost(EngineError):
@@ -198,8 +200,15 @@ class ServerClient:
 
     def abort(self) -> None:
         """Abort all running requests. The server answers them with the tokens sampled so far."""
-        hint = "rollouts_ahead needs vLLM ≥ 0.31, started with VLLM_SERVER_DEV_MODE=1. Or set rollouts_ahead: 0."
-        self._request("POST", "/abort_requests", hint, {}, timeout=SHORT_S)
+        self._request("POST", ABORT, ABORT_HINT, {}, timeout=SHORT_S)
+
+    def check_abort(self) -> None:
+        """Check that the server has `abort`, without an effect on running requests.
+
+        Raises:
+            ConfigError: It does not.
+        """
+        self._request("GET", ABORT, ABORT_HINT, accepted=(200, 405))  # 405: the path exists, but not for GET
 
     @_reads_json
     def mark(self, version: str) -> None:
@@ -219,7 +228,13 @@ class ServerClient:
             raise EngineError(f"{self.url}{path} did not answer with JSON. {hint}") from error
 
     def _request(
-        self, method: str, path: str, hint: str, body: dict[str, Any] | None = None, **options: Any
+        self,
+        method: str,
+        path: str,
+        hint: str,
+        body: dict[str, Any] | None = None,
+        accepted: Sequence[int] = (200,),
+        **options: Any,
     ) -> httpx.Response:
         try:
             response = self._http.request(method, path, json=body, **options)
@@ -239,19 +254,27 @@ class ServerClient:
             )
         if response.status_code == 404:
             raise ConfigError(f"{self.url} has no {path.split('?')[0]} ({response.text[:200]}). {hint}")
-        if response.status_code != 200:
+        if response.status_code not in accepted:
             raise EngineError(f"{self.url}{path} answered {response.status_code}: {response.text[:500]}. {hint}")
         return response
 
 
-def check_server(client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_logprobs: int) -> ServerFacts:
+def check_server(
+    client: ServerClient, tokenizer: PreTrainedTokenizerBase, top_logprobs: int, *, ahead: bool = False
+) -> ServerFacts:
     """Check that the server can sample and be updated, and return its properties.
+
+    Args:
+        top_logprobs: The number of logprobs per probed token.
+        ahead: Whether the weights are updated during a rollout, for which the server has to abort requests.
 
     Raises:
         ConfigError: The server lacks an endpoint, has the wrong kind or number of logprobs, has several data parallel
             replicas, or has another tokenizer than the trainer.
     """
     facts = client.facts()
+    if ahead:
+        client.check_abort()
     if facts.logprobs_mode != "processed_logprobs":
         raise ConfigError(
             f"{client.url} returns {facts.logprobs_mode}, which are not the logprobs of the distribution that it "
