@@ -104,8 +104,8 @@ def test_an_object_whose_call_missed_its_deadline_is_not_reset_again():
                 release.wait(10)
             return super().put(item)
 
-    environments = environments_of(Slow, timeout_s=0.3)
-    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=2, timeout_s=0.3)
+    environments = environments_of(Slow, timeout_s=0.5)
+    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=2, timeout_s=0.5)
     first = made(1).trees[0].leaves()[0]
     assert first.calls[0].failure is ToolFailure.TIMEOUT
     kept = environments.kept[0, (0,)]

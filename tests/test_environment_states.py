@@ -206,7 +206,7 @@ def test_a_reward_waits_for_the_last_call_and_is_none_if_it_hangs(caplog):
             return 1.0
 
     environments = environments_of(Slow, timeout_s=0.2)
-    (leaf,) = Scripted(buys, tools=environments.tools, leaves=1, at_root=1, timeout_s=0.1)(1).trees[0].leaves()
+    (leaf,) = Scripted(buys, tools=environments.tools, leaves=1, at_root=1, timeout_s=0.4)(1).trees[0].leaves()
     assert leaf.calls[0].failure is ToolFailure.TIMEOUT
     (reward,) = owned_rewards(environments)
     kept = environments.kept[0, (0,)]

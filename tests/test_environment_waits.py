@@ -58,10 +58,11 @@ def test_after_a_hanging_fork_the_path_continues_with_errors_and_another_path_re
     assert all_closed(environments)
 
 
+@pytest.mark.slow
 def test_the_copy_that_is_made_before_a_call_has_a_deadline_of_its_own():
     class Slow(ForkingShop):
         def fork(self) -> ForkingShop:
-            time.sleep(0.4)
+            time.sleep(0.6)
             return super().fork()
 
         def put(self, item: str) -> str:
@@ -70,12 +71,12 @@ def test_the_copy_that_is_made_before_a_call_has_a_deadline_of_its_own():
             Args:
                 item: Which.
             """
-            time.sleep(0.4)
+            time.sleep(0.6)
             return super().put(item)
 
-    # A copy and the call after it take 0.8 s of two times 0.7 s.
+    # A copy and the call after it take 1.2 s of two times 1.1 s.
     environments = environments_of(Slow)
-    batch = run_within(environments, 0.7, leaves=2, at_root=1, rule=Ranked(branches_per_fork=1))
+    batch = run_within(environments, 1.1, leaves=2, at_root=1, rule=Ranked(branches_per_fork=1))
     assert [leaf.calls[-1].text for leaf in batch.trees[0].leaves()] == ["a 0/0 0/1 z", "a 0/0 0/1/0/1 z"]
     assert environments.instances.take_counts().forks == 3  # at both results, and one for the branch
     assert all_closed(environments)
@@ -180,9 +181,9 @@ class Hanging(Shop):
 
 def test_hanging_environments_that_use_all_slots_are_an_error_and_not_a_hang():
     Hanging.release.clear()
-    environments = environments_of(Hanging, timeout_s=0.2, limit=1, keeps=False)
+    environments = environments_of(Hanging, timeout_s=0.4, limit=1, keeps=False)
     with pytest.raises(EngineError, match=r"1 paths wait for a free slot .* all slots belong to states that hang"):
-        run_within(environments, 0.2, leaves=2, at_root=2)
+        run_within(environments, 0.4, leaves=2, at_root=2)
     with (
         ToolBox(environments.tools) as toolbox,
         pytest.raises(ConfigError, match="There is no free slot for the environment of a row"),
@@ -206,11 +207,12 @@ def test_a_branch_without_a_copy_and_without_a_replay_is_refused(caplog):
 
 def test_a_path_waits_for_the_slot_of_a_creation_that_missed_its_deadline():
     release = threading.Event()
+    seen: list[bool] = []
 
     class Late(Shop):
         def reset(self, name: str = "", **row: Any) -> str | None:
             if len(OPENED) == 1:
-                assert release.wait(10)
+                seen.append(release.wait(10))
             return super().reset(name, **row)
 
     def script(request: Any, context: str) -> ScriptedTurn:
@@ -221,4 +223,5 @@ def test_a_path_waits_for_the_slot_of_a_creation_that_missed_its_deadline():
     environments = environments_of(Late, limit=1, keeps=False)
     first, second = run_within(environments, 0.3, script, leaves=2, at_root=2).trees[0].leaves()
     assert not any(call.ok for call in first.calls) and second.calls[-1].text == "a 1/0 1/1 z"
-    assert environments.instances.take_counts().failed == 1 and all_closed(environments)
+    assert environments.instances.take_counts().failed == 1 and seen == [True]
+    assert all_closed(environments)

@@ -36,6 +36,8 @@ IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
 BUSY_POLL_S = 0.002
 """Longest wait, in seconds, for the engine while tool calls are also running."""
+ADMISSION_S = 1.0
+"""Longest wait, in seconds, of a round for the slots of states that are being closed."""
 
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
@@ -494,9 +496,10 @@ class _Run:
 
     def _admit_all(self) -> None:
         """Wait until no path will start soon. So the duration of closing does not decide in which round a path
-        starts."""
+        starts, unless it takes long."""
+        deadline_s = time.perf_counter() + ADMISSION_S
         self._admit()
-        while self._will_admit:
+        while self._will_admit and time.perf_counter() < deadline_s:
             self.between_events()
             time.sleep(BUSY_POLL_S)
             self._admit()
