@@ -186,7 +186,7 @@ def test_no_state_is_shared_and_all_are_closed(kind):
         with made.toolbox:
             for seed in range(rollouts // CONFIGURATIONS):
                 WORLD.__init__()  # type: ignore[misc]
-                WORLD.luck, WORLD.late = random.Random(seed), 0.3 * (misses and seed < 5)
+                WORLD.luck, WORLD.late = random.Random(seed), 0.2 * (misses and seed < 4)
                 interrupts = luck.choice([0.0, 0.0, 0.05])
                 try:
                     environments.begin({i: {"name": name} for i, name in enumerate(NAMES)}, made.toolbox, interrupt)
@@ -224,4 +224,4 @@ def test_no_state_is_shared_and_all_are_closed(kind):
     assert (
         min(seen["checked"], seen["forks"] + seen["replays"]) > 100 and min(seen["interrupted"], seen["refused"]) > 20
     )
-    assert seen["late"] > 2 or kind is LateLedger
+    assert seen["late"] > 1 or kind is LateLedger
