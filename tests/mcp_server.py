@@ -64,6 +64,13 @@ def note(text: str) -> str:
 
 
 @server.tool()
+def reset(text: str) -> str:
+    """Forget all lines."""
+    LINES.clear()
+    return text
+
+
+@server.tool()
 def die(text: str) -> str:
     """Crash the server."""
     os._exit(3)

@@ -1,13 +1,33 @@
-"""The part of OpenEnv's `GenericEnvClient` that docs/environments.md uses. The package itself installs 450 MB of
-others."""
+"""OpenEnv's `GenericEnvClient`: that of its package, and the part of it that docs/environments.md uses.
+
+The part works without a package registry. The package itself installs 450 MB of others.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
-from types import SimpleNamespace
+import sys
+from functools import cache
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
+
+from fetch_openenv import FOLDER
+
+
+@cache
+def packaged_client() -> Any:
+    """The class of the package that tests/fetch_openenv.py fetched, loaded without the server's part of the package.
+
+    That part is imported by the packages' `__init__`, so modules without it take their places.
+    """
+    for name in ("openenv", "openenv.core"):
+        package = ModuleType(name)
+        package.__path__ = [str(FOLDER.joinpath(*name.split(".")))]
+        sys.modules[name] = package
+    return importlib.import_module("openenv.core.generic_client").GenericEnvClient
 
 
 class GenericEnvClient:

@@ -36,7 +36,7 @@ from support import ON_CPU, python, tiny_model, tokenizer
 ROWS = Dataset.from_list([{"prompt": f"what is {i}", "answer": [str(i)], "task": "math"} for i in range(10)])
 BOUND_S = 120.0
 """For a machine that is busy: how long a test waits for what takes a second."""
-TIMES = ("time", "per_second", "seconds_p", "latency")
+TIMES = ("time", "per_second", "seconds_p", "latency", "reset_s", "fork_s", "replay_s")
 SETTINGS = {
     "num_generations": 4,
     "per_device_train_batch_size": 8,
@@ -121,6 +121,30 @@ def search(query: str) -> str:
     return f"facts about {query[:8]}"
 
 
+class Notes:
+    """An environment whose `search` also finds what the path has looked for before."""
+
+    def reset(self, **row: Any) -> None:
+        wait_while_told("reset")
+        self.seen: list[str] = []
+
+    def search(self, query: str) -> str:
+        """Search for facts.
+
+        Args:
+            query: What to look for.
+        """
+        wait_while_told("search")
+        self.seen.append(query[:4])
+        return f"facts about {' '.join(self.seen[-2:])}"
+
+    def get_reward(self) -> float:
+        return len(self.seen) / 10
+
+    def close(self) -> None:
+        """So that every path has an object of its own."""
+
+
 def some_reward(completions: list[Any], **_: Any) -> list[float]:
     """A number that depends on every character, so that two runs do not have the same number by chance."""
     wait_while_told("reward")
@@ -131,7 +155,7 @@ def some_reward(completions: list[Any], **_: Any) -> list[float]:
 def make_trainer(model: str | PreTrainedModel, output: Path, **settings: Any) -> ARPOTrainer:
     kwargs = {
         name: settings.pop(name)
-        for name in ("peft_config", "train_dataset", "tools", "reward_funcs")
+        for name in ("peft_config", "train_dataset", "tools", "reward_funcs", "environment_factory")
         if name in settings
     }
     evaluates = settings.get("eval_strategy", "no") != "no"

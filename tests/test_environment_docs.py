@@ -19,16 +19,16 @@ from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.tools.environments.kind import Forking, environment_kind
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox
-from openenv_client import GenericEnvClient
+from openenv_client import GenericEnvClient, packaged_client
 from support import Scripted, tokenizer
 
 PAGE = (Path(__file__).parents[1] / "docs" / "environments.md").read_text("utf-8")
 
 
-def shown(name: str, url: str = "http://127.0.0.1:8000") -> Any:
+def shown(name: str, url: str = "http://127.0.0.1:8000", client: Any = GenericEnvClient) -> Any:
     """The class of this name that the page defines, with its server at `url`."""
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if f"class {name}:" in block]
-    scope: dict[str, Any] = {"GenericEnvClient": GenericEnvClient}
+    scope: dict[str, Any] = {"GenericEnvClient": client}
     exec(code.replace("http://127.0.0.1:8000", url), scope)
     return scope[name]
 
@@ -86,8 +86,11 @@ def buys(request: Any, context: str) -> ScriptedTurn:
 
 
 @pytest.mark.slow
-def test_the_client_of_a_server_branches_by_replay_in_sessions_of_its_own(url: str) -> None:
-    environments = Environments(environment_kind(shown("Remote", url), 10), timeout_s=10, keeps=True)
+@pytest.mark.parametrize(
+    "client", [lambda: GenericEnvClient, pytest.param(packaged_client, marks=pytest.mark.openenv)]
+)
+def test_the_client_of_a_server_branches_by_replay_in_sessions_of_its_own(url: str, client: Any) -> None:
+    environments = Environments(environment_kind(shown("Remote", url, client()), 10), timeout_s=10, keeps=True)
     made = Scripted(buys, leaves=3, at_root=1, tools=environments.tools)
     with made.toolbox:
         try:
@@ -106,3 +109,39 @@ def test_the_client_of_a_server_branches_by_replay_in_sessions_of_its_own(url: s
             assert refused == "Error: RuntimeError: Server error: not sold (code: EXECUTION_ERROR)"
     assert environments.instances.take_counts().replays == 2
     assert asyncio.run(other_sessions(url)) == 0 and environments.instances.live == 0
+
+
+@pytest.mark.slow
+@pytest.mark.openenv
+def test_sessions_of_a_class_without_close_are_those_of_one_rollout(url: str) -> None:
+    """A class as in TRL's documentation, with OpenEnv's client called without `await`."""
+    client_class = packaged_client()
+
+    class Trls:
+        def __init__(self) -> None:
+            self.client = client_class(base_url=url)
+
+        def reset(self, seed: int, **row: Any) -> str:
+            return str(self.client.reset(seed=seed).observation["text"])
+
+        def buy(self, item: str) -> str:
+            """Buys an item.
+
+            Args:
+                item: What to buy.
+            """
+            return str(self.client.step({"item": item}).observation["text"])
+
+    environments = Environments(environment_kind(Trls, 10), timeout_s=10, keeps=True)
+    for rollout in range(3):
+        made = Scripted(buys, leaves=3, at_root=1, tools=environments.tools)
+        with made.toolbox:
+            texts = environments.begin({0: {"seed": rollout}}, made.toolbox, lambda: None)
+            request = GroupRequest(id=0, prompt_ids=made.protocol.encode_prompt(f"Buy{texts[0]}"))
+            (tree,) = made.sampler.sample([request], seed=(0,)).trees
+        assert [leaf.calls[0].text for leaf in tree.leaves()] == [
+            f"seed {rollout}, 0", f"seed {rollout}, 0", f"seed {rollout}, 1"
+        ]  # fmt: skip
+        environments.close_kept()
+        assert environments.instances.live == 0
+        assert asyncio.run(other_sessions(url)) == 3  # one per path

@@ -17,110 +17,37 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.errors import ConfigError, DataError, ToolError, ToolSpecError
+from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch
+from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.tools.calls import ToolFailure
 from arpo_trl.tools.environments.kind import Forking, environment_kind
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox
-from support import ANSWER, Scripted, search
-
-OPENED: list[Any] = []
-CLOSED: Counter[int] = Counter()
+from shops import (
+    CLOSED,
+    OPENED,
+    CopiedShop,
+    FinalShop,
+    ForkingShop,
+    Shop,
+    all_closed,
+    buys,
+    carts,
+    environments_of,
+    forget,
+    run,
+)
+from support import ANSWER, Scripted
 
 
 @pytest.fixture(autouse=True)
 def counted() -> None:
-    OPENED.clear()
-    CLOSED.clear()
-
-
-class Shop:
-    """A cart; `put` returns what is in it."""
-
-    def __init__(self) -> None:
-        OPENED.append(self)
-        self.items: list[str] = []
-
-    def reset(self, name: str = "", **row: Any) -> str | None:
-        self.items = [name]
-        return None
-
-    def put(self, item: str) -> str:
-        """Put an item into the cart.
-
-        Args:
-            item: Which.
-        """
-        if item == "boom":
-            raise ToolError("it broke")
-        self.items.append(item)
-        return " ".join(self.items)
-
-    def close(self) -> None:
-        CLOSED[id(self)] += 1
-
-
-class ForkingShop(Shop):
-    def fork(self) -> ForkingShop:
-        made = type(self)()
-        made.items = list(self.items)
-        return made
-
-
-class CopiedShop(Shop):
-    copyable = True
-
-    def __deepcopy__(self, memo: Any) -> CopiedShop:
-        made = CopiedShop()
-        made.items = list(self.items)
-        return made
-
-
-class FinalShop(Shop):
-    replayable = False
-
-
-def environments_of(
-    kind: Any, *, timeout_s: float = 5.0, limit: int | None = None, keeps: bool = True
-) -> Environments:
-    made = Environments(environment_kind(kind, timeout_s), timeout_s=timeout_s, limit=limit, keeps=keeps)
-    OPENED.clear()  # without those that were looked at
-    CLOSED.clear()
-    made.start_groups({0: {"name": "a"}, 1: {"name": "b"}})
-    return made
-
-
-def buys(request: Any, context: str) -> ScriptedTurn:
-    """Each path puts its address and depth twice, then one more item, and answers; entropy rises after the first."""
-    depth = request.key[-1]
-    name = "/".join(map(str, request.key[1:]))
-    text = [f"<put>{name}</put>", f"<put>{name}</put>", "<put>z</put>", ANSWER][depth]
-    return ScriptedTurn(text=text, entropies=[[0.5, 1.0, 0.1, 0.1][depth]])
-
-
-def run(environments: Environments, script: Any = buys, groups: int = 1, **settings: Any) -> RolloutBatch:
-    made = Scripted(script, tools=[search, *environments.tools], **{"leaves": 3, "at_root": 1, **settings})
-    made.sampler.settings = replace(made.sampler.settings, max_completion_length=800)
-    return made(groups)
-
-
-def carts(environments: Environments, batch: RolloutBatch) -> list[dict[tuple[int, ...], list[str]]]:
-    return [
-        {leaf.address: environments.kept[group, leaf.address].value.items for leaf in tree.leaves()}  # type: ignore[union-attr]
-        for group, tree in enumerate(batch.trees)
-    ]
-
-
-def all_closed(environments: Environments) -> bool:
-    """Whether each instance is closed once, after the rewards."""
-    environments.close_kept()
-    return environments.instances.live == 0 and Counter(map(id, OPENED)) == CLOSED
+    forget()
 
 
 # Forking -------------------------------------------------------------------------------------------------------------
@@ -526,8 +453,7 @@ def test_a_close_that_fails_is_logged_once_and_frees_the_room(caplog):
 
     kind = replace(environment_kind(Shop, 5.0), factory=Stuck, type=Stuck)
     environments = Environments(kind, timeout_s=5.0)
-    OPENED.clear()
-    CLOSED.clear()
+    forget()
     run(environments)
     assert all_closed(environments)
     assert sum("close() of the environment Stuck failed: OSError: stuck" in str(r.msg) for r in caplog.records) == 1
@@ -586,22 +512,6 @@ def test_a_digest_that_raises_or_equals_nothing_leaves_no_branch_and_no_instance
     assert [leaf.address for leaf in leaves] == [(0,), (1,)]
     counts = environments.instances.take_counts()
     assert (counts.failed, counts.refused_forks) == (failed, 1) and all_closed(environments)
-
-
-def test_a_hanging_fork_is_rejected_and_the_path_continues(caplog):
-    release = threading.Event()
-
-    class Stuck(ForkingShop):
-        def fork(self) -> ForkingShop:
-            release.wait(20)
-            return super().fork()
-
-    environments = environments_of(Stuck, timeout_s=0.3)
-    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=1, timeout_s=0.5)
-    leaves = made(1).trees[0].leaves()
-    release.set()
-    assert len(leaves) == 2 and environments.instances.take_counts().refused_forks == 1
-    assert all_closed(environments)
 
 
 def test_a_close_that_hangs_is_waited_for_once(caplog):

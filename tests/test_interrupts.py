@@ -19,7 +19,7 @@ from arpo_trl.runs.checkpoints import Checkpoints
 from arpo_trl.runs.interrupts import Interrupts
 from forked import Fork
 from resuming import BOUND_S, make_trainer, outcome, save_calling_model
-from support import save_sharp_model
+from support import python, save_sharp_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -31,6 +31,10 @@ BUFFERED = {
     "gradient_accumulation_steps": 2,
     "logging_steps": 3,
 }
+
+
+ENVIRONMENTS = {"environment_factory": resuming.Notes, "tools": [python], "tool_timeout_s": 3.0}
+"""After an interrupt the run waits for that long for an environment whose method hangs."""
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +87,10 @@ def interrupting(name: str, call: int):
         ("search", 4, None, {}),
         ("reward", 2, 4, BUFFERED),  # a generation batch serves four steps
         ("reward", 4, 2, {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}),
+        ("search", 4, None, ENVIRONMENTS),
+        ("reset", 18, None, ENVIRONMENTS),  # a step has 4 to 8 of them, with those of replays
     ],
-    ids=["reward", "new epoch", "tool", "buffered", "evaluation"],
+    ids=["reward", "new epoch", "tool", "buffered", "evaluation", "call of an environment", "reset"],
 )
 def test_an_interrupted_run_resumes_like_an_uninterrupted_run(
     model, left_alone, waits, call, step, settings, tmp_path, monkeypatch

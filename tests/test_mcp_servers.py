@@ -15,17 +15,20 @@ from typing import Any
 
 import psutil
 import pytest
+from datasets import Dataset
 
+from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.net import background
-from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.engines.base import SamplingParams
+from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, mcp_tools
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from loopback import Asked, Loopback, Reply
-from support import ANSWER, Scripted, tokenizer
+from support import ANSWER, ON_CPU, Scripted, save_tiny_model, tokenizer
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -391,5 +394,56 @@ def test_with_per_path_each_path_has_a_session_and_a_branch_repeats_its_prefix()
 
 
 def test_per_path_does_not_offer_reserved_names_of_environments() -> None:
+    with pytest.raises(ConfigError, match=r"mcp_servers\[0\] .* a tool 'reset', a name that per_path cannot"):
+        mcp_tools([COMMAND | {"per_path": True}])
     with pytest.raises(ConfigError, match=r"mcp_servers\[0\]: per_path must be true or false, got 1"):
         mcp_tools([COMMAND | {"per_path": 1}])
+
+
+def writes_notes(request: Any, context: str) -> ScriptedTurn:
+    """Each path writes two notes, and answers; entropy rises after the first one."""
+    depth = request.key[-1]
+    text = f"<note>{'/'.join(map(str, request.key[1:]))}</note>" if depth < 2 else ANSWER
+    return ScriptedTurn(text=text, entropies=[float(depth == 1)])
+
+
+def interrupts(request: Any, context: str) -> ScriptedTurn:
+    if request.key[-1] == 1:
+        raise KeyboardInterrupt
+    return writes_notes(request, context)
+
+
+@pytest.mark.parametrize("script", [writes_notes, interrupts])
+def test_a_trainer_limits_counts_and_closes_the_sessions_of_paths(script: Any, tmp_path: Path) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    args = ARPOConfig(
+        str(tmp_path / "run"),
+        num_generations=4,
+        per_device_train_batch_size=4,
+        max_completion_length=200,
+        max_steps=1,
+        environment_concurrency=2,
+        **ON_CPU,
+    )
+    trainer = ARPOTrainer(
+        save_tiny_model(tmp_path / "model"),
+        lambda completions: [1.0] * len(completions),
+        args,
+        Dataset.from_dict({"prompt": ["what is the answer"] * 4}),
+        tools=mcp_tools([COMMAND | {"per_path": True, "tools": ["note"]}], timeout_s=60.0),
+        engine=ScriptedEngine(
+            tokenizer(),
+            SamplingParams(eos_ids=(tokenizer().eos_token_id,), stop_strings=("</note>",)),
+            script,
+        ),
+    )
+    if script is interrupts:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+    else:
+        trainer.train()
+        log = trainer.state.log_history[0]
+        # N = 2 of M = 4, and each path branches once, on a session that repeats its note.
+        assert log["arpo/environments/resets"] == 4 and log["arpo/environments/replays"] == 2
+        assert log["arpo/environments/live_max"] == 2 and log["arpo/environments/refused_forks"] == 0
+    assert set(psutil.Process().children(recursive=True)) <= before

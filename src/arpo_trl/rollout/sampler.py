@@ -36,6 +36,8 @@ IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
 BUSY_POLL_S = 0.002
 """Longest wait, in seconds, for the engine while tool calls are also running."""
+ADMISSION_S = 1.0
+"""Longest wait, in seconds, of a round for the slots of states that are being closed."""
 
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
@@ -358,7 +360,7 @@ class _Run:
         with self.engine.session(), self._closing_states():
             sync_s = time.perf_counter() - start
             groups = [self._start(request) for request in requests]
-            while self.writing or self.calling or self.opening:
+            while self.writing or self.calling or self.opening or self._will_admit:
                 for group in self._advance():
                     self._branch(group)
                     if not group.live:
@@ -487,6 +489,21 @@ class _Run:
             path = self.waiting.pop(0)
             self.opening[self.toolbox.open(path.states)] = path
 
+    @property
+    def _will_admit(self) -> bool:
+        """Whether the path that has waited longest will start soon, also if no other path ends."""
+        return bool(self.waiting) and self.waiting[0].states.will_be_admitted
+
+    def _admit_all(self) -> None:
+        """Wait until no path will start soon. So the duration of closing does not decide in which round a path
+        starts, unless it takes long."""
+        deadline_s = time.perf_counter() + ADMISSION_S
+        self._admit()
+        while self._will_admit and time.perf_counter() < deadline_s:
+            self.between_events()
+            time.sleep(BUSY_POLL_S)
+            self._admit()
+
     def _opened_path(self, path: _Path, result: ToolResult) -> None:
         """Submit the first turn of a path whose states are open. If they could not be opened, another path replaces
         it."""
@@ -509,12 +526,13 @@ class _Run:
     def _advance(self) -> list[_Group]:
         """Wait for events, process them, and return the groups to which they belong."""
         self.between_events()
+        self._admit()
         if self.waiting and not (self.writing or self.calling or self.opening):  # for slots that others use
-            time.sleep(IDLE_POLL_S)
-            self._admit()
+            time.sleep(BUSY_POLL_S if self._will_admit else IDLE_POLL_S)
         touched: dict[int, _Group] = {}
         if self.writing:
-            for event in self.engine.poll(BUSY_POLL_S if self.calling or self.opening else IDLE_POLL_S):
+            others = self.calling or self.opening or self._will_admit
+            for event in self.engine.poll(BUSY_POLL_S if others else IDLE_POLL_S):
                 if (path := self.writing.get(event.id)) is None:
                     continue  # its group failed earlier
                 touched[path.group.id] = path.group
@@ -545,10 +563,12 @@ class _Run:
 
     def _tool_results(self) -> list[tuple[int, ToolResult]]:
         rounds = self.settings.schedule is RolloutSchedule.ROUNDS
-        if not (self.calling or self.opening) or (rounds and self.writing):
+        if not (self.calling or self.opening or self.waiting) or (rounds and self.writing):
             return []
         start = time.perf_counter()  # counted even while turns decode: this poll runs the tools of this thread
-        results = self.toolbox.poll(0.0 if self.writing else IDLE_POLL_S)
+        if rounds:
+            self._admit_all()
+        results = self.toolbox.poll(0.0 if self.writing or not (self.calling or self.opening) else IDLE_POLL_S)
         while rounds and len(results) < len(self.calling) + len(self.opening):
             self.between_events()
             results += self.toolbox.poll(IDLE_POLL_S)

@@ -63,6 +63,11 @@ class PathState(ABC):
         """
         return None
 
+    @property
+    def call_steps(self) -> int:
+        """The number of steps of the next call, each with the deadline of a call."""
+        return 1
+
     def bind(self, tool: str) -> Callable[..., Any]:
         """Return the function that runs the next call of `tool`. By default it is the method with that name.
 
@@ -98,8 +103,13 @@ class PathState(ABC):
         return 0
 
     def admit(self) -> bool:
-        """Whether the state may open now. If not, its path waits, and this method is called again when a path has
-        ended."""
+        """Whether the state may open now. If not, its path waits, and this method is called again after the next
+        events. It must not block."""
+        return True
+
+    @property
+    def will_be_admitted(self) -> bool:
+        """Whether `admit` will return True soon, also if no path ends."""
         return True
 
     def open(self) -> None:  # noqa: B027
@@ -145,6 +155,8 @@ class BoundTool:
     """`PathState.key` at the time of the call."""
     turn: asyncio.Lock | None
     """A lock to hold while the call runs, if the calls of the state run one after the other. Otherwise None."""
+    steps: int = 1
+    """`PathState.call_steps` at the time of the call."""
 
 
 class PathStates:
@@ -174,9 +186,9 @@ class PathStates:
     def bind(self, tool: str) -> BoundTool:
         """Return the tool, bound to its state for the path's next call."""
         state = self._of(tool)
-        key = state.key
+        key, steps = state.key, state.call_steps
         turn = self._turns.setdefault(self._create[tool], asyncio.Lock()) if key is None else None
-        return BoundTool(run=state.bind(tool), key=key, turn=turn)
+        return BoundTool(run=state.bind(tool), key=key, turn=turn, steps=steps)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:
         return self._of(call.name).record(call, failure)
@@ -212,6 +224,10 @@ class PathStates:
 
     def admit(self) -> bool:
         return all(state.admit() for state in self._states.values())
+
+    @property
+    def will_be_admitted(self) -> bool:
+        return all(state.will_be_admitted for state in self._states.values())
 
     def open(self) -> None:
         for state in list(self._states.values()):

@@ -416,7 +416,7 @@ class ToolBox:
                     self._done.put((ticket, replace(running.result, source=CallSource.JOINED)))
             else:
                 spec = offered.specs[call.name]
-                execution = _Execution(key, call, tool, [ticket], self._timeout_s, spec.is_async)
+                execution = _Execution(key, call, tool, [ticket], self._timeout_s * tool.steps, spec.is_async)
                 if key is not None and (spec.deterministic or self._cache is not None):
                     self._joinable[key] = execution
                 if spec.run_in == "main":
@@ -566,10 +566,14 @@ class ToolBox:
         described = _describe(error)
         if name not in self._thread_bound and not isinstance(error, ToolError) and _NAMES_THREADS.search(described):
             self._thread_bound.add(name)
-            logger.warning(
-                f"A call of tool {name!r} failed: {described.removeprefix('Error: ')} Each call runs in a new thread. "
-                f"If the tool must run in the thread that created it, set its attribute: {name}.run_in = 'main'."
+            hint = (
+                "The state of its path was made in another thread, for example by fork(). Make what needs one thread "
+                "in reset() or at the first call."
+                if name in self.specs and self.specs[name].create_state is not None
+                else "Each call runs in a new thread. If the tool must run in the thread that created it, set its "
+                f"attribute: {name}.run_in = 'main'."
             )
+            logger.warning(f"A call of tool {name!r} failed: {described.removeprefix('Error: ')} {hint}")
 
     def _notice_not_closed(self, state: PathState, error: Exception) -> None:
         """Warn once for each type of state whose `close` failed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -79,6 +80,18 @@ def environments_for(
     _check_concurrency(args, keeps=keeps, evaluates=any(dataset is not None for dataset in datasets[1:]))
     _without_branches(args, [kind.name for kind in classes if kind.forking is Forking.NONE])
     return Environments(made, timeout_s=args.tool_timeout_s, limit=args.environment_concurrency, keeps=keeps)
+
+
+def all_environments(
+    environments: Environments | None, tools: Sequence[Callable[..., Any]], limit: int | None
+) -> list[Environments]:
+    """Return the environments of a trainer: those of its factory, and those of its tools, such as sessions of MCP
+    servers. The latter then have the limit, too."""
+    of_tools = [create for tool in tools if isinstance(create := getattr(tool, "create_state", None), Environments)]
+    made = list(dict.fromkeys([*([] if environments is None else [environments]), *of_tools]))
+    for each in made:
+        each.instances.limit = limit
+    return made
 
 
 def _without_branches(args: ARPOConfig, names: Sequence[str]) -> None:
@@ -190,6 +203,9 @@ def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_gr
     """Return the environment object of each leaf, tree by tree, for the rewards; None if no reward reads them.
 
     An object that could not be created is None.
+
+    Raises:
+        ToolSpecError: The state of an object is not the one after its last call.
     """
     if not environments.keeps:
         return None
@@ -198,6 +214,7 @@ def of_leaves(environments: Environments, trees: Sequence[RolloutTree], first_gr
         for group, tree in enumerate(trees, first_group)
         for leaf in tree.leaves()
     ]
+    environments.instances.check_all_unchanged([instance for instance in kept if instance is not None])
     return [None if instance is None else instance.value for instance in kept]
 
 
@@ -216,7 +233,7 @@ def owned_rewards(environments: Environments | None) -> list[Callable[..., Any]]
 def _owned_reward(instances: Instances, kind: EnvironmentKind) -> Callable[..., Any]:
     def reward(environments: Sequence[Any]) -> list[Any]:
         """None for environments of other classes."""
-        return [instances.result_of(each.get_reward(), None) if kind.made(each) else None for each in environments]
+        return [instances.reward_of(each) if kind.made(each) else None for each in environments]
 
     reward.__name__ = kind.name
     return reward
@@ -234,11 +251,15 @@ def weighted(args: ARPOConfig, owned: Sequence[Any]) -> Iterator[None]:
         args.reward_weights = weights
 
 
-def tally_environments(counts: Counts, tally: Tally) -> None:
+def tally_environments(environments: Sequence[Environments], tally: Tally) -> None:
     """Count the events of a rollout's environments in `tally`."""
+    if not environments:
+        return
+    taken = [each.instances.take_counts() for each in environments]
+    counts = {field.name: sum(getattr(each, field.name) for each in taken) for field in fields(Counts)}
     for name in ("resets", "forks", "replays", "refused_forks", "failed"):
-        tally.totals[f"environments/{name}"] += getattr(counts, name)
-    for name, count in (("reset", counts.resets), ("fork", counts.forks), ("replay", counts.replays)):
-        if count:
-            tally.add(f"environments/{name}_s", getattr(counts, f"{name}_s"), count)
-    tally.add("environments/live_max", counts.live_max)
+        tally.totals[f"environments/{name}"] += counts[name]
+    for name in ("reset", "fork", "replay"):
+        if count := counts[f"{name}s"]:
+            tally.add(f"environments/{name}_s", counts[f"{name}_s"], count)
+    tally.add("environments/live_max", counts["live_max"])

@@ -37,7 +37,7 @@ class Reporting(GRPOTrainer):
     tree_sampler: TreeSampler
     alarms: Alarms
     _tokenizer: PreTrainedTokenizerBase
-    _environments: Environments | None
+    _all_environments: list[Environments]
     _last: LastRollout | None
     _last_rewards: torch.Tensor | None
     _spans: Spans
@@ -78,8 +78,7 @@ class Reporting(GRPOTrainer):
         tally = tally_step(last.rollout, rewards.tolist(), seconds)
         tally.merge(self._counted.plain())
         self._counted = Tally()
-        if self._environments is not None:
-            tally_environments(self._environments.instances.take_counts(), tally)
+        tally_environments(self._all_environments, tally)
         merged = Tally.merged(gather_object([tally.plain()]))
         if mode == "train":
             self._learn(last.rollout.trees, rewards.tolist(), merged)

@@ -45,6 +45,7 @@ class SamplesAhead(Resumable):
     args: ARPOConfig
     tree_sampler: TreeSampler
     _environments: Environments | None
+    _all_environments: list[Environments]
     _kits: Kits
     reward_funcs: list[Any]
     _spans: Spans
@@ -95,8 +96,8 @@ class SamplesAhead(Resumable):
     def _end_rollouts(self) -> None:
         if self._ahead is not None:
             self._ahead.close()
-            if self._environments is not None:
-                self._environments.close_kept()
+            for environments in self._all_environments:
+                environments.close_kept()
         self._ahead, self._coming = None, None
 
     # Rollouts --------------------------------------------------------------------------------------------------------

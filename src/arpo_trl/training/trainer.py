@@ -35,6 +35,7 @@ from arpo_trl.training.completions import completion_messages, rollout_output, t
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
     NO_PROMPT,
+    all_environments,
     begun,
     environments_for,
     of_leaves,
@@ -157,6 +158,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         owned = owned_rewards(self._environments)
         sets = tool_sets(tools or (), self._environments)
         tools = all_tools(tools or (), self._environments)
+        self._all_environments = all_environments(self._environments, tools, args.environment_concurrency)
         self.toolbox = toolbox_for(args, tools, self._environments)
         tokenizer = tokenizer_for(model, processing_class, args)
         ends = generation_ends(model, args)
@@ -322,18 +324,19 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
 
         Batches that are sampled ahead open their own environments.
         """
-        if self._environments is None or self.samples_ahead:
+        if self.samples_ahead:
             yield rows
             return
-        first, size = self._places([row.get("prompt", NO_PROMPT) for row in rows])
-        shown: list[dict[str, Any]] = []
         try:
-            with self.interruptible():
-                shown = begun(self._environments, rows, size, first, self.toolbox, self._interrupts.check)
-            yield shown
+            if self._environments is not None:
+                first, size = self._places([row.get("prompt", NO_PROMPT) for row in rows])
+                with self.interruptible():
+                    rows = begun(self._environments, rows, size, first, self.toolbox, self._interrupts.check)
+            yield rows
         finally:
             self.environments = None
-            self._environments.close_kept()
+            for environments in self._all_environments:
+                environments.close_kept()
 
     # Credit ----------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,10 @@ and the class can fork or copy. Without a copy, a branch replays the calls on a 
                           ├─ fork ─▶ instance of a branch       the instance is still in the state
                           └─ copy ── fork ─▶ another branch     the instance has moved on
 
-All calls of user code run in the threads of the tools. Each instance runs one method at a time.
+The methods of an object run in one thread, one at a time: objects may need the thread that created them. Async
+methods run on an event loop that all objects share.
+
+An object of a class without `close` is reset again for another path when its path has ended, as in TRL.
 """
 
 from __future__ import annotations
@@ -20,14 +23,16 @@ import inspect
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from arpo_trl.errors import ArpoError, DataError, ToolError, ToolSpecError
 from arpo_trl.net.background import LoopThread
+from arpo_trl.tools.environments.differences import around_difference
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
+from arpo_trl.tools.environments.worker import Worker
 from arpo_trl.tools.toolbox import encodable
 from arpo_trl.visible import get_logger
 
@@ -42,6 +47,10 @@ _GRACE_S = 1.0
 
 class ForkRefused(Exception):
     """A branch cannot get the state of its prefix. The message contains the reason."""
+
+
+class StillRunning(ToolError):
+    """A method of an object cannot run, because an earlier one has not returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +71,10 @@ class Start:
     """The columns that `reset` receives."""
     text: str | None = None
     """The return value of `reset` for the group's first path."""
+    digest: Any = None
+    """The value of `digest()` after that reset; None if the class has no such method."""
     is_known: bool = False
-    """Whether `text` is known."""
+    """Whether `text` and `digest` are known."""
 
 
 @dataclass(eq=False, slots=True)
@@ -72,10 +83,14 @@ class Instance:
 
     value: Any
     start: Start
+    worker: Worker
+    """Runs the methods of the object."""
+    reusable: bool = False
+    """Whether the object can be reset for another path: the factory made it, and its class has no `close`."""
     log: list[Done] = field(default_factory=list)
     """The calls since the reset, also those of the path before the instance was forked."""
     digest: Any = None
-    """The value of `digest()` after the last call; None if the class has no such method."""
+    """A copy of the value of `digest()` after the last call; None if the class has no such method."""
     description: str = ""
     """The value of `describe()` after the last call, likewise."""
     doubt: str = ""
@@ -88,9 +103,9 @@ class Instance:
 
     @contextmanager
     def turn(self, timeout_s: float) -> Iterator[None]:
-        """Acquire the lock. Raises `ToolError` if an earlier call still runs after `timeout_s`."""
+        """Acquire the lock. Raises `StillRunning` if an earlier call still runs after `timeout_s`."""
         if not self.lock.acquire(timeout=timeout_s):
-            raise ToolError("Error: an earlier call of this environment is still running.")
+            raise StillRunning("Error: an earlier call of this environment is still running.")
         try:
             yield
         finally:
@@ -138,15 +153,22 @@ class Instances:
 
     def __init__(self, timeout_s: float, limit: int | None):
         self.timeout_s = timeout_s
-        self._limit = limit
+        self.limit = limit
         self.changed = threading.Condition()
         """Guards all attributes below, the fields of points, and the fields of states that several threads use."""
         self._live = 0
-        self._closing = 0
-        self._making = 0
-        self._hanging = 0
-        """The number of instances in creation or closing for which `settle` has waited without success."""
-        self._objects: dict[int, Any] = {}  # the objects of live instances by their id(), which also keeps them alive
+        self._closing: dict[Instance, float] = {}
+        """The instances in closing, and when it began, on the clock of `time.monotonic`."""
+        self._making: dict[Hashable, float | None] = {}
+        """The creations that run, and since when nobody waits for their instance; None: a path waits for it."""
+        self._hanging: set[Hashable] = set()
+        """The creations and closings for which `settle` has waited without success."""
+        self._objects: dict[int, Instance] = {}
+        """The live and the idle instances by the id() of their object, which also keeps the objects alive."""
+        self._idle: list[Instance] = []
+        """Instances without a path, whose objects will be reset for other paths. They have no slot."""
+        self._workers: list[Worker] = []
+        """Workers without an object."""
         self._copies: dict[Point, None] = {}  # the points with a copy, oldest first
         self._counts = Counts()
         self._loop: LoopThread | None = None
@@ -167,40 +189,56 @@ class Instances:
     def in_use(self) -> int:
         """The number of instances that are neither in creation nor in closing."""
         with self.changed:
-            return self._live - self._making - self._closing
+            return self._live - len(self._making) - len(self._closing)
 
     def reserve(self, *, for_copy: bool = False) -> bool:
         """Reserve a slot for one instance, and return whether one was free.
 
-        For a path, this drops copies for branches if necessary, and waits for instances in closing. So the result does
-        not depend on the duration of closing. A copy uses only a free slot.
+        If there is none for a path, a copy for branches is closed, unless an instance in closing will free a slot
+        anyway. A copy uses only a free slot.
         """
         with self.changed:
-            if self._limit is not None and self._live >= self._limit and not for_copy:
-                if self._copies:
-                    self._drop_copy(next(iter(self._copies)))
-                self.changed.wait_for(lambda: self._has_room or self._closing <= self._hanging, self.timeout_s)
             if not self._has_room:
+                if not (for_copy or self._frees_room) and self._copies:
+                    self._drop_copy(next(iter(self._copies)))
                 return False
             self._live += 1
             self._counts.live_max = max(self._counts.live_max, self._live)
             return True
 
     @property
+    def will_have_room(self) -> bool:
+        """Whether there is a free slot, or there will be one when an instance is closed, or when a creation has ended
+        for which nobody waits. Those that hang do not count."""
+        with self.changed:
+            return self._has_room or self._frees_room
+
+    @property
     def _has_room(self) -> bool:
-        return self._limit is None or self._live < self._limit
+        return self.limit is None or self._live < self.limit
+
+    @property
+    def _frees_room(self) -> bool:
+        latest = time.monotonic() - 2 * self.timeout_s
+        return any(since is not None and since > latest for since in (*self._closing.values(), *self._making.values()))
 
     @contextmanager
-    def making(self) -> Iterator[None]:
-        """A context in which `settle` waits."""
+    def making(self, state: Hashable) -> Iterator[None]:
+        """A context in which an instance is created for a path's state, and in which `settle` waits."""
         with self.changed:
-            self._making += 1
+            self._making[state] = None
         try:
             yield
         finally:
             with self.changed:
-                self._making -= 1
+                del self._making[state]
                 self.changed.notify_all()
+
+    def abandon(self, state: Hashable) -> None:
+        """Record that nobody waits for the creation of the state's instance, if it still runs."""
+        with self.changed:
+            if state in self._making:
+                self._making[state] = time.monotonic()
 
     def release(self) -> None:
         """Release a slot for which no instance was created."""
@@ -218,11 +256,12 @@ class Instances:
             DataError: `reset` returned a different text than for the group's first path, or a value that is not text.
         """
         started_s = time.perf_counter()
-        instance = self._adopted(self.finished(start.kind.factory()), start, "environment_factory")
+        instance = self._idle_one(start) or self._new_one(start)
         try:
-            text = self.finished(instance.value.reset(**copy.deepcopy(dict(start.row))))
-            self._check_text(start, encodable(text) if isinstance(text, str) else text)
+            text = self._called(instance, "reset", copy.deepcopy(dict(start.row)))
+            self._check_text(start, text)
             self.observe(instance)
+            self._check_start(start, encodable(text) if isinstance(text, str) else text, instance.digest)
         except BaseException:
             self._discard(instance)
             raise
@@ -230,6 +269,26 @@ class Instances:
             self._counts.resets += 1
             self._counts.reset_s += time.perf_counter() - started_s
         return instance
+
+    def _idle_one(self, start: Start) -> Instance | None:
+        with self.changed:
+            for idle in self._idle:
+                if idle.start.kind is start.kind:
+                    self._idle.remove(idle)
+                    return self._registered(Instance(idle.value, start, idle.worker, reusable=True))
+        return None
+
+    def _new_one(self, start: Start) -> Instance:
+        worker, kind = self._worker(), start.kind
+        value = self.finished(worker.run(kind.factory))
+        return self._adopted(value, start, "environment_factory", worker, reusable=not kind.offers("close"))
+
+    def _worker(self) -> Worker:
+        """Return a worker for a new object. If there would be more objects than `limit`, drop idle ones."""
+        with self.changed:
+            while self._idle and self.limit is not None and self._live + len(self._idle) > self.limit:
+                self._forget(self._idle.pop(0), is_free=True)
+            return self._workers.pop() if self._workers else Worker()
 
     def branch(self, point: Point) -> Instance:
         """Return an instance in the state of `point`.
@@ -249,6 +308,7 @@ class Instances:
                 with self.changed:
                     is_there = source in (point.copy, point.origin)
                 if is_there:
+                    self.check_unchanged(source)
                     return self._forked(source, point)
         if point.doubt:  # the problem of its copy
             raise ForkRefused(point.doubt)
@@ -259,16 +319,16 @@ class Instances:
     def _forked(self, source: Instance, point: Point) -> Instance:
         started_s, kind = time.perf_counter(), point.start.kind
         if kind.forking is Forking.FORK:
-            value, made_by = self.finished(source.value.fork()), f"fork() of {kind.name}"
+            value, made_by = self._called(source, "fork"), f"fork() of {kind.name}"
         else:
-            value, made_by = copy.deepcopy(source.value), f"a deepcopy of {kind.name}"
+            value, made_by = source.worker.run(lambda: copy.deepcopy(source.value)), f"a deepcopy of {kind.name}"
         if not isinstance(value, kind.type):
             raise self._final(
                 ToolSpecError(
                     f"{made_by} returned {type(value).__name__}; expected another {kind.name} with the same state."
                 )
             )
-        instance = self._adopted(value, point.start, made_by)
+        instance = self._adopted(value, point.start, made_by, self._worker())
         try:
             instance.log = list(point.log)
             self.observe(instance)
@@ -288,9 +348,9 @@ class Instances:
             for call in point.log:
                 outcome, _ = self.called(instance, call.name, call.arguments)
                 if outcome != call.outcome:
+                    returned, recorded = around_difference(outcome, call.outcome)
                     raise ForkRefused(
-                        f"the replayed call {call.name} returned {outcome[:200]}, but the recorded one "
-                        f"{call.outcome[:200]}"
+                        f"the replayed call {call.name} returned {returned}, but the recorded one {recorded}"
                     )
             self.observe(instance)
             self._check_digest(instance, point, "a replay")
@@ -302,7 +362,7 @@ class Instances:
             self._counts.replay_s += time.perf_counter() - started_s
         return instance
 
-    def _adopted(self, value: Any, start: Start, made_by: str) -> Instance:
+    def _adopted(self, value: Any, start: Start, made_by: str, worker: Worker, *, reusable: bool = False) -> Instance:
         if not isinstance(value, start.kind.type):
             error = ToolSpecError(f"{made_by} returned {type(value).__name__}; expected a {start.kind.name}.")
             raise self._final(error)
@@ -315,29 +375,66 @@ class Instances:
                         f"return a new {start.kind.name} at each call."
                     )
                 )
-            self._objects[id(value)] = value
-        return Instance(value, start)
+            return self._registered(Instance(value, start, worker, reusable=reusable))
+
+    def _registered(self, instance: Instance) -> Instance:
+        self._objects[id(instance.value)] = instance
+        return instance
 
     def _check_text(self, start: Start, text: Any) -> None:
         if text is not None and not isinstance(text, str):
             got = f"reset() of {start.kind.name} returned {type(text).__name__}"
             raise self._final(DataError(f"{got}; expected text for the prompt, or None."))
+
+    def _check_start(self, start: Start, text: str | None, digest: Any) -> None:
+        """Check that the reset of a path gave the same text and state as that of the group's first path."""
         with self.changed:
             if not start.is_known:
-                start.text, start.is_known = text, True
-        if text != (first := start.text):
-            raise self._final(
-                DataError(
-                    f"reset() of {start.kind.name} returned different texts for the same row: {first!r:.200} and "
-                    f"{text!r:.200}. All paths of a group share one prompt. The text must depend only on the row: put "
-                    f"a seed into a column, and draw from random.Random(seed)."
-                )
+                start.text, start.digest, start.is_known = text, digest, True
+        if text != start.text:
+            what, first, other = "returned different texts", repr(start.text), repr(text)
+        elif _has_changed(start.digest, digest):
+            what, first, other = "led to states with different digests", repr(start.digest), repr(digest)
+        else:
+            return
+        first, other = around_difference(first, other)
+        raise self._final(
+            DataError(
+                f"reset() of {start.kind.name} {what} for the same row: {first} and {other}. All paths of a group "
+                f"share one prompt and start in one state, which must depend only on the row: put a seed into a "
+                f"column, and draw from random.Random(seed)."
             )
+        )
 
     def _check_digest(self, instance: Instance, point: Point, made_by: str) -> None:
         if instance.digest != point.digest:
-            raise ForkRefused(
-                f"{made_by} has the digest {instance.digest!r:.100}, and the original {point.digest!r:.100}"
+            digest, original = around_difference(repr(instance.digest), repr(point.digest))
+            raise ForkRefused(f"{made_by} has the digest {digest}, and the original {original}")
+
+    def check_unchanged(self, instance: Instance) -> None:
+        """Check that the state of an instance is the one after its last call, if the class has `digest`. The caller
+        has the instance's turn.
+
+        Raises:
+            ToolSpecError: The state is another one.
+        """
+        kind = instance.start.kind
+        if instance.doubt or not kind.offers("digest"):
+            return
+        try:
+            now = self._called(instance, "digest")
+        except BaseException as error:
+            instance.doubt = f"digest() raised {as_reason(error)}"
+            return
+        if _has_changed(instance.digest, now):
+            before, after = around_difference(repr(instance.digest), repr(now))
+            raise self._final(
+                ToolSpecError(
+                    f"The digest of an environment {kind.name} changed without a call of it: {before} after its last "
+                    f"call, and {after} now. It shares its state with another path, for example because fork() copies "
+                    f"references only, or because the state is in a class attribute. Give each object its own state. "
+                    f"If the state may change by itself, leave the part that does out of digest()."
+                )
             )
 
     # Calls, under the lock of the instance -----------------------------------------------------------------------
@@ -348,7 +445,7 @@ class Instances:
         error: BaseException | None = None
         value: Any = None
         try:
-            value = self.finished(getattr(instance.value, name)(**copy.deepcopy(given)))
+            value = self._called(instance, name, copy.deepcopy(given))
             outcome = _comparable(value)
         except BaseException as raised:
             error, outcome = raised, f"{type(raised).__name__}: {raised}"
@@ -365,9 +462,31 @@ class Instances:
         """Update the digest and the description of an instance, if the class has these methods."""
         kind = instance.start.kind
         if kind.offers("digest"):
-            instance.digest = self.finished(instance.value.digest())
+            instance.digest = copy.deepcopy(self._called(instance, "digest"))  # it may be a part of the state
         if kind.offers("describe"):
-            instance.description = str(self.finished(instance.value.describe()))[:_MAX_DESCRIBED_CHARS]
+            instance.description = str(self._called(instance, "describe"))[:_MAX_DESCRIBED_CHARS]
+
+    def check_all_unchanged(self, instances: Sequence[Instance]) -> None:
+        """Run `check_unchanged` for instances whose paths have ended, except those whose last call still runs."""
+        for instance in instances:
+            if not instance.doubt:
+                with suppress(StillRunning), instance.turn(self.timeout_s):
+                    self.check_unchanged(instance)
+
+    def reward_of(self, value: Any) -> Any:
+        """Return the result of `get_reward` of an object; None if an earlier call of the object still runs."""
+        with self.changed:
+            instance = self._objects.get(id(value))
+        if instance is None:  # not of this run
+            return self.result_of(value.get_reward(), None)
+        try:
+            with instance.turn(self.timeout_s):
+                return self.result_of(instance.worker.run(lambda: value.get_reward()), None)
+        except StillRunning as error:
+            self.tell_once(
+                f"An environment {instance.start.kind.name} has no reward", f"{as_reason(error)} Its reward is None."
+            )
+            return None
 
     def leave_point(self, instance: Instance) -> None:
         """Copy the instance for branches that may still start in its current state. Runs before its next call."""
@@ -385,12 +504,17 @@ class Instances:
                 point.doubt = as_reason(error)
         with self.changed:
             instance.point = point.origin = None
-            if made is not None and point.users:
+            # If the path was closed meanwhile, its instance is the point's copy.
+            if made is not None and point.users and point.copy is None:
                 point.copy = made
                 self._copies[point] = None
                 made = None
         if made is not None:
             self.close(made)
+
+    def _called(self, instance: Instance, method: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """Call a method in the thread of the object, and return its result."""
+        return self.finished(instance.worker.run(lambda: getattr(instance.value, method)(**(arguments or {}))))
 
     def finished(self, value: Any) -> Any:
         """Like `result_of`, with the deadline of a call."""
@@ -457,28 +581,41 @@ class Instances:
                     point.copy = instance
                     self._copies[point] = None
                     return
-            self._closing += 1
+            self._closing[instance] = time.monotonic()
         threading.Thread(target=self._close, args=(instance,), name="arpo-environment-close", daemon=True).start()
 
     def _close(self, instance: Instance) -> None:
-        try:
-            self._close_value(instance)
-        finally:
-            with self.changed:
-                self._closing -= 1
-                self._live -= 1
-                self.changed.notify_all()
+        is_free = self._close_value(instance)
+        with self.changed:
+            if is_free and instance.reusable and not instance.doubt:
+                self._idle.append(instance)
+            else:
+                self._forget(instance, is_free)
+            del self._closing[instance]
+            self._live -= 1
+            self.changed.notify_all()
 
     def _discard(self, instance: Instance) -> None:
-        """Close an instance that no path uses. The caller keeps its slot."""
-        self._close_value(instance)
+        """Close an instance that no path uses, and do not reuse its object. The caller keeps its slot."""
+        is_free = self._close_value(instance)
+        with self.changed:
+            self._forget(instance, is_free)
 
-    def _close_value(self, instance: Instance) -> None:
+    def _forget(self, instance: Instance, is_free: bool) -> None:
+        del self._objects[id(instance.value)]
+        if is_free:
+            self._workers.append(instance.worker)
+
+    def _close_value(self, instance: Instance) -> bool:
+        """Close an object, and return whether none of its methods runs any more."""
         held = instance.lock.acquire(timeout=self.timeout_s)
         instance.closed = True
         try:
             if instance.start.kind.offers("close"):
-                self.finished(instance.value.close())
+                if held:
+                    self._called(instance, "close")
+                else:  # its thread still runs another method
+                    self.finished(instance.value.close())
         except BaseException as error:
             self.tell_once(
                 f"close() of the environment {instance.start.kind.name} failed",
@@ -487,8 +624,7 @@ class Instances:
         finally:
             if held:
                 instance.lock.release()
-            with self.changed:
-                del self._objects[id(instance.value)]
+        return held
 
     def settle(self) -> bool:
         """Wait until no instance is in creation or closing. Return False if the deadline passes first.
@@ -496,9 +632,13 @@ class Instances:
         Instances for which an earlier call has waited without success are ignored.
         """
         with self.changed:
-            settled = self.changed.wait_for(lambda: self._making + self._closing <= self._hanging, 2 * self.timeout_s)
-            self._hanging = self._making + self._closing
+            settled = self.changed.wait_for(lambda: self._unsettled <= self._hanging, 2 * self.timeout_s)
+            self._hanging = self._unsettled
             return settled
+
+    @property
+    def _unsettled(self) -> set[Hashable]:
+        return {*self._making, *self._closing}
 
     # Counts ----------------------------------------------------------------------------------------------------------
 
@@ -542,6 +682,14 @@ def as_reason(error: BaseException) -> str:
     if isinstance(error, ForkRefused | ToolError):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def _has_changed(before: Any, now: Any) -> bool:
+    """Whether two digests differ. False for values that cannot be compared, such as NaN."""
+    try:
+        return bool(before == copy.copy(before)) and bool(before != now)
+    except Exception:
+        return False
 
 
 def _comparable(value: Any) -> str:

@@ -6,14 +6,15 @@ import asyncio
 import copy
 import functools
 import inspect
-import threading
 import typing
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
+from arpo_trl.tools.environments.worker import Worker
 
 COLUMN = "environment"
 """The column in which a row selects one of several classes, as in TRL."""
@@ -148,11 +149,12 @@ def environment_kind(factory: Callable[[], Any], timeout_s: float) -> Environmen
             f"environment_factory is a {type(factory).__name__}; expected a class, or a function that returns a new "
             "environment at each call."
         )
-    first, second = (_in_time(factory, timeout_s, "environment_factory") for _ in range(2))
-    made = [first, second, *_copied(first, timeout_s)]
-    for instance in {id(each): each for each in made}.values():
+    workers = [Worker() for _ in range(3)]  # each object has a thread, as in a run
+    first, second = (_in_time(worker, factory, timeout_s, "environment_factory") for worker in workers[:2])
+    made = [first, second, *_copied(workers[0], first, timeout_s)]
+    for worker, instance in {id(each): (worker, each) for worker, each in zip(workers, made, strict=False)}.values():
         if callable(close := getattr(instance, "close", None)):
-            _in_time(close, timeout_s, f"close() of {type(instance).__name__}")
+            _in_time(worker, close, timeout_s, f"close() of {type(instance).__name__}")
     if first is second:
         raise ConfigError(
             f"environment_factory returned the same {type(first).__name__} twice, so paths would share its state. "
@@ -210,7 +212,7 @@ def as_function(method: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def _copied(instance: Any, timeout_s: float) -> list[Any]:
+def _copied(worker: Worker, instance: Any, timeout_s: float) -> list[Any]:
     """Return a list with a deepcopy of an instance whose class declares `copyable = True`; empty for other classes.
 
     Raises:
@@ -219,7 +221,7 @@ def _copied(instance: Any, timeout_s: float) -> list[Any]:
     if getattr(type(instance), "copyable", False) is not True:
         return []
     try:
-        return [_in_time(lambda: copy.deepcopy(instance), timeout_s, "deepcopy")]
+        return [_in_time(worker, lambda: copy.deepcopy(instance), timeout_s, "deepcopy")]
     except ConfigError as error:
         if isinstance(error.__cause__, TypeError):  # copy raises it for locks, generators, sockets and similar objects
             raise ConfigError(
@@ -230,32 +232,25 @@ def _copied(instance: Any, timeout_s: float) -> list[Any]:
         return []  # it may need a reset first
 
 
-def _in_time(call: Callable[[], Any], timeout_s: float, name: str) -> Any:
-    """Return the value of `call`. Runs it in a thread.
+def _in_time(worker: Worker, call: Callable[[], Any], timeout_s: float, name: str) -> Any:
+    """Return the value of `call`. The worker runs it.
 
     Raises:
         ConfigError: The call raised, or did not return in time.
     """
-    outcome: list[tuple[Any, BaseException | None]] = []
 
-    def run() -> None:
-        try:
-            value = call()
-            outcome.append((asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value, None))
-        except BaseException as error:
-            outcome.append((None, error))
+    def run() -> Any:
+        value = call()
+        return asyncio.run(_awaited(value)) if inspect.isawaitable(value) else value
 
-    thread = threading.Thread(target=run, name="arpo-environment", daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if not outcome:
+    future = worker.start(run)
+    if not wait([future], timeout_s).done:
         raise ConfigError(
             f"{name} did not return within {timeout_s:g} s. Find the cause of the wait, or raise tool_timeout_s."
         )
-    value, error = outcome[0]
-    if error is not None:
+    if (error := future.exception()) is not None:
         raise ConfigError(f"{name} raised {type(error).__name__}: {error}. Correct it before training.") from error
-    return value
+    return future.result()
 
 
 async def _awaited(value: Awaitable[Any]) -> Any:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from arpo_trl.errors import ConfigError, ToolUnavailable
 from arpo_trl.tools.calls import ToolCall, ToolFailure
+from arpo_trl.tools.environments.differences import changed_lines
 from arpo_trl.tools.environments.instances import Instance, Instances, Point, Start, as_reason
 from arpo_trl.tools.environments.kind import EnvironmentKind, Kinds
 from arpo_trl.tools.state import PathState
 from arpo_trl.tools.toolbox import ToolBox, encodable
 
 _MAX_CHANGE_CHARS = 2000
-_MAX_LINES = 500
 _ATTEMPTS = 3
 _POLL_S = 0.05
+_WAITING_POLL_S = 0.005
+"""While a row waits for a slot."""
 
 
 class Environments:
@@ -46,6 +48,7 @@ class Environments:
         self.instances = Instances(timeout_s, limit)
         self._starts: dict[int, Start] = {}
         """By the group's id."""
+        self._start_without_row: Start | None = None
         self.kept: dict[tuple[int, tuple[int, ...]], Instance | None] = {}
         """The instances of complete paths, by group and address; None: the path's instance could not be created."""
         self.handed: dict[int, EnvironmentState] = {}
@@ -62,9 +65,10 @@ class Environments:
         return self.handed.pop(group, None) or EnvironmentState(self, group, self._start_of(group))
 
     def _start_of(self, group: int) -> Start:
-        if group not in self._starts:  # environments of tools have no row
-            self.start_groups({group: {}})
-        return self._starts[group]
+        if group in self._starts:
+            return self._starts[group]
+        self._start_without_row = self._start_without_row or Start(self.kinds.of({}), {})  # environments of tools
+        return self._start_without_row
 
     def start_groups(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
         """Store the row of each group, by the group's id. The group's paths will start from it.
@@ -97,7 +101,7 @@ class Environments:
                 self.handed[waiting.popleft()] = state
                 opening[toolbox.open(state)] = state
             stuck_since = self._stuck_since(stuck_since) if waiting and not opening else None
-            for ticket, result in toolbox.poll(_POLL_S):
+            for ticket, result in toolbox.poll(_WAITING_POLL_S if waiting else _POLL_S):
                 if (opened := opening.pop(ticket, None)) is None:
                     continue  # belongs to an interrupted rollout
                 opened.opened(result.failure, result.text)
@@ -186,14 +190,19 @@ class EnvironmentState(PathState):
             self._has_room = self._instances.reserve()
         return self._has_room or self._instance is not None
 
+    @property
+    def will_be_admitted(self) -> bool:
+        return self._has_room or self._instance is not None or self._instances.will_have_room
+
     def open(self) -> None:
         """Create the instance. If that fails, `opened` returns False."""
         instances = self._instances
-        with instances.changed:
-            if not self._has_room:  # closed before this thread started
-                return
-            self._has_room, point = False, self._point
-        with instances.making():
+        with ExitStack() as stack:
+            with instances.changed:
+                if not self._has_room:  # closed before this thread started
+                    return
+                self._has_room, point = False, self._point
+                stack.enter_context(instances.making(self))  # before another thread may call `settle`
             try:
                 made = instances.fresh(self._start) if point is None else instances.branch(point)
             except BaseException as error:
@@ -215,6 +224,7 @@ class EnvironmentState(PathState):
             if self._instance is None:
                 self._given_up = self._failure or text.removeprefix("Error: ").rstrip(".")
         if self._given_up:
+            instances.abandon(self)
             (instances.count_refused if self._is_branch else instances.count_failed)(self.kind, self._given_up)
         return not (self._is_branch and self._given_up)
 
@@ -233,6 +243,12 @@ class EnvironmentState(PathState):
 
     # Calls
 
+    @property
+    def call_steps(self) -> int:
+        """A copy for branches may be made before the call, and a branch may fork the instance when it begins."""
+        point = self._instance.point if self._instance is not None else None
+        return 2 if point is not None and self.kind.copies and not point.doubt else 1
+
     def bind(self, tool: str) -> Callable[..., Any]:
         change: list[str] = []
         self._changes.append(change)
@@ -249,12 +265,13 @@ class EnvironmentState(PathState):
         with instance.turn(instances.timeout_s):
             if instance.closed:
                 raise ToolUnavailable("Error: the environment of this conversation is not available.")
+            instances.check_unchanged(instance)
             instances.leave_point(instance)
             before = instance.description
             _, result = instances.called(instance, tool, arguments)
             try:
                 instances.observe(instance)
-                change.append(_difference(before, instance.description))
+                change.append(encodable("\n".join(changed_lines(before, instance.description))[:_MAX_CHANGE_CHARS]))
             except BaseException as error:
                 instance.doubt = f"digest() or describe() raised {as_reason(error)}"
         return result()
@@ -289,6 +306,7 @@ class EnvironmentState(PathState):
         with self._instances.changed:
             instance, self._instance = self._instance, None
             self._given_up = self._given_up or "the path has ended"
+            self._instances.abandon(self)
             self._leave_point()
             if self._has_room:
                 self._instances.release()
@@ -300,11 +318,3 @@ class EnvironmentState(PathState):
         if self._point is not None:
             self._instances.leave(self._point)
             self._point = None
-
-
-def _difference(before: str, after: str) -> str:
-    """Return the lines that only one of the two texts contains, marked with - and +, for the trajectory log."""
-    old, new = (text.splitlines()[:_MAX_LINES] for text in (before, after))
-    lines = list(difflib.unified_diff(old, new, n=0, lineterm=""))[2:]  # the first two name files
-    changed = [f"{line[0]} {line[1:]}" for line in lines if line[0] in "+-"]
-    return encodable("\n".join(changed)[:_MAX_CHANGE_CHARS])
