@@ -2,6 +2,7 @@
 
 import os
 import resource
+import subprocess
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,13 @@ import pytest
 from arpo_trl.tools.python.folder import empty, holds_more, remove
 
 DEEP = 1100  # beyond what Python recurses, what a path can name and, below, what a process opens
+
+
+@pytest.fixture(autouse=True)
+def removed(tmp_path: Path) -> Iterator[None]:
+    """Removes what a failing test leaves: pytest cannot remove folders that are nested this deep."""
+    yield
+    subprocess.run(["rm", "-rf", str(tmp_path)], check=True)
 
 
 @contextmanager

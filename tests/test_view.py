@@ -10,10 +10,10 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -339,20 +339,29 @@ def test_the_curves_of_a_revision_are_computed_once(
 
 
 def test_a_page_that_is_closed_before_its_answer_leaves_no_traceback(
-    server: ViewServer, capsys: pytest.CaptureFixture[str]
+    server: ViewServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = set(threading.enumerate())  # servers of other tests may have such threads
+    asked, closed, ended, end = threading.Event(), threading.Event(), threading.Event(), server.shutdown_request
 
-    def answering() -> list[threading.Thread]:
-        return [thread for thread in set(threading.enumerate()) - before if "process_request_thread" in thread.name]
+    @contextmanager
+    def lock() -> Iterator[None]:
+        asked.set()
+        assert closed.wait(20.0)
+        yield
 
-    with server.lock, socket.create_connection(server.server_address[:2]) as closed:  # it answers after the lock
-        closed.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
-        while not answering():
-            time.sleep(0.01)
-        closed.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
-    for thread in answering():
-        thread.join()
+    def shutdown_request(request: Any) -> None:  # the last thing that the thread of a request does
+        end(request)
+        ended.set()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(server, "lock", lock())
+        patched.setattr(server, "shutdown_request", shutdown_request)
+        with socket.create_connection(server.server_address[:2]) as page:
+            page.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
+            assert asked.wait(20.0)
+            page.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
+        closed.set()
+        assert ended.wait(20.0)
     assert capsys.readouterr().err == ""
     assert ask(server, "changes")["files"]
 
