@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -13,7 +15,8 @@ from transformers import TrainerCallback
 
 from ahead_run import ROWS, make_trainer
 from arpo_trl import ARPOTrainer
-from arpo_trl.errors import ConfigError, RewardError
+from arpo_trl.errors import ConfigError, Interrupted, RewardError
+from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from basket import Basket
 from support import save_tiny_model
@@ -177,3 +180,26 @@ def test_a_failing_reward_or_reset_stops_the_run_and_all_environments_are_closed
     with pytest.raises(RewardError, match="'raises' raised RuntimeError: broken"):
         made.train()
     assert all_closed(made)
+
+
+def test_a_stopped_run_resumes_with_the_same_rows_and_environments(model_path, tmp_path):
+    class StopsOnce(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def trained(folder: Path, *, stops: bool = False) -> list[tuple[int, str, list[float | None]]]:
+        saved = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1}
+        made = trainer(model_path, folder, rollouts_ahead=2, **saved)
+        if stops:
+            made.add_callback(StopsOnce())
+            with pytest.raises(Interrupted):
+                made.train()
+            assert all_closed(made)
+            made = trainer(model_path, folder, rollouts_ahead=2, **saved)
+        made.train(resume_from_checkpoint=True)
+        assert all_closed(made)
+        files = sorted((folder / "trajectories").glob("step-*"))
+        return [(tree.step, tree.prompt, tree.rewards) for file in files for tree in read_trees(file)]
+
+    assert trained(tmp_path / "stopped", stops=True) == trained(tmp_path / "plain")

@@ -37,7 +37,8 @@ APART = (*BY_PROJECT, TRAINING, COLD_START, AGAIN, SERVING, QUICKSTART)
 AT_ONCE = [each for each in PAGE_COMMANDS if each.reason is None and each.text not in APART]
 """The commands of the pages that one process runs."""
 NOISE = re.compile(
-    r"'pin_memory'|missing keys|lm_head\.weight|Setting accelerator|Disabling Triton|stamina|(User|Future|Deprecation)Warning"
+    r"'pin_memory'|missing keys|lm_head\.weight|Setting accelerator|Disabling Triton|stamina"
+    r"|(User|Future|Deprecation)Warning"
 )
 """What a user is not shown: messages of other packages that are irrelevant there."""
 
