@@ -35,7 +35,8 @@ from arpo_trl.tools.toolbox import ToolBox, ToolResult, ToolSet
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
 BUSY_POLL_S = 0.002
-"""Longest wait, in seconds, for the engine while tool calls are also running."""
+"""Longest wait, in seconds, for the engine while other work also runs, and between questions for a slot: nothing
+notifies the sampler of one."""
 ADMISSION_S = 1.0
 """Longest wait, in seconds, of a round for the slots of states that are being closed."""
 
