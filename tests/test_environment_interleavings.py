@@ -3,6 +3,7 @@ is left open."""
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 from collections import Counter
@@ -34,8 +35,9 @@ class World:
 
     def __init__(self) -> None:
         self.luck = random.Random(0)
-        self.late = 0.0
-        """The share of calls that miss their deadline."""
+        self.late = False
+        """Each third call misses its deadline."""
+        self.calls = itertools.count(1)
         self.release = threading.Event()
         """Ends these calls."""
         self.opened: list[Any] = []
@@ -69,7 +71,7 @@ class LastingLedger:
         """
         self.entries.append(entry)
         self.oddity += WORLD.fails(0.02)  # some replays seem to differ
-        if WORLD.fails(WORLD.late):
+        if next(WORLD.calls) % 3 == 0 and WORLD.late:
             WORLD.release.wait(5)
         if entry.endswith("bad"):
             raise ToolError(f"bad entry {len(self.entries)}")
@@ -186,8 +188,8 @@ def test_no_state_is_shared_and_all_are_closed(kind):
         with made.toolbox:
             for seed in range(rollouts // CONFIGURATIONS):
                 WORLD.__init__()  # type: ignore[misc]
-                WORLD.luck, WORLD.late = random.Random(seed), 0.2 * (misses and seed < 4)
-                interrupts = luck.choice([0.0, 0.0, 0.05])
+                WORLD.luck, WORLD.late = random.Random(seed), misses and seed < 4
+                interrupts = 0.0 if WORLD.late and seed < 2 else luck.choice([0.0, 0.0, 0.05])
                 try:
                     environments.begin({i: {"name": name} for i, name in enumerate(NAMES)}, made.toolbox, interrupt)
                     requests = [GroupRequest(id=group, prompt_ids=prompt) for group in range(len(NAMES))]
@@ -221,7 +223,7 @@ def test_no_state_is_shared_and_all_are_closed(kind):
                 seen.update(forks=counts.forks, replays=counts.replays, refused=counts.refused_forks)
                 assert environments.instances.limit is None or counts.live_max <= environments.instances.limit
     assert seen["finished"] + seen["interrupted"] == rollouts
-    assert (
-        min(seen["checked"], seen["forks"] + seen["replays"]) > 100 and min(seen["interrupted"], seen["refused"]) > 20
-    )
-    assert seen["late"] > 1 or kind is LateLedger
+    # The order of threads decides how many there are, so each bound is far below what is expected.
+    assert min(seen["checked"], seen["forks"] + seen["replays"]) > 100
+    assert min(seen["interrupted"], seen["refused"], seen["failed"]) > 2
+    assert seen["late"] > 0 or kind is LateLedger
