@@ -534,6 +534,30 @@ def test_what_a_turn_computed_is_not_computed_again_by_those_that_continue_it(mo
         )
 
 
+def test_a_turn_that_continues_after_a_stop_string_reads_nothing_again(model, monkeypatch):
+    last = run(model, requests([0]))[0][0].ids[6]
+    made = engine(model, stop=[tokenizer().decode([last])])
+    read = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        with made.session():
+            made.submit(requests([0])[0])
+            first = next(event for event in events_of(made, 1) if isinstance(event, Turn))
+            read.clear()
+            ids = PROMPTS[0] + first.ids
+            made.submit(TurnRequest(id=1, ids=ids, max_tokens=5, probe_tokens=2, seed=3, key=(0, 0), after=0))
+            rest = next(event for event in events_of(made, 1) if isinstance(event, Turn))
+    finally:
+        hook.remove()
+    assert set(read) == {(1, 1)}  # no prefill
+    turn = first.followed_by(rest)
+    expected = reference(model, PROMPTS[0], turn.ids)
+    chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-4, rtol=1e-4)
+
+
 def test_equal_prompts_are_read_once(model):
     made = engine(model)
     read = []

@@ -218,6 +218,8 @@ class _Path:
     last_entropies: Sequence[float] = ()
     last_request: int | None = None
     """The request id of the last turn above the current one."""
+    written: Turn | None = None
+    """The current turn so far, if it continues after a stop string that is only text."""
     since_s: float = 0.0
     """When the current turn, or the calls under it, were submitted, in seconds since the start of the group."""
 
@@ -520,7 +522,7 @@ class _Run:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
         assert path.states_for_branches is not None  # kept until the budget is used up
         states = self._opened(path.states_for_branches.fork())
-        self._begin(replace(path, address=address, states=states, states_for_branches=None))
+        self._begin(replace(path, address=address, states=states, states_for_branches=None, written=None))
 
     # Events ----------------------------------------------------------------------------------------------------------
 
@@ -555,7 +557,8 @@ class _Run:
 
     def _take_event(self, path: _Path, event: Event) -> None:
         if isinstance(event, Probe):
-            self.writing[event.id] = self._probed(path, event.entropies)
+            before = [] if path.written is None else path.written.entropies
+            self.writing[event.id] = self._probed(path, before + event.entropies)
             return
         del self.writing[event.id]
         if isinstance(event, TurnFailed):
@@ -583,8 +586,17 @@ class _Run:
         return self._as_candidate(path, entropies) if path.decides else self._record_live(path)
 
     def _turn_finished(self, path: _Path, turn: Turn) -> None:
-        path = self._probed(path, turn.entropies)  # no change if a Probe came first
+        if path.written is not None:
+            turn, path = path.written.followed_by(turn), replace(path, written=None)
         text = self.protocol.decode_turn(turn.ids)
+        if turn.stop is TurnStop.STOP_STRING and path.group.protocol.continues_after(text):
+            if self._room(path.group, len(path.ids) + len(turn.ids)) > 0:
+                if len(turn.ids) >= self.settings.entropy_probe_tokens:
+                    path = self._probed(path, turn.entropies)
+                self._write(replace(path, written=turn))
+                return
+            turn = replace(turn, stop=TurnStop.LENGTH)
+        path = self._probed(path, turn.entropies)  # no change if a Probe came first
         node = path.group.tree.add_turn(path.parent, turn.ids, text, turn.logprobs, turn.entropies, turn.versions)
         path = replace(
             path,
@@ -763,19 +775,24 @@ class _Run:
             self._begin(path)
 
     def _write(self, path: _Path) -> None:
-        """Submit the path's next turn."""
+        """Submit the path's next turn, or the rest of its current one."""
         key = (path.group.id, *path.address, path.depth)
+        written = path.written
+        if written is None:
+            path = replace(path, since_s=time.perf_counter() - path.group.started_s)
+        ids = path.ids if written is None else path.ids + written.ids
+        count = len(ids) - len(path.ids)
         request = TurnRequest(
             id=self.requests,
-            ids=path.ids,
-            max_tokens=self._room(path.group, len(path.ids)),
-            probe_tokens=self.settings.entropy_probe_tokens,
-            seed=self._draw("turn", key),
+            ids=ids,
+            max_tokens=self._room(path.group, len(ids)),
+            probe_tokens=max(0, self.settings.entropy_probe_tokens - count),
+            seed=self._draw("turn", key) if written is None else self._draw("rest", (*key, count)),
             key=key,
-            after=path.last_request,
+            after=path.last_request if written is None else written.id,
         )
         self.requests += 1
-        self.writing[request.id] = self._record_live(replace(path, since_s=time.perf_counter() - path.group.started_s))
+        self.writing[request.id] = self._record_live(path)
         self.engine.submit(request)
 
     def _record_span(self, path: _Path, node: int) -> float:

@@ -48,7 +48,8 @@ class TurnRequest:
 
     `probe_tokens` is k. `seed` alone determines the random numbers of the turn, independent of the rest of the batch.
     `key` is the turn's place in its tree, (group, *address, depth), for scripts and logs. `after` is the request id of
-    the earlier turn that `ids` continues, None at the root: an engine can reuse that turn's KV cache.
+    the earlier turn that `ids` continues, None at the root: an engine can reuse that turn's KV cache. If `ids` ends
+    with that turn's tokens, the turn ended at a stop string that is only text, and continues.
 
         TurnRequest(id=7, ids=[50, 51], max_tokens=256, probe_tokens=20, seed=1, key=(0, 0, 0))
     """
@@ -89,6 +90,17 @@ class Turn:
     entropies: list[float]
     stop: TurnStop
     versions: list[int] = field(default_factory=list)
+
+    def followed_by(self, rest: Turn) -> Turn:
+        """Return this turn and `rest`, which continues it, as one turn with the id of `rest`."""
+        return Turn(
+            id=rest.id,
+            ids=self.ids + rest.ids,
+            logprobs=self.logprobs + rest.logprobs,
+            entropies=self.entropies + rest.entropies,
+            stop=rest.stop,
+            versions=self.versions + rest.versions,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,8 @@
 
     engine = ScriptedEngine(tokenizer, settings, lambda request, context: "<search>iron</search>")
 
-The script receives each request and the text so far, and returns the text of the turn.
+The script receives each request and the text so far, and returns the text of the turn. If a turn continues after a
+stop string, the rest of its text follows, without a call of the script.
 """
 
 from __future__ import annotations
@@ -71,18 +72,24 @@ class ScriptedEngine:
         self._settings = settings
         self._script = script
         self._running: list[_Running] = []
+        self._rest: dict[int | None, tuple[list[int], list[int], ScriptedTurn]] = {}
+        """Request → the ids up to the stop string that ended its turn, the ids of its text after that, its script."""
 
     @contextmanager
     def session(self) -> Iterator[None]:
         self.sessions += 1
         yield
         self._running.clear()
+        self._rest.clear()
 
     def submit(self, request: TurnRequest) -> None:
         self.requests.append(request)
-        script = self._script(request, decode_exactly(self._tokenizer, request.ids))
-        script = script if isinstance(script, ScriptedTurn) else ScriptedTurn(text=script)
-        self._running.append(_Running(request, self._turn(request, script), script.polls))
+        before, ids, script = self._rest.get(request.after, (None, [], None))
+        if script is None or before != request.ids:
+            made = self._script(request, decode_exactly(self._tokenizer, request.ids))
+            script = made if isinstance(made, ScriptedTurn) else ScriptedTurn(text=made)
+            ids = self._tokenizer.encode(script.text, add_special_tokens=False)
+        self._running.append(_Running(request, self._turn(request, ids, script), script.polls))
 
     def poll(self, timeout_s: float = 0.0) -> list[Probe | Turn]:
         events: list[Probe | Turn] = []
@@ -96,11 +103,11 @@ class ScriptedEngine:
                 events.append(Probe(id=running.request.id, entropies=turn.entropies))
         return events
 
-    def _turn(self, request: TurnRequest, script: ScriptedTurn) -> Turn:
-        ids = self._tokenizer.encode(script.text, add_special_tokens=False)
-        stop = TurnStop.LENGTH
+    def _turn(self, request: TurnRequest, text: list[int], script: ScriptedTurn) -> Turn:
+        ids, stop = list(text), TurnStop.LENGTH
         if self._stops(ids):
-            ids = ids[: bisect_left(range(len(ids)), True, key=lambda length: self._stops(ids[:length]))]
+            ids = ids[: bisect_left(range(len(ids)), True, key=lambda length: self._stops(text[:length]))]
+            self._rest[request.id] = request.ids + ids, text[len(ids) :], script
             stop = TurnStop.STOP_STRING
         elif script.ends:
             ids.append(self._settings.eos_ids[0])

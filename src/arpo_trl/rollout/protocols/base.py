@@ -123,6 +123,10 @@ class ToolProtocol(ABC):
         `end` is the last id of the turn. None, or an id outside `eos_ids`: the turn ended without one.
         """
 
+    def continues_after(self, text: str) -> bool:
+        """Whether the stop string at the end of `text`, a turn so far, is only text, so that the turn continues."""
+        return False
+
     @abstractmethod
     def encode_observation(self, results: Sequence[tuple[str, str]], end: int | None = None) -> list[int]:
         """Return the ids that the model sees after a turn. `results`: (tool name, text) for each call in the turn.

@@ -88,6 +88,11 @@ class TagProtocol(ToolProtocol):
         call = self._parse_call(text)
         return () if call is None else (call,)
 
+    def continues_after(self, text: str) -> bool:
+        """Whether `text` ends inside code. Only the code tool's own closing tag ends it."""
+        spans = plain_spans(text, self.tools, self._code_tools)
+        return bool(spans) and spans[-1][1] == len(text)
+
     def as_message(self, ids: Sequence[int], before: Sequence[int]) -> dict[str, Any]:
         """Return the turn as TRL's tool loop does, but with the tags in the content: they are plain text here."""
         message = super().as_message(ids, before)
@@ -140,7 +145,7 @@ class TagProtocol(ToolProtocol):
             return None
         if opened:
             name = opened[0].group(2)
-            cause = "" if ending is None else f": {ending.group()} inside it ended the turn"
+            cause = "" if ending is None else f": {ending.group()} does not close it"
             return BadCall(fault="unclosed", text=f"Error: <{name}> was not closed{cause}. {self._usage(name)}")
         if self.tools and (unknown := self._unknown_call.search(text)) is not None:
             names = ", ".join(self.tools)
