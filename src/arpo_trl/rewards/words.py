@@ -1,7 +1,8 @@
 """Tokens of an answer to a factual question, normalized as SQuAD does, except for marks that change the meaning.
 
 SQuAD deletes all punctuation, so that -9 becomes 9, 3.5 becomes 35, and <5 equals >5. Here the marks in a number or a
-formula are kept: signs, decimal points, relations and operators. All other punctuation is deleted, as in SQuAD.
+formula are kept: signs, decimal points, relations, operators, percent signs, primes and the brackets of intervals. All
+other punctuation is deleted, as in SQuAD.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ _ONE_SPELLING = str.maketrans(
     {**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"}
 )
 # While the punctuation is deleted, the kept marks are replaced by private-use characters.
-_KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#")}
+_KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#%‰'\"[]|")}
 _BACK = str.maketrans({kept: mark for mark, kept in _KEPT.items()})
 
 _FUNCTION = r"(?:sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|inf|infty|infinity|oo)(?![A-Za-z])"
-_LEFT = rf"(?:\d|[)\]}}!]|(?<![A-Za-z])[a-z]|(?<![A-Za-z]){_FUNCTION}|\\[A-Za-z]+)"  # what an operator may follow
-_RIGHT = rf"(?:[-+]?[$€£¥]?\.?\d|[(\[{{\\|]|[a-z](?![A-Za-z])|{_FUNCTION})"  # what it may precede
+_SYMBOL = "[α-ωΑ-Ω∞√∛∫∑∏∂∇](?![α-ωΑ-Ω])"
+_LEFT = rf"(?:\d|[)\]}}!|]|(?<![A-Za-z])[a-z]|(?<![A-Za-z]){_FUNCTION}|\\[A-Za-z]+|{_SYMBOL})"  # what operators follow
+_RIGHT = rf"(?:[-+]?[$€£¥]?\.?\d|[(\[{{\\|]|[a-z](?![A-Za-z])|{_FUNCTION}|{_SYMBOL})"  # what it may precede
 _SUPERSCRIPT = re.compile(r"(?:(?<=[0-9)\]}])|(?<=(?<![A-Za-z])[A-Za-z]))[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")  # 2² is not 22
 
 
@@ -36,9 +38,49 @@ def _keep(pattern: str) -> Callable[[str], str]:
 _PROSE = re.compile(rf"(?<![A-Za-z\\])(?!{_FUNCTION})[A-Za-z]{{3,}}")
 _SPACED_MINUS = _keep(rf"{_LEFT}\s*-\s*(?={_RIGHT})")  # not in prose, where it is a dash: 1633 - 16 September 1701
 
+_PERCENT = re.compile(r"(?<=[\d)\]}])\s*(?:\\?([%‰])|per ?cent\b)", re.IGNORECASE)
+_BOUND = r"[-+]?(?:\d[\d.,/^]*|∞|\\infty|infinity|inf|oo)"
+_INTERVAL = re.compile(rf"([\[(])\s*({_BOUND})\s*,\s*({_BOUND})\s*([\])])", re.IGNORECASE)
+_QUOTED = re.compile(r"(?<!\w)['\"‘“]")
+
+
+def _units(text: str) -> str:
+    """Make percent signs words, like other units. 5%-10% is 5-10%."""
+    text = re.sub(r"(?<=\d)\s*\\?%\s*-\s*(?=\d)", "-", text)
+    return _PERCENT.sub(lambda match: f" {_KEPT[match[1] or '%']} ", text)
+
+
+def _primes(text: str) -> str:
+    """Keep the marks of minutes, feet, inches and derivatives: 6'2", f'(x). Quotation marks are deleted."""
+    text = re.sub(r"(?<=[\dA-Za-z])(?:′′|(?<=\d)(?:''|”))", '"', text)
+    text = re.sub(r"(?<=[\dA-Za-z])′|(?<=\d)’(?!\w*[A-Za-z])", "'", text)
+    if _QUOTED.search(text):
+        return _keep(r"(?<=\d)['\"](?=\s?\d)")(text)
+    return _keep(r"(?<=\d)['\"](?![A-Za-z])|(?<![A-Za-z]{2})(?<=[A-Za-z])['\"]+(?!\w)")(text)
+
+
+def _brackets(text: str) -> str:
+    """Keep the brackets of an interval with a closed end: [1, 2) is not (1, 2]."""
+
+    def kept(match: re.Match[str]) -> str:
+        opening, low, high, closing = match.groups()
+        if (opening, closing) == ("(", ")"):
+            return match[0]
+        return f" {_KEPT.get(opening, '')} {low}, {high} {_KEPT.get(closing, '')} "
+
+    return _INTERVAL.sub(kept, text)
+
+
 _DATE = re.compile(r"(?<![\d.])(\d+)([-/.])(\d+)\2(\d+)(?![\d.]*\d)")
 
 _MARKS: tuple[Callable[[str], str], ...] = (
+    lambda text: re.sub(r"(?:(?<=[=(,<>^{])\s*|\A)-\s+(?=[$€£¥]?\.?\d)", "-", text),
+    _brackets,
+    _units,
+    _primes,
+    lambda text: re.sub(r"(?<=\d)\s*[~∼〜]\s*(?=\d)", "-", text),  # a range
+    lambda text: re.sub(r"[~∼≃≅≒]\s*(?=[-+]?[$€£¥]?\.?\d)", "≈", text),
+    lambda text: re.sub(r"(?<![\w)\]}!])[~!](?=[a-z(](?![A-Za-z]))", "¬", text),
     # A date or a version: every separator becomes a hyphen.
     lambda text: _DATE.sub(lambda match: _KEPT["-"].join(match.group(1, 3, 4)), text),
     lambda text: re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text),  # 1,234
@@ -50,14 +92,17 @@ _MARKS: tuple[Callable[[str], str], ...] = (
     _keep(r"(?<![-=])\s*[<>=](?!/?[A-Za-z]+>)\s*"),
     lambda text: re.sub(r"\s*([≤≥≠≈])\s*", r"\1", text),
     # Operators between the parts of a formula, with or without spaces.
-    _keep(r"(?<=[\w)\]}])\s*\+\s*(?=[\w(\[{\\$.-])"),
+    _keep(r"(?<=[\w)\]}|])\s*\+\s*(?=[\w(\[{\\$.|-])"),
     _keep(rf"{_LEFT}(?:\s*[*/^]\s*|-)(?={_RIGHT})"),
     lambda text: text if _PROSE.search(text) else _SPACED_MINUS(text),
     # The sign of a number, a letter, a blood group or an ion.
-    _keep(rf"(?<![\w)\]}}])-(?={_RIGHT})"),
+    _keep(rf"(?<![\w)\]}}])-(?={_RIGHT}|[A-Z](?![A-Za-z]))"),
+    _keep(r"(?<![A-Za-z0-9.,])\d[\d.,]*\+(?![\w+])"),
+    _keep(r"(?<=\d)E-(?=\d)"),
     _keep(r"(?<![A-Za-z0-9])[A-Za-z]{1,2}\d*[+-]+(?![\w+-])"),
     _keep(r"(?:(?<=\d)|(?<=(?<![A-Za-z])[a-z]))!(?![\w!])"),  # a factorial
     _keep(r"(?<=(?<![A-Za-z])[A-Z])#"),  # a language or a note
+    _keep(r"\|(?:(?![A-Za-z]{3})[^|])+\|"),  # an absolute value
 )  # fmt: skip
 
 # An article is followed by its word, so "Vitamin A" and "A, B or C" contain no article.
@@ -76,8 +121,8 @@ def normalized_tokens(text: str) -> list[str]:
     punctuation is deleted, and every Chinese or Japanese character is a token. A text that consists only of articles
     or punctuation ("A", "The The", "!!!") keeps them, because otherwise it would equal every other such text. Signs,
     decimal points, relations and operators in numbers and formulas stay, with or without spaces around them: "-9" is
-    not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". An "a" without a word after it is a letter:
-    "Vitamin A" is not "Vitamin".
+    not "9", "3!" is not "3", and "2n + 1" is "2n+1" but not "2n-1". A percent sign is a word: "5%" is "5 percent"
+    but not "5" or "5‰". An "a" without a word after it is a letter: "Vitamin A" is not "Vitamin".
     """
     text = _SUPERSCRIPT.sub(lambda match: f"^{match[0]}", text.translate(_ONE_SPELLING))
     text = unicodedata.normalize("NFKC", text).translate(_ONE_SPELLING)
