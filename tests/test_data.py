@@ -206,7 +206,11 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
         ("a.json", b"[" * 100_000, "a.json: lists and mappings are nested more than 100 deep"),
         ("a.jsonl", b'{"question": "\xff"}', r"a.jsonl, line 1 is not UTF-8 text \(byte 14\)"),
         ("a.parquet", b"PAR1 no", "a.parquet is not a readable parquet file"),
-        ("a.csv", b"question,answer", r"a.csv is not a dataset file; expected one of \('.jsonl'"),
+        ("a.xlsx", b"PK", r"a.xlsx is not a dataset file; expected one of \('.jsonl'"),
+        ("a.csv", b"question,answer", "a.csv .* contains no rows"),
+        ("a.csv", b'question,answer\nq,"1', "a.csv, after line 1: not a readable CSV file"),
+        ("a.csv", b"question,answer\nq,1\nq,1,2", "a.csv, row 1: more values than the header has names"),
+        ("a.csv", b"question,answer\nq,\xff", "a.csv, after line .: not a readable CSV file"),
     ],
 )
 def test_an_unreadable_file_is_an_error_with_the_place(
@@ -215,6 +219,44 @@ def test_an_unreadable_file_is_an_error_with_the_place(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_arpo_dataset(str(tmp_path / name))
+
+
+def test_solutions_without_a_box_are_excluded_with_their_number(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    boxed = {"source": "olympiads", "problem": "Find x.", "solution": "So \\boxed{2}."}
+    proof = {"source": "olympiads", "problem": "Prove it.", "solution": "Let x be even. Then x^2 is even, as claimed."}
+    rows = write_jsonl(tmp_path / "rows.jsonl", [boxed, proof, boxed])
+    with caplog.at_level("WARNING"):
+        assert load_arpo_dataset(rows, task="math")["answer"][:] == [["2"], ["2"]]
+    assert "1 of 3 rows excluded, since their solution has no \\boxed{…}, as in a proof: 1" in caplog.text
+    mostly = write_jsonl(tmp_path / "mostly.jsonl", [boxed, proof, proof])
+    with pytest.raises(DataError, match=r"mostly.jsonl, row 1: 'solution' has no .* 2 of 3 rows are like it"):
+        load_arpo_dataset(mostly, task="math")
+    assert load_arpo_dataset(mostly, task="math", columns={"answer": "solution"})["answer"][1] == [proof["solution"]]
+
+
+def test_all_values_of_a_csv_file_are_text(tmp_path: Path) -> None:
+    file = tmp_path / "rows.csv"
+    text = '\ufeffquestion,golden_answers,level\r\n"Who, then?",007,\r\n"A\nB?","[""a"", ""b""]",1e-5\r\n'
+    file.write_text(text, encoding="utf-8", newline="")
+    loaded = load_arpo_dataset(str(file), task="qa")
+    assert [prompt[-1]["content"] for prompt in loaded["prompt"]] == ["Who, then?", "A\nB?"]
+    assert loaded["answer"][:] == [["007"], ["a", "b"]]
+    assert loaded["level"][:] == [None, "1e-5"]
+
+
+def test_a_folder_of_save_to_disk_is_read(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list([{"question": "q", "answer": "1"}])
+    saved.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
+    assert load_arpo_dataset(str(tmp_path / "one"), task="math")["answer"][:] == [["1"]]
+    assert load_arpo_dataset(str(tmp_path / "splits"), "test", task="math")["answer"][:] == [["1"]]
+    with pytest.raises(DataError, match=r"has no split 'dev'; expected one of \['train', 'test'\]"):
+        load_arpo_dataset(str(tmp_path / "splits"), "dev")
+    (tmp_path / "one" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match="one is not a readable folder of save_to_disk"):
+        load_arpo_dataset(str(tmp_path / "one"))
 
 
 def test_a_folder_gives_the_files_of_its_split_in_order(tmp_path: Path) -> None:

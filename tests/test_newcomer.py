@@ -98,6 +98,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (made / "latin1.jsonl").write_bytes('{"question": "café?", "answer": "2"}'.encode("latin-1"))
     (made / "list.yaml").write_text("- seed\n", "utf-8")
     (made / "table.csv").write_text("question,answer\n", "utf-8")
+    (made / "table.xlsx").write_bytes(b"PK")
     return made
 
 

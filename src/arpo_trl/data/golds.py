@@ -45,13 +45,17 @@ _LATEX_WORD = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z
 _WORD = re.compile(r"[A-Za-z]{2,}")
 
 
+class NoResultError(DataError):
+    """A worked solution, the only field of a row with an answer, does not mark its result."""
+
+
 def find_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> tuple[Any, str] | None:
     """The value that holds the answer, and the name of its field; None if the row has none by design.
 
     That is a verl row with a blank answer, or a proof in NuminaMath.
 
     Raises:
-        DataError: No field has an answer.
+        DataError: No field has an answer. `NoResultError`: the only one is a solution without a box.
     """
     if "answer" in mapped:
         return row["answer"], mapped["answer"]
@@ -126,7 +130,7 @@ def _result_of(solution: Any) -> Any:
     if box := _last_box(text):
         return box
     if "\n" in text or _WORD.search(_LATEX_WORD.sub(" ", text)):
-        raise DataError(r"'solution' has no \boxed{…}, and no other field has an answer; expected one.")
+        raise NoResultError(r"'solution' has no \boxed{…}, and no other field has an answer; expected one.")
     return text
 
 

@@ -6,6 +6,7 @@ so `\boxed` became a backspace and `oxed`, and `\frac` a form feed and `rac`. Lo
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import pyarrow
 import pyarrow.parquet
 
 from arpo_trl.common.user_files import is_url, json_lines, read_json
+from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
     DEFAULT_SYSTEM_PROMPT,
     QUESTION_FIELDS,
@@ -31,7 +33,7 @@ from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
 _MATH_SHARE, _QA_SHARE = 0.75, 0.25
 _LFS_POINTER = b"version https://git-lfs."
@@ -60,8 +62,9 @@ def load_arpo_dataset(
     are columns too.
 
     Args:
-        path_or_hub_id: A `.jsonl`, `.json` or `.parquet` file (`split` is ignored); a folder of such files, of which
-            those whose name starts with the split are read; or a dataset on the Hub.
+        path_or_hub_id: A `.jsonl`, `.json`, `.parquet` or `.csv` file (`split` is ignored); a folder of such files, of
+            which those whose name starts with the split are read; a folder that `save_to_disk` of datasets wrote; or a
+            dataset on the Hub. All values of a `.csv` file are text.
         split: The split of a folder or a Hub dataset.
         system_prompt: None: prompts that are messages stay unchanged, and plain questions get
             `SYSTEM_PROMPTS["reasoning"]`, which is logged. A name in `SYSTEM_PROMPTS`, or a text, replaces the system
@@ -76,8 +79,9 @@ def load_arpo_dataset(
             no columns if no row has them.
 
     Rows without an answer by design are excluded with a warning: a verl row with a blank answer (the published data
-    has one), a proof in NuminaMath. With `own_reward` they stay if no other row has an answer. In other layouts a
-    missing answer is an error, and with `own_reward` a warning if other rows have one.
+    has one), a proof in NuminaMath, and a worked solution without a box if at most half of the rows are such. With
+    `own_reward` they stay if no other row has an answer. In other layouts a missing answer is an error, and with
+    `own_reward` a warning if other rows have one.
 
     Raises:
         ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
@@ -90,9 +94,13 @@ def load_arpo_dataset(
     columns = read_columns(columns)
     system_text = system_prompt_text(system_prompt)
     rows, raws, skipped = [], [], []
+    without_result: dict[int, NoResultError] = {}
     for number, raw in enumerate(_read_rows(path_or_hub_id, split)):
         try:
             row = convert_row(raw, number, system_text, task=override, columns=columns, own_reward=own_reward)
+        except NoResultError as error:
+            without_result[number] = error
+            continue
         except DataError as error:
             raise DataError(f"{path_or_hub_id}, row {number}: {error}") from error
         if row is None:
@@ -103,6 +111,7 @@ def load_arpo_dataset(
                 raws.append(raw)
     if own_reward:
         rows, raws, skipped = _without_blanks(rows, raws)
+    _report_without_result(without_result, len(rows), path_or_hub_id)
     if skipped:
         logger.warning("%s: %d row(s) without an answer excluded: %s", path_or_hub_id, len(skipped), _listed(skipped))
     if not rows:
@@ -183,6 +192,9 @@ def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
             f"{path_or_hub_id} is a web address; expected a file, a folder or a Hub id. Download the file."
         )
     path = Path(path_or_hub_id).expanduser()
+    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        yield from _saved_rows(path, split)
+        return
     if path.is_dir():
         files = _files_of_split(path, split)
     elif path.exists():
@@ -211,6 +223,21 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def _saved_rows(folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
+    """The rows of a folder that `save_to_disk` of datasets wrote."""
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # errors of datasets, of pyarrow or of the file system
+        raise DataError(
+            f"{folder} is not a readable folder of save_to_disk ({type(error).__name__}: {error}). Save it again."
+        ) from error
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise DataError(f"The saved dataset {folder} has no split {split!r}; expected one of {list(saved)}.")
+    return saved[split]
+
+
 def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str, Any]]:
     """Yields the unconverted rows of a file.
 
@@ -233,6 +260,8 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
             rows = _rows_of_json(path)
             if not isinstance(rows, list):
                 raise DataError(f"{path} contains a {type(rows).__name__}; expected a list of objects, one per row.")
+        case ".csv":
+            rows = _rows_of_csv(path)
         case _:
             raise DataError(f"{path} is not a dataset file; expected one of {SUFFIXES}. Save its rows as one.")
     for number, row in enumerate(rows):
@@ -243,6 +272,20 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         if bad is None:
             raise DataError(problem)
         bad.append(problem)
+
+
+def _rows_of_csv(path: Path) -> list[dict[str, str | None]]:
+    """The rows of a .csv file with a header. All values are text: 007 is not 7."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            rows = list(reader)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}, after line {reader.line_num}: not a readable CSV file ({error}).") from error
+    long = next((number for number, row in enumerate(rows) if None in row), None)
+    if long is not None:
+        raise DataError(f"{path}, row {long}: more values than the header has names. Quote values with commas.")
+    return rows
 
 
 def _refuse_pointer(path: Path) -> None:
@@ -286,6 +329,28 @@ def _rows_of_json(path: Path) -> Any:
 
 
 # Converting
+
+
+def _report_without_result(errors: Mapping[int, NoResultError], others: int, source: str) -> None:
+    """Warn about rows that are excluded since their worked solution has no result, such as proofs.
+
+    Raises:
+        DataError: They are more than the other rows, so `solution` is probably not a worked solution.
+    """
+    if len(errors) > others:
+        number, error = next(iter(errors.items()))
+        raise DataError(
+            f"{source}, row {number}: {error} {len(errors)} of {len(errors) + others} rows are like it. Name the "
+            "field of the answer in columns, such as {answer: solution}."
+        ) from error
+    if errors:
+        logger.warning(
+            "%s: %d of %d rows excluded, since their solution has no \\boxed{…}, as in a proof: %s",
+            source,
+            len(errors),
+            len(errors) + others,
+            _listed(errors),
+        )
 
 
 def _guess_task(rows: list[dict[str, Any]], source: str, *, own_reward: bool) -> None:

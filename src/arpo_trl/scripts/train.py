@@ -36,7 +36,7 @@ logger = get_logger(__name__)
 class TrainArguments(JudgeArguments):
     """The training data, and the scoring of answers."""
 
-    dataset: str = field(metadata={"help": "Questions: Hub id, folder, or .jsonl, .json or .parquet file."})
+    dataset: str = field(metadata={"help": "Questions: Hub id, folder, or .jsonl, .json, .parquet or .csv file."})
     dataset_split: str = field(default="train", metadata={"help": "Split of dataset."})
     eval_dataset: str | None = field(
         default=None, metadata={"help": "Questions for evaluation during training, in the same forms as dataset."}
