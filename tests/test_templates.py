@@ -131,15 +131,19 @@ def test_a_call_with_the_end_token_of_an_answer_becomes_an_error_for_the_model()
     assert bad.fault == "malformed"
 
 
-def test_a_call_inside_an_open_thought_becomes_an_error_for_the_model() -> None:
-    call = '<tool_call>\n{"name": "search", "arguments": {"query": "a"}}\n</tool_call>'
-    protocol = protocol_of("qwen3", "<|im_end|>")
-    (bad,) = protocol.parse_turn(f"<think>I look it up. {call}")
-    assert isinstance(bad, BadCall)
-    assert bad.fault == "in_thought"
-    assert "was not closed" in bad.text
-    assert protocol.parse_turn(f"<think>I could write {call}</think>It is 3.") == ()
-    assert protocol.parse_turn("<think>no call") == ()
+@pytest.mark.parametrize("case", cases("turns"), ids=lambda case: f"{case['template']}: {case['text'][:40]!r}")
+def test_the_call_or_the_fault_of_a_turn(case: dict[str, Any]) -> None:
+    """Calls in thoughts that are not closed, and calls with other headers than the template's."""
+    protocol = protocol_of(case["template"], BY_NAME[case["template"]]["eos"][0])
+    end = protocol.tokenizer.convert_tokens_to_ids(case.get("end", BY_NAME[case["template"]]["call_end"]))
+    calls = protocol.parse_turn(case["text"], end)
+    if "fault" in case:
+        (bad,) = calls
+        assert isinstance(bad, BadCall)
+        assert bad.fault == case["fault"]
+        assert case["says"] in bad.text
+    else:
+        assert calls == tuple(ToolCall(name="search", arguments={"query": query}) for query in case["calls"])
 
 
 def test_a_tokenizer_without_the_templates_tokens_is_refused() -> None:

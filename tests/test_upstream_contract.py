@@ -1158,3 +1158,8 @@ def test_memory_that_runs_out_is_a_runtime_error_of_its_own():
     assert issubclass(torch.OutOfMemoryError, RuntimeError)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         torch.empty(1 << 58, dtype=torch.uint8)
+
+
+def test_the_gpt_oss_template_finds_a_call_by_its_header():
+    header = trl_seam.gptoss_template["fields"]["tool_calls"]["open_pattern"]
+    assert re.fullmatch(header, "to=functions.search<|channel|>commentary json<|message|>")["name"] == "search"

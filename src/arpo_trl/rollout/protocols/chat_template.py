@@ -26,6 +26,8 @@ from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.toolbox import ToolSpec
 
 RESULT = "[result]"
+_NESTED_THOUGHTS = 3
+"""The depth of thoughts in thoughts that is searched for a call."""
 _WAY_OUT = (
     'Set tool_protocol "tags", which works with every template, or give the tokenizer a template with tools, such as '
     "the one in trl/chat_templates for its family."
@@ -103,12 +105,18 @@ class ChatTemplateProtocol(ToolProtocol):
         except Exception as error:  # the parser is foreign code, and the model may write anything
             reason = str(error).partition("\n")[0][:200]
             return (BadCall(fault="malformed", text=f"Error: the tool call could not be read: {reason}"),)
-        if not calls and not message.get("content") and self._calls_in_thought(message):
+        if not calls and (thought := self._thought_with_call(message)) is not None:
+            is_open = ended.rstrip().endswith(thought.rstrip()) or text.rstrip().endswith(thought.rstrip())
+            if is_open or not message.get("content"):
+                where = "inside a thought that was not closed" if is_open else "inside a thought"
+                problem = f"Error: the tool call was not made, because it stands {where}. "
+                return (BadCall(fault="in_thought", text=problem + "Close the thought, then call the tool."),)
+        if not calls and self._only_ends_a_call(message, end):
             return (
                 BadCall(
-                    fault="in_thought",
-                    text="Error: the tool call was not made, because it stands inside a thought that was not closed. "
-                    "Close the thought, then call the tool.",
+                    fault="malformed",
+                    text="Error: the turn ended like a tool call, but no call could be read. Write the call in the "
+                    "format of the tools, or the final answer.",
                 ),
             )
         return tuple(map(self._checked, calls))
@@ -149,14 +157,29 @@ class ChatTemplateProtocol(ToolProtocol):
         written = self._call_end if end is None else str(self.tokenizer.convert_ids_to_tokens(end))
         return written if written == self._answer_end else self._call_end
 
-    def _calls_in_thought(self, message: Mapping[str, Any]) -> bool:
-        thought = message.get("reasoning_content") or message.get("thinking")
-        if not isinstance(thought, str):
+    def _only_ends_a_call(self, message: Mapping[str, Any], end: int | None) -> bool:
+        """Whether the turn ended with a token that ends calls only, and has no text."""
+        if self._call_end == self._answer_end or end != self._id(self._call_end):
             return False
-        try:
-            return bool(self.tool_parser.parse(thought, "", self._schemas).get("tool_calls"))
-        except Exception:  # no call
-            return False
+        return not str(message.get("content") or "").replace(self._call_end, "").strip()
+
+    def _thought_with_call(self, message: Mapping[str, Any]) -> str | None:
+        """Return the thought of the turn if it contains a call, otherwise None.
+
+        A model may open another thought inside a thought that the prompt opened.
+        """
+        thought = inner = _thought_in(message)
+        for _ in range(_NESTED_THOUGHTS):
+            if inner is None:
+                break
+            try:
+                message = self.tool_parser.parse(inner, "", self._schemas)
+            except Exception:  # no call
+                break
+            if message.get("tool_calls"):
+                return thought
+            inner = _thought_in(message)
+        return None
 
     def _checked(self, call: Any) -> ToolCall | BadCall:
         function = call.get("function") if isinstance(call, dict) else None
@@ -277,6 +300,11 @@ class ChatTemplateProtocol(ToolProtocol):
 
     def _id(self, token: str) -> int:
         return int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+def _thought_in(message: Mapping[str, Any]) -> str | None:
+    thought = message.get("reasoning_content") or message.get("thinking")
+    return thought if isinstance(thought, str) else None
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:

@@ -31,12 +31,24 @@ from arpo_trl.trl_seam import (
 AUTO = "auto"
 OWN = "tokenizer"
 """The tokenizer's own response template."""
+_GPT_OSS_HEADER = (
+    r"(?:<\|channel\|>(?:commentary|analysis)\s+)?to=functions\.(?P<name>[^\s<]+)"
+    r"(?:<\|channel\|>(?:commentary|analysis))?\s*(?:<\|constrain\|>\s*)?json<\|message\|>"
+)
+"""The start of a gpt-oss call. The chat template puts the recipient before the channel, the models also after it."""
+
+
+def _with_all_headers(template: dict[str, Any]) -> dict[str, Any]:
+    calls = {**template["fields"]["tool_calls"], "open_pattern": _GPT_OSS_HEADER}
+    return {**template, "fields": {**template["fields"], "tool_calls": calls}}
+
+
 RESPONSE_TEMPLATES: dict[str, dict[str, Any]] = {
     "hermes": qwen3_template,
     "qwen3_xml": qwen3_5_template,
     "nemotron3": nemotron_3_template,
     "llama3_json": llama3_template,
-    "gpt_oss": gptoss_template,
+    "gpt_oss": _with_all_headers(gptoss_template),
     "glm45": glm4moe_template,
     "gemma4": gemma4_template,
     "lfm2": lfm2_2_5_template,
