@@ -14,8 +14,9 @@ ROUNDED_DIGITS = 6
 FLOAT_DIGITS = 15
 """A decimal fraction with at least this many digits is a printed float, whose last digits are noise:
 0.30000000000000004."""
+_MOST_FLOAT_DIGITS = 17
 _FLOAT_NOISE = 1e-13
-_PRECISION = 120  # decimal digits of numeric evaluation
+_PRECISION = 120  # decimal digits of numeric evaluation, more if the answers have more
 _EXACT_DIGITS = 1000
 _SAMPLES = 8
 _WHOLE = frozenset("n k m N".split())  # names that usually denote integers
@@ -31,6 +32,8 @@ def close(a: Expr, b: Expr, a_digits: int = 0, b_digits: int = 0) -> bool:
         return False
     a, b = without_functions(a), without_functions(b)
     digits = max(a_digits, b_digits)
+    if digits >= ROUNDED_DIGITS:  # the digits are those of the terms that differ
+        a, b = _without_common_terms(a, b)
     symbols = sorted(a.free_symbols | b.free_symbols, key=str)
     if not symbols:
         if isinstance(a, Rational) and isinstance(b, Rational) and digits < ROUNDED_DIGITS:
@@ -39,10 +42,41 @@ def close(a: Expr, b: Expr, a_digits: int = 0, b_digits: int = 0) -> bool:
     return _close_formulas(a, b, symbols, digits)
 
 
+def digits_of_sum(terms: Sequence[tuple[Expr, int]]) -> int:
+    """Return the significant digits of a sum of terms, each with the digits of its decimal fraction, 0 without one.
+
+    A decimal fraction fixes the place of the last digit: 1000 + 0.333333 has ten digits. In a formula, the constant
+    terms determine them.
+    """
+    most = max(digits for _, digits in terms)
+    if most < ROUNDED_DIGITS:
+        return most
+    constants = [(term, digits) for term, digits in terms if term.is_number and term.is_real and term.is_finite]
+    total = sympy.Add(*(term for term, _ in constants))
+    approximate = [(term, digits) for term, digits in constants if digits and term != 0]
+    if not approximate or total == 0:
+        return most
+    last = max(_exponent_of(term) - digits for term, digits in approximate)
+    counted = _exponent_of(total) - last
+    if FLOAT_DIGITS <= counted <= _MOST_FLOAT_DIGITS and most < FLOAT_DIGITS:  # not a printed float
+        counted = _MOST_FLOAT_DIGITS + 1
+    return max([counted, *(digits for term, digits in terms if not term.is_number)])
+
+
+def _exponent_of(value: Expr) -> int:
+    return _exponent(abs(value if isinstance(value, Rational) else _rational(sympy.N(value, _PRECISION))))
+
+
 def without_functions(value: Expr) -> Expr:
     """Replace each application of an unknown function, such as f(x), by a symbol."""
     applied = sorted(value.atoms(AppliedUndef), key=lambda f: -len(str(f)))
     return value.xreplace({f: Symbol(str(f), real=True) for f in applied}) if applied else value
+
+
+def _without_common_terms(a: Expr, b: Expr) -> tuple[Expr, Expr]:
+    terms, others = sympy.Add.make_args(a), sympy.Add.make_args(b)
+    common = {term for term in terms if term.free_symbols} & set(others)
+    return tuple(sympy.Add(*(term for term in side if term not in common)) for side in (terms, others))
 
 
 def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
@@ -51,7 +85,8 @@ def _close_numbers(a: Expr, b: Expr, a_digits: int, b_digits: int) -> bool:
     elif isinstance(gap := a - b, Rational) and max(a_digits, b_digits) < ROUNDED_DIGITS:  # e^1000 + 1 and e^1000
         return bool(gap == 0)
     else:
-        x, y = sympy.N(a, _PRECISION), sympy.N(b, _PRECISION)
+        precision = max(_PRECISION, a_digits + 10, b_digits + 10)
+        x, y = sympy.N(a, precision), sympy.N(b, precision)
         if not (x.is_number and y.is_number) or x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo):
             return False
         if _vanishes(gap):
@@ -80,7 +115,7 @@ def _is_rounding(decimal: Rational, exact: Rational, digits: int) -> bool:
     gap = abs(decimal - exact)
     if gap == 0:
         return True
-    if digits >= FLOAT_DIGITS and gap <= Rational(_FLOAT_NOISE) * max(abs(decimal), abs(exact)):
+    if FLOAT_DIGITS <= digits <= _MOST_FLOAT_DIGITS and gap <= Rational(_FLOAT_NOISE) * max(abs(decimal), abs(exact)):
         return True
     if decimal == 0 or exact == 0:
         return False
@@ -111,7 +146,7 @@ def _close_formulas(a: Expr, b: Expr, symbols: Sequence[Symbol], digits: int) ->
             if x != y and digits < ROUNDED_DIGITS:
                 return False
         else:
-            x, y = sympy.N(x, _PRECISION), sympy.N(y, _PRECISION)
+            x, y = (sympy.N(value, max(_PRECISION, digits + 10)) for value in (x, y))
         if any(value.has(sympy.nan, sympy.zoo, sympy.oo, -sympy.oo) for value in (x, y)):
             continue
         if not (x.is_number and y.is_number):

@@ -21,6 +21,7 @@ from typing import Any
 import sympy
 from sympy import Expr, Integer, Rational, S, Symbol
 
+from arpo_trl.rewards.mathematics.closeness import digits_of_sum
 from arpo_trl.rewards.mathematics.functions import (
     CONSTANTS,
     FUNCTIONS,
@@ -246,13 +247,20 @@ class Parser(Numerals, Units):
 
     def _sum(self) -> Any:
         """Return an `Expr`, or a value of another kind if there is nothing to add."""
+        outer, self.digits = self.digits, 0
         left = self._term()
+        terms: list[tuple[Expr, int]] = []
         while (op := self.peek()) in ("+", "-", r"\pm", r"\mp"):
             if isinstance(left, NumberSet | SetOperation):  # ℝ − {0}
                 break
             self.pos += 1
+            terms = terms or [(expr(left), self.digits)]
+            self.digits = 0
             right = expr(self._term())
-            left = expr(left) + (right if op == "+" else -right if op == "-" else self._sign(op) * right)
+            right = right if op == "+" else -right if op == "-" else self._sign(op) * right
+            terms.append((right, self.digits))
+            left = expr(left) + right
+        self.digits = max(outer, digits_of_sum(terms) if terms else self.digits)
         return left
 
     def _term(self) -> Any:
