@@ -346,7 +346,11 @@ def _is_quantity_name(side: Value, is_gold: bool, right: Value) -> bool:
 
 def _same_relations(p: Relation, g: Relation) -> bool:
     if (sets := (as_set(p), as_set(g))) and None not in sets and "=" not in (*p.ops, *g.ops):
-        return variable(p) in (None, variable(g)) or variable(g) is None if same_pieces(*sets) else False
+        names = {name for name in map(variable, (p, g)) if name is not None}
+        if len(names) < 2 and same_pieces(*sets):
+            return True
+        flipped = _flip(p)  # x < y and y > x
+        return flipped is not None and flipped.ops == g.ops and _sides_agree(flipped.sides, g.sides)
     if any(len(_split_equation(value)) > 1 for value in (p, g)):
         return _in_order_of(_split_equation(p), _split_equation(g))
     if p.ops == g.ops and _sides_agree(p.sides, g.sides):

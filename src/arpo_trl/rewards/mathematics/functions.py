@@ -104,7 +104,8 @@ FUNCTIONS: dict[str, Callable[..., Expr]] = {
     "GCD": sympy.gcd,
     "LCM": sympy.lcm, "max": sympy.Max, "min": sympy.Min, "Max": sympy.Max, "Min": sympy.Min, "Rational": quotient,
     "Fraction": quotient,
-    "Integer": lambda x: x, "Float": lambda x: x, "Decimal": lambda x: x, "sgn": sympy.sign, "sign": sympy.sign,
+    "Integer": lambda x: x, "Float": lambda x: x, "Decimal": lambda x: x,
+    "tensor": lambda x: x, "sgn": sympy.sign, "sign": sympy.sign,
     "re": sympy.re, "im": sympy.im, "Re": sympy.re, "Im": sympy.im, "conjugate": sympy.conjugate, "pow": power,
 }  # fmt: skip
 SEVERAL = frozenset("gcd lcm GCD LCM max min Max Min".split())

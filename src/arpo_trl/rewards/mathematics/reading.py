@@ -16,6 +16,8 @@ from arpo_trl.rewards.mathematics.values import Choice, Group, Quantity, Text, V
 from arpo_trl.rewards.mathematics.vocabulary import GREEK, WORDS
 
 _SCIENTIFIC_OR_E = re.compile(r"(?<![\d.])\d+e[+-]\d(?!\d)")  # 2e-1 is 0.2 or 2e − 1
+_ROMAN = re.compile("[IVX]{2}")
+"""Roman numerals: IV is not VI."""
 _DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}([/-])\d{1,2}\1\d{4}")  # not a difference and not a quotient
 _POINT_OR_COUNT = re.compile(r"(?<![A-Za-z])P\(\d+,\s*\d+\)")  # P(5, 2) is a point or 20 permutations
 
@@ -59,7 +61,8 @@ def _words(cleaned: str) -> Value | None:
         return None
     if all(len(word) == 1 or word in FUNCTIONS or word in CONSTANTS or word in GREEK for word in words):
         return None
-    if len(words) == 1 and len(words[0]) == 2 and words[0].lower() not in WORDS:
+    is_word = words[0].lower() in WORDS or _ROMAN.fullmatch(words[0]) is not None
+    if len(words) == 1 and len(words[0]) == 2 and not is_word:
         return None
     letters = None
     if len(words) == 1 and len(words[0]) <= 4 and words[0].isascii() and words[0].lower() not in WORDS:

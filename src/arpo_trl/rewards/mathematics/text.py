@@ -68,8 +68,9 @@ _REWRITES = tuple(
         (r"(?<![\w)\]}])\*\*([^*\s][^*]*)\*\*(?!\w)", r"\1"),
         (r"_\s*\{\s*(?:\\text\s*\{)?\s*base\s*\}?\s*(\w+)\s*\}", r"_{\1}"),
         (r"^\s*(\w+)\s+\(?\s*(?:in\s+)?base[ -]?(\w+)\s*\)?\s*$", r"\1_{\2}"),
-        (r"\bDecimal\('([^']*)'\)", r"\1"),
-        (r"\bset\(\)", r"\\emptyset "),
+        (r"\b(?:Decimal|Fraction|mpf)\('([^']*)'\)", r"\1"),
+        (r"\bset\(\)|\b(?:S\.)?EmptySet\b", r"\\emptyset "),
+        (r"\b(?:S\.)?Reals\b", r"\\mathbb{R}"),
         (r"\bInterval\.(open|Lopen|Ropen)\b", r"Interval\1"),
         (r"'(\w+)'(?=\s*:)", r"\1"),
         (r"\bUS\s*(?=\\?\$)", ""),
@@ -118,6 +119,7 @@ _CONNECTIVE = re.compile(
 )
 _TAIL = re.compile(r"\s+is the (?:final |correct )?answer$", re.IGNORECASE)
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
+_ALL_REALS = re.compile(r"all (?:the )?reals?(?: numbers?)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
 _SHORT_NEUTRAL = frozenset("the so we get our has of in for sum its it and thus a".split())
 _NEGATIONS = re.compile(
@@ -150,6 +152,8 @@ def clean(text: str) -> str:
         previous = text
         text = _bare(text)
     text = re.sub(r"\s+", " ", text)
+    if _ALL_REALS.fullmatch(text):
+        return r"\mathbb{R}"
     return r"\emptyset" if _NO_SOLUTION.fullmatch(text) else text
 
 
