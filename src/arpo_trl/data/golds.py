@@ -29,6 +29,8 @@ ANSWER_FIELDS = (
     "ground_truth",
     "expected_answer",
     "answerKey",
+    "correct_answer",  # SciQ
+    "best_answer",  # TruthfulQA
     "Correct Answer",  # GPQA
 )
 _ALIAS_FIELDS = ("answer_aliases", "aliases", "aug_answer")  # MuSiQue, TriviaQA, ASearcher
@@ -36,8 +38,10 @@ _SOLUTION_FIELDS = ("solution", "Solution")
 _DICT_KEYS = ("value", "target", "text", "answer", "answers")
 """What a dict holds its answers under: TriviaQA, Search-R1, SQuAD, others."""
 _KIND_FIELDS = ("question_type", "problem_type")
-_NO_ANSWERS = ("proof", "notfound")
-"""NuminaMath 1.5 writes these instead of an answer."""
+_NO_ANSWERS = ("proof", "notfound", "n/a")
+"""NuminaMath 1.5 and OpenMathReasoning write these instead of an answer."""
+_HIDDEN_ANSWER = ("Final answer", "?")
+"""The answer field of GAIA and its value in the test split."""
 
 _WORKED_SOLUTION = re.compile(r"(?:\A|\n)####\s*([^\n]+?)\s*\Z")  # GSM8K's last line
 _OTHER_BOX = re.compile(r"\\fbox(?=\s*\{)|\\boxed\s+(?P<bare>[^\s{}$.,;]+)")
@@ -52,7 +56,7 @@ class NoResultError(DataError):
 def find_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> tuple[Any, str] | None:
     """The value that holds the answer, and the name of its field; None if the row has none by design.
 
-    That is a verl row with a blank answer, or a proof in NuminaMath.
+    That is a verl row with a blank answer, a proof in NuminaMath, or a question whose answer GAIA does not publish.
 
     Raises:
         DataError: No field has an answer. `NoResultError`: the only one is a solution without a box.
@@ -66,8 +70,8 @@ def find_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> tuple[Any,
         gold = verl[named(verl, ("ground_truth",), "reward_model.ground_truth")]
         return None if isinstance(gold, str) and not gold.strip() else (gold, "reward_model.ground_truth")
     if field is not None and has_answer:
-        is_proof = row[field] in _NO_ANSWERS and any(kind in row for kind in _KIND_FIELDS)
-        return None if is_proof else (row[field], field)
+        has_none = row[field] in _NO_ANSWERS and any(kind in row for kind in _KIND_FIELDS)
+        return None if has_none or (field, row[field]) == _HIDDEN_ANSWER else (row[field], field)
     if (solution := first(row, _SOLUTION_FIELDS)) is not None:
         return _result_of(solution), "solution"
     field = named(row, ANSWER_FIELDS, "answer")

@@ -41,7 +41,9 @@ Message = dict[str, str]
 MAPPABLE = ("prompt", "question", "answer", "choices", "task", "id", "level")
 """The keys of a column map."""
 
-QUESTION_FIELDS = ("prompt", "question", "Question", "problem", "Problem", "question_stem", "Prompt")
+QUESTION_FIELDS = ("prompt", "question", "Question", "problem", "Problem", "question_stem", "Prompt", "query")
+_STORY_FIELDS = {"Question": "Body", "question": "body"}
+"""Question field → the field with the story that precedes the question, in SVAMP and ASDiv."""
 _ID_FIELDS = (
     *("id", "_id", "ID", "idx", "unique_id", "uuid", "qid", "question_id", "problem_id", "task_id", "instance_id"),
     "Record ID",
@@ -232,7 +234,8 @@ def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
             )
         row[name] = value
     if "question" in columns:  # the map overrides the row's own prompt, and its text is the whole question
-        row.pop("Body", None)
+        for story in _STORY_FIELDS.values():
+            row.pop(story, None)
         if "prompt" not in columns:
             row.pop("prompt", None)
     return row
@@ -303,8 +306,8 @@ def _prompt(row: Mapping[str, Any]) -> Any:
         parsed = decoded(prompt)
         if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)):
             return parsed
-        body = row.get("Body")  # SVAMP tells its story there
-        return f"{body.strip()} {prompt}" if field == "Question" and isinstance(body, str) else prompt
+        body = row.get(_STORY_FIELDS.get(field, ""))
+        return f"{body.strip()} {prompt}" if isinstance(body, str) else prompt
     if isinstance(prompt, Mapping):
         if isinstance(prompt.get("text"), str):  # Natural Questions
             return prompt["text"]
