@@ -1,13 +1,15 @@
-"""A replacement for the semaphores of `multiprocessing`, built from thread locks.
+"""A replacement for the semaphores of `multiprocessing`, built from thread locks, and for its shared memory.
 
-The operating system's semaphores are files in /dev/shm, which the sandbox hides. Code in the sandbox cannot start
-processes, so a lock only has to synchronize threads: `multiprocessing.pool.ThreadPool`, `multiprocessing.Lock` and
-`multiprocessing.Value` work with this replacement. `worker` loads this file by its path. The file imports only the
-standard library.
+The operating system's semaphores and shared memory are files in /dev/shm, which the sandbox hides. Code in the sandbox
+cannot start processes, so a lock only has to synchronize threads, and memory is shared through files of the current
+folder: `multiprocessing.pool.ThreadPool`, `multiprocessing.Lock`, `multiprocessing.Value` and
+`multiprocessing.shared_memory` work with this replacement. `worker` loads this file by its path. The file imports only
+the standard library.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 
 RECURSIVE_MUTEX = 0  # the other kind, 1, is a semaphore
@@ -72,10 +74,31 @@ class SemLock:
 
 
 def install() -> None:
-    """Makes `multiprocessing` use this class, and store shared values in files of the current folder."""
+    """Makes `multiprocessing` use this class, and store shared memory in files of the current folder."""
     import _multiprocessing
+    import _posixshmem
 
     _multiprocessing.SemLock = SemLock
+    _posixshmem.shm_open = _open_shared
+    _posixshmem.shm_unlink = _unlink_shared
     import multiprocessing.heap
+    import multiprocessing.resource_tracker as tracker
 
+    tracker.register = tracker.unregister = _nothing  # type: ignore[assignment]  # these start a process
     multiprocessing.heap.Arena._dir_candidates = []  # type: ignore[attr-defined]
+
+
+def _open_shared(path: str, flags: int, mode: int = 0o600) -> int:
+    return os.open(_hidden(path), flags, mode)
+
+
+def _unlink_shared(path: str) -> None:
+    os.unlink(_hidden(path))
+
+
+def _hidden(path: str) -> str:
+    return f".{path.strip('/')}"
+
+
+def _nothing(*_: object) -> None:
+    pass
