@@ -282,6 +282,10 @@ class Point:
         (pandas.DataFrame({"city": ["Oslo"], "n": [3]}), "   city  n\n0  Oslo  3"),
         ("", "(no output)"),
         (" \n", "(no output)"),
+        (
+            {date(2024, 5, 1): 1, np.int64(2): np.float64(0.5), (1, "a"): [{Decimal("1.5"): 2}]},
+            '{"2024-05-01": 1, "2": 0.5, "(1, \'a\')": [{"1.5": 2}]}',
+        ),
         ("nul \0 here", "nul \ufffd here"),
         ("lone \ud800 surrogate", "lone \ufffd surrogate"),
         ("pair \ud83d\ude00", "pair \U0001f600"),

@@ -601,7 +601,8 @@ class ToolBox:
             return self._presentable(str(value)), None
         if isinstance(value, (bool, int, float, dict, list, tuple)):
             with contextlib.suppress(Exception):  # not JSON, contains itself, or an odd subclass
-                return self._presentable(json.dumps(value, ensure_ascii=False, default=_jsonable)), None
+                written = json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
+                return self._presentable(written), None
         message = f"Error: the {name} call returned {kind}, which is not text."
         return message, ToolFailure.NOT_TEXT
 
@@ -675,7 +676,19 @@ def _jsonable(value: Any) -> Any:
     unwrapped = _unwrapped(value)
     if unwrapped is value:
         raise TypeError(type(value).__name__)
-    return unwrapped
+    return _with_plain_keys(unwrapped)
+
+
+def _with_plain_keys(value: Any) -> Any:
+    """Return the value with keys that JSON does not have, such as dates and numpy scalars, written out."""
+    if isinstance(value, dict):
+        return {_plain_key(key): _with_plain_keys(item) for key, item in value.items()}
+    return [_with_plain_keys(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _plain_key(key: Any) -> Any:
+    key = _unwrapped(key)
+    return str(key) if isinstance(key, (*_WRITTEN_OUT, tuple)) else key
 
 
 def _failure_of(error: BaseException) -> ToolFailure:
