@@ -34,8 +34,11 @@ _HEADERS = {"User-Agent": "arpo-trl", "Accept-Encoding": "gzip"}
 _GRACE_S = 1.0
 _ERROR_BYTES = 4096
 _ACCOUNT_WORDS = re.compile(
-    r"tokens?\b|\bkeys?\b|_key\b|apikey|credits?\b|quota|billing|subscription|unauthori[sz]ed|unauthenticated"
-    r"|\bplan\b|usage limit|\bbalance\b|payment|suspended|\bzone\b"
+    r"(?<!unexpected )(?<!many )(?<!max )(?<!maximum )(?<!of )tokens?\b(?! (?:limit|at|in) )|\bkeys?\b|apikey"
+    r"|\bcredits?\b|\bquota|\bbilling|\bsubscription|\bunauthori[sz]ed|\bnot authori[sz]ed|\bauthori[sz]ation"
+    r"|authenticat|\bcredentials?\b|\bsecret\b|\bpermissions?\b|\baccounts?\b|\blicen[cs]e|\btrial\b|\bfree tier\b"
+    r"|\bplan\b|\b(?:usage|rate|daily|monthly|request) limit|\bbalance\b|\bfunds\b|\bpayment|\bsuspended|\bzone\b"
+    r"|\b(?:customer|organi[sz]ation|client id)\b"
 )
 """Words in the errors of services that reject an account. Some of them return the status of a bad request."""
 _ATTEMPTS = 3
@@ -144,7 +147,7 @@ def mentions_account(text: str, sent: str) -> bool:
 
 
 def _account_words(text: str) -> set[str]:
-    return set(_ACCOUNT_WORDS.findall(text.lower()))
+    return set(_ACCOUNT_WORDS.findall(text.lower().replace("_", " ")))
 
 
 def retried(ask: Callable[[], T], left_s: Callable[[], float]) -> T:

@@ -132,4 +132,10 @@ def without_html(value: Any) -> str:
 
 def says_error(answer: Any) -> bool:
     """Whether an answer states an error. Then a list without results does not mean that there are none."""
-    return isinstance(answer, Mapping) and any(answer.get(field) for field in ("error", "errors"))
+    if not isinstance(answer, Mapping):
+        return False
+    if answer.get("success") is False or answer.get("ok") is False:
+        return True
+    states = [answer.get(field) for field in ("status", "statusCode", "code")]
+    fails = any(state in ("error", "failed") or (isinstance(state, int) and state >= 400) for state in states)
+    return fails or any(answer.get(field) for field in ("error", "errors", "detail"))
