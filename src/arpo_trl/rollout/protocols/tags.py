@@ -115,6 +115,8 @@ class TagProtocol(ToolProtocol):
             return self._missing_close(text, tags[last + 1 :], ending)
         close, name = tags[last], tags[last].group(2)
         first = next((i for i in range(last - 1, -1, -1) if tags[i].group(2) == name), None)
+        if first is None and last > 0 and not tags[last - 1].group(1):
+            return self._missing_close(text, tags[last - 1 : last], close)
         if first is None or tags[first].group(1):
             return BadCall(fault="unopened", text=f"Error: </{name}> came without <{name}>. {self._usage(name)}")
         body = text[tags[first].end() : close.start()]
