@@ -319,6 +319,23 @@ def test_a_stop_string_of_an_earlier_turn_ends_nothing_where_a_request_begins_wi
     assert len(turns[0].ids) == 20 or turns[0].stop is TurnStop.EOS
 
 
+def test_a_turn_continues_from_the_stop_string_that_ended_it(server, model, tmp_path):
+    free = Setup(model, tmp_path / "a", server).run(requests([1]))[0][1]
+    stop = tokenizer().decode(free.ids[7:8])
+    setup = Setup(model, tmp_path / "b", server, stop=[stop])
+    first = setup.run(requests([1]))[0][1]
+    assert first.stop is TurnStop.STOP_STRING
+    rest = setup.run(
+        [TurnRequest(id=2, ids=PROMPTS[1] + first.ids, max_tokens=9, probe_tokens=3, seed=5, key=(1, 0), after=1)]
+    )[0][2]
+    turn = first.followed_by(rest)
+    assert rest.ids
+    assert len(turn.logprobs) == len(turn.versions) == len(turn.ids)
+    expected = full_forward(model, PROMPTS[1], turn.ids)
+    chosen = expected.gather(1, torch.tensor(turn.ids).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(torch.tensor(turn.logprobs), chosen, atol=1e-3, rtol=1e-3)
+
+
 def test_a_special_token_is_a_stop_string_too(server, model, tmp_path):
     with torch.no_grad():  # makes it likely
         tag = tokenizer().convert_tokens_to_ids("</search>")
