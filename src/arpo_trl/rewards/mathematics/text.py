@@ -75,6 +75,7 @@ _REWRITES = tuple(
         (r"'(\w+)'(?=\s*:)", r"\1"),
         (r"\bUS\s*(?=\\?\$)", ""),
         (r"\bRs\b\.?", "₹"),
+        (r"\b([A-Za-z]) (?:is|equals|is equal to) (?=\$?[-+]?[\d\\(√π])", r"\1 = "),
         (r"\b(sq|ft|in|hr|min|sec|lb|lbs|oz|mi|yd|cm|mm|km|kg)\.(?!\w)", r"\1"),
         (r"\b([a-z])\s+in\s+(?=[(\[{\\])", r"\1 \\in "),
         (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
@@ -117,7 +118,7 @@ _CONNECTIVE = re.compile(
     r"(?:(?:thus|hence|therefore|so|then|finally|exactly|only|just|we (?:get|have|find|obtain))\b[,:]?\s+)+(?=\S)",
     re.IGNORECASE,
 )
-_TAIL = re.compile(r"\s+is the (?:final |correct )?answer$", re.IGNORECASE)
+_TAIL = re.compile(r"\s+is (?:the (?:final |correct )?(?:answer|option|choice)|correct)$", re.IGNORECASE)
 _NO_SOLUTION = re.compile(r"(?:there (?:is|are) )?no solutions?(?: exists?)?", re.IGNORECASE)
 _ALL_REALS = re.compile(r"all (?:the )?reals?(?: numbers?)?", re.IGNORECASE)
 _LABEL = re.compile(r"([A-Za-z']{3,}(?: [A-Za-z']+)*)\s*[:=]\s*(?==?[^=])")  # area = 5
