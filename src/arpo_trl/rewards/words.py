@@ -74,7 +74,7 @@ def _brackets(text: str) -> str:
 _DATE = re.compile(r"(?<![\d.])(\d+)([-/.])(\d+)\2(\d+)(?![\d.]*\d)")
 
 _MARKS: tuple[Callable[[str], str], ...] = (
-    lambda text: re.sub(r"(?:(?<=[=(,<>^{])\s*|\A)-\s+(?=[$€£¥]?\.?\d)", "-", text),
+    lambda text: re.sub(rf"(?:(?<=[=(,<>^{{])\s*|\A)-\s+(?={_RIGHT})", "-", text),
     _brackets,
     _units,
     _primes,

@@ -142,9 +142,9 @@ def clean(text: str) -> str:
     text = re.sub(r"(?<=\d)\s*([AaPp])\.?\s?[Mm]\.?(?![A-Za-z])", lambda m: f" {m[1].lower()}m", text)
     if connective := _CONNECTIVE.match(text):
         text = text[connective.end() :]
+    text = _TAIL.sub("", text)
     while (lead := _LEAD.match(text) or _LABEL.match(text)) and _is_neutral(lead[1]):
         text = text[lead.end() :]
-    text = _TAIL.sub("", text)
     if r"\begin" not in text:
         text = re.sub(r"\s&\s", " and ", text)
     for pattern, symbol in _BOUNDS:
