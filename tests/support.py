@@ -123,7 +123,7 @@ def child_environment(command: Sequence[str | Path], environment: Mapping[str, s
 def found_with_vllm(script: str, folder: Path) -> Any:
     """What a script of the tests, run in a process of its own with vLLM in it, wrote to `folder`/findings.json."""
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    forked.run([str(Path(__file__).with_name(script)), str(folder)], cwd=folder, env=environment, timeout=280)
+    forked.run([str(Path(__file__).with_name(script)), str(folder)], cwd=folder, env=environment, timeout=580)
     return json.loads((folder / "findings.json").read_text("utf-8"))
 
 

@@ -264,7 +264,7 @@ def sampled_by_vllm(way: str, data: Path, output: Path, *flags: str) -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)  # two launches
 def test_two_ranks_sample_from_one_server(data, tmp_path):
     """Its weights come from both ranks' parts, by way of a folder; each asks for its own turns."""
     with running(str(data / "base"), tmp_path / "log") as server:
