@@ -156,8 +156,8 @@ def test_a_turn_rejected_by_the_server_fails_alone_and_immediately():
     assert len(server.bodies) == 3
 
 
-@pytest.mark.slow
-def test_temporary_failures_are_retried():
+def test_temporary_failures_are_retried(monkeypatch):
+    monkeypatch.setattr("arpo_trl.rollout.engines.completions.RETRY_S", 0.01)
     tries: list[str] = []
 
     def writes(prompt):
