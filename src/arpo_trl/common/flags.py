@@ -8,6 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from arpo_trl.visible import for_people
+
 NUMBERS = {"int": "an integer", "float": "a number"}
 """The name of a type in argparse's messages → the expected value."""
 NEAR = 0.8
@@ -41,7 +43,7 @@ class CommandParser(argparse.ArgumentParser):
         """Like argparse's, but describes the expected kind of number in words."""
         if wrong := re.fullmatch(r"(argument \S+: )invalid (int|float) value: (.+)", message, re.DOTALL):
             message = f"{wrong[1]}{wrong[3]}; expected {NUMBERS[wrong[2]]}"
-        super().error(message)
+        super().error(for_people(message))
 
 
 def nearest(name: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:

@@ -18,7 +18,7 @@ from arpo_trl.tools.search.cache import CacheMode, SearchCache
 from arpo_trl.tools.search.index import LocalIndex, RecordedSearch, Searchable, search_tool
 from arpo_trl.tools.search.providers import FIELDS, PROVIDERS, make_provider
 from arpo_trl.tools.search.web import WebSearch
-from arpo_trl.visible import get_logger
+from arpo_trl.visible import get_logger, say
 
 logger = get_logger(__name__)
 
@@ -248,7 +248,7 @@ def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
 @functools.cache
 def _print_once(line: str) -> None:
     """Prints a line to standard error that this process has not printed yet."""
-    print(line, file=sys.stderr)
+    say(line, to=sys.stderr)
 
 
 def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
