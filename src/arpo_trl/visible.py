@@ -72,17 +72,18 @@ def visible_data(value: Any) -> Any:
     return value
 
 
-_USER = re.compile(r"(?<=://)(?:[^\s/?#@]*@)+|(?<=://)[^\s/?#@:\[]*:(?!\d+(?:[/?#]|$))[^\s@]{0,2000}@")
-"""User name and password. In the second form the password contains a slash, question mark or hash.
+_USER = re.compile(r"(?<=:/)(/?)(?:(?:[^\s/?#@]*@)+|[^\s/?#@:\[]*:(?!\d+(?:[/?#]|$))[^\s@]{0,2000}@)")
+"""User name and password. In the second form the password contains a slash, question mark or hash. A path that was
+made from a URL has only one slash.
 
 Lengths are bounded, because hostile text may contain many ://, and a search from each one to the end would be slow.
 """
-_QUERY = re.compile(r"(?<=://)([^\s?#'\"<>]{1,2000})\?[^\s#'\"<>]+")
+_QUERY = re.compile(r"(?<=:/)([^\s?#'\"<>]{1,2000})\?[^\s#'\"<>]+")
 
 
 def without_credentials(text: str) -> str:
     """Return `text` without the user name, password and query of each URL in it, even of malformed URLs."""
-    return _QUERY.sub(r"\1", _USER.sub("", text))
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 def for_people(text: str) -> str:

@@ -256,10 +256,7 @@ def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
     from arpo_trl.tools.visit.pages import SUMMARY_KEY_VARIABLE, visit_tool
 
     if (arguments.visit_summary_url is None) != (arguments.visit_summary_model is None):
-        raise ConfigError(
-            f"visit_summary_url is {arguments.visit_summary_url!r} and visit_summary_model is "
-            f"{arguments.visit_summary_model!r}; expected both or neither."
-        )
+        raise ConfigError("Only one of visit_summary_url and visit_summary_model is set; expected both or neither.")
     summariser = None
     if arguments.visit_summary_url is not None:
         model = str(arguments.visit_summary_model)
