@@ -180,6 +180,14 @@ def test_a_display_error_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_
     assert err.count("\n") == 1
 
 
+def test_a_runs_name_does_not_steer_the_terminal(monkeypatch, capsys, tmp_path, log):
+    run_folder = tmp_path / "a\x1b[2J\u202e"
+    log.parent.parent.rename(run_folder)
+    status, out, _ = run(monkeypatch, capsys, "tree", str(run_folder))
+    assert status == 0
+    assert f"arpo-trl tree {tmp_path}/a␛[2J‹U+202E› --step" in out
+
+
 def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, log):
     hostile = "\x1b]52;c;Y3VybA==\x07\x1b]0;owned\x07\x1b[2J\x9b2J\u202e"
     rows = [json.loads(line) for line in log.read_text().splitlines()]

@@ -68,7 +68,11 @@ def test_an_error_that_ends_a_command_cannot_steer_the_terminal(capsys):
 
 
 @pytest.mark.parametrize(
-    "words", [["tree", "x", "--\x1b[2J"], ["tree", "x", "\x1b[2J"], ["view", "x", "--leaves", HOSTILE], [HOSTILE]]
+    "words",
+    [
+        *(["tree", "x", "--\x1b[2J"], ["tree", "x", "\x1b[2J"], ["view", "x", "--leaves", HOSTILE]),
+        *([HOSTILE], ["ask", "x", "q", "a\ufe00"]),
+    ],
 )
 def test_an_error_about_the_words_of_a_command_cannot_either(monkeypatch, capsys, words):
     monkeypatch.setattr(sys, "argv", ["arpo-trl", *words])
@@ -110,6 +114,9 @@ def test_a_message_of_our_loggers_cannot_steer_the_terminal(get):
         ("http://a@b@host", "http://host"),
         ("GET https://host/mcp?api_key=hunter2&b=1: 401", "GET https://host/mcp 401"),
         ("http://[::1]:8000/v1 or http://host:80/@someone", "http://[::1]:8000/v1 or http://host:80/@someone"),
+        ("http:/me:hunter2@host/x.json has no", "http:/host/x.json has no"),  # as pathlib writes it
+        ("https:/host/x.json?key=hunter2", "https:/host/x.json"),
+        ("C:/Users/me@home", "C:/Users/me@home"),
         ("what is a@b? see http", "what is a@b? see http"),
         ("https://medium.com/@someone, is it?", "https://medium.com/@someone, is it?"),
     ],

@@ -16,7 +16,15 @@ NEAR = 0.8
 """Names with at least this similarity (difflib) count as misspellings of each other."""
 
 
-class CommandParser(argparse.ArgumentParser):
+class VisibleParser(argparse.ArgumentParser):
+    """argparse's parser. Its errors, which quote the words of the command, are safe to print."""
+
+    def error(self, message: str) -> NoReturn:
+        """Like argparse's, with symbols for control characters and without credentials."""
+        super().error(for_people(message))
+
+
+class CommandParser(VisibleParser):
     """argparse's parser without abbreviated flags. Its error for an unknown flag names the nearest flag.
 
     An abbreviation would change its meaning, or lose it, as soon as another flag begins in the same way.
@@ -43,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
         """Like argparse's, but describes the expected kind of number in words."""
         if wrong := re.fullmatch(r"(argument \S+: )invalid (int|float) value: (.+)", message, re.DOTALL):
             message = f"{wrong[1]}{wrong[3]}; expected {NUMBERS[wrong[2]]}"
-        super().error(for_people(message))
+        super().error(message)
 
 
 def nearest(name: str, names: Sequence[str], cutoff: float = 0.6) -> str | None:
