@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 import re
 import subprocess
 import sys
@@ -182,7 +183,7 @@ def test_a_display_error_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_
 
 def test_a_runs_name_does_not_steer_the_terminal(monkeypatch, capsys, tmp_path, log):
     run_folder = tmp_path / "a\x1b[2J\u202e"
-    log.parent.parent.rename(run_folder)
+    shutil.copytree(log.parent, run_folder / "trajectories")
     status, out, _ = run(monkeypatch, capsys, "tree", str(run_folder))
     assert status == 0
     assert f"arpo-trl tree {tmp_path}/a␛[2J‹U+202E› --step" in out
