@@ -1,7 +1,7 @@
 import dataclasses
 import json
-import shutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
