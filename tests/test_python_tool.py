@@ -507,9 +507,17 @@ def test_code_of_other_calls_is_not_in_memory(worker: Worker) -> None:
     assert run(worker, code) == "0\n"
 
 
-def test_the_pipe_that_calls_share_is_blocking_again_at_the_next_call(worker: Worker) -> None:
-    run(worker, "import os\nos.set_blocking(1, False)")
-    assert run(worker, "import os\nprint(os.get_blocking(1))") == "True\n"
+def test_each_call_has_its_own_pipe(worker: Worker) -> None:
+    # F_SETPIPE_SZ, F_GETPIPE_SZ; the filter of an isolated call refuses both, and only the unsafe tier can try
+    change = "import fcntl, os\nos.set_blocking(1, False)\ntry: fcntl.fcntl(1, 1031, 1 << 17)\nexcept OSError: pass"
+    look = "import fcntl, os\nsize = 1 << 16\ntry: size = fcntl.fcntl(1, 1032)\nexcept OSError: pass"
+    run(worker, change)
+    assert run(worker, f"{look}\nprint(os.get_blocking(1), os.get_blocking(2), size)") == "True True 65536\n"
+
+
+def test_a_call_that_closes_its_output_goes_on(worker: Worker) -> None:
+    ran = worker.run("import os, time\nprint('before', flush=True)\nos.close(1); os.close(2)\ntime.sleep(0.2)")
+    assert (ran.output, ran.ending) == ("before\n", Ending.FINISHED)
 
 
 def test_a_worker_keeps_step_through_calls_that_end_in_every_way(worker: Worker) -> None:

@@ -5,7 +5,7 @@ hides arpo_trl, so this script imports only files next to it, by their paths.
 
     stdin    requests of 8 bytes: the seconds that the cells in the file `cells` may run; or a negative number, which
              stops the running call, if any, and prepares the fork for the next
-    stdout   the output of the code; this process never writes to it
+    output   a named pipe next to `cells`, made for one call: the output of its code
     stderr   replies of this process (`REPLY`): "R" when ready, then per request how the call ended, and "E" when its
              fork has exited, which takes about as long as a short call
 
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import gc
 import importlib.util
 import io
@@ -37,6 +36,7 @@ REQUEST = struct.Struct("!d")  # seconds; negative: stop
 REPLY = struct.Struct("!ci")  # b"R", b"E"; b"D" exited, b"T" timed out, b"C" out of CPU time, b"S" stopped; status
 
 CELLS_FILE = "cells"
+OUTPUT_PIPE = "output"
 RAISED = 1  # as in python_cell
 CPU_CHECK_S = 0.1  # between checks of the CPU time
 _IDLE_S = 0.003  # a fork that waits this long has time to warm up
@@ -146,7 +146,6 @@ class _Worker:
             # are short-lived. A fork can clear its own death signal. So this process must outlive the thread and the
             # trainer, and kill its fork when stdin ends.
             _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
-        stdout_flags = fcntl.fcntl(1, fcntl.F_GETFL)
         gc.collect()
         gc.freeze()  # so that garbage collection in a fork does not write to, and so copy, every inherited page
         os.write(2, REPLY.pack(b"R", 0))
@@ -156,7 +155,6 @@ class _Worker:
             call = call or _Call(self)
             if timeout_s < 0:  # limits are now set, or the call to stop has just ended
                 continue
-            fcntl.fcntl(1, fcntl.F_SETFL, stdout_flags)  # shared with the last fork, which may have changed them
             try:
                 call.go()
             except BrokenPipeError:  # killed while it waited, for example because memory is short
@@ -210,7 +208,7 @@ class _Worker:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
-            os.dup2(1, 2)
+            os.dup2(1, 2)  # this process writes nothing to it; later both are the call's pipe
             folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
             if self._ruleset is not None:
                 # The Landlock domain blocks signals, so the fork can stay in the worker's process group. It must stay:
@@ -233,7 +231,11 @@ class _Worker:
                 return
             with open(os.open(CELLS_FILE, os.O_RDONLY, dir_fd=folder), encoding="utf-8") as file:
                 cells = json.load(file)
-            os.unlink(CELLS_FILE, dir_fd=folder)
+            output_end = os.open(OUTPUT_PIPE, os.O_WRONLY, dir_fd=folder)
+            os.dup2(output_end, 1)
+            os.dup2(output_end, 2)
+            for name in (CELLS_FILE, OUTPUT_PIPE):
+                os.unlink(name, dir_fd=folder)
             os.dup2(result_end, _RESULT_FD)
             os.closerange(_RESULT_FD + 1, 64)
             # Line-buffered, so that output printed before a deadline is not lost.
