@@ -363,8 +363,37 @@ def test_threads_are_limited(worker: Worker) -> None:
         for i in range({}): threading.Thread(target=time.sleep, args=(0.3,)).start()
         """
     assert run(worker, many.format(40)) == ""
-    assert worker.run(textwrap.dedent(many.format(200))).ending is Ending.THREADS
+    assert worker.run(textwrap.dedent(many.format(150))).ending is Ending.THREADS
     assert run(worker, "print('next')") == "next\n"
+
+
+def test_the_kernel_refuses_threads_that_are_not_counted_in_time(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_module, "_CHECK_THREADS_S", 60.0)
+    if not sandbox_module._most_threads(worker.tier, LIMITS):  # sandlock and unsafe, where the trainer is not root
+        assert worker.tier is not Tier.NAMESPACES
+        return
+    code = """
+        import _thread, threading
+        threading.stack_size(64 << 10)
+        held, started = _thread.allocate_lock(), 0
+        held.acquire()
+        try:
+            for _ in range(1000):
+                _thread.start_new_thread(held.acquire, ())
+                started += 1
+        except RuntimeError as error:
+            print(started, error)
+        """
+    number, error = run(worker, code).split(" ", 1)
+    # four times the limit of 64; the call itself is one, and under namespaces the worker and its parent are two
+    assert (int(number), error) == (253 if worker.tier is Tier.NAMESPACES else 255, "can't start new thread\n")
+
+
+def test_a_call_may_ask_for_the_rights_of_its_own_files(worker: Worker) -> None:
+    code = "import os\nopen('f', 'w').close()\nprint(os.access('.', os.W_OK), os.access('f', os.W_OK))"
+    assert run(worker, code) == "True True\n"
 
 
 def test_threads_created_without_python_are_limited(worker: Worker) -> None:
@@ -416,7 +445,7 @@ def test_bytes_written_to_files_that_are_removed_count(worker: Worker) -> None:
 
 def test_a_call_beyond_a_limit_returns_an_error_text(tool: PythonTool) -> None:
     many = "import threading, time\nthreading.stack_size(64 << 10)\nprint('before')\n"
-    many += "for i in range(200): threading.Thread(target=time.sleep, args=(1,)).start()"
+    many += "for i in range(150): threading.Thread(target=time.sleep, args=(1,)).start()"
     with pytest.raises(ToolStopped) as caught:
         tool(many)
     assert str(caught.value) == "before\nError: stopped, the code ran more than 64 threads"

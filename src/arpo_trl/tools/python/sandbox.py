@@ -9,7 +9,8 @@ The protection of each tier (every line has a test for each tier):
     | take too much memory                                     | yes      | yes        | yes    |
     | write a huge file; open very many                        | yes      | yes        | yes    |
     | write very much in total; leave very many files          | yes      | yes        | yes    |
-    | run very many threads                                    | yes      | yes        | yes    |
+    | run very many threads (stopped while they are counted)   | yes      | yes        | yes    |
+    | run more than four times as many threads, at any moment | root     | yes        | root   |
     | see the environment of the trainer                       | yes      | yes        | yes    |
     | leave files or variables for the next call               | yes      | yes        | yes    |
     | change the pipe of the next call                         | yes      | yes        | yes    |
@@ -31,16 +32,21 @@ The protection of each tier (every line has a test for each tier):
     | see the machine's kernel, uptime, memory and load        | no       | no         | no     |
 
 - sandlock: Landlock and seccomp around the worker, with stricter rules around each call. Needs Linux 6.12 or newer.
-- namespaces: `namespaces` around the worker and each call, and seccomp around each call. Needs Linux 5.12 or newer and
+- namespaces: `namespaces` around the worker and each call, and seccomp around each call. Needs Linux 5.14 or newer and
   the right to create user namespaces, which some distributions and most containers deny. (bubblewrap needs the same
   right.)
 - unsafe: only a child process with resource limits and without capabilities.
 
-`syscalls` lists the system calls that are allowed in the first two tiers. The kernel cannot limit the threads of one
-process or, under sandlock and unsafe, the size of its folder. So threads are counted two hundred times a second and
-files fifty times, and a call that exceeds a limit is stopped. Until then there may be several hundred threads, or
-several thousand on a busy machine, and several thousand files. In unsafe, only the threads of the call's process are
-counted, not the threads of processes that it starts.
+`syscalls` lists the system calls that are allowed in the first two tiers. Threads are counted two hundred times a
+second, and a call that exceeds the limit is stopped. The kernel refuses more than four times the limit, because it
+counts the threads of a user: under namespaces, the user of a user namespace; otherwise a user that each call has to
+itself, which needs a trainer with the capabilities SETUID and SYS_PTRACE ("root" in the table; a container's root
+often lacks the second). Without them there may be several hundred threads before a call is stopped, or several
+thousand on a busy machine. In unsafe, code can undo this change of its user, and only the threads of the call's
+process are counted, not the threads of processes that it starts.
+
+The kernel cannot limit the size of a folder under sandlock and unsafe. So files are counted fifty times a second.
+Until a call is stopped there may be several thousand files.
 
 No tier prevents code from using all cores until its deadline. Only a virtual machine protects against kernel exploits.
 
@@ -84,6 +90,8 @@ _GRACE_S = 5.0  # beyond the deadline of a call, before the worker counts as los
 # Seconds between checks of the limits that the kernel does not enforce. Threads start fast, and a count takes 20 µs.
 _CHECK_THREADS_S, _CHECK_FILES_S = 0.005, 0.02
 _READ_BYTES = 1 << 16
+_REFUSED_THREADS = 4  # times the limit at which a call is stopped
+_CAP_SETUID, _CAP_SYS_PTRACE = 7, 19
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # sets print in the same order each time
@@ -387,6 +395,23 @@ def _only_child(pid: int) -> int:
         raise SandboxError(f"the child of process {pid} is not in /proc ({error}), so it cannot be limited") from error
 
 
+def _most_threads(tier: Tier, limits: Limits) -> int:
+    """Return the number of threads beyond which the kernel refuses more; 0 if it cannot count those of a call.
+
+    It is above `limits.threads`, at which a call is stopped with a reason. Outside a user namespace a call needs its
+    own user, and a trainer that can still read how much that user's process writes.
+    """
+    if tier is Tier.NAMESPACES or _has_capabilities(_CAP_SETUID, _CAP_SYS_PTRACE):
+        return _REFUSED_THREADS * limits.threads
+    return 0
+
+
+def _has_capabilities(*numbers: int) -> bool:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    effective = int(status["CapEff"], 16)
+    return all(effective >> number & 1 for number in numbers)
+
+
 def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     """Start the worker process with pipes to stdin and from stderr, and return it."""
     # The resolved executable, because a virtual environment's executable needs files that the sandbox hides.
@@ -401,7 +426,8 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     readable = [path for path in readable if os.path.exists(path)]
     command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
     scratch = f"size={limits.disk_mb}m,nr_inodes={limits.files}"
-    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), scratch, str(folder)]
+    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), str(_most_threads(tier, limits))]
+    command += [scratch, str(folder)]
     command += [*_SITE_PACKAGES, "--", *readable]
     if tier is not Tier.SANDLOCK:
         try:
