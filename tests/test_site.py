@@ -20,7 +20,7 @@ from arpo_trl.data.demonstrations import IGNORED, encode_dataset
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments
-from support import script, tokenizer
+from support import child_environment, script, tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -173,7 +173,8 @@ def test_notebooks_keep_only_printed_text() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("notebook", run_notebooks.NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_notebook_runs(notebook: Path, tmp_path: Path) -> None:
+def test_every_notebook_runs(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", child_environment([], os.environ)["PYTHONPATH"])
     run = run_notebooks.executed(notebook, tmp_path)
     assert any(cell.get("outputs") for cell in run.cells)
 

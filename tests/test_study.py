@@ -128,23 +128,30 @@ def test_differences_are_paired_by_seed_with_students_t():
     assert found is not None
     assert (found.mean, found.half, found.n) == (pytest.approx(0.2), pytest.approx(0.2484, abs=1e-4), 3)
     assert str(found) == "+0.200 ± 0.248 (3)"
-    assert math.isnan(files.interval([0.5]).half)
+    assert math.isnan(files.interval([0.5]).half) and str(files.interval([0.5])) == "+0.500 (1)"
     assert files.paired({"0": 0.5}, {"1": 0.5}) is None
 
 
 def trained_row(arm: Arm, seed: int, accuracy: float, calls: int) -> dict:
-    return {**arm.as_row(), "seed": seed, "accuracy": accuracy, "tool_calls_executed": calls, "turns_in_sequence": 4.0}
+    found = {"tool_calls_executed": calls, "tool_calls_made": 1.25 * calls, "turns_in_sequence": 4.0}
+    return {**arm.as_row(), "seed": seed, "accuracy": accuracy, **found}
 
 
 def test_the_page_shows_finished_parts_and_lists_missing_ones(tmp_path):
     for seed, (whole, coin) in enumerate([(0.70, 0.71), (0.60, 0.61), (0.65, 0.66)]):
-        for arm, accuracy, calls in ((Arm(**grpo(8)), whole, 1000), (Arm(), coin, 480)):
+        for arm, accuracy, calls in (
+            (Arm(**grpo(8)), whole, 1000),
+            (Arm(), coin, 480),
+            (Arm(rule="ranked"), coin, 510),
+        ):
             files.write(command.trained_file(tmp_path, seed, arm), trained_row(arm, seed, accuracy, calls))
     page.write(tmp_path, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text("utf-8")
     # All differences are .01, so the interval is a point; no GRPO with M = 4 has run.
-    assert "| random N = 2, soft, mean | 3 | 0.660 | +0.010 ± 0.000 (3) | not run | 0.48 | 1.00 |" in text
-    assert "| random N = 2, soft, mean against GRPO M = 8 at ≤ .5 of its calls | +0.010 ± 0.000 (3) | met |" in text
+    assert "| random N = 2, soft, mean | 3 | 0.660 | +0.010 ± 0.000 (3) | not run | 0.48 | 0.48 | 1.00 |" in text
+    assert "| GRPO M = 8, soft, mean | 3 | 0.650 |  | not run | 1.00 | 1.00 | 1.00 |" in text
+    assert "| random N = 2, soft, mean | +0.010 ± 0.000 (3) at 0.48 × the calls, 1.00 × the turns | met |" in text
+    assert "| ranked N = 2, soft, mean | +0.010 ± 0.000 (3) at 0.51 × the calls, 1.00 × the turns | missed |" in text
     assert "| threshold N = 2, soft, mean | 0 | not run |" in text
     assert (tmp_path / "study.png").stat().st_size > 0
 

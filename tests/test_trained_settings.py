@@ -204,6 +204,7 @@ def test_arguments_of_the_template_may_be_json(tmp_path):
         parse_evaluation([*words, "{a: 1}"])
 
 
+@pytest.mark.parametrize("calls", [3, None])
 @pytest.mark.parametrize(
     "prompt",
     [
@@ -212,13 +213,14 @@ def test_arguments_of_the_template_may_be_json(tmp_path):
         'It\'s a task. Use "tools":\n\n```\n<search>$HOME `ls`</search>\n```\n````` and \\boxed{}.\n',
     ],
 )
-def test_the_card_has_the_whole_command(tmp_path, prompt):
-    run_with(tmp_path, {**TRAINED, "system_prompt": prompt})
+def test_the_card_has_the_whole_command(tmp_path, prompt, calls):
+    run_with(tmp_path, {**TRAINED, "system_prompt": prompt, "max_tool_calling_iterations": calls})
     text = Card.of(tmp_path, "me/policy").text([])
     # In Markdown a block ends at the first line that is at least as long a fence as its first line.
     ((_, command),) = re.findall(r"^(`{3,})\n(arpo-trl eval .*?)\n\1`*$", text, re.DOTALL | re.MULTILINE)
     settings, tools = parse_evaluation(shlex.split(command)[2:])
     assert settings.system_prompt == prompt and settings.chat_template_kwargs == {"enable_thinking": False}
+    assert settings.max_tool_calls == calls
     same, its_tools = parse_evaluation(["--model", str(tmp_path), "--data", "questions.jsonl"])
     assert dataclasses.replace(settings, model=same.model) == same
     assert tools == its_tools

@@ -31,7 +31,8 @@ class Interval:
     n: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.half:.3f} ({self.n})"
+        half = "" if math.isnan(self.half) else f" ± {self.half:.3f}"
+        return f"{self.mean:+.3f}{half} ({self.n})"
 
 
 def interval(values: Sequence[float]) -> Interval:

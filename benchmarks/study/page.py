@@ -20,6 +20,13 @@ NOT_RUN = "not run"
 FIGURE = "study.png"
 _GRPO, _HALF = Arm(**grpo(LEAVES)).sampling, Arm(**grpo(LEAVES // 2)).sampling
 _COIN = Arm(**branching(COIN)[0]).sampling
+_RELATIVE = {
+    "calls executed": "tool_calls_executed",
+    "calls made": "tool_calls_made",
+    "turns in sequence": "turns_in_sequence",
+}
+"""Columns of part c with ratios to GRPO, and their names in the files."""
+_MET = {True: "met", False: "missed"}
 
 INTRODUCTION = f"""# The study
 
@@ -30,6 +37,12 @@ their 95 % interval (Student's t) and the number of seeds in parentheses.
 ```
 OMP_NUM_THREADS=1 python -m benchmarks.study a b c --jobs 2
 ```
+"""
+GOALS = f"""## Goals
+
+Training: the accuracy is at most .01 below that of {_GRPO} with the mean baseline, and the lower end of the interval
+at most .03 below, at ≤ .5 × its executed calls and ≤ 1.1 × its turns in sequence. Tabular: an effect is resolved if
+its interval does not contain 0.
 """
 PART_A = """## a. Tabular
 
@@ -46,7 +59,7 @@ PART_C = f"""## c. Training
 
 The quickstart's model on the harder task (`--hard`), from one cold start per seed. Accuracy on 1,000 held-out
 questions at temperature 1. Calls and turns in sequence are relative to {_GRPO} with the mean baseline and the same
-seed.
+seed. Calls that are equal and run at the same time are executed once, so fewer calls are executed than made.
 """
 
 
@@ -55,7 +68,7 @@ def write(output: Path, path: Path) -> None:
     effects, frozen, trained = tabular_effects(output), frozen_rows(output), trained_rows(output)
     parts = [
         INTRODUCTION,
-        "## Goals\n",
+        GOALS,
         _table(["goal", "found", ""], goals(effects, trained)),
         f"\n![Effects with their 95 % intervals]({FIGURE})\n",
         PART_A,
@@ -64,7 +77,7 @@ def write(output: Path, path: Path) -> None:
         _table(["", *(f"step {step}" for step in CHECKPOINTS), "signal per call"], frozen),
         "\n" + PART_C,
         _table(
-            ["", "seeds", "accuracy", f"− {_GRPO}, mean", f"− {_HALF}, same baseline", "calls", "turns in sequence"],
+            ["", "seeds", "accuracy", f"− {_GRPO}, mean", f"− {_HALF}, same baseline", *_RELATIVE],
             _trained_table(trained),
         ),
     ]
@@ -180,18 +193,17 @@ def _trained_table(trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
     base, rows = trained.get(Arm(**grpo(LEAVES)).name, {}), []
     for arm in trained_arms():
         if not (ours := trained.get(arm.name)):
-            rows.append([arm.name, "0", *[NOT_RUN] * 5])
+            rows.append([arm.name, "0", *[NOT_RUN] * (3 + len(_RELATIVE))])
             continue
         accuracy = column(ours, "accuracy")
         half = trained.get(Arm(**grpo(LEAVES // 2), baseline=arm.baseline).name, {})
-        ratios = [_ratio(ours, base, name) for name in ("tool_calls_executed", "turns_in_sequence")]
+        ratios = [_ratio(ours, base, name) for name in _RELATIVE.values()]
         rows.append(
             [
                 arm.name,
                 str(len(ours)),
                 f"{mean(accuracy.values()):.3f}",
-                _shown(paired(accuracy, column(base, "accuracy"))),
-                _shown(paired(accuracy, column(half, "accuracy"))),
+                *("" if ours is of else _shown(paired(accuracy, column(of, "accuracy"))) for of in (base, half)),
                 *(NOT_RUN if ratio is None else f"{ratio:.2f}" for ratio in ratios),
             ]
         )
@@ -202,17 +214,17 @@ def _trained_table(trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
 
 
 def goals(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
+    """Rows of the goals' table: each trained arm with branches, and each rule of part a against the coin."""
     base, rows = trained.get(Arm(**grpo(LEAVES)).name, {}), []
     for arm in trained_arms():
         ours = trained.get(arm.name, {})
         found = paired(column(ours, "accuracy"), column(base, "accuracy"))
         calls, turns = (_ratio(ours, base, name) for name in ("tool_calls_executed", "turns_in_sequence"))
-        if found is None or calls is None or turns is None or calls > 0.5 or turns > 1.1:
+        if arm.roots == arm.leaves or found is None or calls is None or turns is None:
             continue
-        met = found.mean >= -0.01 and found.mean - found.half >= -0.03
-        rows.append([f"{arm.name} against {_GRPO} at ≤ .5 of its calls", str(found), "met" if met else "missed"])
-    if not rows:
-        rows.append([f"an arm against {_GRPO} at ≤ .5 of its calls and ≤ 1.1 × its turns in sequence", NOT_RUN, ""])
+        met = calls <= 0.5 and turns <= 1.1 and found.mean >= -0.01 and found.mean - found.half >= -0.03
+        rows.append([arm.name, f"{found} at {calls:.2f} × the calls, {turns:.2f} × the turns", _MET[met]])
+    rows = rows or [["arms with branches", NOT_RUN, ""]]
     for name, found_in in effects.items():
         if name.endswith(f" − {_COIN}") and (first := found_in[0]) is not None:
             rows.append(

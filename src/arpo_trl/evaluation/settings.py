@@ -120,7 +120,7 @@ class EvalSettings(ToolLimits, JudgeArguments):
     )
     tool_call_limits: list[str] = field(
         default_factory=lambda: ["python=5", "search=10"],
-        metadata={"help": "NAME=N: maximum number of calls of one tool per answer."},
+        metadata={"help": "NAME=N: maximum number of calls of one tool per answer; none: no such limits."},
     )
     max_tool_calls: int | None = field(
         default=20,
@@ -159,6 +159,8 @@ class EvalSettings(ToolLimits, JudgeArguments):
         self.benchmarks = [name for part in names for name in part.replace(",", " ").split()]
         if isinstance(limits, dict):
             self.tool_call_limits = [f"{name}={number}" for name, number in limits.items()]
+        elif limits == ["none"]:
+            self.tool_call_limits = []
         check_fields(self, {"chat_template_kwargs": {"options": True}})
         self.chat_template_kwargs = self.template_arguments()
         if self.base_url is not None and (self.adapter is not None or self.engine != EngineKind.TRANSFORMERS):

@@ -40,6 +40,9 @@ LEFT_OUT = frozenset(
 )
 """The fields of `ToolArguments` that an evaluation uses, and the fields that it does not use."""
 
+UNLIMITED = ("max_tool_calls", "tool_call_limits")
+"""Limits of an evaluation that the word "none" removes. Without a flag they have a limit."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
@@ -95,7 +98,9 @@ class EvaluationSettings:
         """The values that are not defaults, as flags of `arpo-trl eval`, quoted for a shell."""
         words: list[str] = []
         for name, value in self.values.items():
-            if value is None or value == [] or value == _DEFAULTS.get(name):
+            if name in UNLIMITED and value in (None, []):
+                value = "none"
+            elif value is None or value == [] or value == _DEFAULTS.get(name):
                 continue
             given = json.dumps(value) if isinstance(value, dict) else value
             words += [f"--{name.replace('_', '-')}", *(map(str, given) if isinstance(given, list) else [str(given)])]
