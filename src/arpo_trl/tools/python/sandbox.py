@@ -10,7 +10,7 @@ The protection of each tier (every line has a test for each tier):
     | write a huge file; open very many                        | yes      | yes        | yes    |
     | write very much in total; leave very many files          | yes      | yes        | yes    |
     | run very many threads (stopped while they are counted)   | yes      | yes        | yes    |
-    | run more than four times as many threads, at any moment | root     | yes        | root   |
+    | run more than four times as many threads, at any moment | root     | yes (1)    | root   |
     | see the environment of the trainer                       | yes      | yes        | yes    |
     | leave files or variables for the next call               | yes      | yes        | yes    |
     | change the pipe of the next call                         | yes      | yes        | yes    |
@@ -30,6 +30,8 @@ The protection of each tier (every line has a test for each tier):
     | see whether a path exists, its size, owner and times,    |          |            |        |
     | and where a link points                                  | no       | yes        | no     |
     | see the machine's kernel, uptime, memory and load        | no       | no         | no     |
+
+    (1) except if the trainer is root with a hard limit of fewer than 10,000 processes
 
 - sandlock: Landlock and seccomp around the worker, with stricter rules around each call. Needs Linux 6.12 or newer.
 - namespaces: `namespaces` around the worker and each call, and seccomp around each call. Needs Linux 5.14 or newer and
