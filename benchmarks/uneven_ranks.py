@@ -29,7 +29,7 @@ from arpo_trl.quickstart.model import build_model, build_tokenizer
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTurn
 
-LEAVES, MAX_CALLS, MAX_TOKENS, TIMEOUT_S = 4, 3, 200, 0.3
+LEAVES, MAX_CALLS, MAX_TOKENS, TIMEOUT_S = 4, 3, 200, 1.0
 ANSWER = "<answer>\\boxed{1}</answer>"
 QUESTION = [{"role": "user", "content": "what is the answer"}]
 STEPS = ("no calls and all", "all calls and none", "tools that hang", "one word and all that fits")

@@ -6,6 +6,7 @@ path has no environment, and one call misses its deadline.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import threading
@@ -32,12 +33,13 @@ RELEASED = threading.Event()
 class Cart:
     """What was put into it, after the rank."""
 
+    resets = itertools.count()
+
     def __init__(self) -> None:
         OPENED.append(self)
 
     def reset(self, **row: Any) -> str:
-        if is_second() and not hasattr(Cart, "failed") and sum(hasattr(each, "items") for each in OPENED) > 2:
-            Cart.failed = True  # a path after those that the prompts come from
+        if is_second() and next(Cart.resets) == 2:  # of a path after the two that the prompts come from
             raise OSError("sold out")
         self.items = [str(dist.get_rank())]
         return " in a shop"
@@ -124,6 +126,7 @@ def train(folder: Path) -> dict[str, Any]:
     engine.model_context = trainer._model_for_generation
     OPENED.clear()  # without those that were looked at
     CLOSED.clear()
+    Cart.resets = itertools.count()
     trainer.train()
     trainer.toolbox.close()
     RELEASED.set()

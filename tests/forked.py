@@ -51,7 +51,7 @@ _CONTEXT = multiprocessing.get_context("fork")
 
 
 def run(
-    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float = 240.0, vllm: bool | None = None
+    words: Sequence[str], *, cwd: Path, env: Mapping[str, str], timeout: float = 580.0, vllm: bool | None = None
 ) -> str:
     """Runs a program to its end and returns its output on both streams. It must exit with status 0. `vllm` as in
     `Fork`."""

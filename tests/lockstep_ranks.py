@@ -21,7 +21,9 @@ from support import tokenizer
 
 GROUPS = {"uneven": [0, 3], "waits": [1, 1], "diverges": [1, 1], "fails": [1, 1]}
 """For each case how many prompts each rank rolls out."""
-SLOW_S = 0.6
+LEAVES = 4
+WAIT_S = 15.0
+"""Less than the deadline of a call."""
 
 
 def roll_out(case: str, rank: int) -> dict[str, Any]:
@@ -31,8 +33,14 @@ def roll_out(case: str, rank: int) -> dict[str, Any]:
         Args:
             query: What to look for.
         """
-        time.sleep(SLOW_S if case == "waits" and rank == 0 else 0.0)
+        end = time.monotonic() + WAIT_S
+        while case == "waits" and rank == 0 and asked_by_the_other() < LEAVES and time.monotonic() < end:
+            time.sleep(0.01)
         return f"facts about {query}"
+
+    def asked_by_the_other() -> int:
+        """How many answers of the second rank's group the engine has been asked for in this session."""
+        return sum(request.key[0] == 3 and request.key[-1] == 1 for request in list(inner.requests))
 
     def script(request: TurnRequest, context: str) -> ScriptedTurn:
         if case == "diverges" and rank == 1:
@@ -53,7 +61,7 @@ def roll_out(case: str, rank: int) -> dict[str, Any]:
         toolbox,
         protocol,
         TreeSettings(
-            num_generations=4,
+            num_generations=LEAVES,
             initial_rollouts=2,
             max_completion_length=400,
             max_length=1000,

@@ -11,7 +11,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.tools.environments.kind import environment_kind
 from arpo_trl.tools.environments.state import Environments
-from support import ANSWER, Scripted, search
+from support import ANSWER, Scripted, search, until
 
 OPENED: list[Any] = []
 CLOSED: Counter[int] = Counter()
@@ -70,7 +70,7 @@ class FinalShop(Shop):
 
 
 def environments_of(
-    kind: Any, *, timeout_s: float = 5.0, limit: int | None = None, keeps: bool = True
+    kind: Any, *, timeout_s: float = 60.0, limit: int | None = None, keeps: bool = True
 ) -> Environments:
     made = Environments(environment_kind(kind, timeout_s), timeout_s=timeout_s, limit=limit, keeps=keeps)
     forget()  # those that were looked at
@@ -100,6 +100,8 @@ def carts(environments: Environments, batch: RolloutBatch) -> list[dict[tuple[in
 
 
 def all_closed(environments: Environments) -> bool:
-    """Whether each instance is closed once, after the rewards."""
+    """Whether each instance is closed once, after the rewards. What hung has been released: it may take its time."""
+    environments.instances.timeout_s = 60.0
     environments.close_kept()
-    return environments.instances.live == 0 and Counter(map(id, OPENED)) == CLOSED
+    until(lambda: environments.instances.live == 0)
+    return Counter(map(id, OPENED)) == CLOSED

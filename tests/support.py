@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -31,6 +33,7 @@ from arpo_trl.rollout.protocols import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, Score, TreeSampler, TreeSettings
+from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
 from arpo_trl.tools.state import PathState
 from arpo_trl.tools.toolbox import ToolBox
@@ -123,7 +126,7 @@ def child_environment(command: Sequence[str | Path], environment: Mapping[str, s
 def found_with_vllm(script: str, folder: Path) -> Any:
     """What a script of the tests, run in a process of its own with vLLM in it, wrote to `folder`/findings.json."""
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    forked.run([str(Path(__file__).with_name(script)), str(folder)], cwd=folder, env=environment, timeout=280)
+    forked.run([str(Path(__file__).with_name(script)), str(folder)], cwd=folder, env=environment, timeout=580)
     return json.loads((folder / "findings.json").read_text("utf-8"))
 
 
@@ -268,6 +271,37 @@ class Scripted:
         prompt = self.protocol.encode_prompt([{"role": "user", "content": "what is the answer"}])
         with self.toolbox:
             return self.sampler.sample([GroupRequest(id=i, prompt_ids=prompt) for i in range(groups)], seed=(seed,))
+
+
+def short_deadline(
+    box: ToolBox, timeout_s: float, *, of: Callable[[ToolCall], bool] = lambda call: False, opening: int | None = None
+) -> None:
+    """Gives `timeout_s` to the calls that hang, and to that opening of states, counted from 0. All others keep the
+    deadline of the box, so that the load of the machine cannot make them miss it."""
+    usual_s, submit, open_states, openings = box._timeout_s, box.submit, box.open, itertools.count()
+
+    def within(seconds: float, start: Callable[[], int]) -> int:
+        box._timeout_s = seconds
+        try:
+            return start()
+        finally:
+            box._timeout_s = usual_s
+
+    def submitted(call: ToolCall, *given: Any) -> int:
+        return within(timeout_s if of(call) else usual_s, lambda: submit(call, *given))
+
+    def opened(states: Any) -> int:
+        return within(timeout_s if next(openings) == opening else usual_s, lambda: open_states(states))
+
+    box.submit, box.open = submitted, opened  # type: ignore[assignment, method-assign]
+
+
+def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
+    """Waits for what happens soon, but nobody knows when. Fails if it does not happen."""
+    end = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.01)
 
 
 def events_of(engine: Engine, turns: int) -> Iterator[Event]:

@@ -44,7 +44,7 @@ def test_entropies_are_compared_over_all_trained_tokens_of_the_batch(model_path,
     z = torch.where(trained, (entropies - own.mean()) / own.std(), 0.0)
     rewards = made._last_rewards.view(2, 4)
     of_leaf = (rewards - rewards.mean(dim=1, keepdim=True)).view(8, 1)
-    torch.testing.assert_close(batch["advantages"], of_leaf * (1 + 0.2 * z), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(batch["advantages"], of_leaf * (1 + 0.2 * z), atol=1e-3, rtol=1e-3)
     assert of_leaf.any()
 
 

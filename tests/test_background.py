@@ -7,14 +7,13 @@ import gc
 import os
 import sys
 import threading
-import time
 from concurrent.futures import CancelledError
 
 import pytest
 from datasets import Dataset
 
 from arpo_trl.net.background import LoopThread
-from support import sampling_trainer, tiny_model
+from support import sampling_trainer, tiny_model, until
 
 
 def test_a_loop_stops_with_its_object():
@@ -23,7 +22,7 @@ def test_a_loop_stops_with_its_object():
     waiting = loop.start(asyncio.sleep(60))
     del loop
     with pytest.raises(CancelledError):
-        waiting.result(5)
+        waiting.result(60)
     _wait_for(threads, descriptors)
 
 
@@ -45,16 +44,14 @@ def test_trainers_that_are_gone_leave_no_threads_and_no_descriptors(tmp_path):
     _wait_for(threads, started)
 
 
-def _threads() -> list[str]:
-    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("arpo-"))
+def _threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("arpo-")}
 
 
 def _descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-def _wait_for(threads: list[str], descriptors: int) -> None:
-    end = time.monotonic() + 5
-    while _threads() != threads or _descriptors() > descriptors:
-        assert time.monotonic() < end, threading.enumerate()
-        time.sleep(0.01)
+def _wait_for(threads: set[threading.Thread], descriptors: int) -> None:
+    """Waits until there are only these threads, of which those of earlier tests may end, and so many descriptors."""
+    until(lambda: _threads() <= threads and _descriptors() <= descriptors)

@@ -31,6 +31,7 @@ from arpo_trl.tools.search.index import LocalIndex, search_tool
 from arpo_trl.tools.state import PathState, PathStates
 from arpo_trl.tools.toolbox import ToolBox, ToolResult, tool_spec
 from arpo_trl.tools.visit.pages import visit_tool
+from support import short_deadline
 
 
 def echo(text: str) -> str:
@@ -471,7 +472,8 @@ def test_a_blocking_async_tool_delays_no_sync_call() -> None:
         released.wait(60)
         return ""
 
-    with ToolBox([block, echo], timeout_s=0.2) as box:
+    with ToolBox([block, echo], timeout_s=30.0) as box:
+        short_deadline(box, 0.05, of=lambda call: call.name == "block")
         blocked = box.submit(ToolCall(name="block", arguments={"text": "x"}))
         echoed = box.submit(ToolCall(name="echo", arguments={"text": "x"}))
         results = collect(box, 2)
@@ -480,7 +482,8 @@ def test_a_blocking_async_tool_delays_no_sync_call() -> None:
 
 
 def test_hung_calls_give_their_places_back(gate: Gate) -> None:
-    with ToolBox([gate.tool(), echo], timeout_s=0.3, concurrency=2) as box:
+    with ToolBox([gate.tool(), echo], timeout_s=30.0, concurrency=2) as box:
+        short_deadline(box, 0.05, of=lambda call: call.name == "wait")
         hung = [box.submit(ToolCall(name="wait", arguments={"text": str(i)})) for i in range(6)]
         last = box.submit(ToolCall(name="echo", arguments={"text": "still served"}))
         results = collect(box, 7)
@@ -489,21 +492,18 @@ def test_hung_calls_give_their_places_back(gate: Gate) -> None:
 
 
 def test_waiting_for_a_place_does_not_count_towards_the_deadline() -> None:
-    def nap(text: str) -> str:
-        """Sleep for a moment.
+    def is_served() -> bool:
+        """Whether a call ends in time that waits for the only place longer than its deadline."""
+        gate = Gate()
+        with ToolBox([gate.tool(), echo], timeout_s=30.0, concurrency=1) as box:
+            short_deadline(box, 0.2, of=lambda call: call.name == "echo")
+            box.submit(ToolCall(name="wait", arguments={"text": "in the only place"}))
+            waiting = box.submit(ToolCall(name="echo", arguments={"text": "x"}))
+            time.sleep(0.3)
+            gate.opened.set()
+            return collect(box, 2)[waiting].ok
 
-        Args:
-            text: Returned.
-        """
-        time.sleep(0.2)
-        return text
-
-    # One place, eight calls of 0.2 s: the last starts after 1.4 s, past the deadline of 1 s, were the wait counted.
-    with ToolBox([nap], timeout_s=1.0, concurrency=1) as box:
-        for i in range(8):
-            box.submit(ToolCall(name="nap", arguments={"text": str(i)}))
-        results = collect(box, 8)
-    assert [results[ticket].failure for ticket in sorted(results)] == [None] * 8
+    assert any(is_served() for _ in range(10))  # a busy machine may need more than 0.2 s for the call itself
 
 
 def test_no_more_calls_run_at_once_than_there_are_places(gate: Gate) -> None:
@@ -972,7 +972,7 @@ def test_hung_tools_do_not_keep_the_interpreter_from_exiting(tmp_path: Path) -> 
     )
     source = Path(arpo_trl.__file__).parents[1]
     ran = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(source)}
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120, env={"PYTHONPATH": str(source)}
     )
     assert json.loads(ran.stdout) == ["timeout", "timeout"]
     assert "KeyboardInterrupt" in ran.stderr

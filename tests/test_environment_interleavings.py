@@ -21,6 +21,7 @@ from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.tools.calls import ToolFailure
 from arpo_trl.tools.environments.kind import environment_kind
 from arpo_trl.tools.environments.state import Environments
+from arpo_trl.tools.toolbox import ToolBox
 from support import Scripted
 
 INTERLEAVINGS = 10_000
@@ -72,7 +73,7 @@ class LastingLedger:
         self.entries.append(entry)
         self.oddity += WORLD.fails(0.02)  # some replays seem to differ
         if next(WORLD.calls) % 3 == 0 and WORLD.late:
-            WORLD.release.wait(5)
+            WORLD.release.wait(60)
         if entry.endswith("bad"):
             raise ToolError(f"bad entry {len(self.entries)}")
         return " ".join(self.entries)
@@ -151,6 +152,11 @@ def rolled_out(sampler: Any, requests: list[GroupRequest], seed: tuple[int, int]
     return [finished[request.id].tree for request in requests]
 
 
+def wait_for(environments: Environments, toolbox: ToolBox, calls_s: float, others_s: float) -> None:
+    """Sets the deadlines of calls, and of the waits for them. They are short only while calls miss theirs."""
+    toolbox._timeout_s, environments.instances.timeout_s = calls_s, others_s
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_state_is_shared_and_all_are_closed(kind):
@@ -167,8 +173,8 @@ def test_no_state_is_shared_and_all_are_closed(kind):
         keeps, most = luck.random() < 0.7, len(NAMES) * leaves
         least = most if keeps else len(NAMES)  # the first environments of all groups are open at the start
         environments = Environments(
-            environment_kind(kind, 5.0),
-            timeout_s=0.5 if misses else 5.0,
+            environment_kind(kind, 60.0),
+            timeout_s=60.0,
             limit=None if misses else luck.choice([None, least, luck.randint(least, most + 1)]),
             keeps=keeps,
         )
@@ -180,7 +186,7 @@ def test_no_state_is_shared_and_all_are_closed(kind):
             tools=environments.tools,
             schedule=luck.choice(list(RolloutSchedule)),
             max_tool_calls=3,
-            timeout_s=0.2 if misses else 20.0,
+            timeout_s=60.0,
         )
         made.sampler.between_events = interrupt
         made.sampler.settings = replace(made.sampler.settings, max_completion_length=800)
@@ -191,7 +197,10 @@ def test_no_state_is_shared_and_all_are_closed(kind):
                 WORLD.luck, WORLD.late = random.Random(seed), misses and seed < 4
                 interrupts = 0.0 if WORLD.late and seed < 2 else luck.choice([0.0, 0.0, 0.05])
                 try:
+                    wait_for(environments, made.toolbox, 60.0, 60.0)
                     environments.begin({i: {"name": name} for i, name in enumerate(NAMES)}, made.toolbox, interrupt)
+                    if WORLD.late:
+                        wait_for(environments, made.toolbox, 0.2, 0.5)
                     requests = [GroupRequest(id=group, prompt_ids=prompt) for group in range(len(NAMES))]
                     trees = rolled_out(made.sampler, requests, (configuration, seed), luck.random() < 0.5)
                     WORLD.release.set()
@@ -216,6 +225,7 @@ def test_no_state_is_shared_and_all_are_closed(kind):
                 except KeyboardInterrupt:
                     seen["interrupted"] += 1
                     WORLD.release.set()
+                wait_for(environments, made.toolbox, 60.0, 60.0)
                 environments.close_kept()
                 assert environments.instances.live == 0
                 assert WORLD.closed == Counter(id(value) for value in WORLD.opened) or kind is LastingLedger

@@ -16,7 +16,7 @@ from arpo_trl.tools.calls import ToolFailure
 from arpo_trl.tools.environments.differences import around_difference
 from arpo_trl.training.environments import of_leaves, owned_rewards
 from shops import ForkingShop, Shop, all_closed, buys, carts, environments_of, forget, run
-from support import Scripted
+from support import Scripted, short_deadline
 
 
 @pytest.fixture(autouse=True)
@@ -197,7 +197,7 @@ def test_a_reward_waits_for_the_last_call_and_is_none_if_it_hangs(caplog):
                 item: Which.
             """
             inside.append("put")
-            release.wait(10)
+            release.wait(60)
             inside.append("end of put")
             return item
 
@@ -206,14 +206,16 @@ def test_a_reward_waits_for_the_last_call_and_is_none_if_it_hangs(caplog):
             return 1.0
 
     environments = environments_of(Slow, timeout_s=0.2)
-    (leaf,) = Scripted(buys, tools=environments.tools, leaves=1, at_root=1, timeout_s=0.4)(1).trees[0].leaves()
+    made = Scripted(buys, tools=environments.tools, leaves=1, at_root=1)
+    short_deadline(made.toolbox, 0.2, of=lambda call: call.arguments == {"item": "0/0"})
+    (leaf,) = made(1).trees[0].leaves()
     assert leaf.calls[0].failure is ToolFailure.TIMEOUT
     (reward,) = owned_rewards(environments)
     kept = environments.kept[0, (0,)]
     assert kept is not None
     assert reward([kept.value]) == [None] and "reward" not in inside
     assert "An environment Slow has no reward: Error: an earlier call of this environment is still runn" in caplog.text
-    environments.instances.timeout_s = 10.0
+    environments.instances.timeout_s = 60.0
     threading.Timer(0.1, release.set).start()
     assert reward([kept.value]) == [1.0] and inside[-2:] == ["end of put", "reward"]
     assert all_closed(environments)

@@ -17,7 +17,7 @@ from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox
 from shops import OPENED, ForkingShop, Shop, all_closed, buys, environments_of, forget, run
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, short_deadline
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +42,14 @@ def test_after_a_hanging_fork_the_path_continues_with_errors_and_another_path_re
 
     class Stuck(ForkingShop):
         def fork(self) -> ForkingShop:
-            release.wait(20)
+            release.wait(60)
             return super().fork()
 
-    environments = environments_of(Stuck, timeout_s=0.3)
-    batch = run_within(environments, 0.5, leaves=2, at_root=1)
+    environments = environments_of(Stuck, timeout_s=0.3)  # for which the path's later calls wait
+    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=1)
+    made.sampler.settings = replace(made.sampler.settings, max_completion_length=800)
+    short_deadline(made.toolbox, 0.5, of=lambda call: call.arguments == {"item": "0/1"}, opening=1)
+    batch = made(1)
     release.set()
     first, other = batch.trees[0].leaves()
     # The call after the branch makes the copy, or waits for the fork of the branch.
@@ -62,7 +65,9 @@ def test_after_a_hanging_fork_the_path_continues_with_errors_and_another_path_re
 def test_the_copy_that_is_made_before_a_call_has_a_deadline_of_its_own():
     class Slow(ForkingShop):
         def fork(self) -> ForkingShop:
-            time.sleep(0.6)
+            if not slept:
+                slept.append("before the second call")
+                time.sleep(1.2)
             return super().fork()
 
         def put(self, item: str) -> str:
@@ -71,12 +76,14 @@ def test_the_copy_that_is_made_before_a_call_has_a_deadline_of_its_own():
             Args:
                 item: Which.
             """
-            time.sleep(0.6)
+            if item == "0/1":
+                time.sleep(1.2)
             return super().put(item)
 
-    # A copy and the call after it take 1.2 s of two times 1.1 s.
+    # The first copy and the call after it take 2.4 s of two times 2 s.
+    slept: list[str] = []
     environments = environments_of(Slow)
-    batch = run_within(environments, 1.1, leaves=2, at_root=1, rule=Ranked(branches_per_fork=1))
+    batch = run_within(environments, 2.0, leaves=2, at_root=1, rule=Ranked(branches_per_fork=1))
     assert [leaf.calls[-1].text for leaf in batch.trees[0].leaves()] == ["a 0/0 0/1 z", "a 0/0 0/1/0/1 z"]
     assert environments.instances.take_counts().forks == 3  # at both results, and one for the branch
     assert all_closed(environments)
@@ -89,7 +96,7 @@ def test_other_paths_advance_during_a_replay():
     class Late(Shop):
         def reset(self, name: str = "", **row: Any) -> str | None:
             if len(OPENED) == 3:  # for the branch
-                seen.append(advanced.wait(15))
+                seen.append(advanced.wait(60))
             return super().reset(name, **row)
 
     def script(request: Any, context: str) -> ScriptedTurn:
@@ -99,8 +106,8 @@ def test_other_paths_advance_during_a_replay():
         turn = buys(request, context)
         return turn if address[0] == 0 else ScriptedTurn(text=turn.text, entropies=[0.1])
 
-    environments = environments_of(Late, timeout_s=20.0)
-    batch = run(environments, script, leaves=3, at_root=2, schedule=RolloutSchedule.OVERLAP)
+    environments = environments_of(Late)
+    batch = run(environments, script, leaves=3, at_root=2, schedule=RolloutSchedule.OVERLAP, timeout_s=60.0)
     assert [leaf.address for leaf in batch.trees[0].leaves()] == [(0,), (0, 1, 0), (1,)]
     assert seen == [True] and all_closed(environments)
 
@@ -127,7 +134,7 @@ def test_other_paths_advance_while_a_path_waits_for_an_environment_in_closing():
     class Clinging(Shop):
         def close(self) -> None:
             if self.items[-1:] == ["0/0"]:
-                seen.append(advanced.wait(4))
+                seen.append(advanced.wait(30))
             super().close()
 
     def script(request: Any, context: str) -> ScriptedTurn:
@@ -152,14 +159,14 @@ def test_an_interrupt_does_not_wait_for_an_environment_in_closing(schedule):
         def close(self) -> None:
             if self.items:  # not those that are looked at
                 closing.set()
-                seen.append(release.wait(10))
+                seen.append(release.wait(60))
             super().close()
 
     def interrupt() -> None:
         if closing.is_set():
             raise KeyboardInterrupt
 
-    environments = environments_of(Clinging, timeout_s=20.0, limit=1, keeps=False)
+    environments = environments_of(Clinging, limit=1, keeps=False)
     made = Scripted(buys, tools=environments.tools, leaves=2, at_root=2, schedule=schedule)
     made.sampler.between_events = interrupt
     with pytest.raises(KeyboardInterrupt):
@@ -212,7 +219,7 @@ def test_a_path_waits_for_the_slot_of_a_creation_that_missed_its_deadline():
     class Late(Shop):
         def reset(self, name: str = "", **row: Any) -> str | None:
             if len(OPENED) == 1:
-                seen.append(release.wait(10))
+                seen.append(release.wait(60))
             return super().reset(name, **row)
 
     def script(request: Any, context: str) -> ScriptedTurn:
@@ -221,7 +228,10 @@ def test_a_path_waits_for_the_slot_of_a_creation_that_missed_its_deadline():
         return buys(request, context)
 
     environments = environments_of(Late, limit=1, keeps=False)
-    first, second = run_within(environments, 0.3, script, leaves=2, at_root=2).trees[0].leaves()
+    made = Scripted(script, tools=environments.tools, leaves=2, at_root=2)
+    made.sampler.settings = replace(made.sampler.settings, max_completion_length=800)
+    short_deadline(made.toolbox, 0.3, opening=0)
+    first, second = made(1).trees[0].leaves()
     assert not any(call.ok for call in first.calls) and second.calls[-1].text == "a 1/0 1/1 z"
     assert environments.instances.take_counts().failed == 1 and seen == [True]
     assert all_closed(environments)

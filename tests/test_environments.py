@@ -43,7 +43,7 @@ from shops import (
     forget,
     run,
 )
-from support import ANSWER, Scripted
+from support import ANSWER, Scripted, short_deadline
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_a_way_to_fork_is_chosen_in_its_order():
     class Both(ForkingShop):
         copyable = True
 
-    chosen = [environment_kind(kind, 5.0).forking for kind in (Both, CopiedShop, Shop, FinalShop)]
+    chosen = [environment_kind(kind, 60.0).forking for kind in (Both, CopiedShop, Shop, FinalShop)]
     assert chosen == [Forking.FORK, Forking.COPY, Forking.REPLAY, Forking.NONE]
 
 
@@ -179,8 +179,9 @@ def test_a_path_whose_call_missed_its_deadline_does_not_branch():
             time.sleep(0.4 if item == "0/0" else 0)
             return super().put(item)
 
-    environments = environments_of(Slow, timeout_s=5.0)
-    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=1, timeout_s=0.2)
+    environments = environments_of(Slow)
+    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=1)
+    short_deadline(made.toolbox, 0.2, of=lambda call: call.arguments == {"item": "0/0"})
     made.sampler.settings = replace(made.sampler.settings, max_completion_length=800)
     batch = made(1)
     assert [leaf.address for leaf in batch.trees[0].leaves()] == [(0,), (1,)]
@@ -263,7 +264,7 @@ def raising() -> Any:
 
 
 def hanging() -> Any:
-    threading.Event().wait(5)
+    threading.Event().wait(60)
 
 
 ONE = Shop()
@@ -300,7 +301,7 @@ class Odd(Shop):
 )
 def test_a_factory_that_cannot_work_is_an_error_at_the_start(factory, error, message):
     with pytest.raises(error, match=message):
-        environment_kind(factory, 0.2)
+        environment_kind(factory, 0.2 if factory is hanging else 60.0)
 
 
 @pytest.mark.parametrize("kind", [Untyped, Undocumented])
@@ -328,7 +329,7 @@ def test_a_reset_without_row_arguments_is_an_error_at_the_start():
             pass
 
     with pytest.raises(ConfigError, match=r"reset\(\) of the environment Bare does not accept .*\['name', 'prompt'\]"):
-        environment_kind(Bare, 5.0).check_row(["prompt", "name"])
+        environment_kind(Bare, 60.0).check_row(["prompt", "name"])
 
 
 def test_optional_methods_are_no_tools():
@@ -342,7 +343,7 @@ def test_optional_methods_are_no_tools():
         def _private(self) -> None:
             pass
 
-    assert list(environment_kind(Full, 5.0).methods) == ["put"]
+    assert list(environment_kind(Full, 60.0).methods) == ["put"]
 
 
 # What fails later ----------------------------------------------------------------------------------------------------
@@ -382,18 +383,24 @@ def test_texts_of_one_row_that_differ_end_the_run():
 
 @pytest.mark.parametrize("hangs", [False, True])
 def test_a_path_without_an_environment_reads_an_error(hangs, caplog):
-    release, resets = threading.Event(), itertools.count()
+    release, first = threading.Event(), threading.Event()
+    resets, opened = itertools.count(), itertools.count()
 
     class Rare(Shop):
         def reset(self, name: str = "", **row: Any) -> None:  # type: ignore[override]
-            if next(resets) == 1:
-                if hangs:
-                    release.wait(10)
-                else:
-                    raise OSError("sold out")
+            if next(resets) == 0:
+                first.set()
+            elif hangs:
+                release.wait(60)
+            else:
+                raise OSError("sold out")
 
     environments = environments_of(Rare)
-    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=2, timeout_s=0.3 if hangs else 5.0)
+    made = Scripted(buys, tools=environments.tools, leaves=2, at_root=2)
+    if hangs:
+        short_deadline(made.toolbox, 0.3, opening=1)
+    start = made.toolbox.open
+    made.toolbox.open = lambda states: (next(opened) and first.wait(60), start(states))[1]  # one after the other
     leaves = made(1).trees[0].leaves()
     broken = [leaf for leaf in leaves if environments.kept[0, leaf.address] is None]
     assert len(broken) == 1
@@ -452,8 +459,8 @@ def test_a_close_that_fails_is_logged_once_and_frees_the_room(caplog):
             super().close()
             raise OSError("stuck")
 
-    kind = replace(environment_kind(Shop, 5.0), factory=Stuck, type=Stuck)
-    environments = Environments(kind, timeout_s=5.0)
+    kind = replace(environment_kind(Shop, 60.0), factory=Stuck, type=Stuck)
+    environments = Environments(kind, timeout_s=60.0)
     forget()
     run(environments)
     assert all_closed(environments)
@@ -521,19 +528,19 @@ def test_a_close_that_hangs_is_waited_for_once(caplog):
     class Clinging(Shop):
         def close(self) -> None:
             if self.items:
-                release.wait(20)
+                release.wait(120)
             super().close()
 
-    environments = environments_of(Clinging, timeout_s=0.3)
+    environments = environments_of(Clinging)
     run(environments)
+    environments.instances.timeout_s = 0.3
     environments.close_kept()
     assert "close() of an environment hangs" in caplog.text and environments.instances.live == 3
+    environments.instances.timeout_s = 60.0
     start = time.perf_counter()
     environments.close_kept()
-    assert time.perf_counter() - start < 0.3
+    assert time.perf_counter() - start < 30
     release.set()
-    while environments.instances.live:
-        time.sleep(0.01)
     assert all_closed(environments)
 
 
@@ -543,11 +550,11 @@ def test_a_late_reset_does_not_affect_the_next_rollout():
     class Late(Shop):
         def reset(self, name: str = "", **row: Any) -> str:  # type: ignore[override]
             if len(OPENED) == 2:
-                release.wait(20)
+                release.wait(60)
             return f"in {name}"
 
-    environments = environments_of(Late, timeout_s=0.3)
-    with ToolBox(environments.tools, timeout_s=0.3) as toolbox:
+    environments = environments_of(Late)
+    with ToolBox(environments.tools) as toolbox:
         assert environments.begin({0: {"name": "a"}}, toolbox, lambda: None) == {0: "in a"}
         late = environments(0), environments(0)
         assert late[1].admit()
@@ -556,12 +563,11 @@ def test_a_late_reset_does_not_affect_the_next_rollout():
             time.sleep(0.01)
         for state in late:
             state.close()
+        environments.instances.timeout_s = 0.3
         environments.close_kept()
+        environments.instances.timeout_s = 60.0
         assert environments.begin({0: {"name": "b"}}, toolbox, lambda: None) == {0: "in b"}
         release.set()
-        environments.close_kept()
-        while environments.instances.live:
-            time.sleep(0.01)
         assert all_closed(environments) and environments.instances.fatal is None
 
 
@@ -592,7 +598,7 @@ class Hidden(Shop):
 )
 def test_a_class_with_a_false_declaration_is_an_error_at_the_start(kind, error, message):
     with pytest.raises(error, match=message):
-        environment_kind(kind, 5.0)
+        environment_kind(kind, 60.0)
     assert Counter(map(id, OPENED)) == CLOSED or kind is Locked
 
 
@@ -606,7 +612,7 @@ class Remote:
 
     def _post(self, path: str, **given: Any) -> dict[str, Any]:
         request = urllib.request.Request(self.url + path, json.dumps(given).encode())
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return dict(json.load(answer))
 
     def reset(self, name: str, **row: Any) -> str:
@@ -646,10 +652,10 @@ def test_environments_of_a_server_branch_by_replay_and_are_all_closed(server):
         "a 0/0 0/1/0/1 z",
         "a 0/0 0/1/1/1 z",
     ]
-    with urllib.request.urlopen(Remote.url, timeout=5) as answer:
+    with urllib.request.urlopen(Remote.url, timeout=60) as answer:
         assert json.load(answer)["open"] == 3
     environments.close_kept()
-    with urllib.request.urlopen(Remote.url, timeout=5) as answer:
+    with urllib.request.urlopen(Remote.url, timeout=60) as answer:
         assert json.load(answer)["open"] == 0
     assert environments.instances.live == 0
 

@@ -19,7 +19,7 @@ from arpo_trl.errors import ConfigError, Interrupted, RewardError
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from basket import Basket
-from support import save_tiny_model
+from support import save_tiny_model, until
 
 OPENED: list[Any] = []
 CLOSED: Counter[int] = Counter()
@@ -79,23 +79,29 @@ def all_closed(made: ARPOTrainer) -> bool:
 
 
 def test_environments_of_the_next_batch_are_created_during_the_update(model_path, tmp_path):
-    updating, made_next = threading.Event(), threading.Event()
+    updating = threading.Event()
+    sampled: list[Any] = []
 
     class Slow(Cart):
         def reset(self, name: str, **row: Any) -> str:
             if name in ("n0", "n1"):  # the rows of the first batch
                 time.sleep(0.4)
             else:
-                assert updating.wait(15.0)
-                made_next.set()
+                assert updating.wait(60.0)
             return super().reset(name)
 
-    made = trainer(model_path, tmp_path, Slow, max_steps=3, environment_concurrency=16, shuffle_dataset=False)
+    def counted(environments: Any, tool_calls: Any, prompts: Any, name: Any) -> list[float]:
+        sampled.append(name)
+        return counts(environments, tool_calls, prompts, name)
+
+    settings = {"max_steps": 3, "environment_concurrency": 16, "shuffle_dataset": False}
+    made = trainer(model_path, tmp_path, Slow, reward_funcs=counted, **settings)
     compute = made.compute_loss
 
     def compute_loss(*args: Any, **kwargs: Any) -> Any:
+        """Each update but the last takes until the next batch is sampled."""
         updating.set()
-        assert made_next.wait(15.0)
+        until(lambda: len(sampled) >= min(3, made.state.global_step + 2))
         return compute(*args, **kwargs)
 
     made.compute_loss = compute_loss

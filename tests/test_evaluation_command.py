@@ -227,8 +227,11 @@ def evaluate_in_child(words: list[str]) -> multiprocessing.Process:
     return process
 
 
-def killed_run(folder: Path, url: str, delays: list[float], lines_first: list[int]) -> list[dict]:
-    """The samples of a run that was killed after each of `delays` s beyond so many finished samples, and resumed."""
+def killed_run(
+    folder: Path, url: str, delays: list[float], lines_first: list[int], may_end: threading.Event
+) -> list[dict]:
+    """The samples of a run that was killed after each of `delays` s beyond so many finished samples, and resumed. It
+    ends when `may_end` is set, after the last kill."""
     words = [*flags(folder, url), "--temperature", "0", "--concurrency", "2"]
     log = folder / "run/samples.jsonl"
     resume: list[str] = []
@@ -241,6 +244,7 @@ def killed_run(folder: Path, url: str, delays: list[float], lines_first: list[in
         process.join()
         assert process.exitcode == -signal.SIGKILL
         resume = ["--resume"]
+    may_end.set()
     process = evaluate_in_child([*words, *resume])
     process.join(120)
     assert process.exitcode == 0
@@ -249,10 +253,12 @@ def killed_run(folder: Path, url: str, delays: list[float], lines_first: list[in
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(here):
-    kills = 20
+    kills, may_end = 20, threading.Event()
 
     def slowly(prompt):
         time.sleep(0.04)
+        if asked_number(prompt) == "9":
+            may_end.wait(120)
         return answers(prompt)
 
     for name in ("whole", "killed"):
@@ -260,9 +266,10 @@ def test_a_run_that_is_killed_at_20_random_moments_ends_like_one_that_is_not(her
         data(here / name, count=10)  # questions are told apart by one digit
     draw = random.Random(os.getpid())
     with Loopback(completions(slowly)) as server:
-        whole = killed_run(here / "whole", server.url, [], [])
+        whole = killed_run(here / "whole", server.url, [], [], may_end)
+        may_end.clear()
         delays = [draw.uniform(0, 0.06) for _ in range(kills)]
-        killed = killed_run(here / "killed", server.url, delays, [9 * i // kills for i in range(kills)])
+        killed = killed_run(here / "killed", server.url, delays, [9 * i // kills for i in range(kills)], may_end)
     assert len(killed) == 10
 
     def plain(records):

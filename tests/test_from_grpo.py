@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +92,8 @@ def length(completions, **kwargs):
 
 
 def letters(completions, **kwargs):
-    return [float(len(set(str(completion)))) for completion in completions]
+    """Numbers that depend on every character: a group with equal rewards, which trains nothing, is no chance event."""
+    return [zlib.crc32(repr(completion).encode()) % 100 / 10 for completion in completions]
 
 
 def content_length(completions, **kwargs):

@@ -71,7 +71,7 @@ def test_a_server_that_drips_its_headers_is_left_at_the_deadline() -> None:
         def drip() -> None:
             connection, _ = listener.accept()
             with connection:
-                for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 500:
+                for byte in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 3000:
                     try:
                         connection.sendall(bytes([byte]))
                     except OSError:
@@ -82,7 +82,7 @@ def test_a_server_that_drips_its_headers_is_left_at_the_deadline() -> None:
         start = time.monotonic()
         with pytest.raises(RequestFailed, match=r"no complete answer within 0\.5 s"):
             fetch(httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/"), timeout_s=0.5)
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
 
 
 def test_what_is_no_http_is_a_failed_connection() -> None:
@@ -95,7 +95,7 @@ def test_what_is_no_http_is_a_failed_connection() -> None:
 
         threading.Thread(target=babble, daemon=True).start()
         with pytest.raises(RequestFailed, match="the connection failed"):
-            fetch(httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/"), timeout_s=5)
+            fetch(httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/"), timeout_s=60)
 
 
 @pytest.mark.parametrize("pooled", [True, False])
@@ -109,9 +109,9 @@ def test_no_cookie_is_kept(pooled: bool) -> None:
 
 def test_redirects_are_not_followed() -> None:
     with Loopback(lambda asked: Reply("", 302, {"Location": "/elsewhere"})) as server:
-        assert fetch(httpx.Request("GET", server.url), timeout_s=5).status == 302
+        assert fetch(httpx.Request("GET", server.url), timeout_s=60).status == 302
         with pytest.raises(RequestFailed, match="answered 302"):
-            fetch_json(httpx.Request("GET", server.url), timeout_s=5)
+            fetch_json(httpx.Request("GET", server.url), timeout_s=60)
     assert len(server.asked) == 2
 
 
@@ -138,7 +138,7 @@ def test_an_answer_in_too_many_pieces_is_an_error(coding: str, start: bytes, pie
 def test_an_answer_in_gzip_is_read() -> None:
     body = gzip.compress(b"iron " * 10_000)
     with Loopback(lambda asked: Reply(body, headers={"Content-Encoding": "gzip"})) as server:
-        answer = fetch(httpx.Request("GET", server.url), timeout_s=5)
+        answer = fetch(httpx.Request("GET", server.url), timeout_s=60)
         assert server.asked[0].headers["accept-encoding"] == "gzip"
     assert answer.body == b"iron " * 10_000
 
@@ -150,4 +150,4 @@ def test_json_that_is_too_long_or_too_deep_is_an_error() -> None:
         ("1" * 100_000, "not JSON"),
     ):
         with Loopback(lambda asked, body=body: Reply(body)) as server, pytest.raises(RequestFailed, match=message):
-            fetch_json(httpx.Request("GET", server.url), timeout_s=20)
+            fetch_json(httpx.Request("GET", server.url), timeout_s=60)

@@ -61,7 +61,7 @@ def test_a_judge_gets_one_request_per_prediction_and_returns_its_verdict(monkeyp
 
 
 def test_judgements_run_concurrently() -> None:
-    together = threading.Barrier(4, timeout=10)  # breaks, and so fails the test, unless four are there
+    together = threading.Barrier(4, timeout=60)  # breaks, and so fails the test, unless four are there
 
     def waits(asked: Asked) -> Reply:
         together.wait()

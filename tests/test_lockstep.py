@@ -33,7 +33,7 @@ def test_all_ranks_see_the_same_requests_in_the_same_order_in_every_session(rank
 
 
 def test_a_rank_whose_tools_all_run_does_not_hold_up_the_others(ranks):
-    """The first rank's search takes most of a second, the second's nothing: its answers are asked for meanwhile."""
+    """The first rank's search takes until the second's answers are asked for."""
     first, second = (rank["waits"] for rank in ranks)
     assert [len(said["leaves"]) for said in (first, second)] == [1, 1]
     for session in first["sessions"]:

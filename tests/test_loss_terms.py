@@ -97,19 +97,20 @@ def drifted(made, by: float) -> dict:
 def test_turn_ratios_reach_the_loss_of_trl(model_path, tmp_path, forward):
     exact = {"shared_prefix_forward": forward, **EXACT}
     turns = trainer(model_path, tmp_path / "a", scripted(), importance_sampling_level="turn", epsilon=0.9, **exact)
-    given = drifted(turns, 0.1)
+    given = drifted(turns, 0.5)
     mask = given["completion_mask"] * given["tool_mask"]
     plain = trainer(model_path, tmp_path / "b", scripted(), epsilon=0.9, **exact)
     plain.model.train()
     plain.current_gradient_accumulation_steps = 1
     # By hand: with these old logprobs each token's own ratio is its turn's.
-    drift = 0.1 * (torch.arange(mask.size(1)) % 2).expand(mask.shape)
+    drift = 0.5 * (torch.arange(mask.size(1)) % 2).expand(mask.shape)
     by_hand = given | {"old_per_token_logps": given["old_per_token_logps"] + drift - mean_over_turns(drift, mask != 0)}
     ours, gradient = loss_and_gradient(turns, given)
     expected, wanted = loss_and_gradient(plain, by_hand)
-    assert ours == pytest.approx(expected, abs=1e-6)
-    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-7)
-    assert loss_and_gradient(plain, given)[0] != pytest.approx(ours, abs=1e-6)
+    assert ours == pytest.approx(expected, abs=5e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-6)
+    _, of_tokens = loss_and_gradient(plain, given)
+    assert (gradient - of_tokens).abs().max() > 0.01
 
 
 def test_a_kept_gradient_reaches_the_weights_and_is_counted(model_path, tmp_path):

@@ -85,7 +85,7 @@ def trainer_of(model, folder, **settings) -> ARPOTrainer:
 
 @pytest.mark.parametrize("family", SAMPLED)
 def test_what_is_sampled_is_what_is_scored(family, tmp_path):
-    assert unlike_scored(trainer_of(model_of(family, SAMPLED[family]), tmp_path)).max() < 1e-4
+    assert unlike_scored(trainer_of(model_of(family, SAMPLED[family]), tmp_path)).max() < 1e-3
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -138,4 +138,4 @@ def test_paths_end_before_the_rotary_embedding_would_change(tmp_path, caplog):
     unscored = build_engine(LocalModel(model=model), tokenizer(), SamplingParams(eos_ids=(1,)))
     assert unscored.max_length == model.config.max_position_embeddings > 64
     assert "Paths are limited to 64 tokens." in caplog.text
-    assert unlike_scored(made).max() < 1e-4
+    assert unlike_scored(made).max() < 1e-3

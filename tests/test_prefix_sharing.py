@@ -346,7 +346,7 @@ def weights(made: ARPOTrainer) -> torch.Tensor:
     [{}, {"beta": 0.1}, {"num_iterations": 2}, {"loss_type": "dapo"}, {"shared_prefix_weight": "once"}],
     ids=str,
 )
-@pytest.mark.parametrize(("precision", "most"), [({}, 0.03), (EXACT, 1e-4)], ids=["default", "float32"])
+@pytest.mark.parametrize(("precision", "most"), [({}, 0.1), (EXACT, 1e-4)], ids=["default", "float32"])
 def test_training_with_shared_prefixes_is_training_without(model_path, tmp_path, settings, precision, most):
     sgd = {"optim": "sgd", "learning_rate": 0.1}  # Adam would blow up the rounding of tiny gradients
     settings = {**settings, **precision, **sgd}

@@ -84,7 +84,7 @@ def finished(tmp_path_factory):
             capture_output=True,
             text=True,
             check=False,
-            timeout=240,
+            timeout=580,
         )
         assert done.returncode == 0, done.stderr[-4000:]
         yield Finished(folder, model, hub, done.stdout + done.stderr)

@@ -116,10 +116,12 @@ def test_removing_a_missing_file_is_not_an_error(tmp_path: Path) -> None:
 def test_files_and_bytes_are_counted_in_all_folders_and_links_not_followed(tmp_path: Path) -> None:
     # Five entries: two folders, two files, a link. A file of 64 KiB takes at least 128 blocks of 512 bytes.
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "b" / "large").write_bytes(os.urandom(1 << 16))
+    with (tmp_path / "a" / "b" / "large").open("wb") as large:
+        large.write(os.urandom(1 << 16))
+        large.flush()
+        os.fsync(large.fileno())  # some file systems know the blocks only then
     (tmp_path / "a" / "small").touch()
     (tmp_path / "link").symlink_to("/")
-    os.sync()  # some file systems know the blocks only then
     assert not holds_more(tmp_path, files=5, size=1 << 20)
     assert holds_more(tmp_path, files=4, size=1 << 20)
     assert holds_more(tmp_path, files=5, size=(1 << 16) - 1)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from arpo_trl.errors import ConfigError, ToolError, ToolStopped
-from arpo_trl.tools.builtin import ToolArguments, build_tools
+from arpo_trl.tools.builtin import ToolArguments, _print_once, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.python.remote import RemotePython, remote_python_tool
 from arpo_trl.tools.python.sandbox import Limits
@@ -335,6 +335,7 @@ def test_a_box_runs_it_and_a_path_keeps_its_variables() -> None:
 
 
 def test_the_configuration_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    _print_once.cache_clear()  # as in a new process
     executor = Executor()
     with executor.serving() as url:
         (python,) = build_tools(ToolArguments(tools=["python"], python_executor_url=url + "/"))

@@ -1,5 +1,6 @@
 """The python tool has the output of a notebook, and the sandbox blocks everything that its docstring lists."""
 
+import contextlib
 import json
 import os
 import platform
@@ -43,7 +44,7 @@ from support import can_isolate, worker_of
 
 pytestmark = pytest.mark.slow  # starts processes
 
-LIMITS = Limits(timeout_s=10.0, cpu_s=10.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
+LIMITS = Limits(timeout_s=60.0, cpu_s=30.0, memory_mb=256, output_bytes=10_000, file_mb=1, open_files=32)
 NO_SUCH_CALL = "OSError: [Errno 38] Function not implemented"
 
 
@@ -60,6 +61,13 @@ def hurried(worker: Worker) -> Iterator[Worker]:
         yield hurried
 
 
+@pytest.fixture(scope="module")
+def saving(worker: Worker) -> Iterator[Worker]:
+    """One of the same tier with a second of CPU time, which no load of the machine uses up."""
+    with worker_of(worker.tier, replace(LIMITS, cpu_s=1.0)) as saving:
+        yield saving
+
+
 @pytest.fixture(scope="module", params=ISOLATING)
 def isolated(request: pytest.FixtureRequest) -> Iterator[Worker]:
     with worker_of(request.param, LIMITS) as worker:
@@ -70,7 +78,7 @@ def isolated(request: pytest.FixtureRequest) -> Iterator[Worker]:
 def tool() -> Iterator[PythonTool]:
     if not any(map(can_isolate, ISOLATING)):
         pytest.skip("this kernel cannot isolate")
-    tool = PythonTool(Limits(timeout_s=5.0), max_workers=4, allow_unsafe=False)
+    tool = PythonTool(Limits(timeout_s=60.0, cpu_s=30.0), max_workers=4, allow_unsafe=False)
     yield tool
     tool.close()
 
@@ -97,7 +105,7 @@ def is_alive(pid: int) -> bool:
 
 
 def await_death(*pids: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while any(map(is_alive, pids)):
         assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if is_alive(pid)]}"
         time.sleep(0.01)
@@ -134,8 +142,8 @@ CASES = [json.loads(line) for line in (Path(__file__).parent / "cases" / "python
 
 
 @pytest.mark.parametrize("code", ["```\n" + " " * 50_000 + "\nx x", "```python\n" * 20_000, "    x x\n" * 10_000])
-def test_a_repair_takes_less_than_a_call(hurried: Worker, code: str) -> None:
-    assert hurried.run(code).ending in (Ending.FINISHED, Ending.RAISED)  # not stopped at its second
+def test_a_repair_takes_less_than_a_call(saving: Worker, code: str) -> None:
+    assert saving.run(code).ending in (Ending.FINISHED, Ending.RAISED)  # not stopped at its second
 
 
 def check_case(worker: Worker, case: dict[str, str]) -> None:
@@ -321,9 +329,14 @@ def test_a_call_stopped_by_a_limit_differs_from_a_call_that_raised(tool: PythonT
 # What every tier stops.
 
 
-def test_a_deadline_stops_the_call_and_keeps_its_output(hurried: Worker) -> None:
-    ran = hurried.run("print('before', flush=True)\nwhile True: pass")
-    assert (ran.output, ran.ending) == ("before\n", Ending.TIMEOUT)
+def test_a_deadline_stops_the_call_and_keeps_its_output(worker: Worker) -> None:
+    for timeout_s in (1.0, 20.0):  # the longer one if a busy machine did not even print within the shorter one
+        with worker_of(worker.tier, replace(LIMITS, timeout_s=timeout_s)) as limited:
+            ran = limited.run("import time\nprint('before', flush=True)\nwhile True: time.sleep(0.01)")
+        assert ran.ending is Ending.TIMEOUT
+        if ran.output:
+            break
+    assert ran.output == "before\n"
 
 
 def test_a_deadline_stops_threads_that_ignore_signals(hurried: Worker) -> None:
@@ -362,10 +375,10 @@ def test_threads_are_limited(worker: Worker) -> None:
     many = """
         import threading, time
         threading.stack_size(64 << 10)
-        for i in range({}): threading.Thread(target=time.sleep, args=(0.3,)).start()
+        for i in range({}): threading.Thread(target=time.sleep, args=({},)).start()
         """
-    assert run(worker, many.format(40)) == ""
-    assert worker.run(textwrap.dedent(many.format(150))).ending is Ending.THREADS
+    assert run(worker, many.format(40, 0.3)) == ""
+    assert worker.run(textwrap.dedent(many.format(150, 50))).ending is Ending.THREADS
     assert run(worker, "print('next')") == "next\n"
 
 
@@ -408,7 +421,7 @@ def test_threads_created_without_python_are_limited(worker: Worker) -> None:
         code.write(bytes.fromhex('b83800000048c7c7000f050031f631d24d31d24d31c00f0585c07509b8220000000f05ebf7c3'))
         make = ctypes.CFUNCTYPE(ctypes.c_long)(ctypes.addressof(ctypes.c_char.from_buffer(code)))
         for i in range(2000): make()
-        time.sleep(5)
+        time.sleep(50)
         """
     if platform.machine() != "x86_64":
         pytest.skip("machine code of x86-64")
@@ -423,7 +436,7 @@ def test_files_that_a_call_leaves_are_limited_in_number_and_in_bytes(worker: Wor
         "for i in range(5000): open(str(i), 'w').close()",
         "for i in range(200): open(str(i), 'wb').write(bytes(1 << 20))",
     ):
-        ran = worker.run(f"{fill}\nimport time; time.sleep(1)")
+        ran = worker.run(f"{fill}\nimport time; time.sleep(50)")
         if worker.tier is Tier.NAMESPACES:
             assert ran.output.splitlines()[-1].startswith("OSError: [Errno 28] No space left on device"), ran
         else:
@@ -440,16 +453,16 @@ def test_bytes_written_to_files_that_are_removed_count(worker: Worker) -> None:
             os.unlink('f')
             os.write(fd, bytes(1 << 20))
             os.close(fd)
-        time.sleep(1)
         """
-    # In a file system of its own, of 64 MB, they have made room again.
-    ending = Ending.FINISHED if worker.tier is Tier.NAMESPACES else Ending.DISK
-    assert worker.run(textwrap.dedent(code)).ending is ending
+    if worker.tier is Tier.NAMESPACES:  # in a file system of its own, of 64 MB, they have made room again
+        assert run(worker, code) == ""
+    else:
+        assert worker.run(textwrap.dedent(code) + "time.sleep(50)").ending is Ending.DISK
 
 
 def test_a_call_beyond_a_limit_returns_an_error_text(tool: PythonTool) -> None:
     many = "import threading, time\nthreading.stack_size(64 << 10)\nprint('before')\n"
-    many += "for i in range(150): threading.Thread(target=time.sleep, args=(1,)).start()"
+    many += "for i in range(150): threading.Thread(target=time.sleep, args=(50,)).start()"
     with pytest.raises(ToolStopped) as caught:
         tool(many)
     assert str(caught.value) == "before\nError: stopped, the code ran more than 64 threads"
@@ -468,21 +481,25 @@ def test_a_call_keeps_no_capability(worker: Worker) -> None:
     held: dict[str, str] = {}
 
     def look() -> None:
+        """Reads the rights of the call once its code has given it a name, and ends it."""
         children = Path(f"/proc/{worker.pid}/task/{worker.pid}/children")
-        time.sleep(0.5)
-        status = Path(f"/proc/{children.read_text().strip()}/status").read_text()
-        held.update(line.split(":\t") for line in status.splitlines() if line.startswith(("Cap", "NoNewPrivs")))
+        while held.get("Name") != "looking":
+            time.sleep(0.01)
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{children.read_text().strip()}/status").read_text()
+                held.update(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        os.kill(int(held["Pid"]), signal.SIGKILL)
 
-    looking = threading.Thread(target=look)
+    looking = threading.Thread(target=look, daemon=True)
     looking.start()
-    run(worker, "import time; time.sleep(1)")
+    ran = worker.run("import ctypes, time; ctypes.CDLL(None).prctl(15, b'looking'); time.sleep(50)")
+    assert ran.ending is Ending.DIED, ran
     looking.join()
-    assert held.pop("NoNewPrivs") == "1"
-    bounding = int(held.pop("CapBnd"), 16)
-    assert {name: int(value, 16) for name, value in held.items()} == dict.fromkeys(held, 0)
-    assert len(held) == 4  # inheritable, permitted, effective, ambient
+    assert held["NoNewPrivs"] == "1"
+    for name in ("CapInh", "CapPrm", "CapEff", "CapAmb"):
+        assert int(held[name], 16) == 0
     if os.getuid() == 0:  # others may not drop it
-        assert bounding == 0
+        assert int(held["CapBnd"], 16) == 0
 
 
 def test_a_folder_that_cannot_be_emptied_costs_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -496,7 +513,7 @@ def test_a_folder_that_cannot_be_emptied_costs_the_worker(monkeypatch: pytest.Mo
 
 def test_cpu_time_is_limited_over_all_threads(worker: Worker) -> None:
     # Four threads at hashing, which frees the lock, use CPU seconds faster than wall seconds where there are cores.
-    limits = replace(LIMITS, timeout_s=30.0, cpu_s=0.5)
+    limits = replace(LIMITS, cpu_s=0.5)
     code = """
 import hashlib, threading
 def burn():
@@ -901,7 +918,7 @@ def test_no_process_outlives_the_trainer(tier: Tier, end: str, tmp_path: Path) -
         pids = [int(pid) for pid in ids]
         if end == "SIGKILL":
             trainer.kill()
-        trainer.wait(timeout=30)
+        trainer.wait(timeout=120)
     assert len(pids) == 2
     await_death(*pids)
     if end == "exit":

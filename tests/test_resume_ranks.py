@@ -46,6 +46,11 @@ def hanging(running: Running, output: Path, hang: Path, after: str) -> list[psut
     return running.ranks()
 
 
+def all_end(ranks: list[psutil.Process]) -> bool:
+    _, running = psutil.wait_procs(ranks, timeout=30)
+    return not running
+
+
 @pytest.mark.parametrize("way", ["ddp", "zero3", "fsdp2"])
 def test_killed_or_stopped_ranks_resume_like_an_uninterrupted_run(way, model, tmp_path):
     """First, where ranks share one optimizer, all are killed while both write a checkpoint. Then rank 1 is killed:
@@ -67,7 +72,7 @@ def test_killed_or_stopped_ranks_resume_like_an_uninterrupted_run(way, model, tm
         ranks[1].kill()
         ended = running.wait(BOUND_S)
         assert ended.code != 0
-        assert not any(rank.is_running() for rank in ranks)
+        assert all_end(ranks)
     hang.unlink()
 
     steps = len(Checkpoints(output).all())
@@ -77,7 +82,7 @@ def test_killed_or_stopped_ranks_resume_like_an_uninterrupted_run(way, model, tm
         ended = running.wait(BOUND_S)
         assert ended.code != 0
         assert "To resume, run the same command" in ended.output
-        assert not any(rank.is_running() for rank in ranks)
+        assert all_end(ranks)
     hang.unlink()
 
     launch(*command, *RESUME, environment={"WHOLE": str(whole)})

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import math
 import os
 import random
 import signal
@@ -26,6 +27,7 @@ from arpo_trl.errors import CheckpointError, ConfigError, EngineError, Interrupt
 from arpo_trl.evaluation.callback import EvaluationCallback
 from arpo_trl.evaluation.runner import Evaluator
 from arpo_trl.logs.trajectories import read_trees
+from arpo_trl.training.ahead import RolloutsAhead
 from arpo_trl.training.rewards_ahead import Scored, score
 from arpo_trl.training.rows_ahead import RowsAhead, later_epochs
 from arpo_trl.training.samples_ahead import SamplesAhead
@@ -60,6 +62,18 @@ class OnStep(TrainerCallback):
         self.called(state.global_step)
 
 
+def all_are_sampled(made) -> None:
+    """Waits until all batches that were started are sampled and scored."""
+    if (ahead := made._ahead) is not None:
+        ahead._wait_until(lambda: all(batch.sampled for batch in list(ahead._batches.values())))
+
+
+def all_wait_for_rewards(made, batches: int) -> None:
+    """Waits until that many batches are sampled, and are scored or wait for it."""
+    while sum(len(batch.threads) for batch in list(made._ahead._batches.values())) < batches:
+        time.sleep(0.01)
+
+
 # Order ---------------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +95,7 @@ def test_the_next_rollout_runs_while_the_update_does(model_path, tmp_path):
 
     def compute_loss(*args, **kwargs):
         updating[0] += 1
-        assert all_sampled[min(updating[0] + 1, 2)].wait(20.0)
+        assert all_sampled[min(updating[0] + 1, 2)].wait(60.0)
         return compute(*args, **kwargs)
 
     engine.poll = poll_and_count
@@ -132,8 +146,7 @@ def test_rows_are_trained_in_the_order_of_a_run_without_rollouts_ahead(model_pat
 
 def test_staleness_grows_with_the_batches_ahead_and_rollouts_cross_epochs(model_path, tmp_path):
     made = make_trainer(model_path, tmp_path, rollouts_ahead=2, max_steps=14)
-    # Every turn of a batch is there before the next update: the script needs one poll a turn.
-    made.add_callback(OnStep(lambda step: made._ahead and time.sleep(0.1)))
+    made.add_callback(OnStep(lambda step: all_are_sampled(made)))  # every turn is there before the next update
     made.train()
     stale = [row["arpo/ahead/staleness_max"] for row in losses(made)]
     assert stale[:3] == [0.0, 1.0, 2.0]
@@ -189,7 +202,7 @@ def test_a_batch_scored_during_the_reading_of_another_gets_its_own_rewards(model
 
     def slow(self, *args, **kwargs):
         taking.set()
-        time.sleep(0.5)
+        all_are_sampled(self)
         return calculate(self, *args, **kwargs)
 
     def reward(completions, answer, log_metric, **_):
@@ -259,7 +272,7 @@ def test_stale_tokens_are_dropped_from_the_loss_and_counted(model_path, tmp_path
     made = make_trainer(
         model_path, tmp_path, rollouts_ahead=2, max_staleness=1, stale_tokens="drop", max_steps=4, log_completions=True
     )
-    made.add_callback(OnStep(lambda step: made._ahead and time.sleep(0.1)))
+    made.add_callback(OnStep(lambda step: all_are_sampled(made)))
     masks = []
     compute = made.compute_loss
 
@@ -285,32 +298,37 @@ def test_a_batch_without_a_token_in_the_loss_has_no_dropped_tokens(model_path, t
     assert [row["arpo/ahead/dropped"] for row in losses(made)] == [0.0, 0.0]
 
 
-def test_waits_and_transfers_are_logged_in_seconds(model_path, tmp_path):
+def test_waits_and_transfers_are_logged_in_seconds(model_path, tmp_path, monkeypatch):
     made = make_trainer(model_path, tmp_path, max_steps=4)
-    engine, compute, held_until = made.tree_sampler.engine, made.compute_loss, []
+    engine, compute, wait, waits_since = made.tree_sampler.engine, made.compute_loss, RolloutsAhead.wait, {}
     sync = engine.sync
 
+    def waiting(self, number):
+        waits_since[number] = time.monotonic()
+        return wait(self, number)
+
     def holds(request):
-        if request.key[0] // 2 == 0 and not held_until:
-            held_until.append(time.monotonic() + 0.5)
-        return request.key[0] // 2 == 0 and time.monotonic() < held_until[0]
+        return request.key[0] // 2 == 0 and time.monotonic() < waits_since.get(0, math.inf) + 0.3
 
     def compute_loss(*args, **kwargs):
-        time.sleep(0.5 * (made.state.global_step == 1))
+        if made.state.global_step == 1:
+            all_are_sampled(made)
+            time.sleep(0.3)
         return compute(*args, **kwargs)
 
     def slow_sync():
         time.sleep(0.2 * (made.state.global_step == 3))
         sync()
 
+    monkeypatch.setattr(RolloutsAhead, "wait", waiting)
     engine.holds, engine.sync, made.compute_loss = holds, slow_sync, compute_loss
     made.train()
     waited, waited_for, moved = (
         [row[f"arpo/ahead/{name}"] for row in losses(made)]
         for name in ("update_waited_s", "rollout_waited_s", "sync_s")
     )
-    assert waited[0] > 0.4  # the first batch is held
-    assert waited_for[0] == 0.0 and waited_for[2] > 0.4  # the third one is ready long before the second update ends
+    assert waited[0] >= 0.3  # the first batch is held
+    assert waited_for[0] == 0.0 and waited_for[2] >= 0.3  # the third one is ready before the second update ends
     assert moved[3] >= 0.2
 
 
@@ -408,7 +426,7 @@ def test_no_reward_is_called_after_one_failed(model_path, tmp_path):
 
     def reward(completions, **_):
         calls.append(len(completions))
-        time.sleep(0.5)  # meanwhile the other batches are sampled and wait for their rewards
+        all_wait_for_rewards(made, 3)
         raise ValueError("broken")
 
     made = make_trainer(model_path, tmp_path, reward_funcs=reward, rollouts_ahead=2)
@@ -420,16 +438,18 @@ def test_no_reward_is_called_after_one_failed(model_path, tmp_path):
 
 @pytest.mark.parametrize("where", ["engine", "tool", "reward", "evaluation", "update"])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(model_path, tmp_path, where, signum):
+def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(
+    model_path, tmp_path, monkeypatch, where, signum
+):
     """Wherever the run is: it waits for the engine, for a tool or a reward that hangs, or for these to evaluate."""
+    monkeypatch.setattr("arpo_trl.training.ahead.CLOSE_S", 0.5)  # seconds for a thread that hangs
     hang, there = threading.Event(), threading.Event()
 
     def reward(completions, answer, **_):
         if where == "reward":  # the other batches wait for their rewards
-            while sum(len(batch.threads) for batch in made._ahead._batches.values()) < 3:
-                time.sleep(0.01)
+            all_wait_for_rewards(made, 3)
             there.set()
-            hang.wait(60.0)
+            hang.wait(120.0)
         return by_length(completions)
 
     def search(query: str) -> str:
@@ -440,7 +460,7 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(m
         """
         if where in ("tool", "evaluation") and next(searched) > 12:  # 8 leaves a batch
             there.set()
-            hang.wait(60.0)
+            hang.wait(120.0)
         return "iron"
 
     searched = itertools.count()
@@ -470,7 +490,7 @@ def test_a_signal_ends_the_run_within_seconds_with_a_checkpoint_to_resume_from(m
     threading.Thread(target=signalled, daemon=True).start()
     with pytest.raises(Interrupted, match=r"is saved|No step was finished"):
         made.train()
-    assert time.monotonic() - sent[0] < 10.0
+    assert time.monotonic() - sent[0] < 60.0
     hang.set()
 
 
@@ -496,7 +516,7 @@ def test_a_checkpoint_is_resumed_with_the_same_rollouts_ahead(model_path, tmp_pa
 
 
 class StopsAfter(TrainerCallback):
-    """Sends SIGTERM some time after the beginning of a step of this process."""
+    """Sends SIGTERM some time after the beginning of a step of this process, at the latest two steps later."""
 
     def __init__(self, made, steps: int, seconds: float):
         self.made, self.steps, self.seconds = made, steps, seconds
@@ -504,19 +524,23 @@ class StopsAfter(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         self.steps -= 1
         if self.steps == 0:
-            stop = threading.Timer(self.seconds, setattr, (self.made._interrupts, "told", int(signal.SIGTERM)))
-            stop.start()
+            threading.Timer(self.seconds, self.stop).start()
+        elif self.steps == -2:
+            self.stop()
+
+    def stop(self):
+        self.made._interrupts.told = int(signal.SIGTERM)
 
 
 @pytest.mark.slow
 def test_no_row_is_lost_or_trained_twice_over_many_stops(model_path, tmp_path):
-    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment."""
+    """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment, after at most 7 steps."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
     make_trainer(model_path, tmp_path / "plain", **settings, rollouts_ahead=0).train()
     draw, stops, finished = random.Random(0), 0, False
     while not finished:
         made = make_trainer(model_path, tmp_path / "ahead", **settings, rollouts_ahead=2)
-        made.add_callback(StopsAfter(made, draw.choice([4, 7]), draw.random() * 0.2))
+        made.add_callback(StopsAfter(made, draw.choice([3, 5]), draw.random() * 0.2))
         try:
             made.train(resume_from_checkpoint=True)
             finished = True
@@ -567,10 +591,9 @@ def test_ranks_sample_ahead_independently_and_stop_and_resume_together(model_pat
         while "step 5\n" not in running.output():
             time.sleep(0.05)
         running.ranks()[1].send_signal(signal.SIGTERM)
-        sent = time.monotonic()
         stopped = running.wait()
         assert "is saved in" in stopped.output
-        assert time.monotonic() - sent < 30.0  # the launcher takes some of it
+        assert "forcefully exiting" not in stopped.output  # which the launcher says of a rank that does not end
     launch(*command, launcher=launcher)
     trained = [prompt for _, prompts in sorted(prompts_by_step(tmp_path).items()) for prompt in prompts]
     assert len(trained) == 48

@@ -146,7 +146,7 @@ def test_each_path_keeps_its_distribution_failures_included(fails):
 
 
 def test_a_timeout_is_shared_too():
-    release, executions = threading.Event(), []
+    began, release, executions = threading.Event(), threading.Event(), []
 
     def hang(text: str) -> str:
         """Hang.
@@ -155,11 +155,13 @@ def test_a_timeout_is_shared_too():
             text: Not used.
         """
         executions.append(text)
-        release.wait(5)
+        began.set()
+        release.wait(60)
         return text
 
     hang.depends_on_calls_only = True
     tree = sharing(paths(*[["<hang>x</hang>"]] * 3), [hang], leaves=3, at_root=3, timeout_s=0.05)().trees[0]
+    assert began.wait(60)  # on a busy machine the thread of the call may begin after its deadline
     release.set()
     assert executions == ["x"]
     assert [leaf.calls[0].failure for leaf in tree.leaves()] == [ToolFailure.TIMEOUT] * 3

@@ -145,7 +145,7 @@ def test_runs_with_vllm_in_the_trainers_process_train(models, data, tmp_path):
     words = []
     for config in ALONE:
         words += [config, *replaced(config, models, data, tmp_path / config), *NO_SLEEP, "--"]
-    forked.run([shipped.__file__, *words], cwd=ROOT, env=os.environ | VLLM, timeout=280)
+    forked.run([shipped.__file__, *words], cwd=ROOT, env=os.environ | VLLM, timeout=580)
     for config in ALONE:
         check(config, tmp_path / config)
 

@@ -591,11 +591,13 @@ def test_logps_come_as_a_triple_of_the_completions_width(trainer):
     logps, entropies, aux_loss = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, torch.ones_like(ids), 3, compute_entropy=True
     )
-    with trainer.accelerator.autocast():  # as TRL computes them
+    # As TRL computes them, up to bfloat16's rounding, which a CPU's kernels may do otherwise for other shapes
+    with trainer.accelerator.autocast():
         logits = trainer.model(ids).logits.float().log_softmax(-1)
     expected = logits[0, 1:4].gather(1, ids[0, 2:].unsqueeze(1)).squeeze(1)
-    assert torch.allclose(logps[0], expected, atol=1e-5)
-    assert torch.allclose(entropies[0], -(logits.exp() * logits).sum(-1)[0, 1:4], atol=1e-4)
+    assert torch.allclose(logps[0], expected, atol=1e-2)
+    assert torch.allclose(entropies[0], -(logits.exp() * logits).sum(-1)[0, 1:4], atol=1e-2)
+    assert (expected.diff().abs() > 0.1).all()  # each place has another
     assert aux_loss is None
 
 

@@ -301,7 +301,7 @@ def server(run: Path) -> Iterator[ViewServer]:
 
 
 def ask(server: ViewServer, path: str, **headers: str) -> Any:
-    with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=20) as answer:
+    with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=60) as answer:
         return json.loads(answer.read())
 
 
@@ -346,7 +346,7 @@ def test_a_page_that_is_closed_before_its_answer_leaves_no_traceback(
     @contextmanager
     def lock() -> Iterator[None]:
         asked.set()
-        assert closed.wait(20.0)
+        assert closed.wait(60.0)
         yield
 
     def shutdown_request(request: Any) -> None:  # the last thing that the thread of a request does
@@ -358,10 +358,10 @@ def test_a_page_that_is_closed_before_its_answer_leaves_no_traceback(
         patched.setattr(server, "shutdown_request", shutdown_request)
         with socket.create_connection(server.server_address[:2]) as page:
             page.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1:1\r\n\r\n")
-            assert asked.wait(20.0)
+            assert asked.wait(60.0)
             page.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset
         closed.set()
-        assert ended.wait(20.0)
+        assert ended.wait(60.0)
     assert capsys.readouterr().err == ""
     assert ask(server, "changes")["files"]
 

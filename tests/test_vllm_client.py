@@ -101,7 +101,7 @@ def serve():
 
 
 def client(url: str) -> ServerClient:
-    return ServerClient(url, timeout_s=5.0)
+    return ServerClient(url, timeout_s=60.0)
 
 
 class Arrived:
@@ -122,7 +122,7 @@ class Arrived:
         self.restored += 1
 
 
-def engine(url, *, away_s=5.0, request_s=5.0) -> VLLMServerEngine:
+def engine(url, *, away_s=60.0, request_s=60.0) -> VLLMServerEngine:
     return VLLMServerEngine(
         tokenizer(),
         SamplingParams(eos_ids=(EOS,)),
@@ -160,12 +160,12 @@ def test_a_taken_port_is_named(serve):
     with pytest.raises(
         ConfigError, match=rf"{url} answers /health with 404, so it is not a vLLM server.* free the port"
     ):
-        client(url).wait(5.0)
+        client(url).wait(60.0)
 
 
 def test_a_server_that_is_still_loading_is_waited_for(serve):
     url, seen = serve(health=lambda number: (503, {}) if number < 2 else {})
-    client(url).wait(30.0)
+    client(url).wait(60.0)
     assert len(seen) == 3
 
 
@@ -285,9 +285,11 @@ def test_a_server_that_stays_away_is_named_after_the_deadline(serve):
 
 
 def test_a_server_that_never_answers_is_named_after_the_deadline(serve):
-    url, _ = serve(v1__completions=lambda number: (time.sleep(3), COMPLETION)[1])
+    ended = threading.Event()
+    url, _ = serve(v1__completions=lambda number: (ended.wait(120), COMPLETION)[1])
     with pytest.raises(EngineError, match=rf"{url} has not answered a request .* vllm_request_timeout_s"):
         write(engine(url, request_s=0.5))
+    ended.set()
 
 
 @pytest.mark.parametrize(
@@ -361,11 +363,11 @@ def test_logprobs_are_compared_after_each_sync(serve, theirs, message):
 
 def moving(url, folder, **settings) -> ServedWeights:
     """Weights of a tiny model that move over the disk."""
-    made = ServerClient(url, timeout_s=5.0)
+    made = client(url)
     facts, accelerator = check_server(made, tokenizer(), 2), Accelerator(cpu=True)
     transfer = DiskTransfer(tiny_model(), accelerator, tokenizer(), folder, [facts])
     return ServedWeights(
-        [made], [facts], transfer, accelerator, lambda: 1, lambda ids: [-1.0], [5, 6], 0.05, away_s=5.0, **settings
+        [made], [facts], transfer, accelerator, lambda: 1, lambda ids: [-1.0], [5, 6], 0.05, away_s=60.0, **settings
     )
 
 
@@ -408,18 +410,20 @@ def test_a_server_that_every_load_kills_is_not_waited_for_for_ever(serve, tmp_pa
 def test_a_signal_ends_the_wait_for_a_server_that_gets_weights(serve, tmp_path, server):
     def load(number):
         loading.set()
-        return time.sleep(4) if server == "hangs" else None
+        if server == "hangs":
+            ended.wait(120)
 
     def check():
         if loading.is_set():
             raise Interrupted(signal.SIGTERM)
 
-    loading = threading.Event()
+    loading, ended = threading.Event(), threading.Event()
     url, _ = serve(collective_rpc=load, health=(503, {}))
     start = time.monotonic()
     with pytest.raises(Interrupted):
         moving(url, tmp_path, check=check).sync()
-    assert time.monotonic() - start < 2.0
+    ended.set()
+    assert time.monotonic() - start < 40.0
 
 
 def test_a_restarted_server_that_is_killed_again_while_it_gets_its_weights_gets_them_later(serve):

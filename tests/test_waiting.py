@@ -31,6 +31,7 @@ def test_an_index_that_is_slow_to_build_shows_bars_on_the_first_rank(
 ) -> None:
     path = tmp_path / "passages.jsonl"
     path.write_text("".join(json.dumps(f"iron {i}") + "\n" for i in range(3)), "utf-8")
+    monkeypatch.setattr(waiting, "BAR_AFTER_S", 60.0)
     LocalIndex.open(path)
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(waiting, "BAR_AFTER_S", 0.0)
