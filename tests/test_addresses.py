@@ -30,6 +30,8 @@ def test_addresses_of_servers(url):
         ("http://me:hun/ter2@h", "It is not a valid URL"),
         (5, "It is not a valid URL"),
         (None, "It is not a valid URL"),
+        ("http://h/\u202ev1", "It has an invisible character"),
+        ("http://h/v1\U000e0041", "It has an invisible character"),
         ("http://me@h", "It has a user name or password"),
         ("http://me:hunter2@h", "It has a user name or password"),
         ("http://:@h", "It has a user name or password"),

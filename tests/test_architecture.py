@@ -108,3 +108,18 @@ def test_modules_log_only_through_the_filter_for_hostile_text() -> None:
         or (isinstance(node, ast.Call) and ast.unparse(node) in ("logging.getLogger(__name__)", "getLogger(__name__)"))
     ]
     assert found == []
+
+
+PRINTING = {"visible", "tools.python.cell", "tools.python.worker", "tools.visit.worker"}
+"""`say` itself, and programs whose standard output is a result for another process."""
+
+
+def test_modules_print_only_through_the_filter_for_hostile_text() -> None:
+    found = [
+        f"{module}: {ast.unparse(node)}"
+        for module, tree in modules()
+        if module not in PRINTING
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("print", "sys.stdout.write", "sys.stderr.write")
+    ]
+    assert found == []

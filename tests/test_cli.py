@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -178,6 +179,14 @@ def test_a_display_error_is_one_line_and_status_2(monkeypatch, capsys, log, tmp_
     assert (status, out) == (2, "")
     assert err.startswith("DataError: ") and message in err
     assert err.count("\n") == 1
+
+
+def test_a_runs_name_does_not_steer_the_terminal(monkeypatch, capsys, tmp_path, log):
+    run_folder = tmp_path / "a\x1b[2J\u202e"
+    shutil.copytree(log.parent, run_folder / "trajectories")
+    status, out, _ = run(monkeypatch, capsys, "tree", str(run_folder))
+    assert status == 0
+    assert f"arpo-trl tree {tmp_path}/a␛[2J‹U+202E› --step" in out
 
 
 def test_tree_passes_nothing_on_that_steers_the_terminal(monkeypatch, capsys, log):

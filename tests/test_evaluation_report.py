@@ -98,6 +98,16 @@ def test_hidden_characters_are_symbols_in_both_reports():
     assert r"gold ‹U\+202E›‹U\+009B›2J␛\[2J" in text  # as `cell` writes it
 
 
+def test_hidden_characters_in_the_name_of_a_benchmark_are_symbols_too():
+    records = [record(0, 1.0, question="what is seen")]
+    results, (first, *_) = results_of(*records), pages_of(*records)
+    hidden = "mine\x1b[2J\u202e"  # the name of a file of questions
+    for part in ("benchmarks", "system_prompts"):
+        results[part] = {hidden: results[part]["gsm8k"]}
+    page = report.html(results, {hidden: dataclasses.replace(first, benchmark=hidden)})
+    assert "what is seen" in page and not {"\x1b", "\u202e"} & {*page}
+
+
 def test_whatever_a_model_wrote_is_text_on_the_page():
     page = Page(page_of(*varied()))
     assert page.open == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import socket
 import threading
 import time
@@ -14,7 +15,15 @@ from typing import Any
 import httpx
 import pytest
 
-from arpo_trl.net.http_client import MAX_JSON_BYTES, MAX_PIECES, RequestFailed, _retry_after_s, fetch, fetch_json
+from arpo_trl.net.http_client import (
+    MAX_JSON_BYTES,
+    MAX_PIECES,
+    RequestFailed,
+    _client_of,
+    _retry_after_s,
+    fetch,
+    fetch_json,
+)
 from loopback import Loopback, Reply
 
 
@@ -87,6 +96,15 @@ def test_what_is_no_http_is_a_failed_connection() -> None:
         threading.Thread(target=babble, daemon=True).start()
         with pytest.raises(RequestFailed, match="the connection failed"):
             fetch(httpx.Request("GET", f"http://127.0.0.1:{listener.getsockname()[1]}/"), timeout_s=60)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_no_cookie_is_kept(pooled: bool) -> None:
+    with Loopback(lambda asked: Reply("x", headers={"Set-Cookie": f"c{len(asked.path)}=1; Path=/"})) as server:
+        for path in ("/a", "/bc"):
+            request = httpx.Request("GET", server.url + path)
+            fetch(request, timeout_s=5, max_bytes=10, pooled=pooled)
+    assert len(_client_of(os.getpid(), pooled).cookies.jar) == 0
 
 
 def test_redirects_are_not_followed() -> None:

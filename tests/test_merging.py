@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 
 import pytest
@@ -105,6 +106,27 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
     output.mkdir()
     with pytest.raises(ConfigError, match=r"merged exists\. Pass a new folder"):
         merge_adapter(str(adapter), output)
+
+
+@pytest.mark.parametrize(
+    ("of", "file", "content", "error", "message"),
+    [
+        ("adapter", "adapter_config.json", b"[" * 5000, DataError, "is not an adapter"),
+        ("adapter", "adapter_model.safetensors", b"PK", DataError, "does not fit its base model"),
+        ("adapter", "tokenizer.json", b"null", ConfigError, "The tokenizer of .* cannot be loaded"),
+        ("adapter", "tokenizer_config.json", b"\xff\xfe", ConfigError, "The tokenizer of .* cannot be loaded"),
+        ("base", "config.json", b"[" * 5000, DataError, "The base model .* cannot be loaded"),
+        ("base", "model.safetensors", b"", DataError, "The base model .* cannot be loaded"),
+    ],
+)
+def test_a_broken_file_is_an_error_of_the_model_that_it_belongs_to(
+    base, adapter, tmp_path, of, file, content, error, message
+):
+    copied = shutil.copytree(base, tmp_path / "base")
+    ({"base": copied, "adapter": adapter}[of] / file).write_bytes(content)
+    with pytest.raises(error, match=message):
+        merge_adapter(str(adapter), tmp_path / "merged", base=str(copied))
+    assert not (tmp_path / "merged").exists()
 
 
 def test_another_models_adapter_is_refused(adapter, tmp_path):

@@ -39,6 +39,19 @@ def test_what_an_earlier_run_left_is_refused(tmp_path, name, found, resume):
     assert ("resume_from_checkpoint" in str(raised.value)) == (found == "checkpoint-2")
 
 
+@pytest.mark.parametrize("resume", [["x"], {"a": 1}, 5, 1e400])
+def test_a_checkpoint_that_is_no_name_is_refused(tmp_path, resume):
+    with pytest.raises(ConfigError, match=r"resume_from_checkpoint is .*; expected true, false or a checkpoint"):
+        prepare(tmp_path, resume)
+
+
+def test_a_name_that_no_folder_can_have_is_refused(tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for output, resume in ((tmp_path, "a\0b"), (tmp_path, str(tmp_path / "loop")), (tmp_path / ("x" * 300), None)):
+        with pytest.raises(ConfigError, match=r"cannot be read: .*Check the names"):
+            prepare(output, resume)
+
+
 def test_the_newest_checkpoint_is_named_and_not_the_last_by_name(tmp_path):
     with pytest.raises(ConfigError, match="contains checkpoint-10 of an earlier run"):
         prepare(fill(tmp_path, "checkpoint-2/a", "checkpoint-10/a", "checkpoint-best/a"))

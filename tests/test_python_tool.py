@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ import arpo_trl.tools.python.sandbox as sandbox_module
 from arpo_trl.errors import ConfigError, SandboxError, ToolError, ToolStopped
 from arpo_trl.tools.builtin import ToolArguments, _print_once, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
+from arpo_trl.tools.python import namespaces as python_namespaces
 from arpo_trl.tools.python.local import PastCells, PythonTool, python_tool, stop_reason
 from arpo_trl.tools.python.local import shown as displayed
 from arpo_trl.tools.python.sandbox import (
@@ -376,8 +378,39 @@ def test_threads_are_limited(worker: Worker) -> None:
         for i in range({}): threading.Thread(target=time.sleep, args=({},)).start()
         """
     assert run(worker, many.format(40, 0.3)) == ""
-    assert worker.run(textwrap.dedent(many.format(200, 50))).ending is Ending.THREADS
+    assert worker.run(textwrap.dedent(many.format(150, 50))).ending is Ending.THREADS
     assert run(worker, "print('next')") == "next\n"
+
+
+def test_the_kernel_refuses_threads_that_are_not_counted_in_time(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sandbox_module, "_CHECK_THREADS_S", 60.0)
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    if worker.tier is not Tier.NAMESPACES and not sandbox_module._most_threads(worker.tier, LIMITS):
+        return  # the trainer is not root
+    if worker.tier is Tier.NAMESPACES and os.geteuid() == 0 and 0 <= hard < python_namespaces._MANY_PROCESSES:
+        return
+    code = """
+        import _thread, threading
+        threading.stack_size(64 << 10)
+        held, started = _thread.allocate_lock(), 0
+        held.acquire()
+        try:
+            for _ in range(1000):
+                _thread.start_new_thread(held.acquire, ())
+                started += 1
+        except RuntimeError as error:
+            print(started, error)
+        """
+    number, error = run(worker, code).split(" ", 1)
+    # four times the limit of 64; the call itself is one, and under namespaces the worker and its parent are two
+    assert (int(number), error) == (253 if worker.tier is Tier.NAMESPACES else 255, "can't start new thread\n")
+
+
+def test_a_call_may_ask_for_the_rights_of_its_own_files(worker: Worker) -> None:
+    code = "import os\nopen('f', 'w').close()\nprint(os.access('.', os.W_OK), os.access('f', os.W_OK))"
+    assert run(worker, code) == "True True\n"
 
 
 def test_threads_created_without_python_are_limited(worker: Worker) -> None:
@@ -429,7 +462,7 @@ def test_bytes_written_to_files_that_are_removed_count(worker: Worker) -> None:
 
 def test_a_call_beyond_a_limit_returns_an_error_text(tool: PythonTool) -> None:
     many = "import threading, time\nthreading.stack_size(64 << 10)\nprint('before')\n"
-    many += "for i in range(200): threading.Thread(target=time.sleep, args=(50,)).start()"
+    many += "for i in range(150): threading.Thread(target=time.sleep, args=(50,)).start()"
     with pytest.raises(ToolStopped) as caught:
         tool(many)
     assert str(caught.value) == "before\nError: stopped, the code ran more than 64 threads"
@@ -524,9 +557,17 @@ def test_code_of_other_calls_is_not_in_memory(worker: Worker) -> None:
     assert run(worker, code) == "0\n"
 
 
-def test_the_pipe_that_calls_share_is_blocking_again_at_the_next_call(worker: Worker) -> None:
-    run(worker, "import os\nos.set_blocking(1, False)")
-    assert run(worker, "import os\nprint(os.get_blocking(1))") == "True\n"
+def test_each_call_has_its_own_pipe(worker: Worker) -> None:
+    # F_SETPIPE_SZ, F_GETPIPE_SZ; the filter of an isolated call refuses both, and only the unsafe tier can try
+    change = "import fcntl, os\nos.set_blocking(1, False)\ntry: fcntl.fcntl(1, 1031, 1 << 17)\nexcept OSError: pass"
+    look = "import fcntl, os\nsize = 1 << 16\ntry: size = fcntl.fcntl(1, 1032)\nexcept OSError: pass"
+    run(worker, change)
+    assert run(worker, f"{look}\nprint(os.get_blocking(1), os.get_blocking(2), size)") == "True True 65536\n"
+
+
+def test_a_call_that_closes_its_output_goes_on(worker: Worker) -> None:
+    ran = worker.run("import os, time\nprint('before', flush=True)\nos.close(1); os.close(2)\ntime.sleep(0.2)")
+    assert (ran.output, ran.ending) == ("before\n", Ending.FINISHED)
 
 
 def test_a_worker_keeps_step_through_calls_that_end_in_every_way(worker: Worker) -> None:

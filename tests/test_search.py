@@ -167,10 +167,12 @@ def test_an_index_of_another_version_is_refused_with_the_remedy(tmp_path: Path, 
         LocalIndex.open(tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # numpy leaves a broken file open
 @pytest.mark.parametrize("file", ["passages.txt", "passage_ends.npy", "data.csc.index.npy", "vocab.index.json"])
 def test_an_incomplete_index_is_refused(tmp_path: Path, index: LocalIndex, file: str) -> None:
     index.save(tmp_path)
-    for damage in (lambda: (tmp_path / file).write_bytes(b"x"), lambda: (tmp_path / file).unlink()):
+    path = tmp_path / file
+    for damage in (lambda: path.write_bytes(b"x"), lambda: path.write_bytes(b"PK\x03\x04"), path.unlink):
         damage()
         with pytest.raises(DataError, match="is an incomplete search index"):
             LocalIndex.load(tmp_path)

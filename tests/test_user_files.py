@@ -127,6 +127,17 @@ def test_yaml_may_be_nested_as_deep(tmp_path, depth):
     assert yaml.safe_dump(read_yaml(tmp_path / "a.yaml"))
 
 
+def test_aliases_cannot_turn_a_short_yaml_file_into_billions_of_values(tmp_path):
+    path = tmp_path / "a.yaml"
+    levels = [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)]  # 2⁵⁹ lists
+    path.write_text("\n".join(["a0: &a0 [1]", *levels]))
+    with pytest.raises(DataError, match=r"a\.yaml: it has more than 100,000 values on one level. Check its aliases"):
+        read_yaml(path)
+    path.write_text("a: &a [*a]")  # a list that contains itself
+    with pytest.raises(DataError, match=r"a\.yaml: lists and mappings are nested more than 100 deep"):
+        read_yaml(path)
+
+
 @pytest.mark.parametrize("text", ["a: 2025-13-45", "a: [", "? [a]\n: b", "a: !!python/object:os.system x", "\x07"])
 def test_invalid_yaml_names_the_file(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)

@@ -2,13 +2,15 @@
 
 import io
 import logging
+import sys
 
 import pytest
 from accelerate import PartialState
 
+from arpo_trl import cli
 from arpo_trl.cli import report_errors
 from arpo_trl.errors import DataError, ToolError, ToolUnavailable
-from arpo_trl.visible import get_logger, get_rank_logger, visible, visible_data, without_credentials
+from arpo_trl.visible import get_logger, get_rank_logger, say, visible, visible_data, without_credentials
 
 OSC_52 = "\x1b]52;c;Y3VybA==\x07"  # fills the clipboard
 HOSTILE = f"a{OSC_52}\x1b[2J\x9b31m\u202eb\u2066\u200bc"
@@ -29,7 +31,7 @@ def test_delete_and_every_c1_control_is_a_symbol():
     "code",
     [
         *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C,  # the order of reading
-        0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0x00AD, 0x034F, 0x115F, 0x3164, 0xFFA0, 0x180E,  # no ink
+        0x200B, 0x200C, 0x200D, 0x2060, 0xFEFF, 0x00AD, 0x034F, 0x115F, 0x2065, 0x3164, 0xFFA0, 0x180E,  # no ink
         0x2028, 0x2029,  # more lines than there seem to be
         0xFE00, 0xE0001, 0xE0041, 0xE0100, 0xE0FFF,  # text within text
         0xFFF9, 0xD800, 0xDFFF,  # notes between the lines, halves of characters
@@ -65,6 +67,26 @@ def test_an_error_that_ends_a_command_cannot_steer_the_terminal(capsys):
     assert capsys.readouterr().err == f"DataError: {SHOWN}\n"
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(["tree", "x", "--\x1b[2J"], ["tree", "x", "\x1b[2J"], ["view", "x", "--leaves", HOSTILE]),
+        *([HOSTILE], ["ask", "x", "q", "a\ufe00"]),
+    ],
+)
+def test_an_error_about_the_words_of_a_command_cannot_either(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["arpo-trl", *words])
+    with pytest.raises(SystemExit, match="2"):
+        cli.main()
+    said = capsys.readouterr().err
+    assert said == visible(said) and "error: " in said
+
+
+def test_what_a_command_says_cannot_steer_the_terminal_and_has_no_key(capsys):
+    say(f"{HOSTILE} at http://me:hunter2@host/v1?key=abc and b\udcff.jsonl")
+    assert capsys.readouterr().out == f"{SHOWN} at http://host/v1 and b‹U+DCFF›.jsonl\n"
+
+
 @pytest.mark.parametrize("get", [get_logger, get_rank_logger])
 def test_a_message_of_our_loggers_cannot_steer_the_terminal(get):
     PartialState()  # accelerate's loggers need it
@@ -92,6 +114,9 @@ def test_a_message_of_our_loggers_cannot_steer_the_terminal(get):
         ("http://a@b@host", "http://host"),
         ("GET https://host/mcp?api_key=hunter2&b=1: 401", "GET https://host/mcp 401"),
         ("http://[::1]:8000/v1 or http://host:80/@someone", "http://[::1]:8000/v1 or http://host:80/@someone"),
+        ("http:/me:hunter2@host/x.json has no", "http:/host/x.json has no"),  # as pathlib writes it
+        ("https:/host/x.json?key=hunter2", "https:/host/x.json"),
+        ("C:/Users/me@home", "C:/Users/me@home"),
         ("what is a@b? see http", "what is a@b? see http"),
         ("https://medium.com/@someone, is it?", "https://medium.com/@someone, is it?"),
     ],

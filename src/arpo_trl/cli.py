@@ -19,6 +19,7 @@ from arpo_trl.common.noise import hide_noise
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
 from arpo_trl.viewing.command import add_commands as add_viewing_commands
+from arpo_trl.visible import say
 
 if TYPE_CHECKING:
     from arpo_trl.tools.search.cache import SearchCache
@@ -50,13 +51,13 @@ def report_errors(main: Callable[[], T]) -> Callable[[], T]:
         try:
             return main()
         except ArpoError as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+            say(f"{type(error).__name__}: {error}", to=sys.stderr)
             raise SystemExit(2) from None
         except Interrupted as interrupted:
             from arpo_trl.runs.interrupts import leave
 
             if os.environ.get("RANK", "0") == "0":
-                print(interrupted, file=sys.stderr)
+                say(str(interrupted), to=sys.stderr)
             leave(interrupted.exit_status)
 
     return wrapped
@@ -323,7 +324,7 @@ def parse_evaluation(words: Sequence[str]) -> tuple[Any, Any]:
     if found is None:
         return settings, tool_arguments
     settings, tool_arguments = parse_settings((EvalSettings, ToolArguments), words, found.values, usage=EVAL_USAGE)
-    print(f"{run}: {found.summary(vars(settings) | vars(tool_arguments))}", file=sys.stderr)
+    say(f"{run}: {found.summary(vars(settings) | vars(tool_arguments))}", to=sys.stderr)
     return settings, tool_arguments
 
 
@@ -339,7 +340,7 @@ def _index(arguments: argparse.Namespace) -> None:
 
     index = LocalIndex.open(arguments.passages)
     index.save(arguments.folder)
-    print(f"{len(index):,} passages indexed in {arguments.folder}")
+    say(f"{len(index):,} passages indexed in {arguments.folder}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -353,10 +354,10 @@ def _merge(arguments: argparse.Namespace) -> None:
     merge_adapter(
         arguments.adapter, arguments.output, base=arguments.base, dtype=arguments.dtype, repo_id=arguments.push_to_hub
     )
-    print(f"Merged model saved in {arguments.output}")
+    say(f"Merged model saved in {arguments.output}")
     if arguments.push_to_hub is not None:
         commit = push_snapshot(repo_id, Snapshot(run=arguments.output, model=arguments.output), message="Merged model")
-        print(f"Pushed: {commit.commit_url}")
+        say(f"Pushed: {commit.commit_url}")
 
 
 def _push(arguments: argparse.Namespace) -> None:
@@ -366,7 +367,7 @@ def _push(arguments: argparse.Namespace) -> None:
     private = True if arguments.private else None
     table = None if arguments.evaluation is None else saved_table(arguments.evaluation)
     for url in push_run(arguments.run, arguments.repo, arguments.trajectories, evaluation=table, private=private):
-        print(f"Pushed: {url}")
+        say(f"Pushed: {url}")
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -388,11 +389,11 @@ def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
 
     match arguments.action:
         case "stats":
-            print(json.dumps(cache.stats(), indent=2))
+            say(json.dumps(cache.stats(), indent=2))
         case "export":
             count = cache.export_json(arguments.file, arguments.provider)
-            print(f"{count:,} queries written to {arguments.file}")
+            say(f"{count:,} queries written to {arguments.file}")
         case "import":
             parameters = PROVIDERS.get(arguments.provider).parameters(arguments.top_k)
             count = cache.import_json(arguments.file, arguments.provider, parameters)
-            print(f"{count:,} queries imported from {arguments.file}")
+            say(f"{count:,} queries imported from {arguments.file}")

@@ -15,7 +15,7 @@ from trl import GRPOConfig
 
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.settings import Range, ToolLimits, check_fields, described
-from arpo_trl.common.user_files import read_json
+from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.addresses import check_server_url
 from arpo_trl.options import (
@@ -91,14 +91,14 @@ def refuse_missing_deepspeed_config(args: TrainingArguments) -> None:
     the next model it loads.
 
     Raises:
-        ConfigError: The file does not exist, or is not JSON.
+        ConfigError: The file does not exist, or is not a JSON object.
     """
     path = args.deepspeed
     if isinstance(path, str) and path.endswith(".json") and not os.path.exists(path):
         raise ConfigError(f"deepspeed is {path!r}, but there is no such file. Check the path of the DeepSpeed config.")
     if isinstance(path, str) and os.path.isfile(path):
         try:
-            read_json(Path(path))
+            expect(read_json(Path(path)), dict, path)
         except DataError as error:
             raise ConfigError(f"deepspeed is {path!r}, which is no DeepSpeed config. {error}") from error
 

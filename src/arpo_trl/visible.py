@@ -12,7 +12,7 @@ import logging
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from accelerate.logging import MultiProcessAdapter
@@ -21,9 +21,15 @@ _LAYOUT = "\n\t"
 _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Controls, format characters (bidirectional controls, joiners, tags), lone surrogates, line and paragraph
 separators."""
-_BLANKS = frozenset((0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0))
-"""Letters and marks without a visible glyph."""
-_BLANK_RANGES = (range(0x180B, 0x1810), range(0xFE00, 0xFE0E), range(0xFFF0, 0xFFF9), range(0xE0000, 0xE1000))
+_BLANKS = frozenset((0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x3164, 0xFFA0))
+"""Letters, marks and a reserved number without a visible glyph."""
+_BLANK_RANGES = (
+    range(0x180B, 0x1810),
+    range(0x2065, 0x2066),
+    range(0xFE00, 0xFE0E),
+    range(0xFFF0, 0xFFF9),
+    range(0xE0000, 0xE1000),
+)
 """Variation selectors (except those for text and emoji), tags, and the ranges reserved for more of them."""
 
 
@@ -66,22 +72,32 @@ def visible_data(value: Any) -> Any:
     return value
 
 
-_USER = re.compile(r"(?<=://)(?:[^\s/?#@]*@)+|(?<=://)[^\s/?#@:\[]*:(?!\d+(?:[/?#]|$))[^\s@]{0,2000}@")
-"""User name and password. In the second form the password contains a slash, question mark or hash.
+_USER = re.compile(r"(?<=:/)(/?)(?:(?:[^\s/?#@]*@)+|[^\s/?#@:\[]*:(?!\d+(?:[/?#]|$))[^\s@]{0,2000}@)")
+"""User name and password. In the second form the password contains a slash, question mark or hash. A path that was
+made from a URL has only one slash.
 
 Lengths are bounded, because hostile text may contain many ://, and a search from each one to the end would be slow.
 """
-_QUERY = re.compile(r"(?<=://)([^\s?#'\"<>]{1,2000})\?[^\s#'\"<>]+")
+_QUERY = re.compile(r"(?<=:/)([^\s?#'\"<>]{1,2000})\?[^\s#'\"<>]+")
 
 
 def without_credentials(text: str) -> str:
     """Return `text` without the user name, password and query of each URL in it, even of malformed URLs."""
-    return _QUERY.sub(r"\1", _USER.sub("", text))
+    return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
 def for_people(text: str) -> str:
     """Return the message `text` in a form that is safe to print and log."""
     return without_credentials(visible(text))
+
+
+def say(text: str, *, to: TextIO | None = None) -> None:
+    """Print the message `text` in the form of `for_people`, and flush.
+
+    Args:
+        to: The stream. Default: standard output.
+    """
+    print(for_people(text), file=to, flush=True)
 
 
 def get_logger(name: str) -> logging.Logger:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
 from arpo_trl.cli import parse_evaluation
+from arpo_trl.common.flags import VisibleParser
 from arpo_trl.common.waiting import say_loading
 
 ENTROPY_TOKENS = 20
@@ -14,7 +14,7 @@ ENTROPY_TOKENS = 20
 
 
 def main(words: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = VisibleParser(
         prog="arpo-trl ask",
         usage='arpo-trl ask RUN "QUESTION" [options of arpo-trl eval]',
         allow_abbrev=False,  # the remaining words are options of the evaluation

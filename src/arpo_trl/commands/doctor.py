@@ -13,6 +13,7 @@ from pathlib import Path
 
 from arpo_trl.common.flags import CommandParser
 from arpo_trl.errors import ArpoError
+from arpo_trl.visible import say
 
 GB = 1e9
 LEAST_MEMORY_GB, LEAST_DISK_GB = 2, 2
@@ -54,7 +55,7 @@ def main(words: Sequence[str]) -> int:
     worst = 0
     for check in CHECKS:
         for finding in check():
-            print(f"{finding.verdict:<5}  {finding.subject:<18} {finding.text}", flush=True)
+            say(f"{finding.verdict:<5}  {finding.subject:<18} {finding.text}")
             worst = max(worst, int(finding.verdict is Verdict.BAD))
     return worst
 

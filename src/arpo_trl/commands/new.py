@@ -13,6 +13,7 @@ from arpo_trl.commands.project.my_tools import CAPITALS, lookup
 from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
+from arpo_trl.visible import say
 
 TEMPLATE = Path(__file__).with_name("project")
 DEMONSTRATIONS, STEPS = 600, 250
@@ -35,15 +36,12 @@ def main(words: Sequence[str]) -> int:
     demonstrations = make_demonstrations(seed=0)
     _write_lines(folder / "questions.jsonl", make_questions())
     _write_lines(folder / "demonstrations.jsonl", demonstrations)
-    print(
-        "Makes a project, and trains a tiny model for it on the format of calls and answers, in about half a minute.",
-        flush=True,
-    )
+    say("Makes a project, and trains a tiny model for it on the format of calls and answers, in about half a minute.")
     say_loading("arpo-trl new")
     from arpo_trl.quickstart.taught import save_taught_model
 
     save_taught_model(folder / "model", _texts(), demonstrations, STEPS)
-    print(
+    say(
         f"{folder} is ready. Next:\n\n    cd {folder}\n    arpo-trl train --config config.yaml\n\nSee README.md for "
         f"more."
     )

@@ -8,13 +8,23 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from arpo_trl.visible import for_people
+
 NUMBERS = {"int": "an integer", "float": "a number"}
 """The name of a type in argparse's messages → the expected value."""
 NEAR = 0.8
 """Names with at least this similarity (difflib) count as misspellings of each other."""
 
 
-class CommandParser(argparse.ArgumentParser):
+class VisibleParser(argparse.ArgumentParser):
+    """argparse's parser. Its errors, which quote the words of the command, are safe to print."""
+
+    def error(self, message: str) -> NoReturn:
+        """Like argparse's, with symbols for control characters and without credentials."""
+        super().error(for_people(message))
+
+
+class CommandParser(VisibleParser):
     """argparse's parser without abbreviated flags. Its error for an unknown flag names the nearest flag.
 
     An abbreviation would change its meaning, or lose it, as soon as another flag begins in the same way.

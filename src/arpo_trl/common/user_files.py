@@ -18,6 +18,8 @@ from arpo_trl.errors import DataError
 MAX_DEPTH = 100
 """The maximum nesting of lists and mappings. Beyond several hundred levels Python can neither compare nor print
 them."""
+MAX_ALIASED = 100_000
+"""The maximum number of values on one level of a YAML file. Aliases (*name) can turn a short file into billions."""
 
 Shape = type | UnionType | list[Any] | dict[str, Any]
 """A shape for `expect`: a type; `[shape]`, a list of values of that shape; or `{key: shape}`, a mapping with at least
@@ -86,7 +88,7 @@ def read_yaml(path: Path) -> Any:
         raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     except RecursionError as error:
         raise _too_deep(str(path)) from error
-    _check_depth(value, str(path))
+    _check_depth(value, str(path), most=MAX_ALIASED)
     return value
 
 
@@ -148,13 +150,15 @@ def _too_deep(where: str) -> DataError:
     return DataError(f"{where}: lists and mappings are nested more than {MAX_DEPTH} deep. Flatten them.")
 
 
-def _check_depth(value: Any, where: str) -> None:
+def _check_depth(value: Any, where: str, most: int | None = None) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         parts = (each.values() if isinstance(each, dict) else each for each in level if isinstance(each, dict | list))
         level = [item for part in parts for item in part]
         if not level:
             return
+        if most is not None and len(level) > most:
+            raise DataError(f"{where}: it has more than {most:,} values on one level. Check its aliases (*name).")
     raise _too_deep(where)
 
 

@@ -9,6 +9,8 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from arpo_trl.visible import say
+
 T = TypeVar("T")
 
 BAR_AFTER_S = 5.0
@@ -18,7 +20,7 @@ BAR_AFTER_S = 5.0
 def say_loading(program: str) -> None:
     """Prints to standard error that `program` imports PyTorch and TRL."""
     if is_first_rank():
-        print(f"{program}: loading PyTorch and TRL …", file=sys.stderr, flush=True)
+        say(f"{program}: loading PyTorch and TRL …", to=sys.stderr)
 
 
 def bar(items: Iterable[T], what: str, unit: str) -> Iterable[T]:

@@ -91,8 +91,8 @@ def _value(record: Record, metrics: Mapping[str, str | None]) -> float | None:
 
 def html(results: Mapping[str, Any], first_pages: Mapping[str, SamplePage]) -> str:
     """Return the report as an HTML page, with the first page of each benchmark's samples."""
-    shown = {name: visible_data(page.samples) for name, page in first_pages.items()}
-    pages = {name: page.files for name, page in first_pages.items()}
+    shown = {visible(name): visible_data(page.samples) for name, page in first_pages.items()}
+    pages = {visible(name): page.files for name, page in first_pages.items()}
     return _template("report.html.jinja").render(
         results=visible_data(results), samples=shown, pages=pages, metric_names=METRIC_NAMES
     )

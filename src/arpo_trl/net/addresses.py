@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.visible import visible
 
 
 def check_server_url(url: Any, subject: str, key_variable: str | None, *, may_have_query: bool = False) -> None:
@@ -34,6 +35,8 @@ def _fault(url: Any, may_have_query: bool) -> str | None:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, TypeError, ValueError):
         return "It is not a valid URL"
+    if visible(url) != url:
+        return "It has an invisible character"
     if parsed.userinfo:
         return "It has a user name or password"
     if parsed.scheme not in ("http", "https") or not parsed.host or any(char.isspace() for char in url):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 
 import httpx
@@ -227,6 +228,7 @@ def _client_of(pid: int, pooled: bool) -> httpx.AsyncClient:
     return httpx.AsyncClient(
         timeout=None,  # `_exchange` sets one deadline for the whole exchange
         trust_env=pooled,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no server leaves anything for later requests
         # The certificate of an open connection was checked for one host name, not for others at the same address.
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
     )

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arpo_trl.common.files import whole_folder
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CONFIG_NAME, EVALUATION_NAME, Card
 
@@ -30,7 +30,7 @@ def merge_adapter(
         repo_id: The repository named in the card. None: the name of the folder.
 
     Raises:
-        ConfigError: `output` exists, or there is no such dtype.
+        ConfigError: `output` exists, there is no such dtype, or the tokenizer cannot be loaded.
         DataError: `adapter` is not an adapter, its base model cannot be loaded, or it belongs to another base model.
     """
     if output.exists():
@@ -39,7 +39,7 @@ def merge_adapter(
         raise ConfigError(f"--dtype is {dtype!r}; expected a dtype such as bfloat16, float16 or float32.")
     try:
         config: Any = PeftConfig.from_pretrained(adapter)
-    except (OSError, ValueError, KeyError, TypeError, HFValidationError) as error:
+    except Exception as error:  # peft, transformers and safetensors raise many kinds of errors for broken files
         raise DataError(
             f"{adapter} is not an adapter: it has no readable {ADAPTER_CONFIG_NAME}. Pass the output_dir of a run "
             f"with use_peft, or one of its checkpoints."
@@ -51,18 +51,18 @@ def merge_adapter(
         # Not quantized, even if the model was quantized in training: rounding the sum to 4 bits would lose the trained
         # difference.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        told = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
-            f"The base model {name!r} of {adapter} cannot be loaded: {str(error).splitlines()[0]} Name another one "
-            "with --base."
+            f"The base model {name!r} of {adapter} cannot be loaded: {told} Name another one with --base."
         ) from error
     try:
         merged: Any = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
-    except (RuntimeError, ValueError) as error:  # different sizes or layer names, or weights that are not finite
+    except Exception as error:  # different sizes or layer names, weights that are not finite, or a broken file
         raise DataError(f"{adapter} does not fit its base model {name!r}: {str(error)[:300]}") from error
     folder = Path(adapter)
     has_tokenizer = not folder.is_dir() or (folder / "tokenizer_config.json").is_file()
-    tokenizer = AutoTokenizer.from_pretrained(adapter if has_tokenizer else name)
+    tokenizer = load_pretrained("tokenizer", adapter if has_tokenizer else name, AutoTokenizer.from_pretrained)
     with whole_folder(output) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

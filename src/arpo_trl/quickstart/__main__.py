@@ -15,6 +15,7 @@ from arpo_trl.common.shipped import CONFIGS, file_or_shipped
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
 from arpo_trl.runs.output_folder import prepare_output
+from arpo_trl.visible import say
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +49,10 @@ def main() -> None:
     output = arguments.output or task.output
     for folder in ("sft", "rl"):
         prepare_output(str(output / folder), resume=None, overwrite=arguments.overwrite_output_dir)
-    print(
+    say(
         f"The quickstart builds a tiny model that learns to {task.purpose}. Stage 1 trains it on demonstrations of "
         "tool calls, stage 2 with ARPO. Before and after stage 2 it answers held-out tasks.\n"
-        f"This takes about {task.duration} and downloads nothing. All output goes to {output}.",
-        flush=True,
+        f"This takes about {task.duration} and downloads nothing. All output goes to {output}."
     )
     say_loading("arpo-trl quickstart")
     from arpo_trl.quickstart import stages

@@ -29,6 +29,7 @@ import psutil
 from torch import distributed
 
 from arpo_trl.errors import Interrupted
+from arpo_trl.visible import say
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _END = b"\0"
@@ -147,7 +148,7 @@ class Interrupts:
             self._told_at = time.monotonic()
             self.told = signum
             again = " Ctrl-C again stops immediately." if signum == signal.SIGINT else ""
-            print(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", file=sys.stderr, flush=True)
+            say(f"\n{signal.Signals(signum).name}: stopping with a checkpoint.{again}", to=sys.stderr)
 
 
 def stop_at_once(exit_status: int) -> None:

@@ -39,6 +39,8 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    if not isinstance(resume, str | bool | None):
+        raise ConfigError(f"resume_from_checkpoint is {resume!r}; expected true, false or a checkpoint's folder.")
     output, resume = Path(folder), wants_to_resume(resume)
     if overwrite and resume:
         raise ConfigError(
@@ -46,9 +48,15 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
             "it removes. "
             "Unset one of them."
         )
+    try:
+        found = None if overwrite else _earlier_run(output, resume)
+    except (OSError, ValueError, RuntimeError) as error:  # not the name of a file, or a loop of links
+        raise ConfigError(
+            f"output_dir {folder} or resume_from_checkpoint {resume} cannot be read: {error}. Check the names."
+        ) from error
     if overwrite:
         _remove(output, model)
-    elif found := _earlier_run(output, resume):
+    elif found is not None:
         ways = "To continue it, set resume_from_checkpoint to true. " if _newest(output) and not resume else ""
         raise ConfigError(
             f"output_dir {folder} contains {found} of an earlier run, which this run would replace or mix with. {ways}"

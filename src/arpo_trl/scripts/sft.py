@@ -82,7 +82,8 @@ SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
 
 @report_errors
 def main() -> None:
-    arguments, config, model_config = parse_settings(SETTINGS, elsewhere="train")
+    with start_errors():  # transformers reads the files that some settings name
+        arguments, config, model_config = parse_settings(SETTINGS, elsewhere="train")
     refuse_token(config)
     prepare_output(
         config.output_dir,

@@ -109,7 +109,8 @@ SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)
 def main() -> None:
     follow_launcher()
     show_log()
-    arguments, tool_arguments, config, model_config = parse_settings(SETTINGS, elsewhere="sft")
+    with start_errors():  # transformers reads the files that some settings name
+        arguments, tool_arguments, config, model_config = parse_settings(SETTINGS, elsewhere="sft")
     prepare_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,

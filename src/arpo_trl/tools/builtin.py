@@ -18,7 +18,7 @@ from arpo_trl.tools.search.cache import CacheMode, SearchCache
 from arpo_trl.tools.search.index import LocalIndex, RecordedSearch, Searchable, search_tool
 from arpo_trl.tools.search.providers import FIELDS, PROVIDERS, make_provider
 from arpo_trl.tools.search.web import WebSearch
-from arpo_trl.visible import get_logger
+from arpo_trl.visible import get_logger, say
 
 logger = get_logger(__name__)
 
@@ -248,7 +248,7 @@ def _build_python(arguments: ToolArguments) -> Callable[..., Any]:
 @functools.cache
 def _print_once(line: str) -> None:
     """Prints a line to standard error that this process has not printed yet."""
-    print(line, file=sys.stderr)
+    say(line, to=sys.stderr)
 
 
 def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
@@ -256,10 +256,7 @@ def _build_visit(arguments: ToolArguments) -> Callable[..., Any]:
     from arpo_trl.tools.visit.pages import SUMMARY_KEY_VARIABLE, visit_tool
 
     if (arguments.visit_summary_url is None) != (arguments.visit_summary_model is None):
-        raise ConfigError(
-            f"visit_summary_url is {arguments.visit_summary_url!r} and visit_summary_model is "
-            f"{arguments.visit_summary_model!r}; expected both or neither."
-        )
+        raise ConfigError("Only one of visit_summary_url and visit_summary_model is set; expected both or neither.")
     summariser = None
     if arguments.visit_summary_url is not None:
         model = str(arguments.visit_summary_model)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.visible import say
 
 KINDS_OF_PLOTS = ("reward", "entropy", "tools", "sharing", "phases")
 """The names of `curves.PANELS`."""
@@ -97,7 +98,7 @@ def view_run(arguments: argparse.Namespace) -> None:
     reader.refresh()
     output: Path = arguments.output or run / "view.html"
     write_whole(output, page(reader, max_leaves=arguments.leaves))
-    print(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
+    say(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")
     if arguments.open:
         _open(output.resolve().as_uri())
 
@@ -106,7 +107,7 @@ def plot_run(arguments: argparse.Namespace) -> None:
     """`arpo-trl plot`."""
     from arpo_trl.viewing.plot import draw_plot
 
-    print(draw_plot(arguments.runs, arguments.kind, arguments.output))
+    say(str(draw_plot(arguments.runs, arguments.kind, arguments.output)))
 
 
 def timeline_run(arguments: argparse.Namespace) -> None:
@@ -114,7 +115,7 @@ def timeline_run(arguments: argparse.Namespace) -> None:
     from arpo_trl.viewing.timeline import write_timeline
 
     path = write_timeline(arguments.run_folder, arguments.step, arguments.output)
-    print(f"{path} (open it in https://ui.perfetto.dev, which reads it in the browser)")
+    say(f"{path} (open it in https://ui.perfetto.dev, which reads it in the browser)")
 
 
 def _serve(reader: Any, arguments: argparse.Namespace) -> None:
@@ -122,13 +123,13 @@ def _serve(reader: Any, arguments: argparse.Namespace) -> None:
 
     reader.refresh()
     with ViewServer(reader, arguments.port, arguments.leaves) as server:
-        print(f"{server.url} shows {reader.run} and follows it. Ctrl-C stops the server.", flush=True)
+        say(f"{server.url} shows {reader.run} and follows it. Ctrl-C stops the server.")
         if arguments.open:
             _open(server.url)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            print()
+            say("")
 
 
 def _open(url: str) -> None:

@@ -13,6 +13,7 @@ from arpo_trl.errors import DataError
 from arpo_trl.logs.render import LEGEND, render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
 from arpo_trl.viewing.run import KINDS, LogFile, listed, required_log_files
+from arpo_trl.visible import say
 
 
 def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -> None:
@@ -68,7 +69,7 @@ def _print_steps(console: Console, run: Path, files: Iterable[LogFile]) -> None:
         table.add_row(str(step), KINDS[file.kind], *_counts(list(read_trees(file.path))))
     console.print(table)
     console.print(Text("wrong: leaves with a reward of 0 or less. failed: tool calls that failed.", style="dim"))
-    console.print(Text(f"One step's trees: arpo-trl tree {run} --step {step}"), soft_wrap=True)
+    say(f"One step's trees: arpo-trl tree {run} --step {step}")
 
 
 def _counts(trees: list[LoggedTree]) -> list[str]:

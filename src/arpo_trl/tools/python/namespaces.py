@@ -16,6 +16,7 @@ kills the processes that it started and removes its files, which are in memory. 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -31,6 +32,8 @@ _MNT_DETACH = 2
 _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _PR_SET_PDEATHSIG = 1
 _MOUNT_SETATTR = 442  # Linux 5.12; the same number on every architecture
+_NOT_ROOT = 65534  # outside
+_MANY_PROCESSES = 10_000  # more than root has on a machine, threads of the kernel included
 _USER_ID = 1000  # inside; not 0, so that programs do not behave as if they were root
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -54,7 +57,15 @@ def enter(folder: str, readable: list[str]) -> None:
     Its working directory is `folder`. The calling process stays outside, waits for the new process and exits with its
     status. If one of the two exits, the kernel kills the other.
     """
-    user, group = os.getuid(), os.getgid()
+    user, group = os.geteuid(), os.getegid()
+    hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+    if user == 0 and (hard == resource.RLIM_INFINITY or hard >= _MANY_PROCESSES):
+        # The kernel limits the threads of each user in a user namespace, except those of processes whose real user is
+        # root outside. Access to files depends on the effective user. From here on, the limit of root's processes on
+        # the whole machine applies too.
+        resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+        with contextlib.suppress(OSError):  # without the right to change it
+            os.setresuid(_NOT_ROOT, -1, -1)
     _checked("new namespaces", _libc.unshare(_NAMESPACES))
     for name, text in (
         ("setgroups", "deny"),

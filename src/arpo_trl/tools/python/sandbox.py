@@ -9,15 +9,17 @@ The protection of each tier (every line has a test for each tier):
     | take too much memory                                     | yes      | yes        | yes    |
     | write a huge file; open very many                        | yes      | yes        | yes    |
     | write very much in total; leave very many files          | yes      | yes        | yes    |
-    | run very many threads                                    | yes      | yes        | yes    |
+    | run very many threads (stopped while they are counted)   | yes      | yes        | yes    |
+    | run more than four times as many threads, at any moment | root     | yes (1)    | root   |
     | see the environment of the trainer                       | yes      | yes        | yes    |
     | leave files or variables for the next call               | yes      | yes        | yes    |
+    | change the pipe of the next call                         | yes      | yes        | yes    |
     | use rights that only root has                            | yes      | yes        | yes    |
     | raise its limits                                         | yes      | yes        | no     |
     | read files outside Python's and the system's libraries   | yes      | yes        | no     |
     | write, chmod or touch files outside its own folder       | yes      | yes        | no     |
     | read or change attributes, flags, access lists of files  | yes      | yes        | no     |
-    | lock, lease or watch files; change the pipe of its calls | yes      | yes        | no     |
+    | lock, lease or watch files; change its own pipe          | yes      | yes        | no     |
     | reach the network, including this machine's ports        | yes      | yes        | no     |
     | start processes, and so leave some behind                | yes      | yes        | no     |
     | signal or trace the worker that runs later calls         | yes      | yes        | no     |
@@ -29,17 +31,24 @@ The protection of each tier (every line has a test for each tier):
     | and where a link points                                  | no       | yes        | no     |
     | see the machine's kernel, uptime, memory and load        | no       | no         | no     |
 
+    (1) except if the trainer is root with a hard limit of fewer than 10,000 processes
+
 - sandlock: Landlock and seccomp around the worker, with stricter rules around each call. Needs Linux 6.12 or newer.
-- namespaces: `namespaces` around the worker and each call, and seccomp around each call. Needs Linux 5.12 or newer and
+- namespaces: `namespaces` around the worker and each call, and seccomp around each call. Needs Linux 5.14 or newer and
   the right to create user namespaces, which some distributions and most containers deny. (bubblewrap needs the same
   right.)
 - unsafe: only a child process with resource limits and without capabilities.
 
-`syscalls` lists the system calls that are allowed in the first two tiers. The kernel cannot limit the threads of one
-process or, under sandlock and unsafe, the size of its folder. So threads are counted two hundred times a second and
-files fifty times, and a call that exceeds a limit is stopped. Until then there may be several hundred threads, or
-several thousand on a busy machine, and several thousand files. In unsafe, only the threads of the call's process are
-counted, not the threads of processes that it starts.
+`syscalls` lists the system calls that are allowed in the first two tiers. Threads are counted two hundred times a
+second, and a call that exceeds the limit is stopped. The kernel refuses more than four times the limit, because it
+counts the threads of a user: under namespaces, the user of a user namespace; otherwise a user that each call has to
+itself, which needs a trainer with the capabilities SETUID and SYS_PTRACE ("root" in the table; a container's root
+often lacks the second). Without them there may be several hundred threads before a call is stopped, or several
+thousand on a busy machine. In unsafe, code can undo this change of its user, and only the threads of the call's
+process are counted, not the threads of processes that it starts.
+
+The kernel cannot limit the size of a folder under sandlock and unsafe. So files are counted fifty times a second.
+Until a call is stopped there may be several thousand files.
 
 No tier prevents code from using all cores until its deadline. Only a virtual machine protects against kernel exploits.
 
@@ -62,7 +71,7 @@ import tempfile
 import time
 import weakref
 import zoneinfo
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -83,6 +92,8 @@ _GRACE_S = 5.0  # beyond the deadline of a call, before the worker counts as los
 # Seconds between checks of the limits that the kernel does not enforce. Threads start fast, and a count takes 20 µs.
 _CHECK_THREADS_S, _CHECK_FILES_S = 0.005, 0.02
 _READ_BYTES = 1 << 16
+_REFUSED_THREADS = 4  # times the limit at which a call is stopped
+_CAP_SETUID, _CAP_SYS_PTRACE = 7, 19
 _ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "PYTHONHASHSEED": "0",  # sets print in the same order each time
@@ -177,13 +188,10 @@ class Worker:
         self._folder = Path(tempfile.mkdtemp(prefix="arpo-python-"))
         # Also runs at exit, when a call may still be running. Only a killed trainer leaves the folder behind.
         self._remove_folder = weakref.finalize(self, python_folder.remove, self._folder)
-        self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stdout, stderr, pid, kill, wait
+        self._process: Any = None  # subprocess.Popen or sandlock.Process: stdin, stderr, pid, kill, wait
         try:
             self._process = _start(self._folder, tier, preload, limits)
-            self._stdin, self._stdout, self._control = (
-                stream.fileno() for stream in (self._process.stdin, self._process.stdout, self._process.stderr)
-            )
-            os.set_blocking(self._stdout, False)
+            self._stdin, self._control = self._process.stdin.fileno(), self._process.stderr.fileno()
             self._ending = False  # whether the fork of the last call may still exist
             self._await_ready(tier)
             self._pid = _only_child(self._process.pid) if tier is Tier.NAMESPACES else int(self._process.pid)
@@ -243,8 +251,9 @@ class Worker:
             self._await_end(deadline)
             cells = json.dumps([cell.encode("utf-8", "replace").decode() for cell in (*earlier, code)])
             (self._folder / python_worker.CELLS_FILE).write_text(cells, "utf-8")
-            os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
-            output, kind, status, excess = self._read(deadline)
+            with self._new_pipe() as pipe:
+                os.write(self._stdin, REQUEST.pack(self._limits.timeout_s))
+                output, kind, status, excess = self._read(pipe, deadline)
             with contextlib.suppress(OSError):  # a failure is harmless: this runs again before the next call
                 python_folder.empty(self._folder)
         except OSError as error:
@@ -269,21 +278,33 @@ class Worker:
             return Run(output=text, ending=Ending.RAISED)
         return Run(output=text, ending=Ending.DIED)
 
+    @contextlib.contextmanager
+    def _new_pipe(self) -> Iterator[int]:
+        """Make a named pipe for the output of one call, and yield its read end. The fork removes the name."""
+        path = self._folder / python_worker.OUTPUT_PIPE
+        os.mkfifo(path, 0o600)
+        pipe = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            yield pipe
+        finally:
+            os.close(pipe)
+
     def _without_paths(self, text: str) -> str:
         """Return what a call printed without paths of this machine, such as those in tracebacks that code prints."""
         for path, name in ((str(self._folder), "/sandbox"), *_LIBRARIES):
             text = text.replace(path, name)
         return text
 
-    def _read(self, deadline: float) -> tuple[bytes, bytes, int, Ending | None]:
+    def _read(self, pipe: int, deadline: float) -> tuple[bytes, bytes, int, Ending | None]:
         """Return (output up to just beyond the limit, reply kind, wait status, limit that stopped it) of a call."""
         output = bytearray()
+        is_open = True
         excess: Ending | None = None
         next_check = time.monotonic() + _CHECK_THREADS_S
         next_check_of_files = time.monotonic() + _CHECK_FILES_S
         while True:
             # After a stop, the pipe may stay full and readable, so wait only for the reply.
-            awaited = (self._control,) if excess else (self._stdout, self._control)
+            awaited = (pipe, self._control) if is_open and not excess else (self._control,)
             until = deadline if excess else min(deadline, next_check)
             ready = _poll(max(0.0, until - time.monotonic()) * 1000, *awaited)
             if self._control in ready:
@@ -292,8 +313,10 @@ class Worker:
                 break
             if time.monotonic() >= deadline:
                 raise OSError("the worker does not answer")
-            if self._stdout in ready:
-                output += os.read(self._stdout, _READ_BYTES)
+            if pipe in ready:
+                chunk = os.read(pipe, _READ_BYTES)
+                output += chunk
+                is_open = bool(chunk)  # code may close its output and continue
             if excess:
                 continue
             if len(output) > self._limits.output_bytes:
@@ -307,7 +330,7 @@ class Worker:
                 os.write(self._stdin, REQUEST.pack(-1.0))
         # The call has ended. The rest of its output is in the pipe.
         with contextlib.suppress(BlockingIOError):
-            while len(output) <= self._limits.output_bytes and (chunk := os.read(self._stdout, _READ_BYTES)):
+            while len(output) <= self._limits.output_bytes and (chunk := os.read(pipe, _READ_BYTES)):
                 output += chunk
         return bytes(output), kind, status, excess
 
@@ -335,14 +358,11 @@ class Worker:
         return kind, status
 
     def _await_end(self, deadline: float) -> None:
-        """Wait until the fork of the last call has exited, and discard its remaining output and files."""
+        """Wait until the fork of the last call has exited, and remove its files."""
         if self._ending:
             if not _poll(max(0.0, deadline - time.monotonic()) * 1000, self._control):
                 raise OSError("the worker does not answer")
             self._reply()
-            with contextlib.suppress(BlockingIOError):
-                while os.read(self._stdout, _READ_BYTES):
-                    pass
             python_folder.empty(self._folder)
             self._ending = False
 
@@ -354,7 +374,6 @@ class Worker:
             with contextlib.suppress(OSError):
                 process.kill()
             process.wait()
-            process.stdout.close()
             process.stderr.close()
         self._remove_folder()
 
@@ -378,8 +397,25 @@ def _only_child(pid: int) -> int:
         raise SandboxError(f"the child of process {pid} is not in /proc ({error}), so it cannot be limited") from error
 
 
+def _most_threads(tier: Tier, limits: Limits) -> int:
+    """Return the number of threads beyond which the kernel refuses more; 0 if it cannot count those of a call.
+
+    It is above `limits.threads`, at which a call is stopped with a reason. Outside a user namespace a call needs its
+    own user, and a trainer that can still read how much that user's process writes.
+    """
+    if tier is Tier.NAMESPACES or _has_capabilities(_CAP_SETUID, _CAP_SYS_PTRACE):
+        return _REFUSED_THREADS * limits.threads
+    return 0
+
+
+def _has_capabilities(*numbers: int) -> bool:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    effective = int(status["CapEff"], 16)
+    return all(effective >> number & 1 for number in numbers)
+
+
 def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
-    """Start the worker process with three pipes and return it."""
+    """Start the worker process with pipes to stdin and from stderr, and return it."""
     # The resolved executable, because a virtual environment's executable needs files that the sandbox hides.
     executable = os.path.realpath(sys.executable)
     modules = (
@@ -392,7 +428,8 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
     readable = [path for path in readable if os.path.exists(path)]
     command = [executable, "-s", "-S", "-P", "-B", "-X", "utf8", "-W", "ignore", scripts[0]]
     scratch = f"size={limits.disk_mb}m,nr_inodes={limits.files}"
-    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), scratch, str(folder)]
+    command += [tier, "preload" if preload else "bare", str(limits.cpu_s), str(_most_threads(tier, limits))]
+    command += [scratch, str(folder)]
     command += [*_SITE_PACKAGES, "--", *readable]
     if tier is not Tier.SANDLOCK:
         try:
@@ -400,7 +437,7 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
                 command,
                 bufsize=0,
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd=folder,
                 env=_ENVIRONMENT,
@@ -422,7 +459,7 @@ def _start(folder: Path, tier: Tier, preload: bool, limits: Limits) -> Any:
         max_processes=2,  # the worker and one fork
     )
     try:
-        return sandbox.popen(command, stdin=StdioMode.PIPED, stdout=StdioMode.PIPED, stderr=StdioMode.PIPED)
+        return sandbox.popen(command, stdin=StdioMode.PIPED, stdout=StdioMode.NULL, stderr=StdioMode.PIPED)
     except (RuntimeError, sandlock.SandlockError) as error:
         raise SandboxError(
             f"sandlock cannot isolate Python code here ({error}): it needs Landlock ABI "

@@ -1,11 +1,11 @@
 """Runs each piece of code in a fork of one warm interpreter; the script behind `arpo_trl.tools.python.sandbox.Worker`.
 
-It is started as `python worker.py TIER preload|bare CPU_S SCRATCH FOLDER SITE_PACKAGES… -- READABLE…`. The sandbox
-hides arpo_trl, so this script imports only files next to it, by their paths.
+It is started as `python worker.py TIER preload|bare CPU_S THREADS SCRATCH FOLDER SITE_PACKAGES… -- READABLE…`. The
+sandbox hides arpo_trl, so this script imports only files next to it, by their paths.
 
     stdin    requests of 8 bytes: the seconds that the cells in the file `cells` may run; or a negative number, which
              stops the running call, if any, and prepares the fork for the next
-    stdout   the output of the code; this process never writes to it
+    output   a named pipe next to `cells`, made for one call: the output of its code
     stderr   replies of this process (`REPLY`): "R" when ready, then per request how the call ended, and "E" when its
              fork has exited, which takes about as long as a short call
 
@@ -20,12 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
+import functools
 import gc
 import importlib.util
 import io
 import json
 import os
+import random
+import resource
 import select
 import signal
 import struct
@@ -37,9 +39,11 @@ REQUEST = struct.Struct("!d")  # seconds; negative: stop
 REPLY = struct.Struct("!ci")  # b"R", b"E"; b"D" exited, b"T" timed out, b"C" out of CPU time, b"S" stopped; status
 
 CELLS_FILE = "cells"
+OUTPUT_PIPE = "output"
 RAISED = 1  # as in python_cell
 CPU_CHECK_S = 0.1  # between checks of the CPU time
 _IDLE_S = 0.003  # a fork that waits this long has time to warm up
+_TRANSIENT_USERS = (61184, 65519)  # of systemd's DynamicUser; containers may have no higher ids
 _RESULT_FD = 3  # on which a fork reports how its last cell ended
 
 _PR_SET_PDEATHSIG = 1
@@ -126,10 +130,11 @@ class _Call:
 
 
 class _Worker:
-    def __init__(self, tier: str, warm: bool, cpu_s: float, scratch: str, namespaces: ModuleType | None):
+    def __init__(self, tier: str, warm: bool, cpu_s: float, threads: int, scratch: str, namespaces: ModuleType | None):
         self._tier = tier
         self._warm = warm
         self._cpu_s = cpu_s
+        self._threads = threads
         self._scratch = scratch
         self._cell = _load("python_cell")
         self._syscalls = _load("python_syscalls")
@@ -146,7 +151,6 @@ class _Worker:
             # are short-lived. A fork can clear its own death signal. So this process must outlive the thread and the
             # trainer, and kill its fork when stdin ends.
             _libc.prctl(_PR_SET_PDEATHSIG, 0, 0, 0, 0)
-        stdout_flags = fcntl.fcntl(1, fcntl.F_GETFL)
         gc.collect()
         gc.freeze()  # so that garbage collection in a fork does not write to, and so copy, every inherited page
         os.write(2, REPLY.pack(b"R", 0))
@@ -156,7 +160,6 @@ class _Worker:
             call = call or _Call(self)
             if timeout_s < 0:  # limits are now set, or the call to stop has just ended
                 continue
-            fcntl.fcntl(1, fcntl.F_SETFL, stdout_flags)  # shared with the last fork, which may have changed them
             try:
                 call.go()
             except BrokenPipeError:  # killed while it waited, for example because memory is short
@@ -202,6 +205,18 @@ class _Worker:
             elif time.clock_gettime(cpu_clock) > self._cpu_s:
                 return b"C", 0
 
+    def _limit_threads(self) -> None:
+        """Let the kernel limit the number of threads of this fork. It counts those of all processes with the same real
+        user and user namespace, and exempts root, so this fork gets its own real user."""
+        if self.namespaces is None:
+            for user in (1 << 30 | random.getrandbits(29), random.randint(*_TRANSIENT_USERS)):
+                with contextlib.suppress(OSError):  # it does not exist in this user namespace
+                    os.setresuid(user, -1, -1)
+                    break
+            else:
+                return
+        resource.setrlimit(resource.RLIMIT_NPROC, (self._threads, self._threads))
+
     def become_call(self, waiting: int, result_end: int, token: bytes) -> None:
         """Isolate this fork from the worker, wait for the signal, run the cells and exit with the last one's
         status."""
@@ -210,7 +225,7 @@ class _Worker:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             null = os.open(os.devnull, os.O_RDONLY)
             os.dup2(null, 0)
-            os.dup2(1, 2)
+            os.dup2(1, 2)  # this process writes nothing to it; later both are the call's pipe
             folder = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
             if self._ruleset is not None:
                 # The Landlock domain blocks signals, so the fork can stay in the worker's process group. It must stay:
@@ -220,6 +235,8 @@ class _Worker:
                 os.setsid()  # a new process group: a signal to it reaches no other process in any namespace
             if self.namespaces is not None:
                 self.namespaces.lock(self._scratch)
+            if self._threads:
+                self._limit_threads()
             self._syscalls.drop_capabilities()
             if self._tier != "unsafe":
                 self._syscalls.confine()
@@ -233,7 +250,11 @@ class _Worker:
                 return
             with open(os.open(CELLS_FILE, os.O_RDONLY, dir_fd=folder), encoding="utf-8") as file:
                 cells = json.load(file)
-            os.unlink(CELLS_FILE, dir_fd=folder)
+            output_end = os.open(OUTPUT_PIPE, os.O_WRONLY, dir_fd=folder)
+            os.dup2(output_end, 1)
+            os.dup2(output_end, 2)
+            for name in (CELLS_FILE, OUTPUT_PIPE):
+                os.unlink(name, dir_fd=folder)
             os.dup2(result_end, _RESULT_FD)
             os.closerange(_RESULT_FD + 1, 64)
             # Line-buffered, so that output printed before a deadline is not lost.
@@ -263,7 +284,7 @@ def _load(name: str) -> ModuleType:
 
 
 def main() -> None:
-    tier, preload, cpu_s, scratch, folder, *paths = sys.argv[1:]
+    tier, preload, cpu_s, threads, scratch, folder, *paths = sys.argv[1:]
     site_packages, readable = paths[: paths.index("--")], paths[paths.index("--") + 1 :]
     namespaces = None
     if tier == "namespaces":
@@ -278,7 +299,8 @@ def main() -> None:
         with contextlib.suppress(Exception):  # numpy and sympy may be missing; Python works without them
             exec(_WARM_UP, {})
             warm = True
-    _Worker(tier, warm, float(cpu_s), scratch, namespaces).serve()
+    os.access = functools.partial(os.access, effective_ids=True)  # the real user may be another one
+    _Worker(tier, warm, float(cpu_s), int(threads), scratch, namespaces).serve()
 
 
 if __name__ == "__main__":

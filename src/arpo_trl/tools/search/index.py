@@ -189,7 +189,7 @@ class LocalIndex:
         try:
             loaded._passages = _StoredTexts(folder)
             loaded._ranking = _Ranking.load(folder)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RecursionError) as error:
+        except Exception as error:  # bm25s and numpy raise many kinds of errors for broken files
             raise DataError(f"{folder} is an incomplete search index ({error}). {again}") from error
         return loaded
 
