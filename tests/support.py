@@ -10,12 +10,13 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import trl
@@ -302,6 +303,13 @@ def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < end, "it has not happened"
         time.sleep(0.01)
+
+
+def has_ended(pid: int) -> bool:
+    """Whether the process is gone, or only waits for its parent to read its status."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    return True
 
 
 def events_of(engine: Engine, turns: int) -> Iterator[Event]:

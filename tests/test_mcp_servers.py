@@ -30,7 +30,7 @@ from arpo_trl.tools.mcp import MAX_ANSWER_BYTES, McpServer, McpSession, mcp_tool
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from loopback import Asked, Loopback, Reply
 from serving import free_port
-from support import ANSWER, ON_CPU, Scripted, save_tiny_model, tokenizer, until
+from support import ANSWER, ON_CPU, Scripted, has_ended, save_tiny_model, tokenizer, until
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -321,12 +321,6 @@ def test_servers_stop_with_a_killed_process() -> None:
         server = int(process.stdout.readline())
         process.send_signal(signal.SIGKILL)
     until(lambda: has_ended(server))  # the end of its input tells the server
-
-
-def has_ended(process: int) -> bool:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
-    return True
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from arpo_trl.tools.python.sandbox import (
     isolated_worker,
 )
 from arpo_trl.tools.toolbox import tool_spec
-from support import can_isolate, worker_of
+from support import can_isolate, has_ended, until, worker_of
 
 pytestmark = pytest.mark.slow  # starts processes
 
@@ -97,18 +97,8 @@ def refused(worker: Worker, code: str) -> str:
     return ran.output.splitlines()[-1]
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
 def await_death(*pids: int) -> None:
-    deadline = time.monotonic() + 60
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < deadline, f"still alive: {[pid for pid in pids if is_alive(pid)]}"
-        time.sleep(0.01)
+    until(lambda: all(map(has_ended, pids)))
 
 
 # What a call shows.

@@ -23,13 +23,7 @@ _HIDDEN_CATEGORIES = ("Cc", "Cf", "Cs", "Zl", "Zp")
 separators."""
 _BLANKS = frozenset((0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x2065, 0x3164, 0xFFA0))
 """Letters, marks and a reserved number without a visible glyph."""
-_BLANK_RANGES = (
-    range(0x180B, 0x1810),
-    range(0x2065, 0x2066),
-    range(0xFE00, 0xFE0E),
-    range(0xFFF0, 0xFFF9),
-    range(0xE0000, 0xE1000),
-)
+_BLANK_RANGES = (range(0x180B, 0x1810), range(0xFE00, 0xFE0E), range(0xFFF0, 0xFFF9), range(0xE0000, 0xE1000))
 """Variation selectors (except those for text and emoji), tags, and the ranges reserved for more of them."""
 
 

@@ -51,7 +51,7 @@ def merge_adapter(
         # Not quantized, even if the model was quantized in training: rounding the sum to 4 bits would lose the trained
         # difference.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
-    except Exception as error:
+    except Exception as error:  # transformers and safetensors raise many kinds of errors, some without a text
         told = next(iter(str(error).splitlines()), type(error).__name__)
         raise DataError(
             f"The base model {name!r} of {adapter} cannot be loaded: {told} Name another one with --base."

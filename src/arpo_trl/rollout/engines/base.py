@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
@@ -93,12 +93,11 @@ class Turn:
 
     def followed_by(self, rest: Turn) -> Turn:
         """Return this turn and `rest`, which continues it, as one turn with the id of `rest`."""
-        return Turn(
-            id=rest.id,
+        return replace(
+            rest,
             ids=self.ids + rest.ids,
             logprobs=self.logprobs + rest.logprobs,
             entropies=self.entropies + rest.entropies,
-            stop=rest.stop,
             versions=self.versions + rest.versions,
         )
 
