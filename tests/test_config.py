@@ -392,3 +392,14 @@ def test_an_address_with_a_key_is_refused_and_not_quoted(tmp_path, settings):
     with pytest.raises(ConfigError, match=r"without user name, password or query\. .* VLLM_API_KEY") as refused:
         parse("train", written(tmp_path, **settings))
     assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "there is no such file"), ("{", "line 1"), ("[]", "expected dict")]
+)
+def test_a_deepspeed_file_that_is_no_config_is_named(tmp_path, content, message):
+    file = tmp_path / "zero.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=rf"^deepspeed is '{file}', .*{message}"):
+        config(deepspeed=str(file))

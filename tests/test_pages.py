@@ -425,12 +425,13 @@ def test_when_the_model_fails_the_pages_own_text_is_shown(
     [
         ({"visit_timeout_s": 0}, "visit_timeout_s is 0"),
         ({"visit_max_chars": 10}, "visit_max_chars is 10"),
-        ({"visit_summary_url": "http://x/v1"}, "expected both or neither"),
+        ({"visit_summary_url": "http://me:planted@x/v1"}, "expected both or neither"),
     ],
 )
 def test_settings_that_cannot_work_say_so(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         build_tools(ToolArguments(["visit"], **settings))
+    assert "planted" not in str(refused.value)
 
 
 def test_a_missing_library_is_named_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
