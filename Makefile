@@ -7,7 +7,8 @@
 # make docs         set up, then build the documentation as a site in build/site
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up creates a virtual environment in .venv with the versions of constraints.txt. PYTHON=… selects the interpreter.
-# Tests run in WORKERS parallel processes, by default one per core, at most four; each may take 6 GiB of memory.
+# Tests run in WORKERS parallel processes, by default one more than cores, since some tests wait; at most four. Each may
+# take 6 GiB of memory.
 # `make test` also installs vLLM's CPU build, for the tests that need it; with CI=true, a failed installation is an error.
 # It also fetches tokenizers of published models; without them the tests that need them are skipped.
 # It fetches OpenEnv's client (1 MB), too; with CI=true, a failed fetch is an error.
@@ -25,7 +26,7 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
 # tests/conftest.py assigns tests to workers, and orders them.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -37,7 +38,7 @@ INSTALL := sh -c 'log=$(VENV)/pip.log; echo "Installing packages, which takes a 
     done; \
     if wait $$pid; then echo; else status=$$?; tail -n 50 $$log >&2; exit $$status; fi' sh
 
-.PHONY: help quickstart announced test test-fast check docs bench
+.PHONY: help quickstart announced test prepared test-fast check docs bench
 
 help:
 	@sed -n '/^# /s/^# //p;/^$$/q' Makefile
@@ -49,8 +50,12 @@ quickstart: announced $(READY)
 announced:
 	@[ -e $(READY) ] || echo "Sets up $(VENV), then trains a tiny model: about four minutes, TASK=shop about eight."
 
-test: check $(VLLM) $(TOKENIZERS)/.ready $(OPENENV)
+# The checks run while vLLM is installed.
+test: $(READY)
+	@$(MAKE) --no-print-directory --jobs=2 prepared
 	$(PYTEST)
+
+prepared: check $(VLLM) $(TOKENIZERS)/.ready $(OPENENV)
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow and not vllm and not distributed and not gpu"

@@ -24,7 +24,7 @@ from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from support import EXACT, ON_CPU
 from uneven_ranks import DictatedEngine
 
-LEAVES, STEPS, TIMEOUT_S = 4, 2, 3.0
+LEAVES, STEPS, TIMEOUT_S = 4, 2, 2.0
 OPENED: list[Any] = []
 CLOSED: Counter[int] = Counter()
 RELEASED = threading.Event()

@@ -16,6 +16,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,6 +31,8 @@ from forked import RANKS, Fork
 ROOT = Path(__file__).parent.parent
 EXACT = ("--mixed_precision", "no")
 """Flags of `accelerate launch` for a run with `bf16=False`, which the shipped files' bf16 would win over."""
+EXTENSIONS = str(Path(sys.prefix, "extensions_of_tests"))
+"""The folder for extensions that DeepSpeed builds. A user's training must not use these: they are not optimized."""
 DEADLINE_S = 580.0
 """Below pytest's own timeout, which would show no rank's output."""
 
@@ -112,7 +115,9 @@ def launched(
     paths = [str(ROOT / part) for part in ("src", "tests", "benchmarks")]
     if (before := os.environ.get("PYTHONPATH")) is not None:
         paths.append(before)
-    variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **(environment or {})}
+    compiler = {"CXX": str(ROOT / "tests/quick_g++"), "TORCH_EXTENSIONS_DIR": EXTENSIONS}
+    variables = {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONFAULTHANDLER": "1", **compiler}
+    variables |= environment or {}
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         log = Path(folder) / "log"
         process = Fork(words, cwd=ROOT, env={**variables, RANKS: str(log.with_suffix(".ranks"))}, log=log)

@@ -78,7 +78,6 @@ SERVED = sorted(file.name for file in CONFIGS.glob("vllm_*_lora.yaml"))
 ALONE = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 1]
 IN_PAIRS = [name for name in COLOCATED if settings(name)["vllm_tensor_parallel_size"] == 2]
 NO_SLEEP = ("--vllm_enable_sleep_mode", "false")
-VLLM = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 def question(i: int) -> list[dict[str, str]]:

@@ -124,10 +124,16 @@ def child_environment(command: Sequence[str | Path], environment: Mapping[str, s
     return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
-def found_with_vllm(script: str, folder: Path) -> Any:
+COMPILING = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+"""Environment variables of a process with vLLM in it, which compiles models as it does by default."""
+VLLM = COMPILING | {"TORCHDYNAMO_DISABLE": "1"}
+"""The same without compilation, which takes g++ 40 s of CPU time at each start."""
+
+
+def found_with_vllm(script: str, folder: Path, environment: Mapping[str, str] = VLLM) -> Any:
     """What a script of the tests, run in a process of its own with vLLM in it, wrote to `folder`/findings.json."""
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    forked.run([str(Path(__file__).with_name(script)), str(folder)], cwd=folder, env=environment, timeout=580)
+    command = [str(Path(__file__).with_name(script)), str(folder)]
+    forked.run(command, cwd=folder, env={**os.environ, **environment}, timeout=580)
     return json.loads((folder / "findings.json").read_text("utf-8"))
 
 

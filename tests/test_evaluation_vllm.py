@@ -11,7 +11,7 @@ import forked
 from arpo_trl import cli
 from arpo_trl.evaluation.samples import read_records
 from servers import running
-from support import save_sharp_model
+from support import VLLM, save_sharp_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -46,8 +46,7 @@ def evaluated_with_vllm(folder: Path, model: str) -> list:
     """In a process of its own, since vLLM sets up torch.distributed."""
     (folder / "command.py").write_text("from arpo_trl.cli import main; main()")
     command = [str(folder / "command.py"), *words(folder, model, "vllm", "--engine", "vllm")]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    forked.run(command, cwd=folder, env=environment, timeout=280)
+    forked.run(command, cwd=folder, env=os.environ | VLLM, timeout=280)
     return written(folder / "vllm")
 
 

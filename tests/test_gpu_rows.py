@@ -16,7 +16,7 @@ import real_size
 import update
 from arpo_trl.cli import parse_settings
 from card import peak_flops, shown
-from support import script
+from support import VLLM, script
 from update import all_pairs, distinct_tokens, make_rows, step_flops
 
 ROOT = Path(__file__).parents[1]
@@ -35,13 +35,8 @@ def gpu_sh(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 def tiny_row(*command: str) -> list[list[str]]:
     """The cells of the lines of a table that a row's program writes with its header, tiny and on a CPU."""
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
     command = (*command, "--device", "cpu", "--tiny", "--header")
-    written = forked.run(command, cwd=ROOT, env=environment, timeout=280, vllm=True)
+    written = forked.run(command, cwd=ROOT, env=os.environ | VLLM, timeout=280, vllm=True)
     return [line.strip("|").split("|") for line in written.splitlines() if line.startswith("|")]
 
 

@@ -19,7 +19,7 @@ from arpo_trl.runs.checkpoints import Checkpoints
 from arpo_trl.runs.interrupts import Interrupts
 from forked import Fork
 from resuming import BOUND_S, make_trainer, outcome, save_calling_model
-from support import python, save_sharp_model
+from support import VLLM, python, save_sharp_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -311,7 +311,7 @@ def test_an_interrupted_script_prints_how_to_resume_and_leaves_no_process(starte
 def test_no_process_of_a_colocated_vllm_is_left(started, tmp_path_factory):
     model = save_sharp_model(tmp_path_factory.mktemp("model"))
     colocated = ("--use_vllm", "true", "--vllm_mode", "colocate", "--vllm_max_model_length", "512")
-    run = started("reward", *colocated, model=model, VLLM_CPU_KVCACHE_SPACE="1", VLLM_NO_USAGE_STATS="1")
+    run = started("reward", *colocated, model=model, **VLLM)
     run.process.terminate()
     assert run.process.wait(BOUND_S) == 143, run.said()
     assert commands(run.left()) == ""

@@ -30,7 +30,6 @@ from shipped import (
     IN_PAIRS,
     NO_SLEEP,
     SERVED,
-    VLLM,
     check,
     replaced,
     run,
@@ -38,6 +37,7 @@ from shipped import (
     save_family,
     settings,
 )
+from support import VLLM
 
 pytestmark = pytest.mark.slow
 

@@ -3,7 +3,8 @@
 import pytest
 
 from ranks import launch
-from shipped import IN_PAIRS, NO_SLEEP, VLLM, check, family, replaced, save_data, save_family
+from shipped import IN_PAIRS, NO_SLEEP, check, family, replaced, save_data, save_family
+from support import VLLM
 
 pytestmark = [pytest.mark.vllm, pytest.mark.distributed, pytest.mark.slow]
 

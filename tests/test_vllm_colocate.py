@@ -10,12 +10,13 @@ from arpo_trl.errors import EngineError
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.vllm.colocate import ColocatedWeights, VLLMColocateEngine
 from arpo_trl.rollout.engines.weights import FixedWeights
-from support import found_with_vllm, tokenizer
+from support import COMPILING, found_with_vllm, tokenizer
 
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory) -> dict:
-    return found_with_vllm("vllm_colocated.py", tmp_path_factory.mktemp("colocated"))
+    """Here vLLM compiles its model, as for users; in other tests with a colocated vLLM it does not."""
+    return found_with_vllm("vllm_colocated.py", tmp_path_factory.mktemp("colocated"), COMPILING)
 
 
 def real(test):
