@@ -17,7 +17,7 @@ from arpo_trl.rollout.rules import RULES
 from arpo_trl.tools.toolbox import ToolBox
 from study import __main__ as command
 from study import files, frozen, page, training
-from study.arms import Arm, frozen_arms, grpo, seeds_of, tabular_arms, trained_arms
+from study.arms import PAPER, Arm, frozen_arms, grpo, seeds_of, tabular_arms, trained_arms
 from study.tabular import Budget, _Run, policy_gradient, scores, train
 from study.task import SCENARIOS, Task, compute, look_up
 
@@ -115,8 +115,9 @@ def test_an_arm_whose_rule_does_not_exist_is_an_error_that_names_it():
 
 def test_the_main_comparisons_have_more_seeds():
     assert seeds_of(Arm(**grpo(4)), 8, 3) == seeds_of(Arm(baseline="score_norm"), 8, 3) == 8
-    assert seeds_of(Arm(rule="threshold"), 8, 3) == seeds_of(Arm(**grpo(8), dynamic=True), 8, 3) == 3
-    assert sum(seeds_of(arm, 8, 3) for arm in trained_arms()) == 8 * 8 + 11 * 3
+    assert seeds_of(PAPER, 8, 3) == 8
+    assert seeds_of(Arm(rule="ranked"), 8, 3) == seeds_of(Arm(**grpo(8), dynamic=True), 8, 3) == 3
+    assert sum(seeds_of(arm, 8, 3) for arm in trained_arms()) == 9 * 8 + 10 * 3
 
 
 # Intervals and the page ----------------------------------------------------------------------------------------------
@@ -147,9 +148,13 @@ def test_the_page_shows_finished_parts_and_lists_missing_ones(tmp_path):
             files.write(command.trained_file(tmp_path, seed, arm), trained_row(arm, seed, accuracy, calls))
     page.write(tmp_path, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text("utf-8")
-    # All differences are .01, so the interval is a point; no GRPO with M = 4 has run.
-    assert "| random N = 2, soft, mean | 3 | 0.660 | +0.010 ± 0.000 (3) | not run | 0.48 | 0.48 | 1.00 |" in text
-    assert "| GRPO M = 8, soft, mean | 3 | 0.650 |  | not run | 1.00 | 1.00 | 1.00 |" in text
+    # All differences are .01 or 0, so the interval is a point; no GRPO with M = 4 and no threshold has run.
+    for row in (
+        "| random N = 2, soft, mean | 3 | 0.660 | +0.010 ± 0.000 (3) | not run |  | not run | 0.48 | 0.48 | 1.00 |",
+        "| GRPO M = 8, soft, mean | 3 | 0.650 |  | not run | -0.010 ± 0.000 (3) | not run | 1.00 | 1.00 | 1.00 |",
+        "| ranked N = 2, soft, mean | 3 | 0.660 | +0.010 ± 0.000 (3) | not run | +0.000 ± 0.000 (3) | not run | 0.51",
+    ):
+        assert row in text
     assert "| random N = 2, soft, mean | +0.010 ± 0.000 (3) at 0.48 × the calls, 1.00 × the turns | met |" in text
     assert "| ranked N = 2, soft, mean | +0.010 ± 0.000 (3) at 0.51 × the calls, 1.00 × the turns | missed |" in text
     assert "| threshold N = 2, soft, mean | 0 | not run |" in text

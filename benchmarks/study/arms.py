@@ -95,6 +95,10 @@ class Arm:
         return asdict(self) | {"sampling": self.sampling, "name": self.name}
 
 
+PAPER = Arm(rule="threshold")
+"""The rule, the credit and the baseline of the paper."""
+
+
 def grpo(leaves: int) -> dict[str, Any]:
     """The arguments of an arm without branches."""
     return {"leaves": leaves, "roots": leaves}
@@ -145,6 +149,7 @@ def trained_arms() -> list[Arm]:
 
 
 def seeds_of(arm: Arm, most: int, least: int) -> int:
-    """The number of seeds of an arm: `most` for the main comparisons, `least` for the others."""
+    """The number of seeds of an arm: `most` for the main comparisons and the paper's rule, `least` for the others."""
     compared = arm.roots == arm.leaves or arm.rule in (COIN, "schedule")
-    return most if compared and not arm.dynamic and arm.baseline in MAIN_BASELINES else least
+    main = compared and not arm.dynamic and arm.baseline in MAIN_BASELINES
+    return most if main or arm == PAPER else least
