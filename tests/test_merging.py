@@ -115,6 +115,7 @@ def test_what_cannot_be_merged_is_named(base, adapter, tmp_path):
         ("adapter", "adapter_model.safetensors", b"PK", DataError, "does not fit its base model"),
         ("adapter", "tokenizer.json", b"null", ConfigError, "The tokenizer of .* cannot be loaded"),
         ("adapter", "tokenizer_config.json", b"\xff\xfe", ConfigError, "The tokenizer of .* cannot be loaded"),
+        ("adapter", "tokenizer_config.json", rb'{"a": "\ud800"}', DataError, "The tokenizer of .* cannot be saved"),
         ("base", "config.json", b"[" * 5000, DataError, "The base model .* cannot be loaded"),
         ("base", "model.safetensors", b"", DataError, "The base model .* cannot be loaded"),
     ],

@@ -31,7 +31,8 @@ def merge_adapter(
 
     Raises:
         ConfigError: `output` exists, there is no such dtype, or the tokenizer cannot be loaded.
-        DataError: `adapter` is not an adapter, its base model cannot be loaded, or it belongs to another base model.
+        DataError: `adapter` is not an adapter, its base model cannot be loaded, it belongs to another base model, or
+            its tokenizer cannot be saved.
     """
     if output.exists():
         raise ConfigError(f"--output {output} exists. Pass a new folder, or remove this one.")
@@ -65,7 +66,10 @@ def merge_adapter(
     tokenizer = load_pretrained("tokenizer", adapter if has_tokenizer else name, AutoTokenizer.from_pretrained)
     with whole_folder(output) as partial:
         merged.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
+        try:
+            tokenizer.save_pretrained(partial)
+        except (TypeError, ValueError) as error:  # such as half a surrogate pair, which UTF-8 cannot express
+            raise DataError(f"The tokenizer of {adapter} cannot be saved: {error}") from error
         for file in _CARRIED:
             if (folder / file).is_file():
                 shutil.copyfile(folder / file, partial / file)
