@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
-Commands = Callable[[Path, Sequence[Sequence[str]]], list[tuple[int | None, str]]]
 PAGE_COMMANDS = page_commands()
 TRAINING = "arpo-trl train --config quickstart"
 COLD_START = "arpo-trl sft --config quickstart_sft"
@@ -103,24 +102,6 @@ def command(environment: dict[str, str], outputs: list[str]) -> Command:
 
 
 @pytest.fixture(scope="module")
-def commands(environment: dict[str, str], outputs: list[str]) -> Commands:
-    """Runs several `arpo-trl WORDS` in one process. Returns the exit status and the output of each; a status of None
-    is a traceback."""
-
-    def run(folder: Path, lines: Sequence[Sequence[str]]) -> list[tuple[int | None, str]]:
-        done = subprocess.run(
-            [sys.executable, "-c", DRIVER, json.dumps(lines)],
-            **{"cwd": folder, "env": environment, "capture_output": True, "text": True, "check": False},
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        answers = [(status, text) for status, text in json.loads((folder / "answers.json").read_text("utf-8"))]
-        outputs.extend([done.stdout, done.stderr, *(text for _, text in answers)])
-        return answers
-
-    return run
-
-
-@pytest.fixture(scope="module")
 def project(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project after the commands that `arpo-trl new` prints."""
     folder = tmp_path_factory.mktemp("home")
@@ -174,7 +155,7 @@ def test_a_command_says_something_before_it_imports_torch(command: Command, tmp_
         assert "about four minutes on two CPU cores and downloads nothing. All output goes to" in done.stdout
 
 
-def test_a_new_project_trains_and_its_readme_is_true(command: Command, commands: Commands, project: Path) -> None:
+def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: Path) -> None:
     history = json.loads((project / "runs/first/trainer_state.json").read_text("utf-8"))["log_history"]
     rewards = [row["reward"] for row in history if "reward" in row]
     assert len(rewards) == 10
@@ -186,23 +167,16 @@ def test_a_new_project_trains_and_its_readme_is_true(command: Command, commands:
     readme = (project / "README.md").read_text("utf-8")
     lines = [line.partition("#")[0].split() for line in readme.split("```")[1].splitlines() if line]
     assert [line[1] for line in lines] == ["train", "tree", "ask", "eval"]
+    assert "step 9, group" in command(project, "tree", "runs/first", "--step", "9").stdout
+    asked = command(project, "ask", "runs/first", "What is the capital of France?", "--temperature", "0")
+    assert "<lookup>" in asked.stdout and "Answer: " in asked.stdout
+    assert "settings of its training: --tools my_tools:lookup" in asked.stderr
     words = ["--model", "runs/first", "--data", "questions.jsonl", "--limit", "20", "--output", "runs/eval"]
     evaluated = command(project, "eval", *words)
     assert "settings of its training: --tools my_tools:lookup --max-completion-length 64" in evaluated.stderr
     described = json.loads((project / "runs/eval/results.json").read_text("utf-8"))
     assert described["tools"]["offered"] == ["lookup"]
     assert described["settings"]["max_completion_length"] == 64
-    tree, asked = commands(
-        project,
-        [
-            ["tree", "runs/first", "--step", "9"],
-            ["ask", "runs/first", "What is the capital of France?", "--temperature", "0"],
-        ],
-    )
-    assert tree[0] == asked[0] == 0
-    assert "step 9, group" in tree[1]
-    assert "<lookup>" in asked[1] and "Answer: " in asked[1]
-    assert "settings of its training: --tools my_tools:lookup" in asked[1]
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +189,21 @@ def pages_folder(project: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def said(pages_folder: Path, commands: Commands) -> dict[PageCommand, tuple[int | None, str]]:
-    """Exit status and output of each of the pages' commands in `AT_ONCE`."""
+def said(
+    pages_folder: Path, environment: dict[str, str], outputs: list[str]
+) -> dict[PageCommand, tuple[int | None, str]]:
+    """Exit status and output of each of the pages' commands in `AT_ONCE`. A status of None is a traceback."""
     with Loopback(completions(lambda prompt: "<answer>\\boxed{1}</answer>")) as server:
-        lines = [[word.replace("http://127.0.0.1:8000", server.url) for word in each.words()] for each in AT_ONCE]
-        return dict(zip(AT_ONCE, commands(pages_folder, lines), strict=True))
+        words = [each.words() for each in AT_ONCE]
+        given = json.dumps(words).replace("http://127.0.0.1:8000", server.url)
+        done = subprocess.run(
+            [sys.executable, "-c", DRIVER, given],
+            **{"cwd": pages_folder, "env": environment, "capture_output": True, "text": True, "check": False},
+        )
+    assert done.returncode == 0, done.stderr[-4000:]
+    answers = json.loads((pages_folder / "answers.json").read_text("utf-8"))
+    outputs += [done.stdout, done.stderr, *(text for _, text in answers)]
+    return {each: (status, text) for each, (status, text) in zip(AT_ONCE, answers, strict=True)}
 
 
 @pytest.mark.parametrize("shown", AT_ONCE, ids=lambda each: f"{each.page}: {each.text}")
@@ -228,11 +212,12 @@ def test_a_command_on_a_page_works(said: dict[PageCommand, tuple[int | None, str
     assert status == 0, text
 
 
-def test_the_shipped_configurations_on_pages_train(commands: Commands, pages_folder: Path) -> None:
-    for status, text in commands(pages_folder, [words_of(TRAINING), words_of(COLD_START)]):
-        assert status == 0, text
-    for output in ("mine", "my-sft"):
-        assert (pages_folder / f"runs/quickstart/{output}/model.safetensors").exists()
+@pytest.mark.parametrize(("text", "output"), [(TRAINING, "mine"), (COLD_START, "my-sft")])
+def test_a_shipped_configuration_on_a_page_trains(
+    command: Command, pages_folder: Path, text: str, output: str
+) -> None:
+    command(pages_folder, *words_of(text))
+    assert (pages_folder / f"runs/quickstart/{output}/model.safetensors").exists()
 
 
 def words_of(text: str) -> list[str]:
@@ -281,7 +266,7 @@ def test_every_command_on_a_page_is_run_or_has_a_reason_not_to_be() -> None:
 
 
 @pytest.mark.usefixtures("pages_folder")  # a copy of the project before this test changes it
-def test_a_second_training_does_not_replace_the_first(command: Command, commands: Commands, project: Path) -> None:
+def test_a_second_training_does_not_replace_the_first(command: Command, project: Path) -> None:
     before = (project / "runs/first/model.safetensors").stat().st_mtime_ns
     refused = command(project, "train", "--config", "config.yaml", status=2)
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("ConfigError")]
@@ -289,23 +274,18 @@ def test_a_second_training_does_not_replace_the_first(command: Command, commands
     assert "Traceback" not in refused.stderr
     assert (project / "runs/first/model.safetensors").stat().st_mtime_ns == before
     saved = ("--save_strategy", "steps", "--save_steps", "1")
+    command(project, *words_of(AGAIN), *saved)
+    assert len(list((project / "runs/first/trajectories").glob("*.jsonl"))) == 1
     resumed = ("--max_steps", "2", "--resume_from_checkpoint", "true")
-    again = commands(
-        project,
-        [
-            [*words_of(AGAIN), *saved],
-            [*shlex.split(AGAIN)[1:], *saved, *resumed],  # of a model with tied weights
-        ],
-    )
-    assert [status for status, _ in again] == [0, 0], again
+    command(project, *shlex.split(AGAIN)[1:], *saved, *resumed)  # of a model with tied weights
     assert len(list((project / "runs/first/trajectories").glob("*.jsonl"))) == 2
 
 
-def test_the_cold_start_of_a_project_trains(commands: Commands, project: Path) -> None:
-    (trained, said), (status, refused) = commands(project, [["sft", "--config", "sft.yaml", "--max_steps", "2"]] * 2)
-    assert trained == 0, said
+def test_the_cold_start_of_a_project_trains(command: Command, project: Path) -> None:
+    command(project, "sft", "--config", "sft.yaml", "--max_steps", "2")
     assert (project / "runs/sft/model.safetensors").exists()
-    assert status == 2 and "contains a finished model" in refused
+    refused = command(project, "sft", "--config", "sft.yaml", "--max_steps", "2", status=2)
+    assert "contains a finished model" in refused.stderr
 
 
 def test_a_shipped_configuration_is_found_by_its_name(command: Command, tmp_path: Path) -> None:
