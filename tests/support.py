@@ -126,7 +126,7 @@ def child_environment(command: Sequence[str | Path], environment: Mapping[str, s
 
 COMPILING = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
 """Environment variables of a process with vLLM in it, which compiles models as it does by default."""
-VLLM = COMPILING | {"TORCHDYNAMO_DISABLE": "1"}
+VLLM = COMPILING | {"TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 """The same without compilation, which takes g++ 40 s of CPU time at each start."""
 
 
