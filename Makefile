@@ -7,8 +7,7 @@
 # make docs         set up, then build the documentation as a site in build/site
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up creates a virtual environment in .venv with the versions of constraints.txt. PYTHON=… selects the interpreter.
-# Tests run in WORKERS parallel processes, by default one more than cores, since some tests wait; at most four. Each may
-# take 6 GiB of memory.
+# Tests run in WORKERS parallel processes, by default one per core, at most four; each may take 6 GiB of memory.
 # `make test` also installs vLLM's CPU build, for the tests that need it; with CI=true, a failed installation is an error.
 # It also fetches tokenizers of published models; without them the tests that need them are skipped.
 # It fetches OpenEnv's client (1 MB), too; with CI=true, a failed fetch is an error.
@@ -26,7 +25,7 @@ PYTHON ?= python3.11 python3.12 python3.13 python3
 export HF_HUB_OFFLINE ?= 1
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 
-WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n + 1 : 4)))
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # tests/conftest.py assigns tests to workers, and orders them.
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
