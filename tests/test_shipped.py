@@ -43,7 +43,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = CONFIGS.parent
 BASELINES = [f"quickstart_{name}.yaml" for name in ("dapo", "dr_grpo", "grpo", "reinforce_plus_plus")]
-HERE = ["quickstart.yaml", *BASELINES, "quickstart_sft.yaml", "reasoning_10k.yaml"]
+REASONING = ["reasoning_10k.yaml", "recommended.yaml"]
+HERE = ["quickstart.yaml", *BASELINES, "quickstart_sft.yaml", *REASONING]
 SHOP = "quickstart_shop.yaml"
 """tests/test_shop.py runs it."""
 QUANTIZED = "reasoning_qwen2.5_7b_qlora.yaml"
@@ -121,9 +122,10 @@ def test_the_quickstart_trains(school, config, tmp_path):
     check(config, tmp_path)
 
 
-def test_the_papers_settings_train(models, data, tmp_path):
-    run("reasoning_10k.yaml", *replaced("reasoning_10k.yaml", models, data, tmp_path))
-    check("reasoning_10k.yaml", tmp_path)
+@pytest.mark.parametrize("config", REASONING)
+def test_the_papers_and_the_recommended_settings_train(models, data, tmp_path, config):
+    run(config, *replaced(config, models, data, tmp_path))
+    check(config, tmp_path)
 
 
 def test_the_settings_for_qlora_train_but_for_the_quantization(models, data, tmp_path):
