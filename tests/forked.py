@@ -8,6 +8,8 @@ A new interpreter needs 6 s of CPU time for these imports, `accelerate launch` o
 server 30 s. A fork needs none; torch's launcher and vLLM fork their processes, too. A program whose command names vLLM
 is forked from a process that has imported vLLM. For all others vLLM seems not to be installed (`without_vllm`).
 
+A program can also be forked from a process that has imported arpo_trl from another folder, with `package=folder`.
+
 A fork differs from a new interpreter in two points: a variable that is read while a module is imported has the value
 that it has in the tests' process, and /proc shows the command and the environment of the first process.
 """
@@ -35,10 +37,12 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 
+ROOT = Path(__file__).parent.parent
 PRELOADED = ("deepspeed", "accelerate.commands.launch", "arpo_trl.scripts.train", "arpo_trl.scripts.sft")
 PRELOADED_VLLM = (
     *("vllm.entrypoints.openai.api_server", "vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor"),
@@ -101,16 +105,27 @@ class Fork(_Waits):
     """A running program. `words` are the arguments after the interpreter's name on a command line."""
 
     def __init__(
-        self, words: Sequence[str], *, cwd: Path, env: Mapping[str, str], log: Path, vllm: bool | None = None
+        self,
+        words: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        log: Path,
+        errors: Path | None = None,
+        vllm: bool | None = None,
+        package: Path = ROOT / "src",
     ):
         """`cwd` and `env` are the program's. What it writes to both streams is appended to `log`.
 
-        `vllm`: whether it finds vLLM; None: if its words name vLLM.
+        Args:
+            errors: The file for what it writes to standard error, instead of `log`.
+            vllm: Whether it finds vLLM; None: if its words name vLLM.
+            package: The folder with the package arpo_trl.
         """
         self.args = list(words)
-        log.touch()
-        self._server = _server(vllm=any("vllm" in word for word in words) if vllm is None else vllm)
-        self.pid = self._server.fork(words=self.args, cwd=str(cwd), env=dict(env), log=str(log))
+        self._server = _server(vllm=any("vllm" in word for word in words) if vllm is None else vllm, package=package)
+        streams = [str(log), str(errors or log)]
+        self.pid = self._server.fork(words=self.args, cwd=str(cwd), env=dict(env), streams=streams)
 
     def poll(self) -> int | None:
         if self.returncode is None:
@@ -121,9 +136,9 @@ class Fork(_Waits):
 class _Server:
     """The process that is forked. It ends when its standard input is closed, also by the end of this process."""
 
-    def __init__(self, *, vllm: bool) -> None:
+    def __init__(self, *, vllm: bool, package: Path) -> None:
         here = Path(__file__).parent
-        paths = [here.parent / "src", here, os.environ.get("PYTHONPATH", "")]
+        paths = [package, here, os.environ.get("PYTHONPATH", "")]
         if not vllm:
             paths.insert(0, here / "without_vllm")
         self._process = subprocess.Popen(
@@ -164,8 +179,8 @@ LINE = 64
 
 
 @functools.cache
-def _server(*, vllm: bool) -> _Server:
-    return _Server(vllm=vllm)
+def _server(*, vllm: bool, package: Path) -> _Server:
+    return _Server(vllm=vllm, package=package)
 
 
 def serve(modules: Sequence[str]) -> None:
@@ -178,6 +193,9 @@ def serve(modules: Sequence[str]) -> None:
 
     for module in modules:
         importlib.import_module(module)
+    # On a CPU DeepSpeed would build its collectives in shared memory, for which g++ takes 50 s. Without them, it uses
+    # torch's, as on GPUs.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     while True:
         asked, _, _ = select.select([requests], [], [], LOOK_S)
         if asked:
@@ -187,8 +205,8 @@ def serve(modules: Sequence[str]) -> None:
             pid = os.fork()
             if pid == 0:
                 program = json.loads(line)
-                written = os.open(program["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-                _become(program["words"], program["cwd"], program["env"], written, written)
+                streams = [os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) for path in program["streams"]]
+                _become(program["words"], program["cwd"], program["env"], *streams)
             answer(pid=pid)
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
@@ -290,8 +308,13 @@ class _Rank(_Waits):
 
 
 def _fork_children() -> None:
-    """Makes torch's launcher and vLLM fork this process where they would start new interpreters."""
+    """Makes the launchers of accelerate and torch, and vLLM, fork this process where they would start interpreters."""
+    from accelerate.commands import launch
     from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
+
+    launch.subprocess = SimpleNamespace(  # of accelerate's launch of one process
+        Popen=lambda words, env: _Rank(words[1:], env, None, None), CalledProcessError=subprocess.CalledProcessError
+    )
 
     def popen(handler: Any, words: tuple[str, ...], env: dict[str, str]) -> Any:
         streams = [stream and stream.fileno() for stream in (handler._stdout, handler._stderr)]

@@ -96,11 +96,11 @@ from functools import partial
 from arpo_trl.quickstart import __main__ as quickstart, stages
 
 search, steps = stages.SEARCH, ("--max_steps", "2", "--per_device_train_batch_size", "32", "--eval_steps", "2")
-stages.N_DEMONSTRATIONS = 1600
+stages.N_DEMONSTRATIONS = 800
 stages.TASKS["search"] = replace(
     search,
     prepare=partial(stages.prepare, n_train=64, n_heldout=24),
-    cold_start=("--max_steps", "100"),
+    cold_start=("--max_steps", "50"),
     flags=lambda data: (*search.flags(data), *steps, "--trajectory_log_rate", "1"),
 )
 quickstart.main()

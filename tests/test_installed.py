@@ -13,11 +13,13 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from arpo_trl.viewing.curves import PANELS, curves
 from evaluating import completions
+from forked import Fork
 from loopback import Loopback
 from page_commands import BY_PROJECT, DRIVER, NOT_RUN, SMALL_QUICKSTART, fill, page_commands
 from page_commands import Command as PageCommand
@@ -102,6 +104,31 @@ def command(environment: dict[str, str], outputs: list[str]) -> Command:
 
 
 @pytest.fixture(scope="module")
+def quick(site: Path, environment: dict[str, str], outputs: list[str]) -> Command:
+    """As `command`, as a fork of a process that has imported torch and the installed package."""
+    program = site.parent / "entry.py"
+    program.write_text(ENTRY, "utf-8")
+
+    def run(folder: Path, *words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        with TemporaryDirectory() as written:
+            streams = [Path(written, name) for name in ("stdout", "stderr")]
+            call = [str(program), *words]
+            process = Fork(
+                call, cwd=folder, env=environment, log=streams[0], errors=streams[1], vllm=False, package=site
+            )
+            try:
+                process.wait(300.0)
+            finally:
+                process.kill()
+            stdout, stderr = (stream.read_text("utf-8") for stream in streams)
+        outputs.append(stdout + stderr)
+        assert process.returncode == status, (words, process.returncode, stdout[-2000:], stderr[-4000:])
+        return subprocess.CompletedProcess(call, status, stdout, stderr)
+
+    return run
+
+
+@pytest.fixture(scope="module")
 def project(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A project after the commands that `arpo-trl new` prints."""
     folder = tmp_path_factory.mktemp("home")
@@ -155,7 +182,7 @@ def test_a_command_says_something_before_it_imports_torch(command: Command, tmp_
         assert "about four minutes on two CPU cores and downloads nothing. All output goes to" in done.stdout
 
 
-def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: Path) -> None:
+def test_a_new_project_trains_and_its_readme_is_true(quick: Command, project: Path) -> None:
     history = json.loads((project / "runs/first/trainer_state.json").read_text("utf-8"))["log_history"]
     rewards = [row["reward"] for row in history if "reward" in row]
     assert len(rewards) == 10
@@ -167,12 +194,12 @@ def test_a_new_project_trains_and_its_readme_is_true(command: Command, project: 
     readme = (project / "README.md").read_text("utf-8")
     lines = [line.partition("#")[0].split() for line in readme.split("```")[1].splitlines() if line]
     assert [line[1] for line in lines] == ["train", "tree", "ask", "eval"]
-    assert "step 9, group" in command(project, "tree", "runs/first", "--step", "9").stdout
-    asked = command(project, "ask", "runs/first", "What is the capital of France?", "--temperature", "0")
+    assert "step 9, group" in quick(project, "tree", "runs/first", "--step", "9").stdout
+    asked = quick(project, "ask", "runs/first", "What is the capital of France?", "--temperature", "0")
     assert "<lookup>" in asked.stdout and "Answer: " in asked.stdout
     assert "settings of its training: --tools my_tools:lookup" in asked.stderr
     words = ["--model", "runs/first", "--data", "questions.jsonl", "--limit", "20", "--output", "runs/eval"]
-    evaluated = command(project, "eval", *words)
+    evaluated = quick(project, "eval", *words)
     assert "settings of its training: --tools my_tools:lookup --max-completion-length 64" in evaluated.stderr
     described = json.loads((project / "runs/eval/results.json").read_text("utf-8"))
     assert described["tools"]["offered"] == ["lookup"]
@@ -213,10 +240,8 @@ def test_a_command_on_a_page_works(said: dict[PageCommand, tuple[int | None, str
 
 
 @pytest.mark.parametrize(("text", "output"), [(TRAINING, "mine"), (COLD_START, "my-sft")])
-def test_a_shipped_configuration_on_a_page_trains(
-    command: Command, pages_folder: Path, text: str, output: str
-) -> None:
-    command(pages_folder, *words_of(text))
+def test_a_shipped_configuration_on_a_page_trains(quick: Command, pages_folder: Path, text: str, output: str) -> None:
+    quick(pages_folder, *words_of(text))
     assert (pages_folder / f"runs/quickstart/{output}/model.safetensors").exists()
 
 
@@ -266,39 +291,39 @@ def test_every_command_on_a_page_is_run_or_has_a_reason_not_to_be() -> None:
 
 
 @pytest.mark.usefixtures("pages_folder")  # a copy of the project before this test changes it
-def test_a_second_training_does_not_replace_the_first(command: Command, project: Path) -> None:
+def test_a_second_training_does_not_replace_the_first(quick: Command, project: Path) -> None:
     before = (project / "runs/first/model.safetensors").stat().st_mtime_ns
-    refused = command(project, "train", "--config", "config.yaml", status=2)
+    refused = quick(project, "train", "--config", "config.yaml", status=2)
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("ConfigError")]
     assert "output_dir runs/first contains a finished model (model.safetensors) of an earlier run" in line
     assert "Traceback" not in refused.stderr
     assert (project / "runs/first/model.safetensors").stat().st_mtime_ns == before
     saved = ("--save_strategy", "steps", "--save_steps", "1")
-    command(project, *words_of(AGAIN), *saved)
+    quick(project, *words_of(AGAIN), *saved)
     assert len(list((project / "runs/first/trajectories").glob("*.jsonl"))) == 1
     resumed = ("--max_steps", "2", "--resume_from_checkpoint", "true")
-    command(project, *shlex.split(AGAIN)[1:], *saved, *resumed)  # of a model with tied weights
+    quick(project, *shlex.split(AGAIN)[1:], *saved, *resumed)  # of a model with tied weights
     assert len(list((project / "runs/first/trajectories").glob("*.jsonl"))) == 2
 
 
-def test_the_cold_start_of_a_project_trains(command: Command, project: Path) -> None:
-    command(project, "sft", "--config", "sft.yaml", "--max_steps", "2")
+def test_the_cold_start_of_a_project_trains(quick: Command, project: Path) -> None:
+    quick(project, "sft", "--config", "sft.yaml", "--max_steps", "2")
     assert (project / "runs/sft/model.safetensors").exists()
-    refused = command(project, "sft", "--config", "sft.yaml", "--max_steps", "2", status=2)
+    refused = quick(project, "sft", "--config", "sft.yaml", "--max_steps", "2", status=2)
     assert "contains a finished model" in refused.stderr
 
 
-def test_a_shipped_configuration_is_found_by_its_name(command: Command, tmp_path: Path) -> None:
+def test_a_shipped_configuration_is_found_by_its_name(quick: Command, tmp_path: Path) -> None:
     """Its files are not there: the error is that of the training program, with its exit status."""
-    refused = command(tmp_path, "train", "--config", "quickstart", "--accelerate", "single", status=2)
+    refused = quick(tmp_path, "train", "--config", "quickstart", "--accelerate", "single", status=2)
     (line,) = [line for line in refused.stderr.splitlines() if "Error: " in line]
     assert "runs/quickstart" in line
 
 
-def test_an_earlier_quickstart_is_not_replaced(command: Command, tmp_path: Path) -> None:
+def test_an_earlier_quickstart_is_not_replaced(quick: Command, tmp_path: Path) -> None:
     (tmp_path / "q/rl").mkdir(parents=True)
     (tmp_path / "q/rl/model.safetensors").touch()
-    refused = command(tmp_path, "quickstart", "--output", "q", status=2)
+    refused = quick(tmp_path, "quickstart", "--output", "q", status=2)
     assert "output_dir q/rl contains a finished model (model.safetensors)" in refused.stderr
 
 
