@@ -37,14 +37,9 @@ INSTALL := sh -c 'settings=$$($(BIN)/python -m pip config list); \
     $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv && \
     env $${default:+"UV_DEFAULT_INDEX=$$default"} $${more:+"UV_INDEX=$$more"} $${links:+"UV_FIND_LINKS=$$links"} \
         UV_INDEX_STRATEGY=unsafe-best-match UV_SYSTEM_CERTS=1 \
-        $(BIN)/python -m uv pip install --python $(BIN)/python "$$@" || \
+        $(BIN)/python -m uv pip install --compile-bytecode --python $(BIN)/python "$$@" || \
     { echo "uv failed. pip installs instead, which takes some minutes."; \
-      $(BIN)/python -m pip install --disable-pip-version-check --no-compile "$$@"; }' sh
-# Python compiles a module at its first import. The sandbox of the python tool cannot write what it compiles, so the
-# packages that it imports are compiled here.
-COMPILE := import compileall, importlib.util as of; \
-    [compileall.compile_dir(of.find_spec(name).submodule_search_locations[0], quiet=2, workers=0) \
-     for name in ("numpy", "pandas", "mpmath", "sympy")]
+      $(BIN)/python -m pip install --disable-pip-version-check "$$@"; }' sh
 
 .PHONY: help quickstart announced test prepared test-fast check docs bench
 
@@ -96,8 +91,7 @@ $(READY): pyproject.toml constraints.txt
 	    exit 1; \
 	fi; \
 	[ -x $(BIN)/python ] || "$$found" -m venv $(VENV); \
-	$(INSTALL) -c constraints.txt -e '.[dev]'; \
-	$(BIN)/python -c '$(COMPILE)'
+	$(INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $@
 
 # Tried on every run until the installation succeeds. Without vLLM, the test summary says that its tests did not run.
