@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 UP_S = 180.0
 """Seconds after which a server that does not respond is an error."""
@@ -102,7 +103,10 @@ class Server:
     def kill(self) -> None:
         """Kills the whole process group, as if the machine failed."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):  # it may have ended by itself
+                children = psutil.Process(self._process.pid).children(recursive=True)
+                os.killpg(self._process.pid, signal.SIGKILL)
+                psutil.wait_procs(children, timeout=UP_S)  # they hold the port, too
             self._process.wait()
             self._process = None
 

@@ -124,8 +124,10 @@ class Fork(_Waits):
         """
         self.args = list(words)
         self._server = _server(vllm=any("vllm" in word for word in words) if vllm is None else vllm, package=package)
-        streams = [str(log), str(errors or log)]
-        self.pid = self._server.fork(words=self.args, cwd=str(cwd), env=dict(env), streams=streams)
+        streams = [log, errors or log]
+        for stream in streams:
+            stream.touch()
+        self.pid = self._server.fork(words=self.args, cwd=str(cwd), env=dict(env), streams=[*map(str, streams)])
 
     def poll(self) -> int | None:
         if self.returncode is None:

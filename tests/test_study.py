@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from arpo_trl.errors import ConfigError
+from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.rollout.credit import CREDITS
 from arpo_trl.rollout.rules import RULES
+from arpo_trl.rollout.sampler import GroupRequest, TreeSampler
+from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
 from study import __main__ as command
 from study import files, frozen, page, training
-from study.arms import PAPER, Arm, frozen_arms, grpo, seeds_of, tabular_arms, trained_arms
+from study.arms import MAIN_BASELINES, PAPER, Arm, frozen_arms, grpo, seeds_of, tabular_arms, trained_arms
 from study.tabular import Budget, _Run, policy_gradient, scores, train
 from study.task import SCENARIOS, Task, compute, look_up
 
@@ -131,6 +135,10 @@ def test_differences_are_paired_by_seed_with_students_t():
     assert str(found) == "+0.200 ± 0.248 (3)"
     assert math.isnan(files.interval([0.5]).half) and str(files.interval([0.5])) == "+0.500 (1)"
     assert files.paired({"0": 0.5}, {"1": 0.5}) is None
+    assert [files.read_interval(text) for text in ("not run", "", "0.5")] == [None] * 3
+    assert files.read_interval("-0.012 ± 0.004 (8)") == files.Interval(-0.012, 0.004, 8)
+    one = files.read_interval("+0.500 (1)")
+    assert one is not None and (one.mean, one.n) == (0.5, 1) and math.isnan(one.half)
 
 
 def trained_row(arm: Arm, seed: int, accuracy: float, calls: int) -> dict:
@@ -161,6 +169,24 @@ def test_the_page_shows_finished_parts_and_lists_missing_ones(tmp_path):
     assert (tmp_path / "study.png").stat().st_size > 0
 
 
+def test_the_page_keeps_the_rows_with_more_seeds(tmp_path):
+    """So the results of several machines come together on one page."""
+    arms = (Arm(**grpo(8)), Arm(), Arm(rule="ranked"))
+    for run, accuracies in (("first", [0.5, 0.6, 0.7]), ("second", [0.1, 0.2])):
+        made = arms[:2] if run == "first" else arms
+        for seed, accuracy in enumerate(accuracies):
+            for arm in made:
+                row = trained_row(arm, seed, accuracy, 100)
+                files.write(command.trained_file(tmp_path / run, seed, arm), row)
+        page.write(tmp_path / run, tmp_path / "study.md")
+    text = (tmp_path / "study.md").read_text("utf-8")
+    assert "| random N = 2, soft, mean | 3 | 0.600 | +0.000 ± 0.000 (3) |" in text
+    assert "| ranked N = 2, soft, mean | 2 | 0.150 | +0.000 ± 0.000 (2) |" in text
+    assert "| random N = 2, soft, mean | +0.000 ± 0.000 (3) at 1.00 × the calls" in text
+    page.write(tmp_path / "nothing", tmp_path / "study.md")
+    assert (tmp_path / "study.md").read_text("utf-8") == text
+
+
 def test_the_figure_has_panels_only_for_finished_parts(monkeypatch, tmp_path):
     drawn: list[list[tuple[str, list[str]]]] = []
 
@@ -168,14 +194,15 @@ def test_the_figure_has_panels_only_for_finished_parts(monkeypatch, tmp_path):
         drawn.append([(axes.get_title()[0], [t.get_text() for t in axes.get_yticklabels()]) for axes in figure.axes])
 
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", saved)
-    found, open_ = files.interval([0.1, 0.2]), None
-    effects = {"one": [found, found, open_], "two": [open_, open_, open_]}
-    trained = {Arm(**grpo(8)).name: {"0": {"accuracy": 0.5}}, Arm().name: {"1": {"accuracy": 0.5}}}
-    page.draw(effects, {}, tmp_path / "a.png")
-    page.draw({}, trained, tmp_path / "c.png")
+    found, not_run = str(files.interval([0.1, 0.2])), page.NOT_RUN
+    effects = [["one", found, found, not_run], ["two", not_run, not_run, not_run]]
+    arms = ((Arm(**grpo(8)), 0), (Arm(), 0), (Arm(rule="ranked"), 1))  # one has no seed in common with GRPO
+    trained = page._trained_table({arm.name: {str(seed): trained_row(arm, seed, 0.5, 9)} for arm, seed in arms})
+    page.draw(effects, [], tmp_path / "a.png")
+    page.draw([], trained, tmp_path / "c.png")
     page.draw(effects, trained, tmp_path / "both.png")
-    page.draw({}, {}, tmp_path / "none.png")
-    a, c = ("a", ["one"]), ("c", [Arm(**grpo(8)).name])  # the coin has no seed in common with GRPO
+    page.draw([], [], tmp_path / "none.png")
+    a, c = ("a", ["one"]), ("c", [Arm().name])
     assert drawn == [[a], [c], [a, c], []]
 
 
@@ -201,6 +228,7 @@ def test_a_tiny_tabular_study_is_resumed_and_shown(tmp_path, monkeypatch, capsys
 def test_a_cold_start_is_trained_once_for_each_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "N_TRAIN", 8)
     monkeypatch.setattr(training, "N_HELDOUT", 2)
+    monkeypatch.setattr(stages, "N_DEMONSTRATIONS", 64)
     short = tmp_path / "one_step.yaml"
     short.write_text(training.SFT_CONFIG.read_text("utf-8") + "max_steps: 1\n", "utf-8")
     monkeypatch.setattr(training, "SFT_CONFIG", short)
@@ -225,15 +253,39 @@ def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
         command.one_training(tmp_path, 0, dynamic, steps=1)
 
 
+def test_arms_share_rollouts_only_of_the_same_prompts():
+    def sample(requests, **_):
+        return SimpleNamespace(trees=[RolloutTree(request.prompt_ids) for request in requests])
+
+    trainers = [SimpleNamespace(tree_sampler=SimpleNamespace(sample=sample)) for _ in range(2)]
+    rollouts = frozen.Rollouts()
+    for trainer in trainers:
+        rollouts.share_with(trainer)
+    first, again = (trainer.tree_sampler.sample([GroupRequest(id=0, prompt_ids=[1])], seed=()) for trainer in trainers)
+    assert first is again
+    trainers[0].tree_sampler.sample([GroupRequest(id=1, prompt_ids=[2])], seed=())
+    with pytest.raises(ValueError, match="Batch 1 has other prompts"):
+        trainers[1].tree_sampler.sample([GroupRequest(id=1, prompt_ids=[3])], seed=())
+
+
 @pytest.mark.slow
 def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, monkeypatch):
     for module, name, value in [
         *((module, "CHECKPOINTS", (1,)) for module in (frozen, page)),
         *((frozen, name, 2) for name in ("BATCHES", "REFERENCE_BATCHES", "REFERENCE_PROMPTS")),
         *((module, "PROMPTS", 1) for module in (frozen, training)),
-        *((module, "frozen_arms", lambda: [Arm(**grpo(8))]) for module in (command, page)),
+        *((module, "frozen_arms", lambda: arms) for module in (command, page)),
     ]:
         monkeypatch.setattr(module, name, value)
+    arms = [Arm(**grpo(8), baseline=baseline) for baseline in MAIN_BASELINES]
+    sampled: list[int] = []
+    sample = TreeSampler.sample
+
+    def counted(sampler, requests, **others):
+        sampled.append(len(requests))
+        return sample(sampler, requests, **others)
+
+    monkeypatch.setattr(TreeSampler, "sample", counted)
 
     def cold_start(folder, seed):
         """Without training."""
@@ -248,5 +300,9 @@ def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, mon
     text = (tmp_path / "study.md").read_text("utf-8")
     # An untrained model earns the same everywhere, so all gradients are 0, and none of it calls a tool.
     assert "| GRPO M = 8, soft, mean | 0.000 ± 0.000 | not run |" in text
+    assert "| GRPO M = 8, soft, score_norm | 0.000 ± 0.000 | not run |" in text
     assert "| two halves of the reference | 0.000 |" in text
+    # A step to the checkpoint, a batch of two prompts for each half of the reference, and two batches of one prompt,
+    # which both arms share.
+    assert sampled == [1, 2, 2, 1, 1]
     assert sorted(path.name for path in (tmp_path / "runs/b/models").iterdir()) == ["0", "1"]

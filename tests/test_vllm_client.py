@@ -4,6 +4,7 @@ import json
 import signal
 import threading
 import time
+from contextlib import ExitStack, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -282,6 +283,24 @@ def test_a_server_that_stays_away_is_named_after_the_deadline(serve):
     )
     with pytest.raises(EngineError, match=rf"{url} was unreachable for 1 s .*vllm_server_timeout"):
         write(engine(url, away_s=1.0))
+
+
+def test_an_error_during_a_sync_is_shown_when_the_session_has_ended_meanwhile(serve):
+    """With rollouts ahead, a thread has the session, and ends it when its own requests fail."""
+    url, _ = serve()
+    made = engine(url)
+    made._weights.is_current, made._weights.lock = False, nullcontext()
+    made._weights.wait_for_ranks = lambda: None
+    with ExitStack() as session:
+        session.enter_context(made.session())
+
+        def sync():
+            session.close()
+            raise EngineError("The server did not come up.")
+
+        made._weights.sync = sync
+        with pytest.raises(EngineError, match="did not come up"):
+            made.sync()
 
 
 def test_a_server_that_never_answers_is_named_after_the_deadline(serve):

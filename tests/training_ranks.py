@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 import environment_ranks
 import uneven_ranks
@@ -143,8 +143,20 @@ def trainer(model: str, folder: Path, run: str, ranks: int, **settings: Any) -> 
     )
 
 
+class SaveFirst(TrainerCallback):
+    """Saves the model after the first step."""
+
+    def __init__(self, made: ARPOTrainer, folder: Path):
+        self.made, self.folder = made, folder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 1:
+            self.made.save_model(str(self.folder / "first"))
+
+
 def train(made: Watched, folder: Path) -> dict[str, Any]:
-    """Trains and saves; what was sampled and earned, and the losses."""
+    """Trains and saves, after the first step, too; what was sampled and earned, and the losses."""
+    made.add_callback(SaveFirst(made, folder))
     made.train()
     made.save_model(str(folder / "final"))
     made.toolbox.close()

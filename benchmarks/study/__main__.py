@@ -14,12 +14,15 @@ import os
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import torch
+
+from arpo_trl.common.files import whole_file
 from arpo_trl.errors import ConfigError
 
 from . import files, frozen, page, tabular, training
@@ -29,9 +32,9 @@ from .task import SCENARIOS
 SEEDS = {"a": 20, "c": 8}
 FEW_SEEDS = 3
 COLD_START_S, TRAINED_ARM_S, TABULAR_RUN_S = 230.0, 200.0, 0.09
-REFERENCE_S, FROZEN_ARM_S = 340.0, 75.0
-"""CPU seconds of one cold start, arm and seed, and tabular run; of a checkpoint's reference, and of each of its arms.
-For the estimate at the start."""
+HALF_REFERENCE_S, FROZEN_ARM_S = 170.0, 45.0
+"""CPU seconds of one cold start, arm and seed, and tabular run; of one half of a checkpoint's reference, and of each
+of its arms. For the estimate at the start."""
 
 
 def available(arms: Sequence[Arm], errors: list[str]) -> list[Arm]:
@@ -81,31 +84,54 @@ def frozen_file(output: Path, step: int, arm: Arm) -> Path:
     return output / "b" / str(step) / f"{files.slug(arm.name)}.json"
 
 
-def one_checkpoint(output: Path, step: int) -> None:
-    """Measure the reference and all missing arms at one checkpoint, in this process."""
-    model, data = output / "b" / "models" / str(step), output / "seed0" / "data"
-    target, halves = None, output / "b" / str(step) / "reference.json"
+def reference_file(output: Path, step: int, half: int) -> Path:
+    return output / "b" / str(step) / f"reference{half}.pt"
+
+
+def of_checkpoint(output: Path, step: int) -> tuple[Path, Path]:
+    """The model of a checkpoint, and its data."""
+    return output / "b" / "models" / str(step), output / "seed0" / "data"
+
+
+def one_reference(output: Path, step: int, half: int) -> None:
+    """Measure a half of the reference gradient of a checkpoint."""
+    path = reference_file(output, step, half)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as partial:
+        torch.save(frozen.reference(*of_checkpoint(output, step), half), partial)
+
+
+def one_sampling(output: Path, step: int, sampling: str) -> None:
+    """Measure all missing arms with one way of sampling at one checkpoint."""
+    halves = [torch.load(reference_file(output, step, half)) for half in (0, 1)]
+    rollouts = frozen.Rollouts()
     for arm in available(frozen_arms(), []):
         path = frozen_file(output, step, arm)
-        if path.exists():
-            continue
-        if target is None:
-            target, cosine = frozen.reference(model, data)
-            files.write(halves, {"cosine_of_halves": cosine, "batches": frozen.REFERENCE_BATCHES})
-        files.write(path, frozen.measure(model, data, arm, target) | {"step": step})
+        if arm.sampling == sampling and not path.exists():
+            model, data = of_checkpoint(output, step)
+            found = frozen.measure(model, data, arm, rollouts, torch.stack(halves).mean(dim=0))
+            files.write(path, found | {"step": step})
 
 
 def part_b(options: argparse.Namespace, errors: list[str]) -> None:
-    arms = available(frozen_arms(), errors)
-    missing = {
-        step: sum(not frozen_file(options.output, step, arm).exists() for arm in arms) for step in frozen.CHECKPOINTS
-    }
-    seconds = sum(FROZEN_ARM_S * count + REFERENCE_S * (count > 0) for count in missing.values())
-    announce("b", sum(missing.values()), seconds, options.jobs)
-    if any(missing.values()):
-        training.cold_start(options.output / "seed0", 0)
-        frozen.make_checkpoints(options.output / "seed0", options.output / "b" / "models")
-    run_all([("b", str(step)) for step, count in missing.items() if count], options, errors)
+    output = options.output
+    wanted = [(step, arm) for step in frozen.CHECKPOINTS for arm in available(frozen_arms(), errors)]
+    missing = [(step, arm) for step, arm in wanted if not frozen_file(output, step, arm).exists()]
+    halves = [(step, half) for step in dict.fromkeys(step for step, _ in missing) for half in (0, 1)]
+    halves = [(step, half) for step, half in halves if not reference_file(output, step, half).exists()]
+    announce("b", len(missing), FROZEN_ARM_S * len(missing) + HALF_REFERENCE_S * len(halves), options.jobs)
+    if missing:
+        training.cold_start(output / "seed0", 0)
+        frozen.make_checkpoints(output / "seed0", output / "b" / "models")
+    run_all([("reference", str(step), str(half)) for step, half in halves], options, errors)
+    for step in frozen.CHECKPOINTS:
+        paths = [reference_file(output, step, half) for half in (0, 1)]
+        if all(path.exists() for path in paths):
+            cosine = frozen.cosine(*(torch.load(path) for path in paths))
+            found = {"cosine_of_halves": cosine, "batches": frozen.REFERENCE_BATCHES}
+            files.write(paths[0].with_name("reference.json"), found)
+    samplings = Counter((step, arm.sampling) for step, arm in missing)
+    run_all([("b", str(step), sampling) for (step, sampling), _ in samplings.most_common()], options, errors)
 
 
 # Part c --------------------------------------------------------------------------------------------------------------
@@ -151,7 +177,7 @@ def run_all(commands: Sequence[tuple[str, ...]], options: argparse.Namespace, er
     logs.mkdir(parents=True, exist_ok=True)
 
     def run(words: tuple[str, ...]) -> None:
-        start, log = time.perf_counter(), logs / f"{'-'.join(words)}.log"
+        start, log = time.perf_counter(), logs / f"{files.slug('-'.join(words))}.log"
         command = [sys.executable, "-m", __package__, "--output", str(options.output)]
         command += ["--steps", str(options.steps), "--one", *words]
         with log.open("w") as file:
@@ -172,8 +198,10 @@ def run_one(words: Sequence[str], options: argparse.Namespace) -> None:
     match words:
         case ["cold", seed]:
             training.cold_start(options.output / f"seed{seed}", int(seed))
-        case ["b", step]:
-            one_checkpoint(options.output, int(step))
+        case ["reference", step, half]:
+            one_reference(options.output, int(step), int(half))
+        case ["b", step, sampling]:
+            one_sampling(options.output, int(step), sampling)
         case ["c", seed, number]:
             one_training(options.output, int(seed), trained_arms()[int(number)], options.steps)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ _T_975 = tuple(
 """Student's t at 0.975, for 1, 2, … degrees of freedom."""
 
 
+_SHOWN = re.compile(r"([+-]\d+\.\d+)(?: ± (\d+\.\d+))? \((\d+)\)")
+
+
 @dataclass(frozen=True, slots=True)
 class Interval:
     """A mean of `n` values with the half width of its 95 % interval; NaN for one value."""
@@ -33,6 +37,14 @@ class Interval:
     def __str__(self) -> str:
         half = "" if math.isnan(self.half) else f" ± {self.half:.3f}"
         return f"{self.mean:+.3f}{half} ({self.n})"
+
+
+def read_interval(text: str) -> Interval | None:
+    """The interval that a text shows; None if it shows none."""
+    if (found := _SHOWN.fullmatch(text)) is None:
+        return None
+    mean_, half, n = found.groups()
+    return Interval(float(mean_), math.nan if half is None else float(half), int(n))
 
 
 def interval(values: Sequence[float]) -> Interval:

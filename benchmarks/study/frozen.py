@@ -2,13 +2,16 @@
 
 The policies are the cold start of the first seed and two later points of its training by GRPO. The reference is the
 mean gradient of many batches of GRPO with neither the standard deviation of a group nor the length of a path in it,
-which is unbiased up to scale. Each arm's batches are as training has them. Weights never change: no step is taken.
+which is unbiased up to scale. Each arm's batches are as training has them. Weights never change: no step is taken. So
+arms that sample in the same way, and differ in credit or baseline, share their rollouts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -17,6 +20,9 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from arpo_trl import ARPOTrainer
+from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch
 
 from .arms import LEAVES, Arm, grpo
 from .files import interval
@@ -41,7 +47,7 @@ class _SaveAt(TrainerCallback):
 
 @dataclass
 class _Gradients(TrainerCallback):
-    """Collects each step's gradient, all parameters in one vector, and the calls made for it."""
+    """Collects each step's gradient, all parameters in one vector, and the calls executed for it."""
 
     found: list[torch.Tensor] = field(default_factory=list)
     calls: list[float] = field(default_factory=list)
@@ -50,8 +56,32 @@ class _Gradients(TrainerCallback):
         self.found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if (made := (logs or {}).get("arpo/tools/calls_made")) is not None:
-            self.calls.append(made)
+        if (executed := (logs or {}).get("arpo/tools/calls_executed")) is not None:
+            self.calls.append(executed)
+
+
+@dataclass
+class Rollouts:
+    """The rollouts of one way of sampling, by the number of the batch. The first trainer samples them."""
+
+    made: list[RolloutBatch] = field(default_factory=list)
+
+    def share_with(self, trainer: ARPOTrainer) -> None:
+        """Give `trainer` these rollouts where they exist, and keep those that it samples."""
+        sampler, numbers = trainer.tree_sampler, itertools.count()
+        sample = sampler.sample
+
+        def shared(requests: Sequence[GroupRequest], **others: Any) -> RolloutBatch:
+            number = next(numbers)
+            if number == len(self.made):
+                self.made.append(sample(requests, **others))
+            found = self.made[number]
+            asked = [list(request.prompt_ids) for request in requests]
+            if asked != [tree.root.ids for tree in found.trees]:
+                raise ValueError(f"Batch {number} has other prompts than the trainer before had.")
+            return found
+
+        sampler.sample = shared  # type: ignore[method-assign]
 
 
 def make_checkpoints(seed_folder: Path, folder: Path) -> None:
@@ -73,44 +103,44 @@ def make_checkpoints(seed_folder: Path, folder: Path) -> None:
 
 
 def gradients(
-    model: Path, data: Path, arm: Arm, *, seed: int, batches: int, prompts: int, **others: Any
+    model: Path, data: Path, arm: Arm, rollouts: Rollouts, *, seed: int, batches: int, prompts: int, **others: Any
 ) -> _Gradients:
     """The gradients of `batches` batches of an arm, at the weights of `model`."""
     collected = _Gradients()
     settings = {"max_steps": batches, "learning_rate": 0.0, "max_grad_norm": 0.0, **others}
     settings["per_device_train_batch_size"] = prompts * arm.leaves
     with TemporaryDirectory() as output, trainer_of(model, data, Path(output), arm, seed, **settings) as trainer:
+        rollouts.share_with(trainer)
         trainer.add_callback(collected)
         trainer.train()
     return collected
 
 
-def reference(model: Path, data: Path) -> tuple[torch.Tensor, float]:
-    """The reference gradient, and the cosine of its two halves, which bounds what an arm can reach."""
+def reference(model: Path, data: Path, half: int) -> torch.Tensor:
+    """One half, 0 or 1, of the reference gradient."""
     collected = gradients(
         model,
         data,
         Arm(**grpo(LEAVES)),
-        seed=_REFERENCE_SEED,
-        batches=REFERENCE_BATCHES,
+        Rollouts(),
+        seed=_REFERENCE_SEED + half,
+        batches=REFERENCE_BATCHES // 2,
         prompts=REFERENCE_PROMPTS,
         scale_rewards="none",
         loss_type="dr_grpo",
     )
-    found = torch.stack(collected.found)
-    halves = found[::2].mean(dim=0), found[1::2].mean(dim=0)
-    return found.mean(dim=0), _cosine(*halves)
+    return torch.stack(collected.found).mean(dim=0)
 
 
-def measure(model: Path, data: Path, arm: Arm, target: torch.Tensor) -> dict[str, Any]:
+def measure(model: Path, data: Path, arm: Arm, rollouts: Rollouts, target: torch.Tensor) -> dict[str, Any]:
     """The cosines of an arm's batches with `target`, and the calls that a batch costs.
 
-    `signal_per_call` is cos² / (1 − cos²) per call made. Averaging n independent batches without bias multiplies
+    `signal_per_call` is cos² / (1 − cos²) per executed call. Averaging n independent batches without bias multiplies
     cos² / (1 − cos²) by n, so this is what a call buys at any size of a batch.
     """
     start = time.perf_counter()
-    collected = gradients(model, data, arm, seed=0, batches=BATCHES, prompts=PROMPTS)
-    cosines = [_cosine(gradient, target) for gradient in collected.found]  # 0 where no group has different rewards
+    collected = gradients(model, data, arm, rollouts, seed=0, batches=BATCHES, prompts=PROMPTS)
+    cosines = [cosine(gradient, target) for gradient in collected.found]  # 0 where no group has different rewards
     found = interval(cosines)
     calls = mean(collected.calls)
     signal = found.mean**2 / max(1.0 - found.mean**2, 1e-9)
@@ -125,5 +155,5 @@ def measure(model: Path, data: Path, arm: Arm, target: torch.Tensor) -> dict[str
     }
 
 
-def _cosine(first: torch.Tensor, second: torch.Tensor) -> float:
+def cosine(first: torch.Tensor, second: torch.Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(first, second, dim=0))

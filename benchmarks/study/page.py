@@ -1,8 +1,9 @@
-"""Writes the study's page and figure from the result files alone."""
+"""Writes the study's page and figure from the result files, and from the page itself where that has more seeds."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from .frozen import CHECKPOINTS
 from .task import SCENARIOS
 
 Row = dict[str, Any]
+Cells = Sequence[str]
 NOT_RUN = "not run"
 FIGURE = "study.png"
 _GRPO, _HALF = Arm(**grpo(LEAVES)).sampling, Arm(**grpo(LEAVES // 2)).sampling
@@ -26,8 +28,9 @@ _RELATIVE = {
     "turns in sequence": "turns_in_sequence",
 }
 """Columns of part c with ratios to GRPO, and their names in the files."""
+_GOAL = f"− {_GRPO}, mean"
 _COMPARED: Mapping[str, Callable[[Arm], Arm]] = {
-    f"− {_GRPO}, mean": lambda arm: Arm(**grpo(LEAVES)),
+    _GOAL: lambda arm: Arm(**grpo(LEAVES)),
     f"− {_HALF}, same baseline": lambda arm: Arm(**grpo(LEAVES // 2), baseline=arm.baseline),
     f"− {_COIN}, same baseline": lambda arm: Arm(baseline=arm.baseline),
     f"− {PAPER.sampling}, mean": lambda arm: PAPER,
@@ -38,8 +41,9 @@ _MET = {True: "met", False: "missed"}
 INTRODUCTION = f"""# The study
 
 Which branch rule, credit and baseline earn their place, measured in this package. The command below writes this page
-from the files of its runs; what has no file is "{NOT_RUN}". Differences are paired by seed, with the half width of
-their 95 % interval (Student's t) and the number of seeds in parentheses.
+from the files of its runs, and keeps the rows that have more seeds than the files. What has neither is "{NOT_RUN}".
+Differences are paired by seed, with the half width of their 95 % interval (Student's t) and the number of seeds in
+parentheses.
 
 ```
 OMP_NUM_THREADS=1 python -m benchmarks.study a b c --jobs 2
@@ -60,7 +64,7 @@ another one, as the mean over all arms that differ in nothing else.
 PART_B = """## b. Frozen policies
 
 The cosine of one batch's gradient with that of many batches, at three checkpoints of the quickstart's model, and
-cos² / (1 − cos²) per call made, relative to GRPO with the mean baseline, as the mean over the checkpoints.
+cos² / (1 − cos²) per executed call, relative to GRPO with the mean baseline, as the mean over the checkpoints.
 """
 PART_C = f"""## c. Training
 
@@ -68,28 +72,52 @@ The quickstart's model on the harder task (`--hard`), from one cold start per se
 questions at temperature 1. Calls and turns in sequence are relative to {_GRPO} with the mean baseline and the same
 seed. Calls that are equal and run at the same time are executed once, so fewer calls are executed than made. The
 columns of differences are: the goal; branches against none at about equal calls; a rule against a blind one; anything
-against the paper's rule, credit and baseline ({PAPER.name}).
+against the paper's rule, credit and baseline ({PAPER.name}). Arms with three seeds compare with arms of their own run.
+`c --seeds 20` trains the main comparison with 20 seeds.
 """
 
 
 def write(output: Path, path: Path) -> None:
     """Write the page to `path` and the figure next to it. `output` is the folder of the runs."""
-    effects, frozen, trained = tabular_effects(output), frozen_rows(output), trained_rows(output)
+    before = _rows(path.read_text("utf-8")) if path.exists() else {}
+    effects = _merged([[name, *map(_shown, found)] for name, found in tabular_effects(output).items()], before)
+    trained = _merged(_trained_table(trained_rows(output)), before)
     parts = [
         INTRODUCTION,
         GOALS,
         _table(["goal", "found", ""], goals(effects, trained)),
         f"\n![Effects with their 95 % intervals]({FIGURE})\n",
         PART_A,
-        _table(["", *SCENARIOS], [[name, *map(_shown, found)] for name, found in effects.items()]),
+        _table(["", *SCENARIOS], effects),
         "\n" + PART_B,
-        _table(["", *(f"step {step}" for step in CHECKPOINTS), "signal per call"], frozen),
+        _table(
+            ["", *(f"step {step}" for step in CHECKPOINTS), "signal per call"], _merged(frozen_rows(output), before)
+        ),
         "\n" + PART_C,
-        _table(["", "seeds", "accuracy", *_COMPARED, *_RELATIVE], _trained_table(trained)),
+        _table(["", "seeds", "accuracy", *_COMPARED, *_RELATIVE], trained),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n", "utf-8")
     draw(effects, trained, path.parent / FIGURE)
+
+
+def _rows(text: str) -> dict[tuple[str, int], Cells]:
+    """The rows of a page's tables by their first cell and their number of cells, in which the tables differ."""
+    rows = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {(row[0], len(row)): row for row in rows}
+
+
+def _merged(rows: Iterable[Cells], before: Mapping[tuple[str, int], Cells]) -> list[Cells]:
+    """The rows, or those of the page before where they have more seeds."""
+    pairs = [(row, before.get((row[0], len(row)), row)) for row in rows]
+    return [old if _seeds(old) > _seeds(row) else row for row, old in pairs]
+
+
+def _seeds(row: Cells) -> int:
+    """The most seeds that a cell shows, in parentheses or alone; 1 without such a cell, 0 for what has not run."""
+    found = [number for cell in row[1:] for number in re.findall(r"^(\d+)$|\((\d+)\)", cell)]
+    ran = any(cell not in ("", "0", NOT_RUN) for cell in row[1:])
+    return max([int(alone or in_cell) for alone, in_cell in found], default=1) if ran else 0
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -149,10 +177,10 @@ def _effect(accuracies: Mapping[str, Mapping[str, float]], pairs: Sequence[tuple
 # Part b --------------------------------------------------------------------------------------------------------------
 
 
-def frozen_rows(output: Path) -> list[list[str]]:
+def frozen_rows(output: Path) -> list[Cells]:
     folders = [output / "b" / str(step) for step in CHECKPOINTS]
     base = Arm(**grpo(LEAVES)).name
-    rows = []
+    rows: list[Cells] = []
     for arm in frozen_arms():
         found = [files.read(folder / f"{files.slug(arm.name)}.json") for folder in folders]
         bases = [files.read(folder / f"{files.slug(base)}.json") for folder in folders]
@@ -195,8 +223,9 @@ def _ratio(ours: Mapping[str, Row], theirs: Mapping[str, Row], name: str) -> flo
     return mean(ours[seed][name] / theirs[seed][name] for seed in seeds) if seeds else None
 
 
-def _trained_table(trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
-    base, rows = trained.get(Arm(**grpo(LEAVES)).name, {}), []
+def _trained_table(trained: Mapping[str, Mapping[str, Row]]) -> list[Cells]:
+    base = trained.get(Arm(**grpo(LEAVES)).name, {})
+    rows: list[Cells] = []
     for arm in trained_arms():
         if not (ours := trained.get(arm.name)):
             rows.append([arm.name, "0", *[NOT_RUN] * (1 + len(_COMPARED) + len(_RELATIVE))])
@@ -219,35 +248,37 @@ def _trained_table(trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
 # Goals and figure ----------------------------------------------------------------------------------------------------
 
 
-def goals(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
+def goals(effects: Sequence[Cells], trained: Sequence[Cells]) -> list[Cells]:
     """Rows of the goals' table: each trained arm with branches, and each rule of part a against the coin."""
-    base, rows = trained.get(Arm(**grpo(LEAVES)).name, {}), []
-    for arm in trained_arms():
-        ours = trained.get(arm.name, {})
-        found = paired(column(ours, "accuracy"), column(base, "accuracy"))
-        calls, turns = (_ratio(ours, base, name) for name in ("tool_calls_executed", "turns_in_sequence"))
-        if arm.roots == arm.leaves or found is None or calls is None or turns is None:
+    rows: list[Cells] = []
+    for arm, row in zip(trained_arms(), trained, strict=True):
+        found, calls, turns = (_cell(row, name) for name in (_GOAL, "calls executed", "turns in sequence"))
+        of = files.read_interval(found)
+        if arm.roots == arm.leaves or of is None:
             continue
-        met = calls <= 0.5 and turns <= 1.1 and found.mean >= -0.01 and found.mean - found.half >= -0.03
-        rows.append([arm.name, f"{found} at {calls:.2f} × the calls, {turns:.2f} × the turns", _MET[met]])
+        met = float(calls) <= 0.5 and float(turns) <= 1.1 and of.mean >= -0.01 and of.mean - of.half >= -0.03
+        rows.append([arm.name, f"{found} at {calls} × the calls, {turns} × the turns", _MET[met]])
     rows = rows or [["arms with branches", NOT_RUN, ""]]
-    for name, found_in in effects.items():
-        if name.endswith(f" − {_COIN}") and (first := found_in[0]) is not None:
-            rows.append(
-                [f"tabular, as is: {name}", str(first), "resolved" if abs(first.mean) > first.half else "open"]
-            )
+    for name, first, *_ in effects:
+        if name.endswith(f" − {_COIN}") and (of := files.read_interval(first)) is not None:
+            rows.append([f"tabular, as is: {name}", first, "resolved" if abs(of.mean) > of.half else "open"])
     return rows
 
 
-def draw(effects: Mapping[str, list[Interval | None]], trained: Mapping[str, Mapping[str, Row]], path: Path) -> None:
+def _cell(row: Cells, name: str) -> str:
+    """The cell of a row of part c in a column."""
+    return row[["", "seeds", "accuracy", *_COMPARED, *_RELATIVE].index(name)]
+
+
+def draw(effects: Sequence[Cells], trained: Sequence[Cells], path: Path) -> None:
     """Save the figure, a panel per part that has run: tabular effects by scenario, trained arms against GRPO."""
     from matplotlib.figure import Figure
 
     of_scenarios = {
-        scenario: {name: found[number] for name, found in effects.items()} for number, scenario in enumerate(SCENARIOS)
+        scenario: {name: files.read_interval(found[number]) for name, *found in effects}
+        for number, scenario in enumerate(SCENARIOS)
     }
-    base = column(trained.get(Arm(**grpo(LEAVES)).name, {}), "accuracy")
-    against = {name: paired(column(rows, "accuracy"), base) for name, rows in trained.items()}
+    against = {row[0]: files.read_interval(_cell(row, _GOAL)) for row in trained}
     panels = {
         "a. Tabular: change of the exact accuracy": of_scenarios,
         f"c. Training: accuracy − {_GRPO}, mean": {"": against},

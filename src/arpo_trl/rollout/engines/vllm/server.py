@@ -161,7 +161,8 @@ class VLLMServerEngine:
             self._weights.wait_for_ranks()
             yield
         finally:
-            loop.call_soon_threadsafe(self._may_send.set)
+            with suppress(RuntimeError):  # an error can end the session, and its loop, during this context
+                loop.call_soon_threadsafe(self._may_send.set)
 
     def submit(self, request: TurnRequest) -> None:
         if self._loop is None:
