@@ -180,6 +180,8 @@ def test_the_page_keeps_the_rows_with_more_seeds(tmp_path):
                 files.write(command.trained_file(tmp_path / run, seed, arm), row)
         page.write(tmp_path / run, tmp_path / "study.md")
     text = (tmp_path / "study.md").read_text("utf-8")
+    runs = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text("utf-8").splitlines()]
+    assert len(runs) == 6 and {"name": Arm().name, "seed": 1, "accuracy": 0.2}.items() <= runs[3].items()
     assert "| random N = 2, soft, mean | 3 | 0.600 | +0.000 ± 0.000 (3) |" in text
     assert "| ranked N = 2, soft, mean | 2 | 0.150 | +0.000 ± 0.000 (2) |" in text
     assert "| random N = 2, soft, mean | +0.000 ± 0.000 (3) at 1.00 × the calls" in text

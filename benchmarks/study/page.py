@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
@@ -36,6 +37,8 @@ _COMPARED: Mapping[str, Callable[[Arm], Arm]] = {
     f"− {PAPER.sampling}, mean": lambda arm: PAPER,
 }
 """Columns of part c with differences, and the arm that each arm is compared with."""
+_OF_A_RUN = ("name", "seed", "planned_steps", "accuracy", "answers", *_RELATIVE.values())
+"""The values of a run of part c that are kept next to the page."""
 _MET = {True: "met", False: "missed"}
 
 INTRODUCTION = f"""# The study
@@ -73,7 +76,8 @@ questions at temperature 1. Calls and turns in sequence are relative to {_GRPO} 
 seed. Calls that are equal and run at the same time are executed once, so fewer calls are executed than made. The
 columns of differences are: the goal; branches against none at about equal calls; a rule against a blind one; anything
 against the paper's rule, credit and baseline ({PAPER.name}). Arms with three seeds compare with arms of their own run.
-`c --seeds 20` trains the main comparison with 20 seeds.
+`c --seeds 20` trains the main comparison with 20 seeds. [study.jsonl](study.jsonl) has a line for each run of the last
+files.
 """
 
 
@@ -98,6 +102,9 @@ def write(output: Path, path: Path) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n", "utf-8")
+    if runs := [run for of_arm in trained_rows(output).values() for run in of_arm.values()]:
+        lines = [json.dumps({name: run[name] for name in _OF_A_RUN if name in run}) + "\n" for run in runs]
+        path.with_suffix(".jsonl").write_text("".join(lines), "utf-8")
     draw(effects, trained, path.parent / FIGURE)
 
 
