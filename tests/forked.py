@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import multiprocessing
@@ -198,6 +199,8 @@ def serve(modules: Sequence[str]) -> None:
     # On a CPU DeepSpeed would build its collectives in shared memory, for which g++ takes 50 s. Without them, it uses
     # torch's, as on GPUs.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    gc.collect()
+    gc.freeze()  # a collection in a fork would otherwise copy the memory of all these modules
     while True:
         asked, _, _ = select.select([requests], [], [], LOOK_S)
         if asked:
