@@ -270,6 +270,16 @@ def test_arms_share_rollouts_only_of_the_same_prompts():
         trainers[1].tree_sampler.sample([GroupRequest(id=1, prompt_ids=[3])], seed=())
 
 
+def test_calls_and_signal_of_part_b_are_relative_to_grpo(tmp_path):
+    for arm, calls, signal in ((Arm(**grpo(8)), 200.0, 0.5), (Arm(), 100.0, 0.75)):
+        for step in frozen.CHECKPOINTS[:2]:
+            row = {"cosine": 0.1, "half_width": 0.01, "calls": calls * (1 + step), "signal_per_call": signal}
+            files.write(command.frozen_file(tmp_path, step, arm), row)
+    rows = {row[0]: row[1:] for row in page.frozen_rows(tmp_path)}
+    assert rows[Arm().name] == ["0.100 ± 0.010", "0.100 ± 0.010", "not run", "0.50", "1.50"]
+    assert rows[Arm(baseline="score_norm").name] == ["not run"] * 5
+
+
 @pytest.mark.slow
 def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, monkeypatch):
     for module, name, value in [
@@ -301,8 +311,8 @@ def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, mon
     assert command.main(given) == 0
     text = (tmp_path / "study.md").read_text("utf-8")
     # An untrained model earns the same everywhere, so all gradients are 0, and none of it calls a tool.
-    assert "| GRPO M = 8, soft, mean | 0.000 ± 0.000 | not run |" in text
-    assert "| GRPO M = 8, soft, score_norm | 0.000 ± 0.000 | not run |" in text
+    assert "| GRPO M = 8, soft, mean | 0.000 ± 0.000 | not run | not run |" in text
+    assert "| GRPO M = 8, soft, score_norm | 0.000 ± 0.000 | not run | not run |" in text
     assert "| two halves of the reference | 0.000 |" in text
     # A step to the checkpoint, a batch of two prompts for each half of the reference, and two batches of one prompt,
     # which both arms share.

@@ -67,7 +67,8 @@ another one, as the mean over all arms that differ in nothing else.
 PART_B = """## b. Frozen policies
 
 The cosine of one batch's gradient with that of many batches, at three checkpoints of the quickstart's model, and
-cos² / (1 − cos²) per executed call, relative to GRPO with the mean baseline, as the mean over the checkpoints.
+cos² / (1 − cos²) per executed call. Calls and signal are relative to GRPO with the mean baseline, and means over the
+checkpoints.
 """
 PART_C = f"""## c. Training
 
@@ -95,7 +96,8 @@ def write(output: Path, path: Path) -> None:
         _table(["", *SCENARIOS], effects),
         "\n" + PART_B,
         _table(
-            ["", *(f"step {step}" for step in CHECKPOINTS), "signal per call"], _merged(frozen_rows(output), before)
+            ["", *(f"step {step}" for step in CHECKPOINTS), "calls executed", "signal per call"],
+            _merged(frozen_rows(output), before),
         ),
         "\n" + PART_C,
         _table(["", "seeds", "accuracy", *_COMPARED, *_RELATIVE], trained),
@@ -186,25 +188,27 @@ def _effect(accuracies: Mapping[str, Mapping[str, float]], pairs: Sequence[tuple
 
 def frozen_rows(output: Path) -> list[Cells]:
     folders = [output / "b" / str(step) for step in CHECKPOINTS]
-    base = Arm(**grpo(LEAVES)).name
+    bases = [files.read(folder / f"{files.slug(Arm(**grpo(LEAVES)).name)}.json") for folder in folders]
     rows: list[Cells] = []
     for arm in frozen_arms():
         found = [files.read(folder / f"{files.slug(arm.name)}.json") for folder in folders]
-        bases = [files.read(folder / f"{files.slug(base)}.json") for folder in folders]
-        signals = [
-            (of["signal_per_call"], to["signal_per_call"]) for of, to in zip(found, bases, strict=True) if of and to
-        ]
-        ratios = [ours / theirs for ours, theirs in signals if ours is not None and theirs]
         cells = [
             NOT_RUN
             if of is None
             else f"{of['cosine']:.3f} ± {math.nan if of['half_width'] is None else of['half_width']:.3f}"
             for of in found
         ]
-        rows.append([arm.name, *cells, f"{mean(ratios):.2f}" if ratios else NOT_RUN])
+        rows.append([arm.name, *cells, *(_mean_ratio(found, bases, name) for name in ("calls", "signal_per_call"))])
     halves = [files.read(folder / "reference.json") for folder in folders]
     cells = [NOT_RUN if of is None else f"{of['cosine_of_halves']:.3f}" for of in halves]
-    return [*rows, ["two halves of the reference", *cells, ""]]
+    return [*rows, ["two halves of the reference", *cells, "", ""]]
+
+
+def _mean_ratio(ours: Sequence[Row | None], theirs: Sequence[Row | None], name: str) -> str:
+    """The mean ratio of a value over the checkpoints at which both have it."""
+    pairs = [(our[name], their[name]) for our, their in zip(ours, theirs, strict=True) if our and their]
+    ratios = [our / their for our, their in pairs if our is not None and their]
+    return f"{mean(ratios):.2f}" if ratios else NOT_RUN
 
 
 # Part c --------------------------------------------------------------------------------------------------------------
