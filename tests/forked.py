@@ -197,7 +197,7 @@ def serve(modules: Sequence[str]) -> None:
     for module in modules:
         importlib.import_module(module)
     # On a CPU DeepSpeed would build its collectives in shared memory, for which g++ takes 50 s. Without them, it uses
-    # torch's, as on GPUs.
+    # torch's, as on GPUs. It has no setting for this: it tries whatever the machine can build.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()  # a collection in a fork would otherwise copy the memory of all these modules

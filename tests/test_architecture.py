@@ -29,9 +29,11 @@ TREE = ("text", "tree", "estimates", "rules", "credit", "engines", "protocols", 
 @functools.cache
 def modules() -> list[tuple[str, ast.Module]]:
     """Each module's dotted name below the package, and its source."""
-    parts = {path: path.relative_to(PACKAGE).with_suffix("").parts for path in sorted(PACKAGE.rglob("*.py"))}
-    names = {path: ".".join(found).removesuffix("__init__").rstrip(".") for path, found in parts.items()}
-    return [(name, ast.parse(path.read_text("utf-8"))) for path, name in names.items()]
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+        found.append((name, ast.parse(path.read_text("utf-8"))))
+    return found
 
 
 def imported(tree: ast.Module) -> Iterator[str]:

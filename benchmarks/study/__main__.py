@@ -103,14 +103,12 @@ def one_reference(output: Path, step: int, half: int) -> None:
 
 def one_sampling(output: Path, step: int, sampling: str) -> None:
     """Measure all missing arms with one way of sampling at one checkpoint."""
-    halves = [torch.load(reference_file(output, step, half)) for half in (0, 1)]
-    rollouts = frozen.Rollouts()
+    target = torch.stack([torch.load(reference_file(output, step, half)) for half in (0, 1)]).mean(dim=0)
+    rollouts, (model, data) = frozen.Rollouts(), of_checkpoint(output, step)
     for arm in available(frozen_arms(), []):
         path = frozen_file(output, step, arm)
         if arm.sampling == sampling and not path.exists():
-            model, data = of_checkpoint(output, step)
-            found = frozen.measure(model, data, arm, rollouts, torch.stack(halves).mean(dim=0))
-            files.write(path, found | {"step": step})
+            files.write(path, frozen.measure(model, data, arm, rollouts, target) | {"step": step})
 
 
 def part_b(options: argparse.Namespace, errors: list[str]) -> None:

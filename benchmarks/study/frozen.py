@@ -81,6 +81,7 @@ class Rollouts:
                 raise ValueError(f"Batch {number} has other prompts than the trainer before had.")
             return found
 
+        # The trainer builds its sampler itself, and calls this method once for each batch.
         sampler.sample = shared  # type: ignore[method-assign]
 
 

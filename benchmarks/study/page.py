@@ -37,6 +37,7 @@ _COMPARED: Mapping[str, Callable[[Arm], Arm]] = {
     f"− {PAPER.sampling}, mean": lambda arm: PAPER,
 }
 """Columns of part c with differences, and the arm that each arm is compared with."""
+_TRAINED_HEADS = ("", "seeds", "accuracy", *_COMPARED, *_RELATIVE)
 _OF_A_RUN = ("name", "seed", "planned_steps", "accuracy", "answers", *_RELATIVE.values())
 """The values of a run of part c that are kept next to the page."""
 _MET = {True: "met", False: "missed"}
@@ -86,7 +87,8 @@ def write(output: Path, path: Path) -> None:
     """Write the page to `path` and the figure next to it. `output` is the folder of the runs."""
     before = _rows(path.read_text("utf-8")) if path.exists() else {}
     effects = _merged([[name, *map(_shown, found)] for name, found in tabular_effects(output).items()], before)
-    trained = _merged(_trained_table(trained_rows(output)), before)
+    of_arms = trained_rows(output)
+    trained = _merged(_trained_table(of_arms), before)
     parts = [
         INTRODUCTION,
         GOALS,
@@ -100,11 +102,11 @@ def write(output: Path, path: Path) -> None:
             _merged(frozen_rows(output), before),
         ),
         "\n" + PART_C,
-        _table(["", "seeds", "accuracy", *_COMPARED, *_RELATIVE], trained),
+        _table(_TRAINED_HEADS, trained),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n", "utf-8")
-    if runs := [run for of_arm in trained_rows(output).values() for run in of_arm.values()]:
+    if runs := [run for of_arm in of_arms.values() for run in of_arm.values()]:
         lines = [json.dumps({name: run[name] for name in _OF_A_RUN if name in run}) + "\n" for run in runs]
         path.with_suffix(".jsonl").write_text("".join(lines), "utf-8")
     draw(effects, trained, path.parent / FIGURE)
@@ -278,7 +280,7 @@ def goals(effects: Sequence[Cells], trained: Sequence[Cells]) -> list[Cells]:
 
 def _cell(row: Cells, name: str) -> str:
     """The cell of a row of part c in a column."""
-    return row[["", "seeds", "accuracy", *_COMPARED, *_RELATIVE].index(name)]
+    return row[_TRAINED_HEADS.index(name)]
 
 
 def draw(effects: Sequence[Cells], trained: Sequence[Cells], path: Path) -> None:
