@@ -17,9 +17,11 @@ that it has in the tests' process, and /proc shows the command and the environme
 from __future__ import annotations
 
 import atexit
+import errno
 import faulthandler
 import functools
 import gc
+import hashlib
 import importlib
 import json
 import multiprocessing
@@ -29,6 +31,7 @@ import resource
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -39,7 +42,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
@@ -52,6 +55,7 @@ PRELOADED_VLLM = (
 RANKS = "TEST_RANKS"
 """The environment variable with the path of the file into which a launcher writes the ranks that it starts."""
 LOOK_S = 0.02
+PAUSE_S = 0.0005
 _CONTEXT = multiprocessing.get_context("fork")
 
 
@@ -137,48 +141,75 @@ class Fork(_Waits):
 
 
 class _Server:
-    """The process that is forked. It ends when its standard input is closed, also by the end of this process."""
+    """The process that is forked, which all workers of a test run share. It ends after the last of them has ended."""
 
     def __init__(self, *, vllm: bool, package: Path) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._statuses: dict[int, int] = {}
+        name = hashlib.sha256(f"{TEST_RUN} {vllm} {package}".encode()).hexdigest()[:16]
+        address = str(Path(tempfile.gettempdir()) / f"forks-{name}")
+        with socket.socket(socket.AF_UNIX) as listener:
+            try:
+                listener.bind(address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+            else:
+                listener.listen()
+                self._start(listener, vllm, package)
+            self._connect(address)
+
+    def _start(self, listener: socket.socket, vllm: bool, package: Path) -> None:
         here = Path(__file__).parent
         paths = [package, here, os.environ.get("PYTHONPATH", "")]
         if not vllm:
             paths.insert(0, here / "without_vllm")
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, *(PRELOADED_VLLM if vllm else ())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+        subprocess.Popen(
+            [sys.executable, __file__, str(listener.fileno()), *(PRELOADED_VLLM if vllm else ())],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # for what is printed during imports
+            pass_fds=[listener.fileno()],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
             start_new_session=True,
         )
-        self._statuses: dict[int, int] = {}
+
+    def _connect(self, address: str) -> None:
+        end = time.monotonic() + 5.0
+        while True:
+            try:
+                return self._socket.connect(address)
+            except ConnectionRefusedError:  # the other worker has bound it, but does not listen yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(LOOK_S)
 
     def fork(self, **program: Any) -> int:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(program).encode() + b"\n")
-        self._process.stdin.flush()
+        self._socket.sendall(json.dumps(program).encode() + b"\n")
         while (pid := self._read()) is None:
             pass
         return pid
 
     def status(self, pid: int) -> int | None:
         """The exit status of a fork, negative for a signal; None while it runs."""
-        while select.select([self._process.stdout], [], [], 0.0)[0]:
+        while select.select([self._socket], [], [], 0.0)[0]:
             self._read()
         return self._statuses.get(pid)
 
     def _read(self) -> int | None:
         """Reads that a fork ended, or the number of a new one, which it returns."""
-        assert self._process.stdout is not None
-        said = json.loads(os.read(self._process.stdout.fileno(), LINE))
+        answer = self._socket.recv(LINE, socket.MSG_WAITALL)
+        if not answer:
+            raise AssertionError("The process that is forked has ended. Its output is among the test's.")
+        said = json.loads(answer)
         if "status" not in said:
             return int(said["pid"])
         self._statuses[said["pid"]] = said["status"]
         return None
 
 
+TEST_RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
 LINE = 64
-"""Bytes of each message of the server, so that one read returns one message."""
+"""Bytes of each message of the server, so that it is read without a search for its end."""
 
 
 @functools.cache
@@ -186,36 +217,50 @@ def _server(*, vllm: bool, package: Path) -> _Server:
     return _Server(vllm=vllm, package=package)
 
 
-def serve(modules: Sequence[str]) -> None:
-    """Imports the modules. Then forks this process for each program that is read from standard input."""
-    requests, answers = sys.stdin.buffer, os.dup(1)
-    os.dup2(2, 1)  # for what is printed during imports
-
-    def answer(**said: int) -> None:
-        os.write(answers, json.dumps(said).encode().ljust(LINE))
-
+def serve(listener: socket.socket, modules: Sequence[str]) -> None:
+    """Imports the modules. Then forks this process for each program that a worker asks for, until all have closed
+    their connections."""
     for module in modules:
         importlib.import_module(module)
     # On a CPU DeepSpeed would build its collectives in shared memory, for which g++ takes 50 s. Without them, it uses
     # torch's, as on GPUs. It has no setting for this: it tries whatever the machine can build.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    if shared := sys.modules.get("vllm.distributed.device_communicators.shm_broadcast"):
+        # vLLM's processes take a core each while they wait for one another, and tests have few cores.
+        shared.sched_yield = lambda: time.sleep(PAUSE_S)  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()  # a collection in a fork would otherwise copy the memory of all these modules
+    workers: dict[socket.socket, BinaryIO] = {}
+    askers: dict[int, socket.socket] = {}
     while True:
-        asked, _, _ = select.select([requests], [], [], LOOK_S)
-        if asked:
-            line = requests.readline()
-            if not line:
-                return
-            pid = os.fork()
-            if pid == 0:
-                program = json.loads(line)
-                streams = [os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600) for path in program["streams"]]
-                _become(program["words"], program["cwd"], program["env"], *streams)
-            answer(pid=pid)
+        ready, _, _ = select.select([listener, *workers], [], [], LOOK_S)
+        for one in ready:
+            if one is listener:
+                worker, _ = listener.accept()
+                workers[worker] = worker.makefile("rb")
+            elif line := workers[one].readline():
+                pid = os.fork()
+                if pid == 0:
+                    program = json.loads(line)
+                    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+                    streams = [os.open(path, flags, 0o600) for path in program["streams"]]
+                    _become(program["words"], program["cwd"], program["env"], *streams)
+                askers[pid] = one
+                _answer(one, pid=pid)
+            else:
+                workers.pop(one).close()
+                one.close()
+                if not workers:
+                    Path(listener.getsockname()).unlink()
+                    return
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                answer(pid=ended[0], status=os.waitstatus_to_exitcode(ended[1]))
+                _answer(askers.pop(ended[0]), pid=ended[0], status=os.waitstatus_to_exitcode(ended[1]))
+
+
+def _answer(worker: socket.socket, **said: int) -> None:
+    with suppress(OSError):  # the worker may have ended before its fork
+        worker.sendall(json.dumps(said).encode().ljust(LINE))
 
 
 def _become(words: list[str], cwd: str, env: dict[str, str], stdout: int | None, stderr: int | None) -> NoReturn:
@@ -331,4 +376,4 @@ def _fork_children() -> None:
 
 
 if __name__ == "__main__":
-    serve([*PRELOADED, *sys.argv[1:]])
+    serve(socket.socket(fileno=int(sys.argv[1])), [*PRELOADED, *sys.argv[2:]])

@@ -9,8 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,14 +78,10 @@ def test_the_example_of_the_readme_trains(models, tmp_path):
     row = {"prompt": "what is 3", "answer": "3", "task": "math"}
     (tmp_path / "questions.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "example.py").write_text(example)
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [sys.executable, "example.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    written = forked.run(["example.py"], cwd=tmp_path, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     if not torch.accelerator.is_available():
-        assert done.stderr.count("No accelerator was found: use_cpu is set to true") == 1
-    assert "train_loss" in done.stdout
+        assert written.count("No accelerator was found: use_cpu is set to true") == 1
+    assert "train_loss" in written
 
 
 @pytest.fixture(scope="module")

@@ -30,9 +30,9 @@ from .training import trainer_of
 
 CHECKPOINTS = (0, 10, 20)
 """Steps of training after the cold start."""
-BATCHES, PROMPTS = 40, 4
+BATCHES, PROMPTS = 40, 3
 """The batches of an arm, and the prompts in each."""
-REFERENCE_BATCHES, REFERENCE_PROMPTS = 60, 16
+REFERENCE_BATCHES, REFERENCE_PROMPTS = 30, 16
 _REFERENCE_SEED = 10_000
 
 
