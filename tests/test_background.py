@@ -26,6 +26,7 @@ def test_a_loop_stops_with_its_object():
     _wait_for(threads, descriptors)
 
 
+@pytest.mark.slow
 def test_trainers_that_are_gone_leave_no_threads_and_no_descriptors(tmp_path):
     """A process that trains many times would run out of descriptors."""
     rows = Dataset.from_list([{"prompt": "question", "answer": "answer"}] * 2)

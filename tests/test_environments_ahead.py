@@ -188,6 +188,7 @@ def test_a_failing_reward_or_reset_stops_the_run_and_all_environments_are_closed
     assert all_closed(made)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_with_the_same_rows_and_environments(model_path, tmp_path):
     class StopsOnce(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

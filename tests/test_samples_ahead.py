@@ -35,6 +35,8 @@ from evaluating import questions
 from ranks import launch, launched
 from support import ON_CPU, save_tiny_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> str:
@@ -106,7 +108,6 @@ def test_the_next_rollout_runs_while_the_update_does(model_path, tmp_path):
     assert [row["arpo/ahead/staleness_mean"] for row in losses(made)] == [0.0, 1.0, 1.0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -532,7 +533,6 @@ class StopsAfter(TrainerCallback):
         self.made._interrupts.told = int(signal.SIGTERM)
 
 
-@pytest.mark.slow
 def test_no_row_is_lost_or_trained_twice_over_many_stops(model_path, tmp_path):
     """24 rows, 2 a step, 2 epochs: 24 steps. Each stop is at another moment, after at most 7 steps."""
     settings = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
@@ -552,7 +552,6 @@ def test_no_row_is_lost_or_trained_twice_over_many_stops(model_path, tmp_path):
     assert len(trained) == 24 and set(trained.values()) == {2}  # each row once an epoch
 
 
-@pytest.mark.slow
 def test_no_row_is_lost_or_trained_twice_over_twenty_kills(model_path, tmp_path):
     """Each kill is at another moment. They take as many runs as they need."""
     make_trainer(model_path, tmp_path / "plain", max_steps=ahead_run.STEPS, rollouts_ahead=0).train()
@@ -576,7 +575,6 @@ def test_no_row_is_lost_or_trained_twice_over_twenty_kills(model_path, tmp_path)
     assert prompts_by_step(folder) == prompts_by_step(tmp_path / "plain")
 
 
-@pytest.mark.slow
 @pytest.mark.distributed
 def test_ranks_sample_ahead_independently_and_stop_and_resume_together(model_path, tmp_path):
     """The second of two ranks is slow. 24 rows, 4 a step, 2 epochs."""

@@ -166,6 +166,7 @@ def test_no_module_but_the_seam_imports_from_inside_trl():
     assert found == {"trl_seam.py"}
 
 
+@pytest.mark.slow
 def test_the_seam_has_all_its_names_and_only_one_imports_vllm():
     lines = "\n".join(f"trl_seam.{name}" for name in trl_seam.__all__ if name != "VLLMGeneration")
     program = f"import sys\nfrom arpo_trl import trl_seam\n{lines}\nassert 'trl.generation' not in sys.modules"

@@ -125,6 +125,7 @@ def test_urls_lose_what_can_be_a_secret(text, expected):
     assert without_credentials(text) == expected
 
 
+@pytest.mark.slow
 def test_what_looks_like_countless_urls_takes_no_time_that_grows_with_its_square():
     """Each of 150,000 :// could be followed to the end: 7 · 10¹⁰ characters."""
     for text in ("://" * 150_000, "://a:b" * 150_000):
