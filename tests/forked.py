@@ -164,7 +164,7 @@ class _Server:
         paths = [package, here, os.environ.get("PYTHONPATH", "")]
         if not vllm:
             paths.insert(0, here / "without_vllm")
-        subprocess.Popen(
+        self._process = subprocess.Popen(
             [sys.executable, __file__, str(listener.fileno()), *(PRELOADED_VLLM if vllm else ())],
             stdin=subprocess.DEVNULL,
             stdout=2,  # for what is printed during imports
