@@ -19,6 +19,8 @@ from arpo_trl.tools.toolbox import ToolBox
 from shops import OPENED, ForkingShop, Shop, all_closed, buys, environments_of, forget, run
 from support import ANSWER, Scripted, short_deadline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def counted() -> None:
@@ -61,7 +63,6 @@ def test_after_a_hanging_fork_the_path_continues_with_errors_and_another_path_re
     assert all_closed(environments)
 
 
-@pytest.mark.slow
 def test_the_copy_that_is_made_before_a_call_has_a_deadline_of_its_own():
     class Slow(ForkingShop):
         def fork(self) -> ForkingShop:

@@ -203,6 +203,7 @@ class Watched(GRPOTrainer):
         super()._save_rng_state(output_dir)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_loads_its_generators_once_right_before_its_first_step(model_path, tmp_path):
     """Two prompts make one step, and four prompts an epoch of two: step 1 is within it, step 2 ends it."""
 
