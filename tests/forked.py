@@ -228,6 +228,8 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
     if shared := sys.modules.get("vllm.distributed.device_communicators.shm_broadcast"):
         # vLLM's processes take a core each while they wait for one another, and tests have few cores.
         shared.sched_yield = lambda: time.sleep(PAUSE_S)  # type: ignore[attr-defined]
+        # It starts an interpreter for each new kind of model, lest its class initialize CUDA in this process.
+        sys.modules["vllm.model_executor.models.registry"]._run_in_subprocess = lambda call: call()  # type: ignore[attr-defined]
     gc.collect()
     gc.freeze()  # a collection in a fork would otherwise copy the memory of all these modules
     workers: dict[socket.socket, BinaryIO] = {}
