@@ -8,6 +8,7 @@
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up creates a virtual environment in .venv with the versions of constraints.txt. PYTHON=… selects the interpreter.
 # Tests run in WORKERS parallel processes, by default one per core, at most four; each may take 6 GiB of memory.
+# `make test-fast` has one process more, since its tests do not start any that need a core.
 # `make test` also installs vLLM's CPU build, for the tests that need it; with CI=true, a failed installation is an error.
 # It also fetches tokenizers of published models; without them the tests that need them are skipped.
 # It fetches OpenEnv's client (1 MB), too; with CI=true, a failed fetch is an error.
@@ -27,7 +28,7 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 4 ? n : 4)))
 # tests/conftest.py assigns tests to workers, and orders them.
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder -n
 
 # Installs packages with uv, which is several times as fast as pip, from the places that pip is configured to use. Where
 # uv fails, pip installs them.
@@ -56,12 +57,12 @@ announced:
 # The checks run while vLLM is installed.
 test: $(READY)
 	@$(MAKE) --no-print-directory --jobs=2 prepared
-	$(PYTEST)
+	$(PYTEST) $(WORKERS)
 
 prepared: check $(VLLM) $(TOKENIZERS)/.ready $(OPENENV)
 
 test-fast: $(READY)
-	$(PYTEST) -m "not slow and not vllm and not distributed and not gpu"
+	$(PYTEST) $(shell echo $$(($(WORKERS) + 1))) -m "not slow and not vllm and not distributed and not gpu"
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

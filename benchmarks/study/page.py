@@ -77,9 +77,11 @@ The quickstart's model on the harder task (`--hard`), from one cold start per se
 questions at temperature 1. Calls and turns in sequence are relative to {_GRPO} with the mean baseline and the same
 seed. Calls that are equal and run at the same time are executed once, so fewer calls are executed than made. The
 columns of differences are: the goal; branches against none at about equal calls; a rule against a blind one; anything
-against the paper's rule, credit and baseline ({PAPER.name}). Arms with three seeds compare with arms of their own run.
-`c --seeds 20` trains the main comparison with 20 seeds. [study.jsonl](study.jsonl) has a line for each run of the last
-files.
+against the paper's rule, credit and baseline ({PAPER.name}).
+
+Each difference is between runs from the same cold starts. Rows with different numbers of seeds can come from different
+cold starts, so their accuracies must not be compared. `c --seeds 20` trains the main comparison with 20 seeds.
+[study.jsonl](study.jsonl) has a line for each run of the last files.
 """
 
 
