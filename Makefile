@@ -8,7 +8,7 @@
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine
 # Set-up creates a virtual environment in .venv with the versions of constraints.txt. PYTHON=… selects the interpreter.
 # Tests run in WORKERS parallel processes, by default one per core, at most four; each may take 6 GiB of memory.
-# `make test-fast` has one process more, since its tests do not start any that need a core.
+# `make test-fast` has one process more, since its tests start few that need a core.
 # `make test` also installs vLLM's CPU build, for the tests that need it; with CI=true, a failed installation is an error.
 # It also fetches tokenizers of published models; without them the tests that need them are skipped.
 # It fetches OpenEnv's client (1 MB), too; with CI=true, a failed fetch is an error.

@@ -178,7 +178,7 @@ class _Server:
         while True:
             try:
                 return self._socket.connect(address)
-            except ConnectionRefusedError:  # the other worker has bound it, but does not listen yet
+            except ConnectionRefusedError:  # another worker has bound it and listens in a moment; nothing tells when
                 if time.monotonic() > end:
                     raise
                 time.sleep(LOOK_S)
@@ -226,7 +226,8 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
     # torch's, as on GPUs. It has no setting for this: it tries whatever the machine can build.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     if shared := sys.modules.get("vllm.distributed.device_communicators.shm_broadcast"):
-        # vLLM's processes take a core each while they wait for one another, and tests have few cores.
+        # vLLM's processes take a core each while they wait for one another, and tests have few cores. They poll shared
+        # memory, so a pause between two looks only delays them. In a vLLM without these names tests are slower.
         shared.sched_yield = lambda: time.sleep(PAUSE_S)  # type: ignore[attr-defined]
         # It starts an interpreter for each new kind of model, lest its class initialize CUDA in this process.
         sys.modules["vllm.model_executor.models.registry"]._run_in_subprocess = lambda call: call()  # type: ignore[attr-defined]
