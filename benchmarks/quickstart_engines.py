@@ -28,7 +28,7 @@ from arpo_trl.quickstart.corpus import passages
 from arpo_trl.quickstart.model import save_cold_start_base
 from arpo_trl.quickstart.stages import RL_CONFIG, measure
 from arpo_trl.quickstart.tasks import make_tasks
-from card import PeakMemory, device_name, own_stdout, shown, start_vllm_eagerly
+from card import PeakMemory, device_name, own_stdout, shown, start_vllm_uncompiled
 
 COLUMNS = (
     "engine | accuracy | steps | seconds | decode s | tool wait s | sync s | logprobs s | reward s | update s "
@@ -54,7 +54,7 @@ def train(engine: str, run: Path, output: Path, steps: int, device: torch.device
         *("--use_cpu", str(device.type == "cpu").lower(), *more),
     ]
     if engine == "vllm":
-        start_vllm_eagerly(device)
+        start_vllm_uncompiled(device)
         flags += [
             *VLLM,
             "--vllm_enable_sleep_mode",

@@ -41,7 +41,7 @@ from arpo_trl.rollout.build import LocalVLLM, build_engine
 from arpo_trl.rollout.engines.base import Event, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.training.vllm_setup import colocated_weights
-from card import PeakMemory, device_name, own_stdout, process_s, start_vllm_eagerly
+from card import PeakMemory, device_name, own_stdout, process_s, start_vllm_uncompiled
 from probe_cost import PROBE, tokens_per_s
 
 NAMES = {"trl": "TRL GRPOTrainer", "full": "ours, N = M", "half": "ours, N = M/2"}
@@ -326,7 +326,7 @@ def main() -> None:
             file=out,
         )
         print(f"| {columns} |\n|{'---:|' * (columns.count('|') + 1)}", file=out)
-    start_vllm_eagerly(device)
+    start_vllm_uncompiled(device)
     with tempfile.TemporaryDirectory() as folder:
         variant = "full" if arguments.what == "probing" else arguments.what
         trainer = make_trainer(variant, Path(folder), size, device, arguments.steps)

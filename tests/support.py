@@ -169,7 +169,7 @@ def saved_adapter_is_the_trained_one(trainer: Any, model_path: str) -> bool:
     trained = {name: value for name, value in trainer.model.named_parameters() if "lora_" in name}
     read = {name: value for name, value in loaded.named_parameters() if "lora_" in name}
     moved = any(bool(value.any()) for name, value in trained.items() if "lora_B" in name)  # which start at zero
-    return moved and read.keys() == trained.keys() and all(torch.equal(read[name], trained[name]) for name in read)
+    return moved and read.keys() == trained.keys() and all(torch.equal(read[i], trained[i].cpu()) for i in read)
 
 
 def sampling_trainer(model: Any, folder: Path, rows: Dataset, **settings: Any) -> ARPOTrainer:
@@ -205,7 +205,7 @@ def unlike_scored(made: ARPOTrainer) -> torch.Tensor:
     with torch.no_grad(), made._loss_tokens(written):
         logps, _, _ = made._get_per_token_logps_and_entropies(made.model, ids, mask, batch["completion_ids"].size(1))
     assert written.sum() > 50
-    return (logps - sampled_logprobs(made))[written.bool()].abs()
+    return (logps.cpu() - sampled_logprobs(made))[written.bool().cpu()].abs()
 
 
 def search(query: str) -> str:

@@ -18,51 +18,41 @@ from arpo_trl.training.prefix_attention import (
     FlashKernel,
     attend,
     kernel_for,
-    plan_calls,
+    plan_paths,
     why_no_attention,
 )
 
 CPU = torch.device("cpu")
 KERNELS = [CPUKernel, FlashKernel, EfficientKernel]
+LAST_KEY = 2
+"""xformers' and torch's number for causal attention that is aligned at the last key."""
 
 
-def places(index, size):
-    return list(range(size))[index] if isinstance(index, slice) else index.tolist()
+# What is planned -----------------------------------------------------------------------------------------------------
 
 
-# What is called ------------------------------------------------------------------------------------------------------
-
-
-def test_a_call_for_all_own_edges_and_one_for_each_depth_above_others():
+def test_the_path_of_an_edge_is_the_edges_above_it_and_itself():
     #           a a b b c d d e
     edges = ((0, 2, 8), (2, 4, 7), (4, 5, 5), (5, 7, 7), (7, 8, 8))
-    own, first, second = plan_calls(edges, CPU)
-    assert own.causal and not first.causal and not second.causal
-    assert own.queries == own.keys == slice(0, 8)
-    assert own.query_starts.tolist() == own.key_starts.tolist() == [0, 2, 4, 5, 7, 8]
-    assert (own.longest_query, own.longest_key) == (2, 2)
-    # all that follows a a sees it; what follows b b, which is c d d, sees that
-    assert (first.queries, first.keys) == (slice(2, 8), slice(0, 2))
-    assert (second.queries, second.keys) == (slice(4, 7), slice(2, 4))
-    assert second.spans == ((0, 3, 0, 2),)
+    paths = plan_paths(edges, CPU)
+    assert paths.keys.tolist() == [0, 1, *range(4), *range(5), *range(4), 5, 6, 0, 1, 7]
+    assert paths.query_starts.tolist() == [0, 2, 4, 5, 7, 8]
+    assert paths.key_starts.tolist() == [0, 2, 6, 11, 17, 20]
+    assert paths.query_starts.dtype == paths.key_starts.dtype == torch.int32
+    assert (paths.longest_query, paths.longest_key) == (2, 6)
 
 
-def test_edges_of_one_depth_that_lie_apart_are_gathered_into_one_call():
+def test_a_path_does_not_reach_into_the_tree_before_it():
     # two trees of a run and two branches each: a a b c · d e e f
-    edges = ((0, 2, 4), (2, 3, 3), (3, 4, 4), (4, 5, 8), (5, 7, 7), (7, 8, 8))
-    own, below = plan_calls(edges, CPU)
-    assert own.queries == slice(0, 8)
-    assert places(below.queries, 8) == [2, 3, 5, 6, 7]
-    assert places(below.keys, 8) == [0, 1, 4]
-    assert below.spans == ((0, 2, 0, 2), (2, 5, 2, 3))
-    assert below.query_starts.tolist() == [0, 2, 5] and below.query_starts.dtype == torch.int32
-    assert below.key_starts.tolist() == [0, 2, 3]
-    assert (below.longest_query, below.longest_key) == (3, 2)
+    paths = plan_paths(((0, 2, 4), (2, 3, 3), (3, 4, 4), (4, 5, 8), (5, 7, 7), (7, 8, 8)), CPU)
+    assert paths.keys.tolist() == [0, 1, 0, 1, 2, 0, 1, 3, 4, 4, 5, 6, 4, 7]
+    assert paths.key_starts.tolist() == [0, 2, 5, 8, 9, 12, 14]
 
 
-def test_where_nothing_is_shared_there_is_one_call():
-    (own,) = plan_calls(((0, 3, 3), (3, 5, 5)), CPU)
-    assert own.spans == ((0, 3, 0, 3), (3, 5, 3, 5))
+def test_where_nothing_is_shared_every_edge_attends_to_itself():
+    paths = plan_paths(((0, 3, 3), (3, 5, 5)), CPU)
+    assert paths.keys.tolist() == [0, 1, 2, 3, 4]
+    assert paths.key_starts.tolist() == paths.query_starts.tolist() == [0, 3, 5]
 
 
 # What is computed ----------------------------------------------------------------------------------------------------
@@ -104,7 +94,7 @@ def efficient_forward(
     padded = torch.full((len(starts_q) - 1, query.size(2), -(-max_q // 32) * 32), torch.inf)
     for i, (q, k) in enumerate(sequences(starts_q, starts_k, max_q, max_k)):
         output[0, q], padded[i, :, : q.stop - q.start] = plain(
-            query[0, q], key[0, k], value[0, k], mask_type == 1, scale
+            query[0, q], key[0, k], value[0, k], mask_type == LAST_KEY, scale
         )
     return output, padded, torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long), max_q, max_k
 
@@ -119,7 +109,14 @@ def efficient_backward(
         length = q.stop - q.start
         assert padded[i, :, length:].isposinf().all()
         grads[0][0, q], grads[1][0, k], grads[2][0, k] = plain_backward(
-            grad[0, q], query[0, q], key[0, k], value[0, k], output[0, q], padded[i, :, :length], mask_type == 1, scale
+            grad[0, q],
+            query[0, q],
+            key[0, k],
+            value[0, k],
+            output[0, q],
+            padded[i, :, :length],
+            mask_type == LAST_KEY,
+            scale,
         )
     return *grads, torch.empty(0)
 
@@ -131,10 +128,11 @@ def sequences(starts_q, starts_k, max_q, max_k) -> Iterator[tuple[slice, slice]]
 
 
 def scores(query, key, causal, scale):
-    """(heads, queries, keys), keys of grouped heads repeated."""
+    """(heads, queries, keys), keys of grouped heads repeated. The last query sees all keys of a causal call."""
     key = key.repeat_interleave(query.size(1) // key.size(1), dim=1)
     found = torch.einsum("qhd,khd->hqk", query.float(), key.float()) * (scale or query.size(-1) ** -0.5)
-    return found.masked_fill(torch.ones_like(found).triu(1).bool(), -torch.inf) if causal else found
+    unseen = torch.ones_like(found).triu(1 + key.size(0) - query.size(0)).bool()
+    return found.masked_fill(unseen, -torch.inf) if causal else found
 
 
 def plain(query, key, value, causal, scale):
@@ -188,14 +186,14 @@ def test_every_kernel_lets_a_query_attend_to_its_path(kernel, monkeypatch):
         rng = random.Random(seed)
         edges = random_edges(rng)
         edges += random_edges(rng, edges[0][2])  # two trees
-        calls = plan_calls(tuple(edges), CPU)
-        deepest = max(deepest, len(calls))
+        paths = plan_paths(tuple(edges), CPU)
         size = edges[-1][2]
+        deepest = max(deepest, *(sum(start <= q < end for start, _, end in edges) for q in range(size)))
         ends = [end for start, stop, end in edges for _ in range(start, stop)]
         sees = torch.tensor([[k <= q < end for k, end in enumerate(ends)] for q in range(size)])
         query, key, value = (torch.randn(1, heads, size, 16, requires_grad=True) for heads in (4, 2, 2))
         expected = scaled_dot_product_attention(query, key, value, sees, scale=0.3, enable_gqa=True).transpose(1, 2)
-        found = attend(query, key, value, calls, scaling=0.3)
+        found = attend(query, key, value, paths, scaling=0.3)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         weights = torch.randn_like(found)
         for mine, theirs in zip(
@@ -203,7 +201,7 @@ def test_every_kernel_lets_a_query_attend_to_its_path(kernel, monkeypatch):
             strict=True,
         ):
             torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
-    assert deepest == 5  # own edges, and four depths above others
+    assert deepest == 5
 
 
 def test_float32_uses_the_efficient_kernel_on_cuda_and_half_precision_the_flash_kernel():
@@ -254,8 +252,8 @@ def test_a_kernel_with_wrong_results_is_reported_with_the_difference(monkeypatch
     right = CPUKernel.forward
 
     def wrong(*args):
-        output, logsums, rest = right(*args)
-        return output * 1.01, logsums, rest
+        output, logsums = right(*args)
+        return output * 1.01, logsums
 
     monkeypatch.setattr(CPUKernel, "forward", wrong)
     reason = why_no_attention(CPU, torch.float32, 4, 2, 16)

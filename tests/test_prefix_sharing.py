@@ -27,7 +27,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
-from arpo_trl.training.prefix_attention import attend
+from arpo_trl.training.prefix_attention import attend, attention_calls
 from arpo_trl.training.prefix_sharing import (
     COSTS,
     NO_LABEL,
@@ -117,7 +117,7 @@ def test_rows_are_laid_out_as_a_trie():
     no = NO_LABEL
     assert pack.labels.tolist() == [[no, 2, 2, 4, 3, 3, no, 5, no, 6, 6, 6, no]]
     # the first 1 is in all rows; 1 2 2 in rows 0 and 1, which end at 9; 4 3 3 in row 0 alone, which ends at 7
-    assert pack.edges == ((0, 1, 13), (1, 4, 9), (4, 7, 7), (7, 9, 9), (9, 13, 13))
+    assert pack.paths.edges == ((0, 1, 13), (1, 4, 9), (4, 7, 7), (7, 9, 9), (9, 13, 13))
     assert (pack.leaf_tokens, pack.padded_tokens) == (7 + 6 + 5, 3 * 7)
     # for each completion token where the token before it stands
     assert pack.sources[0].tolist() == [1, 2, 3, 4, 5]
@@ -138,7 +138,7 @@ def test_a_path_goes_through_edges_of_several_earlier_rows():
     # sorted: 1 2 3 4, then 1 2 3 5 6 (shares 1 2), then 1 2 3 5 7 (shares 1 2 of the first and 3 of the second)
     pack = pack_rows(*batch(([1], [2, 3, 5, 7]), ([1], [2, 3, 4]), ([1], [2, 3, 5, 6])))
     assert pack.ids.tolist() == [[1, 2, 3, 4, 3, 5, 6, 5, 7]]
-    assert pack.edges == ((0, 2, 9), (2, 4, 4), (4, 5, 9), (5, 7, 7), (7, 9, 9))
+    assert pack.paths.edges == ((0, 2, 9), (2, 4, 4), (4, 5, 9), (5, 7, 7), (7, 9, 9))
 
 
 def test_a_prompt_of_one_row_may_be_a_completion_of_another():
@@ -174,7 +174,7 @@ def test_a_pack_is_padded_to_a_multiple_with_an_unused_edge():
     rows = batch(([1], [2, 3, 4]), ([1], [2, 5]))
     plain, filled = pack_rows(*rows), pack_rows(*rows, multiple_of=8)
     assert filled.ids.tolist() == [[*plain.ids[0].tolist(), 0, 0]]  # 1 2 3 4 2 5, and two more
-    assert filled.edges == ((0, 1, 6), (1, 4, 4), (4, 6, 6), (6, 8, 8))
+    assert filled.paths.edges == ((0, 1, 6), (1, 4, 4), (4, 6, 6), (6, 8, 8))
     assert filled.positions[0, 6:].tolist() == [0, 1]
     assert filled.labels[0, 6:].tolist() == [NO_LABEL] * 2
     assert torch.equal(filled.sources, plain.sources)
@@ -441,21 +441,21 @@ def test_without_branches_each_optimizer_step_is_that_of_trls_micro_batches(mode
     assert grads["on"] == pytest.approx(grads["off"], rel=1e-3)
 
 
-def test_auto_packs_if_the_saving_exceeds_the_cost_of_attention_calls(model_path, tmp_path):
+def test_auto_packs_if_a_layer_is_faster_with_its_launches_and_attention_calls(model_path, tmp_path):
     # 3 rows of 1,000 + 200 tokens: 3,600 padded; 1,000 + 3 · 200 in the pack, and the prompt's last token twice more.
-    # Its attention has a call of 4 sequences, the prompt and the completions, and one of 1, these after that.
+    # A CPU's kernel runs for the prompt, for each completion, and from all completions to the prompt: five times.
     pack = pack_rows(*batch(*(([7] * 1000, [row] * 200) for row in (1, 2, 3))))
     assert (pack.padded_tokens, len(pack)) == (3600, 1602)
-    assert [len(call.spans) for call in pack.calls] == [4, 1]
+    assert attention_calls(pack.paths.edges) == 5
     # saved: 1,998 tokens · 72 · hidden² / 1e11 per second; added: 5 · 1e-4 s. Equal at a hidden size of 18.6.
     assert not pays(pack, 18)
     assert pays(pack, 19)
-    # 1,998 tokens · 72 · hidden² / 4e14 against 2 · 3e-4 s on a GPU: equal at 1,291.6
+    # On a GPU the padded batch must take longer than the launches: 3,600 · 72 · hidden² / 2e14 = 6e-3 s at 2,151.7.
     on_gpu = replace(pack, ids=pack.ids.to("meta"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(COSTS, "meta", COSTS["cuda"])
-        assert not pays(on_gpu, 1291)
-        assert pays(on_gpu, 1292)
+        assert not pays(on_gpu, 2151)
+        assert pays(on_gpu, 2152)
     # where nothing is saved, nothing pays
     assert not pays(pack_rows(*batch(([1], [2, 3]), ([4], [5, 6]))), 1 << 20)
 

@@ -1,6 +1,9 @@
 """Search ranks passages by BM25 in a fixed order; recorded results match exactly first, then approximately."""
 
+import importlib
 import json
+import runpy
+import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.errors import DataError
+from arpo_trl.tools.search import index as index_module
 from arpo_trl.tools.search.index import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool
 from arpo_trl.tools.search.words import STOP_WORDS, tokenize
 from arpo_trl.tools.toolbox import tool_spec
@@ -279,3 +283,25 @@ def test_a_query_that_would_take_hours_is_cut():
     """Sorting a run of accents takes time that grows with the square of its length: of 600,000, some 200 s."""
     index = LocalIndex(["alpha", "beta"])
     assert search_tool(index)("beta " + "a" + "\u0301\u0316" * 300_000) == "Page 1: beta"
+
+
+def test_jax_is_not_started_where_it_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it would take three quarters of the memory, before the first tensor of the model."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax/__init__.py").write_text("")
+    (tmp_path / "jax/lax.py").write_text("def top_k(*_):\n    raise SystemExit('jax takes the GPU')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("bm25s", "jax")]:
+            monkeypatch.delitem(sys.modules, name)
+
+    forget()
+    with pytest.raises(SystemExit, match="jax takes the GPU"):  # bm25s does this when it is imported
+        importlib.import_module("bm25s")
+    forget()
+    runpy.run_path(str(index_module.__file__))
+    assert "jax" not in sys.modules
+    assert not sys.modules["bm25s.selection"].JAX_IS_AVAILABLE
+    importlib.import_module("jax.lax")  # and whoever uses it finds it afterwards
+    forget()

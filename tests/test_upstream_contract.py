@@ -1029,7 +1029,8 @@ def test_fsdp2_stores_its_action_after_a_forward_in_its_parameter_groups():
     """`arpo_trl.training.sharding` keeps and restores it; PyTorch only lets it be set."""
     source = inspect.getsource(FSDPModule.set_reshard_after_forward)
     assert "self_module.modules()" in source
-    assert "_get_fsdp_state()" in source and "_fsdp_param_groups" in source and "post_forward_mesh_info" in source
+    assert "_get_fsdp_state()" in source and "post_forward_mesh_info" in source
+    assert "_fsdp_param_groups" in source or "_fsdp_param_group" in source  # one per module, up to torch 2.11
 
 
 def test_trl_leaves_in_the_zero3_hook_that_compares_ranks():
@@ -1071,20 +1072,6 @@ def test_the_kernels_of_packs_have_our_arguments_and_return_values():
 
 def schema(name: str) -> str:
     return str(getattr(torch.ops.aten, name).default._schema)
-
-
-def test_the_kernels_of_packs_return_log_sums_of_the_shapes_that_we_read():
-    starts = torch.zeros(4, dtype=torch.int32, device="meta")  # three sequences
-    query, key = torch.empty(50, 4, 16, device="meta"), torch.empty(20, 2, 16, device="meta")
-    output, logsums, *_ = torch.ops.aten._flash_attention_forward(
-        query, key, key, starts, starts, 40, 10, 0.0, True, False, scale=None
-    )
-    assert (output.shape, logsums.shape, logsums.dtype) == ((50, 4, 16), (4, 50), torch.float32)
-    wide = torch.empty(1, 20, 4, 16, device="meta")
-    output, logsums, *_ = torch.ops.aten._efficient_attention_forward(
-        query[None], wide, wide, None, starts, starts, 40, 10, 0.0, 1, True, scale=None
-    )
-    assert (output.shape, logsums.shape) == ((1, 50, 4, 16), (3, 4, 64))  # 40, rounded up to a multiple of 32
 
 
 def test_a_sliding_window_counts_the_query_itself_and_a_four_dimensional_mask_is_taken_as_it_is():

@@ -1,4 +1,4 @@
-"""Objects of the user's own code, by their import path."""
+"""Imports: objects of the user's own code by their import path, and packages without one of their parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import importlib
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from arpo_trl.errors import ConfigError
@@ -48,3 +50,16 @@ def load_callable(path: str, setting: str) -> Any:
             f"{sorted(here)[:10]}."
         )
     return found
+
+
+@contextmanager
+def hidden_package(name: str) -> Iterator[None]:
+    """Inside, `import name` raises ImportError, also if the package has been imported before."""
+    before = sys.modules.pop(name, None)
+    sys.modules[name] = None  # type: ignore[assignment]  # how Python marks a module that must not be imported
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        if before is not None:
+            sys.modules[name] = before

@@ -1,25 +1,26 @@
-"""Attention inside a pack of rows that share prefixes: one variable-length kernel call per depth of the trie.
+"""Attention inside a pack of rows that share prefixes: every edge of the trie attends to its own path.
 
-An edge of the trie is a run of tokens that the same rows contain. The rows below an edge follow it in the pack without
-a gap, so a query has exactly one ancestor edge at each depth above its own edge. Therefore a few calls are enough:
+An edge of the trie is a run of tokens that the same rows contain. The edges cover the pack one after another. The path
+of an edge consists of the edges above it, from the root down, and of the edge itself:
 
-    # pack:      a a b b c d d e     edges: a a (depth 0), b b (1), c (2), d d (2), e (1)
-    # own edge:  [a a] [b b] [c] [d d] [e]        each attends to itself, causally: one call for all edges
-    # depth 0:   b b c d d e  attend to  a a      all of it
-    # depth 1:   c d d        attend to  b b
+    # pack:      a a b b c d d e     edges: a a, b b, c, d d, e
+    # paths:     [a a]   [a a b b]   [a a b b c]   [a a b b d d]   [a a e]
 
-The results of the calls are merged with weights from their logsumexps ("log-sums"). The backward of a call takes the
-merged output and log-sums and computes this call's part of the gradients, as in ring attention (arXiv 2310.01889). A
-pack of depth d takes d + 1 calls in each direction. It needs no mask and no compilation for its shape.
+The last query of an edge attends to the whole path, the query before it to one key less, and so on. This is causal
+attention aligned at the last key. On CUDA one variable-length kernel call computes it for all edges: the keys and
+values of all paths are gathered, and in the backward pass their gradients are added up where they came from. The call
+needs no mask and no compilation for its shape, and its cost does not depend on the depth of the trie. A trie has less
+than twice as many edges as rows, so the gathered keys take at most twice the memory of the padded batch's.
 
-Queries, keys, values and outputs are (tokens, heads, dim) here, log-sums (heads, tokens) in float32.
+Queries, keys, values and outputs are (tokens, heads, dim) here, logsumexps ("log-sums") float32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,9 +30,6 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 Edge = tuple[int, int, int]
 """(start, stop, end): tokens [start, stop) of the pack; the rows that contain them reach up to `end`."""
-Index = slice | torch.Tensor
-Span = tuple[int, int, int, int]
-"""(query start, query stop, key start, key stop) of one sequence, as positions in the call."""
 
 FLASH_CAPABILITY = (8, 0)
 """The lowest compute capability that torch's flash kernel supports: Ampere."""
@@ -41,196 +39,211 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """One call of a variable-length kernel: the queries of each sequence attend to the keys of the same sequence.
+class Paths:
+    """What the tokens of a pack attend to: each edge is one sequence of a variable-length call.
 
-    `queries` and `keys` are positions in the pack. `spans` are the sequences in order; `query_starts` and
-    `key_starts` (sequences + 1,) are their boundaries as int32 on the pack's device. The sequences of a `causal` call
-    have as many queries as keys, and a query attends to the keys up to itself.
+    `keys` (K,) has the positions in the pack of the tokens of all edges' paths, one after another. `query_starts` and
+    `key_starts` (edges + 1,), int32, are the boundaries of the edges in the pack and of the paths in `keys`. The
+    tensors are on the pack's device.
 
-        # "depth 1" of the example above: c d d attend to b b
-        Call(queries=slice(4, 7), keys=slice(2, 4), spans=((0, 3, 0, 2),), query_starts=tensor([0, 3]),
-             key_starts=tensor([0, 2]), longest_query=3, longest_key=2, causal=False)
+        # a a b c: the rows a a b and a a c
+        plan_paths(((0, 2, 4), (2, 3, 3), (3, 4, 4)), device)
+        # keys 0 1 | 0 1 2 | 0 1 3, query_starts 0 2 3 4, key_starts 0 2 5 8, longest_query 2, longest_key 3
     """
 
-    queries: Index
-    keys: Index
-    spans: tuple[Span, ...]
+    edges: tuple[Edge, ...]
+    keys: torch.Tensor
     query_starts: torch.Tensor
     key_starts: torch.Tensor
     longest_query: int
     longest_key: int
-    causal: bool
 
 
-def plan_calls(edges: tuple[Edge, ...], device: torch.device) -> tuple[Call, ...]:
-    """The calls that let every token attend to its own path: first all edges themselves, then one call per depth."""
-    above: list[int] = []  # ends of the edges above the current one
-    by_depth: list[list[Edge]] = []
-    for start, stop, end in edges:
-        while above and above[-1] <= start:
+def plan_paths(edges: tuple[Edge, ...], device: torch.device) -> Paths:
+    """The paths of a pack's edges."""
+    above: list[Edge] = []
+    keys: list[np.ndarray] = []
+    key_counts: list[int] = []
+    for edge in edges:
+        while above and above[-1][2] <= edge[0]:
             above.pop()
-        if stop < end:
-            if len(by_depth) == len(above):
-                by_depth.append([])
-            by_depth[len(above)].append((start, stop, end))
-        above.append(end)
-    own = [((start, stop), (start, stop)) for start, stop, _ in edges]
-    below = [[((stop, end), (start, stop)) for start, stop, end in at_depth] for at_depth in by_depth]
-    return (_call(own, True, device), *(_call(ranges, False, device) for ranges in below))
-
-
-def _call(ranges: list[tuple[tuple[int, int], tuple[int, int]]], causal: bool, device: torch.device) -> Call:
-    queries, keys = zip(*ranges, strict=True)
-    sizes = [[stop - start for start, stop in side] for side in (queries, keys)]
-    starts = [[0, *accumulate(side)] for side in sizes]
-    spans = zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False)
-    query_starts, key_starts = (torch.tensor(side, dtype=torch.int32, device=device) for side in starts)
-    return Call(
-        queries=_index(queries, device),
-        keys=_index(keys, device),
-        spans=tuple(spans),
+        above.append(edge)
+        keys += [np.arange(start, stop) for start, stop, _ in above]
+        key_counts.append(sum(stop - start for start, stop, _ in above))
+    query_counts = [stop - start for start, stop, _ in edges]
+    query_starts, key_starts = (
+        torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+        for counts in (query_counts, key_counts)
+    )
+    return Paths(
+        edges=edges,
+        keys=torch.from_numpy(np.concatenate(keys)).to(device),
         query_starts=query_starts,
         key_starts=key_starts,
-        longest_query=max(sizes[0]),
-        longest_key=max(sizes[1]),
-        causal=causal,
+        longest_query=max(query_counts),
+        longest_key=max(key_counts),
     )
 
 
-def _index(ranges: tuple[tuple[int, int], ...], device: torch.device) -> Index:
-    """A slice, which copies nothing, if the ranges are contiguous; otherwise a tensor of positions."""
-    if all(stop == start for (_, stop), (start, _) in pairwise(ranges)):
-        return slice(ranges[0][0], ranges[-1][1])
-    return torch.from_numpy(np.concatenate([np.arange(*of) for of in ranges])).to(device)
-
-
 States = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Query, key and value."""
-Result = tuple[torch.Tensor, torch.Tensor, Any]
-"""Output, log-sums, and other values that the kernel's backward needs from its forward."""
+"""Query, key and value, or their gradients."""
+Result = tuple[torch.Tensor, ...]
+"""Output, log-sums, and other tensors that the kernel's backward needs from its forward."""
 
 
 class Kernel(Protocol):
-    """A variable-length attention kernel."""
+    """An attention kernel for packs."""
 
     grouped: bool
     """Whether keys and values may have fewer heads than queries."""
 
-    def forward(self, states: States, call: Call, scaling: float | None) -> Result: ...
+    def forward(self, states: States, paths: Paths, scaling: float | None) -> Result: ...
 
     def backward(
-        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Gradients of query, key and value. Output and log-sums in `result` are the merged ones of all calls."""
+        self, grad: torch.Tensor, states: States, result: Result, paths: Paths, scaling: float | None
+    ) -> States: ...
 
 
 class FlashKernel:
-    """torch's flash kernel on CUDA, for float16 and bfloat16."""
+    """torch's flash kernel on CUDA, for float16 and bfloat16. It aligns causal attention at the last key."""
 
     grouped = True
 
-    def forward(self, states: States, call: Call, scaling: float | None) -> Result:
+    def forward(self, states: States, paths: Paths, scaling: float | None) -> Result:
+        query, key, value = states
         output, logsums, *rest, _ = torch.ops.aten._flash_attention_forward(
-            *states, *self._lengths(call), 0.0, call.causal, False, scale=scaling
+            query, *_of_paths(key, value, paths), *self._lengths(paths), 0.0, True, False, scale=scaling
         )
-        return output, logsums, rest
+        return output, logsums, *rest
 
     def backward(
-        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, ...]:
-        output, logsums, rest = result
-        lengths = self._lengths(call)
-        grads: tuple[torch.Tensor, ...] = torch.ops.aten._flash_attention_backward(
-            grad, *states, output, logsums.contiguous(), *lengths, 0.0, call.causal, *rest, scale=scaling
+        self, grad: torch.Tensor, states: States, result: Result, paths: Paths, scaling: float | None
+    ) -> States:
+        (query, key, value), (output, logsums, *rest) = states, result
+        lengths = self._lengths(paths)
+        query_grad, *grads = torch.ops.aten._flash_attention_backward(
+            *(grad, query, *_of_paths(key, value, paths), output, logsums),
+            *(*lengths, 0.0, True, *rest),
+            scale=scaling,
         )
-        return grads
+        return query_grad, *_added_up(grads, key, paths)
 
     @staticmethod
-    def _lengths(call: Call) -> tuple[Any, ...]:
+    def _lengths(paths: Paths) -> tuple[Any, ...]:
         # If the longest query is 1, torch assumes decoding and swaps grouped heads with queries. The longest lengths
         # are only upper bounds, so 2 is safe.
-        return call.query_starts, call.key_starts, max(call.longest_query, 2), call.longest_key
+        return paths.query_starts, paths.key_starts, max(paths.longest_query, 2), paths.longest_key
 
 
 class EfficientKernel:
-    """torch's memory-efficient kernel on CUDA, for float32. Its log-sums are padded: (sequences, heads, longest)."""
+    """torch's memory-efficient kernel on CUDA, for float32."""
 
     grouped = False
-    ALIGNED = 32
-    """The kernel rounds the width of its log-sums up to a multiple of this."""
+    ALIGNED_AT_LAST_KEY = 2
+    """The kernel's number for this type of causal attention."""
 
-    def forward(self, states: States, call: Call, scaling: float | None) -> Result:
-        output, padded, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
-            *(of.unsqueeze(0) for of in states),
+    def forward(self, states: States, paths: Paths, scaling: float | None) -> Result:
+        query, key, value = states
+        output, logsums, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
+            *(of.unsqueeze(0) for of in (query, *_of_paths(key, value, paths))),
             None,
-            *(call.query_starts, call.key_starts, call.longest_query, call.longest_key),
-            *(0.0, int(call.causal), True),
+            *(paths.query_starts, paths.key_starts, paths.longest_query, paths.longest_key),
+            *(0.0, self.ALIGNED_AT_LAST_KEY, True),
             scale=scaling,
         )
-        sequence, place = self._places(call)
-        return output.squeeze(0), padded[sequence, :, place].t(), (seed, offset)
+        return output.squeeze(0), logsums, seed, offset
 
     def backward(
-        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, ...]:
-        output, logsums, rest = result
-        sequence, place = self._places(call)
-        width = -(-call.longest_query // self.ALIGNED) * self.ALIGNED
-        padded = logsums.new_full((len(call.spans), logsums.size(0), width), torch.inf)  # no weight
-        padded[sequence, :, place] = logsums.t()
-        *grads, _ = torch.ops.aten._efficient_attention_backward(
-            *(of.unsqueeze(0) for of in (grad, *states)),
+        self, grad: torch.Tensor, states: States, result: Result, paths: Paths, scaling: float | None
+    ) -> States:
+        (query, key, value), (output, logsums, *rest) = states, result
+        query_grad, *grads, _ = torch.ops.aten._efficient_attention_backward(
+            *(of.unsqueeze(0) for of in (grad, query, *_of_paths(key, value, paths))),
             None,
             output.unsqueeze(0),
-            *(call.query_starts, call.key_starts, call.longest_query, call.longest_key),
-            padded,
-            *(0.0, *rest, int(call.causal), False),
+            *(paths.query_starts, paths.key_starts, paths.longest_query, paths.longest_key),
+            logsums,
+            *(0.0, *rest, self.ALIGNED_AT_LAST_KEY, False),
             scale=scaling,
         )
-        return tuple(of.squeeze(0) for of in grads)
+        return query_grad.squeeze(0), *_added_up([of.squeeze(0) for of in grads], key, paths)
 
-    @staticmethod
-    def _places(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sequence, position in the sequence) of each query."""
-        starts = call.query_starts.long()
-        queries = torch.arange(call.spans[-1][1], device=starts.device)
-        sequence = torch.searchsorted(starts, queries, right=True) - 1
-        return sequence, queries - starts[sequence]
+
+def _of_paths(key: torch.Tensor, value: torch.Tensor, paths: Paths) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of all paths, (K, heads, dim) each. One gather for both, since launches dominate small packs."""
+    key, value = torch.stack((key, value), dim=1).index_select(0, paths.keys).unbind(1)
+    return key, value
+
+
+def _added_up(grads: list[torch.Tensor], key: torch.Tensor, paths: Paths) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the pack's keys and values from those of all paths, added up in float32."""
+    parts = torch.stack(grads, dim=1).float()
+    sums = parts.new_zeros(len(key), *parts.shape[1:]).index_add_(0, paths.keys, parts)
+    key_grad, value_grad = sums.to(key.dtype).unbind(1)
+    return key_grad, value_grad
 
 
 class CPUKernel:
-    """torch's flash kernel on a CPU, which SDPA uses. It accepts only one sequence, so it runs once per sequence."""
+    """torch's flash kernel on a CPU, which SDPA uses. It accepts one sequence, so it runs once for each edge and once
+    for all tokens below an edge, which follow the edge in the pack without a gap.
+
+    The log-sums of the calls weight their outputs. The backward of a call takes the merged output and log-sums, and
+    computes this call's part of the gradients, as in ring attention (arXiv 2310.01889).
+    """
 
     grouped = False
 
-    def forward(self, states: States, call: Call, scaling: float | None) -> Result:
+    def forward(self, states: States, paths: Paths, scaling: float | None) -> Result:
         query, key, value = states
-        parts = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                *_one(query[q:r]), *_one(key[k:m], value[k:m]), 0.0, call.causal, scale=scaling
+        kind = torch.promote_types(query.dtype, torch.float32)  # of the log-sums
+        total, logsums = (query.new_empty(shape, dtype=kind) for shape in (query.shape, query.shape[1::-1]))
+        for queries, keys, causal in _calls(paths.edges):
+            part, logsum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *_one(query[queries], key[keys], value[keys]), 0.0, causal, scale=scaling
             )
-            for q, r, k, m in call.spans
-        ]
-        outputs, logsums = zip(*parts, strict=True)
-        return torch.cat(outputs, dim=2)[0].transpose(0, 1), torch.cat(logsums, dim=2)[0], None
+            part, logsum = part[0].transpose(0, 1), logsum[0]
+            if not causal:
+                before = logsums[:, queries]
+                both = torch.logaddexp(before, logsum)
+                part = total[queries] * _weights(before, both) + part * _weights(logsum, both)
+                logsum = both
+            total[queries], logsums[:, queries] = part, logsum
+        return total.to(query.dtype), logsums
 
     def backward(
-        self, grad: torch.Tensor, states: States, result: Result, call: Call, scaling: float | None
-    ) -> tuple[torch.Tensor, ...]:
-        (query, key, value), (output, logsums, _) = states, result
-        parts = [
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *_one(grad[q:r], query[q:r]),
-                *_one(key[k:m], value[k:m]),
-                *_one(output[q:r]),
-                logsums[None, :, q:r],
-                *(0.0, call.causal),
+        self, grad: torch.Tensor, states: States, result: Result, paths: Paths, scaling: float | None
+    ) -> States:
+        (query, key, value), (output, logsums) = states, result
+        sums = tuple(torch.zeros_like(of, dtype=logsums.dtype) for of in states)
+        for queries, keys, causal in _calls(paths.edges):
+            parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *_one(grad[queries], query[queries], key[keys], value[keys], output[queries]),
+                *(logsums[None, :, queries], 0.0, causal),
                 scale=scaling,
             )
-            for q, r, k, m in call.spans
-        ]
-        return tuple(torch.cat(grads, dim=2)[0].transpose(0, 1) for grads in zip(*parts, strict=True))
+            for total, at, part in zip(sums, (queries, keys, keys), parts, strict=True):
+                total[at] += part[0].transpose(0, 1)
+        query_grad, key_grad, value_grad = (of.to(query.dtype) for of in sums)
+        return query_grad, key_grad, value_grad
+
+
+def _calls(edges: tuple[Edge, ...]) -> Iterator[tuple[slice, slice, bool]]:
+    """Queries, keys, and whether a query sees only the keys up to itself: first each edge, then what is below it."""
+    for start, stop, _ in edges:
+        yield slice(start, stop), slice(start, stop), True
+    for start, stop, end in edges:
+        if stop < end:
+            yield slice(stop, end), slice(start, stop), False
+
+
+def attention_calls(edges: tuple[Edge, ...]) -> int:
+    """The number of calls of the CPU's kernel for a pack."""
+    return sum(1 for _ in _calls(edges))
+
+
+def _weights(part: torch.Tensor, all_of: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads, 1) weights of some keys relative to all keys, from the log-sums of both."""
+    return (part - all_of).exp().t().unsqueeze(-1)
 
 
 def _one(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -251,57 +264,31 @@ class _Attend(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        calls: tuple[Call, ...],
+        paths: Paths,
         kernel: Kernel,
         scaling: float | None,
     ) -> torch.Tensor:
-        own, *depths = calls
-        output, logsums, rest = kernel.forward((query, key, value), own, scaling)
-        total, rests = output.to(logsums.dtype), [rest]
-        for call in depths:
-            at = call.queries
-            states = query[at], key[call.keys], value[call.keys]
-            part, logsum, rest = kernel.forward(states, call, scaling)
-            before = logsums[:, at]
-            both = torch.logaddexp(before, logsum)
-            total[at] = total[at] * _weights(before, both) + part * _weights(logsum, both)
-            logsums[:, at] = both
-            rests.append(rest)
-        output = total.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, logsums)
-        ctx.calls, ctx.kernel, ctx.scaling, ctx.rests = calls, kernel, scaling, rests
-        return output
+        result = kernel.forward((query, key, value), paths, scaling)
+        ctx.save_for_backward(query, key, value, *result)
+        ctx.paths, ctx.kernel, ctx.scaling = paths, kernel, scaling
+        return result[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, output, logsums = ctx.saved_tensors
-        sums: list[torch.Tensor] = []
-        for call, rest in zip(ctx.calls, ctx.rests, strict=True):
-            at, of = call.queries, call.keys
-            states, result = (query[at], key[of], value[of]), (output[at], logsums[:, at], rest)
-            parts = ctx.kernel.backward(grads[0][at], states, result, call, ctx.scaling)
-            if not sums:  # the call for each edge itself, which covers the whole pack
-                sums = [part.to(logsums.dtype) for part in parts]
-                continue
-            for total, places, part in zip(sums, (at, of, of), parts, strict=True):
-                total[places] += part
-        return (*(total.to(query.dtype) for total in sums), None, None, None)
-
-
-def _weights(part: torch.Tensor, all_of: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, 1) weights of some keys relative to all keys, from the log-sums of both."""
-    return (part - all_of).exp().t().unsqueeze(-1)
+        query, key, value, *result = ctx.saved_tensors
+        states = (query, key, value)
+        return (*ctx.kernel.backward(grads[0], states, tuple(result), ctx.paths, ctx.scaling), None, None, None)
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, calls: tuple[Call, ...], *, scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, paths: Paths, *, scaling: float | None
 ) -> torch.Tensor:
     """(1, N, heads, dim) attention of every query over its own path.
 
     Args:
         query: (1, heads, N, dim).
         key, value: The same shape, or with fewer heads.
-        calls: The pack's calls, from `plan_calls`.
+        paths: The pack's paths, from `plan_paths`.
         scaling: Factor of the attention scores. None: 1 / √dim.
     """
     device = query.device.type
@@ -313,7 +300,7 @@ def attend(
         groups = query.size(1) // key.size(1)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     states = (of[0].transpose(0, 1) for of in (query, key, value))
-    attended = _Attend.apply(*states, calls, kernel, scaling)
+    attended = _Attend.apply(*states, paths, kernel, scaling)
     assert isinstance(attended, torch.Tensor)
     return attended.unsqueeze(0)
 
@@ -360,7 +347,7 @@ def _difference(device: torch.device, dtype: torch.dtype, heads: int, key_heads:
         query, key, value = (of.to(device, dtype).requires_grad_() for of in drawn)
         with torch.enable_grad():
             if packed:
-                attended = attend(query, key, value, plan_calls(edges, device), scaling=None)[0][places]
+                attended = attend(query, key, value, plan_paths(edges, device), scaling=None)[0][places]
             else:
                 q, k, v = (of[0][:, places].transpose(0, 1) for of in (query, key, value))  # (3, heads, 80, dim)
                 attended = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

@@ -30,7 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.engines.compute_dtype import computed_in
-from arpo_trl.training.prefix_attention import Call, Edge, attend, plan_calls, why_no_attention
+from arpo_trl.training.prefix_attention import Edge, Paths, attend, attention_calls, plan_paths, why_no_attention
 
 NO_LABEL = -100
 PREFIX = "shared_prefix+"
@@ -51,8 +51,8 @@ class Pack:
 
     `ids`, `positions` and `labels` are (1, N). A label is the next token, or −100 if its logprob is not needed.
     `sources` (B, T) contains, for each completion token, the pack index of the token before it. It is undefined where
-    `real` (B, T) is False: on padding and on tokens whose logprobs are not needed. `edges` are the trie's edges in the
-    order of the pack, and `calls` are the attention calls for them. `leaf_tokens` counts the tokens of all rows
+    `real` (B, T) is False: on padding and on tokens whose logprobs are not needed. `paths` are what
+    the tokens attend to. `leaf_tokens` counts the tokens of all rows
     without padding, `padded_tokens` those of the padded batch.
 
         # Rows 5 6 7 and 5 6 8, prompt 5, T = 2. The repeated 6 is the last token before they diverge.
@@ -65,8 +65,7 @@ class Pack:
     labels: torch.Tensor
     sources: torch.Tensor
     real: torch.Tensor
-    edges: tuple[Edge, ...]
-    calls: tuple[Call, ...]
+    paths: Paths
     leaf_tokens: int
     padded_tokens: int
     takers: _Takers = field(default_factory=_Takers, repr=False)
@@ -120,8 +119,7 @@ def pack_rows(
         labels=tensor(labels)[None],
         sources=tensor(sources),
         real=tensor(real),
-        edges=trie.edges,
-        calls=plan_calls(trie.edges, input_ids.device),
+        paths=plan_paths(trie.edges, input_ids.device),
         leaf_tokens=sum(map(len, rows)),
         padded_tokens=ids.size,
     )
@@ -226,7 +224,7 @@ def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
         if shared_prefix_pack is None:
             return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
         shared_prefix_pack.takers.ids.add(id(module))
-        return attend(query, key, value, shared_prefix_pack.calls, scaling=scaling), None
+        return attend(query, key, value, shared_prefix_pack.paths, scaling=scaling), None
 
     return forward
 
@@ -283,32 +281,33 @@ It is the root mean square of the difference, in standard deviations of the logp
 class Costs:
     """The speed of a device type, which `pays` uses. If uncertain, the values favour the padded batch.
 
-    `operations`: operations per second of a large matrix product. `call_s` and `sequence_s`: seconds for one
-        additional attention call, and for one additional sequence in a call, forward and backward together.
+    Seconds are those of a layer, forward and backward together. `operations`: operations per second. `launches_s`: the
+    time of launching a layer's kernels, below which no batch gets. `call_s`: the time of
+    one more call of the CPU's attention kernel.
     """
 
     operations: float
+    launches_s: float
     call_s: float
-    sequence_s: float
 
 
 COSTS = {
-    "cuda": Costs(4e14, 3e-4, 0.0),  # about 30 kernel launches per call, gathering and merging included
-    "cpu": Costs(1e11, 0.0, 1e-4),  # a call computes its sequences one by one
+    "cuda": Costs(2e14, 6e-3, 0.0),  # docs/results.md, "On a GPU"
+    "cpu": Costs(1e11, 0.0, 1e-4),
 }
 LAYER_OPERATIONS = 72
 """A layer has about 12 · hidden² weights, each used in two operations forward and four backward per token."""
 
 
 def pays(pack: Pack, hidden_size: int) -> bool:
-    """Whether a pack saves time: a layer's work on the saved tokens takes longer than the additional attention calls.
+    """Whether a layer takes less time for the pack than for the padded batch.
 
     Depends only on the pack's shape and not on measured times, so that a repeated run makes the same decision.
     """
     costs = COSTS[pack.ids.device.type]
-    saved_s = (pack.padded_tokens - len(pack)) * LAYER_OPERATIONS * hidden_size**2 / costs.operations
-    sequences = sum(len(call.spans) for call in pack.calls)
-    return saved_s > len(pack.calls) * costs.call_s + sequences * costs.sequence_s
+    token_s = LAYER_OPERATIONS * hidden_size**2 / costs.operations
+    attention_s = attention_calls(pack.paths.edges) * costs.call_s
+    return max(len(pack) * token_s, costs.launches_s) + attention_s < pack.padded_tokens * token_s
 
 
 def share_prefixes(model: PreTrainedModel) -> None:

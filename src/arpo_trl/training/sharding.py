@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -125,7 +126,7 @@ def _untraced(wrapped: torch.nn.Module) -> Iterator[None]:
 def _unsharded(model: torch.nn.Module) -> Iterator[None]:
     """Gathers an FSDP2 model's weights and keeps them gathered between forwards. Does nothing for other models."""
     modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    groups = [group for module in modules for group in module._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for module in modules for group in _parameter_groups(module)]
     resharding = [group.post_forward_mesh_info for group in groups]
     for module in modules:
         module.unshard()
@@ -139,3 +140,11 @@ def _unsharded(model: torch.nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = before
         for module in modules:
             module.reshard()
+
+
+def _parameter_groups(module: FSDPModule) -> list[Any]:
+    """FSDP2's groups of parameters in this module. Up to torch 2.11 a module has one group or none."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]

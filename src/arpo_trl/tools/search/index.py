@@ -15,13 +15,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import bm25s
 import numpy as np
 
 from arpo_trl.common import waiting
+from arpo_trl.common.imports import hidden_package
 from arpo_trl.common.user_files import json_lines, read_json
 from arpo_trl.errors import DataError
 from arpo_trl.tools.search.words import tokenize
+
+with hidden_package("jax"):  # bm25s would start it, and it would take three quarters of the GPU's memory
+    import bm25s
 
 NOTHING_FOUND = "No search results found."
 MAX_QUERY_CHARS = 2000
