@@ -245,13 +245,14 @@ class Scripted:
         probe: int = 4,
         vocab_size: int | None = None,
         timeout_s: float = 20.0,
+        concurrency: int = 32,
         max_result_tokens: int | None = None,
         protocol: type[ToolProtocol] = TagProtocol,
         template: str | None = None,
         score: Score | None = None,
     ):
         self.tokenizer = tokenizer() if template is None else with_template(template)
-        self.toolbox = ToolBox(tools, timeout_s=timeout_s)
+        self.toolbox = ToolBox(tools, timeout_s=timeout_s, concurrency=concurrency)
         self.protocol = protocol(self.tokenizer, self.toolbox.specs, max_result_tokens=max_result_tokens)
         self.eos = int(self.tokenizer.eos_token_id)
         settings = SamplingParams(eos_ids=self.protocol.eos_ids, stop_strings=self.protocol.stop_strings)

@@ -7,11 +7,12 @@ import gc
 import os
 import sys
 import threading
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 
 import pytest
 from datasets import Dataset
 
+from arpo_trl.common.per_process import OnePerProcess
 from arpo_trl.net.background import LoopThread
 from support import sampling_trainer, tiny_model, until
 
@@ -24,6 +25,28 @@ def test_a_loop_stops_with_its_object():
     with pytest.raises(CancelledError):
         waiting.result(60)
     _wait_for(threads, descriptors)
+
+
+def test_threads_whose_first_calls_meet_get_the_same_loop():
+    meeting = threading.Barrier(4)
+
+    @OnePerProcess
+    def loop() -> LoopThread:
+        meeting.wait(60)
+        return LoopThread("arpo-met")
+
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(lambda: loop().start(asyncio.sleep(0.01, "done")).result(60)) for _ in range(4)]
+        assert [answer.result(60) for answer in answers] == ["done"] * 4
+    loop().stop()
+
+
+def test_a_forked_process_gets_an_object_of_its_own(monkeypatch):
+    made = OnePerProcess(lambda name: [name])
+    mine = made("a")
+    assert made("a") is mine and made("b") == ["b"]
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    assert made("a") is not mine
 
 
 @pytest.mark.slow

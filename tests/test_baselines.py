@@ -234,6 +234,7 @@ def test_score_norm_needs_an_engine_with_logprobs(model_path, tmp_path):
     trainer(model_path, tmp_path, blind)  # others take any engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["score_norm", "batch", "running"])
 def test_every_baseline_trains_with_the_real_engine(model_path, tmp_path, baseline):
     made = trainer(model_path, tmp_path, advantage_baseline=baseline, scale_rewards="batch", max_completion_length=24)

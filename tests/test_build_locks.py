@@ -50,6 +50,7 @@ def test_without_deepspeed_nothing_is_touched(lock, monkeypatch):
     assert not lock.exists()
 
 
+@pytest.mark.slow
 def test_a_lock_that_a_process_of_pytorch_holds_stays_until_it_is_killed(lock, caplog):
     lock.unlink()
     holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(lock)], stdout=subprocess.PIPE, text=True)

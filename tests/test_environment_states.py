@@ -57,7 +57,7 @@ def test_a_state_that_paths_share_ends_the_run(kind, rule):
     environments = environments_of(kind)
     told = r"changed without a call of it: \('a'.*\) after its last call, and \('a', '.*\) now\. It shares its state"
     with pytest.raises(ToolSpecError, match=f"The digest of an environment {kind.__name__} {told}"):
-        run(environments, rule=rule(branches_per_fork=2), leaves=4, at_root=2)
+        run(environments, rule=rule(branches_per_fork=2), leaves=4, at_root=2, concurrency=1)
     assert all_closed(environments)
 
 

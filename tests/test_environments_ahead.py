@@ -78,6 +78,7 @@ def all_closed(made: ARPOTrainer) -> bool:
     return made._environments.instances.live == 0 and Counter(map(id, OPENED)) == CLOSED
 
 
+@pytest.mark.slow
 def test_environments_of_the_next_batch_are_created_during_the_update(model_path, tmp_path):
     updating = threading.Event()
     sampled: list[Any] = []

@@ -548,6 +548,7 @@ def test_a_push_that_cannot_work_is_one_line(hub, model_path, tmp_path, capsys, 
     assert hub.commits == []
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_added_to_the_card_of_a_finished_run(hub, model_path, tmp_path, capsys, monkeypatch):
     made = trainer(model_path, tmp_path / "run", push_to_hub=False, hub_model_id=None)
     made.train()

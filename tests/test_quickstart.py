@@ -154,6 +154,7 @@ def test_text_in_another_form_is_not_a_question() -> None:
 # --- demonstrations ---
 
 
+@pytest.mark.slow
 def test_every_question_can_be_solved_with_the_tools_in_at_most_five_calls(search: Callable[[str], str]) -> None:
     train, heldout = make_tasks(seed=0, n_train=2400, n_heldout=600)
     tasks = train + heldout

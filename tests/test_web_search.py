@@ -169,6 +169,7 @@ def test_trouble_that_stays_is_not(service: Service, status: int) -> None:
     assert len(service.server.asked) == 1
 
 
+@pytest.mark.slow
 def test_retry_after_is_honoured(service: Service) -> None:
     service.server.answer = failing(1, Reply("", 429, {"Retry-After": "1"}))
     start = time.monotonic()
@@ -262,6 +263,7 @@ def test_the_spending_cap_counts_all_searches_of_a_run_and_ends_in_a_text(
     assert caplog.text.count("Search is degraded") == 1
 
 
+@pytest.mark.slow
 def test_retries_are_paid_for(service: Service) -> None:
     service.server.answer = lambda asked: Reply("", 503)
     with pytest.raises(ToolUnavailable):
@@ -411,6 +413,7 @@ def hang_up(asked: Asked) -> Reply:
     return Reply(stream=stream, headers={"Content-Length": "5000"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer", [echoing(401), echoing(400), echoing(503), echoing(302), echoing(200), echoing_escaped, hang_up]
 )

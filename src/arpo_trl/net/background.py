@@ -8,8 +8,9 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from functools import lru_cache
 from typing import Any, TypeVar
+
+from arpo_trl.common.per_process import OnePerProcess
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
 
 def start(coroutine: Coroutine[Any, Any, T]) -> Future[T]:
     """Run `LoopThread.start` on the shared loop of this process, which starts at the first use and never stops."""
-    return _network_of(os.getpid()).start(coroutine)
+    return _network().start(coroutine)
 
 
 def in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
@@ -70,7 +71,6 @@ def in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
     return start(result()).result()
 
 
-@lru_cache
-def _network_of(pid: int) -> LoopThread:
-    """Return the loop of process `pid`. It is per process, because a fork inherits the loop but not its thread."""
-    return LoopThread(f"arpo-tools-network-{pid}")
+@OnePerProcess
+def _network() -> LoopThread:
+    return LoopThread(f"arpo-tools-network-{os.getpid()}")

@@ -10,19 +10,18 @@ import asyncio
 import codecs
 import contextlib
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 
 import httpx
 
+from arpo_trl.common.per_process import OnePerProcess
 from arpo_trl.common.retries import retry
 from arpo_trl.net import background
 
@@ -189,7 +188,7 @@ def _too_late(timeout_s: float) -> RequestFailed:
 async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:
     try:
         async with asyncio.timeout(timeout_s):
-            response = await _client_of(os.getpid(), pooled).send(request, stream=True)
+            response = await _client(pooled).send(request, stream=True)
             status = response.status_code
             try:
                 return Answer(status, response.headers, await _body(response, max_bytes))
@@ -222,9 +221,9 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-@lru_cache
-def _client_of(pid: int, pooled: bool) -> httpx.AsyncClient:
-    """Return the HTTP client of process `pid`, for its background loop."""
+@OnePerProcess
+def _client(pooled: bool) -> httpx.AsyncClient:
+    """Return this process's HTTP client, for its background loop."""
     return httpx.AsyncClient(
         timeout=None,  # `_exchange` sets one deadline for the whole exchange
         trust_env=pooled,

@@ -23,7 +23,8 @@ import sys
 import threading
 import time
 import warnings
-from functools import lru_cache
+
+from arpo_trl.common.per_process import OnePerProcess
 
 CPU_LIMIT_S = 2.0
 """The maximum CPU seconds of a comparison. A typical comparison takes less than a millisecond."""
@@ -151,14 +152,10 @@ def _ask(process: subprocess.Popen[str], question: str) -> str:
     return process.stdout.readline().strip()
 
 
-@lru_cache
-def _worker_of(pid: int) -> MathWorker:
-    return MathWorker()
-
-
+@OnePerProcess
 def math_worker() -> MathWorker:
-    """The worker of this process. A forked process gets a new one, because replies on a shared pipe would mix up."""
-    return _worker_of(os.getpid())
+    """The worker of this process."""
+    return MathWorker()
 
 
 def _serve(cpu_limit_s: float) -> None:
