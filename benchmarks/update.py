@@ -83,7 +83,9 @@ def make_model(name: str) -> PreTrainedModel:
         max_position_embeddings=8192,
         tie_word_embeddings=True,
     )
-    model = Qwen3ForCausalLM(config).to(DEVICE, torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
+    with DEVICE:  # a GPU draws 200 million numbers quickly
+        model = Qwen3ForCausalLM(config)
+    model.to(torch.bfloat16 if DEVICE.type == "cuda" else torch.float32)
     add_fused_lm_head(model, 1.0, False, ("log_probs", "entropy"))
     share_prefixes(model)
     return model

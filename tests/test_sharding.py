@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.training.sharding import check_launch, local_forwards
+from arpo_trl.training.sharding import _parameter_groups, check_launch, local_forwards
 from support import tiny_model
 
 
@@ -68,3 +68,17 @@ def test_an_unsharded_model_is_sampled_unchanged():
     with local_forwards(model, model):
         before = model(torch.tensor([[1, 2, 3]])).logits
     assert torch.equal(before, model(torch.tensor([[1, 2, 3]])).logits)
+
+
+@pytest.mark.parametrize(
+    ("state", "groups"),
+    [
+        ({"_fsdp_param_group": None}, []),
+        ({"_fsdp_param_group": "of the layer"}, ["of the layer"]),
+        ({"_fsdp_param_groups": ["of the experts", "of the rest"]}, ["of the experts", "of the rest"]),
+    ],
+    ids=["2.11, no weights of its own", "2.11", "2.13"],
+)
+def test_the_groups_of_an_fsdp2_module_are_found_in_old_and_new_torch(state, groups):
+    module: Any = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(**state))
+    assert _parameter_groups(module) == groups

@@ -143,7 +143,7 @@ def _unsharded(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _parameter_groups(module: FSDPModule) -> list[Any]:
-    """FSDP2's groups of parameters in this module. Up to torch 2.11 a module has one group or none."""
+    """FSDP2's groups of parameters in this module. In torch 2.11 and before, a module has one group or none."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return list(state._fsdp_param_groups)
