@@ -124,6 +124,7 @@ def test_true_without_a_checkpoint_starts_afresh_and_says_so(model, tmp_path, ca
     assert "A new run starts" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_new_run_in_a_folder_with_checkpoints_is_refused(model, whole):
     with pytest.raises(ConfigError, match=r"contains checkpoint-7 of an earlier run.*resume_from_checkpoint to true"):
         train(model, whole("plain"))
@@ -150,6 +151,7 @@ def test_a_checkpoint_lists_its_files_and_gets_its_name_last(model, tmp_path, mo
     assert not (tmp_path / checkpoints.UNFINISHED).exists()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_the_settings_of_its_run(whole, tmp_path):
     for run in (whole("plain"), whole("lora")):
         of_run = EvaluationSettings.of_run(run)
@@ -163,6 +165,7 @@ def test_a_checkpoint_has_the_settings_of_its_run(whole, tmp_path):
     assert "## How it was trained" in (tmp_path / "merged/README.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_a_half_written_checkpoint_is_never_picked_up(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     half = folder / checkpoints.UNFINISHED / "checkpoint-7"
@@ -172,6 +175,7 @@ def test_a_half_written_checkpoint_is_never_picked_up(model, whole, tmp_path):
     assert outcome(folder) == outcome(whole("plain"))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_was_whole_but_not_yet_renamed_is_not_lost(whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     (folder / checkpoints.UNFINISHED).mkdir()
@@ -180,6 +184,7 @@ def test_a_checkpoint_that_was_whole_but_not_yet_renamed_is_not_lost(whole, tmp_
     assert [path.name for path in Checkpoints(folder).all()][-1] == "checkpoint-6"
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_skipped_and_named_if_requested(whole, tmp_path):
     folder = ended_after(whole("plain"), 7, tmp_path / "run")
     weights = folder / "checkpoint-7" / "model.safetensors"
@@ -198,6 +203,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named_if_requested(whole, tmp_path)
         here.find(str(folder / "checkpoint-6"))
 
 
+@pytest.mark.slow
 def test_an_invalid_memory_file_of_the_right_size_is_named(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     memory = folder / "checkpoint-6" / "arpo_memory_0.pt"
@@ -206,6 +212,7 @@ def test_an_invalid_memory_file_of_the_right_size_is_named(model, whole, tmp_pat
         train(model, folder, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"step": 7}'])
 def test_without_any_whole_checkpoint_true_is_an_error(whole, tmp_path, content):
     shutil.copytree(whole("plain") / "checkpoint-7", tmp_path / "checkpoint-7")
@@ -220,6 +227,7 @@ def test_a_path_that_is_not_a_folder_is_an_error(tmp_path):
         Checkpoints(tmp_path).find("elsewhere")
 
 
+@pytest.mark.slow
 def test_the_checkpoint_written_last_is_the_last_whatever_its_step(whole, tmp_path):
     folder = ended_after(whole("plain"), 7, tmp_path / "run")
     state = folder / "checkpoint-3" / STATE_FILE
@@ -330,6 +338,7 @@ def test_a_run_with_different_results_is_rejected(model, whole, change, told):
     assert "model_name_or_path" in str(error.value)
 
 
+@pytest.mark.slow
 def test_another_model_is_refused(whole, tmp_path):
     shallow = json.loads((whole("plain") / "checkpoint-7" / "config.json").read_text("utf-8"))
     other = Path(save_tiny_model(tmp_path / "other"))
@@ -340,6 +349,7 @@ def test_another_model_is_refused(whole, tmp_path):
         train(str(other), whole("plain"), True)
 
 
+@pytest.mark.slow
 def test_what_only_logs_saves_or_goes_further_may_change(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 7, tmp_path / "run")
     trainer = train(
@@ -348,6 +358,7 @@ def test_what_only_logs_saves_or_goes_further_may_change(model, whole, tmp_path)
     assert trainer.state.global_step == 8
 
 
+@pytest.mark.slow
 def test_skipping_no_data_is_refused(model, whole):
     with pytest.raises(ConfigError, match="ignore_data_skip is set"):
         train(model, whole("plain"), True, ignore_data_skip=True)
@@ -368,6 +379,7 @@ def test_a_run_cannot_resume_from_a_checkpoint_of_only_the_model(model, tmp_path
         train(model, tmp_path, True, max_steps=2)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_more_processes_is_spread_where_nothing_is_cut(model, whole, tmp_path):
     """Two processes of 4 rows made the same global batches as one of 8 does."""
     folder = ended_after(whole("plain"), 6, tmp_path / "run")

@@ -83,6 +83,7 @@ def trainer_of(model, folder, **settings) -> ARPOTrainer:
     return sampling_trainer(model, folder, ROWS, bf16=False, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SAMPLED)
 def test_what_is_sampled_is_what_is_scored(family, tmp_path):
     assert unlike_scored(trainer_of(model_of(family, SAMPLED[family]), tmp_path)).max() < 1e-3

@@ -316,6 +316,7 @@ def uneven(request, context):
     return ScriptedTurn(text=text, entropies=entropies, polls=draws.randrange(1, 4), ends=draws.random() < 0.95)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES, ids=named)
 @pytest.mark.parametrize("at_root", [1, 2, 7, 8])
 def test_every_tree_has_exactly_m_leaves_whatever_fails(rule, at_root):

@@ -149,6 +149,7 @@ def test_a_service_that_finds_nothing_gives_no_results(
         assert search(name, server, tmp_path, monkeypatch).search(QUERY, 5) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer", [{}, {"error": "no more credits"}, {"message": "Unauthorized.", "statusCode": 403}, {"results": None}]
 )

@@ -213,6 +213,7 @@ def test_nonsense_in_place_of_json_is_named(serve):
         client(url).weight_version()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer", [[], {}, "[1, null]", {"data": [1]}, {"vllm_config": []}, {"choices": "no"}])
 @pytest.mark.parametrize("path", ["v1__models", "server_info", "weight_info", "tokenize"])
 def test_json_of_another_form_is_named(serve, path, answer):

@@ -154,6 +154,7 @@ def failing(times: int, reply: Reply) -> Any:
     return answer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503])
 def test_trouble_that_may_pass_is_tried_again(service: Service, status: int) -> None:
     service.server.answer = failing(1, Reply("busy", status))
@@ -341,6 +342,7 @@ REFUSALS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", REFUSALS, ids=[f"{i}-{case['kind']}" for i, case in enumerate(REFUSALS, 1)])
 def test_a_rejected_account_is_not_a_bad_query_and_is_logged_once(
     service: Service, caplog: pytest.LogCaptureFixture, case: dict[str, Any]
