@@ -100,7 +100,6 @@ def start_vllm_uncompiled(device: torch.device) -> None:
 
     os.environ.setdefault("MASTER_PORT", "0")  # TRL then chooses a free port
     graphs = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "max_cudagraph_capture_size": 128}
-    settings: dict[str, Any] = {"enforce_eager": True, "dtype": "float32"}
-    if device.type == "cuda":
-        settings = {"compilation_config": graphs}
+    on_cpu = {"enforce_eager": True, "dtype": "float32"}
+    settings: dict[str, Any] = {"compilation_config": graphs} if device.type == "cuda" else on_cpu
     vllm_generation.LLM = functools.partial(vllm_generation.LLM, **settings)

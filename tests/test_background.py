@@ -12,7 +12,7 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 import pytest
 from datasets import Dataset
 
-from arpo_trl.common.per_process import OnePerProcess
+from arpo_trl.common.per_process import one_per_process
 from arpo_trl.net.background import LoopThread
 from support import sampling_trainer, tiny_model, until
 
@@ -28,9 +28,10 @@ def test_a_loop_stops_with_its_object():
 
 
 def test_threads_whose_first_calls_meet_get_the_same_loop():
+    """Were each given the loop that it made, all but the kept one would be released, and stop, during the wait."""
     meeting = threading.Barrier(4)
 
-    @OnePerProcess
+    @one_per_process
     def loop() -> LoopThread:
         meeting.wait(60)
         return LoopThread("arpo-met")
@@ -42,7 +43,7 @@ def test_threads_whose_first_calls_meet_get_the_same_loop():
 
 
 def test_a_forked_process_gets_an_object_of_its_own(monkeypatch):
-    made = OnePerProcess(lambda name: [name])
+    made = one_per_process(lambda name: [name])
     mine = made("a")
     assert made("a") is mine and made("b") == ["b"]
     monkeypatch.setattr(os, "getpid", lambda: 1)

@@ -55,8 +55,10 @@ def load_callable(path: str, setting: str) -> Any:
 @contextmanager
 def hidden_package(name: str) -> Iterator[None]:
     """Inside, `import name` raises ImportError, also if the package has been imported before."""
-    before = sys.modules.pop(name, None)
-    sys.modules[name] = None  # type: ignore[assignment]  # how Python marks a module that must not be imported
+    before = sys.modules.get(name)
+    # Python's mark of a module that must not be imported, for which its type leaves no room. unittest.mock.patch.dict
+    # would set it too, but afterwards forget all modules that were imported meanwhile.
+    sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-from arpo_trl.common.per_process import OnePerProcess
+from arpo_trl.common.per_process import one_per_process
 
 T = TypeVar("T")
 
@@ -71,6 +71,6 @@ def in_thread(work: Callable[..., T], *arguments: Any, timeout_s: float) -> T:
     return start(result()).result()
 
 
-@OnePerProcess
+@one_per_process
 def _network() -> LoopThread:
     return LoopThread(f"arpo-tools-network-{os.getpid()}")

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from arpo_trl.common.per_process import OnePerProcess
+from arpo_trl.common.per_process import one_per_process
 from arpo_trl.common.retries import retry
 from arpo_trl.net import background
 
@@ -221,7 +221,7 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
     return bytes(body)
 
 
-@OnePerProcess
+@one_per_process
 def _client(pooled: bool) -> httpx.AsyncClient:
     """Return this process's HTTP client, for its background loop."""
     return httpx.AsyncClient(

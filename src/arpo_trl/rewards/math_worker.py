@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 
-from arpo_trl.common.per_process import OnePerProcess
+from arpo_trl.common.per_process import one_per_process
 
 CPU_LIMIT_S = 2.0
 """The maximum CPU seconds of a comparison. A typical comparison takes less than a millisecond."""
@@ -152,7 +152,7 @@ def _ask(process: subprocess.Popen[str], question: str) -> str:
     return process.stdout.readline().strip()
 
 
-@OnePerProcess
+@one_per_process
 def math_worker() -> MathWorker:
     """The worker of this process."""
     return MathWorker()

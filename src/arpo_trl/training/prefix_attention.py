@@ -63,14 +63,12 @@ def plan_paths(edges: tuple[Edge, ...], device: torch.device) -> Paths:
     """The paths of a pack's edges."""
     above: list[Edge] = []
     keys: list[np.ndarray] = []
-    key_counts: list[int] = []
     for edge in edges:
         while above and above[-1][2] <= edge[0]:
             above.pop()
         above.append(edge)
-        keys += [np.arange(start, stop) for start, stop, _ in above]
-        key_counts.append(sum(stop - start for start, stop, _ in above))
-    query_counts = [stop - start for start, stop, _ in edges]
+        keys.append(np.concatenate([np.arange(start, stop) for start, stop, _ in above]))
+    query_counts, key_counts = [stop - start for start, stop, _ in edges], [len(path) for path in keys]
     query_starts, key_starts = (
         torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
         for counts in (query_counts, key_counts)
@@ -170,7 +168,10 @@ class EfficientKernel:
 
 
 def _of_paths(key: torch.Tensor, value: torch.Tensor, paths: Paths) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values of all paths, (K, heads, dim) each. One gather for both, since launches dominate small packs."""
+    """Keys and values of all paths, (K, heads, dim) each. One gather for both, since launches dominate small packs.
+
+    The backward gathers them again: kept for each layer, they would take the memory that packs save.
+    """
     key, value = torch.stack((key, value), dim=1).index_select(0, paths.keys).unbind(1)
     return key, value
 

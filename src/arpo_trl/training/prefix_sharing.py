@@ -51,9 +51,8 @@ class Pack:
 
     `ids`, `positions` and `labels` are (1, N). A label is the next token, or −100 if its logprob is not needed.
     `sources` (B, T) contains, for each completion token, the pack index of the token before it. It is undefined where
-    `real` (B, T) is False: on padding and on tokens whose logprobs are not needed. `paths` are what
-    the tokens attend to. `leaf_tokens` counts the tokens of all rows
-    without padding, `padded_tokens` those of the padded batch.
+    `real` (B, T) is False: on padding and on tokens whose logprobs are not needed. `paths` are what the tokens attend
+    to. `leaf_tokens` counts the tokens of all rows without padding, `padded_tokens` those of the padded batch.
 
         # Rows 5 6 7 and 5 6 8, prompt 5, T = 2. The repeated 6 is the last token before they diverge.
         pack_rows(tensor([[5, 6, 7], [5, 6, 8]]), torch.ones(2, 3), 2)
@@ -282,8 +281,8 @@ class Costs:
     """The speed of a device type, which `pays` uses. If uncertain, the values favour the padded batch.
 
     Seconds are those of a layer, forward and backward together. `operations`: operations per second. `launches_s`: the
-    time of launching a layer's kernels, below which no batch gets. `call_s`: the time of
-    one more call of the CPU's attention kernel.
+    time of launching a layer's kernels, below which no batch gets. `call_s`: the time of one more call of the CPU's
+    attention kernel.
     """
 
     operations: float
