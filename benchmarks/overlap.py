@@ -54,6 +54,8 @@ class Standing:
         self.clients = [ServerClient(url, timeout_s=60.0)]
         self.facts = {url: self.clients[0].facts()}
         self.version = self.facts[url].weight_version
+        self.step: int | None = None
+        self.is_current = True
 
     def sync(self) -> None:
         pass

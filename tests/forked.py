@@ -229,6 +229,11 @@ def serve(listener: socket.socket, modules: Sequence[str]) -> None:
         # vLLM's processes take a core each while they wait for one another, and tests have few cores. They poll shared
         # memory, so a pause between two looks only delays them. In a vLLM without these names tests are slower.
         shared.sched_yield = lambda: time.sleep(PAUSE_S)  # type: ignore[attr-defined]
+        # A server reports its settings together with its machine's, for which it starts pip twice: 2 s of CPU time.
+        information = importlib.import_module("vllm.entrypoints.serve.dev.server_info.api_router")
+        information._get_system_env_info_cached = dict  # type: ignore[attr-defined]
+        # The KV cache on a CPU has whole GiB, and a start writes all of it. Tiny models need less than a tenth.
+        sys.modules["vllm.platforms.cpu"].GiB_bytes = 100_000_000  # type: ignore[attr-defined]
         # It starts an interpreter for each new kind of model, lest its class initialize CUDA in this process.
         sys.modules["vllm.model_executor.models.registry"]._run_in_subprocess = lambda call: call()  # type: ignore[attr-defined]
     gc.collect()

@@ -62,6 +62,7 @@ def quickstart(data: Path, output: Path, *flags: str) -> list[str]:
         *("--dataset", str(data / "train.jsonl"), "--eval_dataset", str(data / "watched.jsonl")),
         *("--search_index", str(data / "corpus.jsonl"), "--output_dir", str(output), "--max_steps", "2"),
         *("--per_device_train_batch_size", "8", "--eval_steps", "2", "--per_device_eval_batch_size", "4"),
+        *("--max_completion_length", "64"),  # the model is untrained, and would write all that it may
         *("--bf16", "true", "--gradient_checkpointing", "true", "--trajectory_log_rate", "1", *flags),
     ]
 

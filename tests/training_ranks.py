@@ -37,7 +37,7 @@ from shipped import run as run_train
 from support import EXACT, ON_CPU, python, sampled_logprobs, search
 
 GROUPS, LEAVES = 4, 4
-SCHOOL_STEPS = 60
+SCHOOL_STEPS = 40
 UNEVEN_STEPS = len(uneven_ranks.STEPS)
 SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.02, "max_grad_norm": 1e3}  # Adam blows up rounding
 RUNS: dict[str, dict[str, Any]] = {

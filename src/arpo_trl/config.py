@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from transformers import TrainingArguments
-from transformers.utils import is_torch_xla_available
 from trl import GRPOConfig
 
 from arpo_trl.common.build_locks import remove_left_build_locks
+from arpo_trl.common.devices import has_accelerator
 from arpo_trl.common.settings import Range, ToolLimits, check_fields, described
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import ConfigError, DataError
@@ -77,7 +76,7 @@ def take_the_cpu_if_alone(args: TrainingArguments) -> None:
 
     transformers would also train on the CPU, but rejects bf16, TRL's default, unless `use_cpu` is set.
     """
-    if args.use_cpu or torch.accelerator.is_available() or is_torch_xla_available():
+    if args.use_cpu or has_accelerator():
         return
     args.use_cpu = True
     if os.environ.get("RANK", "0") == "0":

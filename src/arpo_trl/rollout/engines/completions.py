@@ -22,7 +22,7 @@ import queue
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,7 @@ from arpo_trl.common.queues import drained
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.net import background
 from arpo_trl.net.addresses import check_server_url
+from arpo_trl.net.clients import HTTPClients
 from arpo_trl.net.http_client import RequestFailed, fetch_json, without
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.text import decode_exactly, stop_window
@@ -111,7 +112,8 @@ class CompletionsEngine:
     def session(self) -> Iterator[None]:
         self._events = queue.SimpleQueue()
         self._last_answer_s = time.monotonic()
-        self._http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
+        limits = httpx.Limits(max_connections=None)
+        self._http = HTTPClients(lambda verify: httpx.AsyncClient(verify=verify, timeout=None, limits=limits))
         try:
             yield
         finally:
@@ -170,13 +172,19 @@ class CompletionsEngine:
                 return
             await asyncio.sleep(RETRY_S * 2**failures)
 
+    @asynccontextmanager
+    async def _stream(self, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        with self._http.one() as http:
+            async with http.stream("POST", self._url + "/completions", json=body, headers=_headers()) as response:
+                yield response
+
     async def _ask(self, request: TurnRequest) -> _PartialTurn:
         """Stream one answer, up to and including the token or text that completes a stop string."""
         body = self._body(request.ids, request.max_tokens) | {"stream": True, "seed": request.seed % SEEDS}
         written = _PartialTurn()
         async with (
             asyncio.timeout(self._timeout_s),
-            self._http.stream("POST", self._url + "/completions", json=body, headers=_headers()) as response,
+            self._stream(body) as response,
         ):
             if response.status_code != 200:
                 kind = _Incomplete if response.status_code in (408, 429) or response.status_code >= 500 else _Refused

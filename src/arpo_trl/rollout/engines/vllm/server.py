@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.common.queues import drained
 from arpo_trl.errors import EngineError, Interrupted
+from arpo_trl.net.clients import HTTPClients
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest
 from arpo_trl.rollout.engines.vllm.client import ATTEMPTS, ServerClient, ServerLost, headers
 from arpo_trl.rollout.engines.vllm.turns import Draft, Segment, SegmentRequest, StopFinder, sampling_params
@@ -117,13 +119,7 @@ class VLLMServerEngine:
         self._loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self._loop.run_forever, name="vllm-server-engine", daemon=True)
         thread.start()
-        self._http = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None), socket_options=KEEP_ALIVE
-            ),
-            headers=headers(),
-            timeout=httpx.Timeout(self._request_s, connect=10.0, pool=None),
-        )
+        self._http = HTTPClients(self._client)
         try:
             yield
             self._check_not_replaced()
@@ -133,6 +129,14 @@ class VLLMServerEngine:
             thread.join()
             self._loop.close()
             self._loop, self._pending = None, 0
+
+    def _client(self, verify: ssl.SSLContext) -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        return httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(verify=verify, limits=limits, socket_options=KEEP_ALIVE),
+            headers=headers(),
+            timeout=httpx.Timeout(self._request_s, connect=10.0, pool=None),
+        )
 
     def sync(self) -> None:
         if self._loop is None or self._weights.is_current:
@@ -216,7 +220,8 @@ class VLLMServerEngine:
             }
             self._sent += 1
             try:
-                response = await self._http.post(f"{url}/v1/completions", json=body)
+                with self._http.one() as http:
+                    response = await http.post(f"{url}/v1/completions", json=body)
             except httpx.ReadTimeout as error:
                 raise EngineError(
                     f"{url} has not answered a request for {segment.max_tokens} tokens within {self._request_s:.0f} "
@@ -263,7 +268,8 @@ class VLLMServerEngine:
 
     async def _served_version(self, server: _Server) -> str | None:
         try:
-            response = await self._http.get(f"{server.client.url}/weight_info", timeout=10.0)
+            with self._http.one() as http:
+                response = await http.get(f"{server.client.url}/weight_info", timeout=10.0)
             return str(response.json()["weight_version"])
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None

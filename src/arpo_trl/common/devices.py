@@ -1,0 +1,11 @@
+"""Whether this machine has an accelerator."""
+
+from __future__ import annotations
+
+import torch
+from transformers.utils import is_torch_xla_available
+
+
+def has_accelerator() -> bool:
+    """Whether torch has found a GPU or another accelerator."""
+    return torch.accelerator.is_available() or is_torch_xla_available()
