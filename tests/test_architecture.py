@@ -100,13 +100,6 @@ def test_the_tree_and_its_rules_are_pure() -> None:
             assert packages(tree).isdisjoint({"torch", "trl", "transformers", "vllm", "httpx"}), module
 
 
-def test_settings_import_no_torch() -> None:
-    """Their base, TRL's `GRPOConfig`, does."""
-    for module, tree in modules():
-        if module in ("config", "options", "common.settings"):
-            assert "torch" not in packages(tree), module
-
-
 def test_the_documented_picture_is_the_graph() -> None:
     picture = DOCS.read_text("utf-8").split("## Rooms")[1].split("\n## ")[0]
     documented = [line.split("`")[1].rstrip("/") for line in picture.splitlines() if line.startswith("| `")]

@@ -210,7 +210,7 @@ def imported(module: str) -> set[str]:
 
 
 def test_the_configuration_imports_no_torch_code_of_this_package():
-    seen, todo = set(), imported("arpo_trl.config")
+    seen, todo = set(), {"arpo_trl.config"}
     while todo:
         module = todo.pop()
         if module.startswith("arpo_trl") and module not in seen:

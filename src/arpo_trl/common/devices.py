@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from transformers.utils import is_torch_xla_available
 
 
 def has_accelerator() -> bool:
     """Whether torch has found a GPU or another accelerator."""
+    import torch  # when it is asked, so that settings import no torch
+
     return torch.accelerator.is_available() or is_torch_xla_available()
