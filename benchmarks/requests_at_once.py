@@ -12,6 +12,7 @@ import asyncio
 import multiprocessing
 import ssl
 import time
+from contextlib import nullcontext
 from multiprocessing.connection import Connection
 
 import httpx
@@ -56,12 +57,8 @@ async def cpu_s(url: str, at_once: int, *, shared: bool) -> float:
 
     async def ask() -> None:
         for _ in range(ROUNDS):
-            if shared:
-                with clients.one() as http:
-                    response = await http.get(url)
-            else:
-                response = await only.get(url)
-            response.raise_for_status()
+            with clients.one() if shared else nullcontext(only) as http:
+                (await http.get(url)).raise_for_status()
 
     start = time.process_time()
     await asyncio.gather(*(ask() for _ in range(at_once)))

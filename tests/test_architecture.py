@@ -83,21 +83,17 @@ def test_every_module_is_in_a_room() -> None:
     assert {module.split(".")[0] for module, _ in modules() if module} == set(ROOMS)
 
 
-def packages(tree: ast.AST) -> set[str]:
-    """The packages that a module imports."""
-    return {
-        alias.name.split(".")[0]
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
-    }
-
-
 def test_the_tree_and_its_rules_are_pure() -> None:
     """No torch, no engine, no network: branching can be computed and tested by hand."""
     for module, tree in modules():
         if module.startswith(("rollout.tree", "rollout.estimates", "rollout.rules")):
-            assert packages(tree).isdisjoint({"torch", "trl", "transformers", "vllm", "httpx"}), module
+            names = {
+                alias.name.split(".")[0]
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for alias in ([ast.alias(node.module or "")] if isinstance(node, ast.ImportFrom) else node.names)
+            }
+            assert names.isdisjoint({"torch", "trl", "transformers", "vllm", "httpx"}), module
 
 
 def test_the_documented_picture_is_the_graph() -> None:

@@ -18,7 +18,7 @@ from arpo_trl.net.http_client import (
     MAX_JSON_BYTES,
     MAX_PIECES,
     RequestFailed,
-    _clients,
+    _client,
     _retry_after_s,
     fetch,
     fetch_json,
@@ -103,8 +103,7 @@ def test_no_cookie_is_kept(pooled: bool) -> None:
         for path in ("/a", "/bc"):
             request = httpx.Request("GET", server.url + path)
             fetch(request, timeout_s=5, max_bytes=10, pooled=pooled)
-    with _clients(pooled).one() as client:
-        assert len(client.cookies.jar) == 0
+    assert len(_client(pooled).cookies.jar) == 0
 
 
 def test_redirects_are_not_followed() -> None:

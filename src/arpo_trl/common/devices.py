@@ -7,6 +7,6 @@ from transformers.utils import is_torch_xla_available
 
 def has_accelerator() -> bool:
     """Whether torch has found a GPU or another accelerator."""
-    import torch  # when it is asked, so that settings import no torch
+    import torch  # not at the top, so that the settings do not import it
 
     return torch.accelerator.is_available() or is_torch_xla_available()

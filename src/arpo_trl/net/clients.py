@@ -25,28 +25,24 @@ class HTTPClients:
 
     Args:
         make: Makes a client with this TLS context. All clients share it, because it takes long to create.
-        trust_env: Whether SSL_CERT_FILE and SSL_CERT_DIR set the trusted certificates.
     """
 
-    def __init__(self, make: Callable[[ssl.SSLContext], httpx.AsyncClient], *, trust_env: bool = True):
+    def __init__(self, make: Callable[[ssl.SSLContext], httpx.AsyncClient]):
         self._make = make
-        self._verify = httpx.create_ssl_context(trust_env=trust_env)
-        self._clients: list[httpx.AsyncClient] = []
-        self._running: list[int] = []
+        self._verify = httpx.create_ssl_context()
+        self._running: dict[httpx.AsyncClient, int] = {}
 
     @contextmanager
     def one(self) -> Iterator[httpx.AsyncClient]:
         """A client for one request, including the reading of its answer."""
-        place = next((i for i, running in enumerate(self._running) if running < AT_ONCE), len(self._clients))
-        if place == len(self._clients):
-            self._clients.append(self._make(self._verify))
-            self._running.append(0)
-        self._running[place] += 1
+        free = (client for client, running in self._running.items() if running < AT_ONCE)
+        client = next(free, None) or self._make(self._verify)
+        self._running[client] = self._running.get(client, 0) + 1
         try:
-            yield self._clients[place]
+            yield client
         finally:
-            self._running[place] -= 1
+            self._running[client] -= 1
 
     async def aclose(self) -> None:
-        for client in self._clients:
+        for client in [*self._running]:  # one may be made meanwhile
             await client.aclose()

@@ -11,7 +11,6 @@ import codecs
 import contextlib
 import json
 import re
-import ssl
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,6 @@ import httpx
 from arpo_trl.common.per_process import one_per_process
 from arpo_trl.common.retries import retry
 from arpo_trl.net import background
-from arpo_trl.net.clients import HTTPClients
 
 MAX_BYTES = 8 << 20
 MAX_JSON_BYTES = 2 << 20
@@ -190,13 +188,12 @@ def _too_late(timeout_s: float) -> RequestFailed:
 async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, pooled: bool) -> Answer:
     try:
         async with asyncio.timeout(timeout_s):
-            with _clients(pooled).one() as http:
-                response = await http.send(request, stream=True)
-                status = response.status_code
-                try:
-                    return Answer(status, response.headers, await _body(response, max_bytes))
-                finally:
-                    await response.aclose()
+            response = await _client(pooled).send(request, stream=True)
+            status = response.status_code
+            try:
+                return Answer(status, response.headers, await _body(response, max_bytes))
+            finally:
+                await response.aclose()
     except (TimeoutError, httpx.TimeoutException):
         raise _too_late(timeout_s) from None
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError, ValueError) as error:
@@ -225,20 +222,15 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
 
 
 @one_per_process
-def _clients(pooled: bool) -> HTTPClients:
-    """Return this process's HTTP clients, for its background loop."""
-
-    def make(verify: ssl.SSLContext) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            verify=verify,
-            timeout=None,  # `_exchange` sets one deadline for the whole exchange
-            trust_env=pooled,
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no server leaves anything for later requests
-            # The certificate of an open connection was checked for one host name, not for others at the same address.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
-        )
-
-    return HTTPClients(make, trust_env=pooled)
+def _client(pooled: bool) -> httpx.AsyncClient:
+    """Return this process's HTTP client, for its background loop."""
+    return httpx.AsyncClient(
+        timeout=None,  # `_exchange` sets one deadline for the whole exchange
+        trust_env=pooled,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # no server leaves anything for later requests
+        # The certificate of an open connection was checked for one host name, not for others at the same address.
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=32 if pooled else 0),
+    )
 
 
 def _retry_after_s(value: str | None) -> float | None:
