@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import TrainerCallback
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.cli import report_errors
+from arpo_trl.command_line import report_errors
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine, ScriptedTurn
 from arpo_trl.runs.interrupts import follow_launcher

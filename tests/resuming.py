@@ -26,7 +26,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.errors import ToolError
 from arpo_trl.runs.interrupts import follow_launcher
 from arpo_trl.tools.builtin import ToolArguments, build_tools

@@ -17,8 +17,8 @@ DOCS = Path(__file__).parents[1] / "docs" / "architecture.md"
 ROOMS = (
     *("visible", "errors", "options", "common", "trl_seam"),
     *("net", "tools", "rollout", "rewards", "data", "config"),
-    *("logs", "runs", "publishing", "training", "evaluation"),
-    *("viewing", "cli", "scripts", "quickstart", "commands"),
+    *("logs", "runs", "command_line", "publishing", "training", "evaluation"),
+    *("viewing", "scripts", "quickstart", "commands", "cli"),
 )
 """From the bottom up: a room imports only from rooms before it."""
 
@@ -44,6 +44,9 @@ def imported(tree: ast.Module) -> Iterator[str]:
             names = [home_of(alias.name) for alias in node.names] if public else [node.module]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            start = ast.unparse(node.args[0]).removeprefix("f").strip("'\"")  # such as arpo_trl.commands.{module}
+            names = [start.partition(".{")[0]]
         else:
             continue
         yield from (name.removeprefix("arpo_trl.") for name in names if name.startswith("arpo_trl."))

@@ -14,7 +14,7 @@ import compare_rules
 import instructions
 import shop
 import vllm_parity
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from study import training
 
 FOLDER = Path("benchmarks")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
-from arpo_trl import cli
+from arpo_trl import cli, command_line
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import LoggedTree, TrajectoryLog
 from arpo_trl.rollout.tree import BranchDecision, RolloutTree, StopReason
@@ -241,11 +241,11 @@ def test_eval_names_an_unknown_tool(monkeypatch, capsys, tmp_path):
 
 
 def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(capsys):
-    @cli.report_errors
+    @command_line.report_errors
     def ours() -> None:
         raise ConfigError("a setting is wrong")
 
-    @cli.report_errors
+    @command_line.report_errors
     def another() -> None:
         raise KeyError("a bug")
 

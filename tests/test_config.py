@@ -7,7 +7,7 @@ import torch
 import yaml
 from trl import get_peft_config, get_quantization_config
 
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.publishing.model_card import describe

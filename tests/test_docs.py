@@ -17,7 +17,7 @@ from datasets import Dataset
 
 import arpo_trl
 from arpo_trl import ARPOConfig, cli, errors
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from arpo_trl.commands.launch import split_words
 from arpo_trl.data.layouts import MAPPABLE, convert_row
 from arpo_trl.data.loading import ROLLOUT_COLUMNS, TRL_COLUMNS

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from transformers import GenerationConfig
 
-from arpo_trl import cli
+from arpo_trl import cli, command_line
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.benchmarks import BENCHMARKS
 from arpo_trl.evaluation.engines import load_tokenizer, make_sampler
@@ -497,7 +497,7 @@ def test_no_key_gets_into_a_folder(monkeypatch, capsys, here):
 )
 def test_lists_may_be_written_as_yaml_has_them(here, yaml, benchmarks, limits):
     (here / "eval.yaml").write_text(yaml)
-    (settings,) = cli.parse_settings((EvalSettings,), ["--config", "eval.yaml"])
+    (settings,) = command_line.parse_settings((EvalSettings,), ["--config", "eval.yaml"])
     assert (settings.benchmarks, settings.call_limits()) == (benchmarks, limits)
 
 

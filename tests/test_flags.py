@@ -9,6 +9,7 @@ import dataclasses
 import pytest
 
 from arpo_trl import cli
+from arpo_trl.command_line import parse_settings
 from arpo_trl.commands.launch import OWN_FLAGS
 from arpo_trl.common.flags import NEAR, CommandParser, nearest
 from arpo_trl.common.parser import SettingsParser
@@ -66,7 +67,7 @@ def test_no_parser_takes_abbreviations() -> None:
 
 def test_a_shortened_setting_is_an_error_that_names_it() -> None:
     with pytest.raises(ConfigError, match="There is no setting 'search_ind'; did you mean 'search_index'"):
-        cli.parse_settings((ToolArguments,), ["--search_ind", "corpus.jsonl"])
+        parse_settings((ToolArguments,), ["--search_ind", "corpus.jsonl"])
 
 
 def test_no_setting_is_taken_for_a_misspelt_flag_of_the_launcher() -> None:

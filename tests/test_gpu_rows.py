@@ -14,7 +14,7 @@ import forked
 import quickstart_engines
 import real_size
 import update
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from card import peak_flops, shown
 from support import VLLM, script
 from update import all_pairs, distinct_tokens, make_rows, step_flops

@@ -4,9 +4,11 @@ import math
 import pytest
 import torch
 
-from arpo_trl.logs.alarms import ALARMS, FIRE_RATE_ALARMS, FIRE_RATE_COUNT, REPEAT_EVERY, Alarms
+from arpo_trl.logs.alarms import ALARMS, REPEAT_EVERY, Alarms
 from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
+from arpo_trl.rollout.rules import RULES
+from arpo_trl.rollout.rules.base import FIRE_RATE_COUNT
 from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.rules.ranked import Ranked
@@ -326,7 +328,11 @@ def test_the_fire_rate_of_other_rules_raises_no_alarm(rule, share):
     assert Alarms(rule).check(heard(share, FIRE_RATE_COUNT, "tree/fire_rate")) == []
 
 
-@pytest.mark.parametrize("alarm", [*ALARMS, *FIRE_RATE_ALARMS], ids=lambda alarm: f"{alarm.metric} {alarm.limit}")
+@pytest.mark.parametrize(
+    "alarm",
+    dict.fromkeys([*ALARMS, *(alarm for name in RULES.own for alarm in RULES.get(name).alarms)]),
+    ids=lambda alarm: f"{alarm.metric} {alarm.limit} {alarm.advice[-60:-30]}",
+)
 def test_every_alarm_listens_to_a_mean_that_exists(alarm):
     tally = Tally()
     tally_rewards([[0.0, 1.0]], tally)

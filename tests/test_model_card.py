@@ -4,7 +4,7 @@ import json
 import yaml
 
 from arpo_trl import ARPOConfig, __version__
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from arpo_trl.publishing.model_card import (
     CONFIG_NAME,
     PANELS,

@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset
 from trl import GRPOConfig
 
-from arpo_trl import ARPOConfig, ARPOTrainer, HierarchicalReward, cli, load_arpo_dataset
+from arpo_trl import ARPOConfig, ARPOTrainer, HierarchicalReward, cli, command_line, load_arpo_dataset
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.errors import ArpoError, ConfigError
 from arpo_trl.scripts.start import start_errors
@@ -185,16 +185,16 @@ def test_a_search_setting_without_search_is_logged(caplog: pytest.LogCaptureFixt
 def test_the_configuration_follows_a_space_or_an_equals_sign(tmp_path, monkeypatch, words) -> None:
     monkeypatch.chdir(tmp_path)
     Path("settings.yaml").write_text("tools: [python]\n", "utf-8")
-    (arguments,) = cli.parse_settings((ToolArguments,), words)
+    (arguments,) = command_line.parse_settings((ToolArguments,), words)
     assert arguments.tools == ["python"]
     with pytest.raises(ConfigError, match="--config is set without a value"):
-        cli.parse_settings((ToolArguments,), ["--config"])
+        command_line.parse_settings((ToolArguments,), ["--config"])
 
 
 def test_invalid_yaml_is_an_error_of_one_line(tmp_path) -> None:
     (tmp_path / "tab.yaml").write_text("a: 1\n\tb: 2\n", "utf-8")
     with pytest.raises(ConfigError, match=r"tab.yaml is not valid YAML: [^\n]*found character '\\t'[^\n]*$"):
-        cli.parse_settings((ToolArguments,), ["--config", str(tmp_path / "tab.yaml")])
+        command_line.parse_settings((ToolArguments,), ["--config", str(tmp_path / "tab.yaml")])
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):

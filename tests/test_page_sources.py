@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from arpo_trl.commands.launch import split_words
 from arpo_trl.tools.builtin import ToolArguments
 from support import script

@@ -40,6 +40,10 @@ def test_the_path_of_an_edge_is_the_edges_above_it_and_itself():
     assert paths.key_starts.tolist() == [0, 2, 6, 11, 17, 20]
     assert paths.query_starts.dtype == paths.key_starts.dtype == torch.int32
     assert (paths.longest_query, paths.longest_key) == (2, 6)
+    #         a                 a                 b         b          c   d   d   e
+    copies = [0, 2, 6, 11, 17,  1, 3, 7, 12, 18,  4, 8, 13, 5, 9, 14,  10, 15, 16, 19]  # fmt: skip
+    assert paths.copies.tolist() == copies
+    assert paths.copy_starts.tolist() == [0, 5, 10, 13, 16, 17, 18, 19]
 
 
 def test_a_path_does_not_reach_into_the_tree_before_it():

@@ -13,7 +13,7 @@ import pytest
 from transformers import HfArgumentParser
 
 from arpo_trl import options
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, check_fields, described
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError

@@ -12,12 +12,13 @@ import yaml
 from datasets import Dataset
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.cli import parse_evaluation, parse_settings
+from arpo_trl.command_line import parse_settings
 from arpo_trl.commands import ask
 from arpo_trl.common.settings import ToolLimits
 from arpo_trl.data.prompts import SYSTEM_PROMPTS
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.command import evaluate
+from arpo_trl.evaluation.parsing import parse_evaluation
 from arpo_trl.evaluation.settings import EvalSettings
 from arpo_trl.publishing.model_card import Card, describe
 from arpo_trl.publishing.trained_settings import CONFIG_NAME, LEFT_OUT, TAKEN, EvaluationSettings

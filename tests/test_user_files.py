@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from arpo_trl.cli import parse_settings
+from arpo_trl.command_line import parse_settings
 from arpo_trl.common.user_files import MAX_DEPTH, expect, json_lines, parse_json, read_yaml
 from arpo_trl.data.loading import read_file
 from arpo_trl.errors import CheckpointError, ConfigError, DataError

@@ -8,7 +8,7 @@ import pytest
 from accelerate import PartialState
 
 from arpo_trl import cli
-from arpo_trl.cli import report_errors
+from arpo_trl.command_line import report_errors
 from arpo_trl.errors import DataError, ToolError, ToolUnavailable
 from arpo_trl.visible import get_logger, get_rank_logger, say, visible, visible_data, without_credentials
 

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import importlib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import arpo_trl
-from arpo_trl.common.flags import NEAR, CommandParser, nearest
+from arpo_trl.command_line import report_errors
+from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.noise import hide_noise
 from arpo_trl.common.waiting import say_loading
-from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.viewing.command import add_commands as add_viewing_commands
 from arpo_trl.visible import say
 
 if TYPE_CHECKING:
     from arpo_trl.tools.search.cache import SearchCache
-
-T = TypeVar("T")
 
 COMMANDS = {
     "train": ("launch:train", "train a tool-using policy, through accelerate"),
@@ -35,127 +32,6 @@ COMMANDS = {
     "ask": ("ask:main", "ask a trained model one question, with its tools"),
 }
 """Command → its function in `arpo_trl.commands`, which parses its own arguments, and its line in the help."""
-
-CONFIG_TWICE = "--config is set twice; expected one file. Flags override its settings."
-
-
-def report_errors(main: Callable[[], T]) -> Callable[[], T]:
-    """Wraps `main`: prints this package's errors in one line and exits with status 2. Other errors keep their
-    traceback.
-
-    An interrupted training run also prints one line, and exits with 128 plus the signal's number.
-    """
-
-    @functools.wraps(main)
-    def wrapped() -> T:
-        try:
-            return main()
-        except ArpoError as error:
-            say(f"{type(error).__name__}: {error}", to=sys.stderr)
-            raise SystemExit(2) from None
-        except Interrupted as interrupted:
-            from arpo_trl.runs.interrupts import leave
-
-            if os.environ.get("RANK", "0") == "0":
-                say(str(interrupted), to=sys.stderr)
-            leave(interrupted.exit_status)
-
-    return wrapped
-
-
-def parse_settings(
-    kinds: Sequence[type[Any]],
-    argv: Sequence[str] | None = None,
-    defaults: Mapping[str, Any] | None = None,
-    elsewhere: str | None = None,
-    **parser: Any,
-) -> tuple[Any, ...]:
-    """Creates one instance of each dataclass from the YAML file of `--config` and from flags. Flags take precedence.
-
-    `defaults` replace the fields' defaults. `elsewhere` is the program in `arpo_trl.scripts` whose settings are easily
-    confused with these, for the errors. `parser` is passed to the argument parser.
-
-    Raises:
-        ConfigError: The file cannot be read, a key or flag is not a field (the message names the most similar one), or
-            a dataclass rejects its values.
-    """
-    from arpo_trl.common.parser import SettingsParser
-
-    words = _config_apart(sys.argv[1:] if argv is None else argv)
-    fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
-    if "--config" in words[:-1]:
-        # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
-        keys = [key for key in _read_config(words[words.index("--config") + 1]) if key != "env"]
-        _check_names(keys, fields, elsewhere)
-    try:
-        reader = SettingsParser(kinds, **parser)
-        reader.set_defaults_with_config(**(defaults or {}))
-        *settings, left = reader.parse_args_and_config(words, return_remaining_strings=True)
-    except ConfigError:
-        raise
-    except ValueError as error:  # raised by TRL's own dataclasses
-        raise ConfigError(str(error)) from error
-    _check_names(
-        [word[2:].partition("=")[0] for word in left if word.startswith("--")], ["config", *fields], elsewhere
-    )
-    if left:
-        raise ConfigError(f"{left[0]!r} does not belong to a setting; expected --name value.")
-    return tuple(settings)
-
-
-def _config_apart(words: Sequence[str]) -> list[str]:
-    """The arguments, with --config=FILE split in two.
-
-    Raises:
-        ConfigError: --config is set twice, or without a file.
-    """
-    apart = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else (word,))]
-    if apart.count("--config") > 1:
-        raise ConfigError(CONFIG_TWICE)
-    if apart[-1:] == ["--config"]:
-        raise ConfigError("--config is set without a value; expected a YAML file.")
-    return apart
-
-
-def _read_config(path: str) -> dict[Any, Any]:
-    from arpo_trl.common.user_files import read_yaml
-
-    try:
-        config = read_yaml(Path(path))
-    except DataError as error:
-        raise ConfigError(f"The --config file cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(
-            f"The --config file {path} contains a {type(config).__name__}; expected lines of name: value."
-        )
-    return config
-
-
-def _check_names(names: Sequence[Any], fields: Sequence[str], elsewhere: str | None) -> None:
-    unknown = next((str(name) for name in names if name not in fields), None)
-    if unknown is None:
-        return
-    if elsewhere is not None:
-        kinds = importlib.import_module(f"arpo_trl.scripts.{elsewhere}").SETTINGS
-        if any(field.name == unknown for kind in kinds for field in dataclasses.fields(kind)):
-            raise ConfigError(
-                f"There is no setting {unknown!r} here: it is one of arpo-trl {elsewhere}. Run that program, or "
-                "remove the setting."
-            )
-    near = _similar(unknown.replace("-", "_"), fields)
-    raise ConfigError(f"There is no setting {unknown!r}" + (f"; did you mean {near}?" if near else ". Remove it."))
-
-
-def _similar(name: str, fields: Sequence[str]) -> str:
-    """The settings that `name` can mean, as text for users: a similar name, or the names with all its words."""
-    if (near := nearest(name, fields, cutoff=NEAR)) and not near.startswith(f"{name}_"):
-        return repr(near)
-    words = set(name.split("_"))
-    longer = [field for field in fields if words <= set(field.split("_"))]
-    longer.sort(key=lambda field: not field.startswith(name))
-    short = [field for field in fields if "".join(word[:1] for word in field.split("_")) == name]
-    found = (short or longer)[:3] or [near for near in [nearest(name, fields)] if near]
-    return " or ".join(map(repr, found))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -227,43 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _eval_parser() -> argparse.ArgumentParser:
-    """Prints the help of `arpo-trl eval`. `parse_settings` does the parsing."""
-    from arpo_trl.evaluation.settings import GROUPS, EvalSettings
-
-    parser = CommandParser(
-        prog="arpo-trl eval",
-        usage=EVAL_USAGE,
-        description="Answers questions with the tools, as in training but without branching, and scores the answers.",
-        epilog="The settings of tools are those of train.py: --tools search python, --search-index FILE, "
-        "--search-top-k 10, --search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and "
-        "others (docs/tools.md). The YAML file of --config may contain every setting, with _ for -. Flags take "
-        "precedence. "
-        "Exit status: 0 success, 1 some samples failed, 2 usage error.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings")
-    group: Any = parser
-    # A dataclass lists inherited fields first. Here these are the fields shared with training. The help lists them
-    # last.
-    settings = dataclasses.fields(EvalSettings)
-    for setting in sorted(settings, key=lambda setting: setting.name not in EvalSettings.__annotations__):
-        if setting.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[setting.name])
-        make = setting.default_factory
-        default = setting.default if make is dataclasses.MISSING else " ".join(make())
-        text = setting.metadata["help"]
-        if default not in (None, False, "") and "default" not in text:
-            text += f" (default: {default})"
-        metavar = setting.metadata.get("metavar", setting.name.split("_")[-1].upper())
-        kind: Any = {"action": "store_true"} if default is False else {"metavar": metavar}
-        group.add_argument(f"--{setting.name.replace('_', '-')}", help=text, **kind)
-    return parser
-
-
-EVAL_USAGE = "arpo-trl eval --model MODEL (--benchmarks NAMES | --suite SUITE | --data PATH) [options]"
-
-
 def main() -> None:
     """Entry point. Exit status: 0 success, 1 an evaluation lacks samples, 2 a usage or configuration error."""
     raise SystemExit(_main())
@@ -298,34 +137,17 @@ def _command() -> int:
 
 
 def _eval(words: Sequence[str]) -> int:
+    from arpo_trl.evaluation.parsing import help_parser, parse_evaluation
+
     if {"-h", "--help"} & set(words):
-        _eval_parser().print_help()
+        help_parser().print_help()
         return 0
     if not words:
-        _eval_parser().error("a model and questions are required; see --help")
+        help_parser().error("a model and questions are required; see --help")
     say_loading("arpo-trl eval")
     from arpo_trl.evaluation.command import evaluate
 
     return evaluate(*parse_evaluation(words))
-
-
-def parse_evaluation(words: Sequence[str]) -> tuple[Any, Any]:
-    """The `EvalSettings` and `ToolArguments` of a command line, with a run's settings as defaults.
-
-    Prints these settings in one line to standard error.
-    """
-    from arpo_trl.evaluation.settings import EvalSettings
-    from arpo_trl.publishing.trained_settings import EvaluationSettings
-    from arpo_trl.tools.builtin import ToolArguments
-
-    settings, tool_arguments = parse_settings((EvalSettings, ToolArguments), words, usage=EVAL_USAGE)
-    run = settings.adapter or settings.model
-    found = None if run is None else EvaluationSettings.of_run(run)
-    if found is None:
-        return settings, tool_arguments
-    settings, tool_arguments = parse_settings((EvalSettings, ToolArguments), words, found.values, usage=EVAL_USAGE)
-    say(f"{run}: {found.summary(vars(settings) | vars(tool_arguments))}", to=sys.stderr)
-    return settings, tool_arguments
 
 
 def _compare(arguments: argparse.Namespace) -> int:

@@ -166,8 +166,8 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )
     branch_rule: str = field(
         default="threshold",
-        metadata={"help": f"Rule that decides where paths branch: one of {RULES.names} or a rule registered in "
-                  "Python; see docs/algorithm.md."},
+        metadata={"help": "Rule that decides where paths branch: 'threshold' (the paper's), another rule of the table "
+                  "in docs/algorithm.md, or a rule registered in Python."},
     )  # fmt: skip
     branch_rule_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -314,7 +314,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     advantage_attribution: str = field(
         default="soft",
         metadata={"help": "Advantage of each token: 'soft' (its leaf's), 'hard' (the mean of the leaves that share "
-                  f"it), or another of {attributions()} or a credit registered in Python; see docs/algorithm.md."},
+                  "it), another credit of the table in docs/algorithm.md, or a credit registered in Python."},
     )  # fmt: skip
     advantage_attribution_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -322,10 +322,12 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )  # fmt: skip
     shared_prefix_weight: str = field(
         default=SharedPrefixWeight.PER_LEAF.value,
-        metadata={"help": "Leaves in which a shared token is trained: 'per_leaf' (each of them), 'once' (only the "
-                          "first, with their mean "
-                          "advantage).", "choices": [kind.value for kind in SharedPrefixWeight]},
-    )  # fmt: skip
+        metadata=described(
+            "Leaves in which a shared token is trained: 'per_leaf' (each of them), 'once' (only the first, with their "
+            "mean advantage).",
+            choices=SharedPrefixWeight,
+        ),
+    )
 
     # Parameters that control vLLM (use_vllm, vllm_mode and the other vllm_… settings are TRL's)
     vllm_server_urls: list[str] | None = field(

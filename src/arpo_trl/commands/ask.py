@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from arpo_trl.cli import parse_evaluation
 from arpo_trl.common.flags import VisibleParser
 from arpo_trl.common.waiting import say_loading
+from arpo_trl.evaluation.parsing import parse_evaluation
 
 ENTROPY_TOKENS = 20
 """The number of tokens at the start of a turn whose mean entropy is shown."""

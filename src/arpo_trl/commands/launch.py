@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from arpo_trl.cli import CONFIG_TWICE
+from arpo_trl.command_line import CONFIG_TWICE
 from arpo_trl.common.flags import NEAR, nearest
 from arpo_trl.common.shipped import ACCELERATE_CONFIGS, CONFIGS, file_or_shipped, shipped_file
 from arpo_trl.common.waiting import say_loading

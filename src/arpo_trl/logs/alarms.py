@@ -3,33 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from arpo_trl.common.alarm import Alarm
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.rollout.rules import BranchRule
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Alarm:
-    """A limit on a metric that is a share, and advice if it is reached.
-
-    The share is checked when its count since the last check has reached `count`. The alarm is raised if the share is
-    at least `limit` (with `below`, at most `limit`). It is raised once per run or, with `again`, at the first check
-    that reaches the limit and then at every `REPEAT_EVERY`th one.
-
-        Alarm(metric="alarm/truncated", limit=0.5, advice="{share} of the rollouts hit the length limit. Raise it.")
-    """
-
-    metric: str
-    limit: float
-    advice: str
-    below: bool = False
-    count: int = 1
-    again: bool = True
-
-
 REPEAT_EVERY = 50
-FIRE_RATE_COUNT = 200
+"""The checks between two reports of a lasting condition."""
 ALARMS = (
     Alarm(
         metric="alarm/unparsed",
@@ -55,8 +35,7 @@ ALARMS = (
         limit=0.25,
         advice="{share} of the leaves with less reward than their group's mean have a positive advantage: the "
         "baseline is below the reward of wrong answers, and the policy drifts towards them. Set score_norm_cap (3), "
-        "or "
-        "advantage_baseline mean, and watch entropy.",
+        "or advantage_baseline mean, and watch entropy.",
         count=100,
     ),
     Alarm(
@@ -65,41 +44,14 @@ ALARMS = (
         advice="{share} of the searches got a notice instead of results: the service fails, its rate limit is "
         "reached, or search_max_calls is used up. See the warnings above. Such rollouts discourage searches.",
     ),
-    Alarm(
-        metric="schedule/gain",
-        limit=1.1,
-        advice="At equal calls the best widths give at most {share} of what independent paths give, so branching "
-        "cannot help. Set initial_rollouts to num_generations (GRPO).",
-        below=True,
-        count=10,
-    ),
-)
-FIRE_RATE_ALARMS = (
-    Alarm(
-        metric="tree/fire_rate",
-        limit=0.9,
-        advice="{share} of the tool results fire the branch rule, so the budget and not the entropy determines the "
-        "branches. Raise branch_threshold, or use branch_rule ranked.",
-        count=FIRE_RATE_COUNT,
-        again=False,
-    ),
-    Alarm(
-        metric="tree/fire_rate",
-        limit=0.1,
-        advice="Only {share} of the tool results fire the branch rule, so most of the branch budget goes to top-ups "
-        "at the root. Lower branch_threshold, or use branch_rule ranked.",
-        below=True,
-        count=FIRE_RATE_COUNT,
-        again=False,
-    ),
 )
 
 
 class Alarms:
-    """Checks a run's tallies for alarms. Checks the fire rate only under rules that the entropy triggers."""
+    """Checks a run's tallies for the alarms of all runs and those of the branch rule."""
 
     def __init__(self, rule: BranchRule):
-        self._alarms = ALARMS + (FIRE_RATE_ALARMS if rule.entropy_triggers else ())
+        self._alarms = (*ALARMS, *rule.alarms)
         self._counted = {alarm: [0.0, 0.0] for alarm in self._alarms}
         """Sum and count of each alarm's metric since its last check."""
         self._raised = dict.fromkeys(self._alarms, 0)

@@ -9,7 +9,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from arpo_trl.cli import report_errors
+from arpo_trl.command_line import report_errors
 from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.shipped import CONFIGS, file_or_shipped
 from arpo_trl.common.waiting import say_loading

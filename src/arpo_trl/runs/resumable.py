@@ -82,7 +82,7 @@ class Resumable(GRPOTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state in memory between two steps that transformers does not save, as plain data."""
-        memory: dict[str, Any] = {
+        state: dict[str, Any] = {
             "micro_step": self._step,
             "buffered": None if self._is_between_generations() else self._buffered_inputs,
             "metrics": {mode: {k: list(v) for k, v in metrics.items()} for mode, metrics in self._metrics.items()},
@@ -91,26 +91,26 @@ class Resumable(GRPOTrainer):
             "logged_step": self._globalstep_last_logged,
         }
         if self.use_adaptive_entropy:
-            memory["entropy_control"] = (self.entropy_coef, self._last_world_entropy)
+            state["entropy_control"] = (self.entropy_coef, self._last_world_entropy)
         if self.log_completions:
-            memory["completions"] = {
+            state["completions"] = {
                 name: {key: list(column) for key, column in value.items()} if isinstance(value, dict) else list(value)
                 for name, value in self._logs.items()
                 if name != "images"
             }
-        return memory
+        return state
 
-    def load_state_dict(self, memory: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self._step = memory["micro_step"]
-        self._buffered_inputs = memory["buffered"]
-        for mode, metrics in memory["metrics"].items():
+        self._step = state["micro_step"]
+        self._buffered_inputs = state["buffered"]
+        for mode, metrics in state["metrics"].items():
             self._metrics[mode] = defaultdict(list, {name: list(values) for name, values in metrics.items()})
-        self._tr_loss = memory["loss"].to(self.args.device)
-        self._total_loss_scalar, self._globalstep_last_logged = memory["total_loss"], memory["logged_step"]
-        if "entropy_control" in memory:
-            self.entropy_coef, self._last_world_entropy = memory["entropy_control"]
-        for name, value in memory.get("completions", {}).items():
+        self._tr_loss = state["loss"].to(self.args.device)
+        self._total_loss_scalar, self._globalstep_last_logged = state["total_loss"], state["logged_step"]
+        if "entropy_control" in state:
+            self.entropy_coef, self._last_world_entropy = state["entropy_control"]
+        for name, value in state.get("completions", {}).items():
             columns = value if isinstance(value, dict) else {None: value}
             for key, column in columns.items():
                 log = self._logs[name] if key is None else self._logs[name][key]

@@ -8,6 +8,7 @@ prompts and tool results are masked. RL's tool protocol encodes the turns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
 
-from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
@@ -80,10 +81,16 @@ class ColdStartTrainer(SFTTrainer):
 SETTINGS = (ColdStartArguments, ColdStartConfig, ModelConfig)
 
 
+def _settings_of_train() -> tuple[str, Sequence[type[Any]]]:
+    from arpo_trl.scripts import train
+
+    return "train", train.SETTINGS
+
+
 @report_errors
 def main() -> None:
     with start_errors():  # transformers reads the files that some settings name
-        arguments, config, model_config = parse_settings(SETTINGS, elsewhere="train")
+        arguments, config, model_config = parse_settings(SETTINGS, elsewhere=_settings_of_train)
     refuse_token(config)
     prepare_output(
         config.output_dir,

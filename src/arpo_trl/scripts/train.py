@@ -8,6 +8,7 @@ Every key of the YAML file is a field of `TrainArguments`, `ToolArguments`, `arp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from datasets import Dataset
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.imports import load_callable
 from arpo_trl.common.settings import JudgeArguments, check_fields, described
 from arpo_trl.data.layouts import MAPPABLE, TASKS, read_columns
@@ -105,12 +106,18 @@ def make_rewards(arguments: TrainArguments) -> list[Any]:
 SETTINGS = (TrainArguments, ToolArguments, ARPOConfig, ModelConfig)
 
 
+def _settings_of_sft() -> tuple[str, Sequence[type[Any]]]:
+    from arpo_trl.scripts import sft
+
+    return "sft", sft.SETTINGS
+
+
 @report_errors
 def main() -> None:
     follow_launcher()
     show_log()
     with start_errors():  # transformers reads the files that some settings name
-        arguments, tool_arguments, config, model_config = parse_settings(SETTINGS, elsewhere="sft")
+        arguments, tool_arguments, config, model_config = parse_settings(SETTINGS, elsewhere=_settings_of_sft)
     prepare_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,

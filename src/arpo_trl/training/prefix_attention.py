@@ -25,7 +25,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import embedding_bag, scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
 Edge = tuple[int, int, int]
@@ -42,17 +42,21 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torc
 class Paths:
     """What the tokens of a pack attend to: each edge is one sequence of a variable-length call.
 
-    `keys` (K,) has the positions in the pack of the tokens of all edges' paths, one after another. `query_starts` and
-    `key_starts` (edges + 1,), int32, are the boundaries of the edges in the pack and of the paths in `keys`. The
-    tensors are on the pack's device.
+    `keys` (K,) has the positions in the pack of the tokens of all edges' paths, one after another. `copies` (K,) has
+    the places in `keys` of the pack's first token, then those of its second token and so on; those of token i start at
+    `copy_starts[i]`, (N,). `query_starts` and `key_starts` (edges + 1,), int32, are the boundaries of the edges in the
+    pack and of the paths in `keys`. The tensors are on the pack's device.
 
         # a a b c: the rows a a b and a a c
         plan_paths(((0, 2, 4), (2, 3, 3), (3, 4, 4)), device)
         # keys 0 1 | 0 1 2 | 0 1 3, query_starts 0 2 3 4, key_starts 0 2 5 8, longest_query 2, longest_key 3
+        # copies 0 2 5 | 1 3 6 | 4 | 7, copy_starts 0 3 6 7
     """
 
     edges: tuple[Edge, ...]
     keys: torch.Tensor
+    copies: torch.Tensor
+    copy_starts: torch.Tensor
     query_starts: torch.Tensor
     key_starts: torch.Tensor
     longest_query: int
@@ -73,9 +77,17 @@ def plan_paths(edges: tuple[Edge, ...], device: torch.device) -> Paths:
         torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
         for counts in (query_counts, key_counts)
     )
+    all_keys = np.concatenate(keys)
+    copy_counts = np.bincount(all_keys)
+
+    def tensor(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values).to(device)
+
     return Paths(
         edges=edges,
-        keys=torch.from_numpy(np.concatenate(keys)).to(device),
+        keys=tensor(all_keys),
+        copies=tensor(np.argsort(all_keys, kind="stable")),
+        copy_starts=tensor(copy_counts.cumsum() - copy_counts),
         query_starts=query_starts,
         key_starts=key_starts,
         longest_query=max(query_counts),
@@ -124,7 +136,7 @@ class FlashKernel:
             *(*lengths, 0.0, True, *rest),
             scale=scaling,
         )
-        return query_grad, *_added_up(grads, key, paths)
+        return query_grad, *_added_up(grads, paths)
 
     @staticmethod
     def _lengths(paths: Paths) -> tuple[Any, ...]:
@@ -164,7 +176,7 @@ class EfficientKernel:
             *(0.0, *rest, self.ALIGNED_AT_LAST_KEY, False),
             scale=scaling,
         )
-        return query_grad.squeeze(0), *_added_up([of.squeeze(0) for of in grads], key, paths)
+        return query_grad.squeeze(0), *_added_up([of.squeeze(0) for of in grads], paths)
 
 
 def _of_paths(key: torch.Tensor, value: torch.Tensor, paths: Paths) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,11 +188,15 @@ def _of_paths(key: torch.Tensor, value: torch.Tensor, paths: Paths) -> tuple[tor
     return key, value
 
 
-def _added_up(grads: list[torch.Tensor], key: torch.Tensor, paths: Paths) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of the pack's keys and values from those of all paths, added up in float32."""
-    parts = torch.stack(grads, dim=1).float()
-    sums = parts.new_zeros(len(key), *parts.shape[1:]).index_add_(0, paths.keys, parts)
-    key_grad, value_grad = sums.to(key.dtype).unbind(1)
+def _added_up(grads: list[torch.Tensor], paths: Paths) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the pack's keys and values from those of all paths.
+
+    One kernel for each adds them up, in float32 for half precision and always in the same order.
+    """
+    key_grad, value_grad = (
+        embedding_bag(paths.copies, grad.flatten(1), paths.copy_starts, mode="sum").unflatten(1, grad.shape[1:])
+        for grad in grads
+    )
     return key_grad, value_grad
 
 

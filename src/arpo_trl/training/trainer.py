@@ -384,21 +384,21 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
             "baseline": None if self._baseline is None else self._baseline.state,
-            "bell": self.alarms.state_dict(),
+            "alarms": self.alarms.state_dict(),
             "branch_rule": self.tree_sampler.settings.rule.state_dict(),
             "evaluation": self.evaluation,
             "tool_cache": self.toolbox.state_dict(),
         }
 
-    def load_state_dict(self, memory: dict[str, Any]) -> None:
-        super().load_state_dict(memory)
-        self._names.load_state_dict(memory["rollouts_at"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._names.load_state_dict(state["rollouts_at"])
         if self._baseline is not None:
-            self._baseline.state = memory["baseline"]
-        self.alarms.load_state_dict(memory["bell"])
-        self.tree_sampler.settings.rule.load_state_dict(memory["branch_rule"])
-        self.evaluation = memory["evaluation"]
-        self.toolbox.load_state_dict(memory["tool_cache"])
+            self._baseline.state = state["baseline"]
+        self.alarms.load_state_dict(state["alarms"])
+        self.tree_sampler.settings.rule.load_state_dict(state["branch_rule"])
+        self.evaluation = state["evaluation"]
+        self.toolbox.load_state_dict(state["tool_cache"])
 
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
         self._trajectories.forget_from(step, evaluated=evaluated)

@@ -12,7 +12,7 @@ from datasets import Dataset
 from trl import ModelConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.cli import parse_settings, report_errors
+from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.logs.progress import show_compactly, show_log
 from arpo_trl.quickstart.shop.environment import Shop

@@ -27,6 +27,7 @@ from arpo_trl.rollout.rules.base import (
     Moment,
     Planned,
     Rounds,
+    fire_rate_alarms,
     grant,
     mean,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Planned",
     "Rounds",
     "build_rule",
+    "fire_rate_alarms",
     "grant",
     "mean",
     "register_rule",

@@ -15,14 +15,24 @@ Bias: multiplicity, look-ahead.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import ClassVar
 
+from arpo_trl.common.alarm import Alarm
 from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, clipped, mean, rise
+from arpo_trl.rollout.rules.base import (
+    BranchContext,
+    BranchRule,
+    Candidate,
+    LivePath,
+    clipped,
+    fire_rate_alarms,
+    mean,
+    rise,
+)
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -48,7 +58,9 @@ class AEPO(BranchRule):
         AEPO(form="paper", split_weight=0.5, penalty=0.05)
     """
 
-    entropy_triggers: ClassVar[bool] = True
+    alarms: ClassVar[Sequence[Alarm]] = fire_rate_alarms(
+        too_often="Raise branch_threshold", too_rarely="Lower branch_threshold"
+    )
 
     branch_probability: float = 0.5
     entropy_weight: float = 0.2

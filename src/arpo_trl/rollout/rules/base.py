@@ -18,9 +18,13 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar
 
+from arpo_trl.common.alarm import Alarm
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.tree import Address, BranchDecision, Node, NodeKind, RolloutTree
+
+FIRE_RATE_COUNT = 200
+"""Decisions after which the fire rate is checked."""
 
 
 class Moment(Enum):
@@ -141,15 +145,16 @@ class BranchRule(ABC):
     name: ClassVar[str] = "unregistered"
     """The rule's name in the setting `branch_rule`; `register_rule` sets it."""
     moment: ClassVar[Moment] = Moment.PROBE
-    entropy_triggers: ClassVar[bool] = False
-    """Whether the rule fires on entropy. If so, an alarm on the share of observations that fire makes sense."""
+    alarms: ClassVar[Sequence[Alarm]] = ()
+    """Warnings about metrics of runs with this rule, such as those of `fire_rate_alarms`."""
     sets_branches: ClassVar[bool] = False
     """Whether the rule itself sets the number of branches of an observation, so that Z has no effect."""
     learns: ClassVar[bool] = False
     """Whether the rule learns from finished trees with rewards."""
 
-    branches_per_fork: int = 1
-    """Z: the number of extra turns under an observation that branches."""
+    branches_per_fork: int = field(
+        default=1, metadata=described("Z: number of extra turns under an observation that branches.", at_least=1)
+    )
 
     def __post_init__(self) -> None:
         """Checks the settings against the fields' metadata from `described`."""
@@ -434,6 +439,33 @@ def grant(
             remaining -= taken
             granted[i] = replace(granted[i], granted=taken)
     return granted
+
+
+def fire_rate_alarms(*, too_often: str, too_rarely: str) -> tuple[Alarm, Alarm]:
+    """The alarms of a rule that fires on entropy, if at least 90 % or at most 10 % of the tool results fire it.
+
+    Args:
+        too_often, too_rarely: How to lower the share, and how to raise it. Each completes a sentence.
+    """
+    return (
+        Alarm(
+            metric="tree/fire_rate",
+            limit=0.9,
+            advice="{share} of the tool results fire the branch rule, so the budget and not the entropy determines "
+            f"the branches. {too_often}, or use branch_rule ranked.",
+            count=FIRE_RATE_COUNT,
+            again=False,
+        ),
+        Alarm(
+            metric="tree/fire_rate",
+            limit=0.1,
+            advice="Only {share} of the tool results fire the branch rule, so most of the branch budget goes to "
+            f"top-ups at the root. {too_rarely}, or use branch_rule ranked.",
+            below=True,
+            count=FIRE_RATE_COUNT,
+            again=False,
+        ),
+    )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -7,11 +7,13 @@ Bias: multiplicity, look-ahead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from arpo_trl.common.alarm import Alarm
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, fire_rate_alarms
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -23,7 +25,9 @@ class Probability(BranchRule):
     Probability(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2)
     """
 
-    entropy_triggers: ClassVar[bool] = True
+    alarms: ClassVar[Sequence[Alarm]] = fire_rate_alarms(
+        too_often="Lower branch_probability", too_rarely="Raise branch_probability"
+    )
 
     branch_probability: float = 0.5
     entropy_weight: float = 0.2

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, ClassVar
 
+from arpo_trl.common.alarm import Alarm
 from arpo_trl.common.settings import described
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.estimates import DepthEstimates, depth_sums
@@ -36,6 +37,16 @@ class Schedule(Planned):
     """
 
     learns: ClassVar[bool] = True
+    alarms: ClassVar[Sequence[Alarm]] = (
+        Alarm(
+            metric="schedule/gain",
+            limit=1.1,
+            advice="At equal calls the best widths give at most {share} of what independent paths give, so branching "
+            "cannot help. Set initial_rollouts to num_generations (GRPO).",
+            below=True,
+            count=10,
+        ),
+    )
 
     widths: Sequence[int] = ()
     calls_share: float | None = field(

@@ -7,11 +7,13 @@ Bias: multiplicity, look-ahead.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from arpo_trl.common.alarm import Alarm
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, fire_rate_alarms
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -23,7 +25,9 @@ class Threshold(BranchRule):
     Threshold(branches_per_fork=1, branch_probability=0.5, entropy_weight=0.2, branch_threshold=0.5)
     """
 
-    entropy_triggers: ClassVar[bool] = True
+    alarms: ClassVar[Sequence[Alarm]] = fire_rate_alarms(
+        too_often="Raise branch_threshold", too_rarely="Lower branch_threshold"
+    )
 
     branch_probability: float = 0.5
     entropy_weight: float = 0.2

@@ -1,0 +1,140 @@
+"""Reads the settings of a command line, and turns this package's errors into one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from arpo_trl.common.flags import NEAR, nearest
+from arpo_trl.errors import ArpoError, ConfigError, DataError, Interrupted
+from arpo_trl.visible import say
+
+T = TypeVar("T")
+Elsewhere = Callable[[], tuple[str, Sequence[type[Any]]]]
+
+CONFIG_TWICE = "--config is set twice; expected one file. Flags override its settings."
+
+
+def report_errors(main: Callable[[], T]) -> Callable[[], T]:
+    """Wraps `main`: prints this package's errors in one line and exits with status 2. Other errors keep their
+    traceback.
+
+    An interrupted training run also prints one line, and exits with 128 plus the signal's number.
+    """
+
+    @functools.wraps(main)
+    def wrapped() -> T:
+        try:
+            return main()
+        except ArpoError as error:
+            say(f"{type(error).__name__}: {error}", to=sys.stderr)
+            raise SystemExit(2) from None
+        except Interrupted as interrupted:
+            from arpo_trl.runs.interrupts import leave
+
+            if os.environ.get("RANK", "0") == "0":
+                say(str(interrupted), to=sys.stderr)
+            leave(interrupted.exit_status)
+
+    return wrapped
+
+
+def parse_settings(
+    kinds: Sequence[type[Any]],
+    argv: Sequence[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    elsewhere: Elsewhere | None = None,
+    **parser: Any,
+) -> tuple[Any, ...]:
+    """Creates one instance of each dataclass from the YAML file of `--config` and from flags. Flags take precedence.
+
+    `defaults` replace the fields' defaults. `parser` is passed to the argument parser. `elsewhere` returns the name of
+    another program whose settings are easily confused with these, and the classes of its settings. It is called for an
+    error only.
+
+    Raises:
+        ConfigError: The file cannot be read, a key or flag is not a field (the message names the most similar one), or
+            a dataclass rejects its values.
+    """
+    from arpo_trl.common.parser import SettingsParser
+
+    words = _config_apart(sys.argv[1:] if argv is None else argv)
+    fields = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+    if "--config" in words[:-1]:
+        # Checked first, since a dataclass would report the setting that a misspelt key leaves unset.
+        keys = [key for key in _read_config(words[words.index("--config") + 1]) if key != "env"]
+        _check_names(keys, fields, elsewhere)
+    try:
+        reader = SettingsParser(kinds, **parser)
+        reader.set_defaults_with_config(**(defaults or {}))
+        *settings, left = reader.parse_args_and_config(words, return_remaining_strings=True)
+    except ConfigError:
+        raise
+    except ValueError as error:  # raised by TRL's own dataclasses
+        raise ConfigError(str(error)) from error
+    _check_names(
+        [word[2:].partition("=")[0] for word in left if word.startswith("--")], ["config", *fields], elsewhere
+    )
+    if left:
+        raise ConfigError(f"{left[0]!r} does not belong to a setting; expected --name value.")
+    return tuple(settings)
+
+
+def _config_apart(words: Sequence[str]) -> list[str]:
+    """The arguments, with --config=FILE split in two.
+
+    Raises:
+        ConfigError: --config is set twice, or without a file.
+    """
+    apart = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else (word,))]
+    if apart.count("--config") > 1:
+        raise ConfigError(CONFIG_TWICE)
+    if apart[-1:] == ["--config"]:
+        raise ConfigError("--config is set without a value; expected a YAML file.")
+    return apart
+
+
+def _read_config(path: str) -> dict[Any, Any]:
+    from arpo_trl.common.user_files import read_yaml
+
+    try:
+        config = read_yaml(Path(path))
+    except DataError as error:
+        raise ConfigError(f"The --config file cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(
+            f"The --config file {path} contains a {type(config).__name__}; expected lines of name: value."
+        )
+    return config
+
+
+def _check_names(names: Sequence[Any], fields: Sequence[str], elsewhere: Elsewhere | None) -> None:
+    unknown = next((str(name) for name in names if name not in fields), None)
+    if unknown is None:
+        return
+    if elsewhere is not None:
+        program, kinds = elsewhere()
+        if any(field.name == unknown for kind in kinds for field in dataclasses.fields(kind)):
+            raise ConfigError(
+                f"There is no setting {unknown!r} here: it is one of arpo-trl {program}. Run that program, or "
+                "remove the setting."
+            )
+    near = _similar(unknown.replace("-", "_"), fields)
+    raise ConfigError(f"There is no setting {unknown!r}" + (f"; did you mean {near}?" if near else ". Remove it."))
+
+
+def _similar(name: str, fields: Sequence[str]) -> str:
+    """The settings that `name` can mean, as text for users: a similar name, or the names with all its words."""
+    if (near := nearest(name, fields, cutoff=NEAR)) and not near.startswith(f"{name}_"):
+        return repr(near)
+    words = set(name.split("_"))
+    longer = [field for field in fields if words <= set(field.split("_"))]
+    longer.sort(key=lambda field: not field.startswith(name))
+    short = [field for field in fields if "".join(word[:1] for word in field.split("_")) == name]
+    found = (short or longer)[:3] or [near for near in [nearest(name, fields)] if near]
+    return " or ".join(map(repr, found))
