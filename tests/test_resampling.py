@@ -12,7 +12,8 @@ from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
-from arpo_trl.rollout.tree import RolloutTree, StopReason
+from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource
 from arpo_trl.training.resampling import equal_groups, tally_discarded, with_new_trees
 from ranks import launch
 from support import ON_CPU, save_tiny_model, tokenizer
@@ -52,12 +53,19 @@ def test_new_trees_take_the_places_of_the_old_and_wait_for_them():
 
 
 def test_what_is_discarded_is_counted():
-    tally = Tally()
-    tally_discarded(rolled(2, 3).trees, tally)
+    tally, called = Tally(), RolloutTree([9])
+    turn = called.add_turn(0, [1] * 4, "", [-0.5] * 4, [])
+    calls = [
+        ExecutedCall(name="search", arguments={}, text="", failure=None, seconds=0.0, source=source)
+        for source in (CallSource.EXECUTED, CallSource.CACHED, CallSource.REFUSED)
+    ]
+    called.add_observation(turn.index, [2], calls, "")
+    tally_discarded([*rolled(2, 3).trees, called], tally)
     assert tally.values() == {
-        "resampling/groups": 2,
-        "resampling/calls_executed": 0,
-        "resampling/generated_tokens": 5,
+        "resampling/groups": 3,
+        "resampling/calls_made": 2,
+        "resampling/calls_executed": 1,
+        "resampling/generated_tokens": 2 + 3 + 4,
     }
 
 

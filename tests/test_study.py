@@ -255,6 +255,15 @@ def test_one_arm_trains_a_step_from_a_cold_start(tmp_path, monkeypatch):
         command.one_training(tmp_path, 0, dynamic, steps=1)
 
 
+def test_dynamic_sampling_ends_at_its_budget_with_the_discarded_calls():
+    stop, control = training.StopAtCalls(10), SimpleNamespace(should_training_stop=False)
+    for executed, discarded, ends in ((4.0, 2.0, False), (3.0, 1.0, True)):  # 6, then 10
+        logs = {"arpo/tools/calls_executed": executed, "arpo/resampling/calls_executed": discarded}
+        stop.on_log(None, None, control, logs=logs)
+        assert control.should_training_stop is ends
+    stop.on_log(None, None, control, logs=None)
+
+
 def test_arms_share_rollouts_only_of_the_same_prompts():
     def sample(requests, **_):
         return SimpleNamespace(trees=[RolloutTree(request.prompt_ids) for request in requests])

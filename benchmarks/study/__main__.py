@@ -147,7 +147,7 @@ def one_training(output: Path, seed: int, arm: Arm, steps: int) -> None:
         equal = files.read(trained_file(output, seed, Arm(**grpo(LEAVES), baseline=arm.baseline)))
         if equal is None:
             raise ConfigError(f"{arm.name} trains for the calls of GRPO M = {LEAVES}, which has no result yet.")
-        calls = equal["tool_calls_made"]
+        calls = equal["tool_calls_executed"]
     result = training.train(output / f"seed{seed}", arm, seed, steps, calls)
     files.write(trained_file(output, seed, arm), result | {"planned_steps": steps})
 

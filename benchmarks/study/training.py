@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,16 +79,21 @@ def trainer_of(model: Path, data: Path, output: Path, arm: Arm, seed: int, **oth
         yield trainer
 
 
+def calls_of(logs: Mapping[str, float], kind: str) -> float:
+    """The calls of a log line, "made" or "executed", with those of the trees that dynamic sampling discarded."""
+    return sum(logs.get(f"arpo/{of}/calls_{kind}", 0.0) for of in ("tools", "resampling"))
+
+
 @dataclass
 class StopAtCalls(TrainerCallback):
-    """Ends the training at a call budget, which is the number of calls of another arm."""
+    """Ends the training at a budget of executed calls, which is the number of another arm."""
 
     calls: float
-    made: float = 0.0
+    executed: float = 0.0
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        self.made += (logs or {}).get("arpo/tools/calls_made", 0.0)
-        control.should_training_stop = control.should_training_stop or self.made >= self.calls
+        self.executed += calls_of(logs or {}, "executed")
+        control.should_training_stop = control.should_training_stop or self.executed >= self.calls
 
 
 def train(folder: Path, arm: Arm, seed: int, steps: int, calls: float | None = None) -> dict[str, Any]:
@@ -116,6 +121,10 @@ def train(folder: Path, arm: Arm, seed: int, steps: int, calls: float | None = N
         "accuracy": heldout.accuracy,
         "answers": len(heldout.records),
         **summarise(trainer.state.log_history),
+        **{
+            f"tool_calls_{kind}": round(sum(calls_of(row, kind) for row in trainer.state.log_history))
+            for kind in ("made", "executed")
+        },
         "rewards": [row["reward"] for row in steps_logged],
         "seconds_training": trained - start,
         "seconds": time.perf_counter() - start,

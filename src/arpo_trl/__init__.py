@@ -12,11 +12,13 @@
 | `PathState` | the state on which a tool's calls act, one per path |
 | `ToolError`, `ToolUnavailable` | errors that a tool can raise: a failed call, an unavailable service |
 | `HierarchicalReward`, `LLMJudge`, `math_equal`, `token_f1` | rewards |
-| `BranchRule`, `register_rule` | custom branch rules |
+| `BranchRule`, `BranchDecision`, `register_rule` | custom branch rules |
 | `Credit`, `register_credit` | custom credits |
-| `ScriptedEngine`, `ScriptedTurn` | an engine that returns scripted turns, for tests of tools and rewards |
+| `ScriptedEngine`, `ScriptedTurn`, `SamplingParams` | an engine that returns scripted turns, for tests |
+| `EvaluationCallback` | evaluation on benchmarks during training |
 
-Everything else is internal and may change without notice. docs/architecture.md explains how to extend each part.
+Everything else is internal and may change without notice, except the names in the examples of the documentation.
+docs/architecture.md explains how to extend each part.
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ if TYPE_CHECKING:
     from arpo_trl.data.loading import load_arpo_dataset
     from arpo_trl.data.prompts import tags_system_prompt
     from arpo_trl.errors import ToolError, ToolUnavailable
+    from arpo_trl.evaluation.callback import EvaluationCallback
     from arpo_trl.rewards.answers import math_equal, token_f1
     from arpo_trl.rewards.hierarchical import HierarchicalReward
     from arpo_trl.rewards.judge import LLMJudge
     from arpo_trl.rollout.credit import register_credit
     from arpo_trl.rollout.credit.base import Credit
+    from arpo_trl.rollout.engines.base import SamplingParams
     from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
     from arpo_trl.rollout.rules import register_rule
     from arpo_trl.rollout.rules.base import BranchRule
+    from arpo_trl.rollout.tree import BranchDecision
     from arpo_trl.tools.mcp import mcp_tools
     from arpo_trl.tools.python.local import python_tool
     from arpo_trl.tools.python.remote import remote_python_tool
@@ -54,14 +59,17 @@ __version__ = version("arpo-trl")
 __all__ = [
     "ARPOConfig",
     "ARPOTrainer",
+    "BranchDecision",
     "BranchRule",
     "Credit",
+    "EvaluationCallback",
     "HierarchicalReward",
     "Hit",
     "LLMJudge",
     "LocalIndex",
     "PathState",
     "Provider",
+    "SamplingParams",
     "ScriptedEngine",
     "ScriptedTurn",
     "ToolError",
@@ -86,14 +94,17 @@ __getattr__, __dir__ = lazy_names(
     {
         "ARPOConfig": "arpo_trl.config",
         "ARPOTrainer": "arpo_trl.training.trainer",
+        "BranchDecision": "arpo_trl.rollout.tree",
         "BranchRule": "arpo_trl.rollout.rules.base",
         "Credit": "arpo_trl.rollout.credit.base",
+        "EvaluationCallback": "arpo_trl.evaluation.callback",
         "HierarchicalReward": "arpo_trl.rewards.hierarchical",
         "Hit": "arpo_trl.tools.search.providers.base",
         "LLMJudge": "arpo_trl.rewards.judge",
         "LocalIndex": "arpo_trl.tools.search.index",
         "PathState": "arpo_trl.tools.state",
         "Provider": "arpo_trl.tools.search.providers.base",
+        "SamplingParams": "arpo_trl.rollout.engines.base",
         "ScriptedEngine": "arpo_trl.rollout.engines.scripted",
         "ScriptedTurn": "arpo_trl.rollout.engines.scripted",
         "ToolError": "arpo_trl.errors",

@@ -1,4 +1,4 @@
-"""Imports: objects of the user's own code by their import path, and packages without one of their parts."""
+"""Loads objects of the user's code by their import path, and hides optional packages from an import."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def load_callable(path: str, setting: str) -> Any:
 def hidden_package(name: str) -> Iterator[None]:
     """Inside, `import name` raises ImportError, also if the package has been imported before."""
     before = sys.modules.get(name)
-    # Python's mark of a module that must not be imported, for which its type leaves no room. unittest.mock.patch.dict
-    # would set it too, but afterwards forget all modules that were imported meanwhile.
+    # None marks a module that must not be imported, although the type of sys.modules does not allow it.
+    # unittest.mock.patch.dict could set it too, but would also remove all modules imported in the meantime.
     sys.modules[name] = None  # type: ignore[assignment]
     try:
         yield

@@ -15,8 +15,9 @@ def one_per_process(make: Callable[P, T]) -> Callable[P, T]:
     """A decorator: the function returns the same object at each call with the same arguments.
 
     A forked process gets objects of its own: it inherits no threads, and would share the pipes and connections of its
-    parent. Threads that call at the same time for the first time get the same object; another that was made at that
-    time is dropped unused. With functools.lru_cache each would get its own, of which one is released while in use.
+    parent. If several threads make the first call at the same time, all get the same object; other objects that were
+    made are dropped unused. With functools.lru_cache each thread would get its own object, and one of them would be
+    released while it is in use.
     """
     made: dict[tuple[object, ...], T] = {}
 

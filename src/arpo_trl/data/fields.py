@@ -17,7 +17,7 @@ _LOST_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 def is_blank(value: Any) -> bool:
-    """Whether a value says nothing: null, blank text, an empty list or mapping, or NaN (pandas' missing value)."""
+    """Whether a value is empty: null, blank text, an empty list or mapping, or NaN (pandas' missing value)."""
     if isinstance(value, str):
         return not value.strip()
     if isinstance(value, list | tuple | Mapping):
@@ -64,7 +64,7 @@ def at(row: Mapping[str, Any], field: str) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """The list or mapping in a JSON text; any other value unchanged. Tables such as CSV hold nested values so."""
+    """The list or mapping in a JSON text; any other value unchanged. CSV files store nested values this way."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         with contextlib.suppress(ValueError, RecursionError):
             return json.loads(value)

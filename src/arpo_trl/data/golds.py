@@ -36,7 +36,7 @@ ANSWER_FIELDS = (
 _ALIAS_FIELDS = ("answer_aliases", "aliases", "aug_answer")  # MuSiQue, TriviaQA, ASearcher
 _SOLUTION_FIELDS = ("solution", "Solution")
 _DICT_KEYS = ("value", "target", "text", "answer", "answers")
-"""What a dict holds its answers under: TriviaQA, Search-R1, SQuAD, others."""
+"""The keys under which a dict stores its answers: TriviaQA, Search-R1, SQuAD, others."""
 _KIND_FIELDS = ("question_type", "problem_type")
 _NO_ANSWERS = ("proof", "notfound", "n/a")
 """NuminaMath 1.5 and OpenMathReasoning write these instead of an answer."""
@@ -50,7 +50,7 @@ _WORD = re.compile(r"[A-Za-z]{2,}")
 
 
 class NoResultError(DataError):
-    """A worked solution, the only field of a row with an answer, does not mark its result."""
+    """A row's only answer is a worked solution that does not mark its result."""
 
 
 def find_answer(row: Mapping[str, Any], mapped: Mapping[str, str]) -> tuple[Any, str] | None:

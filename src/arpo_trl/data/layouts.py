@@ -59,7 +59,8 @@ _ABILITIES: dict[str, Task] = {
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEAR_ROLE = 0.66
-"""The similarity that makes a role a misspelt one. Roles of some chat templates, such as tool_call, are below it."""
+"""A role that is at least this similar to a known one counts as misspelt. Roles of some chat templates, such as
+tool_call, are less similar."""
 _CIPHERTEXT_CHARS = 24
 
 

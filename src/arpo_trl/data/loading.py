@@ -62,9 +62,9 @@ def load_arpo_dataset(
     are columns too.
 
     Args:
-        path_or_hub_id: A `.jsonl`, `.json`, `.parquet` or `.csv` file (`split` is ignored); a folder of such files, of
-            which those whose name starts with the split are read; a folder that `save_to_disk` of datasets wrote; or a
-            dataset on the Hub. All values of a `.csv` file are text.
+        path_or_hub_id: A `.jsonl`, `.json`, `.parquet` or `.csv` file (`split` is ignored); a folder of such files
+            (only those whose names start with the split are read); a folder that `save_to_disk` of datasets wrote; or
+            a dataset on the Hub. All values of a `.csv` file are text.
         split: The split of a folder or a Hub dataset.
         system_prompt: None: prompts that are messages stay unchanged, and plain questions get
             `SYSTEM_PROMPTS["reasoning"]`, which is logged. A name in `SYSTEM_PROMPTS`, or a text, replaces the system
@@ -300,7 +300,7 @@ def _refuse_pointer(path: Path) -> None:
 
 
 def _as_written(table: pyarrow.Table) -> pyarrow.Table:
-    """The table with the shortest numbers that its columns of float32 stand for: 0.1, not 0.10000000149011612."""
+    """The table with each float32 replaced by the shortest decimal that rounds to it: 0.1, not 0.10000000149011612."""
     for place, field in enumerate(table.schema):
         if pyarrow.types.is_float32(field.type):
             numbers = table.column(place).cast(pyarrow.string()).cast(pyarrow.float64())
@@ -401,8 +401,10 @@ def _as_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
 def _without_blanks(
     rows: list[dict[str, Any]], raws: list[Mapping[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]], list[int]]:
-    """Rows for a reward of the user, as read too, without those that have no answer by design, and the numbers of
-    these. If no row has an answer, all rows stay."""
+    """The rows without those that have no answer by design, the same of `raws`, and the numbers of the rows left out.
+
+    For rows with a reward of the user. If no row has an answer, all rows stay.
+    """
     blank = [number for number, row in enumerate(rows) if row["answer"] == []]
     if not blank:
         return rows, raws, []

@@ -35,10 +35,10 @@ from arpo_trl.tools.toolbox import ToolBox, ToolResult, ToolSet
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
 BUSY_POLL_S = 0.002
-"""Longest wait, in seconds, for the engine while other work also runs, and between questions for a slot: nothing
-notifies the sampler of one."""
+"""Longest wait, in seconds, for the engine while other work also runs, and between two checks for a free slot,
+which nothing announces."""
 ADMISSION_S = 1.0
-"""Longest wait, in seconds, of a round for the slots of states that are being closed."""
+"""Longest time, in seconds, that a round waits until closing states free their slots."""
 
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
@@ -498,8 +498,8 @@ class _Run:
         return bool(self.waiting) and self.waiting[0].states.will_be_admitted
 
     def _admit_all(self) -> None:
-        """Wait until no path will start soon. So the duration of closing does not decide in which round a path
-        starts, unless it takes long."""
+        """Wait until no path will start soon, at most `ADMISSION_S`. Up to this time, the round in which a path starts
+        does not depend on how long states take to close."""
         deadline_s = time.perf_counter() + ADMISSION_S
         self._admit()
         while self._will_admit and time.perf_counter() < deadline_s:

@@ -102,8 +102,8 @@ class ExecutedCall:
 class BranchDecision:
     """A branch rule's decision on one observation. If it fires and `granted` < Z, the budget ran out.
 
-    `entropy_nats`, `delta` (ΔH) and `probability` (P) are None under a rule that does not compute them. `reason` is
-    what else decided, as text for people: a draw, a score, a planned width.
+    `entropy_nats`, `delta` (ΔH) and `probability` (P) are None under a rule that does not compute them. `reason`
+    names what else the decision depends on, as text for users: a draw, a score, a planned width.
 
         BranchDecision(entropy_nats=1.2, delta=0.05, probability=0.51, fires=True, granted=1, reason="drew 0.312")
     """

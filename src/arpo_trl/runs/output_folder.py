@@ -65,7 +65,7 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
 
 
 def _earlier_run(output: Path, resume: str | bool) -> str | None:
-    """The files in `output` of a run that the new one does not continue, in words."""
+    """Describes the files in `output` of an earlier run that the new run does not continue; None if there are none."""
     newest = _newest(output)
     weights = sorted(path for pattern in WEIGHTS for path in output.glob(pattern))
     if resume is True:

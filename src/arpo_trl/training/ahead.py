@@ -23,7 +23,7 @@ from arpo_trl.training.rewards_ahead import Scored
 from arpo_trl.training.rows_ahead import Rows
 
 ALL = 1 << 30
-"""The maximum number of groups at a time: no limit on the started ones."""
+"""A number of groups that no run reaches: no limit."""
 CHECK_S = 0.2
 """Seconds between checks for an interrupt while the trainer waits."""
 CLOSE_S = 5.0

@@ -281,8 +281,8 @@ class Costs:
     """The speed of a device type, which `pays` uses. If uncertain, the values favour the padded batch.
 
     Seconds are those of a layer, forward and backward together. `operations`: operations per second. `launches_s`: the
-    time of launching a layer's kernels, below which no batch gets. `call_s`: the time of one more call of the CPU's
-    attention kernel.
+    time of launching a layer's kernels, which every batch takes at least. `call_s`: the time of one more call of the
+    CPU's attention kernel.
     """
 
     operations: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from arpo_trl.logs.metrics import Tally, tally_step
 from arpo_trl.logs.traces import send_traces
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees
 from arpo_trl.rollout.sampler import TreeSampler
+from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.training.environments import tally_environments
@@ -90,7 +92,7 @@ class Reporting(GRPOTrainer):
             advantages.tolist(),
             step=self.state.global_step,
             first_group=last.first_group,
-            decode=lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False),
+            decode=partial(decode_exactly, self._tokenizer),
             rule=self.tree_sampler.settings.rule,
             answers=answers[:: len(answers) // len(last.rollout.trees)],
             spans=last.rollout.spans,

@@ -158,5 +158,6 @@ def tally_discarded(trees: Sequence[RolloutTree], tally: Tally) -> None:
     """Counts the trees that a further round replaces, and their cost."""
     calls = [call for tree in trees for node in tree.observations() for call in node.calls]
     tally.totals["resampling/groups"] += len(trees)
+    tally.totals["resampling/calls_made"] += sum(call.source is not CallSource.REFUSED for call in calls)
     tally.totals["resampling/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in calls)
     tally.totals["resampling/generated_tokens"] += sum(len(node.ids) for tree in trees for node in tree.turns())

@@ -28,7 +28,13 @@ from arpo_trl.rollout.tree import NodeKind, RolloutTree
 
 
 class Credit(ABC):
-    """Turns the advantages of leaves into advantages and weights of tokens."""
+    """Turns the advantages of leaves into advantages and weights of tokens.
+
+    @register_credit("winners_only")
+    class WinnersOnly(Credit):
+        def __call__(self, trees, rewards, advantages):
+            return advantages.clamp(min=0), None  # the rows of all leaves, tree by tree
+    """
 
     name: ClassVar[str] = "unregistered"
     """The credit's name in the settings; `register_credit` sets it."""

@@ -20,6 +20,8 @@ from arpo_trl.rollout.tree import RolloutTree
 
 @register_credit("hard")
 class Hard(Credit):
+    """Each token gets the mean advantage of the leaves that share it."""
+
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

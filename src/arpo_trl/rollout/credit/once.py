@@ -19,6 +19,8 @@ from arpo_trl.rollout.tree import RolloutTree
 
 @register_credit("once")
 class Once(Credit):
+    """Wraps a credit: a shared token is trained in the first of its leaves only."""
+
     weighs = True
 
     def __init__(self, credit: Credit | None = None):

@@ -16,6 +16,8 @@ from arpo_trl.rollout.tree import RolloutTree
 
 @register_credit("soft")
 class Soft(Credit):
+    """Each token gets its leaf's advantage."""
+
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -20,6 +20,8 @@ from arpo_trl.rollout.tree import RolloutTree
 
 @register_credit("tree_grpo")
 class TreeGRPO(Credit):
+    """Adds the z-score of the leaf's reward within the subtree of the path's first turn."""
+
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:

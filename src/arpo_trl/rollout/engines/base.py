@@ -117,7 +117,12 @@ Event = Probe | Turn | TurnFailed
 
 
 class Engine(Protocol):
-    """The interface that the sampler needs."""
+    """The interface that the sampler needs.
+
+    with engine.session():
+        engine.submit(TurnRequest(id=7, ids=[50, 51], max_tokens=100, probe_tokens=20, seed=0, key=(0, 0)))
+        events = engine.poll(1.0)  # a Probe and a Turn with id 7, now or at a later call
+    """
 
     vocab_size: int
     """V in ln V: the number of tokens in the sampling distribution."""

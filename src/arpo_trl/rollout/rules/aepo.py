@@ -105,7 +105,7 @@ class AEPO(BranchRule):
         return context.remaining - min(max(1, more), context.remaining)
 
     def split(self, leaves: int, context: BranchContext) -> int:
-        """m of M = `leaves`, from the turns that the tree has."""
+        """Return m for M = `leaves`, from the turns of the tree so far."""
         tree = context.tree
         at_root = mean([mean(tree.nodes[turn].entropies) for turn in tree.root.children])
         after = [

@@ -315,7 +315,7 @@ class Rounds(BranchRule):
         """
 
     def reason(self, place: Node, context: BranchContext) -> str:
-        """Return what decides about the place in this round, as text for people."""
+        """Return the reason of this round's decision on the place, as text for users."""
         return ""
 
     def start(self, context: BranchContext) -> Round:

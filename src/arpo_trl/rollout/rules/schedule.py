@@ -27,9 +27,10 @@ from arpo_trl.rollout.tree import RolloutTree
 @register_rule("schedule")
 @dataclass(frozen=True, kw_only=True)
 class Schedule(Planned):
-    """`widths` roots and children by depth or, without them, widths from running estimates for a budget of calls.
+    """Uses `widths`: the number of roots, then of children at each depth. Without them, it estimates widths for a
+    budget of calls.
 
-    From estimates (`arpo_trl.rollout.estimates`), widths are rounded at random, once per prompt and depth. The last
+    Estimated widths (`arpo_trl.rollout.estimates`) are rounded at random, once per prompt and depth. The last
     depth splits the remaining leaves. Before the first estimates there are N roots, and the first results split all
     leaves.
 

@@ -160,7 +160,7 @@ class Instances:
         self._closing: dict[Instance, float] = {}
         """The instances in closing, and when it began, on the clock of `time.monotonic`."""
         self._making: dict[Hashable, float | None] = {}
-        """The creations that run, and since when nobody waits for their instance; None: a path waits for it."""
+        """Each running creation, and the time since which no path waits for its instance; None: a path waits."""
         self._hanging: set[Hashable] = set()
         """The creations and closings for which `settle` has waited without success."""
         self._objects: dict[int, Instance] = {}
@@ -208,8 +208,8 @@ class Instances:
 
     @property
     def will_have_room(self) -> bool:
-        """Whether there is a free slot, or there will be one when an instance is closed, or when a creation has ended
-        for which nobody waits. Those that hang do not count."""
+        """Whether a slot is free, or becomes free when an instance is closed, or when a creation that no path waits
+        for ends. Hanging creations and closings do not count."""
         with self.changed:
             return self._has_room or self._frees_room
 

@@ -20,7 +20,7 @@ _MAX_CHANGE_CHARS = 2000
 _ATTEMPTS = 3
 _POLL_S = 0.05
 _WAITING_POLL_S = 0.005
-"""While a row waits for a slot."""
+"""Seconds between two checks while a row waits for a slot."""
 
 
 class Environments:

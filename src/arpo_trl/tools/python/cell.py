@@ -30,7 +30,7 @@ RAISED = 1
 SHOWN_NAME = "<python>"
 TRACEBACK_LINES = 12
 NOT_PERMITTED: str | None = None
-"""What a refused system call means here; None: unknown."""
+"""The explanation of a rejected system call; None: unknown."""
 
 _FLAGS = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
 _COROUTINE = 0x80  # inspect.CO_COROUTINE
@@ -134,12 +134,13 @@ def _plain(source: str) -> str:
 
 
 def _visible(source: str) -> str:
-    """Return the code without characters that nobody sees, and with plain spaces."""
+    """Return the code without invisible characters, and with plain spaces."""
     return source.translate(_INVISIBLE).translate(_SPACES)
 
 
 def _without_markdown(source: str) -> str:
-    """Return the code in Markdown fences: all that are Python's, or all without a language, or all."""
+    """Return the code in Markdown fences: in those marked as Python; if there are none, in those without a language;
+    otherwise in all."""
     if (inline := _INLINE.fullmatch(source)) is not None:
         return inline[2]
     blocks = [(fence["info"].split(), fence["code"]) for fence in _FENCE.finditer(source)]
@@ -172,7 +173,7 @@ def _dedented(source: str) -> str:
 
 
 def _lines_after_the_first_dedented(source: str) -> str:
-    """Return indented code whose first line lost its indentation, as `strip` does it, without the other lines'."""
+    """Restore code whose first line lost its indentation, for example through `strip`: dedent the other lines."""
     first, _, rest = source.lstrip().partition("\n")
     return f"{first}\n{_dedented(rest)}"
 
@@ -248,7 +249,7 @@ def _print_thread_exception(args: Any) -> None:
 
 
 def _is_refusal(error: BaseException) -> TypeGuard[OSError]:
-    """Whether a system call was refused that is not about a file."""
+    """Whether the sandbox rejected a system call that does not concern a file."""
     return isinstance(error, PermissionError) and error.errno == errno.EPERM and error.filename is None
 
 

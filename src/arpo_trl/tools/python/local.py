@@ -126,7 +126,7 @@ def _close_all(idle: dict[bool, list[Worker]], lock: threading.Lock) -> None:
 
 
 def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
-    """Return the reason for the model why its call was stopped; empty if the code finished or raised."""
+    """Return the reason, shown to the model, why its call was stopped; empty if the code finished or raised."""
     cells = ", including the cells before it" if earlier else ""
     return {
         Ending.FINISHED: "",
@@ -142,7 +142,7 @@ def stop_reason(ending: Ending, limits: Limits, earlier: Sequence[str]) -> str:
 
 
 def as_displayed(output: str) -> str:
-    """Return what a terminal shows at the end: of a progress bar the last state, and no codes of colours."""
+    """Return what a terminal shows at the end: only the last state of a progress bar, and no colour codes."""
     if "\r" not in output and "\x1b" not in output:
         return output
     lines = (line.rstrip("\r").rpartition("\r")[2] for line in _ANSI_CODE.sub("", output).split("\n"))

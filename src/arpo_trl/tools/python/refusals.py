@@ -1,4 +1,7 @@
-"""What the sandbox refuses, made harmless or named. `worker` loads this file by its path; standard library only."""
+"""Calls that the sandbox rejects do nothing, or raise an error that states the reason.
+
+`worker` loads this file by its path; standard library only.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ import shutil
 from typing import Any
 
 MEANING = "code here cannot start processes or use the network"
-"""Of a system call that failed with EPERM."""
+"""The text for a system call that failed with EPERM."""
 
 
 def install() -> None:
-    """Make `shutil.copy` work, which also copies modes and times, and let shells and name resolution say the cause.
+    """Make `shutil.copy` work, which also copies modes and times. Let `os.system` and name resolution raise an error
+    with the reason.
 
-    Without it `os.system` returns a number, and the C library reports a temporary failure, which asks for another try.
+    Otherwise `os.system` returns a number, and the C library reports a temporary failure, so that the model retries.
     """
     shutil.copymode = shutil.copystat = _nothing
     os.system = _socket.getaddrinfo = _socket.gethostbyname = _refused

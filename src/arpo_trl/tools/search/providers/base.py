@@ -52,7 +52,15 @@ class Hit:
 class Provider(ABC):
     """A search service at `base_url`, or a gateway with the same protocol.
 
-    `arpo_trl.tools.search.providers` has an example.
+    @register_provider("wiki")
+    class Wiki(Provider):
+        default_url = "http://127.0.0.1:9000"
+
+        def request(self, query, results, key):
+            return httpx.Request("GET", f"{self.base_url}/find", params={"q": query, "n": results})
+
+        def read(self, answer):
+            return [Hit(title=page["name"], url=page["href"], text=page["body"]) for page in answer["pages"]]
     """
 
     base_url: str

@@ -11,7 +11,7 @@ from arpo_trl.tools.search.providers import register_provider
 from arpo_trl.tools.search.providers.base import Hit, Provider
 
 _TEXTS = ("text", "content", "passage")
-"""What other servers of this protocol call the text of a document."""
+"""The names that servers with this protocol give the field with a document's text."""
 
 
 @register_provider("retrieve")
