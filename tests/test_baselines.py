@@ -234,6 +234,30 @@ def test_score_norm_needs_an_engine_with_logprobs(model_path, tmp_path):
     trainer(model_path, tmp_path, blind)  # others take any engine
 
 
+@pytest.mark.parametrize(
+    ("settings", "reader"),
+    [
+        ({"branch_rule": "surprisal", "branch_rule_kwargs": {"rounds": 1}}, "branch_rule 'surprisal'"),
+        ({"branch_rule": "schedule"}, "branch_rule 'schedule'"),
+        ({"branch_rule": "schedule", "branch_rule_kwargs": {"widths": [2, 2]}}, None),
+        (
+            {"advantage_attribution": "tree", "advantage_attribution_kwargs": {"average": "softmax"}},
+            "advantage_attribution 'tree'",
+        ),
+        ({"advantage_attribution": "tree"}, None),
+    ],
+)
+def test_rules_and_credits_that_read_logprobs_need_an_engine_with_them(model_path, tmp_path, settings, reader):
+    blind = scripted()
+    blind.has_logprobs = False
+    settings = {"initial_rollouts": 2} | settings
+    if reader is None:
+        trainer(model_path, tmp_path, blind, **settings)
+        return
+    with pytest.raises(ConfigError, match=f"{reader} reads the sampling logprobs .* ScriptedEngine returns none"):
+        trainer(model_path, tmp_path, blind, **settings)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["score_norm", "batch", "running"])
 def test_every_baseline_trains_with_the_real_engine(model_path, tmp_path, baseline):

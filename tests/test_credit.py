@@ -274,8 +274,8 @@ def test_naming_the_credits_imports_no_torch():
         "import sys; from arpo_trl.rollout.credit import attributions; print(attributions(), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    names = "['aepo', 'cbpo', 'gigpo', 'hard', 'igpo', 'siblings', 'soft', 'tree', 'tree_grpo']"
-    assert done.stdout.strip() == f"{names} False"
+    assert done.stdout.endswith("] False\n")
+    assert {"soft", "hard"} <= {*eval(done.stdout.removesuffix(" False\n"))}
 
 
 def test_once_wraps_the_credit_that_gives_the_advantages():

@@ -152,6 +152,77 @@ def test_uniform_waits_and_spends_all_in_its_rounds():
     assert rollout.turns_in_sequence[0] <= 4  # two waves of at most two turns
 
 
+def test_rounds_differ_by_at_most_one_branch():
+    # 5 branches in 4 rounds
+    sizes = []
+
+    class Counted(Uniform):
+        def pick(self, places, count, context):
+            sizes.append(count)
+            return super().pick(places, count, context)
+
+    rollout = Scripted(one_search, leaves=7, at_root=2, rule=Counted(rounds=4))()
+    assert len(rollout.trees[0].leaves()) == 7
+    assert sizes == [2, 1, 1, 1]
+
+
+def test_a_logprob_that_the_engine_could_not_compute_does_not_count():
+    context = Grown()
+    node = context.tree.nodes[context.turn(0, logprobs=[-1.0, math.nan, -3.0])]
+    assert node.known_logprobs == [-1.0, -3.0]
+    assert Surprisal().score(context.tree.root, context.tree) == 2.0
+    unknown = Grown()
+    unknown.turn(0, logprobs=[math.nan])
+    assert Surprisal().score(unknown.tree.root, unknown.tree) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        # P is at most α + |β|, since ΔH is in [−1, 1]
+        ({"rule": "threshold", "branch_threshold": 0.7}, "its P is at most 0.7, and must exceed 0.7. Lower bra"),
+        ({"rule": "threshold", "entropy_weight": 0}, "its P is at most 0.5, and must exceed 0.5"),
+        ({"rule": "threshold", "entropy_weight": -0.1, "branch_threshold": 0.6}, "P is at most 0.6"),
+        ({"rule": "random", "branch_probability": 0}, "'random' never branches: its P is at most 0, .* Raise"),
+        ({"rule": "probability", "branch_probability": 0, "entropy_weight": 0}, "'probability' never branches"),
+        ({"rule": "released", "branch_probability": 0, "entropy_weight": 0}, "'released' never branches"),
+        ({"rule": "aepo", "branch_threshold": 1}, "'aepo' never branches: its P is at most 0.7"),
+        ({"rule": "cbpo", "branch_rule_kwargs": {"least": 1}}, "'cbpo' never branches: its P is at most 1, .* l"),
+        ({"rule": "cbpo", "branch_rule_kwargs": {"base": 0, "slope": 0}}, "'cbpo' never branches"),
+        # (1 + 1)¹ = 2 leaves from the first path
+        ({"max_tool_calling_iterations": 1, "initial_rollouts": 1}, "the N = 1 first paths become at most 2 of M = 8"),
+        # (1 + 2)² = 9, but 2 with one branch along a path
+        (
+            {"rule": "cbpo", "initial_rollouts": 1, "branch_rule_kwargs": {"per_path": 1}},
+            "the N = 1 first paths become at most 2 of M = 8",
+        ),
+    ],
+)
+def test_a_rule_that_cannot_spend_its_budget_is_refused(values, message):
+    config = {"num_generations": 8, "per_device_train_batch_size": 8}
+    with pytest.raises(ConfigError, match=message):
+        settings(**config | {"rule": "threshold", "max_tool_calling_iterations": 4} | values)
+    nothing = {"initial_rollouts": 8, "branch_rule_kwargs": None}
+    settings(**config | {"rule": "threshold"} | values | nothing)  # nothing has to branch
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rule": "aepo", "branch_threshold": 1, "branch_rule_kwargs": {"form": "coded"}},  # u + γ·ΔH
+        {"rule": "aepo", "max_tool_calling_iterations": 1},  # it starts further paths itself
+        {"rule": "ranked", "initial_rollouts": 1, "max_tool_calling_iterations": 1},  # so does the sampler
+        {"initial_rollouts": 1, "max_tool_calling_iterations": 3},  # 2³ = 8
+        {"initial_rollouts": 2, "max_tool_calling_iterations": 1, "branches_per_fork": 3},  # 2 · (1 + 3) = 8
+        {"initial_rollouts": 1, "max_tool_calling_iterations": 10**6},
+        # two results with (2 + 1)(2 + 1) ≥ 8 of the 4 branches along a path
+        {"rule": "cbpo", "initial_rollouts": 1, "max_tool_calling_iterations": 2},
+    ],
+)
+def test_a_rule_that_can_spend_its_budget_is_accepted(values):
+    settings(**{"rule": "threshold", "num_generations": 8, "per_device_train_batch_size": 8} | values)
+
+
 @pytest.mark.parametrize("rule", ["surprisal", "uniform"])
 def test_rounds_need_leaves_to_spend(rule):
     config = {"num_generations": 4, "per_device_train_batch_size": 4, "initial_rollouts": 2}

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import forked
 import shipped
@@ -53,6 +54,11 @@ def test_every_configuration_is_run_by_one_of_these_tests():
     assert sorted([*ALONE, *IN_PAIRS, *SERVED, *HERE, QUANTIZED, SHOP]) == sorted(
         path.name for path in CONFIGS.iterdir()
     )
+
+
+def test_no_configuration_writes_into_the_folder_of_another():
+    folders = [yaml.safe_load(path.read_text("utf-8"))["output_dir"] for path in CONFIGS.iterdir()]
+    assert len({*folders, "runs/quickstart/rl", "runs/quickstart/sft"}) == len(folders) + 2  # those of `quickstart`
 
 
 @pytest.fixture(scope="module")

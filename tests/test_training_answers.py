@@ -31,6 +31,9 @@ def test_a_dataset_without_answers_is_an_error_at_the_start():
     check_answers([None], "igpo")
     with pytest.raises(DataError, match=r"The credit 'igpo' needs reference answers, .* no column 'answer'"):
         check_answers([Dataset.from_list([{"prompt": "what is 1"}])], "igpo")
+    check_answers([ROWS.to_iterable_dataset()], "igpo")
+    with pytest.raises(DataError, match="Row 0: answer is None"):
+        check_answers([Dataset.from_list([{"prompt": "what is 1"}]).to_iterable_dataset()], "igpo")
 
 
 @pytest.mark.parametrize("forward", ["off", "on"])

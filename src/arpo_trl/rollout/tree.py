@@ -19,6 +19,7 @@ Pure: no trl, no engine, no network.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -124,8 +125,7 @@ class Node:
     A turn has `logprobs`, the natural-log probabilities under the sampling distribution, one per id. Its `entropies`
     are in nats and cover its first k tokens only. `versions` has one number per id: the trainer's step whose weights
     sampled it. It is empty if the engine does not report versions. `stop` is set on the turn that ends a path. An
-    observation has
-    the `calls` of the turn above it: one, or several if the model made several calls in that turn.
+    observation has the `calls` of the turn above it: one, or several if the model made several calls in that turn.
 
         Node(index=2, parent=1, kind=NodeKind.OBSERVATION, ids=[50, 51], text="Iron melts at 1,538 °C.", calls=[call])
     """
@@ -142,6 +142,11 @@ class Node:
     calls: list[ExecutedCall] = field(default_factory=list)
     decision: BranchDecision | None = None
     children: list[int] = field(default_factory=list)
+
+    @property
+    def known_logprobs(self) -> list[float]:
+        """The logprobs without those that the engine could not compute (NaN)."""
+        return [logprob for logprob in self.logprobs if not math.isnan(logprob)]
 
     @property
     def tool(self) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from arpo_trl.errors import DataError
@@ -21,12 +21,15 @@ Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch
 
 
 def check_answers(datasets: Sequence[Any], credit: str) -> None:
-    """Checks that every training row has a reference answer. Does not check streamed datasets and None.
+    """Checks that every training row has a reference answer; of a streamed dataset, only the first row.
 
     Raises:
         DataError: A row has no reference answer. Names the row.
     """
     for dataset in datasets[:1]:
+        if isinstance(dataset, IterableDataset):
+            for row in dataset.take(1):
+                reference(row.get(COLUMN), 0)
         if not isinstance(dataset, Dataset):
             continue
         if COLUMN not in dataset.column_names:

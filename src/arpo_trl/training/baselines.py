@@ -23,10 +23,8 @@ from typing import ClassVar
 import torch
 
 from arpo_trl.config import ARPOConfig
-from arpo_trl.errors import ConfigError
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.options import AdvantageBaseline
-from arpo_trl.rollout.engines.base import Engine
 from arpo_trl.rollout.tree import Leaf
 from arpo_trl.trl_seam import nanstd
 
@@ -129,19 +127,6 @@ def make_baseline(args: ARPOConfig) -> Baseline | None:
             return Running(args.running_baseline_decay)
         case AdvantageBaseline.SCORE_NORM:
             return ScoreNorm(per_sequence=args.loss_type in MEAN_OVER_SEQUENCE, cap=args.score_norm_cap)
-
-
-def check_baseline(baseline: Baseline | None, engine: Engine) -> None:
-    """Checks that `engine` returns the logprobs that `baseline` needs.
-
-    Raises:
-        ConfigError: The baseline needs sampling logprobs, and the engine has none.
-    """
-    if baseline is not None and baseline.reads_logprobs and not engine.has_logprobs:
-        raise ConfigError(
-            f"advantage_baseline 'score_norm' weights leaves by the logprobs of their tokens, but "
-            f"{type(engine).__name__} returns none. Sample with transformers or vLLM, or set advantage_baseline: mean."
-        )
 
 
 def squared_score(leaf: Leaf, *, per_sequence: bool) -> float:

@@ -22,11 +22,14 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.data.loading import validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
+from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
 from arpo_trl.rollout.engines.compute_dtype import training_dtype
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
+from arpo_trl.rollout.sampler import TreeSampler
+from arpo_trl.training.baselines import Baseline
 from arpo_trl.training.prefix_sharing import share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
 from arpo_trl.visible import get_rank_logger
@@ -116,6 +119,26 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
         for function in reward_funcs:
             if (check := getattr(function, "check_dataset", None)) is not None:
                 check(dataset)
+
+
+def check_logprobs(args: ARPOConfig, sampler: TreeSampler, credit: Credit, baseline: Baseline | None) -> None:
+    """Checks that the engine returns the sampling logprobs that the rule, the credit and the baseline read.
+
+    Raises:
+        ConfigError: One of them reads logprobs, and the engine has none.
+    """
+    branches = args.initial_rollouts != args.num_generations
+    readers = {
+        "advantage_baseline": baseline is not None and baseline.reads_logprobs,
+        "branch_rule": branches and sampler.settings.rule.reads_logprobs,
+        "advantage_attribution": branches and credit.reads_logprobs,
+    }
+    for setting, reads in readers.items():
+        if reads and not sampler.engine.has_logprobs:
+            raise ConfigError(
+                f"{setting} {getattr(args, setting)!r} reads the sampling logprobs of tokens, but "
+                f"{type(sampler.engine).__name__} returns none. Sample with transformers or vLLM, or change {setting}."
+            )
 
 
 def check_ahead(args: ARPOConfig, engine: Engine, dataset: Any) -> None:

@@ -27,10 +27,7 @@ from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, Tr
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.training.advantages import Advantages
 from arpo_trl.training.answers import check_answers
-from arpo_trl.training.baselines import (
-    check_baseline,
-    make_baseline,
-)
+from arpo_trl.training.baselines import make_baseline
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
@@ -50,6 +47,7 @@ from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
     check_ahead,
     check_encoding,
+    check_logprobs,
     check_prompts,
     check_quantized_training,
     check_rows,
@@ -205,7 +203,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         )
         self.tree_sampler = self._make_sampler(engine)
         self._baseline = make_baseline(args)
-        check_baseline(self._baseline, self.tree_sampler.engine)
+        check_logprobs(args, self.tree_sampler, self._credit, self._baseline)
         check_ahead(args, self.tree_sampler.engine, self.train_dataset)
         self.rollout_func = self._rollout  # set after TRL's __init__, which warns about the argument
         check_prompts(datasets, args, self._kits.protocols, self.tree_sampler.settings.max_length, self.toolbox.names)

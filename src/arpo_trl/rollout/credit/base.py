@@ -40,6 +40,8 @@ class Credit(ABC):
     """The credit's name in the settings; `register_credit` sets it."""
     weighs: ClassVar[bool] = False
     """Whether the credit may return weights. If so, the trainer counts each batch's tokens again over all ranks."""
+    reads_logprobs: bool = False
+    """Whether the credit reads the sampling logprobs of turns, so that the engine must return them."""
     reads_entropies: bool = False
     """Whether the trainer sets `entropy_scores` before each call in training. This costs a forward pass."""
     entropy_scores: torch.Tensor | None = None

@@ -26,6 +26,7 @@ class Once(Credit):
     def __init__(self, credit: Credit | None = None):
         """`credit` computes the advantages; None: "soft". Its weights apply to the first copies."""
         self._credit = credit or Soft()
+        self.reads_logprobs = self._credit.reads_logprobs
         self.reads_entropies = self._credit.reads_entropies
         self.reads_answers = self._credit.reads_answers
         self.template = self._credit.template

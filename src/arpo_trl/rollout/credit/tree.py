@@ -33,6 +33,9 @@ class Tree(Credit):
     )
     difference: bool = field(default=False, metadata=described("Whether the value of the node above is subtracted."))
 
+    def __post_init__(self) -> None:
+        self.reads_logprobs = self.average in ("entropy", "softmax")
+
     def __call__(
         self, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -52,7 +55,7 @@ class Tree(Credit):
         if self.average == "leaves" or not children:
             return mean([of_leaf[row] for row in segments.rows[segment]])
         weigh = {"children": lambda h: 1.0, "entropy": lambda h: h, "softmax": math.exp}[self.average]
-        weights = [weigh(-mean(segments.tree.nodes[child].logprobs)) for child in children]
+        weights = [weigh(-mean(segments.tree.nodes[child].known_logprobs)) for child in children]
         if not math.fsum(weights) > 0:  # all entropies are 0, or there are no logprobs
             weights = [1.0] * len(children)
         values = [self._value(segments, child, of_leaf) for child in children]

@@ -28,6 +28,7 @@ from arpo_trl.rollout.rules.base import (
     BranchRule,
     Candidate,
     LivePath,
+    check_fires,
     clipped,
     fire_rate_alarms,
     mean,
@@ -71,6 +72,21 @@ class AEPO(BranchRule):
 
     def first_paths(self, leaves: int) -> int:
         return 1
+
+    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
+        super().check(leaves, first_paths, results)
+        if first_paths == leaves:
+            return
+        largest = (self.branch_probability if self.form == "paper" else 1.0) + abs(self.entropy_weight)
+        check_fires(
+            self,
+            largest,
+            self.branch_threshold,
+            "Lower branch_threshold, or raise branch_probability or entropy_weight",
+        )
+
+    def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
+        return leaves  # `split` starts further paths
 
     def roots(self, planned: int, context: BranchContext) -> int:
         context.state = _Split(planned)

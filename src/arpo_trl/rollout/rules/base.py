@@ -165,6 +165,23 @@ class BranchRule(ABC):
         """The maximum number of branches of one observation."""
         return self.branches_per_fork
 
+    @property
+    def reads_logprobs(self) -> bool:
+        """Whether the rule reads the sampling logprobs of turns, so that the engine must return them."""
+        return False
+
+    def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
+        """Return the maximum number of leaves that branches make of the N first paths, at most M.
+
+        Args:
+            leaves: M.
+            first_paths: N.
+            results: The maximum number of tool results of a path.
+        """
+        if self.moment.waits or results >= leaves:  # enough, as (1 + Z)^r ≥ r; avoids huge powers
+            return leaves
+        return min(leaves, first_paths * (1 + self.most_branches) ** results)
+
     def first_paths(self, leaves: int) -> int:
         """Return the default of N for groups of `leaves` leaves."""
         return leaves // 2
@@ -185,6 +202,13 @@ class BranchRule(ABC):
                 f"branches_per_fork is {self.branches_per_fork}, but the branch rule {self.name!r} sets the number of "
                 "branches itself. Remove branches_per_fork."
             )
+        if not results or (most := self.most_leaves(leaves, first_paths, results)) >= leaves:
+            return
+        raise ConfigError(
+            f"Under the branch rule {self.name!r} with max_tool_calling_iterations: {results}, the N = {first_paths} "
+            f"first paths become at most {most} of M = {leaves} leaves, so branches cannot use the budget. Raise "
+            f"initial_rollouts, max_tool_calling_iterations or the rule's number of branches."
+        )
 
     def start(self, context: BranchContext) -> Any:
         """Return the rule's state for a new group. It is stored in `context.state`."""
@@ -266,13 +290,11 @@ class BranchRule(ABC):
 
 @dataclass(slots=True, kw_only=True)
 class Round:
-    """The state of a group under `Rounds`: branches per round, and the number of paths that the last round starts at
-    the root.
+    """The state of a group under `Rounds`: the number of paths that the last round starts at the root.
 
-    Round(size=4, at_root=1, number=1)
+    Round(at_root=1, number=1)
     """
 
-    size: int
     at_root: int = 0
     number: int = 0
     """The number of rounds so far."""
@@ -280,9 +302,10 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds(BranchRule):
-    """A rule that waits, and then adds the other M − N leaves in rounds of equal size, below the root or observations.
+    """A rule that waits, and then adds the other M − N leaves in rounds, below the root or observations.
 
-    A round starts when all paths of the round before have ended. A subclass defines `pick`:
+    The sizes of rounds differ by at most 1, the larger ones first. A round starts when all paths of the round before
+    have ended. A subclass defines `pick`:
 
         @register_rule("at_the_root")
         @dataclass(frozen=True, kw_only=True)
@@ -319,7 +342,7 @@ class Rounds(BranchRule):
         return ""
 
     def start(self, context: BranchContext) -> Round:
-        return Round(size=math.ceil(context.remaining / self.rounds))
+        return Round()
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         return BranchDecision(fires=True)
@@ -327,7 +350,8 @@ class Rounds(BranchRule):
     def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
         nodes = context.tree.nodes
         places = [context.tree.root, *(nodes[candidate.node] for candidate in candidates)]
-        picked = Counter(self.pick(places, min(context.state.size, context.remaining), context))
+        rounds_left = max(1, self.rounds - context.state.number)
+        picked = Counter(self.pick(places, math.ceil(context.remaining / rounds_left), context))
         context.state.at_root = picked[0]
         context.state.number += 1
         decisions = []
@@ -374,6 +398,9 @@ class Planned(BranchRule):
 
     moment: ClassVar[Moment] = Moment.RESULT
     sets_branches: ClassVar[bool] = True
+
+    def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
+        return leaves  # `check` of the subclass compares its plan with M
 
     @abstractmethod
     def plan(self, leaves: int, planned: int, context: BranchContext) -> Sequence[int]:
@@ -439,6 +466,22 @@ def grant(
             remaining -= taken
             granted[i] = replace(granted[i], granted=taken)
     return granted
+
+
+def check_fires(rule: BranchRule, largest: float, limit: float, advice: str) -> None:
+    """Check that the rule's P can exceed a limit.
+
+    Args:
+        largest: The largest P under any entropies.
+
+    Raises:
+        ConfigError: The rule never branches. `advice` is the way out.
+    """
+    if largest <= limit:
+        raise ConfigError(
+            f"The branch rule {rule.name!r} never branches: its P is at most {largest:g}, and must exceed {limit:g}. "
+            f"{advice}, or set initial_rollouts to num_generations, which is GRPO."
+        )
 
 
 def fire_rate_alarms(*, too_often: str, too_rarely: str) -> tuple[Alarm, Alarm]:

@@ -10,12 +10,13 @@ Bias: multiplicity, look-ahead.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, check_fires, clipped, split_evenly
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -48,6 +49,21 @@ class CBPO(BranchRule):
 
     def first_paths(self, leaves: int) -> int:
         return max(1, leaves * 6 // 16)  # the paper's 6 of 16
+
+    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
+        super().check(leaves, first_paths, results)
+        if first_paths == leaves:
+            return
+        check_fires(
+            self,
+            clipped(self.base + abs(self.slope)),
+            self.least,
+            "In branch_rule_kwargs, lower least, or raise base or slope",
+        )
+
+    def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
+        branches = split_evenly(min(self.per_path, self.per_node * results), results)
+        return min(leaves, first_paths * math.prod(1 + count for count in branches))
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         entropy, delta = context.measured(candidate)

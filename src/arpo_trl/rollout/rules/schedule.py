@@ -79,6 +79,10 @@ class Schedule(Planned):
             )
         object.__setattr__(self, "widths", tuple(self.widths))
 
+    @property
+    def reads_logprobs(self) -> bool:
+        return not self.widths
+
     def first_paths(self, leaves: int) -> int:
         return self.widths[0] if self.widths else super().first_paths(leaves)
 

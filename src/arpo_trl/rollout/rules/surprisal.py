@@ -31,6 +31,10 @@ class Surprisal(Rounds):
     rounds: int = field(default=2, metadata=described("L: rounds of branches.", at_least=1))
     penalty: float = field(default=0.05, metadata=described("Penalty for each sibling.", at_least=0, unit="nats"))
 
+    @property
+    def reads_logprobs(self) -> bool:
+        return True
+
     def pick(self, places: Sequence[Node], count: int, context: BranchContext) -> Sequence[int]:
         scores = [self.score(place, context.tree) for place in places]
         return sorted(range(len(places)), key=lambda i: -scores[i])[:count]
@@ -40,5 +44,5 @@ class Surprisal(Rounds):
 
     def score(self, place: Node, tree: RolloutTree) -> float:
         """In nats per token."""
-        surprisals = [-mean(tree.nodes[turn].logprobs) for turn in place.children]
+        surprisals = [-mean(tree.nodes[turn].known_logprobs) for turn in place.children]
         return max(surprisals) - self.penalty * (len(surprisals) - 1)
