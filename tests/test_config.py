@@ -82,7 +82,7 @@ def test_a_branch_rule_is_created_from_its_settings():
     values = {
         "branch_probability": 0.1,
         "entropy_weight": 0.3,
-        "branch_threshold": 0.7,
+        "branch_threshold": 0.3,
         "branches_per_fork": 2,
     }
     assert config(branch_rule="random", **values).make_branch_rule() == Random(
@@ -347,6 +347,13 @@ def test_the_settings_that_a_run_writes_down_are_its_own_again(file, tmp_path):
     for first, second in zip(groups, parse_shipped(file, tmp_path / "again.yaml"), strict=True):
         first, second = dataclasses.asdict(first), dataclasses.asdict(second)
         assert {name: value for name, value in first.items() if second[name] != value} == {}
+
+
+def test_settings_of_generate_that_change_nothing_are_accepted():
+    kwargs = {"do_sample": True, "use_cache": True, "renormalize_logits": True, "num_beams": 1}
+    assert ARPOConfig("unused", use_cpu=True, generation_kwargs=kwargs).generation_kwargs == kwargs
+    with pytest.raises(ConfigError, match="generation_kwargs sets do_sample, which the tree sampler does not support"):
+        ARPOConfig("unused", use_cpu=True, generation_kwargs={"do_sample": False})
 
 
 def test_the_qlora_configuration_quantizes_to_4_bits_under_an_adapter():

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -251,7 +252,15 @@ CASES: dict[str, Case] = {
 }
 
 
-def trained(kind: type[GRPOTrainer], folder: Path, case: Case, models: dict[str, str], replay=None) -> Any:
+def trained(
+    kind: type[GRPOTrainer],
+    folder: Path,
+    case: Case,
+    models: dict[str, str],
+    replay=None,
+    own: Any = MappingProxyType({}),
+) -> Any:
+    """`own`: settings that `GRPOConfig` does not have."""
     settings = {
         "output_dir": str(folder),
         "learning_rate": 0.1,
@@ -270,7 +279,7 @@ def trained(kind: type[GRPOTrainer], folder: Path, case: Case, models: dict[str,
     if kind is GRPOTrainer:
         args = GRPOConfig(**settings)
     else:
-        args = ARPOConfig(**{"initial_rollouts": settings["num_generations"], "loss_type": "dapo", **settings})
+        args = ARPOConfig(**{"initial_rollouts": settings["num_generations"], "loss_type": "dapo", **settings, **own})
     trainer = kind(args=args, **given)
     if replay is not None:
         trainer.rollout_func = replay
@@ -288,8 +297,42 @@ COMPARED = re.compile(r"(eval_)?(\w_)?(loss|grad_norm|reward|reward_std|kl|entro
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_grpo_runs_train_equally(name, models, tmp_path):
-    case = CASES[name]
-    ours = trained(Recorded, tmp_path / "ours", case, models)
+    expected, found = (run.state.log_history[0] for run in trained_by_both(CASES[name], models, tmp_path))
+    assert expected.keys() <= found.keys()
+    compared = [key for key in expected if COMPARED.fullmatch(key)]
+    assert len(compared) >= 9
+    for key in compared:
+        value = expected[key]
+        assert found[key] == (None if value is None else pytest.approx(value, rel=0.03, abs=0.01)), key
+
+
+PACKED = {
+    "one step": {},
+    "several iterations and micro-batches": {"num_iterations": 2, "gradient_accumulation_steps": 4, "max_steps": 2},
+    "several steps of a generation": {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_steps": 2},
+    "a loss of the micro-batch": {"loss_type": "bnpo", "gradient_accumulation_steps": 2},
+    "tokens of high entropy": {"top_entropy_quantile": 0.3, "gradient_accumulation_steps": 2},
+    "a reference": {"beta": 0.1, "num_iterations": 2, "max_steps": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKED)
+def test_packs_train_equally(name, models, tmp_path):
+    case = Case({"bf16": False, "learning_rate": 1e-3, "temperature": 0.7, **PACKED[name]})
+    theirs, ours = trained_by_both(case, models, tmp_path, own={"shared_prefix_forward": "on"})
+    steps = [row for row in ours.state.log_history if "loss" in row]
+    assert [row["arpo/update/packed"] for row in steps] == [1.0] * len(steps)
+    for expected, found in zip(theirs.state.log_history, steps, strict=False):
+        for key in ("loss", "grad_norm", "entropy", *(["kl"] if case.settings.get("beta") else [])):
+            assert found[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-4), key
+    for (at, mine), weight in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, weight, atol=1e-4, rtol=1e-3, msg=lambda text, at=at: f"{at}: {text}")
+
+
+def trained_by_both(case: Case, models: dict[str, str], folder: Path, **own: Any) -> tuple[Any, Recorded]:
+    """`GRPOTrainer` and `ARPOTrainer` after training on the same completions."""
+    ours = trained(Recorded, folder / "ours", case, models, **own)
     rollouts = iter(ours.rollouts)
 
     def replay(prompts: list[Any], trainer: GRPOTrainer) -> dict[str, Any]:
@@ -298,15 +341,9 @@ def test_grpo_runs_train_equally(name, models, tmp_path):
         assert made["prompt_ids"] == trainer._tokenize_prompts(prompts)[0]
         return {key: made[key] for key in ("prompt_ids", "completion_ids", "logprobs", "env_mask")}
 
-    theirs = trained(GRPOTrainer, tmp_path / "theirs", case, models, replay)
+    theirs = trained(GRPOTrainer, folder / "theirs", case, models, replay)
     assert next(rollouts, None) is None
-    expected, found = theirs.state.log_history[0], ours.state.log_history[0]
-    assert expected.keys() <= found.keys()
-    compared = [key for key in expected if COMPARED.fullmatch(key)]
-    assert len(compared) >= 9
-    for key in compared:
-        value = expected[key]
-        assert found[key] == (None if value is None else pytest.approx(value, rel=0.03, abs=0.01)), key
+    return theirs, ours
 
 
 # What is not about training ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from peft import PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from arpo_trl import ARPOTrainer
@@ -67,7 +67,7 @@ REFUSED = {
 }
 
 
-def model_of(family: str, settings: dict):
+def model_of(family: str, settings: dict, sharpness: float = 3.0):
     config = AutoConfig.for_model(
         family.partition(",")[0],
         **{**small_settings(), "num_attention_heads": 4, "num_key_value_heads": 2, **settings},
@@ -75,7 +75,7 @@ def model_of(family: str, settings: dict):
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)  # so that what attention does can be seen in the logits
+            parameter.mul_(sharpness)  # so that what attention does can be seen in the logits
     return model
 
 
@@ -89,6 +89,14 @@ def test_what_is_sampled_is_what_is_scored(family, tmp_path):
     assert unlike_scored(trainer_of(model_of(family, SAMPLED[family]), tmp_path)).max() < 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", SAMPLED)
+def test_in_the_default_precision_sampling_and_scoring_differ_by_rounding(family, tmp_path):
+    made = sampling_trainer(model_of(family, SAMPLED[family], sharpness=2.0), tmp_path, ROWS)
+    assert made.args.bf16
+    assert unlike_scored(made).mean() < 0.02
+
+
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_model_that_cannot_be_sampled_from_is_refused_at_construction_with_the_reason(family, tmp_path):
     settings, reason = REFUSED[family]
@@ -97,9 +105,22 @@ def test_a_model_that_cannot_be_sampled_from_is_refused_at_construction_with_the
         trainer_of(model_of(family, settings), tmp_path)
 
 
+def test_a_model_whose_head_has_several_layers_is_refused_at_construction(tmp_path):
+    """TRL's fused head skips all of them but the last."""
+    model = model_of("modernbert-decoder", {"bos_token_id": 1, "cls_token_id": 1, "sep_token_id": 1})
+    with pytest.raises(ConfigError, match=r"'modernbert-decoder': its logprobs from TRL's fused head are .* away"):
+        trainer_of(model, tmp_path)
+
+
 def test_an_adapter_that_puts_tokens_before_the_prompt_is_refused_at_construction(tmp_path):
     adapter = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     with pytest.raises(ConfigError, match=r"'llama': its adapter puts virtual tokens before the prompt"):
+        trainer_of(model_of("llama", {}), tmp_path, peft_config=adapter)
+
+
+def test_an_adapter_that_is_active_after_certain_tokens_is_refused_at_construction(tmp_path):
+    adapter = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[5, 6])
+    with pytest.raises(ConfigError, match=r"'llama': its adapter is active only after certain tokens"):
         trainer_of(model_of("llama", {}), tmp_path, peft_config=adapter)
 
 

@@ -15,6 +15,8 @@ from transformers import (
     MixtralForCausalLM,
     NemotronConfig,
     NemotronForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -254,6 +256,7 @@ def test_ordinary_batches_are_computed_as_before():
         (lambda: small_model(MistralConfig, MistralForCausalLM, sliding_window=4), "sliding"),
         (lambda: small_model(MixtralConfig, MixtralForCausalLM, num_local_experts=2), "experts"),
         (lambda: small_model(Qwen3Config, Qwen3ForCausalLM, attention_dropout=0.1), "dropout"),
+        (lambda: small_model(OPTConfig, OPTForCausalLM, ffn_dim=48, word_embed_proj_dim=32), "dropout"),
         (lambda: small_model(Qwen3Config, Qwen3ForCausalLM, attn_implementation="eager"), "eager"),
         (
             lambda: get_peft_model(
@@ -262,7 +265,7 @@ def test_ordinary_batches_are_computed_as_before():
             "dropout",
         ),
     ],
-    ids=["sliding window", "experts", "attention dropout", "eager", "LoRA dropout"],
+    ids=["sliding window", "experts", "attention dropout", "dropout without a module", "eager", "LoRA dropout"],
 )
 def test_a_model_for_which_packs_are_not_exact_is_recognised(make, reason):
     assert reason in why_not_shared(make(), CPU)
@@ -498,6 +501,8 @@ def test_on_is_an_error_and_auto_a_warning_where_packs_are_not_exact(model_path,
     dropping = LoraConfig(lora_dropout=0.05)
     with pytest.raises(ConfigError, match=r"'on'.*dropout to 0"):
         trainer(model_path, tmp_path / "on", shared_prefix_forward="on", peft_config=dropping)
+    with pytest.raises(ConfigError, match=r"'on'.*neftune_noise_alpha is set"):
+        trainer(model_path, tmp_path / "noise", shared_prefix_forward="on", neftune_noise_alpha=5.0)
     made = trainer(model_path, tmp_path / "auto", peft_config=dropping)
     assert "dropout to 0" in caplog.text
     made.train()

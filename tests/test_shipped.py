@@ -5,7 +5,6 @@ data, the lengths, the number of steps, and `use_cpu`. vLLM is its CPU build, wh
 stands for several.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -47,6 +46,7 @@ HERE = ["quickstart.yaml", *BASELINES, "quickstart_sft.yaml", *REASONING]
 SHOP = "quickstart_shop.yaml"
 """tests/test_shop.py runs it."""
 QUANTIZED = "reasoning_qwen2.5_7b_qlora.yaml"
+"""tests/test_qlora.py runs it."""
 
 
 def test_every_configuration_is_run_by_one_of_these_tests():
@@ -126,20 +126,6 @@ def test_the_quickstart_trains(school, config, tmp_path):
 def test_the_papers_and_the_recommended_settings_train(models, data, tmp_path, config):
     run(config, *replaced(config, models, data, tmp_path))
     check(config, tmp_path)
-
-
-def test_the_settings_for_qlora_train_but_for_the_quantization(models, data, tmp_path):
-    """bitsandbytes is no part of the environment that tests run in, and does not train on every CPU."""
-    run(QUANTIZED, *replaced(QUANTIZED, models, data, tmp_path), "--load_in_4bit", "false")
-    check(QUANTIZED, tmp_path)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs the extra: pip install '.[qlora]'")
-def test_the_settings_for_qlora_train(models, data, tmp_path, monkeypatch):
-    for module in ("functional", "nn.modules"):  # as on a CPU without it, whose weights are not packed for inference
-        monkeypatch.setattr(f"bitsandbytes.{module}.has_avx512bf16", lambda: False)
-    run(QUANTIZED, *replaced(QUANTIZED, models, data, tmp_path))
-    check(QUANTIZED, tmp_path)
 
 
 @pytest.mark.vllm

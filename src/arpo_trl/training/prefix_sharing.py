@@ -228,6 +228,8 @@ def _extended(attention: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop")
+"""Names of configuration fields whose dropout a model can apply without a module."""
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """Names of configuration fields for the number of experts."""
 
@@ -257,7 +259,7 @@ def why_not_shared(model: PreTrainedModel, device: torch.device, dtype: torch.dt
     if attention not in EXTENDS:
         return f"its attention implementation is {attention!r}; set attn_implementation to one of {list(EXTENDS)}"
     dropouts = [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    if any(dropouts) or getattr(config, "attention_dropout", None):
+    if any(dropouts) or any(getattr(config, name, None) for name in DROPOUTS):
         return "it uses dropout, and all rows would share the dropout of a shared token; set dropout to 0"
     heads = config.num_attention_heads
     return why_no_attention(

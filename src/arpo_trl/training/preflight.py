@@ -24,13 +24,13 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
-from arpo_trl.rollout.engines.compute_dtype import training_dtype
+from arpo_trl.rollout.engines.compute_dtype import computed_in, training_dtype
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.training.baselines import Baseline
-from arpo_trl.training.prefix_sharing import share_prefixes, why_not_shared, why_packs_differ
+from arpo_trl.training.prefix_sharing import ROUNDING, share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
 from arpo_trl.visible import get_rank_logger
 
@@ -196,6 +196,7 @@ def prepare_prefix_sharing(
     wanted: SharedPrefixForward,
     *,
     aux_loss: bool,
+    noise: bool,
     sharded: bool,
 ) -> bool:
     """Makes `models` accept packs and returns True. If packs are not used, returns False and does not change `models`.
@@ -204,6 +205,7 @@ def prepare_prefix_sharing(
         models: The unwrapped trained model, perhaps with an adapter, and the reference model if there is one.
         wanted: OFF: packs are not used. AUTO: not used, with a warning, if they are not exact.
         aux_loss: Whether the loss includes the router's auxiliary loss.
+        noise: Whether noise is added to embeddings (NEFTune).
         sharded: Whether each rank has only a part of the weights. Then a trial forward is not yet possible.
 
     Raises:
@@ -215,6 +217,8 @@ def prepare_prefix_sharing(
     reasons = _why_no_packs(models, bases, accelerator)
     if aux_loss:
         reasons.append("its router's auxiliary loss counts every row's tokens")
+    if noise:
+        reasons.append("neftune_noise_alpha is set, and all rows would share the noise of a shared token")
     if not reasons:
         before = [base.config._attn_implementation for base in bases]
         for base in bases:
@@ -233,6 +237,40 @@ def prepare_prefix_sharing(
         raise ConfigError(f"shared_prefix_forward is 'on'. {told} Set it to 'auto' or 'off'.")
     logger.warning(f"{told} The update uses TRL's padded batches, which compute shared prefixes once per row.")
     return False
+
+
+@torch.no_grad()
+def check_scores(model: PreTrainedModel, temperature: float) -> None:
+    """Checks on a few tokens that the logprobs that training computes are those of the model's logits.
+
+    TRL's fused head applies only the model's last layer, so it skips other layers of a head. `model` has that head,
+    and all weights on this rank. Call it under the autocast of training.
+
+    Raises:
+        ConfigError: The logprobs differ beyond rounding.
+    """
+    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+        return  # its logits have further positions
+    device = model.get_input_embeddings().weight.device
+    # Ids from the whole vocabulary: equal tokens would hide differences.
+    ids = torch.arange(1, 25, device=device)[None] * 7919 % model.config.get_text_config().vocab_size
+    training = model.training
+    model.eval()
+    try:
+        rows = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        logits = model(**rows, use_cache=False).logits[:, :-1].float()
+        scored = model(**rows, labels=ids, fused_lm_head=True).log_probs.float()
+    finally:
+        model.train(training)
+    expected = (logits / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    distance = float((scored - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9))
+    limit = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in computed_in(model, device))
+    if not distance <= limit:
+        raise ConfigError(
+            f"Training cannot score a model of type {model.config.model_type!r}: its logprobs from TRL's fused head "
+            f"are {distance:.2g} standard deviations away from those of its logits; expected at most {limit}. Train "
+            "another model."
+        )
 
 
 def _why_no_packs(models: Sequence[Any], bases: Sequence[Any], accelerator: Accelerator) -> list[str]:
@@ -391,7 +429,7 @@ def _warn_of_unexplained_tags(tools: Collection[str], dataset: Any) -> None:
             f"tool_protocol is 'tags', which adds no tools to the prompt, and the first prompt does not name "
             f"{', '.join(f'<{name}>' for name in missing)}. The model must already know that it calls a tool with "
             f"<{missing[0]}>…</{missing[0]}> and reads the result in <result>…</result>: from demonstrations (sft.py) "
-            "or from a system prompt. arpo_trl.data.prompts.tags_system_prompt(tools) writes one for these tools; "
+            "or from a system prompt. arpo_trl.tags_system_prompt(tools) writes one for these tools; "
             "pass it to load_arpo_dataset as system_prompt. For a model that was trained to call tools in its own "
             "format, set tool_protocol to 'chat_template'."
         )

@@ -51,6 +51,7 @@ from arpo_trl.training.preflight import (
     check_prompts,
     check_quantized_training,
     check_rows,
+    check_scores,
     check_writable,
     checked_args,
     embedding_rows,
@@ -194,12 +195,17 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._prepare_loss()
         if self._credit.reads_answers:
             check_answers(datasets, args.advantage_attribution)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled  # without all weights no trial is possible yet
+        if not sharded:
+            with self.accelerator.autocast():
+                check_scores(self.accelerator.unwrap_model(self.model), args.temperature)
         self._shares_prefixes = prepare_prefix_sharing(
             [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None],
             self.accelerator,
             SharedPrefixForward(args.shared_prefix_forward),
             aux_loss=self.aux_loss_enabled,
-            sharded=self.is_deepspeed_enabled or self.is_fsdp_enabled,
+            noise=bool(args.neftune_noise_alpha),
+            sharded=sharded,
         )
         self.tree_sampler = self._make_sampler(engine)
         self._baseline = make_baseline(args)

@@ -64,6 +64,8 @@ REFUSED = {
     "max_time": None,
 }
 """The rules that would change the distribution but are not applied, each with the value that disables it."""
+NO_EFFECT = {"do_sample": True, "renormalize_logits": True, "use_cache": True}
+"""Names that `generation_kwargs` may set to these values, since the sampler does the same in any case."""
 ELSEWHERE = {
     "temperature": "temperature",
     "top_k": "top_k",
@@ -126,6 +128,8 @@ def rules_of(model: GenerationConfig | None, kwargs: Mapping[str, Any] | None, m
                 f"generation_kwargs sets {name}, but the setting for this is {setting}. Set {setting} to {value!r} "
                 "instead."
             )
+        if name in NO_EFFECT and _inert(value, NO_EFFECT[name]):
+            continue
         if name not in HONOURED and not (name in REFUSED and _inert(value, REFUSED[name])):
             raise ConfigError(
                 f"generation_kwargs sets {name}, which the tree sampler does not support. Remove it. Supported are "

@@ -46,6 +46,8 @@ def why_not_sampled(model: PreTrainedModel) -> str | None:
     if is_peft_model(model):
         if any(config.is_prompt_learning for config in model.peft_config.values()):
             return "its adapter puts virtual tokens before the prompt (prompt learning)"
+        if any(getattr(config, "alora_invocation_tokens", None) for config in model.peft_config.values()):
+            return "its adapter is active only after certain tokens (activated LoRA)"
         model = model.get_base_model()
     config = model.config.get_text_config()
     if getattr(model.config, "is_encoder_decoder", False):

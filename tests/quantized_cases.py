@@ -1,0 +1,40 @@
+"""The cases of tests/test_qlora.py, for a process that finds bitsandbytes."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM
+
+from shipped import check, replaced, run
+from support import save_sharp_model
+from test_shipped import QUANTIZED, data, models  # noqa: F401
+from test_trainer import quantized
+
+
+@pytest.fixture(autouse=True)
+def without_packing(monkeypatch) -> None:
+    """As on a CPU without AVX512-BF16: bitsandbytes packs weights for inference where it finds it."""
+    for module in ("functional", "nn.modules"):
+        monkeypatch.setattr(f"bitsandbytes.{module}.has_avx512bf16", lambda: False)
+
+
+def test_the_settings_for_qlora_train(models, data, tmp_path):  # noqa: F811
+    run(QUANTIZED, *replaced(QUANTIZED, models, data, tmp_path))
+    check(QUANTIZED, tmp_path)
+
+
+def test_qlora_trains_the_adapter_on_quantized_weights(tmp_path):
+    path = save_sharp_model(tmp_path / "model")
+    adapter = LoraConfig(r=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
+    made = quantized(path, tmp_path / "run", adapter)
+    kinds = {type(module).__name__ for module in made.model.modules()}
+    assert "Linear4bit" in kinds
+    made.train()
+    assert made.state.log_history[0]["grad_norm"] > 0
+    assert made.state.log_history[0]["arpo/update/sharing_ratio"] > 1
+    made.save_model()
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path), str(tmp_path / "run"))
+    trained = {name: value for name, value in made.model.named_parameters() if "lora_" in name}
+    for name, value in loaded.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(value, trained[name].float().cpu())
