@@ -2,7 +2,7 @@
 #                   OVERWRITE=1 removes an earlier quickstart, which is otherwise kept and refused;
 #                   TASK=shop teaches it to shop in an environment)
 # make test         set up, then check and run the tests; what CI runs
-# make test-fast    set up, then the quick tests: no processes, no vLLM; for the inner loop
+# make test-fast    set up, then the quick tests: at most about two seconds each, no vLLM; for the inner loop
 # make check        set up, then ruff and mypy
 # make docs         set up, then build the documentation as a site in build/site
 # make bench        measure speed against TRL's trainer; needs the quickstart's model and an idle machine

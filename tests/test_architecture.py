@@ -105,6 +105,12 @@ def test_the_documented_picture_is_the_graph() -> None:
     assert documented == list(ROOMS)
 
 
+def test_the_picture_for_contributors_is_the_graph() -> None:
+    text = DOCS.parents[1].joinpath("CONTRIBUTING.md").read_text("utf-8").split("## How the code is laid out")[1]
+    picture = text.split("```text\n")[1].split("```")[0]
+    assert [name for line in picture.splitlines() for name in line[:50].split()] == list(ROOMS)
+
+
 def test_modules_log_only_through_the_filter_for_hostile_text() -> None:
     found = [
         f"{module}: {ast.unparse(node)}"

@@ -295,10 +295,9 @@ def after_first_paths(rule: AEPO, coin: float = 0.5) -> Grown:
     ("above", "delta", "fires"),
     [
         ([], 0.1, True),  # .5 + .2 · .1 = .52 > .5
-        ([1], 0.1, False),  # .52 · .95 = .494
-        ([1], 0.3, True),  # .56 · .95 = .532
-        ([1, 1], 0.3, True),  # .56 · .9 = .504
-        ([1, 1, 1], 0.3, False),  # .56 · .85 = .476
+        ([1], 0.6, False),  # .62 · .8 = .496
+        ([1], 0.7, True),  # .64 · .8 = .512
+        ([1, 1], 0.9, False),  # .68 · .6 = .408
         ([1, 1, 1, 0], 0.1, True),  # in a row: none
         ([], 0.0, False),  # .5
     ],
@@ -309,7 +308,10 @@ def test_aepo_as_in_the_paper_lowers_p_with_consecutive_branches(above, delta, f
     made = rule.judge(candidate(grown.below(above), delta, address=(1,)), grown)
     assert made.fires is fires
     if above == [1, 1]:
-        assert made.probability == pytest.approx(0.504)
+        assert made.probability == pytest.approx(0.408)
+    # .56 · .9
+    made = AEPO(penalty=0.05).judge(candidate(grown.below([1, 1]), 0.3, address=(1,)), grown)
+    assert made.probability == pytest.approx(0.504)
 
 
 @pytest.mark.parametrize(("coin", "fires"), [(0.53, True), (0.52, False)])

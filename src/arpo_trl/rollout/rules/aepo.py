@@ -48,13 +48,15 @@ class _Split:
 @register_rule("aepo")
 @dataclass(frozen=True, kw_only=True)
 class AEPO(BranchRule):
-    """With l consecutive branchings above, s = max(0, 1 − `penalty`·l), γ `entropy_weight` and τ `branch_threshold`:
+    """With l consecutive branchings above, s = max(0, 1 − c·l), γ `entropy_weight`, τ `branch_threshold` and c
+    `penalty`:
 
         form     fires if                      roots m, with ΔH' = (H_root − mean H_tool) / ln V
         paper    (α + γ·ΔH)·s > τ              round(M·σ(`split_weight`·ΔH'))
         coded    (u + γ·ΔH)·s ≥ τ              ⌊M·σ(`split_weight`·ΔH')⌋ + 1
 
-    u is uniform in [0, 1) and α is `branch_probability`, which "coded" does not use.
+    u is uniform in [0, 1) and α is `branch_probability`, which "coded" does not use. By default c is γ in the paper's
+    form, and 0.05 as coded.
 
         AEPO(form="paper", split_weight=0.5, penalty=0.05)
     """
@@ -68,7 +70,13 @@ class AEPO(BranchRule):
     branch_threshold: float = 0.5
     form: str = field(default="paper", metadata=described("Which formulas.", choices=("paper", "coded")))
     split_weight: float = field(default=0.5, metadata=described("Weight of entropies in m.", at_least=0))
-    penalty: float = field(default=0.05, metadata=described("Penalty for each consecutive branching.", at_least=0))
+    penalty: float | None = field(
+        default=None,
+        metadata=described(
+            "Penalty for each consecutive branching. None: entropy_weight in the form 'paper', 0.05 in 'coded'.",
+            at_least=0,
+        ),
+    )
 
     def first_paths(self, leaves: int) -> int:
         return 1
@@ -95,7 +103,7 @@ class AEPO(BranchRule):
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         entropy, delta = context.measured(candidate)
         consecutive = len(list(takewhile(lambda above: above.granted, context.decisions_above(candidate))))
-        left = max(0.0, 1 - self.penalty * consecutive)
+        left = max(0.0, 1 - self._penalty * consecutive)
         change = self.entropy_weight * delta
         reason = f"{consecutive} consecutive branches above"
         if self.form == "paper":
@@ -109,6 +117,11 @@ class AEPO(BranchRule):
         if candidate.address[0] < context.state.first:
             fires, reason = False, "a first path, which is only measured"
         return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires, reason=reason)
+
+    @property
+    def _penalty(self) -> float:
+        of_form = self.entropy_weight if self.form == "paper" else 0.05
+        return of_form if self.penalty is None else self.penalty
 
     def supply(self, live: Iterable[LivePath], context: BranchContext) -> int:
         split: _Split = context.state
