@@ -51,6 +51,7 @@ def test_each_probe_comes_before_its_turn(findings):
 @real
 def test_a_stop_string_across_the_end_of_the_probe_ends_a_turn(findings):
     assert findings["stopped"] == {"stop": "stop_string", "equal": True}
+    assert findings["stopped_in_probe"] == {"stop": "stop_string", "equal": True, "entropies": True}
 
 
 @real

@@ -161,6 +161,12 @@ def with_all_weights(folder: Path) -> dict[str, Any]:
     stopped, _ = run(stopping, requests())
     end = next(n for n in range(len(text)) if stop in text[n])
     findings["stopped"] = {"stop": stopped[1].stop.value, "equal": stopped[1].ids == first[1].ids[: end + 1]}
+    early, _ = run(stopping, requests(probe=10))  # the stop string is within the probe, in which vLLM decodes nothing
+    findings["stopped_in_probe"] = {
+        "stop": early[1].stop.value,
+        "equal": early[1].ids == first[1].ids[: end + 1],
+        "entropies": len(early[1].entropies) == end + 1,
+    }
 
     try:
         with engine.session():
