@@ -28,11 +28,11 @@ from arpo_trl.rollout.rules.base import (
     BranchRule,
     Candidate,
     LivePath,
-    check_fires,
     clipped,
     fire_rate_alarms,
     mean,
     rise,
+    unreachable,
 )
 from arpo_trl.rollout.tree import BranchDecision
 
@@ -81,16 +81,10 @@ class AEPO(BranchRule):
     def first_paths(self, leaves: int) -> int:
         return 1
 
-    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
-        super().check(leaves, first_paths, results)
-        if first_paths == leaves:
-            return
+    def why_never(self) -> str | None:
         largest = (self.branch_probability if self.form == "paper" else 1.0) + abs(self.entropy_weight)
-        check_fires(
-            self,
-            largest,
-            self.branch_threshold,
-            "Lower branch_threshold, or raise branch_probability or entropy_weight",
+        return unreachable(
+            largest, self.branch_threshold, "Lower branch_threshold, or raise branch_probability or entropy_weight"
         )
 
     def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:

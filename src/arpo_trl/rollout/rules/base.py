@@ -182,6 +182,10 @@ class BranchRule(ABC):
             return leaves
         return min(leaves, first_paths * (1 + self.most_branches) ** results)
 
+    def why_never(self) -> str | None:
+        """Return why the rule never fires with its settings, and what to change; None if it can fire."""
+        return None
+
     def first_paths(self, leaves: int) -> int:
         """Return the default of N for groups of `leaves` leaves."""
         return leaves // 2
@@ -201,6 +205,11 @@ class BranchRule(ABC):
             raise ConfigError(
                 f"branches_per_fork is {self.branches_per_fork}, but the branch rule {self.name!r} sets the number of "
                 "branches itself. Remove branches_per_fork."
+            )
+        if first_paths < leaves and (reason := self.why_never()) is not None:
+            raise ConfigError(
+                f"The branch rule {self.name!r} never branches: {reason}, or set initial_rollouts to num_generations, "
+                "which is GRPO."
             )
         if not results or (most := self.most_leaves(leaves, first_paths, results)) >= leaves:
             return
@@ -468,20 +477,9 @@ def grant(
     return granted
 
 
-def check_fires(rule: BranchRule, largest: float, limit: float, advice: str) -> None:
-    """Check that the rule's P can exceed a limit.
-
-    Args:
-        largest: The largest P under any entropies.
-
-    Raises:
-        ConfigError: The rule never branches. `advice` is the way out.
-    """
-    if largest <= limit:
-        raise ConfigError(
-            f"The branch rule {rule.name!r} never branches: its P is at most {largest:g}, and must exceed {limit:g}. "
-            f"{advice}, or set initial_rollouts to num_generations, which is GRPO."
-        )
+def unreachable(largest: float, limit: float, advice: str) -> str | None:
+    """The result of `why_never` for a rule whose P is at most `largest` and has to exceed `limit`; None if it can."""
+    return f"its P is at most {largest:g}, and must exceed {limit:g}. {advice}" if largest <= limit else None
 
 
 def fire_rate_alarms(*, too_often: str, too_rarely: str) -> tuple[Alarm, Alarm]:

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, check_fires, clipped, split_evenly
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, split_evenly, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -50,12 +50,8 @@ class CBPO(BranchRule):
     def first_paths(self, leaves: int) -> int:
         return max(1, leaves * 6 // 16)  # the paper's 6 of 16
 
-    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
-        super().check(leaves, first_paths, results)
-        if first_paths == leaves:
-            return
-        check_fires(
-            self,
+    def why_never(self) -> str | None:
+        return unreachable(
             clipped(self.base + abs(self.slope)),
             self.least,
             "In branch_rule_kwargs, lower least, or raise base or slope",

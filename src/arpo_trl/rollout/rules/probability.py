@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from arpo_trl.common.alarm import Alarm
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, check_fires, clipped, fire_rate_alarms
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, fire_rate_alarms, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -32,15 +32,9 @@ class Probability(BranchRule):
     branch_probability: float = 0.5
     entropy_weight: float = 0.2
 
-    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
-        super().check(leaves, first_paths, results)
-        if first_paths == leaves:
-            return
-        check_fires(
-            self,
-            self.branch_probability + abs(self.entropy_weight),
-            0.0,
-            "Raise branch_probability or entropy_weight",
+    def why_never(self) -> str | None:
+        return unreachable(
+            self.branch_probability + abs(self.entropy_weight), 0.0, "Raise branch_probability or entropy_weight"
         )
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:

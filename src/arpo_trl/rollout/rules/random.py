@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, check_fires, clipped
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -25,11 +25,8 @@ class Random(BranchRule):
 
     branch_probability: float = 0.5
 
-    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
-        super().check(leaves, first_paths, results)
-        if first_paths == leaves:
-            return
-        check_fires(self, self.branch_probability, 0.0, "Raise branch_probability")
+    def why_never(self) -> str | None:
+        return unreachable(self.branch_probability, 0.0, "Raise branch_probability")
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         entropy, delta = context.measured(candidate)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, check_fires, clipped, rise
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, Moment, clipped, rise, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -31,15 +31,9 @@ class Released(BranchRule):
     branch_probability: float = 0.5
     entropy_weight: float = 0.2
 
-    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
-        super().check(leaves, first_paths, results)
-        if first_paths == leaves:
-            return
-        check_fires(
-            self,
-            self.branch_probability + abs(self.entropy_weight),
-            0.0,
-            "Raise branch_probability or entropy_weight",
+    def why_never(self) -> str | None:
+        return unreachable(
+            self.branch_probability + abs(self.entropy_weight), 0.0, "Raise branch_probability or entropy_weight"
         )
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from arpo_trl.common.alarm import Alarm
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, check_fires, fire_rate_alarms
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, fire_rate_alarms, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -33,12 +33,8 @@ class Threshold(BranchRule):
     entropy_weight: float = 0.2
     branch_threshold: float = 0.5
 
-    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
-        super().check(leaves, first_paths, results)
-        if first_paths == leaves:
-            return
-        check_fires(
-            self,
+    def why_never(self) -> str | None:
+        return unreachable(
             self.branch_probability + abs(self.entropy_weight),
             self.branch_threshold,
             "Lower branch_threshold, or raise branch_probability or entropy_weight",

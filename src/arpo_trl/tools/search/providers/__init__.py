@@ -1,21 +1,7 @@
 """Search services over HTTP: the request and the answer format of each one. One service is one file.
 
-Register a service from outside the package under a name, and set `search_provider` to that name:
-
-    import httpx
-    from arpo_trl import Hit, Provider, register_provider
-
-    @register_provider("wiki")
-    class Wiki(Provider):
-        default_url = "http://127.0.0.1:9000"
-
-        def request(self, query, results, key):
-            return httpx.Request("GET", f"{self.base_url}/find", params={"q": query, "n": results})
-
-        def read(self, answer):
-            return [Hit(title=page["name"], url=page["href"], text=page["body"]) for page in answer["pages"]]
-
-`WebSearch` sends the requests. It adds the cache, the limits and the retries.
+Register a service from outside the package under a name with `register_provider`, and set `search_provider` to that
+name. `Provider` has an example. `WebSearch` sends the requests. It adds the cache, the limits and the retries.
 """
 
 from __future__ import annotations
