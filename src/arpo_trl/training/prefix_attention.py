@@ -316,7 +316,7 @@ def attend(
     if not kernel.grouped:
         groups = query.size(1) // key.size(1)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    states = (of[0].transpose(0, 1) for of in (query, key, value))
+    states = (of.squeeze(0).transpose(0, 1) for of in (query, key, value))  # the backward of `of[0]` copies
     attended = _Attend.apply(*states, paths, kernel, scaling)
     assert isinstance(attended, torch.Tensor)
     return attended.unsqueeze(0)
