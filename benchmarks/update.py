@@ -289,8 +289,8 @@ def card_row(name: str, prompt: int, leaves: int, forks: str, completion: int, r
 
 def show(shapes: list[Shape], repeats: int) -> None:
     print(
-        "| model | prompt | M | forks | padded s | shared s | padded tokens/s | shared tokens/s "
-        "| speed-up | token ratio | pair ratio | reached | memory |"
+        "| model | prompt | M | forks | padded s | shared s | padded tokens/s | shared tokens/s | speed-up | token "
+        "ratio | pair ratio | reached | memory |"
     )
     print("|---|---:|---:|---|" + "---:|" * 9)
     for shape in shapes:

@@ -240,15 +240,13 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     tool_concurrency_per_tool: dict[str, int] | str | None = field(
         default=None,
         metadata={"help": "Maximum number of calls of single tools that run at the same time, as in {search: 8}, in "
-                          "addition to "
-                  "tool_concurrency. Each >= 1."},
+                  "addition to tool_concurrency. Each >= 1."},
     )  # fmt: skip
     environment_concurrency: int | None = field(
         default=None,
         metadata=described(
             "Maximum number of environments of environment_factory that exist at the same time, on this rank. None: "
-            "as many as the "
-            "paths need.",
+            "as many as the paths need.",
             at_least=1,
         ),
     )
@@ -293,10 +291,9 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     advantage_baseline: str = field(
         default=AdvantageBaseline.MEAN.value,
         metadata=described(
-            "The baseline that is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of its "
-            "group, "
-            "weighted by the squared score norms of the leaves), 'batch' (the mean of the batch), 'running' (a moving "
-            "average over earlier batches). scale_rewards sets the divisor of the difference.",
+            "The baseline that is subtracted from a leaf's reward: 'mean' (of its group, TRL's), 'score_norm' (of "
+            "its group, weighted by the squared score norms of the leaves), 'batch' (the mean of the batch), "
+            "'running' (a moving average over earlier batches). scale_rewards sets the divisor of the difference.",
             choices=AdvantageBaseline,
         ),
     )
@@ -577,8 +574,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             engine = "vLLM shares the device with the update" if self.use_vllm else "the updated model itself samples"
             raise ConfigError(
                 f"{told}, but {engine}, so that a rollout cannot run during the update. Set use_vllm: true and "
-                f"vllm_mode: "
-                "server, or rollouts_ahead: 0."
+                "vllm_mode: server, or rollouts_ahead: 0."
             )
         if self.rollout_schedule == RolloutSchedule.ROUNDS:
             raise ConfigError(

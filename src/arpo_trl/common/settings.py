@@ -170,8 +170,7 @@ class ToolLimits:
         default="auto",
         metadata={
             "help": "Parser of tool calls for tool_protocol 'chat_template': 'auto' (the first one that reads back a "
-            "call that the template renders), 'hermes', 'qwen3_xml', 'nemotron3', 'llama3_json', 'gpt_oss', "
-            "'glm45', "
+            "call that the template renders), 'hermes', 'qwen3_xml', 'nemotron3', 'llama3_json', 'gpt_oss', 'glm45', "
             "'gemma4', 'lfm2', 'tokenizer' (its own response template), or the name of one of vLLM's."
         },
     )

@@ -26,8 +26,7 @@ def help_parser() -> argparse.ArgumentParser:
         epilog="The settings of tools are those of train.py: --tools search python, --search-index FILE, "
         "--search-top-k 10, --search-provider NAME, --search-recorded FILE, --python-timeout-s 5, --allow-unsafe and "
         "others (docs/tools.md). The YAML file of --config may contain every setting, with _ for -. Flags take "
-        "precedence. "
-        "Exit status: 0 success, 1 some samples failed, 2 usage error.",
+        "precedence. Exit status: 0 success, 1 some samples failed, 2 usage error.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=100),
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of settings")

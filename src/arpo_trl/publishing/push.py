@@ -232,8 +232,8 @@ def refuse_secrets(paths: Iterable[Path]) -> None:
         for name, value in secrets.items():
             if value in content:
                 raise HubError(
-                    f"{path.name} contains the secret in {name}, so nothing was pushed. "
-                    "Remove it from the file, and find out how it got there."
+                    f"{path.name} contains the secret in {name}, so nothing was pushed. Remove it from the file, and "
+                    "find out how it got there."
                 )
 
 

@@ -47,11 +47,9 @@ class LocalModel:
     """A transformers model in this process.
 
     `opened` opens it for a session (`model_context` of `TransformersEngine`). None: the engine uses the model as it
-    is.
-    `sharded`: the full weights exist only within a session, so the first session compares the engine with a plain
-        forward. Otherwise `build_engine` makes this comparison. `scored`: plain forwards score the sampled tokens
-        later. `scored_padded`: these forwards use left-padded batches. `TransformersEngine` documents `most_rows` and
-        `smaller`.
+    is. `sharded`: the full weights exist only within a session, so the first session compares the engine with a plain
+    forward. Otherwise `build_engine` makes this comparison. `scored`: plain forwards score the sampled tokens later.
+    `scored_padded`: these forwards use left-padded batches. `TransformersEngine` documents `most_rows` and `smaller`.
 
         LocalModel(model=model, scored=True, scored_padded=True)
     """

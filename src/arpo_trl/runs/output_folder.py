@@ -45,8 +45,7 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
     if overwrite and resume:
         raise ConfigError(
             "overwrite_output_dir and resume_from_checkpoint are both set, but a run cannot continue from files that "
-            "it removes. "
-            "Unset one of them."
+            "it removes. Unset one of them."
         )
     try:
         found = None if overwrite else _earlier_run(output, resume)

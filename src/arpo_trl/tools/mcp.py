@@ -429,8 +429,7 @@ def _like(tool: Any, call: Callable[..., Any], parameters: list[inspect.Paramete
         except ValueError as error:
             raise ToolSpecError(
                 f"tool {tool.name!r} of an MCP server has a parameter that a Python function cannot have: {error}. "
-                f"Exclude "
-                "the tool: list the tools to offer in the server's `tools`."
+                "Exclude the tool: list the tools to offer in the server's `tools`."
             ) from error
     call.__name__ = call.__qualname__ = re.sub(r"\W", "_", tool.name, flags=re.ASCII)
     call.__doc__ = tool.description or tool.name

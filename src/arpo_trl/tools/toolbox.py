@@ -155,8 +155,8 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         schema = getattr(tool, "json_schema", None) or get_json_schema(tool)
     except Exception as error:  # parsing errors, and any exception that unusual annotations cause
         raise ToolSpecError(
-            f"tool {name!r}: no schema can be built for it: {str(error).rstrip('.!')}. "
-            "It needs a docstring with an `Args:` section that describes each parameter, and a type for each."
+            f"tool {name!r}: no schema can be built for it: {str(error).rstrip('.!')}. It needs a docstring with an "
+            "`Args:` section that describes each parameter, and a type for each."
         ) from error
     properties = schema["function"]["parameters"]["properties"]
     required = [p.name for p in signature.parameters.values() if p.default is p.empty]

@@ -43,8 +43,7 @@ def leaves_per_tree(prompts: Sequence[Any], size: int, *, branches: bool) -> int
         return 1
     raise ConfigError(
         f"This rank received {len(prompts)} rows, which is not a multiple of the group size {size}; a tree cannot "
-        f"span ranks. "
-        f"Set per_device_train_batch_size × steps_per_generation to a multiple of {size}, and leave "
+        f"span ranks. Set per_device_train_batch_size × steps_per_generation to a multiple of {size}, and leave "
         "accelerator_config.split_batches false."
     )
 

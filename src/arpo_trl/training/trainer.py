@@ -94,15 +94,15 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     It changes the following parts of `GRPOTrainer`, and no others:
 
     - `_generate`: samples trees through TRL's `rollout_func`, so that TRL's metrics and decoding still apply.
-      `_tool_call_loop`
-      calls no tools: it returns the results of the calls that the rollout made.
+      `_tool_call_loop` calls no tools: it returns the results of the calls that the rollout made.
     - vLLM: in colocate mode TRL starts it. In both modes an engine generates and moves the weights.
     - `environment_factory`: each path has an environment, and branches fork it (docs/environments.md).
     - `_generate_and_score_completions`: the group advantages (B,) become per-token advantages (B, T) if leaves share
       nodes. If no leaves share nodes, the batch equals TRL's bit for bit. `advantage_baseline` replaces the group's
       mean before that.
     - the update: see `SharedPrefixUpdate`. With `shared_prefix_forward="off"` TRL's update runs.
-    - the loss, with some settings: see `OwnLoss`. - repeated rollouts of groups: see `Resampling`.
+    - the loss, with some settings: see `OwnLoss`.
+    - repeated rollouts of groups: see `Resampling`.
     - `log`: adds the `arpo/` metrics gathered since the last call.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
     - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.

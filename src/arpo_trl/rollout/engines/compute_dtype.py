@@ -57,6 +57,6 @@ def warn_of_other_dtype(model: Any, accelerator: Accelerator, sampled_in: Mappin
         names = ", ".join(name for name, dtype in sampled_in.items() if dtype == theirs)
         logger.warning(
             f"Training computes in {ours}, but {names} in {theirs}. This increases the difference between sampling "
-            "and training logprobs, and so the importance sampling correction. Set "
-            f"{_SETTINGS[theirs]} for the trainer, or {way_out.format(dtype=ours)}."
+            f"and training logprobs, and so the importance sampling correction. Set {_SETTINGS[theirs]} for the "
+            f"trainer, or {way_out.format(dtype=ours)}."
         )

@@ -169,10 +169,9 @@ class ToolProtocol(ABC):
         ids = self._encode(text)
         if (read := decode_exactly(self.tokenizer, ids)) != text:
             raise ConfigError(
-                f"The tokenizer ({type(self.tokenizer).__name__}) does not preserve text: {text!r} becomes "
-                f"{read!r}. Without the lost characters, calls and results could not be distinguished from other "
-                f"text. Load the tokenizer "
-                "with the class that its tokenizer.json was made for, such as PreTrainedTokenizerFast."
+                f"The tokenizer ({type(self.tokenizer).__name__}) does not preserve text: {text!r} becomes {read!r}. "
+                "Without the lost characters, calls and results could not be distinguished from other text. Load the "
+                "tokenizer with the class that its tokenizer.json was made for, such as PreTrainedTokenizerFast."
             )
         return ids
 

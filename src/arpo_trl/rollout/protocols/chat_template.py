@@ -292,8 +292,7 @@ class ChatTemplateProtocol(ToolProtocol):
         if made != expected or read != text:
             raise ConfigError(
                 f"A call of {name!r} and its result have different ids in a rollout and in the chat template's text. "
-                f"The "
-                f"template: {text!r}, the ids {_shown(self.tokenizer, expected)}. The rollout: {read!r}, the ids "
+                f"The template: {text!r}, the ids {_shown(self.tokenizer, expected)}. The rollout: {read!r}, the ids "
                 f"{_shown(self.tokenizer, made)}. Use the tokenizer that the model was trained with, or set "
                 'tool_protocol "tags".'
             )

@@ -371,8 +371,7 @@ class Instances:
                 raise self._final(
                     ToolSpecError(
                         f"{made_by} returned an object that another path already uses, so both would share its state. "
-                        f"It must "
-                        f"return a new {start.kind.name} at each call."
+                        f"It must return a new {start.kind.name} at each call."
                     )
                 )
             return self._registered(Instance(value, start, worker, reusable=reusable))

@@ -184,8 +184,8 @@ class SearchCache:
     def put_error(self, key: Key, error: str) -> None:
         """Write that a request failed, for `ERROR_TTL_S`. This never overwrites an answer."""
         self._run(
-            "INSERT INTO results VALUES (?, ?, ?, ?, NULL, ?, ?) ON CONFLICT DO UPDATE "
-            "SET error=excluded.error, expires=excluded.expires WHERE hits IS NULL",
+            "INSERT INTO results VALUES (?, ?, ?, ?, NULL, ?, ?) ON CONFLICT DO UPDATE SET error=excluded.error, "
+            "expires=excluded.expires WHERE hits IS NULL",
             *(key.provider, key.query, key.parameters, key.asked),
             _clean(error),
             time.time() + ERROR_TTL_S,

@@ -73,8 +73,8 @@ class WebSearch:
                 raise ConfigError(f"{name} is {value}; expected more than 0.")
         if max_requests is not None and max_requests < 1:
             raise ConfigError(
-                f"search_max_calls is {max_requests}; expected at least 1. "
-                "To send no requests, set search_cache_mode: offline."
+                f"search_max_calls is {max_requests}; expected at least 1. To send no requests, set "
+                "search_cache_mode: offline."
             )
         if mode.asks:
             _check_key(provider)
