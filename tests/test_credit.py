@@ -269,6 +269,51 @@ def test_a_credit_of_another_shape_is_an_error():
         attribute(Narrow(), [tree()], torch.zeros(2), torch.zeros(2), width=8)
 
 
+def test_the_example_of_the_docstring_works():
+    class WinnersOnly(Credit):
+        def __call__(self, trees, rewards, advantages):
+            return advantages.clamp(min=0), None
+
+    made, weights = attribute(WinnersOnly(), [tree()], torch.zeros(2), torch.tensor([0.5, -0.5]), width=8)
+    assert (made.tolist(), weights) == ([0.5, 0.0], None)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(2), "returned Tensor; expected a tuple of advantages, and weights or None"),
+        (([0.0, 0.0], None), r"returned advantages of type list; expected a tensor of shape \(2, 5\)"),
+        (
+            (torch.tensor([0.0, math.nan]), None),
+            "returned advantages that are not finite, such as nan for leaf 1 of 2",
+        ),
+        ((torch.full((2, 5), math.inf), None), "returned advantages that are not finite, such as inf for leaf 0"),
+        ((torch.zeros(2), torch.full((2, 5), math.nan)), "returned weights that are not finite, such as nan"),
+        ((torch.zeros(2), torch.ones(2)), r"returned weights of shape \(2,\); expected"),
+    ],
+)
+def test_a_credit_that_would_destroy_the_model_is_an_error(returned, message):
+    class Odd(Credit):
+        name = "odd"
+
+        def __call__(self, trees, rewards, advantages):
+            return returned
+
+    with pytest.raises(ConfigError, match=f"The credit 'odd' {message}"):
+        attribute(Odd(), [tree()], torch.zeros(2), torch.zeros(2), width=8)
+
+
+def test_what_a_credit_returns_on_padding_and_for_leaves_without_advantage_does_not_count():
+    class Partial(Credit):
+        def __call__(self, trees, rewards, advantages):
+            made = advantages.unsqueeze(1).repeat(1, 5).requires_grad_()
+            return made.masked_fill(token_nodes(trees) < 0, math.nan), None
+
+    made, _ = attribute(Partial(), [tree()], torch.zeros(2), torch.tensor([math.nan, 1.0]), width=8)
+    assert made.shape == (2, 8) and not made.requires_grad
+    assert made[1, :5][token_nodes([tree()])[1] >= 0].eq(1.0).all()
+
+
 def test_naming_the_credits_imports_no_torch():
     code = (
         "import sys; from arpo_trl.rollout.credit import attributions; print(attributions(), 'torch' in sys.modules)"

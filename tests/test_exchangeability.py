@@ -155,6 +155,13 @@ def test_without_rewards_only_the_places_of_forks_are_counted():
     }
 
 
+def test_the_incumbent_is_the_path_that_came_first_also_if_its_own_leaf_has_no_reward():
+    # The incumbent's leaves are (0,), without a reward, and (0, 2, 0) with .5; the fresh ones have 1 and 0.
+    values = exchange((forked(), [math.nan, 1.0, 0.0, 0.5, 1.0]))
+    assert values["selected_minus_fresh"] == pytest.approx(0.5 - 0.5)
+    assert values["fresh_minus_fresh"] == pytest.approx(1.0 - 0.0)
+
+
 def test_leaves_without_a_reward_are_left_out():
     # Without (0,) and (0, 1, 1): below the first result the incumbent's only leaf is (0, 2, 0), but one of the fresh
     # ones has none, and below the second the incumbent has none, so nothing is compared.

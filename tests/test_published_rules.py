@@ -191,6 +191,17 @@ def test_a_logprob_that_the_engine_could_not_compute_does_not_count():
         ({"rule": "cbpo", "branch_rule_kwargs": {"base": 0, "slope": 0}}, "'cbpo' never branches"),
         # (1 + 1)¹ = 2 leaves from the first path
         ({"max_tool_calling_iterations": 1, "initial_rollouts": 1}, "the N = 1 first paths become at most 2 of M = 8"),
+        # one decision about the results of the first path: 1 · (1 + 6) = 7
+        (
+            {"rule": "ranked", "max_tool_calling_iterations": 6, "initial_rollouts": 1},
+            "the N = 1 first paths become at most 7 of M = 8",
+        ),
+        ({"rule": "aepo", "initial_rollouts": 7}, "starts at least one path after the N = 7 first paths have ended"),
+        # below one branch P is at most 1 / 2², so a path branches once
+        (
+            {"rule": "cbpo", "initial_rollouts": 1, "branch_rule_kwargs": {"power": 2, "least": 0.5}},
+            "the N = 1 first paths become at most 2 of M = 8",
+        ),
         # (1 + 2)² = 9, but 2 with one branch along a path
         (
             {"rule": "cbpo", "initial_rollouts": 1, "branch_rule_kwargs": {"per_path": 1}},
@@ -211,7 +222,8 @@ def test_a_rule_that_cannot_spend_its_budget_is_refused(values, message):
     [
         {"rule": "aepo", "branch_threshold": 1, "branch_rule_kwargs": {"form": "coded"}},  # u + γ·ΔH
         {"rule": "aepo", "max_tool_calling_iterations": 1},  # it starts further paths itself
-        {"rule": "ranked", "initial_rollouts": 1, "max_tool_calling_iterations": 1},  # so does the sampler
+        {"rule": "ranked", "initial_rollouts": 1, "max_tool_calling_iterations": 7},  # 1 · (1 + 7) = 8
+        {"rule": "uniform", "initial_rollouts": 1, "max_tool_calling_iterations": 1},  # the root is a place
         {"initial_rollouts": 1, "max_tool_calling_iterations": 3},  # 2³ = 8
         {"initial_rollouts": 2, "max_tool_calling_iterations": 1, "branches_per_fork": 3},  # 2 · (1 + 3) = 8
         {"initial_rollouts": 1, "max_tool_calling_iterations": 10**6},

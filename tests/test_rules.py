@@ -1,3 +1,5 @@
+import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -6,7 +8,9 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
+import torch
 
 from arpo_trl.common.alarm import Alarm
 from arpo_trl.config import ARPOConfig
@@ -23,6 +27,7 @@ from arpo_trl.rollout.rules import (
     LivePath,
     Moment,
     Planned,
+    Rounds,
     build_rule,
     grant,
     register_rule,
@@ -32,7 +37,7 @@ from arpo_trl.rollout.rules.random import Random
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.tree import NodeKind, RolloutTree
+from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree
 from arpo_trl.runs.checkpoints import deciding_settings
 from support import ANSWER, ON_CPU, Scripted
 
@@ -393,6 +398,82 @@ def test_a_rule_may_decide_how_many_paths_start_at_the_root():
     assert rollout.topups == [0]
 
 
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "'odd' decided None; expected a BranchDecision"),
+        (BranchDecision(fires="no"), r"'odd' decided BranchDecision\(.*fires='no'.*expected a BranchDecision"),
+        (BranchDecision(fires=True, reason=3), "'odd' decided .*a text as `reason`"),
+        (BranchDecision(fires=True, delta="high"), "'odd' decided .*numbers or None"),
+    ],
+)
+def test_a_decision_of_another_kind_is_an_error_with_the_rules_name(returned, message):
+    class Odd(BranchRule):
+        name = "odd"
+
+        def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+            return returned
+
+        def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
+            return [self.judge(candidate, context) for candidate in candidates]
+
+    with pytest.raises(ConfigError, match=message):
+        Scripted(two_searches, leaves=2, at_root=1, rule=Odd())()
+
+
+def test_numbers_of_numpy_and_torch_become_pythons():
+    class Foreign(BranchRule):
+        def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
+            return BranchDecision(
+                fires=np.float64(1.0) > 0, delta=np.float32(0.5), probability=torch.tensor(0.25), entropy_nats=math.nan
+            )
+
+        def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
+            return np.int64(1)
+
+    tree = Scripted(two_searches, leaves=2, at_root=1, rule=Foreign())().trees[0]
+    (decision,) = [node.decision for node in tree.observations() if node.decision and node.decision.granted]
+    assert json.loads(json.dumps(dataclasses.asdict(decision))) == {
+        **{"fires": True, "granted": 1, "delta": 0.5, "probability": 0.25, "entropy_nats": None, "reason": ""}
+    }
+
+
+def test_a_number_of_paths_that_is_not_whole_is_an_error():
+    class Half(Disputed):
+        moment = Moment.PROBE
+        name = "half"
+
+        def roots(self, planned: int, context: BranchContext) -> int:
+            return 1.5
+
+    with pytest.raises(ConfigError, match=r"'half' returned 1\.5 from `roots`; expected a whole number"):
+        Scripted(two_searches, leaves=2, at_root=1, rule=Half())()
+
+
+@pytest.mark.parametrize("picked", [[], None, [99], [-1], ["1"], [1.5], [0, 0, 0]])
+def test_a_pick_outside_the_places_is_an_error(picked):
+    class Astray(Rounds):
+        name = "astray"
+
+        def pick(self, places: Sequence[Node], count: int, context: BranchContext) -> Sequence[int]:
+            return picked
+
+    with pytest.raises(ConfigError, match=r"'astray' picked .*; expected 1 to 2 indices from 0 to 2"):
+        Scripted(two_searches, leaves=3, at_root=1, rule=Astray())()
+
+
+@pytest.mark.parametrize("planned", [[], [0, 0], [2, 0, 3], [2, -3], [1.5], None])
+def test_a_plan_without_children_is_an_error(planned):
+    class Lost(Planned):
+        name = "lost"
+
+        def plan(self, leaves: int, planned_: int, context: BranchContext) -> Sequence[int]:
+            return planned
+
+    with pytest.raises(ConfigError, match=r"'lost' planned .*; expected the number of roots, .* Correct its `plan`"):
+        Scripted(two_searches, leaves=3, at_root=1, rule=Lost())()
+
+
 def test_a_rule_brings_its_own_alarms():
     class Measured(Disputed):
         alarms = (Alarm(metric="disputed/share", limit=0.5, advice="{share} of the groups are disputed.", count=2),)
@@ -401,6 +482,11 @@ def test_a_rule_brings_its_own_alarms():
     tally.add("disputed/share", 2.0, 3)
     assert Alarms(Measured()).check(tally) == ["arpo/disputed/share: 67% of the groups are disputed."]
     assert Alarms(Disputed()).check(tally) == []
+
+    class Braces(Disputed):
+        alarms = (Alarm(metric="disputed/share", limit=0.5, advice="Set {x: 1}.", count=2),)
+
+    assert Alarms(Braces()).check(tally) == ["arpo/disputed/share: Set {x: 1}."]
 
 
 def test_draws_of_a_place_are_its_own_and_repeat():

@@ -6,7 +6,7 @@ import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
-from arpo_trl.rollout.engines.base import SamplingParams, TurnFailed, TurnRequest
+from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules import RULES
@@ -679,6 +679,34 @@ def test_a_protocol_that_breaks_over_one_turn_fails_that_request_while_its_sibli
     outcomes = {outcome.id: outcome for outcome in streamed(made, prompts(made, 3), 3)}
     assert outcomes[1].error == "ValueError: cannot read that"
     assert all(outcomes[i].tree is not None for i in (0, 2))
+
+
+def test_an_event_without_a_request_is_an_error():
+    made = Scripted(lambda r, c: ANSWER)
+    made.engine.poll = lambda timeout_s: [TurnFailed(id=99, reason="it choked")]
+    with pytest.raises(EngineError, match="returned an event of request 99, which was never submitted"):
+        made(1)
+
+
+def test_a_turn_of_an_earlier_session_is_not_taken_for_one_of_this():
+    held: list[Turn] = []
+
+    class Late(ScriptedEngine):
+        def poll(self, timeout_s=0.0):
+            return [*held, *super().poll(timeout_s)]
+
+    made = Scripted(lambda r, c: ANSWER)
+    made.sampler.engine = Late(made.tokenizer, SamplingParams(eos_ids=(made.eos,)), lambda r, c: ANSWER)
+    first = made(1).trees[0].leaves()
+    held.append(Turn(id=0, ids=[5], logprobs=[-0.5], entropies=[], stop=TurnStop.EOS))
+    assert [leaf.ids for leaf in made(1).trees[0].leaves()] == [leaf.ids for leaf in first]
+
+
+def test_a_turn_without_ids_is_an_error():
+    made = Scripted(lambda r, c: ANSWER)
+    made.engine.poll = lambda timeout_s: [Turn(id=0, ids=[], logprobs=[], entropies=[], stop=TurnStop.EOS)]
+    with pytest.raises(EngineError, match="ScriptedEngine returned a turn without ids"):
+        made(1)
 
 
 def test_a_failed_turn_ends_a_batch():

@@ -195,6 +195,7 @@ def test_widths_are_refused_where_another_setting_contradicts_them():
     assert settings(**widths).initial_rollouts == 2  # from widths, not M // 2
     with pytest.raises(ConfigError, match=r"widths starts with 2 but initial_rollouts \(N\) is 4. Remove"):
         settings(initial_rollouts=4, **widths)
+    settings(max_tool_calling_iterations=1, num_generations=4, branch_rule_kwargs={"widths": [2, 2, 1]})
     with pytest.raises(ConfigError, match=r"children at 2 results, but max_tool_calling_iterations allows 1"):
         settings(max_tool_calling_iterations=1, **widths)
     with pytest.raises(ConfigError, match=r"branches_per_fork is 2, but the branch rule 'schedule' sets"):

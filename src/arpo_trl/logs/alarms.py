@@ -78,6 +78,6 @@ class Alarms:
             self._counted[alarm] = [0.0, 0.0]
             if share <= alarm.limit if alarm.below else share >= alarm.limit:
                 if self._raised[alarm] == 0 or (alarm.again and self._raised[alarm] % REPEAT_EVERY == 0):
-                    messages.append(f"arpo/{alarm.metric}: {alarm.advice.format(share=f'{share:.0%}')}")
+                    messages.append(f"arpo/{alarm.metric}: {alarm.advice.replace('{share}', f'{share:.0%}')}")
                 self._raised[alarm] += 1
         return messages

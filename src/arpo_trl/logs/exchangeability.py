@@ -30,9 +30,15 @@ def tally_exchangeability(tree: RolloutTree, rewards: Sequence[float], tally: Ta
     Pairs at a fork are averaged per fork, the others per tree.
     """
     below = _rewards_below(tree, rewards)
+    least: dict[int, Address] = {}
+    for leaf in tree.leaves():  # in address order
+        for node in leaf.nodes:
+            least.setdefault(node.index, leaf.address)
     for node in tree.observations():
         if len(node.children) > 1:
-            _tally_fork(tree, node, [below[child] for child in node.children], tally)
+            # A branch's address extends the incumbent's, and branches are numbered: the incumbent comes first.
+            children = sorted(node.children, key=lambda child: least.get(child, ()))
+            _tally_fork(tree, node, [below[child] for child in children], tally)
     _tally_correlation([list(below[turn].values()) for turn in tree.root.children], tally)
     _tally_random_nodes(tree, below, tally)
 
@@ -68,9 +74,8 @@ def _tally_fork(tree: RolloutTree, fork: Node, children: Sequence[Mapping[Addres
     if pairs:
         tally.add("exchange/variance_below_forks", total / pairs)
     if not all(children):
-        return  # a child without rewards: the order of the others is unknown
-    # A branch's address extends the incumbent's, and branches are numbered, so addresses sort in this order.
-    incumbent, *fresh = [fmean(child.values()) for child in sorted(children, key=min)]
+        return  # a child without rewards
+    incumbent, *fresh = [fmean(child.values()) for child in children]
     tally.add("exchange/selected_minus_fresh", incumbent - fmean(fresh))
     if len(fresh) > 1:
         tally.add("exchange/fresh_minus_fresh", fresh[0] - fmean(fresh[1:]))

@@ -38,8 +38,8 @@ class Tally:
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         entry = self.sums[name]
-        entry[0] += value
-        entry[1] += count
+        entry[0] += float(value)  # NumPy's numbers could not be read back from a checkpoint
+        entry[1] += float(count)
 
     def plain(self) -> dict[str, dict[str, Any]]:
         """The tally as plain data, to send to other ranks."""

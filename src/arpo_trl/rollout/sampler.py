@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule, ShareCalls
@@ -277,6 +279,8 @@ class TreeSampler:
         self.score = score
         self._check(settings)
         self.tool_wait_s = 0.0
+        self.requests = 0
+        """Requests so far. Their numbers are their ids, so that an event of an earlier session has no request."""
         """Seconds spent waiting for tools since the sampler was created."""
         self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception from it, for example on an interrupt, stops the rollout."""
@@ -353,7 +357,6 @@ class _Run:
         """Paths whose states may not open yet, in order of arrival."""
         self.open_states: dict[PathStates, None] = {}
         """The states that are not yet closed, as an ordered set."""
-        self.requests = 0
         self.shares_calls = settings.share_calls is ShareCalls.HISTORY
         self.isolates = False
         """Whether an error in a group ends only that group."""
@@ -537,7 +540,12 @@ class _Run:
             others = self.calling or self.opening or self._will_admit
             for event in self.engine.poll(BUSY_POLL_S if others else IDLE_POLL_S):
                 if (path := self.writing.get(event.id)) is None:
-                    continue  # its group failed earlier
+                    if event.id not in range(self.sampler.requests):
+                        raise EngineError(
+                            f"{type(self.engine).__name__} returned an event of request {event.id!r}, which was never "
+                            "submitted."
+                        )
+                    continue  # its group failed earlier, or its session has ended
                 touched[path.group.id] = path.group
                 self._run_isolated(path.group, partial(self._take_event, path, event))
         for ticket, result in self._tool_results():
@@ -586,6 +594,8 @@ class _Run:
         return self._as_candidate(path, entropies) if path.decides else self._record_live(path)
 
     def _turn_finished(self, path: _Path, turn: Turn) -> None:
+        if not turn.ids:
+            raise EngineError(f"{type(self.engine).__name__} returned a turn without ids; expected at least one.")
         if path.written is not None:
             turn, path = path.written.followed_by(turn), replace(path, written=None)
         text = self.protocol.decode_turn(turn.ids)
@@ -757,7 +767,7 @@ class _Run:
         leaves, planned, rule = self.settings.num_generations, self.settings.initial_rollouts, self.settings.rule
         if planned == leaves:
             return leaves
-        roots = rule.roots(planned, context)
+        roots = _whole(rule.roots(planned, context), rule, "roots")
         if not 1 <= roots <= leaves:
             raise ConfigError(
                 f"The branch rule {rule.name!r} starts {roots} paths at the root; expected 1 to {leaves}. Correct its "
@@ -783,7 +793,7 @@ class _Run:
         ids = path.ids if written is None else path.ids + written.ids
         count = len(ids) - len(path.ids)
         request = TurnRequest(
-            id=self.requests,
+            id=self.sampler.requests,
             ids=ids,
             max_tokens=self._room(path.group, len(ids)),
             probe_tokens=max(0, self.settings.entropy_probe_tokens - count),
@@ -791,7 +801,7 @@ class _Run:
             key=key,
             after=path.last_request if written is None else written.id,
         )
-        self.requests += 1
+        self.sampler.requests += 1
         self.writing[request.id] = self._record_live(path)
         self.engine.submit(request)
 
@@ -854,8 +864,8 @@ class _Run:
             path = replace(path, decides=False, waited=waited)
             for j in range(before, after):
                 self._write_branch(path, (*path.address, path.depth, j))
-        supply = rule.supply(group.live.values(), context) if context.remaining else 0
-        topups = max(0, context.remaining - supply)
+        supply = _whole(rule.supply(group.live.values(), context), rule, "supply") if context.remaining else 0
+        topups = min(max(0, context.remaining - supply), context.remaining)
         if not group.live and not topups:  # no further decision will follow
             topups = context.remaining
         context.remaining -= topups
@@ -870,7 +880,8 @@ class _Run:
     def _decisions(self, candidates: Sequence[Candidate], context: BranchContext) -> Sequence[BranchDecision]:
         """Return the rule's decisions and subtract the granted leaves from the budget."""
         rule = self.settings.rule
-        decisions = rule.decide(candidates, context) if candidates or rule.moment.waits else []
+        decided = rule.decide(candidates, context) if candidates or rule.moment.waits else []
+        decisions = [_plain(decision, rule) for decision in decided]
         granted = [decision.granted for decision in decisions]
         if len(granted) != len(candidates) or min(granted, default=0) < 0 or sum(granted) > context.remaining:
             raise ConfigError(
@@ -884,6 +895,48 @@ class _Run:
         """A seed specific to this rollout, to `what` and to the place `key` in the tree."""
         digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
+
+
+def _plain(decision: BranchDecision, rule: BranchRule) -> BranchDecision:
+    """The decision with Python's own numbers, which can be logged and saved. Numbers that are not finite become None.
+
+    Raises:
+        ConfigError: It is no decision, or a field has a value of another type.
+    """
+
+    def number(value: Any) -> float | None:
+        return None if value is None or not math.isfinite(value) else float(value)
+
+    try:
+        if decision.fires not in (True, False) or not isinstance(decision.reason, str):
+            raise TypeError
+        return replace(
+            decision,
+            entropy_nats=number(decision.entropy_nats),
+            delta=number(decision.delta),
+            probability=number(decision.probability),
+            fires=bool(decision.fires),
+            granted=operator.index(decision.granted),
+        )
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"The branch rule {rule.name!r} decided {decision!r}; expected a BranchDecision with `fires` True or "
+            "False, a whole number `granted`, numbers or None, and a text as `reason`."
+        ) from error
+
+
+def _whole(count: Any, rule: BranchRule, method: str) -> int:
+    """The number of paths that a rule's method returned.
+
+    Raises:
+        ConfigError: It is no whole number.
+    """
+    try:
+        return operator.index(count)
+    except TypeError:
+        raise ConfigError(
+            f"The branch rule {rule.name!r} returned {count!r} from `{method}`; expected a whole number."
+        ) from None
 
 
 def _do_nothing() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 import shutil
 from collections import defaultdict
@@ -333,13 +334,15 @@ class Resumable(GRPOTrainer):
 
     def _could_not_save(self, step: int, error: Exception) -> CheckpointError:
         shutil.rmtree(self._checkpoints.unfinished, ignore_errors=True)
-        free = shutil.disk_usage(self.args.output_dir).free
         last, _ = self._checkpoints.last()
         kept = f"{last.folder} is complete" if last else "There is no earlier checkpoint"
+        cause, remedy = "", "Correct the cause"
+        if isinstance(error, OSError):
+            cause = f"; {shutil.disk_usage(self.args.output_dir).free / 1e6:,.0f} MB are free there"
+            remedy = "Free some space"
         return CheckpointError(
-            f"checkpoint-{step} could not be written to {self.args.output_dir} ({type(error).__name__}: {error}); "
-            f"{free / 1e6:,.0f} MB are free there. {kept}. Free some space, then resume with "
-            "--resume_from_checkpoint true."
+            f"checkpoint-{step} could not be written to {self.args.output_dir} ({type(error).__name__}: {error})"
+            f"{cause}. {kept}. {remedy}, then resume with --resume_from_checkpoint true."
         )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -395,6 +398,25 @@ def _on_a_numbered_cpu(storage: Any, location: str) -> Any:
 # On a CPU, the device of a rank is "cpu:0". transformers loads the optimizer to it, but torch does not support that
 # name.
 torch.serialization.register_package(100, lambda storage: None, _on_a_numbered_cpu)
+
+
+def readable(state: Any, what: str) -> Any:
+    """Returns `state` if it can be read back from a checkpoint.
+
+    Raises:
+        ConfigError: It contains other objects than plain data and tensors. `what` names it.
+    """
+    file = io.BytesIO()
+    try:
+        torch.save(state, file)
+        file.seek(0)
+        torch.load(file, weights_only=True)
+    except Exception as error:  # pickle and torch raise many types
+        raise ConfigError(
+            f"{what} cannot be read back from a checkpoint ({type(error).__name__}). Expected numbers of Python, "
+            "texts, lists, dicts and tensors."
+        ) from error
+    return state
 
 
 class _StepBegins(TrainerCallback):

@@ -198,7 +198,14 @@ class PathStates:
         branch = PathStates(self.group, self._create, self._no_state, self._close_failed)
         try:
             for create, state in self._states.items():
-                branch._states[create] = _checked(state.fork(), f"fork() of {type(state).__name__}")
+                made_by = f"fork() of {type(state).__name__}"
+                branch._states[create] = _checked(state.fork(), made_by)
+                if branch._states[create] is state and state.key is None:
+                    del branch._states[create]  # the path closes it
+                    raise ToolSpecError(
+                        f"{made_by} returned the state itself, which path and branch would share although their calls "
+                        "change it. Return a copy."
+                    )
         except BaseException:
             branch.close()
             raise

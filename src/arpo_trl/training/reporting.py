@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 
 from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import ConfigError
 from arpo_trl.logs.alarms import Alarms
 from arpo_trl.logs.metrics import Tally, tally_step
 from arpo_trl.logs.traces import send_traces
@@ -68,7 +69,16 @@ class Reporting(GRPOTrainer):
         if rule.learns:
             rule.learn(gather_object([rule.lesson(trees, rewards)]))
         for name, value in rule.metrics().items():
-            tally.add(name, value)
+            if name in tally.sums or name in tally.totals:
+                raise ConfigError(
+                    f"The branch rule {rule.name!r} has a metric {name!r}, which is one of the package's."
+                )
+            try:
+                tally.add(name, value)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"The metric {name!r} of the branch rule {rule.name!r} is {value!r}; expected a number."
+                ) from error
 
     def _log_rollout(self, advantages: torch.Tensor, answers: Sequence[Any]) -> None:
         """Logs metrics over all ranks, this rank's trees and, in training, alarms. `answers` are the rows' reference

@@ -25,6 +25,7 @@ from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
 from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.runs.resumable import readable
 from arpo_trl.training.advantages import Advantages
 from arpo_trl.training.answers import check_answers
 from arpo_trl.training.baselines import make_baseline
@@ -385,11 +386,12 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         return list(self.toolbox.names)
 
     def state_dict(self) -> dict[str, Any]:
+        rule = self.tree_sampler.settings.rule
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
             "baseline": None if self._baseline is None else self._baseline.state,
             "alarms": self.alarms.state_dict(),
-            "branch_rule": self.tree_sampler.settings.rule.state_dict(),
+            "branch_rule": readable(rule.state_dict(), f"The state_dict of the branch rule {rule.name!r}"),
             "evaluation": self.evaluation,
             "tool_cache": self.toolbox.state_dict(),
         }

@@ -63,7 +63,7 @@ class Credit(ABC):
         """Return advantages (B, T) and weights (B, T) for the tokens of B leaves; T is the length of the longest leaf.
 
         A token's loss is multiplied by its weight; None means 1 for all tokens. Values on padding are ignored. If each
-        token has its leaf's advantage, return `advantages` itself: the batch then keeps TRL's layout.
+        token has its leaf's advantage, return advantages (B,): the batch then keeps TRL's layout.
 
         Args:
             trees: Trees with B leaves in total. The rows are the `tree.leaves()` of all trees, tree by tree.
@@ -75,28 +75,55 @@ class Credit(ABC):
 def attribute(
     credit: Credit, trees: Sequence[RolloutTree], rewards: torch.Tensor, advantages: torch.Tensor, width: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Call `credit` and pad its (B, T) results with zeros to (B, `width`).
+    """Call `credit` and pad its (B, T) results with zeros to (B, `width`). Advantages (B,) stay as they are.
 
     Raises:
-        ConfigError: A result does not have the shape (B, T).
+        ConfigError: A result does not have the documented type or shape, or is not finite on a token.
     """
-    made, weights = credit(trees, rewards, advantages)
+    returned = credit(trees, rewards, advantages)
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise ConfigError(
+            f"The credit {credit.name!r} returned {type(returned).__name__}; expected a tuple of advantages, and "
+            "weights or None."
+        )
+    made, weights = returned
     if made is not advantages:
-        made = _padded(made, trees, width, f"The credit {credit.name!r} returned advantages")
+        made = _padded(made, trees, advantages, width, f"The credit {credit.name!r} returned advantages", flat=True)
     if weights is not None:
-        weights = _padded(weights, trees, width, f"The credit {credit.name!r} returned weights")
+        weights = _padded(weights, trees, advantages, width, f"The credit {credit.name!r} returned weights")
     return made, weights
 
 
-def _padded(values: torch.Tensor, trees: Sequence[RolloutTree], width: int, subject: str) -> torch.Tensor:
+def _padded(
+    values: torch.Tensor,
+    trees: Sequence[RolloutTree],
+    advantages: torch.Tensor,
+    width: int,
+    subject: str,
+    *,
+    flat: bool = False,
+) -> torch.Tensor:
+    """`flat`: whether the shape (B,) is accepted, too."""
     lengths = [len(leaf.ids) for tree in trees for leaf in tree.leaves()]
     expected = len(lengths), max(lengths)
-    if values.shape != expected:
+    if not isinstance(values, torch.Tensor):
+        raise ConfigError(f"{subject} of type {type(values).__name__}; expected a tensor of shape {expected}.")
+    if values.shape != expected and not (flat and values.shape == expected[:1]):
         raise ConfigError(
             f"{subject} of shape {tuple(values.shape)}; expected (leaves, tokens of the longest leaf) = {expected}. "
             "Return tensors of the shape of `token_nodes(trees)`."
         )
-    return torch.nn.functional.pad(values, (0, width - values.size(1)))
+    values = values.detach()
+    each = values if values.dim() == 2 else values.unsqueeze(1)
+    is_token = torch.arange(each.size(1), device=each.device) < torch.tensor(lengths, device=each.device).unsqueeze(1)
+    wrong = ~each.isfinite() & is_token & advantages.isfinite().to(each.device).unsqueeze(1)
+    if wrong.any():
+        row = int(wrong.any(dim=1).nonzero()[0])
+        raise ConfigError(
+            f"{subject} that are not finite, such as {float(each[row][wrong[row]][0])} for leaf {row} of "
+            f"{len(lengths)}. An update with them would destroy the model."
+        )
+    return values if values.dim() == 1 else torch.nn.functional.pad(values, (0, width - values.size(1)))
 
 
 def shares_nodes(trees: Sequence[RolloutTree]) -> bool:

@@ -22,6 +22,7 @@ from typing import ClassVar
 
 from arpo_trl.common.alarm import Alarm
 from arpo_trl.common.settings import described
+from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.rules import register_rule
 from arpo_trl.rollout.rules.base import (
     BranchContext,
@@ -86,6 +87,14 @@ class AEPO(BranchRule):
         return unreachable(
             largest, self.branch_threshold, "Lower branch_threshold, or raise branch_probability or entropy_weight"
         )
+
+    def check(self, leaves: int, first_paths: int, results: int | None) -> None:
+        super().check(leaves, first_paths, results)
+        if leaves - first_paths == 1:
+            raise ConfigError(
+                f"The branch rule 'aepo' starts at least one path after the N = {first_paths} first paths have ended, "
+                f"so no leaf of M = {leaves} is left for branches. Lower initial_rollouts, or raise num_generations."
+            )
 
     def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
         return leaves  # `split` starts further paths

@@ -178,8 +178,10 @@ class BranchRule(ABC):
             first_paths: N.
             results: The maximum number of tool results of a path.
         """
-        if self.moment.waits or results >= leaves:  # enough, as (1 + Z)^r ≥ r; avoids huge powers
+        if results >= leaves:  # enough in both cases; avoids huge powers
             return leaves
+        if self.moment.waits:  # one decision about all observations of the first paths
+            return min(leaves, first_paths * (1 + self.most_branches * results))
         return min(leaves, first_paths * (1 + self.most_branches) ** results)
 
     def why_never(self) -> str | None:
@@ -338,6 +340,9 @@ class Rounds(BranchRule):
                 f"{leaves} − {first_paths}). Lower rounds in branch_rule_kwargs, or initial_rollouts."
             )
 
+    def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
+        return leaves  # paths that start at the root are branches, too
+
     @abstractmethod
     def pick(self, places: Sequence[Node], count: int, context: BranchContext) -> Sequence[int]:
         """Return the starts of up to `count` paths, at least one: an index into `places` for each.
@@ -360,7 +365,15 @@ class Rounds(BranchRule):
         nodes = context.tree.nodes
         places = [context.tree.root, *(nodes[candidate.node] for candidate in candidates)]
         rounds_left = max(1, self.rounds - context.state.number)
-        picked = Counter(self.pick(places, math.ceil(context.remaining / rounds_left), context))
+        count = math.ceil(context.remaining / rounds_left)
+        chosen = self.pick(places, count, context)
+        valid = isinstance(chosen, Sequence) and 1 <= len(chosen) <= count and {*chosen} <= {*range(len(places))}
+        if not valid:
+            raise ConfigError(
+                f"The branch rule {self.name!r} picked {chosen!r}; expected 1 to {count} indices from 0 to "
+                f"{len(places) - 1}. Correct its `pick`."
+            )
+        picked = Counter(map(int, chosen))
         context.state.at_root = picked[0]
         context.state.number += 1
         decisions = []
@@ -394,7 +407,8 @@ class Planned(BranchRule):
 
     Each path has a share of the M leaves, which it splits evenly among its children. If a path ends before it has
     split its share, or has too few results left, new paths start at the root immediately to replace the missing
-    leaves. They do not branch. So a tree has exactly M leaves. A subclass defines `plan`:
+    leaves. They do not branch. So a tree has exactly M leaves. A subclass defines `plan`. If the plan needs several
+    results of a path, `check` should compare it with the limit of calls.
 
         @register_rule("late")
         @dataclass(frozen=True, kw_only=True)
@@ -423,6 +437,11 @@ class Planned(BranchRule):
     def roots(self, planned: int, context: BranchContext) -> int:
         leaves = planned + context.remaining
         children = self.plan(leaves, planned, context)
+        if not children or not all(isinstance(count, int) and count >= 1 for count in children):
+            raise ConfigError(
+                f"The branch rule {self.name!r} planned {children!r}; expected the number of roots, then of children "
+                "at each depth, all whole numbers of at least 1. Correct its `plan`."
+            )
         parts = split_evenly(leaves, min(children[0], leaves))
         context.state = Plan(children=children, shares={(i,): part for i, part in enumerate(parts)})
         return len(parts)

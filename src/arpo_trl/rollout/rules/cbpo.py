@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar
 
 from arpo_trl.common.settings import described
 from arpo_trl.rollout.rules import register_rule
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, split_evenly, unreachable
+from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, clipped, unreachable
 from arpo_trl.rollout.tree import BranchDecision
 
 
@@ -58,8 +59,15 @@ class CBPO(BranchRule):
         )
 
     def most_leaves(self, leaves: int, first_paths: int, results: int) -> int:
-        branches = split_evenly(min(self.per_path, self.per_node * results), results)
-        return min(leaves, first_paths * math.prod(1 + count for count in branches))
+        highest = math.copysign(1.0, self.slope)  # ΔH
+
+        @cache
+        def grown(above: int, left: int) -> int:
+            """The most leaves of a path with `above` branches and `left` results to come."""
+            most = self._wanted(highest, above) if left else 0
+            return max([(1 + count) * grown(above + count, left - 1) for count in range(1, most + 1)], default=1)
+
+        return min(leaves, first_paths * grown(0, min(results, self.per_path)))
 
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         entropy, delta = context.measured(candidate)
@@ -70,7 +78,10 @@ class CBPO(BranchRule):
         return BranchDecision(entropy_nats=entropy, delta=delta, probability=probability, fires=fires, reason=reason)
 
     def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
-        delta, above = decision.delta or 0.0, branches_above(candidate, context)
+        return self._wanted(decision.delta or 0.0, branches_above(candidate, context))
+
+    def _wanted(self, delta: float, above: int) -> int:
+        """The number of branches at an observation below `above` branches."""
         most = range(min(self.per_node, self.per_path - above))
         return sum(self.probability(delta, above + j, j) > self.least for j in most)  # P decreases with j
 

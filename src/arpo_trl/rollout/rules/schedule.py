@@ -100,9 +100,10 @@ class Schedule(Planned):
                 f"widths starts with {self.widths[0]} but initial_rollouts (N) is {first_paths}. Remove "
                 "initial_rollouts."
             )
-        if results is not None and len(self.widths) - 1 > results:
+        needed = max((depth for depth, width in enumerate(self.widths) if width > 1), default=0)
+        if results is not None and needed > results:
             raise ConfigError(
-                f"widths has children at {len(self.widths) - 1} results, but max_tool_calling_iterations allows "
+                f"widths has children at {needed} results, but max_tool_calling_iterations allows "
                 f"{results} per path. Shorten widths or raise max_tool_calling_iterations."
             )
 

@@ -203,13 +203,18 @@ class WebSearch:
                 )
             raise ToolUnavailable("Error: the search budget is used up. Continue with what you know.")
         key = _key(self._provider)
-        request = self._provider.request(query, results, key)
+        try:
+            request = self._provider.request(query, results, key)
+        except Exception as error:  # a provider's own code; its message could contain the key
+            raise RequestFailed(f"could not be asked: `request` raised {type(error).__name__}", status=200) from None
         answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), sent=query)
         try:
             hits = self._provider.read(answer)
+            if not all(isinstance(part, str) for hit in hits for part in (hit.title, hit.url, hit.text)):
+                raise TypeError
         except Unanswered as error:
             raise RequestFailed(str(error)) from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
+        except Exception:  # a provider's own code can raise anything
             about_account = mentions_account(str(answer)[:_ERROR_CHARS], query)
             raise RequestFailed("answered in an unexpected format", status=200, about_account=about_account) from None
         if not hits and says_error(answer):
