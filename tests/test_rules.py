@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -39,6 +40,8 @@ from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import Node, NodeKind, RolloutTree
 from arpo_trl.runs.checkpoints import deciding_settings
+from arpo_trl.runs.resumable import readable
+from arpo_trl.training.reporting import Reporting
 from support import ANSWER, ON_CPU, Scripted
 
 
@@ -436,6 +439,37 @@ def test_numbers_of_numpy_and_torch_become_pythons():
     assert json.loads(json.dumps(dataclasses.asdict(decision))) == {
         **{"fires": True, "granted": 1, "delta": 0.5, "probability": 0.25, "entropy_nats": None, "reason": ""}
     }
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({"mine": "high"}, "The metric 'mine' of the branch rule 'measuring' is 'high'; expected a number"),
+        ({"tree/leaves": 1.0}, "'measuring' has a metric 'tree/leaves', which is one of the package's"),
+    ],
+)
+def test_a_metric_that_cannot_be_logged_is_an_error_with_the_rules_name(metrics, message):
+    class Measuring(Disputed):
+        name = "measuring"
+
+        def metrics(self):
+            return metrics
+
+    tally = Tally()
+    tally.totals["tree/leaves"] += 4
+    trainer = SimpleNamespace(tree_sampler=SimpleNamespace(settings=SimpleNamespace(rule=Measuring())))
+    with pytest.raises(ConfigError, match=message):
+        Reporting._learn(trainer, [], [], tally)
+
+
+def test_a_state_that_no_checkpoint_could_give_back_is_an_error():
+    state = {"score": [1.0, 2], "name": "text", "weights": torch.ones(2), "none": None}
+    assert readable(state, "It") is state
+    for wrong in (np.float64(1.0), np.ones(2), lambda: None, Disputed()):
+        with pytest.raises(
+            ConfigError, match="It cannot be read back from a checkpoint .* Expected numbers of Python"
+        ):
+            readable({"score": wrong}, "It")
 
 
 def test_a_number_of_paths_that_is_not_whole_is_an_error():

@@ -314,6 +314,32 @@ def test_the_settings_name_a_provider_from_outside_the_package(
     assert asked.headers["x-key"] == KEY
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("step", "broken"),
+    [
+        ("read", lambda *_: 1 / 0),
+        ("read", lambda *_: None),
+        ("read", lambda *_: ["text"]),
+        ("read", lambda *_: [{"title": "Iron"}]),
+        ("read", lambda *_: [Hit(title="Iron", url="", text=None)]),
+        ("request", lambda *_: None),
+        ("request", lambda *_: 1 / 0),
+    ],
+)
+def test_a_faulty_provider_degrades_searches_and_is_not_kept(
+    step: str, broken: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = [{"name": "Iron", "body": "Melts at 1538 °C."}]
+    with Loopback(lambda asked: Reply({"pages": pages})) as server:
+        service = search("wiki", server, tmp_path, monkeypatch, mode=CacheMode.RECORD)
+        with monkeypatch.context() as patch:
+            patch.setattr(Wiki, step, broken)
+            with pytest.raises(ToolUnavailable, match="unavailable"):
+                service.search(QUERY, 5)
+        assert service.search(QUERY, 5) == ["Iron: Melts at 1538 °C."]
+
+
 def test_an_unknown_provider_is_named_with_all_that_are_registered() -> None:
     with pytest.raises(ConfigError, match=r"search_provider is 'google'; expected one of \['local', .*'wiki'\]"):
         build_tools(ToolArguments(tools=["search"], search_provider="google"))

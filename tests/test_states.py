@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from arpo_trl.errors import ToolError
+from arpo_trl.errors import ToolError, ToolSpecError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
@@ -194,6 +194,14 @@ def test_a_failed_creation_of_a_state_fails_the_batch_and_all_states_are_closed(
     world = World(failing)
     with pytest.raises(OSError, match=r"no room|no second"):
         Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(2)
+    assert world.is_closed()
+
+
+def test_a_fork_that_returns_the_state_itself_is_an_error(monkeypatch):
+    world = World()
+    monkeypatch.setattr(Notes, "fork", lambda self: self)
+    with pytest.raises(ToolSpecError, match=r"fork\(\) of Notes returned the state itself, .* Return a copy"):
+        Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(1)
     assert world.is_closed()
 
 

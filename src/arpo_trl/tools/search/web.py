@@ -17,6 +17,8 @@ import sqlite3
 import time
 from collections.abc import Sequence
 
+import httpx
+
 from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
 from arpo_trl.net.circuit_breaker import CircuitBreaker
 from arpo_trl.net.http_client import RequestFailed, fetch_json, mentions_account, retried, without
@@ -205,6 +207,8 @@ class WebSearch:
         key = _key(self._provider)
         try:
             request = self._provider.request(query, results, key)
+            if not isinstance(request, httpx.Request):
+                raise TypeError
         except Exception as error:  # a provider's own code; its message could contain the key
             raise RequestFailed(f"could not be asked: `request` raised {type(error).__name__}", status=200) from None
         answer = fetch_json(request, timeout_s=max(0.1, deadline - time.time()), sent=query)
