@@ -467,7 +467,7 @@ def test_a_state_that_no_checkpoint_could_give_back_is_an_error():
     assert readable(state, "It") is state
     for wrong in (np.float64(1.0), np.ones(2), lambda: None, Disputed()):
         with pytest.raises(
-            ConfigError, match="It cannot be read back from a checkpoint .* Expected numbers of Python"
+            ConfigError, match=r"It cannot be read back from a checkpoint .* Expected numbers of Python"
         ):
             readable({"score": wrong}, "It")
 
