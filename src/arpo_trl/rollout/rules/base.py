@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from numbers import Integral
 from typing import Any, ClassVar
 
 from arpo_trl.common.alarm import Alarm
@@ -367,8 +368,11 @@ class Rounds(BranchRule):
         rounds_left = max(1, self.rounds - context.state.number)
         count = math.ceil(context.remaining / rounds_left)
         chosen = self.pick(places, count, context)
-        valid = isinstance(chosen, Sequence) and 1 <= len(chosen) <= count and {*chosen} <= {*range(len(places))}
-        if not valid:
+        if not (
+            isinstance(chosen, Sequence)
+            and 1 <= len(chosen) <= count
+            and all(isinstance(place, Integral) and 0 <= place < len(places) for place in chosen)
+        ):
             raise ConfigError(
                 f"The branch rule {self.name!r} picked {chosen!r}; expected 1 to {count} indices from 0 to "
                 f"{len(places) - 1}. Correct its `pick`."
@@ -437,7 +441,11 @@ class Planned(BranchRule):
     def roots(self, planned: int, context: BranchContext) -> int:
         leaves = planned + context.remaining
         children = self.plan(leaves, planned, context)
-        if not children or not all(isinstance(count, int) and count >= 1 for count in children):
+        if not (
+            isinstance(children, Sequence)
+            and children
+            and all(isinstance(count, Integral) and count >= 1 for count in children)
+        ):
             raise ConfigError(
                 f"The branch rule {self.name!r} planned {children!r}; expected the number of roots, then of children "
                 "at each depth, all whole numbers of at least 1. Correct its `plan`."
