@@ -368,11 +368,7 @@ class Rounds(BranchRule):
         rounds_left = max(1, self.rounds - context.state.number)
         count = math.ceil(context.remaining / rounds_left)
         chosen = self.pick(places, count, context)
-        if not (
-            isinstance(chosen, Sequence)
-            and 1 <= len(chosen) <= count
-            and all(isinstance(place, Integral) and 0 <= place < len(places) for place in chosen)
-        ):
+        if not _are_whole(chosen, 0, len(places) - 1) or len(chosen) > count:
             raise ConfigError(
                 f"The branch rule {self.name!r} picked {chosen!r}; expected 1 to {count} indices from 0 to "
                 f"{len(places) - 1}. Correct its `pick`."
@@ -441,11 +437,7 @@ class Planned(BranchRule):
     def roots(self, planned: int, context: BranchContext) -> int:
         leaves = planned + context.remaining
         children = self.plan(leaves, planned, context)
-        if not (
-            isinstance(children, Sequence)
-            and children
-            and all(isinstance(count, Integral) and count >= 1 for count in children)
-        ):
+        if not _are_whole(children, 1, math.inf):
             raise ConfigError(
                 f"The branch rule {self.name!r} planned {children!r}; expected the number of roots, then of children "
                 "at each depth, all whole numbers of at least 1. Correct its `plan`."
@@ -502,6 +494,15 @@ def grant(
             remaining -= taken
             granted[i] = replace(granted[i], granted=taken)
     return granted
+
+
+def _are_whole(numbers: Any, least: int, most: float) -> bool:
+    """Whether `numbers` is a sequence of at least one whole number, each within the limits."""
+    return (
+        isinstance(numbers, Sequence)
+        and len(numbers) > 0
+        and all(isinstance(number, Integral) and least <= int(number) <= most for number in numbers)
+    )
 
 
 def unreachable(largest: float, limit: float, advice: str) -> str | None:
