@@ -360,6 +360,9 @@ def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
         ([0.0, 0.0, math.inf, 0.0], "returned inf for completion 2"),
         (["good"] * 4, "returned 'good' for completion 0"),
         (torch.tensor([0.0, 0.0, 0.0, math.nan]), r"returned tensor\(nan\) for completion 3"),
+        ([0.0, 1e300, 0.0, 0.0], "returned 1e\\+300 for completion 1; expected a finite number of at most 3.4e\\+38"),
+        ([10**400] * 4, "returned 1000.* for completion 0; expected a finite number"),
+        ({0.0, 1.0, 2.0, 3.0}, r"returned \{.*\} for 4 completions; expected a list"),
     ],
 )
 def test_an_invalid_reward_is_an_error_that_names_its_function(make, returned, message):
@@ -368,6 +371,23 @@ def test_an_invalid_reward_is_an_error_that_names_its_function(make, returned, m
 
     with pytest.raises(RewardError, match=f"The reward function 'scored' {message}"):
         make(reward_funcs=scored).train()
+
+
+class Untold(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(SystemExit(0), "raised SystemExit: 0 "), (Untold(), r"raised Untold: \(its text cannot be made\) ")],
+)
+def test_a_reward_that_ends_the_program_is_an_error(make, error, message):
+    def leaving(completions, **_):
+        raise error
+
+    with pytest.raises(RewardError, match=f"The reward function 'leaving' {message}"):
+        make(reward_funcs=leaving).train()
 
 
 def test_an_async_reward_is_checked_like_any_other(make):
@@ -380,8 +400,17 @@ def test_an_async_reward_is_checked_like_any_other(make):
 
 @pytest.mark.parametrize(
     "returned",
-    [[0, 1, 0, 1], [None, 1.0, 0.5, None], (0.0, 1.0, 0.0, 1.0), np.array([0.0, 1.0, 0.0, 1.0]), torch.arange(4.0)],
-    ids=["integers", "some None", "a tuple", "an array", "a tensor"],
+    [
+        *(
+            [0, 1, 0, 1],
+            [None, 1.0, 0.5, None],
+            (0.0, 1.0, 0.0, 1.0),
+            np.array([0.0, 1.0, 0.0, 1.0]),
+            torch.arange(4.0),
+        ),
+        *(np.ones((4, 1)), torch.ones(4, 1), [np.array(1.0)] * 4),
+    ],
+    ids=["integers", "some None", "a tuple", "an array", "a tensor", "a column", "a column tensor", "arrays"],
 )
 def test_whatever_is_one_number_each_is_a_reward(make, returned):
     trainer = make(reward_funcs=lambda completions, **_: returned)

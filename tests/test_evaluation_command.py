@@ -419,6 +419,9 @@ def test_broken_rows_can_be_left_out(monkeypatch, capsys, here):
     assert run(monkeypatch, capsys, "eval", "--self-check", "--data", here)[0] == 2
     status, out, _ = run(monkeypatch, capsys, "eval", "--self-check", "--data", here, "--skip-bad")
     assert status == 0 and "| gsm8k | math equality | 1 |" in out
+    (here / "mine.jsonl").write_text('{"question": "What?", "answer": "1"}\n')
+    status, _, err = run(monkeypatch, capsys, "eval", "--self-check", "--data", here / "mine.jsonl", "--skip-bad")
+    assert status == 2 and "skip_bad is set, but it applies to benchmarks only" in err
 
 
 def test_a_model_without_a_chat_template_is_an_error(monkeypatch, capsys, here):

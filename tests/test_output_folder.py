@@ -39,6 +39,17 @@ def test_what_an_earlier_run_left_is_refused(tmp_path, name, found, resume):
     assert ("resume_from_checkpoint" in str(raised.value)) == (found == "checkpoint-2")
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_readme_that_is_no_model_card_is_not_replaced(tmp_path, overwrite):
+    (tmp_path / "README.md").write_text("# My project\n")
+    with pytest.raises(ConfigError, match=r"contains a README\.md that is no model card, .* Choose another"):
+        prepare(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "README.md").read_text() == "# My project\n"
+    prepare(tmp_path, resume=True)
+    (tmp_path / "README.md").write_text("---\nlibrary_name: transformers\n---\n")
+    prepare(tmp_path, overwrite=overwrite)
+
+
 @pytest.mark.parametrize("resume", [["x"], {"a": 1}, 5, 1e400])
 def test_a_checkpoint_that_is_no_name_is_refused(tmp_path, resume):
     with pytest.raises(ConfigError, match=r"resume_from_checkpoint is .*; expected true, false or a checkpoint"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.errors import DataError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.tools.search import index as index_module
 from arpo_trl.tools.search.index import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool
 from arpo_trl.tools.search.words import STOP_WORDS, tokenize
@@ -79,6 +79,14 @@ def test_a_saved_index_answers_as_before(index: LocalIndex, tmp_path: Path) -> N
     assert len(loaded) == len(index) == 4
     for query in ("density of gold", "curacao", "rivers", "zzz", "metal"):
         assert loaded.search(query, 3) == index.search(query, 3)
+
+
+def test_an_index_is_not_saved_over_the_files_that_it_reads(index: LocalIndex, tmp_path: Path) -> None:
+    index.save(tmp_path)
+    opened = LocalIndex.open(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"contains the index that is to be saved there\. Choose another folder"):
+        opened.save(tmp_path / ".." / tmp_path.name)
+    assert len(LocalIndex.open(str(tmp_path))) == len(index)
 
 
 def test_a_saved_index_can_be_saved_again(index: LocalIndex, tmp_path: Path) -> None:

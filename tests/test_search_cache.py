@@ -129,6 +129,12 @@ def test_the_released_codes_json_is_read_and_written(cache: SearchCache, tmp_pat
         cache.export_json(tmp_path / "none.json", "serpr")
 
 
+def test_a_cache_is_not_exported_over_itself(cache: SearchCache) -> None:
+    with pytest.raises(DataError, match=r"is the search cache itself\. Choose another file"):
+        cache.export_json(cache.path)
+    cache.stats()
+
+
 def test_an_exported_cache_comes_back_the_same(cache: SearchCache, tmp_path: Path) -> None:
     cache.put(key(), HITS)
     cache.export_json(tmp_path / "first.json")

@@ -145,6 +145,14 @@ def test_invalid_yaml_names_the_file(tmp_path, text):
         read_yaml(tmp_path / "a.yaml")
 
 
+def test_a_key_that_is_set_twice_is_an_error(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 1\nbase: &base {x: 1}\nmore: {<<: *base, x: 2}\nseed: 2\n")
+    with pytest.raises(DataError, match=r"a\.yaml is not valid YAML: 'seed' is set twice, again in line 4"):
+        read_yaml(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("base: &base {x: 1}\nmore: {<<: *base, x: 2}\n")
+    assert read_yaml(tmp_path / "a.yaml") == {"base": {"x": 1}, "more": {"x": 2}}
+
+
 def test_lines_are_counted_with_blank_ones_and_bad_ones_can_be_left_out(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": "\xe2\x80\xa8"}\r\n\n[\n\xff\n2')

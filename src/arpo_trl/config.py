@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,12 +52,20 @@ INHERITED: dict[str, dict[str, Any]] = {
     **{name: {"range": Range(at_least=0, at_most=1)} for name in ("adam_beta1", "adam_beta2")},
     **{name: {"range": Range(at_least=1)} for name in ("gradient_accumulation_steps", "steps_per_generation")},
     "num_iterations": {"range": Range(at_least=1)},
+    "num_train_epochs": {"range": Range(above=0)},
+    "top_k": {"range": Range(at_least=0)},
+    **{name: {"range": Range(at_least=0, at_most=1)} for name in ("min_p", "top_entropy_quantile")},
+    "repetition_penalty": {"range": Range(above=0)},
     "seed": {"range": Range(at_least=0, at_most=2**32 - 1)},
     **{name: {"text": True} for name in ("output_dir", "run_name", "hub_model_id")},
     **{name: {"options": True} for name in ("model_init_kwargs", "generation_kwargs", "chat_template_kwargs")},
     **{name: {"options": True} for name in ("lr_scheduler_kwargs", "gradient_checkpointing_kwargs")},
 }
 """The accepted values of settings that TRL and transformers check late or never; see `check_fields`."""
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def refuse_token(args: TrainingArguments) -> None:
@@ -434,6 +444,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     def __post_init__(self) -> None:
         check_fields(self, INHERITED)
         self._check_paths()
+        self._check_rewards()
         if self.generation_batch_size is None:  # otherwise the number of steps depends on the number of ranks
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
         take_the_cpu_if_alone(self)
@@ -532,6 +543,14 @@ class ARPOConfig(ToolLimits, GRPOConfig):
                 f"{steps_per_generation}); a tree cannot span ranks. Set the product to a multiple of "
                 f"{self.num_generations}."
             )
+
+    def _check_rewards(self) -> None:
+        weights: Any = self.reward_weights
+        numbers = isinstance(weights, Sequence) and not isinstance(weights, str)
+        if weights is not None and not (numbers and all(_is_finite(weight) for weight in weights)):
+            raise ConfigError(f"reward_weights is {weights!r}; expected a list of finite numbers, such as [0.5, 1.0].")
+        if self.scale_rewards not in ("group", "batch", "none", True, False):
+            raise ConfigError(f"scale_rewards is {self.scale_rewards!r}; expected 'group', 'batch' or 'none'.")
 
     def _check_baseline(self) -> None:
         if self.score_norm_cap is not None and self.advantage_baseline != AdvantageBaseline.SCORE_NORM:

@@ -112,6 +112,11 @@ def load_all(settings: EvalSettings) -> list[Questions]:
     elif settings.data is not None and _is_named_after_benchmarks(settings.data, custom):
         benchmarks = find_benchmarks(local_names(Path(settings.data).expanduser(), custom), custom)
     elif settings.data is not None:
+        if settings.skip_bad:
+            raise ConfigError(
+                "skip_bad is set, but it applies to benchmarks only, and data names a file of questions. Remove it, "
+                "and correct the rows that errors name."
+            )
         return [
             load_dataset_questions(
                 settings.data,

@@ -35,7 +35,8 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
 
     Raises:
         ConfigError: The folder contains a finished model, trajectories or checkpoints of an earlier run, and the run
-            neither resumes nor overwrites. Or it does both, or it would remove its own model.
+            neither resumes nor overwrites. Or it does both, or it would remove its own model. Or the folder has a
+            README.md that is no model card.
     """
     if os.environ.get("RANK", "0") != "0":
         return
@@ -53,6 +54,11 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
         raise ConfigError(
             f"output_dir {folder} or resume_from_checkpoint {resume} cannot be read: {error}. Check the names."
         ) from error
+    if not resume and _has_own_readme(output):
+        raise ConfigError(
+            f"output_dir {folder} contains a README.md that is no model card, and the run's model card would replace "
+            "it. Choose another output_dir."
+        )
     if overwrite:
         _remove(output, model)
     elif found is not None:
@@ -61,6 +67,15 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
             f"output_dir {folder} contains {found} of an earlier run, which this run would replace or mix with. {ways}"
             "To keep it, choose another output_dir. To remove it, set overwrite_output_dir to true."
         )
+
+
+def _has_own_readme(output: Path) -> bool:
+    """Whether the folder has a README.md that was not written as a model card, which starts with metadata."""
+    try:
+        with (output / "README.md").open("rb") as file:
+            return file.read(3) != b"---"
+    except OSError:
+        return False
 
 
 def _earlier_run(output: Path, resume: str | bool) -> str | None:

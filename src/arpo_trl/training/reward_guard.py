@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from typing import Any, SupportsFloat
 
@@ -16,6 +16,8 @@ from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
+LARGEST = torch.finfo(torch.float32).max
+"""TRL computes with float32."""
 REWARD_POLL_S = 0.2
 """Seconds between checks for an interrupt while an async reward function runs."""
 
@@ -67,6 +69,7 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
         wrapper = checked
     wrapper.__name__ = name
+    wrapper.__module__ = getattr(function, "__module__", None) or type(function).__module__
     return wrapper
 
 
@@ -104,15 +107,22 @@ def _told(function: Any, name: str) -> Iterator[None]:
         yield
     except ArpoError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a library may call sys.exit
         frames = traceback.extract_tb(error.__traceback__)
         code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
         in_function = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
         place = in_function[-1] if in_function else frames[-1]
         raise RewardError(
-            f"The reward function {name!r} raised {type(error).__name__}: {error} ({place.filename}, line "
+            f"The reward function {name!r} raised {type(error).__name__}: {_text(error)} ({place.filename}, line "
             f"{place.lineno}). Correct the function; for a completion that it cannot score it may return None."
         ) from error
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # its own code can raise
+        return "(its text cannot be made)"
 
 
 def _named(function: Any) -> Collection[str]:
@@ -146,7 +156,8 @@ _EMPTY = inspect.Parameter.empty
 
 
 def _checked(rewards: Any, name: str, count: int) -> Any:
-    is_one = isinstance(rewards, str | bytes | Mapping) or getattr(rewards, "ndim", None) == 0
+    # A set has an order of its own.
+    is_one = isinstance(rewards, str | bytes | Mapping | Set) or getattr(rewards, "ndim", None) == 0
     listed = list(rewards) if isinstance(rewards, Iterable) and not is_one else None
     if listed is None or len(listed) != count:
         got = repr(rewards)[:80] if listed is None else f"{len(listed)} rewards"
@@ -154,10 +165,21 @@ def _checked(rewards: Any, name: str, count: int) -> Any:
             f"The reward function {name!r} returned {got} for {count} completions; expected a list with one number, "
             "or None, per completion."
         )
-    for i, reward in enumerate(listed):
-        if reward is not None and not (isinstance(reward, SupportsFloat) and math.isfinite(reward)):
+    numbers = [None if reward is None else _number(reward) for reward in listed]
+    for i, (reward, number) in enumerate(zip(listed, numbers, strict=True)):
+        if reward is not None and (number is None or not abs(number) <= LARGEST):
             raise RewardError(
-                f"The reward function {name!r} returned {reward!r} for completion {i}; expected a finite number, or "
-                "None if it does not apply."
+                f"The reward function {name!r} returned {repr(reward)[:80]} for completion {i}; expected a finite "
+                f"number of at most {LARGEST:.2g}, or None if it does not apply."
             )
-    return listed
+    return numbers
+
+
+def _number(reward: Any) -> float | None:
+    """The reward as a number, also one in an array or a tensor; None if it is none."""
+    if not isinstance(reward, SupportsFloat):
+        return None
+    try:
+        return float(reward.item() if hasattr(reward, "item") else reward)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None

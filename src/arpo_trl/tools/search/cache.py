@@ -251,8 +251,10 @@ class SearchCache:
         """Write a file of that format with the results of one or all providers. Return the number of queries.
 
         Raises:
-            DataError: The cache has no result of the provider.
+            DataError: The cache has no result of the provider, or `path` is its file.
         """
+        if Path(path).exists() and Path(path).samefile(self.path):
+            raise DataError(f"{path} is the search cache itself. Choose another file to write the results to.")
         names = list(self.stats()["results"])
         if provider is not None and provider not in names:
             raise DataError(f"The search cache {self.path} has no results of {provider!r}; it has results of {names}.")

@@ -20,7 +20,7 @@ import numpy as np
 from arpo_trl.common import waiting
 from arpo_trl.common.imports import hidden_package
 from arpo_trl.common.user_files import json_lines, read_json
-from arpo_trl.errors import DataError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.tools.search.words import tokenize
 
 with hidden_package("jax"):  # bm25s would start it, and it would take three quarters of the GPU's memory
@@ -93,6 +93,7 @@ class _StoredTexts(Sequence[str]):
     TEXTS, ENDS = "passages.txt", "passage_ends.npy"
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._ends = np.load(folder / self.ENDS, mmap_mode="r")
         with (folder / self.TEXTS).open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -197,8 +198,14 @@ class LocalIndex:
         return loaded
 
     def save(self, folder: str | Path) -> None:
-        """Write the index and its passages to `folder`, which is created if it is missing."""
+        """Write the index and its passages to `folder`, which is created if it is missing.
+
+        Raises:
+            ConfigError: The index was loaded from `folder`, whose files it still reads.
+        """
         folder = Path(folder)
+        if isinstance(self._passages, _StoredTexts) and folder.resolve() == self._passages.folder.resolve():
+            raise ConfigError(f"{folder} contains the index that is to be saved there. Choose another folder.")
         folder.mkdir(parents=True, exist_ok=True)
         self._ranking.save(folder)
         _StoredTexts.write(folder, self._passages)
