@@ -204,6 +204,14 @@ def test_a_damaged_checkpoint_is_skipped_and_named_if_requested(whole, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_damaged_checkpoint_that_is_not_used_is_in_the_log(model, whole, tmp_path, caplog):
+    folder = ended_after(whole("plain"), 6, tmp_path / "run")
+    (folder / "checkpoint-6" / "optimizer.pt").unlink()
+    train(model, folder, resume=True)
+    assert "A checkpoint is not used: " in caplog.text and "optimizer.pt is missing" in caplog.text
+
+
+@pytest.mark.slow
 def test_an_invalid_memory_file_of_the_right_size_is_named(model, whole, tmp_path):
     folder = ended_after(whole("plain"), 6, tmp_path / "run")
     memory = folder / "checkpoint-6" / "arpo_memory_0.pt"

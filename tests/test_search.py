@@ -81,6 +81,13 @@ def test_a_saved_index_answers_as_before(index: LocalIndex, tmp_path: Path) -> N
         assert loaded.search(query, 3) == index.search(query, 3)
 
 
+@pytest.mark.parametrize("name", ["passages.txt", "passages.json", "passages.csv"])
+def test_passages_in_another_format_are_an_error_with_the_expected_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("Iron melts at 1538 °C.\n", "utf-8")
+    with pytest.raises(DataError, match=r"is no \.jsonl file; expected one passage per line"):
+        LocalIndex.open(tmp_path / name)
+
+
 def test_an_index_is_not_saved_over_the_files_that_it_reads(index: LocalIndex, tmp_path: Path) -> None:
     index.save(tmp_path)
     opened = LocalIndex.open(str(tmp_path))

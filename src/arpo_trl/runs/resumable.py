@@ -151,6 +151,8 @@ class Resumable(GRPOTrainer):
             self._check_resumable(self._resumed)
             if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
                 self._saved_step = self._resumed.step
+            for fault in self._checkpoints.last()[1]:
+                logger.warning(f"A checkpoint is not used: {fault}", main_process_only=True)
             logger.info(f"Resuming from {self._resumed.folder}.", main_process_only=True)
         elif resume_from_checkpoint:
             logger.warning(f"There is no checkpoint in {self.args.output_dir} yet. A new run starts.")

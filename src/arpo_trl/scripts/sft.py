@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
@@ -109,6 +110,8 @@ def main() -> None:
             else load_dataset(arguments.dataset, split=arguments.dataset_split)
         )
     except FileNotFoundError as error:
+        if Path(arguments.dataset).is_file():
+            raise DataError(f"dataset {arguments.dataset} is no .jsonl or .parquet file. Convert it.") from error
         raise DataError(f"dataset {arguments.dataset} does not exist. Check the path.") from error
     except StopIteration as error:  # the library reads the first row to determine the columns
         raise DataError(f"dataset {arguments.dataset} contains no rows; expected at least one.") from error

@@ -159,6 +159,8 @@ class LocalIndex:
             return cls.from_jsonl(path)
         if path.is_dir() and any(path.glob("*.jsonl")):
             return cls._of_files(sorted(path.glob("*.jsonl")))
+        if path.is_file():
+            raise DataError(f"{path} is no .jsonl file; expected one passage per line, as JSON, in a .jsonl file.")
         if path.exists() or path.is_absolute() or len(path.parts) != 2:
             return cls.load(path)
         from arpo_trl.net.hub_dataset import load_from_hub
