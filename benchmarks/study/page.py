@@ -63,8 +63,8 @@ from random branches is resolved, which means that its interval does not contain
 PART_A = f"""## a. Tabular
 
 A softmax policy over a few states plays the quickstart's task: two look-ups, a computation, an answer. Its accuracy is
-exact. All arms take {Budget().steps} steps and execute {Budget().calls_per_step} calls in each, about two groups. A
-row compares one rule, credit or baseline with another one, as the mean over all arms that differ in nothing else.
+exact. All arms take {Budget().steps} steps and execute {Budget().calls_per_step} calls in each, about two groups.
+A row compares one rule, credit or baseline with another one, as the mean over all arms that differ in nothing else.
 """
 PART_B = """## b. Frozen policies
 
@@ -86,6 +86,9 @@ Each difference is between runs from the same cold starts. Rows with different n
 cold starts, so their accuracies must not be compared. `c --seeds 20` trains the main comparison with 20 seeds.
 [study.jsonl](study.jsonl) has a line for each run of the last files.
 """
+AGAIN = """
+The last files have other cold starts, and fewer seeds so far for some rows of the table. Their values:
+"""
 
 
 def write(output: Path, path: Path) -> None:
@@ -93,7 +96,13 @@ def write(output: Path, path: Path) -> None:
     before = _rows(path.read_text("utf-8")) if path.exists() else {}
     effects = _merged([[name, *map(_shown, found)] for name, found in tabular_effects(output).items()], before)
     of_arms = trained_rows(output)
-    trained = _merged(_trained_table(of_arms), before)
+    of_files = _trained_table(of_arms)
+    trained = _merged(of_files, before)
+    again = [
+        [f"{new[0]}, again", *new[1:]]
+        for new, shown in zip(of_files, trained, strict=True)
+        if new is not shown and _seeds(new) > 1
+    ]
     parts = [
         INTRODUCTION,
         GOALS,
@@ -108,6 +117,7 @@ def write(output: Path, path: Path) -> None:
         ),
         "\n" + PART_C,
         _table(_TRAINED_HEADS, trained),
+        *([AGAIN, _table(_TRAINED_HEADS, again)] if again else []),
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts) + "\n", "utf-8")
