@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import torch
 
-from arpo_trl.runs.resumable import _origin
+from arpo_trl.rewards.hierarchical import HierarchicalReward
 from arpo_trl.training.reward_guard import checked_reward, total_rewards
 
 
@@ -15,7 +15,8 @@ def test_the_total_weights_applicable_rewards_and_is_nan_without_any():
     assert math.isnan(totals[2])
 
 
-def test_a_wrapped_function_keeps_the_module_by_which_a_checkpoint_knows_it():
-    wrapped = checked_reward(total_rewards, SimpleNamespace(told=None))
-    assert _origin(wrapped) == "arpo_trl.training.reward_guard.total_rewards"
-    assert _origin(torch.nn.Linear(1, 1)) == "Linear"
+def test_a_wrapped_function_has_the_file_and_the_name_by_which_a_checkpoint_knows_it():
+    interrupts = SimpleNamespace(told=None)
+    assert checked_reward(total_rewards, interrupts).origin == "reward_guard.py:total_rewards"
+    assert checked_reward(HierarchicalReward(), interrupts).origin == "hierarchical.py:hierarchical"
+    assert checked_reward(eval("lambda completions: 0"), interrupts).origin == "<lambda>"

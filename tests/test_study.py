@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart import stages
@@ -232,7 +233,8 @@ def test_a_cold_start_is_trained_once_for_each_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "N_HELDOUT", 2)
     monkeypatch.setattr(stages, "N_DEMONSTRATIONS", 64)
     short = tmp_path / "one_step.yaml"
-    short.write_text(training.SFT_CONFIG.read_text("utf-8") + "max_steps: 1\n", "utf-8")
+    settings = yaml.safe_load(training.SFT_CONFIG.read_text("utf-8")) | {"max_steps": 1}
+    short.write_text(yaml.safe_dump(settings), "utf-8")
     monkeypatch.setattr(training, "SFT_CONFIG", short)
     for _ in range(2):
         training.cold_start(tmp_path / "seed0", 0)

@@ -199,7 +199,7 @@ class Resumable(GRPOTrainer):
             model=self._model_identity,
             dataset=self._dataset_identity,
             tools=self.tool_names,
-            rewards=[_origin(function) for function in self.reward_funcs],
+            rewards=[getattr(function, "origin", get_callable_name(function)) for function in self.reward_funcs],
             processes=self.accelerator.num_processes,
             sharding="FSDP" if self.is_fsdp_enabled else sharding,
         )
@@ -400,12 +400,6 @@ def _on_a_numbered_cpu(storage: Any, location: str) -> Any:
 # On a CPU, the device of a rank is "cpu:0". transformers loads the optimizer to it, but torch does not support that
 # name.
 torch.serialization.register_package(100, lambda storage: None, _on_a_numbered_cpu)
-
-
-def _origin(function: Any) -> str:
-    """The module and the name of a reward function, or the name of a reward model."""
-    module, name = getattr(function, "__module__", None), get_callable_name(function)
-    return name if module is None or isinstance(function, torch.nn.Module) else f"{module}.{name}"
 
 
 def readable(state: Any, what: str) -> Any:

@@ -8,6 +8,7 @@ import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, SupportsFloat
 
 import torch
@@ -31,6 +32,8 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
       completion no reward. The wrapper passes only the other completions.
     - The wrapper checks the rewards. TRL would silently treat NaN as "not applicable".
     - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
+
+    The wrapper's `origin` is the file and the name of the function.
 
     Raises:
         RewardError: Raised by the wrapper if a required argument is missing, if the function raises an error that is
@@ -69,7 +72,7 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
         wrapper = checked
     wrapper.__name__ = name
-    wrapper.__module__ = getattr(function, "__module__", None) or type(function).__module__
+    wrapper.origin = _origin(function, name)
     return wrapper
 
 
@@ -116,6 +119,13 @@ def _told(function: Any, name: str) -> Iterator[None]:
             f"The reward function {name!r} raised {type(error).__name__}: {_text(error)} ({place.filename}, line "
             f"{place.lineno}). Correct the function; for a completion that it cannot score it may return None."
         ) from error
+
+
+def _origin(function: Any, name: str) -> str:
+    """The file and the name of a function. The file is the same if the function's module runs as a program."""
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    file = "" if code is None else Path(code.co_filename).name
+    return f"{file}:{name}" if file.endswith(".py") else name  # a cell of a notebook has another name each time
 
 
 def _text(error: BaseException) -> str:
