@@ -184,6 +184,8 @@ def test_the_page_keeps_the_rows_with_more_seeds(tmp_path):
     runs = [json.loads(line) for line in (tmp_path / "study.jsonl").read_text("utf-8").splitlines()]
     assert len(runs) == 6 and {"name": Arm().name, "seed": 1, "accuracy": 0.2}.items() <= runs[3].items()
     assert "| random N = 2, soft, mean | 3 | 0.600 | +0.000 ± 0.000 (3) |" in text
+    assert "| random N = 2, soft, mean, again | 2 | 0.150 | +0.000 ± 0.000 (2) |" in text
+    assert "ranked N = 2, soft, mean, again" not in text
     assert "| ranked N = 2, soft, mean | 2 | 0.150 | +0.000 ± 0.000 (2) |" in text
     assert "| random N = 2, soft, mean | +0.000 ± 0.000 (3) at 1.00 × the calls" in text
     page.write(tmp_path / "nothing", tmp_path / "study.md")

@@ -98,11 +98,8 @@ def write(output: Path, path: Path) -> None:
     of_arms = trained_rows(output)
     of_files = _trained_table(of_arms)
     trained = _merged(of_files, before)
-    again = [
-        [f"{new[0]}, again", *new[1:]]
-        for new, shown in zip(of_files, trained, strict=True)
-        if new is not shown and _seeds(new) > 1
-    ]
+    fewer = [row for row, shown in zip(of_files, trained, strict=True) if row is not shown]
+    again = [row for row in _merged([[f"{row[0]}, again", *row[1:]] for row in fewer], before) if _seeds(row) > 1]
     parts = [
         INTRODUCTION,
         GOALS,
