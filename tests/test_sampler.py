@@ -681,13 +681,6 @@ def test_a_protocol_that_breaks_over_one_turn_fails_that_request_while_its_sibli
     assert all(outcomes[i].tree is not None for i in (0, 2))
 
 
-def test_an_event_without_a_request_is_an_error():
-    made = Scripted(lambda r, c: ANSWER)
-    made.engine.poll = lambda timeout_s: [TurnFailed(id=99, reason="it choked")]
-    with pytest.raises(EngineError, match="returned an event of request 99, which was never submitted"):
-        made(1)
-
-
 def test_a_turn_of_an_earlier_session_is_not_taken_for_one_of_this():
     held: list[Turn] = []
 
@@ -702,17 +695,21 @@ def test_a_turn_of_an_earlier_session_is_not_taken_for_one_of_this():
     assert [leaf.ids for leaf in made(1).trees[0].leaves()] == [leaf.ids for leaf in first]
 
 
-def test_a_turn_without_ids_is_an_error():
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (TurnFailed(id=0, reason="it choked"), "it choked"),
+        (TurnFailed(id=99, reason="it choked"), "returned an event of request 99, which was never submitted"),
+        (
+            Turn(id=0, ids=[], logprobs=[], entropies=[], stop=TurnStop.EOS),
+            "ScriptedEngine returned a turn without ids",
+        ),
+    ],
+)
+def test_a_failed_or_faulty_event_ends_a_batch(event, message):
     made = Scripted(lambda r, c: ANSWER)
-    made.engine.poll = lambda timeout_s: [Turn(id=0, ids=[], logprobs=[], entropies=[], stop=TurnStop.EOS)]
-    with pytest.raises(EngineError, match="ScriptedEngine returned a turn without ids"):
-        made(1)
-
-
-def test_a_failed_turn_ends_a_batch():
-    made = Scripted(lambda r, c: ANSWER)
-    made.engine.poll = lambda timeout_s: [TurnFailed(id=0, reason="it choked")]
-    with pytest.raises(EngineError, match="it choked"):
+    made.engine.poll = lambda timeout_s: [event]
+    with pytest.raises(EngineError, match=message):
         made(1)
 
 

@@ -31,6 +31,9 @@ from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
 from arpo_trl.runs.identity import differences_between
 from arpo_trl.runs.output_folder import wants_to_resume
+from arpo_trl.visible import get_rank_logger
+
+logger = get_rank_logger(__name__)
 
 STATE_FILE = "arpo_state.json"
 UNFINISHED = ".unfinished"
@@ -267,6 +270,8 @@ class Checkpoints:
                 raise CheckpointError(
                     f"No checkpoint in {self.folder} is complete. {faults[-1]} Delete them to start a new run."
                 )
+            for fault in faults:
+                logger.warning(f"A checkpoint is not used: {fault}", main_process_only=True)
             return last
         state = None
         try:

@@ -151,8 +151,6 @@ class Resumable(GRPOTrainer):
             self._check_resumable(self._resumed)
             if self._resumed.folder.resolve() == self._checkpoints.place(self._resumed.step).resolve():
                 self._saved_step = self._resumed.step
-            for fault in self._checkpoints.last()[1]:
-                logger.warning(f"A checkpoint is not used: {fault}", main_process_only=True)
             logger.info(f"Resuming from {self._resumed.folder}.", main_process_only=True)
         elif resume_from_checkpoint:
             logger.warning(f"There is no checkpoint in {self.args.output_dir} yet. A new run starts.")
@@ -403,7 +401,7 @@ torch.serialization.register_package(100, lambda storage: None, _on_a_numbered_c
 
 
 def readable(state: Any, what: str) -> Any:
-    """Returns `state` if it can be read back from a checkpoint.
+    """Returns `state` if it can be read back from a checkpoint. It is written and read, so call it only when saving.
 
     Raises:
         ConfigError: It contains other objects than plain data and tensors. `what` names it.

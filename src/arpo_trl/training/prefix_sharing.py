@@ -390,6 +390,12 @@ def sharing_ratio(packs: Sequence[Pack]) -> float:
     return sum(pack.leaf_tokens for pack in packs) / sum(map(len, packs))
 
 
+def rounding(model: PreTrainedModel, found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """The difference of two tensors of logprobs, and the largest one that is accepted as rounding. See `ROUNDING`."""
+    difference = float((found - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9))
+    return difference, max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in computed_in(model, found.device))
+
+
 @torch.no_grad()
 def why_packs_differ(model: PreTrainedModel) -> str | None:
     """A description of how packed and padded logprobs of a few rows differ beyond rounding; None if they do not.
@@ -411,9 +417,7 @@ def why_packs_differ(model: PreTrainedModel) -> str | None:
         return f"a forward over a pack failed: {type(fault).__name__}: {fault}"
     finally:
         model.train(training)
-    expected = padded.log_probs[:, -keep:].float()
-    difference = float((packed.float() - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9))
-    limit = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in computed_in(model, device))
+    difference, limit = rounding(model, packed.float(), padded.log_probs[:, -keep:].float())
     if difference <= limit:
         return None
     return f"logprobs of packed and padded rows differ by {difference:.2g} standard deviations, more than {limit}"

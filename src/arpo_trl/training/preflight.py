@@ -24,13 +24,13 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.rollout.credit.base import Credit
 from arpo_trl.rollout.engines.base import Engine, EngineAhead
-from arpo_trl.rollout.engines.compute_dtype import computed_in, training_dtype
+from arpo_trl.rollout.engines.compute_dtype import training_dtype
 from arpo_trl.rollout.engines.vllm.cpu import prepare_cpu
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.protocols.generation_ends import eos_ids_of, saved_eos_ids
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.training.baselines import Baseline
-from arpo_trl.training.prefix_sharing import ROUNDING, share_prefixes, why_not_shared, why_packs_differ
+from arpo_trl.training.prefix_sharing import rounding, share_prefixes, why_not_shared, why_packs_differ
 from arpo_trl.trl_seam import get_config_model_id
 from arpo_trl.visible import get_rank_logger
 
@@ -263,8 +263,7 @@ def check_scores(model: PreTrainedModel, temperature: float) -> None:
     finally:
         model.train(training)
     expected = (logits / temperature).log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    distance = float((scored - expected).square().mean().sqrt() / expected.std().clamp(min=1e-9))
-    limit = max(ROUNDING.get(dtype, max(ROUNDING.values())) for dtype in computed_in(model, device))
+    distance, limit = rounding(model, scored, expected)
     if not distance <= limit:
         raise ConfigError(
             f"Training cannot score a model of type {model.config.model_type!r}: its logprobs from TRL's fused head "

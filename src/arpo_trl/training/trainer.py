@@ -386,12 +386,11 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         return list(self.toolbox.names)
 
     def state_dict(self) -> dict[str, Any]:
-        rule = self.tree_sampler.settings.rule
         return super().state_dict() | {
             "rollouts_at": self._names.state_dict(),
             "baseline": None if self._baseline is None else self._baseline.state,
             "alarms": self.alarms.state_dict(),
-            "branch_rule": readable(rule.state_dict(), f"The state_dict of the branch rule {rule.name!r}"),
+            "branch_rule": self.tree_sampler.settings.rule.state_dict(),
             "evaluation": self.evaluation,
             "tool_cache": self.toolbox.state_dict(),
         }
@@ -405,6 +404,11 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.tree_sampler.settings.rule.load_state_dict(state["branch_rule"])
         self.evaluation = state["evaluation"]
         self.toolbox.load_state_dict(state["tool_cache"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        rule = self.tree_sampler.settings.rule
+        readable(rule.state_dict(), f"The state_dict of the branch rule {rule.name!r}")
+        super()._save_rng_state(output_dir)
 
     def _forget_from(self, step: int, *, evaluated: bool) -> None:
         self._trajectories.forget_from(step, evaluated=evaluated)
