@@ -298,6 +298,33 @@ def test_a_value_becomes_encodable_text(value: Any, text: str) -> None:
     assert result.text.encode()
 
 
+@pytest.mark.parametrize("run_in", ["thread", "main"])
+def test_no_result_and_no_error_contains_a_secret_of_the_environment(
+    run_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOP_API_KEY", "k/1+2 3456")
+    monkeypatch.setenv("SHOP_TOKEN", "k/1+2 3456-and-more")
+    monkeypatch.setenv("SHOP_NAME", "not a secret")
+
+    def tool(text: str) -> Any:
+        """Quotes what it was configured with.
+
+        Args:
+            text: How it answers.
+        """
+        if text == "raise":  # the cut at 300 characters would go through the key
+            raise ValueError("x" * 290 + "k/1+2 3456")
+        if text == "refuse":
+            raise ToolError("https://shop/?key=k%2F1%2B2%203456 says no")
+        return {"keys": ["k/1+2 3456", "k/1+2 3456-and-more"], "name": "not a secret", "url": "?k=k%2F1%2B2+3456"}
+
+    tool.run_in = run_in  # type: ignore[attr-defined]
+    assert call_once(tool).text == '{"keys": ["[key]", "[key]"], "name": "not a secret", "url": "?k=[key]"}'
+    assert call_once(tool, {"text": "raise"}).text == f"Error: ValueError: {'x' * 290}[key]"
+    assert call_once(tool, {"text": "refuse"}).text == "https://shop/?key=[key] says no"
+    assert "k/1+2" not in call_once(tool, {"k/1+2 3456": "x"}).text  # refused
+
+
 @pytest.mark.parametrize("value", [b"bytes", None, object(), {"a": object()}, [b"x"], {1, 2}])
 def test_a_value_without_text_is_a_failure_with_a_message(value: Any) -> None:
     result = call_once(returning(value))

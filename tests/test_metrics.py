@@ -1,11 +1,15 @@
+import io
 import json
 import math
 
 import pytest
 import torch
+from rich.console import Console
 
 from arpo_trl.logs.alarms import ALARMS, REPEAT_EVERY, Alarms
 from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
+from arpo_trl.logs.render import render_tree
+from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees, read_trees
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import RULES
 from arpo_trl.rollout.rules.base import FIRE_RATE_COUNT
@@ -226,6 +230,37 @@ def test_paths_without_call_or_answer_are_unparsed_and_cut_ones_truncated():
     assert "tree/fire_rate" not in values  # no decision, no rate
 
 
+def test_a_call_without_room_for_its_result_is_counted_and_is_no_lack_of_protocol(tmp_path):
+    """Its result of 100 words does not fit; the model never sees it, and reward functions do not get it."""
+    tally = Tally()
+
+    def search(query: str) -> str:
+        """Searches.
+
+        Args:
+            query: What to find.
+        """
+        return "word " * 100
+
+    grown = Scripted(lambda r, c: "<search>iron</search>", leaves=2, max_completion_length=40, tools=[search])()
+    tally_rollout(grown, tally)
+    values = tally.values()
+    assert (values["alarm/unparsed"], values["alarm/truncated"]) == (0, 1)
+    found = [values[f"tools/{name}"] for name in ("calls_made", "calls_per_leaf", "calls_saved_by_sharing")]
+    assert found == [2, 1, 0]
+    assert values["tools/search/failed"] == 0
+    (tree,) = grown.trees
+    assert [leaf.calls for leaf in tree.leaves()] == [[], []]
+    assert [[call.name for call in leaf.nodes[-1].unread] for leaf in tree.leaves()] == [["search"], ["search"]]
+    log = TrajectoryLog(tmp_path, 1.0, 0, 0)
+    logged = logged_trees([tree], [0.0, 0.0], [0.0, 0.0], step=1, first_group=0, decode=str)
+    (read,) = read_trees(log.write("step-1", logged))
+    assert read.tree.calls() == tree.calls()
+    shown = io.StringIO()
+    Console(file=shown, width=200).print(render_tree(read))
+    assert shown.getvalue().count("no room for the result of search") == 2
+
+
 def test_a_path_that_calls_after_the_limit_is_counted():
     tally = Tally()
     tally_rollout(Scripted(lambda r, c: "<search>more</search>", leaves=2, max_tool_calls=1)(), tally)
@@ -272,6 +307,14 @@ def test_searches_answered_with_a_notice_are_counted_and_rung_about():
     assert tally.values()["tools/search/failed"] == 2 / 4
     (message,) = Alarms(Random()).check(tally)
     assert message.startswith("arpo/tools/search/degraded: 25% of the searches got a notice instead of results")
+
+
+def test_a_tool_of_which_every_call_fails_is_reported_after_50_calls():
+    alarms = Alarms(Random(), ["search", "python"])
+    assert alarms.check(heard(1.0, 30, "tools/python/failed")) == []
+    (message,) = alarms.check(heard(1.0, 30, "tools/python/failed"))
+    assert message.startswith("arpo/tools/python/failed: 100% of the last calls of python failed. ")
+    assert alarms.check(heard(0.99, 100, "tools/search/failed")) == []
 
 
 def test_a_ratio_without_a_denominator_is_left_out():

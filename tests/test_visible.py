@@ -87,6 +87,14 @@ def test_what_a_command_says_cannot_steer_the_terminal_and_has_no_key(capsys):
     assert capsys.readouterr().out == f"{SHOWN} at http://host/v1 and b‹U+DCFF›.jsonl\n"
 
 
+def test_no_message_and_no_error_has_a_secret_of_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("shop_password", "hunter2-and-3")
+    monkeypatch.setenv("SHOP_TOKEN", "short")
+    say("hunter2-and-3 and short")
+    assert capsys.readouterr().out == "[key] and short\n"
+    assert str(DataError("the shop received hunter2-and-3")) == "the shop received [key]"
+
+
 @pytest.mark.parametrize("get", [get_logger, get_rank_logger])
 def test_a_message_of_our_loggers_cannot_steer_the_terminal(get):
     PartialState()  # accelerate's loggers need it

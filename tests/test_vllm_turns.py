@@ -34,7 +34,7 @@ def draft(max_tokens=40, probe=4, seed=7, stops=STOPS) -> Draft:
 
 def segment(ids, *, probed=False):
     top = [[math.log(0.5), math.log(0.5)]] * len(ids) if probed else []
-    return Segment(list(ids), [-0.5] * len(ids), top)
+    return Segment(ids=list(ids), logprobs=[-0.5] * len(ids), top_logprobs=top)
 
 
 def test_first_the_probe_with_top_logprobs_then_the_rest_without():
@@ -168,7 +168,7 @@ def test_a_turn_continues_after_a_wrong_end_from_vllm():
     assert made.next_segment().max_tokens == 39
 
 
-@pytest.mark.parametrize("bad", [Segment([], []), Segment([60, 61], [-0.5])])
+@pytest.mark.parametrize("bad", [Segment(ids=[], logprobs=[]), Segment(ids=[60, 61], logprobs=[-0.5])])
 def test_an_answer_without_tokens_or_logprobs_is_an_error(bad):
     with pytest.raises(EngineError, match="a logprob for each"):
         draft().add(bad)

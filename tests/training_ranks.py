@@ -188,7 +188,16 @@ def evaluate(made: ARPOTrainer) -> list[dict[str, Any]]:
 
 def send(made: ARPOTrainer, folder: Path) -> DiskTransfer:
     """The weights, whole and merged, to a folder for vLLM servers."""
-    facts = ServerFacts("tiny", 1024, -1, "processed_logprobs", "float32", None, 1, FRESH)
+    facts = ServerFacts(
+        model="tiny",
+        max_model_len=1024,
+        max_logprobs=-1,
+        logprobs_mode="processed_logprobs",
+        dtype="float32",
+        max_lora_rank=None,
+        replicas=1,
+        weight_version=FRESH,
+    )
     transfer = DiskTransfer(made.model, made.accelerator, made.processing_class, folder, [facts])
     transfer.prepare("arpo-sent")
     return transfer

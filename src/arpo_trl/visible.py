@@ -3,16 +3,19 @@
 Text from models, tools, pages and services may contain escape sequences that change the title of a terminal, fill the
 clipboard or overwrite earlier lines. It may also contain marks that reverse the reading direction, and invisible
 characters. Code that prints such text, or puts it into a message, a log or a report, passes it through `visible`
-first. Messages pass through `for_people`, which also removes possible secrets from URLs.
+first. Messages pass through `for_people`, which also removes possible secrets from URLs, and the secrets of the
+environment. Errors and services quote what they received, so texts for the model lose those secrets as well.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TextIO
+from urllib.parse import quote, quote_plus
 
 if TYPE_CHECKING:
     from accelerate.logging import MultiProcessAdapter
@@ -80,9 +83,27 @@ def without_credentials(text: str) -> str:
     return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
+_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+
+
+def secrets_of_environment() -> dict[str, str]:
+    """The values of environment variables that are secrets by their names, by name. Short values are none."""
+    found = {name: value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
+    return {name: value for name, value in found.items() if len(value) >= _SHORTEST_SECRET}
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` with every secret of the environment replaced by a mark."""
+    for secret in sorted(secrets_of_environment().values(), key=len, reverse=True):  # one may contain another
+        for form in {secret, quote(secret, safe=""), quote_plus(secret)}:  # as it is, and in URLs
+            text = text.replace(form, "[key]")
+    return text
+
+
 def for_people(text: str) -> str:
     """Return the message `text` in a form that is safe to print and log."""
-    return without_credentials(visible(text))
+    return without_credentials(without_secrets(visible(text)))
 
 
 def say(text: str, *, to: TextIO | None = None) -> None:

@@ -24,7 +24,7 @@ IGNORED = -100
 _RESULT = re.compile(rf"\s*<{RESULT}>\n?(.*?)\n?</{RESULT}>\s*", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """A part of a trajectory: a turn of the model, or a tool result."""
 
@@ -101,7 +101,7 @@ def _split(row: Mapping[str, Any]) -> tuple[str | list[Mapping[str, Any]], list[
             if message["role"] == "assistant":
                 segments += _turns_and_results(message["content"])
             elif message["role"] == "tool":
-                segments.append(Segment(message["content"], is_turn=False))
+                segments.append(Segment(text=message["content"], is_turn=False))
             else:
                 raise DataError(
                     f"a {message['role']!r} message follows the first assistant message; expected assistant or tool "
@@ -117,4 +117,4 @@ def _turns_and_results(text: str) -> Iterator[Segment]:
     """Splits the text at its tool results."""
     for i, part in enumerate(_RESULT.split(text)):
         if i % 2 or part.strip():
-            yield Segment(part, is_turn=i % 2 == 0)
+            yield Segment(text=part, is_turn=i % 2 == 0)

@@ -205,7 +205,7 @@ def _tools(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _calls(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [call for step in record["trajectory"] if step["role"] == "tool" for call in step["calls"]]
+    return [call for step in record["trajectory"] for call in step.get("calls", ())]
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

@@ -130,12 +130,17 @@ def _record(line: str) -> Record | None:
 
 
 def trajectory(tree: RolloutTree) -> list[dict[str, Any]]:
-    """Return the single path of a tree as a list of turns and of the results of their calls."""
+    """Return the single path of a tree as a list of turns and of the results of their calls.
+
+    The last turn has its own `calls` if there was no room for their results.
+    """
     (leaf,) = tree.leaves()
     steps: list[dict[str, Any]] = []
     for node in leaf.nodes:
         if node.kind is NodeKind.TURN:
             steps.append({"role": "assistant", "text": node.text, "tokens": len(node.ids)})
+            if node.unread:
+                steps[-1]["calls"] = [call.as_row() for call in node.unread]
         else:
             calls = [call.as_row() for call in node.calls]
             steps.append(

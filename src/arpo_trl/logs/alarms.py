@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from arpo_trl.common.alarm import Alarm
 from arpo_trl.logs.metrics import Tally
@@ -47,11 +47,22 @@ ALARMS = (
 )
 
 
-class Alarms:
-    """Checks a run's tallies for the alarms of all runs and those of the branch rule."""
+def failure_alarm(tool: str) -> Alarm:
+    """The alarm about a tool all of whose calls fail: only the model sees the errors."""
+    return Alarm(
+        metric=f"tools/{tool}/failed",
+        limit=1.0,
+        advice=f"{{share}} of the last calls of {tool} failed. If the tool itself is broken, the rollouts discourage "
+        "its use. Read the errors in the results (arpo-trl tree), and call the tool by hand.",
+        count=50,
+    )
 
-    def __init__(self, rule: BranchRule):
-        self._alarms = (*ALARMS, *rule.alarms)
+
+class Alarms:
+    """Checks a run's tallies for the alarms of all runs, those of the branch rule and those about `tools`."""
+
+    def __init__(self, rule: BranchRule, tools: Iterable[str] = ()):
+        self._alarms = (*ALARMS, *rule.alarms, *map(failure_alarm, tools))
         self._counted = {alarm: [0.0, 0.0] for alarm in self._alarms}
         """Sum and count of each alarm's metric since its last check."""
         self._raised = dict.fromkeys(self._alarms, 0)

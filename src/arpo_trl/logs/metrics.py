@@ -152,10 +152,10 @@ def _tally_entropies(tree: RolloutTree, tally: Tally) -> None:
 
 
 def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
-    in_tree = sum(len(node.calls) for node in tree.observations())
+    in_tree = len(tree.calls())
     on_paths = 0
     for leaf in tree.leaves():
-        calls = leaf.calls
+        calls = [*leaf.calls, *leaf.nodes[-1].unread]
         on_paths += len(calls)
         spoke = any(call.source is not CallSource.REFUSED for call in calls) or "</answer>" in leaf.turns[-1]
         tally.add("alarm/unparsed", float(not spoke))
@@ -166,7 +166,7 @@ def _tally_leaves(tree: RolloutTree, tally: Tally) -> None:
 
 
 def _tally_tools(trees: Sequence[RolloutTree], tally: Tally) -> None:
-    calls = [call for tree in trees for node in tree.observations() for call in node.calls]
+    calls = [call for tree in trees for call in tree.calls()]
     made = [call for call in calls if call.source is not CallSource.REFUSED]
     tally.totals["tools/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in made)
     tally.totals["tools/calls_distinct"] += len({(call.name, repr(sorted(call.arguments.items()))) for call in made})

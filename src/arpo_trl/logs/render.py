@@ -69,6 +69,8 @@ def _label(node: Node, results: dict[int, tuple[float | None, float]], full: boo
         return label
     label.append(f"▸ {_shown(node.text, full)}")
     label.append(f"  H {mean(node.entropies):.2f}", style="dim")
+    if node.unread:
+        label.append(f"  no room for the result of {', '.join(call.name for call in node.unread)}", style="bold red")
     if node.index in results:
         reward, advantage = results[node.index]
         if reward is None:

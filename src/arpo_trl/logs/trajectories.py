@@ -180,7 +180,7 @@ _PLAIN = str | int | float | bool | None
 def _node_row(node: Node) -> dict[str, Any]:
     row = dataclasses.asdict(node)
     row.pop("children")
-    for call in row["calls"]:
+    for call in row["calls"] + row["unread"]:
         if call["changed"] is None:
             del call["changed"]
     return {key: value for key, value in row.items() if value not in (None, [])} | {"parent": node.parent}
@@ -196,7 +196,7 @@ _DECISION = {
 }  # fmt: skip
 _NODE = {
     "kind": str, "parent": int, "ids": [int], "text": str, "entropies?": [float], "stop?": str, "calls?": [_CALL],
-    "decision?": _DECISION, "versions?": [int],
+    "unread?": [_CALL], "decision?": _DECISION, "versions?": [int],
 }  # fmt: skip
 _LEAF = {"address": [int], "node": int, "reward": float | None, "advantage": float}
 _SPAN = {"node": int, "start_s": float, "end_s": float}
@@ -226,15 +226,16 @@ def _tree_from(row: Any) -> LoggedTree:
                 node.get("versions", []),
             )
             grown.stop = StopReason(node["stop"]) if "stop" in node else None
+            grown.unread = [_call_from(call) for call in node.get("unread", [])]
         else:
             calls = [_call_from(call) for call in node.get("calls", [])]
             grown = tree.add_observation(node["parent"], node["ids"], calls, node["text"])
             grown.decision = BranchDecision(**node["decision"]) if "decision" in node else None
     for leaf in row["leaves"]:
-        stop = tree.nodes[leaf["node"]].stop if 0 <= leaf["node"] < len(tree.nodes) else None
-        if stop is None:
+        end = tree.nodes[leaf["node"]] if 0 <= leaf["node"] < len(tree.nodes) else None
+        if end is None or end.stop is None:
             raise DataError(f"leaf {leaf['address']} ends at node {leaf['node']}, which has no stop reason.")
-        tree.end(leaf["node"], tuple(leaf["address"]), stop)
+        tree.end(leaf["node"], tuple(leaf["address"]), end.stop, end.unread)
     tree.check(len(row["leaves"]))
     rewards = [leaf["reward"] for leaf in row["leaves"]]
     return LoggedTree(

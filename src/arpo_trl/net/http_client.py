@@ -74,7 +74,7 @@ class RequestFailed(Exception):
         return self.status is None or self.status in (408, 429) or self.status >= 500
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
     """A complete HTTP response, of any status."""
 
@@ -191,7 +191,7 @@ async def _exchange(request: httpx.Request, timeout_s: float, max_bytes: int, po
             response = await _client(pooled).send(request, stream=True)
             status = response.status_code
             try:
-                return Answer(status, response.headers, await _body(response, max_bytes))
+                return Answer(status=status, headers=response.headers, body=await _body(response, max_bytes))
             finally:
                 await response.aclose()
     except (TimeoutError, httpx.TimeoutException):

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 import shlex
 import shutil
 import tempfile
@@ -33,7 +32,7 @@ from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
-from arpo_trl.visible import get_logger
+from arpo_trl.visible import get_logger, secrets_of_environment, without_secrets
 
 logger = get_logger(__name__)
 
@@ -48,8 +47,6 @@ _KEPT_SUFFIXES = {".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", "
 _KEPT_FOLDERS = (CURVES_FOLDER, "additional_chat_templates", "runs")  # the last is TensorBoard's
 _DROPPED = {"training_args.bin"}  # a pickle; training_config.yaml has the same settings as text
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
-_SHORTEST_SECRET = 8
 
 
 # Repositories --------------------------------------------------------------------------------------------------------
@@ -126,17 +123,14 @@ def reason_of(error: BaseException) -> str:
         return f"the Hub could not be reached ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError):
         return "the Hub's response was not JSON"
-    text = str(error)
-    for secret in _secrets().values():
-        text = without(secret, text)
+    text = without(get_token() or "", without_secrets(str(error)))
     return f"{type(error).__name__}: {text}"
 
 
 def _secrets() -> dict[str, str]:
     """The secrets of this process, by the name of the source."""
-    found = {name: value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
-    found["HF_TOKEN or `hf auth login`"] = get_token() or ""
-    return {name: value for name, value in found.items() if len(value) >= _SHORTEST_SECRET}
+    token = get_token()
+    return secrets_of_environment() | ({"HF_TOKEN or `hf auth login`": token} if token else {})
 
 
 # Snapshots -----------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ _ALIAS_SHARE = 0.6
 _QUESTION = re.compile(r"(.+) of (.+) (plus|minus) that of (.+) in (.+)\?")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
     """The parts of a question. `first` and `second` are the names in the question, which may be aliases."""
 
@@ -43,7 +43,7 @@ def parse_question(text: str) -> Question:
     if match is None:
         raise ValueError(f"Not a quickstart question: {text!r}. Expected the form {_QUESTION.pattern!r}.")
     asked, first, operation, second, unit = match.groups()
-    return Question(asked, first, second, operation, unit)
+    return Question(asked=asked, first=first, second=second, operation=operation, unit=unit)
 
 
 def make_tasks(seed: int, n_train: int, n_heldout: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -76,7 +76,9 @@ def _make_row(rng: random.Random, topic: Topic, first: str, second: str) -> dict
         first, second = second, first
     sign = 1 if operation == "plus" else -1
     answer = round(values[first].converted + sign * values[second].converted)
-    question = Question(topic.asked, _name(rng, first), _name(rng, second), operation, topic.unit)
+    question = Question(
+        asked=topic.asked, first=_name(rng, first), second=_name(rng, second), operation=operation, unit=topic.unit
+    )
     return {"prompt": [{"role": "user", "content": str(question)}], "answer": [str(answer)], "task": "math"}
 
 

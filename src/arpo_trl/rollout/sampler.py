@@ -722,7 +722,7 @@ class _Run:
     def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
         """Add an observation and submit the turn under it. End the path if it has no room for both."""
         if self._room(path.group, len(path.ids) + len(ids)) < 1:
-            self._end(path, StopReason.LENGTH)
+            self._end(path, StopReason.LENGTH, calls)
             return
         node = path.group.tree.add_observation(path.parent, ids, calls, text)
         self._record_span(path, node.index)
@@ -818,8 +818,8 @@ class _Run:
         path.group.live[path.address] = LivePath(address=path.address, node=path.parent, results=results)
         return path
 
-    def _end(self, path: _Path, reason: StopReason) -> None:
-        path.group.tree.end(path.parent, path.address, reason)
+    def _end(self, path: _Path, reason: StopReason, unread: Sequence[ExecutedCall] = ()) -> None:
+        path.group.tree.end(path.parent, path.address, reason, unread)
         del path.group.live[path.address]
         del self.open_states[path.states]
         path.states.finish(path.address)

@@ -124,8 +124,9 @@ class Node:
 
     A turn has `logprobs`, the natural-log probabilities under the sampling distribution, one per id. Its `entropies`
     are in nats and cover its first k tokens only. `versions` has one number per id: the trainer's step whose weights
-    sampled it. It is empty if the engine does not report versions. `stop` is set on the turn that ends a path. An
-    observation has the `calls` of the turn above it: one, or several if the model made several calls in that turn.
+    sampled it. It is empty if the engine does not report versions. `stop` is set on the turn that ends a path. That
+    turn has its calls in `unread` if there was no room for their results. An observation has the `calls` of the turn
+    above it: one, or several if the model made several calls in that turn.
 
         Node(index=2, parent=1, kind=NodeKind.OBSERVATION, ids=[50, 51], text="Iron melts at 1,538 °C.", calls=[call])
     """
@@ -139,6 +140,7 @@ class Node:
     entropies: list[float] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
     stop: StopReason | None = None
+    unread: list[ExecutedCall] = field(default_factory=list)
     calls: list[ExecutedCall] = field(default_factory=list)
     decision: BranchDecision | None = None
     children: list[int] = field(default_factory=list)
@@ -194,7 +196,7 @@ class Leaf:
 
     @property
     def calls(self) -> list[ExecutedCall]:
-        """The tool calls along the path, in order."""
+        """The tool calls along the path whose results the model received, in order."""
         return [call for node in self.nodes for call in node.calls]
 
     @property
@@ -263,9 +265,12 @@ class RolloutTree:
         self.nodes[parent].children.append(node.index)
         return node
 
-    def end(self, node: int, address: Address, reason: StopReason) -> None:
-        """Mark the turn `node` as the leaf of the path that starts at `address`."""
-        self.nodes[node].stop = reason
+    def end(self, node: int, address: Address, reason: StopReason, unread: Sequence[ExecutedCall] = ()) -> None:
+        """Mark the turn `node` as the leaf of the path that starts at `address`.
+
+        `unread` are the calls of the turn if there was no room for their results.
+        """
+        self.nodes[node].stop, self.nodes[node].unread = reason, list(unread)
         self._leaves[address] = node
 
     def path(self, node: int) -> tuple[Node, ...]:
@@ -298,6 +303,10 @@ class RolloutTree:
 
     def observations(self) -> Iterator[Node]:
         return (node for node in self.nodes if node.kind is NodeKind.OBSERVATION)
+
+    def calls(self) -> list[ExecutedCall]:
+        """All calls made in the tree, those without room for their results included."""
+        return [call for node in self.nodes for call in (*node.calls, *node.unread)]
 
     def check(self, num_leaves: int) -> None:
         """Check the invariants in the module's docstring.

@@ -29,7 +29,7 @@ from arpo_trl.tools.toolbox import ToolResult, ToolSpec
 Waiter = TypeVar("Waiter")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class SubmittedCall(Generic[Waiter]):
     """A submitted call and the waiters for its result: first the path that made it, then the paths that share it.
 

@@ -47,7 +47,7 @@ from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, 
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.state import BoundTool, CreateState, NoState, PathState, PathStates
-from arpo_trl.visible import get_logger
+from arpo_trl.visible import get_logger, without_secrets
 
 logger = get_logger(__name__)
 
@@ -607,8 +607,8 @@ class ToolBox:
         return message, ToolFailure.NOT_TEXT
 
     def _presentable(self, text: str) -> str:
-        """Return `text` in a form that a model can read: encodable, not empty, not too long."""
-        text = encodable(text)
+        """Return `text` in a form that a model can read: encodable, without secrets, not empty, not too long."""
+        text = for_models(text)
         if not text.strip():
             return "(no output)"
         if len(text) <= self._max_chars:
@@ -618,10 +618,11 @@ class ToolBox:
         return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
 
 
-def encodable(text: str) -> str:
+def for_models(text: str) -> str:
     """Return a text that tokenizers and files accept: lone surrogates and NUL become U+FFFD, pairs become their
-    character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+    character. A mark replaces each secret of the environment, which tools and their errors may quote."""
+    encodable = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+    return without_secrets(encodable)
 
 
 def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:
@@ -704,5 +705,6 @@ def _describe(error: BaseException) -> str:
     message: str | None = None
     with contextlib.suppress(Exception):  # str() may fail; then there is no message
         message = error.strerror if isinstance(error, OSError) else str(error)
-    first_line = (message or "").strip().partition("\n")[0][:_MAX_ERROR_CHARS]
+    # Without secrets before it is cut: a part of one would remain.
+    first_line = without_secrets((message or "").strip().partition("\n")[0])[:_MAX_ERROR_CHARS]
     return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"

@@ -8,7 +8,7 @@ from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.rollout.tree import Leaf
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LastRollout:
     """The last rollout, kept for the rest of its step."""
 

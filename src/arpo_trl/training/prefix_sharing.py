@@ -278,7 +278,7 @@ It is the root mean square of the difference, in standard deviations of the logp
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
     """The speed of a device type, which `pays` uses. If uncertain, the values favour the padded batch.
 
@@ -293,8 +293,8 @@ class Costs:
 
 
 COSTS = {
-    "cuda": Costs(2e14, 6e-3, 0.0),  # docs/results.md, "On a GPU"
-    "cpu": Costs(1e11, 0.0, 1e-4),
+    "cuda": Costs(operations=2e14, launches_s=6e-3, call_s=0.0),  # docs/results.md, "On a GPU"
+    "cpu": Costs(operations=1e11, launches_s=0.0, call_s=1e-4),
 }
 LAYER_OPERATIONS = 72
 """A layer has about 12 · hidden² weights, each used in two operations forward and four backward per token."""

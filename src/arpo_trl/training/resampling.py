@@ -156,7 +156,7 @@ def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int
 
 def tally_discarded(trees: Sequence[RolloutTree], tally: Tally) -> None:
     """Counts the trees that a further round replaces, and their cost."""
-    calls = [call for tree in trees for node in tree.observations() for call in node.calls]
+    calls = [call for tree in trees for call in tree.calls()]
     tally.totals["resampling/groups"] += len(trees)
     tally.totals["resampling/calls_made"] += sum(call.source is not CallSource.REFUSED for call in calls)
     tally.totals["resampling/calls_executed"] += sum(call.source is CallSource.EXECUTED for call in calls)

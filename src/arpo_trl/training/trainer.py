@@ -225,7 +225,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         """The counts of this rollout before `_log_rollout`."""
         self._scoring = ExitStack()
         """Keeps the `_loss_tokens` of a rollout open until its rows are scored."""
-        self.alarms = Alarms(self.tree_sampler.settings.rule)
+        self.alarms = Alarms(self.tree_sampler.settings.rule, self.toolbox.names)
         self._names = RolloutNames()
         self.tree_sampler.between_events = self._interrupts.check
         self._spans = Spans()
@@ -294,7 +294,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             new = self._sample([requests[i] for i in again.groups], f"{name} again {again.number}", settings)
             rollout = with_new_trees(before, new, again.groups)
         leaves = [leaf for tree in rollout.trees for leaf in tree.leaves()]
-        self._last = LastRollout(name, rollout, leaves, first_group)
+        self._last = LastRollout(name=name, rollout=rollout, leaves=leaves, first_group=first_group)
         if self._environments is not None and not self.samples_ahead:
             self.environments = of_leaves(self._environments, rollout.trees, first_group)
         written = pad(

@@ -232,6 +232,7 @@ function turnBlock(node) {
   const cells = el("span", "cells", ...entropies.slice(0, 40).map(cell));
   made.append(el("div", "head", el("span", "role of-model", "model"), el("span", "", counted(node.tokens, "token")),
     entropy === null ? null : el("span", "", `H ${number(entropy)} nats`), cells, times(node)), longText(node.text));
+  if (node.unread) made.append(el("div", "note", `No room for the result of ${node.unread.join(", ")}`));
   if (node.end) made.append(el("div", "head", ...outcome(node.end, node.stop)));
   return made;
 }

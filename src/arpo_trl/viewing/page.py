@@ -130,7 +130,7 @@ def _index_at(reader: RunReader, revision: int) -> dict[str, Any]:
 def summary(file: LogFile, number: int, logged: LoggedTree) -> dict[str, Any]:
     """The values that the list of groups shows, filters by and sorts by."""
     tree = logged.tree
-    calls = [call for node in tree.observations() for call in node.calls]
+    calls = tree.calls()
     return {
         "key": key_of(file, number),
         "file": file.path.name,
@@ -182,6 +182,8 @@ def _node_data(node: Node, logged: LoggedTree) -> dict[str, Any]:
     if node.kind is NodeKind.TURN:
         data["entropies"] = [_rounded(entropy) for entropy in node.entropies]
         data["stop"] = None if node.stop is None else node.stop.value
+    if node.unread:
+        data["unread"] = [call.name for call in node.unread]
     if node.calls:
         data["calls"] = [{**call.as_row(), "seconds": round(call.seconds, 3)} for call in node.calls]
     if node.decision is not None:

@@ -19,7 +19,7 @@ _STATE = "trainer_state.json"
 _FILE = re.compile(r"(?P<kind>step|eval)-(?P<step>\d+)(\.(?P<part>\d+))?-rank(?P<rank>\d+)\.jsonl")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True, order=True, kw_only=True)
 class LogFile:
     """A file of the trajectory log. Files sort by step; the evaluation of a step comes before its training rollout.
 
@@ -39,7 +39,13 @@ class LogFile:
         match = _FILE.fullmatch(path.name)
         if match is None:
             return None
-        return cls(int(match["step"]), match["kind"], int(match["part"] or 0), int(match["rank"]), path)
+        return cls(
+            step=int(match["step"]),
+            kind=match["kind"],
+            part=int(match["part"] or 0),
+            rank=int(match["rank"]),
+            path=path,
+        )
 
     @property
     def rollout(self) -> str:

@@ -76,7 +76,7 @@ def _counts(trees: list[LoggedTree]) -> list[str]:
     rewards = [reward for tree in trees for reward in tree.rewards]
     known = [reward for reward in rewards if reward is not None]
     observations = [node for tree in trees for node in tree.tree.observations()]
-    calls = [call for node in observations for call in node.calls]
+    calls = [call for tree in trees for call in tree.tree.calls()]
     counts = (
         len(trees),
         len(rewards),

@@ -20,7 +20,7 @@ from arpo_trl.rollout.tree import RolloutTree
 
 
 @register_credit("aepo")
-@dataclass
+@dataclass(kw_only=True)
 class AEPO(Credit):
     weight: float = field(default=0.2, metadata=described("Weight of the entropy's z-score.", at_least=0))
     reads_entropies: bool = field(default=True, init=False)

@@ -27,7 +27,7 @@ from arpo_trl.rollout.tree import RolloutTree
 
 
 @register_credit("cbpo")
-@dataclass
+@dataclass(kw_only=True)
 class CBPO(Credit):
     weight: float = field(default=0.2, metadata=described("Weight of the branch point's value.", at_least=0))
 

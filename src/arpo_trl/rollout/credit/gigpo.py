@@ -22,7 +22,7 @@ from arpo_trl.rollout.tree import NodeKind, RolloutTree
 
 
 @register_credit("gigpo")
-@dataclass
+@dataclass(kw_only=True)
 class GiGPO(Credit):
     omega: float = field(default=1.0, metadata=described("ω: weight of the comparison at forks.", at_least=0))
     gamma: float = field(default=0.95, metadata=described("γ: discount per turn.", above=0, at_most=1))

@@ -26,7 +26,7 @@ from arpo_trl.rollout.tree import Leaf, NodeKind, RolloutTree
 
 
 @register_credit("igpo")
-@dataclass
+@dataclass(kw_only=True)
 class IGPO(Credit):
     gamma: float = field(default=1.0, metadata=described("Discount per turn.", above=0, at_most=1))
     template: str = "<answer>\\boxed{{answer}}</answer>"

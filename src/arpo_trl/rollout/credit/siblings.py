@@ -23,7 +23,7 @@ from arpo_trl.rollout.tree import RolloutTree
 
 
 @register_credit("siblings")
-@dataclass
+@dataclass(kw_only=True)
 class Siblings(Credit):
     decay: float = field(default=1.0, metadata=described("Factor per later fork.", above=0, at_most=1))
 

@@ -25,7 +25,7 @@ from arpo_trl.rollout.tree import RolloutTree
 
 
 @register_credit("tree")
-@dataclass
+@dataclass(kw_only=True)
 class Tree(Credit):
     average: str = field(
         default="leaves",

@@ -29,7 +29,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EntropyEstimate:
     """An estimate: the entropy is `nats` ± `error`, up to the rounding of the logprobs."""
 
@@ -51,11 +51,11 @@ def entropy_from_top_k(logprobs: Sequence[float], vocab_size: int) -> EntropyEst
     # Because logprobs are rounded, the remaining mass can be negative or larger than the tail allows.
     mass = min(max(0.0, 1.0 - math.fsum(probabilities)), unseen * ceiling)
     if mass == 0.0:
-        return EntropyEstimate(head, 0.0)
+        return EntropyEstimate(nats=head, error=0.0)
     highest = mass * math.log(unseen / mass)
     full = math.floor(mass / ceiling)
     lowest = full * _surprise(ceiling) + _surprise(max(0.0, mass - full * ceiling))
-    return EntropyEstimate(head + (lowest + highest) / 2, max(0.0, highest - lowest) / 2)
+    return EntropyEstimate(nats=head + (lowest + highest) / 2, error=max(0.0, highest - lowest) / 2)
 
 
 def _surprise(p: float) -> float:

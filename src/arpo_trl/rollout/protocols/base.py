@@ -102,7 +102,7 @@ class ToolProtocol(ABC):
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self._parser = tokenizer
         self._schemas = [spec.schema for spec in tools.values()]
-        self._template = Template(tokenizer, self._schemas, self.chat_template_kwargs)
+        self._template = Template(tokenizer=tokenizer, tools=self._schemas, settings=self.chat_template_kwargs)
         known = dict.fromkeys((int(tokenizer.eos_token_id), *eos_ids))
         self._known_ends = tuple(tokenizer.convert_ids_to_tokens(list(known)))
         self._answer_end = None if tokenizer.chat_template is None else self._template.end_of_answer(self._known_ends)

@@ -73,7 +73,7 @@ def results(names: Sequence[str], texts: Sequence[str]) -> list[Message]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Template:
     """A tokenizer's chat template, with the tools and settings of every prompt, and the tokenizer's added tokens."""
 

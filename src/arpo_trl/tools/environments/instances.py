@@ -33,7 +33,7 @@ from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.environments.differences import around_difference
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
 from arpo_trl.tools.environments.worker import Worker
-from arpo_trl.tools.toolbox import encodable
+from arpo_trl.tools.toolbox import for_models
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
@@ -53,7 +53,7 @@ class StillRunning(ToolError):
     """A method of an object cannot run, because an earlier one has not returned."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
     """A call that an instance ran, and its outcome as comparable text."""
 
@@ -62,7 +62,7 @@ class Done:
     outcome: str
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, kw_only=True)
 class Start:
     """The start of all paths of a group: the class of their environments, and the row of the group."""
 
@@ -261,7 +261,7 @@ class Instances:
             text = self._called(instance, "reset", copy.deepcopy(dict(start.row)))
             self._check_text(start, text)
             self.observe(instance)
-            self._check_start(start, encodable(text) if isinstance(text, str) else text, instance.digest)
+            self._check_start(start, for_models(text) if isinstance(text, str) else text, instance.digest)
         except BaseException:
             self._discard(instance)
             raise
@@ -448,7 +448,7 @@ class Instances:
             outcome = _comparable(value)
         except BaseException as raised:
             error, outcome = raised, f"{type(raised).__name__}: {raised}"
-        instance.log.append(Done(name, given, outcome))
+        instance.log.append(Done(name=name, arguments=given, outcome=outcome))
 
         def result() -> Any:
             if error is not None:

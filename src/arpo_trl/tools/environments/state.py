@@ -14,7 +14,7 @@ from arpo_trl.tools.environments.differences import changed_lines
 from arpo_trl.tools.environments.instances import Instance, Instances, Point, Start, as_reason
 from arpo_trl.tools.environments.kind import EnvironmentKind, Kinds
 from arpo_trl.tools.state import PathState
-from arpo_trl.tools.toolbox import ToolBox, encodable
+from arpo_trl.tools.toolbox import ToolBox, for_models
 
 _MAX_CHANGE_CHARS = 2000
 _ATTEMPTS = 3
@@ -67,7 +67,9 @@ class Environments:
     def _start_of(self, group: int) -> Start:
         if group in self._starts:
             return self._starts[group]
-        self._start_without_row = self._start_without_row or Start(self.kinds.of({}), {})  # environments of tools
+        self._start_without_row = self._start_without_row or Start(
+            kind=self.kinds.of({}), row={}
+        )  # environments of tools
         return self._start_without_row
 
     def start_groups(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
@@ -76,7 +78,9 @@ class Environments:
         Raises:
             DataError: A row does not name its environment, and there are several.
         """
-        self._starts |= {group: Start(self.kinds.of(row), self.kinds.given(row)) for group, row in rows.items()}
+        self._starts |= {
+            group: Start(kind=self.kinds.of(row), row=self.kinds.given(row)) for group, row in rows.items()
+        }
 
     def begin(
         self, rows: Mapping[int, Mapping[str, Any]], toolbox: ToolBox, between_events: Callable[[], None]
@@ -271,7 +275,7 @@ class EnvironmentState(PathState):
             _, result = instances.called(instance, tool, arguments)
             try:
                 instances.observe(instance)
-                change.append(encodable("\n".join(changed_lines(before, instance.description))[:_MAX_CHANGE_CHARS]))
+                change.append(for_models("\n".join(changed_lines(before, instance.description)))[:_MAX_CHANGE_CHARS])
             except BaseException as error:
                 instance.doubt = f"digest() or describe() raised {as_reason(error)}"
         return result()

@@ -39,7 +39,7 @@ class ServerLost(EngineError):
     """The connection to a server failed: it is down, or was killed during the request."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
     """A server's properties. `max_lora_rank` is None without `--enable-lora`; `max_logprobs` is −1 without a limit."""
 
@@ -139,14 +139,14 @@ class ServerClient:
         )["vllm_config"]
         lora = information.get("lora_config")
         return ServerFacts(
-            next(model["id"] for model in models if model["parent"] is None),
-            int(models[0]["max_model_len"]),
-            int(information["model_config"]["max_logprobs"]),
-            str(information["model_config"]["logprobs_mode"]),
-            str(information["model_config"]["dtype"]).removeprefix("torch."),
-            None if lora is None else int(lora["max_lora_rank"]),
-            int(information["parallel_config"]["data_parallel_size"]),
-            self.weight_version(),
+            model=next(model["id"] for model in models if model["parent"] is None),
+            max_model_len=int(models[0]["max_model_len"]),
+            max_logprobs=int(information["model_config"]["max_logprobs"]),
+            logprobs_mode=str(information["model_config"]["logprobs_mode"]),
+            dtype=str(information["model_config"]["dtype"]).removeprefix("torch."),
+            max_lora_rank=None if lora is None else int(lora["max_lora_rank"]),
+            replicas=int(information["parallel_config"]["data_parallel_size"]),
+            weight_version=self.weight_version(),
         )
 
     @_reads_json

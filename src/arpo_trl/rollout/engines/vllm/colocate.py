@@ -194,7 +194,7 @@ def _read(output: RequestOutput, top_logprobs: int) -> Segment:
     # vLLM adds the sampled token if it is not among the k most likely. That entry does not count as one of the k.
     top = [sorted((entry.logprob for entry in place.values()), reverse=True)[:top_logprobs] for place in given]
     return Segment(
-        ids,
-        [place[token].logprob for token, place in zip(ids, given, strict=True)],
-        top if top_logprobs else [],
+        ids=ids,
+        logprobs=[place[token].logprob for token, place in zip(ids, given, strict=True)],
+        top_logprobs=top if top_logprobs else [],
     )

@@ -309,15 +309,15 @@ def _read(response: httpx.Response, url: str, top_logprobs: int, version: int | 
     try:
         choice: dict[str, Any] = response.json()["choices"][0]
         if choice["finish_reason"] == "abort" and not choice["token_ids"]:
-            return Segment([], [])
+            return Segment(ids=[], logprobs=[])
         given = choice["logprobs"]
         # vLLM adds the sampled token if it is not among the k most likely. That entry does not count as one of the k.
         places = given["top_logprobs"] if top_logprobs else []
         return Segment(
-            choice["token_ids"],
-            given["token_logprobs"],
-            [sorted(place.values(), reverse=True)[:top_logprobs] for place in places],
-            version,
+            ids=choice["token_ids"],
+            logprobs=given["token_logprobs"],
+            top_logprobs=[sorted(place.values(), reverse=True)[:top_logprobs] for place in places],
+            version=version,
         )
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise EngineError(

@@ -36,7 +36,7 @@ SEEDS = 1 << 63
 """The number of seeds: vLLM accepts seeds up to 2^63 − 1."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRequest:
     """The next request to vLLM: at most `max_tokens` tokens after `ids`, with `top_logprobs` logprobs per position."""
 
@@ -46,7 +46,7 @@ class SegmentRequest:
     top_logprobs: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
     """vLLM's output: ids, their logprobs, and each position's largest logprobs (empty if none were requested).
 
@@ -124,7 +124,10 @@ class Draft:
         elif missing := self._stops.missing(self._ids):
             room = min(room, missing)
         return SegmentRequest(
-            request.ids + self._ids, room, (request.seed + self._segments * SEED_STEP) % SEEDS, top_logprobs
+            ids=request.ids + self._ids,
+            max_tokens=room,
+            seed=(request.seed + self._segments * SEED_STEP) % SEEDS,
+            top_logprobs=top_logprobs,
         )
 
     def add(self, segment: Segment) -> Probe | Turn | None:
