@@ -266,6 +266,7 @@ def without(node, key):
         (broken(nodes=[ROOT, TURN | {"ids": [1.5]}]), r"nodes\[1\].ids\[0\] is 1.5; expected int"),
         (broken(nodes=[ROOT, TURN | {"stop": "never"}]), r"'never' is not a valid StopReason"),
         (broken(nodes=[ROOT, TURN | {"calls": [{}]}]), r"nodes\[1\].calls\[0\] has no 'name'"),
+        (broken(leaves=[]), "leaves lacks the end of a path"),
         (broken(leaves=[LEAF | {"reward": "good"}]), r"leaves\[0\].reward is 'good'; expected float \| None"),
         (broken(leaves=[LEAF | {"address": [0, "a"]}]), r"leaves\[0\].address\[1\] is 'a'; expected int"),
         (broken(step="\x1b[2J"), r"the line.step is '\\x1b\[2J'; expected int"),

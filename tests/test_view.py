@@ -262,6 +262,30 @@ def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     return int(end.value.code or 0)
 
 
+@pytest.mark.parametrize("words", [["tree"], ["tree", "--step", "4"], ["view"]])
+def test_a_broken_file_does_not_hide_the_others(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    """For example after a copy that was interrupted."""
+    (run / "trajectories/step-000004-rank7.jsonl").write_text('{"step": 4, "gr')
+    assert command(monkeypatch, words[0], str(run), *words[1:]) == 0
+    assert "step-000004-rank7.jsonl, line 1: not valid JSON" in caplog.text and "This file is left out." in caplog.text
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["tree", "timeline"])
+def test_a_step_whose_files_are_all_broken_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "step-000002-rank0.jsonl").write_text('{"step": 2, "gr')
+    assert command(monkeypatch, name, str(tmp_path), "--step", "2") == 2
+    assert f"{tmp_path} has no readable trees of step" in capsys.readouterr().err
+
+
 def test_the_command_writes_the_page_and_prints_its_path(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -372,10 +396,10 @@ def test_the_server_answers_this_machine_only_and_tells_errors(run: Path, server
         ask(server, "changes", Host="evil.example:80")
     with pytest.raises(urllib.error.HTTPError, match="404"):
         ask(server, "etc/passwd")
-    (run / "trajectories/step-000006-rank0.jsonl").write_text("{}\n")
+    (run / "trainer_state.json").write_text("[]")
     with pytest.raises(urllib.error.HTTPError, match="500") as error:
         ask(server, "changes")
-    assert "step-000006-rank0.jsonl, line 1: not a logged tree" in json.loads(error.value.read())["error"]
+    assert "trainer_state.json is []; expected" in json.loads(error.value.read())["error"]
     with pytest.raises(ConfigError, match=f"Port {server.server_address[1]} of 127.0.0.1 cannot be used"):
         ViewServer(RunReader(run), server.server_address[1], 1)
 

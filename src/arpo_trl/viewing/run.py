@@ -11,6 +11,9 @@ from typing import Any
 from arpo_trl.common.user_files import expect, read_json
 from arpo_trl.errors import DataError
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
 
 FOLDER = "trajectories"
 KINDS = {"step": "training", "eval": "evaluation"}
@@ -109,6 +112,16 @@ def log_history(run: Path) -> list[dict[str, Any]]:
     return [row for row in state["log_history"] if isinstance(row.get("step"), int)]
 
 
+def trees_of(file: LogFile) -> list[LoggedTree] | None:
+    """The trees of a file of a run. None after a warning if it is broken, so that it does not hide the other files."""
+    try:
+        return list(read_trees(file.path))
+    except DataError as error:
+        if file.path.exists():  # otherwise the run has removed it in the meantime
+            logger.warning(f"{error} This file is left out.")
+        return None
+
+
 class RunReader:
     """Reads the log files of a run, and rereads changed files.
 
@@ -127,11 +140,7 @@ class RunReader:
         self._seen: dict[Path, tuple[int, int]] = {}
 
     def refresh(self) -> None:
-        """Reads new and changed files. A file that is removed in the meantime is left out.
-
-        Raises:
-            DataError: A file is not a trajectory log.
-        """
+        """Reads new and changed files. Files that are broken, or removed in the meantime, are left out."""
         state = state_file(self.run)
         files = {file.path: file for file in log_files(self.run)}
         found = {path: mark for path in (*files, state) if path is not None and (mark := _mark(path)) is not None}
@@ -142,12 +151,9 @@ class RunReader:
         self.files = {file: held for file, held in self.files.items() if file.path in found}
         for path, file in files.items():
             if path in found and found[path] != self._seen.get(path):
-                try:
-                    self.files[file] = (self.revision, list(read_trees(path)))
-                except DataError:
-                    if path.exists():
-                        raise
-                    self.files.pop(file, None)
+                self.files.pop(file, None)
+                if (trees := trees_of(file)) is not None:
+                    self.files[file] = (self.revision, trees)
         self._seen = found
 
     def trees(self) -> Mapping[LogFile, Sequence[LoggedTree]]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from arpo_trl.errors import DataError
 from arpo_trl.logs.render import LEGEND, render_tree
 from arpo_trl.logs.trajectories import LoggedTree, read_trees
-from arpo_trl.viewing.run import KINDS, LogFile, listed, required_log_files
+from arpo_trl.viewing.run import KINDS, LogFile, listed, required_log_files, trees_of
 from arpo_trl.visible import say
 
 
@@ -34,7 +34,9 @@ def show_trees(path: Path, *, step: int | None, group: int | None, full: bool) -
         if not chosen:
             steps = sorted({file.step for file in files})
             raise DataError(f"{path} has no logged trees of step {step}; it has trees of the steps {listed(steps)}.")
-        trees = [(KINDS[file.kind], tree) for file in chosen for tree in read_trees(file.path)]
+        trees = [(KINDS[file.kind], tree) for file in chosen for tree in trees_of(file) or []]
+        if not trees:
+            raise DataError(f"{path} has no readable trees of step {step}.")
     else:
         if not path.exists():
             raise DataError(f"{path} does not exist. Pass the output_dir of a run, or a file of its trajectories.")
@@ -66,7 +68,8 @@ def _print_steps(console: Console, run: Path, files: Iterable[LogFile]) -> None:
     step = 0
     for file in files:
         step = file.step
-        table.add_row(str(step), KINDS[file.kind], *_counts(list(read_trees(file.path))))
+        if (trees := trees_of(file)) is not None:
+            table.add_row(str(step), KINDS[file.kind], *_counts(trees))
     console.print(table)
     console.print(Text("wrong: leaves with a reward of 0 or less. failed: tool calls that failed.", style="dim"))
     say(f"One step's trees: arpo-trl tree {run} --step {step}")

@@ -15,9 +15,9 @@ from typing import Any
 
 from arpo_trl.common.files import write_whole
 from arpo_trl.errors import DataError
-from arpo_trl.logs.trajectories import LoggedTree, read_trees
+from arpo_trl.logs.trajectories import LoggedTree
 from arpo_trl.rollout.tree import Node, NodeKind, address_text
-from arpo_trl.viewing.run import KINDS, listed, required_log_files
+from arpo_trl.viewing.run import KINDS, listed, required_log_files, trees_of
 from arpo_trl.visible import visible_data
 
 SHORTEST_S = 0.0005
@@ -40,7 +40,9 @@ def write_timeline(run: Path, step: int | None, output: Path | None = None) -> P
             f"{run} has no logged {KINDS['step']} rollout of step {step}; it has rollouts of the steps {steps}."
         )
     rollout = files[-1].rollout
-    chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in read_trees(file.path)]
+    chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in trees_of(file) or []]
+    if not chosen:
+        raise DataError(f"{run} has no readable trees of {rollout}.")
     if not any(tree.spans for _, tree in chosen):
         raise DataError(f"The trees of {rollout} in {run} have no times: an older version of arpo-trl logged them.")
     output = output or run / f"timeline-{rollout}.json"
