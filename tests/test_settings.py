@@ -2,6 +2,7 @@ import ast
 import dataclasses
 import importlib.util
 import math
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from transformers import HfArgumentParser
+from trl import ModelConfig
 
 from arpo_trl import options
 from arpo_trl.command_line import parse_settings
@@ -18,6 +20,7 @@ from arpo_trl.common.settings import JudgeArguments, Range, ToolLimits, check_fi
 from arpo_trl.config import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.scripts.start import required_model
 from arpo_trl.tools.builtin import ToolArguments
 from support import script
 
@@ -185,6 +188,61 @@ def test_a_bare_off_of_yaml_is_a_choice_not_a_bool(name: str, tmp_path: Path):
     settings = parse_settings(script("train").SETTINGS, ["--config", str(tmp_path / "run.yaml")])
     (config,) = (each for each in settings if isinstance(each, ARPOConfig))
     assert getattr(config, name) == "off"
+
+
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+@pytest.mark.parametrize("program", ["train", "sft"])
+def test_a_bare_no_of_yaml_is_a_strategy_not_a_bool(program: str, name: str, tmp_path: Path):
+    (tmp_path / "run.yaml").write_text(f"dataset: rows.jsonl\nuse_cpu: true\noutput_dir: out\n{name}: no\n")
+    settings = parse_settings(script(program).SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+    assert [getattr(each, name) for each in settings if hasattr(each, name)] == ["no"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("max_steps", "1.5", "an integer of at least -1."),
+        ("max_steps", "null", "an integer of at least -1."),
+        ("warmup_steps", "-5", "a number of at least 0."),
+        ("eval_steps", "-1", "a number of at least 0."),
+        ("accelerator_config", "3", "a mapping or a text."),
+        ("save_total_limit", "1.5", "an integer."),
+        ("torch_compile", "3", "true or false."),
+        ("optim_args", "3", "a text."),
+        ("label_names", "3", "a list."),
+        ("lr_scheduler_type", "cosin", "one of ['linear', 'cosine', "),
+        ("save_strategy", "never", "one of ['no', 'steps', "),
+        ("save_strategy", "true", "one of ['no', 'steps', "),
+    ],
+)
+@pytest.mark.parametrize("program", ["train", "sft"])
+def test_a_value_that_does_not_fit_a_setting_of_transformers_is_named(program, name, value, expected, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"dataset: rows.jsonl\nuse_cpu: true\noutput_dir: out\n{name}: {value}\n")
+    with pytest.raises(ConfigError) as raised:
+        parse_settings(script(program).SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+    assert re.fullmatch(rf"{name} is .+; expected {re.escape(expected)}.*", str(raised.value))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lora_r": 1.5}, "lora_r is 1.5; expected an integer of at least 1."),
+        ({"lora_r": 0}, "lora_r is 0; expected an integer of at least 1."),
+        ({"lora_dropout": 2}, "lora_dropout is 2; expected a number in [0, 1]."),
+        ({"lora_target_modules": 3}, "lora_target_modules is 3; expected a list."),
+        ({"use_dora": "yes"}, "use_dora is 'yes'; expected true or false."),
+    ],
+)
+def test_a_value_that_does_not_fit_a_setting_of_the_model_is_named(given, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        required_model(ModelConfig("m", **given))
+
+
+def test_settings_of_lora_without_lora_are_a_warning(caplog):
+    required_model(ModelConfig("m", use_peft=True, lora_r=8, lora_target_modules="all-linear"))
+    assert caplog.text == ""
+    required_model(ModelConfig("m", lora_r=8, lora_alpha=8))
+    assert "lora_r and lora_alpha are set, but use_peft is not" in caplog.text
 
 
 def test_training_and_evaluation_have_the_same_limits_of_tools():

@@ -52,7 +52,12 @@ INHERITED: dict[str, dict[str, Any]] = {
     **{name: {"range": Range(at_least=0, at_most=1)} for name in ("adam_beta1", "adam_beta2")},
     **{name: {"range": Range(at_least=1)} for name in ("gradient_accumulation_steps", "steps_per_generation")},
     "num_iterations": {"range": Range(at_least=1)},
-    "num_train_epochs": {"range": Range(above=0)},
+    **{name: {"range": Range(at_least=0)} for name in ("warmup_steps", "logging_steps", "save_steps", "eval_steps")},
+    **{name: {"range": Range(at_least=1)} for name in ("num_generations_eval", "ddp_timeout")},
+    **{name: {"range": Range(above=0)} for name in ("num_train_epochs", "delta")},
+    "max_steps": {"range": Range(at_least=-1)},
+    "ref_model_mixup_alpha": {"range": Range(at_least=0, at_most=1)},
+    "vllm_gpu_memory_utilization": {"range": Range(above=0, at_most=1)},
     "top_k": {"range": Range(at_least=0)},
     **{name: {"range": Range(at_least=0, at_most=1)} for name in ("min_p", "top_entropy_quantile")},
     "repetition_penalty": {"range": Range(above=0)},
@@ -442,9 +447,9 @@ class ARPOConfig(ToolLimits, GRPOConfig):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        self._check_rewards()
         check_fields(self, INHERITED)
         self._check_paths()
-        self._check_rewards()
         if self.generation_batch_size is None:  # otherwise the number of steps depends on the number of ranks
             self._check_groups_fit_rank(self.steps_per_generation or self.gradient_accumulation_steps)
         take_the_cpu_if_alone(self)
@@ -504,7 +509,9 @@ class ARPOConfig(ToolLimits, GRPOConfig):
         return self.vllm_server_urls or [one]
 
     def _check_paths(self) -> None:
-        """Checks N against M, and the names of branch rule and credit."""
+        """Checks N against M, the names of branch rule and credit, and that there is an output_dir."""
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise ConfigError("output_dir is empty; expected a folder for the run.")
         if self.initial_rollouts is not None and self.initial_rollouts > self.num_generations:
             raise ConfigError(
                 f"initial_rollouts (N) is {self.initial_rollouts} but num_generations (M) is {self.num_generations}; "

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from enum import Enum
 from numbers import Integral, Real
 from os import PathLike
 from types import NoneType, UnionType
@@ -93,8 +94,9 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
 
     A number must have the annotated type, be finite and be within its range. True and False are bools, not numbers; no
     other value is a bool. None is accepted if the annotation allows it. If "on" or "off" is a choice, True and False
-    are converted to it, because YAML reads a bare `on` or `off` as a bool. A field of this package with the annotation
-    text, or list of texts, must have that type.
+    are converted to it, because YAML reads a bare `on` or `off` as a bool. So is False, if "no" is a member of an
+    annotated enum. A field of this package with the annotation text, or list of texts, must have that type. A
+    field of another package whose annotation has only types of YAML, and enums, must have one of them.
 
     Args:
         inherited: The accepted values of fields of another package's class, by the field's name: `{"range":
@@ -110,6 +112,8 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
         value = getattr(settings, setting.name)
         if isinstance(value, bool) and (word := "on" if value else "off") in metadata.get("choices", ()):
             setattr(settings, setting.name, value := word)
+        if value is False and "no" in _members(hints[setting.name]):
+            setattr(settings, setting.name, value := "no")
         if expected := _unmet(metadata, hints[setting.name], value):
             raise ConfigError(f"{setting.name} is {value!r}; expected {expected}.")
 
@@ -120,9 +124,20 @@ def _is_own(kind: type, name: str) -> bool:
     return owner.__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _members(hint: Any) -> list[Any]:
+    """The values of the enum that an annotation names; empty if it names none."""
+    return [
+        member.value for kind in _kinds(hint) if isinstance(kind, type) and issubclass(kind, Enum) for member in kind
+    ]
+
+
 def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
     """The expected values, in words, if `value` is not accepted; None if it is."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = _kinds(hint)
     if value is None and NoneType in kinds:
         return None
     if "choices" in metadata:
@@ -141,7 +156,7 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
         return None if accepted else "a list of texts"
     kind = next((kind for kind in (bool, int, float) if kind in kinds), None)
     if kind is None or "range" not in metadata:
-        return None
+        return None if metadata["text"] else _unlike(hint, value)
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
     limits: Range = metadata["range"]
@@ -152,6 +167,37 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
     if not text:
         return "a finite number" if kind is float else noun
     return f"{noun} {text}" if text.startswith("in ") else f"{noun} of {text}"
+
+
+_PLAIN: dict[type, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (Integral, "an integer"),
+    float: (Real, "a number"),
+    str: ((str, PathLike), "a text"),
+    list: ((list, tuple, str), "a list"),  # argparse and TRL also store a list of one text as the text
+    dict: (Mapping, "a mapping"),
+}
+"""The types that YAML has: what counts as one, and its name in messages."""
+
+
+def _unlike(hint: Any, value: Any) -> str | None:
+    """The expected types, in words, if `value` is of a type that YAML has, but of none in the annotation `hint`."""
+    kinds = [get_origin(kind) or kind for kind in _kinds(hint) if kind is not NoneType]
+    members = _members(hint)
+    if members and isinstance(value, str):
+        return None if value in members else f"one of {members}"
+    known = [kind for kind in kinds if kind in _PLAIN]
+    if len(known) < len([kind for kind in kinds if not (isinstance(kind, type) and issubclass(kind, Enum))]):
+        return None  # an annotation such as Any
+    if value is None and not {int, float} & set(known):
+        return None  # other packages use None for a text or a list although their annotations omit it
+    if value is not None and not isinstance(value, tuple(kind for kind, _ in _PLAIN.values())):
+        return None
+    for kind in known:
+        if isinstance(value, _PLAIN[kind][0]) and (kind is bool or not isinstance(value, bool)):
+            return None
+    expected = [f"one of {members}"] if members else [_PLAIN[kind][1] for kind in known]
+    return " or ".join(expected)
 
 
 @dataclass

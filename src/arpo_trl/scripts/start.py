@@ -6,6 +6,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
 from trl import ModelConfig
 
+from arpo_trl.common.settings import Range, check_fields
 from arpo_trl.errors import ArpoError, ConfigError
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)
 
 PYTHON = "Python"
 TRACEBACK = "ARPO_TRACEBACK"
@@ -22,11 +27,19 @@ STARTING = (ValueError, TypeError, ArithmeticError, OSError, ImportError, Runtim
 """The built-in types of errors that packages raise for unusable settings. Many packages also define their own."""
 
 
+MODEL_SETTINGS = {
+    "lora_r": {"range": Range(at_least=1)},
+    "lora_alpha": {"range": Range(at_least=1)},
+    "lora_dropout": {"range": Range(at_least=0, at_most=1)},
+}
+"""The accepted values of TRL's settings of the model; see `check_fields`."""
+
+
 def required_model(model_config: ModelConfig) -> str:
-    """The model to train.
+    """The model to train. Warns about settings of LoRA without `use_peft`.
 
     Raises:
-        ConfigError: `model_name_or_path` is not set, or is no text.
+        ConfigError: `model_name_or_path` is not set, or is no text, or another setting of the model is not valid.
     """
     name: Any = model_config.model_name_or_path
     expected = "expected a folder or a Hub id of the model to train."
@@ -34,6 +47,17 @@ def required_model(model_config: ModelConfig) -> str:
         raise ConfigError(f"model_name_or_path is not set; {expected}")
     if not isinstance(name, str):
         raise ConfigError(f"model_name_or_path is {name!r}; {expected}")
+    check_fields(model_config, MODEL_SETTINGS)
+    unused = [
+        setting.name
+        for setting in fields(model_config)
+        if setting.name.startswith("lora_") and getattr(model_config, setting.name) != setting.default
+    ]
+    if unused and not model_config.use_peft:
+        logger.warning(
+            f"{' and '.join(unused)} {'are' if len(unused) > 1 else 'is'} set, but use_peft is not, so all weights "
+            "are trained. Set use_peft: true for LoRA."
+        )
     return name
 
 
