@@ -960,6 +960,11 @@ def test_an_invalid_create_state_is_refused() -> None:
     note.create_state = "Notes"  # type: ignore[attr-defined]
     with pytest.raises(ToolSpecError, match="tool 'note': the attribute create_state is 'Notes'; expected a function"):
         tool_spec(note)
+    note.create_state = dict  # type: ignore[attr-defined]
+    assert tool_spec(note).create_state is dict  # a type without a signature may accept it
+    note.create_state = lambda: {}  # type: ignore[attr-defined]
+    with pytest.raises(ToolSpecError, match="tool 'note': create_state .* cannot be called with one argument, the id"):
+        tool_spec(note)
     note.create_state = lambda group: {}  # type: ignore[attr-defined]
     with (
         ToolBox([note]) as box,

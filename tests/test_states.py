@@ -205,6 +205,15 @@ def test_a_fork_that_returns_the_state_itself_is_an_error(monkeypatch):
     assert world.is_closed()
 
 
+def test_a_create_state_that_returns_one_state_for_all_paths_is_an_error():
+    world = World()
+    write, read = world.tools[:2]
+    shared = write.create_state(0)
+    write.create_state = read.create_state = lambda group: shared
+    with pytest.raises(ToolSpecError, match=r"create_state of tool 'write' returned the state of another path"):
+        Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(1)
+
+
 @pytest.mark.parametrize("way", ["sample", "stream"])
 def test_an_interrupt_closes_all_states(way):
     world = World()

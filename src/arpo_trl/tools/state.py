@@ -23,6 +23,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 from arpo_trl.errors import ToolSpecError
 from arpo_trl.tools.calls import ToolCall, ToolFailure
@@ -126,6 +127,9 @@ class PathState(ABC):
 
 
 CreateState = Callable[[int], PathState]
+
+_IN_USE: WeakValueDictionary[int, PathState] = WeakValueDictionary()
+"""The open states that `create_state` functions returned, by their ids."""
 
 
 class NoState(PathState):
@@ -247,6 +251,7 @@ class PathStates:
     def _end(self, end: Callable[[PathState], None]) -> None:
         while self._states:
             _, state = self._states.popitem()
+            _IN_USE.pop(id(state), None)
             try:
                 end(state)
             except Exception as error:
@@ -256,7 +261,14 @@ class PathStates:
         if (create := self._create.get(tool)) is None:
             return self._no_state
         if create not in self._states:
-            self._states[create] = _checked(create(self.group), f"create_state of tool {tool!r}")
+            made_by = f"create_state of tool {tool!r}"
+            state = _checked(create(self.group), made_by)
+            if state.key is None and id(state) in _IN_USE:
+                raise ToolSpecError(
+                    f"{made_by} returned the state of another path, although calls change it. Return a new one each "
+                    "time."
+                )
+            _IN_USE[id(state)] = self._states[create] = state
         return self._states[create]
 
 

@@ -181,6 +181,11 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
             f"tool {name!r}: the attribute create_state is {create_state!r}; expected a function that takes the id of "
             "a group and returns a new PathState."
         )
+    if create_state is not None and not _takes_one(create_state):
+        raise ToolSpecError(
+            f"tool {name!r}: create_state {create_state!r} cannot be called with one argument, the id of a group. Add "
+            "the parameter."
+        )
     return ToolSpec(
         name=name,
         parameters=tuple(signature.parameters),
@@ -191,6 +196,18 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         create_state=create_state,
         single_text_parameter=single,
     )
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return True
+    try:
+        signature.bind(0)
+    except TypeError:
+        return False
+    return True
 
 
 class ToolSet:
