@@ -34,11 +34,12 @@ from trl import GRPOConfig
 from against_trl import TagGRPOTrainer, trl_trainer
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.rollout.batch import GroupRequest, TreeSettings
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.vllm.client import ServerClient
 from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from serving import running
 

@@ -21,11 +21,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, TreeSettings
 from arpo_trl.rollout.engines import transformers as engine_module
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.transformers import TransformersEngine
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.toolbox import ToolBox
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from arpo_trl.errors import ToolError
+from arpo_trl.rollout.batch import RolloutBatch
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
-from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.tools.environments.kind import environment_kind
 from arpo_trl.tools.environments.state import Environments
 from support import ANSWER, Scripted, search, until

@@ -28,12 +28,13 @@ import forked
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.quickstart.model import build_model, build_tokenizer
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, Score, TreeSettings
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, SamplingParams
 from arpo_trl.rollout.engines.scripted import Script, ScriptedEngine
 from arpo_trl.rollout.protocols import TagProtocol, ToolProtocol
 from arpo_trl.rollout.rules import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, Score, TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.python.sandbox import Limits, Tier, Worker
 from arpo_trl.tools.state import PathState

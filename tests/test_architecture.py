@@ -22,7 +22,10 @@ ROOMS = (
 )
 """From the bottom up: a room imports only from rooms before it."""
 
-TREE = ("text", "tree", "estimates", "rules", "credit", "engines", "protocols", "sampler", "build")
+TREE = (
+    *("text", "tree", "estimates", "rules", "credit", "engines", "protocols"),
+    *("batch", "paths", "decisions", "sampler", "build"),
+)
 """The same within `rollout`."""
 
 

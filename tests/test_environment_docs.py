@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.tools.environments.kind import Forking, environment_kind
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox

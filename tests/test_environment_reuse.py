@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from arpo_trl.rollout.sampler import GroupRequest
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.tools.calls import ToolFailure
 from arpo_trl.tools.environments.kind import environment_kind
 from arpo_trl.tools.environments.state import Environments

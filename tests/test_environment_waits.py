@@ -11,9 +11,9 @@ import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.batch import RolloutBatch
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules.ranked import Ranked
-from arpo_trl.rollout.sampler import RolloutBatch
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolBox
 from shops import OPENED, ForkingShop, Shop, all_closed, buys, environments_of, forget, run

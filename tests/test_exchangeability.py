@@ -3,7 +3,7 @@ import math
 import pytest
 
 from arpo_trl.logs.metrics import Tally, tally_step
-from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
+from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource
 from support import ANSWER

@@ -10,6 +10,7 @@ from arpo_trl.logs.alarms import ALARMS, REPEAT_EVERY, Alarms
 from arpo_trl.logs.metrics import Tally, tally_rewards, tally_rollout
 from arpo_trl.logs.render import render_tree
 from arpo_trl.logs.trajectories import TrajectoryLog, logged_trees, read_trees
+from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.rules import RULES
 from arpo_trl.rollout.rules.base import FIRE_RATE_COUNT
@@ -19,7 +20,6 @@ from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.schedule import Schedule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 from arpo_trl.training.baselines import ScoredLeaves, tally_baseline

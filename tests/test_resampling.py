@@ -9,9 +9,9 @@ from arpo_trl import ARPOConfig
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import read_trees
+from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
-from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource
 from arpo_trl.training.resampling import equal_groups, tally_discarded, with_new_trees

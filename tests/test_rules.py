@@ -358,6 +358,13 @@ def test_a_rule_reads_the_rewards_of_finished_leaves():
     assert asked == [(0, 2)]
 
 
+@pytest.mark.parametrize("rewards", [[1.0], [1.0, "good"], [None, None], None, [[1.0, 2.0]]])
+def test_a_score_that_is_not_one_number_per_leaf_is_an_error(rewards):
+    run = Scripted(two_searches, leaves=5, at_root=2, rule=Disputed(), score=lambda request, tree: rewards)
+    with pytest.raises(ConfigError, match=r"`score` of a TreeSampler returned .*; expected 2 numbers, one per leaf"):
+        run()
+
+
 def test_a_rule_that_reads_rewards_is_refused_without_a_score_function():
     rule = settings(branch_rule="disputed").make_branch_rule()
     with pytest.raises(ConfigError, match=r"The branch rule 'disputed' reads the rewards .* no `score` function"):

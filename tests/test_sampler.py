@@ -6,6 +6,7 @@ import pytest
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.engines.base import SamplingParams, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
@@ -14,7 +15,6 @@ from arpo_trl.rollout.rules.probability import Probability
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.released import Released
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import NodeKind, StopReason
 from support import ANSWER, Scripted
 

@@ -16,11 +16,11 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, ToolError, ToolSpecError
 from arpo_trl.logs.metrics import Tally, tally_rollout
 from arpo_trl.options import RolloutSchedule, ShareCalls
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules.ranked import Ranked
-from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.python.local import python_tool

@@ -15,11 +15,11 @@ import pytest
 
 from arpo_trl.errors import ToolError, ToolSpecError
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import ChatTemplateProtocol
 from arpo_trl.rollout.rules.ranked import Ranked
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import StopReason
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.state import PathState

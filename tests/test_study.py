@@ -15,9 +15,10 @@ import yaml
 from arpo_trl.errors import ConfigError
 from arpo_trl.quickstart import stages
 from arpo_trl.quickstart.model import save_cold_start_base
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.credit import CREDITS
 from arpo_trl.rollout.rules import RULES
-from arpo_trl.rollout.sampler import GroupRequest, TreeSampler
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
 from study import __main__ as command

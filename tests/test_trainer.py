@@ -16,10 +16,11 @@ from arpo_trl.data.prompts import tags_system_prompt
 from arpo_trl.errors import ConfigError
 from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.rewards import HierarchicalReward
+from arpo_trl.rollout.batch import GroupRequest, TreeSettings
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine, ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from support import (
     EXACT,

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.logs.trajectories import read_trees
+from arpo_trl.rollout.batch import GroupRequest, TreeSettings
 from arpo_trl.rollout.engines.base import Probe, SamplingParams, Turn, TurnRequest, TurnStop
 from arpo_trl.rollout.engines.topk_entropy import entropy_from_top_k
 from arpo_trl.rollout.engines.transformers import TransformersEngine
@@ -24,7 +25,7 @@ from arpo_trl.rollout.engines.vllm.server import VLLMServerEngine
 from arpo_trl.rollout.engines.vllm.weights import DiskTransfer, ServedWeights
 from arpo_trl.rollout.protocols import ContentEncoder, TagProtocol
 from arpo_trl.rollout.rules.random import Random
-from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from servers import running
 from support import (

@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from arpo_trl import ARPOTrainer
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch
 
 from .arms import LEAVES, Arm, grpo
 from .files import interval

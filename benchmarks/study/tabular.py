@@ -19,8 +19,9 @@ import torch
 
 from arpo_trl import ARPOConfig
 from arpo_trl.options import RolloutSchedule
+from arpo_trl.rollout.batch import GroupRequest, TreeSettings
 from arpo_trl.rollout.protocols import ToolProtocol
-from arpo_trl.rollout.sampler import GroupRequest, TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
 

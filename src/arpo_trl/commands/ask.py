@@ -40,7 +40,7 @@ def main(words: Sequence[str]) -> int:
     from arpo_trl.logs.render import render_tree
     from arpo_trl.logs.trajectories import LoggedTree
     from arpo_trl.rewards.answers import extract_answer
-    from arpo_trl.rollout.sampler import GroupRequest
+    from arpo_trl.rollout.batch import GroupRequest
     from arpo_trl.tools.builtin import build_tools
     from arpo_trl.tools.toolbox import ToolBox
     from arpo_trl.visible import visible

@@ -25,7 +25,8 @@ from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, 
 from arpo_trl.evaluation.scoring import predicted, score
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import LLMJudge, question_of
-from arpo_trl.rollout.sampler import Finished, GroupRequest, TreeSampler
+from arpo_trl.rollout.batch import Finished, GroupRequest
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.identity import differences_between
 

@@ -19,7 +19,7 @@ from arpo_trl.rollout.tree import NodeKind, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolFailure
 
 if TYPE_CHECKING:  # not imported for viewing a run, since it imports the engines
-    from arpo_trl.rollout.sampler import RolloutBatch
+    from arpo_trl.rollout.batch import RolloutBatch
 
 
 @dataclass

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.options import RolloutSchedule, ShareCalls
+from arpo_trl.rollout.batch import TreeSettings
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.completions import CompletionsEngine
 from arpo_trl.rollout.engines.lockstep import LockstepEngine
@@ -28,7 +29,7 @@ from arpo_trl.rollout.engines.weights import Weights
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.sampler import TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.visible import get_rank_logger
 

@@ -13,26 +13,26 @@ from __future__ import annotations
 
 import hashlib
 import math
-import operator
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule, ShareCalls
+from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes, Score, TreeSettings
+from arpo_trl.rollout.decisions import checked_decisions, checked_rewards, checked_roots, checked_supply
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.paths import Calling, Group, Path
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
-from arpo_trl.rollout.rules.base import BranchContext, BranchRule, Candidate, LivePath, Moment
-from arpo_trl.rollout.rules.threshold import Threshold
-from arpo_trl.rollout.tree import Address, BranchDecision, ExecutedCall, RolloutTree, Span, StopReason
+from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath, Moment
+from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, StopReason
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
 from arpo_trl.tools.state import PathStates
-from arpo_trl.tools.toolbox import ToolBox, ToolResult, ToolSet
+from arpo_trl.tools.toolbox import ToolBox, ToolResult
 
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
@@ -41,218 +41,6 @@ BUSY_POLL_S = 0.002
 which nothing announces."""
 ADMISSION_S = 1.0
 """Longest time, in seconds, that a round waits until closing states free their slots."""
-
-
-Score = Callable[[int, RolloutTree], Sequence[float]]
-"""(request id, tree) → the rewards of the finished leaves, in the order of `tree.leaves()`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TreeSettings:
-    """The sampling settings of a group. Lengths are in tokens. `max_length` is the model's context, prompt included.
-
-    `max_tool_calls` limits the calls of a path to all tools together. At the limit the path must answer.
-    `max_calls_of` limits the calls to single tools. Calls beyond it get a notice, and the path can call other tools.
-
-        TreeSettings(
-            num_generations=16, initial_rollouts=8, max_completion_length=4096, max_length=8192, max_tool_calls=6
-        )
-    """
-
-    num_generations: int
-    initial_rollouts: int
-    max_completion_length: int
-    max_length: int
-    max_tool_calls: int
-    entropy_probe_tokens: int = 20
-    rule: BranchRule = field(default_factory=Threshold)
-    schedule: RolloutSchedule = RolloutSchedule.OVERLAP
-    share_calls: ShareCalls = ShareCalls.OFF
-    max_calls_of: Mapping[str, int] = field(default_factory=dict)
-
-    def without_branching(self, num_generations: int) -> TreeSettings:
-        """The same settings for evaluation: every path starts at the root, and paths do not share calls."""
-        return replace(
-            self,
-            num_generations=num_generations,
-            initial_rollouts=num_generations,
-            share_calls=ShareCalls.OFF,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kit:
-    """The tools that the paths of a group may call, and the protocol that offers them.
-
-    tools = ToolSet([search])
-    Kit(tools=tools, protocol=TagProtocol(tokenizer, tools.specs))
-    """
-
-    tools: ToolSet
-    protocol: ToolProtocol
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupRequest:
-    """One prompt to roll out. `id` is its number within the step, unique across all ranks.
-
-    GroupRequest(id=0, prompt_ids=protocol.encode_prompt("When does iron melt?"))
-    """
-
-    id: int
-    prompt_ids: list[int]
-    kit: Kit | None = None
-    """None: all tools of the sampler, and its protocol."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
-
-    `cause` is the exception that `error` describes. `RolloutBatch` explains the other three.
-
-    Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
-    """
-
-    id: int
-    tree: RolloutTree | None
-    error: str | None
-    seconds: float
-    cause: Exception | None = None
-    topups: int = 0
-    turns_in_sequence: int = 0
-    spans: dict[int, Span] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutTimes:
-    """Seconds of one `sample` call: in total, in model forwards, waiting for tools, and syncing weights.
-
-    RolloutTimes(total_s=12.0, forward_s=9.0, tool_wait_s=2.0, sync_s=0.5).own_s  # 0.5
-    """
-
-    total_s: float
-    forward_s: float
-    tool_wait_s: float
-    sync_s: float
-
-    @property
-    def own_s(self) -> float:
-        """Seconds in the sampler itself: the total without forwards, waiting for tools and syncing weights."""
-        return self.total_s - self.forward_s - self.tool_wait_s - self.sync_s
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RolloutBatch:
-    """The finished trees, in the order of their requests, with one count per tree in each list.
-
-    RolloutBatch(trees=[tree], times=times, topups=[0], turns_in_sequence=[3])
-    """
-
-    trees: list[RolloutTree]
-    times: RolloutTimes
-    topups: list[int]
-    """Leaves that started at the root because branches could no longer supply them."""
-    turns_in_sequence: list[int]
-    """The longest chain of turns that ran one after another, including the turns before the start of a late path."""
-    spans: list[dict[int, Span]] = field(default_factory=list)
-    """For each tree, node → when its turn was submitted and finished, or its calls were submitted and answered."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """The state of one prompt's rollout."""
-
-    id: int
-    tree: RolloutTree
-    context: BranchContext
-    branches: bool
-    """Whether the group started with a branch budget. Without one the rule decides nothing."""
-    protocol: ToolProtocol
-    tools: ToolSet | None
-    """The tools that the group's paths may call; None: all."""
-    started_s: float = field(default_factory=time.perf_counter)
-    error: Exception | None = None
-    """The error that ended the group, in a stream."""
-    starts: int = 0
-    topups: int = 0
-    longest_chain: int = 0
-    spans: dict[int, Span] = field(default_factory=dict)
-    live: dict[Address, LivePath] = field(default_factory=dict)
-    candidates: list[tuple[_Path, Candidate]] = field(default_factory=list)
-    """Observations that the rule must still decide on, or may decide on again, with the paths that continue them."""
-    made: dict[Hashable, SubmittedCall[tuple[_Calling, int]]] = field(default_factory=dict)
-    """The calls that paths with the same history may share, by `sharing_keys`."""
-    states_after: dict[bytes, PathStates] = field(default_factory=dict)
-    """A fork of the states after each shareable turn that acted on them, by the history up to and including that
-    turn."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Path:
-    """A live path: the prefix of its current turn, its counts and its limits."""
-
-    group: _Group
-    address: Address
-    parent: int
-    """The root or observation above the current turn; once the turn is finished, the turn itself."""
-    ids: list[int]
-    """The ids of the prompt and of the path down to `parent`, inclusive."""
-    states: PathStates
-    """The state that the path's tool calls read and change."""
-    states_for_branches: PathStates | None = None
-    """A fork of the states at the observation above the current turn; None if it cannot branch, or the rule has
-    decided."""
-    depth: int = 0
-    """Turns down to `parent`, inclusive, inherited ones included."""
-    waited: int = 0
-    """Turns outside the path that ran one after another before this path could start."""
-    results: int = 0
-    """Tool results received, including the replies to malformed calls."""
-    calls_of: Mapping[str, int] = field(default_factory=dict)
-    """Number of calls to each tool, without calls that were not run."""
-    history: bytes = b""
-    """`history_after` the calls made so far; empty if calls are not shared."""
-    may_call: bool = True
-    decides: bool = False
-    """Whether the branch rule has not yet seen the observation above the current turn."""
-    root_entropies: Sequence[float] = ()
-    last_entropies: Sequence[float] = ()
-    last_request: int | None = None
-    """The request id of the last turn above the current one."""
-    written: Turn | None = None
-    """The current turn so far, if it continues after a stop string that is only text."""
-    since_s: float = 0.0
-    """When the current turn, or the calls under it, were submitted, in seconds since the start of the group."""
-
-
-@dataclass(slots=True)
-class _Calling:
-    """The calls of one turn. Its path continues when all calls have a result."""
-
-    path: _Path
-    calls: Sequence[ToolCall | BadCall]
-    answered: dict[int, ExecutedCall] = field(default_factory=dict)
-
-    @property
-    def in_order(self) -> list[ExecutedCall]:
-        return [self.answered[i] for i in range(len(self.calls))]
-
-    @property
-    def done(self) -> bool:
-        return len(self.answered) == len(self.calls)
-
-    def answer(self, i: int, result: ToolResult) -> None:
-        call = self.calls[i]
-        assert isinstance(call, ToolCall)
-        self.answered[i] = ExecutedCall(
-            name=call.name,
-            arguments=call.arguments,
-            text=result.text,
-            failure=result.failure,
-            seconds=result.seconds,
-            source=result.source,
-        )
 
 
 class TreeSampler:
@@ -349,11 +137,11 @@ class _Run:
         self.between_events, self.score = sampler.between_events, sampler.score
         self.settings = settings
         self.seed = seed
-        self.writing: dict[int, _Path] = {}
-        self.calling: dict[int, SubmittedCall[tuple[_Calling, int]]] = {}
-        self.opening: dict[int, _Path] = {}
+        self.writing: dict[int, Path] = {}
+        self.calling: dict[int, SubmittedCall[tuple[Calling, int]]] = {}
+        self.opening: dict[int, Path] = {}
         """Paths whose first turn waits until their states are open."""
-        self.waiting: list[_Path] = []
+        self.waiting: list[Path] = []
         """Paths whose states may not open yet, in order of arrival."""
         self.open_states: dict[PathStates, None] = {}
         """The states that are not yet closed, as an ordered set."""
@@ -416,7 +204,7 @@ class _Run:
                         live.discard(group.id)
                         yield self._finished(group)
 
-    def _finished(self, group: _Group) -> Finished:
+    def _finished(self, group: Group) -> Finished:
         seconds = time.perf_counter() - group.started_s
         if group.error is None:
             self._release(group)
@@ -433,7 +221,7 @@ class _Run:
             spans=group.spans,
         )
 
-    def _run_isolated(self, group: _Group, step: Callable[[], None]) -> None:
+    def _run_isolated(self, group: Group, step: Callable[[], None]) -> None:
         """Run `step`. In a stream an error ends only its group."""
         try:
             step()
@@ -474,13 +262,13 @@ class _Run:
         del self.open_states[states]
         states.close()
 
-    def _release(self, group: _Group) -> None:
+    def _release(self, group: Group) -> None:
         """Drop the calls and states that the paths of a finished group shared."""
         group.made.clear()
         while group.states_after:
             self._close(group.states_after.popitem()[1])
 
-    def _begin(self, path: _Path) -> None:
+    def _begin(self, path: Path) -> None:
         """Submit the first turn of a path when its states are open."""
         if not path.states.opening_steps:
             self._write(path)
@@ -510,7 +298,7 @@ class _Run:
             time.sleep(BUSY_POLL_S)
             self._admit()
 
-    def _opened_path(self, path: _Path, result: ToolResult) -> None:
+    def _opened_path(self, path: Path, result: ToolResult) -> None:
         """Submit the first turn of a path whose states are open. If they could not be opened, another path replaces
         it."""
         if path.states.opened(result.failure, result.text):
@@ -521,7 +309,7 @@ class _Run:
         path.group.topups += 1
         self._start_at_root(path.group, 1, waited=path.waited)
 
-    def _write_branch(self, path: _Path, address: Address) -> None:
+    def _write_branch(self, path: Path, address: Address) -> None:
         """Submit an extra turn under the observation above the path's turn, with a fork of the states there."""
         assert path.states_for_branches is not None  # kept until the budget is used up
         states = self._opened(path.states_for_branches.fork())
@@ -529,13 +317,13 @@ class _Run:
 
     # Events ----------------------------------------------------------------------------------------------------------
 
-    def _advance(self) -> list[_Group]:
+    def _advance(self) -> list[Group]:
         """Wait for events, process them, and return the groups to which they belong."""
         self.between_events()
         self._admit()
         if self.waiting and not (self.writing or self.calling or self.opening):  # for slots that others use
             time.sleep(BUSY_POLL_S if self._will_admit else IDLE_POLL_S)
-        touched: dict[int, _Group] = {}
+        touched: dict[int, Group] = {}
         if self.writing:
             others = self.calling or self.opening or self._will_admit
             for event in self.engine.poll(BUSY_POLL_S if others else IDLE_POLL_S):
@@ -563,7 +351,7 @@ class _Run:
                     self._run_isolated(group, partial(self._observe, calling.path, calling.in_order))
         return list(touched.values())
 
-    def _take_event(self, path: _Path, event: Event) -> None:
+    def _take_event(self, path: Path, event: Event) -> None:
         if isinstance(event, Probe):
             before = [] if path.written is None else path.written.entropies
             self.writing[event.id] = self._probed(path, before + event.entropies)
@@ -587,13 +375,13 @@ class _Run:
         self.sampler.tool_wait_s += time.perf_counter() - start
         return sorted(results, key=lambda result: result[0])
 
-    def _probed(self, path: _Path, entropies: Sequence[float]) -> _Path:
+    def _probed(self, path: Path, entropies: Sequence[float]) -> Path:
         """The path after the entropies of its current turn's first tokens are known."""
         if path.depth == 0 and not path.root_entropies:
             path = replace(path, root_entropies=entropies)
         return self._as_candidate(path, entropies) if path.decides else self._record_live(path)
 
-    def _turn_finished(self, path: _Path, turn: Turn) -> None:
+    def _turn_finished(self, path: Path, turn: Turn) -> None:
         if not turn.ids:
             raise EngineError(f"{type(self.engine).__name__} returned a turn without ids; expected at least one.")
         if path.written is not None:
@@ -634,10 +422,10 @@ class _Run:
         else:
             self._call(path, calls)
 
-    def _call(self, path: _Path, calls: Sequence[ToolCall | BadCall]) -> None:
+    def _call(self, path: Path, calls: Sequence[ToolCall | BadCall]) -> None:
         """Submit a turn's calls. Malformed calls and calls beyond a limit get their result immediately."""
         limits, made = self.settings.max_calls_of, Counter(path.calls_of)
-        calling, submitted = _Calling(path, calls), dict[int, ToolCall]()
+        calling, submitted = Calling(path, calls), dict[int, ToolCall]()
         for i, call in enumerate(calls):
             notice = None
             if isinstance(call, BadCall):
@@ -673,7 +461,7 @@ class _Run:
         else:
             self._record_live(calling.path)
 
-    def _submit(self, calling: _Calling, calls: Mapping[int, ToolCall]) -> None:
+    def _submit(self, calling: Calling, calls: Mapping[int, ToolCall]) -> None:
         """Submit calls of a turn. With sharing, reuse the results of the calls that a path with the same history
         made."""
         path, in_order = calling.path, list(calls.values())
@@ -693,14 +481,14 @@ class _Run:
                 made = self.calling[ticket] = SubmittedCall()
             made.waiting.append((calling, i))
 
-    def _observe(self, path: _Path, calls: Sequence[ExecutedCall]) -> None:
+    def _observe(self, path: Path, calls: Sequence[ExecutedCall]) -> None:
         """Record the results of a turn's calls and submit the turn that continues from them."""
         path, calls = self._with_calls_recorded(path, calls)
         path = replace(path, results=path.results + len(calls), decides=path.group.branches)
         ids = path.group.protocol.encode_observation([(call.name, call.text) for call in calls], path.ids[-1])
         self._write_under(path, ids, calls, "\n".join(call.text for call in calls))
 
-    def _with_calls_recorded(self, path: _Path, calls: Sequence[ExecutedCall]) -> tuple[_Path, Sequence[ExecutedCall]]:
+    def _with_calls_recorded(self, path: Path, calls: Sequence[ExecutedCall]) -> tuple[Path, Sequence[ExecutedCall]]:
         """Record a turn's calls in the states of the path. If another path made them, use a fork of its states.
 
         The returned calls contain the changes that they made.
@@ -719,7 +507,7 @@ class _Run:
             path.group.states_after[path.history] = self._opened(path.states.fork())
         return path, [replace(call, changed=changes.get(id(call))) for call in calls]
 
-    def _write_under(self, path: _Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
+    def _write_under(self, path: Path, ids: list[int], calls: Sequence[ExecutedCall], text: str) -> None:
         """Add an observation and submit the turn under it. End the path if it has no room for both."""
         if self._room(path.group, len(path.ids) + len(ids)) < 1:
             self._end(path, StopReason.LENGTH, calls)
@@ -735,7 +523,7 @@ class _Run:
 
     # Paths -----------------------------------------------------------------------------------------------------------
 
-    def _start(self, request: GroupRequest) -> _Group:
+    def _start(self, request: GroupRequest) -> Group:
         settings = self.settings
         context = BranchContext(
             tree=RolloutTree(request.prompt_ids),
@@ -746,7 +534,7 @@ class _Run:
         context.state = settings.rule.start(context)
         roots = self._roots(context)
         kit = request.kit
-        group = _Group(
+        group = Group(
             request.id,
             context.tree,
             context,
@@ -767,24 +555,19 @@ class _Run:
         leaves, planned, rule = self.settings.num_generations, self.settings.initial_rollouts, self.settings.rule
         if planned == leaves:
             return leaves
-        roots = _whole(rule.roots(planned, context), rule, "roots")
-        if not 1 <= roots <= leaves:
-            raise ConfigError(
-                f"The branch rule {rule.name!r} starts {roots} paths at the root; expected 1 to {leaves}. Correct its "
-                "`roots`."
-            )
+        roots = checked_roots(rule, planned, leaves, context)
         context.remaining = leaves - roots
         return roots
 
-    def _start_at_root(self, group: _Group, count: int, waited: int) -> None:
+    def _start_at_root(self, group: Group, count: int, waited: int) -> None:
         for _ in range(count):
             states = self._opened(self.toolbox.create_states(group.id, group.tools))
             states.start()
-            path = _Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
+            path = Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
             group.starts += 1
             self._begin(path)
 
-    def _write(self, path: _Path) -> None:
+    def _write(self, path: Path) -> None:
         """Submit the path's next turn, or the rest of its current one."""
         key = (path.group.id, *path.address, path.depth)
         written = path.written
@@ -805,34 +588,34 @@ class _Run:
         self.writing[request.id] = self._record_live(path)
         self.engine.submit(request)
 
-    def _record_span(self, path: _Path, node: int) -> float:
+    def _record_span(self, path: Path, node: int) -> float:
         """Record that the node is complete now, and return the time."""
         now = time.perf_counter() - path.group.started_s
         path.group.spans[node] = (path.since_s, now)
         return now
 
-    def _record_live(self, path: _Path) -> _Path:
+    def _record_live(self, path: Path) -> Path:
         """Record at how many more tool results the path may branch, and return the path."""
         to_come = max(0, self.settings.max_tool_calls - path.results) if path.may_call else 0
         results = to_come + path.decides
         path.group.live[path.address] = LivePath(address=path.address, node=path.parent, results=results)
         return path
 
-    def _end(self, path: _Path, reason: StopReason, unread: Sequence[ExecutedCall] = ()) -> None:
+    def _end(self, path: Path, reason: StopReason, unread: Sequence[ExecutedCall] = ()) -> None:
         path.group.tree.end(path.parent, path.address, reason, unread)
         del path.group.live[path.address]
         del self.open_states[path.states]
         path.states.finish(path.address)
         self._admit()
 
-    def _room(self, group: _Group, length: int) -> int:
+    def _room(self, group: Group, length: int) -> int:
         """The remaining tokens of a path of `length` ids, prompt included."""
         settings = self.settings
         return min(len(group.tree.root.ids) + settings.max_completion_length, settings.max_length) - length
 
     # Branching -------------------------------------------------------------------------------------------------------
 
-    def _as_candidate(self, path: _Path, turn: Sequence[float]) -> _Path:
+    def _as_candidate(self, path: Path, turn: Sequence[float]) -> Path:
         """Make the observation above the path's current turn a candidate, and return the updated path."""
         candidate = Candidate(
             node=path.parent,
@@ -845,7 +628,7 @@ class _Run:
         path.group.candidates.append((path, candidate))
         return self._record_live(replace(path, decides=False, states_for_branches=None))
 
-    def _branch(self, group: _Group) -> None:
+    def _branch(self, group: Group) -> None:
         """Let the rule decide on its candidates, start the branches, and start top-ups for budget that they cannot
         use."""
         rule, context = self.settings.rule, group.context
@@ -854,8 +637,11 @@ class _Run:
         offered = sorted(group.candidates, key=lambda offer: (offer[1].address, offer[1].depth))
         if rule.moment is Moment.LEAVES_SCORED:
             assert self.score is not None
-            context.rewards = self.score(group.id, group.tree)
-        for (path, _), decision in zip(offered, self._decisions([of for _, of in offered], context), strict=True):
+            context.rewards = checked_rewards(self.score(group.id, group.tree), len(group.tree.leaves()))
+        candidates = [candidate for _, candidate in offered]
+        decisions = checked_decisions(rule, candidates, context) if offered or rule.moment.waits else []
+        context.remaining -= sum(decision.granted for decision in decisions)
+        for (path, _), decision in zip(offered, decisions, strict=True):
             node = group.tree.nodes[path.parent]
             before = node.decision.granted if node.decision is not None else 0
             after = before + decision.granted
@@ -864,7 +650,7 @@ class _Run:
             path = replace(path, decides=False, waited=waited)
             for j in range(before, after):
                 self._write_branch(path, (*path.address, path.depth, j))
-        supply = _whole(rule.supply(group.live.values(), context), rule, "supply") if context.remaining else 0
+        supply = checked_supply(rule, group.live.values(), context) if context.remaining else 0
         topups = min(max(0, context.remaining - supply), context.remaining)
         if not group.live and not topups:  # no further decision will follow
             topups = context.remaining
@@ -877,66 +663,10 @@ class _Run:
         group.topups += topups
         self._start_at_root(group, topups, waited=group.longest_chain)
 
-    def _decisions(self, candidates: Sequence[Candidate], context: BranchContext) -> Sequence[BranchDecision]:
-        """Return the rule's decisions and subtract the granted leaves from the budget."""
-        rule = self.settings.rule
-        decided = rule.decide(candidates, context) if candidates or rule.moment.waits else []
-        decisions = [_plain(decision, rule) for decision in decided]
-        granted = [decision.granted for decision in decisions]
-        if len(granted) != len(candidates) or min(granted, default=0) < 0 or sum(granted) > context.remaining:
-            raise ConfigError(
-                f"The branch rule {rule.name!r} granted {granted} leaves for {len(candidates)} observations; expected "
-                f"one number ≥ 0 for each, with a sum of at most {context.remaining}. Correct its `decide`."
-            )
-        context.remaining -= sum(granted)
-        return decisions
-
     def _draw(self, what: str, key: tuple[int, ...]) -> int:
         """A seed specific to this rollout, to `what` and to the place `key` in the tree."""
         digest = hashlib.blake2b(repr((*self.seed, what, key)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big")
-
-
-def _plain(decision: BranchDecision, rule: BranchRule) -> BranchDecision:
-    """The decision with Python's own numbers, which can be logged and saved. Numbers that are not finite become None.
-
-    Raises:
-        ConfigError: It is no decision, or a field has a value of another type.
-    """
-
-    def number(value: Any) -> float | None:
-        return None if value is None or not math.isfinite(value) else float(value)
-
-    try:
-        if decision.fires not in (True, False) or not isinstance(decision.reason, str):
-            raise TypeError
-        return replace(
-            decision,
-            entropy_nats=number(decision.entropy_nats),
-            delta=number(decision.delta),
-            probability=number(decision.probability),
-            fires=bool(decision.fires),
-            granted=operator.index(decision.granted),
-        )
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ConfigError(
-            f"The branch rule {rule.name!r} decided {decision!r}; expected a BranchDecision with `fires` True or "
-            "False, a whole number `granted`, numbers or None, and a text as `reason`."
-        ) from error
-
-
-def _whole(count: Any, rule: BranchRule, method: str) -> int:
-    """The number of paths that a rule's method returned.
-
-    Raises:
-        ConfigError: It is no whole number.
-    """
-    try:
-        return operator.index(count)
-    except TypeError:
-        raise ConfigError(
-            f"The branch rule {rule.name!r} returned {count!r} from `{method}`; expected a whole number."
-        ) from None
 
 
 def _do_nothing() -> None:

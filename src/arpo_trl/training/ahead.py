@@ -18,7 +18,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from arpo_trl.rollout.sampler import Finished, GroupRequest, RolloutBatch, RolloutTimes, TreeSampler
+from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.training.rewards_ahead import Scored
 from arpo_trl.training.rows_ahead import Rows
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.protocols import ToolProtocol
-from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import Leaf, NodeKind
 from arpo_trl.trl_seam import parse_response
 

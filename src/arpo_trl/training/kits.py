@@ -9,8 +9,8 @@ from typing import Any
 
 from datasets import Dataset
 
+from arpo_trl.rollout.batch import GroupRequest, Kit
 from arpo_trl.rollout.protocols import ToolProtocol
-from arpo_trl.rollout.sampler import GroupRequest, Kit
 from arpo_trl.tools.environments.kind import COLUMN
 from arpo_trl.tools.environments.state import Environments
 from arpo_trl.tools.toolbox import ToolSet

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from arpo_trl.rollout.sampler import RolloutBatch
+from arpo_trl.rollout.batch import RolloutBatch
 from arpo_trl.rollout.tree import Leaf
 
 

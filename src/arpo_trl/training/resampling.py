@@ -17,7 +17,7 @@ from trl import GRPOTrainer
 
 from arpo_trl.config import ARPOConfig
 from arpo_trl.logs.metrics import Tally
-from arpo_trl.rollout.sampler import RolloutBatch, RolloutTimes
+from arpo_trl.rollout.batch import RolloutBatch, RolloutTimes
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.calls import CallSource
 from arpo_trl.training.reward_guard import total_rewards

@@ -13,8 +13,9 @@ from accelerate.utils import gather_object
 from arpo_trl.common.spans import Spans
 from arpo_trl.config import ARPOConfig
 from arpo_trl.options import StaleTokens
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch
 from arpo_trl.rollout.engines.base import EngineAhead
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.resumable import Resumable
 from arpo_trl.tools.environments.state import Environments

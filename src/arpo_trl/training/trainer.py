@@ -20,10 +20,11 @@ from arpo_trl.logs.metrics import Tally
 from arpo_trl.logs.trajectories import TrajectoryLog
 from arpo_trl.options import SharedPrefixForward
 from arpo_trl.publishing.mixin import Publishing
+from arpo_trl.rollout.batch import GroupRequest, RolloutBatch, TreeSettings
 from arpo_trl.rollout.build import EngineSource, build_engine, context_of
 from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
-from arpo_trl.rollout.sampler import GroupRequest, RolloutBatch, TreeSampler, TreeSettings
+from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import readable
 from arpo_trl.training.advantages import Advantages

@@ -16,10 +16,10 @@ from arpo_trl.quickstart.shop.demonstrations import make_demonstrations, tokeniz
 from arpo_trl.quickstart.shop.environment import Shop
 from arpo_trl.quickstart.shop.orders import make_orders
 from arpo_trl.quickstart.task import SFT_BATCH, Task, like_lengths_together, read_lines, write_lines
+from arpo_trl.rollout.batch import GroupRequest
 from arpo_trl.rollout.build import LocalModel, build_engine, build_sampler
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.rollout.sampler import GroupRequest
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.environments.kind import environment_kind
 from arpo_trl.tools.environments.state import Environments

@@ -1,0 +1,128 @@
+"""What a sampler receives and returns: its settings, the requests of a batch, and the batch of finished trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from arpo_trl.options import RolloutSchedule, ShareCalls
+from arpo_trl.rollout.protocols import ToolProtocol
+from arpo_trl.rollout.rules.base import BranchRule
+from arpo_trl.rollout.rules.threshold import Threshold
+from arpo_trl.rollout.tree import RolloutTree, Span
+from arpo_trl.tools.toolbox import ToolSet
+
+Score = Callable[[int, RolloutTree], Sequence[float]]
+"""(request id, tree) → the rewards of the finished leaves, in the order of `tree.leaves()`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeSettings:
+    """The sampling settings of a group. Lengths are in tokens. `max_length` is the model's context, prompt included.
+
+    `max_tool_calls` limits the calls of a path to all tools together. At the limit the path must answer.
+    `max_calls_of` limits the calls to single tools. Calls beyond it get a notice, and the path can call other tools.
+
+        TreeSettings(
+            num_generations=16, initial_rollouts=8, max_completion_length=4096, max_length=8192, max_tool_calls=6
+        )
+    """
+
+    num_generations: int
+    initial_rollouts: int
+    max_completion_length: int
+    max_length: int
+    max_tool_calls: int
+    entropy_probe_tokens: int = 20
+    rule: BranchRule = field(default_factory=Threshold)
+    schedule: RolloutSchedule = RolloutSchedule.OVERLAP
+    share_calls: ShareCalls = ShareCalls.OFF
+    max_calls_of: Mapping[str, int] = field(default_factory=dict)
+
+    def without_branching(self, num_generations: int) -> TreeSettings:
+        """The same settings for evaluation: every path starts at the root, and paths do not share calls."""
+        return replace(
+            self,
+            num_generations=num_generations,
+            initial_rollouts=num_generations,
+            share_calls=ShareCalls.OFF,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kit:
+    """The tools that the paths of a group may call, and the protocol that offers them.
+
+    tools = ToolSet([search])
+    Kit(tools=tools, protocol=TagProtocol(tokenizer, tools.specs))
+    """
+
+    tools: ToolSet
+    protocol: ToolProtocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupRequest:
+    """One prompt to roll out. `id` is its number within the step, unique across all ranks.
+
+    GroupRequest(id=0, prompt_ids=protocol.encode_prompt("When does iron melt?"))
+    """
+
+    id: int
+    prompt_ids: list[int]
+    kit: Kit | None = None
+    """None: all tools of the sampler, and its protocol."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """The outcome of one request of a stream: its tree or its error, and the seconds from its start to its end.
+
+    `cause` is the exception that `error` describes. `RolloutBatch` explains the other three.
+
+    Finished(id=0, tree=None, error="EngineError: The server answered 400.", seconds=1.5)
+    """
+
+    id: int
+    tree: RolloutTree | None
+    error: str | None
+    seconds: float
+    cause: Exception | None = None
+    topups: int = 0
+    turns_in_sequence: int = 0
+    spans: dict[int, Span] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutTimes:
+    """Seconds of one `sample` call: in total, in model forwards, waiting for tools, and syncing weights.
+
+    RolloutTimes(total_s=12.0, forward_s=9.0, tool_wait_s=2.0, sync_s=0.5).own_s  # 0.5
+    """
+
+    total_s: float
+    forward_s: float
+    tool_wait_s: float
+    sync_s: float
+
+    @property
+    def own_s(self) -> float:
+        """Seconds in the sampler itself: the total without forwards, waiting for tools and syncing weights."""
+        return self.total_s - self.forward_s - self.tool_wait_s - self.sync_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutBatch:
+    """The finished trees, in the order of their requests, with one count per tree in each list.
+
+    RolloutBatch(trees=[tree], times=times, topups=[0], turns_in_sequence=[3])
+    """
+
+    trees: list[RolloutTree]
+    times: RolloutTimes
+    topups: list[int]
+    """Leaves that started at the root because branches could no longer supply them."""
+    turns_in_sequence: list[int]
+    """The longest chain of turns that ran one after another, including the turns before the start of a late path."""
+    spans: list[dict[int, Span]] = field(default_factory=list)
+    """For each tree, node → when its turn was submitted and finished, or its calls were submitted and answered."""
