@@ -38,7 +38,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.rollout.protocols import TagProtocol
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.tools.calls import CallSource, ToolCall
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 
 LENGTH, CALLS = 240, 5
 THEIRS = "TRL GRPOTrainer"

@@ -28,8 +28,9 @@ from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, 
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.python.local import python_tool
 from arpo_trl.tools.search.index import LocalIndex, search_tool
+from arpo_trl.tools.spec import tool_spec
 from arpo_trl.tools.state import PathState, PathStates
-from arpo_trl.tools.toolbox import ToolBox, ToolResult, tool_spec
+from arpo_trl.tools.toolbox import ToolBox, ToolResult
 from arpo_trl.tools.visit.pages import visit_tool
 from support import short_deadline
 

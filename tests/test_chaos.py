@@ -11,7 +11,7 @@ from transformers import TrainerControl
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.engines.scripted import ScriptedTurn
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 from support import ANSWER, Scripted, python, search, tokenizer
 
 

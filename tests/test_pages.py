@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from arpo_trl.errors import ConfigError, ToolError
 from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.tools.builtin import ToolArguments, build_tools
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 from arpo_trl.tools.visit.pages import (
     MAX_REDIRECTS,
     SUMMARY_KEY_VARIABLE,

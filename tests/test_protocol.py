@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast
 from arpo_trl.errors import ConfigError, ToolSpecError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, ContentEncoder, TagProtocol
 from arpo_trl.tools.calls import ToolCall
-from arpo_trl.tools.toolbox import ToolBox, tool_spec
+from arpo_trl.tools.spec import tool_spec
+from arpo_trl.tools.toolbox import ToolBox
 from support import cases, python, search, tokenizer, with_template
 
 

@@ -19,7 +19,8 @@ from arpo_trl.tools.builtin import ToolArguments, _print_once, build_tools
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.tools.python.remote import RemotePython, remote_python_tool
 from arpo_trl.tools.python.sandbox import Limits
-from arpo_trl.tools.toolbox import ToolBox, tool_spec
+from arpo_trl.tools.spec import tool_spec
+from arpo_trl.tools.toolbox import ToolBox
 
 LIMITS = Limits(timeout_s=10.0, output_bytes=1000)
 

@@ -39,7 +39,7 @@ from arpo_trl.tools.python.sandbox import (
     check_isolation,
     isolated_worker,
 )
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 from support import can_isolate, has_ended, until, worker_of
 
 pytestmark = pytest.mark.slow  # starts processes

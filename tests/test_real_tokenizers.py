@@ -13,7 +13,7 @@ from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import ChatTemplateProtocol, TagProtocol
 from arpo_trl.tools.calls import ToolCall
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 from fetch_tokenizers import FOLDER
 from support import ON_CPU, search
 

@@ -14,7 +14,7 @@ from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.tools.search import index as index_module
 from arpo_trl.tools.search.index import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool
 from arpo_trl.tools.search.words import STOP_WORDS, tokenize
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 
 PASSAGES: list[str | Mapping[str, str]] = [
     {"title": "Iron", "text": "Iron is a metal with a density of 7.874 grams per cubic centimetre."},

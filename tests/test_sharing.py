@@ -25,8 +25,8 @@ from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.python.local import python_tool
 from arpo_trl.tools.sharing import history_after, sharing_keys
+from arpo_trl.tools.spec import tool_spec
 from arpo_trl.tools.state import PathState
-from arpo_trl.tools.toolbox import tool_spec
 from support import ANSWER, ON_CPU, Scripted, line_tools, search, tiny_model, tokenizer
 
 both_schedules = pytest.mark.parametrize("schedule", list(RolloutSchedule))

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from arpo_trl.errors import ConfigError
 from arpo_trl.rollout.protocols import BadCall, ChatTemplateProtocol, TagProtocol
 from arpo_trl.tools.calls import ToolCall
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 from support import cases, search, tokenizer
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"

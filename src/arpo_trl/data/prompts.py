@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from arpo_trl.errors import ToolSpecError
-from arpo_trl.tools.toolbox import tool_spec
+from arpo_trl.tools.spec import tool_spec
 
 _ANSWER = r"""Finish with <answer>a short conclusion, \boxed{the answer}</answer>.
 Give exactly one answer, with nothing after it, and only the answer itself inside \boxed{}."""

@@ -10,7 +10,7 @@ from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import RolloutTree, Span
-from arpo_trl.tools.toolbox import ToolSet
+from arpo_trl.tools.spec import ToolSet
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
 """(request id, tree) → the rewards of the finished leaves, in the order of `tree.leaves()`."""

@@ -12,8 +12,9 @@ from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath
 from arpo_trl.rollout.tree import Address, ExecutedCall, RolloutTree, Span
 from arpo_trl.tools.calls import ToolCall
 from arpo_trl.tools.sharing import SubmittedCall
+from arpo_trl.tools.spec import ToolSet
 from arpo_trl.tools.state import PathStates
-from arpo_trl.tools.toolbox import ToolResult, ToolSet
+from arpo_trl.tools.toolbox import ToolResult
 
 
 @dataclass(slots=True)

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from arpo_trl.tools.search.index import LocalIndex, RecordedSearch, search_tool
     from arpo_trl.tools.search.providers import make_provider
     from arpo_trl.tools.search.web import WebSearch
+    from arpo_trl.tools.spec import ToolSpec, tool_spec
     from arpo_trl.tools.state import PathState
-    from arpo_trl.tools.toolbox import ToolBox, ToolResult, ToolSpec, tool_spec
+    from arpo_trl.tools.toolbox import ToolBox, ToolResult
     from arpo_trl.tools.visit.pages import visit_tool
 
 __all__ = [
@@ -54,14 +55,14 @@ __getattr__, __dir__ = lazy_names(
         "ToolCall": "arpo_trl.tools.calls",
         "ToolFailure": "arpo_trl.tools.calls",
         "ToolResult": "arpo_trl.tools.toolbox",
-        "ToolSpec": "arpo_trl.tools.toolbox",
+        "ToolSpec": "arpo_trl.tools.spec",
         "WebSearch": "arpo_trl.tools.search.web",
         "make_provider": "arpo_trl.tools.search.providers",
         "mcp_tools": "arpo_trl.tools.mcp",
         "python_tool": "arpo_trl.tools.python.local",
         "remote_python_tool": "arpo_trl.tools.python.remote",
         "search_tool": "arpo_trl.tools.search.index",
-        "tool_spec": "arpo_trl.tools.toolbox",
+        "tool_spec": "arpo_trl.tools.spec",
         "visit_tool": "arpo_trl.tools.visit.pages",
     },
 )

@@ -24,7 +24,8 @@ from typing import Generic, TypeVar
 
 from arpo_trl.errors import ConfigError
 from arpo_trl.tools.calls import CallSource, ToolCall
-from arpo_trl.tools.toolbox import ToolResult, ToolSpec
+from arpo_trl.tools.spec import ToolSpec
+from arpo_trl.tools.toolbox import ToolResult
 
 Waiter = TypeVar("Waiter")
 

@@ -7,15 +7,6 @@ A scheduling thread manages slots and deadlines and never runs a tool. Each call
 thread. All calls of async tools run on one shared event loop. A call that misses its deadline is abandoned: its slot
 is free immediately, even if its thread continues. (An async tool that blocks the loop makes later async calls time
 out.)
-
-A tool can set these attributes on its function:
-
-    tool.deterministic = True   identical calls that run at the same time may share one execution and its result
-    tool.depends_on_calls_only = True   a result depends on the path's calls and on chance only, so that paths with
-                                the same history of calls may share it; see `arpo_trl.tools.sharing`
-    tool.run_in = "main"        calls of this sync tool run in the thread that polls, one after the other, in order;
-                                they need no slot and have no deadline, because nothing can stop them there
-    tool.create_state = create  its calls act on a state of each path; see `arpo_trl.tools.state`
 """
 
 from __future__ import annotations
@@ -30,53 +21,28 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from datetime import date, timedelta
-from datetime import time as time_of_day
-from decimal import Decimal
-from enum import Enum
-from fractions import Fraction
-from pathlib import PurePath
-from typing import Any, Literal, get_args
-from uuid import UUID
-
-from transformers.utils.chat_template_utils import get_json_schema
+from dataclasses import dataclass, replace
+from typing import Any
 
 from arpo_trl.common.queues import drained
-from arpo_trl.errors import ConfigError, ToolError, ToolSpecError, ToolStopped, ToolUnavailable
+from arpo_trl.errors import ConfigError, ToolError, ToolStopped, ToolUnavailable
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
-from arpo_trl.tools.state import BoundTool, CreateState, NoState, PathState, PathStates
-from arpo_trl.visible import get_logger, without_secrets
+from arpo_trl.tools.spec import ToolSet
+from arpo_trl.tools.state import BoundTool, CreateState, PathState, PathStates
+from arpo_trl.tools.texts import described, presentable, written_out
+from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)
 
-RESERVED_TAGS = frozenset({"think", "answer", "result"})
-
-_TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _MIN_MAX_CHARS = 100
-_MAX_ERROR_CHARS = 300
 _MAX_CACHED = 100_000
 _POLLER_S = 0.05
 """How long `poll` keeps starting calls in its thread before it returns, so that the engine can decode."""
 _NAMES_THREADS = re.compile(r"\bthreads?\b", re.IGNORECASE)
 """Words in the errors of libraries that must be used from one thread: sqlite3, asyncio, signal, Playwright."""
-_JSON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list, tuple),
-    "object": (dict,),
-}
-
-_WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
-"""Types with a single obvious text form."""
-
 _OPENING = "opening of the states"
 """Replaces a tool's name for the opening of a path's states. No tool has a name with spaces."""
-
-RunIn = Literal["thread", "main"]
 
 _Outcome = tuple[str, ToolFailure | None]  # text for the model, failure of the call
 
@@ -99,164 +65,6 @@ class ToolResult:
     @property
     def ok(self) -> bool:
         return self.failure is None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToolSpec:
-    """The data for offering a tool to a model and for checking its calls. `tool_spec` creates it.
-
-    Example: `tool_spec(python_tool()).single_text_parameter` is "code".
-    """
-
-    name: str
-    parameters: tuple[str, ...]
-    schema: dict[str, Any]
-    """JSON schema of the function, in the format of chat templates."""
-    is_async: bool
-    deterministic: bool
-    """Identical calls may share one execution."""
-    depends_on_calls_only: bool
-    """A result depends only on the calls of the path and on chance, not on the time or on other paths."""
-    run_in: RunIn
-    """The thread of a sync tool. "thread": each call in a new thread. "main": all calls in the thread that polls."""
-    create_state: CreateState | None
-    """Creates the state on which a path's calls of the tool act; None for a tool without state."""
-    single_text_parameter: str | None
-    """The only required parameter if it is a string: the text between the tool's tags. Otherwise None."""
-
-
-def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
-    """Return the specification of a typed, documented function.
-
-    If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
-    `json_schema` contains the schema in the format of chat templates. This module's docstring explains the attributes
-    `deterministic`, `depends_on_calls_only`, `run_in` and `create_state`.
-
-    Raises:
-        ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
-            parameter's type or description, is missing; or an attribute has an invalid value.
-    """
-    name = getattr(tool, "__name__", None)
-    if name is None:
-        raise ToolSpecError(f"A tool must be a named function, got {tool!r}. Wrap it in a `def` with the tool's name.")
-    if not _TAG.fullmatch(name):
-        raise ToolSpecError(
-            f"tool {name!r}: the name is used as a tag, so it must match {_TAG.pattern}. Rename the function."
-        )
-    if name in RESERVED_TAGS:
-        raise ToolSpecError(f"tool {name!r}: <{name}> is a reserved tag in rollouts. Rename the function.")
-    signature = inspect.signature(tool)
-    for parameter in signature.parameters.values():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-            raise ToolSpecError(
-                f"tool {name!r}: a model cannot use the parameter {str(parameter)!r}. Name each parameter."
-            )
-    try:
-        schema = getattr(tool, "json_schema", None) or get_json_schema(tool)
-    except Exception as error:  # parsing errors, and any exception that unusual annotations cause
-        raise ToolSpecError(
-            f"tool {name!r}: no schema can be built for it: {str(error).rstrip('.!')}. It needs a docstring with an "
-            "`Args:` section that describes each parameter, and a type for each."
-        ) from error
-    properties = schema["function"]["parameters"]["properties"]
-    required = [p.name for p in signature.parameters.values() if p.default is p.empty]
-    single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
-    is_async = inspect.iscoroutinefunction(tool)
-    declared: dict[str, Any] = {
-        attribute: getattr(tool, attribute, False) for attribute in ("deterministic", "depends_on_calls_only")
-    }
-    run_in: Any = getattr(tool, "run_in", "thread")
-    create_state: Any = getattr(tool, "create_state", None)
-    for attribute, value in declared.items():
-        if not isinstance(value, bool):
-            raise ToolSpecError(f"tool {name!r}: the attribute {attribute} is {value!r}; expected a bool.")
-    if run_in not in get_args(RunIn):
-        raise ToolSpecError(f"tool {name!r}: the attribute run_in is {run_in!r}; expected one of {get_args(RunIn)}.")
-    if is_async and run_in == "main":
-        raise ToolSpecError(
-            f"tool {name!r} is async and runs on an event loop, but its run_in is 'main'. Make it a sync function."
-        )
-    if create_state is not None and not callable(create_state):
-        raise ToolSpecError(
-            f"tool {name!r}: the attribute create_state is {create_state!r}; expected a function that takes the id of "
-            "a group and returns a new PathState."
-        )
-    if create_state is not None and not _takes_one(create_state):
-        raise ToolSpecError(
-            f"tool {name!r}: create_state {create_state!r} cannot be called with one argument, the id of a group. Add "
-            "the parameter."
-        )
-    return ToolSpec(
-        name=name,
-        parameters=tuple(signature.parameters),
-        schema=schema,
-        is_async=is_async,
-        **declared,
-        run_in=run_in,
-        create_state=create_state,
-        single_text_parameter=single,
-    )
-
-
-def _takes_one(function: Callable[..., Any]) -> bool:
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions of C have none
-        return True
-    try:
-        signature.bind(0)
-    except TypeError:
-        return False
-    return True
-
-
-class ToolSet:
-    """Tools that are offered together.
-
-    Args:
-        path_state: A `create_state` whose state each path has, even if no tool acts on it.
-
-    Raises:
-        ToolSpecError: A function cannot be a tool (see `tool_spec`), or two have the same name.
-    """
-
-    def __init__(self, tools: Sequence[Callable[..., Any]], path_state: CreateState | None = None):
-        self.specs: dict[str, ToolSpec] = {}
-        self.functions: dict[str, Callable[..., Any]] = {}
-        for tool in tools:
-            spec = tool_spec(tool)
-            if spec.name in self.specs:
-                raise ToolSpecError(f"Two tools are named {spec.name!r}, but a tag must name one. Rename one of them.")
-            self.specs[spec.name] = spec
-            self.functions[spec.name] = tool
-        self._no_state = NoState(self.functions)
-        self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
-        if path_state is not None:
-            self._create[""] = path_state  # no tool has this name
-
-    def create_states(self, group: int, close_failed: Callable[[PathState, Exception], None]) -> PathStates:
-        """Return the states of a path from the root; `PathStates` explains the arguments."""
-        return PathStates(group, self._create, self._no_state, close_failed)
-
-    def refusal(self, call: ToolCall) -> str | None:
-        """Return the error text for the model if the call is invalid, otherwise None."""
-        spec = self.specs.get(call.name)
-        if spec is None:
-            return f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.specs)}."
-        try:
-            inspect.signature(self.functions[call.name]).bind(**call.arguments)
-        except TypeError as error:
-            return f"Error: {call.name}: {error}."
-        properties = spec.schema["function"]["parameters"]["properties"]
-        for name, value in call.arguments.items():
-            expected = properties[name].get("type")
-            types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
-            # A bool is an int in Python, but not in a JSON schema.
-            if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
-                if value is None and properties[name].get("nullable"):
-                    continue
-                return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
-        return None
 
 
 @dataclass(slots=True)
@@ -418,7 +226,7 @@ class ToolBox:
             self._pending += 1
             if refusal is not None:
                 refused = ToolResult(
-                    text=self._presentable(refusal),
+                    text=presentable(refusal, self._max_chars),
                     failure=ToolFailure.BAD_CALL,
                     seconds=0.0,
                     source=CallSource.REFUSED,
@@ -580,8 +388,8 @@ class ToolBox:
 
     def _notice_bound_to_thread(self, name: str, error: BaseException) -> None:
         """Warn once if a tool seems to need a single thread. Otherwise only the model would see the error."""
-        described = _describe(error)
-        if name not in self._thread_bound and not isinstance(error, ToolError) and _NAMES_THREADS.search(described):
+        message = described(error)
+        if name not in self._thread_bound and not isinstance(error, ToolError) and _NAMES_THREADS.search(message):
             self._thread_bound.add(name)
             hint = (
                 "The state of its path was made in another thread, for example by fork(). Make what needs one thread "
@@ -590,7 +398,7 @@ class ToolBox:
                 else "Each call runs in a new thread. If the tool must run in the thread that created it, set its "
                 f"attribute: {name}.run_in = 'main'."
             )
-            logger.warning(f"A call of tool {name!r} failed: {described.removeprefix('Error: ')} {hint}")
+            logger.warning(f"A call of tool {name!r} failed: {message.removeprefix('Error: ')} {hint}")
 
     def _notice_not_closed(self, state: PathState, error: Exception) -> None:
         """Warn once for each type of state whose `close` failed."""
@@ -608,38 +416,11 @@ class ToolBox:
         if isinstance(value, _Raised) and isinstance(value.error, _Overdue):
             return self._overdue(name, self._timeout_s)
         if isinstance(value, _Raised):
-            return self._presentable(_describe(value.error)), _failure_of(value.error)
-        kind = type(value).__name__
-        with contextlib.suppress(Exception):  # code of the value's class
-            value = _unwrapped(value)
-        if isinstance(value, str):
-            return self._presentable(value), None
-        if isinstance(value, _WRITTEN_OUT):
-            return self._presentable(str(value)), None
-        if isinstance(value, (bool, int, float, dict, list, tuple)):
-            with contextlib.suppress(Exception):  # not JSON, contains itself, or an odd subclass
-                written = json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
-                return self._presentable(written), None
-        message = f"Error: the {name} call returned {kind}, which is not text."
-        return message, ToolFailure.NOT_TEXT
-
-    def _presentable(self, text: str) -> str:
-        """Return `text` in a form that a model can read: encodable, without secrets, not empty, not too long."""
-        text = for_models(text)
-        if not text.strip():
-            return "(no output)"
-        if len(text) <= self._max_chars:
-            return text
-        mark = f"\n[… {len(text) - self._max_chars} or more characters omitted …]\n"
-        kept = self._max_chars - len(mark)
-        return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
-
-
-def for_models(text: str) -> str:
-    """Return a text that tokenizers and files accept: lone surrogates and NUL become U+FFFD, pairs become their
-    character. A mark replaces each secret of the environment, which tools and their errors may quote."""
-    encodable = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
-    return without_secrets(encodable)
+            return presentable(described(value.error), self._max_chars), _failure_of(value.error)
+        text = written_out(value)
+        if text is None:
+            return f"Error: the {name} call returned {type(value).__name__}, which is not text.", ToolFailure.NOT_TEXT
+        return presentable(text, self._max_chars), None
 
 
 def _key(call: ToolCall, tool: BoundTool) -> tuple[str, str] | None:
@@ -669,59 +450,7 @@ async def _returned_async(tool: Callable[..., Any], arguments: dict[str, Any]) -
         return _Raised(error)
 
 
-def _unwrapped(value: Any) -> Any:
-    """Return what an enum, an array, a table, a dataclass or a pydantic model holds; other values unchanged."""
-    if isinstance(value, Enum) and not isinstance(value, str):
-        return value.value
-    if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # numpy, or a library with its interface
-        is_short = getattr(value.dtype, "kind", "") == "f" and value.dtype.itemsize < 8
-        return (value.astype(str).astype(float) if is_short else value).tolist()  # 0.1, not 0.10000000149011612
-    if isinstance(value, type):
-        return value
-    if callable(to_string := getattr(value, "to_string", None)):  # a table of pandas
-        return to_string()
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    if callable(model_dump := getattr(value, "model_dump", None)):  # pydantic
-        return model_dump()
-    return value
-
-
-def _jsonable(value: Any) -> Any:
-    """Return a JSON-compatible replacement for a value that JSON cannot represent."""
-    if isinstance(value, _WRITTEN_OUT):
-        return str(value)
-    unwrapped = _unwrapped(value)
-    if unwrapped is value:
-        raise TypeError(type(value).__name__)
-    return _with_plain_keys(unwrapped)
-
-
-def _with_plain_keys(value: Any) -> Any:
-    """Return the value with keys that JSON does not have, such as dates and numpy scalars, written out."""
-    if isinstance(value, dict):
-        return {_plain_key(key): _with_plain_keys(item) for key, item in value.items()}
-    return [_with_plain_keys(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _plain_key(key: Any) -> Any:
-    key = _unwrapped(key)
-    return str(key) if isinstance(key, (*_WRITTEN_OUT, tuple)) else key
-
-
 def _failure_of(error: BaseException) -> ToolFailure:
     if isinstance(error, ToolUnavailable):
         return ToolFailure.DEGRADED
     return ToolFailure.STOPPED if isinstance(error, ToolStopped) else ToolFailure.ERROR
-
-
-def _describe(error: BaseException) -> str:
-    """Return the message of a `ToolError`; for other exceptions one short line without paths of this machine."""
-    if isinstance(error, ToolError):
-        return str(error)
-    message: str | None = None
-    with contextlib.suppress(Exception):  # str() may fail; then there is no message
-        message = error.strerror if isinstance(error, OSError) else str(error)
-    # Without secrets before it is cut: a part of one would remain.
-    first_line = without_secrets((message or "").strip().partition("\n")[0])[:_MAX_ERROR_CHARS]
-    return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"

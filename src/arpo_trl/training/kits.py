@@ -13,7 +13,7 @@ from arpo_trl.rollout.batch import GroupRequest, Kit
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.tools.environments.kind import COLUMN
 from arpo_trl.tools.environments.state import Environments
-from arpo_trl.tools.toolbox import ToolSet
+from arpo_trl.tools.spec import ToolSet
 
 Tools = Sequence[Callable[..., Any]]
 

@@ -18,7 +18,8 @@ from arpo_trl.rollout.engines.generation_rules import refuse_rules
 from arpo_trl.rollout.protocols import PROTOCOLS, ToolProtocol
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.tools.environments.state import Environments
-from arpo_trl.tools.toolbox import ToolBox, ToolSpec
+from arpo_trl.tools.spec import ToolSpec
+from arpo_trl.tools.toolbox import ToolBox
 from arpo_trl.training.vllm_setup import (
     colocated_weights,
     ranks_together,

@@ -20,7 +20,7 @@ from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.protocols.sample import Template
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
-from arpo_trl.tools.toolbox import ToolSpec
+from arpo_trl.tools.spec import ToolSpec
 from arpo_trl.trl_seam import parse_response
 
 

@@ -23,7 +23,7 @@ from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
 from arpo_trl.rollout.protocols.parsers import Rendered, ToolParser, fitting_parser
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
-from arpo_trl.tools.toolbox import ToolSpec
+from arpo_trl.tools.spec import ToolSpec
 
 RESULT = "[result]"
 _NESTED_THOUGHTS = 3

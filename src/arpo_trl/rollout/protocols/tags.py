@@ -22,7 +22,7 @@ from arpo_trl.rollout.protocols.base import BadCall, ToolProtocol
 from arpo_trl.rollout.protocols.parsers import AUTO
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.tools.calls import ToolCall
-from arpo_trl.tools.toolbox import RESERVED_TAGS, ToolSpec
+from arpo_trl.tools.spec import RESERVED_TAGS, ToolSpec
 
 ANSWER, RESULT = "answer", "result"
 

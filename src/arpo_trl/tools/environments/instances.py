@@ -33,7 +33,7 @@ from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.environments.differences import around_difference
 from arpo_trl.tools.environments.kind import EnvironmentKind, Forking
 from arpo_trl.tools.environments.worker import Worker
-from arpo_trl.tools.toolbox import for_models
+from arpo_trl.tools.texts import for_models
 from arpo_trl.visible import get_logger
 
 logger = get_logger(__name__)

@@ -14,7 +14,8 @@ from arpo_trl.tools.environments.differences import changed_lines
 from arpo_trl.tools.environments.instances import Instance, Instances, Point, Start, as_reason
 from arpo_trl.tools.environments.kind import EnvironmentKind, Kinds
 from arpo_trl.tools.state import PathState
-from arpo_trl.tools.toolbox import ToolBox, for_models
+from arpo_trl.tools.texts import for_models
+from arpo_trl.tools.toolbox import ToolBox
 
 _MAX_CHANGE_CHARS = 2000
 _ATTEMPTS = 3

@@ -1,0 +1,197 @@
+"""`ToolSpec`: the name, the parameters and the declared attributes of a tool, and `ToolSet`: tools offered together.
+
+A tool can set these attributes on its function:
+
+    tool.deterministic = True   identical calls that run at the same time may share one execution and its result
+    tool.depends_on_calls_only = True   a result depends on the path's calls and on chance only, so that paths with
+                                the same history of calls may share it; see `arpo_trl.tools.sharing`
+    tool.run_in = "main"        calls of this sync tool run in the thread that polls, one after the other, in order;
+                                they need no slot and have no deadline, because nothing can stop them there
+    tool.create_state = create  its calls act on a state of each path; see `arpo_trl.tools.state`
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from transformers.utils.chat_template_utils import get_json_schema
+
+from arpo_trl.errors import ToolSpecError
+from arpo_trl.tools.calls import ToolCall
+from arpo_trl.tools.state import CreateState, NoState, PathState, PathStates
+
+RESERVED_TAGS = frozenset({"think", "answer", "result"})
+
+_TAG = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list, tuple),
+    "object": (dict,),
+}
+
+RunIn = Literal["thread", "main"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolSpec:
+    """The data for offering a tool to a model and for checking its calls. `tool_spec` creates it.
+
+    Example: `tool_spec(python_tool()).single_text_parameter` is "code".
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    schema: dict[str, Any]
+    """JSON schema of the function, in the format of chat templates."""
+    is_async: bool
+    deterministic: bool
+    """Identical calls may share one execution."""
+    depends_on_calls_only: bool
+    """A result depends only on the calls of the path and on chance, not on the time or on other paths."""
+    run_in: RunIn
+    """The thread of a sync tool. "thread": each call in a new thread. "main": all calls in the thread that polls."""
+    create_state: CreateState | None
+    """Creates the state on which a path's calls of the tool act; None for a tool without state."""
+    single_text_parameter: str | None
+    """The only required parameter if it is a string: the text between the tool's tags. Otherwise None."""
+
+
+def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
+    """Return the specification of a typed, documented function.
+
+    If the parameters are known only at run time, as for a tool of an MCP server, the function's attribute
+    `json_schema` contains the schema in the format of chat templates. This module's docstring explains the attributes
+    `deterministic`, `depends_on_calls_only`, `run_in` and `create_state`.
+
+    Raises:
+        ToolSpecError: The name cannot be a tag; there is a parameter like `*args` or `**kwargs`; the docstring, or a
+            parameter's type or description, is missing; or an attribute has an invalid value.
+    """
+    name = getattr(tool, "__name__", None)
+    if name is None:
+        raise ToolSpecError(f"A tool must be a named function, got {tool!r}. Wrap it in a `def` with the tool's name.")
+    if not _TAG.fullmatch(name):
+        raise ToolSpecError(
+            f"tool {name!r}: the name is used as a tag, so it must match {_TAG.pattern}. Rename the function."
+        )
+    if name in RESERVED_TAGS:
+        raise ToolSpecError(f"tool {name!r}: <{name}> is a reserved tag in rollouts. Rename the function.")
+    signature = inspect.signature(tool)
+    for parameter in signature.parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+            raise ToolSpecError(
+                f"tool {name!r}: a model cannot use the parameter {str(parameter)!r}. Name each parameter."
+            )
+    try:
+        schema = getattr(tool, "json_schema", None) or get_json_schema(tool)
+    except Exception as error:  # parsing errors, and any exception that unusual annotations cause
+        raise ToolSpecError(
+            f"tool {name!r}: no schema can be built for it: {str(error).rstrip('.!')}. It needs a docstring with an "
+            "`Args:` section that describes each parameter, and a type for each."
+        ) from error
+    properties = schema["function"]["parameters"]["properties"]
+    required = [p.name for p in signature.parameters.values() if p.default is p.empty]
+    single = required[0] if len(required) == 1 and properties[required[0]].get("type") == "string" else None
+    is_async = inspect.iscoroutinefunction(tool)
+    declared: dict[str, Any] = {
+        attribute: getattr(tool, attribute, False) for attribute in ("deterministic", "depends_on_calls_only")
+    }
+    run_in: Any = getattr(tool, "run_in", "thread")
+    create_state: Any = getattr(tool, "create_state", None)
+    for attribute, value in declared.items():
+        if not isinstance(value, bool):
+            raise ToolSpecError(f"tool {name!r}: the attribute {attribute} is {value!r}; expected a bool.")
+    if run_in not in get_args(RunIn):
+        raise ToolSpecError(f"tool {name!r}: the attribute run_in is {run_in!r}; expected one of {get_args(RunIn)}.")
+    if is_async and run_in == "main":
+        raise ToolSpecError(
+            f"tool {name!r} is async and runs on an event loop, but its run_in is 'main'. Make it a sync function."
+        )
+    if create_state is not None and not callable(create_state):
+        raise ToolSpecError(
+            f"tool {name!r}: the attribute create_state is {create_state!r}; expected a function that takes the id of "
+            "a group and returns a new PathState."
+        )
+    if create_state is not None and not _takes_one(create_state):
+        raise ToolSpecError(
+            f"tool {name!r}: create_state {create_state!r} cannot be called with one argument, the id of a group. Add "
+            "the parameter."
+        )
+    return ToolSpec(
+        name=name,
+        parameters=tuple(signature.parameters),
+        schema=schema,
+        is_async=is_async,
+        **declared,
+        run_in=run_in,
+        create_state=create_state,
+        single_text_parameter=single,
+    )
+
+
+def _takes_one(function: Callable[..., Any]) -> bool:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions of C have none
+        return True
+    try:
+        signature.bind(0)
+    except TypeError:
+        return False
+    return True
+
+
+class ToolSet:
+    """Tools that are offered together.
+
+    Args:
+        path_state: A `create_state` whose state each path has, even if no tool acts on it.
+
+    Raises:
+        ToolSpecError: A function cannot be a tool (see `tool_spec`), or two have the same name.
+    """
+
+    def __init__(self, tools: Sequence[Callable[..., Any]], path_state: CreateState | None = None):
+        self.specs: dict[str, ToolSpec] = {}
+        self.functions: dict[str, Callable[..., Any]] = {}
+        for tool in tools:
+            spec = tool_spec(tool)
+            if spec.name in self.specs:
+                raise ToolSpecError(f"Two tools are named {spec.name!r}, but a tag must name one. Rename one of them.")
+            self.specs[spec.name] = spec
+            self.functions[spec.name] = tool
+        self._no_state = NoState(self.functions)
+        self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
+        if path_state is not None:
+            self._create[""] = path_state  # no tool has this name
+
+    def create_states(self, group: int, close_failed: Callable[[PathState, Exception], None]) -> PathStates:
+        """Return the states of a path from the root; `PathStates` explains the arguments."""
+        return PathStates(group, self._create, self._no_state, close_failed)
+
+    def refusal(self, call: ToolCall) -> str | None:
+        """Return the error text for the model if the call is invalid, otherwise None."""
+        spec = self.specs.get(call.name)
+        if spec is None:
+            return f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.specs)}."
+        try:
+            inspect.signature(self.functions[call.name]).bind(**call.arguments)
+        except TypeError as error:
+            return f"Error: {call.name}: {error}."
+        properties = spec.schema["function"]["parameters"]["properties"]
+        for name, value in call.arguments.items():
+            expected = properties[name].get("type")
+            types = _JSON_TYPES.get(expected) if isinstance(expected, str) else None
+            # A bool is an int in Python, but not in a JSON schema.
+            if types and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+                if value is None and properties[name].get("nullable"):
+                    continue
+                return f"Error: {call.name}: {name} must be of type {expected}, got {type(value).__name__}."
+        return None

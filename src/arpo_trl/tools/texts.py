@@ -1,0 +1,107 @@
+"""The texts that a model reads: values that tools return, errors that they raise, and how both are shortened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import fields, is_dataclass
+from datetime import date, timedelta
+from datetime import time as time_of_day
+from decimal import Decimal
+from enum import Enum
+from fractions import Fraction
+from pathlib import PurePath
+from typing import Any
+from uuid import UUID
+
+from arpo_trl.errors import ToolError
+from arpo_trl.visible import without_secrets
+
+_MAX_ERROR_CHARS = 300
+_WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
+"""Types with a single obvious text form."""
+
+
+def written_out(value: Any) -> str | None:
+    """Return a value that a tool returned as text; None if it has no obvious text form."""
+    with contextlib.suppress(Exception):  # code of the value's class
+        value = _unwrapped(value)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, _WRITTEN_OUT):
+        return str(value)
+    if isinstance(value, (bool, int, float, dict, list, tuple)):
+        with contextlib.suppress(Exception):  # not JSON, contains itself, or an odd subclass
+            return json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
+    return None
+
+
+def described(error: BaseException) -> str:
+    """Return the message of a `ToolError`; for other exceptions one short line without paths of this machine."""
+    if isinstance(error, ToolError):
+        return str(error)
+    message: str | None = None
+    with contextlib.suppress(Exception):  # str() may fail; then there is no message
+        message = error.strerror if isinstance(error, OSError) else str(error)
+    # Without secrets before it is cut: a part of one would remain.
+    first_line = without_secrets((message or "").strip().partition("\n")[0])[:_MAX_ERROR_CHARS]
+    return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
+
+
+def presentable(text: str, max_chars: int) -> str:
+    """Return `text` in a form that a model can read: encodable, without secrets, not empty, not too long."""
+    text = for_models(text)
+    if not text.strip():
+        return "(no output)"
+    if len(text) <= max_chars:
+        return text
+    mark = f"\n[… {len(text) - max_chars} or more characters omitted …]\n"
+    kept = max_chars - len(mark)
+    return text[: kept - kept // 2] + mark + text[len(text) - kept // 2 :]
+
+
+def for_models(text: str) -> str:
+    """Return a text that tokenizers and files accept: lone surrogates and NUL become U+FFFD, pairs become their
+    character. A mark replaces each secret of the environment, which tools and their errors may quote."""
+    encodable = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "\ufffd")
+    return without_secrets(encodable)
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return what an enum, an array, a table, a dataclass or a pydantic model holds; other values unchanged."""
+    if isinstance(value, Enum) and not isinstance(value, str):
+        return value.value
+    if callable(getattr(value, "tolist", None)) and hasattr(value, "dtype"):  # numpy, or a library with its interface
+        is_short = getattr(value.dtype, "kind", "") == "f" and value.dtype.itemsize < 8
+        return (value.astype(str).astype(float) if is_short else value).tolist()  # 0.1, not 0.10000000149011612
+    if isinstance(value, type):
+        return value
+    if callable(to_string := getattr(value, "to_string", None)):  # a table of pandas
+        return to_string()
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if callable(model_dump := getattr(value, "model_dump", None)):  # pydantic
+        return model_dump()
+    return value
+
+
+def _jsonable(value: Any) -> Any:
+    """Return a JSON-compatible replacement for a value that JSON cannot represent."""
+    if isinstance(value, _WRITTEN_OUT):
+        return str(value)
+    unwrapped = _unwrapped(value)
+    if unwrapped is value:
+        raise TypeError(type(value).__name__)
+    return _with_plain_keys(unwrapped)
+
+
+def _with_plain_keys(value: Any) -> Any:
+    """Return the value with keys that JSON does not have, such as dates and numpy scalars, written out."""
+    if isinstance(value, dict):
+        return {_plain_key(key): _with_plain_keys(item) for key, item in value.items()}
+    return [_with_plain_keys(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _plain_key(key: Any) -> Any:
+    key = _unwrapped(key)
+    return str(key) if isinstance(key, (*_WRITTEN_OUT, tuple)) else key
