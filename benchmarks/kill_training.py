@@ -69,7 +69,8 @@ def outcome(folder: Path) -> dict[str, Any]:
     for file in sorted((folder / "trajectories").iterdir()):
         with file.open(encoding="utf-8") as lines:  # str.splitlines would also break within a string
             rows = [json.loads(line) for line in lines]
-        for call in [call for row in rows for node in row["nodes"] for call in node.get("calls", ())]:
+        nodes = [node for row in rows for node in row["nodes"]]
+        for call in [call for node in nodes for call in (*node.get("calls", ()), *node.get("unread", ()))]:
             call["source"] = "executed" if call["source"] == "executed" else "saved"
             del call["seconds"]
         trees[file.name] = {str(row["group"]): row for row in rows}

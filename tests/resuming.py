@@ -183,7 +183,8 @@ def outcome(folder: Path) -> dict[str, Any]:
 def _trees(file: Path) -> list[Any]:
     with file.open(encoding="utf-8") as lines:  # str.splitlines would also break within a string
         rows = [json.loads(line) for line in lines]
-    for call in [call for row in rows for node in row["nodes"] for call in node.get("calls", ())]:
+    nodes = [node for row in rows for node in row["nodes"]]
+    for call in [call for node in nodes for call in (*node.get("calls", ()), *node.get("unread", ()))]:
         del call["seconds"]
     for row in rows:
         row.pop("spans", None)  # times, too

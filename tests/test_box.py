@@ -964,7 +964,9 @@ def test_an_invalid_create_state_is_refused() -> None:
     note.create_state = dict  # type: ignore[attr-defined]
     assert tool_spec(note).create_state is dict  # a type without a signature may accept it
     note.create_state = lambda: {}  # type: ignore[attr-defined]
-    with pytest.raises(ToolSpecError, match=r"tool 'note': create_state .* cannot be called with one argument"):
+    with pytest.raises(
+        ToolSpecError, match=r"tool 'note': create_state .* cannot be called with one argument. It must"
+    ):
         tool_spec(note)
     note.create_state = lambda group: {}  # type: ignore[attr-defined]
     with (

@@ -261,6 +261,12 @@ def test_a_call_without_room_for_its_result_is_counted_and_is_no_lack_of_protoco
     assert shown.getvalue().count("no room for the result of search") == 2
 
 
+def test_alarms_continue_from_a_checkpoint_of_a_version_with_fewer():
+    alarms = Alarms(Random(), ["search"])
+    alarms.load_state_dict(Alarms(Random()).state_dict())
+    assert alarms.check(heard(1.0)) != []
+
+
 def test_a_path_that_calls_after_the_limit_is_counted():
     tally = Tally()
     tally_rollout(Scripted(lambda r, c: "<search>more</search>", leaves=2, max_tool_calls=1)(), tally)

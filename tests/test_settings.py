@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import date
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -205,7 +206,7 @@ def test_a_bare_no_of_yaml_is_a_strategy_not_a_bool(program: str, name: str, tmp
         ("max_steps", "null", "an integer of at least -1."),
         ("warmup_steps", "-5", "a number of at least 0."),
         ("eval_steps", "-1", "a number of at least 0."),
-        ("accelerator_config", "3", "a mapping or a text."),
+        ("accelerator_config", "3", "a text or a mapping."),
         ("save_total_limit", "1.5", "an integer."),
         ("torch_compile", "3", "true or false."),
         ("optim_args", "3", "a text."),
@@ -224,8 +225,50 @@ def test_a_value_that_does_not_fit_a_setting_of_transformers_is_named(program, n
 
 
 @pytest.mark.parametrize(
+    "line",
+    [
+        *("resume_from_checkpoint: true", "fsdp: true", "fsdp: [full_shard, auto_wrap]", "report_to: [tensorboard]"),
+        *("report_to: tensorboard", "debug: []", "accelerator_config: {split_batches: false}", "logging_steps: 0.1"),
+        *("save_steps: null", "eval_steps: null", "optim: adamw_torch", "warmup_steps: 0.1", "seed: 3"),
+        *("lr_scheduler_kwargs: '{}'", "label_names: labels", "save_total_limit: null", "learning_rate: 1e-3"),
+    ],
+)
+@pytest.mark.parametrize("program", ["train", "sft"])
+@pytest.mark.filterwarnings("ignore")
+def test_what_transformers_accepts_is_accepted(program, line, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        f"dataset: rows.jsonl\nuse_cpu: true\noutput_dir: out\nsave_strategy: epoch\n{line}\n"
+    )
+    settings = parse_settings(script(program).SETTINGS, ["--config", str(tmp_path / "run.yaml")])
+    if program == "sft":
+        dataclasses.replace(settings[1])  # of an ARPOConfig, TRL refuses it
+
+
+def test_what_trl_accepts_is_accepted():
+    assert ARPOConfig("out", use_cpu=True, scale_rewards=False).scale_rewards == "none"
+    assert ARPOConfig("out", use_cpu=True, scale_rewards=True).scale_rewards == "group"
+    assert ARPOConfig("out", use_cpu=True, delta=None).delta is None
+
+
+def test_the_default_of_a_field_of_a_users_class_is_accepted():
+    @dataclass
+    class Mine(ARPOConfig):
+        target: float = None  # type: ignore[assignment]
+
+    Mine("out", use_cpu=True)
+    with pytest.raises(ConfigError, match="target is 'high'; expected a number"):
+        Mine("out", use_cpu=True, target="high")
+
+
+def test_a_run_without_a_folder_is_an_error():
+    with pytest.raises(ConfigError, match="output_dir is empty; expected a folder"):
+        ARPOConfig("", use_cpu=True)
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"model_revision": date(2024, 5, 1)}, "model_revision is datetime.date(2024, 5, 1); expected a text."),
         ({"lora_r": 1.5}, "lora_r is 1.5; expected an integer of at least 1."),
         ({"lora_r": 0}, "lora_r is 0; expected an integer of at least 1."),
         ({"lora_dropout": 2}, "lora_dropout is 2; expected a number in [0, 1]."),

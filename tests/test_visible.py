@@ -1,8 +1,10 @@
 """Terminal control characters and invisible characters are shown as symbols in all untrusted text."""
 
 import io
+import json
 import logging
 import sys
+from urllib.parse import quote
 
 import pytest
 from accelerate import PartialState
@@ -10,7 +12,15 @@ from accelerate import PartialState
 from arpo_trl import cli
 from arpo_trl.command_line import report_errors
 from arpo_trl.errors import DataError, ToolError, ToolUnavailable
-from arpo_trl.visible import get_logger, get_rank_logger, say, visible, visible_data, without_credentials
+from arpo_trl.visible import (
+    get_logger,
+    get_rank_logger,
+    say,
+    visible,
+    visible_data,
+    without_credentials,
+    without_secrets,
+)
 
 OSC_52 = "\x1b]52;c;Y3VybA==\x07"  # fills the clipboard
 HOSTILE = f"a{OSC_52}\x1b[2J\x9b31m\u202eb\u2066\u200bc"
@@ -93,6 +103,20 @@ def test_no_message_and_no_error_has_a_secret_of_the_environment(monkeypatch, ca
     say("hunter2-and-3 and short")
     assert capsys.readouterr().out == "[key] and short\n"
     assert str(DataError("the shop received hunter2-and-3")) == "the shop received [key]"
+
+
+@pytest.mark.parametrize("secret", ["postgres", "12345678", sys.executable])
+def test_a_secret_that_ordinary_text_may_contain_stays(monkeypatch, secret):
+    monkeypatch.setenv("SHOP_PASSWORD", secret)
+    assert without_secrets(f"about {secret}") == f"about {secret}"
+
+
+@pytest.mark.parametrize("secret", ['ab"cd\\ef12', "two\nlines 12", "caf\udce9-geheim"])
+def test_a_secret_is_found_as_urls_json_and_python_write_it(monkeypatch, secret):
+    monkeypatch.setenv("SHOP_PASSWORD", secret)
+    written = [secret, json.dumps([secret], ensure_ascii=False), repr(secret)]
+    written.append(f"?key={quote(secret, safe='', errors='surrogateescape')}")
+    assert [without_secrets(text) for text in written] == ["[key]", '["[key]"]', "'[key]'", "?key=[key]"]
 
 
 @pytest.mark.parametrize("get", [get_logger, get_rank_logger])

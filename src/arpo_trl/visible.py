@@ -9,6 +9,7 @@ environment. Errors and services quote what they received, so texts for the mode
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
@@ -84,21 +85,34 @@ def without_credentials(text: str) -> str:
 
 
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
-_SHORTEST_SECRET = 8
+SHORTEST_SECRET = 8
 
 
 def secrets_of_environment() -> dict[str, str]:
-    """The values of environment variables that are secrets by their names, by name. Short values are none."""
-    found = {name: value.strip() for name, value in os.environ.items() if _SECRET_VARIABLE.search(name)}
-    return {name: value for name, value in found.items() if len(value) >= _SHORTEST_SECRET}
+    """The values of environment variables that are secrets by their names, by name. Shorter values are left out."""
+    # Not `items()`: other threads may remove variables in between.
+    found = {name: os.environ.get(name, "").strip() for name in list(os.environ) if _SECRET_VARIABLE.search(name)}
+    return {name: value for name, value in found.items() if len(value) >= SHORTEST_SECRET}
 
 
 def without_secrets(text: str) -> str:
-    """Return `text` with every secret of the environment replaced by a mark."""
-    for secret in sorted(secrets_of_environment().values(), key=len, reverse=True):  # one may contain another
-        for form in {secret, quote(secret, safe=""), quote_plus(secret)}:  # as it is, and in URLs
+    """Return `text` with every secret of the environment replaced by a mark.
+
+    A secret is found as it is, and as URLs, JSON and Python write it. Values that ordinary text may contain are left:
+    a word, a number, and the path of a file.
+    """
+    if not text:
+        return text
+    secrets = [secret for secret in secrets_of_environment().values() if not _is_ordinary(secret)]
+    for secret in sorted(secrets, key=len, reverse=True):  # one may contain another
+        quoted = (of(secret, safe="", errors="surrogateescape") for of in (quote, quote_plus))
+        for form in {secret, json.dumps(secret, ensure_ascii=False)[1:-1], repr(secret)[1:-1], *quoted}:
             text = text.replace(form, "[key]")
     return text
+
+
+def _is_ordinary(secret: str) -> bool:
+    return secret.isalpha() or secret.isdigit() or (secret.startswith("/") and os.path.exists(secret))
 
 
 def for_people(text: str) -> str:

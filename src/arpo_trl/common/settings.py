@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from enum import Enum
 from numbers import Integral, Real
 from os import PathLike
@@ -94,13 +95,17 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
 
     A number must have the annotated type, be finite and be within its range. True and False are bools, not numbers; no
     other value is a bool. None is accepted if the annotation allows it. If "on" or "off" is a choice, True and False
-    are converted to it, because YAML reads a bare `on` or `off` as a bool. So is False, if "no" is a member of an
-    annotated enum. A field of this package with the annotation text, or list of texts, must have that type. A
-    field of another package whose annotation has only types of YAML, and enums, must have one of them.
+    are converted to it, because YAML reads a bare `on` or `off` as a bool. False becomes "no" if the annotated enum
+    has that value. A field of this package with the annotation text, or list of texts, must have that type.
+
+    A field of another package is checked if its annotation consists of types of YAML and of enums. Its value must have
+    one of these types, unless it is the default, None in place of a text, or an object of a type that YAML does not
+    have. Annotations of texts often omit that True, False, lists and mappings are accepted, so these are.
 
     Args:
         inherited: The accepted values of fields of another package's class, by the field's name: `{"range":
-            Range(…)}`, `{"text": True}` or `{"options": True}`, for a mapping, or its JSON text.
+            Range(…)}`, `{"text": True}` or `{"options": True}`, for a mapping, or its JSON text. With `{"optional":
+            True}` None is accepted, too.
 
     Raises:
         ConfigError: A value is not accepted. Names the setting, its value, and the expected values with their unit.
@@ -114,7 +119,7 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
             setattr(settings, setting.name, value := word)
         if value is False and "no" in _members(hints[setting.name]):
             setattr(settings, setting.name, value := "no")
-        if expected := _unmet(metadata, hints[setting.name], value):
+        if expected := _unmet(metadata, hints[setting.name], value, is_default=value is setting.default):
             raise ConfigError(f"{setting.name} is {value!r}; expected {expected}.")
 
 
@@ -135,10 +140,10 @@ def _members(hint: Any) -> list[Any]:
     ]
 
 
-def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
+def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any, *, is_default: bool) -> str | None:
     """The expected values, in words, if `value` is not accepted; None if it is."""
     kinds = _kinds(hint)
-    if value is None and NoneType in kinds:
+    if value is None and (NoneType in kinds or metadata.get("optional")):
         return None
     if "choices" in metadata:
         choices = list(metadata["choices"])
@@ -156,7 +161,7 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
         return None if accepted else "a list of texts"
     kind = next((kind for kind in (bool, int, float) if kind in kinds), None)
     if kind is None or "range" not in metadata:
-        return None if metadata["text"] else _unlike(hint, value)
+        return None if metadata["text"] or is_default else _unlike(hint, value)
     if kind is bool:
         return None if isinstance(value, bool) else "true or false"
     limits: Range = metadata["range"]
@@ -169,35 +174,38 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any) -> str | None:
     return f"{noun} {text}" if text.startswith("in ") else f"{noun} of {text}"
 
 
-_PLAIN: dict[type, tuple[Any, str]] = {
+_TYPES_OF_YAML: dict[type, tuple[Any, str]] = {
     bool: (bool, "true or false"),
     int: (Integral, "an integer"),
     float: (Real, "a number"),
-    str: ((str, PathLike), "a text"),
+    str: ((str, PathLike, bool, list, tuple, Mapping), "a text"),
     list: ((list, tuple, str), "a list"),  # argparse and TRL also store a list of one text as the text
     dict: (Mapping, "a mapping"),
 }
-"""The types that YAML has: what counts as one, and its name in messages."""
+"""Types in annotations of other packages: the values that are accepted, and the name in messages."""
+_YAML = (bool, Integral, Real, str, list, tuple, Mapping, date)
+"""The types of the values that YAML can contain."""
 
 
 def _unlike(hint: Any, value: Any) -> str | None:
-    """The expected types, in words, if `value` is of a type that YAML has, but of none in the annotation `hint`."""
-    kinds = [get_origin(kind) or kind for kind in _kinds(hint) if kind is not NoneType]
-    members = _members(hint)
-    if members and isinstance(value, str):
-        return None if value in members else f"one of {members}"
-    known = [kind for kind in kinds if kind in _PLAIN]
-    if len(known) < len([kind for kind in kinds if not (isinstance(kind, type) and issubclass(kind, Enum))]):
+    """The expected types, in words, if `value` has a type of YAML that the annotation `hint` does not accept."""
+    kinds = {get_origin(kind) or kind for kind in _kinds(hint)} - {NoneType}
+    members, known = _members(hint), kinds & _TYPES_OF_YAML.keys()
+    if any(kind not in known and not (isinstance(kind, type) and issubclass(kind, Enum)) for kind in kinds):
         return None  # an annotation such as Any
-    if value is None and not {int, float} & set(known):
-        return None  # other packages use None for a text or a list although their annotations omit it
-    if value is not None and not isinstance(value, tuple(kind for kind, _ in _PLAIN.values())):
+    if value is None:  # other packages use None for a text or a list although their annotations omit it
+        accepted = not {int, float} & known
+    elif members:
+        accepted = value in members if isinstance(value, str) else not isinstance(value, _YAML)
+    else:
+        accepted = not isinstance(value, _YAML) or any(
+            isinstance(value, _TYPES_OF_YAML[kind][0]) and (kind in (bool, str) or not isinstance(value, bool))
+            for kind in known
+        )
+    if accepted:
         return None
-    for kind in known:
-        if isinstance(value, _PLAIN[kind][0]) and (kind is bool or not isinstance(value, bool)):
-            return None
-    expected = [f"one of {members}"] if members else [_PLAIN[kind][1] for kind in known]
-    return " or ".join(expected)
+    names = [name for kind, (_, name) in _TYPES_OF_YAML.items() if kind in known]
+    return f"one of {members}" if members else " or ".join(names)
 
 
 @dataclass

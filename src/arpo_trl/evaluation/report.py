@@ -239,9 +239,8 @@ def _shortened(record: Record) -> dict[str, Any]:
         if step["role"] == "assistant" or not step["calls"]:
             short["steps"].append({"role": step["role"], "name": None, "failure": None, "text": cut(step["text"])})
         for call in step.get("calls", ()):
-            short["steps"].append(
-                {"role": "tool", "name": call["name"], "failure": call["failure"], "text": cut(call["text"])}
-            )
+            text = cut(call["text"]) if step["role"] == "tool" else "(The answer had no room for this result.)"
+            short["steps"].append({"role": "tool", "name": call["name"], "failure": call["failure"], "text": text})
     return short
 
 

@@ -29,6 +29,7 @@ from arpo_trl.rollout.batch import Finished, GroupRequest
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.identity import differences_between
+from arpo_trl.visible import for_people
 
 SCORING_THREADS = 16
 
@@ -102,7 +103,7 @@ class Evaluator:
                     ids = self.sampler.protocol.encode_prompt(questions.rows[number]["prompt"])
                 except Exception as error:  # a chat template can raise anything for a single prompt
                     not_rendered.append(
-                        Finished(id=name, tree=None, error=f"{type(error).__name__}: {error}", seconds=0.0)
+                        Finished(id=name, tree=None, error=for_people(f"{type(error).__name__}: {error}"), seconds=0.0)
                     )
                 else:
                     yield GroupRequest(id=name, prompt_ids=ids)
@@ -134,7 +135,7 @@ class Evaluator:
         try:
             return record | self._scored(row, finished)
         except Exception as error:  # if a scorer fails on one answer, only this sample fails
-            return record | {"error": f"{type(error).__name__}: {error}"}
+            return record | {"error": for_people(f"{type(error).__name__}: {error}")}
 
     def _scored(self, row: dict[str, Any], finished: Finished) -> Record:
         tree = finished.tree

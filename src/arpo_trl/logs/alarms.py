@@ -73,7 +73,8 @@ class Alarms:
 
     def load_state_dict(self, state: Sequence[Sequence[float]]) -> None:
         """The inverse of `state_dict`."""
-        for alarm, (total, count, raised) in zip(self._alarms, state, strict=True):
+        # Not strict: earlier versions had fewer alarms.
+        for alarm, (total, count, raised) in zip(self._alarms, state, strict=False):
             self._counted[alarm], self._raised[alarm] = [total, count], int(raised)
 
     def check(self, tally: Tally) -> list[str]:

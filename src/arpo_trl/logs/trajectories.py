@@ -237,8 +237,8 @@ def _tree_from(row: Any) -> LoggedTree:
             raise DataError(f"leaf {leaf['address']} ends at node {leaf['node']}, which has no stop reason.")
         tree.end(leaf["node"], tuple(leaf["address"]), end.stop, end.unread)
     tree.check(len(row["leaves"]))
-    if len(tree.writers()) < len(tree.nodes) - 1:
-        raise DataError("leaves lacks the end of a path: there is a node without a leaf below it.")
+    if lost := {node.index for node in tree.nodes[1:]} - tree.writers().keys():
+        raise DataError(f"leaves lacks the end of a path: no leaf is at or below node {min(lost)}.")
     rewards = [leaf["reward"] for leaf in row["leaves"]]
     return LoggedTree(
         step=row["step"],

@@ -32,7 +32,7 @@ from arpo_trl.errors import ArpoError, ConfigError, DataError, HubError
 from arpo_trl.net.http_client import without
 from arpo_trl.publishing.model_card import ADAPTER_CONFIG_NAME, CURVES_FOLDER, EVALUATION_NAME, Card
 from arpo_trl.publishing.trajectory_dataset import dataset_card, export_rows
-from arpo_trl.visible import get_logger, secrets_of_environment, without_secrets
+from arpo_trl.visible import SHORTEST_SECRET, get_logger, secrets_of_environment, without_secrets
 
 logger = get_logger(__name__)
 
@@ -123,14 +123,20 @@ def reason_of(error: BaseException) -> str:
         return f"the Hub could not be reached ({type(error).__name__})"
     if isinstance(error, json.JSONDecodeError):
         return "the Hub's response was not JSON"
-    text = without(get_token() or "", without_secrets(str(error)))
+    text = without(_token(), without_secrets(str(error)))
     return f"{type(error).__name__}: {text}"
 
 
 def _secrets() -> dict[str, str]:
     """The secrets of this process, by the name of the source."""
-    token = get_token()
+    token = _token()
     return secrets_of_environment() | ({"HF_TOKEN or `hf auth login`": token} if token else {})
+
+
+def _token() -> str:
+    """The Hub's token; empty if there is none, or only a placeholder."""
+    token = get_token() or ""
+    return token if len(token) >= SHORTEST_SECRET else ""
 
 
 # Snapshots -----------------------------------------------------------------------------------------------------------

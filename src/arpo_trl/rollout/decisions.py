@@ -55,15 +55,15 @@ def checked_decisions(
     return decisions
 
 
-def checked_rewards(rewards: Sequence[float], leaves: int) -> list[float]:
+def checked_rewards(rewards: Any, leaves: int) -> list[float]:
     """The rewards of a tree's finished leaves, from the `score` of a sampler.
 
     Raises:
         ConfigError: It is not one number per leaf.
     """
     try:
-        numbers = [float(reward) for reward in rewards]
-    except (TypeError, ValueError):
+        numbers = [] if isinstance(rewards, str) else [float(reward) for reward in rewards]
+    except (TypeError, ValueError, RuntimeError):  # the last from a tensor with several elements
         numbers = []
     if len(numbers) != leaves:
         raise ConfigError(f"`score` of a TreeSampler returned {rewards!r}; expected {leaves} numbers, one per leaf.")

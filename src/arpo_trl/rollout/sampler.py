@@ -33,6 +33,7 @@ from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
 from arpo_trl.tools.state import PathStates
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
+from arpo_trl.visible import for_people
 
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
@@ -674,7 +675,7 @@ def _do_nothing() -> None:
 
 
 def _described(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    return for_people(f"{type(error).__name__}: {error}")
 
 
 def _name(call: ToolCall | BadCall) -> str:

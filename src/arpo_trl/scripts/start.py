@@ -53,7 +53,7 @@ def required_model(model_config: ModelConfig) -> str:
         for setting in fields(model_config)
         if setting.name.startswith("lora_") and getattr(model_config, setting.name) != setting.default
     ]
-    if unused and not model_config.use_peft:
+    if unused and not model_config.use_peft and os.environ.get("RANK", "0") == "0":
         logger.warning(
             f"{' and '.join(unused)} {'are' if len(unused) > 1 else 'is'} set, but use_peft is not, so all weights "
             "are trained. Set use_peft: true for LoRA."

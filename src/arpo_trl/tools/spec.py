@@ -121,8 +121,8 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
         )
     if create_state is not None and not _takes_one(create_state):
         raise ToolSpecError(
-            f"tool {name!r}: create_state {create_state!r} cannot be called with one argument, the id of a group. Add "
-            "the parameter."
+            f"tool {name!r}: create_state {create_state!r} cannot be called with one argument. It must take the id of "
+            "a group, and nothing else."
         )
     return ToolSpec(
         name=name,

@@ -263,7 +263,7 @@ class PathStates:
         if create not in self._states:
             made_by = f"create_state of tool {tool!r}"
             state = _checked(create(self.group), made_by)
-            if state.key is None and id(state) in _IN_USE:
+            if id(state) in _IN_USE and state.key is None:
                 raise ToolSpecError(
                     f"{made_by} returned the state of another path, although calls change it. Return a new one each "
                     "time."

@@ -44,7 +44,7 @@ def described(error: BaseException) -> str:
     with contextlib.suppress(Exception):  # str() may fail; then there is no message
         message = error.strerror if isinstance(error, OSError) else str(error)
     # Without secrets before it is cut: a part of one would remain.
-    first_line = without_secrets((message or "").strip().partition("\n")[0])[:_MAX_ERROR_CHARS]
+    first_line = without_secrets((message or "").strip()).partition("\n")[0][:_MAX_ERROR_CHARS]
     return f"Error: {type(error).__name__}: {first_line}" if first_line else f"Error: {type(error).__name__}"
 
 

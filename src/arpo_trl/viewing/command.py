@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.errors import DataError
 from arpo_trl.visible import say
 
 KINDS_OF_PLOTS = ("reward", "entropy", "tools", "sharing", "phases")
@@ -96,6 +97,8 @@ def view_run(arguments: argparse.Namespace) -> None:
         return _serve(reader, arguments)
     required_log_files(run)
     reader.refresh()
+    if not reader.files:
+        raise DataError(f"{run} has no readable trees.")
     output: Path = arguments.output or run / "view.html"
     write_whole(output, page(reader, max_leaves=arguments.leaves))
     say(f"{output} ({output.stat().st_size / 1e6:.1f} MB)")

@@ -140,7 +140,11 @@ class RunReader:
         self._seen: dict[Path, tuple[int, int]] = {}
 
     def refresh(self) -> None:
-        """Reads new and changed files. Files that are broken, or removed in the meantime, are left out."""
+        """Reads new and changed files. Logs that are broken, or removed in the meantime, are left out.
+
+        Raises:
+            DataError: There is no such folder, or the run's state is broken.
+        """
         state = state_file(self.run)
         files = {file.path: file for file in log_files(self.run)}
         found = {path: mark for path in (*files, state) if path is not None and (mark := _mark(path)) is not None}

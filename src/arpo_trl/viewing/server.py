@@ -65,7 +65,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                     after = int(asked) if asked.isdecimal() else 0
                     changed = changes(self.server.reader, after, self.server.max_leaves)
                     return self._answer(200, "application/json", as_json(changed))
-        except ArpoError as error:  # a file that is not a log; it may be repaired while the server runs
+        except ArpoError as error:  # a broken trainer_state.json; the run may replace it
             return self._answer(500, "application/json", json.dumps({"error": str(error)}))
         self._answer(404, "text/plain", "There is nothing here.")
 

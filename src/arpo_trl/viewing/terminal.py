@@ -67,9 +67,11 @@ def _print_steps(console: Console, run: Path, files: Iterable[LogFile]) -> None:
         table.add_column(heading, justify="right")
     step = 0
     for file in files:
-        step = file.step
         if (trees := trees_of(file)) is not None:
+            step = file.step
             table.add_row(str(step), KINDS[file.kind], *_counts(trees))
+    if not table.row_count:
+        raise DataError(f"{run} has no readable trees.")
     console.print(table)
     console.print(Text("wrong: leaves with a reward of 0 or less. failed: tool calls that failed.", style="dim"))
     say(f"One step's trees: arpo-trl tree {run} --step {step}")

@@ -39,10 +39,12 @@ def write_timeline(run: Path, step: int | None, output: Path | None = None) -> P
         raise DataError(
             f"{run} has no logged {KINDS['step']} rollout of step {step}; it has rollouts of the steps {steps}."
         )
-    rollout = files[-1].rollout
-    chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in trees_of(file) or []]
-    if not chosen:
-        raise DataError(f"{run} has no readable trees of {rollout}.")
+    for rollout in reversed(dict.fromkeys(file.rollout for file in files)):
+        chosen = [(file.rank, tree) for file in files if file.rollout == rollout for tree in trees_of(file) or []]
+        if chosen:
+            break
+    else:
+        raise DataError(f"{run} has no readable trees of step {listed(sorted({file.step for file in files}))}.")
     if not any(tree.spans for _, tree in chosen):
         raise DataError(f"The trees of {rollout} in {run} have no times: an older version of arpo-trl logged them.")
     output = output or run / f"timeline-{rollout}.json"

@@ -62,8 +62,9 @@ class Credit(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return advantages (B, T) and weights (B, T) for the tokens of B leaves; T is the length of the longest leaf.
 
-        A token's loss is multiplied by its weight; None means 1 for all tokens. Values on padding are ignored. If each
-        token has its leaf's advantage, return advantages (B,): the batch then keeps TRL's layout.
+        A token's loss is multiplied by its weight. Where the loss averages over tokens, the token counts as that many.
+        None means 1 for all tokens. Values on padding are ignored. If each token has its leaf's advantage, return
+        advantages (B,): the batch then keeps TRL's layout.
 
         Args:
             trees: Trees with B leaves in total. The rows are the `tree.leaves()` of all trees, tree by tree.

@@ -463,7 +463,7 @@ class Instances:
         if kind.offers("digest"):
             instance.digest = copy.deepcopy(self._called(instance, "digest"))  # it may be a part of the state
         if kind.offers("describe"):
-            instance.description = str(self._called(instance, "describe"))[:_MAX_DESCRIBED_CHARS]
+            instance.description = for_models(str(self._called(instance, "describe")))[:_MAX_DESCRIBED_CHARS]
 
     def check_all_unchanged(self, instances: Sequence[Instance]) -> None:
         """Run `check_unchanged` for instances whose paths have ended, except those whose last call still runs."""

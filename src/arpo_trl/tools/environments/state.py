@@ -14,7 +14,6 @@ from arpo_trl.tools.environments.differences import changed_lines
 from arpo_trl.tools.environments.instances import Instance, Instances, Point, Start, as_reason
 from arpo_trl.tools.environments.kind import EnvironmentKind, Kinds
 from arpo_trl.tools.state import PathState
-from arpo_trl.tools.texts import for_models
 from arpo_trl.tools.toolbox import ToolBox
 
 _MAX_CHANGE_CHARS = 2000
@@ -276,7 +275,7 @@ class EnvironmentState(PathState):
             _, result = instances.called(instance, tool, arguments)
             try:
                 instances.observe(instance)
-                change.append(for_models("\n".join(changed_lines(before, instance.description)))[:_MAX_CHANGE_CHARS])
+                change.append("\n".join(changed_lines(before, instance.description))[:_MAX_CHANGE_CHARS])
             except BaseException as error:
                 instance.doubt = f"digest() or describe() raised {as_reason(error)}"
         return result()
