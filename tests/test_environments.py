@@ -256,6 +256,24 @@ def test_the_trajectory_contains_the_changes_of_a_call():
     assert "changed" not in leaf.calls[0].as_row()
 
 
+def test_texts_of_an_environment_contain_no_secret_of_the_process(monkeypatch):
+    monkeypatch.setenv("SHOP_API_KEY", "shop-key-0123456789")
+
+    class Leaking(Shop):
+        def reset(self, **row: Any) -> str:  # type: ignore[override]
+            Shop.reset(self, "a")
+            return "opened with shop-key-0123456789"
+
+        def describe(self) -> str:
+            return "\n".join(["x" * 9_990 + "shop-key-0123456789", *self.items])
+
+    environments = environments_of(Leaking)
+    with ToolBox(environments.tools) as box:
+        assert environments.begin({0: {"name": "a"}}, box, lambda: None) == {0: "opened with [key]"}
+    (leaf,) = run(environments, leaves=1).trees[0].leaves()
+    assert "shop-key" not in json.dumps([call.changed for call in leaf.calls])
+
+
 # What cannot work is an error at the start ---------------------------------------------------------------------------
 
 

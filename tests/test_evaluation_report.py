@@ -6,6 +6,9 @@ import pytest
 
 from arpo_trl.evaluation import report
 from arpo_trl.evaluation.results import suites_of, summarise
+from arpo_trl.evaluation.samples import trajectory
+from arpo_trl.rollout.tree import ExecutedCall, RolloutTree, StopReason
+from arpo_trl.tools.calls import CallSource
 from browser import IS_COMPLETE
 from evaluating import GSM8K, called, record
 
@@ -141,6 +144,27 @@ def test_the_page_shows_scores_levels_tools_and_each_sample():
     ):
         assert shown in text
     assert "No tool calls are left." in text
+
+
+def test_a_call_without_room_for_its_result_is_counted_and_its_result_is_not_shown_as_read():
+    tree = RolloutTree([1])
+    turn = tree.add_turn(0, [2], "<search>iron</search>", [-0.5], [0.1])
+    made = ExecutedCall(
+        name="search",
+        arguments={"query": "iron"},
+        text="a long result",
+        failure=None,
+        seconds=0.1,
+        source=CallSource.EXECUTED,
+    )
+    tree.end(turn.index, (0,), StopReason.LENGTH, [made])
+    steps = trajectory(tree)
+    assert [step["role"] for step in steps] == ["assistant"]
+    cut_off = record(0, 0.0, trajectory=steps, stop="length")
+    found = summarise(GSM8K, [cut_off], questions=1, samples=1, seed=0)
+    assert found["tools"]["search"]["calls"] == 1
+    text = Page(page_of(cut_off)).text
+    assert "The answer had no room for this result." in text and "a long result" not in text
 
 
 def test_the_page_of_several_samples_has_pass_at_k():
