@@ -108,6 +108,13 @@ def test_all_rules_and_credits_of_the_registries_take_part():
     assert {arm.credit for arm in frozen_arms()} == set(CREDITS.names)
     assert len({arm.name for arm in arms}) == len(arms)
     assert len({files.slug(arm.name) for arm in arms}) == len(arms)
+    assert len({files.slug(arm.name) for arm in trained_arms()}) == len(trained_arms())
+
+
+def test_an_arm_with_shared_calls_has_the_setting_and_its_own_name():
+    arm = Arm(**grpo(8), shares=True)
+    assert (arm.name, arm.settings()["share_calls"]) == ("GRPO M = 8, shared calls, soft, mean", "history")
+    assert "share_calls" not in Arm(**grpo(8)).settings()
 
 
 def test_an_arm_whose_rule_does_not_exist_is_an_error_that_names_it():
@@ -123,7 +130,7 @@ def test_the_main_comparisons_have_more_seeds():
     assert seeds_of(Arm(**grpo(4)), 8, 3) == seeds_of(Arm(baseline="score_norm"), 8, 3) == 8
     assert seeds_of(PAPER, 8, 3) == 8
     assert seeds_of(Arm(rule="ranked"), 8, 3) == seeds_of(Arm(**grpo(8), dynamic=True), 8, 3) == 3
-    assert sum(seeds_of(arm, 8, 3) for arm in trained_arms()) == 9 * 8 + 10 * 3
+    assert sum(seeds_of(arm, 8, 3) for arm in trained_arms()) == 10 * 8 + 11 * 3
 
 
 # Intervals and the page ----------------------------------------------------------------------------------------------
@@ -324,9 +331,11 @@ def test_a_tiny_part_b_makes_its_checkpoints_and_measures_each_arm(tmp_path, mon
     given = ["b", "--output", str(tmp_path / "runs"), "--page", str(tmp_path / "study.md")]
     assert command.main(given) == 0
     text = (tmp_path / "study.md").read_text("utf-8")
-    # An untrained model earns the same everywhere, so all gradients are 0, and none of it calls a tool.
-    assert "| GRPO M = 8, soft, mean | 0.000 ± 0.000 | not run | not run |" in text
-    assert "| GRPO M = 8, soft, score_norm | 0.000 ± 0.000 | not run | not run |" in text
+    # An untrained model earns the same everywhere, so all gradients are 0. Both arms sample the same few calls.
+    table = text[text.index("## b.") : text.index("## c.")]
+    for baseline in MAIN_BASELINES:
+        (row,) = re.findall(rf"\| GRPO M = 8, soft, {baseline} \| (.*) \|\n", table)
+        assert row in ("0.000 ± 0.000 | not run | not run", "0.000 ± 0.000 | 1.00 | not run")
     assert "| two halves of the reference | 0.000 |" in text
     # A step to the checkpoint, a batch of two prompts for each half of the reference, and two batches of one prompt,
     # which both arms share.

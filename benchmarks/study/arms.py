@@ -45,15 +45,19 @@ class Arm:
     baseline: str = "mean"
     dynamic: bool = False
     """DAPO's dynamic sampling: groups in which all rewards are equal are rolled out again."""
+    shares: bool = False
+    """Paths of a group with the same history of calls share the next call (`share_calls: history`)."""
 
     @property
     def sampling(self) -> str:
         """The name of the sampling: "GRPO M = 8" without branches, otherwise the rule and N."""
         if self.roots == self.leaves:
-            return f"{GRPO} M = {self.leaves}{', dynamic' * self.dynamic}"
-        if widths := self.options.get("widths"):
-            return f"{self.rule} {'-'.join(map(str, widths))}"
-        return " ".join([self.rule, *map(str, self.options.values()), f"N = {self.roots}"])
+            base = f"{GRPO} M = {self.leaves}"
+        elif widths := self.options.get("widths"):
+            base = f"{self.rule} {'-'.join(map(str, widths))}"
+        else:
+            base = " ".join([self.rule, *map(str, self.options.values()), f"N = {self.roots}"])
+        return f"{base}{', dynamic' * self.dynamic}{', shared calls' * self.shares}"
 
     @property
     def name(self) -> str:
@@ -75,6 +79,7 @@ class Arm:
         elif self.credit != "soft":
             chosen["advantage_attribution"] = self.credit
         chosen |= BASELINES[self.baseline] | ({"dynamic_sampling_rounds": 3} if self.dynamic else {})
+        chosen |= {"share_calls": "history"} if self.shares else {}
         known = {one.name for one in fields(ARPOConfig)}
         if missing := sorted(chosen.keys() - known):
             raise ConfigError(f"ARPOConfig has no settings {missing}.")
@@ -143,13 +148,18 @@ def frozen_arms() -> list[Arm]:
 
 
 def trained_arms() -> list[Arm]:
-    """The samplings × the baselines, and GRPO with dynamic sampling."""
+    """The samplings × the baselines, GRPO with dynamic sampling, and two arms with shared calls.
+
+    Sharing changes no result of these tools, so the shared arms only measure the calls that it saves.
+    """
     crossed = [Arm(**sampling, baseline=baseline) for sampling in _SAMPLINGS for baseline in TRAINED]
-    return [*crossed, Arm(**grpo(LEAVES), dynamic=True)]
+    shared = [Arm(**sampling, baseline="score_norm", shares=True) for sampling in branching("schedule")[:1]]
+    return [*crossed, Arm(**grpo(LEAVES), dynamic=True), *shared, Arm(**grpo(LEAVES), shares=True)]
 
 
 def seeds_of(arm: Arm, most: int, least: int) -> int:
     """The number of seeds of an arm: `most` for the main comparisons and the paper's rule, `least` for the others."""
     compared = arm.roots == arm.leaves or arm.rule in (COIN, "schedule")
-    main = compared and not arm.dynamic and arm.baseline in MAIN_BASELINES
+    extra = arm.dynamic or (arm.shares and arm.roots == arm.leaves)
+    main = compared and not extra and arm.baseline in MAIN_BASELINES
     return most if main or arm == PAPER else least
