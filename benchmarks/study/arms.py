@@ -150,7 +150,7 @@ def frozen_arms() -> list[Arm]:
 def trained_arms() -> list[Arm]:
     """The samplings × the baselines, GRPO with dynamic sampling, and two arms with shared calls.
 
-    Sharing changes no result of these tools, so the shared arms only measure the calls that it saves.
+    Sharing changes no result of these tools, so the shared arms measure only the calls that it saves.
     """
     crossed = [Arm(**sampling, baseline=baseline) for sampling in _SAMPLINGS for baseline in TRAINED]
     shared = [Arm(**sampling, baseline="score_norm", shares=True) for sampling in branching("schedule")[:1]]

@@ -79,10 +79,11 @@ PART_C = f"""## c. Training
 The quickstart's model on the harder task (`--hard`), from one cold start per seed. Accuracy on 1,000 held-out
 questions at temperature 1. Calls and turns in sequence are relative to {_GRPO} with the mean baseline and the same
 seed. Calls that are equal and run at the same time are executed once, so fewer calls are executed than made. With
-shared calls (`share_calls: history`), so are equal calls after the same calls. This changes no result of these tools:
-such a row repeats the runs without it, with the same accuracies. The columns of differences are: the goal; branches
-against none at about equal calls; the rule against random branches; the arm against the paper's rule, credit and
-baseline ({PAPER.name}).
+shared calls (`share_calls: history`), so are equal calls after the same calls. This changes no result of these tools,
+so such a row repeats the runs of the row without it: their accuracies are equal, or differ because the runs are of two
+versions of the package, which round differently. The columns of differences are: the goal; branches against none at
+about equal calls; the rule against random branches; the arm against the paper's rule, credit and baseline
+({PAPER.name}).
 
 Each difference is between runs from the same cold starts. Rows with different numbers of seeds can come from different
 cold starts, so their accuracies must not be compared. `c --seeds 20` trains the main comparison with 20 seeds.
