@@ -319,7 +319,7 @@ def draw(effects: Sequence[Cells], trained: Sequence[Cells], path: Path) -> None
             _intervals(axes, of_names, label, 0.2 * (i - (len(series) - 1) / 2))
         axes.set(title=title)
         if len(series) > 1:
-            axes.legend(fontsize=8)
+            axes.legend(fontsize=8, loc="lower left")
     figure.savefig(path, dpi=120)
 
 

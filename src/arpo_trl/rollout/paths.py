@@ -17,7 +17,7 @@ from arpo_trl.tools.state import PathStates
 from arpo_trl.tools.toolbox import ToolResult
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Group:
     """The state of one prompt's rollout."""
 
@@ -46,7 +46,7 @@ class Group:
     turn."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Path:
     """A live path: the prefix of its current turn, its counts and its limits."""
 
@@ -84,7 +84,7 @@ class Path:
     """When the current turn, or the calls under it, were submitted, in seconds since the start of the group."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class Calling:
     """The calls of one turn. Its path continues when all calls have a result."""
 

@@ -426,7 +426,7 @@ class _Run:
     def _call(self, path: Path, calls: Sequence[ToolCall | BadCall]) -> None:
         """Submit a turn's calls. Malformed calls and calls beyond a limit get their result immediately."""
         limits, made = self.settings.max_calls_of, Counter(path.calls_of)
-        calling, submitted = Calling(path, calls), dict[int, ToolCall]()
+        calling, submitted = Calling(path=path, calls=calls), dict[int, ToolCall]()
         for i, call in enumerate(calls):
             notice = None
             if isinstance(call, BadCall):
@@ -536,9 +536,9 @@ class _Run:
         roots = self._roots(context)
         kit = request.kit
         group = Group(
-            request.id,
-            context.tree,
-            context,
+            id=request.id,
+            tree=context.tree,
+            context=context,
             branches=context.remaining > 0,
             protocol=self.protocol if kit is None else kit.protocol,
             tools=None if kit is None else kit.tools,
@@ -564,7 +564,14 @@ class _Run:
         for _ in range(count):
             states = self._opened(self.toolbox.create_states(group.id, group.tools))
             states.start()
-            path = Path(group, (group.starts,), 0, group.tree.root.ids, states, waited=waited)
+            path = Path(
+                group=group,
+                address=(group.starts,),
+                parent=0,
+                ids=group.tree.root.ids,
+                states=states,
+                waited=waited,
+            )
             group.starts += 1
             self._begin(path)
 
