@@ -1,13 +1,11 @@
 """Rewards a turn for its increase of the reference answer's probability (IGPO, arXiv 2510.14967).
 
 p = exp(mean log π(answer | path so far)), at the prompt and after each tool result. The reward of a turn is p after
-its result minus p before it. The reward of the last turn is the leaf's reward. These rewards become z-scores over the
-turns of all leaves in the group. A turn's advantage is the sum of its own z-score and those of the later turns of its
-path, discounted by `gamma` per turn.
+its result minus p before it, and of the last turn the leaf's reward. They become z-scores over all turns of the
+group. A turn's advantage is the sum of its z-score and those of later turns, discounted by `gamma` per turn.
 
-Bias: the gradient is that of rewards plus information gain, not of rewards. z subtracts one mean from every turn, so
-the sum over a path with many turns has the sign of the path's mean z-score. `advantage_baseline` and `scale_rewards`
-have no effect.
+Bias: the gradient is that of rewards plus information gain. z subtracts one mean from every turn, so a path with many
+turns has the sign of its mean z-score. `advantage_baseline` and `scale_rewards` have no effect.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """A turn's advantage is its node's value, or that value minus the value of the node above (AT²PO, arXiv 2601.04767).
 
-A leaf's value is its advantage. A node's value is an average: over its leaves with equal weights, over its children
-with equal weights, or over its children weighted by their entropy H or by softmax(H). H is measured as the mean −log p
-of the child's sampled tokens.
+A leaf's value is its advantage. A node's value is an average: over its leaves, or over its children with equal
+weights, with weights H or softmax(H). H is the child's entropy, measured as the mean −log p of its sampled tokens.
 
-Bias: none up to scale with "leaves" and without `difference`, if multiplicity does not depend on the path. The entropy
-weights depend on the sampled tokens, which shifts credit towards surprising children. "children" shifts credit towards
-children with few leaves. `difference` compares a turn with an average that includes it. This multiplies its gradient
-by 1 minus its own share: 1 − 1/k among k equal children.
+Bias: none up to scale with "leaves" and without `difference`, if multiplicity does not depend on the path. Weights of
+entropy shift credit to surprising children, "children" to children with few leaves. `difference` compares a turn with
+an average that includes it, which multiplies its gradient by 1 minus its share: 1 − 1/k among k equal children.
 """
 
 from __future__ import annotations
