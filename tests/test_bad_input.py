@@ -17,7 +17,7 @@ from trl import GRPOConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
 from arpo_trl.errors import ArpoError, ConfigError, DataError, RewardError, ToolSpecError
-from arpo_trl.rewards import HierarchicalReward
+from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from support import ANSWER, ON_CPU, python, save_tiny_model, search, tokenizer
@@ -69,6 +69,42 @@ def test_what_the_bad_ones_are_made_from_trains(make):
 
 
 # Arguments of the trainer --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward_funcs", "message"),
+    [
+        (5, "reward_funcs has 5; expected functions, models of transformers or their names"),
+        ((5,), "reward_funcs has 5; expected functions"),
+        (torch.nn.Linear(2, 2), r"reward_funcs has Linear\(.*\); expected functions"),
+        (LLMJudge, r"reward_funcs has the class LLMJudge; expected a function or an instance, such as LLMJudge\(\)"),
+    ],
+)
+def test_what_is_no_reward_function_is_an_error(make, reward_funcs, message):
+    with pytest.raises(ConfigError, match=message):
+        make(reward_funcs=reward_funcs)
+
+
+def test_reward_functions_may_be_a_tuple_and_cannot_change_each_others_arguments(make):
+    seen = []
+
+    def clears(completions, tool_calls, **_):
+        for calls in (completions, tool_calls):
+            calls.clear()
+        return [0.0] * 4
+
+    def reads(completions, tool_calls, **_):
+        seen.append((len(completions), len(tool_calls)))
+        return [0.0] * 4
+
+    make(reward_funcs=(clears, reads)).train()
+    assert seen == [(4, 4)]
+
+
+def test_too_few_rows_for_a_step_are_an_error(make):
+    trainer = make(settings={"per_device_train_batch_size": 8})
+    with pytest.raises(DataError, match=r"has 1 rows, but a generation batch has 2 prompts: 8 completions ÷ num_gen"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("name", ["rollout_func"])
@@ -360,7 +396,7 @@ def test_a_prompt_of_many_short_messages_is_measured_with_its_template(make):
         ([0.0, 0.0, math.inf, 0.0], "returned inf for completion 2"),
         (["good"] * 4, "returned 'good' for completion 0"),
         (torch.tensor([0.0, 0.0, 0.0, math.nan]), r"returned tensor\(nan\) for completion 3"),
-        ([0.0, 1e300, 0.0, 0.0], "returned 1e\\+300 for completion 1; expected a finite number of at most 3.4e\\+38"),
+        ([0.0, 1e300, 0.0, 0.0], "returned 1e\\+300 for completion 1; expected a finite number of at most 1e\\+18"),
         ([10**400] * 4, "returned 1000.* for completion 0; expected a finite number"),
         ({0.0, 1.0, 2.0, 3.0}, r"returned \{.*\} for 4 completions; expected a list"),
     ],

@@ -290,6 +290,30 @@ def test_a_benchmark_of_ones_own_must_be_whole():
         custom_benchmark("mine")
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"reference_answer": "other"},
+        {"reward_model": {"ground_truth": "other"}},
+        {"final_answer": "other"},
+        {"aliases": ["other"]},
+        {"prompt": [{"role": "user", "content": "other"}]},
+        {"problem": "other"},
+        {"body": "other"},
+    ],
+)
+def test_only_the_fields_that_a_benchmark_of_ones_own_names_count(tmp_path, other):
+    file = write(tmp_path / "mine.jsonl", {"q": "Who?", "a": "I"} | other)
+    (row,) = load_questions(custom_benchmark({**CUSTOM, "file": file})).rows
+    assert (row["prompt"][-1]["content"], row["answer"]) == ("Who?", ["I"])
+
+
+def test_a_blank_question_of_a_file_of_ones_own_is_an_error(tmp_path):
+    file = write(tmp_path / "mine.jsonl", {"q": " ", "problem": "Who?", "a": "I"})
+    with pytest.raises(DataError, match="row 0: no 'q'"):
+        load_questions(custom_benchmark({**CUSTOM, "file": file}))
+
+
 def test_fields_that_a_file_of_ones_own_lacks_are_named(tmp_path):
     file = write(tmp_path / "mine.jsonl", {"question": "Who?", "a": "I"})
     with pytest.raises(

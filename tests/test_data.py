@@ -210,7 +210,15 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
         ("a.csv", b"question,answer", "a.csv .* contains no rows"),
         ("a.csv", b'question,answer\nq,"1', "a.csv, after line 1: not a readable CSV file"),
         ("a.csv", b"question,answer\nq,1\nq,1,2", "a.csv, row 1: more values than the header has names"),
-        ("a.csv", b"question,answer\nq,\xff", "a.csv, after line .: not a readable CSV file"),
+        ("a.csv", b"question,answer\nq,\xff", "a.csv is not UTF-8 text .byte 18.. Convert it"),
+        ("a.csv", b"question,answer,answer\nq,1,2", "a.csv: the header names 'answer' twice. Rename one of"),
+        ("a.jsonl", b'{"question": "q", "answer": "1", "answer": "2"}', "the key 'answer' is set twice"),
+        ("a.jsonl", b'{"question": "\xe2\x80\x8b", "answer": "1", "task": "qa"}', "expected some text in it"),
+        (
+            "a.jsonl",
+            b'{"question": "q", "answer": "A", "task": "qa", "choices": {"text": ["a", "b"], "label": ["A", "A"]}}',
+            "'choices' has the label 'A' twice",
+        ),
     ],
 )
 def test_an_unreadable_file_is_an_error_with_the_place(
@@ -219,6 +227,17 @@ def test_an_unreadable_file_is_an_error_with_the_place(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_arpo_dataset(str(tmp_path / name))
+
+
+def test_a_long_cell_is_read_and_empty_names_of_columns_may_repeat(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(f"question,answer,task,,\n{'q' * 200_000},1,math,,\n")
+    (row,) = load_arpo_dataset(str(tmp_path / "a.csv"))
+    assert row["prompt"][-1]["content"] == "q" * 200_000
+
+
+def test_the_home_of_nobody_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"~nobody-there/a\.jsonl begins with a user who has no home directory"):
+        load_arpo_dataset("~nobody-there/a.jsonl")
 
 
 def test_solutions_without_a_box_are_excluded_with_their_number(

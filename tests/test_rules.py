@@ -384,6 +384,19 @@ def test_a_rule_that_grants_more_than_the_budget_is_an_error():
         Scripted(two_searches, leaves=2, at_root=1, rule=Greedy())()
 
 
+@pytest.mark.parametrize("judged", [None, True, 0.5])
+def test_a_judgement_that_is_no_decision_is_an_error(judged):
+    class Odd(Disputed):
+        moment = Moment.PROBE
+        decide = BranchRule.decide
+
+        def judge(self, candidate, context):
+            return judged
+
+    with pytest.raises(ConfigError, match=rf"returned {judged} from `judge`; expected a BranchDecision"):
+        Scripted(two_searches, leaves=3, at_root=1, rule=Odd())()
+
+
 @pytest.mark.parametrize("roots", [0, 4])
 def test_a_rule_that_starts_no_path_or_too_many_is_an_error(roots):
     class Rootless(Disputed):

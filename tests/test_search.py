@@ -96,6 +96,20 @@ def test_an_index_is_not_saved_over_the_files_that_it_reads(index: LocalIndex, t
     assert len(LocalIndex.open(str(tmp_path))) == len(index)
 
 
+def test_an_index_is_not_saved_where_it_would_not_be_read(index: LocalIndex, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('"dog"\n')
+    with pytest.raises(ConfigError, match=r"has \.jsonl files, which would be read in place of the index"):
+        index.save(tmp_path)
+    with pytest.raises(ConfigError, match=r"a\.jsonl is a file\. Choose a folder"):
+        index.save(tmp_path / "a.jsonl")
+
+
+def test_a_path_may_begin_with_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text('"dog"\n')
+    assert LocalIndex.open("~/a.jsonl").search("dog", 1) == ["dog"]
+
+
 def test_a_saved_index_can_be_saved_again(index: LocalIndex, tmp_path: Path) -> None:
     index.save(tmp_path / "first")
     LocalIndex.load(tmp_path / "first").save(tmp_path / "second")

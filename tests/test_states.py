@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -260,6 +261,13 @@ def test_a_failed_close_of_a_state_is_logged_once_and_the_rollout_continues(capl
 
 
 # States that are told of calls ---------------------------------------------------------------------------------------
+
+
+def test_a_close_that_ends_the_program_is_logged_too(caplog, monkeypatch):
+    world = World()
+    monkeypatch.setattr(Notes, "close", lambda self: sys.exit(4))
+    Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(1)
+    assert "close() of Notes failed: SystemExit: 4" in caplog.text
 
 
 class Heard(PathState):

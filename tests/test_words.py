@@ -7,6 +7,7 @@ import pytest
 
 from arpo_trl.evaluation.scoring import score
 from arpo_trl.rewards import HierarchicalReward, LLMJudge, exact_match, paper_f1, token_f1
+from arpo_trl.rewards.answers import math_equal
 from arpo_trl.rewards.words import normalized_tokens
 from loopback import Loopback, Reply
 
@@ -23,6 +24,11 @@ def test_exact_match_is_right_for_every_case_of_a_kind(kind: str) -> None:
 def test_a_different_sign_point_or_relation_scores_nothing(prediction: str, gold: str) -> None:
     assert token_f1(prediction, [gold]) == 0.0
     assert paper_f1(prediction, [gold]) == 1.0  # as the released code has it
+
+
+def test_invisible_characters_and_forms_of_unicode_change_no_score() -> None:
+    assert exact_match("Poe", ["Poe\u200b"]) == token_f1("\ufeffPoe", ["Poe"]) == 1.0
+    assert math_equal("Poe\u0301", "Po\xe9") and math_equal("Po\xe9", "Poe\u0301")
 
 
 def test_vitamin_a_is_not_vitamin() -> None:

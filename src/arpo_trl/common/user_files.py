@@ -31,6 +31,14 @@ def is_url(name: str) -> bool:
     return name.startswith(("http://", "https://"))
 
 
+def user_path(name: str | Path) -> Path:
+    """The path that a user named, with ~ for a home directory. Raises `DataError` if there is no such user."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{name} begins with a user who has no home directory here. Write the whole path.") from error
+
+
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8. Raises `DataError` if it cannot be read."""
     try:
@@ -38,7 +46,7 @@ def read_text(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}.") from error
     except UnicodeDecodeError as error:
-        raise _not_utf_8(str(path), error) from error
+        raise not_utf_8(str(path), error) from error
 
 
 def read_json(path: Path) -> Any:
@@ -102,9 +110,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """The value of a JSON text. Raises `DataError`, which names its place `where`, if it is not JSON."""
+    """The value of a JSON text. Raises `DataError`, which names its place `where`, if it is not JSON, or names a key
+    twice."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_with_distinct_keys)
     except RecursionError as error:
         raise _too_deep(where) from error
     except ValueError as error:
@@ -112,6 +121,14 @@ def parse_json(text: str, where: str) -> Any:
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value, where)
     return value
+
+
+def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is set twice")
+    return made
 
 
 def expect(value: Any, shape: Shape, name: str) -> None:
@@ -148,10 +165,10 @@ def _decoded(line: bytes, where: str) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _not_utf_8(where, error) from error
+        raise not_utf_8(where, error) from error
 
 
-def _not_utf_8(where: str, error: UnicodeDecodeError) -> DataError:
+def not_utf_8(where: str, error: UnicodeDecodeError) -> DataError:
     return DataError(f"{where} is not UTF-8 text (byte {error.start}). Convert it, with iconv for example.")
 
 

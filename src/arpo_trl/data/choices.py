@@ -38,6 +38,8 @@ def find_choices(row: Mapping[str, Any], golds: Sequence[str]) -> dict[str, str]
         labels = _letters(len(texts))
     if len(labels) != len(texts):
         raise DataError(f"'choices' has {len(labels)} labels for {len(texts)} texts; expected one label per text.")
+    if twice := next((label for label in labels if labels.count(label) > 1), None):
+        raise DataError(f"'choices' has the label {twice!r} twice; expected different labels.")
     return _without_labels(dict(zip(labels, (text_of(text, "choices").strip() for text in texts), strict=True)))
 
 

@@ -305,7 +305,7 @@ def _prompt(row: Mapping[str, Any]) -> Any:
     if isinstance(prompt, str):
         _refuse_ciphertext(prompt, field, row)
         parsed = decoded(prompt)
-        if isinstance(parsed, list) and parsed and all(map(_is_message, parsed)):
+        if isinstance(parsed, list) and parsed and any(map(_is_message, parsed)):
             return parsed
         body = row.get(_STORY_FIELDS.get(field, ""))
         return f"{body.strip()} {prompt}" if isinstance(body, str) else prompt
@@ -341,7 +341,9 @@ def _message(message: Any) -> Any:
         message = {"role": _SHAREGPT_ROLES.get(message["from"], message["from"]), "content": message.get("value")}
     content = message.get("content")
     if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        content = "\n".join(str(part.get("text") or "") for part in content)
+        texts = [part.get("text") for part in content]
+        if all(isinstance(text, str | None) for text in texts):
+            content = "\n".join(text or "" for text in texts)
     elif content is None and message.get("role") == "system":
         content = ""
     return {**message, "content": content}

@@ -16,7 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from arpo_trl.common.user_files import is_url, json_lines, read_json
+from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, user_path
 from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
     DEFAULT_SYSTEM_PROMPT,
@@ -43,7 +43,10 @@ CONVERTED = ("prompt", "answer", "task", "id", "level")
 ROLLOUT_COLUMNS = ("turns", "tool_calls", "stop_reason")
 """Columns that `ARPOTrainer` passes to reward functions in addition to the dataset's, with one value per
 completion."""
-TRL_COLUMNS = ("prompts", "completions", "trainer_state", "log_extra", "log_metric", "environments", "image", "images")
+TRL_COLUMNS = (
+    *("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"),
+    *("image", "images"),
+)
 """Names that TRL uses for its own arguments of reward functions, or to detect rows with images."""
 
 
@@ -191,7 +194,7 @@ def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
         raise DataError(
             f"{path_or_hub_id} is a web address; expected a file, a folder or a Hub id. Download the file."
         )
-    path = Path(path_or_hub_id).expanduser()
+    path = user_path(path_or_hub_id)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
         yield from _saved_rows(path, split)
         return
@@ -277,11 +280,17 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
 def _rows_of_csv(path: Path) -> list[dict[str, str | None]]:
     """The rows of a .csv file with a header. All values are text: 007 is not 7."""
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(1 << 30)  # by default cells have at most 131,072 characters
         reader = csv.DictReader(file, strict=True)
         try:
             rows = list(reader)
-        except (csv.Error, UnicodeDecodeError) as error:
+        except csv.Error as error:
             raise DataError(f"{path}, after line {reader.line_num}: not a readable CSV file ({error}).") from error
+        except UnicodeDecodeError as error:
+            raise not_utf_8(str(path), error) from error
+    names = [name for name in reader.fieldnames or () if name]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise DataError(f"{path}: the header names {twice!r} twice. Rename one of the columns.")
     long = next((number for number, row in enumerate(rows) if None in row), None)
     if long is not None:
         raise DataError(f"{path}, row {long}: more values than the header has names. Quote values with commas.")

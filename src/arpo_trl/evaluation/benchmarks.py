@@ -13,6 +13,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.user_files import user_path
+from arpo_trl.data.fields import is_blank
 from arpo_trl.data.layouts import Task, convert_row, system_prompt_text
 from arpo_trl.data.loading import SUFFIXES, load_arpo_dataset, read_file
 from arpo_trl.errors import ConfigError, DataError
@@ -336,11 +338,13 @@ def load_questions(
     for number, raw in enumerate(raws):
         if limit is not None and len(rows) == limit:
             break
-        if benchmark.text_only is not None and raw.get(benchmark.text_only):
+        if benchmark.text_only is not None and not is_blank(raw.get(benchmark.text_only)):
             continue
         try:
             task = None if benchmark.scorer is None else benchmark.scorer.task
-            row = convert_row(_mapped(raw, benchmark), number, system_text, task=task)
+            # A benchmark of a configuration names its fields, so that no others count.
+            columns = {"question": "question", "answer": "answer"} if benchmark.hub_id is None else None
+            row = convert_row(_mapped(raw, benchmark), number, system_text, task=task, columns=columns)
             if row is None:
                 raise DataError("the answer is blank; expected a gold.")
         except DataError as error:
@@ -382,7 +386,7 @@ def _raw_rows(
     source = benchmark.file if benchmark.file is not None else data
     if source is None:
         return str(benchmark.hub_id), _from_hub(benchmark)
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         file = _local_file(benchmark, path)
         if file is None:
@@ -422,9 +426,10 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
     if benchmark.masked and "canary" in row:
         row |= _unmasked(row)
     for ours, theirs in (("question", benchmark.question), ("answer", benchmark.answer), ("level", benchmark.level)):
-        if theirs is not None and row.get(theirs) is not None:
+        required = theirs is not None and benchmark.hub_id is None and ours != "level"
+        if theirs is not None and row.get(theirs) is not None and not (ours == "question" and is_blank(row[theirs])):
             row[ours] = row[theirs]
-        elif theirs is not None and benchmark.hub_id is None and ours != "level":
+        elif required:
             raise DataError(
                 f"no {theirs!r}: the row has the fields {sorted(row)}; expected the benchmark's {ours} in {theirs!r}."
             )

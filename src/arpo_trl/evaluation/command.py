@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from arpo_trl.common.files import write_whole
+from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.evaluation import report, self_check
 from arpo_trl.evaluation.benchmarks import (
@@ -110,7 +111,7 @@ def load_all(settings: EvalSettings) -> list[Questions]:
     elif settings.benchmarks:
         benchmarks = find_benchmarks(settings.benchmarks, custom)
     elif settings.data is not None and _is_named_after_benchmarks(settings.data, custom):
-        benchmarks = find_benchmarks(local_names(Path(settings.data).expanduser(), custom), custom)
+        benchmarks = find_benchmarks(local_names(user_path(settings.data), custom), custom)
     elif settings.data is not None:
         if settings.skip_bad:
             raise ConfigError(
@@ -299,7 +300,7 @@ def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
 
 
 def _is_named_after_benchmarks(data: str, custom: Sequence[Benchmark]) -> bool:
-    folder = Path(data).expanduser()
+    folder = user_path(data)
     names = {name for b in (*BENCHMARKS.values(), *custom) for name in (b.name, *b.aliases)}
     return folder.is_dir() and any(file.stem in names for file in folder.iterdir())
 

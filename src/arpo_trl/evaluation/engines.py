@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from arpo_trl.common.pretrained import load_pretrained
+from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
 from arpo_trl.evaluation.settings import EngineKind, EvalSettings
 from arpo_trl.options import ProtocolKind
@@ -96,7 +96,7 @@ def fingerprint(settings: EvalSettings) -> str | None:
     all weights of a model.
     """
     digest = hashlib.blake2b(digest_size=8)
-    folders = [Path(name).expanduser() for name in (settings.model, settings.adapter) if name]
+    folders = [user_path(name) for name in (settings.model, settings.adapter) if name]
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
     files = [file for file in files if file.suffix in (".safetensors", ".bin", ".json", ".jinja")]
     for path in files:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.settings import ToolLimits
-from arpo_trl.common.user_files import expect, read_yaml
+from arpo_trl.common.user_files import expect, read_yaml, user_path
 from arpo_trl.tools.builtin import BUILT_IN, ToolArguments
 from arpo_trl.visible import visible
 
@@ -78,7 +78,7 @@ class EvaluationSettings:
         Raises:
             DataError: The file does not have the format that a run writes.
         """
-        file = Path(folder).expanduser() / CONFIG_NAME
+        file = user_path(folder) / CONFIG_NAME
         if not file.is_file():
             return None
         settings = read_yaml(file) or {}

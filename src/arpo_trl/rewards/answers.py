@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -61,7 +62,7 @@ def math_equal(prediction: str, gold: str) -> bool:
     The result is False beyond those limits or beyond `MAX_MATH_CHARS`. Not symmetric: the prediction `x=5` matches the
     gold `5`.
     """
-    prediction, gold = prediction.strip(), gold.strip()
+    prediction, gold = (unicodedata.normalize("NFC", text).strip() for text in (prediction, gold))
     if not prediction or not gold:
         return False
     if prediction == gold:

@@ -172,7 +172,7 @@ class ToolSet:
         if path_state is not None:
             self._create[""] = path_state  # no tool has this name
 
-    def create_states(self, group: int, close_failed: Callable[[PathState, Exception], None]) -> PathStates:
+    def create_states(self, group: int, close_failed: Callable[[PathState, BaseException], None]) -> PathStates:
         """Return the states of a path from the root; `PathStates` explains the arguments."""
         return PathStates(group, self._create, self._no_state, close_failed)
 

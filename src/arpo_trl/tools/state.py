@@ -178,7 +178,7 @@ class PathStates:
         group: int,
         create: Mapping[str, CreateState],
         no_state: NoState,
-        close_failed: Callable[[PathState, Exception], None],
+        close_failed: Callable[[PathState, BaseException], None],
     ):
         self.group = group
         self._create = create
@@ -254,7 +254,7 @@ class PathStates:
             _IN_USE.pop(id(state), None)
             try:
                 end(state)
-            except Exception as error:
+            except (Exception, SystemExit, GeneratorExit) as error:  # the code of a user may call sys.exit
                 self._close_failed(state, error)
 
     def _of(self, tool: str) -> PathState:

@@ -400,7 +400,7 @@ class ToolBox:
             )
             logger.warning(f"A call of tool {name!r} failed: {message.removeprefix('Error: ')} {hint}")
 
-    def _notice_not_closed(self, state: PathState, error: Exception) -> None:
+    def _notice_not_closed(self, state: PathState, error: BaseException) -> None:
         """Warn once for each type of state whose `close` failed."""
         if type(state) not in self._not_closed:
             self._not_closed.add(type(state))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,44 @@ def check_quantized_training(peft_config: Any) -> None:
         raise ConfigError(
             "The model is quantized, but there is no GPU, and bitsandbytes does not train on this CPU. Use a machine "
             "with a GPU, or do not quantize."
+        )
+
+
+def listed_rewards(reward_funcs: Any) -> list[Any]:
+    """The reward functions as a list.
+
+    Raises:
+        ConfigError: One is not a function, a model or the name of a model.
+    """
+    given = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+    functions = [] if reward_funcs is None else given
+    for function in functions:
+        if inspect.isclass(function):
+            raise ConfigError(
+                f"reward_funcs has the class {function.__name__}; expected a function or an instance, such as "
+                f"{function.__name__}()."
+            )
+        is_model = isinstance(function, torch.nn.Module)
+        if not (hasattr(function, "config") if is_model else isinstance(function, str) or callable(function)):
+            raise ConfigError(
+                f"reward_funcs has {function!r:.80}; expected functions, models of transformers or their names."
+            )
+    return functions
+
+
+def check_enough_prompts(train_dataset: Any, args: ARPOConfig) -> None:
+    """Checks that the training data fills a generation batch. TRL drops incomplete ones, and would take no step.
+
+    Raises:
+        DataError: It has too few rows.
+    """
+    size, rows = args.generation_batch_size, len(train_dataset) if isinstance(train_dataset, Dataset) else None
+    assert size is not None
+    if rows is not None and rows < size // args.num_generations:
+        raise DataError(
+            f"The training dataset has {rows} rows, but a generation batch has {size // args.num_generations} "
+            f"prompts: {size} completions ÷ num_generations {args.num_generations}. So no step would be taken. Add "
+            "rows, or lower per_device_train_batch_size or steps_per_generation."
         )
 
 

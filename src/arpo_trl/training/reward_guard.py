@@ -17,8 +17,8 @@ from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
 
-LARGEST = torch.finfo(torch.float32).max
-"""TRL computes with float32."""
+LARGEST = 1e18
+"""TRL computes with float32. The squares of larger rewards overflow, and so does the standard deviation of a group."""
 REWARD_POLL_S = 0.2
 """Seconds between checks for an interrupt while an async reward function runs."""
 
@@ -143,7 +143,11 @@ def _named(function: Any) -> Collection[str]:
 
 
 def _with_environment(columns: Mapping[str, Any], reads_environments: bool) -> tuple[Mapping[str, Any], list[int]]:
-    """Returns the columns of the rows that the function rewards, and the indices of these rows."""
+    """Returns the columns of the rows that the function rewards, and the indices of these rows.
+
+    The lists are copies: a function that changes its arguments must not change those of the next one.
+    """
+    columns = {name: _copied(column) for name, column in columns.items()}
     count = len(columns["completions"])
     environments = columns.get("environments")
     if not reads_environments or environments is None or all(each is not None for each in environments):
@@ -153,6 +157,15 @@ def _with_environment(columns: Mapping[str, Any], reads_environments: bool) -> t
         name: [column[i] for i in rows] if isinstance(column, list) and len(column) == count else column
         for name, column in columns.items()
     }, rows
+
+
+def _copied(value: Any) -> Any:
+    """A copy of nested lists and dicts. Other objects, such as environments, stay the same."""
+    if type(value) is dict:
+        return {key: _copied(item) for key, item in value.items()}
+    if type(value) is not list:
+        return value
+    return [_copied(item) for item in value] if value and type(value[0]) in (list, dict) else list(value)
 
 
 def _spread(rewards: Any, rows: Sequence[int], count: int) -> Any:

@@ -49,6 +49,7 @@ from arpo_trl.training.own_loss import OwnLoss
 from arpo_trl.training.preflight import (
     check_ahead,
     check_encoding,
+    check_enough_prompts,
     check_logprobs,
     check_prompts,
     check_quantized_training,
@@ -58,6 +59,7 @@ from arpo_trl.training.preflight import (
     checked_args,
     embedding_rows,
     generation_ends,
+    listed_rewards,
     log_defaults,
     prepare_prefix_sharing,
     refuse_own_rollouts,
@@ -148,7 +150,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             check_quantized_training(peft_config)
         if args.push_to_hub:
             self.prepare_repositories(args)  # before the model is loaded
-        functions = reward_funcs if isinstance(reward_funcs, list) else [] if reward_funcs is None else [reward_funcs]
+        functions = listed_rewards(reward_funcs)
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [train_dataset, *evaluated]
         self._environments = environments_for(args, environment_factory, functions, datasets)
@@ -230,6 +232,10 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self._names = RolloutNames()
         self.tree_sampler.between_events = self._interrupts.check
         self._spans = Spans()
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        check_enough_prompts(self.train_dataset if dataset is None else dataset, self.args)
+        return super()._get_train_sampler(dataset)
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
         if engine is None:

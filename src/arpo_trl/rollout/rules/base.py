@@ -240,6 +240,20 @@ class BranchRule(ABC):
     def judge(self, candidate: Candidate, context: BranchContext) -> BranchDecision:
         """Decide whether this observation branches. `granted` of the result is ignored."""
 
+    def judged(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
+        """Return the decisions of `judge`.
+
+        Raises:
+            ConfigError: One is no `BranchDecision`.
+        """
+        decisions = [self.judge(candidate, context) for candidate in candidates]
+        for decision in decisions:
+            if not isinstance(decision, BranchDecision):
+                raise ConfigError(
+                    f"The branch rule {self.name!r} returned {decision!r} from `judge`; expected a BranchDecision."
+                )
+        return decisions
+
     def wants(self, candidate: Candidate, decision: BranchDecision, context: BranchContext) -> int:
         """Return how many branches the observation gets if `decision` fires and the budget suffices."""
         return self.branches_per_fork
@@ -250,7 +264,7 @@ class BranchRule(ABC):
         The candidates are those that have reached `moment`, sorted by place in the tree. A rule that waits gets all
         observations of the tree each time. Its grants are added to the earlier grants of the node.
         """
-        judged = [self.judge(candidate, context) for candidate in candidates]
+        judged = self.judged(candidates, context)
         wanted = [self.wants(*pair, context) for pair in zip(candidates, judged, strict=True)]
         return grant(judged, wanted, [decision.delta or 0.0 for decision in judged], context.remaining)
 
@@ -455,7 +469,7 @@ class Planned(BranchRule):
         return BranchDecision(fires=children > 1, granted=children - 1, reason=reason)
 
     def decide(self, candidates: Sequence[Candidate], context: BranchContext) -> list[BranchDecision]:
-        decisions = [self.judge(candidate, context) for candidate in candidates]
+        decisions = self.judged(candidates, context)
         shares: dict[Address, int] = context.state.shares
         for candidate, decision in zip(candidates, decisions, strict=True):
             own, *others = split_evenly(shares.get(candidate.address, 1), decision.granted + 1)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.retries import retry
-from arpo_trl.common.user_files import expect, parse_json
+from arpo_trl.common.user_files import expect, parse_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.tools.search.index import NearestQuery, as_text, normalised, pages_of, read_recorded
 from arpo_trl.tools.search.providers import Hit
@@ -114,7 +114,7 @@ class SearchCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = user_path(path)
         self._lock = threading.Lock()
         self._pid = -1
         self._owner = uuid.uuid4().hex
@@ -264,6 +264,7 @@ class SearchCache:
             provider,
         )
         found = {query: as_text([hit.shown() for hit in _hits(hits)]) for query, hits in reversed(rows)}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_text(json.dumps(dict(reversed(found.items())), ensure_ascii=False, indent=1), "utf-8")
         return len(found)
 

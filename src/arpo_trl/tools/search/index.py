@@ -19,7 +19,7 @@ import numpy as np
 
 from arpo_trl.common import waiting
 from arpo_trl.common.imports import hidden_package
-from arpo_trl.common.user_files import json_lines, read_json
+from arpo_trl.common.user_files import json_lines, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.tools.search.words import tokenize
 
@@ -154,7 +154,7 @@ class LocalIndex:
         Of a Hub dataset it reads the split train. Building an index takes two minutes per million passages, so `save`
         large indexes.
         """
-        path = Path(source)
+        path = user_path(source)
         if path.suffix == ".jsonl":
             return cls.from_jsonl(path)
         if path.is_dir() and any(path.glob("*.jsonl")):
@@ -203,11 +203,18 @@ class LocalIndex:
         """Write the index and its passages to `folder`, which is created if it is missing.
 
         Raises:
-            ConfigError: The index was loaded from `folder`, whose files it still reads.
+            ConfigError: The index was loaded from `folder`, whose files it still reads; or `folder` has .jsonl files,
+                which `open` prefers; or it is a file.
         """
         folder = Path(folder)
         if isinstance(self._passages, _StoredTexts) and folder.resolve() == self._passages.folder.resolve():
             raise ConfigError(f"{folder} contains the index that is to be saved there. Choose another folder.")
+        if folder.is_file():
+            raise ConfigError(f"{folder} is a file. Choose a folder for the index.")
+        if any(folder.glob("*.jsonl")):
+            raise ConfigError(
+                f"{folder} has .jsonl files, which would be read in place of the index. Choose another folder."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self._ranking.save(folder)
         _StoredTexts.write(folder, self._passages)
@@ -275,7 +282,7 @@ def read_recorded(path: str | Path) -> dict[str, str]:
     Raises:
         DataError: The file is missing, empty or has another format.
     """
-    recorded = read_json(Path(path))
+    recorded = read_json(user_path(path))
     if not isinstance(recorded, dict) or not recorded:
         got = "an empty object" if recorded == {} else type(recorded).__name__
         raise DataError(f"{path} contains {got}; expected an object {{query: result text}}.")
