@@ -153,8 +153,8 @@ def trained_arms() -> list[Arm]:
     Sharing changes no result of these tools, so the shared arms measure only the calls that it saves.
     """
     crossed = [Arm(**sampling, baseline=baseline) for sampling in _SAMPLINGS for baseline in TRAINED]
-    shared = [Arm(**sampling, baseline="score_norm", shares=True) for sampling in branching("schedule")[:1]]
-    return [*crossed, Arm(**grpo(LEAVES), dynamic=True), *shared, Arm(**grpo(LEAVES), shares=True)]
+    shared = Arm(**branching("schedule")[0], baseline="score_norm", shares=True)
+    return [*crossed, Arm(**grpo(LEAVES), dynamic=True), shared, Arm(**grpo(LEAVES), shares=True)]
 
 
 def seeds_of(arm: Arm, most: int, least: int) -> int:

@@ -31,6 +31,10 @@ _BLANK_RANGES = (range(0x180B, 0x1810), range(0xFE00, 0xFE0E), range(0xFFF0, 0xF
 """Variation selectors (except those for text and emoji), tags, and the ranges reserved for more of them."""
 
 
+WITHOUT_MEANING = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
+"""For `str.translate`: removes characters without width or meaning, which come from web pages and joined files."""
+
+
 class _Symbols(dict[int, str]):
     """A table for `str.translate`: the text shown for each code point, computed at the first use."""
 

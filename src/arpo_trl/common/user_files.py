@@ -8,7 +8,8 @@ A file may be truncated, have another encoding, or come from another program.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -126,9 +127,13 @@ def parse_json(text: str, where: str) -> Any:
 def _with_distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is set twice")
+        raise ValueError(f"the key {repeated(key for key, _ in pairs)[0]!r} is set twice")
     return made
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that occur more than once."""
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def expect(value: Any, shape: Shape, name: str) -> None:

@@ -8,7 +8,7 @@ from itertools import takewhile
 from string import ascii_uppercase
 from typing import Any
 
-from arpo_trl.common.user_files import shown
+from arpo_trl.common.user_files import repeated, shown
 from arpo_trl.data.fields import decoded, first, is_blank, text_of
 from arpo_trl.errors import DataError
 
@@ -38,8 +38,8 @@ def find_choices(row: Mapping[str, Any], golds: Sequence[str]) -> dict[str, str]
         labels = _letters(len(texts))
     if len(labels) != len(texts):
         raise DataError(f"'choices' has {len(labels)} labels for {len(texts)} texts; expected one label per text.")
-    if twice := next((label for label in labels if labels.count(label) > 1), None):
-        raise DataError(f"'choices' has the label {twice!r} twice; expected different labels.")
+    if twice := repeated(labels):
+        raise DataError(f"'choices' has the label {twice[0]!r} twice; expected different labels.")
     return _without_labels(dict(zip(labels, (text_of(text, "choices").strip() for text in texts), strict=True)))
 
 

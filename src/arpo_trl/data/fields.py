@@ -12,16 +12,15 @@ from typing import Any
 
 from arpo_trl.common.user_files import shown
 from arpo_trl.errors import DataError
+from arpo_trl.visible import WITHOUT_MEANING
 
-INVISIBLE = dict.fromkeys(map(ord, "\u200b\u2060\ufeff"))
-"""Characters without width or meaning, for `str.translate`: they come from web pages and from joined files."""
 _LOST_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 def is_blank(value: Any) -> bool:
     """Whether a value is empty: null, blank text, an empty list or mapping, or NaN (pandas' missing value)."""
     if isinstance(value, str):
-        return not value.translate(INVISIBLE).strip()
+        return not value.translate(WITHOUT_MEANING).strip()
     if isinstance(value, list | tuple | Mapping):
         return not value
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))

@@ -16,7 +16,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
-from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, user_path
+from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, user_path
 from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
     DEFAULT_SYSTEM_PROMPT,
@@ -288,9 +288,8 @@ def _rows_of_csv(path: Path) -> list[dict[str, str | None]]:
             raise DataError(f"{path}, after line {reader.line_num}: not a readable CSV file ({error}).") from error
         except UnicodeDecodeError as error:
             raise not_utf_8(str(path), error) from error
-    names = [name for name in reader.fieldnames or () if name]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise DataError(f"{path}: the header names {twice!r} twice. Rename one of the columns.")
+    if twice := repeated(name for name in reader.fieldnames or () if name):
+        raise DataError(f"{path}: the header names {twice[0]!r} twice. Rename one of the columns.")
     long = next((number for number, row in enumerate(rows) if None in row), None)
     if long is not None:
         raise DataError(f"{path}, row {long}: more values than the header has names. Quote values with commas.")

@@ -426,10 +426,12 @@ def _mapped(raw: Mapping[str, Any], benchmark: Benchmark) -> Mapping[str, Any]:
     if benchmark.masked and "canary" in row:
         row |= _unmasked(row)
     for ours, theirs in (("question", benchmark.question), ("answer", benchmark.answer), ("level", benchmark.level)):
-        required = theirs is not None and benchmark.hub_id is None and ours != "level"
-        if theirs is not None and row.get(theirs) is not None and not (ours == "question" and is_blank(row[theirs])):
-            row[ours] = row[theirs]
-        elif required:
+        if theirs is None:
+            continue
+        value = row.get(theirs)
+        if value is not None and not (ours == "question" and is_blank(value)):
+            row[ours] = value
+        elif benchmark.hub_id is None and ours != "level":
             raise DataError(
                 f"no {theirs!r}: the row has the fields {sorted(row)}; expected the benchmark's {ours} in {theirs!r}."
             )

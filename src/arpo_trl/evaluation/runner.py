@@ -25,11 +25,10 @@ from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, 
 from arpo_trl.evaluation.scoring import predicted, score
 from arpo_trl.rewards.hierarchical import format_fault
 from arpo_trl.rewards.judge import LLMJudge, question_of
-from arpo_trl.rollout.batch import Finished, GroupRequest
+from arpo_trl.rollout.batch import Finished, GroupRequest, error_text
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.tree import NodeKind
 from arpo_trl.runs.identity import differences_between
-from arpo_trl.visible import for_people
 
 SCORING_THREADS = 16
 
@@ -102,9 +101,7 @@ class Evaluator:
                 try:
                     ids = self.sampler.protocol.encode_prompt(questions.rows[number]["prompt"])
                 except Exception as error:  # a chat template can raise anything for a single prompt
-                    not_rendered.append(
-                        Finished(id=name, tree=None, error=for_people(f"{type(error).__name__}: {error}"), seconds=0.0)
-                    )
+                    not_rendered.append(Finished(id=name, tree=None, error=error_text(error), seconds=0.0))
                 else:
                     yield GroupRequest(id=name, prompt_ids=ids)
 
@@ -135,7 +132,7 @@ class Evaluator:
         try:
             return record | self._scored(row, finished)
         except Exception as error:  # if a scorer fails on one answer, only this sample fails
-            return record | {"error": for_people(f"{type(error).__name__}: {error}")}
+            return record | {"error": error_text(error)}
 
     def _scored(self, row: dict[str, Any], finished: Finished) -> Record:
         tree = finished.tree

@@ -12,14 +12,12 @@ import string
 import unicodedata
 from collections.abc import Callable
 
+from arpo_trl.visible import WITHOUT_MEANING
+
 # Scripts written without spaces: kana, and the ideographs of Chinese, Japanese and Korean. Hangul has spaces.
 _UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-_ONE_SPELLING = str.maketrans(
-    {
-        **dict.fromkeys("\u200b\u2060\ufeff"),  # without width or meaning, from web pages and joined files
-        **dict.fromkeys("‐‑‒–—―−﹣", "-"),
-        **{"⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"},
-    }
+_ONE_SPELLING = WITHOUT_MEANING | str.maketrans(
+    {**dict.fromkeys("‐‑‒–—―−﹣", "-"), "⁄": "/", "∕": "/", "≦": "≤", "≧": "≥", "⩽": "≤", "⩾": "≥"}
 )
 # While the punctuation is deleted, the kept marks are replaced by private-use characters.
 _KEPT = {mark: chr(0xE000 + at) for at, mark in enumerate(".-+*/^=<>:!#%‰'\"[]|")}

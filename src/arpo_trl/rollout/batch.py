@@ -11,6 +11,7 @@ from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.rules.threshold import Threshold
 from arpo_trl.rollout.tree import RolloutTree, Span
 from arpo_trl.tools.spec import ToolSet
+from arpo_trl.visible import for_people
 
 Score = Callable[[int, RolloutTree], Sequence[float]]
 """(request id, tree) → the rewards of the finished leaves, in the order of `tree.leaves()`."""
@@ -91,6 +92,11 @@ class Finished:
     topups: int = 0
     turns_in_sequence: int = 0
     spans: dict[int, Span] = field(default_factory=dict)
+
+
+def error_text(error: Exception) -> str:
+    """An exception as the `error` of a `Finished`: files and reports contain it, so it has no secret."""
+    return for_people(f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,7 +22,7 @@ from functools import partial
 
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule, ShareCalls
-from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes, Score, TreeSettings
+from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes, Score, TreeSettings, error_text
 from arpo_trl.rollout.decisions import checked_decisions, checked_rewards, checked_roots, checked_supply
 from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
 from arpo_trl.rollout.paths import Calling, Group, Path
@@ -33,7 +33,6 @@ from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
 from arpo_trl.tools.state import PathStates
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
-from arpo_trl.visible import for_people
 
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
@@ -193,7 +192,7 @@ class _Run:
                         self._start(request)
                     except Exception as error:
                         self._forget(request.id)
-                        yield Finished(id=request.id, tree=None, error=_described(error), seconds=0.0, cause=error)
+                        yield Finished(id=request.id, tree=None, error=error_text(error), seconds=0.0, cause=error)
                     else:
                         live.add(request.id)
                 if not live:
@@ -211,7 +210,7 @@ class _Run:
             self._release(group)
             self._run_isolated(group, partial(group.tree.check, self.settings.num_generations))
         if group.error is not None:
-            return Finished(id=group.id, tree=None, error=_described(group.error), seconds=seconds, cause=group.error)
+            return Finished(id=group.id, tree=None, error=error_text(group.error), seconds=seconds, cause=group.error)
         return Finished(
             id=group.id,
             tree=group.tree,
@@ -679,10 +678,6 @@ class _Run:
 
 def _do_nothing() -> None:
     pass
-
-
-def _described(error: Exception) -> str:
-    return for_people(f"{type(error).__name__}: {error}")
 
 
 def _name(call: ToolCall | BadCall) -> str:

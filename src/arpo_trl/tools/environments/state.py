@@ -67,9 +67,8 @@ class Environments:
     def _start_of(self, group: int) -> Start:
         if group in self._starts:
             return self._starts[group]
-        self._start_without_row = self._start_without_row or Start(
-            kind=self.kinds.of({}), row={}
-        )  # environments of tools
+        if self._start_without_row is None:  # environments of tools
+            self._start_without_row = Start(kind=self.kinds.of({}), row={})
         return self._start_without_row
 
     def start_groups(self, rows: Mapping[int, Mapping[str, Any]]) -> None:
