@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.errors import ConfigError
-from arpo_trl.runs.output_folder import prepare_output, wants_to_resume
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run, wants_to_resume
 
 
 def fill(folder: Path, *names: str) -> Path:
@@ -16,7 +16,9 @@ def fill(folder: Path, *names: str) -> Path:
 
 
 def prepare(folder: Path, resume: str | bool | None = None, overwrite: bool = False, model: str | None = None) -> None:
-    prepare_output(str(folder), resume=resume, overwrite=overwrite, model=model)
+    check_output(str(folder), resume=resume, overwrite=overwrite, model=model)
+    if overwrite:
+        remove_earlier_run(str(folder))
 
 
 @pytest.mark.parametrize(

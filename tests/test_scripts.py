@@ -1,5 +1,7 @@
 """The paper's configuration on rows of its layout, as a user starts it."""
 
+from pathlib import Path
+
 import pytest
 
 from arpo_trl.logs.trajectories import read_trees
@@ -9,10 +11,43 @@ from support import save_tiny_model
 pytestmark = pytest.mark.slow
 
 
+def earlier_run(folder: Path) -> list[Path]:
+    files = [folder / "model-00001-of-00002.safetensors", folder / "trajectories" / "step-000000-rank0.jsonl"]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("x", "utf-8")
+    return files
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "mistake"),
+    [
+        ("train", "quickstart.yaml", ["--lora_r", "0"]),
+        ("train", "quickstart.yaml", ["--dataset", "missing.jsonl"]),
+        ("train", "reasoning_10k.yaml", ["--search_index", "missing.jsonl", "--dataset", "rows.parquet"]),
+        ("sft", "quickstart_sft.yaml", ["--model_name_or_path", "./missing"]),
+        ("sft", "quickstart_sft.yaml", ["--model_name_or_path", "model", "--dataset", "missing.jsonl"]),
+    ],
+)
+def test_a_mistake_at_the_start_leaves_the_run_that_would_be_overwritten(
+    tmp_path, monkeypatch, capsys, name, config, mistake
+):
+    monkeypatch.chdir(tmp_path)
+    save_data(tmp_path)
+    save_tiny_model(tmp_path / "model")
+    files = earlier_run(tmp_path / "out")
+    with pytest.raises(SystemExit, match="2"):
+        run(config, "--output_dir", "out", "--overwrite_output_dir", "true", *mistake, name=name)
+    assert mistake[1] in capsys.readouterr().err
+    assert all(file.exists() for file in files)
+
+
 def test_the_papers_configuration_trains_on_rows_of_its_layout_and_reports_faults(tmp_path, caplog):
     save_data(tmp_path)
+    earlier_run(tmp_path / "out")
     run(
         "reasoning_10k.yaml",
+        *("--overwrite_output_dir", "true"),
         *replacements(save_tiny_model(tmp_path / "model"), tmp_path, tmp_path / "out"),
         *("--max_steps", "2", "--gradient_accumulation_steps", "1", "--steps_per_generation", "1"),
         *("--trajectory_log_rate", "1"),
@@ -20,4 +55,5 @@ def test_the_papers_configuration_trains_on_rows_of_its_layout_and_reports_fault
     for alarm in ("alarm/unparsed", "alarm/truncated", "alarm/zero_variance_groups"):
         assert f"arpo/{alarm}:" in caplog.text
     assert len(list((tmp_path / "out" / "trajectories").glob("*.jsonl"))) == 2
+    assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert "\x08" not in next(read_trees(tmp_path / "out/trajectories/step-000000-rank0.jsonl")).prompt

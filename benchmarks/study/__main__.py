@@ -26,11 +26,12 @@ from arpo_trl.common.files import whole_file
 from arpo_trl.errors import ConfigError
 
 from . import files, frozen, page, tabular, training
-from .arms import LEAVES, Arm, frozen_arms, grpo, seeds_of, tabular_arms, trained_arms
+from .arms import LEAVES, Arm, frozen_arms, grpo, seeds_of, tabular_arms, tabular_seeds_of, trained_arms
 from .task import SCENARIOS
 
-SEEDS = {"a": 20, "c": 8}
-FEW_SEEDS = 3
+SEEDS = {"a": 200, "c": 8}
+FEW_SEEDS = {"a": 20, "c": 3}
+"""Seeds of the main comparisons of a part, and of its other arms."""
 COLD_START_S, TRAINED_ARM_S, TABULAR_RUN_S = 230.0, 200.0, 0.09
 HALF_REFERENCE_S, FROZEN_ARM_S = 120.0, 27.0
 """CPU seconds of one cold start, arm and seed, and tabular run; of one half of a checkpoint's reference, and of each
@@ -63,11 +64,12 @@ def tabular_file(output: Path, scenario: str, arm: Arm) -> Path:
 
 
 def part_a(options: argparse.Namespace, errors: list[str]) -> None:
-    arms, seeds, budget = available(tabular_arms(), errors), options.seeds or SEEDS["a"], tabular.Budget()
+    arms, most, budget = available(tabular_arms(), errors), options.seeds or SEEDS["a"], tabular.Budget()
     jobs = []
     for scenario in SCENARIOS:
         for arm in arms:
             path = tabular_file(options.output, scenario, arm)
+            seeds = tabular_seeds_of(arm, scenario, most, min(FEW_SEEDS["a"], most))
             if missing := {*map(str, range(seeds))} - tabular.finished(path, budget).keys():
                 jobs.append((path, scenario, arm, missing, budget))
     announce("a", len(jobs), sum(len(job[3]) for job in jobs) * TABULAR_RUN_S, options.jobs)
@@ -155,7 +157,7 @@ def one_training(output: Path, seed: int, arm: Arm, steps: int) -> None:
 def part_c(options: argparse.Namespace, errors: list[str]) -> None:
     most, jobs = options.seeds or SEEDS["c"], []
     for arm in available(trained_arms(), errors):
-        for seed in range(seeds_of(arm, most, min(FEW_SEEDS, most))):
+        for seed in range(seeds_of(arm, most, min(FEW_SEEDS["c"], most))):
             found = files.read(trained_file(options.output, seed, arm))
             if found is None or found["planned_steps"] != options.steps:
                 jobs.append((seed, arm))
@@ -216,7 +218,7 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("parts", nargs="*", metavar="part", help="a, b, c; none: only write the page")
     parser.add_argument("--output", type=Path, default=Path("runs/study"), help="default: runs/study")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time (default: 2)")
-    parser.add_argument("--seeds", type=int, help=f"seeds of a, and of c's main comparisons (default: {SEEDS})")
+    parser.add_argument("--seeds", type=int, help=f"seeds of the main comparisons of a and c (default: {SEEDS})")
     parser.add_argument("--steps", type=int, default=training.STEPS, help=f"of c (default: {training.STEPS})")
     parser.add_argument("--page", type=Path, default=Path("docs/study.md"), help="default: docs/study.md")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)

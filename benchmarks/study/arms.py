@@ -28,6 +28,8 @@ BASELINES: Mapping[str, dict[str, Any]] = {
 }
 """Baselines, and their settings in `ARPOConfig`."""
 MAIN_BASELINES = ("mean", "score_norm")
+OF_GOAL = "as is"
+"""The scenario of part a in which the rules' differences are to be resolved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,3 +165,13 @@ def seeds_of(arm: Arm, most: int, least: int) -> int:
     extra = arm.dynamic or (arm.shares and arm.roots == arm.leaves)
     main = compared and not extra and arm.baseline in MAIN_BASELINES
     return most if main or arm == PAPER else least
+
+
+def tabular_seeds_of(arm: Arm, scenario: str, most: int, least: int) -> int:
+    """The number of seeds of an arm of part a: `most` for the goal's comparison of rules, `least` for the others."""
+    return most if scenario == OF_GOAL and compares_rules(arm) else least
+
+
+def compares_rules(arm: Arm) -> bool:
+    """Whether the arm belongs to part a's comparison of the rules: the credit "soft" with the main baselines."""
+    return arm.credit == "soft" and arm.baseline in MAIN_BASELINES

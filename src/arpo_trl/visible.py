@@ -88,14 +88,16 @@ def without_credentials(text: str) -> str:
     return _QUERY.sub(r"\1", _USER.sub(r"\1", text))
 
 
-_SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
+_ENDS_OF_SECRETS = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 SHORTEST_SECRET = 8
 
 
 def secrets_of_environment() -> dict[str, str]:
     """The values of environment variables that are secrets by their names, by name. Shorter values are left out."""
     # Not `items()`: other threads may remove variables in between.
-    found = {name: os.environ.get(name, "").strip() for name in list(os.environ) if _SECRET_VARIABLE.search(name)}
+    found = {
+        name: os.environ.get(name, "").strip() for name in list(os.environ) if name.upper().endswith(_ENDS_OF_SECRETS)
+    }
     return {name: value for name, value in found.items() if len(value) >= SHORTEST_SECRET}
 
 

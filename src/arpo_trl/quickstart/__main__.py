@@ -14,7 +14,7 @@ from arpo_trl.common.flags import CommandParser
 from arpo_trl.common.shipped import CONFIGS, file_or_shipped
 from arpo_trl.common.waiting import say_loading
 from arpo_trl.errors import ConfigError
-from arpo_trl.runs.output_folder import prepare_output
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run
 from arpo_trl.visible import say
 
 
@@ -47,8 +47,12 @@ def main() -> None:
         raise ConfigError(f"--hard is a variant of --task search, but the task is {arguments.task}. Remove --hard.")
     config = file_or_shipped(CONFIGS, arguments.config) if arguments.config else None
     output = arguments.output or task.output
-    for folder in ("sft", "rl"):
-        prepare_output(str(output / folder), resume=None, overwrite=arguments.overwrite_output_dir)
+    folders = [str(output / name) for name in ("sft", "rl")]
+    for folder in folders:
+        check_output(folder, resume=None, overwrite=arguments.overwrite_output_dir)
+    if arguments.overwrite_output_dir:
+        for folder in folders:
+            remove_earlier_run(folder)
     say(
         f"The quickstart builds a tiny model that learns to {task.purpose}. Stage 1 trains it on demonstrations of "
         "tool calls, stage 2 with ARPO. Before and after stage 2 it answers held-out tasks.\n"

@@ -24,10 +24,10 @@ def wants_to_resume(wanted: str | bool | None) -> str | bool:
     return wanted or False
 
 
-def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, model: str | None = None) -> None:
-    """Checks that a run may write to `folder`. With `overwrite`, removes the files of an earlier run there.
+def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, model: str | None = None) -> None:
+    """Checks that a run may write to `folder`. With `overwrite`, that `remove_earlier_run` may remove an earlier run.
 
-    Only the process of rank 0 checks and removes. Other files in the folder are kept.
+    Only the process of rank 0 checks.
 
     Args:
         resume: The run's `resume_from_checkpoint`.
@@ -60,7 +60,7 @@ def prepare_output(folder: str, *, resume: str | bool | None, overwrite: bool, m
             "it. Choose another output_dir."
         )
     if overwrite:
-        _remove(output, model)
+        _check_that_the_model_stays(output, model)
     elif found is not None:
         ways = "To continue it, set resume_from_checkpoint to true. " if _newest(output) and not resume else ""
         raise ConfigError(
@@ -105,17 +105,26 @@ def _newest(output: Path) -> str | None:
     return None if newest is None else Path(newest).name
 
 
-def _remove(output: Path, model: str | None) -> None:
-    paths = list(_written_by_a_run(output))
-    if model is not None and Path(model).is_dir():
-        needed = Path(model).resolve()
-        lost = [path for path in paths if needed in (path.resolve(), path.resolve().parent)]
-        if lost:
-            raise ConfigError(
-                f"overwrite_output_dir would remove {lost[0]}, which model_name_or_path needs. Choose another "
-                "output_dir."
-            )
-    for path in paths:
+def _check_that_the_model_stays(output: Path, model: str | None) -> None:
+    if model is None or not Path(model).is_dir():
+        return
+    needed = Path(model).resolve()
+    lost = [path for path in _written_by_a_run(output) if needed in (path.resolve(), path.resolve().parent)]
+    if lost:
+        raise ConfigError(
+            f"overwrite_output_dir would remove {lost[0]}, which model_name_or_path needs. Choose another output_dir."
+        )
+
+
+def remove_earlier_run(folder: str) -> None:
+    """Removes the files of an earlier run from `folder`. Other files are kept.
+
+    Call it after everything that can fail at the start, so that a mistake in the settings of the new run does not
+    cost the earlier one. Only the process of rank 0 removes.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    for path in list(_written_by_a_run(Path(folder))):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

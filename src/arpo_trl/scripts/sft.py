@@ -27,7 +27,7 @@ from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
-from arpo_trl.runs.output_folder import prepare_output, wants_to_resume
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run, wants_to_resume
 from arpo_trl.runs.tied_weights import without_tied_keys
 from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 from arpo_trl.visible import get_logger
@@ -93,7 +93,7 @@ def main() -> None:
     with start_errors():  # transformers reads the files that some settings name
         arguments, config, model_config = parse_settings(SETTINGS, elsewhere=_settings_of_train)
     refuse_token(config)
-    prepare_output(
+    check_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,
         overwrite=arguments.overwrite_output_dir,
@@ -141,6 +141,9 @@ def main() -> None:
             processing_class=tokenizer,
             peft_config=get_peft_config(model_config),
         )
+    if arguments.overwrite_output_dir:
+        with config.main_process_first(local=False):
+            remove_earlier_run(config.output_dir)
     show_compactly(trainer)
     resume = wants_to_resume(config.resume_from_checkpoint)
     if resume is True and get_last_checkpoint(config.output_dir) is None:

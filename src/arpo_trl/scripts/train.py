@@ -25,7 +25,7 @@ from arpo_trl.errors import ConfigError
 from arpo_trl.logs.progress import closed_bars, show_compactly, show_log
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.runs.interrupts import follow_launcher
-from arpo_trl.runs.output_folder import prepare_output
+from arpo_trl.runs.output_folder import check_output, remove_earlier_run
 from arpo_trl.scripts.start import required_model, start_errors, until_first_step
 from arpo_trl.tools.builtin import ToolArguments, build_tools
 from arpo_trl.visible import get_logger
@@ -118,7 +118,7 @@ def main() -> None:
     show_log()
     with start_errors():  # transformers reads the files that some settings name
         arguments, tool_arguments, config, model_config = parse_settings(SETTINGS, elsewhere=_settings_of_sft)
-    prepare_output(
+    check_output(
         config.output_dir,
         resume=config.resume_from_checkpoint,
         overwrite=arguments.overwrite_output_dir,
@@ -158,6 +158,9 @@ def main() -> None:
             quantization_config=get_quantization_config(model_config),
             peft_config=get_peft_config(model_config),
         )
+    if arguments.overwrite_output_dir:
+        with config.main_process_first(local=False):
+            remove_earlier_run(config.output_dir)
     trainer.other_settings = (model_config, arguments, tool_arguments)
     show_compactly(trainer)
     with closed_bars(trainer), until_first_step(trainer):

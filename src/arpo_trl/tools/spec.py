@@ -167,6 +167,7 @@ class ToolSet:
                 raise ToolSpecError(f"Two tools are named {spec.name!r}, but a tag must name one. Rename one of them.")
             self.specs[spec.name] = spec
             self.functions[spec.name] = tool
+        self._signatures = {name: inspect.signature(tool) for name, tool in self.functions.items()}
         self._no_state = NoState(self.functions)
         self._create = {name: spec.create_state for name, spec in self.specs.items() if spec.create_state is not None}
         if path_state is not None:
@@ -182,7 +183,7 @@ class ToolSet:
         if spec is None:
             return f"Error: there is no tool {call.name!r}; the tools are: {', '.join(self.specs)}."
         try:
-            inspect.signature(self.functions[call.name]).bind(**call.arguments)
+            self._signatures[call.name].bind(**call.arguments)
         except TypeError as error:
             return f"Error: {call.name}: {error}."
         properties = spec.schema["function"]["parameters"]["properties"]
