@@ -142,6 +142,15 @@ def test_flags_and_help_are_made_by_transformers_parser():
     assert "--light {red,blue} Its colour." in shown
 
 
+@pytest.mark.parametrize("copy", [dict, lambda metadata: metadata.copy(), lambda metadata: {**metadata}])
+def test_a_copy_of_metadata_has_only_the_entries_of_a_parser(copy):
+    """transformers 5.17 and TRL call `copy`, transformers 5.24 calls `dict`."""
+    shelf, light = (setting.metadata for setting in dataclasses.fields(Oven) if setting.name in ("shelf", "light"))
+    assert copy(shelf) == {"help": "Where it stands. At least 1."}
+    assert copy(light) == {"help": "Its colour.", "metavar": "{red,blue}"}
+    assert "range" in shelf and light["choices"] == ["red", "blue"]
+
+
 # The settings of this package ----------------------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ Pure: no torch, no TRL, no engine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import date
 from enum import Enum
@@ -58,11 +59,24 @@ class Range:
         return f"{'at least' if self.above is None else 'more than'} {low} {unit}".rstrip()
 
 
-class _Metadata(dict[str, Any]):
-    """A field's metadata. `copy` returns only argparse's entries: HfArgumentParser passes a copy to `add_argument`."""
+class _Metadata(Mapping[str, Any]):
+    """A field's metadata. A range and choices are read by name only: iteration, and thus a copy, gives argparse's
+    entries, because parsers pass a copy of the metadata to `add_argument`."""
+
+    def __init__(self, entries: Mapping[str, Any]):
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in ("help", "metavar") if name in self._entries)
+
+    def __len__(self) -> int:
+        return len(list(self))
 
     def copy(self) -> dict[str, Any]:
-        return {name: value for name, value in self.items() if name in ("help", "metavar")}
+        return dict(self)
 
 
 def described(
@@ -73,7 +87,7 @@ def described(
     at_most: float | None = None,
     unit: str = "",
     choices: Iterable[str] = (),
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """The metadata of a field: its meaning, and the values that `check_fields` accepts.
 
     Args:
@@ -84,10 +98,10 @@ def described(
     """
     limits = Range(at_least=at_least, above=above, at_most=at_most, unit=unit)
     text = str(limits)
-    made = _Metadata(help=f"{help} {text[0].upper()}{text[1:]}." if text else help, range=limits)
+    made: dict[str, Any] = {"help": f"{help} {text[0].upper()}{text[1:]}." if text else help, "range": limits}
     if names := [str(name) for name in choices]:
         made |= {"choices": names, "metavar": f"{{{','.join(names)}}}"}
-    return made
+    return _Metadata(made)
 
 
 def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -112,8 +126,8 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
     """
     hints = get_type_hints(type(settings))
     for setting in fields(settings):
-        metadata = {**setting.metadata, **(inherited or {}).get(setting.name, {})}
-        metadata.setdefault("text", _is_own(type(settings), setting.name))
+        given = {"text": _is_own(type(settings), setting.name), **(inherited or {}).get(setting.name, {})}
+        metadata = ChainMap(given, setting.metadata)  # type: ignore[arg-type]  # only `given` is written to
         value = getattr(settings, setting.name)
         if isinstance(value, bool) and (word := "on" if value else "off") in metadata.get("choices", ()):
             setattr(settings, setting.name, value := word)
