@@ -141,7 +141,7 @@ def masked(text: str, canary: str) -> str:
 def test_xbench_is_unmasked(tmp_path):
     row = {"id": "7", "prompt": masked("首都是哪里？", "bird"), "answer": masked("北京", "bird"), "canary": "bird"}
     write(tmp_path / "xbench.jsonl", row, {**row, "answer": "not base64!"})
-    with pytest.raises(DataError, match="row 1: prompt or answer cannot be unmasked"):
+    with pytest.raises(DataError, match="line 2: prompt or answer cannot be unmasked"):
         answers("xbench", tmp_path)
     (row,) = load_questions(BENCHMARKS["xbench"], str(tmp_path), skip_bad=True).rows
     assert (row["prompt"][1]["content"], row["answer"]) == ("首都是哪里？", ["北京"])
@@ -227,16 +227,16 @@ def test_a_broken_line_stops_with_its_number_or_is_left_out(tmp_path, caplog):
     assert len(questions.rows) == 2
     assert [problem.partition("gsm8k.jsonl, ")[2][:40] for problem in questions.bad] == [
         "line 2: not valid JSON (Unterminated str",
-        "row 2: got a list; expected an object wi",
-        "row 2: no answer: the row has the fields",
-        "row 3: 'answer' is ' '; expected at leas",
+        "line 4: got a list; expected an object w",
+        "line 5: no answer: the row has the field",
+        "line 6: 'answer' is ' '; expected at lea",
     ]
     assert caplog.text.count("Excluded: ") == 4
 
 
 def test_a_row_without_gold_stops_with_a_remedy(tmp_path):
     file = write(tmp_path / "gsm8k.jsonl", {"question": "?", "answer": None})
-    with pytest.raises(DataError, match=r"row 0: no answer: 'answer' is null; .* To exclude such rows: --skip-bad"):
+    with pytest.raises(DataError, match=r"line 1: no answer: 'answer' is null; .* To exclude such rows: --skip-bad"):
         load_questions(BENCHMARKS["gsm8k"], file)
     with pytest.raises(DataError, match="contains no usable questions"):
         load_questions(BENCHMARKS["gsm8k"], file, skip_bad=True)
@@ -310,7 +310,7 @@ def test_only_the_fields_that_a_benchmark_of_ones_own_names_count(tmp_path, othe
 
 def test_a_blank_question_of_a_file_of_ones_own_is_an_error(tmp_path):
     file = write(tmp_path / "mine.jsonl", {"q": " ", "problem": "Who?", "a": "I"})
-    with pytest.raises(DataError, match="row 0: no 'q'"):
+    with pytest.raises(DataError, match="line 1: no 'q'"):
         load_questions(custom_benchmark({**CUSTOM, "file": file}))
 
 
@@ -318,6 +318,6 @@ def test_fields_that_a_file_of_ones_own_lacks_are_named(tmp_path):
     file = write(tmp_path / "mine.jsonl", {"question": "Who?", "a": "I"})
     with pytest.raises(
         DataError,
-        match=r"row 0: no 'q': the row has the fields \['a', 'question'\]; expected the benchmark's question",
+        match=r"line 1: no 'q': the row has the fields \['a', 'question'\]; expected the benchmark's question",
     ):
         load_questions(custom_benchmark({**CUSTOM, "file": file}))

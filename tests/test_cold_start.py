@@ -181,7 +181,7 @@ def test_a_bad_row_is_an_error_with_the_reason(row, message):
 
 def test_a_dataset_keeps_its_order_and_only_ids_and_labels():
     rows = Dataset.from_list([{"prompt": "a", "text": "one", "id": 1}, {"prompt": "b", "text": "two", "id": 2}])
-    dataset, too_long = encode_dataset(rows, protocol(), None)
+    dataset, too_long = encode_dataset(rows, protocol(), None, "me/rows")
     assert sorted(dataset.column_names) == ["input_ids", "labels"]
     assert [decoded(ids) for ids in dataset["input_ids"]] == ["aone<|im_end|>", "btwo<|im_end|>"]
     assert too_long == 0
@@ -190,18 +190,18 @@ def test_a_dataset_keeps_its_order_and_only_ids_and_labels():
 def test_longer_rows_are_left_out_whole_and_counted():
     rows = Dataset.from_list([{"prompt": "a", "text": "one"}, {"prompt": "a", "text": "one " * 20}] * 2)
     length = len(encode_trajectory(rows[0], protocol())["input_ids"])
-    dataset, too_long = encode_dataset(rows, protocol(), length)
+    dataset, too_long = encode_dataset(rows, protocol(), length, "me/rows")
     assert [len(ids) for ids in dataset["input_ids"]] == [length, length]
     assert too_long == 2
 
 
 def test_if_every_row_is_too_long_that_is_an_error():
     rows = Dataset.from_list([{"prompt": "a", "text": "one " * 20}])
-    with pytest.raises(DataError, match=r"All 1 trajectories are longer than max_length \(5 tokens\). Raise it"):
-        encode_dataset(rows, protocol(), 5)
+    with pytest.raises(DataError, match=r"All 1 trajectories of me/rows are longer than max_length \(5 tokens"):
+        encode_dataset(rows, protocol(), 5, "me/rows")
 
 
 def test_a_bad_row_of_a_dataset_is_named_by_number():
     rows = Dataset.from_list([{"prompt": "a", "text": "one"}, {"prompt": "b", "text": None}])
-    with pytest.raises(DataError, match="Row 1: the row has"):
-        encode_dataset(rows, protocol(), None)
+    with pytest.raises(DataError, match="me/rows, row 1: the row has"):
+        encode_dataset(rows, protocol(), None, "me/rows")

@@ -149,7 +149,7 @@ def test_silent_rows_are_judged_together_by_their_answers(tmp_path: Path, caplog
     # 1 of 4: qa
     assert tasks(["1999", "Essex", "Crystal Dynamics", "yes"]) == ["qa"] * 4
     # 2 of 4 tell nothing
-    with pytest.raises(DataError, match=r"4 row\(s\), the first of them row 0, .*50%.* Set task to math or qa"):
+    with pytest.raises(DataError, match=r"4 row\(s\), the first .*rows.jsonl, line 1, .*50%.* Set task to math or qa"):
         tasks(["1999", "3", "Essex", "yes"])
 
 
@@ -159,7 +159,7 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
     file = write_jsonl(tmp_path / "rows.jsonl", [verl_row(), verl_row(" "), verl_row()])
     with caplog.at_level(logging.WARNING):
         assert len(load_arpo_dataset(file)) == 2
-    assert "1 row(s) without an answer excluded: 1" in caplog.text
+    assert f"1 row(s) without an answer excluded: {file}, line 2" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_verl_row_with_a_blank_answer_is_left_out_and_reported(
 )
 def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     file = write_jsonl(tmp_path / "rows.jsonl", [verl_row(), row])
-    with pytest.raises(DataError, match=f"rows.jsonl, row 1: {message}"):
+    with pytest.raises(DataError, match=f"rows.jsonl, line 2: {message}"):
         load_arpo_dataset(file)
 
 
@@ -199,7 +199,7 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"question": "q", "answer": "1"}\n\n{"question"\n', "a.jsonl, line 3: not valid JSON"),
-        ("a.jsonl", b"[1]\n", "a.jsonl, row 0: got a list; expected an object"),
+        ("a.jsonl", b"[1]\n", "a.jsonl, line 1: got a list; expected an object"),
         ("a.jsonl", b"", "a.jsonl .* contains no rows"),
         ("a.json", b"{}", "a.json contains a dict; expected a list of objects"),
         ("a.json", b"[", "a.json: not valid JSON"),
@@ -209,7 +209,7 @@ def test_a_bad_row_is_named_with_its_field(tmp_path: Path, row: dict[str, Any], 
         ("a.xlsx", b"PK", r"a.xlsx is not a dataset file; expected one of \('.jsonl'"),
         ("a.csv", b"question,answer", "a.csv .* contains no rows"),
         ("a.csv", b'question,answer\nq,"1', "a.csv, after line 1: not a readable CSV file"),
-        ("a.csv", b"question,answer\nq,1\nq,1,2", "a.csv, row 1: more values than the header has names"),
+        ("a.csv", b"question,answer\nq,1\nq,1,2", "a.csv, line 3: more values than the header has names"),
         ("a.csv", b"question,answer\nq,\xff", "a.csv is not UTF-8 text .byte 18.. Convert it"),
         ("a.csv", b"question,answer,answer\nq,1,2", "a.csv: the header names 'answer' twice. Rename one of"),
         ("a.jsonl", b'{"question": "q", "answer": "1", "answer": "2"}', "the key 'answer' is set twice"),
@@ -227,6 +227,48 @@ def test_an_unreadable_file_is_an_error_with_the_place(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         load_arpo_dataset(str(tmp_path / name))
+
+
+GOOD, NO_ANSWER = '{"question": "q", "answer": "1", "task": "math"}', '{"question": "q"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("train-1.jsonl", f"{GOOD}\n\n{NO_ANSWER}\n", "line 3"),  # blank lines count
+        ("train-1.json", f"[{GOOD}, {NO_ANSWER}]", "row 1"),
+        ("train-1.json", f"{GOOD}\n\n{NO_ANSWER}\n", "line 3"),
+        ("train-1.json", f'{{"data": [{GOOD}, {NO_ANSWER}]}}', "row 1"),
+        ("train-1.csv", 'question,answer,task\n"two\nlines",1,math\nq,,math\n', "line 4"),
+    ],
+)
+def test_an_error_in_a_folder_of_several_files_names_the_file_and_the_place_there(
+    tmp_path: Path, name: str, text: str, place: str
+) -> None:
+    (tmp_path / name).with_stem("train-0").write_text(text.replace(NO_ANSWER, GOOD).replace("q,,", "q,1,"))
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=rf"{tmp_path}/{name}, {place}: "):
+        load_arpo_dataset(str(tmp_path))
+
+
+def test_an_error_in_a_parquet_file_names_the_row_of_that_file(tmp_path: Path) -> None:
+    for part, answers in enumerate((["1", "2"], ["3", None])):
+        table = pyarrow.table({"question": ["q", "q"], "answer": answers, "task": ["math", "math"]})
+        pyarrow.parquet.write_table(table, tmp_path / f"train-0000{part}-of-00002.parquet")
+    with pytest.raises(DataError, match=r"train-00001-of-00002.parquet, row 1: no answer"):
+        load_arpo_dataset(str(tmp_path))
+
+
+def test_rows_of_several_files_that_are_left_out_or_undecided_are_named_with_their_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blank = write_jsonl(tmp_path / "train-0.jsonl", [verl_row(), verl_row(" ")])
+    write_jsonl(tmp_path / "train-1.jsonl", [verl_row(" "), verl_row()])
+    load_arpo_dataset(str(tmp_path))
+    assert f"2 row(s) without an answer excluded: {blank}, line 2; {tmp_path}/train-1.jsonl, line 1" in caplog.text
+    write_jsonl(tmp_path / "train-1.jsonl", [{"question": "q", "answer": answer} for answer in ("1", "Ann")])
+    with pytest.raises(DataError, match=r"2 row\(s\), the first of them .*train-1.jsonl, line 1, do not state"):
+        load_arpo_dataset(str(tmp_path))
 
 
 def test_a_long_cell_is_read_and_empty_names_of_columns_may_repeat(tmp_path: Path) -> None:
@@ -248,9 +290,10 @@ def test_solutions_without_a_box_are_excluded_with_their_number(
     rows = write_jsonl(tmp_path / "rows.jsonl", [boxed, proof, boxed])
     with caplog.at_level("WARNING"):
         assert load_arpo_dataset(rows, task="math")["answer"][:] == [["2"], ["2"]]
-    assert "1 of 3 rows excluded, since their solution has no \\boxed{…}, as in a proof: 1" in caplog.text
+    assert "1 of 3 rows excluded, since their solution has no \\boxed{…}, as in a proof: " in caplog.text
+    assert f"{rows}, line 2" in caplog.text
     mostly = write_jsonl(tmp_path / "mostly.jsonl", [boxed, proof, proof])
-    with pytest.raises(DataError, match=r"mostly.jsonl, row 1: 'solution' has no .* 2 of 3 rows are like it"):
+    with pytest.raises(DataError, match=r"mostly.jsonl, line 2: 'solution' has no .* 2 of 3 rows are like it"):
         load_arpo_dataset(mostly, task="math")
     assert load_arpo_dataset(mostly, task="math", columns={"answer": "solution"})["answer"][1] == [proof["solution"]]
 
@@ -283,7 +326,7 @@ def test_a_folder_gives_the_files_of_its_split_in_order(tmp_path: Path) -> None:
         write_jsonl(tmp_path / f"{name}.jsonl", [{"question": "q", "answer": answer, "task": "math"}])
     assert load_arpo_dataset(str(tmp_path))["answer"][:] == [["0"], ["1"], ["2"]]
     assert load_arpo_dataset(str(tmp_path), "test")["answer"][:] == [["8"]]
-    with pytest.raises(DataError, match=r"no file of the split 'dev'; expected dev\*.*got test.jsonl, train-0.jsonl"):
+    with pytest.raises(DataError, match=r"no file of the split 'dev'; expected dev\*.*got test.jsonl; train-0.jsonl"):
         load_arpo_dataset(str(tmp_path), "dev")
 
 
@@ -503,8 +546,9 @@ def test_an_answer_for_a_reward_of_ones_own_is_read_as_for_the_built_in_one(tmp_
 def test_rows_without_an_answer_are_reported_if_others_have_one(tmp_path: Path, caplog) -> None:
     blank, none = verl_row(gold=" "), {**verl_row(), "reward_model": None}
     assert load_own(tmp_path, verl_row(), blank, none)["answer"][:] == [["3"], None]
-    assert "rows.jsonl: 1 row(s) without an answer excluded: 1" in caplog.text  # as without a reward of one's own
-    assert "rows.jsonl: 1 of 2 rows have no answer, so the reward gets None: 1" in caplog.text
+    file = tmp_path / "rows.jsonl"
+    assert f"1 row(s) without an answer excluded: {file}, line 2" in caplog.text  # as without a reward of one's own
+    assert f"1 of 2 rows have no answer, so the reward gets None: {file}, line 3" in caplog.text
     caplog.clear()
     dataset = load_own(tmp_path, blank, none)
     assert (len(dataset), "answer" in dataset.column_names, caplog.text) == (2, False, "")
@@ -527,7 +571,7 @@ def test_a_reward_of_ones_own_may_have_tasks_of_its_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "Who?", "answer": {"name": "Ann"}}, "row 0: 'answer' contains"),
+        ({"question": "Who?", "answer": {"name": "Ann"}}, "line 1: 'answer' contains"),
         ({"question": "Who?", "answer": ["Ann", " "]}, "expected at least one answer, none of them blank"),
         ({"question": "Who?", "choices": ["Rome", "Oslo"], "answer": "Bern"}, "expected one of the choices"),
         ({"anwser": "Ann"}, "no prompt or question"),
@@ -541,15 +585,15 @@ def test_an_unusable_row_for_a_reward_of_ones_own_is_an_error(
 
 
 def test_a_missing_field_that_columns_names_is_an_error_for_a_reward_of_ones_own_too(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 1: the row has no field 'gold', to which the column map maps answer"):
+    with pytest.raises(DataError, match=r"line 2: the row has no field 'gold', to which the column map maps answer"):
         load_own(tmp_path, {"question": "Who?", "gold": "Ann"}, {"question": "Who?"}, columns={"answer": "gold"})
 
 
 def test_a_field_of_several_types_is_no_column(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError, match=r"rows.jsonl: the values of the field 'gold' cannot be one column .* one type"
+        DataError, match=r"rows.jsonl, line 3: the field 'gold' is \[1\], which cannot be in one column .* one type"
     ):
-        load_own(tmp_path, {"question": "?", "gold": "x"}, {"question": "?", "gold": [1]})
+        load_own(tmp_path, *({"question": "?", "gold": gold} for gold in ("x", "y", [1], "z", 2)))
 
 
 def test_columns_that_look_like_choices_are_none_without_an_answer(tmp_path: Path) -> None:
@@ -558,7 +602,7 @@ def test_columns_that_look_like_choices_are_none_without_an_answer(tmp_path: Pat
 
 
 def test_the_built_in_reward_still_needs_answers(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"row 0: no answer: the row has the fields \['question'\]"):
+    with pytest.raises(DataError, match=r"line 1: no answer: the row has the fields \['question'\]"):
         load_one(tmp_path, {"question": "Who?"})
-    with pytest.raises(DataError, match=r"row 0: no answer"):
+    with pytest.raises(DataError, match=r"line 1: no answer"):
         load_dataset_questions(write_jsonl(tmp_path / "rows.jsonl", [{"question": "Who?"}]), "train")

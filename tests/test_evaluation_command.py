@@ -396,7 +396,7 @@ def test_help_is_there_in_no_time_and_names_every_setting():
         (("--benchmarks", "gaia"), "GAIA could not be loaded from the Hub. It is gated"),
         (("--config", "nowhere.yaml"), "The --config file cannot be read"),
         (("--data", "broken.jsonl", "--benchmarks", "gsm8k"), "broken.jsonl, line 2: not valid JSON"),
-        (("--data", "nogold.jsonl", "--benchmarks", "gsm8k"), "nogold.jsonl, row 0: no answer"),
+        (("--data", "nogold.jsonl", "--benchmarks", "gsm8k"), "nogold.jsonl, line 1: no answer"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(monkeypatch, capsys, here, words, message):

@@ -95,6 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }.items():  # fmt: skip
         (made / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), "utf-8")
     (made / "broken.jsonl").write_text('{"question": "What is 1 + 1?"\n', "utf-8")
+    (made / "torn.jsonl").write_text('{"prompt": "Hi.", "text": "Hi."}\n\n{"messages":', "utf-8")
     (made / "latin1.jsonl").write_bytes('{"question": "café?", "answer": "2"}'.encode("latin-1"))
     (made / "list.yaml").write_text("- seed\n", "utf-8")
     (made / "table.csv").write_text("question,answer\n", "utf-8")

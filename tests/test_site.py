@@ -127,7 +127,7 @@ def examples(page: str, language: str) -> list[str]:
 
 def learned(rows: Dataset) -> str:
     """The text of the first demonstration that carries loss."""
-    encoded, too_long = encode_dataset(rows, TagProtocol(tokenizer(), {}), 4096)
+    encoded, too_long = encode_dataset(rows, TagProtocol(tokenizer(), {}), 4096, "data.md")
     assert too_long == 0
     return tokenizer().decode([label for label in encoded[0]["labels"] if label != IGNORED])
 

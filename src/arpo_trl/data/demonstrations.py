@@ -57,20 +57,23 @@ def encode_trajectory(row: Mapping[str, Any], protocol: TagProtocol) -> dict[str
     return {"input_ids": ids, "labels": labels}
 
 
-def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None) -> tuple[Dataset, int]:
+def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None, source: str) -> tuple[Dataset, int]:
     """The encoded rows of at most `max_length` tokens, and the number of longer rows, which are excluded.
 
     Trajectories are never truncated: from a truncated trajectory the model would learn not to answer.
 
+    Args:
+        source: The file or the Hub id of the rows, for messages.
+
     Raises:
-        DataError: A row cannot be encoded (the message contains its number), or all rows are too long.
+        DataError: A row cannot be encoded (the message contains its source and number), or all rows are too long.
     """
 
     def encode(row: dict[str, Any], number: int) -> dict[str, list[int]]:
         try:
             return encode_trajectory(row, protocol)
         except DataError as error:
-            raise DataError(f"Row {number}: {error}") from error
+            raise DataError(f"{source}, row {number}: {error}") from error
 
     encoded = rows.map(encode, with_indices=True, remove_columns=rows.column_names, desc="Encoding trajectories")
     if max_length is None:
@@ -78,7 +81,9 @@ def encode_dataset(rows: Dataset, protocol: TagProtocol, max_length: int | None)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     kept = [i for i, length in enumerate(lengths) if length <= max_length]
     if not kept:
-        raise DataError(f"All {len(lengths)} trajectories are longer than max_length ({max_length} tokens). Raise it.")
+        raise DataError(
+            f"All {len(lengths)} trajectories of {source} are longer than max_length ({max_length} tokens). Raise it."
+        )
     return encoded.select(kept), len(lengths) - len(kept)
 
 

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import csv
 import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow
 import pyarrow.parquet
 
-from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, user_path
+from arpo_trl.common.user_files import is_url, json_lines, not_utf_8, read_json, repeated, shown, user_path
 from arpo_trl.data.golds import NoResultError
 from arpo_trl.data.layouts import (
     DEFAULT_SYSTEM_PROMPT,
@@ -48,6 +49,16 @@ TRL_COLUMNS = (
     *("image", "images"),
 )
 """Names that TRL uses for its own arguments of reward functions, or to detect rows with images."""
+
+
+class _Loaded(NamedTuple):
+    """A converted row."""
+
+    where: str
+    """Its file, and its line or number there."""
+    row: dict[str, Any]
+    raw: Mapping[str, Any]
+    """The row as read; empty if it is not needed."""
 
 
 def load_arpo_dataset(
@@ -88,47 +99,44 @@ def load_arpo_dataset(
 
     Raises:
         ConfigError: `system_prompt`, `task` or a key of `columns` is not known.
-        DataError: There is no readable file, or a row cannot be converted. Names the file, the row (from 0) or the
-            line (from 1), and the field. With `own_reward`: the values of a field have different types.
+        DataError: There is no readable file, or a row cannot be converted. Names the file, the line (from 1) or, in
+            parquet files and lists, the row (from 0), and the field. With `own_reward`: the values of a field have
+            different types.
     """
     override = next((known for known in TASKS if known == task), None)
     if override is None and task is not None:
         raise ConfigError(f"task is {task!r}; expected one of {TASKS}, or None to read it from the rows.")
     columns = read_columns(columns)
     system_text = system_prompt_text(system_prompt)
-    rows, raws, skipped = [], [], []
-    without_result: dict[int, NoResultError] = {}
-    for number, raw in enumerate(_read_rows(path_or_hub_id, split)):
+    loaded: list[_Loaded] = []
+    skipped: list[str] = []
+    without_result: dict[str, NoResultError] = {}
+    for number, (where, raw) in enumerate(_read_rows(path_or_hub_id, split)):
         try:
             row = convert_row(raw, number, system_text, task=override, columns=columns, own_reward=own_reward)
         except NoResultError as error:
-            without_result[number] = error
+            without_result[where] = error
             continue
         except DataError as error:
-            raise DataError(f"{path_or_hub_id}, row {number}: {error}") from error
+            raise DataError(f"{where}: {error}") from error
         if row is None:
-            skipped.append(number)
+            skipped.append(where)
         else:
-            rows.append(row)
-            if own_reward:
-                raws.append(raw)
+            loaded.append(_Loaded(where, row, raw if own_reward else {}))
     if own_reward:
-        rows, raws, skipped = _without_blanks(rows, raws)
-    _report_without_result(without_result, len(rows), path_or_hub_id)
+        loaded, skipped = _without_blanks(loaded)
+    _report_without_result(without_result, len(loaded))
     if skipped:
-        logger.warning("%s: %d row(s) without an answer excluded: %s", path_or_hub_id, len(skipped), _listed(skipped))
-    if not rows:
+        logger.warning("%d row(s) without an answer excluded: %s", len(skipped), _listed(skipped))
+    if not loaded:
         raise DataError(f"{path_or_hub_id} (split {split!r}) contains no rows; expected at least one.")
-    without = [number for number, row in enumerate(rows) if row["answer"] is None]
-    if 0 < len(without) < len(rows):
+    without = [where for where, row, _ in loaded if row["answer"] is None]
+    if 0 < len(without) < len(loaded):
         logger.warning(
-            "%s: %d of %d rows have no answer, so the reward gets None: %s",
-            path_or_hub_id,
-            len(without),
-            len(rows),
-            _listed(without),
+            "%d of %d rows have no answer, so the reward gets None: %s", len(without), len(loaded), _listed(without)
         )
-    _guess_task(rows, path_or_hub_id, own_reward=own_reward)
+    _guess_task(loaded, path_or_hub_id, own_reward=own_reward)
+    rows = [row for _, row, _ in loaded]
     if system_text is None and (told := sum(row["prompt"][0]["content"] == DEFAULT_SYSTEM_PROMPT for row in rows)):
         logger.info(
             '%s: %d row(s) have the system prompt "reasoning", which explains the tools and the answer format. It is '
@@ -137,7 +145,7 @@ def load_arpo_dataset(
             told,
         )
     dataset = _as_dataset(rows)
-    return _with_other_fields(dataset, raws, path_or_hub_id) if own_reward else dataset
+    return _with_other_fields(dataset, loaded) if own_reward else dataset
 
 
 def validate_rows(dataset: datasets.Dataset) -> None:
@@ -189,14 +197,18 @@ def refuse_taken_columns(columns: Iterable[str]) -> None:
 # Reading
 
 
-def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
+Places = Iterator[tuple[str, Mapping[str, Any]]]
+"""Pairs of a row and, before it, its place for messages, such as `rows.jsonl, line 3`."""
+
+
+def _read_rows(path_or_hub_id: str, split: str) -> Places:
     if is_url(path_or_hub_id):
         raise DataError(
             f"{path_or_hub_id} is a web address; expected a file, a folder or a Hub id. Download the file."
         )
     path = user_path(path_or_hub_id)
     if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        yield from _saved_rows(path, split)
+        yield from numbered(path_or_hub_id, _saved_rows(path, split))
         return
     if path.is_dir():
         files = _files_of_split(path, split)
@@ -205,7 +217,7 @@ def _read_rows(path_or_hub_id: str, split: str) -> Iterator[Mapping[str, Any]]:
     elif path.suffix in SUFFIXES or path.is_absolute() or path_or_hub_id.startswith(".") or len(path.parts) > 2:
         raise DataError(f"The file or folder {path_or_hub_id} does not exist; expected a dataset. Check the path.")
     else:
-        yield from load_from_hub(path_or_hub_id, split)
+        yield from numbered(path_or_hub_id, load_from_hub(path_or_hub_id, split))
         return
     for file in files:
         yield from read_file(file)
@@ -241,8 +253,13 @@ def _saved_rows(folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
     return saved[split]
 
 
-def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str, Any]]:
-    """Yields the unconverted rows of a file.
+def numbered(source: str | Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """The rows with their numbers, from 0, as places."""
+    return ((f"{source}, row {number}", row) for number, row in enumerate(rows))
+
+
+def read_file(path: Path, bad: list[str] | None = None) -> Places:
+    """Yields the place and the fields of each unconverted row of a file.
 
     Args:
         bad: Unreadable rows are excluded, and the reasons are appended to this list. None: they raise an error.
@@ -251,48 +268,50 @@ def read_file(path: Path, bad: list[str] | None = None) -> Iterator[Mapping[str,
         DataError: The file, or a row of it, cannot be read.
     """
     _refuse_pointer(path)
+    rows: Iterable[tuple[str, Any]]
     match path.suffix:
         case ".parquet":
             try:
-                rows = _as_written(pyarrow.parquet.read_table(path)).to_pylist()
+                rows = numbered(path, _as_written(pyarrow.parquet.read_table(path)).to_pylist())
             except (pyarrow.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
                 raise DataError(f"{path} is not a readable parquet file: {error}") from error
         case ".jsonl":
-            rows = [row for _, row in json_lines(path, bad)]
+            rows = _lines(path, bad)
         case ".json":
             rows = _rows_of_json(path)
-            if not isinstance(rows, list):
-                raise DataError(f"{path} contains a {type(rows).__name__}; expected a list of objects, one per row.")
         case ".csv":
             rows = _rows_of_csv(path)
         case _:
             raise DataError(f"{path} is not a dataset file; expected one of {SUFFIXES}. Save its rows as one.")
-    for number, row in enumerate(rows):
+    for where, row in rows:
         if isinstance(row, dict):
-            yield row
+            yield where, row
             continue
-        problem = f"{path}, row {number}: got a {type(row).__name__}; expected an object with named fields."
+        problem = f"{where}: got a {type(row).__name__}; expected an object with named fields."
         if bad is None:
             raise DataError(problem)
         bad.append(problem)
 
 
-def _rows_of_csv(path: Path) -> list[dict[str, str | None]]:
-    """The rows of a .csv file with a header. All values are text: 007 is not 7."""
+def _lines(path: Path, bad: list[str] | None = None) -> Iterator[tuple[str, Any]]:
+    return ((f"{path}, line {number}", row) for number, row in json_lines(path, bad))
+
+
+def _rows_of_csv(path: Path) -> list[tuple[str, dict[str, str | None]]]:
+    """The rows of a .csv file with a header, with their last lines as places. All values are text: 007 is not 7."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         csv.field_size_limit(1 << 30)  # by default cells have at most 131,072 characters
         reader = csv.DictReader(file, strict=True)
         try:
-            rows = list(reader)
+            rows = [(f"{path}, line {reader.line_num}", row) for row in reader]
         except csv.Error as error:
             raise DataError(f"{path}, after line {reader.line_num}: not a readable CSV file ({error}).") from error
         except UnicodeDecodeError as error:
             raise not_utf_8(str(path), error) from error
     if twice := repeated(name for name in reader.fieldnames or () if name):
         raise DataError(f"{path}: the header names {twice[0]!r} twice. Rename one of the columns.")
-    long = next((number for number, row in enumerate(rows) if None in row), None)
-    if long is not None:
-        raise DataError(f"{path}, row {long}: more values than the header has names. Quote values with commas.")
+    if long := [where for where, row in rows if None in row]:
+        raise DataError(f"{long[0]}: more values than the header has names. Quote values with commas.")
     return rows
 
 
@@ -316,64 +335,69 @@ def _as_written(table: pyarrow.Table) -> pyarrow.Table:
     return table
 
 
-def _rows_of_json(path: Path) -> Any:
+def _rows_of_json(path: Path) -> Iterable[tuple[str, Any]]:
     """Reads a .json file: a list of rows, an object with one such list, or JSON Lines under that name."""
     try:
         value = read_json(path)
-        if not isinstance(value, dict):
-            return value
-        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
-        # An object without such a list is JSON Lines with one line. Several lists may be splits, so neither is read.
-        has_question = any(name in value for name in ("messages", *QUESTION_FIELDS))
-        return [value] if has_question else lists[0] if len(lists) == 1 else value
     except DataError as whole:
         try:
-            rows = [row for _, row in json_lines(path)]
+            rows = list(_lines(path))
         except DataError:
             raise whole from None
         if not rows:
             raise
         return rows
+    if isinstance(value, dict):
+        lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
+        # An object without such a list is JSON Lines with one line. Several lists may be splits, so neither is read.
+        has_question = any(name in value for name in ("messages", *QUESTION_FIELDS))
+        value = [value] if has_question else lists[0] if len(lists) == 1 else value
+    if not isinstance(value, list):
+        raise DataError(f"{path} contains a {type(value).__name__}; expected a list of objects, one per row.")
+    return numbered(path, value)
 
 
 # Converting
 
 
-def _report_without_result(errors: Mapping[int, NoResultError], others: int, source: str) -> None:
+def _report_without_result(errors: Mapping[str, NoResultError], others: int) -> None:
     """Warn about rows that are excluded since their worked solution has no result, such as proofs.
+
+    Args:
+        errors: Place of a row → why it has no result.
+        others: The number of other rows.
 
     Raises:
         DataError: They are more than the other rows, so `solution` is probably not a worked solution.
     """
     if len(errors) > others:
-        number, error = next(iter(errors.items()))
+        where, error = next(iter(errors.items()))
         raise DataError(
-            f"{source}, row {number}: {error} {len(errors)} of {len(errors) + others} rows are like it. Name the "
+            f"{where}: {error} {len(errors)} of {len(errors) + others} rows are like it. Name the "
             "field of the answer in columns, such as {answer: solution}."
         ) from error
     if errors:
         logger.warning(
-            "%s: %d of %d rows excluded, since their solution has no \\boxed{…}, as in a proof: %s",
-            source,
+            "%d of %d rows excluded, since their solution has no \\boxed{…}, as in a proof: %s",
             len(errors),
             len(errors) + others,
             _listed(errors),
         )
 
 
-def _guess_task(rows: list[dict[str, Any]], source: str, *, own_reward: bool) -> None:
+def _guess_task(loaded: Sequence[_Loaded], source: str, *, own_reward: bool) -> None:
     """Sets the task of rows that have an answer and do not state a task, from the form of their answers. With
     `own_reward`, it stays None if the answers do not determine it."""
-    silent = [number for number, row in enumerate(rows) if row["task"] is None and row["answer"] is not None]
+    silent = [each for each in loaded if each.row["task"] is None and each.row["answer"] is not None]
     if not silent:
         return
-    golds = [rows[number]["answer"][0] for number in silent]
+    golds = [each.row["answer"][0] for each in silent]
     share = sum(_NUMBER_OR_LATEX.fullmatch(gold) is not None for gold in golds) / len(golds)
     if _QA_SHARE < share < _MATH_SHARE:
         if own_reward:
             return
         raise DataError(
-            f"{source}: {len(silent)} row(s), the first of them row {silent[0]}, do not state their task, and their "
+            f"{source}: {len(silent)} row(s), the first of them {silent[0].where}, do not state their task, and their "
             f"answers do not determine it ({share:.0%} are a number or LaTeX). Set task to {' or '.join(TASKS)} (in "
             "Python: task=), or add a `task` column."
         )
@@ -386,8 +410,8 @@ def _guess_task(rows: list[dict[str, Any]], source: str, *, own_reward: bool) ->
         task,
         100 * share,
     )
-    for number in silent:
-        rows[number]["task"] = task
+    for each in silent:
+        each.row["task"] = task
 
 
 def _as_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
@@ -406,36 +430,43 @@ def _as_dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
 
-def _without_blanks(
-    rows: list[dict[str, Any]], raws: list[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], list[Mapping[str, Any]], list[int]]:
-    """The rows without those that have no answer by design, the same of `raws`, and the numbers of the rows left out.
+def _without_blanks(loaded: list[_Loaded]) -> tuple[list[_Loaded], list[str]]:
+    """The rows without those that have no answer by design, and the places of the rows left out.
 
     For rows with a reward of the user. If no row has an answer, all rows stay.
     """
-    blank = [number for number, row in enumerate(rows) if row["answer"] == []]
-    if not blank:
-        return rows, raws, []
-    if not any(row["answer"] for row in rows):
-        return [{**row, "answer": None} for row in rows], raws, []
-    kept = sorted({*range(len(rows))} - {*blank})
-    return [rows[number] for number in kept], [raws[number] for number in kept], blank
+    blank = [each.where for each in loaded if each.row["answer"] == []]
+    if blank and not any(each.row["answer"] for each in loaded):
+        return [each._replace(row={**each.row, "answer": None}) for each in loaded], []
+    return [each for each in loaded if each.row["answer"] != []], blank
 
 
-def _with_other_fields(dataset: datasets.Dataset, raws: Sequence[Mapping[str, Any]], source: str) -> datasets.Dataset:
+def _with_other_fields(dataset: datasets.Dataset, loaded: Sequence[_Loaded]) -> datasets.Dataset:
     """The dataset with the fields of the rows as read, except those that conversion creates, as further columns."""
     parts = [dataset]
-    for name in dict.fromkeys(name for raw in raws for name in raw if name not in CONVERTED):
-        try:
-            parts.append(datasets.Dataset.from_dict({name: [raw.get(name) for raw in raws]}))
-        except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+    for name in dict.fromkeys(name for each in loaded for name in each.raw if name not in CONVERTED):
+        values = [each.raw.get(name) for each in loaded]
+        made = _column(name, values)
+        if isinstance(made, Exception):
+            ends = range(1, len(values) + 1)
+            end = bisect_left(ends, True, key=lambda end: isinstance(_column(name, values[:end]), Exception))
             raise DataError(
-                f"{source}: the values of the field {name!r} cannot be one column for the reward "
-                f"({str(error).splitlines()[0]}). Give them one type in all rows, or remove the field."
-            ) from error
+                f"{loaded[end].where}: the field {name!r} is {shown(values[end])}, which cannot be in one column for "
+                f"the reward with the values before it ({str(made).splitlines()[0]}). Give the field one type in all "
+                "rows, or remove it."
+            ) from made
+        parts.append(made)
     return datasets.concatenate_datasets(parts, axis=1)
+
+
+def _column(name: str, values: list[Any]) -> datasets.Dataset | Exception:
+    """The values as a dataset of one column, or why they cannot be one."""
+    try:
+        return datasets.Dataset.from_dict({name: values})
+    except (pyarrow.ArrowException, TypeError, ValueError, OverflowError) as error:
+        return error
 
 
 def _listed(items: Iterable[object], limit: int = 10) -> str:
     names = [str(item) for item in items]
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return "; ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -16,7 +16,7 @@ from typing import Any
 from arpo_trl.common.user_files import user_path
 from arpo_trl.data.fields import is_blank
 from arpo_trl.data.layouts import Task, convert_row, system_prompt_text
-from arpo_trl.data.loading import SUFFIXES, load_arpo_dataset, read_file
+from arpo_trl.data.loading import SUFFIXES, Places, load_arpo_dataset, numbered, read_file
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.net.hub_dataset import load_from_hub
 from arpo_trl.rewards.answers import MATH
@@ -330,12 +330,12 @@ def load_questions(
         DataError: There are no questions, or a row cannot be used. The message says how to get them.
     """
     bad: list[str] = []
-    where, raws = _raw_rows(benchmark, data, bad if skip_bad else None)
-    if where == benchmark.hub_id and benchmark.take is not None:
+    source, raws = _raw_rows(benchmark, data, bad if skip_bad else None)
+    if source == benchmark.hub_id and benchmark.take is not None:
         limit = min(benchmark.take, limit or benchmark.take)
     system_text = system_prompt_text(benchmark.system_prompt if system_prompt is None else system_prompt)
     rows: list[dict[str, Any]] = []
-    for number, raw in enumerate(raws):
+    for number, (where, raw) in enumerate(raws):
         if limit is not None and len(rows) == limit:
             break
         if benchmark.text_only is not None and not is_blank(raw.get(benchmark.text_only)):
@@ -348,7 +348,7 @@ def load_questions(
             if row is None:
                 raise DataError("the answer is blank; expected a gold.")
         except DataError as error:
-            problem = f"{where}, row {number}: {error}"
+            problem = f"{where}: {error}"
             if not skip_bad:
                 raise DataError(f"{problem} To exclude such rows: --skip-bad.") from error
             bad.append(problem)
@@ -358,7 +358,7 @@ def load_questions(
     for problem in bad:
         logger.warning("Excluded: %s", problem)
     if not rows:
-        raise DataError(f"{where} contains no usable questions; expected at least one.")
+        raise DataError(f"{source} contains no usable questions; expected at least one.")
     return Questions(benchmark=benchmark, rows=rows, bad=bad)
 
 
@@ -379,13 +379,11 @@ def load_dataset_questions(
     return Questions(benchmark=benchmark, rows=[{"level": None, **row} for row in rows], bad=[])
 
 
-def _raw_rows(
-    benchmark: Benchmark, data: str | None, bad: list[str] | None
-) -> tuple[str, Iterator[Mapping[str, Any]]]:
-    """Return the name of the source, for messages, and the rows."""
+def _raw_rows(benchmark: Benchmark, data: str | None, bad: list[str] | None) -> tuple[str, Places]:
+    """Return the name of the source, for messages, and the rows with their places."""
     source = benchmark.file if benchmark.file is not None else data
     if source is None:
-        return str(benchmark.hub_id), _from_hub(benchmark)
+        return str(benchmark.hub_id), numbered(str(benchmark.hub_id), _from_hub(benchmark))
     path = user_path(source)
     if path.is_dir():
         file = _local_file(benchmark, path)

@@ -8,6 +8,7 @@ prompts and tool results are masked. RL's tool protocol encodes the turns.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.config import INHERITED, refuse_missing_deepspeed_config, refuse_token, take_the_cpu_if_alone
 from arpo_trl.data.demonstrations import encode_dataset
+from arpo_trl.data.loading import read_file
 from arpo_trl.errors import DataError
 from arpo_trl.logs.progress import show_compactly
 from arpo_trl.rollout.protocols import TagProtocol
@@ -116,11 +118,16 @@ def main() -> None:
     except StopIteration as error:  # the library reads the first row to determine the columns
         raise DataError(f"dataset {arguments.dataset} contains no rows; expected at least one.") from error
     except Exception as error:  # the library raises its own errors, and those of pyarrow, the Hub and the file system
+        if loader:
+            deque(
+                read_file(Path(arguments.dataset)), maxlen=0
+            )  # raises an error that names the line, if one is broken
+        cause = error.__cause__ or error
         raise DataError(
-            f"dataset {arguments.dataset} cannot be read ({type(error).__name__}: {error}). Expected a "
+            f"dataset {arguments.dataset} cannot be read ({type(cause).__name__}: {cause}). Expected a "
             ".jsonl or .parquet file, or a Hub id."
         ) from error
-    dataset, too_long = encode_dataset(rows, protocol, config.max_length)
+    dataset, too_long = encode_dataset(rows, protocol, config.max_length, arguments.dataset)
     if too_long:
         logger.warning(
             f"{too_long} of {len(rows)} trajectories are longer than max_length ({config.max_length} tokens) and are "
