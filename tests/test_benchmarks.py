@@ -157,6 +157,15 @@ def test_a_file_may_be_named_directly_and_a_folder_lists_its_benchmarks(tmp_path
     assert local_names(tmp_path) == ["aime24", "xbench"]
 
 
+@pytest.mark.parametrize("other", ["2wiki.parquet", "2wikimultihopqa.jsonl"])
+def test_two_files_of_one_benchmark_are_an_error_that_names_both(tmp_path, other):
+    for name in ("2wiki.jsonl", other):
+        write(tmp_path / name, {"question": "?", "answer": "1"})
+    for read in (lambda: load_questions(BENCHMARKS["2wiki"], str(tmp_path)), lambda: local_names(tmp_path)):
+        with pytest.raises(DataError, match=f"has 2wiki.jsonl and {other} for 2WikiMultihopQA; expected one file"):
+            read()
+
+
 def test_any_dataset_is_a_benchmark_whose_rows_say_their_task(tmp_path):
     file = write(
         tmp_path / "heldout.jsonl",

@@ -330,6 +330,36 @@ def test_a_folder_gives_the_files_of_its_split_in_order(tmp_path: Path) -> None:
         load_arpo_dataset(str(tmp_path), "dev")
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("train.json", "train.jsonl"),
+        ("train.csv", "train.jsonl"),
+        ("train-0.json", "train-1.jsonl"),
+        ("train.jsonl", "train_10k.jsonl"),
+        ("train-00000-of-00001.jsonl", "train.jsonl"),
+        ("train-00000-of-00001.jsonl", "train-00000-of-00002.jsonl"),
+    ],
+)
+def test_a_folder_that_may_hold_a_split_twice_is_an_error_that_names_both_files(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    for name in (first, second):
+        write_jsonl(tmp_path / name, [{"question": "q", "answer": "1", "task": "math"}])
+    with pytest.raises(DataError, match=f"has {first} and {second} for the split 'train'.* Give the path of one file"):
+        load_arpo_dataset(str(tmp_path))
+    assert len(load_arpo_dataset(str(tmp_path / second))) == 1
+
+
+def test_numbered_parts_of_a_split_are_one_dataset(tmp_path: Path) -> None:
+    for part in range(2):
+        table = pyarrow.table({"question": ["q"], "answer": [str(part)], "task": ["math"]})
+        pyarrow.parquet.write_table(table, tmp_path / f"train-0000{part}-of-00002.parquet")
+        pyarrow.parquet.write_table(table, tmp_path / f"test-0000{part}-of-00002-0123456789abcdef.parquet")
+    assert load_arpo_dataset(str(tmp_path))["answer"][:] == [["0"], ["1"]]
+    assert load_arpo_dataset(str(tmp_path), "test")["answer"][:] == [["0"], ["1"]]
+
+
 @pytest.mark.parametrize("missing", ["missing.jsonl", "/no/where", "./folder", "a/b/c"])
 def test_a_missing_path_is_not_taken_for_a_hub_name(missing: str) -> None:
     with pytest.raises(DataError, match=f"The file or folder {missing} does not exist"):

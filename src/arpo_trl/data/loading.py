@@ -77,8 +77,8 @@ def load_arpo_dataset(
 
     Args:
         path_or_hub_id: A `.jsonl`, `.json`, `.parquet` or `.csv` file (`split` is ignored); a folder of such files
-            (only those whose names start with the split are read); a folder that `save_to_disk` of datasets wrote; or
-            a dataset on the Hub. All values of a `.csv` file are text.
+            (only those whose names start with the split are read: one, or parts of one format); a folder that
+            `save_to_disk` of datasets wrote; or a dataset on the Hub. All values of a `.csv` file are text.
         split: The split of a folder or a Hub dataset.
         system_prompt: None: prompts that are messages stay unchanged, and plain questions get
             `SYSTEM_PROMPTS["reasoning"]`, which is logged. A name in `SYSTEM_PROMPTS`, or a text, replaces the system
@@ -224,7 +224,11 @@ def _read_rows(path_or_hub_id: str, split: str) -> Places:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    """Files such as train.jsonl, train_10k.parquet or train-00000-of-00002.parquet, sorted by name."""
+    """A file such as train.jsonl or train_10k.parquet, or parts such as train-00000-of-00002.parquet, sorted by name.
+
+    Raises:
+        DataError: There is no such file, or files that differ in more than the name of a part may hold the same rows.
+    """
     readable = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     files = [path for path in readable if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", path.name)]
     if not readable and (folder / "data").is_dir():  # a snapshot of a dataset on the Hub
@@ -235,7 +239,22 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             f"{_listed(path.name for path in readable) or 'no dataset file'}. Give the path of a file, or another "
             "split."
         )
+    kinds = {_kind_of_part(path, split): path for path in files}
+    if len(kinds) > 1:
+        one, other, *_ = sorted(path.name for path in kinds.values())
+        raise DataError(
+            f"The folder {folder} has {one} and {other} for the split {split!r}, which may hold the same rows; "
+            f"expected one file, or parts of one format, such as {split}-0.jsonl and {split}-1.jsonl. Give the path "
+            "of one file, or rename or remove the other."
+        )
     return files
+
+
+def _kind_of_part(path: Path, split: str) -> tuple[str, bool, str | None]:
+    """What all parts of a split share: the format, whether the name is that of a whole split, and the number of
+    parts."""
+    parts = re.search(r"-of-(\d+)", path.stem)
+    return path.suffix, path.stem == split, parts and parts[1]
 
 
 def _saved_rows(folder: Path, split: str) -> Iterable[Mapping[str, Any]]:

@@ -297,7 +297,7 @@ def local_names(folder: Path, custom: Sequence[Benchmark] = ()) -> list[str]:
     """Return the names of the benchmarks that have a file in `folder`, in the order of `BENCHMARKS`.
 
     Raises:
-        DataError: There is no such file.
+        DataError: There is no such file, or two for one benchmark.
     """
     names = [b.name for b in (*BENCHMARKS.values(), *custom) if _local_file(b, folder) is not None]
     if not names:
@@ -397,8 +397,13 @@ def _raw_rows(benchmark: Benchmark, data: str | None, bad: list[str] | None) -> 
 
 def _local_file(benchmark: Benchmark, folder: Path) -> Path | None:
     names = (benchmark.name, *benchmark.aliases)
-    candidates = (folder / f"{name}{suffix}" for name in names for suffix in SUFFIXES)
-    return next((path for path in candidates if path.exists()), None)
+    found = [path for name in names for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    if len(found) > 1:
+        raise DataError(
+            f"{folder} has {found[0].name} and {found[1].name} for {benchmark.title}; expected one file. Remove one "
+            "of them, or pass the path of one."
+        )
+    return found[0] if found else None
 
 
 def _from_hub(benchmark: Benchmark) -> Iterator[Mapping[str, Any]]:
