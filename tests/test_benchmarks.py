@@ -166,6 +166,24 @@ def test_two_files_of_one_benchmark_are_an_error_that_names_both(tmp_path, other
             read()
 
 
+def test_a_path_of_questions_is_read_like_the_text_of_it(tmp_path):
+    file = tmp_path / "gsm8k.jsonl"
+    write(file, {"question": "?", "answer": "1", "q": "?", "a": "1"})
+    mine = custom_benchmark({**CUSTOM, "file": file})
+    for questions in (load_questions(BENCHMARKS["gsm8k"], file), load_questions(BENCHMARKS["gsm8k"], tmp_path)):
+        assert questions.rows == load_questions(BENCHMARKS["gsm8k"], str(file)).rows
+    assert load_questions(mine).rows == load_questions(custom_benchmark({**CUSTOM, "file": str(file)})).rows
+    assert local_names(str(tmp_path)) == local_names(tmp_path) == ["gsm8k"]
+
+
+@pytest.mark.parametrize("name", [3, [], b"gsm8k.jsonl"])
+def test_questions_whose_name_is_neither_text_nor_a_path_are_an_error(name):
+    with pytest.raises(DataError, match=rf"data is {re.escape(repr(name))}; expected a name as text or as a pathlib"):
+        load_questions(BENCHMARKS["gsm8k"], name)
+    with pytest.raises(DataError, match=rf"folder is {re.escape(repr(name))}; expected"):
+        local_names(name)
+
+
 def test_any_dataset_is_a_benchmark_whose_rows_say_their_task(tmp_path):
     file = write(
         tmp_path / "heldout.jsonl",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from arpo_trl.data.layouts import shared_system_prompt, system_prompt_text
-from arpo_trl.data.loading import load_arpo_dataset, validate_rows
+from arpo_trl.data.loading import load_arpo_dataset, read_file, validate_rows
 from arpo_trl.data.prompts import SYSTEM_PROMPTS, tags_system_prompt
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.evaluation.benchmarks import load_dataset_questions
@@ -280,6 +281,32 @@ def test_a_long_cell_is_read_and_empty_names_of_columns_may_repeat(tmp_path: Pat
 def test_the_home_of_nobody_is_an_error() -> None:
     with pytest.raises(DataError, match=r"~nobody-there/a\.jsonl begins with a user who has no home directory"):
         load_arpo_dataset("~nobody-there/a.jsonl")
+
+
+def test_a_path_is_read_like_the_text_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "train.jsonl"
+    write_jsonl(file, [{"question": "q", "answer": "1", "task": "math"}])
+    for name in (file, tmp_path):
+        assert load_arpo_dataset(name).to_list() == load_arpo_dataset(str(name)).to_list()
+        assert load_dataset_questions(name, "train").rows == load_dataset_questions(str(name), "train").rows
+    assert list(read_file(file)) == list(read_file(str(file)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: datasets.Dataset.from_list([{"name": name}]))
+    with pytest.raises(DataError, match=r"someone/rows, row 0: .* fields \['name'\]"):
+        load_arpo_dataset(Path("someone/rows"))
+
+
+@pytest.mark.parametrize("name", [None, 3, [], b"rows.jsonl"])
+def test_a_dataset_that_is_neither_text_nor_a_path_is_an_error(name: Any) -> None:
+    for read in (load_arpo_dataset, lambda name: load_dataset_questions(name, "train")):
+        with pytest.raises(DataError, match=rf"dataset is {re.escape(repr(name))}; expected a name as text or as a p"):
+            read(name)
+    with pytest.raises(DataError, match=r"path is .*; expected a name as text"):
+        list(read_file(name))
+
+
+def test_a_split_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="split is None; expected the name of a split, as text"):
+        load_arpo_dataset(tmp_path, None)
 
 
 def test_solutions_without_a_box_are_excluded_with_their_number(

@@ -1,6 +1,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -57,6 +58,13 @@ class Oven:
 
 
 # What is checked -----------------------------------------------------------------------------------------------------
+
+
+def test_a_path_in_place_of_a_text_becomes_its_text():
+    settings = EvalSettings(model=Path("m"), data=Path("rows.jsonl"), output=Path("run"))
+    assert (settings.model, settings.data, settings.output) == ("m", "rows.jsonl", "run")
+    assert settings.identity() == EvalSettings(model="m", data="rows.jsonl", output="run").identity()
+    assert json.loads(json.dumps(settings.identity()))["data"] == "rows.jsonl"
 
 
 @pytest.mark.parametrize(

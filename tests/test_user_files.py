@@ -1,6 +1,7 @@
 """Every fault in a user's file results in an error that names its place."""
 
 import json
+import re
 from itertools import product
 from pathlib import Path
 
@@ -80,6 +81,21 @@ def test_every_reader_names_the_file(tmp_path, reader, content):
     with pytest.raises((DataError, ConfigError, CheckpointError)) as caught:
         READERS[reader](tmp_path / "given.json")
     assert str(tmp_path) in str(caught.value) or "There is no" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [None, 3, []])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda name: list(read_records(name)),
+        lambda name: compare(name, name),
+        saved_table,
+        lambda name: RunFolder(name, {}, resume=False),
+    ],
+)
+def test_a_name_that_is_neither_text_nor_a_path_is_an_error(read, name):
+    with pytest.raises(DataError, match=rf"(path|a|folder) is {re.escape(repr(name))}; expected a name as text or as"):
+        read(name)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, fields
 from datetime import date
 from enum import Enum
 from numbers import Integral, Real
-from os import PathLike
+from os import PathLike, fspath
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -110,7 +110,8 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
     A number must have the annotated type, be finite and be within its range. True and False are bools, not numbers; no
     other value is a bool. None is accepted if the annotation allows it. If "on" or "off" is a choice, True and False
     are converted to it, because YAML reads a bare `on` or `off` as a bool. False becomes "no" if the annotated enum
-    has that value. A field of this package with the annotation text, or list of texts, must have that type.
+    has that value. A field of this package with the annotation text, or list of texts, must have that type; a path is
+    converted to its text.
 
     A field of another package is checked if its annotation consists of types of YAML and of enums. Its value must have
     one of these types, unless it is the default, None in place of a text, or an object of a type that YAML does not
@@ -133,6 +134,8 @@ def check_fields(settings: Any, inherited: Mapping[str, Mapping[str, Any]] | Non
             setattr(settings, setting.name, value := word)
         if value is False and "no" in _members(hints[setting.name]):
             setattr(settings, setting.name, value := "no")
+        if metadata["text"] and isinstance(value, PathLike):
+            setattr(settings, setting.name, value := fspath(value))
         if expected := _unmet(metadata, hints[setting.name], value, is_default=value is setting.default):
             raise ConfigError(f"{setting.name} is {value!r}; expected {expected}.")
 
@@ -168,7 +171,7 @@ def _unmet(metadata: Mapping[str, Any], hint: Any, value: Any, *, is_default: bo
     if metadata.get("options"):
         accepted = isinstance(value, Mapping) or (isinstance(value, str) and value.lstrip().startswith("{"))
         return None if accepted else "a mapping, such as {option: value}"
-    if metadata["text"] and set(kinds) <= {str, NoneType} and not isinstance(value, str | PathLike):
+    if metadata["text"] and set(kinds) <= {str, NoneType} and not isinstance(value, str):
         return "a text" + ("" if isinstance(value, Mapping | list | tuple) else ", in quotes")
     if metadata["text"] and set(kinds) <= {list[str], NoneType}:
         accepted = isinstance(value, list) and all(isinstance(entry, str) for entry in value)

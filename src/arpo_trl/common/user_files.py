@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -27,13 +28,19 @@ Shape = type | UnionType | list[Any] | dict[str, Any]
 these keys. Keys that end in ? may be missing."""
 
 
-def is_url(name: str) -> bool:
+def is_url(name: str | Path) -> bool:
     """Whether the name of a file or folder is a web address, which this package does not open."""
-    return name.startswith(("http://", "https://"))
+    return isinstance(name, str) and name.startswith(("http://", "https://"))
 
 
-def user_path(name: str | Path) -> Path:
-    """The path that a user named, with ~ for a home directory. Raises `DataError` if there is no such user."""
+def user_path(name: str | Path, setting: str) -> Path:
+    """The path that a user named in a setting or an argument, with ~ for a home directory.
+
+    Raises:
+        DataError: It is neither text nor a path, or there is no such user.
+    """
+    if not isinstance(name, str | PathLike):
+        raise DataError(f"{setting} is {shown(name)}; expected a name as text or as a pathlib.Path.")
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

@@ -62,7 +62,7 @@ class _Loaded(NamedTuple):
 
 
 def load_arpo_dataset(
-    path_or_hub_id: str,
+    path_or_hub_id: str | Path,
     split: str = "train",
     *,
     system_prompt: str | None = None,
@@ -201,23 +201,25 @@ Places = Iterator[tuple[str, Mapping[str, Any]]]
 """Pairs of a row and, before it, its place for messages, such as `rows.jsonl, line 3`."""
 
 
-def _read_rows(path_or_hub_id: str, split: str) -> Places:
+def _read_rows(path_or_hub_id: str | Path, split: str) -> Places:
     if is_url(path_or_hub_id):
         raise DataError(
             f"{path_or_hub_id} is a web address; expected a file, a folder or a Hub id. Download the file."
         )
-    path = user_path(path_or_hub_id)
-    if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
-        yield from numbered(path_or_hub_id, _saved_rows(path, split))
+    path, name = user_path(path_or_hub_id, "dataset"), str(path_or_hub_id)
+    if not isinstance(split, str):
+        raise DataError(f"split is {shown(split)}; expected the name of a split, as text.")
+    if any((path / file).is_file() for file in ("dataset_dict.json", "state.json")):
+        yield from numbered(path, _saved_rows(path, split))
         return
     if path.is_dir():
         files = _files_of_split(path, split)
     elif path.exists():
         files = [path]
-    elif path.suffix in SUFFIXES or path.is_absolute() or path_or_hub_id.startswith(".") or len(path.parts) > 2:
-        raise DataError(f"The file or folder {path_or_hub_id} does not exist; expected a dataset. Check the path.")
+    elif path.suffix in SUFFIXES or path.is_absolute() or name.startswith(".") or len(path.parts) > 2:
+        raise DataError(f"The file or folder {name} does not exist; expected a dataset. Check the path.")
     else:
-        yield from numbered(path_or_hub_id, load_from_hub(path_or_hub_id, split))
+        yield from numbered(name, load_from_hub(name, split))
         return
     for file in files:
         yield from read_file(file)
@@ -277,7 +279,7 @@ def numbered(source: str | Path, rows: Iterable[Any]) -> Iterator[tuple[str, Any
     return ((f"{source}, row {number}", row) for number, row in enumerate(rows))
 
 
-def read_file(path: Path, bad: list[str] | None = None) -> Places:
+def read_file(path: str | Path, bad: list[str] | None = None) -> Places:
     """Yields the place and the fields of each unconverted row of a file.
 
     Args:
@@ -286,6 +288,7 @@ def read_file(path: Path, bad: list[str] | None = None) -> Places:
     Raises:
         DataError: The file, or a row of it, cannot be read.
     """
+    path = user_path(path, "path")
     _refuse_pointer(path)
     rows: Iterable[tuple[str, Any]]
     match path.suffix:
@@ -404,7 +407,7 @@ def _report_without_result(errors: Mapping[str, NoResultError], others: int) -> 
         )
 
 
-def _guess_task(loaded: Sequence[_Loaded], source: str, *, own_reward: bool) -> None:
+def _guess_task(loaded: Sequence[_Loaded], source: str | Path, *, own_reward: bool) -> None:
     """Sets the task of rows that have an answer and do not state a task, from the form of their answers. With
     `own_reward`, it stays None if the answers do not determine it."""
     silent = [each for each in loaded if each.row["task"] is None and each.row["answer"] is not None]

@@ -78,7 +78,7 @@ class Benchmark:
     """The name or the text of the system prompt."""
     note: str = ""
     """The licence, and how the questions differ from the paper's."""
-    file: str | None = None
+    file: str | Path | None = None
     """A local file with the questions. It is used instead of the Hub."""
     aliases: tuple[str, ...] = ()
     """Other names that commands and file names may use."""
@@ -268,6 +268,8 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
                 f"The custom benchmark {name!r} has a key {key!r}"
                 + (f"; did you mean {near[0]!r}?" if near else f"; expected {', '.join(required + optional)}.")
             )
+        if key == "file" and isinstance(value, Path):
+            continue
         if not isinstance(value, str) or not (value.strip() or key == "system_prompt"):
             raise ConfigError(f"The custom benchmark {name!r} has {key} {value!r}; expected text.")
     if missing := [key for key in required if key not in description]:
@@ -293,12 +295,13 @@ def custom_benchmark(description: Mapping[str, Any]) -> Benchmark:
     )
 
 
-def local_names(folder: Path, custom: Sequence[Benchmark] = ()) -> list[str]:
+def local_names(folder: str | Path, custom: Sequence[Benchmark] = ()) -> list[str]:
     """Return the names of the benchmarks that have a file in `folder`, in the order of `BENCHMARKS`.
 
     Raises:
         DataError: There is no such file, or two for one benchmark.
     """
+    folder = user_path(folder, "folder")
     names = [b.name for b in (*BENCHMARKS.values(), *custom) if _local_file(b, folder) is not None]
     if not names:
         raise DataError(
@@ -310,7 +313,7 @@ def local_names(folder: Path, custom: Sequence[Benchmark] = ()) -> list[str]:
 
 def load_questions(
     benchmark: Benchmark,
-    data: str | None = None,
+    data: str | Path | None = None,
     *,
     system_prompt: str | None = None,
     limit: int | None = None,
@@ -363,7 +366,7 @@ def load_questions(
 
 
 def load_dataset_questions(
-    data: str,
+    data: str | Path,
     split: str,
     *,
     system_prompt: str | None = None,
@@ -375,16 +378,16 @@ def load_dataset_questions(
     dataset = load_arpo_dataset(data, split, system_prompt=system_prompt, task=task, columns=columns)
     rows = dataset.to_list()[:limit]
     name = Path(data).stem
-    benchmark = Benchmark(name=name, title=name, suite=None, scorer=None, file=data)
+    benchmark = Benchmark(name=name, title=name, suite=None, scorer=None, file=str(data))
     return Questions(benchmark=benchmark, rows=[{"level": None, **row} for row in rows], bad=[])
 
 
-def _raw_rows(benchmark: Benchmark, data: str | None, bad: list[str] | None) -> tuple[str, Places]:
+def _raw_rows(benchmark: Benchmark, data: str | Path | None, bad: list[str] | None) -> tuple[str, Places]:
     """Return the name of the source, for messages, and the rows with their places."""
-    source = benchmark.file if benchmark.file is not None else data
+    setting, source = ("data", data) if benchmark.file is None else ("file", benchmark.file)
     if source is None:
         return str(benchmark.hub_id), numbered(str(benchmark.hub_id), _from_hub(benchmark))
-    path = user_path(source)
+    path = user_path(source, setting)
     if path.is_dir():
         file = _local_file(benchmark, path)
         if file is None:

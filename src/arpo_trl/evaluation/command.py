@@ -67,7 +67,7 @@ def evaluate(settings: EvalSettings, tool_arguments: ToolArguments) -> int:
     if settings.judge_url is not None and settings.judge_model is not None:
         judge = LLMJudge(settings.judge_url, settings.judge_model, cache=settings.judge_cache)
     tokenizer = load_tokenizer(settings)
-    output = Path(settings.output) if settings.output is not None else _new_folder(settings)
+    output = user_path(settings.output, "output") if settings.output is not None else _new_folder(settings)
     tools = build_tools(tool_arguments, run=str(output))
     with ToolBox(tools, timeout_s=settings.tool_timeout_s, concurrency=settings.tool_concurrency) as toolbox:
         for name in settings.call_limits():
@@ -111,7 +111,7 @@ def load_all(settings: EvalSettings) -> list[Questions]:
     elif settings.benchmarks:
         benchmarks = find_benchmarks(settings.benchmarks, custom)
     elif settings.data is not None and _is_named_after_benchmarks(settings.data, custom):
-        benchmarks = find_benchmarks(local_names(user_path(settings.data), custom), custom)
+        benchmarks = find_benchmarks(local_names(settings.data, custom), custom)
     elif settings.data is not None:
         if settings.skip_bad:
             raise ConfigError(
@@ -137,7 +137,7 @@ def load_all(settings: EvalSettings) -> list[Questions]:
             "task or columns is set together with benchmarks, which define the format of their rows. Remove the "
             "benchmarks, or describe the file under custom."
         )
-    if settings.data is not None and len(benchmarks) > 1 and Path(settings.data).is_file():
+    if settings.data is not None and len(benchmarks) > 1 and user_path(settings.data, "data").is_file():
         raise ConfigError(
             f"data is the file {settings.data}, but {len(benchmarks)} benchmarks are selected; expected one. Name one "
             "benchmark, or pass a folder."
@@ -300,7 +300,7 @@ def _check_template(sampler: Any, chosen: Sequence[Questions]) -> None:
 
 
 def _is_named_after_benchmarks(data: str, custom: Sequence[Benchmark]) -> bool:
-    folder = user_path(data)
+    folder = user_path(data, "data")
     names = {name for b in (*BENCHMARKS.values(), *custom) for name in (b.name, *b.aliases)}
     return folder.is_dir() and any(file.stem in names for file in folder.iterdir())
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.user_files import expect, read_json
+from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.metrics import Difference, McNemar, mcnemar, paired_bootstrap
 from arpo_trl.evaluation.results import value_of
@@ -43,13 +43,14 @@ class Comparison:
     mcnemar: McNemar
 
 
-def compare(a: Path, b: Path, *, seed: int = 0) -> list[Comparison]:
+def compare(a: str | Path, b: str | Path, *, seed: int = 0) -> list[Comparison]:
     """Return one comparison for each benchmark in both runs.
 
     Raises:
         DataError: A folder contains no finished run.
         ConfigError: The runs have no benchmark or question in common, or score a benchmark differently.
     """
+    a, b = user_path(a, "a"), user_path(b, "b")
     results = [_results(folder) for folder in (a, b)]
     shared = [name for name in results[0]["benchmarks"] if name in results[1]["benchmarks"]]
     if not shared:

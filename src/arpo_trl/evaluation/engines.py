@@ -96,7 +96,7 @@ def fingerprint(settings: EvalSettings) -> str | None:
     all weights of a model.
     """
     digest = hashlib.blake2b(digest_size=8)
-    folders = [user_path(name) for name in (settings.model, settings.adapter) if name]
+    folders = [user_path(name, "model or adapter") for name in (settings.model, settings.adapter) if name]
     files = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
     files = [file for file in files if file.suffix in (".safetensors", ".bin", ".json", ".jinja")]
     for path in files:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from arpo_trl.common.user_files import read_json
+from arpo_trl.common.user_files import read_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.results import value_of
 from arpo_trl.evaluation.samples import Key, Record, key_of
@@ -166,13 +166,13 @@ def table(results: Mapping[str, Any]) -> list[str]:
     return pipe_table(headings, rows, texts=2)
 
 
-def saved_table(folder: Path) -> str:
+def saved_table(folder: str | Path) -> str:
     """Return the Markdown table of the results in `folder`, an output folder of `arpo-trl eval`.
 
     Raises:
         DataError: The folder contains no results.
     """
-    path = folder / "results.json"
+    path = user_path(folder, "folder") / "results.json"
     try:
         return "\n".join(table(read_json(path)))
     except (DataError, ValueError, LookupError, TypeError, AttributeError) as error:

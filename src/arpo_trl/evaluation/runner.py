@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
-from arpo_trl.common.user_files import expect, read_json
+from arpo_trl.common.user_files import expect, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.samples import Key, Record, SampleLog, key_of, repair, trajectory
@@ -169,8 +169,8 @@ class RunFolder:
         DataError: The description of the run in the folder cannot be read.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any], *, resume: bool):
-        self.path = path
+    def __init__(self, path: str | Path, identity: dict[str, Any], *, resume: bool):
+        self.path = path = user_path(path, "path")
         self.samples_file = path / "samples.jsonl"
         description = path / "run.json"
         identity = json.loads(json.dumps(identity))

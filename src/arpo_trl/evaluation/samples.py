@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import whole_file
-from arpo_trl.common.user_files import expect, json_lines, parse_json
+from arpo_trl.common.user_files import expect, json_lines, parse_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.evaluation.scoring import JUDGE
 from arpo_trl.rollout.tree import NodeKind, RolloutTree
@@ -46,12 +46,13 @@ class SampleLog:
         self._file.close()
 
 
-def read_records(path: Path) -> Iterator[Record]:
+def read_records(path: str | Path) -> Iterator[Record]:
     """Yield the records of a log.
 
     Raises:
         DataError: There is no log, or a line is not a complete record.
     """
+    path = user_path(path, "path")
     if not path.exists():
         raise DataError(f"There is no {path}. Pass the output folder of `arpo-trl eval`.")
     for number, record in json_lines(path):

@@ -114,7 +114,7 @@ class SearchCache:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = user_path(path)
+        self.path = user_path(path, "search_cache")
         self._lock = threading.Lock()
         self._pid = -1
         self._owner = uuid.uuid4().hex

@@ -154,7 +154,7 @@ class LocalIndex:
         Of a Hub dataset it reads the split train. Building an index takes two minutes per million passages, so `save`
         large indexes.
         """
-        path = user_path(source)
+        path = user_path(source, "search_index")
         if path.suffix == ".jsonl":
             return cls.from_jsonl(path)
         if path.is_dir() and any(path.glob("*.jsonl")):
@@ -282,7 +282,7 @@ def read_recorded(path: str | Path) -> dict[str, str]:
     Raises:
         DataError: The file is missing, empty or has another format.
     """
-    recorded = read_json(user_path(path))
+    recorded = read_json(user_path(path, "search_recorded"))
     if not isinstance(recorded, dict) or not recorded:
         got = "an empty object" if recorded == {} else type(recorded).__name__
         raise DataError(f"{path} contains {got}; expected an object {{query: result text}}.")
