@@ -173,6 +173,13 @@ def test_a_mistake_has_the_message_on_the_page(make, mistake: str, line: str) ->
     assert re.fullmatch(".*".join(parts), said), said
 
 
+@pytest.mark.parametrize("in_cold_start", [False, True])
+@pytest.mark.parametrize("setting", ["dataset", "model_name_or_path", "resume_from_checkpoint"])
+def test_a_name_with_300_characters_ends_in_one_line(make, setting: str, in_cold_start: bool) -> None:
+    said = make(json.dumps({setting: "x" * 300 + ".jsonl"}), in_cold_start=in_cold_start)
+    assert re.match(r"(Config|Data)Error: ", said) and "xxx" in said
+
+
 def test_the_page_has_more_than_a_hundred_mistakes() -> None:
     assert len(ROWS) == len(set(ROWS)) > 120
 

@@ -7,19 +7,25 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from arpo_trl.command_line import parse_settings
+from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.user_files import MAX_DEPTH, expect, json_lines, parse_json, read_yaml
-from arpo_trl.data.loading import read_file
+from arpo_trl.data.loading import load_arpo_dataset, read_file
 from arpo_trl.errors import CheckpointError, ConfigError, DataError
+from arpo_trl.evaluation.benchmarks import BENCHMARKS, custom_benchmark, load_questions, local_names
 from arpo_trl.evaluation.comparison import compare
 from arpo_trl.evaluation.report import saved_table
 from arpo_trl.evaluation.runner import RunFolder
 from arpo_trl.evaluation.samples import read_records, repair
 from arpo_trl.evaluation.settings import EvalSettings
+from arpo_trl.logs.trajectories import read_trees
 from arpo_trl.publishing.model_card import Card
+from arpo_trl.publishing.trained_settings import EvaluationSettings
 from arpo_trl.rewards.judge import LLMJudge
 from arpo_trl.runs.checkpoints import STATE_FILE, SavedState
+from arpo_trl.tools.search.cache import SearchCache
 from arpo_trl.tools.search.index import LocalIndex, RecordedSearch
 from evaluating import called, record
 
@@ -81,6 +87,54 @@ def test_every_reader_names_the_file(tmp_path, reader, content):
     with pytest.raises((DataError, ConfigError, CheckpointError)) as caught:
         READERS[reader](tmp_path / "given.json")
     assert str(tmp_path) in str(caught.value) or "There is no" in str(caught.value)
+
+
+NAMED = {
+    "dataset": lambda name: load_arpo_dataset(name),
+    "data": lambda name: load_questions(BENCHMARKS["gsm8k"], name),
+    "file": lambda name: load_questions(custom_benchmark({**CUSTOM, "file": name})),
+    "path": lambda name: list(read_records(name)),
+    "a": lambda name: compare(name, name),
+    "folder": saved_table,
+    "model or adapter": EvaluationSettings.of_run,
+    "search_index": LocalIndex.open,
+    "search_recorded": RecordedSearch,
+    "search_cache": SearchCache,
+    "judge_cache": lambda name: LLMJudge("http://h/v1", "wise", cache=name),
+}
+"""Setting or argument → what reads the path in it."""
+CUSTOM = {"name": "mine", "question": "q", "answer": "a", "scorer": "qa_f1"}
+
+
+@pytest.mark.parametrize("setting", NAMED)
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("x" * 300, "File name too long"), ("x" * 300 + ".jsonl", "too long"), ("x\0y", "embedded null")],
+)
+def test_a_name_that_the_system_refuses_is_an_error_that_names_its_setting(setting, name, reason):
+    with pytest.raises(DataError, match=f"^{setting} is 'x.* which the system refuses: .*{reason}.*. Check the path"):
+        NAMED[setting](name)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda name: load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained),
+        lambda name: list(read_trees(name)),
+        lambda name: LocalIndex(["a passage"]).save(name),
+        LocalIndex.load,
+        LocalIndex.from_jsonl,
+        lambda name: RunFolder(name, {}, resume=False),
+    ],
+)
+def test_a_name_that_is_too_long_is_an_error_of_this_package(read):
+    with pytest.raises((ConfigError, DataError), match=r"x{50}"):
+        read("x" * 300)
+
+
+def test_a_benchmark_of_ones_own_may_have_a_name_that_no_file_can_have(tmp_path):
+    (tmp_path / "gsm8k.jsonl").write_text("")
+    assert local_names(tmp_path, [custom_benchmark({**CUSTOM, "name": "x" * 300, "file": "mine.jsonl"})]) == ["gsm8k"]
 
 
 @pytest.mark.parametrize("name", [None, 3, []])

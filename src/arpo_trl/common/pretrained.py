@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,7 +37,7 @@ def load_pretrained(what: str, name: str, load: Callable[..., T], **arguments: A
 def _reason(name: str, error: Exception) -> str:
     folder = Path(name)
     told = f"{type(error).__name__}: {' '.join(str(error).split())[:300].rstrip('.')}"
-    if not folder.exists():
+    if not os.path.exists(folder):  # unlike Path.exists, false for a name that the system refuses
         if is_url(name):
             return "that is a web address; expected a folder or a Hub id, such as Qwen/Qwen2.5-3B-Instruct."
         if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

@@ -37,14 +37,24 @@ def user_path(name: str | Path, setting: str) -> Path:
     """The path that a user named in a setting or an argument, with ~ for a home directory.
 
     Raises:
-        DataError: It is neither text nor a path, or there is no such user.
+        DataError: It is neither text nor a path, the system refuses it as a path, for example since a name in it is
+            too long, or there is no such user.
     """
     if not isinstance(name, str | PathLike):
         raise DataError(f"{setting} is {shown(name)}; expected a name as text or as a pathlib.Path.")
     try:
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # a name on the Hub, or of a file that is yet to be written
     except RuntimeError as error:
         raise DataError(f"{name} begins with a user who has no home directory here. Write the whole path.") from error
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(
+            f"{setting} is {shown(str(name))}, which the system refuses: {reason}. Check the path."
+        ) from error
+    return path
 
 
 def read_text(path: Path) -> str:

@@ -400,7 +400,7 @@ def _raw_rows(benchmark: Benchmark, data: str | Path | None, bad: list[str] | No
 
 def _local_file(benchmark: Benchmark, folder: Path) -> Path | None:
     names = (benchmark.name, *benchmark.aliases)
-    found = [path for name in names for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").exists()]
+    found = [path for path in sorted(folder.glob("*")) if path.stem in names and path.suffix in SUFFIXES]
     if len(found) > 1:
         raise DataError(
             f"{folder} has {found[0].name} and {found[1].name} for {benchmark.title}; expected one file. Remove one "

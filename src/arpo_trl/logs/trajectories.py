@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from arpo_trl.common.files import write_whole
-from arpo_trl.common.user_files import expect, json_lines
+from arpo_trl.common.user_files import expect, json_lines, user_path
 from arpo_trl.errors import DataError, EngineError
 from arpo_trl.rollout.rules.base import BranchRule
 from arpo_trl.rollout.tree import BranchDecision, ExecutedCall, Node, NodeKind, RolloutTree, Span, StopReason
@@ -137,7 +137,7 @@ def read_trees(path: str | Path) -> Iterator[LoggedTree]:
     Raises:
         DataError: A line is not a logged tree; the message names file, line and the part of it.
     """
-    for number, row in json_lines(Path(path)):
+    for number, row in json_lines(user_path(path, "path")):
         try:
             yield _tree_from(row)
         except (DataError, EngineError, ValueError) as error:

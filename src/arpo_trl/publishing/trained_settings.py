@@ -78,7 +78,7 @@ class EvaluationSettings:
         Raises:
             DataError: The file does not have the format that a run writes.
         """
-        file = user_path(folder, "model") / CONFIG_NAME
+        file = user_path(folder, "model or adapter") / CONFIG_NAME
         if not file.is_file():
             return None
         settings = read_yaml(file) or {}

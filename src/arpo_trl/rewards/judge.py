@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arpo_trl.common.user_files import expect, parse_json
+from arpo_trl.common.user_files import expect, parse_json, user_path
 from arpo_trl.errors import DataError
 from arpo_trl.net.chat_model import ChatModel
 from arpo_trl.net.circuit_breaker import CircuitBreaker
@@ -118,7 +118,7 @@ class LLMJudge:
         self._concurrency = concurrency
         self._breaker = breaker or CircuitBreaker()
         self._lock = threading.Lock()
-        self._cache = None if cache is None else Path(cache)
+        self._cache = None if cache is None else user_path(cache, "judge_cache")
         self._known = _read_cache(self._cache) if self._cache is not None else {}
 
     def verdicts(self, judgements: Sequence[Judgement]) -> list[bool | None]:

@@ -275,7 +275,7 @@ class Checkpoints:
             return last
         state = None
         try:
-            if not Path(wanted).is_dir():
+            if not os.path.isdir(wanted):  # unlike Path.is_dir, false for a name that the system refuses
                 raise ConfigError(f"resume_from_checkpoint is {wanted}; expected a folder, true or false.")
             state = SavedState.of(Path(wanted))
             state.check_files()

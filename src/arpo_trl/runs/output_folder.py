@@ -106,7 +106,7 @@ def _newest(output: Path) -> str | None:
 
 
 def _check_that_the_model_stays(output: Path, model: str | None) -> None:
-    if model is None or not Path(model).is_dir():
+    if model is None or not os.path.isdir(model):  # unlike Path.is_dir, false for a name that the system refuses
         return
     needed = Path(model).resolve()
     lost = [path for path in _written_by_a_run(output) if needed in (path.resolve(), path.resolve().parent)]

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
@@ -23,6 +22,7 @@ from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
+from arpo_trl.common.user_files import user_path
 from arpo_trl.config import INHERITED, refuse_missing_deepspeed_config, refuse_token, take_the_cpu_if_alone
 from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.data.loading import read_file
@@ -104,7 +104,8 @@ def main() -> None:
     name = required_model(model_config)
     tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
-    loader = {".jsonl": "json", ".parquet": "parquet"}.get("." + arguments.dataset.rpartition(".")[2])
+    path = user_path(arguments.dataset, "dataset")
+    loader = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
     try:
         rows = (
             load_dataset(loader, data_files=arguments.dataset, split="train")
@@ -112,16 +113,14 @@ def main() -> None:
             else load_dataset(arguments.dataset, split=arguments.dataset_split)
         )
     except FileNotFoundError as error:
-        if Path(arguments.dataset).is_file():
+        if path.is_file():
             raise DataError(f"dataset {arguments.dataset} is no .jsonl or .parquet file. Convert it.") from error
         raise DataError(f"dataset {arguments.dataset} does not exist. Check the path.") from error
     except StopIteration as error:  # the library reads the first row to determine the columns
         raise DataError(f"dataset {arguments.dataset} contains no rows; expected at least one.") from error
     except Exception as error:  # the library raises its own errors, and those of pyarrow, the Hub and the file system
-        if loader:
-            deque(
-                read_file(Path(arguments.dataset)), maxlen=0
-            )  # raises an error that names the line, if one is broken
+        if loader and path.is_file():
+            deque(read_file(path), maxlen=0)  # names the line that is broken, which the library does not
         cause = error.__cause__ or error
         raise DataError(
             f"dataset {arguments.dataset} cannot be read ({type(cause).__name__}: {cause}). Expected a "

@@ -253,7 +253,8 @@ class SearchCache:
         Raises:
             DataError: The cache has no result of the provider, or `path` is its file.
         """
-        if Path(path).exists() and Path(path).samefile(self.path):
+        path = user_path(path, "file")
+        if path.exists() and path.samefile(self.path):
             raise DataError(f"{path} is the search cache itself. Choose another file to write the results to.")
         names = list(self.stats()["results"])
         if provider is not None and provider not in names:
@@ -264,8 +265,8 @@ class SearchCache:
             provider,
         )
         found = {query: as_text([hit.shown() for hit in _hits(hits)]) for query, hits in reversed(rows)}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(dict(reversed(found.items())), ensure_ascii=False, indent=1), "utf-8")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(reversed(found.items())), ensure_ascii=False, indent=1), "utf-8")
         return len(found)
 
     def stats(self) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class LocalIndex:
     @classmethod
     def from_jsonl(cls, path: str | Path) -> LocalIndex:
         """Return the index of a file with one passage per line, each a JSON string or an object as above."""
-        return cls._of_files([Path(path)])
+        return cls._of_files([user_path(path, "path")])
 
     @classmethod
     def _of_files(cls, files: Sequence[Path]) -> LocalIndex:
@@ -183,7 +183,7 @@ class LocalIndex:
     @classmethod
     def load(cls, folder: str | Path) -> LocalIndex:
         """Return the memory-mapped index in `folder`, which `save` wrote. Passages are read from disk on demand."""
-        folder = Path(folder)
+        folder = user_path(folder, "folder")
         again = "Build it again: LocalIndex.open(PASSAGES).save(FOLDER), or arpo-trl index PASSAGES FOLDER."
         try:
             header = read_json(folder / cls._HEADER)
@@ -206,7 +206,7 @@ class LocalIndex:
             ConfigError: The index was loaded from `folder`, whose files it still reads; or `folder` has .jsonl files,
                 which `open` prefers; or it is a file.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "folder")
         if isinstance(self._passages, _StoredTexts) and folder.resolve() == self._passages.folder.resolve():
             raise ConfigError(f"{folder} contains the index that is to be saved there. Choose another folder.")
         if folder.is_file():
