@@ -123,14 +123,24 @@ def test_an_empty_system_prompt_is_none(tmp_path):
         assert questions.rows[0]["prompt"] == [{"role": "user", "content": "Who?"}]
 
 
-def test_only_rows_without_a_file_of_gaia_are_used(tmp_path):
+def test_only_rows_without_a_file_of_gaia_are_used_and_the_others_are_counted_in_the_log(tmp_path, caplog):
     rows = [
         {"task_id": str(i), "Question": "?", "Level": 2, "Final answer": "x", "file_name": f}
-        for i, f in enumerate(["", "a.png"])
+        for i, f in enumerate(["", "a.png", "b.pdf"])
     ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "gaia.parquet")
     (row,) = load_questions(BENCHMARKS["gaia"], str(tmp_path)).rows
     assert (row["id"], row["level"], row["answer"]) == ("0", "2", ["x"])
+    file = tmp_path / "gaia.parquet"
+    assert caplog.messages == [
+        f"GAIA: 2 row(s) of {file} excluded, since they need more than text: their field 'file_name' is not empty."
+    ]
+
+
+def test_nothing_is_logged_if_no_row_needs_more_than_text(tmp_path, caplog):
+    file = write(tmp_path / "hle.jsonl", {"question": "?", "answer": "1", "image": ""})
+    assert len(load_questions(BENCHMARKS["hle"], file).rows) == 1
+    assert caplog.messages == []
 
 
 def masked(text: str, canary: str) -> str:

@@ -323,6 +323,8 @@ def load_questions(
 
     The source is the benchmark's `file`. Without it, `data`. Without both, the Hub.
 
+    Rows that need more than text are excluded. The log has their number.
+
     Args:
         data: A file, or a folder with a file named after the benchmark.
         system_prompt: A name or a text that replaces the benchmark's system prompt. "": no system message.
@@ -338,10 +340,12 @@ def load_questions(
         limit = min(benchmark.take, limit or benchmark.take)
     system_text = system_prompt_text(benchmark.system_prompt if system_prompt is None else system_prompt)
     rows: list[dict[str, Any]] = []
+    left_out = 0
     for number, (where, raw) in enumerate(raws):
         if limit is not None and len(rows) == limit:
             break
         if benchmark.text_only is not None and not is_blank(raw.get(benchmark.text_only)):
+            left_out += 1
             continue
         try:
             task = None if benchmark.scorer is None else benchmark.scorer.task
@@ -360,6 +364,14 @@ def load_questions(
             rows.append(row)
     for problem in bad:
         logger.warning("Excluded: %s", problem)
+    if left_out:
+        logger.warning(
+            "%s: %d row(s) of %s excluded, since they need more than text: their field %r is not empty.",
+            benchmark.title,
+            left_out,
+            source,
+            benchmark.text_only,
+        )
     if not rows:
         raise DataError(f"{source} contains no usable questions; expected at least one.")
     return Questions(benchmark=benchmark, rows=rows, bad=bad)
