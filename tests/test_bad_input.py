@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig
 
@@ -20,6 +20,7 @@ from arpo_trl.errors import ArpoError, ConfigError, DataError, RewardError, Tool
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from arpo_trl.training.preflight import checked_stream
 from support import ANSWER, ON_CPU, python, save_tiny_model, search, tokenizer
 
 ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}
@@ -60,6 +61,60 @@ def make(model_path, tmp_path):
         return ARPOTrainer(args=args, engine=engine, **given)
 
     return made
+
+
+@pytest.mark.parametrize("rows", [[ROW], [ROW, ROW]])
+def test_a_streamed_dataset_trains(make, rows):
+    stream = Dataset.from_list(rows).to_iterable_dataset()
+    trainer = make(train_dataset=stream, eval_dataset={"some": stream})
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert "eval_some_loss" in trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ([{"role": "user", "content": " "}], "Dataset row 1: 'prompt' is .*; expected some text in it"),
+        ([], r"Dataset row 1: 'prompt' is \[\]; expected text or a list of messages"),
+        ([{"role": "usr", "content": "hi"}], "Dataset row 1: message 0 of 'prompt' has the role 'usr'"),
+    ],
+)
+def test_a_bad_row_of_a_streamed_dataset_is_the_error_of_one_that_is_not(make, bad, message):
+    rows = Dataset.from_list([ROW, {**ROW, "prompt": bad}])
+    with pytest.raises(DataError, match=message):
+        make(train_dataset=rows)
+    with pytest.raises(DataError, match=message):
+        make(train_dataset=rows.to_iterable_dataset(), settings={"max_steps": 2}).train()
+    with pytest.raises(DataError, match=message):
+        make(eval_dataset={"some": rows.to_iterable_dataset()}).evaluate()
+
+
+def test_a_row_of_a_streamed_dataset_without_a_prompt_is_an_error(make):
+    with pytest.raises(DataError, match=r"no column 'prompt'; it has \['question'\]. Rename a column"):
+        make(train_dataset=Dataset.from_list([{"question": "?"}]).to_iterable_dataset()).train()
+
+
+def test_rows_of_a_streamed_dataset_for_environments_need_no_prompt_but_no_bad_one():
+    rows = Dataset.from_list([{"floor": 1}]).to_iterable_dataset()
+    assert list(checked_stream(rows, needs_prompt=False)) == [{"floor": 1}]
+    with pytest.raises(DataError, match=r"Dataset row 0: 'prompt' is ' '; expected some text in it"):
+        list(checked_stream(Dataset.from_list([{"prompt": " "}]).to_iterable_dataset(), needs_prompt=False))
+
+
+def test_a_streamed_dataset_without_rows_is_an_error_at_once(make):
+    nothing = IterableDataset.from_generator(lambda: iter(()))
+    for given in ({"train_dataset": nothing}, {"eval_dataset": nothing}, {"eval_dataset": {"some": nothing}}):
+        with pytest.raises(DataError, match="The dataset is empty; expected at least one row"):
+            make(**given)
+
+
+def test_a_streamed_dataset_with_too_few_rows_for_a_step_is_an_error(make):
+    trainer = make(
+        train_dataset=Dataset.from_list([ROW]).to_iterable_dataset(), settings={"per_device_train_batch_size": 8}
+    )
+    with pytest.raises(DataError, match=r"training dataset has 1 rows, but a generation batch has 2 prompts: 8 comp"):
+        trainer.train()
 
 
 def test_what_the_bad_ones_are_made_from_trains(make):

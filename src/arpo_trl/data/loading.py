@@ -49,6 +49,7 @@ TRL_COLUMNS = (
     *("image", "images"),
 )
 """Names that TRL uses for its own arguments of reward functions, or to detect rows with images."""
+EMPTY = "The dataset is empty; expected at least one row."
 
 
 class _Loaded(NamedTuple):
@@ -159,20 +160,37 @@ def validate_rows(dataset: datasets.Dataset) -> None:
         DataError: The dataset is empty, lacks `prompt` or has a column with a reserved name, or a row has no valid
             prompt. Names row (from 0) and field.
     """
-    columns = dataset.column_names
+    _check_columns(dataset.column_names)
+    if len(dataset) == 0:
+        raise DataError(EMPTY)
+    for number, prompt in enumerate(dataset["prompt"]):
+        _check_prompt_of_row(prompt, number)
+
+
+def validate_row(row: Mapping[str, Any], number: int) -> None:
+    """Checks one row of a streamed dataset like `validate_rows`.
+
+    Raises:
+        DataError: The row lacks `prompt`, has a column with a reserved name, or has no valid prompt.
+    """
+    _check_columns(list(row))
+    _check_prompt_of_row(row["prompt"], number)
+
+
+def _check_columns(columns: Sequence[str]) -> None:
     if "prompt" not in columns:
         raise DataError(
             f"The dataset has no column 'prompt'; it has {columns}. Rename a column, or load the data with "
             "load_arpo_dataset, which supports the common layouts."
         )
     refuse_taken_columns(columns)
-    if len(dataset) == 0:
-        raise DataError("The dataset is empty; expected at least one row.")
-    for number, prompt in enumerate(dataset["prompt"]):
-        try:
-            check_prompt(prompt)
-        except DataError as error:
-            raise DataError(f"Dataset row {number}: {error}") from error
+
+
+def _check_prompt_of_row(prompt: Any, number: int) -> None:
+    try:
+        check_prompt(prompt)
+    except DataError as error:
+        raise DataError(f"Dataset row {number}: {error}") from error
 
 
 def refuse_taken_columns(columns: Iterable[str]) -> None:

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from transformers import AutoConfig, AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from trl import GRPOConfig
 
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.config import ARPOConfig
-from arpo_trl.data.loading import validate_rows
+from arpo_trl.data.loading import EMPTY, validate_row, validate_rows
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.options import ProtocolKind, SharedPrefixForward
 from arpo_trl.rollout.credit.base import Credit
@@ -129,22 +129,27 @@ def listed_rewards(reward_funcs: Any) -> list[Any]:
 def check_enough_prompts(train_dataset: Any, args: ARPOConfig) -> None:
     """Checks that the training data fills a generation batch. TRL drops incomplete ones, and would take no step.
 
+    Reads the rows of one batch from a streamed dataset.
+
     Raises:
         DataError: It has too few rows.
     """
-    size, rows = args.generation_batch_size, len(train_dataset) if isinstance(train_dataset, Dataset) else None
+    size = args.generation_batch_size
     assert size is not None
-    if rows is not None and rows < size // args.num_generations:
+    prompts = size // args.num_generations
+    streamed = isinstance(train_dataset, IterableDataset)
+    rows = sum(1 for _ in train_dataset.take(prompts)) if streamed else len(train_dataset)
+    if rows < prompts:
         raise DataError(
-            f"The training dataset has {rows} rows, but a generation batch has {size // args.num_generations} "
-            f"prompts: {size} completions ÷ num_generations {args.num_generations}. So no step would be taken. Add "
-            "rows, or lower per_device_train_batch_size or steps_per_generation."
+            f"The training dataset has {rows} rows, but a generation batch has {prompts} prompts: {size} completions "
+            f"÷ num_generations {args.num_generations}. So no step would be taken. Add rows, or lower "
+            "per_device_train_batch_size or steps_per_generation."
         )
 
 
 def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
-    """Checks that all rows have a usable prompt and the columns for the reward functions. Skips streamed datasets and
-    None.
+    """Checks that all rows have a usable prompt and the columns for the reward functions. Skips None. Of a streamed
+    dataset it only checks that there is a row; see `checked_stream`.
 
     A reward function that needs a column has a method `check_dataset(dataset)`, which raises `DataError`.
 
@@ -152,12 +157,34 @@ def check_rows(datasets: Iterable[Any], reward_funcs: Collection[Any]) -> None:
         DataError: A row has no usable prompt, or lacks data that a reward function needs.
     """
     for dataset in datasets:
+        if isinstance(dataset, IterableDataset) and next(iter(dataset.take(1)), None) is None:
+            raise DataError(EMPTY)
         if not isinstance(dataset, Dataset):
             continue
         validate_rows(dataset)
         for function in reward_funcs:
             if (check := getattr(function, "check_dataset", None)) is not None:
                 check(dataset)
+
+
+def checked_stream(dataset: Any, *, needs_prompt: bool) -> Any:
+    """Returns a streamed dataset, or those in a dict, so that each row is checked as it comes; any other value
+    unchanged.
+
+    The row's number in an error counts the rows that this rank has read.
+
+    Args:
+        needs_prompt: Whether a row without a prompt is an error.
+    """
+
+    def checked(row: dict[str, Any], number: int) -> dict[str, Any]:
+        if needs_prompt or "prompt" in row:
+            validate_row(row, number)
+        return row
+
+    if isinstance(dataset, dict):
+        return {name: checked_stream(each, needs_prompt=needs_prompt) for name, each in dataset.items()}
+    return dataset.map(checked, with_indices=True) if isinstance(dataset, IterableDataset) else dataset
 
 
 def check_logprobs(args: ARPOConfig, sampler: TreeSampler, credit: Credit, baseline: Baseline | None) -> None:

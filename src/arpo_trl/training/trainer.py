@@ -57,6 +57,7 @@ from arpo_trl.training.preflight import (
     check_scores,
     check_writable,
     checked_args,
+    checked_stream,
     embedding_rows,
     generation_ends,
     listed_rewards,
@@ -158,6 +159,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
             datasets = with_prompts(datasets)
             train_dataset = without_rows(args) if train_dataset is None else train_dataset
         check_rows(datasets, functions)
+        train_dataset = checked_stream(train_dataset, needs_prompt=self._environments is None)
+        eval_dataset = checked_stream(eval_dataset, needs_prompt=self._environments is None)
         owned = owned_rewards(self._environments)
         sets = tool_sets(tools or (), self._environments)
         tools = all_tools(tools or (), self._environments)
@@ -233,9 +236,9 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         self.tree_sampler.between_events = self._interrupts.check
         self._spans = Spans()
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        check_enough_prompts(self.train_dataset if dataset is None else dataset, self.args)
-        return super()._get_train_sampler(dataset)
+    def get_train_dataloader(self) -> Any:
+        check_enough_prompts(self.train_dataset, self.args)
+        return super().get_train_dataloader()
 
     def _make_sampler(self, engine: Engine | None) -> TreeSampler:
         if engine is None:
@@ -355,7 +358,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         with self._spans("generate_and_score"):
             inputs = [dict(row) for row in inputs]  # TRL adds our columns to these rows
-            refuse_taken_columns(inputs[0])  # the columns of a streamed dataset are known only now
+            refuse_taken_columns(inputs[0])  # environments may have rows without a prompt, which are not checked
             with self._with_environments(inputs) as inputs, self._scoring:
                 self._rows = inputs
                 batch = super()._generate_and_score_completions(inputs)
