@@ -60,7 +60,10 @@ def test_an_address_that_embeds_a_special_one_is_refused(address):
 
 
 def test_an_address_that_carries_a_public_one_is_public():
-    assert carried_by("8.8.8.8") == ["::ffff:808:808", "64:ff9b::808:808", "2002:808:808::1"]
+    texts = "::ffff:808:808", "64:ff9b::808:808", "2002:808:808::1"
+    assert carried_by("8.8.8.8") == [
+        str(ipaddress.IPv6Address(text)) for text in texts
+    ]  # Python 3.13 writes ::ffff:8.8.8.8
     assert all(map(is_public, carried_by("8.8.8.8")))
 
 

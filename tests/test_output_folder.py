@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from arpo_trl.errors import ConfigError
+from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.runs.output_folder import check_output, remove_earlier_run, wants_to_resume
 
 
@@ -61,7 +61,7 @@ def test_a_checkpoint_that_is_no_name_is_refused(tmp_path, resume):
 def test_a_name_that_no_folder_can_have_is_refused(tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     for output, resume in ((tmp_path, "a\0b"), (tmp_path, str(tmp_path / "loop")), (tmp_path / ("x" * 300), None)):
-        with pytest.raises(ConfigError, match=r"cannot be read: .*Check the names"):
+        with pytest.raises(DataError, match=r"(output_dir|resume_from_checkpoint) is .*, which the system refuses: "):
             prepare(output, resume)
 
 

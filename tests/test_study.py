@@ -23,7 +23,17 @@ from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.toolbox import ToolBox
 from study import __main__ as command
 from study import files, frozen, page, training
-from study.arms import MAIN_BASELINES, PAPER, Arm, frozen_arms, grpo, seeds_of, tabular_arms, trained_arms
+from study.arms import (
+    MAIN_BASELINES,
+    PAPER,
+    Arm,
+    frozen_arms,
+    grpo,
+    seeds_of,
+    tabular_arms,
+    tabular_seeds_of,
+    trained_arms,
+)
 from study.tabular import Budget, _Run, policy_gradient, scores, train
 from study.task import SCENARIOS, Task, compute, look_up
 
@@ -131,6 +141,28 @@ def test_the_main_comparisons_have_more_seeds():
     assert seeds_of(PAPER, 8, 3) == 8
     assert seeds_of(Arm(rule="ranked"), 8, 3) == seeds_of(Arm(**grpo(8), dynamic=True), 8, 3) == 3
     assert sum(seeds_of(arm, 8, 3) for arm in trained_arms()) == 10 * 8 + 11 * 3
+    # The goal compares the rules as is, with the credit "soft" and two baselines.
+    of_goal = [arm for arm in tabular_arms() if tabular_seeds_of(arm, "as is", 200, 20) == 200]
+    assert len(of_goal) == 2 * len({arm.sampling for arm in tabular_arms()})
+    assert {tabular_seeds_of(arm, "uncertain opening", 200, 20) for arm in of_goal} == {20}
+    assert tabular_seeds_of(Arm(credit="hard"), "as is", 200, 20) == 20
+
+
+@pytest.mark.parametrize(
+    ("cell", "goal"),
+    [
+        ("+0.008 ± 0.004 (200)", "resolved"),
+        ("-0.021 ± 0.005 (200)", "resolved"),
+        ("-0.003 ± 0.004 (200)", "resolved: less than 0.01"),  # from -.007 to +.001
+        ("+0.007 ± 0.013 (20)", "missed"),
+        ("-0.006 ± 0.007 (20)", "missed"),  # down to -.013
+        ("+0.500 (1)", "missed"),
+    ],
+)
+def test_a_difference_is_resolved_if_its_interval_excludes_zero_or_all_that_matters(cell, goal):
+    name = "ranked N = 2 − random N = 2"
+    trained = [[arm.name] + [""] * 9 for arm in trained_arms()]  # nothing has run
+    assert page.goals([[name, cell, "", ""]], trained)[1:] == [[f"tabular, as is: {name}", cell, goal]]
 
 
 # Intervals and the page ----------------------------------------------------------------------------------------------

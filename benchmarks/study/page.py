@@ -57,7 +57,6 @@ _OF_A_RUN = ("name", "seed", "planned_steps", "accuracy", "answers", *_RELATIVE.
 _MET = {True: "met", False: "missed"}
 _MATTERS = 0.01
 """A difference of accuracies that matters, as in the goal of part c."""
-
 _MAIN = " and ".join(f'"{name}"' for name in MAIN_BASELINES)
 
 INTRODUCTION = f"""# The study
@@ -83,8 +82,8 @@ PART_A = f"""## a. Tabular
 A softmax policy over a few states plays the quickstart's task: two look-ups, a computation, an answer. Its accuracy is
 exact. All arms take {Budget().steps} steps and execute {Budget().calls_per_step} calls in each, about two groups.
 A row compares one rule, credit or baseline with another one, as the mean over all arms that differ in nothing else.
-Rules are compared with the credit "soft" and the baselines {_MAIN}, credits with all rules and these baselines, and
-baselines with all rules and credits.
+Rules are compared with the credit "soft" and the baselines {_MAIN}, credits with all rules
+and these baselines, and baselines with all rules and credits.
 """
 PART_B = """## b. Frozen policies
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
@@ -37,23 +38,21 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
         ConfigError: The folder contains a finished model, trajectories or checkpoints of an earlier run, and the run
             neither resumes nor overwrites. Or it does both, or it would remove its own model. Or the folder has a
             README.md that is no model card.
+        DataError: The system refuses the name of a folder.
     """
     if os.environ.get("RANK", "0") != "0":
         return
     if not isinstance(resume, str | bool | None):
         raise ConfigError(f"resume_from_checkpoint is {resume!r}; expected true, false or a checkpoint's folder.")
-    output, resume = Path(folder), wants_to_resume(resume)
+    output, resume = user_path(folder, "output_dir"), wants_to_resume(resume)
+    if isinstance(resume, str):
+        user_path(resume, "resume_from_checkpoint")
     if overwrite and resume:
         raise ConfigError(
             "overwrite_output_dir and resume_from_checkpoint are both set, but a run cannot continue from files that "
             "it removes. Unset one of them."
         )
-    try:
-        found = None if overwrite else _earlier_run(output, resume)
-    except (OSError, ValueError, RuntimeError) as error:  # not the name of a file, or a loop of links
-        raise ConfigError(
-            f"output_dir {folder} or resume_from_checkpoint {resume} cannot be read: {error}. Check the names."
-        ) from error
+    found = None if overwrite else _earlier_run(output, resume)
     if not resume and _has_own_readme(output):
         raise ConfigError(
             f"output_dir {folder} contains a README.md that is no model card, and the run's model card would replace "
