@@ -481,6 +481,14 @@ def test_a_reward_that_ends_the_program_is_an_error(make, error, message):
         make(reward_funcs=leaving).train()
 
 
+def test_an_async_reward_that_ends_the_program_is_an_error(make):
+    async def leaving(completions, **_):
+        raise SystemExit(0)
+
+    with pytest.raises(RewardError, match="The reward function 'leaving' raised SystemExit: 0 "):
+        make(reward_funcs=leaving).train()
+
+
 def test_an_async_reward_is_checked_like_any_other(make):
     async def scored(completions, **columns):
         return [1.0] * 3

@@ -326,7 +326,14 @@ def test_no_result_and_no_error_contains_a_secret_of_the_environment(
     assert "k/1+2" not in call_once(tool, {"k/1+2 3456": "x"}).text  # refused
 
 
-@pytest.mark.parametrize("value", [b"bytes", None, object(), {"a": object()}, [b"x"], {1, 2}])
+class Leaving:
+    """A value whose own code ends the program."""
+
+    def to_string(self) -> str:
+        raise SystemExit(1)
+
+
+@pytest.mark.parametrize("value", [b"bytes", None, object(), {"a": object()}, [b"x"], {1, 2}, Leaving()])
 def test_a_value_without_text_is_a_failure_with_a_message(value: Any) -> None:
     result = call_once(returning(value))
     assert result.failure == "not_text"

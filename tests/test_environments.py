@@ -485,6 +485,23 @@ def test_a_close_that_fails_is_logged_once_and_frees_the_room(caplog):
     assert sum("close() of the environment Stuck failed: OSError: stuck" in str(r.msg) for r in caplog.records) == 1
 
 
+def test_a_close_whose_error_has_no_text_frees_the_room():
+    class Untold(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    class Stuck(Shop):
+        def close(self) -> None:
+            super().close()
+            raise Untold
+
+    kind = replace(environment_kind(Shop, 60.0), factory=Stuck, type=Stuck)
+    environments = Environments(kind, timeout_s=2.0)
+    forget()
+    run(environments)
+    assert all_closed(environments)
+
+
 class Hostile(ForkingShop):
     """Does what it should not wherever it can."""
 

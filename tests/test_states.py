@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 import time
@@ -258,6 +259,99 @@ def test_a_failed_close_of_a_state_is_logged_once_and_the_rollout_continues(capl
         "close() of Notes failed: OSError: stuck. The run continues, but the resources of the state "
         "may not be released. Further failures of its close() are not logged."
     ]
+
+
+def _raised_in(hook: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> World:
+    """A world in which a hook of the states of group 1 raises the error."""
+    world = World()
+    if hook == "create_state":
+        write, read = world.tools[:2]
+
+        def create(group: int) -> Notes:
+            if group == 1:
+                raise error
+            return world.create(group)
+
+        write.create_state = read.create_state = create
+        return world
+    usual = getattr(Notes, hook)
+
+    def raising(self: Notes, *arguments: object) -> object:
+        if self.group == 1:
+            raise error
+        return usual.fget(self) if isinstance(usual, property) else usual(self, *arguments)
+
+    monkeypatch.setattr(Notes, hook, property(raising) if isinstance(usual, property) else raising)
+    return world
+
+
+HOOKS = ["create_state", "key", "call_steps", "bind", "record", "fork"]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), GeneratorExit(), asyncio.CancelledError()], ids=lambda e: type(e).__name__
+)
+def test_a_hook_that_ends_the_program_fails_only_its_group(hook, error, monkeypatch):
+    world = _raised_in(hook, error, monkeypatch)
+    made = Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)
+    with made.toolbox:
+        outcomes = list(made.sampler.stream(prompts(made, 3), seed=(0,), groups_at_once=3))
+    assert [outcome.id for outcome in outcomes if outcome.error is not None] == [1]
+    (failed,) = (outcome.cause for outcome in outcomes if outcome.error is not None)
+    assert isinstance(failed, ToolSpecError) and f"raised {type(error).__name__}" in str(failed)
+    assert hook in str(failed) and "would end the program. Let it raise an Exception" in str(failed)
+    assert world.is_closed()
+
+
+@pytest.mark.parametrize("hook", [*HOOKS, "close"])
+def test_ctrl_c_in_a_hook_stops_the_rollout(hook, monkeypatch):
+    world = _raised_in(hook, KeyboardInterrupt(), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(2)
+
+
+@pytest.mark.parametrize("hook", ["opening_steps", "admit", "will_be_admitted", "opened"])
+def test_a_hook_of_the_opening_that_ends_the_program_is_an_error(hook, monkeypatch):
+    class Opened(Notes):
+        opening_steps = 1
+
+        def opened(self, failure: ToolFailure | None, text: str) -> bool:
+            return leave() if hook == "opened" else True
+
+        def admit(self) -> bool:
+            return leave() if hook == "admit" else hook != "will_be_admitted"
+
+    def leave(*_: object) -> bool:
+        sys.exit(3)
+
+    if hook in ("opening_steps", "will_be_admitted"):
+        monkeypatch.setattr(Opened, hook, property(leave))
+    world = World()
+    write, read = world.tools[:2]
+
+    def create(group: int) -> Opened:
+        return Opened(world, group, [])
+
+    create.at_start = True
+    write.create_state = read.create_state = create
+    with pytest.raises(ToolSpecError, match=rf"{hook}.* raised SystemExit: 3, which would end the program"):
+        Scripted(writes_and_reads, leaves=2, at_root=2, tools=world.tools)()
+    assert world.is_closed()
+
+
+class Untold(OSError):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+def test_a_failed_close_whose_error_has_no_text_is_logged_too(caplog, monkeypatch):
+    def close(self: Notes) -> None:
+        raise Untold
+
+    monkeypatch.setattr(Notes, "close", close)
+    Scripted(writes_and_reads, leaves=4, at_root=2, tools=World().tools)(1)
+    assert "close() of Notes failed: Untold: (its text cannot be made)" in caplog.text
 
 
 # States that are told of calls ---------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from arpo_trl.common.user_code import text_of
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.protocols import ToolProtocol
 from arpo_trl.rollout.rules.base import BranchRule
@@ -96,7 +97,7 @@ class Finished:
 
 def error_text(error: Exception) -> str:
     """An exception as the `error` of a `Finished`: files and reports contain it, so it has no secret."""
-    return for_people(f"{type(error).__name__}: {error}")
+    return for_people(f"{type(error).__name__}: {text_of(error)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

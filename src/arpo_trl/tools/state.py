@@ -10,7 +10,8 @@ share the state of a path. All other tools have no state.
 A state is created before the first call that needs it, forked at each possible start of a branch, and closed when its
 path ends. All of this runs in the sampling thread, so decoding waits for it. Each state is closed exactly once, even
 if its group fails or the rollout is interrupted. An exception in `create_state`, `bind`, `record` or `fork` fails the
-group. An exception in `close` is logged once, and the rollout continues.
+group, and so does a library that ends the program there (`sys.exit`). An exception in `close` is logged once, and the
+rollout continues.
 
 If the creation of a state takes time, set `create_state.at_start = True`. Then the state is created with its path, and
 `open` runs in a thread of the tools before the first turn of a path or branch.
@@ -20,11 +21,13 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakValueDictionary
 
+from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ToolSpecError
 from arpo_trl.tools.calls import ToolCall, ToolFailure
 from arpo_trl.visible import get_logger
@@ -190,12 +193,20 @@ class PathStates:
     def bind(self, tool: str) -> BoundTool:
         """Return the tool, bound to its state for the path's next call."""
         state = self._of(tool)
-        key, steps = state.key, state.call_steps
+        kind = type(state).__name__
+        with _as_exception(f"key of {kind}"):
+            key = state.key
+        with _as_exception(f"call_steps of {kind}"):
+            steps = state.call_steps
+        with _as_exception(f"bind() of {kind}"):
+            run = state.bind(tool)
         turn = self._turns.setdefault(self._create[tool], asyncio.Lock()) if key is None else None
-        return BoundTool(run=state.bind(tool), key=key, turn=turn, steps=steps)
+        return BoundTool(run=run, key=key, turn=turn, steps=steps)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:
-        return self._of(call.name).record(call, failure)
+        state = self._of(call.name)
+        with _as_exception(f"record() of {type(state).__name__}"):
+            return state.record(call, failure)
 
     def fork(self) -> PathStates:
         """Return the states of a branch that starts here. If a fork fails, the states forked before it are closed."""
@@ -203,13 +214,14 @@ class PathStates:
         try:
             for create, state in self._states.items():
                 made_by = f"fork() of {type(state).__name__}"
-                branch._states[create] = _checked(state.fork(), made_by)
-                if branch._states[create] is state and state.key is None:
-                    del branch._states[create]  # the path closes it
-                    raise ToolSpecError(
-                        f"{made_by} returned the state itself, which path and branch would share although their calls "
-                        "change it. Return a copy."
-                    )
+                with _as_exception(made_by):
+                    copy = _checked(state.fork(), made_by)
+                    if copy is state and state.key is None:
+                        raise ToolSpecError(
+                            f"{made_by} returned the state itself, which path and branch would share although their "
+                            "calls change it. Return a copy."
+                        )
+                branch._states[create] = copy
         except BaseException:
             branch.close()
             raise
@@ -231,21 +243,25 @@ class PathStates:
 
     @property
     def opening_steps(self) -> int:
-        return sum(state.opening_steps for state in self._states.values())
+        with _as_exception("opening_steps of a PathState"):
+            return sum(state.opening_steps for state in self._states.values())
 
     def admit(self) -> bool:
-        return all(state.admit() for state in self._states.values())
+        with _as_exception("admit() of a PathState"):
+            return all(state.admit() for state in self._states.values())
 
     @property
     def will_be_admitted(self) -> bool:
-        return all(state.will_be_admitted for state in self._states.values())
+        with _as_exception("will_be_admitted of a PathState"):
+            return all(state.will_be_admitted for state in self._states.values())
 
     def open(self) -> None:
         for state in list(self._states.values()):
             state.open()
 
     def opened(self, failure: ToolFailure | None, text: str) -> bool:
-        outcomes = [state.opened(failure, text) for state in self._states.values()]
+        with _as_exception("opened() of a PathState"):
+            outcomes = [state.opened(failure, text) for state in self._states.values()]
         return all(outcomes)
 
     def _end(self, end: Callable[[PathState], None]) -> None:
@@ -254,7 +270,9 @@ class PathStates:
             _IN_USE.pop(id(state), None)
             try:
                 end(state)
-            except (Exception, SystemExit, GeneratorExit) as error:  # the code of a user may call sys.exit
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # also SystemExit: a library may call sys.exit
                 self._close_failed(state, error)
 
     def _of(self, tool: str) -> PathState:
@@ -262,14 +280,32 @@ class PathStates:
             return self._no_state
         if create not in self._states:
             made_by = f"create_state of tool {tool!r}"
-            state = _checked(create(self.group), made_by)
-            if id(state) in _IN_USE and state.key is None:
-                raise ToolSpecError(
-                    f"{made_by} returned the state of another path, although calls change it. Return a new one each "
-                    "time."
-                )
+            with _as_exception(made_by):
+                state = _checked(create(self.group), made_by)
+                if id(state) in _IN_USE and state.key is None:
+                    raise ToolSpecError(
+                        f"{made_by} returned the state of another path, although calls change it. Return a new one "
+                        "each time."
+                    )
             _IN_USE[id(state)] = self._states[create] = state
         return self._states[create]
+
+
+@contextmanager
+def _as_exception(hook: str) -> Iterator[None]:
+    """A context in which what would end the program, such as sys.exit in a library, is an exception like any other.
+
+    Ctrl-C passes.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise ToolSpecError(
+            f"{hook} raised {type(error).__name__}: {text_of(error)}, which would end the program. Let it raise an "
+            "Exception instead."
+        ) from error
 
 
 def _checked(state: Any, made_by: str) -> PathState:

@@ -24,14 +24,14 @@ _WRITTEN_OUT = (Decimal, Fraction, date, time_of_day, timedelta, UUID, PurePath)
 
 def written_out(value: Any) -> str | None:
     """Return a value that a tool returned as text; None if it has no obvious text form."""
-    with contextlib.suppress(Exception):  # code of the value's class
+    with contextlib.suppress(Exception, SystemExit):  # code of the value's class
         value = _unwrapped(value)
     if isinstance(value, str):
         return value
     if isinstance(value, _WRITTEN_OUT):
         return str(value)
     if isinstance(value, (bool, int, float, dict, list, tuple)):
-        with contextlib.suppress(Exception):  # not JSON, contains itself, or an odd subclass
+        with contextlib.suppress(Exception, SystemExit):  # not JSON, contains itself, or an odd subclass
             return json.dumps(_with_plain_keys(value), ensure_ascii=False, default=_jsonable)
     return None
 
@@ -41,7 +41,7 @@ def described(error: BaseException) -> str:
     if isinstance(error, ToolError):
         return str(error)
     message: str | None = None
-    with contextlib.suppress(Exception):  # str() may fail; then there is no message
+    with contextlib.suppress(Exception, SystemExit):  # str() may fail; then there is no message
         message = error.strerror if isinstance(error, OSError) else str(error)
     # Without secrets before it is cut: a part of one would remain.
     first_line = without_secrets((message or "").strip()).partition("\n")[0][:_MAX_ERROR_CHARS]

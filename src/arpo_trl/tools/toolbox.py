@@ -25,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from arpo_trl.common.queues import drained
+from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ConfigError, ToolError, ToolStopped, ToolUnavailable
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
@@ -405,8 +406,9 @@ class ToolBox:
         if type(state) not in self._not_closed:
             self._not_closed.add(type(state))
             logger.warning(
-                f"close() of {type(state).__name__} failed: {type(error).__name__}: {error}. The run continues, but "
-                "the resources of the state may not be released. Further failures of its close() are not logged."
+                f"close() of {type(state).__name__} failed: {type(error).__name__}: {text_of(error)}. The run "
+                "continues, but the resources of the state may not be released. Further failures of its close() are "
+                "not logged."
             )
 
     def _overdue(self, name: str, timeout_s: float) -> _Outcome:

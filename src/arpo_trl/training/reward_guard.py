@@ -13,6 +13,7 @@ from typing import Any, SupportsFloat
 
 import torch
 
+from arpo_trl.common.user_code import outcome_of, text_of
 from arpo_trl.errors import ArpoError, Interrupted, RewardError
 from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.trl_seam import get_callable_name, is_async_callable
@@ -49,13 +50,15 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
 
         async def checked_async(*, completions: Sequence[Any], **columns: Any) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
-            task = asyncio.ensure_future(function(**select(given)))
+            task = asyncio.ensure_future(outcome_of(function(**select(given))))
             while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
                 if interrupts.told is not None:
                     task.cancel()
                     return [0.0] * len(completions)
             with _told(function, name):
-                rewards = task.result()
+                rewards, error = task.result()
+                if error is not None:
+                    raise error
             return _spread(_checked(rewards, name, len(rows)), rows, len(completions))
 
         wrapper: Any = checked_async
@@ -108,15 +111,15 @@ def _told(function: Any, name: str) -> Iterator[None]:
     """A context in which an error of the user's function becomes a RewardError with the place of the error."""
     try:
         yield
-    except ArpoError:
+    except (ArpoError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:  # a library may call sys.exit
+    except BaseException as error:  # also SystemExit: a library may call sys.exit
         frames = traceback.extract_tb(error.__traceback__)
         code = getattr(getattr(function, "__wrapped__", function), "__code__", None)
         in_function = [frame for frame in frames if code is not None and frame.filename == code.co_filename]
         place = in_function[-1] if in_function else frames[-1]
         raise RewardError(
-            f"The reward function {name!r} raised {type(error).__name__}: {_text(error)} ({place.filename}, line "
+            f"The reward function {name!r} raised {type(error).__name__}: {text_of(error)} ({place.filename}, line "
             f"{place.lineno}). Correct the function; for a completion that it cannot score it may return None."
         ) from error
 
@@ -126,13 +129,6 @@ def _origin(function: Any, name: str) -> str:
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     file = "" if code is None else Path(code.co_filename).name
     return f"{file}:{name}" if file.endswith(".py") else name  # a cell of a notebook has another name each time
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # its own code can raise
-        return "(its text cannot be made)"
 
 
 def _named(function: Any) -> Collection[str]:

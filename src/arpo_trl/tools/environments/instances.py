@@ -16,18 +16,18 @@ An object of a class without `close` is reset again for another path when its pa
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import hashlib
 import inspect
 import json
 import threading
 import time
-from collections.abc import Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from arpo_trl.common.user_code import outcome_of, text_of
 from arpo_trl.errors import ArpoError, DataError, ToolError, ToolSpecError
 from arpo_trl.net.background import LoopThread
 from arpo_trl.tools.environments.differences import around_difference
@@ -447,7 +447,7 @@ class Instances:
             value = self._called(instance, name, copy.deepcopy(given))
             outcome = _comparable(value)
         except BaseException as raised:
-            error, outcome = raised, f"{type(raised).__name__}: {raised}"
+            error, outcome = raised, f"{type(raised).__name__}: {text_of(raised)}"
         instance.log.append(Done(name=name, arguments=given, outcome=outcome))
 
         def result() -> Any:
@@ -526,7 +526,7 @@ class Instances:
             return value
         with self.changed:
             self._loop = self._loop or LoopThread("arpo-environments")
-        future = self._loop.start(_awaited(value))
+        future = self._loop.start(outcome_of(value))
         try:
             returned, error = future.result(timeout_s)
         except TimeoutError:
@@ -680,7 +680,8 @@ def as_reason(error: BaseException) -> str:
     """Return an exception as part of a sentence."""
     if isinstance(error, ForkRefused | ToolError):
         return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    text = text_of(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _has_changed(before: Any, now: Any) -> bool:
@@ -700,13 +701,3 @@ def _comparable(value: Any) -> str:
     if len(text) <= _MAX_OUTCOME_CHARS:
         return text
     return f"{text[:_MAX_OUTCOME_CHARS]}… {hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
-
-
-async def _awaited(value: Awaitable[Any]) -> tuple[Any, BaseException | None]:
-    """Return the result or the exception of `value`. An uncaught SystemExit would stop the event loop."""
-    try:
-        return await value, None
-    except asyncio.CancelledError:
-        raise
-    except BaseException as error:
-        return None, error

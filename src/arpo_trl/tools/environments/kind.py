@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from arpo_trl.common.user_code import text_of
 from arpo_trl.errors import ConfigError, DataError, ToolSpecError
 from arpo_trl.tools.environments.worker import Worker
 
@@ -249,7 +250,8 @@ def _in_time(worker: Worker, call: Callable[[], Any], timeout_s: float, name: st
             f"{name} did not return within {timeout_s:g} s. Find the cause of the wait, or raise tool_timeout_s."
         )
     if (error := future.exception()) is not None:
-        raise ConfigError(f"{name} raised {type(error).__name__}: {error}. Correct it before training.") from error
+        raised = f"{type(error).__name__}: {text_of(error)}"
+        raise ConfigError(f"{name} raised {raised}. Correct it before training.") from error
     return future.result()
 
 

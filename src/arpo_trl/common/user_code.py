@@ -1,0 +1,25 @@
+"""Calls code that users wrote, such as tools, states and rewards, which may raise anything. Pure."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Any
+
+
+def text_of(error: BaseException) -> str:
+    """Return the text of an exception. Its class may be the user's, and fail to make one."""
+    try:
+        return str(error)
+    except (Exception, SystemExit):
+        return "(its text cannot be made)"
+
+
+async def outcome_of(value: Awaitable[Any]) -> tuple[Any, BaseException | None]:
+    """Return the result or the exception of `value`. An uncaught SystemExit would stop the event loop."""
+    try:
+        return await value, None
+    except asyncio.CancelledError:
+        raise
+    except BaseException as error:
+        return None, error
