@@ -983,6 +983,20 @@ def test_an_invalid_create_state_is_refused() -> None:
         box.submit(ToolCall(name="note", arguments={"text": "a"}), box.create_states(0))
 
 
+def test_a_create_state_without_a_hash_is_refused() -> None:
+    @dataclass
+    class Create:
+        size: int
+
+        def __call__(self, group: int) -> None:
+            raise AssertionError
+
+    note = notebook([])
+    note.create_state = Create(3)  # type: ignore[attr-defined]
+    with pytest.raises(ToolSpecError, match="tool 'note': create_state is a Create without a hash"):
+        tool_spec(note)
+
+
 def test_a_call_stopped_by_the_tool_differs_from_a_failed_call() -> None:
     assert call_once(returning(ToolStopped("killed"))).failure == "stopped"
     assert call_once(returning(ToolError("wrong"))).failure == "error"

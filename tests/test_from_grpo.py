@@ -675,6 +675,11 @@ def test_an_environment_gives_the_rewards_and_tools_that_it_gives_in_trl(
     ("factories", "rows", "message"),
     [
         ({"count": Counter}, SEVERAL, "A row has environment = 'words', which is not among the environments of"),
+        (
+            {"count": Counter},
+            CHAT.add_column("environment", [["count"]] * len(CHAT)),
+            r"A row has environment = \['count'\], which is not among the environments of",
+        ),
         ({"count": Counter}, CHAT, r"has only the columns \['prompt'\]. Add a column 'environment' with one of"),
         ({"count": Counter}, None, "requires a `train_dataset` whose rows select one of them. Pass a dataset with"),
         ({}, SEVERAL, "environment_factory is an empty dict"),

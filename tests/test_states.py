@@ -340,6 +340,68 @@ def test_a_hook_of_the_opening_that_ends_the_program_is_an_error(hook, monkeypat
     assert world.is_closed()
 
 
+class Unserializable:
+    """Its repr differs at each call, as one with an address does between paths."""
+
+
+CIRCULAR: list[object] = []
+CIRCULAR.append(CIRCULAR)
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ("a text", "str"),
+        (3, "int"),
+        ([1], "list"),
+        ({"a": 1}, "dict"),
+        ({1, 2}, "set"),
+        (({1, 2},), r"a tuple with a value that is not JSON \(Object of type set"),
+        ((Unserializable(),), r"a tuple with a value that is not JSON \(Object of type Unserializable"),
+        (({1: 1, "b": 2},), r"a tuple with a value that is not JSON \('<' not supported"),
+        ((CIRCULAR,), r"a tuple with a value that is not JSON \(Circular"),
+    ],
+)
+def test_a_key_that_is_no_tuple_of_json_values_is_an_error_that_names_the_class(value, got, monkeypatch):
+    world = World()
+    monkeypatch.setattr(Notes, "key", property(lambda self: value))
+    expected = f"key of Notes is {got}.*; expected None, or a tuple of JSON values"
+    with pytest.raises(ToolSpecError, match=expected):
+        Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(1)
+    assert world.is_closed()
+
+
+@pytest.mark.parametrize(
+    ("hook", "value", "message"),
+    [
+        (
+            "call_steps",
+            property(lambda self: "2"),
+            "call_steps of Notes is '2'; expected a whole number of at least 1",
+        ),
+        ("call_steps", property(lambda self: 0), "call_steps of Notes is 0; expected a whole number of at least 1"),
+        (
+            "opening_steps",
+            property(lambda self: None),
+            "opening_steps of Notes is None; expected a whole number",
+        ),
+        (
+            "bind",
+            lambda self, tool: "text",
+            r"bind\(\) of Notes returned str for the tool 'write'; expected the function",
+        ),
+        ("record", lambda self, *call: {1}, r"record\(\) of Notes returned set; expected the changes by the call as"),
+    ],
+)
+def test_another_value_than_a_hook_may_return_is_an_error_that_names_hook_and_class(hook, value, message, monkeypatch):
+    world = World()
+    monkeypatch.setattr(World.create, "at_start", hook == "opening_steps", raising=False)
+    monkeypatch.setattr(Notes, hook, value)
+    with pytest.raises(ToolSpecError, match=message):
+        Scripted(writes_and_reads, leaves=4, at_root=2, tools=world.tools)(1)
+    assert world.is_closed()
+
+
 class Untold(OSError):
     def __str__(self) -> str:
         raise RuntimeError("no text")

@@ -119,6 +119,11 @@ def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
             f"tool {name!r}: the attribute create_state is {create_state!r}; expected a function that takes the id of "
             "a group and returns a new PathState."
         )
+    if type(create_state).__hash__ is None:
+        raise ToolSpecError(
+            f"tool {name!r}: create_state is a {type(create_state).__name__} without a hash, but tools with the same "
+            "create_state share a state. Make it a function, or a dataclass with eq=False."
+        )
     if create_state is not None and not _takes_one(create_state):
         raise ToolSpecError(
             f"tool {name!r}: create_state {create_state!r} cannot be called with one argument. It must take the id of "

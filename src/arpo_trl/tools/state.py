@@ -20,6 +20,7 @@ If the creation of a state takes time, set `create_state.at_start = True`. Then 
 from __future__ import annotations
 
 import asyncio
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,8 +60,8 @@ class PathState(ABC):
 
     @property
     def key(self) -> tuple[Any, ...] | None:
-        """The values on which a result depends in addition to the tool and its arguments, as JSON; None if calls
-        change the state.
+        """The values on which a result depends in addition to the tool and its arguments, as a tuple of JSON values;
+        None if calls change the state.
 
         With a key, a call may reuse the result of an identical call with the same key (see `ToolBox`), and the calls
         of one turn run concurrently. With None, every call runs, and the calls of the path run one after the other.
@@ -193,20 +194,28 @@ class PathStates:
     def bind(self, tool: str) -> BoundTool:
         """Return the tool, bound to its state for the path's next call."""
         state = self._of(tool)
-        kind = type(state).__name__
-        with _as_exception(f"key of {kind}"):
-            key = state.key
+        kind, key = type(state).__name__, _key_of(state)
         with _as_exception(f"call_steps of {kind}"):
-            steps = state.call_steps
+            steps = _whole(state.call_steps, 1, f"call_steps of {kind}")
         with _as_exception(f"bind() of {kind}"):
             run = state.bind(tool)
+        if not callable(run):
+            raise ToolSpecError(
+                f"bind() of {kind} returned {type(run).__name__} for the tool {tool!r}; expected the function that "
+                "runs its next call."
+            )
         turn = self._turns.setdefault(self._create[tool], asyncio.Lock()) if key is None else None
         return BoundTool(run=run, key=key, turn=turn, steps=steps)
 
     def record(self, call: ToolCall, failure: ToolFailure | None) -> str | None:
         state = self._of(call.name)
-        with _as_exception(f"record() of {type(state).__name__}"):
-            return state.record(call, failure)
+        with _as_exception(hook := f"record() of {type(state).__name__}"):
+            changes = state.record(call, failure)
+        if not isinstance(changes, str | None):
+            raise ToolSpecError(
+                f"{hook} returned {type(changes).__name__}; expected the changes by the call as text, or None."
+            )
+        return changes
 
     def fork(self) -> PathStates:
         """Return the states of a branch that starts here. If a fork fails, the states forked before it are closed."""
@@ -216,7 +225,7 @@ class PathStates:
                 made_by = f"fork() of {type(state).__name__}"
                 with _as_exception(made_by):
                     copy = _checked(state.fork(), made_by)
-                    if copy is state and state.key is None:
+                    if copy is state and _key_of(state) is None:
                         raise ToolSpecError(
                             f"{made_by} returned the state itself, which path and branch would share although their "
                             "calls change it. Return a copy."
@@ -243,8 +252,11 @@ class PathStates:
 
     @property
     def opening_steps(self) -> int:
-        with _as_exception("opening_steps of a PathState"):
-            return sum(state.opening_steps for state in self._states.values())
+        total = 0
+        for state in self._states.values():
+            with _as_exception(hook := f"opening_steps of {type(state).__name__}"):
+                total += _whole(state.opening_steps, 0, hook)
+        return total
 
     def admit(self) -> bool:
         with _as_exception("admit() of a PathState"):
@@ -282,7 +294,7 @@ class PathStates:
             made_by = f"create_state of tool {tool!r}"
             with _as_exception(made_by):
                 state = _checked(create(self.group), made_by)
-                if id(state) in _IN_USE and state.key is None:
+                if id(state) in _IN_USE and _key_of(state) is None:
                     raise ToolSpecError(
                         f"{made_by} returned the state of another path, although calls change it. Return a new one "
                         "each time."
@@ -314,3 +326,30 @@ def _checked(state: Any, made_by: str) -> PathState:
             f"{made_by} returned {type(state).__name__}; expected a PathState. Derive its class from PathState."
         )
     return state
+
+
+def _key_of(state: PathState) -> tuple[Any, ...] | None:
+    """Return `PathState.key`.
+
+    Raises:
+        ToolSpecError: It is neither None nor a tuple of JSON values. Equal calls would share results by its text.
+    """
+    with _as_exception(f"key of {type(state).__name__}"):
+        key = state.key
+    got = None if key is None or isinstance(key, tuple) else type(key).__name__
+    try:
+        json.dumps(key, sort_keys=True)
+    except (TypeError, ValueError, RecursionError) as error:
+        got = got or f"a tuple with a value that is not JSON ({error})"
+    if got is not None:
+        raise ToolSpecError(
+            f"key of {type(state).__name__} is {got}; expected None, or a tuple of JSON values: texts, numbers, True, "
+            "False, None, and lists and dicts of them."
+        )
+    return key
+
+
+def _whole(steps: Any, least: int, name: str) -> int:
+    if not isinstance(steps, int) or steps < least:
+        raise ToolSpecError(f"{name} is {steps!r}; expected a whole number of at least {least}.")
+    return steps

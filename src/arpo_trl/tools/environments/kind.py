@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import typing
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from enum import StrEnum
@@ -98,7 +98,7 @@ class Kinds:
         if not self.several:
             return None
         name = row.get(COLUMN)
-        if name not in self.by_name:
+        if not isinstance(name, Hashable) or name not in self.by_name:
             raise DataError(
                 f"A row has {COLUMN} = {name!r}, which is not among the environments of environment_factory, "
                 f"{list(self.by_name)}. Give each row one of these names in the column {COLUMN!r}."
@@ -129,7 +129,7 @@ class Kinds:
                     f"environment_factory is a dict of {list(self.by_name)}, but the dataset has only the columns "
                     f"{list(columns)}. Add a column {COLUMN!r} with one of these names in each row."
                 )
-            for name in dict.fromkeys(columns[COLUMN]):
+            for name in columns[COLUMN]:
                 self.name_of({COLUMN: name})
         for kind in self.by_name.values():
             kind.check_row(self.given(columns))
