@@ -37,7 +37,7 @@ SETTINGS = SamplingParams(eos_ids=(EOS,), stop_strings=("</search>",))
 class Echo:
     """An engine from outside the package: it answers each question with the question's own number."""
 
-    vocab_size, forward_s, max_length = 1000, 0.0, 150
+    vocab_size, forward_s, max_length, has_logprobs = 1000, 0.0, 150, True
 
     def __init__(self) -> None:
         self.waiting: list[TurnRequest] = []

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -29,10 +30,12 @@ class Registry(Generic[T]):
         kind: The kind of the classes, for error messages, such as "branch rule".
         package: The package's `__name__`. The names of its modules except `base` are the names of its classes.
         paths: The package's `__path__`.
+        base: The name of the classes' base class, in the package's file `base`.
     """
 
-    def __init__(self, kind: str, package: str, paths: Iterable[str]):
+    def __init__(self, kind: str, package: str, paths: Iterable[str], base: str):
         self.kind = kind
+        self._base = base
         self._package = package
         self.own = [module.name for module in pkgutil.iter_modules(paths) if module.name != BASE]
         """The names of the package's own classes, sorted."""
@@ -44,10 +47,12 @@ class Registry(Generic[T]):
         A class may be registered again, for example when a notebook cell runs twice.
 
         Raises:
-            ConfigError: Another class has that name.
+            ConfigError: Another class has that name, or the class does not derive from the base class, or does not
+                define its abstract methods with their parameters.
         """
 
         def add(made: T) -> T:
+            self._check(made, name)
             home, known = f"{made.__module__}.{made.__qualname__}", self._classes.get(name)
             if known is None and name in self.own and made.__module__ != f"{self._package}.{name}":
                 known = self.get(name)
@@ -61,6 +66,26 @@ class Registry(Generic[T]):
             return made
 
         return add
+
+    def _check(self, made: Any, name: str) -> None:
+        base: type = getattr(importlib.import_module(f"{self._package}.{BASE}"), self._base)
+        home = f"{getattr(made, '__module__', '')}.{getattr(made, '__qualname__', made)}"
+        subject = f"{home} cannot be registered as the {self.kind} {name!r}"
+        if not (isinstance(made, type) and issubclass(made, base)):
+            raise ConfigError(f"{subject}: expected a class that derives from {self._base}.")
+        if missing := sorted(getattr(made, "__abstractmethods__", ())):
+            raise ConfigError(f"{subject}: it does not define {missing}, which a {self._base} needs. Define them.")
+        for declaring in reversed(made.__mro__):
+            for method in getattr(declaring, "__abstractmethods__", ()):
+                has_no_self = isinstance(inspect.getattr_static(made, method), staticmethod | classmethod)
+                parameters = list(inspect.signature(getattr(declaring, method)).parameters)[has_no_self:]
+                try:
+                    inspect.signature(getattr(made, method)).bind(*parameters)
+                except TypeError as error:
+                    raise ConfigError(
+                        f"{subject}: its {method} cannot be called with {parameters} ({error}). Correct its "
+                        "parameters."
+                    ) from error
 
     @property
     def names(self) -> list[str]:

@@ -24,7 +24,7 @@ from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes, Score, TreeSettings, error_text
 from arpo_trl.rollout.decisions import checked_decisions, checked_rewards, checked_roots, checked_supply
-from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop
+from arpo_trl.rollout.engines.base import Engine, Event, Probe, Turn, TurnFailed, TurnRequest, TurnStop, check_engine
 from arpo_trl.rollout.paths import Calling, Group, Path
 from arpo_trl.rollout.protocols import BadCall, ToolProtocol
 from arpo_trl.rollout.rules.base import BranchContext, Candidate, LivePath, Moment
@@ -57,9 +57,10 @@ class TreeSampler:
         """Store the parts. `score` computes rewards for branch rules that read the rewards of finished leaves.
 
         Raises:
-            ConfigError: The branch rule reads rewards and `score` is None, or the settings share the calls of a tool
-                that is not declared shareable.
+            ConfigError: The branch rule reads rewards and `score` is None, the engine lacks a member of `Engine`, or
+                the settings share the calls of a tool that is not declared shareable.
         """
+        check_engine(engine)
         self.engine = engine
         self.toolbox = toolbox
         self.protocol = protocol
@@ -67,9 +68,9 @@ class TreeSampler:
         self.score = score
         self._check(settings)
         self.tool_wait_s = 0.0
+        """Seconds spent waiting for tools since the sampler was created."""
         self.requests = 0
         """Requests so far. Their numbers are their ids, so that an event of an earlier session has no request."""
-        """Seconds spent waiting for tools since the sampler was created."""
         self.between_events: Callable[[], None] = _do_nothing
         """Called before each wait for events. An exception from it, for example on an interrupt, stops the rollout."""
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CREDITS", "SharedPrefixWeight", "attributions", "build_credit", "register_credit"]
 
-CREDITS: Registry[type[Credit]] = Registry("credit", __name__, __path__)
+CREDITS: Registry[type[Credit]] = Registry("credit", __name__, __path__, "Credit")
 register_credit = CREDITS.register
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
+from arpo_trl.errors import ConfigError
+
 
 class TurnStop(StrEnum):
     """Why a turn ended."""
@@ -146,6 +148,20 @@ class Engine(Protocol):
 
     def poll(self, timeout_s: float) -> Sequence[Event]:
         """Return the events since the last call. Waits at most about `timeout_s` seconds for the first one."""
+
+
+def check_engine(engine: Engine) -> None:
+    """Check that an engine from outside the package has the members of `Engine`.
+
+    Raises:
+        ConfigError: It lacks some.
+    """
+    members = [*Engine.__annotations__, *(name for name in vars(Engine) if not name.startswith("_"))]
+    if missing := [name for name in members if not hasattr(engine, name)]:
+        raise ConfigError(
+            f"The engine {type(engine).__name__} has no {', '.join(missing)}, which the sampler needs. Define "
+            f"{'it' if len(missing) == 1 else 'them'} as in `Engine`."
+        )
 
 
 @runtime_checkable

@@ -50,7 +50,7 @@ __all__ = [
     "register_rule",
 ]
 
-RULES: Registry[type[BranchRule]] = Registry("branch rule", __name__, __path__)
+RULES: Registry[type[BranchRule]] = Registry("branch rule", __name__, __path__, "BranchRule")
 register_rule = RULES.register
 
 

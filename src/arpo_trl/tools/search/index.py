@@ -313,7 +313,15 @@ def search_tool(source: Searchable, *, top_k: int = 5, max_chars: int = 1000) ->
         source: A `LocalIndex`, `RecordedSearch`, `WebSearch` or another object with their method `search`.
         top_k: The maximum number of results.
         max_chars: The maximum characters of one result; a longer one is cut.
+
+    Raises:
+        ConfigError: `source` has no method `search`.
     """
+    if not callable(getattr(source, "search", None)):
+        raise ConfigError(
+            f"The source of search_tool is a {type(source).__name__} without a method `search`; expected a "
+            "LocalIndex, a RecordedSearch, a WebSearch or an object with `search(query, top_k)`."
+        )
 
     def search(query: str) -> str:
         """Search for a query and return the texts found, the best first.
