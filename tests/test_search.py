@@ -293,6 +293,25 @@ def test_a_recording_with_another_format_is_refused(tmp_path: Path, content: obj
         recorded(tmp_path, content)
 
 
+@pytest.mark.parametrize(
+    "query", ["x" * 3000, "search query: " + "x" * 3000, "x " * 1500, "iron " + " " * 3000 + "gold", "iron \ud800"]
+)
+def test_each_recorded_query_finds_its_own_result(tmp_path: Path, query: str) -> None:
+    # the other would be the nearest, or shares no word
+    assert search_tool(recorded(tmp_path, {query: "its own", "iron gold x": "another's"}))(query) == "Page 1: its own"
+
+
+def test_of_queries_that_are_the_same_the_first_counts_and_different_results_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = {"Iron": "first", " iron": "second", "search query: IRON": "third", "gold": "same", "Gold ": "same"}
+    source = recorded(tmp_path, content)
+    assert len(source) == 2 and source.search("IRON", 5) == ["first"]
+    (message,) = (record.getMessage() for record in caplog.records)
+    assert message.startswith(f"{tmp_path / 'recorded.json'} has queries that differ from an earlier one only in case")
+    assert "but have another result (2), such as ' iron' and 'Iron'. The first result counts." in message
+
+
 def test_an_invalid_or_missing_recording_is_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(DataError, match="not valid JSON"):

@@ -129,6 +129,34 @@ def test_the_released_codes_json_is_read_and_written(cache: SearchCache, tmp_pat
         cache.export_json(tmp_path / "none.json", "serpr")
 
 
+@pytest.mark.parametrize("mode", [search_cache.CacheMode.OFFLINE, search_cache.CacheMode.REPLAY])
+def test_an_imported_query_is_found_as_a_search_asks_for_it(
+    tmp_path: Path, mode: search_cache.CacheMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = ["Iron  ", "search query: gold", "query: query: tin", "long " * 200]  # Brave's are cut to 400 characters
+    (tmp_path / "in.json").write_text(json.dumps({query: f"about {query[:20]}" for query in queries}))
+    path = tmp_path / "cache.sqlite"
+    monkeypatch.setattr(
+        "sys.argv", ["arpo-trl", "cache", "import", str(path), str(tmp_path / "in.json"), "--provider", "brave"]
+    )
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    web = WebSearch(make_provider("brave"), SearchCache(path), mode)
+    for query in queries:
+        for asked in (query, f" {query.upper()}"):
+            assert web.search(asked, 10) == [f"about {query[:20]}".strip()]
+
+
+def test_of_imported_queries_that_are_the_same_the_first_counts(
+    cache: SearchCache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in.json").write_text(json.dumps({"Iron": "first", "iron ": "second"}))
+    assert cache.import_json(tmp_path / "in.json", "serper", {"results": 10}) == 1
+    entry = cache.get(key("IRON"))
+    assert entry is not None and entry.hits[0].text == "first"
+    assert "has queries that differ from an earlier one" in caplog.text
+
+
 def test_a_cache_is_not_exported_over_itself(cache: SearchCache) -> None:
     with pytest.raises(DataError, match=r"is the search cache itself\. Choose another file"):
         cache.export_json(cache.path)

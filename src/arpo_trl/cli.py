@@ -216,6 +216,7 @@ def _on_cache(cache: SearchCache, arguments: argparse.Namespace) -> None:
             count = cache.export_json(arguments.file, arguments.provider)
             say(f"{count:,} queries written to {arguments.file}")
         case "import":
-            parameters = PROVIDERS.get(arguments.provider).parameters(arguments.top_k)
-            count = cache.import_json(arguments.file, arguments.provider, parameters)
+            provider = PROVIDERS.get(arguments.provider)
+            parameters, longest = provider.parameters(arguments.top_k), provider.max_query_chars
+            count = cache.import_json(arguments.file, arguments.provider, parameters, longest)
             say(f"{count:,} queries imported from {arguments.file}")

@@ -27,7 +27,7 @@ from typing import Any
 from arpo_trl.common.retries import retry
 from arpo_trl.common.user_files import expect, parse_json, user_path
 from arpo_trl.errors import DataError
-from arpo_trl.tools.search.index import NearestQuery, as_text, normalised, pages_of, read_recorded
+from arpo_trl.tools.search.index import MAX_QUERY_CHARS, NearestQuery, as_text, normalised, pages_of, read_recorded
 from arpo_trl.tools.search.providers import Hit
 
 FILE_VERSION = 1
@@ -193,7 +193,7 @@ class SearchCache:
 
     def nearest(self, provider: str, fields: Sequence[str]) -> NearestQuery:
         """Return the current answers of one provider, for all parameters; `fields` as in `Hit.shown`."""
-        rows = self._run("SELECT query, hits FROM results WHERE provider=? AND hits IS NOT NULL", provider)
+        rows = self._run("SELECT asked, hits FROM results WHERE provider=? AND hits IS NOT NULL", provider)
         return NearestQuery((query, [hit.shown(fields) for hit in _hits(hits)]) for query, hits in rows)
 
     @contextlib.contextmanager
@@ -235,12 +235,15 @@ class SearchCache:
         )
         return bool(rows)
 
-    def import_json(self, path: str | Path, provider: str, parameters: Mapping[str, Any]) -> int:
+    def import_json(
+        self, path: str | Path, provider: str, parameters: Mapping[str, Any], longest: int = MAX_QUERY_CHARS
+    ) -> int:
         """Import a file {query: result text}, the format of the released code's `search_cache.json`.
 
-        Returns the number of queries.
+        Returns the number of queries. `longest` is the provider's `max_query_chars`: longer queries are cut, as in a
+        search.
         """
-        recorded = read_recorded(path)
+        recorded = read_recorded(path, longest)
         for query, text in recorded.items():
             self.put(
                 Key.of(provider, query, parameters), [Hit(title="", url="", text=page) for page in pages_of(text)]

@@ -22,9 +22,12 @@ from arpo_trl.common.imports import hidden_package
 from arpo_trl.common.user_files import json_lines, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.tools.search.words import tokenize
+from arpo_trl.visible import get_logger
 
 with hidden_package("jax"):  # bm25s would start it, and it would take three quarters of the GPU's memory
     import bm25s
+
+logger = get_logger(__name__)
 
 NOTHING_FOUND = "No search results found."
 MAX_QUERY_CHARS = 2000
@@ -240,7 +243,7 @@ class NearestQuery:
     def __init__(self, results: Iterable[tuple[str, list[str]]]) -> None:
         self._results: dict[str, list[str]] = {}
         for query, pages in results:
-            self._results.setdefault(normalised(query), pages)
+            self._results.setdefault(normalised(as_received(query)), pages)
         self._queries = [query for query, pages in self._results.items() if pages and tokenize(query)]
         self._ranking = _Ranking.of(self._queries) if self._queries else None
 
@@ -249,7 +252,7 @@ class NearestQuery:
 
     def pages(self, query: str) -> list[str]:
         """Return the pages recorded for `query`, or if there are none, for the nearest recorded query."""
-        query = normalised(query)
+        query = normalised(as_received(query))
         if query in self._results:
             return self._results[query]
         nearest = self._ranking.best(query, 1) if self._ranking else []
@@ -276,8 +279,10 @@ class RecordedSearch:
         return self._recorded.pages(query)[:top_k]
 
 
-def read_recorded(path: str | Path) -> dict[str, str]:
-    """Return the recorded results of a JSON file {query: result text}.
+def read_recorded(path: str | Path, longest: int = MAX_QUERY_CHARS) -> dict[str, str]:
+    """Return the recorded results of a JSON file {query: result text}, for each query as `as_received` returns it.
+
+    Of queries that are equal after `normalised`, the first one counts. Logs a warning if their results differ.
 
     Raises:
         DataError: The file is missing, empty or has another format.
@@ -289,7 +294,20 @@ def read_recorded(path: str | Path) -> dict[str, str]:
     for query, result in recorded.items():
         if not isinstance(result, str):
             raise DataError(f"{path}, query {query!r}: the result is {type(result).__name__}; expected a string.")
-    return recorded
+    first: dict[str, str] = {}
+    conflicts: list[tuple[str, str]] = []
+    for query, result in recorded.items():
+        known = first.setdefault(normalised(as_received(query, longest)), query)
+        if pages_of(recorded[known]) != pages_of(result):
+            conflicts.append((known, query))
+    if conflicts:
+        known, query = conflicts[0]
+        logger.warning(
+            f"{path} has queries that differ from an earlier one only in case, white space, a leading `search query:` "
+            f"or after {longest} characters, but have another result ({len(conflicts)}), such as {query[:100]!r} and "
+            f"{known[:100]!r}. The first result counts. To use another one, remove the first."
+        )
+    return {as_received(query, longest): recorded[query] for query in first.values()}
 
 
 def pages_of(result: str) -> list[str]:
@@ -329,7 +347,7 @@ def search_tool(source: Searchable, *, top_k: int = 5, max_chars: int = 1000) ->
         Args:
             query: What to look for, in a few words.
         """
-        pages = [" ".join(text.split()) for text in source.search(query[:MAX_QUERY_CHARS], top_k)]
+        pages = [" ".join(text.split()) for text in source.search(as_received(query), top_k)]
         return as_text([page if len(page) <= max_chars else page[: max_chars - len(_CUT)] + _CUT for page in pages])
 
     search.deterministic = True  # type: ignore[attr-defined]
@@ -356,6 +374,11 @@ def _shown(passage: Any, where: str) -> str:
         f"{where}: expected a string, or an object with the string `text` and optionally `title`, or with `contents`, "
         f"got {got}"
     )
+
+
+def as_received(query: str, longest: int = MAX_QUERY_CHARS) -> str:
+    """Return the form of `query` in which a source gets it: encodable, without extra spaces, not too long."""
+    return " ".join(query.encode("utf-8", "replace").decode().split())[:longest]
 
 
 def normalised(query: str) -> str:

@@ -23,7 +23,7 @@ from arpo_trl.errors import ConfigError, ToolError, ToolUnavailable
 from arpo_trl.net.circuit_breaker import CircuitBreaker
 from arpo_trl.net.http_client import RequestFailed, fetch_json, mentions_account, retried, without
 from arpo_trl.tools.search.cache import CacheMode, Entry, Key, SearchCache
-from arpo_trl.tools.search.index import NearestQuery
+from arpo_trl.tools.search.index import NearestQuery, as_received
 from arpo_trl.tools.search.providers import FIELDS, Hit, Provider, Unanswered
 from arpo_trl.tools.search.providers.base import says_error
 from arpo_trl.visible import get_logger
@@ -106,7 +106,7 @@ class WebSearch:
             ToolError: The mode is offline and the query is not in the cache.
         """
         if self._recorded is not None:
-            return self._recorded.pages(query)[:top_k]
+            return self._recorded.pages(as_received(query, self._provider.max_query_chars))[:top_k]
         try:
             hits = self._search(query, top_k)
         except sqlite3.Error as error:  # such as a full disk; logged each time, because it persists
@@ -115,7 +115,7 @@ class WebSearch:
         return [hit.shown(self._fields) for hit in hits[:top_k]]
 
     def _search(self, query: str, top_k: int) -> list[Hit]:
-        query = " ".join(query.encode("utf-8", "replace").decode().split())[: self._provider.max_query_chars]
+        query = as_received(query, self._provider.max_query_chars)
         if not query:
             return []
         key = Key.of(self._provider.name, query, self._provider.parameters(top_k))
