@@ -157,6 +157,39 @@ def test_of_imported_queries_that_are_the_same_the_first_counts(
     assert "has queries that differ from an earlier one" in caplog.text
 
 
+def test_an_import_that_fails_changes_nothing(cache: SearchCache, tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text(json.dumps({"iron": "new", "gold": "new", "tin": "new"}))
+    cache.put(key("iron"), HITS)
+    with sqlite3.connect(cache.path) as connection:
+        connection.execute(
+            "CREATE TRIGGER full BEFORE INSERT ON results WHEN NEW.query = 'tin' "
+            "BEGIN SELECT RAISE(ABORT, 'database or disk is full'); END"
+        )
+    with pytest.raises(sqlite3.Error, match="disk is full"):
+        cache.import_json(tmp_path / "in.json", "serper", {"results": 10})
+    assert [cache.get(key(query)) for query in ("iron", "gold", "tin")] == [Entry(hits=HITS, error=None), None, None]
+    cache.put(key("gold"), HITS)  # the file is not locked
+    assert SearchCache(cache.path).get(key("gold")) == Entry(hits=HITS, error=None)
+
+
+def test_an_export_that_fails_keeps_the_earlier_file(
+    cache: SearchCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.put(key(), HITS)
+    cache.export_json(tmp_path / "out.json")
+    before = (tmp_path / "out.json").read_text("utf-8")
+    write = Path.write_text
+
+    def full(self: Path, text: str, *arguments: Any, **named: Any) -> int:
+        write(self, text[:5], *arguments, **named)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        cache.export_json(tmp_path / "out.json")
+    assert (tmp_path / "out.json").read_text("utf-8") == before
+
+
 def test_a_cache_is_not_exported_over_itself(cache: SearchCache) -> None:
     with pytest.raises(DataError, match=r"is the search cache itself\. Choose another file"):
         cache.export_json(cache.path)

@@ -24,6 +24,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from arpo_trl.common.files import write_whole
 from arpo_trl.common.retries import retry
 from arpo_trl.common.user_files import expect, parse_json, user_path
 from arpo_trl.errors import DataError
@@ -46,6 +47,7 @@ CREATE TABLE IF NOT EXISTS leases (key TEXT PRIMARY KEY, owner TEXT, until REAL)
 CREATE TABLE IF NOT EXISTS slots (provider TEXT PRIMARY KEY, next REAL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spending (run TEXT PRIMARY KEY, requests INTEGER) WITHOUT ROWID;
 """
+_PUT = "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, NULL, ?)"
 
 
 class CacheMode(StrEnum):
@@ -152,10 +154,15 @@ class SearchCache:
         self._connection, self._pid = connection, os.getpid()
 
     def _run(self, statement: str, *values: Any) -> list[Any]:
+        with self._connected() as connection:
+            return connection.execute(statement, values).fetchall()
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
         with self._lock:
             if self._pid != os.getpid():  # after a fork: two processes must not share a connection
                 self._connect()
-            return self._connection.execute(statement, values).fetchall()
+            yield self._connection
 
     def close(self) -> None:
         """Close the file. May be called repeatedly. No other method may be called afterwards."""
@@ -174,12 +181,7 @@ class SearchCache:
 
     def put(self, key: Key, hits: Sequence[Hit]) -> None:
         """Write an answer. An empty one expires after `EMPTY_TTL_S`."""
-        self._run(
-            "INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, NULL, ?)",
-            *(key.provider, key.query, key.parameters, key.asked),
-            _clean(json.dumps([[hit.title, hit.url, hit.text] for hit in hits], ensure_ascii=False)),
-            None if hits else time.time() + EMPTY_TTL_S,
-        )
+        self._run(_PUT, *_row(key, hits))
 
     def put_error(self, key: Key, error: str) -> None:
         """Write that a request failed, for `ERROR_TTL_S`. This never overwrites an answer."""
@@ -240,14 +242,23 @@ class SearchCache:
     ) -> int:
         """Import a file {query: result text}, the format of the released code's `search_cache.json`.
 
-        Returns the number of queries. `longest` is the provider's `max_query_chars`: longer queries are cut, as in a
-        search.
+        Imports all queries or, after an error, none. Returns their number. `longest` is the provider's
+        `max_query_chars`: longer queries are cut, as in a search.
         """
         recorded = read_recorded(path, longest)
-        for query, text in recorded.items():
-            self.put(
-                Key.of(provider, query, parameters), [Hit(title="", url="", text=page) for page in pages_of(text)]
-            )
+        rows = [
+            _row(Key.of(provider, query, parameters), [Hit(title="", url="", text=page) for page in pages_of(text)])
+            for query, text in recorded.items()
+        ]
+        with self._connected() as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                connection.executemany(_PUT, rows)
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:  # after some errors sqlite has ended it
+                    connection.execute("ROLLBACK")
+                raise
         return len(recorded)
 
     def export_json(self, path: str | Path, provider: str | None = None) -> int:
@@ -269,7 +280,7 @@ class SearchCache:
         )
         found = {query: as_text([hit.shown() for hit in _hits(hits)]) for query, hits in reversed(rows)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(reversed(found.items())), ensure_ascii=False, indent=1), "utf-8")
+        write_whole(path, json.dumps(dict(reversed(found.items())), ensure_ascii=False, indent=1))
         return len(found)
 
     def stats(self) -> dict[str, Any]:
@@ -282,6 +293,13 @@ class SearchCache:
             row[0]: dict(zip(("found", "empty", "failed"), (n or 0 for n in row[1:]), strict=True)) for row in rows
         }
         return {"results": providers, "requests": dict(self._run("SELECT run, requests FROM spending ORDER BY run"))}
+
+
+def _row(key: Key, hits: Sequence[Hit]) -> tuple[Any, ...]:
+    """Return the values of `_PUT`."""
+    written = _clean(json.dumps([[hit.title, hit.url, hit.text] for hit in hits], ensure_ascii=False))
+    expires = None if hits else time.time() + EMPTY_TTL_S
+    return key.provider, key.query, key.parameters, key.asked, written, expires
 
 
 def _hits(stored: str) -> list[Hit]:
