@@ -3,6 +3,7 @@ import resource
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from datasets import Dataset
@@ -20,10 +21,11 @@ from arpo_trl.publishing.mixin import Publishing
 from arpo_trl.publishing.model_card import Card
 from arpo_trl.publishing.trained_settings import EvaluationSettings
 from arpo_trl.runs import checkpoints, resumable
-from arpo_trl.runs.checkpoints import STATE_FILE, Checkpoints, SavedState, dataset_identity
+from arpo_trl.runs.checkpoints import STATE_FILE, Checkpoints, RunIdentity, SavedState, dataset_identity
+from arpo_trl.tools.spec import ToolSet
 from arpo_trl.training.trainer import ARPOTrainer
 from resuming import ROWS, make_trainer, outcome, save_calling_model
-from support import save_tiny_model, search
+from support import python, save_tiny_model, search
 
 STEPS = 7  # two of ten prompts a step: an epoch has five
 RUNS = {
@@ -317,6 +319,59 @@ def test_a_read_only_folder_is_refused_before_the_model_is_loaded():
 
 # Of this run ---------------------------------------------------------------------------------------------------------
 
+
+def search_for_some(query: str, most: int = 3) -> str:
+    """Search for facts.
+
+    Args:
+        query: What to look for.
+        most: How many facts.
+    """
+    return f"{most} facts about {query}"
+
+
+search_for_some.__name__ = "search"
+
+
+def identity_with(*tools: Any) -> RunIdentity:
+    parameters = {name: spec.undescribed_parameters for name, spec in ToolSet(tools).specs.items()}
+    of_tools: dict[str, Any] = {"tools": list(parameters), "tools_parameters": parameters}
+    return RunIdentity(settings={}, model={}, dataset=None, rewards=[], processes=1, sharding=None, **of_tools)
+
+
+def saved_by(identity: dict[str, Any]) -> SavedState:
+    state: dict[str, Any] = {"written": 0.0, "between_generations": True, "owes_evaluation": False}
+    return SavedState(folder=Path("run"), step=1, identity=identity, versions={}, files={}, **state)
+
+
+def test_a_tool_of_the_same_name_with_other_parameters_is_another_tool():
+    state = saved_by(identity_with(search).as_dict())
+    state.check_same_run(identity_with(search))
+    expected = r"run was written by another run: tools_parameters.search.properties.most is null there and \{.*\} here"
+    with pytest.raises(ConfigError, match=expected):
+        state.check_same_run(identity_with(search_for_some))
+
+
+def test_a_tool_may_be_described_otherwise():
+    def described(query: str) -> str:
+        """Look things up.
+
+        Args:
+            query: A few words.
+        """
+        return query
+
+    described.__name__ = "search"
+    saved_by(identity_with(search).as_dict()).check_same_run(identity_with(described))
+
+
+def test_a_checkpoint_without_the_parameters_of_tools_is_compared_by_their_names():
+    old = {name: value for name, value in identity_with(search).as_dict().items() if name != "tools_parameters"}
+    saved_by(old).check_same_run(identity_with(search_for_some))
+    with pytest.raises(ConfigError, match=r'tools is \["search"\] there and \["python"\] here'):
+        saved_by(old).check_same_run(identity_with(python))
+
+
 OTHER_ROWS = Dataset.from_list([*ROWS.select(range(9)), {**ROWS[9], "answer": ["10"]}])
 
 
@@ -335,6 +390,10 @@ OTHER_ROWS = Dataset.from_list([*ROWS.select(range(9)), {**ROWS[9], "answer": ["
         ({"train_dataset": ROWS.select(range(8))}, "dataset.rows is 10 there and 8 here"),
         ({"train_dataset": OTHER_ROWS}, r"dataset.content is "),
         ({"tools": [search]}, r'tools is ["search", "python"] there and ["search"] here'),
+        (
+            {"tools": [search_for_some, python]},
+            'tools_parameters.search.properties.most is null there and {"type": "integer',
+        ),
         ({"peft_config": LoraConfig(r=4)}, "model.parameters is "),
     ],
 )

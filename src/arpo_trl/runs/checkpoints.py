@@ -109,13 +109,15 @@ class RunIdentity:
     """The properties that must be equal in a run and a checkpoint for the run to resume from it.
 
     RunIdentity(settings=deciding_settings(args), model=model_identity(model), dataset=dataset_identity(rows),
-                tools=["search"], rewards=["accuracy"], processes=2, sharding=None)
+                tools=["search"], tools_parameters={"search": {…}}, rewards=["accuracy"], processes=2, sharding=None)
     """
 
     settings: dict[str, Any]
     model: dict[str, Any]
     dataset: dict[str, Any] | None
     tools: list[str]
+    tools_parameters: dict[str, Any]
+    """`Resumable.tools_parameters`."""
     rewards: list[str]
     processes: int
     sharding: str | None
@@ -186,7 +188,8 @@ class SavedState:
 
     def check_same_run(self, now: RunIdentity) -> None:
         """Raises ConfigError if another run wrote the checkpoint; names the differences."""
-        then, here = dict(self.identity), now.as_dict()
+        then = dict(self.identity)
+        here = {name: value for name, value in now.as_dict().items() if name in then}  # older checkpoints have fewer
         if then["processes"] != here["processes"]:
             self._check_can_spread(then, here)
             then["processes"] = here["processes"]

@@ -78,8 +78,9 @@ class Resumable(GRPOTrainer):
     # State that a subclass extends -----------------------------------------------------------------------------------
 
     @property
-    def tool_names(self) -> list[str]:
-        return []
+    def tools_parameters(self) -> dict[str, Any]:
+        """The JSON schema of each tool's parameters, without descriptions, by the tool's name."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The state in memory between two steps that transformers does not save, as plain data."""
@@ -196,7 +197,8 @@ class Resumable(GRPOTrainer):
             settings=deciding_settings(self.args),
             model=self._model_identity,
             dataset=self._dataset_identity,
-            tools=self.tool_names,
+            tools=list(self.tools_parameters),
+            tools_parameters=self.tools_parameters,
             rewards=[getattr(function, "origin", get_callable_name(function)) for function in self.reward_funcs],
             processes=self.accelerator.num_processes,
             sharding="FSDP" if self.is_fsdp_enabled else sharding,

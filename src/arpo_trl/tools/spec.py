@@ -62,6 +62,22 @@ class ToolSpec:
     single_text_parameter: str | None
     """The only required parameter if it is a string: the text between the tool's tags. Otherwise None."""
 
+    @property
+    def undescribed_parameters(self) -> Any:
+        """The JSON schema of the parameters, without descriptions."""
+        return _undescribed(self.schema["function"]["parameters"])
+
+
+def _undescribed(schema: Any) -> Any:
+    """Return a part of a JSON schema without its descriptions."""
+    if isinstance(schema, dict):
+        return {
+            key: _undescribed(value)
+            for key, value in schema.items()
+            if not (key == "description" and isinstance(value, str))
+        }
+    return [_undescribed(item) for item in schema] if isinstance(schema, list) else schema
+
 
 def tool_spec(tool: Callable[..., Any]) -> ToolSpec:
     """Return the specification of a typed, documented function.

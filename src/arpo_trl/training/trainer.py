@@ -392,8 +392,8 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     @property
-    def tool_names(self) -> list[str]:
-        return list(self.toolbox.names)
+    def tools_parameters(self) -> dict[str, Any]:
+        return {name: spec.undescribed_parameters for name, spec in self.toolbox.specs.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {
