@@ -5,6 +5,10 @@ from pathlib import Path
 import pytest
 
 import forked
+from arpo_trl.errors import EngineError
+from arpo_trl.rollout.engines import lockstep
+from arpo_trl.rollout.engines.lockstep import LockstepEngine
+from support import ANSWER, Scripted
 
 HERE = Path(__file__).parent
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -51,3 +55,16 @@ def test_a_rank_that_fails_stops_the_others(ranks):
     first, second = (rank["fails"] for rank in ranks)
     assert second["error"] == "RuntimeError: broken here"
     assert first["error"] == "EngineError: The tensor parallel group stopped: RuntimeError on rank 1: broken here"
+
+
+def test_a_rank_that_is_lost_is_an_error_and_no_endless_wait(monkeypatch):
+    def gather(*_):
+        raise RuntimeError("Timed out waiting 1800000ms for recv operation")
+
+    made = Scripted(lambda request, context: ANSWER)
+    monkeypatch.setattr(lockstep.dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(lockstep.dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(lockstep.dist, "all_gather_object", gather)
+    made.sampler.engine = LockstepEngine(made.engine, group=None)  # type: ignore[arg-type]
+    with pytest.raises(EngineError, match=r"A rank of the tensor parallel group is lost \(RuntimeError: Timed out"):
+        made()

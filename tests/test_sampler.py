@@ -1,9 +1,11 @@
+import re
 import threading
 import time
 from dataclasses import replace
 
 import pytest
 
+from arpo_trl.common import waiting
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule
 from arpo_trl.rollout.batch import GroupRequest
@@ -38,6 +40,31 @@ def test_a_branch_is_an_extra_turn_under_the_observation():
     assert [len(node.children) for node in tree.observations()] == [2, 2]
     assert [node.decision.granted for node in tree.observations()] == [1, 1]
     assert rollout.topups == [0]
+
+
+@pytest.mark.parametrize("way", ["sample", "stream"])
+def test_a_rollout_in_which_nothing_arrives_says_for_what_it_waits(way, monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "SILENCE_S", 0.01)
+    made = Scripted(lambda request, context: ScriptedTurn(text=ANSWER, polls=1 << 60), leaves=2, at_root=2)
+
+    def stop_when_told() -> None:
+        if len(caplog.records) == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.001)
+
+    made.sampler.between_events = stop_when_told
+    requests = [GroupRequest(id=0, prompt_ids=made.protocol.encode_prompt("what is the answer"))]
+    with made.toolbox, pytest.raises(KeyboardInterrupt):
+        if way == "sample":
+            made.sampler.sample(requests, seed=(0,))
+        else:
+            list(made.sampler.stream(requests, seed=(0,), groups_at_once=1))
+    for record in caplog.records:
+        assert re.fullmatch(
+            r"Nothing has arrived for \d+ s. The rollout waits for 2 turns of ScriptedEngine. If they never end, stop "
+            "the run, and check the engine or its server.",
+            record.getMessage(),
+        )
 
 
 def test_every_path_equals_the_tokens_of_its_requests():

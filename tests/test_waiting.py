@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 
 from arpo_trl.common import waiting
-from arpo_trl.common.waiting import say_loading
+from arpo_trl.common.waiting import Silence, say_loading
 from arpo_trl.quickstart.__main__ import TASKS
 from arpo_trl.tools.search.index import LocalIndex
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_a_silence_is_worth_a_warning_after_5_minutes_and_whenever_it_has_doubled() -> None:
+    silence = Silence()
+    # waits of 100 s: warnings at 300, 600 and 1200 s
+    assert [i for i in range(1, 15) if silence.goes_on(100.0)] == [3, 6, 12]
+    silence.broken()
+    assert [i for i in range(1, 7) if silence.goes_on(100.0)] == [3, 6]
 
 
 def test_a_program_says_on_its_first_rank_that_it_loads(

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+from arpo_trl.common.waiting import Silence
 from arpo_trl.errors import ConfigError, EngineError
 from arpo_trl.options import RolloutSchedule, ShareCalls
 from arpo_trl.rollout.batch import Finished, GroupRequest, RolloutBatch, RolloutTimes, Score, TreeSettings, error_text
@@ -33,6 +34,9 @@ from arpo_trl.tools.calls import CallSource, ToolCall, ToolFailure
 from arpo_trl.tools.sharing import SubmittedCall, as_shared, check_shareable, history_after, sharing_keys
 from arpo_trl.tools.state import PathStates
 from arpo_trl.tools.toolbox import ToolBox, ToolResult
+from arpo_trl.visible import get_logger
+
+logger = get_logger(__name__)  # not accelerate's: any rank may wait
 
 IDLE_POLL_S = 0.05
 """Longest wait, in seconds, for the tools or the engine while only one of them has work."""
@@ -147,6 +151,7 @@ class _Run:
         self.open_states: dict[PathStates, None] = {}
         """The states that are not yet closed, as an ordered set."""
         self.shares_calls = settings.share_calls is ShareCalls.HISTORY
+        self.silence = Silence()
         self.isolates = False
         """Whether an error in a group ends only that group."""
 
@@ -319,7 +324,8 @@ class _Run:
     # Events ----------------------------------------------------------------------------------------------------------
 
     def _advance(self) -> list[Group]:
-        """Wait for events, process them, and return the groups to which they belong."""
+        """Wait for events, process them, and return the groups to which they belong. Warn if none arrive for long."""
+        start = time.perf_counter()
         self.between_events()
         self._admit()
         if self.waiting and not (self.writing or self.calling or self.opening):  # for slots that others use
@@ -350,6 +356,19 @@ class _Run:
                 calling.answer(i, delivered)
                 if calling.done and group.error is None:
                     self._run_isolated(group, partial(self._observe, calling.path, calling.in_order))
+        if touched:
+            self.silence.broken()
+        elif self.silence.goes_on(time.perf_counter() - start):
+            counts = {
+                f"turns of {type(self.engine).__name__}": len(self.writing),
+                "tool calls": len(self.calling),
+                "states of tools to open": len(self.opening) + len(self.waiting),
+            }
+            logger.warning(
+                f"Nothing has arrived for {self.silence.seconds:.0f} s. The rollout waits for "
+                f"{', '.join(f'{count} {what}' for what, count in counts.items() if count)}. If they never end, stop "
+                "the run, and check the engine or its server."
+            )
         return list(touched.values())
 
     def _take_event(self, path: Path, event: Event) -> None:

@@ -159,7 +159,11 @@ class CompletionsEngine:
                         )
                     )
                     return
-            except (_Incomplete, httpx.HTTPError, TimeoutError, OSError) as error:
+            except TimeoutError:  # another attempt would take as long
+                reason = f"The server has not completed an answer within {self._timeout_s:g} s. Check its log."
+                self._events.put(TurnFailed(id=request.id, reason=reason))
+                return
+            except (_Incomplete, httpx.HTTPError, OSError) as error:
                 failures += 1
                 if failures == ATTEMPTS:
                     reason = str(error) if isinstance(error, _Incomplete) else f"failed ({type(error).__name__})"

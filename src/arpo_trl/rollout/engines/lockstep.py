@@ -104,7 +104,16 @@ class LockstepEngine:
             done = self._done  # read before the requests: after `done` no more are submitted
             rounds: list[_Round | None] = [None] * self._size
             requests = list(drained(self._requests))
-            dist.all_gather_object(rounds, _Round(requests, mine, done, self._problem), self._group)
+            try:
+                dist.all_gather_object(rounds, _Round(requests, mine, done, self._problem), self._group)
+            except Exception as error:  # without an event for this error the sampler would wait forever
+                self._events.put(
+                    EngineError(
+                        f"A rank of the tensor parallel group is lost ({type(error).__name__}: {error}). Check the "
+                        "ranks' logs, and resume."
+                    )
+                )
+                return
             gathered = [each for each in rounds if each is not None]
             if problems := [each.problem for each in gathered if each.problem is not None]:
                 self._events.put(EngineError(f"The tensor parallel group stopped: {problems[0]}"))
