@@ -6,6 +6,7 @@ model in test_sampler.py.
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,34 @@ def test_reward_functions_may_be_a_tuple_and_cannot_change_each_others_arguments
 
     make(reward_funcs=(clears, reads)).train()
     assert seen == [(4, 4)]
+
+
+def test_rewards_of_the_same_name_have_their_own_metrics_and_columns(make, capsys):
+    def constant(value, completions):
+        return [value] * len(completions)
+
+    given = [partial(constant, 1.0), partial(constant, 2.0), lambda completions: [3.0] * len(completions)]
+    trainer = make(reward_funcs=given, settings={"log_completions": True})
+    trainer.train()
+    log = trainer.state.log_history[0]
+    means = {name: value for name, value in log.items() if name.startswith("rewards/") and name.endswith("mean")}
+    assert means == {"rewards/constant/mean": 1, "rewards/constant_2/mean": 2, "rewards/<lambda>/mean": 3}
+    assert {name: len(column) for name, column in trainer._logs["rewards"].items()} == {
+        "constant": 4,
+        "constant_2": 4,
+        "<lambda>": 4,
+    }
+
+
+def test_an_error_tells_rewards_of_the_same_name_apart(make):
+    def reward_of(value):
+        def reward(completions):
+            return [value] * len(completions)
+
+        return reward
+
+    with pytest.raises(RewardError, match="The reward function 'reward_2' returned nan"):
+        make(reward_funcs=[reward_of(1.0), reward_of(math.nan)]).train()
 
 
 def test_too_few_rows_for_a_step_are_an_error(make):

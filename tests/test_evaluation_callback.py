@@ -94,3 +94,8 @@ def test_a_card_without_evaluation_has_no_evaluation_section(trainer, tmp_path):
 def test_steps_are_at_least_one(trainer):
     with pytest.raises(ConfigError, match="every_steps is 0; expected at least 1"):
         EvaluationCallback(trainer, [questions("0")], every_steps=0)
+
+
+def test_benchmarks_of_the_same_name_are_an_error(trainer):
+    with pytest.raises(ConfigError, match=r"Two benchmarks are named 'sums', .* Give each its own"):
+        EvaluationCallback(trainer, [questions("0", name="sums"), questions("1", name="sums")], every_steps=2)

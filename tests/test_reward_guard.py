@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import torch
 
 from arpo_trl.rewards.hierarchical import HierarchicalReward
-from arpo_trl.training.reward_guard import checked_reward, total_rewards
+from arpo_trl.training.reward_guard import checked_reward, named_apart, total_rewards
 
 
 def test_the_total_weights_applicable_rewards_and_is_nan_without_any():
@@ -20,3 +20,12 @@ def test_a_wrapped_function_has_the_file_and_the_name_by_which_a_checkpoint_know
     assert checked_reward(total_rewards, interrupts).origin == "reward_guard.py:total_rewards"
     assert checked_reward(HierarchicalReward(), interrupts).origin == "hierarchical.py:hierarchical"
     assert checked_reward(eval("lambda completions: 0"), interrupts).origin == "<lambda>"
+
+
+def test_names_of_rewards_are_distinct_and_the_first_keeps_its_own():
+    functions = [checked_reward(lambda completions: [], SimpleNamespace(told=None)) for _ in range(4)]
+    names = ["reward", "reward", "reward_2", "reward"]
+    assert named_apart(functions, names) == ["reward", "reward_3", "reward_2", "reward_4"]
+    assert [function.__name__ for function in functions] == ["reward", "reward_3", "reward_2", "reward_4"]
+    model = torch.nn.Identity()
+    assert named_apart([model, model], ["judge", "judge"]) == ["judge", "judge_2"]

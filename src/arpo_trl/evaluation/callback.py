@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
+from arpo_trl.common.user_files import repeated
 from arpo_trl.errors import ConfigError, Interrupted
 from arpo_trl.evaluation.benchmarks import Questions
 from arpo_trl.evaluation.report import table
@@ -31,7 +32,7 @@ class EvaluationCallback(TrainerCallback):
     contains the last table. Temperature, lengths and tool limits are the trainer's. Evaluation does not branch.
 
     Raises:
-        ConfigError: `every_steps` is less than 1.
+        ConfigError: `every_steps` is less than 1, or two benchmarks have the same name.
     """
 
     def __init__(
@@ -46,6 +47,10 @@ class EvaluationCallback(TrainerCallback):
     ):
         if every_steps < 1:
             raise ConfigError(f"every_steps is {every_steps}; expected at least 1.")
+        if twice := repeated(questions.benchmark.name for questions in benchmarks):
+            raise ConfigError(
+                f"Two benchmarks are named {twice[0]!r}, and would be logged under the same names. Give each its own."
+            )
         self._trainer = trainer
         self._benchmarks = list(benchmarks)
         self._every_steps = every_steps

@@ -8,6 +8,7 @@ import math
 import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -34,7 +35,8 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     - The wrapper checks the rewards. TRL would silently treat NaN as "not applicable".
     - On an interrupt the wrapper returns zeros, so that this rank still reaches the point where all ranks stop.
 
-    The wrapper's `origin` is the file and the name of the function.
+    The wrapper's `origin` is the file and the name of the function. Errors name the function by the wrapper's
+    `__name__`, which `named_apart` may change.
 
     Raises:
         RewardError: Raised by the wrapper if a required argument is missing, if the function raises an error that is
@@ -43,23 +45,23 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
     if not callable(function) or isinstance(function, torch.nn.Module):
         return function
     name = get_callable_name(function)
-    select = _selection(function, name)
+    select = _selection(function)
     reads_environments = "environments" in _named(function)
 
     if is_async_callable(function):
 
         async def checked_async(*, completions: Sequence[Any], **columns: Any) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
-            task = asyncio.ensure_future(outcome_of(function(**select(given))))
+            task = asyncio.ensure_future(outcome_of(function(**select(given, wrapper.__name__))))
             while not (await asyncio.wait([task], timeout=REWARD_POLL_S))[0]:
                 if interrupts.told is not None:
                     task.cancel()
                     return [0.0] * len(completions)
-            with _told(function, name):
+            with _told(function, wrapper.__name__):
                 rewards, error = task.result()
                 if error is not None:
                     raise error
-            return _spread(_checked(rewards, name, len(rows)), rows, len(completions))
+            return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
 
         wrapper: Any = checked_async
     else:
@@ -67,16 +69,32 @@ def checked_reward(function: Any, interrupts: Interrupts) -> Any:
         def checked(*, completions: Sequence[Any], **columns: Any) -> Any:
             given, rows = _with_environment({"completions": completions, **columns}, reads_environments)
             try:
-                with _told(function, name), interrupts.raising():
-                    rewards = function(**select(given))
+                with _told(function, wrapper.__name__), interrupts.raising():
+                    rewards = function(**select(given, wrapper.__name__))
             except Interrupted:
                 return [0.0] * len(completions)
-            return _spread(_checked(rewards, name, len(rows)), rows, len(completions))
+            return _spread(_checked(rewards, wrapper.__name__, len(rows)), rows, len(completions))
 
         wrapper = checked
     wrapper.__name__ = name
     wrapper.origin = _origin(function, name)
     return wrapper
+
+
+def named_apart(functions: Sequence[Any], names: Sequence[str]) -> list[str]:
+    """The names of the reward functions, each once: a name that occurred before gets `_2`, `_3`, …
+
+    TRL would log functions of the same name under one metric. Wrapped functions get their name for errors.
+    """
+    distinct: list[str] = []
+    for name in names:
+        if name in distinct:
+            name = next(free for n in count(2) if (free := f"{name}_{n}") not in {*names, *distinct})
+        distinct.append(name)
+    for function, name in zip(functions, distinct, strict=True):
+        if not isinstance(function, torch.nn.Module):
+            function.__name__ = name
+    return distinct
 
 
 def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -85,17 +103,18 @@ def total_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     return total.masked_fill(rewards.isnan().all(dim=1), math.nan)
 
 
-def _selection(function: Any, name: str) -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
-    """Returns a function that selects the arguments of `function` from all available arguments."""
+def _selection(function: Any) -> Callable[[Mapping[str, Any], str], Mapping[str, Any]]:
+    """Returns a function that selects the arguments of `function` from all available arguments. It also takes the
+    function's name for errors."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # a function written in C has no signature
-        return lambda given: given
+        return lambda given, name: given
     kinds = {parameter.kind for parameter in parameters}
     named = [parameter.name for parameter in parameters if parameter.kind not in (_VAR_KEYWORD, _VAR_POSITIONAL)]
     required = [parameter.name for parameter in parameters if parameter.name in named and parameter.default is _EMPTY]
 
-    def select(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    def select(given: Mapping[str, Any], name: str) -> Mapping[str, Any]:
         if missing := [needed for needed in required if needed not in given]:
             raise RewardError(
                 f"The reward function {name!r} requires {missing}, but the dataset has no such column. Available: "

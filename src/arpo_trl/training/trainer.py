@@ -69,7 +69,7 @@ from arpo_trl.training.preflight import (
 )
 from arpo_trl.training.reporting import Reporting
 from arpo_trl.training.resampling import Resampling, tally_discarded, with_new_trees
-from arpo_trl.training.reward_guard import checked_reward, total_rewards
+from arpo_trl.training.reward_guard import checked_reward, named_apart, total_rewards
 from arpo_trl.training.rollout_names import RolloutNames
 from arpo_trl.training.samples_ahead import SamplesAhead
 from arpo_trl.training.sharding import check_launch, model_for_generation
@@ -122,6 +122,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     _name = "ARPO"
 
     args: ARPOConfig
+    reward_func_names: list[str]
     _buffered_inputs: list[dict[str, Any]] | None
 
     def __init__(
@@ -193,6 +194,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     def _finish_init(self, datasets: Sequence[Any], engine: Engine | None) -> None:
         """The part of `__init__` after TRL's. `datasets`: the training dataset, then the evaluation datasets."""
         args = self.args
+        self.reward_func_names = named_apart(self.reward_funcs, self.reward_func_names)
         log_defaults(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)
