@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig
 
 from arpo_trl import ARPOConfig, ARPOTrainer
-from arpo_trl.errors import ArpoError, ConfigError, DataError, RewardError, ToolSpecError
+from arpo_trl.errors import ArpoError, CheckpointError, ConfigError, DataError, RewardError, ToolSpecError
 from arpo_trl.rewards import HierarchicalReward, LLMJudge
 from arpo_trl.rollout.engines.base import SamplingParams
 from arpo_trl.rollout.engines.scripted import ScriptedEngine
 from arpo_trl.training.preflight import checked_stream
-from support import ANSWER, ON_CPU, python, save_tiny_model, search, tokenizer
+from support import ANSWER, ON_CPU, python, save_tiny_model, search, tiny_model, tokenizer
 
 ROW = {"prompt": [{"role": "user", "content": "what is the answer"}], "answer": ["1"]}
 GOOD = ROW | {"task": "math"}
@@ -59,7 +59,7 @@ def make(model_path, tmp_path):
         given.setdefault("tools", [search, python])
         given.setdefault("train_dataset", Dataset.from_list(list(rows)))
         engine = ScriptedEngine(tokenizer(), SamplingParams(eos_ids=(eos,)), lambda request, context: ANSWER)
-        return ARPOTrainer(args=args, engine=engine, **given)
+        return ARPOTrainer(args=args, **{"engine": engine, **given})
 
     return made
 
@@ -197,10 +197,106 @@ def test_other_ways_to_roll_out_are_refused(make, name):
         make(**{name: lambda *_: None})
 
 
-def test_args_of_grpo_are_refused(make, tmp_path):
-    args = GRPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=4, use_cpu=True)
-    with pytest.raises(ConfigError, match="args is a GRPOConfig; expected an ARPOConfig"):
-        make(args=args)
+def look(text: str) -> str:
+    """Look something up.
+
+    Args:
+        text: What to look up.
+    """
+    return text
+
+
+class Watcher(TrainerCallback):
+    """Does nothing."""
+
+
+REWARD_MODEL = {"reward_funcs": "reward-model"}
+"""By its name. It is not loaded, since its tokenizer is checked before."""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"model": None}, "model is None; expected a folder or a Hub id, as text, or a causal language model"),
+        ({"model": Path("model")}, r"model is \w+Path\('model'\); expected a folder"),
+        ({"model": AutoModelForCausalLM}, "model is the class AutoModelForCausalLM; expected"),
+        ({"model": torch.nn.Linear(2, 2)}, "model is a Linear; expected"),
+        ({"model": tiny_model().model}, "model is a Qwen3Model; expected .* a causal language model"),
+        ({"args": {"output_dir": "run"}}, "args is a dict; expected an ARPOConfig, which adds"),
+        ({"args": GRPOConfig("run", use_cpu=True)}, "args is a GRPOConfig; expected an ARPOConfig"),
+        ({"processing_class": "model"}, "processing_class is 'model'; expected a tokenizer, such as AutoTokenizer"),
+        ({"processing_class": {}}, "processing_class is a dict; expected a tokenizer"),
+        ({"processing_class": AutoTokenizer}, "processing_class is the class AutoTokenizer; expected a tokenizer"),
+        ({"tools": look}, r"tools is the function look; expected a list of functions, such as \[search\]"),
+        ({"tools": "look"}, "tools is 'look'; expected a list of functions"),
+        ({"tools": {"look": look}}, "tools is a dict; expected a list of functions"),
+        (
+            {"callbacks": Watcher()},
+            r"callbacks is a Watcher; expected a list of callbacks, such as \[MyCallback\(\)\]",
+        ),
+        ({"callbacks": Watcher}, "callbacks is the class Watcher; expected a list"),
+        ({"callbacks": [Watcher(), "wandb"]}, r"callbacks\[1\] is 'wandb'; expected a TrainerCallback, or a class"),
+        (
+            {"optimizers": None},
+            r"optimizers is None; expected a pair \(optimizer, scheduler\), in which each may be None",
+        ),
+        ({"optimizers": (None,)}, "optimizers is a tuple; expected a pair"),
+        (
+            {"optimizers": (torch.optim.AdamW, None)},
+            r"optimizers\[0\] is the class AdamW; expected an optimizer that has",
+        ),
+        ({"optimizers": (None, "linear")}, r"optimizers\[1\] is 'linear'; expected a scheduler that has been created"),
+        (
+            REWARD_MODEL | {"reward_processing_classes": "reward-model"},
+            r"reward_processing_classes\[0\] is 'reward-model'; expected the reward model's tokenizer, or None",
+        ),
+        ({"eval_dataset": "rows.jsonl"}, r"eval_dataset is 'rows.jsonl'; expected a dataset, such as load_dataset"),
+        ({"eval_dataset": 3}, "eval_dataset is 3; expected a dataset"),
+        ({"eval_dataset": [Dataset.from_list([ROW])]}, "eval_dataset is a list; expected .* a dict of datasets"),
+        ({"eval_dataset": {"hard": "rows.jsonl"}}, r"eval_dataset\['hard'\] is 'rows.jsonl'; expected a dataset"),
+        ({"eval_dataset": {"hard": None}}, r"eval_dataset\['hard'\] is None; expected a dataset"),
+        ({"engine": "vllm"}, r"engine is 'vllm'; expected an engine, such as ScriptedEngine\(…\)"),
+        ({"engine": ScriptedEngine}, "engine is the class ScriptedEngine; expected an engine"),
+    ],
+)
+def test_an_argument_of_a_wrong_kind_is_an_error_before_anything_is_loaded(make, tmp_path, given, message):
+    with pytest.raises(ConfigError, match=message):
+        make(**given)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"callbacks": [Watcher, Watcher()]},
+        {"optimizers": [None, None]},
+        {"reward_processing_classes": ["TRL ignores it for a function"]},
+        {"eval_dataset": [ROW] * 4},
+        {"eval_dataset": {"easy": [ROW] * 4, "hard": Dataset.from_list([ROW] * 4)}},
+        {"tools": {}},
+        {"quantization_config": "ignored for a loaded model", "model": tiny_model(), "processing_class": tokenizer()},
+    ],
+)
+def test_arguments_that_grpo_accepts_train(make, given):
+    evaluates = {"eval_strategy": "steps", "eval_steps": 1} if "eval_dataset" in given else {}
+    trainer = make(settings={"per_device_eval_batch_size": 4, **evaluates}, **given)
+    trainer.train()
+    assert trainer.state.global_step == 1
+    assert any("eval_reward" in log for log in trainer.state.log_history) == bool(evaluates)
+
+
+@pytest.mark.parametrize("resume", [3, ["checkpoint-1"]])
+def test_a_checkpoint_of_a_wrong_kind_is_an_error(make, resume):
+    with pytest.raises(
+        ConfigError, match=r"resume_from_checkpoint is .*; expected true, false or a checkpoint's folder"
+    ):
+        make().train(resume)
+
+
+def test_a_folder_without_a_checkpoint_is_an_error_that_names_it(make, model_path):
+    for folder in (model_path, Path(model_path)):
+        with pytest.raises(CheckpointError, match=r"has no arpo_state.json: it is not a checkpoint of ARPOTrainer"):
+            make().train(folder)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +248,7 @@ class Checkpoints:
                 whole.append(state)
         return max(whole, key=lambda state: (state.written, state.step), default=None), faults
 
-    def find(self, wanted: str | bool | None) -> SavedState | None:
+    def find(self, wanted: str | PathLike[str] | bool | None) -> SavedState | None:
         """The checkpoint to resume from; None to start a new run.
 
         Args:
@@ -256,7 +257,8 @@ class Checkpoints:
 
         Raises:
             CheckpointError: The checkpoint at the path, or every checkpoint in the folder, is incomplete.
-            ConfigError: The path does not exist, or `wanted` is None or False and the folder contains checkpoints.
+            ConfigError: The path does not exist, `wanted` is something else, or it is None or False and the folder
+                contains checkpoints.
         """
         wanted = wants_to_resume(wanted)
         if not wanted:

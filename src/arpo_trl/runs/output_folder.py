@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from os import PathLike
 from pathlib import Path
 
 from arpo_trl.common.user_files import user_path
@@ -17,9 +18,17 @@ _OTHERS = (
 )
 
 
-def wants_to_resume(wanted: str | bool | None) -> str | bool:
+def wants_to_resume(wanted: str | PathLike[str] | bool | None) -> str | bool:
     """`resume_from_checkpoint` as True (the last checkpoint), False, or a path. The input may be text, as in a
-    flag."""
+    flag.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if isinstance(wanted, PathLike):
+        return os.fspath(wanted)
+    if not isinstance(wanted, str | bool | None):
+        raise ConfigError(f"resume_from_checkpoint is {wanted!r}; expected true, false or a checkpoint's folder.")
     if isinstance(wanted, str) and wanted.strip().lower() in ("true", "false", "none", ""):
         return wanted.strip().lower() == "true"
     return wanted or False
@@ -42,8 +51,6 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    if not isinstance(resume, str | bool | None):
-        raise ConfigError(f"resume_from_checkpoint is {resume!r}; expected true, false or a checkpoint's folder.")
     output, resume = user_path(folder, "output_dir"), wants_to_resume(resume)
     if isinstance(resume, str):
         user_path(resume, "resume_from_checkpoint")

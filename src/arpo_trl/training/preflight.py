@@ -44,18 +44,12 @@ def refuse_own_rollouts(rollout_func: Any) -> None:
         raise ConfigError("rollout_func is set, but ARPOTrainer samples trees itself. Pass `tools` instead.")
 
 
-def checked_args(args: Any, model: str | PreTrainedModel) -> ARPOConfig:
-    """Returns `args`. For None, returns the defaults, with an output folder named after the model, as in TRL.
-
-    Raises:
-        ConfigError: `args` is not an ARPOConfig.
-    """
-    if args is None:
-        name = model if isinstance(model, str) else get_config_model_id(model.config) or model.config.model_type
-        args = ARPOConfig(f"{name.split('/')[-1]}-ARPO")
-    if not isinstance(args, ARPOConfig):
-        raise ConfigError(f"args is a {type(args).__name__}; expected an ARPOConfig, which adds ARPO's settings.")
-    return args
+def made_args(args: ARPOConfig | None, model: str | PreTrainedModel) -> ARPOConfig:
+    """Returns `args`. For None, returns the defaults, with an output folder named after the model, as in TRL."""
+    if args is not None:
+        return args
+    name = model if isinstance(model, str) else get_config_model_id(model.config) or model.config.model_type
+    return ARPOConfig(f"{name.split('/')[-1]}-ARPO")
 
 
 def log_defaults(args: ARPOConfig) -> None:

@@ -29,6 +29,7 @@ from arpo_trl.runs.interrupts import Interrupts
 from arpo_trl.runs.resumable import readable
 from arpo_trl.training.advantages import Advantages
 from arpo_trl.training.answers import check_answers
+from arpo_trl.training.arguments import check_arguments
 from arpo_trl.training.baselines import make_baseline
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
@@ -56,12 +57,12 @@ from arpo_trl.training.preflight import (
     check_rows,
     check_scores,
     check_writable,
-    checked_args,
     checked_stream,
     embedding_rows,
     generation_ends,
     listed_rewards,
     log_defaults,
+    made_args,
     prepare_prefix_sharing,
     refuse_own_rollouts,
     tokenizer_for,
@@ -146,13 +147,25 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     ):
         """Takes `GRPOTrainer`'s arguments; `engine` replaces the engine that `args` select (tests, scripted runs)."""
         refuse_own_rollouts(rollout_func)
-        args = checked_args(args, model)
+        functions = listed_rewards(reward_funcs)
+        check_arguments(
+            functions,
+            model=model,
+            args=args,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            tools=tools,
+            engine=engine,
+        )
+        args = made_args(args, model)
         check_writable(Path(args.output_dir))
-        if quantization_config is not None:
+        if quantization_config is not None and isinstance(model, str):  # TRL ignores it for a loaded model
             check_quantized_training(peft_config)
         if args.push_to_hub:
             self.prepare_repositories(args)  # before the model is loaded
-        functions = listed_rewards(reward_funcs)
         evaluated = list(eval_dataset.values()) if isinstance(eval_dataset, dict) else [eval_dataset]
         datasets = [train_dataset, *evaluated]
         self._environments = environments_for(args, environment_factory, functions, datasets)
