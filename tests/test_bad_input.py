@@ -255,6 +255,8 @@ REWARD_MODEL = {"reward_funcs": "reward-model"}
         ({"eval_dataset": [Dataset.from_list([ROW])]}, "eval_dataset is a list; expected .* a dict of datasets"),
         ({"eval_dataset": {"hard": "rows.jsonl"}}, r"eval_dataset\['hard'\] is 'rows.jsonl'; expected a dataset"),
         ({"eval_dataset": {"hard": None}}, r"eval_dataset\['hard'\] is None; expected a dataset"),
+        ({"eval_dataset": {1: [ROW]}}, "A key of eval_dataset is 1; expected a text, which metrics then contain"),
+        ({"eval_dataset": {None: [ROW]}}, "A key of eval_dataset is None; expected a text"),
         ({"engine": "vllm"}, r"engine is 'vllm'; expected an engine, such as ScriptedEngine\(…\)"),
         ({"engine": ScriptedEngine}, "engine is the class ScriptedEngine; expected an engine"),
     ],
@@ -283,6 +285,21 @@ def test_arguments_that_grpo_accepts_train(make, given):
     trainer.train()
     assert trainer.state.global_step == 1
     assert any("eval_reward" in log for log in trainer.state.log_history) == bool(evaluates)
+
+
+@pytest.mark.parametrize("name", ["math/hard", "hard questions\n", " ", ""])
+def test_an_evaluation_dataset_may_have_any_text_as_its_name_as_in_trl(make, name):
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": f"eval_{name}_loss"}
+    trainer = make(settings={"per_device_eval_batch_size": 4, **settings}, eval_dataset={name: [ROW] * 4})
+    trainer.train()
+    assert trainer.state.best_metric is not None
+    assert any(f"eval_{name}_loss" in log for log in trainer.state.log_history)
+
+
+def test_no_dataset_to_evaluate_on_is_an_error_if_evaluation_is_set(make):
+    with pytest.raises(ConfigError, match="eval_dataset is a dict; expected one with at least one dataset"):
+        make(settings={"eval_strategy": "steps", "eval_steps": 1}, eval_dataset={})
+    make(eval_dataset={})
 
 
 @pytest.mark.parametrize("resume", [3, ["checkpoint-1"]])

@@ -53,7 +53,7 @@ def _checks(
     is_model = isinstance(model, str) or _has(model, "config", "generation_config")
     yield "model", model, is_model, "a folder or a Hub id, as text, or a causal language model"
     yield "args", args, isinstance(args, ARPOConfig | None), "an ARPOConfig, which adds ARPO's settings"
-    yield from _datasets(eval_dataset)
+    yield from _datasets(eval_dataset, evaluates=args is not None and args.eval_strategy != "no")
     is_tokenizer = isinstance(processing_class, PreTrainedTokenizerBase | ProcessorMixin | None)
     yield "processing_class", processing_class, is_tokenizer, "a tokenizer, such as AutoTokenizer.from_pretrained(…)"
     yield from _reward_tokenizers(reward_functions, reward_processing_classes)
@@ -72,9 +72,13 @@ def _checks(
     yield "engine", engine, is_engine, "an engine, such as ScriptedEngine(…)"
 
 
-def _datasets(given: Any) -> Iterator[Check]:
+def _datasets(given: Any, *, evaluates: bool) -> Iterator[Check]:
     named = {"eval_dataset": given}
     if isinstance(given, dict):
+        is_enough = bool(given) or not evaluates
+        yield "eval_dataset", given, is_enough, "one with at least one dataset, since eval_strategy is set"
+        for name in given:
+            yield "A key of eval_dataset", name, isinstance(name, str), "a text, which metrics then contain"
         named = {f"eval_dataset[{shown(name)}]": dataset for name, dataset in given.items()}
     for name, dataset in named.items():
         if isinstance(dataset, list | tuple):  # TRL also evaluates on a list of rows
