@@ -212,6 +212,14 @@ def test_the_papers_symbols_stand_in_the_help(symbol):
         ({"top_entropy_quantile": -1}, r"top_entropy_quantile is -1; expected a number in \[0, 1\]"),
         ({"num_train_epochs": -1}, "num_train_epochs is -1; expected a number of more than 0"),
         ({"cache_implementation": "static"}, "cache_implementation is set, .* Unset it"),
+        (
+            {"load_best_model_at_end": True, "save_strategy": "no"},
+            "load_best_model_at_end is set, but eval_strategy is 'no', so no checkpoint is the best one. Set",
+        ),
+        (
+            {"save_strategy": "best", "metric_for_best_model": "reward"},
+            "save_strategy: best is set, but eval_strategy is 'no'",
+        ),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),  # TRL's own objection
     ],
 )

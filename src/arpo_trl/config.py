@@ -135,6 +135,24 @@ def refuse_broken_json(args: TrainingArguments) -> None:
                 ) from error
 
 
+def refuse_best_without_evaluation(args: TrainingArguments) -> None:
+    """Checks that there are evaluations if their results decide which checkpoint is saved or loaded.
+
+    Raises:
+        ConfigError: There are none. transformers would then save no checkpoint, or not load the best one.
+    """
+    wants = {
+        "save_strategy: best": args.save_strategy == "best",
+        "load_best_model_at_end": args.load_best_model_at_end,
+    }
+    for setting, is_set in wants.items():
+        if is_set and args.eval_strategy == "no":
+            raise ConfigError(
+                f"{setting} is set, but eval_strategy is 'no', so no checkpoint is the best one. Set eval_strategy, "
+                f"or unset {setting}."
+            )
+
+
 @dataclass
 class ARPOConfig(ToolLimits, GRPOConfig):
     """Configuration of [`ARPOTrainer`].
@@ -461,6 +479,7 @@ class ARPOConfig(ToolLimits, GRPOConfig):
             super().__post_init__()
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        refuse_best_without_evaluation(self)
         assert self.steps_per_generation is not None
         self._check_groups_fit_rank(self.steps_per_generation)
         _ = self.tool_places  # raises

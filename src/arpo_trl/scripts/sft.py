@@ -23,7 +23,13 @@ from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
 from arpo_trl.common.user_files import user_path
-from arpo_trl.config import INHERITED, refuse_missing_deepspeed_config, refuse_token, take_the_cpu_if_alone
+from arpo_trl.config import (
+    INHERITED,
+    refuse_best_without_evaluation,
+    refuse_missing_deepspeed_config,
+    refuse_token,
+    take_the_cpu_if_alone,
+)
 from arpo_trl.data.demonstrations import encode_dataset
 from arpo_trl.data.loading import read_file
 from arpo_trl.errors import DataError
@@ -72,6 +78,7 @@ class ColdStartConfig(SFTConfig):
         refuse_missing_deepspeed_config(self)
         remove_left_build_locks(self.deepspeed)
         super().__post_init__()
+        refuse_best_without_evaluation(self)
 
 
 class ColdStartTrainer(SFTTrainer):

@@ -22,6 +22,7 @@ from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.rollout.text import decode_exactly
 from arpo_trl.rollout.tree import RolloutTree
 from arpo_trl.tools.environments.state import Environments
+from arpo_trl.training.best_metric import check_evaluated
 from arpo_trl.training.environments import tally_environments
 from arpo_trl.training.last_rollout import LastRollout
 from arpo_trl.trl_seam import print_prompt_completions_sample
@@ -62,6 +63,13 @@ class Reporting(GRPOTrainer):
                 *(self._logs["rewards"], self._logs["advantages"], self.state.global_step, number),
                 extra={visible(name): visible_data(list(column)) for name, column in self._logs["extra"].items()},
             )
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Like TRL's. During training, it checks that its metrics contain `metric_for_best_model`."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.is_in_train and eval_dataset is None and metric_key_prefix == "eval":
+            check_evaluated(self.args, metrics)
+        return metrics
 
     def _learn(self, trees: Sequence[RolloutTree], rewards: Sequence[float], tally: Tally) -> None:
         """Lets the branch rule learn from the trees of all ranks, and counts its metrics."""

@@ -31,6 +31,7 @@ from arpo_trl.training.advantages import Advantages
 from arpo_trl.training.answers import check_answers
 from arpo_trl.training.arguments import check_arguments
 from arpo_trl.training.baselines import make_baseline
+from arpo_trl.training.best_metric import check_best_metric
 from arpo_trl.training.completions import completion_messages, rollout_output, tool_loop_output
 from arpo_trl.training.dealing import LEAF, leaves_per_tree
 from arpo_trl.training.environments import (
@@ -109,7 +110,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
     - the update: see `SharedPrefixUpdate`. With `shared_prefix_forward="off"` TRL's update runs.
     - the loss, with some settings: see `OwnLoss`.
     - repeated rollouts of groups: see `Resampling`.
-    - `log`: adds the `arpo/` metrics gathered since the last call.
+    - `log`: adds the `arpo/` metrics gathered since the last call. `evaluate`: checks `metric_for_best_model`.
     - `train`, and saving and loading checkpoints: see `Resumable`. Rollouts and rewards can be interrupted.
     - With `rollouts_ahead`, the order in which rollouts and updates run: see `SamplesAhead`.
     - `create_model_card`, `push_to_hub` and the pushes during training: see `Publishing`.
@@ -201,13 +202,14 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        self.reward_func_names = named_apart(self.reward_funcs, self.reward_func_names)
+        check_best_metric(args, eval_dataset, self.reward_func_names, functions)
         self.tools = tools  # set here: TRL's __init__ would require a chat template with tools, which tags do not need
         self._finish_init(datasets, engine)
 
     def _finish_init(self, datasets: Sequence[Any], engine: Engine | None) -> None:
         """The part of `__init__` after TRL's. `datasets`: the training dataset, then the evaluation datasets."""
         args = self.args
-        self.reward_func_names = named_apart(self.reward_funcs, self.reward_func_names)
         log_defaults(args)
         check_launch(self.accelerator, gathers=args.ds3_gather_for_generation)
         warn_of_emulation(self.model, self.accelerator)

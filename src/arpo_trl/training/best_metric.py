@@ -1,0 +1,65 @@
+"""Checks that an evaluation has the metric that `metric_for_best_model` names."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from arpo_trl.config import ARPOConfig
+from arpo_trl.errors import ConfigError
+
+_OF_EACH_DATASET = ("loss", "runtime", "samples_per_second", "steps_per_second")
+"""The metrics whose names contain the name of the dataset, if there are several. The others are GRPO's."""
+
+
+def check_best_metric(
+    args: ARPOConfig, eval_dataset: Any, reward_names: Sequence[str], reward_functions: Sequence[Any]
+) -> None:
+    """Checks at the start that `metric_for_best_model` can be a metric. Other metrics may come from `log_metric`.
+
+    Raises:
+        ConfigError: It is the loss or the speed of one dataset, but there are several, or the reward of a function
+            that does not exist.
+    """
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    name = _full(args.metric_for_best_model)
+    bare = name.removeprefix("eval_")
+    if isinstance(eval_dataset, dict) and bare in _OF_EACH_DATASET:
+        raise _no_metric(args, [f"eval_{dataset}_{bare}" for dataset in eval_dataset])
+    of_reward = re.fullmatch(r"rewards/(.*)/(mean|std)", bare)
+    if of_reward and of_reward[1] not in reward_names and not any(map(_may_log, reward_functions)):
+        raise _no_metric(args, [f"eval_rewards/{reward}/{of_reward[2]}" for reward in reward_names])
+
+
+def check_evaluated(args: ARPOConfig, metrics: Mapping[str, Any]) -> None:
+    """Checks that `metrics`, those of an evaluation, contain a number for `metric_for_best_model`.
+
+    Raises:
+        ConfigError: They do not. The message lists those that have one.
+    """
+    if args.metric_for_best_model is not None and metrics.get(_full(args.metric_for_best_model)) is None:
+        raise _no_metric(
+            args, sorted(name for name, value in metrics.items() if name.startswith("eval_") and value is not None)
+        )
+
+
+def _full(name: str) -> str:
+    return name if name.startswith("eval_") else f"eval_{name}"  # as transformers looks it up
+
+
+def _no_metric(args: ARPOConfig, available: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        f"metric_for_best_model is {args.metric_for_best_model!r}, but evaluation has no number of that name; "
+        f"expected one of {available}, with or without 'eval_'."
+    )
+
+
+def _may_log(function: Any) -> bool:
+    """Whether a reward function asks for TRL's `log_metric`, which adds metrics of any name."""
+    try:
+        return "log_metric" in inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a model's name, or a function without a signature
+        return False

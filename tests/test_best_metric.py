@@ -1,0 +1,130 @@
+"""A `metric_for_best_model` that no evaluation has is an error, as early as this is certain."""
+
+from functools import partial
+
+import pytest
+from datasets import Dataset
+
+from arpo_trl import ARPOConfig, ARPOTrainer
+from arpo_trl.errors import ConfigError
+from arpo_trl.rollout.engines.base import SamplingParams
+from arpo_trl.rollout.engines.scripted import ScriptedEngine
+from support import ANSWER, ON_CPU, save_tiny_model, tokenizer
+
+ROWS = Dataset.from_list([{"prompt": "what is the answer"}] * 4)
+SEVERAL = {"easy": ROWS, "hard": ROWS}
+
+
+def reward(completions):
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def logs(completions, log_metric):
+    log_metric("rewards/part/mean", 0.5)
+    log_metric("half", 0.5)
+    return reward(completions)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> str:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def make(model_path, tmp_path):
+    def made(metric, *, reward_funcs=reward, eval_dataset=ROWS, **settings) -> ARPOTrainer:
+        args = ARPOConfig(
+            str(tmp_path / "run"),
+            num_generations=4,
+            per_device_train_batch_size=4,
+            per_device_eval_batch_size=4,
+            max_completion_length=60,
+            max_steps=1,
+            metric_for_best_model=metric,
+            **{**ON_CPU, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no", **settings},
+        )
+        params = SamplingParams(eos_ids=(tokenizer().eos_token_id,))
+        engine = ScriptedEngine(tokenizer(), params, lambda request, context: ANSWER)
+        return ARPOTrainer(model_path, reward_funcs, args, ROWS, eval_dataset, engine=engine)
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("metric", "given", "available"),
+    [
+        ("loss", {"eval_dataset": SEVERAL}, "'eval_easy_loss', 'eval_hard_loss'"),
+        ("eval_runtime", {"eval_dataset": SEVERAL}, "'eval_easy_runtime', 'eval_hard_runtime'"),
+        ("rewards/rewrad/mean", {}, "'eval_rewards/reward/mean'"),
+        (
+            "eval_rewards/reward_3/std",
+            {"reward_funcs": [reward, partial(reward)]},
+            "'eval_rewards/reward/std', 'eval_rewards/reward_2/std'",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_exist_is_an_error_before_the_first_step(make, metric, given, available):
+    with pytest.raises(ConfigError) as raised:
+        make(metric, **given)
+    assert str(raised.value) == (
+        f"metric_for_best_model is '{metric}', but evaluation has no number of that name; expected one of "
+        f"[{available}], with or without 'eval_'."
+    )
+
+
+def test_the_default_metric_for_the_best_model_is_the_loss_of_one_dataset(make):
+    with pytest.raises(ConfigError, match=r"metric_for_best_model is 'loss', .*'eval_easy_loss', 'eval_hard_loss'"):
+        make(None, eval_dataset=SEVERAL, load_best_model_at_end=True, save_strategy="steps", save_steps=1)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "reduce_lr_on_plateau"])
+@pytest.mark.parametrize("given", [{}, {"eval_dataset": SEVERAL}])
+def test_another_metric_that_evaluation_does_not_have_is_an_error_that_lists_those_it_has(make, given, scheduler):
+    trainer = make("accuracy", lr_scheduler_type=scheduler, **given)
+    loss = "eval_easy_loss" if given else "eval_loss"
+    with pytest.raises(
+        ConfigError, match=rf"'accuracy', but evaluation has .*'{loss}'.*'eval_reward', .*rewards/reward"
+    ):
+        trainer.train()
+
+
+def test_a_metric_without_a_number_is_an_error(make):
+    def none(completions):
+        return [None] * len(completions)
+
+    with pytest.raises(ConfigError, match="'rewards/none/mean', but evaluation has no number of that name"):
+        make("rewards/none/mean", reward_funcs=[reward, none]).train()
+
+
+@pytest.mark.parametrize(
+    ("metric", "given"),
+    [
+        ("loss", {}),
+        ("eval_loss", {}),
+        ("reward", {}),
+        ("eval_rewards/reward/mean", {}),
+        ("rewards/reward_2/std", {"reward_funcs": [reward, partial(reward)]}),
+        ("completions/mean_length", {}),
+        ("arpo/tree/leaves", {}),
+        ("hard_loss", {"eval_dataset": SEVERAL}),
+        ("eval_easy_loss", {"eval_dataset": SEVERAL}),
+        ("eval_reward", {"eval_dataset": SEVERAL}),
+        ("half", {"reward_funcs": logs}),
+        ("rewards/part/mean", {"reward_funcs": logs}),
+    ],
+)
+def test_every_metric_that_evaluation_has_can_choose_the_best_model(make, metric, given):
+    trainer = make(metric, **given)
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+def test_other_evaluations_may_have_other_metrics(make):
+    trainer = make("hard_loss", eval_dataset=SEVERAL)
+    trainer.is_in_train = True
+    assert "eval_loss" in trainer.evaluate(ROWS)
+    assert "test_hard_loss" in trainer.evaluate(metric_key_prefix="test")
+
+
+def test_a_metric_that_nothing_reads_is_not_checked(make):
+    make("accuracy", eval_strategy="no").train()
