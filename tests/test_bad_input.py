@@ -335,6 +335,14 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_the_model_is_lo
         make(settings={"output_dir": str(folder)}, model="no such model")
 
 
+@pytest.mark.parametrize("name", ["trajectories", ".unfinished", "checkpoint-1"])
+def test_a_file_in_the_place_of_a_runs_folder_is_found_before_the_model_is_loaded(make, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).write_text("notes")
+    with pytest.raises(ConfigError, match=rf"run/{name} is a file, but a run creates a folder of this name\. Move it"):
+        make(model=str(tmp_path / "missing"))
+
+
 def test_looking_whether_a_folder_can_be_written_leaves_nothing_in_it(make, tmp_path):
     make()
     assert list((tmp_path / "run").iterdir()) == []

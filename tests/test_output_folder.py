@@ -125,3 +125,34 @@ def test_a_run_does_not_remove_its_own_model(tmp_path):
 )
 def test_resuming_is_read_from_flags_and_files(given, meant):
     assert wants_to_resume(given) == meant
+
+
+@pytest.mark.parametrize("name", ["trajectories", ".unfinished", "curves", "checkpoint-5"])
+def test_a_file_in_the_place_of_a_runs_folder_is_an_error_that_names_it(tmp_path, name):
+    fill(tmp_path, name)
+    with pytest.raises(ConfigError) as raised:
+        prepare(tmp_path)
+    assert str(raised.value) == (
+        f"{tmp_path / name} is a file, but a run creates a folder of this name. Move it, or choose another output_dir."
+    )
+    prepare(tmp_path, overwrite=True)
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "training_config.yaml", "trainer_state.json", "evaluation.md"])
+def test_a_folder_in_the_place_of_a_runs_file_is_an_error_that_names_it(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"{name} is a folder, but a run creates a file of this name\. Move it"):
+        prepare(tmp_path)
+
+
+def test_a_link_to_nowhere_in_the_place_of_a_runs_folder_is_an_error(tmp_path):
+    (tmp_path / "trajectories").symlink_to("missing")
+    with pytest.raises(ConfigError, match="trajectories is a file, but a run creates a folder"):
+        prepare(tmp_path)
+
+
+def test_files_with_other_names_and_links_to_folders_may_be_in_an_output_folder(tmp_path):
+    fill(tmp_path, "checkpoint-notes.txt", "checkpoint-5.txt", "trajectories.txt", "elsewhere/notes.txt")
+    (tmp_path / "trajectories").symlink_to("elsewhere")
+    prepare(tmp_path)

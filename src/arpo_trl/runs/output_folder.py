@@ -12,10 +12,8 @@ from arpo_trl.common.user_files import user_path
 from arpo_trl.errors import ConfigError
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.*")
-_OTHERS = (
-    *("checkpoint-*", ".unfinished", "trajectories", "curves", "trainer_state.json", "training_config.yaml"),
-    *("training_args.bin", "adapter_config.json", "evaluation.md"),
-)
+_FOLDERS = (".unfinished", "trajectories", "curves")
+_FILES = ("trainer_state.json", "training_config.yaml", "training_args.bin", "adapter_config.json", "evaluation.md")
 
 
 def wants_to_resume(wanted: str | PathLike[str] | bool | None) -> str | bool:
@@ -46,7 +44,7 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
     Raises:
         ConfigError: The folder contains a finished model, trajectories or checkpoints of an earlier run, and the run
             neither resumes nor overwrites. Or it does both, or it would remove its own model. Or the folder has a
-            README.md that is no model card.
+            README.md that is no model card, or a name that the run needs is taken.
         DataError: The system refuses the name of a folder.
     """
     if os.environ.get("RANK", "0") != "0":
@@ -73,6 +71,28 @@ def check_output(folder: str, *, resume: str | bool | None, overwrite: bool, mod
             f"output_dir {folder} contains {found} of an earlier run, which this run would replace or mix with. {ways}"
             "To keep it, choose another output_dir. To remove it, set overwrite_output_dir to true."
         )
+    check_names(output)
+
+
+def check_names(output: Path) -> None:
+    """Checks that no name that a run creates in `output` belongs to a file instead of a folder, or the reverse.
+
+    Raises:
+        ConfigError: One does. The run would fail when it first writes there, perhaps at its end.
+    """
+    checkpoints = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    for path in (*checkpoints, *(output / name for name in _FOLDERS)):
+        if os.path.lexists(path) and not path.is_dir():
+            raise _is_taken(path, "file", "folder")
+    for name in (*_FILES, "README.md", "model.safetensors", "adapter_model.safetensors"):
+        if (output / name).is_dir():
+            raise _is_taken(output / name, "folder", "file")
+
+
+def _is_taken(path: Path, found: str, wanted: str) -> ConfigError:
+    return ConfigError(
+        f"{path} is a {found}, but a run creates a {wanted} of this name. Move it, or choose another output_dir."
+    )
 
 
 def _has_own_readme(output: Path) -> bool:
@@ -138,4 +158,5 @@ def remove_earlier_run(folder: str) -> None:
 
 
 def _written_by_a_run(output: Path) -> Iterator[Path]:
-    return (path for pattern in (*WEIGHTS, *_OTHERS) for path in sorted(output.glob(pattern)))
+    patterns = (*WEIGHTS, "checkpoint-*", *_FOLDERS, *_FILES)
+    return (path for pattern in patterns for path in sorted(output.glob(pattern)))

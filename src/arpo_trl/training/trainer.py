@@ -26,6 +26,7 @@ from arpo_trl.rollout.engines.base import Engine, SamplingParams
 from arpo_trl.rollout.engines.compute_dtype import warn_of_emulation
 from arpo_trl.rollout.sampler import TreeSampler
 from arpo_trl.runs.interrupts import Interrupts
+from arpo_trl.runs.output_folder import check_names
 from arpo_trl.runs.resumable import readable
 from arpo_trl.training.advantages import Advantages
 from arpo_trl.training.answers import check_answers
@@ -163,6 +164,7 @@ class ARPOTrainer(OwnLoss, Resampling, SamplesAhead, Advantages, Reporting, Publ
         )
         args = made_args(args, model)
         check_writable(Path(args.output_dir))
+        check_names(Path(args.output_dir))
         if quantization_config is not None and isinstance(model, str):  # TRL ignores it for a loaded model
             check_quantized_training(peft_config)
         if args.push_to_hub:
