@@ -82,8 +82,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(made / "earlier", logged(9), name="step-000009")
     shutil.copytree(made / "model", made / "broken")
     (made / "broken/model.safetensors").write_bytes(b"{" * 100)
-    for name in ("empty", "runs"):
+    for name in ("empty", "runs", "taken"):
         (made / name).mkdir()
+    (made / "taken/trajectories").write_text("notes", "utf-8")
     (made / "my_code.py").write_text(CODE, "utf-8")
     row = {"question": "What is 1 + 1?", "answer": "2", "task": "math"}
     for name, rows in {

@@ -16,9 +16,9 @@ from arpo_trl.errors import ConfigError
 
 
 def check_arguments(reward_functions: Sequence[Any], **given: Any) -> None:
-    """Checks the kinds of arguments of which TRL would not name a wrong one, or only after the model is loaded.
+    """Checks the kinds of the arguments for which TRL has no error of its own. It accepts all kinds that TRL can use.
 
-    It accepts everything that TRL accepts. TRL itself names a wrong `train_dataset` or `peft_config`.
+    TRL itself names a wrong `train_dataset` or `peft_config`.
 
     Args:
         reward_functions: The reward functions, to which `reward_processing_classes` belong.
