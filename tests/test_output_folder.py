@@ -130,13 +130,14 @@ def test_resuming_is_read_from_flags_and_files(given, meant):
 @pytest.mark.parametrize("name", ["trajectories", ".unfinished", "curves", "checkpoint-5"])
 def test_a_file_in_the_place_of_a_runs_folder_is_an_error_that_names_it(tmp_path, name):
     fill(tmp_path, name)
-    with pytest.raises(ConfigError) as raised:
-        prepare(tmp_path)
-    assert str(raised.value) == (
-        f"{tmp_path / name} is a file, but a run creates a folder of this name. Move it, or choose another output_dir."
-    )
-    prepare(tmp_path, overwrite=True)
-    assert not (tmp_path / name).exists()
+    for overwrite in (False, True):  # no run wrote it, so it is not removed
+        with pytest.raises(ConfigError) as raised:
+            prepare(tmp_path, overwrite=overwrite)
+        assert str(raised.value) == (
+            f"{tmp_path / name} is a file, but a run creates a folder of this name. Move it, or choose another "
+            "output_dir."
+        )
+    assert (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("name", ["README.md", "training_config.yaml", "trainer_state.json", "evaluation.md"])
