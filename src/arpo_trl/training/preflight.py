@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.util import find_spec
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,10 @@ def check_enough_prompts(train_dataset: Any, args: ARPOConfig) -> None:
     size = args.generation_batch_size
     assert size is not None
     prompts = size // args.num_generations
-    streamed = isinstance(train_dataset, IterableDataset)
-    rows = sum(1 for _ in train_dataset.take(prompts)) if streamed else len(train_dataset)
+    if isinstance(train_dataset, IterableDataset):
+        rows = sum(1 for _ in train_dataset.take(prompts))
+    else:
+        rows = length_hint(train_dataset, prompts)  # torch's streams have no length
     if rows < prompts:
         raise DataError(
             f"The training dataset has {rows} rows, but a generation batch has {prompts} prompts: {size} completions "
