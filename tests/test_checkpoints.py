@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import GRPOTrainer
@@ -165,6 +165,19 @@ def test_a_checkpoint_has_the_settings_of_its_run(whole, tmp_path):
     merge_adapter(str(whole("lora") / "checkpoint-3"), tmp_path / "merged")
     assert EvaluationSettings.of_run(tmp_path / "merged") == EvaluationSettings.of_run(whole("lora"))
     assert "## How it was trained" in (tmp_path / "merged/README.md").read_text("utf-8")
+
+
+def test_a_rank_that_does_not_save_writes_no_settings(model, tmp_path, monkeypatch):
+    """transformers 5.24 calls `_save` on all ranks, and checks `should_save` there."""
+    trainer = made(model, tmp_path)
+    monkeypatch.setattr(Trainer, "_save", lambda *_: None)
+    monkeypatch.setattr(ARPOConfig, "should_save", False)
+    trainer._save(str(tmp_path / "final"))
+    assert not (tmp_path / "final").exists()
+    monkeypatch.setattr(ARPOConfig, "should_save", True)
+    (tmp_path / "final").mkdir()
+    trainer._save(str(tmp_path / "final"))
+    assert [path.name for path in (tmp_path / "final").iterdir()] == ["training_config.yaml"]
 
 
 @pytest.mark.slow

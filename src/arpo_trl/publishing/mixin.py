@@ -158,7 +158,8 @@ class Publishing(GRPOTrainer):
         """Also saves the settings of the run beside each saved model. So a checkpoint, or a copy of it, is evaluated,
         merged and pushed with them."""
         super()._save(output_dir, state_dict)
-        write_settings(Path(output_dir or self.args.output_dir), self._settings())
+        if self.args.should_save:  # in transformers 5.24 all ranks call this method
+            write_settings(Path(output_dir or self.args.output_dir), self._settings())
 
     def _settings(self) -> dict[str, Any]:
         """The content of the run's `training_config.yaml`."""
