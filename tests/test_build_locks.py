@@ -9,6 +9,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
 
 from arpo_trl.common import build_locks
 from arpo_trl.common.build_locks import remove_left_build_locks
@@ -25,7 +27,8 @@ time.sleep(600)
 
 @pytest.fixture
 def lock(tmp_path, monkeypatch):
-    """A lock of a build in which nothing has changed for ten minutes."""
+    """A lock of a build in which nothing has changed for ten minutes, with a PyTorch that waits for its removal."""
+    monkeypatch.setattr(cpp_extension, "FileBaton", FileBaton, raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     folder = tmp_path / "cpu_adam"
@@ -40,6 +43,13 @@ def test_a_lock_without_a_holder_is_removed_with_a_warning(lock, caplog):
     remove_left_build_locks(None)
     assert not lock.exists() and (lock.parent / "cpu_adam.o").exists()
     assert f"{lock} is the lock of a build that was killed" in caplog.text
+
+
+def test_a_lock_for_which_pytorch_does_not_wait_stays(lock, caplog, monkeypatch):
+    """The kernel releases the locks of PyTorch 2.15, whose files stay after each build."""
+    monkeypatch.delattr(cpp_extension, "FileBaton")
+    remove_left_build_locks(None)
+    assert lock.exists() and not caplog.text
 
 
 def test_without_deepspeed_nothing_is_touched(lock, monkeypatch):

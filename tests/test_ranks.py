@@ -243,7 +243,8 @@ def test_the_quickstart_trains_with_its_optimizer_on_the_cpu(data, tmp_path, mon
     left.touch()
     os.utime(left, (0, 0))
     done = train("zero3_offload", data, tmp_path, deadline_s=880.0)
-    assert f"{left} is the lock of a build that was killed" in done.output and not left.exists()
+    waits = hasattr(cpp_extension, "FileBaton")  # not in PyTorch 2.15, whose lock files stay
+    assert (f"{left} is the lock of a build that was killed" in done.output) == waits != left.exists()
     check_the_quickstart(tmp_path, data)
 
 

@@ -1,7 +1,8 @@
 """Removes the locks of PyTorch builds that killed processes have left.
 
 DeepSpeed compiles extensions at its first start, and creates a lock file each time it loads them. PyTorch waits until
-such a file disappears (`torch.utils.file_baton`). If its process was killed, this wait is silent and never ends.
+such a file disappears (`torch.utils.file_baton`). If its process was killed, this wait is silent and never ends. The
+locks of PyTorch 2.15 end with their process, and their files stay and block nothing.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def remove_left_build_locks(deepspeed: object) -> None:
 
 
 def locks() -> list[Path]:
-    """The lock files in PyTorch's build folder, held or abandoned."""
-    from torch.utils.cpp_extension import get_default_build_root  # the settings import nothing of torch
+    """The lock files in PyTorch's build folder, held or abandoned; none if PyTorch does not wait for their removal."""
+    from torch.utils import cpp_extension  # the settings import nothing of torch
 
-    return list(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()).rglob("lock"))
+    if not hasattr(cpp_extension, "FileBaton"):
+        return []
+    return list(Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()).rglob("lock"))
 
 
 def _remove_if_left(lock: Path, is_first: bool) -> None:
