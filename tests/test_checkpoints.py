@@ -41,6 +41,7 @@ RUNS = {
         "log_completions": True,
     },
     "evaluated": {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8},
+    "streamed": {"train_dataset": ROWS.to_iterable_dataset()},
     "lora": {"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)},
 }
 
@@ -97,6 +98,7 @@ def ended_after(whole: Path, step: int, folder: Path) -> Path:
         ("buffered", 4),
         ("buffered", 6),
         ("evaluated", 2),
+        ("streamed", 3),
         ("lora", 3),
     ],
 )

@@ -46,6 +46,15 @@ def test_once_gives_every_node_a_total_weight_of_one_whatever_its_leaves():
         assert int((kept & (node == NODES)).sum()) == tokens
 
 
+def test_a_leaf_outside_the_loss_leaves_its_copy_and_its_mean_to_the_others():
+    """`mask_truncated_completions` excludes truncated leaves, here row 0, the first row of nodes 1 and 2."""
+    trained = torch.tensor([False, True, True])
+    kept = [[False] * 5, [True] * 5, [True, True, False, False, False]]
+    assert first_copies(NODES, trained).tolist() == kept
+    expected = [[0.0] * 5, [-0.5] * 5, [2.0, 2.0, 0.0, 0.0, 0.0]]
+    assert mean_over_leaves(ADVANTAGES, NODES, trained).tolist() == expected
+
+
 def test_without_shared_nodes_attribution_changes_nothing():
     alone = torch.tensor([[1, 1, 2], [3, 4, -1]])
     assert first_copies(alone).tolist() == [[True, True, True], [True, True, False]]
@@ -222,6 +231,40 @@ def test_a_leaf_without_reward_does_not_spoil_its_siblings():
         if name in CREDITS.own:
             made, _ = build_credit(name, {}, SharedPrefixWeight.PER_LEAF)([forked()], rewards, rewards.nan_to_num())
             assert made.isfinite().all(), name
+
+
+@pytest.mark.parametrize("why", ["no reward", "not in the loss"])
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        # turn 1: (1 + 6) / 2; turn 3: 1 − 6; turn 4: 6 − 1; turn 7 has no sibling to be compared with
+        ("siblings", {}, [[3.5, -5], [0, 0, 0], [3.5, 5, 6], [0]]),
+        ("tree", {"difference": True}, [[3.5, -2.5], [0, 0, 0], [3.5, 2.5, 0], [0]]),
+        # turn 4 has one child that counts: 6; turn 1: (1 + 6) / 2
+        ("tree", {"average": "children"}, [[3.5, 1], [0, 0, 0], [3.5, 6, 6], [0]]),
+    ],
+)
+def test_a_leaf_that_is_not_compared_gets_nothing_and_changes_nothing(why, name, options, expected):
+    """Row 1 of `forked`."""
+    credit = build_credit(name, options, SharedPrefixWeight.PER_LEAF)
+    rewards = REWARDS.clone()
+    if why == "no reward":
+        rewards[1] = math.nan
+    else:
+        credit.trained = torch.tensor([True, False, True, True])
+    made, _ = credit([forked()], rewards, rewards.nan_to_num())
+    assert [[float(made[row, 2 * i]) for i in range(len(of_row))] for row, of_row in enumerate(expected)] == expected
+
+
+def test_hard_and_once_take_means_over_the_leaves_in_the_loss():
+    for weight, rows in ((SharedPrefixWeight.PER_LEAF, [0, 2]), (SharedPrefixWeight.ONCE, [2])):
+        credit = build_credit("hard", {}, weight)
+        credit.trained = torch.tensor([weight is SharedPrefixWeight.PER_LEAF, False, True, True])
+        made, weights = credit([forked()], REWARDS, REWARDS)
+        # turn 1: (1 + 6) / 2 in rows 0 and 2; without row 0 its only copy is row 2's, with 6
+        assert [float(made[row, 0]) for row in rows] == ([3.5, 3.5] if len(rows) == 2 else [6.0])
+        if weights is not None:
+            assert weights[:, 0].tolist() == [False, False, True, True]
 
 
 def test_igpo_gives_a_turn_its_own_and_later_rewards():

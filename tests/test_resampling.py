@@ -34,7 +34,11 @@ def tree(tokens: int) -> RolloutTree:
 def rolled(*tokens: int, seconds: float = 1.0) -> RolloutBatch:
     times = RolloutTimes(total_s=4 * seconds, forward_s=seconds, tool_wait_s=seconds, sync_s=seconds)
     return RolloutBatch(
-        trees=[tree(n) for n in tokens], times=times, topups=[0] * len(tokens), turns_in_sequence=list(tokens)
+        trees=[tree(n) for n in tokens],
+        times=times,
+        topups=[0] * len(tokens),
+        turns_in_sequence=list(tokens),
+        spans=[{1: (0.0, float(n))} for n in tokens],
     )
 
 
@@ -47,6 +51,7 @@ def test_a_group_is_equal_if_all_known_rewards_are():
 def test_new_trees_take_the_places_of_the_old_and_wait_for_them():
     merged = with_new_trees(rolled(2, 5, 3), rolled(1, 4), [0, 2])
     assert [len(tree.nodes[1].ids) for tree in merged.trees] == [1, 5, 4]
+    assert merged.spans == [{1: (0.0, 1.0)}, {1: (0.0, 5.0)}, {1: (0.0, 4.0)}]  # also of the new trees
     assert merged.turns_in_sequence == [5 + 1, 5, 5 + 4]  # the first round's longest chain has 5 turns
     assert (merged.times.total_s, merged.times.own_s) == (8.0, 2.0)
     assert with_new_trees(rolled(2), rolled(), []).turns_in_sequence == [2]  # a rank with nothing to roll out

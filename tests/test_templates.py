@@ -182,6 +182,13 @@ def test_vllms_parsers_can_be_named() -> None:
     assert protocol_of("qwen3_8", "<|im_end|>", tool_parser="qwen3_coder").tool_parser.name == "qwen3_coder"
 
 
+@pytest.mark.parametrize("name", ["other words", "some words", "calls other words twice"])
+def test_a_model_may_call_a_tool_by_the_words_of_the_sample_call(name: str) -> None:
+    """gemma4's template writes a call's name in the result again, behind the call."""
+    protocol = protocol_of("gemma4", BY_NAME["gemma4"]["eos"][0])
+    assert protocol.encode_observation([(name, "no such tool")], protocol.eos_ids[0])
+
+
 def test_an_unknown_template_revision_is_identified_by_its_output() -> None:
     made = family_tokenizer(BY_NAME["qwen3"], "<|im_end|>")
     made.chat_template = "{#- a fine-tune's -#}" + made.chat_template

@@ -44,6 +44,7 @@ _HIDDEN_ANSWER = ("Final answer", "?")
 """The answer field of GAIA and its value in the test split."""
 
 _WORKED_SOLUTION = re.compile(r"(?:\A|\n)####\s*([^\n]+?)\s*\Z")  # GSM8K's last line
+_WITH_THOUSANDS = re.compile(r"[-+$]*\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _OTHER_BOX = re.compile(r"\\fbox(?=\s*\{)|\\boxed\s+(?P<bare>[^\s{}$.,;]+)")
 _LATEX_WORD = re.compile(r"\\(?:text|mathrm|operatorname)\s*\{[^{}]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
@@ -93,7 +94,8 @@ def accepted(value: Any, field: str) -> list[str]:
             continue
         text = text_of(gold, field).strip()
         if (solution := _WORKED_SOLUTION.search(text)) is not None:
-            text = solution.group(1).replace(",", "")
+            text = solution.group(1)
+            text = text.replace(",", "") if _WITH_THOUSANDS.fullmatch(text) else text
         text = _last_box(text) or text
         if not text:
             raise DataError(f"{field!r} is {shown(value)}; expected at least one answer, none of them blank.")

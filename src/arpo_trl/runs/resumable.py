@@ -58,6 +58,8 @@ class Resumable(GRPOTrainer):
     _buffered_inputs: list[dict[str, Any]] | None
     _evaluation_is_owed = False
     _is_restored = True
+    _sampler: Any = None
+    """The sampler of the training rows; None for a streamed dataset, which has none."""
     _starts_epoch = False
     _epoch_generators: dict[str, Any] | None = None
     """The random generators' states before the epoch's first batch. A checkpoint between two epochs contains these."""

@@ -46,7 +46,7 @@ class Advantages(GRPOTrainer):
             leaves=self._last.leaves,
             rewards=self._last_rewards,
             of_all_ranks=self._rewards_of_all_ranks,
-            trained=batch["completion_mask"].any(dim=1).cpu(),  # TRL excludes truncated completions through this mask
+            trained=batch["completion_mask"].any(dim=1).cpu(),  # as in `_attribute`
             size=self.num_generations,
         )
         baselines = self._baseline(scored)
@@ -64,6 +64,7 @@ class Advantages(GRPOTrainer):
         last, advantages, width = self._last, batch["advantages"], batch["completion_ids"].size(1)
         assert last is not None and self._last_rewards is not None
         rewards = self._last_rewards.to(advantages.device)
+        self._credit.trained = batch["completion_mask"].any(dim=1)  # TRL excludes truncated completions through it
         if self._credit.reads_answers:
             self._credit.answer_probabilities = self._answer_probabilities() if self.model.training else ()
         if self._credit.reads_entropies:

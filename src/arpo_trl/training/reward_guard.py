@@ -180,7 +180,7 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if type(value) is not list:
         return value
-    return [_copied(item) for item in value] if value and type(value[0]) in (list, dict) else list(value)
+    return [_copied(item) for item in value] if any(type(item) in (list, dict) for item in value) else list(value)
 
 
 def _spread(rewards: Any, rows: Sequence[int], count: int) -> Any:

@@ -52,6 +52,9 @@ class Credit(ABC):
     credit then has a `template`: the text with which the model would give the answer, with the placeholder
     {answer}."""
     template: str = ""
+    trained: torch.Tensor | None = None
+    """(B,) bool of the next call: the leaves in the loss. `mask_truncated_completions` excludes truncated ones. None:
+    all."""
     answer_probabilities: Sequence[Mapping[int, float]] = ()
     """For each tree of the next call: the probability of the row's reference answer after the root and after each
     observation, by node: exp of the mean logprob of the answer's tokens. Empty in evaluation."""
@@ -71,6 +74,11 @@ class Credit(ABC):
             rewards: (B,), weighted and summed over the reward functions; NaN if none applied to a leaf.
             advantages: (B,), as GRPO computes them, or with the chosen `advantage_baseline`.
         """
+
+    def compared(self, rewards: torch.Tensor) -> torch.Tensor:
+        """(B,) bool: the leaves that can be compared with others: they are in the loss, and have a reward."""
+        known = ~rewards.isnan()
+        return known if self.trained is None else known & self.trained.to(known.device)
 
 
 def attribute(
@@ -144,12 +152,18 @@ def token_nodes(trees: Sequence[RolloutTree]) -> torch.Tensor:
     return pad_sequence(rows, batch_first=True, padding_value=-1)
 
 
-def mean_over_leaves(advantages: torch.Tensor, token_nodes: torch.Tensor) -> torch.Tensor:
+def mean_over_leaves(
+    advantages: torch.Tensor, token_nodes: torch.Tensor, trained: torch.Tensor | None = None
+) -> torch.Tensor:
     """(B, T) advantages: each token has the mean over the leaves that share its node; 0 on padding.
 
-    `advantages` are (B,), or (B, T) with one value per leaf and node.
+    Args:
+        advantages: (B,), or (B, T) with one value per leaf and node.
+        trained: `Credit.trained`. The other leaves do not count, and get 0.
     """
     real = token_nodes >= 0
+    if trained is not None:
+        real &= trained.to(real.device).unsqueeze(1)
     _, node = torch.unique(token_nodes[real], return_inverse=True)
     per_token = (advantages if advantages.dim() == 2 else advantages.unsqueeze(1)).expand_as(token_nodes)[real]
     # A node has the same number of tokens in each of its leaves, so the mean over tokens equals the mean over leaves.
@@ -164,13 +178,17 @@ class Segments:
     """One tree cut into segments. A segment is named by the index of its first turn.
 
     Segments(tree, first_row=8).rows[1]      # the batch's rows of the leaves below turn 1
+
+    Args:
+        compared: For each row of the batch, whether it counts; None: all rows do.
     """
 
-    def __init__(self, tree: RolloutTree, first_row: int):
+    def __init__(self, tree: RolloutTree, first_row: int, compared: Sequence[bool] | None = None):
         self.tree = tree
         self.first_row = first_row
+        self.compared = compared
         self.rows: dict[int, list[int]] = defaultdict(list)
-        """Segment → the rows of its leaves, in order."""
+        """Segment → the rows of its leaves that count, in order."""
         self.of: dict[int, int] = {}
         """Node → the segment that contains it."""
         self.paths: list[list[int]] = []
@@ -180,9 +198,12 @@ class Segments:
             for node in leaf.nodes:
                 if node.kind is NodeKind.TURN and (node.parent == 0 or self.siblings(node.index)):
                     path.append(node.index)
-                    self.rows[node.index].append(row)
+                    self.rows[node.index] += [row] if self.counts(row) else []
                 self.of[node.index] = path[-1]
             self.paths.append(path)
+
+    def counts(self, row: int) -> bool:
+        return self.compared is None or self.compared[row]
 
     def siblings(self, segment: int) -> list[int]:
         """The other segments under the observation above `segment`; none at the root, where the group's baseline
@@ -200,12 +221,13 @@ class Segments:
         return self.of[parent] if parent else None
 
 
-def cut_into_segments(trees: Sequence[RolloutTree]) -> list[Segments]:
-    """The segments of each tree, with the rows of its leaves in the batch."""
+def cut_into_segments(trees: Sequence[RolloutTree], compared: torch.Tensor | None = None) -> list[Segments]:
+    """The segments of each tree, with the rows of its leaves in the batch. `compared` (B,): `Credit.compared`."""
+    counting = None if compared is None else compared.tolist()
     made: list[Segments] = []
     first_row = 0
     for tree in trees:
-        made.append(Segments(tree, first_row))
+        made.append(Segments(tree, first_row, counting))
         first_row += len(made[-1].paths)
     return made
 
@@ -213,11 +235,13 @@ def cut_into_segments(trees: Sequence[RolloutTree]) -> list[Segments]:
 def by_segment(
     cut: Sequence[Segments], advantages: torch.Tensor, value: Callable[[Segments, int, int], float]
 ) -> torch.Tensor:
-    """(B, T): each token has `value(segments of its tree, its segment, its row)`; 0 on padding."""
+    """(B, T): each token has `value(segments of its tree, its segment, its row)`; 0 on padding and in rows that do not
+    count."""
     rows: list[torch.Tensor] = []
     for segments in cut:
         for row, leaf in enumerate(segments.tree.leaves(), segments.first_row):
-            values = [value(segments, segments.of[node.index], row) for node in leaf.nodes]
+            counts = segments.counts(row)
+            values = [value(segments, segments.of[node.index], row) if counts else 0.0 for node in leaf.nodes]
             lengths = torch.tensor([len(node.ids) for node in leaf.nodes])
             rows.append(torch.tensor(values, dtype=advantages.dtype).repeat_interleave(lengths))
     return pad_sequence(rows, batch_first=True).to(advantages.device)

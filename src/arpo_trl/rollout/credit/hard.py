@@ -27,4 +27,4 @@ class Hard(Credit):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not shares_nodes(trees):
             return advantages, None
-        return mean_over_leaves(advantages, token_nodes(trees).to(advantages.device)), None
+        return mean_over_leaves(advantages, token_nodes(trees).to(advantages.device), self.trained), None

@@ -36,18 +36,21 @@ class Once(Credit):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         self._credit.answer_probabilities = self.answer_probabilities
         self._credit.entropy_scores = self.entropy_scores
+        self._credit.trained = self.trained
         made, weights = self._credit(trees, rewards, advantages)
         if not shares_nodes(trees):
             return made, weights
         nodes = token_nodes(trees).to(advantages.device)
-        kept = first_copies(nodes)
-        return mean_over_leaves(made, nodes), kept if weights is None else kept * weights
+        kept = first_copies(nodes, self.trained)
+        return mean_over_leaves(made, nodes, self.trained), kept if weights is None else kept * weights
 
 
-def first_copies(token_nodes: torch.Tensor) -> torch.Tensor:
-    """(B, T) bool: True for each node's tokens in the first row that contains the node; False elsewhere and on
-    padding."""
+def first_copies(token_nodes: torch.Tensor, trained: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, T) bool: True for each node's tokens in the first row in the loss (`trained`) that contains the node; False
+    elsewhere and on padding."""
     real = token_nodes >= 0
+    if trained is not None:
+        real &= trained.to(real.device).unsqueeze(1)
     _, node = torch.unique(token_nodes[real], return_inverse=True)
     rows = torch.arange(token_nodes.size(0), device=token_nodes.device).unsqueeze(1).expand_as(token_nodes)[real]
     first = torch.full((int(node.max()) + 1 if len(node) else 0,), token_nodes.size(0), device=token_nodes.device)

@@ -38,9 +38,9 @@ class Siblings(Credit):
             def mean_of(members: Sequence[int]) -> float:
                 return mean([mean([of_leaf[row] for row in segments.rows[member]]) for member in members])
 
-            others = segments.siblings(segment)
+            others = [other for other in segments.siblings(segment) if segments.rows[other]]
             path = segments.paths[row - segments.first_row]
             later = len(path) - 1 - path.index(segment)
             return self.decay**later * (mean_of([segment]) - (mean_of(others) if others else 0.0))
 
-        return by_segment(cut_into_segments(trees), advantages, value), None
+        return by_segment(cut_into_segments(trees, self.compared(rewards)), advantages, value), None

@@ -46,10 +46,10 @@ class Tree(Credit):
             base = 0.0 if above is None else self._value(segments, above, of_leaf)
             return self._value(segments, segment, of_leaf) - base
 
-        return by_segment(cut_into_segments(trees), advantages, value), None
+        return by_segment(cut_into_segments(trees, self.compared(rewards)), advantages, value), None
 
     def _value(self, segments: Segments, segment: int, of_leaf: Sequence[float]) -> float:
-        children = segments.below(segment)
+        children = [child for child in segments.below(segment) if segments.rows[child]]
         if self.average == "leaves" or not children:
             return mean([of_leaf[row] for row in segments.rows[segment]])
         weigh = {"children": lambda h: 1.0, "entropy": lambda h: h, "softmax": math.exp}[self.average]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class ChatTemplateProtocol(ToolProtocol):
             self.tool_parser: ToolParser = fitting_parser(
                 self._wanted_parser, tokenizer, Rendered(turn=self._sample_turn(), opening=self._opening)
             )
-            self._suffix = cache(self._render_suffix)
+            self._suffix = lru_cache(maxsize=1000)(self._render_suffix)  # the model may write any names
             for name in tools or (sample.NAME,):
                 self._suffix((name,))
                 self._compare(name)
@@ -257,6 +257,8 @@ class ChatTemplateProtocol(ToolProtocol):
     def _render_suffix(self, names: tuple[str, ...]) -> tuple[list[list[int]], bool]:
         """Return the ids around the results of the calls `names`, and whether the template renders results as JSON."""
         marks = [f'[result "{i}"]' for i in range(len(names))]  # the quotes show whether the template escapes it
+        # The end of the calls is found by their words, and some templates repeat a call's name in its result.
+        names = tuple(sample.NAME if any(words in name for words in sample.WORDS) else name for name in names)
         calling = names if self._several else names[:1]
         messages = [sample.user(), sample.calls(calling, self._form), *sample.results(names, marks)]
         text = self._template.render(messages, opens_turn=True)
