@@ -48,6 +48,22 @@ def test_a_message_about_a_missing_accelerator_is_hidden_if_there_is_none(
 
 
 @pytest.mark.parametrize(
+    ("message", "is_shown"),
+    [
+        ("`gradient_checkpointing` is deprecated and will be removed in v6. Use `activation_checkpointing`.", False),
+        ("`is_gradient_checkpointing` is deprecated and will be removed in v6.", False),
+        ("`learning_rate` is deprecated.", True),
+    ],
+)
+def test_warnings_about_names_that_trl_uses_are_hidden(message: str, is_shown: bool) -> None:
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        hide_noise()
+        warnings.warn(message, FutureWarning, stacklevel=1)
+    assert [str(each.message) for each in shown] == [message] * is_shown
+
+
+@pytest.mark.parametrize(
     ("package", "file", "logger"),
     [
         ("deepspeed", "accelerator/real_accelerator.py", "DeepSpeed"),

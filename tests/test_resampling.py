@@ -44,8 +44,11 @@ def rolled(*tokens: int, seconds: float = 1.0) -> RolloutBatch:
 
 def test_a_group_is_equal_if_all_known_rewards_are():
     nan = math.nan
-    rewards = torch.tensor([1.0, 1.0, 0.0, 1.0, nan, 1.0, nan, nan])
+    rewards = torch.tensor([[1.0, 1.0, 0.0, 1.0, nan, 1.0, nan, nan]])
     assert equal_groups(rewards, 2).tolist() == [True, False, True, False]
+    # The sums are equal in the first group, but neither row is. The second function applies to no leaf of the third.
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 1.0, 2.0, 2.0], [0.0, 1.0, 0.5, 0.5, nan, nan]])
+    assert equal_groups(rewards, 2).tolist() == [False, True, True]
 
 
 def test_new_trees_take_the_places_of_the_old_and_wait_for_them():

@@ -1,4 +1,4 @@
-"""Hides messages of other packages that are irrelevant on a machine without an accelerator.
+"""Hides messages of other packages that are irrelevant to users, most of them on machines without an accelerator.
 
 The programs call `hide_noise` before they import these packages, since some of the messages appear during imports.
 """
@@ -14,13 +14,18 @@ LOGGED = {"DeepSpeed": "Setting accelerator to CPU", "vllm.triton_utils.importin
 - DeepSpeed found no accelerator. This package logs the same.
 - vLLM cannot use Triton, which its CPU build never does.
 """
-WARNED = ".*'pin_memory' argument is set as true but no accelerator"
-"""PyTorch does not pin memory."""
+WARNED = (".*'pin_memory' argument is set as true but no accelerator", r"`\w*gradient_checkpointing\w*` is deprecated")
+"""Parts of warnings.
+
+- PyTorch does not pin memory.
+- TRL and accelerate use names that transformers 5.24 has replaced.
+"""
 
 
 def hide_noise() -> None:
     """Hides the messages of `LOGGED` and `WARNED`. With an accelerator, those of `LOGGED` are shown."""
-    warnings.filterwarnings("ignore", message=WARNED)
+    for message in WARNED:
+        warnings.filterwarnings("ignore", message=message)
     for name in LOGGED:
         logging.getLogger(name).addFilter(_is_relevant)
 

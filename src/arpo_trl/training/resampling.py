@@ -86,14 +86,19 @@ class Resampling(GRPOTrainer):
         return made
 
     def _equal_groups(self, prompts: list[Any], made: tuple[Any, ...]) -> torch.Tensor:
-        """(G,) bool: whether all leaves of a group have the same reward, for the groups of all ranks."""
+        """(G,) bool: whether all leaves of a group have the same reward, for the groups of all ranks. If rewards are
+        normalised function by function, this must hold for each function with a weight."""
         _, completion_ids, _, completions, _, extra, _, _ = made
         rows = [row | {name: values[i] for name, values in extra.items()} for i, row in enumerate(self._rows)]
         self._scores = None
         self._pending_metrics.clear()  # metrics that reward functions logged in an earlier round
         self._pending_extra_logs.clear()
         self._scores = self._calculate_rewards(rows, prompts, completions, completion_ids)
-        return equal_groups(total_rewards(self._scores, self.reward_weights), self.num_generations)
+        if self.args.multi_objective_aggregation == "normalize_then_sum":
+            columns = self._scores[:, self.reward_weights.to(self._scores.device) != 0].T
+        else:
+            columns = total_rewards(self._scores, self.reward_weights).unsqueeze(0)
+        return equal_groups(columns, self.num_generations)
 
     def _of_this_rank(self, chosen: torch.Tensor) -> list[int]:
         """The positions of the `chosen` groups (G,) of all ranks among this rank's groups."""
@@ -133,12 +138,13 @@ class Resampling(GRPOTrainer):
 
 
 def equal_groups(rewards: torch.Tensor, size: int) -> torch.Tensor:
-    """(G,) bool: groups whose known rewards are all equal. False without known rewards."""
-    groups = rewards.view(-1, size)
+    """(G,) bool: groups whose known rewards are all equal in each of the K rows of `rewards` (K, B). False without
+    known rewards."""
+    groups = rewards.reshape(len(rewards), -1, size)
     known = ~groups.isnan()
-    least = torch.where(known, groups, torch.inf).amin(dim=1)
-    most = torch.where(known, groups, -torch.inf).amax(dim=1)
-    return known.any(dim=1) & (least == most)
+    least = torch.where(known, groups, torch.inf).amin(dim=2)
+    most = torch.where(known, groups, -torch.inf).amax(dim=2)
+    return known.any(dim=2).any(dim=0) & (least >= most).all(dim=0)
 
 
 def with_new_trees(before: RolloutBatch, new: RolloutBatch, groups: Sequence[int]) -> RolloutBatch:
