@@ -1,6 +1,8 @@
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from arpo_trl.rewards.hierarchical import HierarchicalReward
@@ -29,3 +31,15 @@ def test_names_of_rewards_are_distinct_and_the_first_keeps_its_own():
     assert [function.__name__ for function in functions] == ["reward", "reward_3", "reward_2", "reward_4"]
     model = torch.nn.Identity()
     assert named_apart([model, model], ["judge", "judge"]) == ["judge", "judge_2"]
+
+
+@pytest.mark.parametrize("first", [None, ["b"]])
+def test_a_function_that_changes_a_list_of_a_row_changes_its_own_copy(first):
+    def spoils(completions, gold):
+        gold[1].append("spoiled")
+        return [0.0] * len(completions)
+
+    gold = [first, ["a"]]
+    interrupts = SimpleNamespace(told=None, raising=nullcontext)
+    assert checked_reward(spoils, interrupts)(completions=["x", "y"], gold=gold) == [0.0, 0.0]
+    assert gold == [first, ["a"]]
