@@ -1,4 +1,6 @@
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -6,7 +8,7 @@ from datasets import Dataset
 from arpo_trl.data.demonstrations import IGNORED, encode_dataset, encode_trajectory
 from arpo_trl.errors import DataError
 from arpo_trl.rollout.protocols import TagProtocol
-from support import Scripted, tokenizer
+from support import Scripted, script, tokenizer
 
 QUESTION = [{"role": "user", "content": "what is the answer"}]
 TURNS = ["<think>look</think><search>iron</search>", "<python>print(1)</python>", "so <answer>\\boxed{1}</answer>"]
@@ -205,3 +207,53 @@ def test_a_bad_row_of_a_dataset_is_named_by_number():
     rows = Dataset.from_list([{"prompt": "a", "text": "one"}, {"prompt": "b", "text": None}])
     with pytest.raises(DataError, match="me/rows, row 1: the row has"):
         encode_dataset(rows, protocol(), None, "me/rows")
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """`load(name)` returns the texts that `sft` reads for this dataset."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def texts(name: str | Path) -> list[str]:
+        return script("sft").load_rows(str(name), "train")["text"][:]
+
+    return texts
+
+
+def save_texts(file: Path, *texts: str) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps({"prompt": "q", "text": text}) + "\n" for text in texts), "utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("d[1].jsonl", "d1.jsonl"), ("d*.jsonl", "dd.jsonl"), ("run[1]/d.jsonl", "run1/d.jsonl")]
+)
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_name_of_a_dataset_is_no_pattern(tmp_path, monkeypatch, load, name, other, absolute):
+    monkeypatch.chdir(tmp_path)
+    save_texts(tmp_path / name, "a", "b")
+    save_texts(tmp_path / other, "c")
+    assert load(tmp_path / name if absolute else name) == ["a", "b"]
+
+
+def test_the_current_folder_may_have_brackets_in_its_name(tmp_path, monkeypatch, load):
+    save_texts(tmp_path / "run[1]" / "d.jsonl", "a")
+    save_texts(tmp_path / "run1" / "d.jsonl", "c")
+    monkeypatch.chdir(tmp_path / "run[1]")
+    assert load("d.jsonl") == ["a"]
+
+
+def test_a_missing_dataset_is_an_error_though_its_name_matches_another_file(tmp_path, load):
+    save_texts(tmp_path / "d1.jsonl", "c")
+    with pytest.raises(DataError, match=r"d\[1\]\.jsonl does not exist\. Check the path"):
+        load(tmp_path / "d[1].jsonl")
+
+
+def test_a_folder_whose_files_the_library_would_seek_elsewhere_is_an_error(tmp_path, load):
+    save_texts(tmp_path / "data" / "train.jsonl", "a")
+    assert load(tmp_path / "data") == ["a"]
+    file = save_texts(tmp_path / "data[1]" / "train.jsonl", "a")
+    with pytest.raises(DataError, match=r"data\[1\] is a folder whose path contains '\['.* Rename the folder"):
+        load(file.parent)
+    assert load(file) == ["a"]

@@ -8,12 +8,14 @@ prompts and tool results are masked. RL's tool protocol encodes the turns.
 
 from __future__ import annotations
 
+import glob
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
@@ -22,7 +24,7 @@ from arpo_trl.command_line import parse_settings, report_errors
 from arpo_trl.common.build_locks import remove_left_build_locks
 from arpo_trl.common.pretrained import load_pretrained
 from arpo_trl.common.settings import check_fields, described
-from arpo_trl.common.user_files import user_path
+from arpo_trl.common.user_files import is_url, user_path
 from arpo_trl.config import (
     INHERITED,
     refuse_best_without_evaluation,
@@ -97,6 +99,56 @@ def _settings_of_train() -> tuple[str, Sequence[type[Any]]]:
     return "train", train.SETTINGS
 
 
+def load_rows(name: str, split: str) -> Dataset:
+    """The rows of a file, a folder or a dataset on the Hub. `split` does not apply to files.
+
+    Raises:
+        DataError: There are none, or they cannot be read.
+    """
+    path = user_path(name, "dataset")
+    loader = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    missing = f"dataset {name} does not exist. Check the path."
+    _refuse_pattern(path)
+    try:
+        if loader is None:
+            return load_dataset(name, split=split)
+        if is_url(name):
+            return load_dataset(loader, data_files=name, split="train")
+        if not path.is_file():
+            raise DataError(missing)
+        # The library takes the path for a pattern, also the current folder, which it puts before a relative path.
+        return load_dataset(loader, data_files=glob.escape(str(path.absolute())), split="train")
+    except DataError:
+        raise
+    except FileNotFoundError as error:
+        if path.is_file():
+            raise DataError(f"dataset {name} is no .jsonl or .parquet file. Convert it.") from error
+        raise DataError(missing) from error
+    except StopIteration as error:  # the library reads the first row to determine the columns
+        raise DataError(f"dataset {name} contains no rows; expected at least one.") from error
+    except Exception as error:  # the library raises its own errors, and those of pyarrow, the Hub and the file system
+        if loader and path.is_file():
+            deque(read_file(path), maxlen=0)  # names the line that is broken, which the library does not
+        cause = error.__cause__ or error
+        raise DataError(
+            f"dataset {name} cannot be read ({type(cause).__name__}: {cause}). Expected a .jsonl or .parquet file, or "
+            "a Hub id."
+        ) from error
+
+
+def _refuse_pattern(path: Path) -> None:
+    """`load_dataset` searches for the files of a folder with a pattern that begins with the folder's unescaped path.
+
+    Raises:
+        DataError: The path of the folder has a character with which other folders match.
+    """
+    if path.is_dir() and (special := [character for character in "*?[" if character in str(path.resolve())]):
+        raise DataError(
+            f"dataset {path} is a folder whose path contains {special[0]!r}, which can stand for the names of other "
+            "folders. Rename the folder, or give the path of a file in it."
+        )
+
+
 @report_errors
 def main() -> None:
     with start_errors():  # transformers reads the files that some settings name
@@ -111,28 +163,7 @@ def main() -> None:
     name = required_model(model_config)
     tokenizer = load_pretrained("tokenizer", name, AutoTokenizer.from_pretrained, revision=model_config.model_revision)
     protocol = TagProtocol(tokenizer, {}, max_result_tokens=arguments.max_tool_result_tokens)
-    path = user_path(arguments.dataset, "dataset")
-    loader = {".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-    try:
-        rows = (
-            load_dataset(loader, data_files=arguments.dataset, split="train")
-            if loader
-            else load_dataset(arguments.dataset, split=arguments.dataset_split)
-        )
-    except FileNotFoundError as error:
-        if path.is_file():
-            raise DataError(f"dataset {arguments.dataset} is no .jsonl or .parquet file. Convert it.") from error
-        raise DataError(f"dataset {arguments.dataset} does not exist. Check the path.") from error
-    except StopIteration as error:  # the library reads the first row to determine the columns
-        raise DataError(f"dataset {arguments.dataset} contains no rows; expected at least one.") from error
-    except Exception as error:  # the library raises its own errors, and those of pyarrow, the Hub and the file system
-        if loader and path.is_file():
-            deque(read_file(path), maxlen=0)  # names the line that is broken, which the library does not
-        cause = error.__cause__ or error
-        raise DataError(
-            f"dataset {arguments.dataset} cannot be read ({type(cause).__name__}: {cause}). Expected a "
-            ".jsonl or .parquet file, or a Hub id."
-        ) from error
+    rows = load_rows(arguments.dataset, arguments.dataset_split)
     dataset, too_long = encode_dataset(rows, protocol, config.max_length, arguments.dataset)
     if too_long:
         logger.warning(
