@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arpo_trl.cli import main
 from arpo_trl.errors import ConfigError, DataError
 from arpo_trl.tools.search import index as index_module
 from arpo_trl.tools.search.index import NOTHING_FOUND, LocalIndex, RecordedSearch, search_tool
@@ -114,6 +115,65 @@ def test_a_saved_index_can_be_saved_again(index: LocalIndex, tmp_path: Path) -> 
     index.save(tmp_path / "first")
     LocalIndex.load(tmp_path / "first").save(tmp_path / "second")
     assert LocalIndex.load(tmp_path / "second").search("rivers", 1) == ["A passage without a title, about rivers."]
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", ["_Ranking.save", "_StoredTexts.write"])
+def test_a_killed_rebuild_leaves_the_earlier_index(
+    index: LocalIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    index.save(tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(f"arpo_trl.tools.search.index.{method}", killed)
+        LocalIndex(["dog", "cat"]).save(tmp_path)
+    assert LocalIndex.load(tmp_path).search("density of gold", 3) == index.search("density of gold", 3)
+    assert LocalIndex(["dog", "cat"]).save(tmp_path) == len(index)
+    assert LocalIndex.load(tmp_path).search("dog", 3) == ["dog"]
+
+
+def test_an_index_is_refused_while_another_takes_its_place(
+    index: LocalIndex, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.save(tmp_path)
+    moved: list[Path] = []
+    replace = Path.replace
+
+    def move(path: Path, target: Path) -> Path:
+        with pytest.raises(DataError, match="is not a saved search index"):
+            LocalIndex.load(tmp_path)
+        moved.append(target)
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", move)
+    LocalIndex(["dog", "cat"]).save(tmp_path)
+    assert len(moved) >= 4 and moved[-1].name == "search_index.json"
+
+
+def test_a_replaced_index_still_answers_where_it_is_open(index: LocalIndex, tmp_path: Path) -> None:
+    index.save(tmp_path)
+    opened = LocalIndex.load(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert LocalIndex([*"abcdefgh", "dog"]).save(tmp_path) == 4
+    assert opened.search("density of gold", 3) == index.search("density of gold", 3)
+    assert LocalIndex.load(tmp_path).search("dog", 3) == ["dog"]
+    assert (tmp_path / "notes.txt").read_text() == "mine" and not (tmp_path / ".partial").exists()
+
+
+def test_the_command_says_that_it_replaces_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.jsonl").write_text('"dog"\n')
+    (tmp_path / "two.jsonl").write_text('"cat"\n"cow"\n')
+    for name, end in (("two", ""), ("one", "; they replace an index of 2 passages")):
+        monkeypatch.setattr(
+            "sys.argv", ["arpo-trl", "index", str(tmp_path / f"{name}.jsonl"), str(tmp_path / "index")]
+        )
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().out.strip().endswith(f"passages indexed in {tmp_path / 'index'}{end}")
 
 
 def test_an_index_is_silent(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -161,8 +161,9 @@ def _index(arguments: argparse.Namespace) -> None:
     from arpo_trl.tools.search.index import LocalIndex
 
     index = LocalIndex.open(arguments.passages)
-    index.save(arguments.folder)
-    say(f"{len(index):,} passages indexed in {arguments.folder}")
+    replaced = index.save(arguments.folder)
+    earlier = "" if replaced is None else f"; they replace an index of {replaced:,} passages"
+    say(f"{len(index):,} passages indexed in {arguments.folder}{earlier}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

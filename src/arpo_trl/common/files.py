@@ -33,6 +33,24 @@ def whole_folder(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
+@contextmanager
+def files_with_mark(folder: Path, mark: str) -> Iterator[Path]:
+    """Yields a new, empty folder for files of which `mark` says that they are complete and belong together.
+
+    At the end the files replace those of the same names in `folder`, which must exist; its other files are kept. Until
+    the last file is in place, there is no `mark`. Files that another process has open or mapped stay as they are for
+    it, which would not be so if they were written in place.
+    """
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    yield partial
+    (folder / mark).unlink(missing_ok=True)
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == mark):
+        path.replace(folder / path.name)
+    partial.rmdir()
+
+
 def write_whole(path: Path, text: str, *, errors: str = "strict") -> None:
     """Writes `text` to the file `path` in UTF-8. `errors` sets the treatment of lone surrogates, as in
     `str.encode`."""

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from arpo_trl.common import waiting
+from arpo_trl.common.files import files_with_mark
 from arpo_trl.common.imports import hidden_package
 from arpo_trl.common.user_files import json_lines, read_json, user_path
 from arpo_trl.errors import ConfigError, DataError
@@ -202,8 +203,11 @@ class LocalIndex:
             raise DataError(f"{folder} is an incomplete search index ({error}). {again}") from error
         return loaded
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path) -> int | None:
         """Write the index and its passages to `folder`, which is created if it is missing.
+
+        An index in `folder` is replaced when the new one is written completely. Processes that have loaded it go on
+        with it. Returns its number of passages; None if there was none.
 
         Raises:
             ConfigError: The index was loaded from `folder`, whose files it still reads; or `folder` has .jsonl files,
@@ -219,10 +223,12 @@ class LocalIndex:
                 f"{folder} has .jsonl files, which would be read in place of the index. Choose another folder."
             )
         folder.mkdir(parents=True, exist_ok=True)
-        self._ranking.save(folder)
-        _StoredTexts.write(folder, self._passages)
-        # Written last: an index without this file is incomplete.
-        (folder / self._HEADER).write_text(json.dumps({"format": self.FORMAT}), "utf-8")
+        replaced = _number_of_passages(folder) if (folder / self._HEADER).is_file() else None
+        with files_with_mark(folder, self._HEADER) as partial:
+            self._ranking.save(partial)
+            _StoredTexts.write(partial, self._passages)
+            (partial / self._HEADER).write_text(json.dumps({"format": self.FORMAT}), "utf-8")
+        return replaced
 
     def __len__(self) -> int:
         return len(self._passages)
@@ -230,6 +236,14 @@ class LocalIndex:
     def search(self, query: str, top_k: int) -> list[str]:
         """Return the `top_k` best passages that share a word with `query`, best first."""
         return [self._passages[hit] for hit in self._ranking.best(query, top_k)]
+
+
+def _number_of_passages(folder: Path) -> int | None:
+    """The number of passages of the saved index in `folder`; None if it is broken."""
+    try:
+        return len(_StoredTexts(folder))
+    except (OSError, ValueError):
+        return None
 
 
 class NearestQuery:
