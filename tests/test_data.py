@@ -390,6 +390,46 @@ def test_numbered_parts_of_a_split_are_one_dataset(tmp_path: Path) -> None:
     assert load_arpo_dataset(str(tmp_path), "test")["answer"][:] == [["0"], ["1"]]
 
 
+def save_parts(folder: Path, *names: str) -> str:
+    for name in names:
+        write_jsonl(folder / f"{name}.jsonl", [{"question": "q", "answer": "1", "task": "math"}])
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"),
+    [
+        (["train-00000-of-00003", "train-00002-of-00003"], "1 other.* parts 0 to 2, but 1 are missing"),
+        (["train-1-of-3", "train-3-of-3"], "1 other.* parts 1 to 3, but 2 are missing"),
+        (["train_1-of-2"], "train_1-of-2.jsonl and 0 other.* parts 0 to 1, but 0 are missing"),
+        (["train-0-of-2", "train-1-of-2", "train-2-of-2"], "has train-2-of-2.jsonl beside .* parts 0 to 1"),
+        (["train-0-of-1-aa", "train-0-of-1-bb"], "has train-0-of-1-aa.jsonl and train-0-of-1-bb.jsonl.* same part"),
+        (["train_easy-0-of-1", "train_hard-1-of-1", "train_all-5-of-1"], "has train_all-5-of-1.jsonl beside"),
+        # 14 of 15 are missing; ten are named
+        (["train-0-of-15"], "but 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 4 more are missing"),
+        (["train-0-of-99999999999999"], "and 99999999999988 more are missing"),
+    ],
+)
+def test_a_folder_without_a_part_of_a_split_or_with_one_too_many_is_an_error(
+    tmp_path: Path, names: list[str], fault: str
+) -> None:
+    with pytest.raises(DataError, match=fault):
+        load_arpo_dataset(save_parts(tmp_path, *names))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-1-of-2", "train-2-of-2"],
+        ["train-0-of-1"],
+        ["train-1-of-1"],
+        ["train_easy-0-of-2", "train_easy-1-of-2", "train_hard-0-of-2", "train_hard-1-of-2"],
+    ],
+)
+def test_parts_of_a_split_count_from_0_or_from_1_and_each_series_by_itself(tmp_path: Path, names: list[str]) -> None:
+    assert len(load_arpo_dataset(save_parts(tmp_path, *names))) == len(names)
+
+
 @pytest.mark.parametrize("missing", ["missing.jsonl", "/no/where", "./folder", "a/b/c"])
 def test_a_missing_path_is_not_taken_for_a_hub_name(missing: str) -> None:
     with pytest.raises(DataError, match=f"The file or folder {missing} does not exist"):

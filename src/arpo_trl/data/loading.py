@@ -10,6 +10,7 @@ import csv
 import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,9 @@ logger = get_logger(__name__)
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 _NUMBER_OR_LATEX = re.compile(r"[-+]?[\d.,/]+%?|.*[\\^$=].*", re.DOTALL)
 _MATH_SHARE, _QA_SHARE = 0.75, 0.25
+_PART = re.compile(r"(?P<number>\d+)[-_]of[-_](?P<count>\d+)")
+_SHOWN = 10
+"""The number of missing parts that an error names."""
 _LFS_POINTER = b"version https://git-lfs."
 
 CONVERTED = ("prompt", "answer", "task", "id", "level")
@@ -247,7 +251,8 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
     """A file such as train.jsonl or train_10k.parquet, or parts such as train-00000-of-00002.parquet, sorted by name.
 
     Raises:
-        DataError: There is no such file, or files that differ in more than the name of a part may hold the same rows.
+        DataError: There is no such file, parts are missing, or files that differ in more than the name of a part may
+            hold the same rows.
     """
     readable = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     files = [path for path in readable if re.match(rf"{re.escape(split)}(?![A-Za-z0-9])", path.name)]
@@ -267,14 +272,50 @@ def _files_of_split(folder: Path, split: str) -> list[Path]:
             f"expected one file, or parts of one format, such as {split}-0.jsonl and {split}-1.jsonl. Give the path "
             "of one file, or rename or remove the other."
         )
+    _check_parts(folder, files)
     return files
 
 
 def _kind_of_part(path: Path, split: str) -> tuple[str, bool, str | None]:
     """What all parts of a split share: the format, whether the name is that of a whole split, and the number of
     parts."""
-    parts = re.search(r"-of-(\d+)", path.stem)
-    return path.suffix, path.stem == split, parts and parts[1]
+    part = _PART.search(path.stem)
+    return path.suffix, path.stem == split, part and part["count"]
+
+
+def _check_parts(folder: Path, files: Sequence[Path]) -> None:
+    """Checks that of files such as train-00001-of-00003 there is each part once. Parts count from 0 or from 1.
+
+    Raises:
+        DataError: One is missing, as after an interrupted download, there are two of one number, or one more.
+    """
+    series: dict[str, dict[int, Path]] = {}
+    for path in files:
+        if (part := _PART.search(path.stem)) is None:
+            continue
+        numbers = series.setdefault(path.stem[: part.start()], {})
+        if (other := numbers.setdefault(int(part["number"]), path)) != path:
+            raise DataError(
+                f"The folder {folder} has {other.name} and {path.name}, which are the same part; expected each part "
+                "once. Remove one of them."
+            )
+    for numbers in series.values():
+        name = next(iter(numbers.values())).name
+        count = int(_PART.search(name)["count"])  # type: ignore[index]  # it matched above
+        first = 1 if count in numbers and 0 not in numbers else 0  # some programs count from 1
+        expected = f"expected the parts {first} to {first + count - 1}"
+        if extra := [path.name for number, path in numbers.items() if not first <= number < first + count]:
+            raise DataError(
+                f"The folder {folder} has {extra[0]} beside other parts; {expected}. Remove what is wrong."
+            )
+        if missing := count - len(numbers):
+            absent = islice((part for part in range(first, first + count) if part not in numbers), _SHOWN)
+            more = f" and {missing - _SHOWN} more" if missing > _SHOWN else ""
+            raise DataError(
+                f"The folder {folder} has {name} and {len(numbers) - 1} other(s) of {count} parts; {expected}, but "
+                f"{', '.join(map(str, absent))}{more} are missing, as after an interrupted download. Download them. "
+                "To read only those that exist, rename them without -of-, or give the path of one."
+            )
 
 
 def _saved_rows(folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
